@@ -1,0 +1,38 @@
+"""What a user can get wrong, each with its exit code. An error carries its whole message: what, where, what to do."""
+
+from __future__ import annotations
+
+OK = 0
+CHECK_FAILED = 1  # a check failed: a target missed under --require-target, a run that died
+USAGE = 2  # a recipe, an option or data that is not there
+UNAVAILABLE = 3  # a device or a kernel that cannot run here
+DIVERGED = 4  # the loss stopped being finite
+INTERRUPTED = 130  # Ctrl-C; SIGTERM is 143, as shells count
+
+
+class BncliError(Exception):
+    """A mistake that a user can mend. The door prints its text without a traceback and leaves with `exit_code`."""
+
+    exit_code = CHECK_FAILED
+
+
+class RecipeError(BncliError):
+    """One or more mistakes in a recipe or in an option, all of those found in one pass."""
+
+    exit_code = USAGE
+
+    def __init__(self, *mistakes: str) -> None:
+        self.mistakes = mistakes
+        super().__init__("\n".join(mistakes))
+
+
+class DataError(BncliError):
+    """Data that a recipe names and that is not there, or does not have the shape that the recipe says."""
+
+    exit_code = USAGE
+
+
+class Unavailable(BncliError):
+    """A device or a kernel that cannot run on this machine. The message says why and what would make it run."""
+
+    exit_code = UNAVAILABLE
