@@ -6,12 +6,8 @@ and is never replaced by a zero.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import itertools
 from dataclasses import dataclass, field
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 FORMAT_VERSION = 1  # of every JSON file that holds these; raised when a field changes its meaning
 
@@ -223,11 +219,6 @@ class Comparison:
     format_version: int = FORMAT_VERSION
 
 
-def to_plain(value: Any) -> Any:
-    """Dataclasses to dicts and tuples to lists, all the way down: what `json.dumps` takes."""
-    return dataclasses.asdict(value)
-
-
 # --- what happens while a comparison runs -------------------------------------------------------------------------
 
 
@@ -290,36 +281,3 @@ class Planned:
     grid: dict[str, tuple[Any, ...]]
     runs: int
     steps_at_most: int
-
-
-# --- to plain data and back ---------------------------------------------------------------------------------------
-
-T = TypeVar("T")
-
-
-def from_plain(kind: type[T], plain: Any) -> T:
-    """The inverse of `to_plain` for a dataclass of this module. Raises TypeError or ValueError for another shape."""
-    made: T = _rebuilt(kind, plain)
-    return made
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _rebuilt(kind: Any, value: Any) -> Any:
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return None if value is None else _rebuilt(next(a for a in arguments if a is not type(None)), value)
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise TypeError(f"expected a mapping for {kind}, found {type(value).__name__}")
-        hints = _hints(kind)  # type: ignore[arg-type]
-        return kind(**{key: _rebuilt(hints[key], item) for key, item in value.items() if key in hints})  # type: ignore[operator]
-    if origin is tuple:
-        kinds = itertools.repeat(arguments[0]) if len(arguments) == 2 and arguments[1] is Ellipsis else arguments
-        return tuple(_rebuilt(inner, item) for inner, item in zip(kinds, value, strict=False))
-    if origin is dict:
-        return {key: _rebuilt(arguments[1], item) for key, item in value.items()}
-    return float(value) if kind is float and isinstance(value, int | str) else value

@@ -1,0 +1,320 @@
+"""What is asked for: the recipe's sections as closed, typed, frozen models, and their JSON Schema. No torch.
+
+Every number states its unit or its meaning in the field's description, which the schema carries into editors.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Ints = Annotated[tuple[Positive, ...], Strict(False)]  # YAML has lists only; the elements stay strict
+Activation = Literal["sigmoid", "tanh", "relu", "leaky_relu", "gelu"]
+FUNCTION_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+ARM_NAME = r"^[A-Za-z0-9][\w+ -]*$"
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys, wrong types and non-finite numbers are refused, and nothing changes later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def described(text: str, **constraints: Any) -> Any:
+    return Field(description=text, **constraints)
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+class Digits(Section):
+    """scikit-learn's 1,797 bundled handwritten digits of 8x8 pixels, 10 classes. Not MNIST."""
+
+    source: Literal["digits"]
+    images: bool = described("1x8x8 images for a cnn or resnet, instead of vectors of 64 features", default=False)
+    held_out: Annotated[int, Field(ge=1, lt=1797)] = described("examples kept for evaluation", default=500)
+    split_seed: Count = described("which examples are held out; the same for every run", default=0)
+    normalize: Literal["unit", "standard"] = described("unit: 0 to 1; standard: mean 0, deviation 1", default="unit")
+
+
+class Synthetic(Section):
+    """Seeded Gaussian classes: a random prototype a class, plus noise. For profiling and smoke tests."""
+
+    source: Literal["synthetic"]
+    shape: Ints = described("of one example: [features] or [channels, height, width]", default=(64,))
+    classes: Annotated[int, Field(ge=2)] = 10
+    examples: Positive = described("training examples", default=2000)
+    held_out: Positive = described("examples kept for evaluation", default=500)
+    noise: Annotated[float, Field(ge=0)] = described("deviation of the noise; prototypes have deviation 1", default=1.0)
+    split_seed: Count = 0
+    normalize: Literal["unit", "standard"] = "unit"
+
+
+class Npz(Section):
+    """The user's arrays: x (examples, features) or (examples, channels, height, width), y whole-number labels."""
+
+    source: Literal["npz"]
+    path: str = described("a .npz file with x, y and, if there is a fixed test set, x_test, y_test")
+    held_out: Positive | None = described("examples to hold out when there is no x_test", default=None)
+    split_seed: Count = 0
+    normalize: Literal["unit", "standard"] = "unit"
+    augment: Literal["none", "crop-flip"] = "none"
+
+
+class Hub(Section):
+    """Any image classification set that the `datasets` library can read: by name, from a folder, or from Parquet."""
+
+    source: Literal["hub"]
+    name: str = described("a name on the Hub (cifar10, mnist), a folder of class folders, or Parquet")
+    config: str | None = described("the data set's configuration, where it has several", default=None)
+    shape: Annotated[tuple[Positive, Positive, Positive], Strict(False)] = described("[channels, height, width]")
+    classes: Annotated[int, Field(ge=2)]
+    train_split: str = "train"
+    held_out_split: str = "test"
+    held_out: Positive | None = described("examples to hold out when there is no such split", default=None)
+    split_seed: Count = 0
+    image_column: str | None = None
+    label_column: str | None = None
+    in_memory_gib: Annotated[float, Field(ge=0)] = described("larger sets are decoded batch by batch", default=4.0)
+    workers: Count = described("decoding processes for a set that is not held in memory", default=2)
+    normalize: Literal["unit", "standard"] = "unit"
+    augment: Literal["none", "crop-flip"] = "none"
+
+
+# --- model and norm -----------------------------------------------------------------------------------------------
+
+
+class Init(Section):
+    """Initial weights; biases start at 0, norm weights at 1."""
+
+    kind: Literal["gaussian", "xavier", "he", "orthogonal", "lsuv"] = "he"
+    std: Annotated[float, Field(gt=0)] | None = described("deviation of the gaussian weights", default=None)
+
+    @model_validator(mode="after")
+    def std_goes_with_gaussian(self) -> Init:
+        if self.kind == "gaussian" and self.std is None:
+            raise ValueError("gaussian weights need a std")
+        if self.kind != "gaussian" and self.std is not None:
+            raise ValueError(f"std belongs to gaussian weights, not to {self.kind}")
+        return self
+
+
+class Mlp(Section):
+    """Fully connected hidden layers, each linear, norm, activation (paper, section 3.2: z = g(BN(Wu)))."""
+
+    kind: Literal["mlp"]
+    hidden: Ints = described("units of each hidden layer", min_length=1, default=(100, 100, 100))
+    activation: Activation = "relu"
+    init: Init = Init()
+
+
+class Cnn(Section):
+    """Stages of 3x3 convolution, norm, activation and 2x2 max pooling, then a global average and a linear layer."""
+
+    kind: Literal["cnn"]
+    channels: Ints = described("channels of each stage", min_length=1, default=(32, 64))
+    activation: Activation = "relu"
+    init: Init = Init()
+
+
+class ResNet(Section):
+    """He et al. (arXiv 1512.03385): the CIFAR nets (section 4.2, depth 20 to 110) or table 1's ImageNet nets."""
+
+    kind: Literal["resnet"]
+    depth: Literal[18, 20, 32, 34, 44, 50, 56, 110]
+    activation: Activation = "relu"
+    init: Init = Init()
+
+
+class OwnModel(Section):
+    """The user's own model: a function of (shape, classes, norm) that returns a module. Needs --allow-code."""
+
+    kind: Literal["module"]
+    module: Annotated[str, Field(pattern=FUNCTION_PATH)] = described("package.module:function")
+    arguments: dict[str, Any] = described("further keyword arguments of the function", default={})
+
+
+class NoNorm(Section):
+    kind: Literal["none"] = "none"
+
+
+class BatchNorm(Section):
+    """Ioffe & Szegedy 2015, algorithm 1."""
+
+    kind: Literal["batch"]
+    momentum: Annotated[float, Field(gt=0, le=1)] | None = described(
+        "weight of the new batch in the running statistics, as in PyTorch; null: cumulative average", default=0.1
+    )
+    eps: Annotated[float, Field(gt=0)] = 1e-5
+    affine: bool = True
+    track_running_stats: bool = True
+    kernel: Literal["native", "fused"] = described("native: torch's own; fused: ours", default="native")
+
+
+class LayerNorm(Section):
+    """Ba et al. 2016: over all of an example's channels and positions."""
+
+    kind: Literal["layer"]
+    eps: Annotated[float, Field(gt=0)] = 1e-5
+    affine: bool = True
+
+
+class GroupNorm(Section):
+    """Wu & He 2018: over groups of channels of one example."""
+
+    kind: Literal["group"]
+    groups: Positive = 4
+    eps: Annotated[float, Field(gt=0)] = 1e-5
+    affine: bool = True
+
+
+class InstanceNorm(Section):
+    """Ulyanov et al. 2016: over each channel of one example."""
+
+    kind: Literal["instance"]
+    eps: Annotated[float, Field(gt=0)] = 1e-5
+    affine: bool = True
+
+
+# --- optimizer, schedule, training --------------------------------------------------------------------------------
+
+
+class OptimizerSection(Section):
+    lr: Annotated[float, Field(gt=0)] = described("learning rate")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay_on: Literal["all", "weights"] = described(
+        "weights: norm parameters and biases are left out", default="all"
+    )
+
+
+class Sgd(OptimizerSection):
+    kind: Literal["sgd"]
+    momentum: Fraction = 0.0
+    nesterov: bool = False
+
+    @model_validator(mode="after")
+    def nesterov_needs_momentum(self) -> Sgd:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+
+class Adam(OptimizerSection):
+    kind: Literal["adam"]
+    betas: Annotated[tuple[Fraction, Fraction], Strict(False)] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+
+
+class AdamW(OptimizerSection):
+    kind: Literal["adamw"]
+    betas: Annotated[tuple[Fraction, Fraction], Strict(False)] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+
+
+class ScheduleSection(Section):
+    warmup: Count = described("steps of linear warm-up from 0 to the learning rate", default=0)
+
+
+class Constant(ScheduleSection):
+    kind: Literal["constant"] = "constant"
+
+
+class Exponential(ScheduleSection):
+    """The learning rate times gamma every `every` steps, continuously."""
+
+    kind: Literal["exponential"]
+    gamma: Annotated[float, Field(gt=0, le=1)]
+    every: Positive = 1
+
+
+class StepDecay(ScheduleSection):
+    """The learning rate times gamma at each milestone."""
+
+    kind: Literal["step"]
+    milestones: Ints = described("optimizer steps", min_length=1)
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+
+
+class Cosine(ScheduleSection):
+    """Half a cosine from the learning rate to `final` times it at the step budget."""
+
+    kind: Literal["cosine"]
+    final: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class TargetSection(Section):
+    """The run has reached its target when the held-out metric crosses this value."""
+
+    metric: Literal["accuracy", "loss"] = "accuracy"
+    value: Annotated[float, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def accuracy_is_a_share(self) -> TargetSection:
+        if self.metric == "accuracy" and self.value > 1:
+            raise ValueError(f"accuracy is a share of 1: write {self.value / 100:g} for {self.value:g} %")
+        return self
+
+
+class Train(Section):
+    steps: Positive = described("budget in optimizer steps")
+    batch_size: Positive = 60
+    evaluate_every: Positive = described("optimizer steps between evaluations", default=10)
+    target: TargetSection | None = None
+    stop_at_target: bool = described("end the run one evaluation past the target", default=True)
+    seed: Count = described("of the initial weights, the data order and the augmentation", default=0)
+    precision: Literal["fp32", "bf16", "fp16"] = described("bf16 and fp16 by autocast", default="fp32")
+    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
+    compile: bool = described("torch.compile the model", default=False)
+
+
+class Seeds(Section):
+    """Runs per arm: `tune` at every point of the grid to choose the best, then `report` fresh ones for the figures."""
+
+    tune: Annotated[int, Field(ge=1, le=1000)] = 3
+    report: Annotated[int, Field(ge=1, le=1000)] = 10
+
+
+# --- the whole ----------------------------------------------------------------------------------------------------
+
+DataSection = Annotated[Digits | Synthetic | Npz | Hub, Field(discriminator="source")]
+ModelSection = Annotated[Mlp | Cnn | ResNet | OwnModel, Field(discriminator="kind")]
+NormSection = Annotated[NoNorm | BatchNorm | LayerNorm | GroupNorm | InstanceNorm, Field(discriminator="kind")]
+AnyOptimizer = Annotated[Sgd | Adam | AdamW, Field(discriminator="kind")]
+AnySchedule = Annotated[Constant | Exponential | StepDecay | Cosine, Field(discriminator="kind")]
+
+
+class Recipe(Section):
+    """One run, resolved: everything that decides its outcome."""
+
+    data: DataSection
+    model: ModelSection
+    norm: NormSection = NoNorm()
+    optimizer: AnyOptimizer
+    schedule: AnySchedule = Constant()
+    train: Train
+
+
+ArmName = Annotated[str, Field(pattern=ARM_NAME, max_length=40)]
+
+
+class RecipeFile(Recipe):
+    """A recipe as it stands in a file: the base run, and what `bncli compare` varies in it."""
+
+    arms: dict[ArmName, dict[str, Any]] = described("name -> what differs from the base", default={})
+    reference: str | None = described("the arm that the others are compared with; the first by default", default=None)
+    grid: dict[str, Annotated[tuple[Any, ...], Strict(False), Field(min_length=1)]] = described(
+        "dotted field -> values to try, the same for every arm", default={}
+    )
+    seeds: Seeds = Seeds()
+
+
+def shorthand_key(section: str) -> str | None:
+    """The key that a bare name stands for: `norm: batch` is `norm: {kind: batch}`, `data: digits` is `source`."""
+    if section == "data":
+        return "source"
+    return "kind" if section in ("model", "norm", "optimizer", "schedule", "init") else None

@@ -1,0 +1,31 @@
+"""Recipes that tests train: small, seeded, and finished in well under a second."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bncli.recipe.sections import Recipe
+
+TINY: dict[str, Any] = {
+    "data": {"source": "synthetic", "shape": [8], "classes": 3, "examples": 120, "held_out": 60, "noise": 0.5},
+    "model": {"kind": "mlp", "hidden": [16], "activation": "relu"},
+    "norm": {"kind": "batch"},
+    "optimizer": {"kind": "sgd", "lr": 0.5},
+    "train": {"steps": 60, "batch_size": 20, "evaluate_every": 5, "target": {"value": 0.9}},
+}
+
+
+def tiny(**sections: Any) -> Recipe:
+    """The small recipe with whole sections replaced, and `train` fields changed one by one."""
+    train = {**TINY["train"], **sections.pop("train", {})}
+    return Recipe.model_validate({**TINY, **sections, "train": train})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
