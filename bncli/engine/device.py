@@ -1,0 +1,92 @@
+"""Which device a run uses, how much memory it took, and what the machine is."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+import bncli
+from bncli.errors import Unavailable
+from bncli.results import Environment
+
+
+def resolve(name: str) -> torch.device:
+    """The device of that name; `auto` is the first of cuda, mps, cpu that is here. Raises Unavailable."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name):
+        raise Unavailable(f"--device {name}: expected one of auto, cpu, cuda, cuda:N, mps")
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    if name.startswith("cuda") and not cuda:
+        built = torch.version.cuda is not None
+        why = "no NVIDIA GPU is visible to it" if built else "it is built for the CPU only"
+        raise Unavailable(f"--device {name}: this torch ({torch.__version__}) cannot use CUDA: {why}. Use --device cpu")
+    if name == "mps" and not mps:
+        raise Unavailable(f"--device mps: this torch ({torch.__version__}) has no Metal device here. Use --device cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise Unavailable(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here, counted from 0")
+    return device
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the work queued on the device, so that a host clock read next means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new peak. On Linux the high-water mark of the resident set is set back (man 5 proc, clear_refs)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:  # not permitted in some containers: the peak then counts from the process's start
+            return
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Peak since the last reset: the allocator's on CUDA, the process's resident set on a CPU; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if device.type == "mps":
+        return None
+    if sys.platform == "linux":
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) / 1024 if found else None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 1024)
+
+
+def environment(device: torch.device) -> Environment:
+    """The machine and the versions that a figure belongs to."""
+    cuda = device.type == "cuda"
+    return Environment(
+        bncli=bncli.__version__,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        platform=f"{platform.system()} {platform.machine()}",
+        processor=_processor(),
+        device=torch.cuda.get_device_name(device) if cuda else device.type,
+        driver=f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if cuda else None,
+        threads=torch.get_num_threads(),
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()

@@ -1,0 +1,166 @@
+"""Modules from an architecture's layers, and their initial weights."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bncli.engine.norm import NormFactory, factory
+from bncli.errors import RecipeError
+from bncli.recipe import architecture as plan
+from bncli.recipe.sections import Init, OwnModel, Recipe
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "gelu": nn.GELU,
+}
+
+
+Examples = Callable[[], Tensor]
+
+
+class Residual(nn.Module):
+    """activation(body(x) + shortcut(x)) (He et al. 2015, equation 1)."""
+
+    def __init__(self, body: nn.Module, shortcut: nn.Module, activation: nn.Module) -> None:
+        super().__init__()
+        self.body, self.shortcut, self.activation = body, shortcut, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.activation(self.body(x) + self.shortcut(x))
+        return y
+
+
+class GlobalAverage(nn.Module):
+    """(N, C, H, W) -> (N, C)"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=(2, 3))
+
+
+def build(recipe: Recipe, shape: tuple[int, ...], classes: int, examples: Examples | None = None) -> nn.Module:
+    """The recipe's model on the CPU with its initial weights, for inputs (N, *shape) and `classes` logits.
+
+    The weights of a layer depend on the seed and the layer's name alone, so arms whose shapes agree begin alike.
+    `examples` gives a batch (N, *shape) when lsuv asks for it. Raises RecipeError for a model of the user's own that
+    cannot be made.
+    """
+    norm = factory(recipe.norm)
+    if isinstance(recipe.model, OwnModel):
+        return _own(recipe.model, shape, classes, norm, recipe.train.seed)
+    layers = plan.layers(recipe, shape, classes)
+    assert layers is not None
+    activation = ACTIVATIONS[recipe.model.activation]
+    model = _module(layers, norm, activation)
+    if len(shape) == 3 and recipe.model.kind == "mlp":
+        model = nn.Sequential(OrderedDict([("flatten", nn.Flatten()), *model.named_children()]))
+    initialise(model, recipe.model.init, recipe.train.seed, examples)
+    return model
+
+
+def _module(layer: plan.Layer, norm: NormFactory | None, activation: Callable[[], nn.Module]) -> nn.Module:
+    if isinstance(layer, plan.Sequence):
+        return nn.Sequential(OrderedDict((name, _module(part, norm, activation)) for name, part in layer.layers))
+    if isinstance(layer, plan.Residual):
+        body, shortcut = _module(layer.body, norm, activation), _module(layer.shortcut, norm, activation)
+        return Residual(body, shortcut, activation())
+    if isinstance(layer, plan.Linear):
+        return nn.Linear(layer.inputs, layer.outputs, layer.bias)
+    if isinstance(layer, plan.Conv):
+        padding = layer.kernel // 2
+        return nn.Conv2d(layer.inputs, layer.outputs, layer.kernel, layer.stride, padding, bias=layer.bias)
+    if isinstance(layer, plan.Norm):
+        assert norm is not None
+        return norm(layer.channels)
+    if isinstance(layer, plan.MaxPool):
+        return nn.MaxPool2d(layer.kernel, layer.stride, layer.padding)
+    return GlobalAverage() if isinstance(layer, plan.GlobalAverage) else activation()
+
+
+def _own(section: OwnModel, shape: tuple[int, ...], classes: int, norm: NormFactory | None, seed: int) -> nn.Module:
+    where = f"model.module: {section.module}"
+    module_name, _, function_name = section.module.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a console script's path lacks the current folder, where the user's code stands
+    try:
+        function: Any = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"{where}: {error}; it is looked for in the current folder and the environment") from error
+    torch.manual_seed(stream_seed(seed, "own model"))
+    try:
+        model = function(shape=shape, classes=classes, norm=norm, **section.arguments)
+    except Exception as error:
+        raise RecipeError(
+            f"{where} raised {type(error).__name__}: {error}. It is called with shape={shape}, classes={classes}, "
+            "norm= a function of the channels that makes the norm module (or None), and model.arguments"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise RecipeError(f"{where} returned a {type(model).__name__}; expected a torch.nn.Module")
+    return model
+
+
+# --- initial weights ----------------------------------------------------------------------------------------------
+
+
+def stream_seed(seed: int, name: str) -> int:
+    """The seed of one independent stream of random numbers: `order`, `augment`, or a parameter's name."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1
+
+
+def stream(seed: int, name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(stream_seed(seed, name))
+
+
+def initialise(model: nn.Module, init: Init, seed: int, examples: Examples | None = None) -> None:
+    """Set the weights of linear and convolution layers, in place; their biases become 0.
+
+    gaussian: N(0, std^2). xavier: uniform, Glorot & Bengio 2010, equation 16. he: N(0, 2 / fan-in), He et al. 2015
+    (arXiv 1502.01852). orthogonal: Saxe et al. 2013. lsuv: orthogonal, then unit output variance, Mishkin & Matas 2015.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            generator = stream(seed, f"{name}.weight")
+            if init.kind == "gaussian":
+                assert init.std is not None
+                nn.init.normal_(module.weight, 0.0, init.std, generator=generator)
+            elif init.kind == "xavier":
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+            elif init.kind == "he":
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+            else:
+                nn.init.orthogonal_(module.weight, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    if init.kind == "lsuv":
+        if examples is None:
+            raise ValueError("lsuv needs a batch of examples")
+        _unit_variance(model, examples())
+
+
+@torch.no_grad()
+def _unit_variance(model: nn.Module, examples: Tensor, tolerance: float = 0.1, most: int = 10) -> None:
+    """Scale each layer until its output's variance over a batch is within `tolerance` of 1 (arXiv 1511.06422)."""
+    state = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for layer in [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]:
+        seen: list[Tensor] = []
+        hook = layer.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
+        for _ in range(most):
+            seen.clear()
+            model(examples)
+            deviation = seen[-1].std()
+            if deviation == 0 or abs(deviation.item() ** 2 - 1) < tolerance:
+                break
+            layer.weight.div_(deviation)
+        hook.remove()
+    for name, buffer in model.named_buffers():  # the passes above must not count as batches
+        buffer.copy_(state[name])

@@ -1,0 +1,303 @@
+"""One run: a recipe in, events out. No printing, no hooks, no callbacks."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bncli.engine import data
+from bncli.engine.device import environment, peak_memory_mib, reset_peak_memory, resolve, synchronize
+from bncli.engine.model import build, stream
+from bncli.engine.steps import StepsToTarget
+from bncli.recipe.sections import Adam, AdamW, Cosine, Exponential, Recipe, Sgd, StepDecay
+from bncli.results import (
+    Evaluated,
+    Evaluation,
+    Event,
+    RunFinished,
+    RunResult,
+    RunStarted,
+    Status,
+    StepDone,
+    Target,
+)
+
+EVALUATION_BATCH = 1000  # examples
+LSUV_EXAMPLES = 500
+LOG_EVERY = 20  # steps at most between two looks at the loss; each is a host sync
+
+
+def run(
+    recipe: Recipe,
+    device: str = "auto",
+    *,
+    threads: int | None = None,
+    name: str = "run",
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:
+    """`train` with the recipe's own data on a device by name. Raises DataError and Unavailable besides.
+
+    `threads` is for a CPU; None leaves torch's choice, which is one a core.
+    """
+    on = resolve(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    dataset = data.load(recipe.data, on, data.MEMORY_FORMATS[recipe.train.memory_format])
+    yield from train(recipe, dataset, on, name=name, stop=stop)
+
+
+def train(
+    recipe: Recipe,
+    dataset: data.Dataset,
+    device: torch.device,
+    *,
+    name: str = "run",
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:
+    """Train until the target, the budget, a loss that is not finite, or `stop()`; the last event holds the result.
+
+    `stop` is asked after every step. Raises DataError and RecipeError for what cannot be built.
+    """
+    run = _Run(recipe, dataset, device)
+    budget, every = recipe.train.steps, recipe.train.evaluate_every
+    log_every = min(LOG_EVERY, every)
+    yield RunStarted(name, run.device_name, run.parameters, budget, recipe.train.batch_size, run.target)
+    yield run.evaluate(0, None)
+    run.clock.start()
+    status: Status = "budget"
+    step, reason = 0, None
+    for step, (x, y) in enumerate(islice(run.batches, budget), 1):
+        loss = run.step(x, y)
+        due = step % every == 0 or step == budget
+        if due or step % log_every == 0:
+            value = loss.item()
+            if not math.isfinite(value):
+                status, reason = "diverged", f"the training loss is {value} at step {step}"
+                break
+            yield StepDone(step, value, run.learning_rate, run.clock.samples_per_s(step), run.memory_mib())
+        if due:
+            run.clock.pause(step)
+            yield run.evaluate(step, value)
+            if recipe.train.stop_at_target and run.reached:
+                status = "reached"
+                break
+            run.clock.start()
+        if stop():
+            status = "interrupted"
+            break
+    run.clock.pause(step)
+    yield RunFinished(run.result(status, step, reason))
+
+
+@dataclass
+class Clock:
+    """Training time without evaluations. The first interval is warm-up (lazy initialization, compilation)."""
+
+    batch_size: int
+    device: torch.device
+    now: Callable[[], float] = perf_counter
+    intervals: list[tuple[int, float]] = field(default_factory=list)  # steps, seconds
+    _started: float | None = None
+    _step: int = 0
+
+    def start(self) -> None:
+        self._started = self.now()
+
+    def pause(self, step: int) -> None:
+        if self._started is not None and step > self._step:
+            synchronize(self.device)
+            self.intervals.append((step - self._step, self.now() - self._started))
+            self._step = step
+        self._started = None
+
+    @property
+    def training_s(self) -> float:
+        return sum(seconds for _, seconds in self.intervals)
+
+    def ms_per_step(self) -> float | None:
+        measured = self.intervals[1:] or self.intervals
+        steps = sum(count for count, _ in measured)
+        return 1e3 * sum(seconds for _, seconds in measured) / steps if steps else None
+
+    def samples_per_s(self, step: int) -> float:
+        """Of the interval that is open, for the bar."""
+        seconds = self.now() - self._started if self._started is not None else 0.0
+        return (step - self._step) * self.batch_size / seconds if seconds > 0 else 0.0
+
+
+class _Run:
+    """What one run holds: model, optimizer, data in order, and what it has seen so far."""
+
+    def __init__(self, recipe: Recipe, dataset: data.Dataset, device: torch.device) -> None:
+        train = recipe.train
+        reset_peak_memory(device)
+        self.recipe, self.dataset, self.device = recipe, dataset, device
+        self.target = Target(train.target.metric, train.target.value) if train.target else None
+        self._reach = StepsToTarget(self.target) if self.target else None
+        self.evaluations: list[Evaluation] = []
+        self.evaluation_s = 0.0
+        self.clock = Clock(train.batch_size, device)
+        split = dataset.train
+        order = data.order(len(split), train.batch_size, stream(train.seed, "order"), split.index_device)
+        self.batches = split.batches(order, stream(train.seed, "augment"))
+        model = build(recipe, dataset.shape, dataset.classes, lambda: next(split.chunks(LSUV_EXAMPLES))[0].cpu())
+        model = model.to(device, memory_format=data.MEMORY_FORMATS[train.memory_format])  # type: ignore[call-overload]
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.optimizer = optimizer(recipe, model)
+        self.scheduler = scheduler(recipe, self.optimizer)
+        self.model: nn.Module = torch.compile(model) if train.compile else model  # type: ignore[assignment]
+        self.step = self._make_step()
+        environment_of_run = environment(device)
+        self.environment, self.device_name = environment_of_run, environment_of_run.device
+
+    def _make_step(self) -> Callable[[Tensor, Tensor], Tensor]:
+        model, optimizer, scheduler = self.model, self.optimizer, self.scheduler
+        if self.recipe.train.precision == "fp32" and scheduler is None:
+
+            def plain(x: Tensor, y: Tensor) -> Tensor:
+                loss = F.cross_entropy(model(x), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                return loss.detach()
+
+            return plain
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.recipe.train.precision == "fp16")
+
+        def general(x: Tensor, y: Tensor) -> Tensor:
+            with self._autocast():
+                loss = F.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            if scheduler is not None:
+                scheduler.step()
+            return loss.detach()
+
+        return general
+
+    def _autocast(self) -> Any:
+        precision = self.recipe.train.precision
+        if precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+    @torch.inference_mode()
+    def evaluate(self, step: int, train_loss: float | None) -> Evaluated:
+        """All held-out examples in evaluation mode, with the running statistics."""
+        began = perf_counter()
+        self.model.eval()
+        right = loss = torch.zeros((), device=self.device)
+        count = 0
+        for x, y in self.dataset.held_out_batches(EVALUATION_BATCH):
+            with self._autocast():
+                logits = self.model(x)
+            right = right + (logits.argmax(1) == y).sum()
+            loss = loss + F.cross_entropy(logits.float(), y, reduction="sum")
+            count += len(y)
+        found = Evaluation(step, right.item() / count, loss.item() / count, train_loss)
+        self.model.train()
+        self.evaluations.append(found)
+        if self._reach is not None:
+            self._reach.add(found)
+        self.evaluation_s += perf_counter() - began
+        return Evaluated(found, self.learning_rate)
+
+    @property
+    def reached(self) -> bool:
+        return self._reach is not None and self._reach.steps is not None
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def memory_mib(self) -> float | None:
+        return peak_memory_mib(self.device) if self.device.type == "cuda" else None
+
+    def result(self, status: Status, step: int, reason: str | None) -> RunResult:
+        target = self.target or Target("accuracy", 1.0)
+        values = [found.value(target.metric) for found in self.evaluations]
+        finite = [value for value in values if math.isfinite(value)]
+        best = (max if target.metric == "accuracy" else min)(finite, default=None)
+        ms = self.clock.ms_per_step()
+        return RunResult(
+            status=status,
+            steps_run=step,
+            budget=self.recipe.train.steps,
+            target=self.target,
+            steps_to_target=self._reach.steps if self._reach else None,
+            first_hit=self._reach.first_hit if self._reach else None,
+            final=values[-1] if values else None,
+            best=best,
+            evaluations=tuple(self.evaluations),
+            ms_per_step=ms,
+            samples_per_s=1e3 * self.recipe.train.batch_size / ms if ms else None,
+            training_s=self.clock.training_s,
+            evaluation_s=self.evaluation_s,
+            peak_memory_mib=peak_memory_mib(self.device),
+            parameters=self.parameters,
+            environment=self.environment,
+            reason=reason,
+        )
+
+
+# --- optimizer and schedule ---------------------------------------------------------------------------------------
+
+
+def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """torch's optimizer over two groups: what weight decay applies to, and what it leaves out."""
+    section = recipe.optimizer
+    everything = section.weight_decay_on == "all"
+    decayed = [p for p in model.parameters() if everything or p.dim() > 1]
+    spared = [p for p in model.parameters() if not everything and p.dim() <= 1]
+    groups: list[dict[str, Any]] = [{"params": decayed}]
+    if spared:
+        groups.append({"params": spared, "weight_decay": 0.0})
+    arguments = section.model_dump(exclude={"kind", "weight_decay_on"})
+    kinds: dict[type, type] = {Sgd: torch.optim.SGD, Adam: torch.optim.Adam, AdamW: torch.optim.AdamW}
+    made: torch.optim.Optimizer = _uncompiled(kinds[type(section)])(groups, **arguments)
+    return made
+
+
+@functools.cache
+def _uncompiled(kind: type) -> type:
+    """The same optimizer without wrappers that serve only to compile the optimizer itself.
+
+    torch 2.13's import torch._dynamo at the first call, which took 0.75 s beside 1.1 s for torch: `_use_grad` around
+    step, `_disable_dynamo` around the others. What they wrap is torch's own; step runs without gradients as there.
+    """
+    plain: dict[str, Any] = {name: inspect.unwrap(getattr(kind, name)) for name in ("add_param_group", "zero_grad")}
+    return type(kind.__name__, (kind,), {**plain, "step": torch.no_grad()(inspect.unwrap(getattr(kind, "step")))})  # noqa: B009
+
+
+def learning_rate_factor(recipe: Recipe, step: int) -> float:
+    """What the learning rate is multiplied by for the update after `step` earlier ones."""
+    schedule = recipe.schedule
+    factor = min(1.0, (step + 1) / (schedule.warmup + 1))
+    if isinstance(schedule, Exponential):
+        factor *= schedule.gamma ** (step / schedule.every)
+    elif isinstance(schedule, StepDecay):
+        factor *= schedule.gamma ** sum(step >= milestone for milestone in schedule.milestones)
+    elif isinstance(schedule, Cosine):
+        share = min(1.0, max(0, step - schedule.warmup) / max(1, recipe.train.steps - schedule.warmup))
+        factor *= schedule.final + (1 - schedule.final) * (1 + math.cos(math.pi * share)) / 2
+    return factor
+
+
+def scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR | None:
+    """torch's LambdaLR over the closed form above; None for a constant rate, which then costs nothing a step."""
+    if recipe.schedule.kind == "constant" and recipe.schedule.warmup == 0:
+        return None
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(recipe, step))

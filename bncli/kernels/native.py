@@ -1,0 +1,35 @@
+"""torch's own batch norm behind the seam; in float64 it is the reference that the other kernels are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu}
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize each channel over the batch and the positions (Ioffe & Szegedy 2015, algorithm 1).
+
+    x and residual (N, C, *S); weight and bias (C) or None; activation one of ACTIVATIONS or None, applied after the
+    residual is added. Returns y like x, and the batch's mean and biased variance (C), without gradient.
+    """
+    y = F.batch_norm(x, None, None, weight, bias, training=True, momentum=0.0, eps=eps)
+    if residual is not None:
+        y = y + residual
+    if activation is not None:
+        y = ACTIVATIONS[activation](y)
+    with torch.no_grad():
+        wide = x if x.dtype == torch.float64 else x.float()
+        var, mean = torch.var_mean(wide, dim=[0, *range(2, x.dim())], correction=0)
+    return y, mean, var

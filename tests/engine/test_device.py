@@ -1,0 +1,53 @@
+"""Devices that are not here are refused with the reason; memory and the machine are told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bncli.engine.device import environment, peak_memory_mib, reset_peak_memory, resolve
+from bncli.errors import Unavailable
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_where_there_is_none_is_refused_with_the_reason() -> None:
+    with pytest.raises(Unavailable, match=r"--device cuda: this torch .* cannot use CUDA: .*Use --device cpu") as error:
+        resolve("cuda")
+    assert error.value.exit_code == 3
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is a Metal device")
+def test_mps_where_there_is_none_is_refused_with_the_reason() -> None:
+    with pytest.raises(Unavailable, match="has no Metal device here"):
+        resolve("mps")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cpux", "tpu", "cuda:x", ""])
+def test_a_name_that_is_no_device_is_refused_by_name(name: str) -> None:
+    with pytest.raises(Unavailable, match=f"--device {name}: expected one of auto, cpu, cuda, cuda:N, mps"):
+        resolve(name)
+
+
+def test_auto_takes_what_is_here() -> None:
+    assert resolve("auto").type in ("cpu", "cuda", "mps")
+
+
+def test_peak_memory_counts_from_its_last_reset() -> None:
+    large = torch.ones(64 * 2**20 // 4)
+    with_large = peak_memory_mib(CPU)
+    del large
+    reset_peak_memory(CPU)
+    after = peak_memory_mib(CPU)
+    assert with_large is not None
+    assert after is not None
+    assert with_large - after > 32
+
+
+def test_the_environment_names_versions_and_threads() -> None:
+    found = environment(CPU)
+    assert found.torch == torch.__version__
+    assert found.threads == torch.get_num_threads()
+    assert found.device == "cpu"
+    assert found.driver is None

@@ -1,0 +1,293 @@
+"""One run: its events, its result, what ends it, and that nothing but the recipe decides it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bncli.engine import data
+from bncli.engine.steps import crossing
+from bncli.engine.train import Clock, learning_rate_factor, optimizer, train
+from bncli.recipe.sections import Recipe
+from bncli.results import Evaluated, Event, RunFinished, RunResult, RunStarted, StepDone
+from tests.conftest import tiny
+
+CPU = torch.device("cpu")
+
+
+def events(recipe: Recipe, **arguments: Any) -> list[Event]:
+    return list(train(recipe, data.load(recipe.data, CPU), CPU, **arguments))
+
+
+def run(recipe: Recipe, **arguments: Any) -> RunResult:
+    last = events(recipe, **arguments)[-1]
+    assert isinstance(last, RunFinished)
+    return last.result
+
+
+def losses(recipe: Recipe) -> list[float]:
+    return [event.loss for event in events(recipe) if isinstance(event, StepDone)]
+
+
+# --- events and results -------------------------------------------------------------------------------------------
+
+
+def test_a_run_starts_evaluates_steps_and_finishes_in_that_order() -> None:
+    found = events(tiny(train={"stop_at_target": False}))
+    assert isinstance(found[0], RunStarted)
+    assert isinstance(found[1], Evaluated)
+    assert found[1].evaluation.step == 0
+    assert isinstance(found[-1], RunFinished)
+    steps = [event.evaluation.step for event in found if isinstance(event, Evaluated)]
+    assert steps == list(range(0, 61, 5))
+
+
+def test_the_last_step_is_evaluated_even_off_the_interval() -> None:
+    result = run(tiny(train={"steps": 13, "target": None}))
+    assert [evaluation.step for evaluation in result.evaluations] == [0, 5, 10, 13]
+    assert result.status == "budget"
+    assert result.steps_to_target is None
+
+
+def test_a_run_stops_one_evaluation_past_its_target_and_dates_it_by_the_crossing() -> None:
+    result = run(tiny())
+    assert result.status == "reached"
+    assert result.target is not None
+    assert (result.steps_to_target, result.first_hit) == crossing(result.evaluations, result.target)
+    assert crossing(result.evaluations[:-1], result.target)[0] is None
+    assert result.steps_run < result.budget
+
+
+def test_a_run_told_to_go_on_uses_its_budget_and_keeps_the_same_crossing() -> None:
+    stopped, whole = run(tiny()), run(tiny(train={"stop_at_target": False}))
+    assert whole.steps_run == 60
+    assert whole.steps_to_target == stopped.steps_to_target
+
+
+def test_a_loss_target_is_reached_from_above() -> None:
+    result = run(tiny(train={"target": {"metric": "loss", "value": 0.5}}))
+    assert result.status == "reached"
+    assert result.best == min(evaluation.loss for evaluation in result.evaluations)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_loss_that_is_not_finite_ends_the_run_as_diverged_with_the_step(momentum: float) -> None:
+    sgd = {"kind": "sgd", "lr": 1e30, "momentum": momentum}
+    result = run(tiny(optimizer=sgd, norm={"kind": "none"}))
+    assert result.status == "diverged"
+    assert result.steps_to_target is None
+    assert result.reason is not None
+    assert result.reason.startswith("the training loss is ")
+    assert result.reason.endswith(f"at step {result.steps_run}")
+    assert result.best is not None
+    assert math.isfinite(result.best)
+
+
+def test_stop_is_obeyed_after_the_step_in_progress() -> None:
+    answers = iter([False] * 6 + [True] * 100)
+    result = run(tiny(), stop=lambda: next(answers))
+    assert result.status == "interrupted"
+    assert result.steps_run == 7
+
+
+# --- what decides a run -------------------------------------------------------------------------------------------
+
+
+def test_the_same_recipe_gives_the_same_losses_whatever_the_global_generators_say() -> None:
+    torch.manual_seed(1)
+    one = losses(tiny())
+    torch.manual_seed(2)
+    assert losses(tiny()) == one
+
+
+def test_another_seed_gives_other_losses() -> None:
+    assert losses(tiny()) != losses(tiny(train={"seed": 1}))
+
+
+def test_arms_of_one_seed_see_the_same_batches_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[torch.Tensor]] = {}
+    original = data.InMemory.batches
+
+    def watched(self: data.InMemory, *arguments: Any) -> Iterator[data.Batch]:
+        for x, y in original(self, *arguments):
+            seen[kind].append(x)
+            yield x, y
+
+    monkeypatch.setattr(data.InMemory, "batches", watched)
+    for kind in ("none", "batch"):
+        seen[kind] = []
+        run(tiny(norm={"kind": kind}, train={"steps": 20, "target": None}))
+    assert all(torch.equal(one, other) for one, other in zip(seen["none"], seen["batch"], strict=True))
+    assert len(seen["none"]) == 20
+
+
+def test_the_loop_computes_what_a_hand_written_loop_computes() -> None:
+    recipe = tiny(train={"steps": 20, "target": None})
+    dataset = data.load(recipe.data, CPU)
+    from bncli.engine.model import build, stream
+
+    model = build(recipe, dataset.shape, dataset.classes)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.5)
+    order = data.order(len(dataset.train), 20, stream(0, "order"))
+    expected = []
+    for _, (x, y) in zip(range(20), dataset.train.batches(order), strict=False):
+        loss = nn.functional.cross_entropy(model(x), y)
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        expected.append(loss.item())
+    assert losses(recipe) == expected[4::5]
+
+
+def test_evaluation_leaves_weights_and_running_statistics_alone() -> None:
+    often, rarely = (tiny(train={"evaluate_every": every, "target": None}) for every in (5, 60))
+    assert losses(often)[-1] == losses(rarely)[-1]
+
+
+# --- precision, layout, schedules ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_autocast_trains_to_the_target(precision: str) -> None:
+    assert run(tiny(train={"precision": precision})).status == "reached"
+
+
+def test_channels_last_trains_like_contiguous() -> None:
+    images = {"source": "synthetic", "shape": [2, 6, 6], "classes": 3, "examples": 60, "held_out": 30, "noise": 0.5}
+    model = {"kind": "cnn", "channels": [8]}
+    formats = [
+        tiny(data=images, model=model, train={"memory_format": name, "target": None})
+        for name in ("contiguous", "channels_last")
+    ]
+    one, other = (losses(recipe) for recipe in formats)
+    assert one == pytest.approx(other, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_like_an_eager_one() -> None:
+    eager, compiled = (losses(tiny(train={"compile": wanted, "target": None})) for wanted in (False, True))
+    assert compiled == pytest.approx(eager, rel=1e-3)
+
+
+def factors(schedule: dict[str, Any], steps: int = 10) -> list[float]:
+    recipe = tiny(schedule=schedule, train={"steps": steps})
+    return [learning_rate_factor(recipe, step) for step in range(steps + 1)]
+
+
+def test_schedules_are_their_closed_forms() -> None:
+    assert factors({"kind": "constant"}) == [1.0] * 11
+    assert factors({"kind": "exponential", "gamma": 0.5, "every": 2})[:5] == pytest.approx(
+        [1, 2**-0.5, 0.5, 2**-1.5, 0.25]
+    )
+    assert factors({"kind": "step", "milestones": [3, 6], "gamma": 0.1})[2:8] == pytest.approx(
+        [1, 0.1, 0.1, 0.1, 0.01, 0.01]
+    )
+    cosine = factors({"kind": "cosine", "final": 0.2})
+    assert [cosine[0], cosine[5], cosine[10]] == pytest.approx([1, 0.6, 0.2])
+
+
+def test_warm_up_rises_linearly_to_the_whole_rate() -> None:
+    assert factors({"kind": "constant", "warmup": 4})[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
+
+
+def test_the_schedule_reaches_the_optimizer() -> None:
+    recipe = tiny(schedule={"kind": "step", "milestones": [5], "gamma": 0.1}, train={"steps": 10, "target": None})
+    rates = [event.learning_rate for event in events(recipe) if isinstance(event, Evaluated)]
+    assert rates == pytest.approx([0.5, 0.05, 0.05])
+
+
+@pytest.mark.parametrize(
+    ("section", "kind"),
+    [
+        ({"kind": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True}, torch.optim.SGD),
+        ({"kind": "adam", "lr": 0.01}, torch.optim.Adam),
+        ({"kind": "adamw", "lr": 0.01}, torch.optim.AdamW),
+    ],
+)
+def test_optimizers_are_torchs_and_train(section: dict[str, Any], kind: type) -> None:
+    assert isinstance(optimizer(tiny(optimizer=section), nn.Linear(2, 2)), kind)
+    assert run(tiny(optimizer=section)).status == "reached"
+
+
+def test_weight_decay_can_leave_out_norms_and_biases() -> None:
+    section = {"kind": "sgd", "lr": 0.1, "weight_decay": 0.5, "weight_decay_on": "weights"}
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    decayed, spared = optimizer(tiny(optimizer=section), model).param_groups
+    assert [parameter.shape for parameter in decayed["params"]] == [(4, 3)]
+    assert len(spared["params"]) == 3
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.5, 0.0)
+    (everything,) = optimizer(tiny(optimizer={**section, "weight_decay_on": "all"}), model).param_groups
+    assert len(everything["params"]) == 4
+
+
+# --- the clock ----------------------------------------------------------------------------------------------------
+
+
+def test_throughput_leaves_out_evaluations_and_the_first_interval() -> None:
+    times = iter([0.0, 9.0, 100.0, 102.0, 200.0, 204.0])
+    clock = Clock(batch_size=60, device=CPU, now=lambda: next(times))
+    for step in (10, 20, 30):
+        clock.start()
+        clock.pause(step)
+    assert clock.training_s == 9 + 2 + 4
+    assert clock.ms_per_step() == 1e3 * 6 / 20
+
+
+def test_a_single_interval_is_better_than_no_figure() -> None:
+    times = iter([0.0, 1.0])
+    clock = Clock(batch_size=60, device=CPU, now=lambda: next(times))
+    clock.start()
+    clock.pause(4)
+    assert clock.ms_per_step() == 250
+
+
+def test_a_run_without_a_step_has_no_throughput() -> None:
+    assert Clock(batch_size=60, device=CPU).ms_per_step() is None
+
+
+def test_results_say_where_they_were_made() -> None:
+    result = run(tiny())
+    assert result.environment.torch == torch.__version__
+    assert result.parameters == 8 * 16 + 2 * 16 + 16 * 3 + 3
+    assert result.peak_memory_mib is not None
+    assert result.peak_memory_mib > 50
+    assert replace(result, evaluations=()).samples_per_s is not None
+
+
+# --- devices ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+def test_a_run_on_cuda_reaches_the_target_of_the_cpu_run() -> None:
+    cuda = torch.device("cuda")
+    recipe = tiny()
+    last = list(train(recipe, data.load(recipe.data, cuda), cuda))[-1]
+    assert isinstance(last, RunFinished)
+    assert last.result.status == "reached"
+    assert last.result.steps_to_target == pytest.approx(run(recipe).steps_to_target, rel=0.2)
+
+
+@pytest.mark.cuda
+def test_steps_between_two_looks_at_the_loss_do_not_wait_for_the_gpu() -> None:
+    cuda = torch.device("cuda")
+    recipe = tiny(train={"evaluate_every": 60, "target": None, "steps": 60})
+    found = train(recipe, data.load(recipe.data, cuda), cuda)
+    for event in found:
+        if isinstance(event, Evaluated):
+            break
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            list(found)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    # Three looks at the loss and the figures of one evaluation, in 60 steps.
+    assert len([wait for wait in waits if "synchroniz" in str(wait.message)]) < 12

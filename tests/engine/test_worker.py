@@ -1,0 +1,114 @@
+"""The process that takes runs: its protocol, what it refuses, and that it dies with its driver."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bncli.plain_data import from_plain
+from bncli.recipe.file import plain
+from bncli.recipe.sections import Recipe
+from bncli.results import RunResult
+from tests.conftest import tiny
+
+
+class Driver:
+    def __init__(self, device: str = "cpu", cwd: Path | None = None) -> None:
+        command = [sys.executable, "-m", "bncli.engine.worker", "--device", device, "--threads", "1"]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=cwd)
+
+    def give(self, key: str, recipe: Recipe) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"key": key, "recipe": plain(recipe)}) + "\n")
+        self.process.stdin.flush()
+
+    def hear(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        return dict(json.loads(self.process.stdout.readline()))
+
+    def outcome(self) -> dict[str, Any]:
+        """The next message that is not about progress."""
+        while "step" in (message := self.hear()):
+            pass
+        return message
+
+
+@pytest.fixture
+def driver() -> Iterator[Driver]:
+    started = Driver()
+    yield started
+    started.process.kill()
+    with started.process:
+        pass
+
+
+def test_a_worker_says_hello_then_takes_many_runs(driver: Driver) -> None:
+    assert driver.hear() == {"hello": "cpu", "gpus": 0}
+    for key in ("one", "two"):
+        driver.give(key, tiny())
+        message = driver.outcome()
+        result = from_plain(RunResult, message["result"])
+        assert message["key"] == key
+        assert result.status == "reached"
+        assert result.environment.threads == 1
+
+
+def test_a_run_that_raises_is_a_failure_with_its_reason_and_the_worker_goes_on(driver: Driver) -> None:
+    driver.hear()
+    images = {"source": "synthetic", "shape": [3, 4, 4], "classes": 3, "examples": 40, "held_out": 10}
+    driver.give(
+        "bad", tiny(data=images, model={"kind": "resnet", "depth": 20}, norm={"kind": "batch"}, train={"batch_size": 1})
+    )
+    failure = driver.outcome()
+    assert failure["key"] == "bad"
+    assert failure["failure"].startswith("ValueError: Expected more than 1 value per channel")
+    driver.give("good", tiny())
+    assert driver.outcome()["result"]["status"] == "reached"
+
+
+def test_missing_data_refuse_every_run_with_the_exit_code(driver: Driver, tmp_path: Path) -> None:
+    driver.hear()
+    missing = str(tmp_path / "none.npz")
+    driver.give("run", tiny(data={"source": "npz", "path": missing, "held_out": 5}))
+    message = driver.outcome()
+    assert missing in message["refused"]
+    assert message["exit_code"] == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_absent_device_is_refused_before_any_run() -> None:
+    absent = Driver("cuda")
+    message = absent.hear()
+    absent.process.communicate()
+    assert message["exit_code"] == 3
+    assert message["refused"].startswith("--device cuda: this torch")
+
+
+def test_a_worker_in_the_middle_of_a_run_dies_when_its_driver_is_gone(driver: Driver) -> None:
+    driver.hear()
+    driver.give("long", tiny(train={"steps": 10**9, "target": None}))
+    assert "step" in driver.hear()
+    assert driver.process.stdin is not None
+    driver.process.stdin.close()
+    assert driver.process.wait(timeout=20) == 0
+
+
+def test_what_a_users_model_prints_stays_out_of_the_protocol(tmp_path: Path) -> None:
+    (tmp_path / "loud.py").write_text(
+        "from torch import nn\n"
+        "def make(shape, classes, norm):\n    print('hello {')\n    return nn.Linear(shape[0], classes)\n"
+    )
+    loud = Driver(cwd=tmp_path)
+    loud.hear()
+    loud.give("run", tiny(model={"kind": "module", "module": "loud:make"}, norm={"kind": "none"}))
+    assert loud.outcome()["key"] == "run"
+    loud.process.kill()
+    assert "hello {" in loud.process.communicate()[1]
