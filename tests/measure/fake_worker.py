@@ -1,0 +1,47 @@
+"""A worker that speaks the protocol without torch; what a run does is written in its recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+
+
+def say(**message: object) -> None:
+    print(json.dumps(message), flush=True)
+
+
+def main() -> None:
+    device = sys.argv[sys.argv.index("--device") + 1]
+    if device == "absent":
+        say(refused="--device absent: is not here", exit_code=3)
+        return
+    if device == "broken":
+        print("ImportError: no such library", file=sys.stderr)
+        sys.exit(1)
+    say(hello=device, gpus=2 if device == "cuda" else 0)
+    for line in sys.stdin:
+        job = json.loads(line)
+        key, act = job["key"], job["act"]
+        say(key=key, step=1, value=0.5)
+        if act == "die":
+            print("last words", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if act == "exit":
+            os._exit(7)
+        if act == "fail":
+            say(key=key, failure="ValueError: no")
+            continue
+        if act == "sleep":
+            time.sleep(60)
+        if act == "refuse":
+            say(refused="data.path: there is no file", exit_code=2)
+            return
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        say(key=key, result={"pid": os.getpid(), "threads": os.environ["OMP_NUM_THREADS"], "visible": visible})
+
+
+if __name__ == "__main__":
+    main()
