@@ -1,0 +1,242 @@
+"""What the results say, in words and figures: the cells that table, Markdown and HTML share. No rich here."""
+
+from __future__ import annotations
+
+import json
+import math
+import string
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bncli.results import (
+    ArmSummary,
+    Comparison,
+    ComparisonPlan,
+    Environment,
+    Interval,
+    Ratio,
+    Target,
+)
+
+UNKNOWN = "–"
+LETTERS = string.ascii_lowercase + string.ascii_uppercase  # one an arm, where a curve has no room for its name
+METHODS = {
+    "geometric mean": "Steps to target: geometric mean over seeds (Student's t on log steps).",
+    "median": "median: with some runs past their budget (order statistics).",
+    "bound": "> {budget}: at least half of the runs missed the target within their {budget} steps.",
+    "welch": "Times fewer: steps of {reference} over the arm's (Welch's t on log steps).",
+    "rank": "Times fewer where runs missed: ratio of medians (Gehan's rank test, inverted).",
+    "bounded ratio": "Times fewer as > or <: a bound by Gehan's test, as at least half of an arm's runs missed.",
+}
+
+
+# --- figures ------------------------------------------------------------------------------------------------------
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    """A number to `digits` significant digits, never fewer than its whole part has; an en dash for an unknown one."""
+    if value is None:
+        return UNKNOWN
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    exponent = int(f"{value:.{digits - 1}e}".split("e")[1])
+    if exponent < -4:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:,.{max(0, digits - 1 - exponent)}f}"
+
+
+def metric_figure(value: float | None, metric: str) -> str:
+    """An accuracy as a share of 1 to four decimals; a loss to four significant digits."""
+    if value is None or metric != "accuracy" or not math.isfinite(value):
+        return figure(value, 4)
+    return f"{value:.4f}"
+
+
+def interval_figure(interval: Interval) -> str:
+    """`9.81–14.9`; with one open side `> 9.81` or `< 14.9`; empty when nothing bounds it."""
+    if interval.low is not None and interval.high is not None:
+        return f"{figure(interval.low)}–{figure(interval.high)}"
+    if interval.low is not None:
+        return f"> {figure(interval.low)}"
+    return f"< {figure(interval.high)}" if interval.high is not None else ""
+
+
+def setting(value: Any) -> str:
+    """A recipe's value as its file would spell it."""
+    return f"{value:.12g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+
+
+def encodable(text: str, encoding: str) -> str:
+    """The text in characters that an output of this encoding can show: a hyphen for a dash, ? for what it lacks."""
+    try:
+        text.encode(encoding)
+        return text
+    except (UnicodeEncodeError, LookupError):
+        return text.replace(UNKNOWN, "-").encode("ascii", "replace").decode()
+
+
+def short_names(fields: Mapping[str, Any] | tuple[str, ...]) -> dict[str, str]:
+    """Each dotted field's last part, or all of it where two fields end alike."""
+    last = [field.rsplit(".", 1)[-1] for field in fields]
+    return {field: name if last.count(name) == 1 else field for field, name in zip(fields, last, strict=True)}
+
+
+def target_words(target: Target) -> str:
+    return f"held-out {target.metric} {setting(target.value)}"
+
+
+# --- cells: (the figure, what stands under or beside it) ----------------------------------------------------------
+
+Cell = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Column:
+    header: Cell
+    cells: tuple[Cell, ...]
+    words: bool = False  # flush left, and may wrap
+    grid: bool = False  # the arm's value of a grid field: may move under the arm's name
+    extra: bool = False  # shown only where there is room
+
+
+def header_words(column: Column) -> str:
+    """A column's header on one line: `steps to target`, `samples/s`."""
+    first, second = column.header
+    return first + second if second.startswith("/") else f"{first} {second}".strip()
+
+
+def joined(cell: Cell) -> str:
+    """A cell on one line, its second part as an aside."""
+    return f"{cell[0]} ({cell[1]})" if cell[1] else cell[0]
+
+
+def steps_cell(arm: ArmSummary, budget: int) -> Cell:
+    span = interval_figure(arm.steps.interval)
+    if arm.steps.value is not None:
+        return "median " * (arm.steps.method == "median") + figure(arm.steps.value), span
+    if arm.runs == 0:
+        return UNKNOWN, ""
+    if arm.diverged == arm.runs:
+        return "diverged", ""
+    low = arm.steps.interval.low
+    return f"> {figure(budget)}", span if low is not None and low < budget else ""
+
+
+def ratio_cell(ratio: Ratio | None) -> Cell:
+    if ratio is None:
+        return "1", "reference"
+    span = interval_figure(ratio.interval)
+    if ratio.value is None:
+        return (f"{span}x", "") if span else (UNKNOWN, "")
+    return f"{figure(ratio.value)}x", span
+
+
+def best_point_cell(arm: ArmSummary, field: str) -> Cell:
+    if field not in arm.point:
+        return UNKNOWN, ""
+    return setting(arm.point[field]) + "*" * (field in arm.at_edge), "fixed" * (field in arm.fixed)
+
+
+def p_figure(value: float | None) -> str:
+    return "< 0.0001" if value is not None and value < 1e-4 else figure(value, 2)
+
+
+def comparison_columns(comparison: Comparison) -> list[Column]:
+    """The comparison's table as text, column by column: one cell an arm, in the order of `comparison.arms`."""
+    plan, metric = comparison.plan, comparison.plan.target.metric
+
+    def column(first: str, second: str, cell: Callable[[ArmSummary], Cell | str], **flags: bool) -> Column:
+        made = [cell(arm) for arm in comparison.arms]
+        return Column((first, second), tuple(c if isinstance(c, tuple) else (c, "") for c in made), **flags)
+
+    grid = [
+        column(name, "", lambda arm, field=field: best_point_cell(arm, field), grid=True)  # type: ignore[misc]
+        for field, name in short_names(plan.grid).items()
+    ]
+    return [
+        column("arm", "", lambda arm: arm.arm, words=True),
+        *grid,
+        column("hits", "", lambda arm: f"{arm.hits}/{arm.runs}"),
+        column("steps to", "target", lambda arm: steps_cell(arm, plan.budget)),
+        column("first hit", "", lambda arm: figure(arm.first_hit), extra=True),
+        column("times", "fewer", lambda arm: ratio_cell(arm.ratio)),
+        column("p", "(Holm)", lambda arm: p_figure(arm.ratio.holm_p_value if arm.ratio else None), extra=True),
+        column("best", metric, lambda arm: metric_figure(arm.best, metric)),
+        column("samples", "/s", lambda arm: figure(arm.samples_per_s)),
+        column("ms/step", "", lambda arm: figure(arm.ms_per_step), extra=True),
+        column("memory", "MiB", lambda arm: figure(arm.peak_memory_mib)),
+        column("parameters", "", lambda arm: figure(arm.parameters), extra=True),
+    ]
+
+
+def title(comparison: Comparison) -> str:
+    return f"{comparison.plan.name}: optimizer steps to {target_words(comparison.plan.target)}"
+
+
+def subtitle(plan: ComparisonPlan) -> str:
+    seeds = len(plan.report_seeds)
+    return f"{plan.data}; {seeds} fresh seed{'s' * (seeds != 1)} an arm; budget {figure(plan.budget)} steps"
+
+
+def environments(comparison: Comparison) -> list[str]:
+    """Each machine and set of versions that the runs were made with, once, without the date."""
+    found = [run.result.environment for run in comparison.runs if run.result is not None]
+    return list(dict.fromkeys(environment_words(environment) for environment in found))
+
+
+def environment_words(made: Environment) -> str:
+    threads = f"{made.threads} thread{'s' * (made.threads != 1)} a run"
+    driver = [f"driver {made.driver}"] if made.driver else []
+    versions = [f"torch {made.torch}", f"Python {made.python}", f"bncli {made.bncli}"]
+    return ", ".join([f"{made.device} ({made.processor}, {made.platform})", threads, *driver, *versions])
+
+
+def footnotes(comparison: Comparison) -> list[str]:
+    """What a reader has to know beside the figures: the comparison's own notes, the marks, the methods, the machine."""
+    lines = list(comparison.notes)
+    if any(arm.at_edge for arm in comparison.arms):
+        lines.append("*: the best value is at the edge of its grid.")
+    if any(arm.fixed for arm in comparison.arms):
+        lines.append("fixed: set by the arm itself, so not tuned.")
+    if any(arm.runs for arm in comparison.arms):
+        lines.append(" ".join(_methods(comparison)))
+    return [*lines, *(f"Made on {words}." for words in environments(comparison))]
+
+
+def _methods(comparison: Comparison) -> Iterator[str]:
+    plan = comparison.plan
+    started = [arm for arm in comparison.arms if arm.runs]
+    used: set[str] = {arm.steps.method for arm in started if arm.steps.method != "bound"}
+    used |= {"bound" for arm in started if arm.steps.value is None and arm.diverged < arm.runs}
+    ratios = [arm.ratio for arm in started if arm.ratio]
+    used |= {ratio.method for ratio in ratios if ratio.method in ("welch", "rank")}
+    used |= {"bounded ratio" for ratio in ratios if ratio.value is None and interval_figure(ratio.interval)}
+    for method, words in METHODS.items():
+        if method in used:
+            yield words.format(budget=figure(plan.budget), reference=plan.reference)
+    yield f"Intervals are 95%. Best {plan.target.metric} and samples/s are medians over seeds, memory is the largest."
+
+
+# --- curves -------------------------------------------------------------------------------------------------------
+
+
+def curve_points(arm: ArmSummary) -> list[tuple[float, float, float, float]]:
+    """The curve's (step, median, lower, upper quartile) that a log axis can show: after step 0, and finite."""
+    return [point for point in arm.curve if point[0] > 0 and all(map(math.isfinite, point))]
+
+
+def metric_range(comparison: Comparison) -> tuple[float, float] | None:
+    """What a metric axis shows: all medians and the target, but no loss far above where the arms began."""
+    curves = [points for points in map(curve_points, comparison.arms) if points]
+    if not curves:
+        return None
+    target = comparison.plan.target
+    values = [point[1] for points in curves for point in points] + [target.value]
+    low, high = min(values), max(values)
+    if target.metric == "loss":
+        high = min(high, 1.2 * max(target.value, *(points[0][1] for points in curves)))
+    margin = 0.04 * ((high - low) or abs(high) or 1.0)
+    return low - margin, high + margin

@@ -1,0 +1,316 @@
+"""Comparisons of every shape that the renderings must bear, built by hand: no training, no statistics."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bncli.results import (
+    ArmSummary,
+    Comparison,
+    ComparisonPlan,
+    Environment,
+    Evaluation,
+    Interval,
+    Ratio,
+    RunRecord,
+    RunResult,
+    Steps,
+    Target,
+    TuningCell,
+)
+
+ENVIRONMENT = Environment(
+    bncli="0.1.0",
+    python="3.12.1",
+    torch="2.13.0",
+    platform="Linux x86_64",
+    processor="Example CPU <4 GHz>",
+    device="cpu",
+    driver=None,
+    threads=1,
+    date="2026-01-02T03:04:05+00:00",
+)
+GRID = {"optimizer.lr": (0.03, 0.1, 0.3, 1.0, 3.0)}
+BUDGET = 3000
+NOTHING = Interval(None, None)
+
+
+def run_result(steps: float | None, *, status: str = "reached", tau: float = 300.0, loss: bool = False) -> RunResult:
+    """A run whose accuracy follows 0.1 + 0.87 (1 - exp(-step / tau)), evaluated every 10 steps up to its target."""
+    last = BUDGET if steps is None else int(steps) + 20
+    at = list(range(0, last, max(10, last // 1000 * 50)))
+    seen = [0.1 + 0.87 * (1 - math.exp(-step / tau)) for step in at]
+    evaluations = tuple(
+        Evaluation(step=s, accuracy=a, loss=2.3 * (1 - a), train_loss=None if s == 0 else 2.2 * (1 - a))
+        for s, a in zip(at, seen, strict=True)
+    )
+    return RunResult(
+        status=status,  # type: ignore[arg-type]
+        steps_run=last,
+        budget=BUDGET,
+        target=Target("loss", 0.1) if loss else Target("accuracy", 0.95),
+        steps_to_target=steps,
+        first_hit=None if steps is None else math.ceil(steps / 10) * 10,
+        final=seen[-1],
+        best=max(seen),
+        evaluations=evaluations,
+        ms_per_step=1.3333,
+        samples_per_s=45000.0,
+        training_s=last * 1.3333e-3,
+        evaluation_s=0.31,
+        peak_memory_mib=412.25,
+        parameters=27910,
+        environment=ENVIRONMENT,
+        reason="loss is nan at step 12" if status == "diverged" else None,
+    )
+
+
+def curve(tau: float, last: int, loss: bool = False) -> tuple[tuple[float, float, float, float], ...]:
+    points = []
+    for step in range(0, last, max(10, last // 100)):
+        accuracy = 0.1 + 0.87 * (1 - math.exp(-step / tau))
+        spread = 0.1 * math.exp(-step / tau) + 0.004
+        middle = 2.3 * (1 - accuracy) if loss else accuracy
+        points.append((float(step), middle, middle - spread, middle + spread))
+    return tuple(points)
+
+
+def arm_summary(name: str, runs: list[RunRecord], *, tau: float, **changes: Any) -> ArmSummary:
+    mine = [run.result for run in runs if run.arm == name and run.phase == "report" and run.result is not None]
+    steps = [result.steps_to_target for result in mine if result.steps_to_target is not None]
+    mean = math.exp(sum(map(math.log, steps)) / len(steps)) if steps and len(steps) == len(mine) else None
+    last = int(max(steps)) + 20 if mean is not None else BUDGET
+    full = ArmSummary(
+        arm=name,
+        point={"optimizer.lr": 0.3},
+        fixed=(),
+        at_edge=(),
+        hits=len(steps),
+        runs=len(mine),
+        steps=Steps(mean, Interval(0.9 * mean, 1.1 * mean), "geometric mean")
+        if mean is not None
+        else Steps(None, NOTHING, "bound"),
+        first_hit=mean and mean + 6,
+        ratio=None,
+        best=0.9612 if mine else None,
+        samples_per_s=45231.4 if mine else None,
+        ms_per_step=1.3333 if mine else None,
+        peak_memory_mib=412.25 if mine else None,
+        parameters=27910 if mine else None,
+        diverged=sum(result.status == "diverged" for result in mine),
+        failures=(),
+        tuning=(),
+        curve=curve(tau, last) if mine else (),
+    )
+    return replace(full, **changes)
+
+
+def tuning(*steps: float | str | None, field: str = "optimizer.lr") -> tuple[TuningCell, ...]:
+    """A cell a value of the grid: steps of three runs that hit, "diverged", or None for three runs that never did."""
+    return tuple(
+        TuningCell({field: value}, 0, 3, None, diverged=3)
+        if isinstance(cell, str)
+        else TuningCell({field: value}, 0 if cell is None else 3, 3, cell)
+        for value, cell in zip(GRID["optimizer.lr"], steps, strict=True)
+    )
+
+
+def report_runs(arm: str, steps: list[float | None], tau: float, status: str = "budget") -> list[RunRecord]:
+    return [
+        RunRecord(
+            key=f"{arm}-{seed}".replace(" ", "-"),
+            arm=arm,
+            point={"optimizer.lr": 0.3},
+            seed=100 + seed,
+            phase="report",
+            result=run_result(each, tau=tau, status="reached" if each is not None else status),
+        )
+        for seed, each in enumerate(steps)
+    ]
+
+
+def comparison(arms: list[ArmSummary], runs: list[RunRecord], **changes: Any) -> Comparison:
+    grid = changes.pop("grid", GRID)
+    notes = changes.pop("notes", ("The ratio is this table's own; the paper's 14x is another net on other data.",))
+    plan = ComparisonPlan(
+        name="digits",
+        arms=tuple(arm.arm for arm in arms),
+        fixed={arm.arm: arm.fixed for arm in arms if arm.fixed},
+        grid=grid,
+        reference=arms[0].arm,
+        tune_seeds=(0, 1, 2),
+        report_seeds=tuple(range(100, 110)),
+        target=changes.pop("target", Target("accuracy", 0.95)),
+        budget=BUDGET,
+        evaluate_every=10,
+        data="digits, 1,297 training and 500 held-out examples",
+        recipes={arm.arm: {"optimizer": {"kind": "sgd", "lr": 0.3}, "hidden": [100, 100, 100]} for arm in arms},
+    )
+    planned = changes.pop("planned_runs", len(runs))
+    return Comparison(plan=plan, arms=tuple(arms), notes=notes, runs=tuple(runs), planned_runs=planned)
+
+
+def spread(middle: float, n: int = 10) -> list[float | None]:
+    """n values around `middle`, up to about 15 % away."""
+    return [middle * (1 + 0.15 * math.sin(2.4 * k)) for k in range(n)]
+
+
+WELCH = Ratio(12.13, Interval(9.81, 14.94), "welch", 1e-9, 2e-9)
+
+
+def two_arms() -> Comparison:
+    runs = report_runs("plain", spread(812), 250) + report_runs("batch norm", spread(67), 20)
+    plain = arm_summary(
+        "plain", runs, tau=250, point={"optimizer.lr": 3.0}, at_edge=("optimizer.lr",),
+        tuning=tuning(None, 2711.0, 1712.4, 903.0, 806.1),
+    )  # fmt: skip
+    batch = arm_summary("batch norm", runs, tau=20, ratio=WELCH, tuning=tuning(175.2, 98.0, 61.3, 64.0, "diverged"))
+    return comparison([plain, batch], runs)
+
+
+def six_arms() -> Comparison:
+    """Long names, a fixed field, runs that miss: a median, a bound, an arm that diverged, one that failed."""
+    names = [
+        "plain",
+        "batch norm",
+        "batch norm with a learning rate x5",
+        "rectified linear units instead of sigmoid",
+        "careful xavier initialization",
+        "small learning rate",
+    ]
+    some = [*spread(1900, 7), None, None, None]
+    runs = (
+        report_runs(names[0], spread(812), 250)
+        + report_runs(names[1], spread(67), 20)
+        + report_runs(names[2], spread(45), 14)
+        + report_runs(names[3], some, 700)
+        + report_runs(names[4], [None] * 4 + spread(2800, 2), 1500)
+        + report_runs(names[5], [None] * 5, 9000, status="diverged")
+    )
+    failed = RunRecord("k", names[4], {"optimizer.lr": 0.3}, 106, "report", None, "worker killed by signal 9")
+    arms = [
+        arm_summary(names[0], runs, tau=250, tuning=tuning(None, 2711.0, 1712.4, 903.0, 806.1)),
+        arm_summary(names[1], runs, tau=20, ratio=WELCH, tuning=tuning(175.2, 98.0, 61.3, 64.0, "diverged")),
+        arm_summary(
+            names[2], runs, tau=14, ratio=Ratio(18.04, Interval(14.2, 22.9), "welch", 1e-10, 4e-10),
+            fixed=("optimizer.lr",), point={"optimizer.lr": 1.5},
+        ),
+        arm_summary(
+            names[3], runs, tau=700, steps=Steps(1911.0, Interval(1750.2, None), "median"), first_hit=1920.0,
+            ratio=Ratio(0.425, Interval(None, 0.61), "rank", 0.004, 0.012), tuning=tuning(None, None, 2100, 1900, None),
+        ),
+        arm_summary(
+            names[4], runs, tau=1500, ratio=Ratio(None, Interval(None, 0.29), "bound", 0.002, 0.008),
+            failures=("seed 106: worker killed by signal 9",), tuning=tuning(None, None, None, 2900, None),
+        ),
+        arm_summary(
+            names[5], runs, tau=9000, ratio=Ratio(None, NOTHING, "none", None, None), best=None,
+            tuning=tuning("diverged", "diverged", "diverged", "diverged", "diverged"),
+        ),
+    ]  # fmt: skip
+    notes = (
+        "52 of 56 runs are done, 1 failed; the figures rest on those",
+        f"{names[4]}: failed: seed 106: worker killed by signal 9",
+        f"{names[5]}: 5 of 5 runs diverged and count as misses",
+    )
+    return comparison(arms, [*runs, failed], planned_runs=len(runs) + 5, notes=notes)
+
+
+def censored_reference() -> Comparison:
+    """The depth case: the plain arm never learns, so that the other's ratio is a bound."""
+    runs = report_runs("plain", [None] * 10, 1e6) + report_runs("batch norm", spread(240), 70)
+    plain = arm_summary("plain", runs, tau=1e6, best=0.11, tuning=tuning(*[None] * 5))
+    batch = arm_summary(
+        "batch norm", runs, tau=70, ratio=Ratio(None, Interval(11.42, None), "bound", 1e-5, 1e-5),
+        tuning=tuning(700, 400, 251, 230, None),
+    )  # fmt: skip
+    return comparison([plain, batch], runs)
+
+
+def no_runs_yet() -> Comparison:
+    arms = [arm_summary(name, [], tau=1) for name in ("plain", "batch norm")]
+    unknown = Ratio(None, NOTHING, "none", None, None)
+    arms = [replace(arms[0], point={}), replace(arms[1], point={}, ratio=unknown)]
+    return comparison(arms, [], planned_runs=54)
+
+
+def two_fields() -> Comparison:
+    grid = {"optimizer.lr": (0.1, 0.3, 1.0), "optimizer.momentum": (0.0, 0.9)}
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    runs = report_runs("plain", spread(812), 250) + report_runs("batch norm", spread(67), 20)
+    cells = {"plain": (2711.0, 903, 806, 451, None, 433), "batch norm": (98.0, 61, 64, 55, 51, 70)}
+    filled = {
+        name: tuple(
+            TuningCell(point, 3 if steps else 0, 3, steps) for point, steps in zip(points, each, strict=True)
+        )
+        for name, each in cells.items()
+    }  # fmt: skip
+    best = {"optimizer.lr": 1.0, "optimizer.momentum": 0.9}
+    other = {"optimizer.lr": 1.0, "optimizer.momentum": 0.0}
+    arms = [
+        arm_summary("plain", runs, tau=250, point=best, at_edge=tuple(grid), tuning=filled["plain"]),
+        arm_summary("batch norm", runs, tau=20, point=other, ratio=WELCH, at_edge=("optimizer.lr",),
+                    fixed=("optimizer.momentum",), tuning=filled["batch norm"]),
+    ]  # fmt: skip
+    return comparison(arms, runs, grid=grid)
+
+
+def no_grid() -> Comparison:
+    found = two_arms()
+    arms = [replace(arm, point={}, at_edge=(), tuning=()) for arm in found.arms]
+    return comparison(arms, list(found.runs), grid={}, notes=())
+
+
+def falling_loss() -> Comparison:
+    found = two_arms()
+    arms = [
+        replace(arm, best=0.0871, curve=curve(tau, 1000 if tau > 100 else 110, loss=True))
+        for arm, tau in zip(found.arms, (250, 20), strict=True)
+    ]
+    return comparison(arms, list(found.runs), target=Target("loss", 0.1))
+
+
+EXAMPLES = {
+    "two arms": two_arms,
+    "six arms": six_arms,
+    "censored reference": censored_reference,
+    "no runs yet": no_runs_yet,
+    "two fields": two_fields,
+    "no grid": no_grid,
+    "falling loss": falling_loss,
+}
+
+
+@pytest.fixture(scope="session")
+def examples() -> dict[str, Comparison]:
+    return {name: make() for name, make in EXAMPLES.items()}
+
+
+@pytest.fixture(params=EXAMPLES)
+def example(request: pytest.FixtureRequest, examples: dict[str, Comparison]) -> Comparison:
+    return examples[request.param]
+
+
+@pytest.fixture(scope="session")
+def make_result() -> Any:
+    return run_result
+
+
+@pytest.fixture(scope="session")
+def show() -> Any:
+    """Renders as on a pipe: no colour, a fixed width, the given encoding."""
+
+    def shown(renderable: Any, width: int = 80, encoding: str = "utf-8") -> str:
+        file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+        Console(file=file, width=width, no_color=True, legacy_windows=False).print(renderable)
+        file.seek(0)
+        return file.read()
+
+    return shown
