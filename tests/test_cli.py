@@ -1,0 +1,376 @@
+"""The door as a user meets it: what is printed where, exit codes, folders, and what happens when things go wrong."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bncli.cli import main
+from bncli.recipe.file import load
+from bncli.report.record import result_from_json
+
+RECIPE = """
+data: {source: synthetic, shape: [8], classes: 3, examples: 120, held_out: 60, noise: 0.5}
+model: {kind: mlp, hidden: [16], activation: relu}
+optimizer: {kind: sgd, lr: 0.5}
+train: {steps: 60, batch_size: 20, evaluate_every: 5, target: {value: 0.9}}
+arms:
+  plain: {}
+  normed: {norm: batch}
+grid: {optimizer.lr: [0.1, 0.5]}
+seeds: {tune: 1, report: 2}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    return "small.yaml"
+
+
+def bncli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code of a call in this process."""
+    monkeypatch.setattr(sys, "argv", ["bncli", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    return int(left.value.code or 0)
+
+
+def process(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-m", "bncli", *arguments], text=True, **options)
+
+
+# --- train --------------------------------------------------------------------------------------------------------
+
+
+def test_train_ends_with_a_table_on_stdout_and_talk_on_stderr(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bncli(monkeypatch, "train", recipe) == 0
+    out, err = capsys.readouterr()
+    for word in ("steps to target", "samples/s", "ms/step", "memory", "accuracy"):
+        assert word in out.lower()
+    assert "Saved in runs/small/" in err
+    assert "\x1b" not in out + err
+
+
+def test_a_run_folder_holds_the_resolved_recipe_the_metrics_and_the_result(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bncli(monkeypatch, "train", recipe, "--out", "run", "--set", "optimizer.lr=0.3", "--json", "--quiet") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    result = result_from_json(out)
+    assert json.loads(Path("run/result.json").read_text()) == json.loads(out)
+    events = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert sum(event["event"] == "evaluated" for event in events) == len(result.evaluations)
+    resolved = load("run/recipe.yaml")
+    assert resolved.base.optimizer.lr == 0.3
+    assert bncli(monkeypatch, "train", "run/recipe.yaml", "--out", "again", "--json", "-q") == 0
+    again = result_from_json(capsys.readouterr().out)
+    assert again.evaluations == result.evaluations
+
+
+def test_a_folder_with_a_run_is_not_written_over_unless_forced(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bncli(monkeypatch, "train", recipe, "-o", "run", "-q") == 0
+    assert bncli(monkeypatch, "train", recipe, "-o", "run", "-q") == 2
+    assert (
+        "--out run: holds a run already; choose another folder or write over it with --force" in capsys.readouterr().err
+    )
+    assert bncli(monkeypatch, "train", recipe, "-o", "run", "-q", "--force") == 0
+
+
+def test_train_takes_an_arm_by_name(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bncli(monkeypatch, "train", recipe, "--arm", "normed", "-o", "run") == 0
+    assert load("run/recipe.yaml").base.norm.kind == "batch"
+    assert bncli(monkeypatch, "train", recipe, "--arm", "normd") == 2
+    assert "--arm normd: did you mean normed?" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_leaves_with_4_and_keeps_its_result(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bncli(monkeypatch, "train", recipe, "--set", "optimizer.lr=1e30", "-o", "run") == 4
+    assert "diverged" in capsys.readouterr().out
+    assert json.loads(Path("run/result.json").read_text())["status"] == "diverged"
+
+
+def test_a_missed_target_is_an_error_only_when_it_is_required(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missed = ("train", recipe, "--set", "train.steps=5")
+    assert bncli(monkeypatch, *missed) == 0
+    assert "> 5" in capsys.readouterr().out
+    assert bncli(monkeypatch, *missed, "--require-target") == 1
+
+
+def test_a_run_that_gives_up_before_its_first_step_leaves_no_folder(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert bncli(monkeypatch, "train", recipe, "--set", "data={source: npz, path: none.npz}") == 2
+    assert not Path("runs").exists()
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train", "smal.yaml"], 2, "bncli: smal.yaml: there is no such file; did you mean small.yaml?"),
+        (
+            ["train", "small.yaml", "--set", "norm=no"],
+            2,
+            '--set norm=no: norm.kind: expected none, batch, layer, group or instance, found "no"; did you mean none?',
+        ),
+        (["train", "small.yaml", "--set", "optimizer.lt=1"], 2, "optimizer.lt: unknown key; did you mean lr?"),
+        (["train", "small.yaml", "--set", "norm={kind: batch, kernel: fused}"], 3, "fused is not part of this version"),
+        (["train", "small.yaml", "--device", "gpu"], 3, "--device gpu: expected one of auto, cpu, cuda, cuda:N, mps"),
+        (["train", "small.yaml", "--set", "data={source: npz, path: a.npz, held_out: 3}"], 2, "a.npz"),
+        (["train", "small.yaml", "--set", "model={kind: module, module: mine:make}"], 2, "allow it with --allow-code"),
+        (["compare"], 2, "bncli: give a recipe, as in: bncli compare recipes/digits.yaml"),
+        (["compare", "small.yaml", "--json", "--csv"], 2, "--json, --csv and --markdown: choose one"),
+        (["compare", "small.yaml", "--plot", "curve.pdf"], 2, "curve.pdf: a plot is written as .svg or .png"),
+        (["compare", "small.yaml", "--device", "cuda:9"], 3, "--device cuda:9"),
+        (["compare", "small.yaml", "--set", "train.target=null"], 2, "train.target is missing"),
+        (["compare", "--from", "nothing.json"], 2, "--from nothing.json: nothing.json cannot be read"),
+        (["compare", "--from", "small.yaml"], 2, "--from small.yaml: "),
+    ],
+)
+def test_mistakes_leave_with_their_code_a_message_and_no_traceback(
+    recipe: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    if "cuda" in str(arguments) and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert bncli(monkeypatch, *arguments) == code
+    out, err = capsys.readouterr()
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_several_mistakes_are_counted_and_listed(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bncli(monkeypatch, "train", recipe, "--set", "train.steps=0", "--set", "nrom=batch") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "bncli: 2 mistakes"
+    assert len(lines) == 3
+
+
+# --- dry run ------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_shows_where_each_value_came_from_and_trains_nothing(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bncli(monkeypatch, "compare", recipe, "--dry-run", "--set", "train.seed=3") == 0
+    out = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
+    assert rows["optimizer.lr"][1:] == ["0.5", "small.yaml:4"]
+    assert rows["train.seed"][1:] == ["3", "--set", "train.seed=3"]
+    assert rows["optimizer.momentum"][1:] == ["0.0", "default"]
+    assert rows["normed"][-3:] == ["2", "+", "2"]
+    assert "8 runs, 480 optimizer steps at most. Nothing was trained." in out
+    assert not Path("runs").exists()
+
+
+def test_a_dry_run_of_train_gives_the_parameters_that_the_run_has(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bncli(monkeypatch, "train", recipe, "--arm", "normed", "--dry-run", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert bncli(monkeypatch, "train", recipe, "--arm", "normed", "--json", "-q") == 0
+    assert planned["arms"][0]["parameters"] == json.loads(capsys.readouterr().out)["parameters"]
+    assert planned["arms"][0]["memory_mib"] > 0
+
+
+# --- compare ------------------------------------------------------------------------------------------------------
+
+
+def test_compare_answers_keeps_every_run_and_makes_the_report_again_from_files(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bncli(monkeypatch, "compare", recipe, "-j", "2", "--plot", "curves.svg", "--html", "report.html") == 0
+    table, err = capsys.readouterr()
+    assert "8 runs" in err
+    for word in ("plain", "normed", "times", "2/2", "reference", "tuning runs"):
+        assert word in table
+    assert Path("curves.svg").read_text().startswith("<?xml")
+    assert "<table" in Path("report.html").read_text()
+    runs = {file: file.stat().st_mtime_ns for file in Path("runs/small/runs").glob("*.json")}
+    assert len(runs) == 8
+
+    assert bncli(monkeypatch, "compare", recipe) == 0  # all runs are found again
+    again, err = capsys.readouterr()
+    assert "8 of them done already" in err
+    assert again == table
+    assert {file: file.stat().st_mtime_ns for file in runs} == runs
+
+    for source in ("runs/small", "runs/small/comparison.json"):
+        assert bncli(monkeypatch, "compare", "--from", source) == 0
+        assert capsys.readouterr().out == table
+
+    assert bncli(monkeypatch, "compare", "--from", "runs/small", "--csv") == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["arm"] for row in rows] == ["plain", "normed"]
+    assert bncli(monkeypatch, "compare", "--from", "runs/small", "--markdown") == 0
+    assert "| normed |" in capsys.readouterr().out
+    assert bncli(monkeypatch, "compare", "--from", "runs/small", "--json") == 0
+    out = capsys.readouterr().out
+    assert len(json.loads(out)["runs"]) == 8
+    Path("copy.json").write_text(out)
+    assert bncli(monkeypatch, "compare", "--from", "copy.json") == 0
+    assert capsys.readouterr().out == table
+
+
+def test_one_job_and_two_give_the_same_figures(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for jobs in ("1", "2"):
+        assert bncli(monkeypatch, "compare", recipe, "-j", jobs, "-o", f"jobs{jobs}", "--json", "-q") == 0
+        comparison = json.loads(capsys.readouterr().out)
+        found.append([(run["key"], run["arm"], run["result"]["evaluations"]) for run in comparison["runs"]])
+    assert found[0] == found[1]
+
+
+def test_a_comparison_that_is_killed_goes_on_where_it_stopped(recipe: str, tmp_path: Path) -> None:
+    command = ("compare", recipe, "-j", "1", "--set", "seeds.report=20", "--set", "train.steps=600",
+               "--set", "train.stop_at_target=false")  # fmt: skip
+    first = process(*command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    folder = tmp_path / "runs/small/runs"
+    while not (folder.exists() and len(list(folder.glob("*.json"))) >= 3):
+        assert first.poll() is None
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    kept = {file.name: file.read_text() for file in folder.glob("*.json")}
+    assert 3 <= len(kept) < 44
+    second = process(*command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    out, err = second.communicate()
+    assert second.returncode == 0
+    assert f"{len(kept)} of them done already" in err
+    assert "20/20" in out
+    assert {name: (folder / name).read_text() for name in kept} == kept
+
+
+def test_two_comparisons_do_not_write_into_one_folder(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bncli.report.folder import ComparisonFolder
+
+    with ComparisonFolder(Path("runs/small")):
+        assert bncli(monkeypatch, "compare", recipe) == 1
+    assert "runs/small: another comparison is writing here" in capsys.readouterr().err
+
+
+def test_a_failed_run_is_reported_the_others_go_on_and_the_exit_code_is_1(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.py").write_text(
+        "import os\nfrom torch import nn\n"
+        "def make(shape, classes, norm):\n    return Dies(shape[0], classes)\n"
+        "class Dies(nn.Linear):\n    def forward(self, x):\n        os.kill(os.getpid(), 9)\n"
+    )
+    arms = "arms={plain: {}, deadly: {model: {kind: module, module: 'mine:make'}}}"
+    assert bncli(monkeypatch, "compare", recipe, "--set", arms, "--set", "grid={}", "--allow-code") == 1
+    out, err = capsys.readouterr()
+    assert "2 of 4 runs are done, 2 failed" in " ".join(out.split())
+    assert "SIGKILL" in out
+    assert "2/2" in out
+    assert len(list(Path("runs/small/failed").glob("*.json"))) == 2
+    assert "failed" in err
+
+
+# --- signals and terminals ----------------------------------------------------------------------------------------
+
+ENDLESS = ("--set", "train.steps=10000000", "--set", "train.target=null", "--set", "train.evaluate_every=1000")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_ends_a_run_after_its_step_and_keeps_what_is_computed(
+    recipe: str, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    started = process("train", recipe, "-o", "run", *ENDLESS, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    metrics = tmp_path / "run/metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("evaluated") > 1):
+        assert started.poll() is None
+        time.sleep(0.02)
+    started.send_signal(number)
+    out, err = started.communicate(timeout=30)
+    assert started.returncode == code
+    assert "interrupted" in out
+    assert "Traceback" not in err
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["status"] == "interrupted"
+    assert result["steps_run"] >= 1000
+
+
+def test_ctrl_c_in_a_comparison_says_how_to_go_on(recipe: str, tmp_path: Path) -> None:
+    started = process("compare", recipe, "-j", "1", "--set", "train.steps=20000", "--set", "train.stop_at_target=false",
+                      stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    folder = tmp_path / "runs/small/runs"
+    while not (folder.exists() and list(folder.glob("*.json"))):
+        assert started.poll() is None
+        time.sleep(0.02)
+    started.send_signal(signal.SIGINT)
+    out, err = started.communicate(timeout=30)
+    assert started.returncode == 130
+    assert "of 8 runs are kept in runs/small; the same command goes on from there" in err
+    assert "of 8 runs are done" in out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals")
+def test_the_bar_on_a_terminal_leaves_stdout_to_the_result(recipe: str) -> None:
+    """rich's Progress takes stdout over when stderr is a terminal (rich issue 2151); no pipe shows that."""
+    ours, theirs = os.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color"}
+    environment.pop("NO_COLOR", None)
+    started = process("train", recipe, "--json", stdout=subprocess.PIPE, stderr=theirs, env=environment)
+    os.close(theirs)
+    screen = b""
+    while True:
+        try:
+            read = os.read(ours, 65536)
+        except OSError:  # the other side is closed
+            break
+        if not read:
+            break
+        screen += read
+    os.close(ours)
+    out, _ = started.communicate()
+    assert json.loads(out)["status"] == "reached"
+    assert b"\x1b[" in screen  # a bar was drawn
+    assert b"steps_to_target" not in screen
+
+
+def test_no_bar_and_no_colour_off_a_terminal_whatever_the_environment_forces(recipe: str) -> None:
+    environment = {**os.environ, "FORCE_COLOR": "1", "NO_COLOR": "1"}
+    started = process("train", recipe, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    out, err = started.communicate()
+    assert "\r" not in out + err
+    assert "\x1b[3" not in out + err
+    assert "━" not in err
