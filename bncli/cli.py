@@ -252,10 +252,10 @@ def _again(saved: Path) -> Comparison:
 
 def _show(comparison: Comparison, form: str) -> None:
     """The comparison on stdout: tables and curves, or one of the forms for other programs."""
-    from bncli.report import record, tables
+    from bncli.report import exports, record, tables
 
     if form != "table":
-        _print({"json": record.to_json, "csv": record.to_csv, "markdown": record.to_markdown}[form](comparison))
+        _print({"json": record.to_json, "csv": exports.to_csv, "markdown": exports.to_markdown}[form](comparison))
         return
     _print(tables.comparison_report(comparison))
 
@@ -267,7 +267,8 @@ def _write(comparison: Comparison, plot: Path | None, html: Path | None, quiet: 
         draw(comparison, plot)
         _say(f"Drawn in {plot}", quiet)
     if html:
-        from bncli.report.record import to_html, write_atomically
+        from bncli.report.exports import to_html
+        from bncli.report.record import write_atomically
 
         write_atomically(html, to_html(comparison))
         _say(f"Written to {html}", quiet)

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from bncli.engine.data import Dataset, InMemory, Split, carve
 from bncli.engine.pictures import Pictures, Streamed, loaded
 from bncli.engine.preprocess import Conversion, byte_counts, byte_statistics, normalisation
+from bncli.engine.splits import Dataset, InMemory, Split, carve
 from bncli.errors import DataError
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import torch
 from torch import Generator, Tensor
 from torch.utils import data as torch_data
 
-from bncli.engine.data import Batch
 from bncli.engine.preprocess import Conversion, crop_flip
+from bncli.engine.splits import Batch
 from bncli.errors import DataError
 
 

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from bncli.engine import data
 from bncli.engine.device import environment, peak_memory_mib, reset_peak_memory, resolve, synchronize
 from bncli.engine.model import build, stream
+from bncli.engine.splits import Dataset
+from bncli.engine.splits import order as in_order
 from bncli.engine.steps import StepsToTarget
 from bncli.recipe.sections import Adam, AdamW, Cosine, Exponential, Recipe, Sgd, StepDecay
 from bncli.results import (
@@ -59,7 +61,7 @@ def run(
 
 def train(
     recipe: Recipe,
-    dataset: data.Dataset,
+    dataset: Dataset,
     device: torch.device,
     *,
     name: str = "run",
@@ -139,7 +141,7 @@ class Clock:
 class _Run:
     """What one run holds: model, optimizer, data in order, and what it has seen so far."""
 
-    def __init__(self, recipe: Recipe, dataset: data.Dataset, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device) -> None:
         train = recipe.train
         reset_peak_memory(device)
         self.recipe, self.dataset, self.device = recipe, dataset, device
@@ -149,7 +151,7 @@ class _Run:
         self.evaluation_s = 0.0
         self.clock = Clock(train.batch_size, device)
         split = dataset.train
-        order = data.order(len(split), train.batch_size, stream(train.seed, "order"), split.index_device)
+        order = in_order(len(split), train.batch_size, stream(train.seed, "order"), split.index_device)
         self.batches = split.batches(order, stream(train.seed, "augment"))
         model = build(recipe, dataset.shape, dataset.classes, lambda: next(split.chunks(LSUV_EXAMPLES))[0].cpu())
         model = model.to(device, memory_format=data.MEMORY_FORMATS[train.memory_format])  # type: ignore[call-overload]

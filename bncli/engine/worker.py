@@ -47,6 +47,7 @@ def serve(jobs: queue.Queue[dict[str, Any]], out: TextIO, device_name: str, thre
 
     from bncli.engine import data
     from bncli.engine.device import resolve
+    from bncli.engine.splits import Dataset
     from bncli.engine.train import train
     from bncli.plain_data import to_plain
     from bncli.recipe.sections import Recipe
@@ -55,7 +56,7 @@ def serve(jobs: queue.Queue[dict[str, Any]], out: TextIO, device_name: str, thre
     torch.set_num_threads(threads)
     device = resolve(device_name)
     _say(out, hello=device.type, gpus=torch.cuda.device_count() if device.type == "cuda" else 0)
-    loaded: dict[str, data.Dataset] = {}
+    loaded: dict[str, Dataset] = {}
     while True:
         job = jobs.get()
         key, recipe = job["key"], Recipe.model_validate(job["recipe"])

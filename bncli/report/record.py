@@ -15,9 +15,6 @@ from typing import Any, TypeVar
 
 from bncli.errors import USAGE, BncliError
 from bncli.plain_data import Mismatch, from_plain, to_plain
-from bncli.report.exports import to_csv as to_csv
-from bncli.report.exports import to_html as to_html
-from bncli.report.exports import to_markdown as to_markdown
 from bncli.results import (
     FORMAT_VERSION,
     Comparison,

@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bncli.engine import data
+from bncli.engine.splits import Dataset
 from bncli.engine.train import train
 from bncli.recipe.sections import Recipe
 from bncli.report.folder import RunFolder
@@ -50,7 +51,7 @@ def recipe(steps: int) -> Recipe:
     )
 
 
-def hand_written(dataset: data.Dataset, steps: int) -> float:
+def hand_written(dataset: Dataset, steps: int) -> float:
     """CPU seconds of the loop that one would write by hand."""
     x, y = dataset.train.x, dataset.train.y  # type: ignore[attr-defined]
     held_x, held_y = dataset.held_out.x, dataset.held_out.y  # type: ignore[attr-defined]
@@ -80,7 +81,7 @@ def hand_written(dataset: data.Dataset, steps: int) -> float:
     return process_time() - began
 
 
-def ours(dataset: data.Dataset, steps: int, folder: Path) -> float:
+def ours(dataset: Dataset, steps: int, folder: Path) -> float:
     """CPU seconds of `bncli train`'s loop, from its first event to its last, with everything on."""
     with open("/dev/null", "w") as nowhere:
         console = Console(file=nowhere, force_terminal=True, width=100)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bncli.engine import data
-from bncli.engine.data import InMemory, carve, load, order
+from bncli.engine.data import load
+from bncli.engine.splits import InMemory, carve, order
 from bncli.errors import DataError
 from bncli.recipe.sections import Digits, Npz, Synthetic
 

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from bncli.engine.data import Dataset, load, order
+from bncli.engine.data import load
 from bncli.engine.hub import open_tables, pictures, reachable
 from bncli.engine.pictures import Streamed
+from bncli.engine.splits import Dataset, order
 from bncli.errors import USAGE, DataError
 from bncli.recipe.sections import Hub
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from bncli.engine import data
+from bncli.engine.splits import Batch, InMemory, order
 from bncli.engine.steps import crossing
 from bncli.engine.train import Clock, learning_rate_factor, optimizer, train
 from bncli.recipe.sections import Recipe
@@ -113,14 +114,14 @@ def test_another_seed_gives_other_losses() -> None:
 
 def test_arms_of_one_seed_see_the_same_batches_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list[torch.Tensor]] = {}
-    original = data.InMemory.batches
+    original = InMemory.batches
 
-    def watched(self: data.InMemory, *arguments: Any) -> Iterator[data.Batch]:
+    def watched(self: InMemory, *arguments: Any) -> Iterator[Batch]:
         for x, y in original(self, *arguments):
             seen[kind].append(x)
             yield x, y
 
-    monkeypatch.setattr(data.InMemory, "batches", watched)
+    monkeypatch.setattr(InMemory, "batches", watched)
     for kind in ("none", "batch"):
         seen[kind] = []
         run(tiny(norm={"kind": kind}, train={"steps": 20, "target": None}))
@@ -135,9 +136,9 @@ def test_the_loop_computes_what_a_hand_written_loop_computes() -> None:
 
     model = build(recipe, dataset.shape, dataset.classes)
     sgd = torch.optim.SGD(model.parameters(), lr=0.5)
-    order = data.order(len(dataset.train), 20, stream(0, "order"))
+    indices = order(len(dataset.train), 20, stream(0, "order"))
     expected = []
-    for _, (x, y) in zip(range(20), dataset.train.batches(order), strict=False):
+    for _, (x, y) in zip(range(20), dataset.train.batches(indices), strict=False):
         loss = nn.functional.cross_entropy(model(x), y)
         sgd.zero_grad()
         loss.backward()
