@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from pathlib import Path
@@ -107,6 +108,7 @@ def train(
         with TrainProgress(quiet) as progress:
             for event in run(chosen.recipe, device, threads=threads, name=chosen.name, stop=stop):
                 if isinstance(event, RunStarted):
+                    _loaded_all()
                     folder.begin(dump(plain(chosen.recipe)))
                 folder.metrics(event)
                 progress(event)
@@ -223,6 +225,7 @@ def _run_comparison(
     asked: Study = study(loaded, identity(device))
     folder = ComparisonFolder(out or Path("runs") / asked.plan.name)
     records: dict[str, Any] = {}
+    _loaded_all()
     with folder, StopSignal() as stop, CompareProgress(quiet) as progress:
         pool = Pool(device, jobs, threads, folder.path / "logs")
         for event in execute(asked, folder, pool, records, stop):
@@ -280,6 +283,12 @@ def _show_plan(planned: Planned, as_json: bool) -> None:
     _print(dry_run.to_json(planned) if as_json else dry_run.render(planned))
 
 
+def _loaded_all() -> None:
+    """From here on garbage is collected; what has been loaded stays and is left out of it."""
+    gc.freeze()
+    gc.enable()
+
+
 def _print(result: Any) -> None:
     """A result, to stdout: text as it is, anything else through rich."""
     if isinstance(result, str):
@@ -326,6 +335,7 @@ class StopSignal:
 
 def main() -> None:
     """The console script: runs a command and turns a user's mistake into a message and an exit code."""
+    gc.disable()  # while modules load there is no garbage, and looking for it is an eighth of importing torch
     try:
         app()
     except BncliError as error:

@@ -7,6 +7,7 @@ an absent device). When standard input ends, the process ends at once: it must n
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import queue
@@ -43,6 +44,7 @@ def _listen(jobs: queue.Queue[dict[str, Any]]) -> None:
 
 def serve(jobs: queue.Queue[dict[str, Any]], out: TextIO, device_name: str, threads: int) -> None:
     """Take runs from the queue for ever. Raises BncliError for what would make every run fail."""
+    gc.disable()  # while modules load there is no garbage, and looking for it is an eighth of importing torch
     import torch
 
     from bncli.engine import data
@@ -53,6 +55,8 @@ def serve(jobs: queue.Queue[dict[str, Any]], out: TextIO, device_name: str, thre
     from bncli.recipe.sections import Recipe
     from bncli.results import Evaluated, RunFinished
 
+    gc.freeze()
+    gc.enable()
     torch.set_num_threads(threads)
     device = resolve(device_name)
     _say(out, hello=device.type, gpus=torch.cuda.device_count() if device.type == "cuda" else 0)

@@ -98,28 +98,38 @@ def ours(dataset: Dataset, steps: int, folder: Path) -> float:
             return process_time() - began
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=1000)
-    options = parser.parse_args()
+def measure(rounds: int, steps: int) -> dict[str, list[float]]:
+    """CPU seconds of both loops, a value a round, in the same order."""
     torch.set_num_threads(1)
     dataset = data.load(recipe(1).data, torch.device("cpu"))
     times: dict[str, list[float]] = {"hand-written": [], "bncli train": []}
     with tempfile.TemporaryDirectory() as folder:
         loops = {
-            "hand-written": lambda: hand_written(dataset, options.steps),
-            "bncli train": lambda: ours(dataset, options.steps, Path(folder)),
+            "hand-written": lambda: hand_written(dataset, steps),
+            "bncli train": lambda: ours(dataset, steps, Path(folder)),
         }
         for loop in loops.values():
             loop()
-        for _ in range(options.rounds):
+        for _ in range(rounds):
             for name in random.sample(list(loops), len(loops)):
                 times[name].append(loops[name]())
+    return times
+
+
+def paired_ratios(times: dict[str, list[float]]) -> list[float]:
+    return sorted(a / b for a, b in zip(times["bncli train"], times["hand-written"], strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=1000)
+    options = parser.parse_args()
+    times = measure(options.rounds, options.steps)
     for name, found in times.items():
         print(f"{name:14} {1e6 * min(found) / options.steps:7.0f} us of CPU a step at least, "
               f"{1e6 * median(found) / options.steps:7.0f} median")  # fmt: skip
-    ratios = sorted(a / b for a, b in zip(times["bncli train"], times["hand-written"], strict=True))
+    ratios = paired_ratios(times)
     print(f"ratio bncli train / hand-written, paired over {options.rounds} rounds: {median(ratios):.3f} "
           f"[{ratios[2]:.3f}, {ratios[-3]:.3f}]  (target: at most 1.05)")  # fmt: skip
 
