@@ -169,7 +169,7 @@ def test_every_command_and_option_that_the_readme_names_exists() -> None:
 
 
 def _code(text: str) -> list[str]:
-    fenced = re.findall(r"```(?:sh|console|text)?\n(.*?)```", text, re.S)
+    fenced = [code for language, code in re.findall(r"```(\w*)\n(.*?)```", text, re.S) if language in ("sh", "text")]
     return fenced + re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
 
 

@@ -23,7 +23,8 @@ def members(annotation: Any) -> list[type[BaseModel]]:
         return members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
         return [model for member in get_args(annotation) for model in members(member)]
-    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+    model = get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return [annotation] if model else []
 
 
 def kinds(models: Sequence[type[BaseModel]]) -> dict[str, type[BaseModel]]:

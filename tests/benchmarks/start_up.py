@@ -24,7 +24,7 @@ from statistics import median
 ROOT = Path(__file__).parent.parent.parent
 BNCLI = [sys.executable, "-m", "bncli"]
 BARE, LIBRARIES = "python -c pass", "python -c 'import typer, rich...'"
-HELP, COMMAND_HELP, USAGE = "bncli --help", "bncli compare --help", "bncli trian (a usage error)"
+HELP, COMMAND_HELP, USAGE = "bncli --help", "bncli compare --help", "an unknown command"
 MISSING, DRY_RUN = "bncli train missing.yaml", "bncli compare digits.yaml --dry-run"
 COMMANDS: dict[str, list[str]] = {
     BARE: [sys.executable, "-c", "pass"],
