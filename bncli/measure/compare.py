@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from bncli.errors import RecipeError
-from bncli.recipe.file import Arm, Loaded, digest, plain, with_values
+from bncli.recipe.file import Arm, Loaded, digest, outside, plain, with_values
 from bncli.recipe.sections import Digits, Recipe, TargetSection
 from bncli.results import ArmSummary, Comparison, ComparisonPlan, Phase, RunRecord, Target, TuningCell
 
@@ -59,7 +59,7 @@ class Study:
         name = f"{arm.name} {point} {seed} {phase}"
         if name not in self._jobs:
             recipe = with_values(arm.recipe, {**point, "train.seed": seed})
-            key = digest({"recipe": plain(recipe), **self.identity})
+            key = digest({"recipe": plain(recipe), **self.identity, **outside(recipe)})
             self._jobs[name] = Job(key, arm.name, point, seed, phase, recipe)
         return self._jobs[name]
 

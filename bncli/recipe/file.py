@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from bncli.errors import RecipeError
 from bncli.recipe.checks import check, suggestion, words
-from bncli.recipe.sections import Recipe, RecipeFile
+from bncli.recipe.sections import OwnModel, Recipe, RecipeFile
 from bncli.recipe.tree import KINDS, arms_of, base_of, fixed_by, leaves, override, split_path, write_out
 from bncli.recipe.yaml12 import Keys, Mistake, dotted, parse
 
@@ -138,6 +138,25 @@ def _kind_first(value: Any) -> Any:
 def digest(data: Any) -> str:
     """A short stable name for plain data: the start of the SHA-256 of its canonical JSON."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def outside(recipe: Recipe) -> dict[str, Any]:
+    """What decides a run and stands outside its recipe: the files it names, by size and time, and the code, by content.
+
+    An installed model's code is not seen: the name of its module is all that a recipe has of it.
+    """
+    found: dict[str, Any] = {}
+    named = getattr(recipe.data, "path", None) or getattr(recipe.data, "name", None)
+    if named and Path(named).exists():
+        path = Path(named)
+        inside = sorted(path.iterdir()) if path.is_dir() else []  # a folder's time changes with its list of files
+        found["data"] = [[each.name, each.stat().st_size, each.stat().st_mtime_ns] for each in [path, *inside]]
+    if isinstance(recipe.model, OwnModel):
+        module = Path(*recipe.model.module.partition(":")[0].split("."))
+        for source in (module.with_suffix(".py"), module / "__init__.py"):
+            if source.is_file():
+                found["code"] = hashlib.sha256(source.read_bytes()).hexdigest()
+    return found
 
 
 def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
