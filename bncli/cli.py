@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gc
 import signal
 import sys
@@ -13,6 +15,8 @@ import typer
 
 from bncli import __version__
 from bncli.errors import CHECK_FAILED, DIVERGED, INTERRUPTED, BncliError, RecipeError
+
+MOST_THREADS = 1024  # far more crash OpenMP
 
 if TYPE_CHECKING:
     from bncli.measure.compare import Study
@@ -69,7 +73,7 @@ def train(
     device: Device = "auto",
     threads: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="CPU threads.  [default: torch's choice]", show_default=False),
+        typer.Option(min=1, max=MOST_THREADS, help="CPU threads.  [default: torch's choice]", show_default=False),
     ] = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045
@@ -105,7 +109,8 @@ def train(
     with RunFolder(out, loaded.name, force) as folder, StopSignal() as stop:
         from bncli.engine.train import run
 
-        with TrainProgress(quiet) as progress:
+        # What a user's model prints must not get between the lines of a result.
+        with TrainProgress(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
             for event in run(chosen.recipe, device, threads=threads, name=chosen.name, stop=stop):
                 if isinstance(event, RunStarted):
                     _loaded_all()
@@ -138,7 +143,7 @@ def compare(
             "--jobs", "-j", min=1, help="Runs at a time.  [default: one a core, or one a GPU]", show_default=False
         ),
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each run.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads of each run.")] = 1,
     out: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
@@ -170,16 +175,19 @@ def compare(
         raise RecipeError("--json, --csv and --markdown: choose one, the result is printed once")
     if bool(recipes) == bool(saved):
         raise RecipeError("give a recipe, as in: bncli compare recipes/digits.yaml (or --from a saved comparison)")
-    if plot:
-        from bncli.report.plots import check_path
-
-        check_path(plot)
+    if saved:
+        given = {"--set": sets, "--dry-run": dry_run, "--out": out, "--jobs": jobs}
+        if idle := [option for option, value in given.items() if value]:
+            raise RecipeError(f"{', '.join(idle)}: nothing is trained with --from, so that would have no effect")
+    _check_outputs(plot, html)
     stopped = 0
     if saved:
         comparison = _again(saved)
     else:
         from bncli.recipe.file import load
 
+        if (recipes or []).count("-") > 1:
+            raise RecipeError("- is standard input, which can be read only once")
         loaded = [load(path, sets or (), allow_code=allow_code) for path in recipes or ()]
         if dry_run:
             from bncli.measure.dry_run import of_comparison
@@ -213,6 +221,19 @@ def _arm(loaded: Loaded, name: str | None) -> Arm:
     raise RecipeError(f"--arm {name}: {suggestion(name, names) if names else f'{loaded.source} has no arms'}")
 
 
+def _check_outputs(plot: Path | None, html: Path | None) -> None:
+    """Refuse before any work what could not be written after it."""
+    from bncli.report.record import check_writable
+
+    if plot:
+        from bncli.report.plots import check_path
+
+        check_path(plot)
+    for file in (plot, html):
+        if file:
+            check_writable(file)
+
+
 def _run_comparison(
     loaded: list[Loaded], device: str, jobs: int | None, threads: int, out: Path | None, quiet: bool
 ) -> tuple[Comparison, int]:
@@ -242,7 +263,10 @@ def identity(device: str) -> dict[str, str]:
     """What a run's key depends on besides its recipe: another version or device makes it another run."""
     import importlib.metadata
 
-    return {"bncli": __version__, "torch": importlib.metadata.version("torch"), "device": device}
+    torch = importlib.metadata.version("torch")
+    without_gpu = torch.endswith("+cpu") or (sys.platform == "linux" and not list(Path("/dev").glob("nvidia[0-9]*")))
+    kind = "cpu" if device == "auto" and without_gpu else device.partition(":")[0]
+    return {"bncli": __version__, "torch": torch, "device": kind}
 
 
 def _again(saved: Path) -> Comparison:
@@ -321,7 +345,8 @@ class StopSignal:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self.number:
-            raise KeyboardInterrupt
+            _say("\nStopped at once; what was finished before is kept", False)
+            sys.exit(128 + number)
         self.number = number
         _say("\nStopping after this step; once more to stop at once", False)
 
@@ -347,6 +372,11 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO):
+            raise
+        print(f"bncli: the result cannot be written: {error.strerror}", file=sys.stderr)
+        sys.exit(CHECK_FAILED)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,10 @@ class DataError(BncliError):
     exit_code = USAGE
 
 
+class RunFailed(BncliError):
+    """A run that the user's own code ended."""
+
+
 class Unavailable(BncliError):
     """A device or a kernel that cannot run on this machine. The message says why and what would make it run."""
 

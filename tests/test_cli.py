@@ -142,7 +142,7 @@ def test_a_run_that_gives_up_before_its_first_step_leaves_no_folder(
         ),
         (["train", "small.yaml", "--set", "optimizer.lt=1"], 2, "optimizer.lt: unknown key; did you mean lr?"),
         (["train", "small.yaml", "--set", "norm={kind: batch, kernel: fused}"], 3, "fused is not part of this version"),
-        (["train", "small.yaml", "--device", "gpu"], 3, "--device gpu: expected one of auto, cpu, cuda, cuda:N, mps"),
+        (["train", "small.yaml", "--device", "gpu"], 2, "--device gpu: expected one of auto, cpu, cuda, cuda:N, mps"),
         (["train", "small.yaml", "--set", "data={source: npz, path: a.npz, held_out: 3}"], 2, "a.npz"),
         (["train", "small.yaml", "--set", "model={kind: module, module: mine:make}"], 2, "allow it with --allow-code"),
         (["compare"], 2, "bncli: give a recipe, as in: bncli compare recipes/digits.yaml"),
@@ -169,6 +169,70 @@ def test_mistakes_leave_with_their_code_a_message_and_no_traceback(
     assert message in err
     assert "Traceback" not in err
     assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--from", "runs", "--set", "train.steps=4"], "--set: nothing is trained with --from"),
+        (["--from", "runs", "--dry-run", "-j", "3"], "--dry-run, --jobs: nothing is trained with --from"),
+        (["small.yaml", "--html", "nowhere/x.html"], "nowhere/x.html: its folder nowhere does not exist"),
+        (["small.yaml", "--plot", "there.svg"], "there.svg: is a folder; give a file's name"),
+        (["-", "-"], "- is standard input, which can be read only once"),
+        (["small.yaml", "--set", "reference=norm"], "reference: there is no arm norm; did you mean normed?"),
+    ],
+)
+def test_what_could_not_be_obeyed_is_refused_before_any_work(
+    recipe: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    Path("there.svg").mkdir()
+    assert bncli(monkeypatch, "compare", *arguments) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert out == ""
+    assert not Path("runs").exists()
+
+
+OWN = """
+from torch import nn
+class Own(nn.Linear):
+    def forward(self, x):
+        {act}
+        return super().forward(x)
+def make(shape, classes, norm):
+    return Own(shape[0], classes)
+"""
+
+
+def own(act: str, *arguments: str) -> tuple[int, str, str]:
+    """A process that trains a model of the user's own: exit code, stdout, stderr."""
+    Path("mine.py").write_text(OWN.format(act=act))
+    model = "model={kind: module, module: 'mine:make'}"
+    ran = process("train", "small.yaml", "--set", model, "--allow-code", *arguments,
+                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    out, err = ran.communicate()
+    return ran.returncode, out, err
+
+
+@pytest.mark.parametrize("act", ["import sys; sys.exit(0)", "raise RuntimeError('no')"])
+def test_an_own_model_that_ends_the_run_is_named_with_its_line_and_no_traceback(recipe: str, act: str) -> None:
+    code, out, err = own(act)
+    assert code == 1
+    assert "model.module: mine:make raised" in err
+    assert "mine.py:5" in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_what_an_own_model_prints_stays_out_of_the_result(recipe: str) -> None:
+    code, out, err = own("print('hello')", "--json", "--quiet")
+    assert code == 0
+    assert json.loads(out)["steps_run"] > 0
+    assert "hello" in err
 
 
 def test_several_mistakes_are_counted_and_listed(

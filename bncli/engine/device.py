@@ -11,14 +11,17 @@ from pathlib import Path
 import torch
 
 import bncli
-from bncli.errors import Unavailable
+from bncli.errors import RecipeError, Unavailable
 from bncli.results import Environment
 
 
 def resolve(name: str) -> torch.device:
-    """The device of that name; `auto` is the first of cuda, mps, cpu that is here. Raises Unavailable."""
+    """The device of that name; `auto` is the first of cuda, mps, cpu that is here. Raises Unavailable with the reason.
+
+    Raises RecipeError for what is no device's name.
+    """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name):
-        raise Unavailable(f"--device {name}: expected one of auto, cpu, cuda, cuda:N, mps")
+        raise RecipeError(f"--device {name}: expected one of auto, cpu, cuda, cuda:N, mps")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")

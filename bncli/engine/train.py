@@ -6,9 +6,11 @@ import contextlib
 import functools
 import inspect
 import math
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -22,7 +24,10 @@ from bncli.engine.model import build, stream
 from bncli.engine.splits import Dataset
 from bncli.engine.splits import order as in_order
 from bncli.engine.steps import StepsToTarget
-from bncli.recipe.sections import Adam, AdamW, Cosine, Exponential, Recipe, Sgd, StepDecay
+from bncli.errors import BncliError, DataError, RunFailed
+from bncli.recipe.architecture import shape_contradictions
+from bncli.recipe.sections import Adam, AdamW, Cosine, Exponential, OwnModel, Recipe, Sgd, StepDecay
+from bncli.recipe.yaml12 import dotted
 from bncli.results import (
     Evaluated,
     Evaluation,
@@ -35,6 +40,7 @@ from bncli.results import (
     Target,
 )
 
+HERE = str(Path(__file__).parent.parent)  # bncli's own code
 EVALUATION_BATCH = 1000  # examples
 LSUV_EXAMPLES = 500
 LOG_EVERY = 20  # steps at most between two looks at the loss; each is a host sync
@@ -71,6 +77,32 @@ def train(
 
     `stop` is asked after every step. Raises DataError and RecipeError for what cannot be built.
     """
+    for keys, text in shape_contradictions(recipe, dataset.shape, dataset.classes):
+        raise DataError(f"{dotted(keys)}: {text}")  # what only the file could tell; the rest is checked before
+    with _blaming_own_code(recipe):
+        yield from _train(recipe, dataset, device, name, stop)
+
+
+@contextlib.contextmanager
+def _blaming_own_code(recipe: Recipe) -> Iterator[None]:
+    """Turn what the user's own model raises into one sentence with the line that raised it. Raises RunFailed."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if not isinstance(recipe.model, OwnModel) or isinstance(error, BncliError):
+            raise
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+        where = [f", in {frame.filename}:{frame.lineno}" for frame in frames if not frame.filename.startswith(HERE)]
+        text = " ".join(str(error).split())
+        raise RunFailed(
+            f"model.module: {recipe.model.module} raised {type(error).__name__}{': ' * bool(text)}{text}"
+            f"{where[-1] if where else ''}. It is given batches (N, *shape) and returns logits (N, classes)"
+        ) from error
+
+
+def _train(
+    recipe: Recipe, dataset: Dataset, device: torch.device, name: str, stop: Callable[[], bool]
+) -> Iterator[Event]:
     run = _Run(recipe, dataset, device)
     budget, every = recipe.train.steps, recipe.train.evaluate_every
     log_every = min(LOG_EVERY, every)

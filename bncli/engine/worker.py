@@ -17,7 +17,7 @@ import traceback
 from time import monotonic
 from typing import Any, TextIO
 
-from bncli.errors import BncliError
+from bncli.errors import BncliError, DataError, Unavailable
 
 REPORT_EVERY_S = 0.25
 
@@ -28,7 +28,10 @@ def main(arguments: list[str]) -> int:
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a user's model may print: not into the protocol
     jobs: queue.Queue[dict[str, Any]] = queue.Queue()
-    threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
+    # Not by sys.stdin: a child process that loads data would wait for ever for the lock that its reader holds.
+    orders = os.dup(0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    threading.Thread(target=_listen, args=(orders, jobs), daemon=True).start()
     try:
         serve(jobs, out, options["--device"], int(options["--threads"]))
     except BncliError as error:
@@ -36,9 +39,12 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _listen(jobs: queue.Queue[dict[str, Any]]) -> None:
-    for line in sys.stdin:
-        jobs.put(json.loads(line))
+def _listen(orders: int, jobs: queue.Queue[dict[str, Any]]) -> None:
+    rest = b""
+    while read := os.read(orders, 65536):
+        *lines, rest = (rest + read).split(b"\n")
+        for line in lines:
+            jobs.put(json.loads(line))
     os._exit(0)
 
 
@@ -76,11 +82,12 @@ def serve(jobs: queue.Queue[dict[str, Any]], out: TextIO, device_name: str, thre
                     _say(out, key=key, step=event.evaluation.step, value=event.evaluation.value(metric))
                 elif isinstance(event, RunFinished):
                     _say(out, key=key, result=to_plain(event.result))
-        except BncliError:
+        except (DataError, Unavailable):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             traceback.print_exc()  # into the worker's log; the reason alone goes into the report
-            _say(out, key=key, failure=f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0])
+            name = "" if isinstance(error, BncliError) else f"{type(error).__name__}: "
+            _say(out, key=key, failure=name + " ".join((str(error) or "no message").split()))
 
 
 def _say(out: TextIO, **message: Any) -> None:

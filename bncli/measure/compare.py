@@ -18,6 +18,7 @@ from bncli.recipe.file import Arm, Loaded, digest, outside, plain, with_values
 from bncli.recipe.sections import Digits, Recipe, TargetSection
 from bncli.results import ArmSummary, Comparison, ComparisonPlan, Phase, RunRecord, Target, TuningCell
 
+MOST_RUNS = 20_000  # each is planned in memory; a longer list of values is a slip, or several comparisons
 FEWEST_EVALUATIONS = 10  # within an arm's steps to target; with fewer a ratio of 14 is read as 12.3 to 13.4
 
 
@@ -81,6 +82,12 @@ def study(recipes: Sequence[Loaded], identity: Mapping[str, str] | None = None) 
     tuned = any(len(values) > 1 for values in first.file.grid.values())
     tune = seeds.tune if tuned else 0
     first_arms = [arm.name for arm in first.arms]
+    points = math.prod(len(values) for values in first.file.grid.values())
+    if (runs := len(arms) * (points * tune + seeds.report)) > MOST_RUNS:
+        raise RecipeError(
+            f"{first.source}: {len(arms)} arms at {points:,} points of the grid make {runs:,} runs; "
+            f"a comparison has at most {MOST_RUNS:,}: shorten the lists of grid"
+        )
     reference = arms[first_arms.index(first.file.reference) if first.file.reference else 0].name
     plan = ComparisonPlan(
         name=first.name,
@@ -195,7 +202,11 @@ def best_point(plan: ComparisonPlan, tuning: Sequence[RunRecord]) -> dict[str, A
         cell = _cell(point, runs)
         bests = [record.result.best for record in runs if record.result and record.result.best is not None]
         typical = median(bests) if bests else -math.inf
-        return -cell.hits, cell.steps or math.inf, -typical if plan.target.metric == "accuracy" else typical
+        return (
+            -cell.hits,
+            math.inf if cell.steps is None else cell.steps,
+            -typical if plan.target.metric == "accuracy" else typical,
+        )
 
     return min(_points(tuning), key=order)
 
@@ -211,7 +222,7 @@ def _points(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
 def _cell(point: dict[str, Any], records: Sequence[RunRecord]) -> TuningCell:
     results = [record.result for record in records if record.result is not None]
     hits = [result.steps_to_target for result in results if result.steps_to_target is not None]
-    steps = math.exp(math.fsum(map(math.log, hits)) / len(hits)) if hits and min(hits) > 0 else None
+    steps = (math.exp(math.fsum(map(math.log, hits)) / len(hits)) if min(hits) > 0 else 0.0) if hits else None
     diverged = sum(result.status == "diverged" for result in results)
     return TuningCell(point, len(hits), len(results), steps, diverged)
 
@@ -259,7 +270,7 @@ def _arm_summary(plan: ComparisonPlan, arm: str, records: Sequence[RunRecord]) -
     tuning = [record for record in records if record.phase == "tune"]
     results = [record.result for record in _ended(records, arm) if record.result is not None]
     report = [record for record in records if record.phase == "report"]
-    point = report[0].point if report else best_point(plan, tuning) if tuning else {}
+    point = report[0].point if report else {}  # none is chosen before the tuning is complete
     cells = tuple(_cell(one, [r for r in tuning if r.point == one]) for one in _points(tuning))
     firsts = [result.first_hit for result in results if result.first_hit]
 
@@ -353,22 +364,16 @@ def _notes(
                 f"{arm.arm}: the best {path}, {_short(arm.point[path])}, is at the edge of the grid; add {wider} values"
             )
         if arm.steps.value is not None and arm.steps.value < FEWEST_EVALUATIONS * plan.evaluate_every:
-            notes.append(
-                f"{arm.arm}: fewer than {FEWEST_EVALUATIONS} evaluations before its target; "
-                f"set train.evaluate_every to {max(1, int(arm.steps.value / FEWEST_EVALUATIONS))} or less"
-            )
+            notes.append(f"{arm.arm}: {_too_coarse(arm.steps.value, plan.evaluate_every)}")
         notes += [f"{arm.arm}: failed: {failure}" for failure in arm.failures]
         if arm.diverged:
             notes.append(f"{arm.arm}: {arm.diverged} of {arm.runs} runs diverged and count as misses")
     spreads = [spread for arm in plan.arms if (spread := statistics.log_spread(steps[arm])) is not None]
     seeds = len(plan.report_seeds)
     if seeds < 5:
-        needed = (
-            f": at the spread seen here a ratio of 1.5 needs {statistics.seeds_needed(max(spreads), 1.5)}"
-            if spreads
-            else ""
-        )
-        notes.append(f"{seeds} seeds an arm are few{needed}")
+        needed = max((statistics.seeds_needed(spread, 1.5) for spread in spreads), default=0)
+        more = f": at the spread seen here a ratio of 1.5 needs {needed}" if needed > seeds else ""
+        notes.append(f"{seeds} seed{'s' * (seeds > 1)} an arm {'are' if seeds > 1 else 'is'} few{more}")
     unsure = [
         arm.arm for arm in arms if arm.ratio and arm.ratio.holm_p_value is not None and arm.ratio.holm_p_value > 0.05
     ]
@@ -383,3 +388,15 @@ def _notes(
             "batch norm alone gave 2.33x there"
         )
     return notes
+
+
+def _too_coarse(steps: float, evaluate_every: int) -> str:
+    """What to do about an arm that reached its target before it was evaluated often enough."""
+    if steps == 0:
+        return "it has reached the target before the first step; choose a harder one"
+    if evaluate_every == 1:
+        return f"fewer than {FEWEST_EVALUATIONS} steps to its target; choose a harder one"
+    every = max(1, int(steps / FEWEST_EVALUATIONS))
+    return f"fewer than {FEWEST_EVALUATIONS} evaluations before its target; set train.evaluate_every to {every}" + (
+        " or less" if every > 1 else ""
+    )

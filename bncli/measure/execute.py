@@ -55,8 +55,7 @@ def execute(
             record = _record(jobs[event.key], event)
             store.save(record)
             records[record.key] = record
-            to_do()
-            done = sum(key in records for key in jobs)
+            done += 1
             yield RunEnded(event.worker, jobs[event.key].label, done, _outcome(record))
 
 

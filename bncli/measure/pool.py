@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -189,7 +190,8 @@ class Pool:
     def close(self) -> None:
         """End every worker now; a run in progress is lost."""
         for worker in self._workers:
-            worker.process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker.process.pid, signal.SIGKILL)  # it leads its session: what it started goes with it
         for worker in self._workers:
             worker.process.wait()
         self._workers.clear()

@@ -283,7 +283,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     if examples is not None and train.batch_size > examples:
         yield ("train", "batch_size"), f"is larger than the {examples} training examples"
     if not isinstance(recipe.data, Npz):
-        yield from _shape_contradictions(recipe)
+        yield from shape_contradictions(recipe, *input_of(recipe))
 
 
 def _training_examples(recipe: Recipe) -> int | None:
@@ -292,8 +292,8 @@ def _training_examples(recipe: Recipe) -> int | None:
     return recipe.data.examples if isinstance(recipe.data, Synthetic) else None
 
 
-def _shape_contradictions(recipe: Recipe) -> Iterator[Contradiction]:
-    shape, classes = input_of(recipe)
+def shape_contradictions(recipe: Recipe, shape: Shape, classes: int) -> Iterator[Contradiction]:
+    """What a recipe is wrong about together with its data, whose examples have `shape`."""
     vectors, kind = len(shape) == 1, recipe.model.kind
     if len(shape) not in (1, 3):
         yield ("data", "shape"), "expected [features] or [channels, height, width]"
@@ -301,8 +301,9 @@ def _shape_contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     if vectors and recipe.train.memory_format == "channels_last":
         yield ("train", "memory_format"), "channels_last is for images and the data are vectors"
     if vectors and kind in ("cnn", "resnet"):
-        digits = isinstance(recipe.data, Digits)
-        hint = "set data.images: true" if digits else "give data.shape as [channels, height, width]"
+        hint = {"digits": "set data.images: true", "npz": "give x as (examples, channels, height, width)"}.get(
+            recipe.data.source, "give data.shape as [channels, height, width]"
+        )
         yield ("model", "kind"), f"a {kind} needs images and the data are vectors; {hint}"
         return
     model = layers(recipe, shape, classes)

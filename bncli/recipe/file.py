@@ -97,7 +97,7 @@ def read(path: str) -> str:
     name = "standard input" if path == "-" else path
     try:
         if path == "-":
-            raw = sys.stdin.buffer.read(MAX_BYTES + 1)
+            raw = sys.stdin.buffer.read(MAX_BYTES + 1) if sys.stdin else b""  # None where it is closed
         else:
             with open(path, "rb") as stream:
                 raw = stream.read(MAX_BYTES + 1)

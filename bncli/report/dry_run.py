@@ -16,17 +16,21 @@ from bncli.results import Planned, PlannedArm
 
 def render(planned: Planned) -> Group:
     """The resolved recipe, the arms with their sizes, and how many runs there would be."""
-    fields = Table("field", "value", "from", title=f"{planned.name}: the resolved recipe", box=box.SIMPLE_HEAD)
+    fields = Table(title=f"{planned.name}: the resolved recipe", box=box.SIMPLE_HEAD)
+    for heading in ("field", "value", "from"):
+        fields.add_column(heading, overflow="fold")
     for path, value, source in planned.fields:
         style = "dim" if source == "default" else ""
         fields.add_row(path, _value(value), Text(source), style=style)
     arms = Table(title="what would be trained", box=box.SIMPLE_HEAD)
     for heading, justify in (("arm", "left"), ("differs from the base", "left"), ("parameters", "right"),
                              ("memory, estimated", "right"), ("runs", "right")):  # fmt: skip
-        arms.add_column(heading, justify=justify)  # type: ignore[arg-type]
+        arms.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for arm in planned.arms:
         arms.add_row(Text(arm.name), _changes(arm), _count(arm.parameters), _memory(arm.memory_mib), _runs(arm))
     parts: list[Any] = [fields, arms]
+    if any(arm.memory_mib is not None for arm in planned.arms):
+        parts.append(Text("memory: parameters, gradients, optimizer state and activations; torch itself comes on top"))
     for path, values in planned.grid.items():
         parts.append(Text(f"grid: {path} in {', '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in values)}"))
     runs = f"{planned.runs:,} runs" if planned.runs != 1 else "1 run"

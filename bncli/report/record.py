@@ -46,7 +46,14 @@ def to_json(comparison: Comparison) -> str:
 
 def comparison_from_json(text: str, name: str = "") -> Comparison:
     """The comparison that `to_json` wrote. `name` is the file's, for messages. Raises RecordError."""
-    return _from_text(Comparison, text, name)
+    comparison = _from_text(Comparison, text, name)
+    plan, runs = comparison.plan, comparison.runs
+    steps = [run.result.steps_to_target for run in runs if run.result and run.result.steps_to_target is not None]
+    sound = plan.reference in plan.arms and {run.arm for run in runs} <= set(plan.arms) and plan.budget > 0
+    if not sound or min(steps, default=0) < 0:
+        place = f"{name}: " * bool(name)
+        raise RecordError(f"{place}its plan and its runs do not belong together; make it anew")
+    return comparison
 
 
 def record_to_json(record: RunRecord) -> str:
@@ -109,6 +116,16 @@ def _from_text(kind: type[Result], text: str, name: str) -> Result:
 
 
 # --- files --------------------------------------------------------------------------------------------------------
+
+
+def check_writable(path: Path) -> None:
+    """Raise RecordError now, before any work, for a path that `write_atomically` would refuse."""
+    folder = path.parent
+    if path.is_dir():
+        raise RecordError(f"{path}: is a folder; give a file's name")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        why = "is not writable" if folder.is_dir() else "does not exist"
+        raise RecordError(f"{path}: its folder {folder} {why}")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

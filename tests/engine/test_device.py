@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bncli.engine.device import environment, peak_memory_mib, reset_peak_memory, resolve
-from bncli.errors import Unavailable
+from bncli.errors import RecipeError, Unavailable
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def test_mps_where_there_is_none_is_refused_with_the_reason() -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "cpux", "tpu", "cuda:x", ""])
 def test_a_name_that_is_no_device_is_refused_by_name(name: str) -> None:
-    with pytest.raises(Unavailable, match=f"--device {name}: expected one of auto, cpu, cuda, cuda:N, mps"):
+    with pytest.raises(RecipeError, match=f"--device {name}: expected one of auto, cpu, cuda, cuda:N, mps"):
         resolve(name)
 
 

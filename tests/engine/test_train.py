@@ -6,8 +6,10 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from bncli.engine import data
 from bncli.engine.splits import Batch, InMemory, order
 from bncli.engine.steps import crossing
 from bncli.engine.train import Clock, learning_rate_factor, optimizer, train
+from bncli.errors import DataError
 from bncli.recipe.sections import Recipe
 from bncli.results import Evaluated, Event, RunFinished, RunResult, RunStarted, StepDone
 from tests.conftest import tiny
@@ -96,6 +99,13 @@ def test_stop_is_obeyed_after_the_step_in_progress() -> None:
     result = run(tiny(), stop=lambda: next(answers))
     assert result.status == "interrupted"
     assert result.steps_run == 7
+
+
+def test_vectors_from_a_file_are_refused_by_a_model_for_images(tmp_path: Path) -> None:
+    np.savez(tmp_path / "vectors.npz", x=np.zeros((40, 8), np.float32), y=np.arange(40) % 3)
+    npz = {"source": "npz", "path": str(tmp_path / "vectors.npz"), "held_out": 10}
+    with pytest.raises(DataError, match=r"model.kind: a cnn needs images and the data are vectors; give x as"):
+        run(tiny(data=npz, model={"kind": "cnn"}))
 
 
 # --- what decides a run -------------------------------------------------------------------------------------------

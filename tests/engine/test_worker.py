@@ -61,17 +61,75 @@ def test_a_worker_says_hello_then_takes_many_runs(driver: Driver) -> None:
         assert result.environment.threads == 1
 
 
-def test_a_run_that_raises_is_a_failure_with_its_reason_and_the_worker_goes_on(driver: Driver) -> None:
-    driver.hear()
-    images = {"source": "synthetic", "shape": [3, 4, 4], "classes": 3, "examples": 40, "held_out": 10}
-    driver.give(
-        "bad", tiny(data=images, model={"kind": "resnet", "depth": 20}, norm={"kind": "batch"}, train={"batch_size": 1})
-    )
-    failure = driver.outcome()
+OWN = """
+from torch import nn
+class Own(nn.Linear):
+    def forward(self, x):
+        {act}
+        return super().forward(x)
+def make(shape, classes, norm):
+    return Own(shape[0], classes)
+"""
+
+
+def own(folder: Path, act: str) -> Recipe:
+    (folder / "mine.py").write_text(OWN.format(act=act))
+    return tiny(model={"kind": "module", "module": "mine:make"}, norm={"kind": "none"})
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        ("raise ValueError('two\\nlines')", "raised ValueError: two lines, in {folder}/mine.py:5. It is given batches"),
+        ("import sys; sys.exit(0)", "raised SystemExit: 0, in {folder}/mine.py:5."),
+        ("x = x[:, 1:]", "raised RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
+    ],
+)
+def test_a_run_that_raises_is_a_failure_with_its_reason_and_the_worker_goes_on(
+    tmp_path: Path, act: str, reason: str
+) -> None:
+    worker = Driver(cwd=tmp_path)
+    worker.hear()
+    worker.give("bad", own(tmp_path, act))
+    failure = worker.outcome()
     assert failure["key"] == "bad"
-    assert failure["failure"].startswith("ValueError: Expected more than 1 value per channel")
-    driver.give("good", tiny())
-    assert driver.outcome()["result"]["status"] == "reached"
+    assert reason.format(folder=tmp_path) in failure["failure"]
+    worker.give("good", tiny())
+    assert worker.outcome()["result"]["status"] == "reached"
+    worker.process.kill()
+    worker.process.communicate()
+
+
+def test_a_model_that_cannot_be_built_is_a_failure_and_not_the_end_of_all_runs(tmp_path: Path) -> None:
+    worker = Driver(cwd=tmp_path)
+    worker.hear()
+    (tmp_path / "mine.py").write_text("def make(shape, classes, norm): raise OSError('no weights')")
+    worker.give("bad", tiny(model={"kind": "module", "module": "mine:make"}, norm={"kind": "none"}))
+    assert "mine:make raised OSError: no weights" in worker.outcome()["failure"]
+    worker.process.kill()
+    worker.process.communicate()
+
+
+def test_data_that_are_decoded_by_child_processes_are_read(tmp_path: Path, driver: Driver) -> None:
+    """A child closes sys.stdin when it starts, and waited for ever where the worker was reading from it."""
+    image = pytest.importorskip("PIL.Image")
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            folder = tmp_path / split / label
+            folder.mkdir(parents=True)
+            for number in range(12):
+                image.new("L", (8, 8), 200 * (label == "b") + number).save(folder / f"{number}.png")
+    data = {
+        "source": "hub",
+        "name": str(tmp_path),
+        "shape": [1, 8, 8],
+        "classes": 2,
+        "in_memory_gib": 0.0,
+        "workers": 2,
+    }
+    driver.hear()
+    driver.give("streamed", tiny(data=data, train={"steps": 4, "batch_size": 6, "evaluate_every": 2, "target": None}))
+    assert driver.outcome()["result"]["status"] == "budget"
 
 
 def test_missing_data_refuse_every_run_with_the_exit_code(driver: Driver, tmp_path: Path) -> None:

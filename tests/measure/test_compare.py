@@ -172,6 +172,9 @@ def test_arms_of_two_files_that_share_a_name_get_their_files_name(tmp_path: Path
         ([BASE, BASE.replace("classes: 3", "classes: 4")], "arm recipe1: data differs"),
         ([BASE, BASE + "seeds: {report: 2}"], "seeds differs from .*; every arm gets the same seeds"),
         ([BASE + "arms: {a: {}, b: {train: {steps: 10}}}"], "arm b: train.steps differs from arm a's"),
+        ([BASE + f"arms: {{a: {{}}, b: {{}}}}\ngrid: {{optimizer.lr: {[n / 100 for n in range(1, 101)]}, "
+          f"train.batch_size: {list(range(2, 102))}}}"],
+         "2 arms at 10,000 points of the grid make 60,020 runs; a comparison has at most 20,000"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_compared_is_refused_with_the_reason(tmp_path: Path, texts: list[str], message: str) -> None:
@@ -290,12 +293,26 @@ def test_too_coarse_evaluations_are_said_with_what_to_set(tmp_path: Path) -> Non
 def test_too_few_seeds_are_said_with_how_many_would_do(tmp_path: Path) -> None:
     asked = study_of(tmp_path, BASE + ARMS.replace("report: 5", "report: 3"))
     comparison = summarise(
-        asked.plan, carried_out(asked, by_arm_and_rate({0.1: 9, 1: 7, 10: 8}, {0.1: 9, 1: 7, 10: 8})), 24
+        asked.plan, carried_out(asked, by_arm_and_rate({0.1: 9, 1: 7, 10: 8}, {0.1: 9, 1: 7, 10: 8}, 0.4)), 24
     )
     assert any(
         note.startswith("3 seeds an arm are few: at the spread seen here a ratio of 1.5 needs ")
         for note in comparison.notes
     )
+
+
+def test_a_target_that_is_held_before_the_first_step_is_said(tmp_path: Path) -> None:
+    asked = study_of(tmp_path, BASE + ARMS)
+    comparison = summarise(asked.plan, carried_out(asked, lambda job: 0.0), 28)
+    assert "plain: it has reached the target before the first step; choose a harder one" in comparison.notes
+    mixed = tuning(asked, {0.1: [50.0, 60.0, 55.0], 1: [0.0, 2.0, 1.0], 10: [None, None, None]})
+    assert best_point(asked.plan, mixed) == {"optimizer.lr": 1}
+
+
+def test_no_best_value_is_named_before_the_tuning_is_complete(tmp_path: Path) -> None:
+    asked = study_of(tmp_path, BASE + ARMS)
+    begun = [record(job, 100.0) for job in wanted(asked, {})[:4]]
+    assert summarise(asked.plan, begun, 28).arms[0].point == {}
 
 
 def test_arms_that_cannot_be_told_apart_are_named(tmp_path: Path) -> None:
