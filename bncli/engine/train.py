@@ -185,15 +185,22 @@ class _Run:
         split = dataset.train
         order = in_order(len(split), train.batch_size, stream(train.seed, "order"), split.index_device)
         self.batches = split.batches(order, stream(train.seed, "augment"))
-        model = build(recipe, dataset.shape, dataset.classes, lambda: next(split.chunks(LSUV_EXAMPLES))[0].cpu())
+        model = build(recipe, dataset.shape, dataset.classes, lambda: self._sample(LSUV_EXAMPLES))
         model = model.to(device, memory_format=data.MEMORY_FORMATS[train.memory_format])  # type: ignore[call-overload]
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.optimizer = optimizer(recipe, model)
         self.scheduler = scheduler(recipe, self.optimizer)
         self.model: nn.Module = torch.compile(model) if train.compile else model  # type: ignore[assignment]
+        self.learning_rate = float(self.optimizer.param_groups[0]["lr"])  # of the last update, or of the first to come
         self.step = self._make_step()
         environment_of_run = environment(device)
         self.environment, self.device_name = environment_of_run, environment_of_run.device
+
+    def _sample(self, count: int) -> Tensor:
+        """Some training examples of every kind, on the CPU: a file may hold them sorted by class."""
+        split, seed = self.dataset.train, self.recipe.train.seed
+        some = torch.randperm(len(split), generator=stream(seed, "sample"))[:count].to(split.index_device)
+        return next(split.batches(iter([some]), stream(seed, "sample augment")))[0].cpu()
 
     def _make_step(self) -> Callable[[Tensor, Tensor], Tensor]:
         model, optimizer, scheduler = self.model, self.optimizer, self.scheduler
@@ -216,6 +223,7 @@ class _Run:
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
+            self.learning_rate = float(optimizer.param_groups[0]["lr"])
             if scheduler is not None:
                 scheduler.step()
             return loss.detach()
@@ -252,10 +260,6 @@ class _Run:
     @property
     def reached(self) -> bool:
         return self._reach is not None and self._reach.steps is not None
-
-    @property
-    def learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
 
     def memory_mib(self) -> float | None:
         return peak_memory_mib(self.device) if self.device.type == "cuda" else None

@@ -51,6 +51,7 @@ class Study:
     arms: tuple[Arm, ...]
     identity: dict[str, str]  # versions and device: a change of these makes every run a new one
     _jobs: dict[str, Job] = field(default_factory=dict, repr=False, compare=False)  # made once: checking takes time
+    _outside: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)  # arm -> files, code
 
     def jobs(self, arm: Arm, phase: Phase, points: Sequence[dict[str, Any]]) -> list[Job]:
         seeds = self.plan.tune_seeds if phase == "tune" else self.plan.report_seeds
@@ -60,7 +61,9 @@ class Study:
         name = f"{arm.name} {point} {seed} {phase}"
         if name not in self._jobs:
             recipe = with_values(arm.recipe, {**point, "train.seed": seed})
-            key = digest({"recipe": plain(recipe), **self.identity, **outside(recipe)})
+            if arm.name not in self._outside:
+                self._outside[arm.name] = outside(arm.recipe)
+            key = digest({"recipe": plain(recipe), **self.identity, **self._outside[arm.name]})
             self._jobs[name] = Job(key, arm.name, point, seed, phase, recipe)
         return self._jobs[name]
 
@@ -294,7 +297,7 @@ def _arm_summary(plan: ComparisonPlan, arm: str, records: Sequence[RunRecord]) -
         ms_per_step=typical([result.ms_per_step for result in results]),
         peak_memory_mib=max(memory, default=None),
         parameters=results[0].parameters if results else None,
-        diverged=sum(result.status == "diverged" for result in results),
+        diverged=sum(result.status == "diverged" and result.steps_to_target is None for result in results),
         failures=tuple(f"seed {record.seed}: {record.failure}" for record in records if record.failure),
         tuning=cells,
         curve=_curve(plan, report),
@@ -378,7 +381,11 @@ def _notes(
         arm.arm for arm in arms if arm.ratio and arm.ratio.holm_p_value is not None and arm.ratio.holm_p_value > 0.05
     ]
     if unsure:
-        notes.append(f"not told apart from {plan.reference} at 5 % (Holm's correction): {', '.join(unsure)}")
+        compared = len(arms) - 1
+        corrected = (
+            f" once corrected for {compared} comparisons (Holm), as the intervals are not" if compared > 1 else ""
+        )
+        notes.append(f"not told apart from {plan.reference} at 5 %{corrected}: {', '.join(unsure)}")
     machines = {(r.result.environment.processor, r.result.environment.device) for r in records if r.result}
     if len(machines) > 1:
         notes.append("the runs come from different machines: compare their steps, not their samples/s")

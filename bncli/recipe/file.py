@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -149,8 +150,12 @@ def outside(recipe: Recipe) -> dict[str, Any]:
     named = getattr(recipe.data, "path", None) or getattr(recipe.data, "name", None)
     if named and Path(named).exists():
         path = Path(named)
-        inside = sorted(path.iterdir()) if path.is_dir() else []  # a folder's time changes with its list of files
-        found["data"] = [[each.name, each.stat().st_size, each.stat().st_mtime_ns] for each in [path, *inside]]
+        folders = sorted(
+            Path(folder) for folder, _, _ in os.walk(path)
+        )  # a folder's time changes with its list of files
+        files = [file for folder in folders[:1] for file in sorted(folder.iterdir()) if file.is_file()]
+        seen = [path, *folders, *files]
+        found["data"] = [[str(each), each.stat().st_size, each.stat().st_mtime_ns] for each in seen]
     if isinstance(recipe.model, OwnModel):
         module = Path(*recipe.model.module.partition(":")[0].split("."))
         for source in (module.with_suffix(".py"), module / "__init__.py"):

@@ -17,7 +17,7 @@ from torch import nn
 from bncli.engine import data
 from bncli.engine.splits import Batch, InMemory, order
 from bncli.engine.steps import crossing
-from bncli.engine.train import Clock, learning_rate_factor, optimizer, train
+from bncli.engine.train import Clock, _Run, learning_rate_factor, optimizer, train
 from bncli.errors import DataError
 from bncli.recipe.sections import Recipe
 from bncli.results import Evaluated, Event, RunFinished, RunResult, RunStarted, StepDone
@@ -106,6 +106,16 @@ def test_vectors_from_a_file_are_refused_by_a_model_for_images(tmp_path: Path) -
     npz = {"source": "npz", "path": str(tmp_path / "vectors.npz"), "held_out": 10}
     with pytest.raises(DataError, match=r"model.kind: a cnn needs images and the data are vectors; give x as"):
         run(tiny(data=npz, model={"kind": "cnn"}))
+
+
+def test_lsuv_sees_examples_of_every_class_even_of_a_sorted_file(tmp_path: Path) -> None:
+    y = np.arange(3).repeat(400)
+    np.savez(tmp_path / "sorted.npz", x=np.eye(3, dtype=np.float32)[y], y=y)
+    npz = {"source": "npz", "path": str(tmp_path / "sorted.npz"), "held_out": 10}
+    recipe = tiny(data=npz, model={"kind": "mlp", "hidden": [4], "init": {"kind": "lsuv"}})
+    sample = _Run(recipe, data.load(recipe.data, CPU), CPU)._sample(500)
+    assert sample.shape == (500, 3)
+    assert (sample.sum(0) > 100).all()
 
 
 # --- what decides a run -------------------------------------------------------------------------------------------
@@ -211,7 +221,7 @@ def test_warm_up_rises_linearly_to_the_whole_rate() -> None:
 def test_the_schedule_reaches_the_optimizer() -> None:
     recipe = tiny(schedule={"kind": "step", "milestones": [5], "gamma": 0.1}, train={"steps": 10, "target": None})
     rates = [event.learning_rate for event in events(recipe) if isinstance(event, Evaluated)]
-    assert rates == pytest.approx([0.5, 0.05, 0.05])
+    assert rates == pytest.approx([0.5, 0.5, 0.05])  # that of the last update
 
 
 @pytest.mark.parametrize(
