@@ -328,6 +328,14 @@ def _say(text: str, quiet: bool) -> None:
         print(text, file=sys.stderr)
 
 
+class StopAtOnce(KeyboardInterrupt):
+    """The second signal. A KeyboardInterrupt, so that nobody takes it for an error of a run's own."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__()
+        self.exit_code = exit_code
+
+
 class StopSignal:
     """Ctrl-C or SIGTERM: the first asks the work to end at the next step, the second ends it at once."""
 
@@ -346,7 +354,7 @@ class StopSignal:
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self.number:
             _say("\nStopped at once; what was finished before is kept", False)
-            sys.exit(128 + number)
+            raise StopAtOnce(128 + number)
         self.number = number
         _say("\nStopping after this step; once more to stop at once", False)
 
@@ -370,6 +378,8 @@ def main() -> None:
         for mistake in mistakes:
             print(f"  {mistake}" if len(mistakes) > 1 else f"bncli: {mistake}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except StopAtOnce as stopped:
+        sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except OSError as error:

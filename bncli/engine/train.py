@@ -119,7 +119,7 @@ def _train(
             if not math.isfinite(value):
                 status, reason = "diverged", f"the training loss is {value} at step {step}"
                 break
-            yield StepDone(step, value, run.learning_rate, run.clock.samples_per_s(step), run.memory_mib())
+            yield StepDone(step, value, run.learning_rate, run.clock.samples_per_s(step), run.memory_mib)
         if due:
             run.clock.pause(step)
             yield run.evaluate(step, value)
@@ -181,6 +181,7 @@ class _Run:
         self._reach = StepsToTarget(self.target) if self.target else None
         self.evaluations: list[Evaluation] = []
         self.evaluation_s = 0.0
+        self.memory_mib: float | None = None  # as of the last evaluation, which is outside the throughput
         self.clock = Clock(train.batch_size, device)
         split = dataset.train
         order = in_order(len(split), train.batch_size, stream(train.seed, "order"), split.index_device)
@@ -190,6 +191,8 @@ class _Run:
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.optimizer = optimizer(recipe, model)
         self.scheduler = scheduler(recipe, self.optimizer)
+        if train.compile:
+            torch.compiler.reset()  # past runs of this process count towards a limit, beyond which a model runs eager
         self.model: nn.Module = torch.compile(model) if train.compile else model  # type: ignore[assignment]
         self.learning_rate = float(self.optimizer.param_groups[0]["lr"])  # of the last update, or of the first to come
         self.step = self._make_step()
@@ -252,6 +255,7 @@ class _Run:
         found = Evaluation(step, right.item() / count, loss.item() / count, train_loss)
         self.model.train()
         self.evaluations.append(found)
+        self.memory_mib = peak_memory_mib(self.device)
         if self._reach is not None:
             self._reach.add(found)
         self.evaluation_s += perf_counter() - began
@@ -260,9 +264,6 @@ class _Run:
     @property
     def reached(self) -> bool:
         return self._reach is not None and self._reach.steps is not None
-
-    def memory_mib(self) -> float | None:
-        return peak_memory_mib(self.device) if self.device.type == "cuda" else None
 
     def result(self, status: Status, step: int, reason: str | None) -> RunResult:
         target = self.target or Target("accuracy", 1.0)

@@ -73,6 +73,7 @@ def serve(jobs: queue.Queue[dict[str, Any]], out: TextIO, device_name: str, thre
         source = recipe.data.model_dump_json() + recipe.train.memory_format
         if source not in loaded:
             loaded = {source: data.load(recipe.data, device, data.MEMORY_FORMATS[recipe.train.memory_format])}
+        gc.collect()  # the last run's model, where a cycle keeps it
         said = 0.0
         try:
             for event in train(recipe, loaded[source], device, name=key):

@@ -1,8 +1,8 @@
 """The batch norm kernels by name, and why one is not available here.
 
-The seam: `kernel(x, weight, bias, eps, residual, activation) -> y, mean, var` with x (N, C, *S), weight, bias, mean and
-The seam: `kernel(x, weight, bias, eps, residual, activation) -> y, mean, var`, x (N, C, *S), weight, bias, mean and
-or wider; nothing is written into an argument. Running statistics are the norm module's affair.
+The seam: `kernel(x, weight, bias, eps, residual, activation) -> y, mean, var` with x (N, C, *S), weight, bias, mean
+and var (C). y is differentiable in x, weight, bias and residual; mean and var are the batch's own (var with 1/m), in
+float32 or wider; nothing is written into an argument. Running statistics are the norm module's affair.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ from statistics import median
 from typing import Any
 
 from bncli.errors import RecipeError
+from bncli.recipe.architecture import input_of, shape_contradictions
 from bncli.recipe.file import Arm, Loaded, digest, outside, plain, with_values
-from bncli.recipe.sections import Digits, Recipe, TargetSection
+from bncli.recipe.sections import Digits, Npz, Recipe, TargetSection
 from bncli.results import ArmSummary, Comparison, ComparisonPlan, Phase, RunRecord, Target, TuningCell
 
 MOST_RUNS = 20_000  # each is planned in memory; a longer list of values is a slip, or several comparisons
@@ -148,6 +149,9 @@ def _refuse_unlike(recipes: Sequence[Loaded], arms: Sequence[Arm]) -> None:
         for path in alike:
             if _field(arm.recipe, path) != _field(arms[0].recipe, path):
                 wrong.append(f"arm {arm.name}: {path} differs from arm {arms[0].name}'s; steps would not be comparable")
+        if isinstance(arm.recipe.data, Npz):  # what only the file can tell; the rest was checked with the recipe
+            found = shape_contradictions(arm.recipe, *input_of(arm.recipe))
+            wrong += [f"arm {arm.name}: {'.'.join(keys)}: {text}" for keys, text in found]
     if not isinstance(arms[0].recipe.train.target, TargetSection):
         wrong.append(f"{first.source}: train.target is missing; a comparison counts the steps to it")
     if wrong:
@@ -290,7 +294,9 @@ def _arm_summary(plan: ComparisonPlan, arm: str, records: Sequence[RunRecord]) -
         hits=sum(result.steps_to_target is not None for result in results),
         runs=len(results),
         steps=statistics.geometric_mean_steps([], plan.budget),
-        first_hit=math.exp(math.fsum(map(math.log, firsts)) / len(firsts)) if firsts else None,
+        first_hit=math.exp(math.fsum(map(math.log, firsts)) / len(firsts))
+        if firsts and len(firsts) == len(results)
+        else None,
         ratio=None,
         best=typical([result.best for result in results]),
         samples_per_s=typical([result.samples_per_s for result in results]),

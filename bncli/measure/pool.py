@@ -18,6 +18,9 @@ from typing import Any, Protocol
 from bncli.errors import BncliError
 
 POLL_S = 0.1
+MOST_IDLE_DEATHS = 10  # of workers without a run, one after another, before it is given up
+# Without the current folder on the path, which -m and -c put there: a torch.py in it must not be run.
+WORKER = "import sys; sys.path.remove(''); from bncli.engine.worker import main; sys.exit(main(sys.argv[1:]))"
 
 
 class Task(Protocol):
@@ -76,11 +79,13 @@ class Pool:
     jobs: int | None
     threads: int
     folder: Path  # for the workers' logs
-    command: Sequence[str] = (sys.executable, "-m", "bncli.engine.worker")
+    command: Sequence[str] = (sys.executable, "-c", WORKER)
     _messages: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = field(default_factory=queue.Queue)
     _workers: list[_Worker] = field(default_factory=list)
     _gpus: int = 0
     _limit: int = 1  # workers, until the first has said which device it found
+    _greeted: bool = False
+    _idle_deaths: int = 0
 
     def run(
         self, wanted: Callable[[], Sequence[tuple[str, dict[str, Any]]]], stop: Callable[[], bool] = lambda: False
@@ -91,7 +96,7 @@ class Pool:
         every now and then so that a bar can move. Raises Refused when a worker cannot take any run.
         """
         try:
-            limit = self.jobs or (cores() if self.device == "cpu" else 1)
+            self._limit = (self.jobs or cores()) if self.device == "cpu" else 1
             to_do = list(wanted())
             while not stop():
                 running = {worker.key for worker in self._workers}
@@ -102,10 +107,9 @@ class Pool:
                     if waiting and self._hand_out(worker, *waiting[0]):
                         yield Started(worker.number, waiting.pop(0)[0])
                 idle = sum(worker.key is None for worker in self._workers)
-                for _ in range(min(limit - len(self._workers), len(waiting) - idle)):
+                for _ in range(min(self._limit - len(self._workers), len(waiting) - idle)):
                     self._start()
                 event = self._next_event()
-                limit = self.jobs or (limit if self.device == "cpu" else self._limit)
                 yield event
                 if isinstance(event, Ended):
                     to_do = list(wanted())
@@ -167,18 +171,23 @@ class Pool:
             raise Refused(message["refused"], message["exit_code"])
         if "hello" in message:
             worker.ready = True
-            self._gpus = message["gpus"]
-            self._limit = self._gpus or cores()
+            if not self._greeted:  # a later worker sees its own GPU only
+                self._greeted = True
+                named = ":" in self.device or message["hello"] == "mps"
+                self._gpus = 0 if named else message["gpus"]
+                self._limit = self.jobs or self._gpus or (1 if named else cores())
             return None
         if "step" in message:
             return Progressed(worker.number, message["key"], message["step"], message["value"])
         worker.key = None
+        self._idle_deaths = 0
         return Ended(worker.number, message["key"], message.get("result"), message.get("failure"))
 
     def _died(self, worker: _Worker) -> Ended | None:
         code = worker.process.wait()
         self._workers.remove(worker)
-        if not worker.ready:
+        self._idle_deaths += worker.key is None
+        if not self._greeted or self._idle_deaths > MOST_IDLE_DEATHS:
             raise BncliError(
                 f"a worker process could not start (exit {code}); its log, {worker.log}, ends:\n{_tail(worker.log)}"
             )

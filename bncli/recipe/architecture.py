@@ -251,14 +251,15 @@ def _npz_header(data: Npz) -> tuple[Shape, int]:
 
     import numpy as np
 
-    if not Path(data.path).is_file():
+    path = Path(data.path).expanduser()
+    if not path.is_file():
         raise DataError(f"data.path: there is no file {data.path}; it should hold the arrays x and y")
     try:
-        with zipfile.ZipFile(data.path) as archive, archive.open("x.npy") as header:
+        with zipfile.ZipFile(path) as archive, archive.open("x.npy") as header:
             version = np.lib.format.read_magic(header)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape: Shape = tuple(read(header)[0][1:])
-        with np.load(data.path, allow_pickle=False) as arrays:
+        with np.load(path, allow_pickle=False) as arrays:
             return shape, int(arrays["y"].max()) + 1
     except (zipfile.BadZipFile, KeyError, TypeError, ValueError, OSError) as error:
         raise DataError(f"data.path: {data.path} cannot be read as a .npz file with x and y: {error}") from error

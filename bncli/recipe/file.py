@@ -148,19 +148,14 @@ def outside(recipe: Recipe) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     named = getattr(recipe.data, "path", None) or getattr(recipe.data, "name", None)
-    if named and Path(named).exists():
-        path = Path(named)
-        folders = sorted(
-            Path(folder) for folder, _, _ in os.walk(path)
-        )  # a folder's time changes with its list of files
-        files = [file for folder in folders[:1] for file in sorted(folder.iterdir()) if file.is_file()]
-        seen = [path, *folders, *files]
-        found["data"] = [[str(each), each.stat().st_size, each.stat().st_mtime_ns] for each in seen]
+    path = Path(named or "").expanduser()
+    if named and path.exists():
+        inside = sorted(Path(folder) / name for folder, _, names in os.walk(path) for name in names)
+        found["data"] = [[str(each), each.stat().st_size, each.stat().st_mtime_ns] for each in inside or [path]]
     if isinstance(recipe.model, OwnModel):
         module = Path(*recipe.model.module.partition(":")[0].split("."))
-        for source in (module.with_suffix(".py"), module / "__init__.py"):
-            if source.is_file():
-                found["code"] = hashlib.sha256(source.read_bytes()).hexdigest()
+        beside = sorted({*module.parent.glob("*.py"), *module.glob("*.py")})  # what it imports is mostly there
+        found["code"] = [[str(each), hashlib.sha256(each.read_bytes()).hexdigest()] for each in beside]
     return found
 
 

@@ -217,7 +217,8 @@ def _methods(comparison: Comparison) -> Iterator[str]:
     for method, words in METHODS.items():
         if method in used:
             yield words.format(budget=figure(plan.budget), reference=plan.reference)
-    yield f"Intervals are 95%. Best {plan.target.metric} and samples/s are medians over seeds, memory is the largest."
+    best = f"Best {plan.target.metric} (a run may stop at its target) and samples/s (other runs beside)"
+    yield f"Intervals are 95%. {best} are medians over seeds; memory is the largest, of the whole process on a CPU."
 
 
 # --- curves -------------------------------------------------------------------------------------------------------

@@ -167,6 +167,22 @@ def test_the_loop_computes_what_a_hand_written_loop_computes() -> None:
     assert losses(recipe) == expected[4::5]
 
 
+def test_evaluation_uses_the_running_statistics_and_changes_no_buffer() -> None:
+    recipe = tiny()
+    dataset = data.load(recipe.data, CPU)
+    one = _Run(recipe, dataset, CPU)
+    for _ in range(3):
+        one.step(*next(one.batches))
+    before = {name: value.clone() for name, value in one.model.state_dict().items()}
+    found = one.evaluate(3, None).evaluation
+    assert one.model.training
+    assert all(torch.equal(value, before[name]) for name, value in one.model.state_dict().items())
+    (x, y), *rest = dataset.held_out_batches(1000)
+    assert not rest
+    right = (one.model.eval()(x).argmax(1) == y).float().mean().item()
+    assert found.accuracy == pytest.approx(right)
+
+
 def test_evaluation_leaves_weights_and_running_statistics_alone() -> None:
     often, rarely = (tiny(train={"evaluate_every": every, "target": None}) for every in (5, 60))
     assert losses(often)[-1] == losses(rarely)[-1]
