@@ -8,7 +8,7 @@ from bncli.errors import RecipeError
 from bncli.measure.compare import planned_runs, study
 from bncli.recipe.architecture import estimated_memory_mib, input_of, layers, shape_contradictions, size
 from bncli.recipe.file import Arm, Loaded, leaves, plain
-from bncli.recipe.sections import Recipe
+from bncli.recipe.sections import Npz, Recipe
 from bncli.recipe.yaml12 import dotted
 from bncli.results import Planned, PlannedArm
 
@@ -43,7 +43,9 @@ def _arm(base: Recipe, arm: Arm, tuning_runs: int, report_runs: int) -> PlannedA
 def sizes(recipe: Recipe) -> tuple[int | None, float | None]:
     """Parameters and estimated training memory in MiB; None for a model of the user's own."""
     shape, classes = input_of(recipe)
-    wrong = [f"{dotted(keys)}: {text}" for keys, text in shape_contradictions(recipe, shape, classes)]
+    unchecked = isinstance(recipe.data, Npz)  # the other sources were checked with the recipe
+    contradictions = shape_contradictions(recipe, shape, classes) if unchecked else ()
+    wrong = [f"{dotted(keys)}: {text}" for keys, text in contradictions]
     if wrong:
         raise RecipeError(*wrong)
     model = layers(recipe, shape, classes)
