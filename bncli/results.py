@@ -25,9 +25,6 @@ class Target:
     def reached_by(self, value: float) -> bool:
         return value >= self.value if self.metric == "accuracy" else value <= self.value
 
-    def better(self, one: float, other: float) -> float:
-        return max(one, other) if self.metric == "accuracy" else min(one, other)
-
 
 @dataclass(frozen=True)
 class Evaluation:

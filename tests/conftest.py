@@ -18,6 +18,18 @@ TINY: dict[str, Any] = {
 }
 
 
+# A model of the user's own, whose forward pass does `act` first.
+OWN = """
+from torch import nn
+class Own(nn.Linear):
+    def forward(self, x):
+        {act}
+        return super().forward(x)
+def make(shape, classes, norm):
+    return Own(shape[0], classes)
+"""
+
+
 def tiny(**sections: Any) -> Recipe:
     """The small recipe with whole sections replaced, and `train` fields changed one by one."""
     train = {**TINY["train"], **sections.pop("train", {})}

@@ -19,6 +19,7 @@ import torch
 from bncli.cli import main
 from bncli.recipe.file import load
 from bncli.report.record import result_from_json
+from tests.conftest import OWN
 
 RECIPE = """
 data: {source: synthetic, shape: [8], classes: 3, examples: 120, held_out: 60, noise: 0.5}
@@ -195,17 +196,6 @@ def test_what_could_not_be_obeyed_is_refused_before_any_work(
     assert message in err
     assert out == ""
     assert not Path("runs").exists()
-
-
-OWN = """
-from torch import nn
-class Own(nn.Linear):
-    def forward(self, x):
-        {act}
-        return super().forward(x)
-def make(shape, classes, norm):
-    return Own(shape[0], classes)
-"""
 
 
 def own(act: str, *arguments: str) -> tuple[int, str, str]:

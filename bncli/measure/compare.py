@@ -85,14 +85,14 @@ def study(recipes: Sequence[Loaded], identity: Mapping[str, str] | None = None) 
     seeds, base = first.file.seeds, first.base.train.seed
     tuned = any(len(values) > 1 for values in first.file.grid.values())
     tune = seeds.tune if tuned else 0
-    first_arms = [arm.name for arm in first.arms]
+    names = [arm.name for arm in first.arms] or [first.name]  # as the file has them, before any clash
     points = math.prod(len(values) for values in first.file.grid.values())
     if (runs := len(arms) * (points * tune + seeds.report)) > MOST_RUNS:
         raise RecipeError(
             f"{first.source}: {len(arms)} arms at {points:,} points of the grid make {runs:,} runs; "
             f"a comparison has at most {MOST_RUNS:,}: shorten the lists of grid"
         )
-    reference = arms[first_arms.index(first.file.reference) if first.file.reference else 0].name
+    reference = arms[names.index(first.reference)].name
     plan = ComparisonPlan(
         name=first.name,
         arms=tuple(arm.name for arm in arms),

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from bncli.errors import BncliError
 
@@ -21,13 +21,6 @@ POLL_S = 0.1
 MOST_IDLE_DEATHS = 10  # of workers without a run, one after another, before it is given up
 # Without the current folder on the path, which -m and -c put there: a torch.py in it must not be run.
 WORKER = "import sys; sys.path.remove(''); from bncli.engine.worker import main; sys.exit(main(sys.argv[1:]))"
-
-
-class Task(Protocol):
-    """What a worker is given: a key, and a message with it."""
-
-    @property
-    def key(self) -> str: ...
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from bncli.plain_data import from_plain
 from bncli.recipe.file import plain
 from bncli.recipe.sections import Recipe
 from bncli.results import RunResult
-from tests.conftest import tiny
+from tests.conftest import OWN, tiny
 
 
 class Driver:
@@ -59,17 +59,6 @@ def test_a_worker_says_hello_then_takes_many_runs(driver: Driver) -> None:
         assert message["key"] == key
         assert result.status == "reached"
         assert result.environment.threads == 1
-
-
-OWN = """
-from torch import nn
-class Own(nn.Linear):
-    def forward(self, x):
-        {act}
-        return super().forward(x)
-def make(shape, classes, norm):
-    return Own(shape[0], classes)
-"""
 
 
 def own(folder: Path, act: str) -> Recipe:
