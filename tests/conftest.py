@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import Any
 
 import pytest
 import torch
 
 from bncli.recipe.sections import Recipe
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    # Without a GPU the fused kernel is tested in Triton's interpreter. Triton settles that when it is first imported,
+    # so this comes before any test does; the variable is set again for the tests that run the kernel (tests/kernels).
+    os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("bncli.kernels.fused_cuda")
+    del os.environ["TRITON_INTERPRET"]
 
 TINY: dict[str, Any] = {
     "data": {"source": "synthetic", "shape": [8], "classes": 3, "examples": 120, "held_out": 60, "noise": 0.5},

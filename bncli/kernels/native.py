@@ -18,18 +18,27 @@ def batch_norm(
     eps: float,
     residual: Tensor | None = None,
     activation: str | None = None,
+    statistics: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalize each channel over the batch and the positions (Ioffe & Szegedy 2015, algorithm 1).
 
     x and residual (N, C, *S); weight and bias (C) or None; activation one of ACTIVATIONS or None, applied after the
-    residual is added. Returns y like x, and the batch's mean and biased variance (C), without gradient.
+    residual is added; statistics a mean and a variance (C) to normalize by instead of the batch's. Returns y like x,
+    and the mean and variance (C) that were used, without gradient.
     """
-    y = F.batch_norm(x, None, None, weight, bias, training=True, momentum=0.0, eps=eps)
-    if residual is not None:
-        y = y + residual
-    if activation is not None:
-        y = ACTIVATIONS[activation](y)
+    given_mean, given_var = statistics or (None, None)
+    y = F.batch_norm(x, given_mean, given_var, weight, bias, training=statistics is None, momentum=0.0, eps=eps)
+    y = finish(y, residual, activation)
+    if statistics is not None:
+        return y, *statistics
     with torch.no_grad():
         wide = x if x.dtype == torch.float64 else x.float()
         var, mean = torch.var_mean(wide, dim=[0, *range(2, x.dim())], correction=0)
     return y, mean, var
+
+
+def finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    """activation(y + residual), each step only if asked for."""
+    if residual is not None:
+        y = y + residual
+    return y if activation is None else ACTIVATIONS[activation](y)

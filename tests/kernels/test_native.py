@@ -52,7 +52,16 @@ def test_statistics_of_half_precision_are_kept_in_float32() -> None:
     assert mean.dtype == var.dtype == torch.float32
 
 
-def test_a_kernel_that_is_not_here_is_refused_and_not_replaced() -> None:
-    with pytest.raises(Unavailable, match=r"fused is not part of this version .* set norm.kernel=native") as error:
-        kernels.get("fused")
+def test_given_statistics_normalize_instead_of_the_batchs() -> None:
+    x = torch.randn(4, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    mean, var = torch.tensor([[0.0, 1.0, -1.0], [1.0, 4.0, 0.25]], dtype=torch.float64)
+    y, used_mean, used_var = batch_norm(x, None, None, 0.5, statistics=(mean, var))
+    torch.testing.assert_close(y, (x - mean.view(1, 3, 1)) / torch.sqrt(var.view(1, 3, 1) + 0.5))
+    assert used_mean is mean
+    assert used_var is var
+
+
+def test_a_kernel_that_nobody_wrote_is_refused_and_not_replaced() -> None:
+    with pytest.raises(Unavailable, match="kernel bogus: expected one of native, fused") as error:
+        kernels.get("bogus")
     assert error.value.exit_code == 3

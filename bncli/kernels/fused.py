@@ -1,0 +1,292 @@
+"""The fused batch norm behind the seam: custom operators, their fake kernels and gradients, and where they can run.
+
+Two operators without side effects, so that torch.compile, autocast, DDP and CUDA graphs take them as they take any
+other: `bncli::fused_batch_norm` and `bncli::fused_batch_norm_backward`, the gradient of the first. The second's own
+gradient is composed of torch's operators. Saved for backward: x, mean and var; with a residual and a relu also a bit
+an element, with a residual and silu the residual.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+import torch
+from torch import Tensor
+
+from bncli.kernels.layout import accumulation, dense, like, sign_bytes, unpacked_signs
+
+OLDEST_CAPABILITY = (8, 0)  # Triton's own lower end for bfloat16
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SIGN_IS_ENOUGH = ("relu", "leaky_relu")  # their derivative depends on the sign of the pre-activation alone
+
+
+def why_not(device: torch.device | None) -> str | None:
+    """Why the fused kernel cannot run on `device` (None: anywhere on this machine), or None where it can.
+
+    On a CPU it runs in Triton's interpreter alone, which TRITON_INTERPRET=1 asks for: right, and far too slow to train.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "it is written in Triton, which is not installed (pip install triton)"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if interpreted and not getattr(sys.modules.get("bncli.kernels.fused_cuda"), "INTERPRETED", True):
+        return "Triton was loaded before TRITON_INTERPRET=1 was set; set it before Python starts"
+    if device is None:
+        return None if interpreted or torch.cuda.is_available() else "it needs an NVIDIA GPU, and torch sees none here"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST_CAPABILITY and torch.version.hip is None:
+            name, (major, minor) = torch.cuda.get_device_name(device), capability
+            return f"it needs compute capability 8.0 or later, and {name} has {major}.{minor}"
+        return None
+    if device.type == "cpu" and interpreted:
+        return None
+    return f"it needs an NVIDIA GPU, and was asked to run on {device.type}"
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    statistics: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernels' seam (see bncli.kernels): y, and the mean and variance (C) that were used, without gradient.
+
+    float32, float16, bfloat16 or float64; contiguous or channels last. Other strides are copied to contiguous first,
+    and a residual or a gradient that lies otherwise than x is copied to x's layout. Sums and statistics are float32,
+    of float64 float64. Raises TypeError for another dtype, and ValueError for a slice that is too long to count.
+    """
+    if x.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"the fused kernel takes {names}; x is {str(x.dtype).removeprefix('torch.')}")
+    x = dense(x)
+    if residual is not None:
+        residual = like(residual.to(x.dtype), x)
+    weight, bias = (None if vector is None else vector.contiguous() for vector in (weight, bias))
+    inputs = [tensor for tensor in (x, weight, bias, residual) if tensor is not None]
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    keep_signs = differentiable and residual is not None and activation in SIGN_IS_ENOUGH
+    given_mean, given_var = (each.contiguous() for each in statistics) if statistics is not None else (None, None)
+    y, mean, var, _ = _forward(
+        x, weight, bias, residual, given_mean, given_var, float(eps), activation or "none", keep_signs
+    )
+    return (y, mean.detach(), var.detach()) if statistics is None else (y, *statistics)
+
+
+# --- forward ------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("bncli::fused_batch_norm", mutates_args=())
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    given_mean: Tensor | None,
+    given_var: Tensor | None,
+    eps: float,
+    activation: str,
+    keep_signs: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y like x; the batch's mean and variance (C), empty where they are given; the signs in bits, empty unless kept."""
+    from bncli.kernels import fused_launch
+
+    statistics = None if given_mean is None or given_var is None else (given_mean, given_var)
+    if x.numel() == 0:
+        y, mean, var, signs = _forward_fake(
+            x, weight, bias, residual, given_mean, given_var, eps, activation, keep_signs
+        )
+        return y, mean.fill_(float("nan")), var.fill_(float("nan")), signs
+    y, mean, var, signs = fused_launch.forward(x, weight, bias, residual, statistics, eps, activation, keep_signs)
+    return (y, mean, var, signs) if statistics is None else (y, mean.new_empty(0), var.new_empty(0), signs)
+
+
+@_forward.register_fake
+def _forward_fake(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    given_mean: Tensor | None,
+    given_var: Tensor | None,
+    eps: float,
+    activation: str,
+    keep_signs: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    channels = x.size(1) if given_mean is None else 0
+    dtype = accumulation(x) if given_mean is None else given_mean.dtype
+    mean, var = x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
+    return torch.empty_like(x), mean, var, x.new_empty(sign_bytes(x) if keep_signs else 0, dtype=torch.uint8)
+
+
+def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, bias, residual, given_mean, given_var, eps, activation, keep_signs = inputs
+    _, mean, var, signs = output
+    mean, var = (mean, var) if given_mean is None else (given_mean, given_var)
+    again = residual if activation == "silu" else None
+    ctx.save_for_backward(x, weight, bias, again, mean, var, signs if keep_signs else None)
+    ctx.eps, ctx.activation, ctx.given = eps, activation, given_mean is not None
+    ctx.has_residual = residual is not None
+
+
+def _differentiate(ctx, dy: Tensor, *_):  # type: ignore[no-untyped-def]
+    x, weight, bias, residual, mean, var, signs = ctx.saved_tensors
+    through = ctx.has_residual and ctx.activation != "none"
+    dx, dweight, dbias, dresidual = _backward(
+        like(dy, x), x, weight, bias, residual, mean, var, signs, ctx.eps, ctx.activation, ctx.given, through
+    )
+    if ctx.has_residual and not through:
+        dresidual = dy
+    return (
+        dx,
+        None if weight is None else dweight,
+        None if bias is None else dbias,
+        dresidual if ctx.has_residual else None,
+        *(None,) * 5,
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_remember)
+
+# --- backward -----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("bncli::fused_batch_norm_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    signs: Tensor | None,
+    eps: float,
+    activation: str,
+    given: bool,
+    residual_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx like x, dweight and dbias (C), dresidual like x or empty."""
+    from bncli.kernels import fused_launch
+
+    if x.numel() == 0:
+        return tuple(
+            each.zero_()
+            for each in _backward_fake(
+                dy, x, weight, bias, residual, mean, var, signs, eps, activation, given, residual_gradient
+            )
+        )
+    return fused_launch.backward(
+        dy, x, weight, bias, residual, (mean, var), signs, eps, activation, given, residual_gradient
+    )
+
+
+@_backward.register_fake
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    signs: Tensor | None,
+    eps: float,
+    activation: str,
+    given: bool,
+    residual_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    channels = x.size(1)
+    dweight, dbias = (
+        x.new_empty(channels, dtype=accumulation(x) if vector is None else vector.dtype) for vector in (weight, bias)
+    )
+    return torch.empty_like(x), dweight, dbias, torch.empty_like(x) if residual_gradient else x.new_empty(0)
+
+
+# --- the gradient of backward -------------------------------------------------------------------------------------
+
+
+def _remember_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    dy, x, weight, bias, residual, mean, var, signs, eps, activation, given, residual_gradient = inputs
+    ctx.save_for_backward(dy, x, weight, bias, residual, mean, var, signs)
+    ctx.eps, ctx.activation, ctx.given, ctx.residual_gradient = eps, activation, given, residual_gradient
+
+
+def _differentiate_twice(ctx, *upstream):  # type: ignore[no-untyped-def]
+    """The exact second derivative: torch's own, of `composed_backward`."""
+    dy, x, weight, bias, residual, mean, var, signs = ctx.saved_tensors
+    inputs = [None if each is None else each.detach().requires_grad_() for each in (dy, x, weight, bias, residual)]
+    with torch.enable_grad():
+        outputs = composed_backward(
+            *inputs,
+            (mean, var) if ctx.given else None,
+            signs,
+            ctx.eps,
+            ctx.activation,
+        )
+        pairs = [
+            (output, gradient.to(output.dtype))
+            for output, gradient in zip(outputs, upstream, strict=True)
+            if gradient is not None and gradient.numel() == output.numel() and output.requires_grad
+        ]
+        wanted = [each for each in inputs if each is not None]
+        found = torch.autograd.grad(
+            [output for output, _ in pairs], wanted, [gradient for _, gradient in pairs], allow_unused=True
+        )
+    gradients = iter(found)
+    return (*(None if each is None else next(gradients) for each in inputs), *(None,) * 7)
+
+
+def composed_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    given: tuple[Tensor, Tensor] | None,
+    signs: Tensor | None,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias, dresidual from differentiable operators, by their definition (Ioffe & Szegedy 2015, section
+    3).
+
+    Shapes as the operator's, all in the accumulation dtype. `signs` stands for the sign of a pre-activation whose
+    residual was not kept. `given`: mean and variance that are constants.
+    """
+    wide = accumulation(x)
+    dy, x = dy.to(wide), x.to(wide)
+    around = [0, *range(2, x.dim())]
+    column = [1, -1] + [1] * (x.dim() - 2)
+    scale, shift = (
+        torch.full((), value, dtype=wide, device=x.device) if vector is None else vector.to(wide).view(column)
+        for vector, value in ((weight, 1.0), (bias, 0.0))
+    )
+    if given is None:
+        var, mean = torch.var_mean(x, around, correction=0, keepdim=True)
+    else:
+        mean, var = (each.to(wide).view(column) for each in given)
+    reciprocal = torch.rsqrt(var + eps)
+    xhat = (x - mean) * reciprocal
+    z = xhat * scale + shift if residual is None else xhat * scale + shift + residual.to(wide)
+    if activation in SIGN_IS_ENOUGH:
+        positive = z > 0 if signs is None else unpacked_signs(signs, x)
+        g = torch.where(positive, dy, dy * (0.0 if activation == "relu" else 0.01))
+    elif activation == "silu":
+        s = torch.sigmoid(z)
+        g = dy * (s * (1 + z * (1 - s)))
+    else:
+        g = dy
+    dweight, dbias = (g * xhat).sum(around), g.sum(around)
+    dx = g * (scale * reciprocal)
+    if given is None:
+        m = x.numel() // x.size(1)
+        dx = dx - (dbias.view(column) + xhat * dweight.view(column)) * (scale * reciprocal / m)
+    return dx, dweight, dbias, g
+
+
+_backward.register_autograd(_differentiate_twice, setup_context=_remember_backward)

@@ -1,0 +1,52 @@
+"""What the fused kernel becomes on GPUs that are not here: no stack, no spills, wide accesses, one launch a direction.
+
+A sample on each run; all of it: python -m tests.kernels.ahead_of_time --all --capability 80 90 100
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.kernels.ahead_of_time import Finding, check
+from tests.kernels.specialisations import Choice, choices, specialisation
+
+# The largest of each kind: what spills first.
+LARGEST = [
+    Choice("forward", "bf16", True, 8, 1, 16, 12, "team", "relu", True),
+    Choice("forward", "bf16", True, 1, 1, 16, 6, "team", "relu", True),
+    Choice("forward", "bf16", False, 8, 64, 16, 12, "team", "silu", True),
+    Choice("backward", "bf16", True, 8, 1, 16, 6, "team", "relu", True),
+    Choice("backward", "bf16", True, 1, 1, 8, 6, "team", "relu", True),
+    Choice("backward", "bf16", False, 8, 32, 16, 6, "team", "silu", True),
+    Choice("backward", "fp32", False, 4, 32, 16, 5, "team", "relu", True, overflow=True),
+]
+EVERYWHERE = [
+    Choice("forward", "fp16", True, 8, 1, 4, 4, "alone", "relu", False),
+    Choice("backward", "fp16", False, 8, 64, 4, 1, "statistics", "relu", False),
+]
+
+
+def verdict(findings: list[Finding]) -> list[str]:
+    return [f"{each.name} on sm_{each.capability}: {', '.join(each.broken)}" for each in findings if not each.ok]
+
+
+def test_the_largest_of_each_kind_hold_their_tiles_in_registers_on_sm_90() -> None:
+    pytest.importorskip("triton")
+    assert verdict(check(map(specialisation, LARGEST), (90,))) == []
+
+
+def test_what_needs_no_cooperation_compiles_for_every_architecture() -> None:
+    pytest.importorskip("triton")
+    assert verdict(check(map(specialisation, EVERYWHERE), (80, 100))) == []
+
+
+def test_the_largest_are_among_what_is_shipped() -> None:
+    shipped = set(choices())
+    assert {*LARGEST, *EVERYWHERE} <= shipped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_a_large_sample_keeps_the_rules(capability: int) -> None:
+    some = [each for each in choices() if capability >= 90 or each.stage != "team"][::67]
+    assert verdict(check(map(specialisation, some), (capability,))) == []
