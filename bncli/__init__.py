@@ -8,15 +8,35 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from bncli.engine.convert import convert as convert
     from bncli.engine.norm import BatchNorm as BatchNorm
+    from bncli.engine.norm import BatchNorm1d as BatchNorm1d
+    from bncli.engine.norm import BatchNorm2d as BatchNorm2d
+    from bncli.engine.norm import BatchNorm3d as BatchNorm3d
     from bncli.engine.train import run as train
+    from bncli.kernels.functional import batch_norm as batch_norm
     from bncli.recipe.file import load as load_recipe
 
-__all__ = ["BatchNorm", "__version__", "load_recipe", "train"]
+__all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "__version__",
+    "batch_norm",
+    "convert",
+    "load_recipe",
+    "train",
+]
 
 # Loaded when first used, so that importing bncli costs nothing.
 _PUBLIC = {
     "BatchNorm": ("bncli.engine.norm", "BatchNorm"),
+    "BatchNorm1d": ("bncli.engine.norm", "BatchNorm1d"),
+    "BatchNorm2d": ("bncli.engine.norm", "BatchNorm2d"),
+    "BatchNorm3d": ("bncli.engine.norm", "BatchNorm3d"),
+    "batch_norm": ("bncli.kernels.functional", "batch_norm"),
+    "convert": ("bncli.engine.convert", "convert"),
     "load_recipe": ("bncli.recipe.file", "load"),
     "train": ("bncli.engine.train", "run"),
 }

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bncli.engine.norm import NormFactory, factory
+from bncli import kernels
+from bncli.engine.norm import BatchNorm, LayerNormOverChannels
 from bncli.errors import RecipeError
 from bncli.recipe import architecture as plan
-from bncli.recipe.sections import Init, OwnModel, Recipe
+from bncli.recipe import sections
+from bncli.recipe.sections import Init, NormSection, OwnModel, Recipe
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "sigmoid": nn.Sigmoid,
@@ -27,6 +29,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 Examples = Callable[[], Tensor]
+NormFactory = Callable[[int], nn.Module]  # channels -> a module for inputs (N, channels, *S)
 
 
 class Residual(nn.Module):
@@ -65,7 +68,26 @@ def build(recipe: Recipe, shape: tuple[int, ...], classes: int, examples: Exampl
     if len(shape) == 3 and recipe.model.kind == "mlp":
         model = nn.Sequential(OrderedDict([("flatten", nn.Flatten()), *model.named_children()]))
     initialise(model, recipe.model.init, recipe.train.seed, examples)
+    if isinstance(recipe.norm, sections.BatchNorm) and recipe.norm.kernel != "native":
+        from bncli.engine.convert import convert  # which loads torch.fx
+
+        convert(model, recipe.norm.kernel)  # the activations and residual adds that follow join the kernel
     return model
+
+
+def factory(norm: NormSection) -> NormFactory | None:
+    """A maker of norm modules for `channels`, or None for no norm. Raises Unavailable for a kernel that cannot run."""
+    if isinstance(norm, sections.BatchNorm):
+        kernels.get(norm.kernel)
+        arguments = norm.model_dump(exclude={"kind"})
+        return lambda channels: BatchNorm(channels, **arguments)
+    if isinstance(norm, sections.LayerNorm):
+        return lambda channels: LayerNormOverChannels(channels, norm.eps, norm.affine)
+    if isinstance(norm, sections.GroupNorm):
+        return lambda channels: nn.GroupNorm(norm.groups, channels, norm.eps, norm.affine)
+    if isinstance(norm, sections.InstanceNorm):  # of its own group each channel: one class for any number of positions
+        return lambda channels: nn.GroupNorm(channels, channels, norm.eps, norm.affine)
+    return None
 
 
 def _module(layer: plan.Layer, norm: NormFactory | None, activation: Callable[[], nn.Module]) -> nn.Module:

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bncli import kernels
-from bncli.recipe.sections import BatchNorm as BatchNormSection
-from bncli.recipe.sections import GroupNorm, InstanceNorm, LayerNorm, NormSection
+from bncli.kernels import native
+from bncli.kernels.functional import batch_norm, move
 
-NormFactory = Callable[[int], nn.Module]  # channels -> a module for inputs (N, channels, *S)
+
+def kernel_name(kernel: str | kernels.Kernel) -> str:
+    """A kernel's name, or package.module:function for a function."""
+    if isinstance(kernel, str):
+        return kernel
+    return f"{getattr(kernel, '__module__', '')}:{getattr(kernel, '__qualname__', kernel)}".lstrip(":")
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
-    """nn.BatchNorm1d/2d/3d in one class for any input (N, C, *S), with its arguments and its state_dict.
+    """nn.BatchNorm1d, 2d and 3d in one class for any input (N, C, *S), with their arguments and their state_dict.
 
-    `kernel` "native" is torch's own operator, which updates the running statistics itself. Any other kernel returns the
-    batch's statistics, and they are updated here: running = (1 - momentum) running + momentum batch, with the unbiased
-    variance, m/(m-1) (algorithm 2, line 10 of Ioffe & Szegedy 2015; momentum None: the average over all batches).
+    `forward(input, residual, activation)` is activation(batch_norm(input) + residual). `activation` of the constructor
+    (relu, leaky_relu with slope 0.01, silu) is the one of every call that names none. `kernel`: native is torch's own
+    operator; fused, or a function of the kernels' seam, does the whole in one operator.
+    Raises Unavailable, with the reason, for a kernel that cannot run on this machine.
+
+    Tools that replace or absorb a batch norm by its parameters alone (SyncBatchNorm.convert_sync_batchnorm, folding
+    into a convolution) do not see `activation`: leave it None for them, and give it with the call or apply it apart.
     """
+
+    activation: str | None = None
+    kernel: str | kernels.Kernel = "native"
 
     def __init__(
         self,
@@ -30,38 +41,103 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
         kernel: str | kernels.Kernel = "native",
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats)
-        self.kernel = None if kernel == "native" else kernels.get(kernel) if isinstance(kernel, str) else kernel
+        without_bias: dict[str, Any] = {} if bias else {"bias": False}  # newer than the oldest torch that serves
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **without_bias)
+        if activation is not None and activation not in native.ACTIVATIONS:
+            raise ValueError(f"activation {activation!r}: expected one of {', '.join(native.ACTIVATIONS)}, or None")
+        if isinstance(kernel, str):
+            kernels.get(kernel)
+        self.activation, self.kernel = activation, kernel
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"batch norm takes (N, C, *S), not an input of {input.dim()} dimensions")
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(N, C, *S) -> the same shape."""
-        if self.kernel is None:
+    def forward(self, input: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        """(N, C, *S), and a residual of the same shape -> the same shape."""
+        activation = activation or self.activation
+        if self.kernel == "native" and residual is None and activation is None and self.momentum is not None:
             return super().forward(input)
         self._check_input_dim(input)
-        if not self.training and self.running_mean is not None:
-            return F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-            )
-        y, mean, var = self.kernel(input, self.weight, self.bias, self.eps)
-        if self.training and self.running_mean is not None:
-            self._update(mean, var, input.numel() // input.size(1))
+        mean, var = self.running_mean, self.running_var
+        if self.training and self.track_running_stats and mean is not None and var is not None:
+            return self._track(input, residual, activation, mean, var)
+        if self.training:
+            mean = var = None
+        return self._run(input, residual, activation, mean, var, self.training or (mean is None and var is None), 0.0)
+
+    def _track(
+        self, input: Tensor, residual: Tensor | None, activation: str | None, mean: Tensor, var: Tensor
+    ) -> Tensor:
+        """A training step that moves the running mean and variance (C)."""
+        tracked = self.num_batches_tracked
+        if tracked is not None:
+            tracked.add_(1)
+        if self.momentum is not None or tracked is None:
+            return self._run(input, residual, activation, mean, var, True, self.momentum or 0.0)
+        # The average over all batches. Its momentum, 1 / batches, stays on the device: no step waits to read it.
+        batch_mean, batch_var = torch.zeros_like(mean), torch.zeros_like(var)
+        y = self._run(input, residual, activation, batch_mean, batch_var, True, 1.0)
+        momentum = tracked.to(torch.promote_types(mean.dtype, torch.float32)).reciprocal()
+        if input.numel() > 0:  # an empty batch has no statistics
+            move(mean, batch_mean.to(momentum.dtype), momentum)
+            move(var, batch_var.to(momentum.dtype), momentum)
         return y
 
-    @torch.no_grad()
-    def _update(self, mean: Tensor, var: Tensor, count: int) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        new = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean), new)
-        self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var), new)
+    def _run(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: str | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        training: bool,
+        momentum: float,
+    ) -> Tensor:
+        return batch_norm(
+            input,
+            mean,
+            var,
+            self.weight,
+            self.bias,
+            training,
+            momentum,
+            self.eps,
+            residual=residual,
+            activation=activation,
+            kernel=self.kernel,
+        )
+
+    def extra_repr(self) -> str:
+        """nn.BatchNorm's, with the activation and the kernel where they are not the default."""
+        activation = f", activation={self.activation}" if self.activation else ""
+        kernel = "" if self.kernel == "native" else f", kernel={kernel_name(self.kernel)}"
+        return super().extra_repr() + activation + kernel
+
+
+class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
+    """nn.BatchNorm1d for (N, C) or (N, C, L), and what `BatchNorm` adds."""
+
+    _check_input_dim = nn.BatchNorm1d._check_input_dim
+
+
+class BatchNorm2d(BatchNorm, nn.BatchNorm2d):
+    """nn.BatchNorm2d for (N, C, H, W), and what `BatchNorm` adds."""
+
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
+
+
+class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
+    """nn.BatchNorm3d for (N, C, D, H, W), and what `BatchNorm` adds."""
+
+    _check_input_dim = nn.BatchNorm3d._check_input_dim
 
 
 class LayerNormOverChannels(nn.GroupNorm):
@@ -69,18 +145,3 @@ class LayerNormOverChannels(nn.GroupNorm):
 
     def __init__(self, channels: int, eps: float, affine: bool) -> None:
         super().__init__(1, channels, eps, affine)
-
-
-def factory(norm: NormSection) -> NormFactory | None:
-    """A maker of norm modules for `channels`, or None for no norm. Raises Unavailable for a kernel that cannot run."""
-    if isinstance(norm, BatchNormSection):
-        kernels.get(norm.kernel)
-        arguments = norm.model_dump(exclude={"kind"})
-        return lambda channels: BatchNorm(channels, **arguments)
-    if isinstance(norm, LayerNorm):
-        return lambda channels: LayerNormOverChannels(channels, norm.eps, norm.affine)
-    if isinstance(norm, GroupNorm):
-        return lambda channels: nn.GroupNorm(norm.groups, channels, norm.eps, norm.affine)
-    if isinstance(norm, InstanceNorm):  # of its own group each channel: one class for any number of positions
-        return lambda channels: nn.GroupNorm(channels, channels, norm.eps, norm.affine)
-    return None

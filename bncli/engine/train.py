@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bncli import kernels
 from bncli.engine import data
 from bncli.engine.device import environment, peak_memory_mib, reset_peak_memory, resolve, synchronize
 from bncli.engine.model import build, stream
@@ -59,6 +60,8 @@ def run(
     `threads` is for a CPU; None leaves torch's choice, which is one a core.
     """
     on = resolve(device)
+    if recipe.norm.kind == "batch":
+        kernels.get(recipe.norm.kernel, on)
     if threads is not None:
         torch.set_num_threads(threads)
     dataset = data.load(recipe.data, on, data.MEMORY_FORMATS[recipe.train.memory_format])
