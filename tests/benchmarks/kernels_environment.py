@@ -1,0 +1,117 @@
+"""Where the figures were made: the card, the versions, what a copy reaches and what a launch costs in the same run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import time
+
+import torch
+
+from bncli.engine import device as devices
+from bncli.measure import clock as timing
+from bncli.measure.clock import Clock, Spread, Work
+from tests.benchmarks import kernels_cases as cases
+from tests.benchmarks import kernels_speed as speed
+from tests.benchmarks.kernels_cases import Case
+
+
+def description(device: torch.device) -> dict[str, str]:
+    """Names and versions; `unknown` where a tool does not say."""
+    here = devices.environment(device)
+    found = {"date": here.date, "processor": here.processor, "device": here.device, "python": here.python}
+    found |= {"torch": here.torch, "triton": _version("triton"), "bncli": f"{here.bncli} ({_revision()})"}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["driver"] = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found["cuda"] = f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+        found["card"] = (
+            f"sm_{properties.major}{properties.minor}, {properties.multi_processor_count} multiprocessors, "
+            f"L2 {properties.L2_cache_size / 2**20:.0f} MiB, memory {properties.total_memory / 2**30:.0f} GiB"
+        )
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _first_line(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return (done.stdout.strip().splitlines() or ["unknown"])[0]
+
+
+def _revision() -> str:
+    return _first_line("git", "rev-parse", "--short", "HEAD")
+
+
+def clocks(device: torch.device) -> str:
+    """What the card says of its clocks, temperature and power now."""
+    if device.type != "cuda":
+        return "unknown"
+    return _first_line(
+        "nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,temperature.gpu,power.draw", "--format=csv,noheader"
+    )
+
+
+def native_backend(case: Case, device: torch.device) -> str:
+    """Which of torch's batch norms runs as `native` on that case."""
+    select = getattr(torch._C, "_select_batch_norm_backend", None)
+    inputs = cases.make(case, device)
+    vectors = (inputs.weight, inputs.bias, inputs.running_mean, inputs.running_var)
+    if select is None or None in vectors:
+        return "unknown"
+    return str(select(inputs.x, *vectors, case.training, cases.EPS)).rsplit(".", 1)[-1]
+
+
+def plan_words(case: Case, device: torch.device) -> str:
+    """How the fused kernel cuts the case, forward and backward; `unknown` where there is no plan to ask."""
+    if device.type != "cuda" or case.layout == "strided":
+        return "unknown"
+    try:
+        from bncli.kernels.fused_launch import plan_for
+
+        x = cases.laid_out(torch.empty(case.shape, dtype=case.torch_dtype, device=device), case.layout)
+        given = not case.training
+        return f"forward: {plan_for(x, given=given)}; backward: {plan_for(x, backward=True, given=given)}"
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # a word beside a figure; the figure stands
+        return f"unknown ({error})"
+
+
+def copy_samples(size_bytes: int, device: torch.device, clock: Clock, rounds: int) -> tuple[int, tuple[float, ...]]:
+    """Bytes that a copy of a tensor of that size moves, and its times in ms, cold."""
+    work, moved_bytes = timing.copy_work(size_bytes, device)
+    timing.warm_up(clock, work, least_ms=20.0 if device.type == "cuda" else 1.0)
+    return moved_bytes, timing.interleaved(clock, {"copy": work}, rounds)["copy"]
+
+
+def launch_samples(device: torch.device, clock: Clock, rounds: int, calls: int = 200) -> dict[str, tuple[float, ...]]:
+    """Milliseconds per launch of an empty kernel, and of torch's smallest operator: the host's, and in a row."""
+    one = torch.zeros(1, device=device)
+    works = {"torch's add_ to one element": Work(lambda _: one.add_(1.0))}
+    if device.type == "cuda":
+        works["an empty kernel"] = Work(lambda _: torch.cuda._sleep(0))
+    for work in works.values():
+        timing.warm_up(clock, work, least_ms=0.0)
+    host, whole = timing.in_a_loop(clock, works, rounds, calls=calls, now_ns=time.perf_counter_ns)
+    return {f"{name}, {what}": ms[name] for name in works for what, ms in (("host", host), ("in a row", whole))}
+
+
+def same_twice(device: torch.device, clock: Clock, rounds: int) -> dict[str, Spread]:
+    """Ratios of one work's times to its own, cold and warm: how far from 1 a ratio is that means nothing."""
+    case = Case((256, 64, 56, 56) if device.type == "cuda" else (2, 8, 6, 6))
+    arms = {name: cases.apply(case, "native") for name in ("once", "again")}
+    works = speed.works(case, device, arms)["both"]
+    for work in works.values():
+        timing.warm_up(clock, work, least_ms=5.0)
+    found = {}
+    for heat, cold in (("cold", True), ("warm", False)):
+        samples = timing.interleaved(clock, works, rounds, cold=cold)
+        found[heat] = timing.times_faster(samples["once"], samples["again"])
+    return found
