@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
@@ -21,7 +21,7 @@ MOST_THREADS = 1024  # far more crash OpenMP
 if TYPE_CHECKING:
     from bncli.measure.compare import Study
     from bncli.recipe.file import Arm, Loaded
-    from bncli.results import Comparison, Planned
+    from bncli.results import CheckGroup, Comparison, Effort, Gradcheck, Planned
 
 app = typer.Typer(
     name="bncli",
@@ -43,7 +43,7 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a field of the recipe; may be repeated."),
 ]
 Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1 or mps.")]
-AllowCode = Annotated[bool, typer.Option("--allow-code", help="Let a recipe import the model that it names.")]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="Import your own model or kernel where it is named.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Show what would be done and train nothing.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; results and errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
@@ -205,6 +205,56 @@ def compare(
         raise typer.Exit(CHECK_FAILED)
 
 
+@app.command()
+def gradcheck(
+    kernel: Annotated[
+        str, typer.Option(metavar="KERNEL", help="native, fused, or package.module:function (your own).")
+    ] = "native",
+    norm: Annotated[Literal["batch", "layer", "group", "instance"], typer.Option(help="The norm to check.")] = "batch",
+    device: Device = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases: at most 15 s on 2 cores.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="All cases, and how each tolerance is derived.")] = False,
+    only: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="CASE", help="Run the cases of this name alone.", show_default=False),
+    ] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Show what ignoring the mean's gradient does to a bias, and check nothing.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    allow_code: AllowCode = False,
+) -> None:
+    """Check a kernel's gradients, path by path, against float64.
+
+    Example: bncli gradcheck --quick
+    """
+    if quick and full:
+        raise RecipeError("--quick and --full: choose one, or neither for the checks in between")
+    if demo:
+        changed = {"--kernel": kernel != "native", "--norm": norm != "batch", "--device": device != "auto"}
+        given = {**changed, "--quick": quick, "--full": full, "--only": only, "--allow-code": allow_code}
+        if idle := [option for option, value in given.items() if value]:
+            raise RecipeError(f"{', '.join(idle)}: nothing is checked with --demo, so that would have no effect")
+        _show_demo(json)
+        return
+    _check_kernel_name(kernel, allow_code)
+    effort: Effort = "quick" if quick else "full" if full else "default"
+    groups: list[CheckGroup] = []
+    try:
+        result = _run_gradcheck(
+            groups, quiet, kernel=kernel, norm=norm, device=device, effort=effort, only=only, allow_code=allow_code
+        )
+    except KeyboardInterrupt as stopped:
+        _show_interrupted(groups, kernel, json)
+        raise typer.Exit(getattr(stopped, "exit_code", INTERRUPTED)) from None  # Typer would make any of them 130
+    from bncli.report import gradients
+
+    _print(gradients.to_json(result) if json else gradients.GradcheckReport(result))
+    if not gradients.passed(result):
+        raise typer.Exit(CHECK_FAILED)
+
+
 # --- the commands' parts ------------------------------------------------------------------------------------------
 
 
@@ -257,6 +307,55 @@ def _run_comparison(
         done, planned = len(comparison.runs), comparison.planned_runs
         _say(f"Stopped: {done} of {planned} runs are kept in {folder.path}; the same command goes on from there", False)
     return comparison, stop.exit_code if stop.number else 0
+
+
+KERNEL_NAMES = ("native", "fused")  # those of bncli.kernels, which needs torch
+
+
+def _check_kernel_name(kernel: str, allow_code: bool) -> None:
+    """Refuse a name that is no kernel's, and code of the user's own that is not allowed, before torch is loaded."""
+    if kernel in KERNEL_NAMES:
+        return
+    if ":" not in kernel:
+        from bncli.recipe.file import suggestion
+
+        hint = suggestion(kernel, [*KERNEL_NAMES, "package.module:function"])
+        raise RecipeError(f"--kernel {kernel}: there is no such kernel; {hint}")
+    if not allow_code:
+        raise RecipeError(f"--kernel {kernel} is code of yours that would run; allow it with --allow-code")
+
+
+def _run_gradcheck(groups: list[CheckGroup], quiet: bool, **asked: Any) -> Gradcheck:
+    """The result of what is asked of `gradcheck.run`, each group put into `groups` as soon as it is finished."""
+    from bncli.report.gradients import GradcheckProgress
+
+    # What a user's kernel prints must not get between the lines of a result.
+    with StopSignal(at_once=True), GradcheckProgress(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
+        from bncli.measure import gradcheck
+        from bncli.results import CheckGroup
+
+        _loaded_all()
+        for found in gradcheck.run(**asked):
+            if isinstance(found, CheckGroup):
+                groups.append(found)
+                progress(found)
+            else:
+                result = found
+    return result
+
+
+def _show_interrupted(groups: list[CheckGroup], kernel: str, as_json: bool) -> None:
+    from bncli.report import gradient_tables, gradients
+
+    _print(gradients.interrupted_to_json(groups) if as_json else gradient_tables.interrupted_table(groups, kernel))
+
+
+def _show_demo(as_json: bool) -> None:
+    from bncli.measure.gradient_paths import bias_demo
+    from bncli.report import gradient_tables, gradients
+
+    steps = bias_demo()
+    _print(gradients.demo_to_json(steps) if as_json else gradient_tables.demo_table(steps))
 
 
 def identity(device: str) -> dict[str, str]:
@@ -337,9 +436,15 @@ class StopAtOnce(KeyboardInterrupt):
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM: the first asks the work to end at the next step, the second ends it at once."""
+    """Ctrl-C or SIGTERM: the first asks the work to end at the next step, the second ends it at once.
+
+    With `at_once` the first does so, for work that yields what it has finished.
+    """
 
     number: int = 0
+
+    def __init__(self, at_once: bool = False) -> None:
+        self.at_once = at_once
 
     def __enter__(self) -> StopSignal:
         self._before = {each: signal.signal(each, self._take) for each in (signal.SIGINT, signal.SIGTERM)}
@@ -352,7 +457,7 @@ class StopSignal:
             signal.signal(each, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if self.number:
+        if self.number or self.at_once:
             _say("\nStopped at once; what was finished before is kept", False)
             raise StopAtOnce(128 + number)
         self.number = number

@@ -1,0 +1,250 @@
+"""Wrong kernels, written out in float64: the definition with one step changed, or its results changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bncli.measure.gradient_cases import DTYPES, Case, Inputs
+from bncli.measure.gradient_checks import Evidence
+from bncli.measure.gradient_definition import Twist, batch_norm
+from bncli.measure.gradient_quantities import observe
+
+Values = dict[str, Tensor]
+
+
+def unchanged(given: Inputs, case: Case) -> Inputs:
+    return given
+
+
+def any_case(case: Case) -> bool:
+    return True
+
+
+@dataclass(frozen=True, eq=False)
+class Hypothesis:
+    """A bug, and what its kernel gives: `bug` names it, `equals` says what the failing quantity then equals."""
+
+    bug: str
+    equals: str
+    twist: Callable[[Case], Twist] = lambda case: Twist()
+    inputs: Callable[[Inputs, Case], Inputs] = unchanged
+    results: Callable[[Values, Case], Values] = lambda values, case: values
+    applies: Callable[[Case], bool] = any_case
+
+
+def predicted(hypothesis: Hypothesis, evidence: Evidence) -> Values:
+    """Every first-order quantity of the case by the hypothesis, in float64; empty where it has no result."""
+    case = evidence.case
+    seen = observe(batch_norm(hypothesis.twist(case)), case, hypothesis.inputs(evidence.given, case), second=False)
+    return {} if seen.problems else hypothesis.results(seen.wide(), case)
+
+
+# --- what a changed step does -----------------------------------------------------------------------------------------
+
+
+def detached(tensor: Tensor) -> Tensor:
+    return tensor.detach()
+
+
+def in_dtype_of(case: Case) -> Twist:
+    """Mean and variance rounded to the case's dtype, before the running statistics too."""
+    dtype = DTYPES[case.dtype]
+
+    def rounded(tensor: Tensor) -> Tensor:
+        return tensor + (tensor.to(dtype).double() - tensor).detach()
+
+    def move_var(running: Tensor, var: Tensor, momentum: float, m: int) -> Tensor:
+        return running.lerp(rounded(var) * (m / (m - 1)), momentum)
+
+    return Twist(
+        mean=rounded,
+        var=rounded,
+        move_mean=lambda running, mean, momentum: running.lerp(rounded(mean), momentum),
+        move_var=move_var,
+    )
+
+
+def swapped(values: Values, case: Case) -> Values:
+    if "dweight" not in values or "dbias" not in values:
+        return values
+    return {**values, "dweight": values["dbias"], "dbias": values["dweight"]}
+
+
+def divided_by(count: Callable[[Case], int], *names: str) -> Callable[[Values, Case], Values]:
+    def results(values: Values, case: Case) -> Values:
+        return {**values, **{name: values[name] / count(case) for name in names if name in values}}
+
+    return results
+
+
+def positions(case: Case) -> int:
+    return max(case.m // max(case.shape[0], 1), 1)
+
+
+def channels_last(case: Case) -> bool:
+    return case.layout == "channels_last" and len(case.shape) > 3
+
+
+def memory_of(tensor: Tensor | None) -> Tensor | None:
+    """The memory of a channels_last tensor, (N, *S, C) in order, read as (N, C, *S)."""
+    if tensor is None or tensor.dim() < 3:
+        return tensor
+    return tensor.permute(0, *range(2, tensor.dim()), 1).reshape(tensor.shape)
+
+
+def back_in_memory(tensor: Tensor) -> Tensor:
+    """The inverse of `memory_of`."""
+    n, c, *s = tensor.shape
+    return tensor.reshape(n, *s, c).movedim(-1, 1)
+
+
+def all_misread(given: Inputs, case: Case) -> Inputs:
+    x, residual, g = (memory_of(tensor) for tensor in (given.x, given.residual, given.g))
+    assert x is not None
+    assert g is not None
+    return replace(given, x=x, residual=residual, g=g)
+
+
+def read_back(values: Values, case: Case) -> Values:
+    return {name: back_in_memory(value) if value.dim() > 1 else value for name, value in values.items()}
+
+
+def g_misread(given: Inputs, case: Case) -> Inputs:
+    g = memory_of(given.g)
+    assert g is not None
+    return replace(given, g=g)
+
+
+def training(case: Case) -> bool:
+    return case.training
+
+
+def evaluation(case: Case) -> bool:
+    return not case.training
+
+
+def half(case: Case) -> bool:
+    return case.training and case.dtype in ("float16", "bfloat16")
+
+
+HYPOTHESES = (
+    Hypothesis(
+        "statistics treated as constants",
+        "the direct part alone",
+        lambda case: Twist(mean=detached, var=detached),
+        applies=training,
+    ),
+    Hypothesis(
+        "the mean's path is missing",
+        "the gradient without its path through the mean",
+        lambda case: Twist(mean=detached),
+        applies=training,
+    ),
+    Hypothesis(
+        "the variance's path is missing",
+        "the gradient without its path through the variance",
+        lambda case: Twist(var=detached),
+        applies=training,
+    ),
+    Hypothesis(
+        "biased running variance",
+        "the moving average of the variance over m, not m - 1,",
+        lambda case: Twist(move_var=lambda running, var, momentum, m: running.lerp(var, momentum)),
+        applies=training,
+    ),
+    Hypothesis(
+        "unbiased normalization",
+        "what the variance over m - 1 gives",
+        lambda case: Twist(bessel=True),
+        applies=training,
+    ),
+    Hypothesis(
+        "momentum swapped",
+        "momentum old + (1 - momentum) new",
+        lambda case: Twist(
+            move_mean=lambda running, mean, momentum: running.lerp(mean, 1 - momentum),
+            move_var=lambda running, var, momentum, m: running.lerp(var * (m / (m - 1)), 1 - momentum),
+        ),
+        applies=training,
+    ),
+    Hypothesis(
+        "no running update",
+        "its value before the call",
+        lambda case: Twist(
+            move_mean=lambda running, mean, momentum: running, move_var=lambda running, var, momentum, m: running
+        ),
+        applies=training,
+    ),
+    Hypothesis(
+        "eps outside the root",
+        "what 1/(sqrt(var) + eps) gives",
+        lambda case: Twist(inverse_deviation=lambda var, eps: 1 / (torch.where(var > 0, var, 1e-60).sqrt() + eps)),
+    ),
+    Hypothesis(
+        "eps ignored",
+        "what 1/sqrt(var) gives",
+        lambda case: Twist(inverse_deviation=lambda var, eps: var.rsqrt()),
+    ),
+    Hypothesis(
+        "half-precision statistics", "what statistics rounded to half precision give", in_dtype_of, applies=half
+    ),
+    Hypothesis(
+        "evaluation uses the batch's statistics",
+        "what the batch's own statistics give",
+        lambda case: Twist(batch_in_evaluation=True),
+        applies=evaluation,
+    ),
+    Hypothesis(
+        "training uses the running statistics",
+        "what the running statistics give",
+        lambda case: Twist(running_in_training=True),
+        applies=training,
+    ),
+    Hypothesis("dweight and dbias swapped", "the other of the two", results=swapped),
+    Hypothesis(
+        "a mean in place of a sum in dweight and dbias",
+        "the true one divided by m",
+        results=divided_by(lambda case: case.m, "dweight", "dbias"),
+    ),
+    Hypothesis(
+        "a mean in place of a sum in dbias",
+        "the true one divided by the number of positions",
+        results=divided_by(positions, "dbias"),
+        applies=lambda case: positions(case) > 1,
+    ),
+    Hypothesis(
+        "a mean in place of a sum in dweight",
+        "the true one divided by the number of positions",
+        results=divided_by(positions, "dweight"),
+        applies=lambda case: positions(case) > 1,
+    ),
+    Hypothesis(
+        "the residual's gradient is missing",
+        "zero",
+        lambda case: Twist(residual=detached),
+        applies=lambda case: case.adds,
+    ),
+    Hypothesis(
+        "the activation's gradient is ignored",
+        "what an activation's derivative of 1 gives",
+        lambda case: Twist(linear_activation=True),
+        applies=lambda case: case.activation is not None,
+    ),
+    Hypothesis(
+        "channels_last memory taken for contiguous",
+        "what the memory gives when it is read in the order of a contiguous tensor",
+        inputs=all_misread,
+        results=read_back,
+        applies=channels_last,
+    ),
+    Hypothesis(
+        "the upstream gradient taken for contiguous",
+        "what the upstream gradient's memory gives when it is read in the order of a contiguous tensor",
+        inputs=g_misread,
+        applies=channels_last,
+    ),
+)

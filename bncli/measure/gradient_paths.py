@@ -1,0 +1,255 @@
+"""The gradient of a norm in its three parts, and what becomes of a training that ignores two of them.
+
+A normalized value depends on its own x_i and, through mean and variance, on the whole set X that they are taken over:
+xhat_i = Norm(x_i, X). So dL/dx_i is a direct part, dNorm/dx_i, and parts through the mean and through the variance,
+which together are dNorm/dX.
+
+Here a set is a row: tensors are (sets, m), m the values that share a mean and a variance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bncli.errors import BncliError
+from bncli.results import BiasStep, GradientPaths
+
+# call(x, weight, bias, eps) -> y: training mode; x and y (N, C, *S), weight and bias (C)
+Call = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+ROUNDOFF = torch.finfo(torch.float64).eps / 2  # u, the largest relative error of one float64 operation
+
+
+class Case(NamedTuple):
+    name: str
+    shape: tuple[int, ...]  # (N, C, *S)
+    eps: float
+
+
+CASES = (
+    Case("vectors", (16, 8), 1e-5),
+    Case("images", (4, 4, 4, 4), 1e-5),
+    Case("large eps", (16, 8), 1.0),
+    Case("small batch", (3, 8), 1e-5),  # of 3 values, mean and variance take 2 degrees of freedom
+)
+
+
+class Inputs(NamedTuple):
+    """A case's tensors: x and upstream (N, C, *S), weight and bias (C). As rows: each of them (sets, m)."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    upstream: Tensor  # dL/dy
+    eps: float
+
+
+def paths(call: Call, device: torch.device, norm: str = "batch", groups: int = 2) -> tuple[GradientPaths, ...]:
+    """Each case's dL/dx in three parts, and the kernel's own against central differences of the true loss.
+
+    `call` is the kernel's training-mode forward, differentiable. It is given float64, or float32 where it refuses
+    that, with a bound to match; `error` is infinite where it fails in both or returns NaN. Raises what bncli itself
+    refuses with (BncliError).
+
+    L = sum(g * y) with a random g. With g all ones the loss would be the constant sum(bias) times m, its true gradient
+    zero, and any kernel's mere rounding would be compared to nothing.
+    """
+    sets = {case: sets_of(case.shape, norm, groups) for case in CASES}
+    chosen = [case for case in CASES if sets[case].size(1) > 1]
+    return tuple(_measure(call, device, case, sets[case], seed) for seed, case in enumerate(chosen))
+
+
+def _measure(call: Call, device: torch.device, case: Case, sets: Tensor, seed: int) -> GradientPaths:
+    inputs = random_inputs(case, seed)
+    rows = as_rows(inputs, sets)
+    direct, through_mean, through_variance = three_parts(rows)
+    full = direct + through_mean + through_variance
+    size = float(full.norm())
+    found, dtype = _gradient_of(call, inputs, device)
+    error = math.inf
+    if found is not None:
+        error = float((found.flatten()[sets] - central_differences(rows)).norm()) / size
+    return GradientPaths(
+        case=f"{case.name} {'x'.join(map(str, case.shape))}",
+        direct=float(direct.norm()),
+        through_mean=float(through_mean.norm()),
+        through_variance=float(through_variance.norm()),
+        full=size,
+        error=error if math.isfinite(error) else math.inf,
+        bound=(differences_bound(rows) + arithmetic_bound(rows, dtype)) / size,
+        lost=float((direct - full).norm()) / size,
+    )
+
+
+def _gradient_of(call: Call, inputs: Inputs, device: torch.device) -> tuple[Tensor | None, torch.dtype]:
+    """The kernel's dL/dx (N, C, *S) on the host, and the precision that it took; None where it gives none."""
+    dtype = torch.float64
+    for dtype in (torch.float64, torch.float32):
+        try:
+            x, weight, bias, upstream = (each.to(device, dtype, copy=True) for each in inputs[:4])
+            y = call(x.requires_grad_(), weight, bias, inputs.eps)
+            if y.dtype == dtype:
+                (found,) = torch.autograd.grad(y, x, upstream)
+                return found.detach().cpu().double(), dtype
+        except BncliError:
+            raise
+        except Exception:  # the checks of values and derivatives name what a user's kernel raises
+            continue
+    return None, dtype
+
+
+# --- the case as rows ---------------------------------------------------------------------------------------------
+
+
+def random_inputs(case: Case, seed: int) -> Inputs:
+    """Values that float32 holds exactly, in float64; the channels' deviations range from 0.3 to 3 about a mean of 1."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = case.shape[1]
+    deviation = torch.logspace(-0.5, 0.5, channels).view(_a_channel(case.shape))
+    x = 1 + deviation * torch.randn(case.shape, generator=generator)
+    weight = 0.5 + torch.rand(channels, generator=generator)
+    bias = torch.randn(channels, generator=generator)
+    upstream = torch.randn(case.shape, generator=generator)
+    return Inputs(x.double(), weight.double(), bias.double(), upstream.double(), case.eps)
+
+
+def sets_of(shape: tuple[int, ...], norm: str, groups: int) -> Tensor:
+    """Flat indices into (N, C, *S), (sets, m): a row for each set of values that share a mean and a variance."""
+    index = torch.arange(math.prod(shape)).view(shape)
+    if norm == "batch":
+        return index.transpose(0, 1).reshape(shape[1], -1)
+    return index.reshape(shape[0] * {"layer": 1, "group": groups, "instance": shape[1]}[norm], -1)
+
+
+def as_rows(inputs: Inputs, sets: Tensor) -> Inputs:
+    """The same case with a row a set; weight and bias spread over the elements."""
+    shape = inputs.x.shape
+    weight, bias = (each.view(_a_channel(shape)).expand(shape) for each in (inputs.weight, inputs.bias))
+    x, weight, bias, upstream = (each.flatten()[sets] for each in (inputs.x, weight, bias, inputs.upstream))
+    return Inputs(x, weight, bias, upstream, inputs.eps)
+
+
+def _a_channel(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape (1, C, 1...) that spreads (C) over (N, C, *S)."""
+    return (1, shape[1], *[1] * (len(shape) - 2))
+
+
+# --- the true gradient, its parts and its differences -------------------------------------------------------------
+
+
+def normalized(rows: Inputs) -> Tensor:
+    """y by the definition (Ioffe & Szegedy 2015, algorithm 1)."""
+    centred = rows.x - rows.x.mean(1, keepdim=True)
+    deviation = (centred.square().mean(1, keepdim=True) + rows.eps).sqrt()
+    return rows.weight * (centred / deviation) + rows.bias
+
+
+def three_parts(rows: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """dL/dx through xhat_i alone, through the mean and through the variance, each (sets, m); their sum is dL/dx.
+
+    Ioffe & Szegedy 2015, section 3, the chain rule before algorithm 2: the three summands of dL/dx_i. In dL/dmean the
+    term through the variance is left out: it has the factor sum(x_i - mean), which is zero.
+    """
+    m = rows.x.size(1)
+    centred = rows.x - rows.x.mean(1, keepdim=True)
+    deviation = (centred.square().mean(1, keepdim=True) + rows.eps).sqrt()
+    to_xhat = rows.upstream * rows.weight
+    to_variance = (to_xhat * centred).sum(1, keepdim=True) * -0.5 * deviation**-3
+    to_mean = -(to_xhat / deviation).sum(1, keepdim=True)
+    return to_xhat / deviation, (to_mean / m).expand_as(centred), to_variance * 2 * centred / m
+
+
+def central_differences(rows: Inputs) -> Tensor:
+    """(L(x + h) - L(x - h)) / 2h for each x_i, (sets, m). The sum over y's differences rounds next to nothing."""
+    step, slopes = _step(rows), torch.empty_like(rows.x)
+    for i in range(rows.x.size(1)):
+        above, below = rows.x.clone(), rows.x.clone()
+        above[:, i : i + 1] += step
+        below[:, i : i + 1] -= step
+        rise = normalized(rows._replace(x=above)) - normalized(rows._replace(x=below))
+        slopes[:, i] = (rows.upstream * rise).sum(1) / (above[:, i] - below[:, i])
+    return slopes
+
+
+def _step(rows: Inputs) -> Tensor:
+    """h, (sets, 1): truncation ~ h**2 and rounding ~ u/h are alike near cube root of u, in units of x's deviation."""
+    return ROUNDOFF ** (1 / 3) * (rows.x.var(1, correction=0, keepdim=True) + rows.eps).sqrt()
+
+
+def differences_bound(rows: Inputs) -> float:
+    """What central differences may be off, as an l2 norm over all x_i: truncation and rounding.
+
+    Truncation is h**2/6 times L's third derivative, exact: along x_i, L = (a + c t) / sqrt(v + v1 t + v2 t**2 / 2) with
+    a = sum(dL/dxhat * centred), c = dL/dxhat_i less its mean, v = var + eps, v1 = 2 centred_i / m and
+    v2 = 2 (m - 1) / m**2.
+
+    Rounding: each operation errs by at most u, independently of the others, so that errors add in squares and a sum of
+    m terms errs by u sqrt(m) (Higham & Mary 2019, doi 10.1137/18M1226312).
+    """
+    m, step = rows.x.size(1), _step(rows)
+    mean = rows.x.mean(1, keepdim=True)
+    centred = rows.x - mean
+    v = centred.square().mean(1, keepdim=True) + rows.eps
+    to_xhat = rows.upstream * rows.weight
+    c, v1, v2 = to_xhat - to_xhat.mean(1, keepdim=True), 2 * centred / m, 2 * (m - 1) / m**2
+    second = 0.75 * v**-2.5 * v1**2 - 0.5 * v**-1.5 * v2
+    third = -1.875 * v**-3.5 * v1**3 + 2.25 * v**-2.5 * v1 * v2
+    truncation = step**2 / 6 * ((to_xhat * centred).sum(1, keepdim=True) * third + 3 * c * second)
+
+    xhat = centred / v.sqrt()
+    of_values = rows.upstream * ((rows.weight * xhat).abs() * 2 + (rows.weight * xhat + rows.bias).abs())
+    of_mean = to_xhat.sum(1, keepdim=True) / v.sqrt() * rows.x.abs().mean(1, keepdim=True) * math.sqrt(m)
+    of_variance = (to_xhat * xhat).sum(1, keepdim=True) * (math.sqrt(m) / 2 + 2)
+    squares = of_values.square().sum(1, keepdim=True) + of_mean**2 + of_variance**2
+    rounding = (2 * squares).sqrt() * ROUNDOFF / (2 * step)  # of L above and L below; one a set, for m slopes each
+    return math.hypot(float(truncation.norm()), math.sqrt(m) * float(rounding.norm()))
+
+
+def arithmetic_bound(rows: Inputs, dtype: torch.dtype) -> float:
+    """What a right kernel's dL/dx may be off by its own rounding in `dtype`, as an l2 norm over all x_i.
+
+    Each part is a handful of operations and sums of m terms (u sqrt(m), as above); the mean's own error counts against
+    the deviation.
+    """
+    roundoff, m = torch.finfo(dtype).eps / 2, rows.x.size(1)
+    deviation = (rows.x.var(1, correction=0, keepdim=True) + rows.eps).sqrt()
+    size = sum(part.abs() for part in three_parts(rows)) * (1 + rows.x.abs().mean(1, keepdim=True) / deviation)
+    return roundoff * (math.sqrt(m) + 8) * float(torch.as_tensor(size).norm())
+
+
+# --- section 2's demonstration ------------------------------------------------------------------------------------
+
+
+def bias_demo(steps: int = 1000, rate: float = 0.1, values: int = 64, seed: int = 0) -> tuple[BiasStep, ...]:
+    """Ioffe & Szegedy 2015, section 2: a layer adds a learned bias b to u and takes off the mean of the sum.
+
+    xhat = u + b - E[u + b], L = mean((xhat - t)**2) / 2 with targets t whose mean is not zero. Two descents from b = 0:
+    one takes E[x] for a constant, the other differentiates it too. b cancels out of xhat, so L never changes; only the
+    first does not know. Reported: step 0, the powers of ten, and the last.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.randn(values, generator=generator, dtype=torch.float64)
+    target = 1 + torch.randn(values, generator=generator, dtype=torch.float64)
+
+    def loss_of(bias: Tensor, ignoring: bool) -> Tensor:
+        x = u + bias
+        mean = x.mean().detach() if ignoring else x.mean()
+        return (x - mean - target).square().mean() / 2
+
+    reported = {0, steps, *(10**k for k in range(len(str(steps))))}
+    biases = [torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    found = []
+    for step in range(steps + 1):
+        losses = [loss_of(bias, ignoring) for bias, ignoring in zip(biases, (True, False), strict=True)]
+        if step in reported:
+            found.append(BiasStep(step, biases[0].item(), losses[0].item(), biases[1].item(), losses[1].item()))
+        for bias, loss in zip(biases, losses, strict=True):
+            (slope,) = torch.autograd.grad(loss, bias)
+            with torch.no_grad():
+                bias -= rate * slope
+    return tuple(found)

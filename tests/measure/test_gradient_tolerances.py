@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bncli.measure import gradient_tolerances as tolerances
+from bncli.measure.gradient_cases import DTYPES, FUSIONS, Case, cases, inputs
+from bncli.measure.gradient_quantities import observe, quantities
+from bncli.measure.gradient_subjects import native_in_the_same_dtype
+from tests.measure.wrong_kernels import right_by_the_seam
+
+CPU = torch.device("cpu")
+
+
+def accurate(x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation):
+    """Everything in float32, rounded once at the end: what a fused kernel does."""
+    from bncli.kernels import functional
+
+    arguments = (x, running_mean, running_var, weight, bias, training, momentum, eps)
+    return functional.batch_norm(*arguments, residual=residual, activation=activation, kernel=right_by_the_seam)
+
+
+def test_the_definition_is_torchs_batch_norm_in_float64() -> None:
+    for fusion in FUSIONS:
+        for mode in ("train", "eval"):
+            case = Case(mode, "float64", "contiguous", (4, 3, 5, 7), fusion)
+            given = inputs(case, CPU)
+            truth = tolerances.reference(case, given)
+            native = observe(native_in_the_same_dtype(), case, given).wide()
+            assert truth.keys() == native.keys()
+            for name, exact in truth.items():
+                torch.testing.assert_close(native[name], exact, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3), (2, 8, 1, 1), (5, 3, 3), (4, 3, 5, 7)])
+def test_a_kernel_that_rounds_once_stays_below_the_tolerance_over_seeds(dtype: str, shape: tuple[int, ...]) -> None:
+    for seed in range(100, 104):
+        for fusion in ("plain", "silu", "relu+residual"):
+            case = Case("train", dtype, "contiguous", shape, fusion, repeat=seed)
+            given = inputs(case, CPU)
+            truth = tolerances.reference(case, given)
+            floors = tolerances.floors(case, given, truth)
+            native = observe(native_in_the_same_dtype(), case, given).wide()
+            found = observe(accurate, case, given).wide()
+            for name, exact in truth.items():
+                error = tolerances.in_tolerances(found[name], exact, floors[name], native[name])
+                assert error <= 1, f"{case.identifier}/{name}: {error}"
+
+
+def test_a_relative_error_of_a_thousand_roundings_is_far_outside() -> None:
+    for dtype in ("float32", "float64"):
+        case = Case("train", dtype, "contiguous", (4, 3, 5, 7))
+        given = inputs(case, CPU)
+        truth = tolerances.reference(case, given)
+        floors = tolerances.floors(case, given, truth)
+        factor = 1 + 2000 * torch.finfo(DTYPES[dtype]).eps
+        for name in ("forward", "dx", "running_var"):
+            assert tolerances.in_floors(truth[name] * factor, truth[name], floors[name]) > 10
+
+
+def test_nan_against_a_number_is_an_infinite_error_and_against_nan_none() -> None:
+    nan, one, floor = torch.tensor([math.nan]), torch.ones(1), torch.ones(1)
+    assert tolerances.in_floors(nan, one, floor) == math.inf
+    assert tolerances.in_floors(one, nan, floor) == math.inf
+    assert tolerances.in_floors(nan, nan, floor) == 0
+
+
+def test_at_a_kink_the_upstream_gradient_is_zero() -> None:
+    case = Case("train", "bfloat16", "contiguous", (8, 3, 16, 16), "relu")
+    given = inputs(case, CPU)
+    cut = given.smooth == 0
+    assert 0 < int(cut.sum()) < cut.numel() / 4
+    assert bool((given.g[cut] == 0).all())
+
+
+def test_identifiers_are_unique_and_every_combination_is_in_the_full_run() -> None:
+    for effort in ("quick", "default", "full"):
+        names = [case.identifier for case in cases(effort, "batch", True, True)]
+        assert len(names) == len(set(names))
+    every = {(case.mode, case.dtype, case.layout, case.fusion) for case in cases("full", "batch", True, True)}
+    assert len(every) == 2 * 4 * 2 * 8
+    quick = {(case.mode, case.fusion) for case in cases("quick", "batch", True, True)}
+    assert len(quick) == 2 * 8
+
+
+def test_a_case_is_judged_by_the_running_statistics_in_training_alone() -> None:
+    assert "running_var" in quantities(Case("train", "float32", "contiguous", (4, 3)))
+    assert "running_var" not in quantities(Case("eval", "float32", "contiguous", (4, 3)))

@@ -1,0 +1,376 @@
+"""Batch norms, each wrong in exactly one way, and correct ones of the user's own: what gradcheck must tell apart.
+
+Those with F.batch_norm's parameters cannot fuse; those with the seam's can. `BUGS` gives the words of the diagnosis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu}
+
+
+def over(x: Tensor) -> list[int]:
+    return [0, *range(2, x.dim())]
+
+
+def column(values: Tensor, x: Tensor) -> Tensor:
+    """(C) -> (1, C, 1, ...)"""
+    return values.reshape(1, -1, *[1] * (x.dim() - 2))
+
+
+def work(x: Tensor) -> Tensor:
+    """In float32 or wider."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean = x.mean(over(x))
+    return mean, (x - column(mean, x)).square().mean(over(x))
+
+
+def check(x: Tensor) -> int:
+    """m, refused where it is 1."""
+    m = x.numel() // x.size(1)
+    if m == 1:
+        raise ValueError("more than one value per channel, please")
+    return m
+
+
+def normalized(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    y = (work(x) - column(work(mean), x)) * column((work(var) + eps).rsqrt(), x)
+    y = y if weight is None else y * column(work(weight), x)
+    return y if bias is None else y + column(work(bias), x)
+
+
+@torch.no_grad()
+def move(running: Tensor | None, batch: Tensor, momentum: float) -> None:
+    if running is not None:
+        running.lerp_(batch.to(running), momentum)
+
+
+def finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    y = y if residual is None else y + residual
+    return y if activation is None else ACTIVATIONS[activation](y)
+
+
+# --- correct ----------------------------------------------------------------------------------------------------------
+
+
+def right(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+    """Composed of torch's operations, with F.batch_norm's parameters."""
+    return changed()(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def right_by_the_seam(x, weight, bias, eps, residual=None, activation=None, statistics=None):  # type: ignore[no-untyped-def]
+    wide = work(x)
+    mean, var = statistics or batch_statistics(wide)
+    y = normalized(wide, mean, var, weight, bias, eps)
+    y = finish(y, None if residual is None else work(residual), activation)
+    return y.to(x.dtype), mean.detach(), var.detach()
+
+
+def right_without_evaluation(x, weight, bias, eps, residual, activation):  # type: ignore[no-untyped-def]
+    return right_by_the_seam(x, weight, bias, eps, residual, activation)
+
+
+# --- wrong by a change of one step ------------------------------------------------------------------------------------
+
+
+def changed(
+    mean_of: Callable[[Tensor], Tensor] = lambda mean: mean,
+    var_of: Callable[[Tensor, int], Tensor] = lambda var, m: var,
+    running_var_of: Callable[[Tensor, int], Tensor] = lambda var, m: var * m / (m - 1),
+    momentum_of: Callable[[float], float] = lambda momentum: momentum,
+    statistics: Callable[..., tuple[Tensor, Tensor]] = batch_statistics,
+    norm: Callable[..., Tensor] = normalized,
+    output: Callable[[Tensor], Tensor] = lambda y: y,
+) -> Callable[..., Tensor]:
+    """`right` with one step changed."""
+
+    def kernel(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+        wide = work(input)  # once, so that dx is rounded once
+        if not training:
+            return output(norm(wide, running_mean, running_var, weight, bias, eps).to(input.dtype))
+        m = check(input)
+        if m == 0:
+            return F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+        mean, var = statistics(wide) if statistics is not in_half else in_half(wide, input.dtype)
+        move(running_mean, mean, momentum_of(momentum))
+        move(running_var, running_var_of(var, m), momentum_of(momentum))
+        return output(norm(wide, mean_of(mean), var_of(var, m), weight, bias, eps).to(input.dtype))
+
+    return kernel
+
+
+def one_pass(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean = x.mean(over(x))
+    return mean, (x.square().mean(over(x)) - mean.square()).clamp_min(0)
+
+
+def in_half(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Statistics kept in the input's own dtype."""
+    mean, var = batch_statistics(x)
+    return work(mean.to(dtype)), work(var.to(dtype))
+
+
+def eps_outside(x, mean, var, weight, bias, eps):  # type: ignore[no-untyped-def]
+    return normalized(x, mean, (torch.where(var > 0, var, 1e-30).sqrt() + eps).square(), weight, bias, 0.0)
+
+
+def constant(values: Tensor, *_: Any) -> Tensor:
+    return values.detach()
+
+
+def batch_in_evaluation(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+    if training or input.numel() <= input.size(1):
+        return right(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return right(input, None, None, weight, bias, True, momentum, eps)
+
+
+def running_in_training(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+    if not training or running_mean is None or input.numel() == 0:
+        return right(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    before = running_mean.clone(), running_var.clone()
+    right(input.detach(), running_mean, running_var, None, None, True, momentum, eps)
+    return normalized(work(input), *before, weight, bias, eps).to(input.dtype)
+
+
+def one_value_taken(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+    if training and input.numel() == input.size(1):
+        return torch.zeros_like(input)
+    return right(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def writes_into_its_input(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+    y = right(input.clone(), running_mean, running_var, weight, bias, training, momentum, eps)
+    input.data.mul_(0.5)
+    return y
+
+
+def noisy(y: Tensor) -> Tensor:
+    """The last bit of the output is not the same from run to run."""
+    with torch.no_grad():
+        step = torch.finfo(y.dtype).eps * torch.randint(0, 2, y.shape, device=y.device).to(y.dtype)
+    return y * (1 + step)
+
+
+def layout_mistaken(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+    """The memory of a channels_last tensor is read as if it were contiguous."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    form = formats.get(input.dim())
+    if form is None or input.is_contiguous() or not input.is_contiguous(memory_format=form):
+        return right(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    last = [0, *range(2, input.dim()), 1]
+    back = [0, input.dim() - 1, *range(1, input.dim() - 1)]
+    seen = input.permute(last).reshape(input.shape)
+    y = right(seen, running_mean, running_var, weight, bias, training, momentum, eps)
+    return y.reshape([input.shape[i] for i in last]).permute(back)
+
+
+# --- wrong in the backward pass ---------------------------------------------------------------------------------------
+
+
+def backward_with(change: Callable[..., tuple[Tensor | None, ...]], again: bool = True) -> Callable[..., Tensor]:
+    """`right`, whose gradients (dx, dweight, dbias) of x, weight, bias and dy are passed through `change`."""
+
+    class Changed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias, mean, var, training, eps):  # type: ignore[no-untyped-def]
+            ctx.save_for_backward(x, weight, bias, mean, var)
+            ctx.how = training, eps
+            return right(x, mean, var, weight, bias, training, 0.0, eps)
+
+        @staticmethod
+        def backward(ctx, dy):  # type: ignore[no-untyped-def]
+            x, weight, bias, mean, var = ctx.saved_tensors
+            training, eps = ctx.how
+            with torch.enable_grad():
+                leaves = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in (x, weight, bias)]
+                y = right(leaves[0], mean, var, leaves[1], leaves[2], training, 0.0, eps)
+                wanted = [t for t in leaves if t is not None]
+                found = iter(torch.autograd.grad(y, wanted, dy, create_graph=torch.is_grad_enabled()))
+                gradients = [None if t is None else next(found) for t in leaves]
+            return (*change(dy, x, *gradients), None, None, None, None)
+
+    if not again:
+        Changed.backward = staticmethod(once_differentiable(Changed.backward))
+
+    def kernel(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+        if input.numel() == 0:
+            return right(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        mean, var = (None, None) if training else (running_mean, running_var)
+        y = Changed.apply(input, weight, bias, mean, var, training, eps)
+        if training:
+            right(input.detach(), running_mean, running_var, None, None, True, momentum, eps)
+        return y
+
+    return kernel
+
+
+def swapped(dy, x, dx, dweight, dbias):  # type: ignore[no-untyped-def]
+    return (dx, dbias, dweight) if dweight is not None and dbias is not None else (dx, dweight, dbias)
+
+
+def averaged(dy, x, dx, dweight, dbias):  # type: ignore[no-untyped-def]
+    m = x.numel() // x.size(1)
+    return dx, None if dweight is None else dweight / m, None if dbias is None else dbias / m
+
+
+def one_position(dy, x, dx, dweight, dbias):  # type: ignore[no-untyped-def]
+    positions = x.numel() // x.size(1) // x.size(0)
+    return dx, dweight, None if dbias is None else dbias / positions
+
+
+def without_graph(dy, x, dx, dweight, dbias):  # type: ignore[no-untyped-def]
+    """A second derivative that is silently zero."""
+    return tuple(None if t is None else t.detach() + 0 * dy.sum() for t in (dx, dweight, dbias))
+
+
+def unchanged(dy, x, dx, dweight, dbias):  # type: ignore[no-untyped-def]
+    return dx, dweight, dbias
+
+
+def upstream_taken_for_contiguous(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+    y = right(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return ReadAsContiguous.apply(y)
+
+
+class ReadAsContiguous(torch.autograd.Function):
+    """The gradient's memory is read in order, whatever its strides; zeros past its end."""
+
+    @staticmethod
+    def forward(ctx, y):  # type: ignore[no-untyped-def]
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        order = sorted(range(dy.dim()), key=lambda d: -dy.stride(d))
+        memory = dy.permute(order).reshape(-1)
+        if 0 in dy.stride():
+            memory = torch.zeros_like(memory)
+        return memory.reshape(dy.shape)
+
+
+# --- wrong in what is fused -------------------------------------------------------------------------------------------
+
+
+def residual_without_gradient(x, weight, bias, eps, residual=None, activation=None, statistics=None):  # type: ignore[no-untyped-def]
+    residual = None if residual is None else residual.detach()
+    return right_by_the_seam(x, weight, bias, eps, residual, activation, statistics)
+
+
+def activation_without_gradient(x, weight, bias, eps, residual=None, activation=None, statistics=None):  # type: ignore[no-untyped-def]
+    y, mean, var = right_by_the_seam(work(x), weight, bias, eps, residual, None, statistics)
+    return (y + (finish(y, None, activation) - y).detach()).to(x.dtype), mean, var
+
+
+def relu_swallows_nan(x, weight, bias, eps, residual=None, activation=None, statistics=None):  # type: ignore[no-untyped-def]
+    if activation != "relu":
+        return right_by_the_seam(x, weight, bias, eps, residual, activation, statistics)
+    y, mean, var = right_by_the_seam(x, weight, bias, eps, residual, None, statistics)
+    return torch.where(y > 0, y, 0), mean, var
+
+
+# --- wrong in what comes back -----------------------------------------------------------------------------------------
+
+
+def raises(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+    raise KeyError("no such thing")
+
+
+def returns_a_list(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+    return [input]
+
+
+def returns_y_alone(x, weight, bias, eps, residual, activation):  # type: ignore[no-untyped-def]
+    return right_by_the_seam(x, weight, bias, eps, residual, activation)[0]
+
+
+def one_channel_short(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+    return right(input, running_mean, running_var, weight, bias, training, momentum, eps)[:, 1:]
+
+
+def always_float32(y: Tensor) -> Tensor:
+    return y.float() if y.dtype != torch.float64 else y
+
+
+def other_signature(x, gamma, beta):  # type: ignore[no-untyped-def]
+    return x * gamma + beta
+
+
+def full_precision_only(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+    if input.dtype in (torch.float16, torch.bfloat16):
+        raise TypeError("half precision is not supported")
+    return right(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def training_alone(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+    if not training:
+        raise NotImplementedError("fold the statistics into the weights")
+    return right(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def no_silu(x, weight, bias, eps, residual=None, activation=None, statistics=None):  # type: ignore[no-untyped-def]
+    if activation == "silu":
+        raise NotImplementedError("no silu")
+    return right_by_the_seam(x, weight, bias, eps, residual, activation, statistics)
+
+
+statistics_constant = changed(mean_of=constant, var_of=constant)
+mean_constant = changed(mean_of=constant)
+variance_constant = changed(var_of=constant)
+biased_running_variance = changed(running_var_of=lambda var, m: var)
+unbiased_normalization = changed(var_of=lambda var, m: var * m / (m - 1))
+momentum_swapped = changed(momentum_of=lambda momentum: 1 - momentum)
+running_never_updated = changed(momentum_of=lambda momentum: 0.0)
+eps_outside_the_root = changed(norm=eps_outside)
+one_pass_variance = changed(statistics=one_pass)
+half_precision_statistics = changed(statistics=in_half)
+not_deterministic = changed(output=noisy)
+wrong_dtype = changed(output=always_float32)
+dweight_dbias_swapped = backward_with(swapped)
+dweight_dbias_averaged = backward_with(averaged)
+dbias_of_one_position = backward_with(one_position)
+second_derivative_zero = backward_with(without_graph)
+second_derivative_refused = backward_with(unchanged, again=False)
+
+RIGHT = ("right", "right_by_the_seam", "right_without_evaluation")
+BUGS = {
+    "statistics_constant": "statistics treated as constants",
+    "mean_constant": "the mean's path is missing",
+    "variance_constant": "the variance's path is missing",
+    "biased_running_variance": "biased running variance",
+    "unbiased_normalization": "unbiased normalization",
+    "momentum_swapped": "momentum swapped",
+    "running_never_updated": "no running update",
+    "eps_outside_the_root": "eps outside the root",
+    "one_pass_variance": "one-pass variance",
+    "half_precision_statistics": "half-precision statistics",
+    "batch_in_evaluation": "evaluation uses the batch's statistics",
+    "running_in_training": "training uses the running statistics",
+    "second_derivative_zero": "no second derivative",
+    "second_derivative_refused": "no second derivative",
+    "writes_into_its_input": "an input is written to",
+    "not_deterministic": "not deterministic",
+    "dweight_dbias_swapped": "dweight and dbias swapped",
+    "dweight_dbias_averaged": "a mean in place of a sum",
+    "dbias_of_one_position": "a mean in place of a sum",
+    "residual_without_gradient": "the residual's gradient is missing",
+    "activation_without_gradient": "the activation's gradient is ignored",
+    "layout_mistaken": "channels_last memory taken for contiguous",
+    "upstream_taken_for_contiguous": "the upstream gradient taken for contiguous",
+    "relu_swallows_nan": "NaN swallowed",
+    "one_value_taken": "one value per channel accepted",
+    "raises": "it raises",
+    "returns_a_list": "returns something else",
+    "returns_y_alone": "returns something else",
+    "one_channel_short": "returns something else",
+    "wrong_dtype": "returns something else",
+}
