@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from bncli import kernels
 from bncli.kernels import native
-from bncli.kernels.functional import batch_norm, move
+from bncli.kernels.functional import batch_norm
+from bncli.kernels.running import move
 
 
 def kernel_name(kernel: str | kernels.Kernel) -> str:

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bncli import kernels
-from bncli.kernels import native
+from bncli.kernels import fused, native
+from bncli.kernels.running import move
 
 
 def batch_norm(
@@ -61,31 +62,25 @@ def batch_norm(
         raise ValueError("running_mean and running_var must both be given or both be None")
     if count == 1:
         raise ValueError(f"training needs more than one value per channel; the input has shape {tuple(input.shape)}")
-    y, mean, var = run(input, weight, bias, eps, *inside)
-    if running_mean is not None and running_var is not None and count > 0:  # an empty batch has no statistics
+    if running_mean is None or running_var is None or count == 0:  # an empty batch has no statistics
+        y, _, _ = run(input, weight, bias, eps, *inside)
+    elif run is fused.batch_norm:
+        y, _, _ = fused.batch_norm(input, weight, bias, eps, *inside, running=(running_mean, running_var, momentum))
+    else:
+        y, mean, var = run(input, weight, bias, eps, *inside)
         move(running_mean, mean, momentum)
         move(running_var, var * (count / (count - 1)), momentum)
     return native.finish(y, *after)
 
 
-@torch.no_grad()
-def move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
-    """running = (1 - momentum) running + momentum batch, in place, in the wider of the two dtypes; both (C)."""
-    if running.dtype == batch.dtype:
-        running.lerp_(batch, momentum)
-        return
-    wide = torch.promote_types(running.dtype, batch.dtype)
-    running.copy_(running.to(wide).lerp(batch.to(wide), momentum))
-
-
 def _resolved(kernel: str, device: torch.device) -> kernels.Kernel:
-    """The kernel of that name. Raises Unavailable where it cannot run, which is found out once a device."""
+    """The kernel of that name. Raises Unavailable where it cannot run, which is found out once a GPU."""
     if not torch.compiler.is_compiling():  # a compiler need not see how that is found out
-        _found(kernel, device)
+        (_found if device.type == "cuda" else kernels.get)(kernel, device)
     return kernels.KERNELS[kernel]
 
 
-_found = functools.cache(kernels.get)
+_found = functools.cache(kernels.get)  # microseconds, which a small batch norm on a GPU would notice
 
 
 def _values_per_channel(input: Tensor, *per_channel: Tensor | None) -> int:

@@ -15,11 +15,12 @@ import sys
 import torch
 from torch import Tensor
 
-from bncli.kernels.layout import accumulation, dense, like, sign_bytes, unpacked_signs
+from bncli.kernels.composed import SIGN_IS_ENOUGH, composed_backward
+from bncli.kernels.layout import accumulation, dense, like, sign_bytes
+from bncli.kernels.running import move
 
 OLDEST_CAPABILITY = (8, 0)  # Triton's own lower end for bfloat16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-SIGN_IS_ENOUGH = ("relu", "leaky_relu")  # their derivative depends on the sign of the pre-activation alone
 
 
 def why_not(device: torch.device | None) -> str | None:
@@ -53,8 +54,13 @@ def batch_norm(
     residual: Tensor | None = None,
     activation: str | None = None,
     statistics: tuple[Tensor, Tensor] | None = None,
+    *,
+    running: tuple[Tensor, Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernels' seam (see bncli.kernels): y, and the mean and variance (C) that were used, without gradient.
+
+    running: a running mean and variance (C) and a momentum, by which they move in place; the kernel does that itself
+    where the launches of its own would cost as much as a small batch norm.
 
     float32, float16, bfloat16 or float64; contiguous or channels last. Other strides are copied to contiguous first,
     and a residual or a gradient that lies otherwise than x is copied to x's layout. Sums and statistics are float32,
@@ -71,10 +77,31 @@ def batch_norm(
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     keep_signs = differentiable and residual is not None and activation in SIGN_IS_ENOUGH
     given_mean, given_var = (each.contiguous() for each in statistics) if statistics is not None else (None, None)
-    y, mean, var, _ = _forward(
-        x, weight, bias, residual, given_mean, given_var, float(eps), activation or "none", keep_signs
-    )
-    return (y, mean.detach(), var.detach()) if statistics is None else (y, *statistics)
+    arguments = (x, weight, bias, residual, given_mean, given_var, float(eps), activation or "none", keep_signs)
+    inside = running if running is not None and _eager(x) and _movable(x, running) else None
+    if _eager(x):
+        y, mean, var = Eager.apply(*arguments, inside)
+    else:
+        y, mean, var, _ = _forward(*arguments)
+    if statistics is not None:
+        return y, *statistics
+    if running is not None and inside is None:
+        count = x.numel() // x.size(1)
+        move(running[0], mean.detach(), running[2])
+        move(running[1], var.detach() * (count / (count - 1)), running[2])
+    return y, mean.detach(), var.detach()
+
+
+def _eager(x: Tensor) -> bool:
+    """Whether plain autograd will do, which costs a third of an operator's way through the dispatcher."""
+    plain = type(x) in (Tensor, torch.nn.Parameter) and x.numel() > 0
+    return plain and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
+
+def _movable(x: Tensor, running: tuple[Tensor, Tensor, float]) -> bool:
+    """Whether the kernel can move these: it counts in float32, and expects no gaps."""
+    mean, var, _ = running
+    return accumulation(x) == torch.float32 and mean.is_contiguous() and var.is_contiguous()
 
 
 # --- forward ------------------------------------------------------------------------------------------------------
@@ -136,7 +163,8 @@ def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _differentiate(ctx, dy: Tensor, *_):  # type: ignore[no-untyped-def]
     x, weight, bias, residual, mean, var, signs = ctx.saved_tensors
     through = ctx.has_residual and ctx.activation != "none"
-    dx, dweight, dbias, dresidual = _backward(
+    run = _backward if torch.is_grad_enabled() or not _eager(dy) else _run_backward
+    dx, dweight, dbias, dresidual = run(
         like(dy, x), x, weight, bias, residual, mean, var, signs, ctx.eps, ctx.activation, ctx.given, through
     )
     if ctx.has_residual and not through:
@@ -151,6 +179,30 @@ def _differentiate(ctx, dy: Tensor, *_):  # type: ignore[no-untyped-def]
 
 
 _forward.register_autograd(_differentiate, setup_context=_remember)
+
+
+class Eager(torch.autograd.Function):
+    """The same without the dispatcher. Where backward is to be differentiated itself, it is the operator again."""
+
+    @staticmethod
+    def forward(ctx, *arguments):  # type: ignore[no-untyped-def]
+        from bncli.kernels import fused_launch
+
+        *inputs, running = arguments
+        x, weight, bias, residual, given_mean, given_var, eps, activation, keep_signs = inputs
+        statistics = None if given_mean is None else (given_mean, given_var)
+        output = fused_launch.forward(
+            x, weight, bias, residual, statistics, eps, activation, keep_signs, running=running
+        )
+        _remember(ctx, inputs, output)
+        y, mean, var, _ = output
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx, dy, *_):  # type: ignore[no-untyped-def]
+        return (*_differentiate(ctx, dy), None)
+
 
 # --- backward -----------------------------------------------------------------------------------------------------
 
@@ -171,6 +223,23 @@ def _backward(
     residual_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx like x, dweight and dbias (C), dresidual like x or empty."""
+    return _run_backward(dy, x, weight, bias, residual, mean, var, signs, eps, activation, given, residual_gradient)
+
+
+def _run_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    signs: Tensor | None,
+    eps: float,
+    activation: str,
+    given: bool,
+    residual_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from bncli.kernels import fused_launch
 
     if x.numel() == 0:
@@ -239,54 +308,6 @@ def _differentiate_twice(ctx, *upstream):  # type: ignore[no-untyped-def]
         )
     gradients = iter(found)
     return (*(None if each is None else next(gradients) for each in inputs), *(None,) * 7)
-
-
-def composed_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    given: tuple[Tensor, Tensor] | None,
-    signs: Tensor | None,
-    eps: float,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias, dresidual from differentiable operators, by their definition (Ioffe & Szegedy 2015, section
-    3).
-
-    Shapes as the operator's, all in the accumulation dtype. `signs` stands for the sign of a pre-activation whose
-    residual was not kept. `given`: mean and variance that are constants.
-    """
-    wide = accumulation(x)
-    dy, x = dy.to(wide), x.to(wide)
-    around = [0, *range(2, x.dim())]
-    column = [1, -1] + [1] * (x.dim() - 2)
-    scale, shift = (
-        torch.full((), value, dtype=wide, device=x.device) if vector is None else vector.to(wide).view(column)
-        for vector, value in ((weight, 1.0), (bias, 0.0))
-    )
-    if given is None:
-        var, mean = torch.var_mean(x, around, correction=0, keepdim=True)
-    else:
-        mean, var = (each.to(wide).view(column) for each in given)
-    reciprocal = torch.rsqrt(var + eps)
-    xhat = (x - mean) * reciprocal
-    z = xhat * scale + shift if residual is None else xhat * scale + shift + residual.to(wide)
-    if activation in SIGN_IS_ENOUGH:
-        positive = z > 0 if signs is None else unpacked_signs(signs, x)
-        g = torch.where(positive, dy, dy * (0.0 if activation == "relu" else 0.01))
-    elif activation == "silu":
-        s = torch.sigmoid(z)
-        g = dy * (s * (1 + z * (1 - s)))
-    else:
-        g = dy
-    dweight, dbias = (g * xhat).sum(around), g.sum(around)
-    dx = g * (scale * reciprocal)
-    if given is None:
-        m = x.numel() // x.size(1)
-        dx = dx - (dbias.view(column) + xhat * dweight.view(column)) * (scale * reciprocal / m)
-    return dx, dweight, dbias, g
 
 
 _backward.register_autograd(_differentiate_twice, setup_context=_remember_backward)

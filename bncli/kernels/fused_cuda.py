@@ -20,6 +20,8 @@ channels are (1, 1) for planes and (1, B) for rows.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import triton
 import triton.language as tl
@@ -363,6 +365,13 @@ def _overflow_moments(
 
 
 @triton.jit
+def _move(running, batch, momentum, mask, ACC: tl.constexpr):
+    """running = (1 - momentum) running + momentum batch, in place."""
+    old = tl.load(running, mask=mask, other=0.0).to(ACC)
+    tl.store(running, (old + momentum * (batch - old)).to(running.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _write(
     tile, i, c, inside, m, scale, b, residual, y, signs, end, L, channels, units, magic, shift,
     R: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr, WIDE: tl.constexpr,
@@ -382,14 +391,17 @@ def _write(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def forward(
-    x, residual, weight, bias, y, mean, var, signs, partial, arrived,
+    x, residual, weight, bias, y, mean, var, signs, running_mean, running_var, partial, arrived, momentum, unbiased,
     channels, units, magic, shift, nothing, L, H, P, teams, slices,
     EPS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr,
     PLANES: tl.constexpr, WIDE: tl.constexpr, OVERFLOW: tl.constexpr, MANY: tl.constexpr, STAGE: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, SIGNS: tl.constexpr,
-    ACC: tl.constexpr,
+    TRACK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y = activation((x - mean) / sqrt(var + eps) weight + bias + residual); mean and var (C) are written, or given."""
+    """y = activation((x - mean) / sqrt(var + eps) weight + bias + residual); mean and var (C) are written, or given.
+
+    TRACK: running_mean and running_var move by `momentum`, the variance times `unbiased`, m / (m - 1).
+    """
     WIDTH: tl.constexpr = UNIT if PLANES else 1
     W: tl.constexpr = UNIT if PLANES else B
     program = tl.program_id(0)
@@ -443,8 +455,12 @@ def forward(
             v = m2 / (L * WIDTH)
             v = tl.where(v < 0, 0.0, v)
             if STAGE != "statistics":
-                tl.store(mean + c, m, mask=inside & (p == 0))
-                tl.store(var + c, v, mask=inside & (p == 0))
+                one = inside & (p == 0)
+                tl.store(mean + c, m, mask=one)
+                tl.store(var + c, v, mask=one)
+                if TRACK:
+                    _move(running_mean + c, m, momentum, one, ACC)
+                    _move(running_var + c, v * unbiased, momentum, one, ACC)
         if STAGE != "statistics":
             scale = _reciprocal_deviation(v, EPS, ACC) * _pick(weight, c, inside, 1.0, WEIGHT, ACC)
             b = _pick(bias, c, inside, 0.0, BIAS, ACC)
@@ -610,3 +626,5 @@ def backward(
 
 # Whether these run in Triton's interpreter: settled when Triton was first imported.
 INTERPRETED = not (isinstance(forward, triton.JITFunction) and isinstance(tl.sum, triton.JITFunction))
+if INTERPRETED:  # by NumPy, which warns where a GPU makes infinity and NaN in silence
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")

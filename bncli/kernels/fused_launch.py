@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -15,29 +17,8 @@ from bncli.kernels.plan import Plan, Processors, plan
 
 HOPPER = (9, 0)  # from here on a team meets at a barrier in memory; before, two launches
 COUNTER_STRIDE = 32  # int32 from one team's counter to the next: 128 bytes, a cache line each
-MOST_ELEMENTS_OF_32_BITS = 2**31 - 1
-
-
-def plan_for(x: Tensor, *, backward: bool = False, given: bool = False) -> Plan:
-    """How the fused kernel cuts this dense tensor up on its own device."""
-    return plan(
-        sizes(x),
-        planes=not is_rows(x),
-        itemsize=x.element_size(),
-        backward=backward,
-        processors=processors(x.device),
-        given=given,
-    )
-
-
-@lru_cache(maxsize=64)
-def processors(device: torch.device) -> Processors:
-    """The device's multiprocessors. Triton's interpreter runs programs one after another: a barrier would never end."""
-    if device.type != "cuda":
-        return Processors(1, cooperative=False)
-    found = torch.cuda.get_device_properties(device)
-    nvidia = torch.version.hip is None  # such barriers were seen to hang elsewhere: FlagTree 1029 and 1030
-    return Processors(found.multi_processor_count, nvidia and (found.major, found.minor) >= HOPPER)
+MOST_OF_32_BITS = 2**31 - 1
+STAGES = {"none": ("alone",), "grid": ("team",), "launch": ("statistics", "normalize")}
 
 
 def forward(
@@ -49,20 +30,30 @@ def forward(
     eps: float,
     activation: str,
     keep_signs: bool,
+    *,
+    running: tuple[Tensor, Tensor, float] | None = None,
     cut: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """activation(batch_norm(x) + residual), the mean and variance (C) that were used, and the signs.
 
-    x and residual (N, C, *S), dense, lying alike. Signs: one bit an element if they are kept, else empty.
+    x and residual (N, C, *S), dense, lying alike. Signs: one bit an element if they are kept, else empty. running: a
+    running mean and variance (C), which move in place by a momentum.
     """
-    cut = cut or plan_for(x, given=statistics is not None)
-    accumulate = accumulation(x)
+    given = statistics is not None
+    start = prepared(x.shape, x.stride(), x.dtype, x.device, False, given, cut)
     y = torch.empty_like(x)
-    mean, var = statistics or (x.new_empty(x.size(1), dtype=accumulate), x.new_empty(x.size(1), dtype=accumulate))
+    mean, var = statistics or (x.new_empty(x.size(1), dtype=start.accumulate) for _ in range(2))
     signs = x.new_empty(sign_bytes(x) if keep_signs else 0, dtype=torch.uint8)
-    tensors = [x, _or(residual, x), _or(weight, x), _or(bias, x), y, mean, var, _or(signs, x)]
-    constants = {"EPS": eps, "ACTIVATION": activation, "SIGNS": keep_signs, **_presence(residual, weight, bias)}
-    _start(fused_cuda.forward, cut, x, tensors, constants, given=statistics is not None)
+    running_mean, running_var, momentum = running or (x, x, 0.0)
+    start.run(
+        fused_cuda.forward,
+        x,
+        (x, _or(residual, x), _or(weight, x), _or(bias, x), y, mean, var, signs if keep_signs else x, running_mean,
+         running_var),
+        (float(momentum), start.unbiased),
+        EPS=eps, ACTIVATION=activation, RESIDUAL=residual is not None, WEIGHT=weight is not None, BIAS=bias is not None,
+        SIGNS=keep_signs, TRACK=running is not None,
+    )  # fmt: skip
     return y, mean, var, signs
 
 
@@ -78,6 +69,7 @@ def backward(
     activation: str,
     given: bool,
     residual_gradient: bool,
+    *,
     cut: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight (C), dbias (C), dresidual (empty if not asked for).
@@ -85,25 +77,21 @@ def backward(
     dy, x, residual (N, C, *S), dense, lying alike; residual only where the activation's gradient needs it and there
     are no signs. given: the statistics are constants.
     """
-    cut = cut or plan_for(x, backward=True, given=given)
-    channels = x.size(1)
-    accumulate = accumulation(x)
+    start = prepared(x.shape, x.stride(), x.dtype, x.device, True, given, cut)
+    channels, accumulate = x.size(1), start.accumulate
     dx = torch.empty_like(x)
     dr = torch.empty_like(x) if residual_gradient else x.new_empty(0)
     dweight = x.new_empty(channels, dtype=accumulate if weight is None else weight.dtype)
     dbias = x.new_empty(channels, dtype=accumulate if bias is None else bias.dtype)
-    tensors = [
-        dy, x, _or(residual, x), _or(weight, x), _or(bias, x), *statistics, _or(signs, x), dx, _or(dr, x), dweight,
-        dbias
-    ]  # fmt: skip
-    constants = {
-        "EPS": eps,
-        "ACTIVATION": activation,
-        "SIGNS": signs is not None,
-        "RESIDUAL_GRADIENT": residual_gradient,
-        **_presence(residual, weight, bias),
-    }
-    partial = _start(fused_cuda.backward, cut, x, tensors, constants, given=given)
+    partial = start.run(
+        fused_cuda.backward,
+        x,
+        (dy, x, _or(residual, x), _or(weight, x), _or(bias, x), *statistics, _or(signs, x), dx,
+         dr if residual_gradient else x, dweight, dbias),
+        (),
+        EPS=eps, ACTIVATION=activation, RESIDUAL=residual is not None, WEIGHT=weight is not None, BIAS=bias is not None,
+        SIGNS=signs is not None, RESIDUAL_GRADIENT=residual_gradient,
+    )  # fmt: skip
     if given:  # no program waited for the others: the sums over a slice's programs are still to be taken
         dbias, dweight = (
             part.sum(1).flatten()[:channels].to(like.dtype)
@@ -112,47 +100,98 @@ def backward(
     return dx, dweight, dbias, dr
 
 
-def _presence(residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> dict[str, bool]:
-    return {"RESIDUAL": residual is not None, "WEIGHT": weight is not None, "BIAS": bias is not None}
-
-
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     """Some pointer where there is no tensor; the kernel does not follow it."""
-    return other if tensor is None or tensor.numel() == 0 else tensor
+    return other if tensor is None else tensor
+
+
+# --- what a launch needs beside its tensors -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that follows from a tensor's shape, layout, dtype and device, worked out once."""
+
+    cut: Plan
+    stages: tuple[str, ...]
+    runtime: tuple[int, ...]  # channels, units, magic, shift, nothing, L, H, P, teams, slices
+    constants: dict[str, Any]
+    partial: tuple[int, ...]  # the programs' pairs of vectors: (slices, P, 2, B); one number where nobody reads them
+    accumulate: torch.dtype
+    unbiased: float  # m / (m - 1)
+
+    def run(
+        self, kernel: Any, x: Tensor, tensors: tuple[Tensor, ...], numbers: tuple[float, ...], **chosen: Any
+    ) -> Tensor:
+        """Start the device kernel, once or twice. Returns the programs' pairs."""
+        partial = x.new_empty(self.partial, dtype=self.accumulate)
+        arrived = _counters(x.device, self.cut.teams) if self.cut.barrier == "grid" else partial
+        grid = (self.cut.teams * self.cut.team,)
+        with on(x.device):
+            for stage in self.stages:
+                kernel[grid](
+                    *tensors, partial, arrived, *numbers, *self.runtime, **self.constants, **chosen, STAGE=stage,
+                    num_warps=self.cut.warps, num_stages=1, enable_fp_fusion=True,
+                    launch_cooperative_grid=stage == "team",
+                )  # fmt: skip
+        return partial
+
+
+@lru_cache(maxsize=4096)
+def prepared(
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    backward: bool,
+    given: bool,
+    cut: Plan | None = None,
+) -> Prepared:
+    """For a dense x (N, C, *S). cut: another plan than the best one."""
+    x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    _, channels, positions = sizes(x)
+    cut = cut or plan_for(x, processors(device), backward=backward, given=given)
+    units = (positions if cut.planes else channels) // cut.unit
+    accumulate = accumulation(x)
+    count = math.prod(shape) // channels
+    return Prepared(
+        cut=cut,
+        stages=("given",) if given else STAGES[cut.barrier],
+        runtime=(
+            channels, units, *reciprocal(units), 0, cut.lines, cut.tiles_each, cut.team, cut.teams, cut.slices
+        ),
+        constants={
+            "R": cut.rows, "B": cut.columns, "K": cut.held, "UNIT": cut.unit, "PLANES": cut.planes,
+            "WIDE": math.prod(shape) > MOST_OF_32_BITS, "OVERFLOW": cut.overflow, "MANY": cut.many,
+            "ACC": fused_cuda.TYPES[accumulate],
+        },
+        partial=(1,) if cut.team == 1 and not given else (cut.slices, cut.team, 2, cut.columns),
+        accumulate=accumulate,
+        unbiased=count / max(count - 1, 1),
+    )  # fmt: skip
+
+
+def plan_for(x: Tensor, on: Processors, *, backward: bool = False, given: bool = False) -> Plan:
+    """How the fused kernel cuts a dense x (N, C, *S) up."""
+    return plan(
+        sizes(x), planes=not is_rows(x), itemsize=x.element_size(), backward=backward, processors=on, given=given
+    )
+
+
+@lru_cache(maxsize=64)
+def processors(device: torch.device) -> Processors:
+    """The device's multiprocessors. Triton's interpreter runs programs one after another: a barrier would never end."""
+    if device.type != "cuda":
+        return Processors(1, cooperative=False)
+    found = torch.cuda.get_device_properties(device)
+    nvidia = torch.version.hip is None  # such barriers were seen to hang elsewhere: FlagTree 1029 and 1030
+    return Processors(found.multi_processor_count, nvidia and (found.major, found.minor) >= HOPPER)
 
 
 def reciprocal(divisor: int) -> tuple[int, int]:
     """(magic, shift): i // divisor is umulhi(2 i, magic) >> shift for all i < 2**30 (Granlund & Montgomery 1994)."""
     shift = (divisor - 1).bit_length()
     return (1 << (31 + shift)) // divisor + 1, shift
-
-
-def _start(
-    kernel: Any, cut: Plan, x: Tensor, tensors: list[Tensor], constants: dict[str, Any], *, given: bool
-) -> Tensor:
-    """Run a device kernel by its plan. Returns the programs' partial results (slices, P, 2, B)."""
-    _, channels, positions = sizes(x)
-    units = (positions if cut.planes else channels) // cut.unit
-    accumulate = accumulation(x)
-    alone = cut.team == 1 and not given
-    partial = x.new_empty(() if alone else (cut.slices, cut.team, 2, cut.columns), dtype=accumulate)
-    arrived = _counters(x.device, cut.teams) if cut.barrier == "grid" else partial
-    runtime = (channels, units, *reciprocal(units), 0, cut.lines, cut.tiles_each, cut.team, cut.teams, cut.slices)
-    stages = (
-        ("given",)
-        if given
-        else {"none": ("alone",), "grid": ("team",), "launch": ("statistics", "normalize")}[cut.barrier]
-    )
-    with on(x.device):
-        for stage in stages:
-            kernel[(cut.teams * cut.team,)](
-                *tensors, partial, arrived, *runtime,
-                R=cut.rows, B=cut.columns, K=cut.held, UNIT=cut.unit, PLANES=cut.planes,
-                WIDE=x.numel() > MOST_ELEMENTS_OF_32_BITS, OVERFLOW=cut.overflow, MANY=cut.many, STAGE=stage,
-                ACC=fused_cuda.TYPES[accumulate], **constants,
-                num_warps=cut.warps, num_stages=1, enable_fp_fusion=True, launch_cooperative_grid=stage == "team",
-            )  # fmt: skip
-    return partial
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -164,8 +203,10 @@ _COUNTERS: dict[tuple[int | None, int], Tensor] = {}
 
 
 def _counters(device: torch.device, teams: int) -> Tensor:
-    """A zeroed counter a team, that the barrier leaves as it found it. Kept for each stream: on one stream calls follow
-    each other. A captured graph may be replayed on any stream beside others, and gets its own, zeroed in the graph.
+    """A zeroed counter a team, that the barrier leaves as it found it.
+
+    Kept for each stream, on which calls follow each other. A captured graph may be replayed on any stream beside
+    others, and gets its own, zeroed in the graph.
     """
     size = teams * COUNTER_STRIDE
     if torch.cuda.is_current_stream_capturing():

@@ -31,6 +31,8 @@ def batch_norm(
     y = finish(y, residual, activation)
     if statistics is not None:
         return y, *statistics
+    if x.numel() == 0:  # nothing to take statistics of, and torch would warn
+        return y, *x.new_full((2, x.size(1)), float("nan"), dtype=torch.promote_types(x.dtype, torch.float32))
     with torch.no_grad():
         wide = x if x.dtype == torch.float64 else x.float()
         var, mean = torch.var_mean(wide, dim=[0, *range(2, x.dim())], correction=0)

@@ -12,14 +12,17 @@ from tests.kernels.ahead_of_time import Named, Specialisation
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 INTEGERS = ("shift", "nothing", "L", "H", "P", "teams", "slices")
 TENSORS = {
-    "forward": ("x", "residual", "weight", "bias", "y", "mean", "var", "signs", "partial", "arrived"),
+    "forward": (
+        "x", "residual", "weight", "bias", "y", "mean", "var", "signs", "running_mean", "running_var", "partial",
+        "arrived",
+    ),
     "backward": (
         "dy", "x", "residual", "weight", "bias", "mean", "var", "signs", "dx", "dr", "dweight", "dbias", "partial",
         "arrived",
     ),
 }  # fmt: skip
 LIKE_X = {"x", "y", "dy", "dx", "dr", "residual"}
-VECTORS = {"weight", "bias", "mean", "var", "partial", "dweight", "dbias"}
+VECTORS = {"weight", "bias", "mean", "var", "partial", "dweight", "dbias", "running_mean", "running_var"}
 # (activation, residual): what is fused; the residual itself is read back only for silu.
 FUSED = (("none", False), ("relu", False), ("silu", False), ("none", True), ("relu", True), ("silu", True))
 WIDE_ACCESS = {"forward": ("x", "y"), "backward": ("x", "dy", "dx")}
@@ -90,13 +93,17 @@ def specialisation(choice: Choice) -> Specialisation:
         "BIAS": True,
         "SIGNS": choice.residual and choice.activation == "relu",
     }
-    if choice.direction == "backward":
+    if choice.direction == "forward":
+        constants["TRACK"] = choice.stage in ("alone", "team", "normalize")
+    else:
         constants["RESIDUAL_GRADIENT"] = choice.residual and choice.activation != "none"
     constants["ACC"] = Named("triton.language:float32")
     names = TENSORS[choice.direction]
     types = dict.fromkeys(LIKE_X, f"*{choice.dtype}") | dict.fromkeys(VECTORS, "*fp32")
     types |= {"signs": "*u8", "arrived": "*i32"}
     signature = {name: types[name] for name in names}
+    if choice.direction == "forward":
+        signature |= {"momentum": "fp32", "unbiased": "fp32"}
     signature |= {"channels": "i32", "units": "i32", "magic": "i64"} | dict.fromkeys(INTEGERS, "i32")
     signature |= dict.fromkeys(constants, "constexpr")
     wide = [each for each in WIDE_ACCESS[choice.direction] if choice.stage != "statistics" or each in ("x", "dy")]

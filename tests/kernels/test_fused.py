@@ -194,7 +194,7 @@ class Planned(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, activation: str, form: str) -> Any:
         keep = residual is not None and activation in fused.SIGN_IS_ENOUGH
         y, mean, var, signs = fused_launch.forward(
-            x, weight, bias, residual, None, EPS, activation, keep, Planned.cut(x, form, backward=False)
+            x, weight, bias, residual, None, EPS, activation, keep, cut=Planned.cut(x, form, backward=False)
         )
         ctx.save_for_backward(x, weight, bias, residual if activation == "silu" else None, mean, var, signs)
         ctx.rest = (activation, form, keep, residual is not None)
@@ -207,7 +207,7 @@ class Planned(torch.autograd.Function):
         activation, form, keep, added = ctx.rest
         dx, dweight, dbias, dresidual = fused_launch.backward(
             dy, x, weight, bias, residual, (mean, var), signs if keep else None, EPS, activation, False, added,
-            Planned.cut(x, form, backward=True),
+            cut=Planned.cut(x, form, backward=True),
         )  # fmt: skip
         return dx, dweight, dbias, dresidual if added else None, None, None
 
@@ -274,6 +274,22 @@ def test_nan_and_infinity_pass_as_in_torch_and_stay_in_their_channel(
     ours, theirs = (run(x, None, None, EPS, None, activation)[0] for run in (fused.batch_norm, native.batch_norm))
     torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-5, atol=1e-5)
     assert ours[:, 1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_running_statistics_move_as_torchs_do(dtype: torch.dtype, compiled: bool, device: torch.device) -> None:
+    """In the kernel where plain autograd runs in float32, beside it elsewhere."""
+    x = case((5, 3, 4), dtype, device).x
+
+    def step(kernel: str) -> tuple[Tensor, Tensor]:
+        mean, var = torch.full((3,), 0.5, dtype=dtype, device=device), torch.full((3,), 2.0, dtype=dtype, device=device)
+        bncli.batch_norm(x, mean, var, training=True, momentum=0.3, kernel=kernel)
+        return mean, var
+
+    torch.use_deterministic_algorithms(False)
+    ours = (torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step)("fused")
+    torch.testing.assert_close(ours, step("native"))
 
 
 def test_two_runs_agree_bit_for_bit(device: torch.device) -> None:

@@ -1,0 +1,58 @@
+"""Batch norm's backward from differentiable operators: what the fused backward's own gradient is taken of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bncli.kernels.layout import accumulation, unpacked_signs
+
+SIGN_IS_ENOUGH = ("relu", "leaky_relu")  # their derivative depends on the sign of the pre-activation alone
+
+
+def composed_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    given: tuple[Tensor, Tensor] | None,
+    signs: Tensor | None,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias, dresidual from differentiable operators, by their definition (Ioffe & Szegedy 2015, section
+    3).
+
+    Shapes as the operator's, all in the accumulation dtype. `signs` stands for the sign of a pre-activation whose
+    residual was not kept. `given`: mean and variance that are constants.
+    """
+    wide = accumulation(x)
+    dy, x = dy.to(wide), x.to(wide)
+    around = [0, *range(2, x.dim())]
+    column = [1, -1] + [1] * (x.dim() - 2)
+    scale, shift = (
+        torch.full((), value, dtype=wide, device=x.device) if vector is None else vector.to(wide).view(column)
+        for vector, value in ((weight, 1.0), (bias, 0.0))
+    )
+    if given is None:
+        var, mean = torch.var_mean(x, around, correction=0, keepdim=True)
+    else:
+        mean, var = (each.to(wide).view(column) for each in given)
+    reciprocal = torch.rsqrt(var + eps)
+    xhat = (x - mean) * reciprocal
+    z = xhat * scale + shift if residual is None else xhat * scale + shift + residual.to(wide)
+    if activation in SIGN_IS_ENOUGH:
+        positive = z > 0 if signs is None else unpacked_signs(signs, x)
+        g = torch.where(positive, dy, dy * (0.0 if activation == "relu" else 0.01))
+    elif activation == "silu":
+        s = torch.sigmoid(z)
+        g = dy * (s * (1 + z * (1 - s)))
+    else:
+        g = dy
+    dweight, dbias = (g * xhat).sum(around), g.sum(around)
+    dx = g * (scale * reciprocal)
+    if given is None:
+        m = x.numel() // x.size(1)
+        dx = dx - (dbias.view(column) + xhat * dweight.view(column)) * (scale * reciprocal / m)
+    return dx, dweight, dbias, g

@@ -1,0 +1,16 @@
+"""The running statistics' step, for kernels that return the batch's statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
+    """running = (1 - momentum) running + momentum batch, in place, in the wider of the two dtypes; both (C)."""
+    if running.dtype == batch.dtype:
+        running.lerp_(batch, momentum)
+        return
+    wide = torch.promote_types(running.dtype, batch.dtype)
+    running.copy_(running.to(wide).lerp(batch.to(wide), momentum))
