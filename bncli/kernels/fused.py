@@ -154,7 +154,7 @@ def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, bias, residual, given_mean, given_var, eps, activation, keep_signs = inputs
     _, mean, var, signs = output
     mean, var = (mean, var) if given_mean is None else (given_mean, given_var)
-    again = residual if activation == "silu" else None
+    again = None if activation == "none" or keep_signs else residual  # the pre-activation is computed again
     ctx.save_for_backward(x, weight, bias, again, mean, var, signs if keep_signs else None)
     ctx.eps, ctx.activation, ctx.given = eps, activation, given_mean is not None
     ctx.has_residual = residual is not None
@@ -286,25 +286,29 @@ def _remember_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 
 
 def _differentiate_twice(ctx, *upstream):  # type: ignore[no-untyped-def]
-    """The exact second derivative: torch's own, of `composed_backward`."""
+    """The exact second derivative: torch's own, of `composed_backward`; differentiable in turn where that is asked.
+
+    Then of views, in which the inputs are apart: dy may itself come from x.
+    """
     dy, x, weight, bias, residual, mean, var, signs = ctx.saved_tensors
-    inputs = [None if each is None else each.detach().requires_grad_() for each in (dy, x, weight, bias, residual)]
+    again = torch.is_grad_enabled()
+    inputs = [
+        None if each is None else each.view_as(each) if again and each.requires_grad else each.detach().requires_grad_()
+        for each in (dy, x, weight, bias, residual)
+    ]
     with torch.enable_grad():
-        outputs = composed_backward(
-            *inputs,
-            (mean, var) if ctx.given else None,
-            signs,
-            ctx.eps,
-            ctx.activation,
-        )
+        outputs = composed_backward(*inputs, (mean, var) if ctx.given else None, signs, ctx.eps, ctx.activation)
         pairs = [
             (output, gradient.to(output.dtype))
             for output, gradient in zip(outputs, upstream, strict=True)
             if gradient is not None and gradient.numel() == output.numel() and output.requires_grad
         ]
-        wanted = [each for each in inputs if each is not None]
         found = torch.autograd.grad(
-            [output for output, _ in pairs], wanted, [gradient for _, gradient in pairs], allow_unused=True
+            [output for output, _ in pairs],
+            [each for each in inputs if each is not None],
+            [gradient for _, gradient in pairs],
+            allow_unused=True,
+            create_graph=again,
         )
     gradients = iter(found)
     return (*(None if each is None else next(gradients) for each in inputs), *(None,) * 7)

@@ -67,7 +67,7 @@ def _offsets(i, c, units, channels, magic, shift, UNIT: tl.constexpr, PLANES: tl
         line = i
     if PLANES:
         n = (tl.umulhi((i * 2).to(tl.uint32), magic.to(tl.uint32)) >> shift).to(line.dtype)
-        at = (line + n * ((channels - 1) * units))[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
+        at = (line + n * ((channels - 1).to(line.dtype) * units))[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
         at += c.to(line.dtype) * (units * UNIT)
     else:
         at = (line * units)[:, None] * UNIT + c
@@ -368,7 +368,7 @@ def _overflow_moments(
 def _move(running, batch, momentum, mask, ACC: tl.constexpr):
     """running = (1 - momentum) running + momentum batch, in place."""
     old = tl.load(running, mask=mask, other=0.0).to(ACC)
-    tl.store(running, (old + momentum * (batch - old)).to(running.dtype.element_ty), mask=mask)
+    tl.store(running, ((1.0 - momentum) * old + momentum * batch).to(running.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -439,7 +439,8 @@ def forward(
                     d1 += _fold(d, PLANES)
                     d2 += _fold(d * d, PLANES)
                 s = _sum(d1)
-                m2 = _sum(d2) - s * (s / n)
+                m2 = _sum(d2)
+                m2 = tl.where(m2 == float("inf"), m2, m2 - s * (s / n))  # squares of 1e30 overflow, and y is the bias
                 m += s / n
                 if OVERFLOW:
                     m, m2 = _overflow_moments(

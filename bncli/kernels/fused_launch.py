@@ -199,19 +199,19 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-_COUNTERS: dict[tuple[int | None, int], Tensor] = {}
+_COUNTERS: dict[int | None, Tensor] = {}
 
 
 def _counters(device: torch.device, teams: int) -> Tensor:
     """A zeroed counter a team, that the barrier leaves as it found it.
 
-    Kept for each stream, on which calls follow each other. A captured graph may be replayed on any stream beside
-    others, and gets its own, zeroed in the graph.
+    Kept for the default stream alone, on which calls follow each other. Elsewhere a call gets its own: calls on two
+    streams may run at once, a captured graph beside anything, and what a graph's warm-up allocates is the graph's.
     """
     size = teams * COUNTER_STRIDE
-    if torch.cuda.is_current_stream_capturing():
+    on_default = torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
+    if not on_default or torch.cuda.is_current_stream_capturing():
         return torch.zeros(size, dtype=torch.int32, device=device)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _COUNTERS or _COUNTERS[key].numel() < size:
-        _COUNTERS[key] = torch.zeros(max(size, 1024 * COUNTER_STRIDE), dtype=torch.int32, device=device)
-    return _COUNTERS[key]
+    if device.index not in _COUNTERS or _COUNTERS[device.index].numel() < size:
+        _COUNTERS[device.index] = torch.zeros(max(size, 1024 * COUNTER_STRIDE), dtype=torch.int32, device=device)
+    return _COUNTERS[device.index]

@@ -7,8 +7,11 @@ from torch import Tensor
 
 
 def is_rows(x: Tensor) -> bool:
-    """Whether the channels of a position lie side by side: channels last of any rank, or a batch of vectors."""
-    return x.movedim(1, -1).is_contiguous()
+    """Whether the channels of a position lie side by side: channels last of any rank, or a batch of vectors.
+
+    A single channel lies both ways, and is better taken as planes.
+    """
+    return x.size(1) > 1 and x.movedim(1, -1).is_contiguous()
 
 
 def dense(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ Barrier = Literal["none", "grid", "launch"]
 ACCESS_BYTES = 16  # of one thread, at its widest
 THREADS_A_WARP = 32
 MOST_LINES = 2**30  # of a slice; the device counts lines in 32 bits and doubles them once
+MOST_VALUES = 2**31 - 8  # of a channel
 
 # (warps, tiles held), from small to large: 4 to 96 KiB of registers a program, as far as compiles without spills for
 # every fusion (python -m tests.kernels.ahead_of_time --all). A tile is 16 bytes a thread. Planes by the bytes of
@@ -127,7 +128,7 @@ def plan(
     """The cheapest plan for x (N, C, S) of `itemsize` bytes an element.
 
     planes: contiguous; otherwise channels last. backward: x and dy are held. given: the statistics are not the
-    batch's, so nothing waits. Raises ValueError for a slice of more than 2**30 lines.
+    batch's, so nothing waits. Raises ValueError for a channel that is too long to count.
     """
     cuts = _cuts(shape, planes, itemsize)
     if given:
@@ -178,9 +179,10 @@ def _cuts(shape: tuple[int, int, int], planes: bool, itemsize: int) -> list[_Cut
             )
             for columns in sorted(widths)
         ]  # fmt: skip
-    if cuts[0].lines > MOST_LINES:
+    if cuts[0].lines > MOST_LINES or examples * positions > MOST_VALUES:
         raise ValueError(
-            f"the fused kernel takes up to 2**30 aligned runs of values a channel; x {shape} has {cuts[0].lines:,}"
+            f"the fused kernel takes up to 2**31 - 8 values a channel, in up to 2**30 aligned runs; x {shape} has "
+            f"{examples * positions:,} in {cuts[0].lines:,}"
         )
     return cuts
 

@@ -43,10 +43,12 @@ class Choice:
     activation: str
     residual: bool
     overflow: bool = False
+    wide: bool = False  # of more than 2**31 elements: 64-bit addresses
 
     def __str__(self) -> str:
         layout = f"planes{self.unit}" if self.planes else f"rows{self.columns}"
         stage = self.stage + ("+overflow" if self.overflow else "")
+        stage += "+wide" if self.wide else ""
         fused = self.activation + ("+residual" if self.residual else "")
         return f"{self.direction}/{self.dtype}/{layout}/{stage}/{fused}/{self.warps}x{self.held}"
 
@@ -83,7 +85,7 @@ def specialisation(choice: Choice) -> Specialisation:
         "K": choice.held,
         "UNIT": choice.unit,
         "PLANES": choice.planes,
-        "WIDE": False,
+        "WIDE": choice.wide,
         "OVERFLOW": choice.overflow,
         "MANY": not choice.planes and choice.stage in ("team", "normalize"),
         "STAGE": choice.stage,

@@ -237,6 +237,18 @@ def test_every_plan_serves_every_dtype(form: str, dtype: torch.dtype, device: to
     assert_right(planned(form), case((5, 2, 15), dtype, device, activation="relu", residual=True))
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_64_bit_addresses_give_the_same(
+    channels_last: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As tensors of more than 2**31 elements need them."""
+    monkeypatch.setattr(fused_launch, "MOST_OF_32_BITS", 0)
+    fused_launch.prepared.cache_clear()
+    given = case((4, 3, 2, 4), torch.float32, device, channels_last=channels_last, activation="relu", residual=True)
+    assert_right(fused.batch_norm, given)
+    fused_launch.prepared.cache_clear()
+
+
 # --- numerics -----------------------------------------------------------------------------------------------------
 
 
@@ -278,18 +290,31 @@ def test_nan_and_infinity_pass_as_in_torch_and_stay_in_their_channel(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_running_statistics_move_as_torchs_do(dtype: torch.dtype, compiled: bool, device: torch.device) -> None:
-    """In the kernel where plain autograd runs in float32, beside it elsewhere."""
-    x = case((5, 3, 4), dtype, device).x
+@pytest.mark.parametrize("momentum", [0.3, 1.0])
+def test_running_statistics_move_as_torchs_do(
+    dtype: torch.dtype, compiled: bool, momentum: float, device: torch.device
+) -> None:
+    """In the kernel where plain autograd runs in float32, beside it elsewhere. The old ones leave no trace at 1."""
+    x = 1e-4 * case((5, 3, 4), dtype, device).x
 
     def step(kernel: str) -> tuple[Tensor, Tensor]:
-        mean, var = torch.full((3,), 0.5, dtype=dtype, device=device), torch.full((3,), 2.0, dtype=dtype, device=device)
-        bncli.batch_norm(x, mean, var, training=True, momentum=0.3, kernel=kernel)
+        mean, var = torch.full((3,), 1e4, dtype=dtype, device=device), torch.full((3,), 2.0, dtype=dtype, device=device)
+        bncli.batch_norm(x, mean, var, training=True, momentum=momentum, kernel=kernel)
         return mean, var
 
     torch.use_deterministic_algorithms(False)
     ours = (torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step)("fused")
-    torch.testing.assert_close(ours, step("native"))
+    torch.testing.assert_close(ours, step("native"), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("form", [None, "a team", "overflow"])
+def test_values_whose_squares_overflow_become_the_bias_as_in_torch(form: str | None, device: torch.device) -> None:
+    x = 1e30 * torch.randn(7, 2, 9, generator=torch.Generator().manual_seed(7)).to(device)
+    bias = torch.tensor([0.5, -2.0], device=device)
+    run = planned(form) if form else fused.batch_norm
+    y, _, var = run(x, None, bias, EPS, None, None, None)
+    assert torch.equal(y, bias.view(1, 2, 1).expand_as(x))
+    assert var.isinf().all()
 
 
 def test_two_runs_agree_bit_for_bit(device: torch.device) -> None:
@@ -397,6 +422,33 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(
     torch.use_deterministic_algorithms(False)
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+def composed(x: Tensor) -> Tensor:
+    var, mean = torch.var_mean(x, (0, 2), correction=0, keepdim=True)
+    return torch.nn.functional.silu((x - mean) / torch.sqrt(var + 1e-2))
+
+
+def test_third_derivatives_are_those_of_differentiable_operators(device: torch.device) -> None:
+    """Not native's: torch's second derivative takes the saved mean and deviation for constants."""
+    found = []
+    for run in (composed, lambda x: fused.batch_norm(x, None, None, 1e-2, activation="silu")[0]):
+        x = case((4, 2, 3), torch.float64, device).x.requires_grad_()
+        value = run(x).pow(3).sum()
+        for _ in range(3):
+            (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+            value = gradient.pow(2).sum()
+        found.append(gradient)
+    torch.testing.assert_close(*found)
+
+
+def test_a_forward_that_kept_no_signs_still_gives_the_gradient(device: torch.device) -> None:
+    given = case((4, 3, 5), torch.float64, device, activation="relu", residual=True)
+
+    def operator(x: Tensor, weight: Any, bias: Any, eps: float, residual: Any, *_: Any) -> Any:
+        return torch.ops.bncli.fused_batch_norm(x, weight, bias, residual, None, None, eps, "relu", False)[:3]
+
+    assert_right(operator, given)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bncli.kernels.fused_launch import reciprocal
-from bncli.kernels.plan import MOST_LINES, SPLIT_TILINGS, STREAMING, Plan, Processors, plan, tilings
+from bncli.kernels.plan import MOST_LINES, MOST_VALUES, SPLIT_TILINGS, STREAMING, Plan, Processors, plan, tilings
 
 H200 = Processors(132, cooperative=True)
 A100 = Processors(108, cooperative=False)
@@ -73,8 +73,10 @@ def test_given_statistics_need_no_barrier() -> None:
 
 
 def test_a_slice_too_long_to_count_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"up to 2\*\*30 aligned runs"):
-        of(MOST_LINES, 2, 3)
+    for n, s in ((MOST_LINES, 3), (MOST_VALUES + 8, 1), (2**20, 2**11)):
+        with pytest.raises(ValueError, match=r"takes up to 2\*\*31 - 8 values a channel"):
+            of(n, 2, s)
+    assert of(2**20, 2, 2**11 - 8).lines == 2**20 * (2**11 - 8) / 8
 
 
 def test_a_plan_says_itself_in_words() -> None:

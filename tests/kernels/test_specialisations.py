@@ -5,6 +5,8 @@ A sample on each run; all of it: python -m tests.kernels.ahead_of_time --all --c
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.kernels.ahead_of_time import Finding, check
@@ -38,6 +40,13 @@ def test_the_largest_of_each_kind_hold_their_tiles_in_registers_on_sm_90() -> No
 def test_what_needs_no_cooperation_compiles_for_every_architecture() -> None:
     pytest.importorskip("triton")
     assert verdict(check(map(specialisation, EVERYWHERE), (80, 100))) == []
+
+
+def test_tensors_of_more_than_2_to_the_31_elements_compile_too() -> None:
+    """Rare enough that 64-bit addresses may spill there."""
+    pytest.importorskip("triton")
+    wide = [replace(each, wide=True, overflow=True) for each in (LARGEST[0], LARGEST[-1])]
+    assert all(each.code is not None for each in check(map(specialisation, wide), (90,)))
 
 
 def test_the_largest_are_among_what_is_shipped() -> None:
