@@ -16,6 +16,7 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     # so this comes before any test does; the variable is set again for the tests that run the kernel (tests/kernels).
     os.environ["TRITON_INTERPRET"] = "1"
     importlib.import_module("bncli.kernels.fused_cuda")
+    importlib.import_module("tests.kernels.share_kernel")
     del os.environ["TRITON_INTERPRET"]
 
 TINY: dict[str, Any] = {

@@ -15,6 +15,7 @@ import sys
 import torch
 from torch import Tensor
 
+from bncli.errors import Unavailable
 from bncli.kernels.composed import SIGN_IS_ENOUGH, composed_backward
 from bncli.kernels.layout import accumulation, dense, like, sign_bytes
 from bncli.kernels.running import move
@@ -64,11 +65,13 @@ def batch_norm(
 
     float32, float16, bfloat16 or float64; contiguous or channels last. Other strides are copied to contiguous first,
     and a residual or a gradient that lies otherwise than x is copied to x's layout. Sums and statistics are float32,
-    of float64 float64. Raises TypeError for another dtype, and ValueError for a slice that is too long to count.
+    of float64 float64. Raises TypeError for another dtype, and ValueError for sizes that disagree or a channel too
+    long to count, and RuntimeError for statistics that require a gradient.
     """
     if x.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"the fused kernel takes {names}; x is {str(x.dtype).removeprefix('torch.')}")
+    _check(x, weight, bias, residual, statistics, running)
     x = dense(x)
     if residual is not None:
         residual = like(residual.to(x.dtype), x)
@@ -92,10 +95,39 @@ def batch_norm(
     return y, mean.detach(), var.detach()
 
 
+def _check(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    statistics: tuple[Tensor, Tensor] | None,
+    running: tuple[Tensor, Tensor, float] | None,
+) -> None:
+    """The kernel follows pointers: what does not fit is refused here. A gradient that it cannot give, too."""
+    channels = x.size(1)
+    constants = (*(statistics or ()), *(running or ())[:2])
+    for vector in (weight, bias, *constants):
+        if vector is not None and vector.numel() != channels:
+            raise ValueError(f"a vector of {vector.numel()} values for {channels} channels")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"a residual of shape {tuple(residual.shape)} for x of shape {tuple(x.shape)}")
+    if torch.is_grad_enabled() and any(vector.requires_grad for vector in constants):
+        raise RuntimeError("batch norm is not differentiable in given or running statistics; one requires a gradient")
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        levels = torch._C._functorch.get_interpreter_stack() or ()
+        if any(level.key() == torch._C._functorch.TransformType.Jvp for level in levels):
+            raise RuntimeError("the fused kernel has no forward-mode derivative (torch.func.jvp); the native one has")
+
+
 def _eager(x: Tensor) -> bool:
-    """Whether plain autograd will do, which costs a third of an operator's way through the dispatcher."""
-    plain = type(x) in (Tensor, torch.nn.Parameter) and x.numel() > 0
-    return plain and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    """Whether plain autograd will do, which costs a third of an operator's way through the dispatcher.
+
+    Not under a compiler, a transform, a trace or a dispatch mode: they must see an operator.
+    """
+    if type(x) not in (Tensor, torch.nn.Parameter) or x.numel() == 0 or torch.compiler.is_compiling():
+        return False
+    watched = torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+    return not watched and not torch._C._are_functorch_transforms_active()
 
 
 def _movable(x: Tensor, running: tuple[Tensor, Tensor, float]) -> bool:
@@ -122,6 +154,8 @@ def _forward(
     """y like x; the batch's mean and variance (C), empty where they are given; the signs in bits, empty unless kept."""
     from bncli.kernels import fused_launch
 
+    if reason := why_not(x.device):
+        raise Unavailable(f"the fused kernel cannot run: {reason}")
     statistics = None if given_mean is None or given_var is None else (given_mean, given_var)
     if x.numel() == 0:
         y, mean, var, signs = _forward_fake(
@@ -162,18 +196,18 @@ def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _differentiate(ctx, dy: Tensor, *_):  # type: ignore[no-untyped-def]
     x, weight, bias, residual, mean, var, signs = ctx.saved_tensors
-    through = ctx.has_residual and ctx.activation != "none"
+    through = ctx.has_residual and ctx.activation != "none" and ctx.needs_input_grad[3]
     run = _backward if torch.is_grad_enabled() or not _eager(dy) else _run_backward
     dx, dweight, dbias, dresidual = run(
         like(dy, x), x, weight, bias, residual, mean, var, signs, ctx.eps, ctx.activation, ctx.given, through
     )
-    if ctx.has_residual and not through:
+    if ctx.activation == "none":
         dresidual = dy
     return (
         dx,
         None if weight is None else dweight,
         None if bias is None else dbias,
-        dresidual if ctx.has_residual else None,
+        dresidual if ctx.has_residual and ctx.needs_input_grad[3] else None,
         *(None,) * 5,
     )
 
@@ -194,6 +228,8 @@ class Eager(torch.autograd.Function):
         output = fused_launch.forward(
             x, weight, bias, residual, statistics, eps, activation, keep_signs, running=running
         )
+        if running is not None:  # who saved them for a backward of their own must learn that they moved
+            torch.autograd.graph.increment_version(running[:2])
         _remember(ctx, inputs, output)
         y, mean, var, _ = output
         ctx.mark_non_differentiable(mean, var)

@@ -280,14 +280,15 @@ def _received(slot, start, P, R: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def _shares(start, L, H, WIDTH: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr):
-    """How many values (R, 1) those programs have, 0 beyond the last."""
-    return (_count(start + tl.arange(0, R), L, H, R) * WIDTH).to(ACC)[:, None]
+def _shares(start, P, L, H, WIDTH: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr):
+    """How many values (R, 1) those programs have, 0 beyond the last: P is the first that does not exist."""
+    q = tl.minimum(start + tl.arange(0, R), P)
+    return (_count(q, L, H, R) * WIDTH).to(ACC)[:, None]
 
 
 @triton.jit
 def _merge_moments(
-    slot, P, L, H, WIDTH: tl.constexpr, R: tl.constexpr, B: tl.constexpr, MANY: tl.constexpr, ACC: tl.constexpr
+    slot, P, L, H, WIDTH: tl.constexpr, R: tl.constexpr, B: tl.constexpr, PLANES: tl.constexpr, ACC: tl.constexpr
 ):
     """The slice's mean and sum of squared deviations from those of P programs.
 
@@ -296,33 +297,33 @@ def _merge_moments(
     """
     first = tl.load(slot + tl.arange(0, B), cache_modifier=".cg")[None, :]
     mean, m2 = _received(slot, 0, P, R, B)
-    n = _shares(0, L, H, WIDTH, R, ACC)
+    n = _shares(0, P, L, H, WIDTH, R, ACC)
     d = tl.where(n > 0, mean - first, 0.0)
     moved = tl.sum(n * d, axis=0)[None, :]
-    if MANY:
+    if not PLANES:  # whose tiles have more lines than a team has programs
         for start in range(R, P, R):
             mean, _ = _received(slot, start, P, R, B)
-            more = _shares(start, L, H, WIDTH, R, ACC)
+            more = _shares(start, P, L, H, WIDTH, R, ACC)
             moved += tl.sum(tl.where(more > 0, more * (mean - first), 0.0), axis=0)[None, :]
     moved = moved / (L * WIDTH)
     d = d - moved
     total = tl.sum(tl.where(n > 0, m2 + n * d * d, 0.0), axis=0)[None, :]
-    if MANY:
+    if not PLANES:  # whose tiles have more lines than a team has programs
         for start in range(R, P, R):
             mean, m2 = _received(slot, start, P, R, B)
-            more = _shares(start, L, H, WIDTH, R, ACC)
+            more = _shares(start, P, L, H, WIDTH, R, ACC)
             d = mean - first - moved
             total += tl.sum(tl.where(more > 0, m2 + more * d * d, 0.0), axis=0)[None, :]
     return first + moved, total
 
 
 @triton.jit
-def _merge_sums(slot, P, R: tl.constexpr, B: tl.constexpr, MANY: tl.constexpr):
+def _merge_sums(slot, P, R: tl.constexpr, B: tl.constexpr, PLANES: tl.constexpr):
     """The two sums over P programs, in a fixed order."""
     one, two = _received(slot, 0, P, R, B)
     one = tl.sum(one, axis=0)[None, :]
     two = tl.sum(two, axis=0)[None, :]
-    if MANY:
+    if not PLANES:  # whose tiles have more lines than a team has programs
         for start in range(R, P, R):
             more, and_more = _received(slot, start, P, R, B)
             one += tl.sum(more, axis=0)[None, :]
@@ -394,7 +395,7 @@ def forward(
     x, residual, weight, bias, y, mean, var, signs, running_mean, running_var, partial, arrived, momentum, unbiased,
     channels, units, magic, shift, nothing, L, H, P, teams, slices,
     EPS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr,
-    PLANES: tl.constexpr, WIDE: tl.constexpr, OVERFLOW: tl.constexpr, MANY: tl.constexpr, STAGE: tl.constexpr,
+    PLANES: tl.constexpr, WIDE: tl.constexpr, OVERFLOW: tl.constexpr, STAGE: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, SIGNS: tl.constexpr,
     TRACK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -452,7 +453,7 @@ def forward(
             if STAGE == "team":
                 _barrier(arrived + (program // P) * 32, p, P)
             if STAGE == "team" or STAGE == "normalize":
-                m, m2 = _merge_moments(slot, P, L, H, WIDTH, R, B, MANY, ACC)
+                m, m2 = _merge_moments(slot, P, L, H, WIDTH, R, B, PLANES, ACC)
             v = m2 / (L * WIDTH)
             v = tl.where(v < 0, 0.0, v)
             if STAGE != "statistics":
@@ -525,7 +526,7 @@ def backward(
     dy, x, residual, weight, bias, mean, var, signs, dx, dr, dweight, dbias, partial, arrived,
     channels, units, magic, shift, nothing, L, H, P, teams, slices,
     EPS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr,
-    PLANES: tl.constexpr, WIDE: tl.constexpr, OVERFLOW: tl.constexpr, MANY: tl.constexpr, STAGE: tl.constexpr,
+    PLANES: tl.constexpr, WIDE: tl.constexpr, OVERFLOW: tl.constexpr, STAGE: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, SIGNS: tl.constexpr,
     RESIDUAL_GRADIENT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -593,7 +594,7 @@ def backward(
         if STAGE == "team":
             _barrier(arrived + (program // P) * 32, p, P)
         if STAGE == "team" or STAGE == "normalize":
-            one, two = _merge_sums(slot, P, R, B, MANY)
+            one, two = _merge_sums(slot, P, R, B, PLANES)
         if STAGE == "alone" or STAGE == "team" or STAGE == "normalize":
             tl.store(dbias + c, one.to(dbias.dtype.element_ty), mask=inside & (p == 0))
             tl.store(dweight + c, (two * r).to(dweight.dtype.element_ty), mask=inside & (p == 0))

@@ -147,8 +147,10 @@ def prepared(
     given: bool,
     cut: Plan | None = None,
 ) -> Prepared:
-    """For a dense x (N, C, *S). cut: another plan than the best one."""
+    """For a dense x (N, C, *S). cut: another plan than the best one. Raises ValueError for an x with gaps."""
     x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    if not (x.is_contiguous() or is_rows(x)):
+        raise ValueError(f"x is neither contiguous nor channels last: shape {tuple(shape)}, strides {stride}")
     _, channels, positions = sizes(x)
     cut = cut or plan_for(x, processors(device), backward=backward, given=given)
     units = (positions if cut.planes else channels) // cut.unit
@@ -162,10 +164,10 @@ def prepared(
         ),
         constants={
             "R": cut.rows, "B": cut.columns, "K": cut.held, "UNIT": cut.unit, "PLANES": cut.planes,
-            "WIDE": math.prod(shape) > MOST_OF_32_BITS, "OVERFLOW": cut.overflow, "MANY": cut.many,
+            "WIDE": math.prod(shape) > MOST_OF_32_BITS, "OVERFLOW": cut.overflow,
             "ACC": fused_cuda.TYPES[accumulate],
         },
-        partial=(1,) if cut.team == 1 and not given else (cut.slices, cut.team, 2, cut.columns),
+        partial=(cut.slices, cut.team, 2, cut.columns) if (backward if given else cut.team > 1) else (1,),
         accumulate=accumulate,
         unbiased=count / max(count - 1, 1),
     )  # fmt: skip

@@ -17,7 +17,7 @@ Barrier = Literal["none", "grid", "launch"]
 ACCESS_BYTES = 16  # of one thread, at its widest
 THREADS_A_WARP = 32
 MOST_LINES = 2**30  # of a slice; the device counts lines in 32 bits and doubles them once
-MOST_VALUES = 2**31 - 8  # of a channel
+MOST_VALUES = 2**31 - 2**26  # of a channel, whose last program may reach past its end by a few million
 
 # (warps, tiles held), from small to large: 4 to 96 KiB of registers a program, as far as compiles without spills for
 # every fusion (python -m tests.kernels.ahead_of_time --all). A tile is 16 bytes a thread. Planes by the bytes of
@@ -31,6 +31,7 @@ PLANE_TILINGS = {
     "backward": {16: TILINGS, 8: UP_TO_80_KIB, 4: TILINGS[:-1], 2: (*SMALL, (8, 4), (8, 8), (8, 12))},
 }
 ROW_TILINGS = {"forward": (TILINGS, TILINGS), "backward": (TILINGS, UP_TO_80_KIB)}  # of 64 bytes, and of 128
+UNALIGNED_ROW_TILINGS = TILINGS[:-2]  # whose channels are no multiple of 16 bytes: to 48 KiB
 SPLIT_TILINGS = ((4, 2), (4, 4), (8, 4))  # of two launches, which hold nothing from one to the other
 STREAMING = (4, 2)  # of given statistics
 
@@ -87,11 +88,6 @@ class Plan:
     @property
     def overflow(self) -> bool:
         return self.held * self.team < self.tiles
-
-    @property
-    def many(self) -> bool:
-        """Whether a tile has fewer lines than a team has programs, so that a merge takes more than one step."""
-        return self.team > self.rows
 
     @property
     def single_read(self) -> bool:
@@ -156,7 +152,12 @@ class _Cut:
     price: float  # of a byte, 1 for wide accesses
 
     def tilings(self, streams: int) -> list[tuple[int, int]]:
-        return tilings(planes=self.planes, unit_bytes=self.line_bytes, streams=streams)
+        unit_bytes = self.unit * self.line_bytes // (self.unit if self.planes else self.columns)
+        return tilings(planes=self.planes, unit_bytes=unit_bytes, line_bytes=self.line_bytes, streams=streams)
+
+    def most_programs(self, rows: int) -> int:
+        """Of a team: a merge takes a tile's lines at once, and for rows, whose tiles are short, up to eight times."""
+        return rows if self.planes else 8 * rows
 
     def rows(self, warps: int) -> int:
         return warps * THREADS_A_WARP * ACCESS_BYTES // self.line_bytes
@@ -181,20 +182,25 @@ def _cuts(shape: tuple[int, int, int], planes: bool, itemsize: int) -> list[_Cut
         ]  # fmt: skip
     if cuts[0].lines > MOST_LINES or examples * positions > MOST_VALUES:
         raise ValueError(
-            f"the fused kernel takes up to 2**31 - 8 values a channel, in up to 2**30 aligned runs; x {shape} has "
-            f"{examples * positions:,} in {cuts[0].lines:,}"
+            f"the fused kernel takes up to {MOST_VALUES:,} values a channel, in up to 2**30 aligned runs; "
+            f"x {shape} has {examples * positions:,} in {cuts[0].lines:,}"
         )
     return cuts
 
 
-def tilings(*, planes: bool, unit_bytes: int, streams: int) -> list[tuple[int, int]]:
+def tilings(*, planes: bool, unit_bytes: int, line_bytes: int, streams: int) -> list[tuple[int, int]]:
     """(warps, tiles held of each stream), from small to large.
 
-    unit_bytes: of a line, which in a plane is an aligned run. streams: 1 for forward, which holds x, 2 for backward,
+    unit_bytes: of an aligned run, which in a plane is a line. streams: 1 for forward, which holds x, 2 for backward,
     which holds x and dy.
     """
     direction = "forward" if streams == 1 else "backward"
-    found = PLANE_TILINGS[direction][unit_bytes] if planes else ROW_TILINGS[direction][unit_bytes > NARROW_BYTES]
+    if planes:
+        found = PLANE_TILINGS[direction][unit_bytes]
+    elif unit_bytes < ACCESS_BYTES:
+        found = UNALIGNED_ROW_TILINGS
+    else:
+        found = ROW_TILINGS[direction][line_bytes > NARROW_BYTES]
     return [(warps, held // streams) for warps, held in found]
 
 
@@ -220,7 +226,7 @@ def _teams(cut: _Cut, streams: int, processors: Processors) -> Iterator[Plan]:
             rows = cut.rows(warps)
             tiles = -(-cut.lines // rows)
             largest = (warps, held) == sizes[-1] and team == processors.count
-            if team > tiles or not (held * team >= tiles or largest):
+            if team > min(tiles, cut.most_programs(rows)) or not (held * team >= tiles or largest):
                 continue
             teams = min(cut.slices, processors.count // team)
             again = 1 - min(1.0, held * team / tiles)
@@ -232,14 +238,14 @@ def _teams(cut: _Cut, streams: int, processors: Processors) -> Iterator[Plan]:
 
 
 def _split(cut: _Cut, streams: int, processors: Processors) -> Iterator[Plan]:
-    """Two launches, of enough programs to fill the device, and no more of a slice than a merge takes in eight steps."""
+    """Two launches, of enough programs to fill the device, and no more of a slice than a merge takes in a few steps."""
     for warps, held in SPLIT_TILINGS:
         rows, each = cut.rows(warps), held // streams
         tiles = -(-cut.lines // rows)
         team = -(-tiles // each)
-        if team <= 8 * rows:
+        if team <= cut.most_programs(rows):
             break
-    team = min(team, 8 * rows)
+    team = min(team, cut.most_programs(rows))
     total = cut.lines * cut.line_bytes * cut.slices
     from_memory = max(0.0, 1 - CACHE_BYTES / (total * streams))
     moved = total * cut.price * (streams + 1 + streams * (CACHED + (1 - CACHED) * from_memory))

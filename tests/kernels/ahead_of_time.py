@@ -67,6 +67,8 @@ def rules_broken(specialisation: Specialisation, code: MachineCode) -> tuple[str
         broken.append(f"{code.spill_loads} spill loads, {code.spill_stores} spill stores")
     for argument, least in specialisation.vector_bits.items():
         broken += _too_narrow(argument, least, code)
+    if specialisation.cooperative and not code.spins:
+        broken.append("is launched cooperatively and waits for nobody")
     if code.spins and not specialisation.cooperative:
         broken.append("waits for other programs without a cooperative launch")
     return tuple(broken)
