@@ -22,7 +22,7 @@ MOST_VALUES = 2**31 - 2**26  # of a channel, whose last program may reach past i
 # (warps, tiles held), from small to large: 4 to 96 KiB of registers a program, as far as compiles without spills for
 # every fusion (python -m tests.kernels.ahead_of_time --all). A tile is 16 bytes a thread. Planes by the bytes of
 # their aligned runs, because the shorter those are the more registers go into addresses; forward holds x, backward x
-# and dy by halves. Rows: of 64 bytes, and of 128.
+# and dy by halves. Rows have vectors of eight channels beside their tiles, and take half the warps for them.
 SMALL = ((4, 2), (4, 4))
 TILINGS = (*SMALL, (16, 2), (16, 4), (16, 6), (16, 8), (16, 12))
 UP_TO_80_KIB = (*TILINGS[:-1], (16, 10))
@@ -30,8 +30,12 @@ PLANE_TILINGS = {
     "forward": {16: TILINGS, 8: TILINGS, 4: TILINGS[:-1], 2: TILINGS[:-2]},
     "backward": {16: TILINGS, 8: UP_TO_80_KIB, 4: TILINGS[:-1], 2: (*SMALL, (8, 4), (8, 8), (8, 12))},
 }
-ROW_TILINGS = {"forward": (TILINGS, TILINGS), "backward": (TILINGS, UP_TO_80_KIB)}  # of 64 bytes, and of 128
-UNALIGNED_ROW_TILINGS = TILINGS[:-2]  # whose channels are no multiple of 16 bytes: to 48 KiB
+EIGHT_WARPS = (*SMALL, (8, 4), (8, 8), (8, 12), (8, 16))
+ROW_TILINGS = {  # of 64 bytes, and of 128
+    "forward": ((*EIGHT_WARPS, (8, 22)), (*EIGHT_WARPS, (8, 22))),
+    "backward": ((*EIGHT_WARPS, (8, 24)), (*EIGHT_WARPS, (8, 20))),
+}
+UNALIGNED_ROW_TILINGS = EIGHT_WARPS[:-1]  # whose channels are no multiple of 16 bytes: to 48 KiB
 SPLIT_TILINGS = ((4, 2), (4, 4), (8, 4))  # of two launches, which hold nothing from one to the other
 STREAMING = (4, 2)  # of given statistics
 
@@ -40,9 +44,7 @@ BYTES_A_NS_A_PROCESSOR = 32.0  # 4.3 TB/s of copying over 132 processors
 ALONE = 2.0  # what one processor can draw of that share when others are idle
 BARRIER_NS = 1_200.0  # a grid barrier (te42kyfo/gpu-benches measured 1.04 to 1.31 us on an H200)
 LAUNCH_NS = 5_000.0  # starting a second kernel from Python: 2.4 us of the stream's, the rest the interpreter's
-CACHE_BYTES = (
-    24 * 2**20
-)  # of the last-level cache that a second read can count on (40 MB of 60 on an H200, writes pass too)
+CACHE_BYTES = 24 * 2**20  # of its cache that a second read can count on: 40 MB of 60, and writes pass through it too
 CACHED = 0.4  # the time of a read from that cache, in reads from memory (9.5 against 3.9 TB/s, the same source)
 NARROW_BYTES = 64  # of a row's piece; a wide one has twice that
 NARROW = 1.07  # the price of a 64-byte piece of a row beside a 128-byte one (Dao-AILab/quack: 5 to 7 %)

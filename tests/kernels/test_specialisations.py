@@ -16,11 +16,11 @@ from tests.kernels.specialisations import Choice, choices, specialisation
 LARGEST = [
     Choice("forward", "bf16", True, 8, 1, 16, 12, "team", "relu", True),
     Choice("forward", "bf16", True, 1, 1, 16, 6, "team", "relu", True),
-    Choice("forward", "bf16", False, 8, 64, 16, 12, "team", "silu", True),
+    Choice("forward", "bf16", False, 8, 64, 8, 22, "team", "relu", False),
     Choice("backward", "bf16", True, 8, 1, 16, 6, "team", "relu", True),
     Choice("backward", "bf16", True, 1, 1, 8, 6, "team", "relu", True),
-    Choice("backward", "bf16", False, 8, 32, 16, 6, "team", "silu", True),
-    Choice("backward", "fp32", False, 4, 32, 16, 5, "team", "relu", True, overflow=True),
+    Choice("backward", "bf16", False, 8, 32, 8, 12, "team", "silu", True),
+    Choice("backward", "fp32", False, 4, 32, 8, 10, "team", "relu", True, overflow=True),
 ]
 EVERYWHERE = [
     Choice("forward", "fp16", True, 8, 1, 4, 4, "alone", "relu", False),
