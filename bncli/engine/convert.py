@@ -10,6 +10,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from bncli import kernels
 from bncli.engine import fuse_class, fuse_graph, fuse_trace, norm
+from bncli.engine.fuse_watch import Untraceable
 
 EXACT: dict[type, type[norm.BatchNorm]] = {
     nn.BatchNorm1d: norm.BatchNorm1d,
@@ -37,15 +38,20 @@ class Conversion:
 
     def __str__(self) -> str:
         left = sum(line.operation is None for line in self.norms)
-        fused = sum("+" in (line.operation or "") for line in self.norms)
+        fused = [line.operation for line in self.norms if "+" in (line.operation or "")]
         rows = [("batch norm", "runs as", "why not more")]
         for line in self.norms:
             rows.append((line.name or "(the model)", line.operation or "left as it was", line.reason or ""))
         widths = [max(len(row[column]) for row in rows) for column in range(2)]
         lines = [f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}".rstrip() for row in rows]
+        if self.kernel == "native" and fused:
+            lines.append("Each is one call; native runs its operations one after the other.")
+        elif any("residual add" in operation for operation in fused if operation):
+            lines.append("A residual of another shape or dtype is added after the kernel, and the activation with it.")
         total = len(self.norms)
+        done = "merged with what follows" if self.kernel == "native" else "fused"
         return "\n".join(
-            [f"{total - left} of {total} batch norms on kernel {self.kernel}, {fused} of them fused", *lines]
+            [f"{total - left} of {total} batch norms on kernel {self.kernel}, {len(fused)} of them {done}", *lines]
         )
 
 
@@ -64,11 +70,17 @@ def convert(model: nn.Module, kernel: str | kernels.Kernel = "fused", *, fuse: b
     A forward that goes another way in training than in evaluation, or for a list than for a tensor, gets a graph a way.
     A graph of the whole model would take in hardly more and would lose the class, its methods and the children's hooks.
 
-    Convert last, before torch.compile and DistributedDataParallel: a rewritten forward holds the attributes and the
-    submodules that it read at the moment of conversion (a `drop_rate` changed or an activation exchanged later has no
-    effect until convert is called again). A hook that is later put on a fused activation, or on a module opened because
-    its last layer is a fused norm, does not fire; one on a fused norm sees the fused output. Converting again starts
-    afresh, with another kernel or with fuse=False if so asked.
+    Convert last, before torch.compile and DistributedDataParallel: a rewritten forward holds the attributes and other
+    Python values (configurations, constants of the module's file) that it read at the moment of conversion: a
+    `drop_rate` changed later has no effect until convert is called again. A submodule exchanged, added or taken away
+    later does have its effect: where a fusion relied on it, the module goes back to its own forward. A hook that is
+    later put on a fused activation, or on a module opened because its last layer is a fused norm, does not fire; one
+    on a fused norm sees the fused output. Converting again starts afresh, with another kernel or with fuse=False.
+
+    A fused residual add is the kernel's where the residual has the input's shape and dtype; else torch adds, and
+    activates, after the kernel. torch.export, torch.compile and torch.jit.trace take a converted model.
+    torch.jit.script does not: script the model unconverted. torch.fx.symbolic_trace needs a Tracer whose
+    `is_leaf_module` is true for bncli's norms, which are not torch's and so are no leaves by default.
 
     Raises Unavailable, with the reason, where the kernel cannot run on this machine.
     """
@@ -78,7 +90,7 @@ def convert(model: nn.Module, kernel: str | kernels.Kernel = "fused", *, fuse: b
     for module in names:
         fuse_class.restore(module)
     left = {module: _swap(module, kernel) for module in names if isinstance(module, _BatchNorm)}
-    report = _Report(names)
+    report = _Report(names, fuse)
     if fuse:
         _fuse_all(model, names, report)
     lines = tuple(report.line(module, reason) for module, reason in left.items())
@@ -140,16 +152,18 @@ def _fuse_all(model: nn.Module, names: dict[nn.Module, str], report: _Report) ->
     for module in reversed(list(names)):
         if isinstance(module, _BatchNorm) or not any(isinstance(part, norm.BatchNorm) for part in module.modules()):
             continue
+        if type(module).forward is nn.Module.forward:  # an nn.ModuleList
+            continue
         try:
             _fuse_one(module, opened, names, report)
-        except fuse_trace.Untraceable as error:
+        except Untraceable as error:
             report.untraceable[names[module]] = str(error)
 
 
 def _fuse_one(module: nn.Module, opened: set[nn.Module], names: dict[nn.Module, str], report: _Report) -> None:
     try:
         graphs = fuse_trace.trace(module, opened)
-    except fuse_trace.Untraceable:
+    except Untraceable:
         graphs = fuse_trace.trace(module)  # the opened ones may be to blame
     hooked = fuse_graph.has_hooks(module)
     always = graphs.get(fuse_trace.Course())
@@ -168,12 +182,15 @@ def _fuse_one(module: nn.Module, opened: set[nn.Module], names: dict[nn.Module, 
 
 def _rewrite(module: nn.Module, opened: set[nn.Module]) -> None:
     graphs = fuse_trace.trace(module, opened)
-    for graph in graphs.values():
-        fuse_graph.fuse(graph, module)
+    called = {target for graph in graphs.values() for target in fuse_graph.targets(graph)}
+    fused = {site.target for graph in graphs.values() for site in fuse_graph.fuse(graph, module) if site.fused}
+    dropped = called - {target for graph in graphs.values() for target in fuse_graph.targets(graph)}
+    holders = {target[:end] for target in called for end in _dots(target)}
     try:
-        fuse_class.install(module, {course: fuse_class.source_of(graph) for course, graph in graphs.items()})
+        ways = {course: fuse_class.source_of(graph) for course, graph in graphs.items()}
+        fuse_class.install(module, ways, {"", *holders, *fused, *dropped})
     except TypeError as error:
-        raise fuse_trace.Untraceable(f"cannot be replaced ({error})") from error
+        raise Untraceable(f"cannot be replaced ({error})") from error
 
 
 def _dots(target: str) -> list[int]:
@@ -183,8 +200,8 @@ def _dots(target: str) -> list[int]:
 class _Report:
     """What the graphs said about each norm, by qualified name."""
 
-    def __init__(self, names: dict[nn.Module, str]) -> None:
-        self.names = names
+    def __init__(self, names: dict[nn.Module, str], fuse: bool) -> None:
+        self.names, self.fuse = names, fuse
         self.sites: dict[str, list[fuse_graph.Site]] = {}
         self.untraceable: dict[str, str] = {}
 
@@ -202,13 +219,16 @@ class _Report:
         sites = self.sites.get(name, [])
         operations = dict.fromkeys(" + ".join(("batch norm", *own, *site.fused)) for site in sites)
         reasons = dict.fromkeys(site.reason for site in sites if site.reason)
-        reason = "; ".join(reasons) or (None if any(site.fused for site in sites) else self._unseen(name, bool(sites)))
+        unseen = self._unseen(name, bool(sites), module.activation)
+        reason = "; ".join(reasons) or (None if any(site.fused for site in sites) else unseen)
         return ConvertedNorm(name, ", ".join(operations) or " + ".join(("batch norm", *own)), reason)
 
-    def _unseen(self, name: str, returned: bool) -> str | None:
+    def _unseen(self, name: str, returned: bool, activation: str | None) -> str | None:
         """Why no graph shows what follows a norm."""
         parents = [name[:end] for end in reversed(_dots(name))] + [""]
         for parent in parents:
             if parent in self.untraceable:
                 return f"the forward of {parent or 'the model'} {self.untraceable[parent]}"
-        return "its output is the model's" if returned else None
+        if returned:
+            return "its output is the model's"
+        return "no forward calls it" if self.fuse and name and not activation else None

@@ -12,6 +12,7 @@ import importlib
 import itertools
 import linecache
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -33,6 +34,7 @@ class Source:
 
 
 Ways = tuple[tuple[Course, Source], ...]
+Structure = tuple[tuple[tuple[str, ...], type, tuple[str, ...]], ...]  # path, class and names of the children of each
 
 
 def source_of(graph: fx.Graph) -> Source:
@@ -45,33 +47,67 @@ def source_of(graph: fx.Graph) -> Source:
     return Source(python.src, tuple(modules.items()), tuple(objects.items()))
 
 
-def install(module: nn.Module, ways: dict[Course, Source]) -> None:
-    """Make `ways` the forward of this one object. Raises TypeError where its class takes no subclass in its place."""
+def install(module: nn.Module, ways: dict[Course, Source], paths: Collection[str]) -> None:
+    """Make `ways` the forward of this one object, as long as the submodules at `paths` stay what they are.
+
+    Raises TypeError where its class takes no subclass in its place.
+    """
     original: Any = type(module)
-    module.__class__ = rewritten(original, tuple(ways.items()))
+    module.__class__ = rewritten(original, tuple(ways.items()), _structure(module, paths))
 
 
 def restore(module: nn.Module) -> None:
     """Give the object the class, and so the forward, that it had before `install`."""
-    original = type(module).__dict__.get("bncli_original")
-    if original is not None:
-        module.__class__ = original
+    module.__class__ = type(module).__dict__.get("bncli_original", type(module))
+
+
+def _original(module: nn.Module) -> Any:
+    return getattr(type(module), "bncli_original", type(module))
+
+
+def _structure(module: nn.Module, paths: Collection[str]) -> Structure:
+    """What a graph took for granted of a module, of those at `paths`, and so on of those that are rewritten too."""
+    found: Structure = ()
+    for path in sorted(paths):
+        part = module.get_submodule(path)
+        names = tuple(path.split(".")) if path else ()
+        found += ((names, _original(part), tuple(part._modules)),)
+        known: Structure = getattr(type(part), "bncli_structure", ())
+        found += tuple(((*names, *below), kind, children) for below, kind, children in known)
+    return tuple(dict.fromkeys(found))
+
+
+def _stands(module: Any, structure: Structure) -> bool:
+    for names, kind, children in structure:
+        part = module
+        for name in names:
+            part = part._modules.get(name)
+            if part is None:
+                return False
+        if _original(part) is not kind or tuple(part._modules) != children:
+            return False
+    return True
 
 
 @functools.cache
-def rewritten(original: Any, ways: Ways) -> Any:
-    """A subclass of `original` whose forward takes the first of `ways` that holds, and else the original's.
+def rewritten(original: Any, ways: Ways, structure: Structure) -> Any:
+    """A subclass of `original` whose forward takes the first of `ways` that holds.
 
-    The same class for the same arguments.
+    It is the original's forward where none holds, and where a submodule that the ways rely on was exchanged, added or
+    taken away since. The same class for the same arguments.
     """
     functions = tuple((course, _compiled(original.__qualname__, source)) for course, source in ways)
 
-    def choose(self: nn.Module, *arguments: Any, **options: Any) -> Any:
-        for course, function in functions:
-            if course.holds(self, arguments):
-                return function(self, *arguments, **options)
+    @functools.wraps(original.forward)
+    def forward(self: nn.Module, *arguments: Any, **options: Any) -> Any:
+        if _stands(self, structure):
+            for course, function in functions:
+                if course.holds(self, arguments):
+                    return function(self, *arguments, **options)
         return original.forward(self, *arguments, **options)
 
+    # One code object a class, for torch.compile counts recompilations by it.
+    forward.__code__ = forward.__code__.replace()  # type: ignore[attr-defined]
     return type(
         original.__name__,
         (original,),
@@ -82,8 +118,9 @@ def rewritten(original: Any, ways: Ways) -> Any:
             "__init__": _init,
             "__reduce_ex__": _reduce,
             "bncli_original": original,
-            "bncli_ways": ways,
-            "forward": functions[0][1] if ways[0][0] == Course() else choose,
+            "bncli_made_of": (original, ways, structure),
+            "bncli_structure": structure,
+            "forward": forward,
         },
     )
 
@@ -113,10 +150,10 @@ def _reduce(self: Any, protocol: Any) -> Any:
     reduced = super(made, self).__reduce_ex__(protocol)
     if made is not type(self) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
         return reduced  # a class with a way of its own to be copied
-    return (_rebuild, (made.bncli_original, made.bncli_ways), *reduced[2:])
+    return (_rebuild, made.bncli_made_of, *reduced[2:])
 
 
-def _rebuild(original: Any, ways: Ways) -> nn.Module:
+def _rebuild(original: Any, ways: Ways, structure: Structure) -> nn.Module:
     made: nn.Module = object.__new__(original)
-    made.__class__ = rewritten(original, ways)
+    made.__class__ = rewritten(original, ways, structure)
     return made

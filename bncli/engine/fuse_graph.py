@@ -51,6 +51,11 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, kind, None) for kind in HOOKS)
 
 
+def targets(graph: fx.Graph) -> set[str]:
+    """The paths of the submodules that a graph calls."""
+    return {str(node.target) for node in graph.nodes if node.op == "call_module"}
+
+
 def returned_norm(graph: fx.Graph, root: nn.Module) -> bool:
     """Whether the graph's result is that of a batch norm which could still take in what follows."""
     fuser = _Fuser(graph, root)
@@ -222,7 +227,8 @@ class _Fuser:
             return Site(target, (), "it has hooks, which must see its own output")
         users = list(norm.users)
         if len(users) > 1:
-            return Site(target, (), f"its output is also used by {', '.join(map(self._name, users[1:]))}")
+            others = [user for user in users if user.target not in ADDS and self.activation(user) is None] or users[1:]
+            return Site(target, (), f"its output is also used by {', '.join(map(self._name, others))}")
         if norm in self.reasons:
             return Site(target, (), self.reasons[norm])
         follower = self.user(norm)
@@ -251,6 +257,8 @@ class _Fuser:
             return f"{self.prefix}{node.target} ({type(module).__name__})"
         if node.op == "output":
             return "the caller"
+        if node.target is getattr:
+            return f".{node.args[1]}"
         if node.target is in_place:
             return str(node.args[0])
         return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

@@ -7,41 +7,17 @@ wrong one. Children are single calls in the graph, with their hooks, unless they
 
 from __future__ import annotations
 
-import dis
-import functools
-import gc
 import operator
-import random
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from types import CodeType, FrameType
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-REFUSED_OPERATIONS = {
-    "STORE_ATTR": "sets an attribute",
-    "DELETE_ATTR": "deletes an attribute",
-    "STORE_GLOBAL": "sets a global variable",
-    "STORE_SUBSCR": "assigns to an item",
-    "SETUP_WITH": "has a with statement",  # Python 3.10
-    "BEFORE_WITH": "has a with statement",  # 3.11 to 3.13
-    "LOAD_SPECIAL": "has a with statement",  # from 3.14
-    "SETUP_FINALLY": "catches exceptions",  # 3.10
-    "PUSH_EXC_INFO": "catches exceptions",  # from 3.11
-}
-REFUSED_GLOBALS = {"type", "hasattr", "print", "globals", "locals"}
-REFUSED_MODULES = {"random", "numpy"}
-REFUSED_DECORATORS = {"decorate_context", "decorate_autocast", "decorate_fwd"}  # no_grad, autocast and their kind
-REFUSED_QUESTIONS = {"is_grad_enabled", "is_autocast_enabled", "is_autocast_cpu_enabled", "is_inference_mode_enabled"}
-CHANGING_METHODS = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "clear", "remove"}
-
-
-class Untraceable(Exception):
-    """Why a forward has no graph: a clause whose subject is the forward."""
+from bncli.engine.fuse_watch import Untraceable, is_users, watched
 
 
 @dataclass(frozen=True)
@@ -77,29 +53,23 @@ def _trace_kind(
     module: nn.Module, opened: Collection[nn.Module], kind: type
 ) -> tuple[dict[Course, fx.Graph], set[int]]:
     """The graphs in which arguments that are asked for their type are of this one, and those arguments' places."""
-    inside = [module, *(child for child in module.modules() if child in opened)]
-    flags = [part.training for part in inside]
+    flag = module.training
     tracers = {training: _Tracer(opened, kind) for training in (True, False)}
     try:
-        graphs = {training: _trace_once(module, inside, training, tracers[training]) for training in tracers}
+        graphs = {training: _trace_once(module, training, tracer) for training, tracer in tracers.items()}
     finally:
-        for part, flag in zip(inside, flags, strict=True):
-            part.training = flag
+        module.training = flag
     asked = tracers[True].asked | tracers[False].asked
     kinds = tuple((place, kind) for place in sorted(asked))
     if len({graph.python_code("self").src for graph in graphs.values()}) == 1:
         return {Course(None, kinds): graphs[True]}, asked
-    if len(inside) > 1:
-        raise Untraceable("does something else in training than in evaluation")
     return {Course(training, kinds): graph for training, graph in graphs.items()}, asked
 
 
-def _trace_once(module: nn.Module, inside: list[nn.Module], training: bool, tracer: _Tracer) -> fx.Graph:
-    for part in inside:
-        part.training = training
-    owned = {id(value) for part in inside for value in part.__dict__.values() if isinstance(value, list | dict | set)}
+def _trace_once(module: nn.Module, training: bool, tracer: _Tracer) -> fx.Graph:
+    module.training = training
     try:
-        with _watched(owned), _OnlyStandIns():
+        with watched(module), _OnlyStandIns():
             return tracer.trace(module)
     except Untraceable:
         raise
@@ -135,7 +105,7 @@ class _Tracer(fx.Tracer):
 
 def _class_of_stand_in(self: Any) -> type:
     # isinstance(x, Tensor) asks an object of another type for its __class__.
-    if _is_users(sys._getframe(1)):
+    if is_users(sys._getframe(1)):
         kind: type = self.tracer.type_of(self.node)
         return kind
     return _StandIn
@@ -192,78 +162,3 @@ def _has_stand_in(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(_has_stand_in(item) for item in value)
     return isinstance(value, dict) and any(_has_stand_in(item) for item in value.values())
-
-
-def _is_users(frame: FrameType | None) -> bool:
-    name = _module_of(frame)
-    head = name.partition(".")[0]
-    return head != "torch" and head not in sys.stdlib_module_names and name != __name__
-
-
-def _module_of(frame: FrameType | None) -> str:
-    return "" if frame is None else str(frame.f_globals.get("__name__", ""))
-
-
-@contextmanager
-def _watched(owned: set[int]) -> Iterator[None]:
-    """Look at each call that the traced forward makes before it runs; `owned`: ids of the modules' lists and dicts."""
-    profile, collects = sys.getprofile(), gc.isenabled()
-    gc.disable()  # a collection would run code that is not the forward's
-    sys.setprofile(functools.partial(_watch, owned))
-    try:
-        yield
-    finally:
-        sys.setprofile(profile)
-        if collects:
-            gc.enable()
-
-
-def _watch(owned: set[int], frame: FrameType, event: str, argument: Any) -> None:
-    if event == "call":
-        if frame.f_code.co_name in REFUSED_DECORATORS:
-            raise Untraceable("is decorated with a context manager")
-        name = _module_of(frame)
-        random_numbers = name.partition(".")[0] in REFUSED_MODULES and _is_users(frame.f_back)
-        if name == "torch.utils.checkpoint" or random_numbers:
-            raise Untraceable(f"calls {name}.{frame.f_code.co_name}")
-        if _is_users(frame):
-            reason = _refused_code(frame.f_code)
-            if reason is not None:
-                raise Untraceable(reason)
-    elif event == "c_call" and _is_users(frame):
-        _watch_builtin(owned, argument)
-
-
-def _watch_builtin(owned: set[int], function: Callable[..., Any]) -> None:
-    name, owner = getattr(function, "__name__", ""), getattr(function, "__self__", None)
-    if name in REFUSED_QUESTIONS:
-        raise Untraceable(f"asks torch.{name}")
-    if isinstance(owner, random.Random) or type(owner).__module__.startswith("numpy"):
-        raise Untraceable(f"calls {type(owner).__module__}'s {name}")
-    if name in CHANGING_METHODS and id(owner) in owned:
-        raise Untraceable("changes an attribute")
-
-
-@functools.cache
-def _refused_code(code: CodeType) -> str | None:
-    """Why a function's bytecode cannot be in a graph, or None."""
-    arguments = set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]) - {"self"}
-    instructions = list(dis.get_instructions(code))
-    for place, instruction in enumerate(instructions):
-        if instruction.opname in REFUSED_OPERATIONS:
-            return REFUSED_OPERATIONS[instruction.opname]
-        if instruction.opname == "LOAD_GLOBAL" and instruction.argval in REFUSED_GLOBALS:
-            return f"calls {instruction.argval}"
-        if instruction.opname.startswith("LOAD_FAST") and _asks_for_none(instructions[place + 1 : place + 3]):
-            loaded = instruction.argval if isinstance(instruction.argval, str) else instruction.argval[-1]
-            if loaded in arguments:
-                return f"asks whether its argument {loaded} is None"
-    return None
-
-
-def _asks_for_none(after: list[dis.Instruction]) -> bool:
-    if not after:
-        return False
-    jumps = after[0].opname.startswith("POP_JUMP") and after[0].opname.endswith("NONE")
-    loads_none = after[0].opname == "LOAD_CONST" and after[0].argval is None
-    return jumps or (loads_none and len(after) > 1 and after[1].opname == "IS_OP")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import inspect
 import io
+import itertools
 import operator
+import os
 import pickle
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +19,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import bncli
 from bncli.engine.convert import Conversion, convert
-from bncli.engine.norm import BatchNorm2d
+from bncli.engine.norm import BatchNorm, BatchNorm2d
 from bncli.errors import Unavailable
 from bncli.kernels import fused, native
 
@@ -354,11 +359,11 @@ def calls_of_relu(model: nn.Module) -> int:
     """How often the ReLU modules of a model run in one pass."""
     calls = 0
 
-    def count(*_: Any) -> None:
+    def add_one(*_: Any) -> None:
         nonlocal calls
         calls += 1
 
-    hooks = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, nn.ReLU)]
+    hooks = [module.register_forward_hook(add_one) for module in model.modules() if isinstance(module, nn.ReLU)]
     model(IMAGES)
     for hook in hooks:
         hook.remove()
@@ -398,6 +403,16 @@ def test_a_converted_model_compiles_into_one_graph(kernel: Any) -> None:
     compiled = torch.compile(ours, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(IMAGES), model(IMAGES))
     torch.testing.assert_close(ours.state_dict(), model.state_dict())
+
+
+def test_many_blocks_compiled_one_by_one_do_not_share_a_limit_of_recompilations() -> None:
+    torch.compiler.reset()
+    for activation in (nn.ReLU, nn.SiLU, nn.LeakyReLU, nn.Identity):
+        for layers in range(1, 4):
+            body = [part for _ in range(layers) for part in (conv(3, 3), nn.BatchNorm2d(3), nn.ReLU())]
+            model = converted(nn.Sequential(*body, nn.BatchNorm2d(3), activation())).eval()
+            compiled = torch.compile(model, fullgraph=True, backend="eager")
+            torch.testing.assert_close(compiled(IMAGES), model(IMAGES))
 
 
 @pytest.mark.slow
@@ -548,6 +563,9 @@ class One(nn.Module):
             nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.5))  # fmt: skip
         self.scale = nn.Parameter(torch.full((3, 1, 1), 0.7))
         self.register_buffer("offset", torch.full((3, 1, 1), 0.3))
+        self.entries: list[int] = []
+        self.counter: collections.Counter[str] = collections.Counter()
+        self.numbers = itertools.count(1)
         self.run = run
 
     def forward(self, x: Tensor) -> Tensor:
@@ -727,6 +745,68 @@ def recompute(m: Any, x: Tensor) -> Tensor:
     return torch.utils.checkpoint.checkpoint(m.relu, m.norm(x), use_reentrant=False)
 
 
+LOG: list[int] = []
+
+
+class Configuration:
+    scale = 2.0
+
+
+CONFIGURATION = Configuration()
+
+
+def ask_a_submodule(m: Any, x: Tensor) -> Tensor:
+    return F.dropout(m.relu(m.norm(x)), m.drop.p, m.drop.training)
+
+
+def ask_the_norm(m: Any, x: Tensor) -> Tensor:
+    return m.relu(m.norm(x)) if m.norm.training else m.norm(x)
+
+
+def log(m: Any, x: Tensor) -> Tensor:
+    (lambda entries: entries.append(1))(LOG)
+    return m.relu(m.norm(x))
+
+
+def fill_a_list(m: Any, x: Tensor) -> Tensor:
+    m.entries.append(1)
+    return m.relu(m.norm(x))
+
+
+def count(m: Any, x: Tensor) -> Tensor:
+    m.counter.update(["calls"])
+    return m.relu(m.norm(x))
+
+
+def draw_the_next(m: Any, x: Tensor) -> Tensor:
+    return m.relu(m.norm(x)) * next(m.numbers)
+
+
+def read_the_clock(m: Any, x: Tensor) -> Tensor:
+    return m.relu(m.norm(x)) * (1 if time.time() > 0 else 2)
+
+
+def read_the_environment(m: Any, x: Tensor) -> Tensor:
+    return m.relu(m.norm(x)) * float(os.environ.get("BNCLI_NO_SUCH_VARIABLE", "1"))
+
+
+def read_a_configuration(m: Any, x: Tensor) -> Tensor:
+    return m.relu(m.norm(x)) * CONFIGURATION.scale
+
+
+def ask_for_identity(m: Any, x: Tensor) -> Tensor:
+    y = m.drop(x)
+    return m.relu(m.norm(x)) if y is x else m.norm(y)
+
+
+def ask_whether_an_attribute_is_none(m: Any, x: Tensor) -> Tensor:
+    return m.relu(m.norm(x)) if x.grad_fn is None else m.norm(x)
+
+
+def ask_whether_it_can_be_called(m: Any, x: Any) -> Tensor:
+    return m.relu(m.norm(x)) if callable(x) else m.norm(x)
+
+
 UNTRACEABLE: dict[str, tuple[Callable[..., Tensor], str]] = {
     "branch": (branch, "depends on the values of a tensor"),
     "isinstance": (ask_for_the_type, "asks for the type of what it computed"),
@@ -738,6 +818,19 @@ UNTRACEABLE: dict[str, tuple[Callable[..., Tensor], str]] = {
     "torch.rand": (draw_a_number, "calls rand on what is not computed from its arguments"),
     "an attribute": (remember, "sets an attribute"),
     "checkpoint": (recompute, "calls torch.utils.checkpoint"),
+    "__dict__": (remember_in_a_list, "reads __dict__"),
+    "a submodule's flag": (ask_a_submodule, "asks whether a submodule is in training"),
+    "the norm's flag": (ask_the_norm, "asks whether a submodule is in training"),
+    "a global list": (log, "reads LOG, a global variable that may change"),
+    "a list": (fill_a_list, "changes a list that it did not make (append)"),
+    "a counter": (count, "changes a Counter that it did not make (update)"),
+    "next": (draw_the_next, "calls next"),
+    "clock": (read_the_clock, "calls time's time"),
+    "environment": (read_the_environment, "calls os."),
+    "configuration": (read_a_configuration, "reads CONFIGURATION, a global variable that may change"),
+    "identity": (ask_for_identity, "asks whether something is the same object (is)"),
+    "none": (ask_whether_an_attribute_is_none, "asks whether something is the same object (is)"),
+    "callable": (ask_whether_it_can_be_called, "calls callable"),
 }
 
 
@@ -749,7 +842,150 @@ def test_a_forward_that_a_graph_cannot_hold_keeps_its_course(run: Callable[..., 
     assert reason(ours, "0.norm").startswith("the forward of 0 ")
     assert why in reason(ours, "0.norm")
     assert not hasattr(ours[0], "seen")  # type: ignore[index]
+    assert not LOG
+    assert not ours[0].entries  # type: ignore[index]
+    assert not ours[0].counter  # type: ignore[index]
     same(model, ours, IMAGES)
+    LOG.clear()
+
+
+def test_lists_that_a_forward_makes_itself_may_grow() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        features = [m.relu(m.norm(x))]
+        features.append(features[0] * 2)
+        return torch.cat(features, 1)
+
+    model = One(run)
+    ours = converted(model)
+    assert operations(ours)["norm"] == "batch norm + relu"
+    same(model, ours, IMAGES)
+
+
+class Teacher(nn.Module):
+    """A block whose forward asks a submodule, inside a model that asks only itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.norm = One(ask_a_submodule), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(F.relu(self.norm(self.block(x))), 0.5, self.training)
+
+
+def test_a_flag_set_on_a_submodule_alone_after_convert_counts() -> None:
+    model = Teacher()
+    ours = converted(model)
+    assert operations(ours)["norm"] == "batch norm + relu"
+    model.eval().block.drop.train()
+    ours.eval().block.drop.train()  # type: ignore[union-attr, operator]
+    assert not torch.equal(ours(IMAGES), ours(IMAGES))  # the inner dropout is on
+    model.train().block.drop.eval()
+    ours.train().block.drop.eval()  # type: ignore[union-attr, operator]
+    results = []
+    for one in (model, ours):
+        torch.manual_seed(0)
+        results.append(one(IMAGES))
+    torch.testing.assert_close(results[1], results[0])
+
+
+# --- submodules exchanged after convert -----------------------------------------------------------------------------
+
+
+def append(m: Any) -> None:
+    m.append(nn.Tanh())
+
+
+def insert(m: Any) -> None:
+    m.insert(2, nn.Tanh())
+
+
+def exchange_the_activation(m: Any) -> None:
+    m[2] = nn.Tanh()
+
+
+def delete_the_activation(m: Any) -> None:
+    del m[2]
+
+
+def exchange_the_norm(m: Any) -> None:
+    m[1] = nn.Identity()
+
+
+def exchange_the_convolution(m: Any) -> None:
+    m[0] = nn.Identity()
+
+
+CHANGES = [append, insert, exchange_the_activation, delete_the_activation, exchange_the_norm, exchange_the_convolution]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("way", ["as it is", "copied", "compiled"])
+def test_a_sequential_changed_after_convert_computes_what_the_changed_one_does(
+    change: Callable[[Any], None], way: str
+) -> None:
+    model = nn.Sequential(conv(3, 3), nn.BatchNorm2d(3), nn.ReLU(), conv(3, 3))
+    ours = converted(model)
+    if way == "copied":
+        ours = pickle.loads(pickle.dumps(ours))
+    torch.compiler.reset()
+    run: Any = torch.compile(ours, fullgraph=True, backend="eager") if way == "compiled" else ours
+    torch.testing.assert_close(run(IMAGES), model(IMAGES))
+    change(model), change(ours)
+    if not isinstance(ours[0], nn.Identity):  # type: ignore[index]
+        ours[0].load_state_dict(model[0].state_dict())  # type: ignore[index]
+    torch.testing.assert_close(run(IMAGES), model(IMAGES))
+
+
+def test_what_was_taken_in_from_inside_other_modules_may_be_exchanged_too() -> None:
+    def inner(m: Any) -> Any:
+        return m[0]
+
+    model = nn.Sequential(
+        nn.Sequential(nn.Sequential(conv(3, 3), nn.BatchNorm2d(3), nn.ReLU()), nn.BatchNorm2d(3)), nn.SiLU()
+    )
+    ours = converted(model)
+    assert operations(ours) == {"0.0.1": "batch norm + relu", "0.1": "batch norm + silu"}
+    for one in (model, ours):
+        inner(one)[0][2] = nn.Tanh()
+    torch.testing.assert_close(ours(IMAGES), model(IMAGES))
+    for one in (model, ours):
+        inner(one).append(nn.Tanh())
+    torch.testing.assert_close(ours(IMAGES), model(IMAGES))
+
+
+def test_a_block_of_a_list_added_after_convert_runs() -> None:
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms, self.relu = nn.ModuleList([nn.BatchNorm2d(3)]), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for norm in self.norms:
+                x = self.relu(norm(x))
+            return x
+
+    model = Blocks()
+    ours = converted(model)
+    assert operations(ours) == {"norms.0": "batch norm + relu"}
+    for one in (model, ours):
+        one.norms.append(nn.BatchNorm2d(3))
+        one.relu = nn.Tanh()  # type: ignore[assignment]
+    same(model, ours, IMAGES)
+
+
+def test_the_signature_of_a_fused_forward_stays() -> None:
+    assert inspect.signature(converted(Flagged()).forward) == inspect.signature(Flagged().forward)
+
+
+@BY_ROUTE
+def test_fx_traces_a_converted_model_when_its_norms_are_leaves(kernel: Any) -> None:
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return isinstance(m, BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+
+    ours = converted(ResNet(BasicBlock), kernel).eval()
+    traced = fx.GraphModule(ours, Tracer().trace(ours))
+    torch.testing.assert_close(traced(IMAGES), ours(IMAGES))
 
 
 class EitherWay(nn.Module):
@@ -796,6 +1032,25 @@ def test_a_forward_that_asks_whether_an_argument_is_none_still_serves_both() -> 
     assert not torch.equal(ours(IMAGES), ours(IMAGES, IMAGES))
 
 
+class LongOptional(nn.Module):
+    """The question lies so far from its answer that Python's jump needs an extended argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        y = F.relu(self.norm(x))
+        if skip is not None:
+            y = y + skip * 1.0 + skip * 2.0 + skip * 3.0 + skip * 4.0 + skip * 5.0 + skip * 6.0 + skip * 7.0
+            y = y + skip * 1.1 + skip * 2.1 + skip * 3.1 + skip * 4.1 + skip * 5.1 + skip * 6.1 + skip * 7.1
+            y = y + skip * 1.2 + skip * 2.2 + skip * 3.2 + skip * 4.2 + skip * 5.2 + skip * 6.2 + skip * 7.2
+            y = y + skip * 1.3 + skip * 2.3 + skip * 3.3 + skip * 4.3 + skip * 5.3 + skip * 6.3 + skip * 7.3
+            y = y + skip * 1.4 + skip * 2.4 + skip * 3.4 + skip * 4.4 + skip * 5.4 + skip * 6.4 + skip * 7.4
+            y = y + skip * 1.5 + skip * 2.5 + skip * 3.5 + skip * 4.5 + skip * 5.5 + skip * 6.5 + skip * 7.5
+        return y
+
+
 class Flagged(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -803,6 +1058,14 @@ class Flagged(nn.Module):
 
     def forward(self, x: Tensor, scale: float = 2.0, *, shift: float = 1.0) -> Tensor:
         return F.relu(self.norm(x)) * scale + shift
+
+
+def test_a_forward_that_asks_whether_an_argument_is_none_far_ahead_still_serves_both() -> None:
+    model = LongOptional().eval()
+    ours = converted(model)
+    assert "asks whether its argument skip is None" in reason(ours, "norm")
+    torch.testing.assert_close(ours(IMAGES), model(IMAGES))
+    torch.testing.assert_close(ours(IMAGES, IMAGES), model(IMAGES, IMAGES))
 
 
 def test_defaults_of_a_fused_forward_stay() -> None:
@@ -826,10 +1089,31 @@ def test_a_shared_norm_keeps_one_state_over_all_its_calls() -> None:
 
 def test_the_report_is_a_table_of_plain_text() -> None:
     lines = str(report(converted(InvertedResidual(3, 3, nn.ReLU6), "native"))).splitlines()
-    assert lines[0] == "3 of 3 batch norms on kernel native, 1 of them fused"
+    assert lines[0] == "3 of 3 batch norms on kernel native, 1 of them merged with what follows"
     assert lines[1].split() == ["batch", "norm", "runs", "as", "why", "not", "more"]
     assert lines[2] == "conv.0.1    batch norm                 the activation is ReLU6, which the kernels do not have"
     assert lines[4] == "conv.3      batch norm + residual add"
+    assert lines[5] == "Each is one call; native runs its operations one after the other."
+
+
+def test_the_report_of_a_kernel_tells_when_torch_adds_the_residual() -> None:
+    text = str(report(converted(InvertedResidual(3, 3, nn.ReLU6))))
+    assert "1 of them fused" in text
+    assert "A residual of another shape or dtype is added after the kernel" in text
+    assert "residual of another" not in str(report(converted(mlp())))
+
+
+def test_a_norm_that_no_forward_calls_is_told() -> None:
+    ours = converted(One(lambda m, x: m.relu(m.norm(x))))
+    assert reason(ours, "other") == "no forward calls it"
+
+
+def test_a_norm_whose_shape_is_read_names_that_read_as_what_stands_in_the_way() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.norm(x)
+        return m.relu(y).reshape(y.shape[0], -1)
+
+    assert reason(converted(One(run)), "norm") == "its output is also used by .shape"
 
 
 def test_it_is_public() -> None:
