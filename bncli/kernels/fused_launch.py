@@ -131,7 +131,7 @@ class Prepared:
             for stage in self.stages:
                 kernel[grid](
                     *tensors, partial, arrived, *numbers, *self.runtime, **self.constants, **chosen, STAGE=stage,
-                    num_warps=self.cut.warps, num_stages=1, enable_fp_fusion=True,
+                    num_warps=self.cut.warps, maxnreg=self.cut.registers, num_stages=1, enable_fp_fusion=True,
                     launch_cooperative_grid=stage == "team",
                 )  # fmt: skip
         return partial

@@ -16,6 +16,7 @@ Barrier = Literal["none", "grid", "launch"]
 
 ACCESS_BYTES = 16  # of one thread, at its widest
 THREADS_A_WARP = 32
+REGISTERS = 65_536  # of a multiprocessor, from sm_80 to sm_100
 MOST_LINES = 2**30  # of a slice; the device counts lines in 32 bits and doubles them once
 MOST_VALUES = 2**31 - 2**26  # of a channel, whose last program may reach past its end by a few million
 
@@ -25,10 +26,9 @@ MOST_VALUES = 2**31 - 2**26  # of a channel, whose last program may reach past i
 # and dy by halves. Rows have vectors of eight channels beside their tiles, and take half the warps for them.
 SMALL = ((4, 2), (4, 4))
 TILINGS = (*SMALL, (16, 2), (16, 4), (16, 6), (16, 8), (16, 12))
-UP_TO_80_KIB = (*TILINGS[:-1], (16, 10))
 PLANE_TILINGS = {
     "forward": {16: TILINGS, 8: TILINGS, 4: TILINGS[:-1], 2: TILINGS[:-2]},
-    "backward": {16: TILINGS, 8: UP_TO_80_KIB, 4: TILINGS[:-1], 2: (*SMALL, (8, 4), (8, 8), (8, 12))},
+    "backward": {16: TILINGS, 8: TILINGS[:-1], 4: TILINGS[:-1], 2: (*SMALL, (8, 4), (8, 8), (8, 12))},
 }
 EIGHT_WARPS = (*SMALL, (8, 4), (8, 8), (8, 12), (8, 16))
 ROW_TILINGS = {  # of 64 bytes, and of 128
@@ -77,6 +77,11 @@ class Plan:
     slices: int
     barrier: Barrier
     cost_ns: float
+
+    @property
+    def registers(self) -> int:
+        """What a thread can have. Said to the compiler, which else spills to make room for more programs."""
+        return min(255, REGISTERS // (self.warps * THREADS_A_WARP))
 
     @property
     def tiles(self) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from bncli.engine import device as devices
 from bncli.errors import RecipeError
 from bncli.measure import gradient_derivatives, gradient_hard_inputs, gradient_invariant_rows, gradient_values
+from bncli.measure.gradient_cases import INTERPRETED_CHANNELS
 from bncli.measure.gradient_checks import Check, Finding, Setting, Stage
 from bncli.measure.gradient_diagnosis import diagnose
 from bncli.measure.gradient_paths import paths
@@ -53,7 +54,7 @@ def run(
     again = _again(kernel, norm, device, allow_code)
     groups: list[CheckGroup] = []
     verdicts: list[Verdict] = []
-    for group in [] if only else _not_checked(setting.subject, refused):
+    for group in [] if only else _not_checked(setting, refused):
         groups.append(group)
         yield group
     for stage in stages:
@@ -135,7 +136,9 @@ def _again(kernel: str, norm: str, device: str, allow_code: bool) -> str:
 # --- groups -----------------------------------------------------------------------------------------------------------
 
 
-def _not_checked(checked: Subject, refused: dict[str, str]) -> Iterator[CheckGroup]:
+def _not_checked(setting: Setting, refused: dict[str, str]) -> Iterator[CheckGroup]:
+    checked = setting.subject
+
     def group(name: str, reason: str) -> CheckGroup:
         return CheckGroup("values", name, 0, 0, None, None, "", reason)
 
@@ -143,6 +146,8 @@ def _not_checked(checked: Subject, refused: dict[str, str]) -> Iterator[CheckGro
         yield group("residual and activation", "the function takes no residual and no activation")
     if checked.norm == "batch" and not checked.evaluates and "eval" not in refused:
         yield group("evaluation", "the function takes no statistics, so it has no evaluation mode")
+    if setting.interpreted:
+        yield group(f"over {INTERPRETED_CHANNELS} contiguous channels", "Triton's interpreter would take minutes")
     for name, reason in refused.items():
         yield group(name, reason)
 

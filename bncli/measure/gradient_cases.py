@@ -40,6 +40,19 @@ MORE_SHAPES = (
     ("channels_last", 8, (2, 1, 1)),
     ("contiguous", 2, (2, 31, 33)),  # m = 2046
 )
+MOST_VALUES = (1, 141, 143)  # m = 20163; not in float16, in which torch sums its second derivative and overflows
+# More channels than one block of a kernel takes, and more values than one pass; the first ones in the quick run too.
+LARGE_SHAPES = (
+    ("channels_last", 67, (2, 5, 3)),
+    ("contiguous", 2, (1, 71, 71)),  # m = 5041
+    ("contiguous", 67, (2, 5, 3)),
+    ("contiguous", 130, (2, 3, 3)),
+    ("channels_last", 130, (2, 3, 3)),
+    ("channels_last", 2, (1, 71, 71)),
+    ("contiguous", 2, (257, 3)),  # many examples
+    ("contiguous", 2, MOST_VALUES),
+)
+INTERPRETED_CHANNELS = 64  # a contiguous channel is a program of its own, which Triton's interpreter takes long over
 
 
 @dataclass(frozen=True)
@@ -112,11 +125,12 @@ class Inputs:
         return replace(self, **copies)
 
 
-def cases(effort: Effort, norm: str, fuses: bool, evaluates: bool) -> list[Case]:
+def cases(effort: Effort, norm: str, fuses: bool, evaluates: bool, interpreted: bool = False) -> list[Case]:
     """The cases of the values section.
 
     quick: every mode, dtype and layout, the fused operations in turn; default: all of these on 4-D inputs, two in turn
-    elsewhere; full: the whole product over all shapes, three times.
+    elsewhere; full: the whole product over all but the large shapes, three times. The large ones take the fused
+    operations in turn. interpreted: without those that Triton's interpreter would need minutes for.
     """
     modes = MODES if evaluates else MODES[:1]
     fusions = FUSIONS if fuses else FUSIONS[:1]
@@ -134,6 +148,22 @@ def cases(effort: Effort, norm: str, fuses: bool, evaluates: bool) -> list[Case]
     found = [case for case in found if case.m > 1]
     if effort == "full":
         found += [replace(case, repeat=repeat) for repeat in (2, 3) for case in found]
+    return found + _large(effort, modes, fusions, norm, interpreted)
+
+
+def _large(
+    effort: Effort, modes: tuple[str, ...], fusions: tuple[str, ...], norm: str, interpreted: bool
+) -> list[Case]:
+    dtypes = {"quick": ("float32",), "default": ("float32", "bfloat16"), "full": tuple(DTYPES)}[effort]
+    found = []
+    shapes = LARGE_SHAPES[:3] if effort == "quick" else LARGE_SHAPES
+    for turn, (mode, dtype, (layout, c, shape)) in enumerate(product(modes, dtypes, shapes)):
+        overflows = dtype == "float16" and shape == MOST_VALUES
+        if overflows or (interpreted and layout == "contiguous" and c > INTERPRETED_CHANNELS):
+            continue
+        c = c if norm == "batch" else c + c % 2
+        for fusion in _fusions("quick", fusions, len(shape), turn):
+            found.append(Case(mode, dtype, layout, (shape[0], c, *shape[1:]), fusion, norm=norm))
     return found
 
 
@@ -186,7 +216,7 @@ def inputs(case: Case, device: torch.device) -> Inputs:
 
 
 def away_from_the_kink(given: Inputs, case: Case) -> Inputs:
-    """g = 0 where the activation's input is within rounding of 0: there either side's derivative is right."""
+    """g = 0 where the activation's input is within rounding of 0, or NaN: there either side's derivative is right."""
     if case.activation not in KINKED:
         return given
     z = preactivation(given.wide(), case)
@@ -194,7 +224,7 @@ def away_from_the_kink(given: Inputs, case: Case) -> Inputs:
     working = torch.promote_types(stored, torch.float32)
     rounding = max(8 * unit_roundoff(stored), 64 * unit_roundoff(working))  # more than any sum or store is off by
     margin = rounding * (1 + torch.nan_to_num(z, 0.0, 0.0, 0.0).abs().max())
-    smooth = (~(z.abs() <= margin)).to(given.g)
+    smooth = (z.abs() > margin).to(given.g)
     return replace(given, g=given.g * smooth, smooth=smooth)
 
 

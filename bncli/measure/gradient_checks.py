@@ -34,6 +34,17 @@ class Setting:
         """Whether Triton's interpreter runs in place of a GPU."""
         return self.subject.name == "fused" and self.device.type == "cpu"
 
+    @property
+    def tolerance(self) -> str:
+        """How large an error of a value may be, in words."""
+        if self.native:
+            return tolerances.WORDS_NATIVE
+        return tolerances.WORDS_USER if self.subject.own else tolerances.WORDS
+
+    def floors(self, case: Case, given: Inputs, truth: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The error that rounding alone explains in such a subject."""
+        return tolerances.floors(case, given, truth, self.native, self.interpreted, self.subject.own)
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -55,6 +66,8 @@ class Finding:
     error: float
     message: str = ""
     evidence: Evidence | None = None
+    relative: float = math.nan  # the relative error, where the check is one of that
+    of_native: float = math.nan  # the error over native's own, where native has one
 
     @property
     def failed(self) -> bool:
@@ -87,7 +100,7 @@ class Stage:
 def compare(setting: Setting, case: Case, given: Inputs, second: bool = True) -> list[Finding]:
     """Every quantity of the subject on these inputs against the definition in float64."""
     truth = tolerances.reference(case, given)
-    floors = tolerances.floors(case, given, truth, setting.native, setting.interpreted)
+    floors = setting.floors(case, given, truth)
     yardstick = Observation()
     if not setting.native:
         yardstick = observe(native_in_the_same_dtype(), case, given, second)
@@ -95,6 +108,8 @@ def compare(setting: Setting, case: Case, given: Inputs, second: bool = True) ->
     wide = given.wide()  # before a kernel that writes into its input
     seen = observe(setting.subject.call, case, given, second)
     found = seen.wide()
+    if changed := written(given, wide):
+        seen.problems["forward"] = changed
     evidence = Evidence(case, wide, found, truth, floors, seen.problems)
     return [_judge(name, evidence, native) for name in quantities(case) if second or name != "double backward"]
 
@@ -102,7 +117,7 @@ def compare(setting: Setting, case: Case, given: Inputs, second: bool = True) ->
 def _judge(quantity: str, evidence: Evidence, native: dict[str, Tensor]) -> Finding:
     if quantity in evidence.problems:
         return Finding(quantity, math.inf, evidence.problems[quantity], evidence)
-    worst, message = 0.0, ""
+    worst, message, of_native = 0.0, "", math.nan
     for name, exact in evidence.truth.items():
         if name == quantity or (quantity == "double backward" and name.startswith(quantity)):
             if name not in evidence.seen:
@@ -111,8 +126,28 @@ def _judge(quantity: str, evidence: Evidence, native: dict[str, Tensor]) -> Find
             error = tolerances.in_tolerances(evidence.seen[name], exact, floor, native.get(name))
             if not error <= worst:
                 worst, message = error, difference(name, evidence.seen[name], exact)
-    failed = not worst <= 1
-    return Finding(quantity, worst, message if failed else "", evidence if failed else None)
+                of_native = tolerances.of_native(evidence.seen[name], exact, floor, native.get(name))
+    if worst <= 1:
+        return Finding(quantity, worst)
+    return Finding(quantity, worst, message, evidence, of_native=of_native)
+
+
+def written(given: Inputs, before: Inputs) -> str | None:
+    """Which inputs are no longer what they were, `before` being a copy in float64; None where all are.
+
+    The running statistics are left out: a call is handed copies of them, which `observe` looks at.
+    """
+    names = [name for name in vars(given) if name not in ("smooth", "running_mean", "running_var")]
+    now = given.wide()
+    changed = [name for name in names if not same_bits(getattr(now, name), getattr(before, name))]
+    return f"{', '.join(changed)} changed during the call" if changed else None
+
+
+def same_bits(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors are equal, NaN being equal to NaN; or both missing."""
+    if one is None or other is None:
+        return one is other
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def difference(name: str, found: Tensor, exact: Tensor) -> str:

@@ -33,6 +33,9 @@ class Twist:
     running_in_training: bool = False
     linear_activation: bool = False  # the activation's gradient is taken to be 1
     residual: Change = same
+    residual_last: bool = False  # added after the activation
+    mean_path_in_evaluation: bool = False  # the gradient goes through the batch's mean though the output does not
+    variance_path_in_evaluation: bool = False
     output: Change = same
     rounding: Change = same  # of every intermediate, and so of its gradient
     move_mean: Callable[[Tensor, Tensor, float], Tensor] = torch.lerp  # running, batch, momentum
@@ -74,22 +77,29 @@ def batch_norm(twist: Twist | None = None) -> Forward:
         var = rounding(rounding((x - per_channel(mean, x)).square()).mean(over))
         if training and running_mean is not None and running_var is not None:
             with torch.no_grad():
-                before = running_mean.clone(), running_var.clone()
+                running = running_mean.clone(), running_var.clone()
                 running_mean.copy_(twist.move_mean(running_mean, mean, momentum))
                 running_var.copy_(twist.move_var(running_var, var, momentum, m))
         if training and twist.running_in_training:
-            mean, var = before
+            mean, var = running
         elif training or twist.batch_in_evaluation:
             mean, var = twist.mean(mean), twist.var(var) * (m / (m - 1) if twist.bessel else 1)
         else:
             assert running_mean is not None
             assert running_var is not None
             mean, var = running_mean, running_var
+            if twist.mean_path_in_evaluation:
+                mean = mean + x.mean(over) - x.mean(over).detach()
+            if twist.variance_path_in_evaluation:
+                around = (x - per_channel(running_mean, x)).square().mean(over)
+                var = var + around - around.detach()
         inverse_deviation = rounding(twist.inverse_deviation(var, eps))
         xhat = rounding(rounding(x - per_channel(mean, x)) * per_channel(inverse_deviation, x))
         y = rounding(affine(xhat, weight, bias))
         residual = None if residual is None else twist.residual(residual)
-        z = finish(y, residual, activation)
+        last = residual if twist.residual_last else None
+        first = None if twist.residual_last else residual
+        z = finish(finish(y, first, activation), last, None)
         if twist.linear_activation:
             linear = finish(y, residual, None)
             z = linear + (z - linear).detach()

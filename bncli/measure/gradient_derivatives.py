@@ -77,7 +77,7 @@ def _differences(setting: Setting, case: Case, order: int) -> Finding:
         else:
             g = given.g.detach().requires_grad_()
             torch.autograd.gradgradcheck(function, leaves, g, fast_mode=setting.effort != "full", **how)
-    except Exception as error:  # a mismatch, or whatever the kernel raises
+    except (Exception, SystemExit) as error:  # a mismatch, or whatever the kernel raises
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return Finding("", math.inf, f"{type(error).__name__}: {' '.join(lines[:4])[:300]}")
     return Finding("", 0.0)

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from bncli.measure.gradient_bugs import HYPOTHESES
 from bncli.measure.gradient_checks import Evidence
-from bncli.measure.gradient_hypotheses import HYPOTHESES, Hypothesis, predicted
+from bncli.measure.gradient_facts import facts
+from bncli.measure.gradient_hypotheses import Hypothesis, predicted
 from bncli.measure.gradient_symptoms import SYMPTOMS
 from bncli.measure.gradient_tolerances import in_floors
 from bncli.measure.gradient_verdicts import Verdict
@@ -20,8 +22,9 @@ from bncli.results import Diagnosis
 
 SHOWN = 3
 CASES = 24  # failing cases that the hypotheses are tried on
-NEAR = 0.1  # of the distance to the truth: how near the wrong kernel's output has to be
-SHARE = 0.05  # of the failing results, which a second bug has to explain
+NEAR = 0.02  # of the distance to the truth: how near the wrong kernel's output has to be
+SHARE = 0.05  # of the failing results looked at, which a bug has to explain
+UNKNOWN = "no bug that is known here"
 FLOORS = 30  # a difference of fewer floors shows nothing
 
 
@@ -35,12 +38,7 @@ def diagnose(verdicts: list[Verdict], norm: str) -> tuple[Diagnosis, ...]:
     likely = _likely(verdicts) if norm == "batch" else []
     others = [symptom for symptom in SYMPTOMS if not symptom.certain and (symptom.beside or not likely)]
     symptoms = [found for symptom in others if (found := symptom.read(verdicts))]
-    return tuple([*likely, *symptoms][:SHOWN]) or (_unknown(verdicts),)
-
-
-def _unknown(verdicts: list[Verdict]) -> Diagnosis:
-    rows = dict.fromkeys(verdict.row for verdict in verdicts if verdict.failed)
-    return Diagnosis("no bug that is known here", f"what fails: {', '.join(list(rows)[:6])}")
+    return tuple([*likely, *symptoms][:SHOWN]) or (Diagnosis(UNKNOWN, facts(verdicts)),)
 
 
 # --- hypotheses -------------------------------------------------------------------------------------------------------
@@ -69,7 +67,7 @@ def _likely(verdicts: list[Verdict]) -> list[Diagnosis]:
             for hypothesis, own in matches.items()
         }
         best = max(left, key=lambda hypothesis: (len(left[hypothesis]), -HYPOTHESES.index(hypothesis)))
-        if len(left[best]) < (max(2, SHARE * failing) if found else 1):
+        if len(left[best]) < max(2 if found else 1, SHARE * failing):
             return found
         explained |= {(match.identifier, match.quantity) for match in matches[best]}
         found.append(_told(best, left[best], failing))

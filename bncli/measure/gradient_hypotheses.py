@@ -1,17 +1,17 @@
-"""Wrong kernels, written out in float64: the definition with one step changed, or its results changed."""
+"""How a wrong kernel is written out in float64: the definition with one step changed, or its results changed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from bncli.measure.gradient_cases import DTYPES, Case, Inputs
 from bncli.measure.gradient_checks import Evidence
-from bncli.measure.gradient_definition import Twist, batch_norm
+from bncli.measure.gradient_definition import Twist, batch_norm, over_groups
 from bncli.measure.gradient_quantities import observe
+from bncli.measure.gradient_subjects import Forward
 
 Values = dict[str, Tensor]
 
@@ -34,12 +34,14 @@ class Hypothesis:
     inputs: Callable[[Inputs, Case], Inputs] = unchanged
     results: Callable[[Values, Case], Values] = lambda values, case: values
     applies: Callable[[Case], bool] = any_case
+    another: Callable[[], Forward] | None = None  # another normalization in place of the twisted batch norm
 
 
 def predicted(hypothesis: Hypothesis, evidence: Evidence) -> Values:
     """Every first-order quantity of the case by the hypothesis, in float64; empty where it has no result."""
     case = evidence.case
-    seen = observe(batch_norm(hypothesis.twist(case)), case, hypothesis.inputs(evidence.given, case), second=False)
+    forward = hypothesis.another() if hypothesis.another else batch_norm(hypothesis.twist(case))
+    seen = observe(forward, case, hypothesis.inputs(evidence.given, case), second=False)
     return {} if seen.problems else hypothesis.results(seen.wide(), case)
 
 
@@ -66,6 +68,44 @@ def in_dtype_of(case: Case) -> Twist:
         move_mean=lambda running, mean, momentum: running.lerp(rounded(mean), momentum),
         move_var=move_var,
     )
+
+
+def moving(mean: bool, var: bool, how: Callable[[Tensor, Tensor, float], Tensor]) -> Callable[[Case], Twist]:
+    """The running mean, the running variance or both move by `how` in place of their definition."""
+    right = Twist()
+
+    def move_var(running: Tensor, batch: Tensor, momentum: float, m: int) -> Tensor:
+        unbiased = batch * (m / (m - 1))
+        return how(running, unbiased, momentum) if var else running.lerp(unbiased, momentum)
+
+    return lambda case: Twist(move_mean=how if mean else right.move_mean, move_var=move_var)
+
+
+def twice(running: Tensor, batch: Tensor, momentum: float) -> Tensor:
+    return running.lerp(batch, momentum).lerp(batch, momentum)
+
+
+def by_a_tenth(running: Tensor, batch: Tensor, momentum: float) -> Tensor:
+    """Whatever the momentum is."""
+    return running.lerp(batch, 0.1)
+
+
+def by_the_deviation(running: Tensor, batch: Tensor, momentum: float) -> Tensor:
+    return running.lerp(batch.sqrt(), momentum)
+
+
+def without_running(values: Values, case: Case) -> Values:
+    """Of a norm that has no running statistics; those of the kernel may be right."""
+    return {name: value for name, value in values.items() if not name.startswith("running")}
+
+
+def gradients_alone(values: Values, case: Case) -> Values:
+    """Of a mistake in the backward pass; the forward one may be right."""
+    return {name: value for name, value in values.items() if name.startswith("d")}
+
+
+def by_itself() -> Forward:
+    return over_groups(None)
 
 
 def swapped(values: Values, case: Case) -> Values:
@@ -129,122 +169,3 @@ def evaluation(case: Case) -> bool:
 
 def half(case: Case) -> bool:
     return case.training and case.dtype in ("float16", "bfloat16")
-
-
-HYPOTHESES = (
-    Hypothesis(
-        "statistics treated as constants",
-        "the direct part alone",
-        lambda case: Twist(mean=detached, var=detached),
-        applies=training,
-    ),
-    Hypothesis(
-        "the mean's path is missing",
-        "the gradient without its path through the mean",
-        lambda case: Twist(mean=detached),
-        applies=training,
-    ),
-    Hypothesis(
-        "the variance's path is missing",
-        "the gradient without its path through the variance",
-        lambda case: Twist(var=detached),
-        applies=training,
-    ),
-    Hypothesis(
-        "biased running variance",
-        "the moving average of the variance over m, not m - 1,",
-        lambda case: Twist(move_var=lambda running, var, momentum, m: running.lerp(var, momentum)),
-        applies=training,
-    ),
-    Hypothesis(
-        "unbiased normalization",
-        "what the variance over m - 1 gives",
-        lambda case: Twist(bessel=True),
-        applies=training,
-    ),
-    Hypothesis(
-        "momentum swapped",
-        "momentum old + (1 - momentum) new",
-        lambda case: Twist(
-            move_mean=lambda running, mean, momentum: running.lerp(mean, 1 - momentum),
-            move_var=lambda running, var, momentum, m: running.lerp(var * (m / (m - 1)), 1 - momentum),
-        ),
-        applies=training,
-    ),
-    Hypothesis(
-        "no running update",
-        "its value before the call",
-        lambda case: Twist(
-            move_mean=lambda running, mean, momentum: running, move_var=lambda running, var, momentum, m: running
-        ),
-        applies=training,
-    ),
-    Hypothesis(
-        "eps outside the root",
-        "what 1/(sqrt(var) + eps) gives",
-        lambda case: Twist(inverse_deviation=lambda var, eps: 1 / (torch.where(var > 0, var, 1e-60).sqrt() + eps)),
-    ),
-    Hypothesis(
-        "eps ignored",
-        "what 1/sqrt(var) gives",
-        lambda case: Twist(inverse_deviation=lambda var, eps: var.rsqrt()),
-    ),
-    Hypothesis(
-        "half-precision statistics", "what statistics rounded to half precision give", in_dtype_of, applies=half
-    ),
-    Hypothesis(
-        "evaluation uses the batch's statistics",
-        "what the batch's own statistics give",
-        lambda case: Twist(batch_in_evaluation=True),
-        applies=evaluation,
-    ),
-    Hypothesis(
-        "training uses the running statistics",
-        "what the running statistics give",
-        lambda case: Twist(running_in_training=True),
-        applies=training,
-    ),
-    Hypothesis("dweight and dbias swapped", "the other of the two", results=swapped),
-    Hypothesis(
-        "a mean in place of a sum in dweight and dbias",
-        "the true one divided by m",
-        results=divided_by(lambda case: case.m, "dweight", "dbias"),
-    ),
-    Hypothesis(
-        "a mean in place of a sum in dbias",
-        "the true one divided by the number of positions",
-        results=divided_by(positions, "dbias"),
-        applies=lambda case: positions(case) > 1,
-    ),
-    Hypothesis(
-        "a mean in place of a sum in dweight",
-        "the true one divided by the number of positions",
-        results=divided_by(positions, "dweight"),
-        applies=lambda case: positions(case) > 1,
-    ),
-    Hypothesis(
-        "the residual's gradient is missing",
-        "zero",
-        lambda case: Twist(residual=detached),
-        applies=lambda case: case.adds,
-    ),
-    Hypothesis(
-        "the activation's gradient is ignored",
-        "what an activation's derivative of 1 gives",
-        lambda case: Twist(linear_activation=True),
-        applies=lambda case: case.activation is not None,
-    ),
-    Hypothesis(
-        "channels_last memory taken for contiguous",
-        "what the memory gives when it is read in the order of a contiguous tensor",
-        inputs=all_misread,
-        results=read_back,
-        applies=channels_last,
-    ),
-    Hypothesis(
-        "the upstream gradient taken for contiguous",
-        "what the upstream gradient's memory gives when it is read in the order of a contiguous tensor",
-        inputs=g_misread,
-        applies=channels_last,
-    ),
-)

@@ -66,10 +66,19 @@ ROWS = (
         fused=True,
     ),
     Row(
+        "no-grad",
+        "the same without gradients, and with x frozen",
+        "the floors of y, dweight and dbias",
+        invariants.without_gradients,
+        # batch norm alone: torch 2.13's group norm of channels last on a CPU crashes where x is frozen
+        modes=("train", "eval"),
+        fused=True,
+    ),
+    Row(
         "same-bits",
         "two runs give the same bits",
         EXACT,
-        invariants.same_bits,
+        invariants.repeatable,
         ANY,
         ("train", "eval"),
         ("float32", "bfloat16"),
@@ -109,7 +118,7 @@ def _check(setting: Setting, row: Row, case: Case) -> Check:
     def judged() -> list[Finding]:
         try:
             return [row.check(setting, *fresh(setting, case))]
-        except Exception as error:  # the kernel's own, which may be anything
+        except (Exception, SystemExit) as error:  # the kernel's own, which may be anything
             text = str(error) if isinstance(error, invariants.Broken) else f"raised {type(error).__name__}: {error}"
             return [Finding("", math.inf, text)]
 

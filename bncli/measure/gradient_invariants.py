@@ -14,9 +14,9 @@ from torch import Tensor
 
 from bncli.measure import gradient_tolerances as tolerances
 from bncli.measure.gradient_cases import Case, Inputs, generator
-from bncli.measure.gradient_checks import Finding, Setting
+from bncli.measure.gradient_checks import Finding, Setting, same_bits, written
 from bncli.measure.gradient_definition import per_channel
-from bncli.measure.gradient_quantities import observe
+from bncli.measure.gradient_quantities import leaf, observe
 from bncli.measure.gradient_subjects import GROUPS
 
 Values = dict[str, Tensor]
@@ -40,7 +40,7 @@ class Broken(Exception):
 def run(setting: Setting, case: Case, given: Inputs) -> Run:
     """One run without the second derivative. Raises Broken with the kernel's own message."""
     truth = tolerances.reference(case, given)
-    floors = tolerances.floors(case, given, truth, setting.native, setting.interpreted)
+    floors = setting.floors(case, given, truth)
     wide = given.wide()  # before a kernel that writes into its input
     seen = observe(setting.subject.call, case, given, second=False)
     if seen.problems:
@@ -166,41 +166,48 @@ def running_statistics(setting: Setting, case: Case, given: Inputs) -> Finding:
 
 def inputs_unwritten(setting: Setting, case: Case, given: Inputs) -> Finding:
     """No argument is written to, but the running statistics in training."""
-    names = [name for name in vars(given) if name not in ("smooth", "running_mean", "running_var")]
-    before = {name: None if (value := getattr(given, name)) is None else value.clone() for name in names}
+    before = given.wide()
     seen = observe(setting.subject.call, case, given, second=False)
-    changed = [name for name in names if not _same_bits(getattr(given, name), before[name])]
-    if case.norm == "batch" and not case.training:
-        changed += _moved_in_evaluation(setting, case, given)
-    if changed:
-        return Finding("", math.inf, f"{', '.join(changed)} changed during the call")
+    if changed := written(given, before):
+        return Finding("", math.inf, changed)
     if seen.problems:
         raise Broken(next(iter(seen.problems.values())))
     return Finding("", 0.0)
 
 
-def _moved_in_evaluation(setting: Setting, case: Case, given: Inputs) -> list[str]:
-    assert given.running_mean is not None
-    assert given.running_var is not None
-    mean, var = given.running_mean.clone(), given.running_var.clone()
-    arguments = (given.x, mean, var, given.weight, given.bias, False, case.momentum, case.eps, given.residual)
-    setting.subject.call(*arguments, case.activation)
-    pairs = (("running_mean", mean, given.running_mean), ("running_var", var, given.running_var))
-    return [f"{name} (in evaluation)" for name, now, then in pairs if not torch.equal(now, then)]
-
-
-def same_bits(setting: Setting, case: Case, given: Inputs) -> Finding:
+def repeatable(setting: Setting, case: Case, given: Inputs) -> Finding:
     """Two runs on the same inputs give the same bits in every quantity."""
     first, second = (observe(setting.subject.call, case, given) for _ in range(2))
     if first.problems:
         raise Broken(next(iter(first.problems.values())))
-    differing = [name for name, value in first.values.items() if not _same_bits(value, second.values.get(name))]
+    differing = [name for name, value in first.values.items() if not same_bits(value, second.values.get(name))]
     if differing:
         return Finding("", math.inf, f"{', '.join(differing)} differ between two runs on the same inputs")
     return Finding("", 0.0)
 
 
-def _same_bits(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+def without_gradients(setting: Setting, case: Case, given: Inputs) -> Finding:
+    """y is the same where no gradient is asked for, and the vectors' gradients are where x asks for none.
+
+    Kernels take other ways there: nothing to save, nothing to return.
+    """
+    truth = tolerances.reference(case, given)
+    floors = setting.floors(case, given, truth)
+    arguments = (case.training, case.momentum, case.eps, given.residual, case.activation)
+    with torch.no_grad():
+        y = setting.subject.call(given.x, *_running(given), given.weight, given.bias, *arguments)
+    found = judge("y without gradients", y.detach().double().cpu(), truth["forward"], floors["forward"])
+    vectors = [leaf(vector) for vector in (given.weight, given.bias)]
+    y = setting.subject.call(given.x, *_running(given), *vectors, *arguments)
+    wanted = {name: vector for name, vector in zip(("dweight", "dbias"), vectors, strict=True) if vector is not None}
+    gradients = torch.autograd.grad(y, list(wanted.values()), given.g, allow_unused=True)
+    for name, gradient in zip(wanted, gradients, strict=True):
+        if gradient is None:
+            return Finding("", math.inf, f"{name} is missing where x needs no gradient")
+        other = judge(f"{name} where x needs no gradient", gradient.double().cpu(), truth[name], floors[name])
+        found = max(found, other, key=lambda finding: finding.error)
+    return found
+
+
+def _running(given: Inputs) -> list[Tensor | None]:
+    return [None if running is None else running.clone() for running in (given.running_mean, given.running_var)]

@@ -46,20 +46,22 @@ def observe(call: Forward, case: Case, given: Inputs, second: bool = True) -> Ob
     wanted = {name: tensor for name, tensor in leaves.items() if tensor is not None}
     try:
         y = call(x, *running, weight, bias, case.training, case.momentum, case.eps, residual, case.activation)
-    except Exception as error:  # the kernel may be anyone's code
+    except (Exception, SystemExit) as error:  # the kernel may be anyone's code
         return _failed(seen, quantities(case), error)
     wrong = why_not_like(y, given.x)
     if wrong is not None:
         seen.problems = dict.fromkeys(quantities(case), wrong)
         return seen
     seen.values["forward"] = y.detach()
+    if not case.training:
+        seen.problems.update(_moved(running, given))
     if case.training and case.norm == "batch":
         for name, value in zip(("running_mean", "running_var"), running, strict=True):
             if value is not None:
                 seen.values[name] = value
     try:
         first = torch.autograd.grad(y, list(wanted.values()), given.g, retain_graph=second, allow_unused=True)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return _failed(seen, [*wanted, "double backward"], error)
     for (name, tensor), gradient in zip(wanted.items(), first, strict=True):
         seen.values[name] = torch.zeros_like(tensor) if gradient is None else gradient
@@ -68,9 +70,16 @@ def observe(call: Forward, case: Case, given: Inputs, second: bool = True) -> Ob
     if second:
         try:
             seen.values.update(_second(y, wanted, given))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return _failed(seen, ["double backward"], error)
     return seen
+
+
+def _moved(running: list[Tensor | None], given: Inputs) -> dict[str, str]:
+    """The complaint about running statistics that an evaluation has moved."""
+    pairs = zip(("running_mean", "running_var"), running, strict=True)
+    names = [name for name, now in pairs if now is not None and not torch.equal(now, getattr(given, name))]
+    return {"forward": f"{', '.join(names)} changed during the call, in evaluation"} if names else {}
 
 
 def _second(y: Tensor, wanted: dict[str, Tensor], given: Inputs) -> dict[str, Tensor]:
@@ -116,7 +125,7 @@ def why_not_like(y: object, x: Tensor) -> str | None:
     return None
 
 
-def _failed(seen: Observation, names: tuple[str, ...] | list[str], error: Exception) -> Observation:
+def _failed(seen: Observation, names: tuple[str, ...] | list[str], error: BaseException) -> Observation:
     text = str(error).strip().split("\n")[0][:300]
     seen.problems.update(dict.fromkeys(names, f"raised {type(error).__name__}: {text}"))
     return seen

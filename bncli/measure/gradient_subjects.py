@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -146,11 +147,18 @@ def _own(kernel: str, allow_code: bool) -> Subject:
 
 def _load(kernel: str) -> Callable[..., Any]:
     module_name, _, function_name = kernel.partition(":")
+    parts = [*module_name.split("."), function_name]
+    if module_name.endswith(".py") or not all(part.isidentifier() for part in parts):
+        name = Path(module_name.removesuffix(".py")).name or "module"
+        raise RecipeError(
+            f"--kernel {kernel}: expected package.module:function, a module's name and not its file, as in "
+            f"{name}:{function_name or 'batch_norm'}"
+        )
     if "" not in sys.path:
         sys.path.insert(0, "")  # a console script's path lacks the current folder, where the user's code stands
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # importing runs the user's code, which may raise anything
+    except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything
         raise RecipeError(
             f"--kernel {kernel}: {type(error).__name__}: {error}; it is looked for in the current folder and the "
             "environment"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from bncli.measure import gradient_tolerances as tolerances
 from bncli.measure.gradient_cases import DTYPES, Case, cases
 from bncli.measure.gradient_checks import Check, Finding, Setting, Stage, compare, fresh
 from bncli.measure.gradient_quantities import observe, quantities
@@ -16,12 +15,11 @@ PROBE = Case("train", "float32", "contiguous", (4, 4, 3))
 def stages(setting: Setting, refused: dict[str, str]) -> Iterator[Stage]:
     """A stage for each mode, whose rows are its quantities. `refused` names the dtypes that are left out."""
     subject = setting.subject
-    words = tolerances.WORDS_NATIVE if setting.native else tolerances.WORDS
-    found = cases(setting.effort, subject.norm, subject.fuses, subject.evaluates)
+    found = cases(setting.effort, subject.norm, subject.fuses, subject.evaluates, setting.interpreted)
     for mode in dict.fromkeys(case.mode for case in found):
         checks = [_check(setting, case) for case in found if case.mode == mode and not case.needs & set(refused)]
         names = dict.fromkeys(name for check in checks for name in check.quantities)
-        yield Stage("values", checks, words, rows={name: f"{mode} {name}" for name in names})
+        yield Stage("values", checks, setting.tolerance, rows={name: f"{mode} {name}" for name in names})
 
 
 def _check(setting: Setting, case: Case) -> Check:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bncli.kernels.plan import ACCESS_BYTES, SPLIT_TILINGS, STREAMING, THREADS_A_WARP, tilings
+from bncli.kernels.plan import ACCESS_BYTES, REGISTERS, SPLIT_TILINGS, STREAMING, THREADS_A_WARP, tilings
 from tests.kernels.ahead_of_time import Named, Specialisation
 
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -46,7 +46,7 @@ class Choice:
     wide: bool = False  # of more than 2**31 elements: 64-bit addresses
 
     def __str__(self) -> str:
-        layout = f"planes{self.unit}" if self.planes else f"rows{self.columns}"
+        layout = f"planes{self.unit}" if self.planes else f"rows{self.columns}by{self.unit}"
         stage = self.stage + ("+overflow" if self.overflow else "")
         stage += "+wide" if self.wide else ""
         fused = self.activation + ("+residual" if self.residual else "")
@@ -120,6 +120,7 @@ def specialisation(choice: Choice) -> Specialisation:
         constants,
         divisible_by_16=frozenset(names),
         num_warps=choice.warps,
+        maxnreg=min(255, REGISTERS // (choice.warps * THREADS_A_WARP)),
         cooperative=choice.stage == "team",
         vector_bits=dict.fromkeys(wide, choice.unit * size * 8),
     )

@@ -52,6 +52,7 @@ def test_tensors_of_more_than_2_to_the_31_elements_compile_too() -> None:
 def test_the_largest_are_among_what_is_shipped() -> None:
     shipped = set(choices())
     assert {*LARGEST, *EVERYWHERE} <= shipped
+    assert len({str(each) for each in shipped}) == len(shipped)
 
 
 @pytest.mark.slow

@@ -53,6 +53,27 @@ def test_correct_kernels_pass_every_case_of_every_seed(kernel: str) -> None:
     assert found.passed, told(found)
 
 
+@pytest.mark.parametrize("kernel", wrong_kernels.RIGHT_BUT_ROUNDED_OTHERWISE)
+def test_a_correct_function_that_rounds_otherwise_passes(kernel: str) -> None:
+    found = result(kernel, effort="quick")
+    assert found.passed, told(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", wrong_kernels.RIGHT_BUT_ROUNDED_OTHERWISE)
+def test_a_correct_function_that_rounds_otherwise_passes_the_default_run(kernel: str) -> None:
+    found = result(kernel)
+    assert found.passed, told(found)
+
+
+@pytest.mark.parametrize("kernel", wrong_kernels.LESS_ACCURATE)
+def test_a_variance_taken_in_order_is_called_less_accurate_and_no_bug(kernel: str) -> None:
+    found = result(kernel, effort="quick")
+    assert [group.name for group in found.groups if group.failed] == ["variance far from zero"]
+    assert [diagnosis.bug for diagnosis in found.diagnoses] == ["less accurate than native"]
+    assert "times native's error" in found.diagnoses[0].evidence
+
+
 def test_torchs_own_function_is_taken_by_name() -> None:
     *_, found = run(kernel="torch.nn.functional:batch_norm", device="cpu", effort="quick", allow_code=True)
     assert isinstance(found, Gradcheck)
@@ -62,6 +83,24 @@ def test_torchs_own_function_is_taken_by_name() -> None:
 
 
 # --- what is wrong is caught and named --------------------------------------------------------------------------------
+
+
+def test_a_kernel_that_exits_fails_and_does_not_end_the_check() -> None:
+    found = result("exits", effort="quick")
+    assert not found.passed
+    assert "SystemExit" in found.failures[0].message
+
+
+@pytest.mark.parametrize("kernel", ["wrong_without_gradients", "drops_gradients_of_a_frozen_input"])
+def test_another_way_where_no_gradient_is_asked_for_is_checked_too(kernel: str) -> None:
+    found = result(kernel, effort="quick")
+    assert [group.name for group in found.groups if group.failed] == ["the same without gradients, and with x frozen"]
+
+
+@pytest.mark.parametrize("name", ["./mine.py:batch_norm", "mine.py:batch_norm", "mine:"])
+def test_a_file_or_half_a_name_is_refused_with_how_to_write_it(name: str) -> None:
+    with pytest.raises(RecipeError, match=r"expected package\.module:function, .* as in mine:batch_norm"):
+        next(run(name, device="cpu", allow_code=True))
 
 
 @pytest.mark.parametrize("kernel", wrong_kernels.BUGS)
@@ -77,6 +116,26 @@ def test_every_wrong_kernel_is_caught_by_the_quick_run_and_named_first(kernel: s
 @pytest.mark.parametrize("kernel", wrong_kernels.BUGS)
 def test_every_wrong_kernel_is_named_by_the_default_run(kernel: str) -> None:
     assert wrong_kernels.BUGS[kernel] in result(kernel).diagnoses[0].bug
+
+
+@pytest.mark.parametrize("kernel", wrong_kernels.UNKNOWN)
+def test_a_bug_without_a_name_is_caught_and_told_by_what_fails_and_what_is_clean(kernel: str) -> None:
+    found = result(kernel, effort="quick")
+    assert not found.passed
+    assert [diagnosis.bug for diagnosis in found.diagnoses] == ["no bug that is known here"]
+    for words in wrong_kernels.UNKNOWN[kernel]:
+        assert words in found.diagnoses[0].evidence
+
+
+def test_an_input_that_one_operation_alone_writes_to_is_found_in_its_own_case() -> None:
+    found = result("relu_writes", only="train/float32/contiguous/4x3x5x7/relu/forward")
+    assert "x changed during the call" in found.failures[0].message
+
+
+def test_statistics_that_an_evaluation_moves_are_found() -> None:
+    found = result("moved_in_evaluation", effort="quick")
+    assert "an input is written to" in found.diagnoses[0].bug
+    assert "running_mean changed during the call, in evaluation" in found.diagnoses[0].evidence
 
 
 def test_the_evidence_holds_the_distances_to_the_wrong_kernel_and_to_the_truth() -> None:

@@ -80,6 +80,112 @@ def right_without_evaluation(x, weight, bias, eps, residual, activation):  # typ
     return right_by_the_seam(x, weight, bias, eps, residual, activation)
 
 
+# --- right, and rounded otherwise -------------------------------------------------------------------------------------
+
+
+def rows(x: Tensor) -> Tensor:
+    """(N, C, *S) -> (C, m)"""
+    return x.transpose(0, 1).reshape(x.size(1), -1)
+
+
+def in_order(x: Tensor) -> Tensor:
+    """The sum of each channel, term after term."""
+    total = x.new_zeros(x.size(1))
+    for term in rows(x).unbind(1):
+        total = total + term
+    return total
+
+
+class SumInOrder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        ctx.shape = x.shape
+        return in_order(x)
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        return column(g, torch.empty(ctx.shape)).expand(ctx.shape)
+
+
+class Spread(torch.autograd.Function):
+    """(C) over (N, C, *S); its gradient is summed in order."""
+
+    @staticmethod
+    def forward(ctx, values, like):  # type: ignore[no-untyped-def]
+        return column(values, like).expand(like.shape).clone()
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        return SumInOrder.apply(g), None
+
+
+def normalized_in_order(x, mean, var, weight, bias, eps):  # type: ignore[no-untyped-def]
+    y = (x - Spread.apply(work(mean), x)) * Spread.apply((work(var) + eps).rsqrt(), x)
+    y = y if weight is None else y * Spread.apply(work(weight), x)
+    return y if bias is None else y + Spread.apply(work(bias), x)
+
+
+def statistics_in_order(x: Tensor) -> tuple[Tensor, Tensor]:
+    m = x.numel() // x.size(1)
+    mean = SumInOrder.apply(x) / m
+    return mean, SumInOrder.apply((x - Spread.apply(mean, x)).square()) / m
+
+
+def folded(x, mean, var, weight, bias, eps):  # type: ignore[no-untyped-def]
+    """y = s x + t"""
+    s = (work(var) + eps).rsqrt() * (1 if weight is None else work(weight))
+    t = (0 if bias is None else work(bias)) - work(mean) * s
+    return x * column(s, x) + column(t, x)
+
+
+def rsqrt_off(x, mean, var, weight, bias, eps):  # type: ignore[no-untyped-def]
+    """By two units in the last place."""
+    off = 1 + 2 * torch.finfo(work(x).dtype).eps
+    y = (x - column(work(mean), x)) * column((work(var) + eps).rsqrt() * off, x)
+    y = y if weight is None else y * column(work(weight), x)
+    return y if bias is None else y + column(work(bias), x)
+
+
+def with_values(of: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The gradient of the two-pass statistics, the values of others."""
+
+    def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+        found = zip(batch_statistics(x), of(x.detach()), strict=True)
+        mean, var = (value.detach() + (smooth - smooth.detach()) for smooth, value in found)
+        return mean, var
+
+    return statistics
+
+
+def welford(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean, squares = torch.zeros_like(rows(x)[:, 0]), torch.zeros_like(rows(x)[:, 0])
+    for count, value in enumerate(rows(x).unbind(1), 1):
+        step = value - mean
+        mean = mean + step / count
+        squares = squares + step * (value - mean)
+    return mean, squares / count
+
+
+def merged_by_32(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Chan, Golub & LeVeque 1983: blocks of 32 values, merged one after the other."""
+    mean, squares, count = torch.zeros_like(rows(x)[:, 0]), torch.zeros_like(rows(x)[:, 0]), 0
+    for block in rows(x).split(32, 1):
+        k, own = block.size(1), block.mean(1)
+        step = own - mean
+        squares = squares + (block - own[:, None]).square().sum(1) + step.square() * (count * k / (count + k))
+        mean, count = mean + step * (k / (count + k)), count + k
+    return mean, squares / count
+
+
+def relu_flat_at_nan(x, weight, bias, eps, residual=None, activation=None, statistics=None):  # type: ignore[no-untyped-def]
+    """NaN stays NaN, and its gradient is 0 where torch's is 1: no slope of a ReLU at NaN is right."""
+    if activation != "relu":
+        return right_by_the_seam(x, weight, bias, eps, residual, activation, statistics)
+    wide = None if residual is None else work(residual)
+    y, mean, var = right_by_the_seam(work(x), weight, bias, eps, wide, None, statistics)
+    return torch.where(y > 0, y, torch.where(y.isnan(), y.detach(), 0)).to(x.dtype), mean, var
+
+
 # --- wrong by a change of one step ------------------------------------------------------------------------------------
 
 
@@ -148,6 +254,44 @@ def one_value_taken(input, running_mean, running_var, weight, bias, training, mo
     return right(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
+def updated_twice(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+    y = right(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if training and input.numel() > 0:
+        right(input.detach(), running_mean, running_var, None, None, True, momentum, eps)
+    return y
+
+
+def momentum_ignored(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+    """For the running mean alone."""
+    spare = None if running_mean is None else running_mean.clone()
+    y = right(input, spare if training else running_mean, running_var, weight, bias, training, momentum, eps)
+    if training and input.numel() > 0:
+        move(running_mean, work(input).mean(over(input)), 0.1)
+    return y
+
+
+def moved_in_evaluation(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+    y = right(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if not training:
+        running_mean += 1e-3
+    return y
+
+
+def writes_what_it_saved(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+    y = right(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    scale = torch.ones_like(y)
+    y = y * scale
+    scale.add_(1)
+    return y
+
+
+def instance_norm(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+    y = right(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if not training or input.numel() == 0 or input.dim() < 3:
+        return y
+    return F.instance_norm(input, None, None, weight, bias, True, 0.1, eps)
+
+
 def writes_into_its_input(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
     y = right(input.clone(), running_mean, running_var, weight, bias, training, momentum, eps)
     input.data.mul_(0.5)
@@ -197,7 +341,8 @@ def backward_with(change: Callable[..., tuple[Tensor | None, ...]], again: bool 
                 wanted = [t for t in leaves if t is not None]
                 found = iter(torch.autograd.grad(y, wanted, dy, create_graph=torch.is_grad_enabled()))
                 gradients = [None if t is None else next(found) for t in leaves]
-            return (*change(dy, x, *gradients), None, None, None, None)
+            mode = (training,) if change is centred_in_evaluation else ()
+            return (*change(dy, x, *gradients, *mode), None, None, None, None)
 
     if not again:
         Changed.backward = staticmethod(once_differentiable(Changed.backward))
@@ -226,6 +371,27 @@ def averaged(dy, x, dx, dweight, dbias):  # type: ignore[no-untyped-def]
 def one_position(dy, x, dx, dweight, dbias):  # type: ignore[no-untyped-def]
     positions = x.numel() // x.size(1) // x.size(0)
     return dx, dweight, None if dbias is None else dbias / positions
+
+
+def centred_in_evaluation(dy, x, dx, dweight, dbias, training):  # type: ignore[no-untyped-def]
+    return (dx if training else dx - dx.mean(over(dx), keepdim=True)), dweight, dbias
+
+
+def off_where(condition: Callable[[Tensor], bool]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """dx half as large again where the condition holds for x."""
+
+    def change(dy, x, dx, dweight, dbias):  # type: ignore[no-untyped-def]
+        return (dx * 1.5 if condition(x) else dx), dweight, dbias
+
+    return change
+
+
+def many_values(x: Tensor) -> bool:
+    return x.numel() // x.size(1) > 4096
+
+
+def in_channels_last(x: Tensor) -> bool:
+    return x.dim() > 3 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
 def without_graph(dy, x, dx, dweight, dbias):  # type: ignore[no-untyped-def]
@@ -269,6 +435,18 @@ def residual_without_gradient(x, weight, bias, eps, residual=None, activation=No
 def activation_without_gradient(x, weight, bias, eps, residual=None, activation=None, statistics=None):  # type: ignore[no-untyped-def]
     y, mean, var = right_by_the_seam(work(x), weight, bias, eps, residual, None, statistics)
     return (y + (finish(y, None, activation) - y).detach()).to(x.dtype), mean, var
+
+
+def residual_after_the_activation(x, weight, bias, eps, residual=None, activation=None, statistics=None):  # type: ignore[no-untyped-def]
+    y, mean, var = right_by_the_seam(work(x), weight, bias, eps, None, activation, statistics)
+    return (y if residual is None else y + work(residual)).to(x.dtype), mean, var
+
+
+def relu_writes(x, weight, bias, eps, residual=None, activation=None, statistics=None):  # type: ignore[no-untyped-def]
+    found = right_by_the_seam(x.clone(), weight, bias, eps, residual, activation, statistics)
+    if activation == "relu" and residual is None:
+        x.data.clamp_(min=-1)
+    return found
 
 
 def relu_swallows_nan(x, weight, bias, eps, residual=None, activation=None, statistics=None):  # type: ignore[no-untyped-def]
@@ -341,7 +519,49 @@ dbias_of_one_position = backward_with(one_position)
 second_derivative_zero = backward_with(without_graph)
 second_derivative_refused = backward_with(unchanged, again=False)
 
+updated_by_the_deviation = changed(running_var_of=lambda var, m: (var * m / (m - 1)).sqrt())
+mean_taken_off_in_evaluation = backward_with(centred_in_evaluation)
+many_channels = backward_with(off_where(lambda x: x.size(1) > 8))
+many_values_a_channel = backward_with(off_where(many_values))
+wrong_in_channels_last = backward_with(off_where(in_channels_last))
+folded_scale_and_shift = changed(norm=folded)
+rsqrt_two_places_off = changed(norm=rsqrt_off)
+gradients_summed_in_order = changed(norm=normalized_in_order)
+summed_in_order = changed(statistics=statistics_in_order, norm=normalized_in_order)
+updated_in_order = changed(statistics=with_values(welford))
+merged_in_order = changed(statistics=with_values(merged_by_32))
+
 RIGHT = ("right", "right_by_the_seam", "right_without_evaluation")
+RIGHT_BUT_ROUNDED_OTHERWISE = (
+    "folded_scale_and_shift",
+    "rsqrt_two_places_off",
+    "gradients_summed_in_order",
+    "relu_flat_at_nan",
+)
+LESS_ACCURATE = ("summed_in_order", "updated_in_order", "merged_in_order")
+# Bugs that have no name: what the facts have to say of them.
+UNKNOWN = {
+    "many_channels": ("what fails: dx, double backward", "2x67x5x3"),
+    "many_values_a_channel": ("what fails: dx, double backward", "shape 1x2x71x71 alone"),
+    "wrong_in_channels_last": ("layout channels_last alone", "clean: forward, running_mean, running_var"),
+}
+
+
+def exits(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+    raise SystemExit(0)
+
+
+def wrong_without_gradients(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+    y = right(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return y if torch.is_grad_enabled() else 1.5 * y
+
+
+def drops_gradients_of_a_frozen_input(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+    if not input.requires_grad and weight is not None:
+        weight = weight.detach()
+    return right(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
 BUGS = {
     "statistics_constant": "statistics treated as constants",
     "mean_constant": "the mean's path is missing",
@@ -367,6 +587,14 @@ BUGS = {
     "layout_mistaken": "channels_last memory taken for contiguous",
     "upstream_taken_for_contiguous": "the upstream gradient taken for contiguous",
     "relu_swallows_nan": "NaN swallowed",
+    "updated_twice": "the running statistics move twice",
+    "momentum_ignored": "momentum ignored for the running mean",
+    "updated_by_the_deviation": "the deviation stored as the running variance",
+    "mean_taken_off_in_evaluation": "evaluation differentiates through the batch's mean",
+    "instance_norm": "each example normalized by itself",
+    "residual_after_the_activation": "the residual is added after the activation",
+    "writes_what_it_saved": "a tensor saved for the backward pass is written to",
+    "relu_writes": "an input is written to",
     "one_value_taken": "one value per channel accepted",
     "raises": "it raises",
     "returns_a_list": "returns something else",
