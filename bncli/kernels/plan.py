@@ -21,9 +21,10 @@ MOST_LINES = 2**30  # of a slice; the device counts lines in 32 bits and doubles
 MOST_VALUES = 2**31 - 2**26  # of a channel, whose last program may reach past its end by a few million
 
 # (warps, tiles held), from small to large: 4 to 96 KiB of registers a program, as far as compiles without spills, but
-# for a few of the largest (python -m tests.kernels.ahead_of_time --all). A tile is 16 bytes a thread. Planes by the bytes of
-# their aligned runs, because the shorter those are the more registers go into addresses; forward holds x, backward x
-# and dy by halves. Rows have vectors of eight channels beside their tiles, and take half the warps for them.
+# for a few of the largest (python -m tests.kernels.ahead_of_time --all). A tile is 16 bytes a thread. Planes by the
+# bytes of their aligned runs, because the shorter those are the more registers go into addresses; forward holds x,
+# backward x and dy by halves. Rows have vectors of eight channels beside their tiles, and take half the warps for
+# them.
 SMALL = ((4, 2), (4, 4))
 TILINGS = (*SMALL, (16, 2), (16, 4), (16, 6), (16, 8), (16, 12))
 PLANE_TILINGS = {
