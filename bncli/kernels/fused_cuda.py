@@ -287,34 +287,56 @@ def _shares(start, P, L, H, WIDTH: tl.constexpr, R: tl.constexpr, ACC: tl.conste
 
 
 @triton.jit
+def _publish_moments(slot, p, m, e, m2, B: tl.constexpr):
+    """This program's mean, as m and the small e that m's rounding left, and its squared deviations: (P, 3, B)."""
+    at = slot + p * (3 * B) + tl.arange(0, B)[None, :]
+    tl.store(at, m)
+    tl.store(at + B, e)
+    tl.store(at + 2 * B, m2)
+
+
+@triton.jit
+def _received_moments(slot, start, P, first, first_e, R: tl.constexpr, B: tl.constexpr):
+    """Means beside the first program's, and squared deviations (R, B), of programs start, start + 1, ...
+
+    Means of one size differ exactly, and what their rounding left is added after: beside a large mean no digit is lost.
+    """
+    q = start + tl.arange(0, R)
+    at = slot + (q * (3 * B))[:, None] + tl.arange(0, B)[None, :]
+    some = (q < P)[:, None]
+    m = tl.load(at, mask=some, other=0.0, cache_modifier=".cg")
+    e = tl.load(at + B, mask=some, other=0.0, cache_modifier=".cg")
+    m2 = tl.load(at + 2 * B, mask=some, other=0.0, cache_modifier=".cg")
+    return tl.where(some, (m - first) + (e - first_e), 0.0), m2
+
+
+@triton.jit
 def _merge_moments(
     slot, P, L, H, WIDTH: tl.constexpr, R: tl.constexpr, B: tl.constexpr, PLANES: tl.constexpr, ACC: tl.constexpr
 ):
     """The slice's mean and sum of squared deviations from those of P programs.
 
-    Chan, Golub & LeVeque 1983, eq. 2.1. Offsets are taken from the first program's mean: equal means stay equal
-    exactly.
+    Chan, Golub & LeVeque 1983, eq. 2.1. Offsets are taken from the first program's mean: equal means stay equal.
     """
     first = tl.load(slot + tl.arange(0, B), cache_modifier=".cg")[None, :]
-    mean, m2 = _received(slot, 0, P, R, B)
+    first_e = tl.load(slot + B + tl.arange(0, B), cache_modifier=".cg")[None, :]
+    d, m2 = _received_moments(slot, 0, P, first, first_e, R, B)
     n = _shares(0, P, L, H, WIDTH, R, ACC)
-    d = tl.where(n > 0, mean - first, 0.0)
     moved = tl.sum(n * d, axis=0)[None, :]
     if not PLANES:  # whose tiles have more lines than a team has programs
         for start in range(R, P, R):
-            mean, _ = _received(slot, start, P, R, B)
-            more = _shares(start, P, L, H, WIDTH, R, ACC)
-            moved += tl.sum(tl.where(more > 0, more * (mean - first), 0.0), axis=0)[None, :]
+            far, _ = _received_moments(slot, start, P, first, first_e, R, B)
+            moved += tl.sum(_shares(start, P, L, H, WIDTH, R, ACC) * far, axis=0)[None, :]
     moved = moved / (L * WIDTH)
     d = d - moved
     total = tl.sum(tl.where(n > 0, m2 + n * d * d, 0.0), axis=0)[None, :]
-    if not PLANES:  # whose tiles have more lines than a team has programs
+    if not PLANES:
         for start in range(R, P, R):
-            mean, m2 = _received(slot, start, P, R, B)
+            far, m2 = _received_moments(slot, start, P, first, first_e, R, B)
             more = _shares(start, P, L, H, WIDTH, R, ACC)
-            d = mean - first - moved
-            total += tl.sum(tl.where(more > 0, m2 + more * d * d, 0.0), axis=0)[None, :]
-    return first + moved, total
+            far = far - moved
+            total += tl.sum(tl.where(more > 0, m2 + more * far * far, 0.0), axis=0)[None, :]
+    return first + (first_e + moved), total
 
 
 @triton.jit
@@ -336,11 +358,11 @@ def _merge_sums(slot, P, R: tl.constexpr, B: tl.constexpr, PLANES: tl.constexpr)
 
 @triton.jit
 def _overflow_moments(
-    x, c, inside, m, m2, n, first, end, H, channels, units, magic, shift,
+    x, c, inside, m, e, m2, n, first, end, H, channels, units, magic, shift,
     WIDTH: tl.constexpr, R: tl.constexpr, B: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr,
     WIDE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Mean and squared deviations of the n resident values with those of the tiles beyond K merged in.
+    """e and squared deviations of the n resident values, whose mean is m + e, with the tiles beyond K merged in.
 
     A running mean for each place of a tile (Welford 1962), of what is left beside m, where float32 has digits to spare;
     then the places, and the resident values, as _merge_moments.
@@ -361,8 +383,9 @@ def _overflow_moments(
     more = tl.sum(here) * WIDTH
     apart = _sum(_fold(here * mean, PLANES)) / tl.maximum(more, 1.0)
     d = mean - apart
+    apart = tl.where(more > 0, apart - e, 0.0)
     m2 += _sum(_fold(sq + here * d * d, PLANES)) + apart * apart * (n * more / (n + more))
-    return m + apart * (more / (n + more)), m2
+    return e + apart * (more / (n + more)), m2
 
 
 @triton.jit
@@ -414,7 +437,7 @@ def forward(
         first = p * (H * R) + slice * nothing
         end = tl.minimum(first + H * R, L)
         c, inside = _channels(slice, channels, units, B, UNIT, PLANES)
-        slot = partial + slice * P * (2 * B)
+        slot = partial + slice * P * (3 * B)
         held = ()
         for k in tl.static_range(K):
             i = _lines(first, k, R)
@@ -442,14 +465,16 @@ def forward(
                 s = _sum(d1)
                 m2 = _sum(d2)
                 m2 = tl.where(m2 == float("inf"), m2, m2 - s * (s / n))  # squares of 1e30 overflow, and y is the bias
-                m += s / n
+                e = s / n
                 if OVERFLOW:
-                    m, m2 = _overflow_moments(
-                        x, c, inside, m, m2, n, first, end, H, channels, units, magic, shift,
+                    e, m2 = _overflow_moments(
+                        x, c, inside, m, e, m2, n, first, end, H, channels, units, magic, shift,
                         WIDTH, R, B, K, UNIT, PLANES, WIDE, ACC,
                     )  # fmt: skip
             if STAGE == "team" or STAGE == "statistics":
-                _publish(slot, p, m, m2, B)
+                _publish_moments(slot, p, m, e, m2, B)
+            if STAGE == "alone":
+                m += e
             if STAGE == "team":
                 _barrier(arrived + (program // P) * 32, p, P)
             if STAGE == "team" or STAGE == "normalize":

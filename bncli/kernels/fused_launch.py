@@ -116,14 +116,14 @@ class Prepared:
     stages: tuple[str, ...]
     runtime: tuple[int, ...]  # channels, units, magic, shift, nothing, L, H, P, teams, slices
     constants: dict[str, Any]
-    partial: tuple[int, ...]  # the programs' pairs of vectors: (slices, P, 2, B); one number where nobody reads them
+    partial: tuple[int, ...]  # the programs' vectors: (slices, P, 2 or 3, B); one number where nobody reads them
     accumulate: torch.dtype
     unbiased: float  # m / (m - 1)
 
     def run(
         self, kernel: Any, x: Tensor, tensors: tuple[Tensor, ...], numbers: tuple[float, ...], **chosen: Any
     ) -> Tensor:
-        """Start the device kernel, once or twice. Returns the programs' pairs."""
+        """Start the device kernel, once or twice. Returns the programs' vectors."""
         partial = x.new_empty(self.partial, dtype=self.accumulate)
         arrived = _counters(x.device, self.cut.teams) if self.cut.barrier == "grid" else partial
         grid = (self.cut.teams * self.cut.team,)
@@ -167,7 +167,9 @@ def prepared(
             "WIDE": math.prod(shape) > MOST_OF_32_BITS, "OVERFLOW": cut.overflow,
             "ACC": fused_cuda.TYPES[accumulate],
         },
-        partial=(cut.slices, cut.team, 2, cut.columns) if (backward if given else cut.team > 1) else (1,),
+        partial=(cut.slices, cut.team, 2 if backward else 3, cut.columns)
+        if (backward if given else cut.team > 1)
+        else (1,),
         accumulate=accumulate,
         unbiased=count / max(count - 1, 1),
     )  # fmt: skip

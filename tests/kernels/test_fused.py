@@ -287,7 +287,7 @@ def test_64_bit_addresses_give_the_same(
 def test_the_variance_keeps_its_digits_beside_a_large_mean(
     ratio: float, bound: float, form: str | None, device: torch.device
 ) -> None:
-    x = (torch.randn(64, 2, 8, 8, generator=torch.Generator().manual_seed(3)) + ratio).to(device)
+    x = (torch.randn(32, 2, 4, 5, generator=torch.Generator().manual_seed(3)) + ratio).to(device)
     run = planned(form) if form else fused.batch_norm
     _, mean, var = run(x, None, None, EPS, None, None, None)
     exact = x.double().var((0, 2, 3), correction=0)

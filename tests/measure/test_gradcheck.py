@@ -29,8 +29,13 @@ def told(found: Gradcheck) -> str:
 # --- what is right passes ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("effort", ["quick", "default"])
-@pytest.mark.parametrize("norm", ["batch", "layer", "group", "instance"])
+SLOW_DEFAULT = pytest.param("default", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("norm", "effort"),
+    [("batch", "default"), *((norm, "quick") for norm in ("batch", "layer", "group", "instance"))],
+)
 def test_the_native_kernel_passes(norm: str, effort: str) -> None:
     found = result(norm=norm, effort=effort)
     assert found.passed, told(found)
@@ -39,11 +44,17 @@ def test_the_native_kernel_passes(norm: str, effort: str) -> None:
     assert found.paths
 
 
-@pytest.mark.parametrize("effort", ["quick", "default"])
+@pytest.mark.parametrize("effort", ["quick", SLOW_DEFAULT])
 @pytest.mark.parametrize("kernel", wrong_kernels.RIGHT)
 def test_a_correct_function_of_the_users_own_passes(kernel: str, effort: str) -> None:
     found = result(kernel, effort=effort)
     assert found.passed, told(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["layer", "group", "instance"])
+def test_the_other_norms_pass_the_default_run(norm: str) -> None:
+    assert result(norm=norm).passed
 
 
 @pytest.mark.slow
