@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import sys
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bncli import kernels
 from bncli.engine.norm import BatchNorm, LayerNormOverChannels
+from bncli.engine.own_code import imported
 from bncli.errors import RecipeError
 from bncli.recipe import architecture as plan
 from bncli.recipe import sections
@@ -111,11 +109,8 @@ def _module(layer: plan.Layer, norm: NormFactory | None, activation: Callable[[]
 
 def _own(section: OwnModel, shape: tuple[int, ...], classes: int, norm: NormFactory | None, seed: int) -> nn.Module:
     where = f"model.module: {section.module}"
-    module_name, _, function_name = section.module.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a console script's path lacks the current folder, where the user's code stands
     try:
-        function: Any = getattr(importlib.import_module(module_name), function_name)
+        function = imported(section.module)
     except (ImportError, AttributeError) as error:
         raise RecipeError(f"{where}: {error}; it is looked for in the current folder and the environment") from error
     torch.manual_seed(stream_seed(seed, "own model"))

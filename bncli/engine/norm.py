@@ -51,8 +51,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
     ) -> None:
         without_bias: dict[str, Any] = {} if bias else {"bias": False}  # newer than the oldest torch that serves
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **without_bias)
-        if activation is not None and activation not in native.ACTIVATIONS:
-            raise ValueError(f"activation {activation!r}: expected one of {', '.join(native.ACTIVATIONS)}, or None")
+        native.check_activation(activation)
         if isinstance(kernel, str):
             kernels.get(kernel)
         self.activation, self.kernel = activation, kernel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bncli.kernels.layout import accumulation, unpacked_signs
+from bncli.kernels.layout import accumulation, over_channels, per_channel, unpacked_signs
 
 SIGN_IS_ENOUGH = ("relu", "leaky_relu")  # their derivative depends on the sign of the pre-activation alone
 
@@ -21,24 +21,22 @@ def composed_backward(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias, dresidual from differentiable operators, by their definition (Ioffe & Szegedy 2015, section
-    3).
+    """dx, dweight, dbias, dresidual from differentiable operators (Ioffe & Szegedy 2015, section 3).
 
     Shapes as the operator's, all in the accumulation dtype. `signs` stands for the sign of a pre-activation whose
     residual was not kept. `given`: mean and variance that are constants.
     """
     wide = accumulation(x)
     dy, x = dy.to(wide), x.to(wide)
-    around = [0, *range(2, x.dim())]
-    column = [1, -1] + [1] * (x.dim() - 2)
+    around = over_channels(x)
     scale, shift = (
-        torch.full((), value, dtype=wide, device=x.device) if vector is None else vector.to(wide).view(column)
+        torch.full((), value, dtype=wide, device=x.device) if vector is None else per_channel(vector.to(wide), x)
         for vector, value in ((weight, 1.0), (bias, 0.0))
     )
     if given is None:
         var, mean = torch.var_mean(x, around, correction=0, keepdim=True)
     else:
-        mean, var = (each.to(wide).view(column) for each in given)
+        mean, var = (per_channel(each.to(wide), x) for each in given)
     reciprocal = torch.rsqrt(var + eps)
     xhat = (x - mean) * reciprocal
     z = xhat * scale + shift if residual is None else xhat * scale + shift + residual.to(wide)
@@ -54,5 +52,5 @@ def composed_backward(
     dx = g * (scale * reciprocal)
     if given is None:
         m = x.numel() // x.size(1)
-        dx = dx - (dbias.view(column) + xhat * dweight.view(column)) * (scale * reciprocal / m)
+        dx = dx - (per_channel(dbias, x) + xhat * per_channel(dweight, x)) * (scale * reciprocal / m)
     return dx, dweight, dbias, g

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from bncli import kernels
 from bncli.kernels import fused, native
-from bncli.kernels.running import move
+from bncli.kernels.running import follow
 
 
 def batch_norm(
@@ -40,8 +40,7 @@ def batch_norm(
     evaluation, sizes that disagree, eps out of range), ValueError for an unknown activation, and Unavailable, with the
     reason, where the kernel cannot run.
     """
-    if activation is not None and activation not in native.ACTIVATIONS:
-        raise ValueError(f"activation {activation!r}: expected one of {', '.join(native.ACTIVATIONS)}, or None")
+    native.check_activation(activation)
     if kernel == "native":
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return native.finish(y, residual, activation)
@@ -68,8 +67,7 @@ def batch_norm(
         y, _, _ = fused.batch_norm(input, weight, bias, eps, *inside, running=(running_mean, running_var, momentum))
     else:
         y, mean, var = run(input, weight, bias, eps, *inside)
-        move(running_mean, mean, momentum)
-        move(running_var, var * (count / (count - 1)), momentum)
+        follow(running_mean, running_var, mean, var, count, momentum)
     return native.finish(y, *after)
 
 

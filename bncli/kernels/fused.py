@@ -18,7 +18,7 @@ from torch import Tensor
 from bncli.errors import Unavailable
 from bncli.kernels.composed import SIGN_IS_ENOUGH, composed_backward
 from bncli.kernels.layout import accumulation, dense, like, sign_bytes
-from bncli.kernels.running import move
+from bncli.kernels.running import follow
 
 OLDEST_CAPABILITY = (8, 0)  # Triton's own lower end for bfloat16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -81,17 +81,17 @@ def batch_norm(
     keep_signs = differentiable and residual is not None and activation in SIGN_IS_ENOUGH
     given_mean, given_var = (each.contiguous() for each in statistics) if statistics is not None else (None, None)
     arguments = (x, weight, bias, residual, given_mean, given_var, float(eps), activation or "none", keep_signs)
-    inside = running if running is not None and _eager(x) and _movable(x, running) else None
-    if _eager(x):
+    eager = _eager(x)
+    inside = running if running is not None and eager and _movable(x, running) else None
+    if eager:
         y, mean, var = Eager.apply(*arguments, inside)
     else:
         y, mean, var, _ = _forward(*arguments)
     if statistics is not None:
         return y, *statistics
     if running is not None and inside is None:
-        count = x.numel() // x.size(1)
-        move(running[0], mean.detach(), running[2])
-        move(running[1], var.detach() * (count / (count - 1)), running[2])
+        running_mean, running_var, momentum = running
+        follow(running_mean, running_var, mean.detach(), var.detach(), x.numel() // x.size(1), momentum)
     return y, mean.detach(), var.detach()
 
 
@@ -243,25 +243,6 @@ class Eager(torch.autograd.Function):
 # --- backward -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("bncli::fused_batch_norm_backward", mutates_args=())
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    signs: Tensor | None,
-    eps: float,
-    activation: str,
-    given: bool,
-    residual_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx like x, dweight and dbias (C), dresidual like x or empty."""
-    return _run_backward(dy, x, weight, bias, residual, mean, var, signs, eps, activation, given, residual_gradient)
-
-
 def _run_backward(
     dy: Tensor,
     x: Tensor,
@@ -276,6 +257,7 @@ def _run_backward(
     given: bool,
     residual_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx like x, dweight and dbias (C), dresidual like x or empty."""
     from bncli.kernels import fused_launch
 
     if x.numel() == 0:
@@ -288,6 +270,9 @@ def _run_backward(
     return fused_launch.backward(
         dy, x, weight, bias, residual, (mean, var), signs, eps, activation, given, residual_gradient
     )
+
+
+_backward = torch.library.custom_op("bncli::fused_batch_norm_backward", _run_backward, mutates_args=())
 
 
 @_backward.register_fake
@@ -316,9 +301,9 @@ def _backward_fake(
 
 
 def _remember_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    dy, x, weight, bias, residual, mean, var, signs, eps, activation, given, residual_gradient = inputs
+    dy, x, weight, bias, residual, mean, var, signs, eps, activation, given, _ = inputs
     ctx.save_for_backward(dy, x, weight, bias, residual, mean, var, signs)
-    ctx.eps, ctx.activation, ctx.given, ctx.residual_gradient = eps, activation, given, residual_gradient
+    ctx.eps, ctx.activation, ctx.given = eps, activation, given
 
 
 def _differentiate_twice(ctx, *upstream):  # type: ignore[no-untyped-def]

@@ -536,9 +536,7 @@ def _gradient(
 def _write_back(
     g, tile, at, valid, m, scale, g_mean, slope, dx, dr, GIVEN: tl.constexpr, RESIDUAL_GRADIENT: tl.constexpr
 ):  # fmt: skip
-    """dx = (g - mean(g) - xhat mean(g xhat)) scale (Ioffe & Szegedy 2015, section 3, put together), and dresidual =
-    g.
-    """
+    """dx = (g - mean(g) - xhat mean(g xhat)) scale (Ioffe & Szegedy 2015, section 3), and dresidual = g."""
     if RESIDUAL_GRADIENT:
         tl.store(dr + at, g.to(dr.dtype.element_ty), mask=valid)
     if not GIVEN:

@@ -1,4 +1,4 @@
-"""How a tensor (N, C, *S) lies in memory, and what follows from it for the fused kernel."""
+"""How a tensor (N, C, *S) lies in memory and along its axes, and what follows from it for a kernel."""
 
 from __future__ import annotations
 
@@ -24,6 +24,16 @@ def like(tensor: Tensor, x: Tensor) -> Tensor:
     if tensor.stride() == x.stride():
         return tensor
     return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if is_rows(x) else tensor.contiguous()
+
+
+def over_channels(x: Tensor) -> list[int]:
+    """The dimensions of (N, C, *S) that batch norm reduces over."""
+    return [0, *range(2, x.dim())]
+
+
+def per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """(C) -> (1, C, 1, ...) of `like`'s dimensions."""
+    return values.reshape(1, -1, *[1] * (like.dim() - 2))
 
 
 def sizes(x: Tensor) -> tuple[int, int, int]:

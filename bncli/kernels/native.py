@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bncli.kernels.layout import accumulation, over_channels
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu}
 
 
@@ -32,11 +34,16 @@ def batch_norm(
     if statistics is not None:
         return y, *statistics
     if x.numel() == 0:  # nothing to take statistics of, and torch would warn
-        return y, *x.new_full((2, x.size(1)), float("nan"), dtype=torch.promote_types(x.dtype, torch.float32))
+        return y, *x.new_full((2, x.size(1)), float("nan"), dtype=accumulation(x))
     with torch.no_grad():
-        wide = x if x.dtype == torch.float64 else x.float()
-        var, mean = torch.var_mean(wide, dim=[0, *range(2, x.dim())], correction=0)
+        var, mean = torch.var_mean(x.to(accumulation(x)), dim=over_channels(x), correction=0)
     return y, mean, var
+
+
+def check_activation(activation: str | None) -> None:
+    """Raises ValueError for one that is neither of ACTIVATIONS nor None."""
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r}: expected one of {', '.join(ACTIVATIONS)}, or None")
 
 
 def finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:

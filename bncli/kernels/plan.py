@@ -51,12 +51,14 @@ NARROW_BYTES = 64  # of a row's piece; a wide one has twice that
 NARROW = 1.07  # the price of a 64-byte piece of a row beside a 128-byte one (Dao-AILab/quack: 5 to 7 %)
 
 
+def registers(warps: int) -> int:
+    """What a thread can have. Said to the compiler, which else spills to make room for more programs."""
+    return min(255, REGISTERS // (warps * THREADS_A_WARP))
+
+
 @dataclass(frozen=True)
 class Processors:
-    """What a plan must know of a device:
-
-    its multiprocessors, and whether all programs of a grid can be made resident.
-    """
+    """A device's multiprocessors, and whether all programs of a grid can be made resident on them."""
 
     count: int
     cooperative: bool
@@ -81,8 +83,7 @@ class Plan:
 
     @property
     def registers(self) -> int:
-        """What a thread can have. Said to the compiler, which else spills to make room for more programs."""
-        return min(255, REGISTERS // (self.warps * THREADS_A_WARP))
+        return registers(self.warps)
 
     @property
     def tiles(self) -> int:
@@ -160,7 +161,8 @@ class _Cut:
     price: float  # of a byte, 1 for wide accesses
 
     def tilings(self, streams: int) -> list[tuple[int, int]]:
-        unit_bytes = self.unit * self.line_bytes // (self.unit if self.planes else self.columns)
+        elements = self.unit if self.planes else self.columns
+        unit_bytes = self.unit * self.line_bytes // elements
         return tilings(planes=self.planes, unit_bytes=unit_bytes, line_bytes=self.line_bytes, streams=streams)
 
     def most_programs(self, rows: int) -> int:

@@ -14,3 +14,14 @@ def move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
         return
     wide = torch.promote_types(running.dtype, batch.dtype)
     running.copy_(running.to(wide).lerp(batch.to(wide), momentum))
+
+
+def follow(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float | Tensor
+) -> None:
+    """Move both (C) towards a batch's mean and biased variance (C) of `count` values a channel, m.
+
+    Ioffe & Szegedy 2015, algorithm 2, line 10: the running variance takes the unbiased one, m / (m - 1).
+    """
+    move(running_mean, mean, momentum)
+    move(running_var, var * (count / (count - 1)), momentum)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bncli.measure.gradient_definition import definition, per_channel
+from bncli.kernels.layout import per_channel
+from bncli.measure.gradient_definition import definition
 from bncli.results import Effort
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bncli.kernels.layout import over_channels, per_channel
 from bncli.kernels.native import finish
 from bncli.measure.gradient_subjects import GROUPS, Forward
 
@@ -42,16 +43,6 @@ class Twist:
     move_var: Callable[[Tensor, Tensor, float, int], Tensor] = lambda running, var, momentum, m: running.lerp(
         var * (m / (m - 1)), momentum
     )
-
-
-def per_channel(values: Tensor, like: Tensor) -> Tensor:
-    """(C) -> (1, C, 1, ...) of `like`'s dimensions."""
-    return values.reshape(1, -1, *[1] * (like.dim() - 2))
-
-
-def over_channels(x: Tensor) -> list[int]:
-    """The dimensions of (N, C, *S) that batch norm reduces over."""
-    return [0, *range(2, x.dim())]
 
 
 def batch_norm(twist: Twist | None = None) -> Forward:

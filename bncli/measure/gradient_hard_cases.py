@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bncli.kernels.layout import over_channels
 from bncli.measure.gradient_cases import Case, Inputs
 
 Change = Callable[[Inputs, Case], Inputs]
@@ -39,7 +40,7 @@ def far_from_zero(ratio: float) -> Change:
     """Every channel with deviation 1 and a mean of `ratio`."""
 
     def change(x: Tensor) -> Tensor:
-        over = [0, *range(2, x.dim())]
+        over = over_channels(x)
         centred = x - x.mean(over, keepdim=True)
         return centred / centred.square().mean(over, keepdim=True).sqrt() + ratio
 

@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from bncli.kernels.layout import per_channel
 from bncli.measure import gradient_tolerances as tolerances
 from bncli.measure.gradient_cases import Case, Inputs, away_from_the_kink, unit_roundoff
 from bncli.measure.gradient_checks import Check, Finding, Setting, Stage, compare, difference, fresh
-from bncli.measure.gradient_definition import per_channel
 from bncli.measure.gradient_hard_cases import BOTH, FOR_ANY_NORM, ROWS, Input, far_from_zero
 from bncli.measure.gradient_invariants import grouped, judge
 from bncli.measure.gradient_quantities import observe, why_not_like

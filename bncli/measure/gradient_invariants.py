@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bncli.kernels.layout import per_channel
 from bncli.measure import gradient_tolerances as tolerances
 from bncli.measure.gradient_cases import Case, Inputs, generator
 from bncli.measure.gradient_checks import Finding, Setting, same_bits, written
-from bncli.measure.gradient_definition import per_channel
 from bncli.measure.gradient_quantities import leaf, observe
 from bncli.measure.gradient_subjects import GROUPS
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from bncli import kernels
 from bncli.engine.model import factory
+from bncli.engine.own_code import imported
 from bncli.errors import RecipeError
 from bncli.kernels import functional
 from bncli.recipe.sections import GroupNorm, InstanceNorm, LayerNorm
@@ -154,10 +153,8 @@ def _load(kernel: str) -> Callable[..., Any]:
             f"--kernel {kernel}: expected package.module:function, a module's name and not its file, as in "
             f"{name}:{function_name or 'batch_norm'}"
         )
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a console script's path lacks the current folder, where the user's code stands
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        function: Callable[..., Any] = imported(kernel)
     except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything
         raise RecipeError(
             f"--kernel {kernel}: {type(error).__name__}: {error}; it is looked for in the current folder and the "

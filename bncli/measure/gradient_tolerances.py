@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from bncli.kernels.layout import over_channels
 from bncli.measure.gradient_cases import DTYPES, Case, Inputs, generator, unit_roundoff
 from bncli.measure.gradient_definition import definition
 from bncli.measure.gradient_quantities import observe
@@ -140,7 +141,7 @@ def largest(values: Tensor) -> Tensor:
     finite = torch.nan_to_num(values, 0.0, 0.0, 0.0).abs()
     if values.dim() < 2 or not values.numel():
         return finite
-    return finite.amax([0, *range(2, values.dim())], keepdim=True)
+    return finite.amax(over_channels(values), keepdim=True)
 
 
 def in_floors(found: Tensor, exact: Tensor, floor: Tensor) -> float:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bncli.kernels.plan import ACCESS_BYTES, REGISTERS, SPLIT_TILINGS, STREAMING, THREADS_A_WARP, tilings
+from bncli.kernels.plan import ACCESS_BYTES, SPLIT_TILINGS, STREAMING, THREADS_A_WARP, registers, tilings
 from tests.kernels.ahead_of_time import Named, Specialisation
 
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -120,7 +120,7 @@ def specialisation(choice: Choice) -> Specialisation:
         constants,
         divisible_by_16=frozenset(names),
         num_warps=choice.warps,
-        maxnreg=min(255, REGISTERS // (choice.warps * THREADS_A_WARP)),
+        maxnreg=registers(choice.warps),
         cooperative=choice.stage == "team",
         vector_bits=dict.fromkeys(wide, choice.unit * size * 8),
     )
