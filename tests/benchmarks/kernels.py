@@ -178,7 +178,7 @@ def _section(name: str, body: Callable[[Run, Deadline], None], run: Run, deadlin
     except Exception as error:
         import traceback
 
-        from tests.benchmarks.kernels_accuracy import Check
+        from bncli.measure.accuracy import Check
 
         traceback.print_exc()
         run.report.check([Check(f"section {name}", "", False, f"{type(error).__name__}: {error}"[:300])])

@@ -6,10 +6,11 @@ import random
 
 import torch
 
-from tests.benchmarks import kernels_accuracy as judge
-from tests.benchmarks import kernels_cases as cases
+from bncli.measure import accuracy as judge
+from bncli.measure import cases
+from bncli.measure.cases import OPERATIONS
+from bncli.results import Case
 from tests.benchmarks import kernels_hazards as hazards
-from tests.benchmarks.kernels_cases import OPERATIONS, Case
 from tests.benchmarks.kernels_pool import Task
 
 MAIN = ("bn", "bn+relu", "bn+add+relu")

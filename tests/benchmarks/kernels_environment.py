@@ -9,11 +9,11 @@ import time
 import torch
 
 from bncli.engine import device as devices
+from bncli.measure import cases
 from bncli.measure import clock as timing
 from bncli.measure.clock import Clock, Spread, Work
-from tests.benchmarks import kernels_cases as cases
+from bncli.results import Case
 from tests.benchmarks import kernels_speed as speed
-from tests.benchmarks.kernels_cases import Case
 
 
 def description(device: torch.device) -> dict[str, str]:
@@ -77,7 +77,7 @@ def plan_words(case: Case, device: torch.device) -> str:
     try:
         from bncli.kernels.fused_launch import plan_for
 
-        x = cases.laid_out(torch.empty(case.shape, dtype=case.torch_dtype, device=device), case.layout)
+        x = cases.laid_out(torch.empty(case.shape, dtype=cases.DTYPES[case.dtype], device=device), case.layout)
         given = not case.training
         return f"forward: {plan_for(x, given=given)}; backward: {plan_for(x, backward=True, given=given)}"
     except (ImportError, AttributeError, TypeError, ValueError) as error:  # a word beside a figure; the figure stands

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from bncli.engine import device as devices
 from bncli.errors import BncliError
-from tests.benchmarks import kernels_accuracy as judge
-from tests.benchmarks import kernels_cases as cases
-from tests.benchmarks.kernels_accuracy import Check
-from tests.benchmarks.kernels_cases import Apply, Case, Inputs
+from bncli.measure import accuracy as judge
+from bncli.measure import cases
+from bncli.measure.accuracy import Check
+from bncli.measure.cases import Apply, Inputs
+from bncli.results import Case
 
 
 def compiled(case: Case, kernel: str, device_name: str) -> list[Check]:
@@ -171,7 +172,7 @@ def _large(case: Case, device: torch.device) -> Inputs:
     """As `cases.make`, with no second copy in float32 of tensors that are gigabytes."""
     source = torch.Generator(device).manual_seed(0)
     x, dy = (
-        torch.empty(case.shape, dtype=case.torch_dtype, device=device).normal_(0.5, 1.0, generator=source)
+        torch.empty(case.shape, dtype=cases.DTYPES[case.dtype], device=device).normal_(0.5, 1.0, generator=source)
         for _ in range(2)
     )
     weight, bias = (torch.randn(case.shape[1], generator=source, device=device) for _ in range(2))

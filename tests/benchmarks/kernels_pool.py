@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from bncli.measure.accuracy import Check
 from bncli.measure.clock import Deadline
-from tests.benchmarks.kernels_accuracy import Check
 
 START_S = 120.0  # for a process to import torch
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bncli.measure import clock as timing
+from bncli.measure.accuracy import Check
 from bncli.measure.clock import Spread
-from tests.benchmarks.kernels_accuracy import Check
 from tests.benchmarks.kernels_speed import Target, Timed
 
 SHOWN_FAILURES = 8

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 import bncli
 from bncli.measure import clock as timing
+from bncli.measure.accuracy import Check
+from bncli.measure.cases import CANDIDATES
 from bncli.measure.clock import Clock, Deadline, Spread, Work
-from tests.benchmarks.kernels_accuracy import Check
-from tests.benchmarks.kernels_cases import CANDIDATES, Case
+from bncli.results import Case
 
 STEP_TARGET, MEMORY_TARGET = 1.15, 0.75
 WARM_UP_STEPS = 4

@@ -10,11 +10,11 @@ import torch
 
 from bncli.measure import clock as timing
 from bncli.measure.clock import Clock, Deadline
+from bncli.results import Case
 from tests.benchmarks import kernels_environment as environment
 from tests.benchmarks import kernels_report as printed
 from tests.benchmarks import kernels_resnet as resnets
 from tests.benchmarks import kernels_speed as speed
-from tests.benchmarks.kernels_cases import Case
 from tests.benchmarks.kernels_pool import Pool, Task
 from tests.benchmarks.kernels_report import Report
 from tests.benchmarks.kernels_speed import Target

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
+from bncli.measure import accuracy as judge
+from bncli.measure import cases
 from bncli.measure import clock as timing
+from bncli.measure.accuracy import Check
+from bncli.measure.cases import Apply
 from bncli.measure.clock import Clock, Deadline, Spread, Work
-from tests.benchmarks import kernels_accuracy as judge
-from tests.benchmarks import kernels_cases as cases
-from tests.benchmarks.kernels_accuracy import Check
-from tests.benchmarks.kernels_cases import Apply, Case
+from bncli.results import Case
 
 DIRECTIONS = ("both", "forward", "backward")
 LAYER_SHAPES = (  # (C, H, W) of ResNet-50

@@ -11,9 +11,9 @@ from pathlib import Path
 from bncli.errors import RecipeError
 from bncli.measure import clock as timing
 from bncli.measure.clock import Deadline
+from bncli.results import Case
 from tests.benchmarks import kernels_sections as sections
 from tests.benchmarks import kernels_speed as speed
-from tests.benchmarks.kernels_cases import Case
 from tests.benchmarks.kernels_sections import Run
 from tests.benchmarks.kernels_speed import Target
 

@@ -15,18 +15,17 @@ from torch import Tensor
 
 from bncli import errors
 from bncli.kernels import native
+from bncli.measure import accuracy, cases
+from bncli.measure.accuracy import Check
+from bncli.results import Case
 from tests.benchmarks import (
     kernels,
-    kernels_accuracy,
     kernels_hazards,
     kernels_resnet,
     kernels_sections,
     kernels_speed,
     kernels_sweep,
 )
-from tests.benchmarks import kernels_cases as cases
-from tests.benchmarks.kernels_accuracy import Check
-from tests.benchmarks.kernels_cases import Case
 from tests.benchmarks.kernels_pool import Pool, Task
 from tests.benchmarks.kernels_report import Report
 from tests.benchmarks.kernels_speed import Target, Timed
@@ -234,7 +233,7 @@ WRONG: list[tuple[Any, Case, str]] = [
 @pytest.mark.parametrize(("kernel", "case", "claim"), WRONG, ids=[kernel.__name__ for kernel, *_ in WRONG])
 def test_a_wrong_kernel_is_caught(kernel: Any, case: Case, claim: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cases.CANDIDATES, "seam", kernel)
-    assert claim in {check.claim for check in kernels_accuracy.accuracy(case, "seam", "cpu") if not check.passed}
+    assert claim in {check.claim for check in accuracy.accuracy(case, "seam", "cpu") if not check.passed}
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
@@ -246,25 +245,25 @@ def test_a_right_kernel_that_adds_in_another_order_passes(
     for shape in ((4, 3, 5, 7), (257, 5), (2, 1, 1, 2), (8, 4, 28, 28)):
         for training in (True, False):
             case = Case(shape, operation, dtype, training=training)
-            held_to = kernels_accuracy.standard(case, CPU, seed=len(shape))
+            held_to = accuracy.standard(case, CPU, seed=len(shape))
             found = cases.outputs(cases.apply(case, "seam"), held_to.inputs)
-            check = kernels_accuracy.within(held_to, found, "accuracy", case)
+            check = accuracy.within(held_to, found, "accuracy", case)
             assert check.passed, check
 
 
 def test_half_precision_is_held_to_twice_natives_own_error() -> None:
     case = Case((8, 4, 28, 28), "bn+add+relu", "bf16")
-    held_to = kernels_accuracy.standard(case, CPU)
+    held_to = accuracy.standard(case, CPU)
     assert held_to.bounds["y"] == 2 * held_to.native_errors["y"]
     assert held_to.bounds["dx"] == 2 * held_to.native_errors["dx"]
 
 
 def test_nan_where_a_number_belongs_is_never_within_a_bound() -> None:
     case = Case((4, 3, 5, 7), "bn", "fp32")
-    held_to = kernels_accuracy.standard(case, CPU)
+    held_to = accuracy.standard(case, CPU)
     found = {name: t.clone() for name, t in held_to.reference.items()}
     found["dbias"][1] = torch.nan
-    check = kernels_accuracy.within(held_to, found, "accuracy", case)
+    check = accuracy.within(held_to, found, "accuracy", case)
     assert not check.passed
     assert "dbias" in check.detail
 

@@ -1,11 +1,10 @@
-"""What the kernel benchmark checks and times: cases, their tensors, their results, and the bytes that they must move.
+"""What is checked and timed of a kernel: cases, their tensors, their results, and the bytes that they must move.
 
 Shape letters: N batch, C channels, *S positions, m values per channel (N times the positions).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from bncli import kernels
 from bncli.kernels import native
 from bncli.kernels.functional import batch_norm
+from bncli.results import Case
 
 # Name -> (whether a residual is added, the activation).
 OPERATIONS: dict[str, tuple[bool, str | None]] = {
@@ -27,36 +27,6 @@ OPERATIONS: dict[str, tuple[bool, str | None]] = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 CANDIDATES: dict[str, str | kernels.Kernel] = {"fused": "fused", "seam": native.batch_norm, "native": "native"}
 EPS, MOMENTUM = 1e-5, 0.1
-
-
-@dataclass(frozen=True)
-class Case:
-    """One batch norm: plain data, so that it can be sent to another process and named in one line."""
-
-    shape: tuple[int, ...]  # (N, C, *S)
-    operation: str = "bn"
-    dtype: str = "bf16"
-    layout: str = "contiguous"  # or channels_last (2d or 3d), or strided: every second position of a larger tensor
-    training: bool = True
-    affine: str = "wide"  # weight and bias in float32 or wider; same: in the input's dtype; none
-    tracked: bool = True  # with running statistics
-
-    def __str__(self) -> str:
-        words = [self.dtype, self.layout, self.operation, "x".join(map(str, self.shape))]
-        words += ["" if self.training else "eval", "" if self.affine == "wide" else f"affine={self.affine}"]
-        return " ".join(word for word in [*words, "" if self.tracked else "untracked"] if word)
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def tensor_bytes(self) -> int:
-        return self.elements * self.torch_dtype.itemsize
 
 
 def floor_bytes(case: Case, direction: str) -> float:
@@ -105,17 +75,17 @@ def make(case: Case, device: torch.device, seed: int = 0) -> Inputs:
         return torch.rand(channels, generator=source, device=device, dtype=wide) * 1.5 + 0.5
 
     x = normal(*case.shape).mul_(uniform().view(ones)).add_(normal(channels).view(ones))
-    narrow = case.torch_dtype if case.affine == "same" else wide
+    narrow = DTYPES[case.dtype] if case.affine == "same" else wide
     affine, tracked = case.affine != "none", case.tracked or not case.training
     added = OPERATIONS[case.operation][0]
     return Inputs(
-        laid_out(x.to(case.torch_dtype), case.layout),
-        laid_out(normal(*case.shape).to(case.torch_dtype), case.layout) if added else None,
+        laid_out(x.to(DTYPES[case.dtype]), case.layout),
+        laid_out(normal(*case.shape).to(DTYPES[case.dtype]), case.layout) if added else None,
         (uniform() * normal(channels).sign()).to(narrow) if affine else None,
         normal(channels).to(narrow) if affine else None,
         normal(channels).to(narrow) if tracked else None,
         uniform().to(narrow) if tracked else None,
-        laid_out(normal(*case.shape).to(case.torch_dtype), case.layout),
+        laid_out(normal(*case.shape).to(DTYPES[case.dtype]), case.layout),
     )
 
 

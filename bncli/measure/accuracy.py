@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from bncli.kernels import native
-from tests.benchmarks import kernels_cases as cases
-from tests.benchmarks.kernels_cases import Case, Inputs
+from bncli.measure import cases
+from bncli.measure.cases import Inputs
+from bncli.results import Case
 
 DEVIATIONS = 4  # of a floor's rounding error: once in 16,000 for one number, and a tensor's largest is asked for
 
@@ -129,7 +130,7 @@ def settle_kinks(case: Case, inputs: Inputs) -> Inputs:
     wide = inputs.to(torch.float64)
     z = _exact(case, wide).z
     size = z.abs() if wide.residual is None else (z - wide.residual).abs() + wide.residual.abs()
-    near = 4 * torch.finfo(case.torch_dtype).eps * (size + 1e-2)
+    near = 4 * torch.finfo(cases.DTYPES[case.dtype]).eps * (size + 1e-2)
     dy = torch.where(z.abs() > near, inputs.dy, torch.zeros((), dtype=inputs.dy.dtype, device=z.device))
     return cases.with_dy(inputs, cases.laid_out(dy, case.layout))
 

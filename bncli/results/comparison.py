@@ -1,0 +1,173 @@
+"""`bncli compare`: events while it runs, its result, and what a dry run would do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from bncli.results.shared import FORMAT_VERSION, Interval
+from bncli.results.training import RunResult, Target
+
+Phase = Literal["tune", "report"]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run of a comparison: what was asked, and its result or the reason why there is none."""
+
+    key: str  # of the resolved recipe, the device and the versions: the name of the run's file
+    arm: str
+    point: dict[str, Any]  # dotted recipe field -> the value of the grid that this run used
+    seed: int
+    phase: Phase
+    result: RunResult | None
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times fewer steps than the reference arm. `value` is None where the data allow a bound only."""
+
+    value: float | None
+    interval: Interval
+    method: Literal["welch", "rank", "bound", "none"]
+    p_value: float | None  # two-sided, of the hypothesis that the ratio is 1
+    holm_p_value: float | None = None  # the same after Holm's correction over all arms of the table
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Steps to target over seeds. `value` is the geometric mean, the median once a run is censored, None past half."""
+
+    value: float | None
+    interval: Interval
+    method: Literal["geometric mean", "median", "bound"]
+
+
+@dataclass(frozen=True)
+class TuningCell:
+    """One arm at one point of the grid, over the tuning seeds."""
+
+    point: dict[str, Any]
+    hits: int
+    runs: int
+    steps: float | None  # geometric mean over the runs that hit; None without one
+    diverged: int = 0
+
+
+@dataclass(frozen=True)
+class ArmSummary:
+    """One row of the comparison's table."""
+
+    arm: str
+    point: dict[str, Any]  # the grid's fields at the values that the report's runs used
+    fixed: tuple[str, ...]  # fields of the grid that the arm fixes and that were therefore not tuned
+    at_edge: tuple[str, ...]  # fields whose best value is the first or the last of its list
+    hits: int
+    runs: int  # report runs that ended by themselves (failed and interrupted ones are not counted)
+    steps: Steps
+    first_hit: float | None  # geometric mean of the raw first hits
+    ratio: Ratio | None  # None for the reference arm
+    best: float | None  # median over the report's runs of each run's best metric
+    samples_per_s: float | None  # median
+    ms_per_step: float | None  # median
+    peak_memory_mib: float | None  # largest
+    parameters: int | None
+    diverged: int
+    failures: tuple[str, ...]
+    tuning: tuple[TuningCell, ...]
+    curve: tuple[tuple[float, float, float, float], ...]  # step, median metric, lower and upper quartile over seeds
+
+
+@dataclass(frozen=True)
+class ComparisonPlan:
+    """What a comparison asked for, without the recipes themselves: enough to make the table again from the runs."""
+
+    name: str
+    arms: tuple[str, ...]
+    fixed: dict[str, tuple[str, ...]]  # arm -> grid fields that it fixes
+    grid: dict[str, tuple[Any, ...]]
+    reference: str
+    tune_seeds: tuple[int, ...]
+    report_seeds: tuple[int, ...]
+    target: Target
+    budget: int
+    evaluate_every: int
+    data: str
+    recipes: dict[str, Any] = field(default_factory=dict)  # arm -> its resolved recipe, as plain data
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The answer to "how many times fewer steps?": the plan, a row an arm, remarks, and every run that it rests on."""
+
+    plan: ComparisonPlan
+    arms: tuple[ArmSummary, ...]
+    notes: tuple[str, ...]
+    runs: tuple[RunRecord, ...]
+    planned_runs: int
+    format_version: int = FORMAT_VERSION
+
+
+# --- what happens while a comparison runs -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ComparisonStarted:
+    name: str
+    planned: int
+    done: int  # found on disk, made by an earlier call
+    metric: str
+
+
+@dataclass(frozen=True)
+class RunBegan:
+    worker: int
+    label: str
+    budget: int
+
+
+@dataclass(frozen=True)
+class RunProgressed:
+    worker: int
+    step: int
+    value: float  # of the target's metric
+
+
+@dataclass(frozen=True)
+class RunEnded:
+    worker: int
+    label: str
+    done: int
+    outcome: str
+
+
+ComparisonEvent = ComparisonStarted | RunBegan | RunProgressed | RunEnded
+
+
+# --- what would be done -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlannedArm:
+    """One arm before it is trained. Sizes are None where only the user's own code could tell."""
+
+    name: str
+    changes: tuple[tuple[str, Any], ...]  # dotted field, value: what differs from the base
+    fixed: tuple[str, ...]
+    parameters: int | None
+    memory_mib: float | None  # estimated: parameters, gradients, optimizer state, activations; without the framework
+    tuning_runs: int
+    report_runs: int
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The outcome of a dry run."""
+
+    name: str
+    fields: tuple[tuple[str, Any, str], ...]  # of the base run: dotted field, value, and where the value came from
+    arms: tuple[PlannedArm, ...]
+    grid: dict[str, tuple[Any, ...]]
+    runs: int
+    steps_at_most: int

@@ -1,0 +1,30 @@
+"""What every result says: where it was made, and how sure a figure is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FORMAT_VERSION = 1  # of every JSON file that holds results; raised when a field changes its meaning
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where a run was made, so that two figures can be told apart later."""
+
+    bncli: str
+    python: str
+    torch: str
+    platform: str
+    processor: str
+    device: str
+    driver: str | None
+    threads: int
+    date: str  # ISO 8601, UTC
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95 % confidence interval. A missing side is open: nothing in the data bounds it."""
+
+    low: float | None
+    high: float | None
