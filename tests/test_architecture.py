@@ -31,7 +31,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "measure": (NOTEBOOKS | {"kernels", "engine", "measure"}, {"torch", "numpy", "scipy"}),
     "report": (RESULTS | {"report"}, {"rich", "matplotlib"}),
-    "cli": (NOTEBOOKS | {"measure", "report", "engine", "kernels"}, {"typer", "rich"}),
+    "cli": (NOTEBOOKS | {"cli", "measure", "report", "engine", "kernels"}, {"typer", "rich"}),
     "__main__": ({"cli"}, set()),
     "__init__": ({"recipe", "engine", "kernels"}, set()),  # the public Python API, loaded when first used
 }

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from bncli.cli import KERNEL_NAMES, main
+from bncli.cli import main
+from bncli.cli.running import KERNEL_NAMES
 from bncli.kernels import KERNELS
 from bncli.recipe.file import load
 from bncli.report.record import result_from_json

@@ -80,14 +80,19 @@ def train(
 
     `stop` is asked after every step. Raises DataError and RecipeError for what cannot be built.
     """
-    for keys, text in shape_contradictions(recipe, dataset.shape, dataset.classes):
-        raise DataError(f"{dotted(keys)}: {text}")  # what only the file could tell; the rest is checked before
-    with _blaming_own_code(recipe):
+    check_fit(recipe, dataset)
+    with blaming_own_code(recipe):
         yield from _train(recipe, dataset, device, name, stop)
 
 
+def check_fit(recipe: Recipe, dataset: Dataset) -> None:
+    """Raises DataError for what only the data's file could tell; the rest of a recipe is checked before."""
+    for keys, text in shape_contradictions(recipe, dataset.shape, dataset.classes):
+        raise DataError(f"{dotted(keys)}: {text}")
+
+
 @contextlib.contextmanager
-def _blaming_own_code(recipe: Recipe) -> Iterator[None]:
+def blaming_own_code(recipe: Recipe) -> Iterator[None]:
     """Turn what the user's own model raises into one sentence with the line that raised it. Raises RunFailed."""
     try:
         yield
@@ -106,7 +111,7 @@ def _blaming_own_code(recipe: Recipe) -> Iterator[None]:
 def _train(
     recipe: Recipe, dataset: Dataset, device: torch.device, name: str, stop: Callable[[], bool]
 ) -> Iterator[Event]:
-    run = _Run(recipe, dataset, device)
+    run = Training(recipe, dataset, device)
     budget, every = recipe.train.steps, recipe.train.evaluate_every
     log_every = min(LOG_EVERY, every)
     yield RunStarted(name, run.device_name, run.parameters, budget, recipe.train.batch_size, run.target)
@@ -173,7 +178,7 @@ class Clock:
         return (step - self._step) * self.batch_size / seconds if seconds > 0 else 0.0
 
 
-class _Run:
+class Training:
     """What one run holds: model, optimizer, data in order, and what it has seen so far."""
 
     def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device) -> None:
@@ -223,7 +228,7 @@ class _Run:
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.recipe.train.precision == "fp16")
 
         def general(x: Tensor, y: Tensor) -> Tensor:
-            with self._autocast():
+            with self.autocast():
                 loss = F.cross_entropy(model(x), y)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
@@ -236,7 +241,8 @@ class _Run:
 
         return general
 
-    def _autocast(self) -> Any:
+    def autocast(self) -> Any:
+        """The context in which the recipe's precision holds."""
         precision = self.recipe.train.precision
         if precision == "fp32":
             return contextlib.nullcontext()
@@ -250,7 +256,7 @@ class _Run:
         right = loss = torch.zeros((), device=self.device)
         count = 0
         for x, y in self.dataset.held_out_batches(EVALUATION_BATCH):
-            with self._autocast():
+            with self.autocast():
                 logits = self.model(x)
             right = right + (logits.argmax(1) == y).sum()
             loss = loss + F.cross_entropy(logits.float(), y, reduction="sum")
@@ -309,12 +315,12 @@ def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         groups.append({"params": spared, "weight_decay": 0.0})
     arguments = section.model_dump(exclude={"kind", "weight_decay_on"})
     kinds: dict[type, type] = {Sgd: torch.optim.SGD, Adam: torch.optim.Adam, AdamW: torch.optim.AdamW}
-    made: torch.optim.Optimizer = _uncompiled(kinds[type(section)])(groups, **arguments)
+    made: torch.optim.Optimizer = uncompiled(kinds[type(section)])(groups, **arguments)
     return made
 
 
 @functools.cache
-def _uncompiled(kind: type) -> type:
+def uncompiled(kind: type) -> type:
     """The same optimizer without wrappers that serve only to compile the optimizer itself.
 
     torch 2.13's import torch._dynamo at the first call, which took 0.75 s beside 1.1 s for torch: `_use_grad` around

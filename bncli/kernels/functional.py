@@ -72,13 +72,13 @@ def batch_norm(
 
 
 def _resolved(kernel: str, device: torch.device) -> kernels.Kernel:
-    """The kernel of that name. Raises Unavailable where it cannot run, which is found out once a GPU."""
+    """The kernel of that name. Raises Unavailable where it cannot run, which is found out once a device."""
     if not torch.compiler.is_compiling():  # a compiler need not see how that is found out
-        (_found if device.type == "cuda" else kernels.get)(kernel, device)
+        _found(kernel, device)
     return kernels.KERNELS[kernel]
 
 
-_found = functools.cache(kernels.get)  # microseconds, which a small batch norm on a GPU would notice
+_found = functools.cache(kernels.get)  # microseconds, which a small batch norm would notice
 
 
 def _values_per_channel(input: Tensor, *per_channel: Tensor | None) -> int:
@@ -86,8 +86,10 @@ def _values_per_channel(input: Tensor, *per_channel: Tensor | None) -> int:
     if input.dim() < 2:
         raise RuntimeError(f"batch norm takes (N, C, *S), not an input of {input.dim()} dimensions")
     channels = input.size(1)
-    for name, tensor in zip(("running_mean", "running_var", "weight", "bias"), per_channel, strict=True):
+    for tensor in per_channel:
         if tensor is not None and tensor.numel() != channels:
+            names = ("running_mean", "running_var", "weight", "bias")
+            name = next(name for name, each in zip(names, per_channel, strict=True) if each is tensor)
             raise RuntimeError(f"{name} has {tensor.numel()} values; the input has {channels} channels")
     return input.numel() // channels if channels else input.size(0)
 

@@ -11,40 +11,55 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bncli.errors import Unavailable
+from bncli.kernels import fused_cpu
 from bncli.kernels.composed import SIGN_IS_ENOUGH, composed_backward
 from bncli.kernels.layout import accumulation, dense, like, sign_bytes
 from bncli.kernels.running import follow
 
 OLDEST_CAPABILITY = (8, 0)  # Triton's own lower end for bfloat16
+# Whether the GPU's kernel runs on CPU tensors too, in Triton's interpreter: for checking it, never for speed. Triton
+# itself reads the variable once, when it is first imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def why_not(device: torch.device | None) -> str | None:
     """Why the fused kernel cannot run on `device` (None: anywhere on this machine), or None where it can.
 
-    On a CPU it runs in Triton's interpreter alone, which TRITON_INTERPRET=1 asks for: right, and far too slow to train.
+    On a GPU it is written in Triton, on a CPU in C, which is compiled here if that has not been done yet. With
+    TRITON_INTERPRET=1 the GPU's kernel runs on the CPU, in Triton's interpreter.
     """
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+    if device.type == "cpu" and not INTERPRETED:
+        return fused_cpu.why_not()
+    if device.type not in ("cpu", "cuda"):
+        return f"it needs a CPU or an NVIDIA GPU, and was asked to run on {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "it is written in Triton, which is not installed (pip install triton)"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if interpreted and not getattr(sys.modules.get("bncli.kernels.fused_cuda"), "INTERPRETED", True):
-        return "Triton was loaded before TRITON_INTERPRET=1 was set; set it before Python starts"
-    if device is None:
-        return None if interpreted or torch.cuda.is_available() else "it needs an NVIDIA GPU, and torch sees none here"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < OLDEST_CAPABILITY and torch.version.hip is None:
             name, (major, minor) = torch.cuda.get_device_name(device), capability
             return f"it needs compute capability 8.0 or later, and {name} has {major}.{minor}"
-        return None
-    if device.type == "cpu" and interpreted:
-        return None
-    return f"it needs an NVIDIA GPU, and was asked to run on {device.type}"
+    elif not getattr(sys.modules.get("bncli.kernels.fused_cuda"), "INTERPRETED", True):
+        return "Triton was loaded before TRITON_INTERPRET=1 was set; set it before Python starts"
+    return None
+
+
+def _launchers(x: Tensor) -> Any:
+    """The module whose forward and backward run on x: Triton's, or what calls the C file."""
+    if x.is_cpu and not INTERPRETED:
+        return fused_cpu
+    from bncli.kernels import fused_launch
+
+    return fused_launch
 
 
 def batch_norm(
@@ -75,24 +90,31 @@ def batch_norm(
     x = dense(x)
     if residual is not None:
         residual = like(residual.to(x.dtype), x)
-    weight, bias = (None if vector is None else vector.contiguous() for vector in (weight, bias))
-    inputs = [tensor for tensor in (x, weight, bias, residual) if tensor is not None]
-    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    keep_signs = differentiable and residual is not None and activation in SIGN_IS_ENOUGH
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    keep_signs = residual is not None and activation in SIGN_IS_ENOUGH and _differentiable(x, weight, bias, residual)
     given_mean, given_var = (each.contiguous() for each in statistics) if statistics is not None else (None, None)
-    arguments = (x, weight, bias, residual, given_mean, given_var, float(eps), activation or "none", keep_signs)
-    eager = _eager(x)
-    inside = running if running is not None and eager and _movable(x, running) else None
-    if eager:
-        y, mean, var = Eager.apply(*arguments, inside)
+    others = (given_mean, given_var, float(eps), activation or "none", keep_signs)
+    inside = None
+    if _eager(x):
+        inside = running if running is not None and _movable(x, running) else None
+        found: list[Tensor] = []
+        y = _apply(x, weight, bias, residual, (*others, inside), found)
+        mean, var = found
     else:
-        y, mean, var, _ = _forward(*arguments)
+        _check_transforms()
+        y, mean, var, _ = _forward(x, weight, bias, residual, *others)
+        mean, var = mean.detach(), var.detach()
     if statistics is not None:
         return y, *statistics
     if running is not None and inside is None:
         running_mean, running_var, momentum = running
-        follow(running_mean, running_var, mean.detach(), var.detach(), x.numel() // x.size(1), momentum)
-    return y, mean.detach(), var.detach()
+        follow(running_mean, running_var, mean, var, x.numel() // x.size(1), momentum)
+    return y, mean, var
+
+
+def _differentiable(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
 
 
 def _check(
@@ -105,14 +127,20 @@ def _check(
 ) -> None:
     """The kernel follows pointers: what does not fit is refused here. A gradient that it cannot give, too."""
     channels = x.size(1)
-    constants = (*(statistics or ()), *(running or ())[:2])
+    constants = (statistics or ()) if running is None else (*(statistics or ()), running[0], running[1])
     for vector in (weight, bias, *constants):
         if vector is not None and vector.numel() != channels:
             raise ValueError(f"a vector of {vector.numel()} values for {channels} channels")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"a residual of shape {tuple(residual.shape)} for x of shape {tuple(x.shape)}")
-    if torch.is_grad_enabled() and any(vector.requires_grad for vector in constants):
-        raise RuntimeError("batch norm is not differentiable in given or running statistics; one requires a gradient")
+    for vector in constants:
+        if vector.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "batch norm is not differentiable in given or running statistics; one requires a gradient"
+            )
+
+
+def _check_transforms() -> None:
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         levels = torch._C._functorch.get_interpreter_stack() or ()
         if any(level.key() == torch._C._functorch.TransformType.Jvp for level in levels):
@@ -131,9 +159,11 @@ def _eager(x: Tensor) -> bool:
 
 
 def _movable(x: Tensor, running: tuple[Tensor, Tensor, float]) -> bool:
-    """Whether the kernel can move these: it counts in float32, and expects no gaps."""
+    """Whether the kernel can move these: it expects no gaps, counts in float32 on a GPU, and in C in theirs alone."""
     mean, var, _ = running
-    return accumulation(x) == torch.float32 and mean.is_contiguous() and var.is_contiguous()
+    wide = accumulation(x)
+    counts = wide == torch.float32 if x.is_cuda or INTERPRETED else mean.dtype == var.dtype == wide
+    return counts and mean.is_contiguous() and var.is_contiguous()
 
 
 # --- forward ------------------------------------------------------------------------------------------------------
@@ -152,8 +182,6 @@ def _forward(
     keep_signs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y like x; the batch's mean and variance (C), empty where they are given; the signs in bits, empty unless kept."""
-    from bncli.kernels import fused_launch
-
     if reason := why_not(x.device):
         raise Unavailable(f"the fused kernel cannot run: {reason}")
     statistics = None if given_mean is None or given_var is None else (given_mean, given_var)
@@ -162,7 +190,9 @@ def _forward(
             x, weight, bias, residual, given_mean, given_var, eps, activation, keep_signs
         )
         return y, mean.fill_(float("nan")), var.fill_(float("nan")), signs
-    y, mean, var, signs = fused_launch.forward(x, weight, bias, residual, statistics, eps, activation, keep_signs)
+    y, mean, var, signs = _launchers(x).forward(x, weight, bias, residual, statistics, eps, activation, keep_signs)
+    if signs is None:
+        signs = x.new_empty(0, dtype=torch.uint8)
     return (y, mean, var, signs) if statistics is None else (y, mean.new_empty(0), var.new_empty(0), signs)
 
 
@@ -190,54 +220,64 @@ def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     mean, var = (mean, var) if given_mean is None else (given_mean, given_var)
     again = None if activation == "none" or keep_signs else residual  # the pre-activation is computed again
     ctx.save_for_backward(x, weight, bias, again, mean, var, signs if keep_signs else None)
-    ctx.eps, ctx.activation, ctx.given = eps, activation, given_mean is not None
-    ctx.has_residual = residual is not None
+    ctx.asked = eps, activation, given_mean is not None, residual is not None
 
 
-def _differentiate(ctx, dy: Tensor, *_):  # type: ignore[no-untyped-def]
+def _differentiate(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    """The gradients of x, weight, bias and residual."""
     x, weight, bias, residual, mean, var, signs = ctx.saved_tensors
-    through = ctx.has_residual and ctx.activation != "none" and ctx.needs_input_grad[3]
+    eps, activation, given, has_residual = ctx.asked
+    wanted = has_residual and ctx.needs_input_grad[3]
     run = _backward if torch.is_grad_enabled() or not _eager(dy) else _run_backward
     dx, dweight, dbias, dresidual = run(
-        like(dy, x), x, weight, bias, residual, mean, var, signs, ctx.eps, ctx.activation, ctx.given, through
+        like(dy, x),
+        x,
+        weight,
+        bias,
+        residual,
+        mean,
+        var,
+        signs,
+        eps,
+        activation,
+        given,
+        wanted and activation != "none",
     )
-    if ctx.activation == "none":
+    if activation == "none":
         dresidual = dy
-    return (
-        dx,
-        None if weight is None else dweight,
-        None if bias is None else dbias,
-        dresidual if ctx.has_residual and ctx.needs_input_grad[3] else None,
-        *(None,) * 5,
-    )
+    return dx, None if weight is None else dweight, None if bias is None else dbias, dresidual if wanted else None
 
 
-_forward.register_autograd(_differentiate, setup_context=_remember)
+_forward.register_autograd(lambda ctx, dy, *_: (*_differentiate(ctx, dy), *(None,) * 5), setup_context=_remember)
 
 
 class Eager(torch.autograd.Function):
-    """The same without the dispatcher. Where backward is to be differentiated itself, it is the operator again."""
+    """The same without the dispatcher. Where backward is to be differentiated itself, it is the operator again.
+
+    `asked` holds the operator's other arguments and (a mean, a variance, a momentum) to move, or None. `statistics`, a
+    list, takes the mean and variance that were used: as outputs they would cost gradients of their own.
+    """
 
     @staticmethod
-    def forward(ctx, *arguments):  # type: ignore[no-untyped-def]
-        from bncli.kernels import fused_launch
-
-        *inputs, running = arguments
-        x, weight, bias, residual, given_mean, given_var, eps, activation, keep_signs = inputs
-        statistics = None if given_mean is None else (given_mean, given_var)
-        output = fused_launch.forward(
-            x, weight, bias, residual, statistics, eps, activation, keep_signs, running=running
-        )
+    def forward(ctx, x, weight, bias, residual, asked, statistics):  # type: ignore[no-untyped-def]
+        *others, running = asked
+        given_mean, given_var, eps, activation, keep_signs = others
+        given = None if given_mean is None else (given_mean, given_var)
+        output = _launchers(x).forward(x, weight, bias, residual, given, eps, activation, keep_signs, running=running)
         if running is not None:  # who saved them for a backward of their own must learn that they moved
             torch.autograd.graph.increment_version(running[:2])
-        _remember(ctx, inputs, output)
-        y, mean, var, _ = output
-        ctx.mark_non_differentiable(mean, var)
-        return y, mean, var
+        _remember(ctx, (x, weight, bias, residual, *others), output)
+        ctx.set_materialize_grads(False)
+        statistics += output[1:3]
+        return output[0]
 
     @staticmethod
-    def backward(ctx, dy, *_):  # type: ignore[no-untyped-def]
-        return (*_differentiate(ctx, dy), None)
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        return (*(_differentiate(ctx, dy) if dy is not None else (None,) * 4), None, None)
+
+
+# Function.apply itself, without what it does first for tensors of torch.func: `_eager` has seen that there are none.
+_apply = super(torch.autograd.Function, Eager).apply
 
 
 # --- backward -----------------------------------------------------------------------------------------------------
@@ -256,10 +296,8 @@ def _run_backward(
     activation: str,
     given: bool,
     residual_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx like x, dweight and dbias (C), dresidual like x or empty."""
-    from bncli.kernels import fused_launch
-
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dx like x, dweight and dbias (C), dresidual like x if it is asked for."""
     if x.numel() == 0:
         return tuple(
             each.zero_()
@@ -267,12 +305,32 @@ def _run_backward(
                 dy, x, weight, bias, residual, mean, var, signs, eps, activation, given, residual_gradient
             )
         )
-    return fused_launch.backward(
+    found: tuple[Tensor, Tensor, Tensor, Tensor | None] = _launchers(x).backward(
         dy, x, weight, bias, residual, (mean, var), signs, eps, activation, given, residual_gradient
     )
+    return found
 
 
-_backward = torch.library.custom_op("bncli::fused_batch_norm_backward", _run_backward, mutates_args=())
+@torch.library.custom_op("bncli::fused_batch_norm_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    signs: Tensor | None,
+    eps: float,
+    activation: str,
+    given: bool,
+    residual_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx like x, dweight and dbias (C), dresidual like x or empty: an operator returns tensors alone."""
+    dx, dweight, dbias, dresidual = _run_backward(
+        dy, x, weight, bias, residual, mean, var, signs, eps, activation, given, residual_gradient
+    )
+    return dx, dweight, dbias, x.new_empty(0) if dresidual is None else dresidual
 
 
 @_backward.register_fake

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bncli.kernels import fused_cuda
-from bncli.kernels.layout import accumulation, is_rows, sign_bytes, sizes
+from bncli.kernels.layout import accumulation, is_rows, rows_of_dense, sign_bytes, sizes
 from bncli.kernels.plan import Plan, Processors, plan
 
 HOPPER = (9, 0)  # from here on a team meets at a barrier in memory; before, two launches
@@ -149,8 +149,7 @@ def prepared(
 ) -> Prepared:
     """For a dense x (N, C, *S). cut: another plan than the best one. Raises ValueError for an x with gaps."""
     x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-    if not (x.is_contiguous() or is_rows(x)):
-        raise ValueError(f"x is neither contiguous nor channels last: shape {tuple(shape)}, strides {stride}")
+    rows_of_dense(x)
     _, channels, positions = sizes(x)
     cut = cut or plan_for(x, processors(device), backward=backward, given=given)
     units = (positions if cut.planes else channels) // cut.unit

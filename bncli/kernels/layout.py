@@ -11,7 +11,19 @@ def is_rows(x: Tensor) -> bool:
 
     A single channel lies both ways, and is better taken as planes.
     """
-    return x.size(1) > 1 and x.movedim(1, -1).is_contiguous()
+    if x.size(1) == 1:
+        return False
+    if x.dim() == 4:  # the same as below in a tenth of the time
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.is_contiguous() if x.dim() == 2 else x.movedim(1, -1).is_contiguous()
+
+
+def rows_of_dense(x: Tensor) -> bool:
+    """`is_rows`, for a kernel that follows pointers. Raises ValueError for an x with gaps."""
+    rows = is_rows(x)
+    if not (rows or x.is_contiguous()):
+        raise ValueError(f"x is neither contiguous nor channels last: strides {x.stride()} for {tuple(x.shape)}")
+    return rows
 
 
 def dense(x: Tensor) -> Tensor:

@@ -179,17 +179,18 @@ def interleaved(
     *,
     cold: bool = True,
     deadline: Deadline | None = None,
+    fewest: int = FEWEST_ROUNDS,
     order: random.Random | None = None,
 ) -> dict[str, tuple[float, ...]]:
     """Milliseconds per call, a sample a round of every work, whose order is drawn anew each round.
 
-    Fewer rounds than asked for, but at least FEWEST_ROUNDS, once `deadline` has passed. Warm up before: the first call
-    of a kernel may compile it.
+    Fewer rounds than asked for, but at least `fewest` of them, once `deadline` has passed. Warm up before: the first
+    call of a kernel may compile it.
     """
     order = order or random.Random(0)
     found: dict[str, list[float]] = {name: [] for name in works}
     for done in range(rounds):
-        if deadline is not None and deadline.passed and done >= FEWEST_ROUNDS:
+        if deadline is not None and deadline.passed and done >= fewest:
             break
         read = {name: clock.sample(works[name], cold) for name in order.sample(list(works), len(works))}
         clock.wait()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from bncli.kernels import fused
 from bncli.measure import gradient_tolerances as tolerances
 from bncli.measure.gradient_cases import Case, Inputs, inputs
 from bncli.measure.gradient_quantities import Observation, observe, quantities
@@ -32,7 +33,7 @@ class Setting:
     @property
     def interpreted(self) -> bool:
         """Whether Triton's interpreter runs in place of a GPU."""
-        return self.subject.name == "fused" and self.device.type == "cpu"
+        return self.subject.name == "fused" and self.device.type == "cpu" and fused.INTERPRETED
 
     @property
     def tolerance(self) -> str:

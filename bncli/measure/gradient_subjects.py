@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from bncli import kernels
 from bncli.engine.model import factory
 from bncli.engine.own_code import imported
 from bncli.errors import RecipeError
-from bncli.kernels import functional
+from bncli.kernels import functional, fused
 from bncli.recipe.sections import GroupNorm, InstanceNorm, LayerNorm
 
 GROUPS = 2  # of the group norm that is checked
@@ -67,8 +66,6 @@ def subject(kernel: str, norm: str, device: torch.device, allow_code: bool) -> S
     if kernel not in kernels.KERNELS:
         known = ", ".join(kernels.KERNELS)
         raise RecipeError(f"--kernel {kernel}: expected one of {known}, or your own as package.module:function")
-    if kernel == "fused" and device.type == "cpu":
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before the kernel is
     kernels.get(kernel, device)
     return Subject(kernel, norm, _by_name(kernel), _what_runs(kernel, device))
 
@@ -76,9 +73,11 @@ def subject(kernel: str, norm: str, device: torch.device, allow_code: bool) -> S
 def _what_runs(kernel: str, device: torch.device) -> str:
     if kernel == "native":
         return "torch's own operator"
-    if device.type == "cpu":
-        return "Triton's interpreter on the CPU: correctness, not speed"
-    return "Triton kernels on the GPU"
+    if device.type != "cpu":
+        return "Triton kernels on the GPU"
+    if fused.INTERPRETED:
+        return "the GPU's kernel in Triton's interpreter: correctness, not speed"
+    return "C, compiled for this CPU; TRITON_INTERPRET=1 checks the GPU's kernel instead"
 
 
 def _by_name(kernel: str | kernels.Kernel) -> Forward:

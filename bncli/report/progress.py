@@ -14,6 +14,10 @@ from bncli.results import (
     ComparisonStarted,
     Evaluated,
     Event,
+    Measuring,
+    ProfileEvent,
+    ProfileStarted,
+    RowDone,
     RunBegan,
     RunEnded,
     RunProgressed,
@@ -127,3 +131,37 @@ class CompareProgress(_Sink):
             self.line(f"{event.done}/{self.planned} {event.label}: {event.outcome}", failed)
             if failed and self.live:
                 self.console.print(f"{event.label}: {event.outcome}", markup=False, soft_wrap=True)
+
+
+class ProfileProgress(_Sink):
+    """How much of a profile is done, what is measured now, and the time left; off a terminal a row now and then."""
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=None),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[label]}", markup=False, style="dim"),
+        TimeRemainingColumn(compact=True),
+    )
+
+    def __call__(self, event: ProfileEvent) -> None:
+        if isinstance(event, ProfileStarted):
+            self.planned, self.done, self.fraction, self._began = event.planned, 0, 0.0, monotonic()
+            self.task = self.bar.add_task(event.what, total=1.0, label="")
+            self.line(f"{event.what}: {event.planned} row{'s' * (event.planned != 1)} to measure", True)
+        elif isinstance(event, Measuring):
+            self.fraction = min(max(event.fraction, self.fraction), 1.0)  # a plan that grows does not turn a bar back
+            self.bar.update(self.task, completed=self.fraction, label=event.label)
+            self.line(f"{self.done}/{self.planned} rows, {self.fraction:.0%}{self._left()}: {event.label}")
+        elif isinstance(event, RowDone):
+            self.done += 1
+            if getattr(event.row, "wrong", False):
+                row = event.row
+                self.line(f"{self.done}/{self.planned} {row.kernel}: wrong: {row.error}", True)
+
+    def _left(self) -> str:
+        """In words, as long as what is left takes as long as what was done, share by share."""
+        if not self.fraction:
+            return ""
+        seconds = (monotonic() - self._began) * (1 - self.fraction) / self.fraction
+        return f", about {seconds:,.0f} s left"

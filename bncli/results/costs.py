@@ -150,6 +150,7 @@ class StepCost:
     faster: Faster | None  # over the same arm and mode with the native kernel
     norms: str | None  # what the norm layers are: how many, how many fused, with what
     error: str | None = None
+    wrong: bool = False  # whether the error is a wrong result, not something that is missing here
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,12 @@ from bncli import errors, kernels
 from bncli.engine import device as devices
 from bncli.measure import clock as timing
 from bncli.measure.clock import Clock, Deadline
+from bncli.measure.shapes import Calls, read_csv
 from tests.benchmarks import kernels_correctness, kernels_environment, kernels_sections
 from tests.benchmarks.kernels_pool import Pool
 from tests.benchmarks.kernels_report import Report
 from tests.benchmarks.kernels_sections import Run
-from tests.benchmarks.kernels_sweep import Calls, read_shapes, sweep
+from tests.benchmarks.kernels_sweep import sweep
 
 # Section -> its share of the time; what one leaves over goes to those after it.
 SHARES = {"correctness": 0.30, "copy": 0.03, "layers": 0.36, "small": 0.06, "resnet": 0.25, "sweep": 0.40}
@@ -101,7 +102,7 @@ def run_of(options: argparse.Namespace, report: Report) -> tuple[Run, list[str],
     if device.type not in ("cpu", "cuda"):
         raise errors.Unavailable(f"--device {device}: there is no fused kernel for it; use cuda or cpu")
     names = sections_of(options)
-    shapes = read_shapes(options.shapes) if options.shapes else []
+    shapes = list(read_csv(options.shapes)) if options.shapes else []
     candidate = candidate_of(options, device)
     cuda = device.type == "cuda"
     if cuda:

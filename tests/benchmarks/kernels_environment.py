@@ -60,30 +60,6 @@ def clocks(device: torch.device) -> str:
     )
 
 
-def native_backend(case: Case, device: torch.device) -> str:
-    """Which of torch's batch norms runs as `native` on that case."""
-    select = getattr(torch._C, "_select_batch_norm_backend", None)
-    inputs = cases.make(case, device)
-    vectors = (inputs.weight, inputs.bias, inputs.running_mean, inputs.running_var)
-    if select is None or None in vectors:
-        return "unknown"
-    return str(select(inputs.x, *vectors, case.training, cases.EPS)).rsplit(".", 1)[-1]
-
-
-def plan_words(case: Case, device: torch.device) -> str:
-    """How the fused kernel cuts the case, forward and backward; `unknown` where there is no plan to ask."""
-    if device.type != "cuda" or case.layout == "strided":
-        return "unknown"
-    try:
-        from bncli.kernels.fused_launch import plan_for
-
-        x = cases.laid_out(torch.empty(case.shape, dtype=cases.DTYPES[case.dtype], device=device), case.layout)
-        given = not case.training
-        return f"forward: {plan_for(x, given=given)}; backward: {plan_for(x, backward=True, given=given)}"
-    except (ImportError, AttributeError, TypeError, ValueError) as error:  # a word beside a figure; the figure stands
-        return f"unknown ({error})"
-
-
 def copy_samples(size_bytes: int, device: torch.device, clock: Clock, rounds: int) -> tuple[int, tuple[float, ...]]:
     """Bytes that a copy of a tensor of that size moves, and its times in ms, cold."""
     work, moved_bytes = timing.copy_work(size_bytes, device)

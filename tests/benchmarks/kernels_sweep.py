@@ -2,57 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from bncli.errors import RecipeError
 from bncli.measure import clock as timing
 from bncli.measure.clock import Deadline
+from bncli.measure.shapes import Calls
 from bncli.results import Case
 from tests.benchmarks import kernels_sections as sections
 from tests.benchmarks import kernels_speed as speed
 from tests.benchmarks.kernels_sections import Run
 from tests.benchmarks.kernels_speed import Target
-
-
-@dataclass(frozen=True)
-class Calls:
-    """A shape that networks call batch norm on, and how often."""
-
-    shape: tuple[int, ...]
-    calls: int
-
-
-def read_shapes(file: Path) -> list[Calls]:
-    """The most called first. Columns n, c, spatial (like 14x14, or empty) and calls; others are ignored.
-
-    Raises RecipeError with the file, the line and what is wrong there.
-    """
-    if not file.is_file():
-        raise RecipeError(f"--shapes {file}: there is no such file")
-    found, mistakes = [], []
-    with file.open(newline="") as lines:
-        rows = csv.DictReader(lines)
-        missing = {"n", "c", "spatial", "calls"} - set(rows.fieldnames or ())
-        if missing:
-            raise RecipeError(f"--shapes {file}: its first line lacks the columns {', '.join(sorted(missing))}")
-        for row in rows:
-            try:
-                positions = [int(size) for size in row["spatial"].split("x")] if row["spatial"] else []
-                shape, calls = (int(row["n"]), int(row["c"]), *positions), int(row["calls"])
-                if min(*shape, calls) < 1:
-                    raise ValueError
-                found.append(Calls(shape, calls))
-            except ValueError:
-                mistakes.append(
-                    f"--shapes {file}, line {rows.line_num}: n, c, spatial and calls are whole numbers above 0"
-                )
-    if mistakes:
-        raise RecipeError(*mistakes[:5])
-    return sorted(found, key=lambda row: -row.calls)
 
 
 @dataclass(frozen=True)

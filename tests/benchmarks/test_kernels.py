@@ -411,18 +411,6 @@ def test_a_sweep_weighs_each_shape_by_its_calls() -> None:
     assert found.geometric_mean == pytest.approx(2.0**0.8 * 0.95**0.15 * 0.5**0.05)
 
 
-def test_shapes_are_read_with_the_most_called_first_and_mistakes_named_by_line(tmp_path: Path) -> None:
-    file = tmp_path / "shapes.csv"
-    file.write_text("n,c,spatial,calls\n32,64,7x7,3\n8,100,,9\n")
-    assert kernels_sweep.read_shapes(file) == [kernels_sweep.Calls((8, 100), 9), kernels_sweep.Calls((32, 64, 7, 7), 3)]
-    file.write_text("n,c,spatial,calls\n32,64,7x7,3\n8,0,,9\n")
-    with pytest.raises(errors.RecipeError, match="line 3"):
-        kernels_sweep.read_shapes(file)
-    file.write_text("n,c\n1,2\n")
-    with pytest.raises(errors.RecipeError, match="calls, spatial"):
-        kernels_sweep.read_shapes(file)
-
-
 def test_the_networks_batch_norms_are_those_that_are_checked_before_it_is_timed() -> None:
     """Shapes met in a real forward pass of the full network, without its arithmetic."""
     met = set()

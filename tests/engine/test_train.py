@@ -17,7 +17,7 @@ from torch import nn
 from bncli.engine import data
 from bncli.engine.splits import Batch, InMemory, order
 from bncli.engine.steps import crossing
-from bncli.engine.train import Clock, _Run, learning_rate_factor, optimizer, train
+from bncli.engine.train import Clock, Training, learning_rate_factor, optimizer, train
 from bncli.errors import DataError
 from bncli.recipe.sections import Recipe
 from bncli.results import Evaluated, Event, RunFinished, RunResult, RunStarted, StepDone
@@ -113,7 +113,7 @@ def test_lsuv_sees_examples_of_every_class_even_of_a_sorted_file(tmp_path: Path)
     np.savez(tmp_path / "sorted.npz", x=np.eye(3, dtype=np.float32)[y], y=y)
     npz = {"source": "npz", "path": str(tmp_path / "sorted.npz"), "held_out": 10}
     recipe = tiny(data=npz, model={"kind": "mlp", "hidden": [4], "init": {"kind": "lsuv"}})
-    sample = _Run(recipe, data.load(recipe.data, CPU), CPU)._sample(500)
+    sample = Training(recipe, data.load(recipe.data, CPU), CPU)._sample(500)
     assert sample.shape == (500, 3)
     assert (sample.sum(0) > 100).all()
 
@@ -170,7 +170,7 @@ def test_the_loop_computes_what_a_hand_written_loop_computes() -> None:
 def test_evaluation_uses_the_running_statistics_and_changes_no_buffer() -> None:
     recipe = tiny()
     dataset = data.load(recipe.data, CPU)
-    one = _Run(recipe, dataset, CPU)
+    one = Training(recipe, dataset, CPU)
     for _ in range(3):
         one.step(*next(one.batches))
     before = {name: value.clone() for name, value in one.model.state_dict().items()}

@@ -7,13 +7,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from bncli.kernels import fused
+
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """The device on which the fused kernel can run here."""
+    """The device on which the GPU's fused kernel can run here."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(fused, "INTERPRETED", True)
     return torch.device("cpu")
 
 

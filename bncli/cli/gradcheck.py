@@ -1,0 +1,100 @@
+"""`bncli gradcheck`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+
+import typer
+
+from bncli.cli.options import AllowCode, Device, Json, Quiet
+from bncli.cli.running import StopSignal, check_kernel_name, loaded_all, print_result
+from bncli.errors import CHECK_FAILED, INTERRUPTED, RecipeError
+
+if TYPE_CHECKING:
+    from bncli.results import CheckGroup, Effort, Gradcheck
+
+
+def gradcheck(
+    kernel: Annotated[
+        str, typer.Option(metavar="KERNEL", help="native, fused, or package.module:function (your own).")
+    ] = "native",
+    norm: Annotated[Literal["batch", "layer", "group", "instance"], typer.Option(help="The norm to check.")] = "batch",
+    device: Device = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases: at most 15 s on 2 cores.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="All cases, and how each tolerance is derived.")] = False,
+    only: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="CASE", help="Run the cases of this name alone.", show_default=False),
+    ] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Show what ignoring the mean's gradient does to a bias, and check nothing.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    allow_code: AllowCode = False,
+) -> None:
+    """Check a kernel's gradients, path by path, against float64.
+
+    Example: bncli gradcheck --quick
+    """
+    if quick and full:
+        raise RecipeError("--quick and --full: choose one, or neither for the checks in between")
+    if demo:
+        changed = {"--kernel": kernel != "native", "--norm": norm != "batch", "--device": device != "auto"}
+        given = {**changed, "--quick": quick, "--full": full, "--only": only, "--allow-code": allow_code}
+        if idle := [option for option, value in given.items() if value]:
+            raise RecipeError(f"{', '.join(idle)}: nothing is checked with --demo, so that would have no effect")
+        _show_demo(json)
+        return
+    check_kernel_name(kernel, allow_code)
+    effort: Effort = "quick" if quick else "full" if full else "default"
+    groups: list[CheckGroup] = []
+    try:
+        result = _run_gradcheck(
+            groups, quiet, kernel=kernel, norm=norm, device=device, effort=effort, only=only, allow_code=allow_code
+        )
+    except KeyboardInterrupt as stopped:
+        _show_interrupted(groups, kernel, json)
+        raise typer.Exit(getattr(stopped, "exit_code", INTERRUPTED)) from None  # Typer would make any of them 130
+    from bncli.report import gradients
+
+    print_result(gradients.to_json(result) if json else gradients.GradcheckReport(result))
+    if not gradients.passed(result):
+        raise typer.Exit(CHECK_FAILED)
+
+
+def _run_gradcheck(groups: list[CheckGroup], quiet: bool, **asked: Any) -> Gradcheck:
+    """The result of what is asked of `gradcheck.run`, each group put into `groups` as soon as it is finished."""
+    from bncli.report.gradients import GradcheckProgress
+
+    # What a user's kernel prints must not get between the lines of a result.
+    with StopSignal(at_once=True), GradcheckProgress(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
+        from bncli.measure import gradcheck
+        from bncli.results import CheckGroup
+
+        loaded_all()
+        for found in gradcheck.run(**asked):
+            if isinstance(found, CheckGroup):
+                groups.append(found)
+                progress(found)
+            else:
+                result = found
+    return result
+
+
+def _show_interrupted(groups: list[CheckGroup], kernel: str, as_json: bool) -> None:
+    from bncli.report import gradient_tables, gradients
+
+    print_result(
+        gradients.interrupted_to_json(groups) if as_json else gradient_tables.interrupted_table(groups, kernel)
+    )
+
+
+def _show_demo(as_json: bool) -> None:
+    from bncli.measure.gradient_paths import bias_demo
+    from bncli.report import gradient_tables, gradients
+
+    steps = bias_demo()
+    print_result(gradients.demo_to_json(steps) if as_json else gradient_tables.demo_table(steps))

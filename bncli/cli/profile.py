@@ -1,0 +1,322 @@
+"""`bncli profile`: the kernel view, or with a recipe or a model the step view."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from bncli.cli.options import MOST_THREADS, AllowCode, Device, Json, Quiet, Set
+from bncli.cli.running import StopSignal, check_kernel_name, loaded_all, print_result, say
+from bncli.errors import CHECK_FAILED, INTERRUPTED, UNAVAILABLE, RecipeError
+
+if TYPE_CHECKING:
+    import torch
+
+    from bncli.measure.kernel_costs import KernelRun
+    from bncli.measure.shapes import Calls
+    from bncli.measure.step_costs import StepRun
+    from bncli.results import Gate, KernelProfile, StepProfile
+
+KERNELS = ("native", "fused", "compiled", "apex", "inplace_abn", "flag_gems")  # that can be named
+SHAPE_SETS = ("resnet20", "resnet50", "inception", "mlp")  # those of bncli.measure.shapes
+SECONDS, QUICK_SECONDS = 45.0, 9.0  # of measuring; the rest is loading torch and checking
+
+
+def profile(
+    recipe: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="[RECIPE]", help="A YAML recipe, for the step view; without one the kernel view."),
+    ] = None,
+    sets: Set = None,
+    arm: Annotated[Optional[str], typer.Option(help="The step view of this arm of the recipe alone.")] = None,  # noqa: UP045
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="MODULE:FUNCTION", help="The step view of your own model (with --input, --allow-code)."),
+    ] = None,
+    inputs: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--input", metavar="BxCxHxW", help="The shape of --model's input, with the batch."),
+    ] = None,
+    device: Device = "auto",
+    kernel: Annotated[
+        str, typer.Option(metavar="KERNELS", help=f"Of {', '.join(KERNELS)}, package.module:function.")
+    ] = "native,fused",
+    operation: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="OPERATIONS", help="Of bn, bn+relu, bn+add+relu, ...  [default: what the model does]"),
+    ] = None,
+    dtype: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="DTYPES", help="Of fp32, bf16, fp16, fp64.  [default: fp32, on a GPU bf16]"),
+    ] = None,
+    layout: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="LAYOUTS", help="Of contiguous, channels_last.  [default: both]"),
+    ] = None,
+    shapes: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="SET", help=f"{', '.join(SHAPE_SETS)}, or a CSV file.  [default: resnet20, on a GPU resnet50]"
+        ),
+    ] = None,
+    shape: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="NxCxHxW", help="A shape of your own; may be repeated."),
+    ] = None,
+    batch: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="The batch of a set of shapes.  [default: the set's own]", show_default=False),
+    ] = None,
+    warm: Annotated[bool, typer.Option("--warm", help="Do not flush the cache before each sample.")] = False,
+    threads: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, max=MOST_THREADS, help="CPU threads.  [default: torch's choice]", show_default=False),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer samples: at most 15 s on 2 cores.")] = False,
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE.svg|png", help="Draw the costs beside their ceilings (needs bncli[plot])."),
+    ] = None,
+    trace: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE.json", help="Write a Chrome trace of a training step (step view)."),
+    ] = None,
+    json: Json = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of a table.")] = False,
+    baseline: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE.json", help="Hold each ratio to native to that of a saved --json."),
+    ] = None,
+    fail_above: Annotated[
+        float, typer.Option(metavar="RATIO", help="With --baseline: how many times slower is a regression (exit 1).")
+    ] = 1.10,
+    quiet: Quiet = False,
+    allow_code: AllowCode = False,
+) -> None:
+    """What batch norm costs in time and memory, beside what the machine can do.
+
+    Example: bncli profile --shapes resnet50 --plot costs.svg
+    """
+    of_steps = recipe is not None or model is not None
+    _check_views(
+        of_steps,
+        {"--operation": operation, "--dtype": dtype, "--layout": layout, "--shapes": shapes, "--shape": shape,
+         "--batch": batch, "--warm": warm},
+        {"--set": sets, "--arm": arm, "--input": inputs, "--trace": trace},
+    )  # fmt: skip
+    if json + csv + markdown > 1:
+        raise RecipeError("--json, --csv and --markdown: choose one, the result is printed once")
+    if not (math.isfinite(fail_above) and fail_above > 1):
+        raise RecipeError(f"--fail-above {fail_above}: expected more than 1, as in 1.10 for a tenth slower")
+    if csv and baseline:
+        raise RecipeError("--csv with --baseline: the verdicts have no place in the CSV; use --json or --markdown")
+    kernels = _listed(kernel)
+    for name in kernels:
+        check_kernel_name(name, allow_code, KERNELS)
+    _check_model(recipe, model, inputs, sets, arm, allow_code)
+    earlier = _prepare(plot, trace, baseline, of_steps)
+    seconds = QUICK_SECONDS if quick else SECONDS
+    asked: dict[str, Any] = {"kernels": kernels, "seconds": seconds}
+    with StopSignal(at_once=True), contextlib.redirect_stdout(sys.stderr):  # what a user's code prints is no result
+        place = _place(device, threads)
+        loaded_all()
+        run: KernelRun | StepRun
+        if of_steps:
+            run = _step_run(recipe, sets, arm, model, inputs, place, trace, allow_code, asked)
+        else:
+            axes = (operation, dtype, layout)
+            run = _kernel_run(place, axes, _chosen(shapes, shape, batch, place), not warm, allow_code, asked)
+        stopped = _measure(run, quiet)
+    result = run.result()
+    gate = None
+    if earlier is not None and result.rows:
+        from bncli.measure import baseline as baselines
+
+        gate = baselines.gate(result, earlier, fail_above)
+    _show(result, gate, earlier, "json" if json else "csv" if csv else "markdown" if markdown else "table")
+    if plot and result.rows:
+        from bncli.report import roofline
+
+        roofline.draw(result, plot)
+        say(f"Drawn in {plot}", quiet)
+    if trace and trace.exists():
+        say(f"Traced in {trace}: open it at https://ui.perfetto.dev", quiet)
+    code = stopped or _exit_code(result, gate)
+    if code:
+        raise typer.Exit(code)
+
+
+def _check_views(of_steps: bool, of_kernel_view: dict[str, Any], of_step_view: dict[str, Any]) -> None:
+    given = of_kernel_view if of_steps else of_step_view
+    if idle := [option for option, value in given.items() if value]:
+        of_kernels, of_a_step = "the kernel view: leave the recipe or --model away", "the step view: give a recipe"
+        raise RecipeError(f"{', '.join(idle)} belongs to {of_kernels if of_steps else of_a_step}")
+
+
+def _check_model(
+    recipe: str | None, model: str | None, inputs: str | None, sets: list[str] | None, arm: str | None, allow_code: bool
+) -> None:
+    if model is None:
+        return
+    if recipe is not None:
+        raise RecipeError(f"{recipe} and --model {model}: give one of them")
+    if sets or arm:
+        raise RecipeError("--set and --arm change a recipe; with --model there is none")
+    if inputs is None:
+        raise RecipeError(f"--model {model}: give its input's shape too, as in --input 32x3x224x224")
+    if not allow_code:
+        raise RecipeError(f"--model {model} is code of yours that would run; allow it with --allow-code")
+
+
+def _prepare(
+    plot: Path | None, trace: Path | None, baseline: Path | None, of_steps: bool
+) -> KernelProfile | StepProfile | None:
+    """The baseline, if one is named. Refuses before any work what could not be read, or written, after it."""
+    from bncli.report.record import check_writable
+
+    if plot:
+        from bncli.report.plots import check_path
+
+        check_path(plot)
+    for file in (plot, trace):
+        if file:
+            check_writable(file)
+    if baseline is None:
+        return None
+    from bncli.report.cost_exports import load
+    from bncli.results import StepProfile
+
+    earlier = load(baseline)
+    if isinstance(earlier, StepProfile) != of_steps:
+        holds, asks = ("kernels", "a step") if of_steps else ("a step", "kernels")
+        raise RecipeError(f"--baseline {baseline}: it holds the profile of {holds}, and this is one of {asks}")
+    return earlier
+
+
+def _place(device: str, threads: int | None) -> torch.device:
+    from bncli.engine.device import resolve
+
+    place = resolve(device)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    return place
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _chosen(shapes: str | None, own: list[str] | None, batch: int | None, place: torch.device) -> Sequence[Calls]:
+    from bncli.measure.shapes import Calls, parse, read_csv, shape_set
+
+    found = [Calls(parse(text), 1) for text in own or ()]
+    cuda = place.type == "cuda"
+    name = shapes or (None if own else "resnet50" if cuda else "resnet20")
+    if name is None:
+        if batch:
+            raise RecipeError("--batch: a --shape holds its own batch, its first number")
+        return found
+    if name.endswith(".csv"):
+        if batch:
+            raise RecipeError(f"--batch: {name} holds its own")
+        return [*found, *read_csv(Path(name))]
+    return [*found, *shape_set(name, cuda=cuda, batch=batch)]
+
+
+def _kernel_run(
+    place: torch.device,
+    axes: tuple[str | None, str | None, str | None],
+    shapes: Sequence[Calls],
+    cold: bool,
+    allow_code: bool,
+    asked: dict[str, Any],
+) -> KernelRun:
+    from bncli.measure.kernel_costs import KernelRun
+    from bncli.measure.kernel_plan import Asked
+
+    operation, dtype, layout = axes
+    return KernelRun(
+        Asked(
+            operations=_listed(operation or ""),
+            dtypes=_listed(dtype or ("bf16" if place.type == "cuda" else "fp32")),
+            layouts=_listed(layout or "contiguous,channels_last"),
+            shapes=tuple(shapes),
+            cold=cold,
+            allow_code=allow_code,
+            **asked,
+        ),
+        place,
+    )
+
+
+def _step_run(
+    recipe: str | None,
+    sets: list[str] | None,
+    arm: str | None,
+    model: str | None,
+    inputs: str | None,
+    place: torch.device,
+    trace: Path | None,
+    allow_code: bool,
+    asked: dict[str, Any],
+) -> StepRun:
+    from bncli.measure.step_costs import StepRun
+
+    if model is not None:
+        from bncli.measure.shapes import parse
+        from bncli.measure.step_own import OwnSubject
+
+        return StepRun(model, [OwnSubject(model, parse(inputs or ""))], place, trace=trace, **asked)
+    from bncli.measure.step_recipes import subjects_of
+    from bncli.recipe.file import load
+
+    loaded = load(recipe or "", sets or (), allow_code=allow_code)
+    return StepRun(loaded.name, subjects_of(loaded, arm), place, trace=trace, **asked)
+
+
+def _measure(run: KernelRun | StepRun, quiet: bool) -> int:
+    """Run it, showing how far it is. The exit code of a signal that ended it before its time, or 0."""
+    from bncli.report.progress import ProfileProgress
+
+    try:
+        with ProfileProgress(quiet) as progress:
+            for event in run.events():
+                progress(event)
+    except KeyboardInterrupt as stopped:
+        return getattr(stopped, "exit_code", INTERRUPTED)
+    return 0
+
+
+def _show(result: Any, gate: Gate | None, earlier: Any, form: str) -> None:
+    from bncli.report import cost_exports
+
+    if form == "csv":
+        print_result(cost_exports.to_csv(result))
+    elif form == "table":
+        from bncli.report.cost_tables import KernelReport
+        from bncli.report.gate_tables import GateReport
+        from bncli.report.step_tables import StepReport
+        from bncli.results import StepProfile
+
+        print_result(StepReport(result) if isinstance(result, StepProfile) else KernelReport(result))
+        if gate is not None:
+            print_result(GateReport(gate, result, earlier))
+    else:
+        print_result({"json": cost_exports.to_json, "markdown": cost_exports.to_markdown}[form](result, gate))
+
+
+def _exit_code(result: KernelProfile | StepProfile, gate: Gate | None) -> int:
+    """1 for a wrong result or a regression, 3 where nothing but native could run though more was asked for."""
+    if any(row.wrong for row in result.rows) or (gate is not None and gate.regressed):
+        return CHECK_FAILED
+    others = [row for row in result.rows if row.kernel not in (None, "native")]
+    return UNAVAILABLE if others and all(row.error is not None for row in others) else 0

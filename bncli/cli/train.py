@@ -1,0 +1,96 @@
+"""`bncli train`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from bncli.cli.options import MOST_THREADS, AllowCode, Device, DryRun, Json, Quiet, Recipe_, RequireTarget, Set
+from bncli.cli.running import StopSignal, loaded_all, print_result, say, show_plan
+from bncli.errors import CHECK_FAILED, DIVERGED, RecipeError
+
+if TYPE_CHECKING:
+    from bncli.recipe.file import Arm, Loaded
+
+
+def train(
+    recipe: Recipe_,
+    sets: Set = None,
+    arm: Annotated[Optional[str], typer.Option(help="Train this arm of the recipe instead of its base.")] = None,  # noqa: UP045
+    device: Device = "auto",
+    threads: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, max=MOST_THREADS, help="CPU threads.  [default: torch's choice]", show_default=False),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", "-o", help="The run's folder.  [default: runs/NAME/DATE-TIME]", show_default=False),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Write over an earlier run in --out.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    dry_run: DryRun = False,
+    require_target: RequireTarget = False,
+    allow_code: AllowCode = False,
+) -> None:
+    """Train one recipe until its target or its step budget.
+
+    Example: bncli train recipes/smoke.yaml --set optimizer.lr=0.3
+    """
+    from bncli.recipe.file import load
+
+    loaded = load(recipe, sets or (), allow_code=allow_code)
+    chosen = chosen_arm(loaded, arm)
+    if dry_run:
+        from bncli.measure.dry_run import of_training
+
+        show_plan(of_training(loaded, chosen), json)
+        return
+    from bncli.recipe.file import plain
+    from bncli.recipe.yaml12 import dump
+    from bncli.report.folder import RunFolder
+    from bncli.report.progress import TrainProgress
+    from bncli.report.record import result_to_json
+    from bncli.results import RunFinished, RunStarted
+
+    with RunFolder(out, loaded.name, force) as folder, StopSignal() as stop:
+        from bncli.engine.train import run
+
+        # What a user's model prints must not get between the lines of a result.
+        with TrainProgress(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
+            for event in run(chosen.recipe, device, threads=threads, name=chosen.name, stop=stop):
+                if isinstance(event, RunStarted):
+                    loaded_all()
+                    folder.begin(dump(plain(chosen.recipe)))
+                folder.metrics(event)
+                progress(event)
+                if isinstance(event, RunFinished):
+                    result = event.result
+        folder.finish(result)
+    from bncli.report.tables import run_table
+
+    print_result(result_to_json(result) if json else run_table(result, chosen.name))
+    say(f"Saved in {folder.path}", quiet)
+    if stop.number:
+        raise typer.Exit(stop.exit_code)
+    if result.status == "diverged":
+        raise typer.Exit(DIVERGED)
+    if require_target and result.steps_to_target is None:
+        raise typer.Exit(CHECK_FAILED)
+
+
+def chosen_arm(loaded: Loaded, name: str | None) -> Arm:
+    """The run to train: the recipe's base, or one of its arms under the recipe's and its own name."""
+    from bncli.recipe.file import Arm, suggestion
+
+    if name is None:
+        return Arm(loaded.name, loaded.base)
+    for arm in loaded.arms:
+        if arm.name == name:
+            return arm
+    names = [arm.name for arm in loaded.arms]
+    raise RecipeError(f"--arm {name}: {suggestion(name, names) if names else f'{loaded.source} has no arms'}")

@@ -1,0 +1,142 @@
+"""A C file compiled on first use by the system's compiler, kept for the next time, and loaded.
+
+The result is kept in a folder that only the user can write, under a name made of the source, the flags, the compiler
+and the CPU. It is written beside its place and then moved, so that processes that compile it at once do no harm.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from bncli.errors import Unavailable
+
+OPTIMIZED = ("-std=gnu11", "-O2", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
+FOR_THIS_CPU = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler takes
+HOW_TO_GET_ONE = "Install one (Debian, Ubuntu: apt install gcc; Fedora: dnf install gcc; macOS: xcode-select --install)"
+LONGEST_S = 120.0
+
+
+@functools.cache
+def library(source: Path, *definitions: str) -> ctypes.CDLL:
+    """The shared library of that source with those macros defined, compiled if it is not there yet.
+
+    Raises Unavailable, with the reason and what to do, where there is no compiler or it fails.
+    """
+    text, command = source.read_bytes(), compiler()
+    name = _key(text, *command, *_identity(command[0]), *OPTIMIZED, *definitions, _processor(), *_openmp())
+    built = _folder() / f"{source.stem}-{'-'.join(definitions).lower()}-{name}.so"
+    if not built.exists():
+        _compile(command, source, definitions, built)
+    try:
+        return ctypes.CDLL(str(built))
+    except OSError as error:
+        raise Unavailable(f"{built} cannot be loaded: {error}. Delete that file to compile it again") from error
+
+
+def compiler() -> list[str]:
+    """The C compiler as a command: $CC, or the first of cc, gcc and clang. Raises Unavailable without one."""
+    asked = shlex.split(os.environ.get("CC", ""))
+    for command in [asked] if asked else [["cc"], ["gcc"], ["clang"]]:
+        found = shutil.which(command[0])
+        if found:
+            return [found, *command[1:]]
+    if asked:
+        raise Unavailable(f"there is no C compiler {asked[0]}, which the variable CC names. Unset it, or correct it")
+    raise Unavailable(
+        f"there is no C compiler (cc, gcc or clang) to build it with. {HOW_TO_GET_ONE}, or name yours in CC"
+    )
+
+
+def _compile(command: list[str], source: Path, definitions: tuple[str, ...], built: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=built.parent) as apart:
+        unlinked, linked = Path(apart) / "kernel.o", Path(apart) / "kernel.so"
+        failed = ""
+        for native in FOR_THIS_CPU:
+            macros = [f"-D{name}" for name in definitions]
+            failed = _run([*command, *OPTIMIZED, *native, *macros, "-c", str(source), "-o", str(unlinked)])
+            if not failed:
+                break
+        for openmp in (_openmp(), ["-fopenmp"]):
+            if not failed or openmp == ["-fopenmp"]:
+                failed = failed or _run([*command, "-shared", str(unlinked), "-o", str(linked), *openmp, "-lm"])
+        if failed:
+            raise Unavailable(f"the C compiler {command[0]} could not build it: {failed}")
+        os.replace(linked, built)
+
+
+def _run(command: list[str]) -> str:
+    """What went wrong, in a line; empty if nothing did."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_S)
+    except subprocess.TimeoutExpired:
+        return f"it was not through after {LONGEST_S:.0f} s"
+    except OSError as error:
+        return str(error)
+    if done.returncode == 0:
+        return ""
+    said = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
+    return next((line for line in said if "error" in line), said[0])
+
+
+def _openmp() -> list[str]:
+    """The OpenMP runtime that torch has loaded: with another two sets of threads would wait for each other's cores."""
+    folder = Path(torch.__file__).parent / "lib"
+    return [str(file) for pattern in ("libgomp*", "libiomp5*", "libomp*") for file in sorted(folder.glob(pattern))][:1]
+
+
+def _key(*parts: bytes | str) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else part.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:24]
+
+
+def _identity(program: str) -> list[str]:
+    """What changes when the compiler is another one; asking for its version would take longer than all the rest."""
+    file = os.stat(program)
+    return [os.path.realpath(program), str(file.st_size), str(file.st_mtime_ns)]
+
+
+def _processor() -> str:
+    """What `native` means here: the processor's features."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        lines = information.read_text().splitlines()
+        known = [line for line in lines if line.startswith(("flags", "Features", "model name"))]
+        return platform.machine() + "".join(sorted(set(known)))
+    return platform.machine() + platform.processor()
+
+
+def _folder() -> Path:
+    """Where compiled kernels are kept. Raises Unavailable if others could put a file there for us to run."""
+    caches = os.environ.get("XDG_CACHE_HOME")
+    home = Path(caches) if caches else Path.home() / ".cache"
+    named = os.environ.get("BNCLI_CACHE")
+    for folder in [Path(named)] if named else [home / "bncli", Path(tempfile.gettempdir()) / f"bncli-{os.getuid()}"]:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if not os.access(folder, os.W_OK | os.X_OK):
+            continue
+        status = folder.stat()
+        if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise Unavailable(
+                f"{folder}, where compiled kernels are kept, can be written by others: chmod 700 it, or name another "
+                "folder in BNCLI_CACHE"
+            )
+        return folder
+    raise Unavailable("there is no folder to keep the compiled kernel in; name one that you can write in BNCLI_CACHE")

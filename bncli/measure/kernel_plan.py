@@ -1,0 +1,109 @@
+"""What a kernel view measures, as cases, and how its time is shared out among them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from bncli.errors import RecipeError
+from bncli.measure import cases, clock, ratios
+from bncli.measure.clock import Deadline
+from bncli.measure.shapes import Calls, Shape
+from bncli.results import Case
+
+NATIVE = "native"
+OPERATIONS = ("bn", "bn+relu", "bn+add+relu")
+MOST_ROUNDS = 40
+APART = 1.5  # the time of a round of forward and one of backward, whose forward goes before it, in rounds of both
+LAYOUTS = ("contiguous", "channels_last", "strided")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to measure: every kernel on every operation, dtype, layout and shape.
+
+    operations: empty for those that the model does on each shape, or OPERATIONS where nothing says which. shapes:
+    (shape, calls) pairs, or `shapes.Calls`. seconds: for all of it, compilations included.
+    """
+
+    kernels: tuple[str, ...] = (NATIVE, "fused")
+    operations: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ("fp32",)
+    layouts: tuple[str, ...] = ("contiguous",)
+    shapes: tuple[Calls | tuple[Shape, int], ...] = ()
+    training: bool = True
+    cold: bool = True
+    seconds: float = 40.0
+    allow_code: bool = False
+
+
+def planned(asked: Asked) -> tuple[tuple[Case, int], ...]:
+    """The cases and how often the model calls each, shape by shape; 0: it does another operation there.
+
+    Raises RecipeError for what is not known, and where there is nothing to measure.
+    """
+    _check(asked)
+    found: dict[Case, int] = {}
+    for entry in (Calls(*given) for given in asked.shapes):
+        done = dict(entry.operations)
+        for operation in asked.operations or tuple(done) or OPERATIONS:
+            for dtype in asked.dtypes:
+                for layout in asked.layouts:
+                    case = Case(entry.shape, operation, dtype, _layout(entry.shape, layout), asked.training)
+                    found.setdefault(case, done.get(operation, 0) if done else entry.calls)
+    return tuple(found.items())
+
+
+def _layout(shape: Shape, layout: str) -> str:
+    """A batch of vectors or of lines has no channels last: it is measured as it lies."""
+    return "contiguous" if layout == "channels_last" and len(shape) not in (4, 5) else layout
+
+
+def _check(asked: Asked) -> None:
+    mistakes = []
+    if not asked.kernels:
+        mistakes.append("--kernel: name at least one")
+    if not asked.shapes:
+        mistakes.append("--shapes: name a set of shapes, a shape or a file of shapes")
+    choices: Sequence[tuple[str, Sequence[str], Sequence[str]]] = (
+        ("--operation", asked.operations, tuple(cases.OPERATIONS)),
+        ("--dtype", asked.dtypes, tuple(cases.DTYPES)),
+        ("--layout", asked.layouts, LAYOUTS),
+    )
+    for option, given, known in choices:
+        mistakes += [f"{option} {one}: expected some of {', '.join(known)}" for one in given if one not in known]
+    for shape, *_ in asked.shapes:
+        if asked.training and math.prod(shape) == shape[1]:
+            sizes = "x".join(map(str, shape))
+            mistakes.append(f"--shape {sizes}: training needs more than one value a channel, and it has one")
+    if mistakes:
+        raise RecipeError(*mistakes)
+
+
+class Budget:
+    """One case's time: its `share` (of 1) of what is left of the whole when it begins."""
+
+    def __init__(self, whole: Deadline, share: float, now_s: Callable[[], float]) -> None:
+        self.whole, self._share, self._now_s = whole, share, now_s
+        self._began_s, self.own = now_s(), Deadline(share * whole.left_s, now_s)
+
+    def rounds(self, both_s: float) -> tuple[int, int]:
+        """(of both directions together, of each by itself), where a round of both takes `both_s`.
+
+        For an interval a case may go beyond its share, by what would leave each later one the fewest rounds.
+        """
+        fitting = _fitting(self.own.left_s, (1 + APART) * both_s)
+        if fitting >= ratios.FEWEST_ROUNDS:
+            return fitting, fitting
+        least = clock.FEWEST_ROUNDS
+        least_s = (
+            self._now_s() - self._began_s + (1 + APART) * least * both_s
+        )  # what such a case takes, judging it included
+        later_s = least_s * (1 / self._share - 1)
+        fitting = _fitting(self.whole.left_s - later_s - APART * least * both_s, both_s)
+        return max(least, min(ratios.FEWEST_ROUNDS, fitting)), least
+
+
+def _fitting(available_s: float, one_s: float) -> int:
+    return MOST_ROUNDS if one_s <= 0 else max(0, min(MOST_ROUNDS, math.floor(available_s / one_s)))

@@ -1,0 +1,194 @@
+"""What a batch norm keeps for backward, and the peak of its forward and backward pass.
+
+On a CPU the peak is that of a fresh process: a server that has loaded torch and run nothing forks a child for each
+case, which runs a tiny case first, so that neither lazily loaded code nor the heap's free pages count. A child that
+crashes or hangs costs its own figure alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from types import TracebackType
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from bncli.engine import device as devices
+from bncli.measure import cases
+from bncli.measure.cases import Inputs
+from bncli.results import Case
+
+MIB = 2**20
+HANG_S = 20.0  # of one case in its own process
+START_S = 60.0  # to load torch in the server, on a busy machine
+# Without the current folder on the path, which -c puts there: a torch.py in it must not be run.
+SERVER = "import sys; sys.path.remove(''); from bncli.measure.memory_server import main; sys.exit(main(sys.argv[1:]))"
+
+
+def saved_bytes(run: Callable[[], object]) -> int:
+    """Bytes of the storages that the operators in `run` save for backward, each storage counted once."""
+    storages: dict[int, tuple[int, Tensor]] = {}  # the tensors are held, or a later one could take an address over
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        storages[storage.data_ptr()] = (storage.nbytes(), t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = run()
+    del result
+    return sum(size for size, _ in storages.values())
+
+
+def cuda_peak_mib(step: Callable[[], object], device: torch.device) -> float:
+    """The allocator's peak of a step beyond what is allocated before it, in MiB."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / MIB
+
+
+class FreshProcesses:
+    """Peaks of resident memory on a CPU, each in a process of its own. Use it as a context: it ends its server.
+
+    `failure` says why there is no figure, once one could not be had.
+    """
+
+    def __init__(self, allow_code: bool = False, hang_s: float = HANG_S) -> None:
+        self._allow_code, self._hang_s = allow_code, hang_s
+        self._server: subprocess.Popen[bytes] | None = None
+        self._buffer, self._waited_for = b"", False
+        self.failure: str | None = None
+        if not (sys.platform == "linux" and hasattr(os, "fork")):
+            self.failure = "the peak of resident memory is read on Linux only"
+
+    def __enter__(self) -> FreshProcesses:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def peak_mib(self, case: Case, kernel: str) -> float | None:
+        """Of forward and backward beyond the inputs, in MiB; None where `failure` says why."""
+        if self._server is None and self.failure is not None:
+            return None  # it cannot be had here, or its server is gone
+        self.failure = None
+        try:
+            server = self._ready()
+            assert server.stdin is not None
+            request = {"case": asdict(case), "kernel": kernel, "hang_s": self._hang_s}
+            server.stdin.write(json.dumps(request).encode() + b"\n")
+            server.stdin.flush()
+            reply = self._reply(server, self._hang_s + 10.0)
+        except (OSError, EOFError, TimeoutError) as error:
+            self.failure = f"the process that measures memory ended: {error or type(error).__name__}"
+            self.close()
+            return None
+        if "peak_mib" not in reply:
+            self.failure = str(reply.get("failure"))
+            return None
+        peak: float | None = reply["peak_mib"]
+        return peak
+
+    def start(self) -> None:
+        """Let the server load torch, and go on. Without it, the first peak is waited for longer."""
+        if self._server is not None or self.failure is not None:
+            return
+        options = ["--allow-code"] if self._allow_code else []
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", SERVER, *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            # One thread, and no GPU: threads of either would not live on in a fork.
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": _path()},
+            start_new_session=True,  # a Ctrl-C is for the program, which then ends the server
+        )
+        self._waited_for = False
+
+    def _ready(self) -> subprocess.Popen[bytes]:
+        self.start()
+        if self._server is None:
+            raise OSError("it could not be started")
+        if not self._waited_for:
+            self._reply(self._server, START_S)
+            self._waited_for = True
+        return self._server
+
+    def _reply(self, server: subprocess.Popen[bytes], limit_s: float) -> dict[str, Any]:
+        """The next line. Raises TimeoutError and EOFError."""
+        assert server.stdout is not None
+        end_s = time.monotonic() + limit_s
+        while b"\n" not in self._buffer:
+            if not select.select([server.stdout], [], [], max(0.0, end_s - time.monotonic()))[0]:
+                raise TimeoutError("no answer")
+            read = os.read(server.stdout.fileno(), 2**16)
+            if not read:
+                raise EOFError("it left")
+            self._buffer += read
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def close(self) -> None:
+        """End the server and what it has forked."""
+        server, self._server = self._server, None
+        if server is None:
+            return
+        with contextlib.suppress(OSError):
+            os.killpg(server.pid, signal.SIGKILL)  # its session is its own
+        for stream in (server.stdin, server.stdout):
+            _close(stream)
+        server.wait()
+
+
+def _close(stream: IO[bytes] | None) -> None:
+    if stream is not None:
+        with contextlib.suppress(OSError):  # what was written and not flushed has no reader any more
+            stream.close()
+
+
+def _path() -> str:
+    return os.pathsep.join(entry for entry in sys.path if entry)
+
+
+def resident_peak_mib(step: Callable[[], object]) -> float | None:
+    """The peak of this process's resident memory in a step beyond what is resident before it, in MiB."""
+    cpu = torch.device("cpu")
+    devices.reset_peak_memory(cpu)
+    before = devices.peak_memory_mib(cpu)
+    step()
+    after = devices.peak_memory_mib(cpu)
+    return None if before is None or after is None else after - before
+
+
+def tiny(case: Case) -> Case:
+    """A case of the same kind whose code is the same, and whose tensors are a few KiB."""
+    return replace(case, shape=(2, min(case.shape[1], 16), *[min(side, 2) for side in case.shape[2:]]))
+
+
+def empty_inputs(case: Case) -> Inputs:
+    """Tensors of a case whose pages are all resident; what they hold matters to no memory."""
+    zero = cases.make(tiny(case), torch.device("cpu"))
+    shape, channels = case.shape, case.shape[1]
+
+    def of(t: Tensor | None) -> Tensor | None:
+        if t is None:
+            return None
+        if t.dim() == 1:
+            return torch.ones(channels, dtype=t.dtype)
+        return cases.laid_out(torch.ones(shape, dtype=t.dtype), case.layout)
+
+    return Inputs(**{name: of(t) for name, t in vars(zero).items()})  # type: ignore[arg-type]

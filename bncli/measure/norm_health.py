@@ -1,0 +1,184 @@
+"""What a model's batch norms see during a few training steps, by hooks; after them the model is as it was before.
+
+Notation: N examples of a batch, C channels, m values a channel (N times the positions).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from bncli.errors import RunFailed
+
+HALF_LIVES = 5  # after which a running average holds 3 % of its start
+CUMULATIVE_STEPS = 20  # of a running average without a momentum
+MOST_STEPS = 200
+LAST = 5  # batches, whose statistics are kept
+DEAD = 4.0  # times sqrt(u) of its weight's gradient: a bias whose gradient is no more than that learns nothing
+
+Layer = _ConvNd | nn.Linear
+
+
+@dataclass
+class Seen:
+    """Of one batch norm in training mode."""
+
+    name: str  # qualified
+    norm: _BatchNorm
+    start: tuple[Tensor, Tensor] | None = None  # running mean and variance (C) before the first step
+    end: tuple[Tensor, Tensor] | None = None  # and after the last
+    tracked: int = 0  # batches that they hold at the end, as far as it is known
+    calls: int = 0  # in the steps watched
+    values: int = 0  # m of the last batch
+    examples: int = 0  # N of the last batch
+    dtype: torch.dtype = torch.float32  # of the input
+    means: deque[Tensor] = field(default_factory=lambda: deque(maxlen=LAST))  # (C) each, float32 or wider
+    variances: deque[Tensor] = field(default_factory=lambda: deque(maxlen=LAST))  # (C) each, biased
+    dead_bias: tuple[str, int] | None = None  # the layer in front whose bias does nothing, and the bias's values
+
+    @property
+    def half_life_steps(self) -> float | None:
+        """ln 2 / -ln(1 - momentum); None for a cumulative average, and where nothing is tracked."""
+        momentum = self.norm.momentum
+        if momentum is None or not self.norm.track_running_stats:
+            return None
+        if momentum <= 0:
+            return math.inf
+        return 0.0 if momentum >= 1 else math.log(2) / -math.log1p(-momentum)
+
+
+@dataclass(frozen=True)
+class Watched:
+    norms: tuple[Seen, ...]
+    steps: int
+    wanted: int  # steps, after which every running average that can be judged could be
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def watch(
+    model: nn.Module, step: Callable[[], object], enough: Callable[[], bool] = lambda: False, most: int = MOST_STEPS
+) -> Watched:
+    """Run training steps and look on: until every running average has forgotten its start, `most`, or `enough()`.
+
+    At least one step, unless it is refused because a norm has one value a channel. Native and fused batch norms
+    alike; not those inside a compiled model. `step` may move weights and buffers: parameters, buffers, gradients and
+    training flags are put back. Raises what the step raises.
+    """
+    modules = dict(model.named_modules())
+    norms = {module: Seen(name, module) for name, module in modules.items() if isinstance(module, _BatchNorm)}
+    layers = {module: name for name, module in modules.items() if isinstance(module, Layer)}
+    if not norms:
+        return Watched((), 0, 0)
+    done, wanted = 0, min(most, max(map(_wanted, norms.values())))
+    with _restored(model), _hooked(norms, layers) as biased:
+        for norm, seen in norms.items():
+            seen.start = _running(norm)
+        while done < 1 or (done < wanted and not enough()):
+            try:
+                step()
+            except (ValueError, RunFailed):  # which torch raises for one value a channel
+                if not any(seen.values == 1 for seen in norms.values()):
+                    raise
+                break
+            done += 1
+        for norm, seen in norms.items():
+            seen.end = _running(norm)
+            seen.tracked = seen.calls if norm.num_batches_tracked is None else int(norm.num_batches_tracked)
+            seen.dead_bias = _dead_bias(biased.get(norm), layers, seen.dtype)
+    return Watched(tuple(norms.values()), done, wanted)
+
+
+def _wanted(seen: Seen) -> int:
+    """Steps after which its running average can be held against the batches."""
+    half_life = seen.half_life_steps
+    if half_life is None:
+        return CUMULATIVE_STEPS if seen.norm.track_running_stats else LAST
+    return max(LAST, math.ceil(HALF_LIVES * half_life)) if half_life * HALF_LIVES <= MOST_STEPS else LAST
+
+
+def _running(norm: _BatchNorm) -> tuple[Tensor, Tensor] | None:
+    mean, var = norm.running_mean, norm.running_var
+    return None if mean is None or var is None else (mean.clone(), var.clone())
+
+
+def _dead_bias(layer: Layer | None, layers: dict[Layer, str], dtype: torch.dtype) -> tuple[str, int] | None:
+    """The layer's name and its bias's values, if that has no gradient to speak of: nothing else used the output."""
+    if layer is None or layer.bias is None or layer.bias.grad is None or layer.weight.grad is None:
+        return None
+    least = DEAD * math.sqrt(unit_roundoff(dtype)) * float(layer.weight.grad.norm())
+    return (layers[layer], layer.bias.numel()) if float(layer.bias.grad.norm()) <= least else None
+
+
+@contextlib.contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    tensors, parameters = [*model.parameters(), *model.buffers()], list(model.parameters())
+    values, gradients = [tensor.detach().clone() for tensor in tensors], [p.grad for p in parameters]
+    flags = {module: module.training for module in model.modules()}
+    for parameter in parameters:
+        parameter.grad = None
+    model.train()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        for module, flag in flags.items():
+            module.training = flag
+
+
+@contextlib.contextmanager
+def _hooked(norms: dict[_BatchNorm, Seen], layers: dict[Layer, str]) -> Iterator[dict[nn.Module, Layer]]:
+    """While inside, fill in `norms`; yields the layer with a bias right in front of a norm, as far as there is one.
+
+    Right in front: its output is the same tensor as the norm's input, and nothing has written into it since.
+    """
+    biased: dict[nn.Module, Layer] = {}
+    outputs: dict[int, tuple[weakref.ref[Tensor], int, Layer]] = {}
+
+    def after_layer(layer: Layer, inputs: object, output: Tensor) -> None:
+        if layer.bias is not None:
+            outputs[id(output)] = (weakref.ref(output), output._version, layer)
+
+    def before_norm(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not norm.training or not inputs:
+            return
+        assert isinstance(norm, _BatchNorm)
+        output, version, layer = outputs.get(id(inputs[0]), (None, 0, None))
+        if output is not None and layer is not None and output() is inputs[0] and version == inputs[0]._version:
+            biased[norm] = layer
+        _look(norms[norm], inputs[0].detach())
+
+    handles = [layer.register_forward_hook(after_layer) for layer in layers]
+    handles += [norm.register_forward_pre_hook(before_norm) for norm in norms]
+    try:
+        yield biased
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _look(seen: Seen, x: Tensor) -> None:
+    """Take in an input (N, C, *S). Nothing waits for the device."""
+    seen.calls += 1
+    seen.examples, seen.values, seen.dtype = len(x), x.numel() // max(1, x.size(1)), x.dtype
+    if seen.values < 1:
+        return
+    wide = x if x.dtype == torch.float64 else x.float()
+    variance, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
+    seen.means.append(mean)
+    seen.variances.append(variance)
