@@ -104,7 +104,8 @@ def backward(
     failed = run(
         CALL.pack(
             x.data_ptr(), _at(residual), dy.data_ptr(), 0, dx.data_ptr(), _at(dresidual),
-            _at(wide_weight), _at(wide_bias), _at(mean), _at(var), 0, 0, dweight.data_ptr(), dbias.data_ptr(), _at(signs),
+            _at(wide_weight), _at(wide_bias), _at(mean), _at(var), 0, 0, dweight.data_ptr(), dbias.data_ptr(),
+            _at(signs),
             examples, channels, x.numel() // (examples * channels), is_rows(x), ACTIVATIONS[activation], given,
             torch.get_num_threads(), eps, 0.0,
         )
