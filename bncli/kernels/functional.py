@@ -40,35 +40,34 @@ def batch_norm(
     evaluation, sizes that disagree, eps out of range), ValueError for an unknown activation, and Unavailable, with the
     reason, where the kernel cannot run.
     """
-    native.check_activation(activation)
+    if activation is not None:
+        native.check_activation(activation)
     if kernel == "native":
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return native.finish(y, residual, activation)
     count = _values_per_channel(input, running_mean, running_var, weight, bias)
     if eps < 0 or (training and eps == 0):
         raise ValueError(f"eps must be positive in training and not negative in evaluation; it is {eps}")
+    if residual is not None and not _alike(residual, input):
+        y = batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, kernel=kernel)
+        return native.finish(y, residual, activation)
     run = _resolved(kernel, input.device) if isinstance(kernel, str) else kernel
-    inside: tuple[Tensor | None, str | None] = (residual, activation)
-    after: tuple[Tensor | None, str | None] = (None, None)
-    if not _alike(residual, input):
-        inside, after = after, inside
     if not training:
         if running_mean is None or running_var is None:
             raise RuntimeError("evaluation normalizes by running_mean and running_var; one of them is None")
-        y, _, _ = run(input, weight, bias, eps, *inside, (running_mean, running_var))
-        return native.finish(y, *after)
+        return run(input, weight, bias, eps, residual, activation, (running_mean, running_var))[0]
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must both be given or both be None")
     if count == 1:
         raise ValueError(f"training needs more than one value per channel; the input has shape {tuple(input.shape)}")
     if running_mean is None or running_var is None or count == 0:  # an empty batch has no statistics
-        y, _, _ = run(input, weight, bias, eps, *inside)
-    elif run is fused.batch_norm:
-        y, _, _ = fused.batch_norm(input, weight, bias, eps, *inside, running=(running_mean, running_var, momentum))
-    else:
-        y, mean, var = run(input, weight, bias, eps, *inside)
-        follow(running_mean, running_var, mean, var, count, momentum)
-    return native.finish(y, *after)
+        return run(input, weight, bias, eps, residual, activation)[0]
+    if run is fused.batch_norm:
+        running = running_mean, running_var, momentum
+        return fused.batch_norm(input, weight, bias, eps, residual, activation, running=running)[0]
+    y, mean, var = run(input, weight, bias, eps, residual, activation)
+    follow(running_mean, running_var, mean, var, count, momentum)
+    return y
 
 
 def _resolved(kernel: str, device: torch.device) -> kernels.Kernel:
@@ -94,8 +93,6 @@ def _values_per_channel(input: Tensor, *per_channel: Tensor | None) -> int:
     return input.numel() // channels if channels else input.size(0)
 
 
-def _alike(residual: Tensor | None, input: Tensor) -> bool:
-    """Whether a kernel can add the residual itself (None: there is nothing to add)."""
-    return residual is None or (
-        isinstance(residual, Tensor) and residual.shape == input.shape and residual.dtype == input.dtype
-    )
+def _alike(residual: object, input: Tensor) -> bool:
+    """Whether a kernel can add the residual itself."""
+    return isinstance(residual, Tensor) and residual.shape == input.shape and residual.dtype == input.dtype

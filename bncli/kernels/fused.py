@@ -127,17 +127,23 @@ def _check(
 ) -> None:
     """The kernel follows pointers: what does not fit is refused here. A gradient that it cannot give, too."""
     channels = x.size(1)
-    constants = (statistics or ()) if running is None else (*(statistics or ()), running[0], running[1])
-    for vector in (weight, bias, *constants):
+    for vector in (weight, bias):
         if vector is not None and vector.numel() != channels:
             raise ValueError(f"a vector of {vector.numel()} values for {channels} channels")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"a residual of shape {tuple(residual.shape)} for x of shape {tuple(x.shape)}")
-    for vector in constants:
-        if vector.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                "batch norm is not differentiable in given or running statistics; one requires a gradient"
-            )
+    for constant in statistics or ():
+        _check_constant(constant, channels)
+    if running is not None:
+        _check_constant(running[0], channels)
+        _check_constant(running[1], channels)
+
+
+def _check_constant(vector: Tensor, channels: int) -> None:
+    if vector.numel() != channels:
+        raise ValueError(f"a vector of {vector.numel()} values for {channels} channels")
+    if vector.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("batch norm is not differentiable in given or running statistics; one requires a gradient")
 
 
 def _check_transforms() -> None:
@@ -228,21 +234,16 @@ def _differentiate(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignor
     x, weight, bias, residual, mean, var, signs = ctx.saved_tensors
     eps, activation, given, has_residual = ctx.asked
     wanted = has_residual and ctx.needs_input_grad[3]
-    run = _backward if torch.is_grad_enabled() or not _eager(dy) else _run_backward
-    dx, dweight, dbias, dresidual = run(
-        like(dy, x),
-        x,
-        weight,
-        bias,
-        residual,
-        mean,
-        var,
-        signs,
-        eps,
-        activation,
-        given,
-        wanted and activation != "none",
-    )
+    through = wanted and activation != "none"
+    dy = like(dy, x)
+    if torch.is_grad_enabled() or not _eager(dy):
+        dx, dweight, dbias, dresidual = _backward(
+            dy, x, weight, bias, residual, mean, var, signs, eps, activation, given, through
+        )
+    else:
+        dx, dweight, dbias, dresidual = _launchers(x).backward(
+            dy, x, weight, bias, residual, (mean, var), signs, eps, activation, given, through
+        )
     if activation == "none":
         dresidual = dy
     return dx, None if weight is None else dweight, None if bias is None else dbias, dresidual if wanted else None
@@ -260,20 +261,23 @@ class Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, asked, statistics):  # type: ignore[no-untyped-def]
-        *others, running = asked
-        given_mean, given_var, eps, activation, keep_signs = others
+        given_mean, given_var, eps, activation, keep_signs, running = asked
         given = None if given_mean is None else (given_mean, given_var)
-        output = _launchers(x).forward(x, weight, bias, residual, given, eps, activation, keep_signs, running=running)
+        y, mean, var, signs = _launchers(x).forward(
+            x, weight, bias, residual, given, eps, activation, keep_signs, running=running
+        )
         if running is not None:  # who saved them for a backward of their own must learn that they moved
             torch.autograd.graph.increment_version(running[:2])
-        _remember(ctx, (x, weight, bias, residual, *others), output)
+        again = None if activation == "none" or keep_signs else residual  # the pre-activation is computed again
+        ctx.save_for_backward(x, weight, bias, again, mean, var, signs if keep_signs else None)
+        ctx.asked = eps, activation, given is not None, residual is not None
         ctx.set_materialize_grads(False)
-        statistics += output[1:3]
-        return output[0]
+        statistics += mean, var
+        return y
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        return (*(_differentiate(ctx, dy) if dy is not None else (None,) * 4), None, None)
+        return (None,) * 6 if dy is None else (*_differentiate(ctx, dy), None, None)
 
 
 # Function.apply itself, without what it does first for tensors of torch.func: `_eager` has seen that there are none.
@@ -281,34 +285,6 @@ _apply = super(torch.autograd.Function, Eager).apply
 
 
 # --- backward -----------------------------------------------------------------------------------------------------
-
-
-def _run_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    signs: Tensor | None,
-    eps: float,
-    activation: str,
-    given: bool,
-    residual_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dx like x, dweight and dbias (C), dresidual like x if it is asked for."""
-    if x.numel() == 0:
-        return tuple(
-            each.zero_()
-            for each in _backward_fake(
-                dy, x, weight, bias, residual, mean, var, signs, eps, activation, given, residual_gradient
-            )
-        )
-    found: tuple[Tensor, Tensor, Tensor, Tensor | None] = _launchers(x).backward(
-        dy, x, weight, bias, residual, (mean, var), signs, eps, activation, given, residual_gradient
-    )
-    return found
 
 
 @torch.library.custom_op("bncli::fused_batch_norm_backward", mutates_args=())
@@ -327,8 +303,15 @@ def _backward(
     residual_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx like x, dweight and dbias (C), dresidual like x or empty: an operator returns tensors alone."""
-    dx, dweight, dbias, dresidual = _run_backward(
-        dy, x, weight, bias, residual, mean, var, signs, eps, activation, given, residual_gradient
+    if x.numel() == 0:
+        return tuple(
+            each.zero_()
+            for each in _backward_fake(
+                dy, x, weight, bias, residual, mean, var, signs, eps, activation, given, residual_gradient
+            )
+        )
+    dx, dweight, dbias, dresidual = _launchers(x).backward(
+        dy, x, weight, bias, residual, (mean, var), signs, eps, activation, given, residual_gradient
     )
     return dx, dweight, dbias, x.new_empty(0) if dresidual is None else dresidual
 
