@@ -35,7 +35,9 @@ def library(source: Path, *definitions: str) -> ctypes.CDLL:
     Raises Unavailable, with the reason and what to do, where there is no compiler or it fails.
     """
     text, command = source.read_bytes(), compiler()
-    name = _key(text, *command, *_identity(command[0]), *OPTIMIZED, *definitions, _processor(), *_openmp())
+    native = [flag for flags in FOR_THIS_CPU for flag in flags]
+    parts = [*command, *_identity(command[0]), *OPTIMIZED, *native, *definitions, _processor(), *_openmp()]
+    name = _key(text, *parts)
     built = _folder() / f"{source.stem}-{'-'.join(definitions).lower()}-{name}.so"
     if not built.exists():
         _compile(command, source, definitions, built)

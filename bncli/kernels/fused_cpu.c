@@ -84,8 +84,16 @@ typedef lanes packed;
 #elif defined FP16
 typedef _Float16 element;
 typedef element packed __attribute__((vector_size(LANES * sizeof(element))));
+#if defined __AVX512F__
+INLINE lanes widened(packed v) { return (lanes)_mm512_cvtph_ps((__m256i)v); }
+INLINE packed narrowed(lanes v) { return (packed)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined __F16C__
+INLINE lanes widened(packed v) { return (lanes)_mm256_cvtph_ps((__m128i)v); }
+INLINE packed narrowed(lanes v) { return (packed)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+#else
 INLINE lanes widened(packed v) { return __builtin_convertvector(v, lanes); }
 INLINE packed narrowed(lanes v) { return __builtin_convertvector(v, packed); }
+#endif
 #elif defined BF16
 typedef uint16_t element;
 typedef element packed __attribute__((vector_size(LANES * sizeof(element))));
@@ -329,18 +337,28 @@ INLINE void foresee(const call *c, run r, const element *first) {
 
 #define EACH_RUN(r, c, k, from, to) (run r = run_from(c, k, from, to); r.length > 0; r = next(c, r))
 
-/* Each vector of `length` values: its body sees j, and count, the lanes that hold values. */
+/* Each vector of `length` values: its body sees j, where it begins, and count, the lanes that hold values. */
 #define EACH_VECTOR(length, ...)                                                                   \
     {                                                                                              \
         int64_t j = 0;                                                                             \
-        for (; j + 4 * LANES <= (length);) {                                                       \
-            { const int count = LANES, u = 0; __VA_ARGS__ } j += LANES;                                    \
-            { const int count = LANES, u = 1; __VA_ARGS__ } j += LANES;                                    \
-            { const int count = LANES, u = 2; __VA_ARGS__ } j += LANES;                                    \
-            { const int count = LANES, u = 3; __VA_ARGS__ } j += LANES;                                    \
+        REST_OF_VECTORS(length, __VA_ARGS__)                                                       \
+    }
+
+#define REST_OF_VECTORS(length, ...)                                                               \
+    for (; j + LANES <= (length); j += LANES) { const int count = LANES; __VA_ARGS__ }             \
+    if (j < (length)) { const int count = (int)((length) - j); __VA_ARGS__ }
+
+/* The same four at a time, for sums: its body sees u too, the one of four accumulators that is its own. */
+#define EACH_OF_FOUR(length, ...)                                                                  \
+    {                                                                                              \
+        int64_t j = 0;                                                                             \
+        while (j + 4 * LANES <= (length)) {                                                        \
+            { const int count = LANES, u = 0; __VA_ARGS__ } j += LANES;                            \
+            { const int count = LANES, u = 1; __VA_ARGS__ } j += LANES;                            \
+            { const int count = LANES, u = 2; __VA_ARGS__ } j += LANES;                            \
+            { const int count = LANES, u = 3; __VA_ARGS__ } j += LANES;                            \
         }                                                                                          \
-        for (; j + LANES <= (length); j += LANES) { const int count = LANES, u = 0; __VA_ARGS__ }          \
-        if (j < (length)) { const int count = (int)((length) - j), u = 1; __VA_ARGS__ }          \
+        REST_OF_VECTORS(length, const int u = 0; __VA_ARGS__)                                      \
     }
 
 #define LOAD(from) (count == LANES ? load(from) : load_few(from, count))
@@ -353,7 +371,7 @@ static double plane_sum(const call *c, int64_t k, int64_t from, int64_t to) {
         lanes s[4] = {};
         for EACH_RUN (r, c, k, block, smaller(block + BLOCK, to)) {
             const element *x = c->x + r.at;
-            EACH_VECTOR(r.length, s[u] += LOAD(x + j);)
+            EACH_OF_FOUR(r.length, s[u] += LOAD(x + j);)
         }
         sum += total((s[0] + s[1]) + (s[2] + s[3]));
     }
@@ -369,7 +387,7 @@ static moments plane_moments(const call *c, int64_t k, int64_t from, int64_t to)
         for EACH_RUN (r, c, k, block, smaller(block + BLOCK, to)) {
             const element *x = c->x + r.at;
             foresee(c, r, c->x);
-            EACH_VECTOR(r.length, {
+            EACH_OF_FOUR(r.length, {
                 lanes apart = ONLY_VALUES(LOAD(x + j) - shift);
                 s[u] += apart;
                 q[u] += apart * apart;
@@ -394,7 +412,6 @@ INLINE void plane_forward(const int activation, const call *c, int64_t k, int64_
             lanes z = (LOAD(x + j) - mean) * scale + shift;
             if (residual) z += LOAD(residual + j);
             if (signs.at) put(&signs, z > 0, count);
-            (void)u;
             STORE(y + j, activated(activation, z));
         })
     }
@@ -420,7 +437,7 @@ INLINE void plane_sums(const int activation, const call *c, int64_t k, int64_t f
         for EACH_RUN (r, c, k, block, smaller(block + BLOCK, to)) {
             const element *x = c->x + r.at, *dy = c->dy + r.at, *residual = c->residual ? c->residual + r.at : 0;
             foresee(c, r, c->x), foresee(c, r, c->dy);
-            EACH_VECTOR(r.length, {
+            EACH_OF_FOUR(r.length, {
                 lanes apart = LOAD(x + j) - mean;
                 lanes g = LOAD(dy + j);
                 g = UPSTREAM(g, BEFORE_ACTIVATION(apart));
@@ -446,7 +463,6 @@ INLINE void plane_backward(const int activation, const call *c, int64_t k, int64
             lanes apart = LOAD(x + j) - mean;
             lanes g = LOAD(dy + j);
             g = UPSTREAM(g, BEFORE_ACTIVATION(apart));
-            (void)u;
             if (dresidual) STORE(dresidual + j, g);
             STORE(dx + j, c->given ? g * scale : g * scale - apart * slope - constant); /* a NaN times 0 is one */
         })
@@ -602,7 +618,6 @@ INLINE void lines_moments(const int lines, const element *x, int64_t width, int6
     EACH_VECTOR(length, {
         const lanes about_this = load_wide(shift + j);
         lanes sum = load_wide(s + j), squares = load_wide(q + j);
-        (void)u;
         EACH_LINE(lines, {
             lanes apart = ONLY_VALUES(LOAD(x + i * width + j) - about_this);
             sum += apart;
@@ -652,7 +667,7 @@ static void rows_moments(const call *c, const table *t, int64_t part, wide *scra
     memset(mean, 0, 2 * width * sizeof(double));
     for (int64_t line = from; line < from + head; line++) {
         const element *x = c->x + line * width;
-        EACH_VECTOR(line_length(c, t, line), (void)u; store_wide(shift + j, load_wide(shift + j) + LOAD(x + j));)
+        EACH_VECTOR(line_length(c, t, line), store_wide(shift + j, load_wide(shift + j) + LOAD(x + j));)
     }
     for (int64_t j = 0; j < width; j++) shift[j] /= head;
     for (int64_t block = from; block < to; block += LINES) {
@@ -763,7 +778,6 @@ INLINE void part_forward(const int activation, const call *c, const table *t, in
             lanes z = (LOAD(x + j) - load_wide(t->mean + j)) * load_wide(t->scale + j) + load_wide(t->shift + j);
             if (residual) z += LOAD(residual + j);
             if (signs.at) put(&signs, z > 0, count);
-            (void)u;
             STORE(y + j, activated(activation, z));
         })
         if (signs.at) finish(&signs);
@@ -784,7 +798,6 @@ INLINE void lines_sums(
     EACH_VECTOR(length, {
         COLUMN_PARAMETERS;
         lanes sum = load_wide(s + j), product = load_wide(q + j);
-        (void)u;
         EACH_LINE(lines, {
 stream signs = each[i];
             const element *residual = c->residual ? c->residual + at + i * width : 0;
@@ -828,7 +841,6 @@ INLINE void part_backward(const int activation, const call *c, const table *t, i
             lanes apart = LOAD(x + j) - mean;
             lanes g = LOAD(dy + j);
             g = UPSTREAM(g, BEFORE_ACTIVATION(apart));
-            (void)u;
             if (dresidual) STORE(dresidual + j, g);
             const lanes slope = load_wide(t->slope + j), constant = load_wide(t->constant + j);
             STORE(dx + j, c->given ? g * scale : g * scale - apart * slope - constant);
@@ -933,6 +945,9 @@ static int team(const call *c, int backward) { /* 0, or 1 for lack of memory */
     free(memory);
     return 0;
 }
+
+/* How a call is cut: 0 whole channels, 1 channels in parts, 2 rows in parts. */
+int way(const call *c) { return c->rows ? 2 : whole_channels(c) ? 0 : 1; }
 
 int forward(const call *c) { return team(c, 0); }
 int backward(const call *c) { return team(c, 1); }

@@ -25,12 +25,18 @@ Run = Callable[[bytes], int]
 
 
 @functools.cache
-def _entry(dtype: torch.dtype) -> tuple[Run, Run]:
-    """forward and backward of fused_cpu.c for that element type. Raises Unavailable where it cannot be compiled."""
+def _built(dtype: torch.dtype) -> ctypes.CDLL:
+    """fused_cpu.c for that element type. Raises Unavailable where it cannot be compiled."""
     built = library(SOURCE, DEFINITIONS[dtype])
-    for function in (built.forward, built.backward):
+    for function in (built.forward, built.backward, built.way):
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
-    return built.forward, built.backward
+    return built
+
+
+@functools.cache
+def _entry(dtype: torch.dtype) -> tuple[Run, Run]:
+    """forward and backward: looking a function up in a library takes longer than a small one runs."""
+    return _built(dtype).forward, _built(dtype).backward
 
 
 @functools.cache
@@ -117,6 +123,14 @@ def backward(
     if bias is not None and bias.dtype != wide:
         dbias = dbias.to(bias.dtype)
     return dx, dweight, dbias, dresidual
+
+
+def way(x: Tensor) -> str:
+    """How a dense x (N, C, *S) is cut up, in words. Of a meta tensor too."""
+    examples, channels = x.size(0), x.size(1)
+    sizes = examples, channels, x.numel() // (examples * channels)
+    asked = CALL.pack(*[0] * 15, *sizes, is_rows(x), 0, 0, torch.get_num_threads(), 0.0, 0.0)
+    return ("by channel", "channels in parts", "rows in parts")[_built(x.dtype).way(asked)]
 
 
 def _at(tensor: Tensor | None) -> int:

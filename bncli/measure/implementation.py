@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from bncli.kernels import fused
+from bncli.kernels import fused, fused_cpu
+from bncli.kernels.layout import dense
 from bncli.kernels.plan import Plan
 from bncli.measure import cases
 from bncli.results import Case
@@ -79,4 +80,7 @@ def _fused_on_cuda(case: Case, device: torch.device) -> str | None:
 
 
 def _fused_on_cpu(case: Case) -> str:
-    return "Triton's interpreter" if fused.INTERPRETED else "C"
+    if fused.INTERPRETED:
+        return "Triton's interpreter"
+    x = cases.laid_out(torch.empty(case.shape, dtype=cases.DTYPES[case.dtype], device="meta"), case.layout)
+    return ("C, copied, " if case.layout == "strided" else "C, ") + fused_cpu.way(dense(x))

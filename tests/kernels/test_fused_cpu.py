@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import platform
 import threading
 from pathlib import Path
 
@@ -52,6 +54,11 @@ from tests.kernels.test_fused import (
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cpu")
+
+
+def forget_what_is_compiled() -> None:
+    for cached in (compile_c.library, fused_cpu.why_not, fused_cpu._built, fused_cpu._entry):
+        cached.cache_clear()
 
 
 def outputs(x: Tensor, activation: str | None, residual: Tensor | None, dy: Tensor) -> list[Tensor]:
@@ -170,6 +177,47 @@ def test_any_size_gives_natives_of_float64(
         assert one.stride() == (x.stride() if one.shape == x.shape else one.stride())
 
 
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names levels of x86-64")
+@pytest.mark.parametrize("level", ["v3", pytest.param("v2", marks=SLOW), pytest.param("v4", marks=SLOW)])
+@pytest.mark.parametrize("dtype", [torch.float32, *(pytest.param(each, marks=SLOW) for each in list(ROUNDOFF)[2:])])
+def test_other_processors_vectors_give_natives_of_float64_too(
+    level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("BNCLI_CACHE", str(tmp_path))
+    monkeypatch.setattr(compile_c, "FOR_THIS_CPU", ((f"-march=x86-64-{level}",),))
+    forget_what_is_compiled()
+    for shape, activation, channels_last in itertools.product(
+        [(5, 3, 7, 9), (64, 20), (3, 2, 190, 200), (40, 33, 11, 7)], [None, "relu", "silu"], [False, True]
+    ):
+        source = torch.Generator().manual_seed(8)
+        x, residual, dy = (lay(torch.randn(shape, generator=source).to(dtype), channels_last) for _ in range(3))
+        ours = outputs(x, activation, residual, dy)
+        exact = outputs(x.double(), activation, residual.double(), dy.double())
+        for k, (one, two) in enumerate(zip(ours, exact, strict=True)):
+            many = (x.numel() / x.size(1)) ** 0.5 if one.dim() == 1 else 1.0
+            if k < 3 or activation != "relu":  # at a kink one side or the other
+                assert (one.double() - two).abs().max() <= 100 * ROUNDOFF[dtype] * max(many, two.abs().max().item())
+    forget_what_is_compiled()
+
+
+@pytest.mark.parametrize(
+    ("shape", "threads", "words"),
+    [
+        ((8, 16, 40, 40), 2, "by channel"),
+        ((8, 3, 200, 200), 2, "channels in parts"),
+        ((8, 3, 200, 200), 1, "by channel"),
+        ((8, 3, 20, 20), 2, "by channel"),
+        ((60, 100), 2, "rows in parts"),
+    ],
+)
+def test_it_says_how_a_tensor_is_cut(shape: tuple[int, ...], threads: int, words: str) -> None:
+    with clock.threads(threads):
+        assert fused_cpu.way(torch.empty(shape, device="meta")) == words
+
+
 def test_threads_of_python_can_run_it_at_once(device: torch.device) -> None:
     x = torch.randn(64, 33, 9, 9, generator=torch.Generator().manual_seed(6))
     expected = outputs(x, "relu", x, x)
@@ -208,9 +256,7 @@ def test_without_a_compiler_it_is_refused_with_the_reason(monkeypatch: pytest.Mo
     monkeypatch.setenv("BNCLI_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    for cached in (compile_c.library, fused_cpu.why_not, fused_cpu._entry):
-        cached.cache_clear()
+    forget_what_is_compiled()
     with pytest.raises(Unavailable, match=r"the fused kernel cannot run: there is no C compiler.*Nothing else is run"):
         kernels.get("fused", devices.resolve("cpu"))
-    for cached in (compile_c.library, fused_cpu.why_not, fused_cpu._entry):
-        cached.cache_clear()
+    forget_what_is_compiled()
