@@ -3,8 +3,8 @@
  * Compiled on first use by fused_cpu.py, once for each element type: -DFP32, -DFP64, -DBF16 or -DFP16.
  *
  * x is (N, C, S), either as planes (contiguous: a channel's values lie in N runs of S) or as rows (channels last: N S
- * rows of C). m = N S values a channel. As planes a thread takes whole channels, so that a channel's values are still in
- * its cache when they are read again; where channels are too few for the threads, and as rows, all threads share all
+ * rows of C). m = N S values a channel. As planes a thread takes whole channels, so that a channel's values are still
+ * in its cache when they are read again; where channels are too few for the threads, and as rows, all threads share all
  * channels: parts of the values are summed apart, the sums joined, and the parts visited again.
  *
  * Sums: float32 in vectors over at most BLOCK values, then float64 (of float64, float64). Squares are taken of
@@ -248,10 +248,10 @@ typedef struct {
 } call;
 
 enum {
-    FORESEEN = 512, /* bytes */
-    BLOCK = 4096,  /* values that are summed in float32 */
-    PART = 65536,  /* values whose sums are joined at a time */
-    HEAD = 16,     /* 1/HEAD of a part gives its shift */
+    BLOCK = 4096,         /* values that are summed in float32 */
+    PART = 65536,         /* values of a channel whose sums are joined at a time */
+    HEAD = 16,            /* 1/HEAD of a part gives its shift */
+    FORESEEN = 512,       /* bytes of a run that are asked for before it begins */
     HUGE_FROM = 32 << 20, /* bytes, above which glibc maps each allocation anew (mallopt(3), M_MMAP_THRESHOLD) */
 };
 
@@ -266,7 +266,8 @@ typedef struct { /* of some values: how many, their mean, and the sum of their s
 INLINE moments join(moments a, moments b) {
     double count = a.count + b.count, apart = b.mean - a.mean;
     if (b.count == 0) return a;
-    return (moments){count, a.mean + apart * b.count / count, a.squares + b.squares + apart * apart * a.count * b.count / count};
+    double between = apart * apart * a.count * b.count / count;
+    return (moments){count, a.mean + apart * b.count / count, a.squares + b.squares + between};
 }
 
 INLINE moments about(double shift, double count, double sum, double squares) { /* sums of differences from the shift */
@@ -297,19 +298,26 @@ static channel settled(const call *c, int64_t k, moments found) { /* what forwar
     return prepared(c, k);
 }
 
-static channel settled_backward(const call *c, int64_t k, double g, double g_apart) {
+typedef struct { /* of a channel: of dz, and of dz (x - mean) */
+    double g, g_apart;
+} sums;
+
+static channel prepared_backward(const call *c, int64_t k, sums found) {
     channel p = prepared(c, k);
-    double reciprocal2 = 1 / ((double)c->var[k] + c->eps), m = (double)(c->examples * c->positions);
-    c->dbias[k] = (wide)g;
-    c->dweight[k] = (wide)(g_apart * sqrt(reciprocal2));
     if (!c->given) {
-        p.constant = (wide)(p.scale * g / m);
-        p.slope = (wide)(p.scale * reciprocal2 * g_apart / m);
+        const double m = (double)(c->examples * c->positions);
+        p.constant = (wide)(p.scale * found.g / m);
+        p.slope = (wide)(p.scale * found.g_apart / m / ((double)c->var[k] + c->eps));
     }
     return p;
 }
 
-/* ---- planes: values i of a channel, i = n S + s ------------------------------------------------------------------- */
+static void settle_gradients(const call *c, int64_t k, sums found) {
+    c->dbias[k] = (wide)found.g;
+    c->dweight[k] = (wide)(found.g_apart / sqrt((double)c->var[k] + c->eps));
+}
+
+/* ---- planes: values i of a channel, i = n S + s ----------------------------------------------------------------- */
 
 typedef struct {
     int64_t at, length, left; /* offset of its first value, its values, and those of the range after it */
@@ -426,12 +434,11 @@ INLINE void plane_forward(const int activation, const call *c, int64_t k, int64_
 
 #define BEFORE_ACTIVATION(apart) ((apart) * scale + shift + (residual ? LOAD(residual + j) : all(0)))
 
-INLINE void plane_sums(const int activation, const call *c, int64_t k, int64_t from, int64_t to, double sums[2]) {
+INLINE void plane_sums(const int activation, const call *c, int64_t k, int64_t from, int64_t to, sums *found) {
     const int64_t bytes = pieces(c->examples * c->positions, 8);
     const channel p = prepared(c, k);
     stream signs = {c->signs ? c->signs + k * bytes + from / 8 : 0, 0, 0};
     const lanes mean = all(p.mean), scale = all(p.scale), shift = all(p.shift);
-    sums[0] = sums[1] = 0;
     for (int64_t block = from; block < to; block += BLOCK) {
         lanes s[4] = {}, q[4] = {};
         for EACH_RUN (r, c, k, block, smaller(block + BLOCK, to)) {
@@ -445,8 +452,8 @@ INLINE void plane_sums(const int activation, const call *c, int64_t k, int64_t f
                 q[u] += ONLY_VALUES(g * apart);
             })
         }
-        sums[0] += total((s[0] + s[1]) + (s[2] + s[3]));
-        sums[1] += total((q[0] + q[1]) + (q[2] + q[3]));
+        found->g += total((s[0] + s[1]) + (s[2] + s[3]));
+        found->g_apart += total((q[0] + q[1]) + (q[2] + q[3]));
     }
 }
 
@@ -469,7 +476,7 @@ INLINE void plane_backward(const int activation, const call *c, int64_t k, int64
     }
 }
 
-/* A loop over activations, each with a body of its own. */
+/* An activation's own body of a loop: what differs is decided before the loop, not in it. */
 #define EACH_ACTIVATION(call_, FUNCTION, ...)                                                      \
     switch ((call_)->activation) {                                                                 \
     case RELU: FUNCTION(RELU, __VA_ARGS__); break;                                                 \
@@ -482,8 +489,10 @@ static void forward_plane(const call *c, int64_t k, int64_t from, int64_t to, ch
     EACH_ACTIVATION(c, plane_forward, c, k, from, to, p)
 }
 
-static void sums_of_plane(const call *c, int64_t k, int64_t from, int64_t to, double sums[2]) {
-    EACH_ACTIVATION(c, plane_sums, c, k, from, to, sums)
+static sums sums_of_plane(const call *c, int64_t k, int64_t from, int64_t to) {
+    sums found = {0, 0};
+    EACH_ACTIVATION(c, plane_sums, c, k, from, to, &found)
+    return found;
 }
 
 static void backward_plane(const call *c, int64_t k, int64_t from, int64_t to, channel p) {
@@ -491,7 +500,9 @@ static void backward_plane(const call *c, int64_t k, int64_t from, int64_t to, c
 }
 
 /* Whether each thread can take whole channels, and all have about as much to do. */
-INLINE int whole_channels(const call *c) { return c->threads == 1 || c->channels >= 4 * c->threads || c->examples * c->positions <= PART; }
+INLINE int whole_channels(const call *c) {
+    return c->threads == 1 || c->channels >= 4 * c->threads || c->examples * c->positions <= PART;
+}
 
 static void planes_forward(const call *c, moments *partial) {
     const int64_t m = c->examples * c->positions, parts = pieces(m, PART);
@@ -525,41 +536,37 @@ static void planes_forward(const call *c, moments *partial) {
     }
 }
 
-static void planes_backward(const call *c, double (*partial)[2]) {
+static sums added(sums a, sums b) { return (sums){a.g + b.g, a.g_apart + b.g_apart}; }
+
+static void planes_backward(const call *c, sums *partial) {
     const int64_t m = c->examples * c->positions, parts = pieces(m, PART);
     if (whole_channels(c)) {
 #pragma omp for schedule(static) nowait
         for (int64_t k = 0; k < c->channels; k++) {
-            double sums[2] = {0, 0}, of_part[2];
-            for (int64_t part = 0; part < parts; part++) {
-                sums_of_plane(c, k, part * PART, smaller(m, (part + 1) * PART), of_part);
-                sums[0] += of_part[0];
-                sums[1] += of_part[1];
-            }
-            backward_plane(c, k, 0, m, settled_backward(c, k, sums[0], sums[1]));
+            sums found = {0, 0};
+            for (int64_t part = 0; part < parts; part++)
+                found = added(found, sums_of_plane(c, k, part * PART, smaller(m, (part + 1) * PART)));
+            settle_gradients(c, k, found);
+            backward_plane(c, k, 0, m, prepared_backward(c, k, found));
         }
         return;
     }
 #pragma omp for schedule(static)
     for (int64_t job = 0; job < c->channels * parts; job++) {
         int64_t k = job / parts, from = job % parts * PART;
-        sums_of_plane(c, k, from, smaller(m, from + PART), partial[job]);
+        partial[job] = sums_of_plane(c, k, from, smaller(m, from + PART));
     }
-#pragma omp for schedule(static)
+#pragma omp single
     for (int64_t k = 0; k < c->channels; k++) {
-        double sums[2] = {0, 0};
-        for (int64_t part = 0; part < parts; part++) {
-            sums[0] += partial[k * parts + part][0];
-            sums[1] += partial[k * parts + part][1];
-        }
-        partial[k * parts][0] = sums[0];
-        partial[k * parts][1] = sums[1];
+        sums found = {0, 0};
+        for (int64_t part = 0; part < parts; part++) found = added(found, partial[k * parts + part]);
+        settle_gradients(c, k, found);
+        partial[k * parts] = found;
     }
 #pragma omp for schedule(static) nowait
     for (int64_t job = 0; job < c->channels * parts; job++) {
         int64_t k = job / parts, from = job % parts * PART;
-        double *sums = partial[k * parts];
-        backward_plane(c, k, from, smaller(m, from + PART), settled_backward(c, k, sums[0], sums[1]));
+        backward_plane(c, k, from, smaller(m, from + PART), prepared_backward(c, k, partial[k * parts]));
     }
 }
 
@@ -571,7 +578,7 @@ static void planes_backward(const call *c, double (*partial)[2]) {
 
 typedef struct {
     int64_t width, lines, per_part, parts;
-    double *sums;                                    /* (parts, 2, width) */
+    double *sums;                                  /* (parts, 2, width) */
     wide *mean, *scale, *shift, *slope, *constant; /* (width), of each column's channel */
 } table;
 
@@ -647,7 +654,10 @@ static void columns_about(int64_t from, int64_t to, double count, const wide *sh
     }
 }
 
-static void columns_join(int64_t from, int64_t to, int64_t width, double before, double count, double *first, const double *other) {
+/* Moments of columns from..to: of `count` values each, joined into those of `before`; squares lie `width` after. */
+static void columns_join(
+    int64_t from, int64_t to, int64_t width, double before, double count, double *first, const double *other
+) {
     const double share = count / (before + count), weight = before * share;
 #pragma omp simd
     for (int64_t j = from; j < to; j++) {
@@ -672,7 +682,8 @@ static void rows_moments(const call *c, const table *t, int64_t part, wide *scra
     for (int64_t j = 0; j < width; j++) shift[j] /= head;
     for (int64_t block = from; block < to; block += LINES) {
         int64_t line = block, end = smaller(block + LINES, to), whole = end - (line_length(c, t, end - 1) < width);
-        for (; line + ABREAST <= whole; line += ABREAST) lines_moments(ABREAST, c->x + line * width, width, width, scratch);
+        for (; line + ABREAST <= whole; line += ABREAST)
+            lines_moments(ABREAST, c->x + line * width, width, width, scratch);
         for (; line < end; line++) lines_moments(1, c->x + line * width, width, line_length(c, t, line), scratch);
         flush(width, mean, s);
         flush(width, squares, q);
@@ -688,7 +699,8 @@ static void columns_joined(const call *c, const table *t, int64_t from, int64_t 
     double *first = t->sums;
     for (int64_t part = 1; part < t->parts; part++) {
         const double *other = t->sums + part * 2 * t->width;
-        const double before = (double)(part * t->per_part), count = (double)(smaller(t->lines, (part + 1) * t->per_part)) - before;
+        const double before = (double)(part * t->per_part);
+        const double count = (double)smaller(t->lines, (part + 1) * t->per_part) - before;
         const int64_t middle = part == t->parts - 1 ? larger(from, smaller(last, to)) : to;
         columns_join(from, middle, t->width, before, count, first, other);
         columns_join(middle, to, t->width, before, count - 1, first, other);
@@ -793,18 +805,18 @@ INLINE void lines_sums(
 ) {
     const int64_t width = t->width, at = line * width;
     wide *q = s + width + LANES;
-    stream each[8];
+    stream each[ABREAST];
     for (int i = 0; i < lines; i++) each[i] = line_signs(c, t, line + i);
     EACH_VECTOR(length, {
         COLUMN_PARAMETERS;
         lanes sum = load_wide(s + j), product = load_wide(q + j);
         EACH_LINE(lines, {
-stream signs = each[i];
+            stream signs = each[i];
             const element *residual = c->residual ? c->residual + at + i * width : 0;
             lanes apart = LOAD(c->x + at + i * width + j) - mean;
             lanes g = LOAD(c->dy + at + i * width + j);
             g = UPSTREAM(g, BEFORE_ACTIVATION(apart));
-each[i] = signs;
+            each[i] = signs;
             sum += g;
             product += ONLY_VALUES(g * apart);
         })
@@ -922,9 +934,11 @@ static int team(const call *c, int backward) { /* 0, or 1 for lack of memory */
         memory = malloc(t.parts * 2 * t.width * sizeof(double) + wides * sizeof(wide));
         t.sums = memory;
         t.mean = (wide *)(t.sums + t.parts * 2 * t.width);
-        t.scale = t.mean + padded, t.shift = t.scale + padded, t.slope = t.shift + padded, t.constant = t.slope + padded;
+        t.scale = t.mean + padded, t.shift = t.scale + padded;
+        t.slope = t.shift + padded, t.constant = t.slope + padded;
     } else {
-        memory = malloc(sizeof(moments) * (whole_channels(c) ? 1 : c->channels * pieces(c->examples * c->positions, PART)));
+        const int64_t parts = pieces(c->examples * c->positions, PART);
+        memory = malloc(sizeof(moments) * (whole_channels(c) ? 1 : c->channels * parts));
     }
     if (!memory) return 1;
     wide *scratch = t.constant + padded;
