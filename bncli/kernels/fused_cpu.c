@@ -173,6 +173,12 @@ INLINE integers from_bits(unsigned bits) {
 }
 
 INLINE void put(stream *s, integers which, int count) {
+    if (count == LANES && s->held == 0) { /* whole bytes, as nearly always */
+        const unsigned bits = to_bits(which);
+        memcpy(s->at, &bits, LANES / 8);
+        s->at += LANES / 8;
+        return;
+    }
     s->bits |= (uint64_t)(to_bits(which) & ((1u << count) - 1)) << s->held;
     for (s->held += count; s->held >= 8; s->held -= 8, s->bits >>= 8) *s->at++ = (uint8_t)s->bits;
 }
@@ -182,6 +188,12 @@ INLINE void finish(stream *s) { /* the last byte, if it is not full */
 }
 
 INLINE integers take(stream *s, int count) {
+    if (count == LANES && s->held == 0) {
+        unsigned bits = 0;
+        memcpy(&bits, s->at, LANES / 8);
+        s->at += LANES / 8;
+        return from_bits(bits);
+    }
     for (; s->held < count; s->held += 8) s->bits |= (uint64_t)*s->at++ << s->held;
     integers which = from_bits((unsigned)s->bits & ((1u << count) - 1));
     s->bits >>= count;

@@ -1,0 +1,40 @@
+"""Training on the CPU with the fused kernel in C: the same course as with native, to the rounding of its steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bncli.engine.train import run
+from bncli.results import Evaluated
+from tests.conftest import tiny
+
+IMAGES = {"source": "synthetic", "shape": [3, 8, 8], "classes": 3, "examples": 96, "held_out": 33, "noise": 0.5}
+MODELS: dict[str, dict[str, Any]] = {
+    "mlp": {},
+    "cnn": {"data": IMAGES, "model": {"kind": "cnn", "channels": [8, 12]}},
+    "resnet": {"data": IMAGES, "model": {"kind": "resnet", "depth": 20}},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("mlp", "contiguous"),
+        *((name, layout) for name in ("cnn", "resnet") for layout in ("contiguous", "channels_last")),
+    ],
+)
+def test_a_run_with_the_fused_kernel_goes_as_one_with_native(name: str, layout: str) -> None:
+    losses = {}
+    for kernel in ("native", "fused"):
+        recipe = tiny(
+            norm={"kind": "batch", "kernel": kernel},
+            optimizer={"kind": "sgd", "lr": 0.02},
+            train={"steps": 6, "evaluate_every": 2, "memory_format": layout, "target": {"value": 1.0}},
+            **MODELS[name],
+        )
+        found = [event.evaluation for event in run(recipe, "cpu", threads=2) if isinstance(event, Evaluated)]
+        losses[kernel] = [evaluation.loss for evaluation in found]
+    assert len(losses["fused"]) >= 4
+    assert losses["fused"] == pytest.approx(losses["native"], rel=2e-3)
