@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,19 +11,28 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from bncli.cli.options import MOST_THREADS, AllowCode, Device, Json, Quiet, Set
-from bncli.cli.running import StopSignal, check_kernel_name, loaded_all, print_result, say
+from bncli.cli.profile_checks import (
+    KERNELS,
+    SHAPE_SETS,
+    check_files,
+    check_kernels,
+    check_model,
+    check_output,
+    check_recipe,
+    check_views,
+)
+from bncli.cli.running import StopSignal, loaded_all, print_result, say
 from bncli.errors import CHECK_FAILED, INTERRUPTED, UNAVAILABLE, RecipeError
 
 if TYPE_CHECKING:
     import torch
 
+    from bncli.measure.fresh_processes import FreshProcesses
     from bncli.measure.kernel_costs import KernelRun
     from bncli.measure.shapes import Calls
     from bncli.measure.step_costs import StepRun
     from bncli.results import Gate, KernelProfile, StepProfile
 
-KERNELS = ("native", "fused", "compiled", "apex", "inplace_abn", "flag_gems")  # that can be named
-SHAPE_SETS = ("resnet20", "resnet50", "inception", "mlp")  # those of bncli.measure.shapes
 SECONDS, QUICK_SECONDS = 45.0, 9.0  # of measuring; the rest is loading torch and checking
 
 
@@ -105,26 +113,26 @@ def profile(
     Example: bncli profile --shapes resnet50 --plot costs.svg
     """
     of_steps = recipe is not None or model is not None
-    _check_views(
+    check_recipe(recipe)
+    check_views(
         of_steps,
         {"--operation": operation, "--dtype": dtype, "--layout": layout, "--shapes": shapes, "--shape": shape,
          "--batch": batch, "--warm": warm},
         {"--set": sets, "--arm": arm, "--input": inputs, "--trace": trace},
     )  # fmt: skip
-    if json + csv + markdown > 1:
-        raise RecipeError("--json, --csv and --markdown: choose one, the result is printed once")
-    if not (math.isfinite(fail_above) and fail_above > 1):
-        raise RecipeError(f"--fail-above {fail_above}: expected more than 1, as in 1.10 for a tenth slower")
-    if csv and baseline:
-        raise RecipeError("--csv with --baseline: the verdicts have no place in the CSV; use --json or --markdown")
+    check_output(json, csv, markdown, baseline, fail_above)
     kernels = _listed(kernel)
-    for name in kernels:
-        check_kernel_name(name, allow_code, KERNELS)
-    _check_model(recipe, model, inputs, sets, arm, allow_code)
-    earlier = _prepare(plot, trace, baseline, of_steps)
+    check_kernels(kernels, of_steps, baseline is not None, allow_code)
+    check_model(model, inputs, recipe=recipe, sets=sets, arm=arm, allow_code=allow_code)
+    earlier = check_files(plot, trace, baseline, of_steps)
+    from bncli.measure.fresh_processes import FreshProcesses
+
     seconds = QUICK_SECONDS if quick else SECONDS
     asked: dict[str, Any] = {"kernels": kernels, "seconds": seconds}
-    with StopSignal(at_once=True), contextlib.redirect_stdout(sys.stderr):  # what a user's code prints is no result
+    # What a user's code prints is no result.
+    with StopSignal(at_once=True), contextlib.redirect_stdout(sys.stderr), FreshProcesses(allow_code) as peaks:
+        if not of_steps and not device.startswith("cuda"):
+            peaks.start()  # it loads torch while this process does
         place = _place(device, threads)
         loaded_all()
         run: KernelRun | StepRun
@@ -132,14 +140,10 @@ def profile(
             run = _step_run(recipe, sets, arm, model, inputs, place, trace, allow_code, asked)
         else:
             axes = (operation, dtype, layout)
-            run = _kernel_run(place, axes, _chosen(shapes, shape, batch, place), not warm, allow_code, asked)
+            run = _kernel_run(place, axes, _chosen(shapes, shape, batch, place), not warm, allow_code, asked, peaks)
         stopped = _measure(run, quiet)
     result = run.result()
-    gate = None
-    if earlier is not None and result.rows:
-        from bncli.measure import baseline as baselines
-
-        gate = baselines.gate(result, earlier, fail_above)
+    gate, incomparable = _gate(result, earlier, fail_above)
     _show(result, gate, earlier, "json" if json else "csv" if csv else "markdown" if markdown else "table")
     if plot and result.rows:
         from bncli.report import roofline
@@ -148,56 +152,11 @@ def profile(
         say(f"Drawn in {plot}", quiet)
     if trace and trace.exists():
         say(f"Traced in {trace}: open it at https://ui.perfetto.dev", quiet)
+    if incomparable and not stopped:
+        raise incomparable
     code = stopped or _exit_code(result, gate)
     if code:
         raise typer.Exit(code)
-
-
-def _check_views(of_steps: bool, of_kernel_view: dict[str, Any], of_step_view: dict[str, Any]) -> None:
-    given = of_kernel_view if of_steps else of_step_view
-    if idle := [option for option, value in given.items() if value]:
-        of_kernels, of_a_step = "the kernel view: leave the recipe or --model away", "the step view: give a recipe"
-        raise RecipeError(f"{', '.join(idle)} belongs to {of_kernels if of_steps else of_a_step}")
-
-
-def _check_model(
-    recipe: str | None, model: str | None, inputs: str | None, sets: list[str] | None, arm: str | None, allow_code: bool
-) -> None:
-    if model is None:
-        return
-    if recipe is not None:
-        raise RecipeError(f"{recipe} and --model {model}: give one of them")
-    if sets or arm:
-        raise RecipeError("--set and --arm change a recipe; with --model there is none")
-    if inputs is None:
-        raise RecipeError(f"--model {model}: give its input's shape too, as in --input 32x3x224x224")
-    if not allow_code:
-        raise RecipeError(f"--model {model} is code of yours that would run; allow it with --allow-code")
-
-
-def _prepare(
-    plot: Path | None, trace: Path | None, baseline: Path | None, of_steps: bool
-) -> KernelProfile | StepProfile | None:
-    """The baseline, if one is named. Refuses before any work what could not be read, or written, after it."""
-    from bncli.report.record import check_writable
-
-    if plot:
-        from bncli.report.plots import check_path
-
-        check_path(plot)
-    for file in (plot, trace):
-        if file:
-            check_writable(file)
-    if baseline is None:
-        return None
-    from bncli.report.cost_exports import load
-    from bncli.results import StepProfile
-
-    earlier = load(baseline)
-    if isinstance(earlier, StepProfile) != of_steps:
-        holds, asks = ("kernels", "a step") if of_steps else ("a step", "kernels")
-        raise RecipeError(f"--baseline {baseline}: it holds the profile of {holds}, and this is one of {asks}")
-    return earlier
 
 
 def _place(device: str, threads: int | None) -> torch.device:
@@ -239,6 +198,7 @@ def _kernel_run(
     cold: bool,
     allow_code: bool,
     asked: dict[str, Any],
+    peaks: FreshProcesses,
 ) -> KernelRun:
     from bncli.measure.kernel_costs import KernelRun
     from bncli.measure.kernel_plan import Asked
@@ -255,6 +215,7 @@ def _kernel_run(
             **asked,
         ),
         place,
+        peaks=peaks,
     )
 
 
@@ -275,7 +236,7 @@ def _step_run(
         from bncli.measure.shapes import parse
         from bncli.measure.step_own import OwnSubject
 
-        return StepRun(model, [OwnSubject(model, parse(inputs or ""))], place, trace=trace, **asked)
+        return StepRun(model, [OwnSubject(model, parse(inputs or "", "--input"))], place, trace=trace, **asked)
     from bncli.measure.step_recipes import subjects_of
     from bncli.recipe.file import load
 
@@ -294,6 +255,18 @@ def _measure(run: KernelRun | StepRun, quiet: bool) -> int:
     except KeyboardInterrupt as stopped:
         return getattr(stopped, "exit_code", INTERRUPTED)
     return 0
+
+
+def _gate(result: Any, earlier: Any, fail_above: float) -> tuple[Gate | None, RecipeError | None]:
+    """The verdicts, or why there are none; then what was measured is shown all the same."""
+    if earlier is None or not result.rows:
+        return None, None
+    from bncli.measure import baseline
+
+    try:
+        return baseline.gate(result, earlier, fail_above), None
+    except RecipeError as error:
+        return None, error
 
 
 def _show(result: Any, gate: Gate | None, earlier: Any, form: str) -> None:

@@ -197,15 +197,12 @@ def standard_of(case: Case, inputs: Inputs) -> Standard:
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Every tensor made without a value is NaN inside (torch.utils.deterministic.fill_uninitialized_memory)."""
-    before, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import the compiler for it: 1 s
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(before)
 
 
 def accuracy(case: Case, kernel: str, device_name: str, seed: int = 0) -> list[Check]:

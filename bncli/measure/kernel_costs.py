@@ -18,6 +18,7 @@ from bncli.measure.arms import Arm, Source
 from bncli.measure.ceilings import Ladder, busy_cores
 from bncli.measure.clock import Clock, Deadline
 from bncli.measure.flops import flops
+from bncli.measure.fresh_processes import FreshProcesses
 from bncli.measure.kernel_entry import Entry, enter
 from bncli.measure.kernel_means import means
 from bncli.measure.kernel_plan import NATIVE, Asked, Budget, planned
@@ -44,7 +45,7 @@ OUT_OF_TIME = "not measured: the time is up; give it more, or ask for less"
 
 
 class PeakMemory(Protocol):
-    """Where a CPU's peaks come from: `memory.FreshProcesses`, or a fake."""
+    """Where a CPU's peaks come from: `FreshProcesses`, or a fake."""
 
     failure: str | None
 
@@ -80,7 +81,7 @@ class KernelRun:
         self._cases = planned(asked)
         self._sources = sources or kernel_arms.sources(asked.kernels, device, asked.allow_code)
         self._clock = clock
-        self._peaks: PeakMemory = peaks or memory.FreshProcesses(asked.allow_code)
+        self._peaks: PeakMemory = peaks or FreshProcesses(asked.allow_code)
         self._ladder = ladder
         self._rows: list[KernelCost] = []
         self._notes: dict[str, list[str]] = {}  # what it says -> of which cases
@@ -95,10 +96,11 @@ class KernelRun:
         try:
             yield ProfileStarted("kernels", self._planned)
             yield Measuring("the machine's own copies and multiply-adds", 0.0)
-            ladder.climb(CEILING_ROUNDS)
-            climbed_s = self._now_s() - self._began_s
-            whole = Deadline(self._asked.seconds - 2 * climbed_s, self._now_s)  # it is climbed again at the end
             self._load()
+            loaded_s = self._now_s()
+            ladder.climb(CEILING_ROUNDS)
+            climbed_s = self._now_s() - loaded_s  # it is climbed again at the end
+            whole = Deadline(self._asked.seconds - 2 * climbed_s - (loaded_s - self._began_s), self._now_s)
             weights = [CASE_BYTES + case.tensor_bytes for case, _ in self._cases]
             for k, (case, calls) in enumerate(self._cases):
                 yield Measuring(str(case), sum(weights[:k]) / sum(weights))

@@ -1,4 +1,4 @@
-"""The process that `memory.FreshProcesses` forks from: a line of JSON in for each case, a line of JSON out."""
+"""The process that `fresh_processes.FreshProcesses` forks from: a line of JSON in for each case, a line of JSON out."""
 
 from __future__ import annotations
 

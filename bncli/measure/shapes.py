@@ -126,12 +126,12 @@ def shape_set(name: str, *, cuda: bool = False, batch: int | None = None) -> tup
 # --- typed in, or in a file -------------------------------------------------------------------------------------------
 
 
-def parse(text: str) -> Shape:
+def parse(text: str, option: str = "--shape") -> Shape:
     """256x64x56x56 -> (256, 64, 56, 56). Raises RecipeError for what is no (N, C, *S) of two to five sizes."""
     sizes = text.lower().split("x")
     if not (2 <= len(sizes) <= 5 and all(size.isascii() and size.isdigit() and int(size) > 0 for size in sizes)):
         raise RecipeError(
-            f"--shape {text}: expected the batch, the channels and up to three sides, whole numbers above 0, "
+            f"{option} {text}: expected the batch, the channels and up to three sides, whole numbers above 0, "
             "as in 256x64x56x56 or 60x100"
         )
     return tuple(int(size) for size in sizes)

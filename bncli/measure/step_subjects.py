@@ -96,5 +96,13 @@ def _converted(model: nn.Module, batch: list[_BatchNorm]) -> str:
     if not isinstance(conversion, Conversion):
         own = {name: count for name, count in names.items() if name != "native"}
         return "".join(f", {count} on the {name} kernel" for name, count in own.items())
-    operations = Counter(line.operation or "left as it was" for line in conversion.norms)
-    return f" on the {conversion.kernel} kernel: " + ", ".join(f"{n} {name}" for name, n in operations.most_common())
+    operations = Counter(_beside(line.operation) for line in conversion.norms)
+    return f", {conversion.kernel}: " + ", ".join(f"{n} {words}" for words, n in operations.most_common())
+
+
+def _beside(operation: str | None) -> str:
+    """`batch norm + residual add + relu` -> `with residual add + relu`: what it is one call with."""
+    if operation is None:
+        return "left as it was"
+    _, _, rest = operation.partition(" + ")
+    return f"with {rest}" if rest else "alone"

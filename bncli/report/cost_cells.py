@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from bncli.results import (
     KernelCost,
     KernelMean,
     KernelProfile,
+    StepCost,
     Times,
 )
 
@@ -138,10 +140,17 @@ def kernel_columns(rows: Sequence[KernelCost], ceilings: Ceilings, *, spreads: s
         "gb_per_s": column("GB/s", "", lambda row: gb_figure(gb_per_s(row.both))),
         "of_copy": column("of", "copy", lambda row: percent(of_copy(row, ceilings))),
         "faster": column(f"times {NATIVE}", "", lambda row: faster_cell(row.faster, row.kernel)),
-        "peak": column("peak", "MiB", lambda row: figure(row.peak_memory_mib)),
-        "saved": column("saved", "MiB", lambda row: figure(row.saved_mib)),
+        "peak": memory_column("peak", [row.peak_memory_mib for row in rows]),
+        "saved": memory_column("saved", [row.saved_mib for row in rows]),
         "ran": column("ran", "", lambda row: row.ran or UNKNOWN, words=True),
     }
+
+
+def memory_column(name: str, values_mib: Sequence[float | None]) -> Column:
+    """Sizes in MiB; in KiB where none of them has one."""
+    known = [value for value in values_mib if value is not None]
+    unit, factor = ("KiB", 1024) if known and 0 < max(known) < 1 else ("MiB", 1)
+    return Column((name, unit), tuple((figure(None if v is None else v * factor), "") for v in values_mib))
 
 
 def mean_columns(means: Sequence[KernelMean]) -> list[Column]:
@@ -174,10 +183,29 @@ def kernel_title(profile: KernelProfile) -> str:
     return f"Batch norm kernels: {', '.join(kernels)}" if kernels else "Batch norm kernels"
 
 
-def measured_words(measured: int, planned: int, seconds: float) -> str:
-    if measured < planned:
-        return f"interrupted: {measured} of {planned} rows were measured, in {figure(seconds)} s"
-    return f"{measured} row{'s' * (measured != 1)} measured in {figure(seconds)} s"
+def measured_words(rows: Sequence[KernelCost | StepCost], planned: int, seconds: float) -> str:
+    """How many rows there are of those planned, and how many of them have figures."""
+    if len(rows) < planned:
+        return f"interrupted: {len(rows)} of {planned} rows were measured, in {figure(seconds)} s"
+    measured = sum(row.error is None for row in rows)
+    of = f" of {len(rows)}" if measured < len(rows) else ""
+    return f"{measured}{of} row{'s' * (len(rows) != 1)} measured in {figure(seconds)} s"
+
+
+def folded(rows: Sequence[KernelCost]) -> tuple[list[KernelCost], list[str]]:
+    """The rows to show, and in a line the cases that nothing was measured of, all kernels for the same reason.
+
+    A wrong result is always shown, and so is everything where there would be nothing else.
+    """
+    reasons: dict[Case, set[str | None]] = {}
+    for row in rows:
+        reasons.setdefault(row.case, set()).add(None if row.wrong else row.error)
+    empty = {case: errors.copy().pop() for case, errors in reasons.items() if len(errors) == 1 and None not in errors}
+    if len(empty) == len(reasons):
+        return list(rows), []
+    counts = Counter(empty.values())
+    lines = [f"{count} of {len(reasons)} cases are left out, {error}" for error, count in counts.items()]
+    return [row for row in rows if row.case not in empty], lines
 
 
 def cache_words(cold: bool) -> str:

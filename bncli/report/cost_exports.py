@@ -199,7 +199,7 @@ def to_markdown(result: Profile, gate: Gate | None = None) -> str:
 
 
 def _kernels_markdown(profile: KernelProfile) -> list[str]:
-    measured = measured_words(len(profile.rows), profile.planned, profile.seconds)
+    measured = measured_words(profile.rows, profile.planned, profile.seconds)
     lines = [f"### {_markdown(kernel_title(profile))}", "", f"{measured}; {cache_words(profile.cold)}"]
     for heading, rows in grouped(profile.rows).items():
         columns = list(kernel_columns(rows, profile.ceilings).values())
@@ -212,7 +212,7 @@ def _kernels_markdown(profile: KernelProfile) -> list[str]:
 
 
 def _step_markdown(profile: StepProfile) -> list[str]:
-    measured = measured_words(len(profile.rows), profile.planned, profile.seconds)
+    measured = measured_words(profile.rows, profile.planned, profile.seconds)
     lines = [f"### {_markdown(profile.name)}: one step of the whole model", "", measured]
     shared = [row for row in profile.rows if row.shares_ms]
     split = [row for row in profile.rows if row.memory is not None]

@@ -14,6 +14,7 @@ from bncli.report.cost_cells import (
     NATIVE,
     cache_words,
     ceilings_words,
+    folded,
     grouped,
     kernel_columns,
     kernel_title,
@@ -24,7 +25,7 @@ from bncli.report.cost_cells import (
 )
 from bncli.report.ruled import Dashed, Line, Listing, Ruled, in_encoding
 from bncli.report.tables import Fitted, Layout
-from bncli.results import Faster, KernelCost, KernelMean, KernelProfile
+from bncli.results import Ceilings, Faster, KernelCost, KernelMean, KernelProfile
 
 SHORT = {"forward": "fwd", "backward": "bwd"}
 # What shows the spread of its samples, what is left out, and whether headers are short; the first that fits is taken.
@@ -42,7 +43,7 @@ KERNEL_LAYOUTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("both", ("ran", "peak", "saved", "gb_per_s", "forward", "backward"), False),
     ("none", ("ran", "peak", "saved", "gb_per_s", "forward", "backward"), False),
 )
-LEFT_OUT = {"forward": "forward", "backward": "backward", "gb_per_s": "GB/s", "peak": "peak MiB", "saved": "saved MiB"}
+LEFT_OUT = {"forward": "forward", "backward": "backward", "gb_per_s": "GB/s", "peak": "peak", "saved": "saved"}
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,14 @@ class KernelReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         profile = self.profile
-        words = measured_words(len(profile.rows), profile.planned, profile.seconds)
-        yield Fitted(kernel_title(profile), words, _kernel_layouts(profile) if profile.rows else (_nothing,), ())
+        rows, left_out = folded(profile.rows)
+        words = measured_words(profile.rows, profile.planned, profile.seconds)
+        yield Fitted(kernel_title(profile), words, _kernel_layouts(rows, profile.ceilings) if rows else (_nothing,), ())
         if profile.means:
             yield Fitted("Over all shapes: geometric mean", "", _mean_layouts(profile.means), ())
         ceilings = encodable(ceilings_words(profile.ceilings), options.encoding)
         yield Text.assemble(("Measured ceilings: ", "bold"), ceilings)
-        yield Dashed("", profile.notes)
+        yield Dashed("", (*left_out, *profile.notes))
         made = f"Made on {environment_words(profile.environment)}; {cache_words(profile.cold)}."
         for line in (made, *kernel_legend(profile)):
             yield Text(in_encoding(line, options.encoding), "dim")
@@ -109,8 +111,8 @@ def _nothing(encoding: str) -> Text:
     return Text("Nothing was measured.")
 
 
-def _kernel_layouts(profile: KernelProfile) -> list[Layout]:
-    groups = grouped(profile.rows)
+def _kernel_layouts(shown: Sequence[KernelCost], ceilings: Ceilings) -> list[Layout]:
+    groups = grouped(shown)
     rows = [row for members in groups.values() for row in members]
     first = {id(members[0]): heading for heading, members in groups.items()}
     lines = [
@@ -123,7 +125,7 @@ def _kernel_layouts(profile: KernelProfile) -> list[Layout]:
     ]
 
     def layout(spreads: str, without: Sequence[str], short: bool) -> Layout:
-        cells = kernel_columns(rows, profile.ceilings, spreads=spreads)
+        cells = kernel_columns(rows, ceilings, spreads=spreads)
         cells["shape"] = once(cells["shape"], lines)
         if short:
             cells |= {key: replace(cells[key], header=(word, "ms")) for key, word in SHORT.items()}
@@ -135,7 +137,7 @@ def _kernel_layouts(profile: KernelProfile) -> list[Layout]:
             *(Text(encodable(words, encoding), "dim") for words in ["", *tail] if tail),
         )
 
-    whole = list(kernel_columns(rows, profile.ceilings).values())
+    whole = list(kernel_columns(rows, ceilings).values())
     return [*(layout(*how) for how in KERNEL_LAYOUTS), lambda encoding: Listing(whole, lines, encoding)]
 
 

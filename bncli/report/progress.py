@@ -161,7 +161,7 @@ class ProfileProgress(_Sink):
 
     def _left(self) -> str:
         """In words, as long as what is left takes as long as what was done, share by share."""
-        if not self.fraction:
+        if not 0 < self.fraction < 1:
             return ""
         seconds = (monotonic() - self._began) * (1 - self.fraction) / self.fraction
         return f", about {seconds:,.0f} s left"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bncli.report.cells import UNKNOWN, Cell, Column, figure
-from bncli.report.cost_cells import NATIVE, faster_cell, percent, quartiles, samples_cell
+from bncli.report.cost_cells import NATIVE, faster_cell, memory_column, percent, quartiles, samples_cell
 from bncli.results import STEP_CLASSES, StepCost
 
 BROKEN = {"normalization": ("normal-", "ization"), "activation": ("acti-", "vation"), "optimizer": ("opti-", "mizer")}
@@ -44,14 +44,13 @@ def share_columns(rows: Sequence[StepCost], *, ms: bool = False, short: bool = F
 
 
 def memory_columns(rows: Sequence[StepCost]) -> list[Column]:
-    """The rows that have them: parts of the peak of a step, in MiB."""
+    """The rows that have them: parts of the peak of a step, in MiB or KiB."""
     parts = [row.memory for row in rows]
     fields = ("parameters", "gradients", "optimizer", "activations", "peak")
     return [
         *_step_names(rows),
-        *(Column((name, "MiB"), tuple((figure(getattr(part, f"{name}_mib", None)), "") for part in parts))
-          for name in fields),
-    ]  # fmt: skip
+        *(memory_column(name, [getattr(part, f"{name}_mib", None) for part in parts]) for name in fields),
+    ]
 
 
 def _step_names(rows: Sequence[StepCost]) -> list[Column]:

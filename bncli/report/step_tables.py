@@ -33,7 +33,7 @@ class StepReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         profile, encoding = self.profile, options.encoding
-        words = measured_words(len(profile.rows), profile.planned, profile.seconds)
+        words = measured_words(profile.rows, profile.planned, profile.seconds)
         title = f"{profile.name}: one step of the whole model"
         yield Fitted(title, words, _step_layouts(profile.rows) if profile.rows else (_nothing,), ())
         shared = [row for row in profile.rows if row.shares_ms and row.error is None]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import re
 import subprocess
 import time
+from pathlib import Path
 
 import torch
 
@@ -29,7 +32,42 @@ def description(device: torch.device) -> dict[str, str]:
             f"sm_{properties.major}{properties.minor}, {properties.multi_processor_count} multiprocessors, "
             f"L2 {properties.L2_cache_size / 2**20:.0f} MiB, memory {properties.total_memory / 2**30:.0f} GiB"
         )
+    else:
+        found["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+        cache = last_cache_bytes()
+        found["cache"] = "unknown" if cache is None else f"{cache / 2**20:.0f} MiB, the last one"
     return found
+
+
+def last_cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int | None:
+    """Of the first CPU core's last cache, None where the system does not say (Linux's sysfs: 32K, 480M)."""
+    found = []
+    for file in folder.glob("index*/size"):
+        words = re.fullmatch(r"(\d+)([KMG]?)", file.read_text().strip())
+        if words is not None:
+            found.append(int(words[1]) * 2 ** {"": 0, "K": 10, "M": 20, "G": 30}[words[2]])
+    return max(found, default=None)
+
+
+def busy_cores(over_s: float = 0.5, stat: Path = Path("/proc/stat")) -> float | None:
+    """How many cores other programs use while this one sleeps; None where the system does not say."""
+    before = _busy_s(stat)
+    began_s = time.monotonic()
+    time.sleep(over_s)
+    after = _busy_s(stat)
+    return None if before is None or after is None else (after - before) / (time.monotonic() - began_s)
+
+
+def _busy_s(stat: Path) -> float | None:
+    """Seconds that all cores have worked for, or that a hypervisor gave to others (proc(5): user, nice, system, idle,
+    iowait, irq, softirq, steal), in ticks of a hundredth of a second mostly.
+    """
+    try:
+        words = stat.read_text().splitlines()[0].split()
+        ticks = [int(word) for word in words[1:9]]
+    except (OSError, IndexError, ValueError):
+        return None
+    return (sum(ticks) - sum(ticks[3:5])) / os.sysconf("SC_CLK_TCK")
 
 
 def _version(package: str) -> str:

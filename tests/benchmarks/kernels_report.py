@@ -13,6 +13,9 @@ from typing import Any
 from bncli.measure import clock as timing
 from bncli.measure.accuracy import Check
 from bncli.measure.clock import Spread
+from bncli.report.cost_cells import samples_cell
+from bncli.results import Faster
+from bncli.results.shared import Interval
 from tests.benchmarks.kernels_speed import Target, Timed
 
 SHOWN_FAILURES = 8
@@ -101,7 +104,9 @@ class Report:
         if len(self.failed) > SHOWN_FAILURES:
             self.line(f"  and {len(self.failed) - SHOWN_FAILURES} more")
         if self.targets:
-            self.line(f"{'target':52} {'at least':>8} {'median':>7} {'worst':>7}   met on")
+            self.line(
+                f"{'target':52} {'at least':>8} {'median':>7} {'worst':>7}   met on; of one figure [its interval]"
+            )
         for name in dict.fromkeys(target.name for _, target in self.targets):
             group = [(target.value, case) for case, target in self.targets if target.name == name]
             at_least = next(target.at_least for _, target in self.targets if target.name == name)
@@ -109,14 +114,46 @@ class Report:
             if not known:
                 self.line(f"{name:52} {at_least:8.2f}   not measured")
                 continue
+            if len(group) == 1:
+                self.line(single_line(next(target for _, target in self.targets if target.name == name), known[0][1]))
+                continue
             worst, where = min(known)
             met = sum(value >= at_least for value, _ in known)
             verdict = "met" if met == len(group) else "NOT MET"
             middle = statistics.median(value for value, _ in known)
             row = f"{name:52} {at_least:8.2f} {middle:7.2f} {worst:7.2f}   {met} of {len(group)}  {verdict}"
             self.line(f"{row} (worst: {where})")
+        met = sum(target.met for _, target in self.targets)
+        if self.targets:
+            self.line(f"targets: {met} met, {len(self.targets) - met} missed")
         for note in self.notes:
             self.line(f"not run: {note}")
+
+
+def single_line(target: Target, case: str) -> str:
+    """A target that was measured once, with its interval and whether that leaves a doubt."""
+    assert target.value is not None
+    interval = "" if target.interval is None else f" {between(target.interval)}"
+    verdict = ("met" if target.met else "NOT MET") + (", in doubt" if target.in_doubt else "")
+    where = f"  ({case})" if case else ""
+    return f"{target.name:52} {target.at_least:8.2f} {target.value:7.2f}{interval}  {verdict}{where}"
+
+
+def between(interval: Interval) -> str:
+    """[2.25, 2.36]; `unknown` for a side that too few rounds leave open."""
+    low, high = ("unknown" if side is None else f"{side:.2f}" for side in (interval.low, interval.high))
+    return f"[{low}, {high}]"
+
+
+def faster(found: Faster, unit: str = "x") -> str:
+    """The median and its 95 % interval."""
+    return f"{found.value:.2f}{unit} {between(found.interval)}"
+
+
+def ms(samples_ms: tuple[float, ...]) -> str:
+    """1.23 ms ±2%: the median, and half the distance of the quartiles as a share of it."""
+    value, spread = samples_cell(samples_ms)
+    return f"{value} ms {spread}".strip()
 
 
 def ratio(found: Spread) -> str:

@@ -46,7 +46,7 @@ class Run:
         return self.device.type == "cuda"
 
     def target(self, case: str, found: list[Target]) -> None:
-        """Kept for the summary, on the GPU that the targets were set for."""
+        """Kept for the summary, on the GPU that the GPU's targets were set for."""
         if self.cuda:
             self.report.target(case, found)
 

@@ -15,6 +15,7 @@ from bncli.measure.accuracy import Check
 from bncli.measure.cases import Apply
 from bncli.measure.clock import Clock, Deadline, Spread, Work
 from bncli.results import Case
+from bncli.results.shared import Interval
 
 DIRECTIONS = ("both", "forward", "backward")
 LAYER_SHAPES = (  # (C, H, W) of ResNet-50
@@ -63,15 +64,24 @@ class Timed:
 
 @dataclass(frozen=True)
 class Target:
-    """One figure beside what it ought to be. `value` None: not measured."""
+    """One figure beside what it ought to be. `value` None: not measured. `interval`: 95 %, where there is one."""
 
     name: str
     value: float | None
     at_least: float
+    interval: Interval | None = None
 
     @property
     def met(self) -> bool:
         return self.value is not None and self.value >= self.at_least
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether its interval holds values on both sides."""
+        if self.value is None or self.interval is None:
+            return False
+        low, high = self.interval.low, self.interval.high
+        return (low is None or low < self.at_least) and (high is None or high >= self.at_least)
 
 
 def works(case: Case, device: torch.device, arms: dict[str, Apply]) -> dict[str, dict[str, Work]]:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bncli.measure import cases, memory
-from bncli.measure.memory import FreshProcesses, saved_bytes
+from bncli.measure import cases, fresh_processes, memory
+from bncli.measure.fresh_processes import FreshProcesses
+from bncli.measure.memory import saved_bytes
 from bncli.results import Case
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the resident peak is read from /proc")
@@ -170,7 +171,7 @@ def wait_for_none(group: int) -> bool:
 
 
 def test_a_failure_to_start_is_said_and_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "SERVER", "raise SystemExit(3)")
+    monkeypatch.setattr(fresh_processes, "SERVER", "raise SystemExit(3)")
     with FreshProcesses() as peaks:
         assert peaks.peak_mib(FOUR_MIB, "native") is None
         assert peaks.failure

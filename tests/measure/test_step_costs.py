@@ -369,7 +369,7 @@ def test_a_function_and_a_class_are_measured_on_every_kernel(name: str) -> None:
     profile = finished(StepRun(name, [subject], CPU, seconds=0.3, memory=lambda *_: NO_MEMORY))
     rows = by_kernel(profile)
     assert rows["native"].norms == "1 batch norm"
-    assert rows["fused"].norms == "1 batch norm on the fused kernel: 1 batch norm + relu"
+    assert rows["fused"].norms == "1 batch norm, fused: 1 with relu"
     assert [row.error for row in profile.rows] == [None] * 4
     assert profile.remarks == ()
     assert any("random numbers" in note for note in profile.notes)
@@ -493,7 +493,7 @@ def test_a_fused_row_has_its_relus_in_normalization(monkeypatch: pytest.MonkeyPa
     run = StepRun("tiny", [subject], CPU, ("native", "fused"), seconds=0.3, memory=lambda *_: NO_MEMORY)
     rows = by_kernel(finished(run))
     assert rows["fused"].error is None
-    assert rows["fused"].norms == "1 batch norm on the fused kernel: 1 batch norm + relu"
+    assert rows["fused"].norms == "1 batch norm, fused: 1 with relu"
     assert rows["native"].shares_ms["activation"] > 0
     assert rows["fused"].shares_ms["activation"] == 0
     assert rows["fused"].shares_ms["normalization"] > 0
