@@ -30,7 +30,7 @@ def test_a_run_with_the_fused_kernel_goes_as_one_with_native(name: str, layout: 
     for kernel in ("native", "fused"):
         recipe = tiny(
             norm={"kind": "batch", "kernel": kernel},
-            optimizer={"kind": "sgd", "lr": 0.02},
+            optimizer={"kind": "sgd", "lr": 0.003},
             train={"steps": 6, "evaluate_every": 2, "memory_format": layout, "target": {"value": 1.0}},
             **MODELS[name],
         )
