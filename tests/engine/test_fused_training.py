@@ -26,12 +26,13 @@ MODELS: dict[str, dict[str, Any]] = {
     ],
 )
 def test_a_run_with_the_fused_kernel_goes_as_one_with_native(name: str, layout: str) -> None:
+    """Native contiguous, that is: channels last, native drifts from itself by as much as half a percent here."""
     losses = {}
-    for kernel in ("native", "fused"):
+    for kernel, layout_ in (("native", "contiguous"), ("fused", layout)):
         recipe = tiny(
             norm={"kind": "batch", "kernel": kernel},
             optimizer={"kind": "sgd", "lr": 0.003},
-            train={"steps": 6, "evaluate_every": 2, "memory_format": layout, "target": {"value": 1.0}},
+            train={"steps": 6, "evaluate_every": 2, "memory_format": layout_, "target": {"value": 1.0}},
             **MODELS[name],
         )
         found = [event.evaluation for event in run(recipe, "cpu", threads=1) if isinstance(event, Evaluated)]
