@@ -127,6 +127,14 @@ HEAVY = {"torch", "pydantic", "sklearn", "scipy", "numpy", "matplotlib", "datase
         ["gradcheck", "--help"],
         ["gradcheck", "--quick", "--full"],
         ["gradcheck", "--kernel", "mine:norm"],  # without --allow-code
+        ["profile", "--help"],
+        ["profile", "--kernel", "mine:norm"],  # without --allow-code
+        ["profile", "--json", "--csv"],
+        ["profile", "--fail-above", "0.5"],
+        ["profile", "resnet50"],
+        ["profile", "--model", "mine:make"],  # without --input
+        ["profile", "--plot", "x.pdf"],
+        ["profile", "--baseline", "missing.json"],
         ["trian"],
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -25,11 +24,7 @@ from bncli.cli.running import StopSignal, loaded_all, print_result, say
 from bncli.errors import CHECK_FAILED, INTERRUPTED, UNAVAILABLE, RecipeError
 
 if TYPE_CHECKING:
-    import torch
-
-    from bncli.measure.fresh_processes import FreshProcesses
     from bncli.measure.kernel_costs import KernelRun
-    from bncli.measure.shapes import Calls
     from bncli.measure.step_costs import StepRun
     from bncli.results import Gate, KernelProfile, StepProfile
 
@@ -127,20 +122,24 @@ def profile(
     earlier = check_files(plot, trace, baseline, of_steps)
     from bncli.measure.fresh_processes import FreshProcesses
 
-    seconds = QUICK_SECONDS if quick else SECONDS
-    asked: dict[str, Any] = {"kernels": kernels, "seconds": seconds}
     # What a user's code prints is no result.
     with StopSignal(at_once=True), contextlib.redirect_stdout(sys.stderr), FreshProcesses(allow_code) as peaks:
         if not of_steps and not device.startswith("cuda"):
             peaks.start()  # it loads torch while this process does
-        place = _place(device, threads)
+        from bncli.measure import profile_runs
+
         loaded_all()
+        options = profile_runs.Options(device, threads, kernels, QUICK_SECONDS if quick else SECONDS, allow_code)
         run: KernelRun | StepRun
-        if of_steps:
-            run = _step_run(recipe, sets, arm, model, inputs, place, trace, allow_code, asked)
+        if recipe is not None:
+            run = profile_runs.recipe_run(options, recipe, sets or (), arm, trace)
+        elif model is not None:
+            run = profile_runs.model_run(options, model, inputs or "", trace)
         else:
-            axes = (operation, dtype, layout)
-            run = _kernel_run(place, axes, _chosen(shapes, shape, batch, place), not warm, allow_code, asked, peaks)
+            run = profile_runs.kernel_run(
+                options, operations=_listed(operation), dtypes=_listed(dtype), layouts=_listed(layout), shapes=shapes,
+                own_shapes=shape or (), batch=batch, cold=not warm, peaks=peaks,
+            )  # fmt: skip
         stopped = _measure(run, quiet)
     result = run.result()
     gate, incomparable = _gate(result, earlier, fail_above)
@@ -159,89 +158,8 @@ def profile(
         raise typer.Exit(code)
 
 
-def _place(device: str, threads: int | None) -> torch.device:
-    from bncli.engine.device import resolve
-
-    place = resolve(device)
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-    return place
-
-
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-def _chosen(shapes: str | None, own: list[str] | None, batch: int | None, place: torch.device) -> Sequence[Calls]:
-    from bncli.measure.shapes import Calls, parse, read_csv, shape_set
-
-    found = [Calls(parse(text), 1) for text in own or ()]
-    cuda = place.type == "cuda"
-    name = shapes or (None if own else "resnet50" if cuda else "resnet20")
-    if name is None:
-        if batch:
-            raise RecipeError("--batch: a --shape holds its own batch, its first number")
-        return found
-    if name.endswith(".csv"):
-        if batch:
-            raise RecipeError(f"--batch: {name} holds its own")
-        return [*found, *read_csv(Path(name))]
-    return [*found, *shape_set(name, cuda=cuda, batch=batch)]
-
-
-def _kernel_run(
-    place: torch.device,
-    axes: tuple[str | None, str | None, str | None],
-    shapes: Sequence[Calls],
-    cold: bool,
-    allow_code: bool,
-    asked: dict[str, Any],
-    peaks: FreshProcesses,
-) -> KernelRun:
-    from bncli.measure.kernel_costs import KernelRun
-    from bncli.measure.kernel_plan import Asked
-
-    operation, dtype, layout = axes
-    return KernelRun(
-        Asked(
-            operations=_listed(operation or ""),
-            dtypes=_listed(dtype or ("bf16" if place.type == "cuda" else "fp32")),
-            layouts=_listed(layout or "contiguous,channels_last"),
-            shapes=tuple(shapes),
-            cold=cold,
-            allow_code=allow_code,
-            **asked,
-        ),
-        place,
-        peaks=peaks,
-    )
-
-
-def _step_run(
-    recipe: str | None,
-    sets: list[str] | None,
-    arm: str | None,
-    model: str | None,
-    inputs: str | None,
-    place: torch.device,
-    trace: Path | None,
-    allow_code: bool,
-    asked: dict[str, Any],
-) -> StepRun:
-    from bncli.measure.step_costs import StepRun
-
-    if model is not None:
-        from bncli.measure.shapes import parse
-        from bncli.measure.step_own import OwnSubject
-
-        return StepRun(model, [OwnSubject(model, parse(inputs or "", "--input"))], place, trace=trace, **asked)
-    from bncli.measure.step_recipes import subjects_of
-    from bncli.recipe.file import load
-
-    loaded = load(recipe or "", sets or (), allow_code=allow_code)
-    return StepRun(loaded.name, subjects_of(loaded, arm), place, trace=trace, **asked)
+def _listed(text: str | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
 
 
 def _measure(run: KernelRun | StepRun, quiet: bool) -> int:

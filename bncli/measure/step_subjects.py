@@ -77,7 +77,7 @@ def one_batch(x: Tensor, y: Tensor, classes: int, memory_format: str) -> Dataset
 
 
 def norms_of(model: nn.Module) -> str | None:
-    """The norm layers in words: how many, of which kind, how many of them fused; None where there is none."""
+    """The norm layers in words: how many, of which kind, what each is one call with; None where there is none."""
     batch = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     others = Counter(
         type(module).__name__
@@ -97,7 +97,7 @@ def _converted(model: nn.Module, batch: list[_BatchNorm]) -> str:
         own = {name: count for name, count in names.items() if name != "native"}
         return "".join(f", {count} on the {name} kernel" for name, count in own.items())
     operations = Counter(_beside(line.operation) for line in conversion.norms)
-    return f", {conversion.kernel}: " + ", ".join(f"{n} {words}" for words, n in operations.most_common())
+    return f" ({', '.join(f'{n} {words}' for words, n in operations.most_common())})"
 
 
 def _beside(operation: str | None) -> str:

@@ -149,7 +149,7 @@ def kernel_columns(rows: Sequence[KernelCost], ceilings: Ceilings, *, spreads: s
 def memory_column(name: str, values_mib: Sequence[float | None]) -> Column:
     """Sizes in MiB; in KiB where none of them has one."""
     known = [value for value in values_mib if value is not None]
-    unit, factor = ("KiB", 1024) if known and 0 < max(known) < 1 else ("MiB", 1)
+    unit, factor = ("KiB", 1024) if known and max(known) < 1 else ("MiB", 1)
     return Column((name, unit), tuple((figure(None if v is None else v * factor), "") for v in values_mib))
 
 

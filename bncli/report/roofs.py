@@ -143,7 +143,7 @@ def _ceilings(axes: Axes, ceilings: Ceilings) -> None:
             near.append([])
         near[-1].append((size, speed))
     for copies in near:
-        words = "copy: " + ", ".join(f"{figure(speed)} GB/s of {size_words(size)}" for size, speed in copies)
+        words = copy_words(copies)
         colour = INK if ceilings.copies[-1] in copies else PALE
         place: dict[str, Any] = {"textcoords": "offset points", "va": "bottom", "fontsize": 8, "color": colour}
         axes.annotate(words, (low, copies[-1][1]), (4, 3), **place).set_in_layout(False)
@@ -156,6 +156,16 @@ def _ceilings(axes: Axes, ceilings: Ceilings) -> None:
             )
         beyond = f"multiply-adds, {figure(roof)} GFLOP/s in fp32: the limit beyond {figure(ridge)} flop a byte"
         axes.annotate(beyond, (high, top), (-3, -3), textcoords="offset points", ha="right", va="top", fontsize=8)
+
+
+def copy_words(copies: Sequence[tuple[int, float]]) -> str:
+    """Each of one or two, (bytes, GB/s) ordered by speed; of more the largest, and how fast the smaller are."""
+    if len(copies) < 3:
+        return "copy: " + ", ".join(f"{figure(speed)} GB/s of {size_words(size)}" for size, speed in copies)
+    (size, speed), *smaller = sorted(copies, reverse=True)
+    speeds = [each for _, each in smaller]
+    span = f"{figure(min(speeds))} to {figure(max(speeds))} of {len(smaller)} smaller sizes"
+    return f"copy: {figure(speed)} GB/s of {size_words(size)}, {span}"
 
 
 def _plain(axes: Axes) -> None:

@@ -125,7 +125,7 @@ class Report:
             self.line(f"{row} (worst: {where})")
         met = sum(target.met for _, target in self.targets)
         if self.targets:
-            self.line(f"targets: {met} met, {len(self.targets) - met} missed")
+            self.line(f"targets: {met} met, {len(self.targets) - met} missed or not measured")
         for note in self.notes:
             self.line(f"not run: {note}")
 

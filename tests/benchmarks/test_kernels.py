@@ -1,4 +1,4 @@
-"""The kernel benchmark on a CPU: its whole flow, what it refuses to time, and the arithmetic of its verdicts."""
+"""The kernel benchmark's sections for a GPU, dry on a CPU: the flow, what is not timed, and the verdicts."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from tests.benchmarks.kernels_report import Report
 from tests.benchmarks.kernels_speed import Target, Timed
 
 CPU = torch.device("cpu")
+DRY = ["--device", "cpu", "--candidate", "seam"]  # the GPU's sections, with native behind the seam
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,7 @@ def test_every_section_runs_on_a_cpu_and_keeps_its_raw_samples(
 ) -> None:
     (tmp_path / "shapes.csv").write_text("n,c,spatial,calls,networks\n4,8,3x3,10,1\n2,5,,3,1\n")
     files = ["--shapes", str(tmp_path / "shapes.csv"), "--json", str(tmp_path / "all.json")]
-    assert kernels.main(["--device", "cpu", "--quick", *files]) == errors.OK
+    assert kernels.main([*DRY, "--quick", *files]) == errors.OK
     printed = capsys.readouterr().out
     assert "0 wrong" in printed
     assert "of 13 calls timed (100% of all)" in printed
@@ -64,7 +65,7 @@ def test_no_speed_is_printed_for_a_wrong_kernel(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(cases.CANDIDATES, "seam", statistics_as_constants)
-    given = ["--device", "cpu", "--quick", "--sections", "correctness,layers,small,resnet"]
+    given = [*DRY, "--quick", "--sections", "correctness,layers,small,resnet"]
     assert kernels.main(given) == errors.CHECK_FAILED
     printed = capsys.readouterr().out
     assert "WRONG, so not timed" in printed
@@ -95,7 +96,7 @@ def test_no_speed_is_printed_for_an_interpreted_kernel(
 def test_a_wrong_option_ends_the_run_before_it_begins(
     given: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert kernels.main(["--device", "cpu", *given]) == code
+    assert kernels.main([*DRY, *given]) == code
     captured = capsys.readouterr()
     assert said in captured.err
     assert not captured.out
@@ -104,16 +105,21 @@ def test_a_wrong_option_ends_the_run_before_it_begins(
 def test_a_kernel_that_cannot_run_here_ends_the_run_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert kernels.main(["--device", "cpu", "--candidate", "fused"]) == errors.UNAVAILABLE
-    assert "fused kernel cannot run" in capsys.readouterr().err
+    def refuse(name: str, device: torch.device) -> None:
+        raise errors.Unavailable(f"the {name} kernel cannot run: there is no C compiler")
+
+    monkeypatch.setattr(kernels.kernels, "get", refuse)
+    assert kernels.main(["--device", "cpu"]) == errors.UNAVAILABLE
+    captured = capsys.readouterr()
+    assert "fused kernel cannot run: there is no C compiler" in captured.err
+    assert not captured.out
 
 
 def test_a_section_that_breaks_fails_the_run_and_the_next_ones_still_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(kernels_sections, "copy", lambda *_: 1 / 0)
-    assert kernels.main(["--device", "cpu", "--quick", "--sections", "copy,small"]) == errors.CHECK_FAILED
+    assert kernels.main([*DRY, "--quick", "--sections", "copy,small"]) == errors.CHECK_FAILED
     printed = capsys.readouterr().out
     assert "section copy" in printed
     assert " us a step" in printed

@@ -23,10 +23,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import bncli
+from bncli import kernels
 from bncli.engine.convert import Conversion, convert
 from bncli.engine.norm import BatchNorm, BatchNorm2d
 from bncli.errors import Unavailable
-from bncli.kernels import fused, native
+from bncli.kernels import native
 
 SEAM: Any = native.batch_norm
 BY_ROUTE = pytest.mark.parametrize("kernel", ["native", SEAM], ids=["native", "through the seam"])
@@ -543,8 +544,8 @@ def test_a_model_without_batch_norms_is_left_alone() -> None:
     assert type(model) is nn.Sequential
 
 
-@pytest.mark.skipif(fused.why_not(None) is None, reason="the fused kernel runs here")
-def test_a_kernel_that_cannot_run_is_refused_before_anything_is_touched() -> None:
+def test_a_kernel_that_cannot_run_is_refused_before_anything_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kernels._WHY_NOT, "fused", lambda device: "it is not built")
     model = ResNet(BasicBlock)
     with pytest.raises(Unavailable, match="the fused kernel cannot run"):
         convert(model)

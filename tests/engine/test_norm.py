@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bncli
+from bncli import kernels
 from bncli.engine.model import factory
 from bncli.engine.norm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bncli.errors import Unavailable
-from bncli.kernels import fused, native
+from bncli.kernels import native
 from bncli.recipe.sections import BatchNorm as BatchNormSection
 from bncli.recipe.sections import GroupNorm, InstanceNorm, LayerNorm, NoNorm
 
@@ -89,8 +90,8 @@ def test_no_norm_makes_no_module() -> None:
     assert factory(NoNorm()) is None
 
 
-@pytest.mark.skipif(fused.why_not(None) is None, reason="the fused kernel runs here")
-def test_a_kernel_that_cannot_run_is_refused_before_anything_is_built() -> None:
+def test_a_kernel_that_cannot_run_is_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kernels._WHY_NOT, "fused", lambda device: "it is not built")
     with pytest.raises(Unavailable):
         factory(BatchNormSection(kind="batch", kernel="fused"))
 
@@ -239,8 +240,8 @@ def test_an_unknown_activation_or_kernel_is_refused_at_construction() -> None:
         BatchNorm2d(3, kernel="nativ")
 
 
-@pytest.mark.skipif(fused.why_not(None) is None, reason="the fused kernel runs here")
-def test_a_kernel_that_cannot_run_here_is_refused_at_construction() -> None:
+def test_a_kernel_that_cannot_run_here_is_refused_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kernels._WHY_NOT, "fused", lambda device: "it is not built")
     with pytest.raises(Unavailable, match="the fused kernel cannot run"):
         BatchNorm2d(3, kernel="fused")
 

@@ -4,8 +4,10 @@ import itertools
 from pathlib import Path
 
 import pytest
+import torch
 
 from bncli.errors import RecipeError, Unavailable
+from bncli.kernels import fused
 from bncli.measure.gradcheck import run
 from bncli.results import CheckGroup, Gradcheck
 from tests.measure import wrong_kernels
@@ -42,6 +44,23 @@ def test_the_native_kernel_passes(norm: str, effort: str) -> None:
     assert not found.diagnoses
     assert not found.failures
     assert found.paths
+
+
+@pytest.mark.parametrize("effort", ["quick", SLOW_DEFAULT])
+def test_the_fused_kernel_passes_in_c(effort: str) -> None:
+    found = result("fused", effort=effort)
+    assert found.passed, told(found)
+    assert found.ran.startswith("C, compiled for this CPU")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is compiling for the GPU in this process")
+def test_when_asked_for_the_gpus_kernel_is_checked_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # tests/conftest.py has loaded it so
+    monkeypatch.setattr(fused, "INTERPRETED", True)
+    found = result("fused", only="train/float32/contiguous/4x3x5x7/plain/*")
+    assert found.passed, told(found)
+    assert "Triton's interpreter" in found.ran
 
 
 @pytest.mark.parametrize("effort", ["quick", SLOW_DEFAULT])

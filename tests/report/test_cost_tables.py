@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from bncli.report.cost_cells import percent, quartiles, samples_cell
+from bncli.report.cost_cells import memory_column, percent, quartiles, samples_cell
 from bncli.report.cost_tables import KernelReport
 from bncli.report.gate_tables import GateReport, closing
 from bncli.report.step_tables import StepReport
@@ -17,6 +17,7 @@ from bncli.results import Faster, Interval, KernelCost
 from tests.report.made_up_costs import (
     ERROR,
     KERNELS,
+    failed,
     hundred_rows,
     kernel_cost,
     kernel_profile,
@@ -159,6 +160,32 @@ def test_an_error_of_many_lines_stays_one_message(show):
 def test_an_interrupted_profile_says_how_far_it_came(show):
     assert "interrupted: 7 of 12 rows were measured" in show(KernelReport(with_errors()), 100)
     assert "interrupted" not in show(KernelReport(one_case()), 100)
+
+
+def test_cases_that_nothing_was_measured_of_are_counted_in_a_line_and_wrong_results_are_always_shown(show):
+    def of(rows):
+        return KernelReport(replace(one_case(), rows=tuple(rows), planned=len(rows)))
+
+    first, *_ = one_case().rows
+    late = "not measured: the time is up"
+    wide, tall = (replace(first.case, shape=shape) for shape in ((7, 64, 9, 9), (7, 64, 8, 8)))
+    rows = [*one_case().rows, *(failed(wide, kernel, late) for kernel in ("native", "fused"))]
+    text = show(of(rows), 160)
+    assert f"{len(rows) - 2} of {len(rows)} rows measured" in text
+    assert f"1 of 2 cases are left out, {late}" in text
+    assert "7x64x9x9" not in text
+    text = show(of([*rows, failed(tall, "native", ERROR, wrong=True)]), 160)
+    assert "7x64x8x8" in text
+    assert "WRONG" in text
+    assert "7x64x9x9" in show(of(rows[-2:]), 160)  # there would be nothing else
+
+
+def test_memory_below_a_mib_is_in_kib():
+    assert memory_column("peak", [0.5, None, 0.00618]).header == ("peak", "KiB")
+    assert [cell for cell, _ in memory_column("peak", [0.5, None, 0.00618]).cells] == ["512", "–", "6.33"]
+    assert memory_column("peak", [0.5, 2.0]).header == ("peak", "MiB")
+    assert [cell for cell, _ in memory_column("peak", [0.5, 2.0]).cells] == ["0.500", "2.00"]
+    assert memory_column("peak", [None]).header == ("peak", "MiB")
 
 
 def test_a_profile_without_rows_still_says_where_and_why(show):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from bncli.errors import USAGE, BncliError
 from bncli.report.cost_bars import MOST_BARS, facets, facets_height
 from bncli.report.roofline import draw, render
-from bncli.report.roofs import apart, clusters
+from bncli.report.roofs import apart, clusters, copy_words
 from bncli.results import Ceilings
 from tests.report.made_up_costs import (
     CEILINGS,
@@ -27,6 +27,12 @@ from tests.report.made_up_costs import (
 )
 
 pytest.importorskip("matplotlib")
+
+
+def test_many_copies_of_one_speed_share_a_label_that_stays_short():
+    two = [(2**20, 12.6), (2**28, 13.6)]
+    assert copy_words(two) == "copy: 12.6 GB/s of 1 MiB, 13.6 GB/s of 256 MiB"
+    assert copy_words([*two, (2**24, 15.0)]) == "copy: 13.6 GB/s of 256 MiB, 12.6 to 15.0 of 2 smaller sizes"
 
 
 def words(svg: bytes) -> str:
