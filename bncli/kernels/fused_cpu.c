@@ -264,6 +264,7 @@ enum {
     PART = 65536,         /* values of a channel whose sums are joined at a time */
     HEAD = 16,            /* 1/HEAD of a part gives its shift */
     FORESEEN = 512,       /* bytes of a run that are asked for before it begins */
+    CACHE = 2 << 20,      /* bytes, about: a core's own */
     HUGE_FROM = 32 << 20, /* bytes, above which glibc maps each allocation anew (mallopt(3), M_MMAP_THRESHOLD) */
 };
 
@@ -511,9 +512,26 @@ static void backward_plane(const call *c, int64_t k, int64_t from, int64_t to, c
     EACH_ACTIVATION(c, plane_backward, c, k, from, to, p)
 }
 
-/* Whether each thread can take whole channels, and all have about as much to do. */
+/* Whether each thread takes whole channels: one fits in its cache, and all threads have about as much to do. */
 INLINE int whole_channels(const call *c) {
-    return c->threads == 1 || c->channels >= 4 * c->threads || c->examples * c->positions <= PART;
+    const int64_t m = c->examples * c->positions;
+    if (m * (int64_t)sizeof(element) > CACHE) return 0;
+    return c->threads == 1 || c->channels >= 4 * c->threads || m <= PART;
+}
+
+/* Where channels are in parts, the second visit goes through memory in order, plane after plane; part after part where
+ * planes are short, or a byte of signs would belong to two. Its jobs, and the values from..to of channel k of one. */
+INLINE int by_planes(const call *c) { return c->positions >= BLOCK / 4 && (!c->signs || c->positions % 8 == 0); }
+
+INLINE int64_t second_jobs(const call *c) {
+    return c->channels * (by_planes(c) ? c->examples : pieces(c->examples * c->positions, PART));
+}
+
+INLINE void second_job(const call *c, int64_t job, int64_t *k, int64_t *from, int64_t *to) {
+    const int64_t m = c->examples * c->positions, parts = pieces(m, PART);
+    *k = by_planes(c) ? job % c->channels : job / parts;
+    *from = by_planes(c) ? job / c->channels * c->positions : job % parts * PART;
+    *to = smaller(m, *from + (by_planes(c) ? c->positions : PART));
 }
 
 static void planes_forward(const call *c, moments *partial) {
@@ -524,7 +542,9 @@ static void planes_forward(const call *c, moments *partial) {
             moments found = {0, 0, 0};
             for (int64_t part = 0; part < parts && !c->given; part++)
                 found = join(found, plane_moments(c, k, part * PART, smaller(m, (part + 1) * PART)));
-            forward_plane(c, k, 0, m, settled(c, k, found));
+            const channel p = settled(c, k, found);
+            for (int64_t part = parts - 1; part >= 0; part--) /* what was read last is still in the cache */
+                forward_plane(c, k, part * PART, smaller(m, (part + 1) * PART), p);
         }
         return;
     }
@@ -542,9 +562,10 @@ static void planes_forward(const call *c, moments *partial) {
         settled(c, k, found);
     }
 #pragma omp for schedule(static) nowait
-    for (int64_t job = 0; job < c->channels * parts; job++) {
-        int64_t k = job / parts, from = job % parts * PART;
-        forward_plane(c, k, from, smaller(m, from + PART), prepared(c, k));
+    for (int64_t job = 0; job < second_jobs(c); job++) {
+        int64_t k, from, to;
+        second_job(c, job, &k, &from, &to);
+        forward_plane(c, k, from, to, prepared(c, k));
     }
 }
 
@@ -559,7 +580,9 @@ static void planes_backward(const call *c, sums *partial) {
             for (int64_t part = 0; part < parts; part++)
                 found = added(found, sums_of_plane(c, k, part * PART, smaller(m, (part + 1) * PART)));
             settle_gradients(c, k, found);
-            backward_plane(c, k, 0, m, prepared_backward(c, k, found));
+            const channel p = prepared_backward(c, k, found);
+            for (int64_t part = parts - 1; part >= 0; part--)
+                backward_plane(c, k, part * PART, smaller(m, (part + 1) * PART), p);
         }
         return;
     }
@@ -576,9 +599,10 @@ static void planes_backward(const call *c, sums *partial) {
         partial[k * parts] = found;
     }
 #pragma omp for schedule(static) nowait
-    for (int64_t job = 0; job < c->channels * parts; job++) {
-        int64_t k = job / parts, from = job % parts * PART;
-        backward_plane(c, k, from, smaller(m, from + PART), prepared_backward(c, k, partial[k * parts]));
+    for (int64_t job = 0; job < second_jobs(c); job++) {
+        int64_t k, from, to;
+        second_job(c, job, &k, &from, &to);
+        backward_plane(c, k, from, to, prepared_backward(c, k, partial[k * parts]));
     }
 }
 
