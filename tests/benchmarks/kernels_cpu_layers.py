@@ -9,7 +9,7 @@ from typing import Any
 from bncli.measure import ratios
 from bncli.measure.accuracy import Check
 from bncli.measure.ceilings import Ladder
-from bncli.measure.clock import Deadline
+from bncli.measure.clock import Deadline, gb_per_s
 from bncli.measure.kernel_costs import KernelRun
 from bncli.measure.kernel_plan import NATIVE, OPERATIONS, Asked
 from bncli.measure.shapes import Calls, shape_set
@@ -133,12 +133,28 @@ def _report_means(run: Run, profile: KernelProfile) -> None:
     for mean in profile.means:
         run.report.line(
             f"{mean.operation:12} {mean.layout:14} geometric mean of {mean.shapes} shapes {faster(mean.faster)}, "
-            f"worst {mean.least:.2f}x at {'x'.join(map(str, mean.least_shape))}"
+            f"worst {mean.least:.2f}x at {'x'.join(map(str, mean.least_shape))}; "
+            f"at the copy's speed over the floor's bytes {at_copy_speed(profile, mean):.2f}x"
         )
     for operation in OPERATIONS:
         found = over_both(profile.rows, operation)
         if found is not None:
             run.report.line(f"{operation:12} {'both layouts':14} geometric mean {faster(found)}")
+
+
+def at_copy_speed(profile: KernelProfile, mean: KernelMean) -> float:
+    """The ratio to native, over a mean's shapes, of a kernel that moved the floor's bytes alone, as fast as a copy.
+
+    The copy is the smallest measured one that is no smaller than the tensor. No kernel that reads x twice gets there.
+    """
+    ratios_ = []
+    for row in profile.rows:
+        key = (row.case.operation, row.case.dtype, row.case.layout)
+        if row.kernel == NATIVE and row.both is not None and key == (mean.operation, mean.dtype, mean.layout):
+            copies = profile.ceilings.copies
+            reached = next((speed for size, speed in copies if size >= row.case.tensor_bytes), copies[-1][1])
+            ratios_.append(gb_per_s(row.both.floor_bytes, statistics.median(row.both.samples_ms)) / reached)
+    return 1 / statistics.geometric_mean(ratios_)
 
 
 def over_both(rows: Sequence[KernelCost], operation: str) -> Faster | None:

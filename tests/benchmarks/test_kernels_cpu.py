@@ -174,6 +174,12 @@ def test_a_mean_is_geometric_over_shapes_and_layouts_and_the_worst_shape_is_name
     assert not found["bn+relu channels_last, worst (4x8x3x3)"].met
 
 
+def test_the_limit_is_what_a_kernel_at_the_copys_speed_would_reach() -> None:
+    profile = profile_of([*pair((8, 4, 6, 6), "contiguous", 8.0), *pair((4, 8, 3, 3), "contiguous", 2.0)])
+    # 10^6 bytes at 10 GB/s are 0.1 ms; native takes 12 and 3 ms in the median
+    assert kernels_cpu_layers.at_copy_speed(profile, profile.means[0]) == pytest.approx((120 * 30) ** 0.5)
+
+
 def test_a_mean_that_lacks_a_shape_is_not_measured() -> None:
     missing = KernelCost(Case((4, 8, 3, 3), "bn+relu", "fp32"), "fused", 1, None, error="no time")
     found = by_name(kernels_cpu_layers.targets(profile_of([*pair((8, 4, 6, 6), "contiguous", 8.0), missing])))
