@@ -13,7 +13,7 @@ from bncli.results import Ceilings
 
 KIB, MIB = 2**10, 2**20
 SIZES = (256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB)
-BEYOND_CACHE = {"cpu": 256 * MIB, "cuda": 1024 * MIB}  # several times any last cache of one device's own
+BEYOND_CACHE = {"cpu": 256 * MIB, "cuda": 1024 * MIB}  # more than a core's or a card's own caches hold
 MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}
 
 
@@ -32,7 +32,7 @@ def busy_cores(found: Ceilings, device: torch.device) -> str | None:
 
 
 class Ladder:
-    """Copies of every size, up to one that no cache holds, and torch.mm of one. All samples count, of every climb."""
+    """Copies of every size, up to a large one, and torch.mm of one. All samples count, of every climb."""
 
     def __init__(
         self,

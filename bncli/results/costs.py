@@ -103,7 +103,7 @@ class Ceilings:
 
     @property
     def copy_gb_per_s(self) -> float:
-        """Of the largest copy, which no cache holds."""
+        """Of the largest copy."""
         return self.copies[-1][1]
 
 

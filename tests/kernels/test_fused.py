@@ -438,7 +438,12 @@ def test_an_empty_batch_gives_empty_results(device: torch.device) -> None:
 
 @pytest.mark.parametrize(
     ("activation", "residual", "given"),
-    [(None, False, False), ("relu", True, False), ("silu", True, False), ("leaky_relu", False, True)],
+    [
+        (None, False, False),
+        ("silu", True, False),
+        pytest.param("relu", True, False, marks=pytest.mark.slow),
+        pytest.param("leaky_relu", False, True, marks=pytest.mark.slow),
+    ],
 )
 def test_first_and_second_derivatives_are_those_of_finite_differences(
     activation: str | None, residual: bool, given: bool, device: torch.device

@@ -133,7 +133,11 @@ def test_a_file_or_half_a_name_is_refused_with_how_to_write_it(name: str) -> Non
         next(run(name, device="cpu", allow_code=True))
 
 
-@pytest.mark.parametrize("kernel", wrong_kernels.BUGS)
+# Each takes a second and a half: every other one always, the rest with the slow tests.
+ZOO = [name if k % 2 == 0 else pytest.param(name, marks=pytest.mark.slow) for k, name in enumerate(wrong_kernels.BUGS)]
+
+
+@pytest.mark.parametrize("kernel", ZOO)
 def test_every_wrong_kernel_is_caught_by_the_quick_run_and_named_first(kernel: str) -> None:
     found = result(kernel, effort="quick")
     assert not found.passed
@@ -143,7 +147,11 @@ def test_every_wrong_kernel_is_caught_by_the_quick_run_and_named_first(kernel: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", wrong_kernels.BUGS)
+# Each takes a second and a half: every other one always, the rest with the slow tests.
+ZOO = [name if k % 2 == 0 else pytest.param(name, marks=pytest.mark.slow) for k, name in enumerate(wrong_kernels.BUGS)]
+
+
+@pytest.mark.parametrize("kernel", ZOO)
 def test_every_wrong_kernel_is_named_by_the_default_run(kernel: str) -> None:
     assert wrong_kernels.BUGS[kernel] in result(kernel).diagnoses[0].bug
 

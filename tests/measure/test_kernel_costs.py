@@ -459,7 +459,7 @@ LAYOUTS = ("contiguous", "channels_last")
         ({"kernels": ()}, "--kernel: name at least one"),
         ({"kernels": ("nativ",)}, "--kernel nativ: expected some of native, fused, compiled, apex"),
         ({"kernels": ("mine:norm",)}, "--allow-code"),
-        ({"kernels": ("mine:norm",), "allow_code": True}, "No module named 'mine'"),
+        ({"kernels": ("nobodys:norm",), "allow_code": True}, "No module named 'nobodys'"),
         ({"shapes": ()}, "--shapes: name a set of shapes"),
         ({"shapes": (((1, 8), 1),)}, "--shape 1x8: training needs more than one value a channel"),
     ],
