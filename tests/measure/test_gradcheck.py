@@ -147,11 +147,7 @@ def test_every_wrong_kernel_is_caught_by_the_quick_run_and_named_first(kernel: s
 
 
 @pytest.mark.slow
-# Each takes a second and a half: every other one always, the rest with the slow tests.
-ZOO = [name if k % 2 == 0 else pytest.param(name, marks=pytest.mark.slow) for k, name in enumerate(wrong_kernels.BUGS)]
-
-
-@pytest.mark.parametrize("kernel", ZOO)
+@pytest.mark.parametrize("kernel", wrong_kernels.BUGS)
 def test_every_wrong_kernel_is_named_by_the_default_run(kernel: str) -> None:
     assert wrong_kernels.BUGS[kernel] in result(kernel).diagnoses[0].bug
 
