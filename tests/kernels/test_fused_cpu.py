@@ -262,3 +262,11 @@ def test_without_a_compiler_it_is_refused_with_the_reason(monkeypatch: pytest.Mo
     with pytest.raises(Unavailable, match=r"the fused kernel cannot run: there is no C compiler.*Nothing else is run"):
         kernels.get("fused", devices.resolve("cpu"))
     forget_what_is_compiled()
+
+
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_a_profile_shows_it_by_name(differentiated: bool, device: torch.device) -> None:
+    x = torch.randn(8, 3, 5, requires_grad=differentiated)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        fused.batch_norm(x, None, None, EPS)
+    assert {event.key for event in seen.key_averages()} & {"bncli::fused_batch_norm", "Eager"}
