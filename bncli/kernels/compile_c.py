@@ -64,18 +64,25 @@ def compiler() -> list[str]:
 def _compile(command: list[str], source: Path, definitions: tuple[str, ...], built: Path) -> None:
     with tempfile.TemporaryDirectory(dir=built.parent) as apart:
         unlinked, linked = Path(apart) / "kernel.o", Path(apart) / "kernel.so"
-        failed = ""
-        for native in FOR_THIS_CPU:
-            macros = [f"-D{name}" for name in definitions]
-            failed = _run([*command, *OPTIMIZED, *native, *macros, "-c", str(source), "-o", str(unlinked)])
-            if not failed:
-                break
-        for openmp in (_openmp(), ["-fopenmp"]):
-            if not failed or openmp == ["-fopenmp"]:
-                failed = failed or _run([*command, "-shared", str(unlinked), "-o", str(linked), *openmp, "-lm"])
+        macros = [f"-D{name}" for name in definitions]
+        compiling = [*command, *OPTIMIZED, *macros, "-c", str(source), "-o", str(unlinked)]
+        linking = [*command, "-shared", str(unlinked), "-o", str(linked), "-lm"]
+        openmp = [flags for flags in (_openmp(), ["-fopenmp"]) if flags]  # torch's own, else the compiler's
+        failed = _first_that_works([[*compiling, *native] for native in FOR_THIS_CPU])
+        failed = failed or _first_that_works([[*linking, *flags] for flags in openmp])
         if failed:
             raise Unavailable(f"the C compiler {command[0]} could not build it: {failed}")
         os.replace(linked, built)
+
+
+def _first_that_works(commands: list[list[str]]) -> str:
+    """Run one after the other until one succeeds. What went wrong with the last, or nothing."""
+    failed = ""
+    for command in commands:
+        failed = _run(command)
+        if not failed:
+            break
+    return failed
 
 
 def _run(command: list[str]) -> str:

@@ -78,6 +78,23 @@ def test_processes_that_compile_at_once_do_each_other_no_harm(cache: Path, sourc
     assert [path.suffix for path in cache.iterdir()] == [".so"]  # nothing half made is left
 
 
+@pytest.mark.parametrize("refused", ["nothing", "-march=native", "libgomp"])
+def test_the_first_flags_that_work_are_taken(
+    refused: str, cache: Path, source: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """This processor's instructions if the compiler knows them; the OpenMP that torch runs on if it can be linked."""
+    log, wrapped = tmp_path / "log", tmp_path / "wrapped-cc"
+    wrapped.write_text(f'#!/bin/sh\necho "$@" >> {log}\ncase "$*" in *{refused}*) exit 1;; esac\nexec cc "$@"\n')
+    wrapped.chmod(0o755)
+    monkeypatch.setenv("CC", str(wrapped))
+    monkeypatch.setattr("bncli.kernels.compile_c._openmp", lambda: ["-l:libgomp.so.1"])
+    assert library(source(SOURCE), "ANSWER=5").answer() == 5
+    calls = log.read_text().splitlines()
+    compiled, linked = ([call for call in calls if (" -c " in call) == wanted] for wanted in (True, False))
+    assert len(compiled) >= 2 if refused == "-march=native" else len(compiled) == 1
+    assert ["libgomp" in call for call in linked] == ([True, False] if refused == "libgomp" else [True])
+
+
 def test_without_a_compiler_it_says_how_to_get_one(
     cache: Path, source: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
