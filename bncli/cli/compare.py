@@ -10,8 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from bncli import __version__
-from bncli.cli.options import MOST_THREADS, AllowCode, Device, DryRun, Json, Quiet, Recipes, RequireTarget, Set
-from bncli.cli.running import StopSignal, loaded_all, print_result, say, show_plan
+from bncli.cli.options import (
+    MOST_THREADS,
+    AllowCode,
+    Csv,
+    Device,
+    DryRun,
+    Json,
+    Markdown,
+    Quiet,
+    Recipes,
+    RequireTarget,
+    Set,
+)
+from bncli.cli.running import StopSignal, check_outputs, chosen_form, loaded_all, print_result, say, show_plan
 from bncli.errors import CHECK_FAILED, RecipeError
 
 if TYPE_CHECKING:
@@ -42,8 +54,8 @@ def compare(
         typer.Option("--from", help="Make the report again from a saved JSON or folder; train nothing."),
     ] = None,
     json: Json = False,
-    csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of a table.")] = False,
+    csv: Csv = False,
+    markdown: Markdown = False,
     plot: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FILE.svg|png", help="Draw curves and intervals (needs the extra bncli[plot])."),
@@ -58,15 +70,14 @@ def compare(
 
     Example: bncli compare recipes/digits.yaml --plot digits.svg
     """
-    if json + csv + markdown > 1:
-        raise RecipeError("--json, --csv and --markdown: choose one, the result is printed once")
+    form = chosen_form(json, csv, markdown)
     if bool(recipes) == bool(saved):
         raise RecipeError("give a recipe, as in: bncli compare recipes/digits.yaml (or --from a saved comparison)")
     if saved:
         given = {"--set": sets, "--dry-run": dry_run, "--out": out, "--jobs": jobs}
         if idle := [option for option, value in given.items() if value]:
             raise RecipeError(f"{', '.join(idle)}: nothing is trained with --from, so that would have no effect")
-    _check_outputs(plot, html)
+    check_outputs(plot, html)
     stopped = 0
     if saved:
         comparison = _again(saved)
@@ -82,7 +93,7 @@ def compare(
             show_plan(of_comparison(loaded), json)
             return
         comparison, stopped = _run_comparison(loaded, device, jobs, threads, out, quiet)
-    _show(comparison, "json" if json else "csv" if csv else "markdown" if markdown else "table")
+    _show(comparison, form)
     _write(comparison, plot, html, quiet)
     if stopped:
         raise typer.Exit(stopped)
@@ -90,19 +101,6 @@ def compare(
         raise typer.Exit(CHECK_FAILED)
     if require_target and any(arm.hits < arm.runs for arm in comparison.arms):
         raise typer.Exit(CHECK_FAILED)
-
-
-def _check_outputs(plot: Path | None, html: Path | None) -> None:
-    """Refuse before any work what could not be written after it."""
-    from bncli.report.record import check_writable
-
-    if plot:
-        from bncli.report.plots import check_path
-
-        check_path(plot)
-    for file in (plot, html):
-        if file:
-            check_writable(file)
 
 
 def _run_comparison(

@@ -21,4 +21,10 @@ AllowCode = Annotated[bool, typer.Option("--allow-code", help="Import your own m
 DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Show what would be done and train nothing.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; results and errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
+Csv = Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of a table.")]
+Threads = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, max=MOST_THREADS, help="CPU threads.  [default: torch's choice]", show_default=False),
+]
 RequireTarget = Annotated[bool, typer.Option("--require-target", help="Exit 1 when a target is missed.")]

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from bncli.cli.options import MOST_THREADS, AllowCode, Device, Json, Quiet, Set
+from bncli.cli.options import AllowCode, Csv, Device, Json, Markdown, Quiet, Set, Threads
 from bncli.cli.profile_checks import (
     KERNELS,
     SHAPE_SETS,
     check_files,
+    check_gate,
     check_kernels,
     check_model,
-    check_output,
     check_recipe,
     check_views,
 )
-from bncli.cli.running import StopSignal, loaded_all, print_result, say
+from bncli.cli.running import StopSignal, chosen_form, loaded_all, print_result, say
 from bncli.errors import CHECK_FAILED, INTERRUPTED, UNAVAILABLE, RecipeError
 
 if TYPE_CHECKING:
@@ -77,10 +77,7 @@ def profile(
         typer.Option(min=1, help="The batch of a set of shapes.  [default: the set's own]", show_default=False),
     ] = None,
     warm: Annotated[bool, typer.Option("--warm", help="Do not flush the cache before each sample.")] = False,
-    threads: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, max=MOST_THREADS, help="CPU threads.  [default: torch's choice]", show_default=False),
-    ] = None,
+    threads: Threads = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer samples: at most 15 s on 2 cores.")] = False,
     plot: Annotated[
         Optional[Path],  # noqa: UP045
@@ -91,8 +88,8 @@ def profile(
         typer.Option(metavar="FILE.json", help="Write a Chrome trace of a training step (step view)."),
     ] = None,
     json: Json = False,
-    csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of a table.")] = False,
+    csv: Csv = False,
+    markdown: Markdown = False,
     baseline: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FILE.json", help="Hold each ratio to native to that of a saved --json."),
@@ -115,7 +112,8 @@ def profile(
          "--batch": batch, "--warm": warm},
         {"--set": sets, "--arm": arm, "--input": inputs, "--trace": trace},
     )  # fmt: skip
-    check_output(json, csv, markdown, baseline, fail_above)
+    form = chosen_form(json, csv, markdown)
+    check_gate(form, baseline, fail_above)
     kernels = _listed(kernel)
     check_kernels(kernels, of_steps, baseline is not None, allow_code)
     check_model(model, inputs, recipe=recipe, sets=sets, arm=arm, allow_code=allow_code)
@@ -143,7 +141,7 @@ def profile(
         stopped = _measure(run, quiet)
     result = run.result()
     gate, incomparable = _gate(result, earlier, fail_above)
-    _show(result, gate, earlier, "json" if json else "csv" if csv else "markdown" if markdown else "table")
+    _show(result, gate, earlier, form)
     if plot and result.rows:
         from bncli.report import roofline
 

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bncli.cli.running import KERNEL_NAMES, check_kernel_name
+from bncli.cli.running import KERNEL_NAMES, check_kernel_name, check_outputs
 from bncli.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -67,13 +67,11 @@ def check_model(
         raise RecipeError(f"--model {model} is code of yours that would run; allow it with --allow-code")
 
 
-def check_output(json: bool, csv: bool, markdown: bool, baseline: Path | None, fail_above: float) -> None:
-    """Refuse two ways of printing, and a bound that is none."""
-    if json + csv + markdown > 1:
-        raise RecipeError("--json, --csv and --markdown: choose one, the result is printed once")
+def check_gate(form: str, baseline: Path | None, fail_above: float) -> None:
+    """Refuse a bound that is none, and a form that has no place for the verdicts."""
     if not (math.isfinite(fail_above) and fail_above > 1):
         raise RecipeError(f"--fail-above {fail_above}: expected more than 1, as in 1.10 for a tenth slower")
-    if csv and baseline:
+    if form == "csv" and baseline:
         raise RecipeError("--csv with --baseline: the verdicts have no place in the CSV; use --json or --markdown")
 
 
@@ -81,15 +79,7 @@ def check_files(
     plot: Path | None, trace: Path | None, baseline: Path | None, of_steps: bool
 ) -> KernelProfile | StepProfile | None:
     """The baseline, if one is named. Refuses before any work what could not be read, or written, after it."""
-    from bncli.report.record import check_writable
-
-    if plot:
-        from bncli.report.plots import check_path
-
-        check_path(plot)
-    for file in (plot, trace):
-        if file:
-            check_writable(file)
+    check_outputs(plot, trace)
     if baseline is None:
         return None
     from bncli.report.cost_exports import load

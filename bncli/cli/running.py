@@ -6,6 +6,7 @@ import gc
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,26 @@ def check_kernel_name(kernel: str, allow_code: bool, known: Sequence[str] = KERN
         raise RecipeError(f"--kernel {kernel}: there is no such kernel; {hint}")
     if not allow_code:
         raise RecipeError(f"--kernel {kernel} is code of yours that would run; allow it with --allow-code")
+
+
+def chosen_form(json: bool, csv: bool, markdown: bool) -> str:
+    """How the result is printed: json, csv, markdown or table. Refuses two of them."""
+    if json + csv + markdown > 1:
+        raise RecipeError("--json, --csv and --markdown: choose one, the result is printed once")
+    return "json" if json else "csv" if csv else "markdown" if markdown else "table"
+
+
+def check_outputs(plot: Path | None, *others: Path | None) -> None:
+    """Refuse before any work what could not be written after it."""
+    from bncli.report.record import check_writable
+
+    if plot:
+        from bncli.report.plots import check_path
+
+        check_path(plot)
+    for file in (plot, *others):
+        if file:
+            check_writable(file)
 
 
 def show_plan(planned: Planned, as_json: bool) -> None:

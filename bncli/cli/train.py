@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from bncli.cli.options import MOST_THREADS, AllowCode, Device, DryRun, Json, Quiet, Recipe_, RequireTarget, Set
+from bncli.cli.options import AllowCode, Device, DryRun, Json, Quiet, Recipe_, RequireTarget, Set, Threads
 from bncli.cli.running import StopSignal, loaded_all, print_result, say, show_plan
 from bncli.errors import CHECK_FAILED, DIVERGED, RecipeError
 
@@ -22,10 +22,7 @@ def train(
     sets: Set = None,
     arm: Annotated[Optional[str], typer.Option(help="Train this arm of the recipe instead of its base.")] = None,  # noqa: UP045
     device: Device = "auto",
-    threads: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, max=MOST_THREADS, help="CPU threads.  [default: torch's choice]", show_default=False),
-    ] = None,
+    threads: Threads = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--out", "-o", help="The run's folder.  [default: runs/NAME/DATE-TIME]", show_default=False),

@@ -290,14 +290,11 @@ class Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, asked, statistics):  # type: ignore[no-untyped-def]
-        y, mean, var, signs = _run(x, weight, bias, residual, *asked)
-        given_mean, _, eps, activation, keep_signs, _ = asked
-        again = None if activation == "none" or keep_signs else residual  # the pre-activation is computed again
-        ctx.save_for_backward(x, weight, bias, again, mean, var, signs if keep_signs else None)
-        ctx.asked = eps, activation, given_mean is not None, residual is not None
+        output = _run(x, weight, bias, residual, *asked)
+        _remember(ctx, (x, weight, bias, residual, *asked[:-1]), output)
         ctx.set_materialize_grads(False)
-        statistics += mean, var
-        return y
+        statistics += output[1:3]
+        return output[0]
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]

@@ -420,9 +420,13 @@ static moments plane_moments(const call *c, int64_t k, int64_t from, int64_t to)
     return about(shift, (double)(to - from), sum, squares);
 }
 
-INLINE void plane_forward(const int activation, const call *c, int64_t k, int64_t from, int64_t to, channel p) {
+INLINE stream plane_signs(const call *c, int64_t k, int64_t from) {
     const int64_t bytes = pieces(c->examples * c->positions, 8);
-    stream signs = {c->signs ? c->signs + k * bytes + from / 8 : 0, 0, 0};
+    return (stream){c->signs ? c->signs + k * bytes + from / 8 : 0, 0, 0};
+}
+
+INLINE void plane_forward(const int activation, const call *c, int64_t k, int64_t from, int64_t to, channel p) {
+    stream signs = plane_signs(c, k, from);
     const lanes mean = all(p.mean), scale = all(p.scale), shift = all(p.shift);
     for EACH_RUN (r, c, k, from, to) {
         const element *x = c->x + r.at, *residual = c->residual ? c->residual + r.at : 0;
@@ -448,9 +452,8 @@ INLINE void plane_forward(const int activation, const call *c, int64_t k, int64_
 #define BEFORE_ACTIVATION(apart) ((apart) * scale + shift + (residual ? LOAD(residual + j) : all(0)))
 
 INLINE void plane_sums(const int activation, const call *c, int64_t k, int64_t from, int64_t to, sums *found) {
-    const int64_t bytes = pieces(c->examples * c->positions, 8);
     const channel p = prepared(c, k);
-    stream signs = {c->signs ? c->signs + k * bytes + from / 8 : 0, 0, 0};
+    stream signs = plane_signs(c, k, from);
     const lanes mean = all(p.mean), scale = all(p.scale), shift = all(p.shift);
     for (int64_t block = from; block < to; block += BLOCK) {
         lanes s[4] = {}, q[4] = {};
@@ -471,8 +474,7 @@ INLINE void plane_sums(const int activation, const call *c, int64_t k, int64_t f
 }
 
 INLINE void plane_backward(const int activation, const call *c, int64_t k, int64_t from, int64_t to, channel p) {
-    const int64_t bytes = pieces(c->examples * c->positions, 8);
-    stream signs = {c->signs ? c->signs + k * bytes + from / 8 : 0, 0, 0};
+    stream signs = plane_signs(c, k, from);
     const lanes mean = all(p.mean), scale = all(p.scale), shift = all(p.shift);
     const lanes slope = all(p.slope), constant = all(p.constant);
     for EACH_RUN (r, c, k, from, to) {
