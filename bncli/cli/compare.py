@@ -106,9 +106,10 @@ def compare(
 def _run_comparison(
     loaded: list[Loaded], device: str, jobs: int | None, threads: int, out: Path | None, quiet: bool
 ) -> tuple[Comparison, int]:
-    from bncli.measure.compare import collect, planned_runs, study, summarise
+    from bncli.measure.compare import collect, planned_runs, study
     from bncli.measure.execute import execute
     from bncli.measure.pool import Pool
+    from bncli.measure.summary import summarise
     from bncli.report.folder import ComparisonFolder
     from bncli.report.progress import CompareProgress
 
@@ -120,7 +121,7 @@ def _run_comparison(
         pool = Pool(device, jobs, threads, folder.path / "logs")
         for event in execute(asked, folder, pool, records, stop):
             progress(event)
-    comparison = summarise(asked.plan, collect(asked, records), planned_runs(asked))
+    comparison = summarise(asked.plan, collect(asked, records), planned_runs(asked, records))
     folder.finish(comparison)
     if stop.number:
         done, planned = len(comparison.runs), comparison.planned_runs
@@ -138,7 +139,7 @@ def identity(device: str) -> dict[str, str]:
 
 
 def _again(saved: Path) -> Comparison:
-    from bncli.measure.compare import summarise
+    from bncli.measure.summary import summarise
     from bncli.report.folder import load_comparison
 
     found = load_comparison(saved)

@@ -1,82 +1,88 @@
-"""Steps to target: where a run's held-out metric crosses its target, as a batch function and as it goes along.
+"""Steps to target: how many steps a run spends below its target, counted as its evaluations come in.
 
-A first hit read off the raw curve is late by up to one evaluation interval, and early the finer and the noisier the
-evaluations are. The crossing of the centred median of three evaluations, interpolated between them, is neither: of a
-true 14x between two arms that share one interval it keeps the most.
+The first evaluation at or past the target, and every crossing of a smoothed curve, depend on how often one evaluates:
+more evaluations give a noisy curve more chances to cross early. The number of steps below the target is a sum over all
+intervals between evaluations, so its expectation hardly depends on how many they are (`tests/benchmarks/crossings.py`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from bncli.recipe.sections import LogSpaced
 from bncli.results import Evaluation, Target
-
-
-def crossing(evaluations: Sequence[Evaluation], target: Target) -> tuple[float | None, int | None]:
-    """Steps to target and raw first hit, both in optimizer steps, each None where the curve does not get there.
-
-    With v_k the metric at step s_k, m_0 = v_0 and m_k = median(v_{k-1}, v_k, v_{k+1}), steps to target is where the
-    line from (s_{k-1}, m_{k-1}) to (s_k, m_k) meets the target, k being the first with m_k at or past it; s_0 if k is
-    0. The last evaluation has no right neighbour and is no centre, so a run goes on for one evaluation past its hit.
-    The first hit is the first s_k whose v_k is at or past the target. NaN ranks as the worst value.
-    """
-    steps = [evaluation.step for evaluation in evaluations]
-    values = [_value(evaluation, target) for evaluation in evaluations]
-    medians = values[:1] + [_median_of_three(values[k - 1 : k + 2]) for k in range(1, len(values) - 1)]
-    first_hit = next((step for step, value in zip(steps, values, strict=True) if target.reached_by(value)), None)
-    for k, median in enumerate(medians):
-        if target.reached_by(median):
-            before = max(k - 1, 0)
-            return _interpolated((steps[before], medians[before]), (steps[k], median), target), first_hit
-    return None, first_hit
+from bncli.results.training import AHEAD
 
 
 class StepsToTarget:
-    """`crossing`, one evaluation at a time and in constant time and memory: tells a training loop when to stop."""
+    """The steps to one target of one run.
+
+    They are the optimizer steps that the run spends below its target, the metric on a straight line between
+    evaluations, counted until the run is 1 + AHEAD times as long: a run has to go on for 30 % of its steps to target,
+    and a budget of B steps shows those up to B / 1.3. NaN ranks as the worst value.
+
+    steps: None until they are settled. below: the steps below the target so far. first_hit: the first evaluation at or
+    past the target, as it is.
+    """
 
     def __init__(self, target: Target) -> None:
         self.target = target
-        self.steps: float | None = None  # to target, as `crossing` defines it
+        self.steps: float | None = None
         self.first_hit: int | None = None
-        self._values: list[tuple[int, float]] = []  # the last two evaluations, (step, metric)
-        self._median: tuple[int, float] | None = None  # the last centre, (step, median)
+        self.below = 0.0
+        self._last: tuple[int, float] | None = None  # step, and how far the metric was from the target
 
     def add(self, evaluation: Evaluation) -> bool:
-        """Take the next evaluation in order of steps; True once the crossing is confirmed, and from then on."""
-        latest = (evaluation.step, _value(evaluation, self.target))
-        if self.first_hit is None and self.target.reached_by(latest[1]):
+        """Take the next evaluation in order of steps; True once the steps are settled, and from then on."""
+        gap = _gap(evaluation, self.target)
+        if gap <= 0 and self.first_hit is None:
             self.first_hit = evaluation.step
         if self.steps is None:
-            if self._median is None:
-                self._move_to(latest)
-            elif len(self._values) == 2:
-                centre = self._values[1][0]
-                self._move_to((centre, _median_of_three([value for _, value in (*self._values, latest)])))
-        self._values = [*self._values[-1:], latest]
+            if self._last is not None:
+                self.below += (evaluation.step - self._last[0]) * _share_below(self._last[1], gap)
+            reached = gap <= 0 if self._last is None else evaluation.step >= (1 + AHEAD) * self.below
+            self.steps = self.below if reached else None
+        self._last = (evaluation.step, gap)
         return self.steps is not None
 
-    def _move_to(self, centre: tuple[int, float]) -> None:
-        if self.target.reached_by(centre[1]):
-            self.steps = _interpolated(self._median or centre, centre, self.target)
-        self._median = centre
+
+def steps_to_target(evaluations: Sequence[Evaluation], target: Target) -> tuple[float | None, int | None]:
+    """Steps to target and first hit of a run's evaluations, in order of steps; each None where the run missed it."""
+    count = StepsToTarget(target)
+    for evaluation in evaluations:
+        count.add(evaluation)
+    return count.steps, count.first_hit
 
 
-def _value(evaluation: Evaluation, target: Target) -> float:
+def _gap(evaluation: Evaluation, target: Target) -> float:
+    """How far the metric is from the target; 0 or less where it is reached."""
     value = evaluation.value(target.metric)
     if math.isnan(value):
-        return -math.inf if target.metric == "accuracy" else math.inf
-    return value
+        return math.inf
+    return target.value - value if target.metric == "accuracy" else value - target.value
 
 
-def _median_of_three(values: Sequence[float]) -> float:
-    return sorted(values)[1]
+def _share_below(before: float, after: float) -> float:
+    """The share of the straight line between two gaps that lies above 0, which is below the target."""
+    low, high = min(before, after), max(before, after)
+    if low > 0 or high == math.inf:  # no line leads to an infinite loss: all of the interval counts
+        return 1.0
+    return 0.0 if high <= 0 else high / (high - low)
 
 
-def _interpolated(before: tuple[int, float], after: tuple[int, float], target: Target) -> float:
-    """The step at which the line through two (step, metric) points meets the target; `after` is at or past it."""
-    (start, low), (end, high) = before, after
-    rise = high - low
-    if rise == 0 or not math.isfinite(rise):  # the same point twice, or a line from an infinite loss
-        return float(end)
-    return start + (end - start) * (target.value - low) / rise
+def evaluation_steps(every: int | LogSpaced, budget: int) -> Iterator[int]:
+    """The optimizer steps after which a run is evaluated, ascending, from above 0 to the budget, always the last.
+
+    A number is the interval between them. LogSpaced: the whole steps nearest to 2 ** (k / points_per_doubling).
+    """
+    if isinstance(every, int):
+        yield from range(every, budget, every)
+    else:
+        last = 0
+        for k in range(math.ceil(every.points_per_doubling * math.log2(budget)) + 1):
+            step = round(2 ** (k / every.points_per_doubling))
+            if last < step < budget:
+                yield step
+                last = step
+    yield budget

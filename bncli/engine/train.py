@@ -24,7 +24,7 @@ from bncli.engine.device import environment, peak_memory_mib, reset_peak_memory,
 from bncli.engine.model import build, stream
 from bncli.engine.splits import Dataset
 from bncli.engine.splits import order as in_order
-from bncli.engine.steps import StepsToTarget
+from bncli.engine.steps import StepsToTarget, evaluation_steps
 from bncli.errors import BncliError, DataError, RunFailed
 from bncli.recipe.architecture import shape_contradictions
 from bncli.recipe.sections import Adam, AdamW, Cosine, Exponential, OwnModel, Recipe, Sgd, StepDecay
@@ -39,6 +39,7 @@ from bncli.results import (
     Status,
     StepDone,
     Target,
+    TargetReached,
 )
 
 HERE = str(Path(__file__).parent.parent)  # bncli's own code
@@ -112,8 +113,9 @@ def _train(
     recipe: Recipe, dataset: Dataset, device: torch.device, name: str, stop: Callable[[], bool]
 ) -> Iterator[Event]:
     run = Training(recipe, dataset, device)
-    budget, every = recipe.train.steps, recipe.train.evaluate_every
-    log_every = min(LOG_EVERY, every)
+    budget = recipe.train.steps
+    evaluations = evaluation_steps(recipe.train.evaluate_every, budget)
+    next_evaluation = next(evaluations)
     yield RunStarted(name, run.device_name, run.parameters, budget, recipe.train.batch_size, run.target)
     yield run.evaluate(0, None)
     run.clock.start()
@@ -121,8 +123,8 @@ def _train(
     step, reason = 0, None
     for step, (x, y) in enumerate(islice(run.batches, budget), 1):
         loss = run.step(x, y)
-        due = step % every == 0 or step == budget
-        if due or step % log_every == 0:
+        due = step == next_evaluation
+        if due or step % LOG_EVERY == 0:
             value = loss.item()
             if not math.isfinite(value):
                 status, reason = "diverged", f"the training loss is {value} at step {step}"
@@ -131,6 +133,7 @@ def _train(
         if due:
             run.clock.pause(step)
             yield run.evaluate(step, value)
+            next_evaluation = next(evaluations, budget)
             if recipe.train.stop_at_target and run.reached:
                 status = "reached"
                 break
@@ -186,7 +189,8 @@ class Training:
         reset_peak_memory(device)
         self.recipe, self.dataset, self.device = recipe, dataset, device
         self.target = Target(train.target.metric, train.target.value) if train.target else None
-        self._reach = StepsToTarget(self.target) if self.target else None
+        values = (train.target.value, *train.target.also) if train.target else ()
+        self._reach = [StepsToTarget(Target(train.target.metric, value)) for value in values if train.target]
         self.evaluations: list[Evaluation] = []
         self.evaluation_s = 0.0
         self.memory_mib: float | None = None  # as of the last evaluation, which is outside the throughput
@@ -265,28 +269,30 @@ class Training:
         self.model.train()
         self.evaluations.append(found)
         self.memory_mib = peak_memory_mib(self.device)
-        if self._reach is not None:
-            self._reach.add(found)
+        for each in self._reach:
+            each.add(found)
         self.evaluation_s += perf_counter() - began
         return Evaluated(found, self.learning_rate)
 
     @property
     def reached(self) -> bool:
-        return self._reach is not None and self._reach.steps is not None
+        """Whether the steps to every target are settled."""
+        return bool(self._reach) and all(each.steps is not None for each in self._reach)
 
     def result(self, status: Status, step: int, reason: str | None) -> RunResult:
         target = self.target or Target("accuracy", 1.0)
         values = [found.value(target.metric) for found in self.evaluations]
         finite = [value for value in values if math.isfinite(value)]
         best = (max if target.metric == "accuracy" else min)(finite, default=None)
+        reach = [TargetReached(each.target, each.steps, each.first_hit) for each in self._reach]
         ms = self.clock.ms_per_step()
         return RunResult(
             status=status,
             steps_run=step,
             budget=self.recipe.train.steps,
             target=self.target,
-            steps_to_target=self._reach.steps if self._reach else None,
-            first_hit=self._reach.first_hit if self._reach else None,
+            steps_to_target=reach[0].steps if reach else None,
+            first_hit=reach[0].first_hit if reach else None,
             final=values[-1] if values else None,
             best=best,
             evaluations=tuple(self.evaluations),
@@ -298,6 +304,7 @@ class Training:
             parameters=self.parameters,
             environment=self.environment,
             reason=reason,
+            also=tuple(reach[1:]),
         )
 
 

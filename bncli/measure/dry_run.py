@@ -25,8 +25,7 @@ def of_comparison(recipes: Sequence[Loaded]) -> Planned:
     first = recipes[0]
     arms = []
     for arm in asked.arms:
-        points = len(asked.points(arm))
-        tuning = points * len(asked.plan.tune_seeds) if points > 1 else 0
+        tuning = len(asked.points(arm)) * len(asked.plan.tune_seeds)
         arms.append(_arm(first.base, arm, tuning, len(asked.plan.report_seeds)))
     runs = planned_runs(asked)
     fields = tuple(first.provenance(Arm("", first.base)))

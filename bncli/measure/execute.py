@@ -43,7 +43,7 @@ def execute(
         return [(key, {"recipe": plain(job.recipe)}) for key, job in jobs.items() if key not in records]
 
     to_do()
-    planned, total = planned_runs(study), study.plan
+    planned, total = planned_runs(study, records), study.plan
     done = sum(key in records for key in jobs)
     yield ComparisonStarted(total.name, planned, done, total.target.metric)
     for event in pool.run(to_do, stop):
@@ -52,16 +52,17 @@ def execute(
         elif isinstance(event, Progressed):
             yield RunProgressed(event.worker, event.step, event.value)
         elif isinstance(event, Ended):
-            record = _record(jobs[event.key], event)
+            record = _record(jobs[event.key], event, pool.limit)
             store.save(record)
             records[record.key] = record
             done += 1
-            yield RunEnded(event.worker, jobs[event.key].label, done, _outcome(record))
+            planned = planned_runs(study, records)
+            yield RunEnded(event.worker, jobs[event.key].label, done, _outcome(record), planned)
 
 
-def _record(job: Job, event: Ended) -> RunRecord:
+def _record(job: Job, event: Ended, at_a_time: int) -> RunRecord:
     result = from_plain(RunResult, event.result) if event.result is not None else None
-    return RunRecord(job.key, job.arm, job.point, job.seed, job.phase, result, event.failure)
+    return RunRecord(job.key, job.arm, job.point, job.seed, job.phase, result, event.failure, at_a_time)
 
 
 def _outcome(record: RunRecord) -> str:

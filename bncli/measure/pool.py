@@ -76,7 +76,7 @@ class Pool:
     _messages: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = field(default_factory=queue.Queue)
     _workers: list[_Worker] = field(default_factory=list)
     _gpus: int = 0
-    _limit: int = 1  # workers, until the first has said which device it found
+    limit: int = 1  # workers, until the first has said which device it found
     _greeted: bool = False
     _idle_deaths: int = 0
 
@@ -89,7 +89,7 @@ class Pool:
         every now and then so that a bar can move. Raises Refused when a worker cannot take any run.
         """
         try:
-            self._limit = (self.jobs or cores()) if self.device == "cpu" else 1
+            self.limit = (self.jobs or cores()) if self.device == "cpu" else 1
             to_do = list(wanted())
             while not stop():
                 running = {worker.key for worker in self._workers}
@@ -100,7 +100,7 @@ class Pool:
                     if waiting and self._hand_out(worker, *waiting[0]):
                         yield Started(worker.number, waiting.pop(0)[0])
                 idle = sum(worker.key is None for worker in self._workers)
-                for _ in range(min(self._limit - len(self._workers), len(waiting) - idle)):
+                for _ in range(min(self.limit - len(self._workers), len(waiting) - idle)):
                     self._start()
                 event = self._next_event()
                 yield event
@@ -168,7 +168,7 @@ class Pool:
                 self._greeted = True
                 named = ":" in self.device or message["hello"] == "mps"
                 self._gpus = 0 if named else message["gpus"]
-                self._limit = self.jobs or self._gpus or (1 if named else cores())
+                self.limit = self.jobs or self._gpus or (1 if named else cores())
             return None
         if "step" in message:
             return Progressed(worker.number, message["key"], message["step"], message["value"])

@@ -274,7 +274,7 @@ Contradiction = tuple[tuple[str, ...], str]  # the field to change, and why
 def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     """What a recipe's sections are wrong about together. Opens no file."""
     train = recipe.train
-    if train.evaluate_every > train.steps:
+    if isinstance(train.evaluate_every, int) and train.evaluate_every > train.steps:
         why = f"is larger than the budget of {train.steps} steps: no evaluation would happen"
         yield ("train", "evaluate_every"), why
     milestones: Any = getattr(recipe.schedule, "milestones", ())

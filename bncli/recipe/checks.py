@@ -166,7 +166,7 @@ def _without_tags(location: tuple[Any, ...], model: type[BaseModel], plain: Any)
     for key in location:
         if not member_named and len(_choices(model, plain, keys)) > 1:
             member_named = True
-        elif key != "[key]":
+        elif not str(key).startswith("["):
             keys, member_named = (*keys, key), False
     return keys
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Strict, Tag, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -248,24 +248,46 @@ class Cosine(ScheduleSection):
 
 
 class TargetSection(Section):
-    """The run has reached its target when the held-out metric crosses this value."""
+    """A value of the held-out metric; steps to target are the optimizer steps that a run spends below it."""
 
     metric: Literal["accuracy", "loss"] = "accuracy"
     value: Annotated[float, Field(gt=0)]
+    also: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Strict(False)] = described(
+        "further values of the metric to report the steps to; a run goes on until the hardest is settled", default=()
+    )
 
     @model_validator(mode="after")
-    def accuracy_is_a_share(self) -> TargetSection:
-        if self.metric == "accuracy" and self.value > 1:
-            raise ValueError(f"accuracy is a share of 1: write {self.value / 100:g} for {self.value:g} %")
+    def values_are_of_the_metric_and_differ(self) -> TargetSection:
+        values = (self.value, *self.also)
+        if self.metric == "accuracy" and (percent := [value for value in values if value > 1]):
+            raise ValueError(f"accuracy is a share of 1: write {percent[0] / 100:g} for {percent[0]:g} %")
+        if len(set(values)) < len(values):
+            raise ValueError("value and also name the same target twice")
         return self
+
+
+class LogSpaced(Section):
+    """Evaluations spaced evenly in the step's logarithm, so that a fast arm is evaluated as finely as a slow one."""
+
+    points_per_doubling: Annotated[int, Field(ge=1, le=100)] = described("evaluations while the step doubles")
+
+
+# The tags stand in brackets, as pydantic's own marks in a mistake's place do: they are no part of the recipe.
+EvaluateEvery = Annotated[
+    Annotated[Positive, Tag("[steps]")] | Annotated[LogSpaced, Tag("[spacing]")],
+    Discriminator(lambda value: "[spacing]" if isinstance(value, dict | LogSpaced) else "[steps]"),
+]
 
 
 class Train(Section):
     steps: Positive = described("budget in optimizer steps")
     batch_size: Positive = 60
-    evaluate_every: Positive = described("optimizer steps between evaluations", default=10)
+    evaluate_every: EvaluateEvery = described(
+        "optimizer steps between evaluations, or {points_per_doubling: 8}: spaced evenly in the step's logarithm",
+        default=10,
+    )
     target: TargetSection | None = None
-    stop_at_target: bool = described("end the run one evaluation past the target", default=True)
+    stop_at_target: bool = described("end the run once its steps to every target are settled", default=True)
     seed: Count = described("of the initial weights, the data order and the augmentation", default=0)
     precision: Literal["fp32", "bf16", "fp16"] = described("bf16 and fp16 by autocast", default="fp32")
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"

@@ -11,23 +11,27 @@ from typing import Any
 
 from bncli.results import (
     ArmSummary,
+    AtTarget,
     Comparison,
     ComparisonPlan,
+    Cost,
     Environment,
     Interval,
     Ratio,
+    Steps,
     Target,
 )
 
 UNKNOWN = "–"
 LETTERS = string.ascii_lowercase + string.ascii_uppercase  # one an arm, where a curve has no room for its name
 METHODS = {
-    "geometric mean": "Steps to target: geometric mean over seeds (Student's t on log steps).",
+    "geometric mean": "Steps to target: those below it; geometric mean over seeds at the arm's best point (jackknife).",
     "median": "median: with some runs past their budget (order statistics).",
-    "bound": "> {budget}: at least half of the runs missed the target within their {budget} steps.",
-    "welch": "Times fewer: steps of {reference} over the arm's (Welch's t on log steps).",
-    "rank": "Times fewer where runs missed: ratio of medians (Gehan's rank test, inverted).",
-    "bounded ratio": "Times fewer as > or <: a bound by Gehan's test, as at least half of an arm's runs missed.",
+    "bound": "> {most}: at least half of the runs missed; a budget of {budget} steps shows up to {most}.",
+    "means": "Times fewer: steps of {reference} over the arm's, each at its best point of the grid (jackknife over "
+    "seeds, paired, the choice of the point repeated).",
+    "medians": "Times fewer where runs missed: ratio of medians (order statistics of both).",
+    "bounded ratio": "Times fewer as > or <: a bound, as at least half of an arm's runs missed.",
 }
 
 
@@ -113,16 +117,24 @@ def joined(cell: Cell) -> str:
     return f"{cell[0]} ({cell[1]})" if cell[1] else cell[0]
 
 
-def steps_cell(arm: ArmSummary, budget: int) -> Cell:
-    span = interval_figure(arm.steps.interval)
-    if arm.steps.value is not None:
-        return "median " * (arm.steps.method == "median") + figure(arm.steps.value), span
+def steps_cell(arm: ArmSummary, most_steps: float) -> Cell:
+    """The steps to target; `most_steps`: what the budget can show, which runs that missed took more than."""
     if arm.runs == 0:
         return UNKNOWN, ""
     if arm.diverged == arm.runs:
         return "diverged", ""
-    low = arm.steps.interval.low
-    return f"> {figure(budget)}", span if low is not None and low < budget else ""
+    return amount_cell(arm.steps, most_steps)
+
+
+def amount_cell(steps: Steps, most_steps: float | None) -> Cell:
+    """An amount to target, whatever its unit; None for `most_steps` where the budget is none of that unit."""
+    span = interval_figure(steps.interval)
+    if steps.value is not None:
+        return "median " * (steps.method == "median") + figure(steps.value), span
+    low = steps.interval.low
+    if most_steps is None:
+        return span or UNKNOWN, ""
+    return f"> {figure(most_steps)}", span if low is not None and low < 0.999 * most_steps else ""
 
 
 def ratio_cell(ratio: Ratio | None) -> Cell:
@@ -160,7 +172,7 @@ def comparison_columns(comparison: Comparison) -> list[Column]:
         column("arm", "", lambda arm: arm.arm, words=True),
         *grid,
         column("hits", "", lambda arm: f"{arm.hits}/{arm.runs}"),
-        column("steps to", "target", lambda arm: steps_cell(arm, plan.budget)),
+        column("steps to", "target", lambda arm: steps_cell(arm, plan.most_steps)),
         column("first hit", "", lambda arm: figure(arm.first_hit), extra=True),
         column("times", "fewer", lambda arm: ratio_cell(arm.ratio)),
         column("p", "(Holm)", lambda arm: p_figure(arm.ratio.holm_p_value if arm.ratio else None), extra=True),
@@ -172,13 +184,62 @@ def comparison_columns(comparison: Comparison) -> list[Column]:
     ]
 
 
+def cost_columns(comparison: Comparison) -> list[Column]:
+    """Seconds and examples to target, an arm a row: a step of one arm may cost more, or see more, than another's."""
+
+    def cells(cost: Callable[[ArmSummary], Cost | None]) -> tuple[tuple[Cell, ...], tuple[Cell, ...]]:
+        found = [cost(arm) for arm in comparison.arms]
+        amounts = tuple((UNKNOWN, "") if each is None else amount_cell(each.typical, None) for each in found)
+        return amounts, tuple((UNKNOWN, "") if each is None else ratio_cell(each.ratio) for each in found)
+
+    seconds, less_time = cells(lambda arm: arm.seconds)
+    examples, fewer = cells(lambda arm: arm.examples)
+    return [
+        Column(("arm", ""), tuple((arm.arm, "") for arm in comparison.arms), words=True),
+        Column(("seconds to", "target"), seconds),
+        Column(("times", "less"), less_time),
+        Column(("examples to", "target"), examples),
+        Column(("times", "fewer"), fewer),
+    ]
+
+
+def target_columns(comparison: Comparison) -> list[Column]:
+    """Every target of the runs, the hardest last: each arm's steps, and how many times fewer than the reference's."""
+    plan = comparison.plan
+    order = targets_in_order(plan)
+    columns = [Column((f"held-out {plan.target.metric}", ""), tuple((setting(each.value), "") for each in order))]
+    for arm in comparison.arms:
+        found = {each.target: each for each in all_targets(plan, arm)}
+        steps = [
+            amount_cell(found[each].steps, plan.most_steps) if found[each].runs else (UNKNOWN, "") for each in order
+        ]
+        columns.append(Column((arm.arm, "steps"), tuple(steps)))
+        if arm.ratio is not None:
+            columns.append(Column(("times", "fewer"), tuple(ratio_cell(found[each].ratio) for each in order)))
+    return columns
+
+
+def targets_in_order(plan: ComparisonPlan) -> list[Target]:
+    """All targets, the easiest first."""
+    found = [plan.target, *plan.also]
+    return sorted(found, key=lambda target: target.value, reverse=plan.target.metric == "loss")
+
+
+def all_targets(plan: ComparisonPlan, arm: ArmSummary) -> list[AtTarget]:
+    """What an arm did at each target, the plan's own first."""
+    return [AtTarget(plan.target, arm.hits, arm.runs, arm.steps, arm.ratio), *arm.also]
+
+
 def title(comparison: Comparison) -> str:
     return f"{comparison.plan.name}: optimizer steps to {target_words(comparison.plan.target)}"
 
 
 def subtitle(plan: ComparisonPlan) -> str:
-    seeds = len(plan.report_seeds)
-    return f"{plan.data}; {seeds} fresh seed{'s' * (seeds != 1)} an arm; budget {figure(plan.budget)} steps"
+    tune, more = len(plan.tune_seeds), len(plan.report_seeds)
+    seeds = f"{more} seed{'s' * (more != 1)} an arm"
+    if tune:
+        seeds = f"{tune} seeds at every point of the grid, {more} more where it may be the best"
+    return f"{plan.data}; {seeds}; budget {figure(plan.budget)} steps"
 
 
 def environments(comparison: Comparison) -> list[str]:
@@ -212,13 +273,14 @@ def _methods(comparison: Comparison) -> Iterator[str]:
     used: set[str] = {arm.steps.method for arm in started if arm.steps.method != "bound"}
     used |= {"bound" for arm in started if arm.steps.value is None and arm.diverged < arm.runs}
     ratios = [arm.ratio for arm in started if arm.ratio]
-    used |= {ratio.method for ratio in ratios if ratio.method in ("welch", "rank")}
+    used |= {ratio.method for ratio in ratios if ratio.method in ("means", "medians")}
     used |= {"bounded ratio" for ratio in ratios if ratio.value is None and interval_figure(ratio.interval)}
     for method, words in METHODS.items():
         if method in used:
-            yield words.format(budget=figure(plan.budget), reference=plan.reference)
-    best = f"Best {plan.target.metric} (a run may stop at its target) and samples/s (other runs beside)"
+            yield words.format(budget=figure(plan.budget), most=figure(plan.most_steps), reference=plan.reference)
+    best = f"Best {plan.target.metric} (a run may stop at its target) and samples/s"
     yield f"Intervals are 95%. {best} are medians over seeds; memory is the largest, of the whole process on a CPU."
+    yield "Seconds are of training alone, without evaluations."
 
 
 # --- curves -------------------------------------------------------------------------------------------------------

@@ -34,7 +34,8 @@ def render(planned: Planned) -> Group:
     for path, values in planned.grid.items():
         parts.append(Text(f"grid: {path} in {', '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in values)}"))
     runs = f"{planned.runs:,} runs" if planned.runs != 1 else "1 run"
-    parts.append(Text(f"{runs}, {planned.steps_at_most:,} optimizer steps at most. Nothing was trained."))
+    more = ", more where an arm keeps several points of the grid" if planned.grid else ""
+    parts.append(Text(f"{runs}, {planned.steps_at_most:,} optimizer steps at most{more}. Nothing was trained."))
     return Group(*parts)
 
 

@@ -8,9 +8,20 @@ import io
 import re
 from typing import Any
 
-from bncli.report.cells import Column, comparison_columns, footnotes, header_words, joined, setting, subtitle, title
+from bncli.report.cells import (
+    Column,
+    comparison_columns,
+    cost_columns,
+    footnotes,
+    header_words,
+    joined,
+    setting,
+    subtitle,
+    target_columns,
+    title,
+)
 from bncli.report.tuning import tuning_columns, tuning_notes
-from bncli.results import ArmSummary, Comparison
+from bncli.results import ArmSummary, AtTarget, Comparison, Cost
 
 
 def to_csv(comparison: Comparison) -> str:
@@ -46,6 +57,13 @@ def _csv_row(arm: ArmSummary, fields: list[str], metric: str) -> dict[str, Any]:
         "times_fewer_method": ratio.method if ratio else "reference",
         "p_value": ratio.p_value if ratio else None,
         "holm_p_value": ratio.holm_p_value if ratio else None,
+        "times_fewer_every_second_evaluation": arm.thinned,
+        "grid_points": arm.choice.points if arm.choice else None,
+        "grid_points_kept": arm.choice.kept if arm.choice else None,
+        "choice_doubt": arm.choice.doubt if arm.choice else None,
+        **_csv_cost("seconds", arm.seconds),
+        **_csv_cost("examples", arm.examples),
+        **{key: value for each in arm.also for key, value in _csv_target(each).items()},
         f"best_{metric}": arm.best,
         "samples_per_s": arm.samples_per_s,
         "ms_per_step": arm.ms_per_step,
@@ -54,12 +72,43 @@ def _csv_row(arm: ArmSummary, fields: list[str], metric: str) -> dict[str, Any]:
     }
 
 
+def _csv_cost(unit: str, cost: Cost | None) -> dict[str, Any]:
+    ratio = cost.ratio if cost else None
+    return {
+        f"{unit}_to_target": cost.typical.value if cost else None,
+        f"{unit}_low_95": cost.typical.interval.low if cost else None,
+        f"{unit}_high_95": cost.typical.interval.high if cost else None,
+        f"times_fewer_{unit}": ratio.value if ratio else 1 if cost else None,
+        f"times_fewer_{unit}_low_95": ratio.interval.low if ratio else None,
+        f"times_fewer_{unit}_high_95": ratio.interval.high if ratio else None,
+    }
+
+
+def _csv_target(found: AtTarget) -> dict[str, Any]:
+    at, ratio = f"at_{setting(found.target.value)}", found.ratio
+    return {
+        f"hits_{at}": found.hits,
+        f"steps_to_target_{at}": found.steps.value,
+        f"times_fewer_{at}": ratio.value if ratio else 1,
+        f"times_fewer_low_95_{at}": ratio.interval.low if ratio else None,
+        f"times_fewer_high_95_{at}": ratio.interval.high if ratio else None,
+    }
+
+
 def to_markdown(comparison: Comparison) -> str:
     """The comparison's table and its notes for a GitHub page."""
     lines = [f"### {_markdown(title(comparison))}", "", _markdown(subtitle(comparison.plan)), ""]
     lines += [*_markdown_table(comparison_columns(comparison)), ""]
+    for heading, columns in side_tables(comparison):
+        lines += [f"#### {heading}", "", *_markdown_table(columns), ""]
     lines += [f"- {_markdown(note)}" for note in footnotes(comparison)]
     return "\n".join(lines) + "\n"
+
+
+def side_tables(comparison: Comparison) -> list[tuple[str, list[Column]]]:
+    """The tables below the comparison's own, each with its heading."""
+    found = [("What it costs to reach the target", cost_columns(comparison))]
+    return found + [("Steps to each target", target_columns(comparison))] * bool(comparison.plan.also)
 
 
 def _markdown_table(columns: list[Column]) -> list[str]:
@@ -102,6 +151,7 @@ svg {{ width: 100%; height: auto; margin: 1.5rem 0; }}
 <p class="quiet">{subtitle}</p>
 <div class="wide">{table}</div>
 {picture}
+{side}
 <ul>{notes}</ul>
 {tuning}
 </body>
@@ -122,6 +172,10 @@ def to_html(comparison: Comparison) -> str:
         subtitle=html.escape(subtitle(comparison.plan)),
         table=_html_table(comparison_columns(comparison)),
         picture=_picture(comparison),
+        side="\n".join(
+            f'<h2>{html.escape(heading)}</h2>\n<div class="wide">{_html_table(columns)}</div>'
+            for heading, columns in side_tables(comparison)
+        ),
         notes=_html_items(footnotes(comparison)),
         tuning=TUNING.format(table=_html_table(tuned), notes=_html_items(tuning_notes(comparison))) if tuned else "",
     )

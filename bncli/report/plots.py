@@ -16,11 +16,14 @@ from bncli.errors import USAGE, BncliError
 from bncli.report.cells import (
     LETTERS,
     Cell,
+    all_targets,
     curve_points,
     metric_range,
     ratio_cell,
+    setting,
     steps_cell,
     subtitle,
+    targets_in_order,
     title,
 )
 from bncli.report.labels import PALE, Place, dense, name_curves, tag_curves
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#1b1b1b")
 LINES = ("-", "--", "-.", ":")
 MISSING = 'plots need matplotlib, which is not installed; install it with: pip install "bncli[plot]"'
+TARGETS_HEIGHT = 2.4  # inches, of the picture of the ratio by target, where there are several
 INK = "#1b1b1b"  # of all text and axes; a page can replace it by its own colour
 STYLE: Any = {
     "axes.edgecolor": INK,
@@ -83,7 +87,8 @@ def render(comparison: Comparison, kind: str, transparent: bool = False) -> byte
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         lines = sum(max(2.6, math.ceil(len(arm.arm) / 18)) for arm in comparison.arms)
-        picture = Figure(figsize=(11, max(4.2, 1.6 + 0.19 * lines)), layout="constrained")
+        height = max(4.2, 1.6 + 0.19 * lines) + (TARGETS_HEIGHT if comparison.plan.also else 0.0)
+        picture = Figure(figsize=(11, height), layout="constrained")
         _draw(picture, comparison)
         file = io.BytesIO()
         metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
@@ -92,7 +97,13 @@ def render(comparison: Comparison, kind: str, transparent: bool = False) -> byte
 
 
 def _draw(picture: Figure, comparison: Comparison) -> None:
-    left, right = picture.subplots(1, 2, width_ratios=(1.0, 1.0))
+    if comparison.plan.also:
+        above = picture.get_figheight() - TARGETS_HEIGHT
+        (left, right), (below, rest) = picture.subplots(2, 2, height_ratios=(above, TARGETS_HEIGHT))
+        rest.set_axis_off()
+        _targets(below, comparison)
+    else:
+        left, right = picture.subplots(1, 2)
     words: dict[str, Any] = {"ha": "left", "x": 0.008, "parse_math": False}
     picture.suptitle(title(comparison), fontsize=12, fontweight="bold", **words)
     notes = "\n".join(textwrap.wrap(f"{subtitle(comparison.plan)}. {_key(comparison)}", 170))
@@ -101,8 +112,29 @@ def _draw(picture: Figure, comparison: Comparison) -> None:
     _steps(right, comparison, tagged)
 
 
+def _targets(axes: Axes, comparison: Comparison) -> None:
+    """How many times fewer steps at each target of the runs: one target is one point of a curve."""
+    axes.set_title("times fewer, by target")
+    axes.set_xlabel(f"target: held-out {comparison.plan.target.metric}")
+    order = targets_in_order(comparison.plan)
+    axes.set_xticks([target.value for target in order], [setting(target.value) for target in order])
+    for index, arm in enumerate(comparison.arms):
+        ratios = {each.target: each.ratio for each in all_targets(comparison.plan, arm)}
+        known = [(target.value, ratio) for target in order if (ratio := ratios[target]) and ratio.value]
+        if arm.ratio is None or not known:
+            continue
+        axes.plot([value for value, _ in known], [ratio.value for _, ratio in known], marker="o", ms=4, **_look(index))
+        for value, ratio in known:
+            low, high = ratio.interval.low or ratio.value, ratio.interval.high or ratio.value
+            axes.plot([value] * 2, [low, high], color=_look(index)["color"], linewidth=1)
+    axes.axhline(1, color=PALE, linestyle=(0, (5, 4)), linewidth=1, zorder=1)
+    if comparison.plan.target.metric == "loss":
+        axes.invert_xaxis()
+    axes.set_ylim(bottom=0)
+
+
 def _key(comparison: Comparison) -> str:
-    results = [result for arm in comparison.arms for result in _results(comparison, arm.arm)]
+    results = [result for arm in comparison.arms for result in comparison.results_of(arm)]
     missed = [result for result in results if result.steps_to_target is None]
     parts = ["Line: median, band: quartiles over seeds."]
     if len(missed) < len(results):
@@ -116,11 +148,6 @@ def _key(comparison: Comparison) -> str:
 
 def _look(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index // len(COLOURS) % len(LINES)]}
-
-
-def _results(comparison: Comparison, arm: str) -> list[RunResult]:
-    runs = (run for run in comparison.runs if run.arm == arm and run.phase == "report")
-    return [run.result for run in runs if run.result is not None and run.result.status != "interrupted"]
 
 
 # --- left: curves -------------------------------------------------------------------------------------------------
@@ -177,13 +204,13 @@ def _plain_ticks(axes: Axes) -> None:
 
 
 def _steps(axes: Axes, comparison: Comparison, tagged: bool) -> None:
-    arms, budget = comparison.arms, comparison.plan.budget
+    arms, most = comparison.arms, comparison.plan.most_steps
     axes.set_title("steps to target")
     axes.set_xlabel("optimizer steps")
     axes.set_xscale("log")
     for row, arm in enumerate(arms):
-        _arm_runs(axes, row, _results(comparison, arm.arm))
-        _average(axes, row, arm, budget)
+        _arm_runs(axes, row, comparison.results_of(arm), most)
+        _average(axes, row, arm, most)
     room = max(0.0, (4 - len(arms)) / 4)  # two arms need not stand at the ends of the picture
     axes.set_ylim(len(arms) - 0.5 + room, -0.5 - room)
     names = [f"{LETTERS[i % len(LETTERS)]}  {arm.arm}" if tagged else arm.arm for i, arm in enumerate(arms)]
@@ -201,7 +228,7 @@ def _steps(axes: Axes, comparison: Comparison, tagged: bool) -> None:
     else:
         axes.set_xticks([])
         axes.minorticks_off()
-    steps, ratios = [steps_cell(arm, budget) for arm in arms], [ratio_cell(arm.ratio) for arm in arms]
+    steps, ratios = [steps_cell(arm, most) for arm in arms], [ratio_cell(arm.ratio) for arm in arms]
     _side_column(axes, 1.03, "steps", steps)
     _side_column(axes, 1.06 + 0.025 * max(5, *(len(part) for cell in steps for part in cell)), "times fewer", ratios)
 
@@ -215,7 +242,7 @@ def _side_column(axes: Axes, left: float, header: str, cells: list[Cell]) -> Non
         axes.text(left, row, "\n" * bool(aside) + aside, fontsize=8, **place)
 
 
-def _arm_runs(axes: Axes, row: int, results: list[RunResult]) -> None:
+def _arm_runs(axes: Axes, row: int, results: list[RunResult], most: float) -> None:
     colour = COLOURS[row % len(COLOURS)]
     for index, result in enumerate(results):
         height = row + 0.3 * ((index + 0.5) / len(results) - 0.5) - 0.12
@@ -223,15 +250,15 @@ def _arm_runs(axes: Axes, row: int, results: list[RunResult]) -> None:
             axes.plot(max(result.steps_to_target, 1), height, "o", color=colour, alpha=0.65, markersize=4.5, mec="none")
         else:
             marker = "x" if result.status == "diverged" else ">"
-            axes.plot(result.budget, height, marker, mec=colour, mfc="none", markersize=5, clip_on=False)
+            axes.plot(most, height, marker, mec=colour, mfc="none", markersize=5, clip_on=False)
 
 
-def _average(axes: Axes, row: int, arm: ArmSummary, budget: int) -> None:
+def _average(axes: Axes, row: int, arm: ArmSummary, most: float) -> None:
     if arm.steps.value is None or arm.steps.value <= 0:
         return
     low, high = arm.steps.interval.low, arm.steps.interval.high
     height = row + 0.25
-    ends = (arm.steps.value if low is None else low, budget if high is None and low is not None else high)
+    ends = (arm.steps.value if low is None else low, most if high is None and low is not None else high)
     axes.plot([ends[0], ends[1] or arm.steps.value], [height] * 2, color=INK, linewidth=1.4, solid_capstyle="butt")
     axes.plot(arm.steps.value, height, "D", color=INK, markersize=5)
     for end in (low, high):

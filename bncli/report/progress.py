@@ -126,7 +126,8 @@ class CompareProgress(_Sink):
             note = f"{self.metric} {event.value:.3f}"
             self.bar.update(self.workers[event.worker], completed=event.step, note=note)
         elif isinstance(event, RunEnded):
-            self.bar.update(self.all, completed=event.done, note="")
+            self.planned = event.planned
+            self.bar.update(self.all, completed=event.done, total=event.planned, note="")
             failed = event.outcome.startswith("failed")
             self.line(f"{event.done}/{self.planned} {event.label}: {event.outcome}", failed)
             if failed and self.live:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from bncli.errors import USAGE, BncliError
 from bncli.plain_data import Mismatch, from_plain, to_plain
 from bncli.results import (
-    FORMAT_VERSION,
+    RUNS_VERSION,
     Comparison,
     Evaluated,
     Event,
@@ -88,7 +88,7 @@ def event_line(event: Event) -> str:
 
 
 def _to_text(value: Any) -> str:
-    plain = {"format_version": FORMAT_VERSION, **to_plain(value)}
+    plain = {"format_version": RUNS_VERSION, **to_plain(value)}
     return json.dumps(plain, allow_nan=False, indent=1) + "\n"
 
 
@@ -101,11 +101,11 @@ def _from_text(kind: type[Result], text: str, name: str) -> Result:
     if not isinstance(plain, dict) or "format_version" not in plain:
         raise RecordError(f"{place}this JSON has no format_version; give a {WHAT[kind]} that bncli wrote")
     version = plain["format_version"]
-    if version != FORMAT_VERSION:
-        newer = isinstance(version, int) and version > FORMAT_VERSION
+    if version != RUNS_VERSION:
+        newer = isinstance(version, int) and version > RUNS_VERSION
         advice = "update bncli" if newer else "make it anew with this version"
         raise RecordError(
-            f"{place}format_version is {json.dumps(version)} and this bncli reads {FORMAT_VERSION}; {advice}"
+            f"{place}format_version is {json.dumps(version)} and this bncli reads {RUNS_VERSION}; {advice}"
         )
     if kind is not Comparison:
         del plain["format_version"]

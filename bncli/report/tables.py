@@ -17,19 +17,23 @@ from bncli.report.cells import (
     Cell,
     Column,
     comparison_columns,
+    cost_columns,
     encodable,
     environment_words,
     figure,
     footnotes,
     header_words,
     metric_figure,
+    setting,
     subtitle,
+    target_columns,
     target_words,
     title,
 )
 from bncli.report.sketch import sketch
 from bncli.report.tuning import tuning_columns, tuning_notes
 from bncli.results import Comparison, RunResult
+from bncli.results.training import most_steps_to_target
 
 UNBOUNDED = 10_000  # columns: wider than any table
 NAME_WIDTH = 14  # columns that an arm's name is given at the least, where it needs them; the rest wraps
@@ -88,9 +92,24 @@ class Report:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield comparison_table(self.comparison)
         yield ""
+        yield side_table(
+            f"{self.comparison.plan.name}: what it costs to reach the target", cost_columns(self.comparison)
+        )
+        if self.comparison.plan.also:
+            yield side_table(f"{self.comparison.plan.name}: steps to each target", target_columns(self.comparison))
         yield sketch(self.comparison, min(options.max_width, SKETCH_WIDTH), encoding=options.encoding)
         if self.comparison.plan.grid and self.comparison.plan.tune_seeds:
             yield tuning_table(self.comparison)
+
+
+def side_table(heading: str, columns: list[Column]) -> RenderableType:
+    """A smaller table below the comparison's own."""
+    layouts: list[Layout] = [
+        lambda encoding: _table(columns, False, encoding, wrap=False),
+        lambda encoding: _table(columns, True, encoding),
+        lambda encoding: _list(columns, encoding),
+    ]
+    return Fitted(heading, "", layouts, ())
 
 
 def comparison_report(comparison: Comparison) -> RenderableType:
@@ -116,14 +135,20 @@ def tuning_table(comparison: Comparison) -> RenderableType:
 def run_table(result: RunResult, name: str) -> RenderableType:
     """One run, for the end of `bncli train`: a figure a line, with its unit."""
     metric = result.target.metric if result.target else "accuracy"
-    hit = f"{figure(result.first_hit)} (first evaluation at the target, not interpolated)"
-    censored = result.status == "budget" and result.steps_to_target is None
+    hit = f"{figure(result.first_hit)} (the first evaluation at or past the target)"
+    most = figure(most_steps_to_target(result.budget))
+
+    def steps(found: float | None) -> str:
+        missed = found is None and result.status == "budget"
+        return f"> {most}, as many as the budget can show" if missed else figure(found)
+
     speed = f"{figure(result.samples_per_s)} samples/s, {figure(result.ms_per_step)} ms/step"
     rows = [
         ("status", _status(result)),
         ("steps run", f"{figure(result.steps_run)} of {figure(result.budget)}"),
-        ("steps to target", f"> {figure(result.budget)}" if censored else figure(result.steps_to_target)),
+        ("steps to target", steps(result.steps_to_target)),
         ("first hit", hit if result.first_hit is not None else UNKNOWN),
+        *((f"steps to {setting(each.target.value)}", steps(each.steps)) for each in result.also),
         (f"final {metric}", metric_figure(result.final, metric)),
         (f"best {metric}", metric_figure(result.best, metric)),
         ("throughput", f"{speed} (training alone)"),

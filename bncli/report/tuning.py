@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from bncli.report.cells import UNKNOWN, Cell, Column, figure, setting, short_names
-from bncli.results import ArmSummary, Comparison, ComparisonPlan, TuningCell
+from bncli.results import ArmSummary, Choice, Comparison, ComparisonPlan, TuningCell
 
 
 def tuning_columns(comparison: Comparison) -> list[Column]:
@@ -23,7 +23,7 @@ def tuning_columns(comparison: Comparison) -> list[Column]:
     ]
     for value in plan.grid[across]:
         points = [(arm, {**others, across: value}) for arm, others in rows]
-        cells = tuple(_tuning_cell(arm, point, reference, plan.budget) for arm, point in points)
+        cells = tuple(_tuning_cell(arm, point, reference, plan.most_steps) for arm, point in points)
         columns.append(Column((f"{short_names(plan.grid)[across]} {setting(value)}", ""), cells))
     return columns
 
@@ -47,26 +47,27 @@ def _at(arm: ArmSummary | None, point: dict[str, Any]) -> TuningCell | None:
     return next((cell for cell in arm.tuning if {**arm.point, **cell.point} == point), None)
 
 
-def _tuning_cell(arm: ArmSummary, point: dict[str, Any], reference: ArmSummary | None, budget: int) -> Cell:
+def _tuning_cell(arm: ArmSummary, point: dict[str, Any], reference: ArmSummary | None, most_steps: float) -> Cell:
     cell, other = _at(arm, point), _at(reference, point)
     if cell is None or cell.runs == 0:
         return UNKNOWN, ""
     words = figure(cell.steps) if cell.hits else "diverged" if cell.diverged == cell.runs else "never"
-    best = f"[{words}]" if point == arm.point else words
+    best = f"[{words}]" if point == arm.point else f"({words})" if cell.kept else words
     shown = best if words == "diverged" else f"{best} {cell.hits}/{cell.runs}"
-    return shown, "" if other is None or arm is reference else common_ratio(cell, other, budget)
+    return shown, "" if other is None or arm is reference else common_ratio(cell, other, most_steps)
 
 
-def common_ratio(cell: TuningCell, reference: TuningCell, budget: int) -> str:
+def common_ratio(cell: TuningCell, reference: TuningCell, most_steps: float) -> str:
     """Times fewer steps at one grid value; unknown where runs missed the target on both sides.
 
-    On one side a miss counts as the budget, which is less than it would have taken: the ratio is then a bound.
+    On one side a miss counts as the most steps that the budget can show, which is less than it would have taken: the
+    ratio is then a bound.
     """
 
     def log_mean(of: TuningCell) -> float | None:
         if of.runs == 0 or (of.hits and not of.steps):  # no geometric mean: a run was at the target before training
             return None
-        return (of.hits * math.log(of.steps or 1) + (of.runs - of.hits) * math.log(budget)) / of.runs
+        return (of.hits * math.log(of.steps or 1) + (of.runs - of.hits) * math.log(most_steps)) / of.runs
 
     mine, its = log_mean(cell), log_mean(reference)
     missed, reference_missed = cell.hits < cell.runs, reference.hits < reference.runs
@@ -78,8 +79,19 @@ def common_ratio(cell: TuningCell, reference: TuningCell, budget: int) -> str:
 
 def tuning_notes(comparison: Comparison) -> list[str]:
     seeds = len(comparison.plan.tune_seeds)
+    choices = [f"{arm.arm}: {choice_words(arm.choice)}" for arm in comparison.arms if arm.choice]
     return [
         f"Geometric mean of the steps of the runs that hit, hits/runs over {seeds} tuning seed{'s' * (seeds != 1)};"
         f" below it how many times fewer than {comparison.plan.reference} at the same value (no interval).",
-        "[ ]: the arm's best value, used with fresh seeds for the comparison. > and <: bounds, where runs missed.",
+        "[ ]: the arm's best, by all of its seeds; ( ): kept beside it with further seeds, since these could not tell "
+        "them apart. > and <: bounds, where runs missed.",
+        *([f"Kept: {'; '.join(choices)}."] if choices else []),
     ]
+
+
+def choice_words(choice: Choice) -> str:
+    """How clear the choice of the best point was: `3 of 15 points, 12% of samples without a seed choose another`."""
+    kept = f"{choice.kept} of {choice.points} points"
+    if choice.kept < 2 or choice.doubt is None:
+        return kept
+    return f"{kept}, {choice.doubt:.0%} of the samples with one seed left out choose another"

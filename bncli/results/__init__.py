@@ -6,10 +6,13 @@ and is never replaced by a zero.
 
 from bncli.results.comparison import (
     ArmSummary,
+    AtTarget,
+    Choice,
     Comparison,
     ComparisonEvent,
     ComparisonPlan,
     ComparisonStarted,
+    Cost,
     Phase,
     Planned,
     PlannedArm,
@@ -55,6 +58,7 @@ from bncli.results.gradients import (
 )
 from bncli.results.shared import (
     FORMAT_VERSION,
+    RUNS_VERSION,
     Environment,
     Interval,
 )
@@ -68,23 +72,28 @@ from bncli.results.training import (
     Status,
     StepDone,
     Target,
+    TargetReached,
 )
 
 __all__ = [
     "FORMAT_VERSION",
     "ITEM_BYTES",
+    "RUNS_VERSION",
     "STEP_CLASSES",
     "ArmSummary",
+    "AtTarget",
     "BiasStep",
     "Case",
     "Ceilings",
     "Change",
     "CheckFailure",
     "CheckGroup",
+    "Choice",
     "Comparison",
     "ComparisonEvent",
     "ComparisonPlan",
     "ComparisonStarted",
+    "Cost",
     "Diagnosis",
     "Direction",
     "Effort",
@@ -123,6 +132,7 @@ __all__ = [
     "StepProfile",
     "Steps",
     "Target",
+    "TargetReached",
     "Times",
     "TuningCell",
     "Verdict",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bncli.results.shared import FORMAT_VERSION, Interval
-from bncli.results.training import RunResult, Target
+from bncli.results.shared import RUNS_VERSION, Interval
+from bncli.results.training import RunResult, Target, most_steps_to_target
 
 Phase = Literal["tune", "report"]
 
@@ -22,6 +22,7 @@ class RunRecord:
     phase: Phase
     result: RunResult | None
     failure: str | None = None
+    at_a_time: int | None = None  # runs in progress at once when it ended; above 1 they disturb its times
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Ratio:
 
     value: float | None
     interval: Interval
-    method: Literal["welch", "rank", "bound", "none"]
-    p_value: float | None  # two-sided, of the hypothesis that the ratio is 1
+    method: Literal["means", "medians", "bound", "hits", "same recipe", "none"]
+    p_value: float | None  # two-sided; "means": of a ratio of 1; "hits": of equal shares of runs that hit
     holm_p_value: float | None = None  # the same after Holm's correction over all arms of the table
 
 
@@ -46,13 +47,42 @@ class Steps:
 
 @dataclass(frozen=True)
 class TuningCell:
-    """One arm at one point of the grid, over the tuning seeds."""
+    """One arm at one point of the grid, over the tuning seeds. kept: whether it got the further seeds too."""
 
     point: dict[str, Any]
     hits: int
     runs: int
     steps: float | None  # geometric mean over the runs that hit; None without one
     diverged: int = 0
+    kept: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How clear the choice of an arm's best grid point was."""
+
+    points: int  # of the grid, for this arm
+    kept: int  # of them, those that the tuning seeds did not tell from the best
+    doubt: float | None  # share of the samples with one seed left out that choose another point
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds or examples to target, by the same rules as steps, and how many times fewer than the reference's."""
+
+    typical: Steps
+    ratio: Ratio | None  # None for the reference
+
+
+@dataclass(frozen=True)
+class AtTarget:
+    """One arm at a further target of the same runs, at its best point for that target among those kept."""
+
+    target: Target
+    hits: int
+    runs: int
+    steps: Steps
+    ratio: Ratio | None  # None for the reference
 
 
 @dataclass(frozen=True)
@@ -60,15 +90,15 @@ class ArmSummary:
     """One row of the comparison's table."""
 
     arm: str
-    point: dict[str, Any]  # the grid's fields at the values that the report's runs used
+    point: dict[str, Any]  # the best point of the grid; every figure of the row is of the runs there, all seeds
     fixed: tuple[str, ...]  # fields of the grid that the arm fixes and that were therefore not tuned
     at_edge: tuple[str, ...]  # fields whose best value is the first or the last of its list
     hits: int
-    runs: int  # report runs that ended by themselves (failed and interrupted ones are not counted)
+    runs: int  # that ended by themselves (failed and interrupted ones are not counted)
     steps: Steps
     first_hit: float | None  # geometric mean of the raw first hits
     ratio: Ratio | None  # None for the reference arm
-    best: float | None  # median over the report's runs of each run's best metric
+    best: float | None  # median over the runs of each one's best metric
     samples_per_s: float | None  # median
     ms_per_step: float | None  # median
     peak_memory_mib: float | None  # largest
@@ -77,6 +107,11 @@ class ArmSummary:
     failures: tuple[str, ...]
     tuning: tuple[TuningCell, ...]
     curve: tuple[tuple[float, float, float, float], ...]  # step, median metric, lower and upper quartile over seeds
+    choice: Choice | None = None  # None where nothing was tuned, or not all of it yet
+    seconds: Cost | None = None  # of training alone; None where a time is unknown
+    examples: Cost | None = None
+    also: tuple[AtTarget, ...] = ()
+    thinned: float | None = None  # the ratio from every second evaluation, a mean of both halves
 
 
 @dataclass(frozen=True)
@@ -92,9 +127,14 @@ class ComparisonPlan:
     report_seeds: tuple[int, ...]
     target: Target
     budget: int
-    evaluate_every: int
     data: str
     recipes: dict[str, Any] = field(default_factory=dict)  # arm -> its resolved recipe, as plain data
+    also: tuple[Target, ...] = ()
+
+    @property
+    def most_steps(self) -> float:
+        """The most steps to target that the budget can show; a run that misses took more."""
+        return most_steps_to_target(self.budget)
 
 
 @dataclass(frozen=True)
@@ -106,7 +146,12 @@ class Comparison:
     notes: tuple[str, ...]
     runs: tuple[RunRecord, ...]
     planned_runs: int
-    format_version: int = FORMAT_VERSION
+    format_version: int = RUNS_VERSION
+
+    def results_of(self, arm: ArmSummary) -> list[RunResult]:
+        """The runs that an arm's row rests on: those at its best point that ended by themselves."""
+        mine = (run.result for run in self.runs if run.arm == arm.arm and run.point == arm.point)
+        return [result for result in mine if result is not None and result.status != "interrupted"]
 
 
 # --- what happens while a comparison runs -------------------------------------------------------------------------
@@ -140,6 +185,7 @@ class RunEnded:
     label: str
     done: int
     outcome: str
+    planned: int  # grows when an arm keeps several points of the grid
 
 
 ComparisonEvent = ComparisonStarted | RunBegan | RunProgressed | RunEnded
@@ -163,7 +209,7 @@ class PlannedArm:
 
 @dataclass(frozen=True)
 class Planned:
-    """The outcome of a dry run."""
+    """The outcome of a dry run. runs, steps_at_most: if each arm keeps a single point of the grid."""
 
     name: str
     fields: tuple[tuple[str, Any, str], ...]  # of the base run: dotted field, value, and where the value came from

@@ -8,6 +8,12 @@ from typing import Literal
 from bncli.results.shared import Environment
 
 Status = Literal["reached", "budget", "diverged", "interrupted"]
+AHEAD = 0.3  # of its steps to target, how much longer a run has to go on before they are settled
+
+
+def most_steps_to_target(budget: int) -> float:
+    """The most steps to target that a budget in optimizer steps can show; a run that misses took more."""
+    return budget / (1 + AHEAD)
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,15 @@ class Target:
 
     def reached_by(self, value: float) -> bool:
         return value >= self.value if self.metric == "accuracy" else value <= self.value
+
+
+@dataclass(frozen=True)
+class TargetReached:
+    """When a run reached one target. steps: as `RunResult.steps_to_target`; both are None for a miss."""
+
+    target: Target
+    steps: float | None
+    first_hit: int | None
 
 
 @dataclass(frozen=True)
@@ -67,8 +82,8 @@ class RunResult:
     steps_run: int
     budget: int
     target: Target | None
-    steps_to_target: float | None  # interpolated crossing of the centred median of three evaluations
-    first_hit: int | None  # the first evaluation at or past the target, unsmoothed
+    steps_to_target: float | None  # the optimizer steps spent below the target (engine.steps); None for a miss
+    first_hit: int | None  # the first evaluation at or past the target, as it is
     final: float | None  # the target's metric (accuracy without a target) at the last evaluation
     best: float | None
     evaluations: tuple[Evaluation, ...]
@@ -80,6 +95,7 @@ class RunResult:
     parameters: int
     environment: Environment
     reason: str | None = None  # for `diverged`: what was not finite, and where
+    also: tuple[TargetReached, ...] = ()  # further targets of the same run, in the recipe's order
 
 
 @dataclass(frozen=True)

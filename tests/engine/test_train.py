@@ -16,7 +16,7 @@ from torch import nn
 
 from bncli.engine import data
 from bncli.engine.splits import Batch, InMemory, order
-from bncli.engine.steps import crossing
+from bncli.engine.steps import steps_to_target
 from bncli.engine.train import Clock, Training, learning_rate_factor, optimizer, train
 from bncli.errors import DataError
 from bncli.recipe.sections import Recipe
@@ -60,16 +60,34 @@ def test_the_last_step_is_evaluated_even_off_the_interval() -> None:
     assert result.steps_to_target is None
 
 
-def test_a_run_stops_one_evaluation_past_its_target_and_dates_it_by_the_crossing() -> None:
+def test_a_run_stops_at_the_first_evaluation_that_settles_its_steps_to_target() -> None:
     result = run(tiny())
     assert result.status == "reached"
     assert result.target is not None
-    assert (result.steps_to_target, result.first_hit) == crossing(result.evaluations, result.target)
-    assert crossing(result.evaluations[:-1], result.target)[0] is None
+    assert (result.steps_to_target, result.first_hit) == steps_to_target(result.evaluations, result.target)
+    assert steps_to_target(result.evaluations[:-1], result.target)[0] is None
     assert result.steps_run < result.budget
 
 
-def test_a_run_told_to_go_on_uses_its_budget_and_keeps_the_same_crossing() -> None:
+def test_a_run_with_several_targets_goes_on_until_the_hardest_is_settled() -> None:
+    alone, both = run(tiny()), run(tiny(train={"target": {"value": 0.8, "also": [0.9, 0.7]}}))
+    assert both.evaluations == alone.evaluations
+    assert [each.target.value for each in both.also] == [0.9, 0.7]
+    assert (both.also[0].steps, both.also[0].first_hit) == (alone.steps_to_target, alone.first_hit)
+    assert both.steps_to_target is not None
+    assert both.also[1].steps is not None
+    assert both.also[1].steps < both.steps_to_target < alone.steps_to_target
+    loss = {"metric": "loss", "value": 0.5, "also": [1e-9]}
+    never = run(tiny(train={"target": loss, "steps": 40}))
+    assert (never.status, never.steps_run, never.also[0].steps) == ("budget", 40, None)
+
+
+def test_evaluations_can_be_spaced_evenly_in_log_step() -> None:
+    result = run(tiny(train={"evaluate_every": {"points_per_doubling": 1}, "target": None}))
+    assert [evaluation.step for evaluation in result.evaluations] == [0, 1, 2, 4, 8, 16, 32, 60]
+
+
+def test_a_run_told_to_go_on_uses_its_budget_and_keeps_the_same_steps_to_target() -> None:
     stopped, whole = run(tiny()), run(tiny(train={"stop_at_target": False}))
     assert whole.steps_run == 60
     assert whole.steps_to_target == stopped.steps_to_target

@@ -17,6 +17,8 @@ from tests.measure.test_compare import ARMS, BASE, result, study_of
 class Serial:
     """A pool of one that answers every run at once."""
 
+    limit = 1
+
     def __init__(self, answer: Callable[[str], float | str | None]) -> None:
         self.answer, self.ran = answer, list[str]()
 

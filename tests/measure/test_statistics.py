@@ -1,13 +1,10 @@
-"""Means, ratios and their intervals: by hand, against tables, against plain enumeration, and by simulation."""
+"""Means, ratios, the choice of a point and their intervals: by hand, against tables, by properties, by simulation."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import random
-from collections import Counter
 from collections.abc import Sequence
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -15,23 +12,32 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from bncli.measure import ranks as rank_test
 from bncli.measure.statistics import (
-    geometric_mean_steps,
+    Sample,
+    doubt,
     holm,
+    kept_points,
     log_spread,
-    rank_interval,
     ratio,
     seeds_needed,
+    typical,
     welch_power,
 )
 from bncli.results import Interval, Ratio, Steps
+from tests.benchmarks.intervals import FIELDS, FLAT, Cell, Choice, Grid
 
-Runs = list[float | None]
-NEVER = 10**9  # a budget that no run meets
+Runs = Sequence[float | None]
+OPEN = Interval(None, None)
 
 
-def exp(*logs: float) -> Runs:
+def runs(*points: Runs, most: float = 1000) -> Sample:
+    """A row a point: its steps by seed, None for a miss of `most` steps."""
+    steps = np.array([[most if step is None else step for step in point] for point in points], dtype=float)
+    with np.errstate(divide="ignore"):
+        return Sample(np.log(steps), np.array([[step is not None for step in point] for point in points]))
+
+
+def exp(*logs: float) -> list[float]:
     return [math.exp(log) for log in logs]
 
 
@@ -44,21 +50,17 @@ def about(interval: Interval, low: float | None, high: float | None) -> bool:
     return interval == Interval(*(None if side is None else near(side) for side in (low, high)))
 
 
-def holds(interval: Interval, value: float) -> bool:
-    return (interval.low is None or interval.low <= value) and (interval.high is None or value <= interval.high)
-
-
 # -- Steps of one arm ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("runs", "quantile"), [(2, 12.706), (3, 4.303), (4, 3.182), (5, 2.776), (10, 2.262), (20, 2.093), (31, 2.042)]
+    ("seeds", "quantile"), [(2, 12.706), (3, 4.303), (4, 3.182), (5, 2.776), (10, 2.262), (20, 2.093), (31, 2.042)]
 )
-def test_the_interval_of_a_geometric_mean_uses_the_printed_t_table(runs: int, quantile: float) -> None:
-    logs = np.random.default_rng(runs).normal(5, 1, runs)
-    steps = geometric_mean_steps(np.exp(logs).tolist(), NEVER)
+def test_the_interval_of_a_geometric_mean_uses_the_printed_t_table(seeds: int, quantile: float) -> None:
+    logs = np.random.default_rng(seeds).normal(5, 1, seeds)
+    steps = typical(runs(np.exp(logs).tolist()))
     assert (steps.method, steps.value) == ("geometric mean", near(math.exp(logs.mean())))
-    standard_error = logs.std(ddof=1) / math.sqrt(runs)
+    standard_error = logs.std(ddof=1) / math.sqrt(seeds)
     assert steps.interval.low is not None
     assert steps.interval.high is not None
     assert (logs.mean() - math.log(steps.interval.low)) / standard_error == near(quantile, abs=6e-4)
@@ -66,238 +68,239 @@ def test_the_interval_of_a_geometric_mean_uses_the_printed_t_table(runs: int, qu
 
 
 def test_one_run_has_steps_and_no_interval() -> None:
-    assert geometric_mean_steps([250.0], 1000) == Steps(near(250), Interval(None, None), "geometric mean")
+    assert typical(runs([250.0])) == Steps(near(250), OPEN, "geometric mean")
 
 
 def test_a_miss_makes_it_the_median_between_order_statistics() -> None:
     # binomial(10, 1/2): at most 1 in 0.0107 of samples, at most 2 in 0.0547, so the 2nd from either end
-    runs: Runs = [900, None, 100, 200, 300, 400, 500, 600, 700, 800]
-    assert geometric_mean_steps(runs, 1000) == Steps(near(math.sqrt(500 * 600)), Interval(200, 900), "median")
+    steps = typical(runs([900, None, 100, 200, 300, 400, 500, 600, 700, 800]))
+    assert steps == Steps(near(math.sqrt(500 * 600)), Interval(near(200), near(900)), "median")
 
 
 def test_an_upper_side_that_falls_on_a_miss_is_open() -> None:
-    assert geometric_mean_steps([100, 200, 300, 400, 500, None], 1000).interval == Interval(100, None)
-    assert geometric_mean_steps([100, 200, 300, 400, 500, 600, 700, 800, None, None], 1000).interval == Interval(
-        200, None
-    )
+    assert about(typical(runs([100, 200, 300, 400, 500, None])).interval, 100, None)
+    assert about(typical(runs([100, 200, 300, 400, 500, 600, 700, 800, None, None])).interval, 200, None)
 
 
 def test_five_runs_with_a_miss_have_a_lower_side_and_four_have_none() -> None:
-    assert geometric_mean_steps([100, 200, 300, 400, None], 1000) == Steps(near(300), Interval(100, None), "median")
-    assert geometric_mean_steps([100, 200, 300, None], 1000) == Steps(
-        near(math.sqrt(200 * 300)), Interval(None, None), "median"
-    )
+    assert typical(runs([100, 200, 300, 400, None])) == Steps(near(300), Interval(near(100), None), "median")
+    assert typical(runs([100, 200, 300, None])) == Steps(near(math.sqrt(200 * 300)), OPEN, "median")
 
 
 def test_half_or_more_missed_has_a_bound_and_no_value() -> None:
-    assert geometric_mean_steps([100, None, 300, None, 500, None], 1000) == Steps(None, Interval(100, None), "bound")
-    assert geometric_mean_steps([100, None, None, None, None, None, None, None, None], 1000) == Steps(
-        None, Interval(1000, None), "bound"
-    )
+    assert typical(runs([100, None, 300, None, 500, None])) == Steps(None, Interval(near(100), None), "bound")
+    assert typical(runs([100, *[None] * 8])) == Steps(None, Interval(near(1000), None), "bound")
 
 
-def test_a_bound_is_the_budget_only_where_enough_runs_missed_it() -> None:
-    assert geometric_mean_steps([None] * 5, 1000) == Steps(None, Interval(1000, None), "bound")
-    assert geometric_mean_steps([None] * 4, 1000) == Steps(None, Interval(None, None), "bound")
-    assert geometric_mean_steps([], 1000) == Steps(None, Interval(None, None), "bound")
+def test_a_bound_is_where_misses_stand_only_where_enough_runs_missed() -> None:
+    assert typical(runs([None] * 5)) == Steps(None, Interval(near(1000), None), "bound")
+    assert typical(runs([None] * 4)) == Steps(None, OPEN, "bound")
+    assert typical(runs([])) == Steps(None, OPEN, "bound")
 
 
 def test_a_target_held_before_training_is_zero_steps_and_no_ratio() -> None:
-    assert geometric_mean_steps([0.0, 100.0], 1000) == Steps(0.0, Interval(None, None), "geometric mean")
-    assert ratio([100.0, 100.0], [0.0, 100.0], 1000, 1000) == Ratio(None, Interval(None, None), "none", None)
+    assert typical(runs([0.0, 100.0])) == Steps(0.0, OPEN, "geometric mean")
+    assert ratio(runs([100.0, 100.0]), runs([0.0, 100.0])) == Ratio(None, OPEN, "none", None)
+
+
+# -- The best point of the grid --------------------------------------------------------------------------------------
+
+
+def test_the_best_point_has_the_most_hits_before_the_fewest_steps() -> None:
+    assert runs([900, 900, 900], [500, 400, 450], [50, 50, None]).best == 1
+
+
+def test_means_are_geometric() -> None:
+    assert runs([10, 10, 800], [100, 100, 100]).best == 0  # 43 against 100; the arithmetic means are 273 and 100
+
+
+def kept(sample: Sample) -> list[bool]:
+    return kept_points(sample.logs, sample.hit).tolist()
+
+
+def test_a_point_is_kept_until_a_paired_interval_tells_it_from_the_best() -> None:
+    # three differences with a deviation of 0.1 have a standard error of 0.0577, times 4.303 (Student's t): 0.2484
+    best, spread = [0.0, 1.0, 2.0], (-0.1, 0.0, 0.1)
+    near_by, far = ([0.24 + b + s for b, s in zip(best, spread, strict=True)],
+                    [0.26 + b + s for b, s in zip(best, spread, strict=True)])  # fmt: skip
+    assert kept(runs(exp(*best), exp(*near_by), exp(*far))) == [True, True, False]
+    # unpaired, the spread of 1 between seeds would keep all of them
+    assert kept(runs(exp(*best), exp(*(b + 0.2 for b in best)))) == [True, False]
+
+
+def test_a_miss_stands_at_its_bound_and_a_point_without_a_hit_is_kept_only_where_none_has_one() -> None:
+    assert kept(runs([500, 600, 400], [300, None, 350], [None] * 3)) == [True, True, False]
+    assert kept(runs([900, None, None], [None] * 3)) == [True, False]
+    assert kept(runs([None] * 3, [None] * 3)) == [True, True]
+
+
+def test_doubt_is_the_share_of_leave_one_out_samples_that_choose_otherwise() -> None:
+    # sums 9 and 10: without the fourth seed they are 9 and 6, without another 8 and 9 or less
+    assert doubt(runs(exp(3, 3, 3, 0), exp(2, 2, 2, 4))) == 0.25
+    assert doubt(runs([100, 200], [50, 60])) == 0
+    assert doubt(runs([100])) is None
 
 
 # -- The ratio without a miss ----------------------------------------------------------------------------------------
 
 
-def test_equal_spreads_have_the_degrees_of_freedom_of_both_arms() -> None:
-    result = ratio(exp(1, 2, 3), exp(-1, 0, 1), NEVER, NEVER)
-    half = 2.776445 * math.sqrt(2 / 3)  # Student t, 4 degrees of freedom
-    assert (result.method, result.value) == ("welch", near(math.exp(2)))
-    assert about(result.interval, math.exp(2 - half), math.exp(2 + half))
-    root = math.sqrt(6) / math.sqrt(4 + 6)  # t = sqrt(6); with 4 degrees of freedom p is algebraic in t
-    assert result.p_value == near(1 - root * (3 - root**2) / 2)
+def test_with_one_point_an_arm_the_interval_is_the_paired_t_of_log_steps() -> None:
+    result = ratio(runs(exp(1, 2, 4)), runs(exp(-1, 0, 1)))  # differences 2, 2, 3: mean 7/3, standard error 1/3
+    half = 4.302653 / 3
+    assert (result.method, result.value) == ("means", near(math.exp(7 / 3)))
+    assert about(result.interval, math.exp(7 / 3 - half), math.exp(7 / 3 + half))
+    assert result.p_value == near(1 - 7 / math.sqrt(51))  # t = 7; with 2 degrees of freedom p is 1 - t / sqrt(2 + t^2)
 
 
-def test_a_spread_in_one_arm_alone_has_that_arms_degrees_of_freedom() -> None:
-    result = ratio(exp(0, 2), [1.0, 1.0, 1.0], NEVER, NEVER)
-    assert about(result.interval, math.exp(1 - 12.706205), math.exp(1 + 12.706205))
-    assert result.p_value == near(0.5)  # t = 1, 1 degree of freedom: Cauchy
+def test_equal_runs_are_a_ratio_of_exactly_one() -> None:
+    assert ratio(runs([64.0, 81.0]), runs([64.0, 81.0])) == Ratio(1.0, Interval(1.0, 1.0), "means", 1.0)
+    assert ratio(runs([64.0, 64.0]), runs([1.0, 1.0])).p_value == 0.0
 
 
-def test_a_single_run_in_an_arm_gives_a_ratio_without_an_interval() -> None:
-    assert ratio([300.0], [100.0, 100.0], 1000, 1000) == Ratio(near(3), Interval(None, None), "welch", None)
+def test_a_single_seed_gives_a_ratio_without_an_interval() -> None:
+    assert ratio(runs([300.0]), runs([100.0])) == Ratio(near(3), OPEN, "means", None)
 
 
-def test_runs_without_any_spread_leave_no_doubt() -> None:
-    assert ratio([64.0, 64.0], [64.0, 64.0], 1000, 1000) == Ratio(1.0, Interval(1.0, 1.0), "welch", 1.0)
-    assert ratio([64.0, 64.0], [1.0, 1.0], 1000, 1000).p_value == 0.0
+def by_definition(reference: np.ndarray, arm: np.ndarray, quantile: float) -> tuple[float, float, float]:
+    """Log ratio and limits from (points, seeds) of log steps, in plain loops."""
+    seeds = range(reference.shape[1])
+
+    def smallest(logs: np.ndarray, left_out: int | None = None) -> float:
+        return min(sum(row[s] for s in seeds if s != left_out) / (len(seeds) - (left_out is not None)) for row in logs)
+
+    def optimism(logs: np.ndarray) -> float:
+        total = 0.0
+        for seed in seeds:
+            others = [s for s in seeds if s % 5 != seed % 5]
+            total += min(logs.tolist(), key=lambda row: sum(row[s] for s in others))[seed]
+        return max(0.0, total / len(seeds) - smallest(logs))
+
+    left = [smallest(reference, seed) - smallest(arm, seed) for seed in seeds]
+    mean = sum(left) / len(left)
+    half = quantile * math.sqrt((len(left) - 1) / len(left) * sum((each - mean) ** 2 for each in left))
+    value = smallest(reference) - smallest(arm)
+    return value, value - optimism(arm) - half, value + optimism(reference) + half
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_over_a_grid_the_jackknife_repeats_the_choice_and_optimism_widens_each_limit(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    reference, arm = rng.normal(5, 0.2, (3, 10)), rng.normal(3, 0.2, (4, 10))
+    result = ratio(*(Sample(logs, np.ones_like(logs, dtype=bool)) for logs in (reference, arm)))
+    value, low, high = by_definition(reference, arm, 2.262157)
+    assert (result.method, result.value) == ("means", near(math.exp(value)))
+    assert about(result.interval, math.exp(low), math.exp(high))
+
+
+def test_seconds_and_examples_are_those_of_the_point_with_the_fewest_steps() -> None:
+    steps = runs([100, 110, 90], [50, 55, 45])
+    seconds = Sample(np.log([[1.0, 1.1, 0.9], [5.0, 5.5, 4.5]]), steps.hit, by=steps.logs)
+    assert typical(seconds).value == near(5 * math.prod((1, 1.1, 0.9)) ** (1 / 3))
+    reference = Sample(np.log([[10.0, 11.0, 9.0]]), np.ones((1, 3), dtype=bool), by=np.zeros((1, 3)))
+    assert ratio(reference, seconds).value == near(2)
 
 
 # -- The ratio with misses -------------------------------------------------------------------------------------------
 
 
-def test_four_against_four_runs_are_refused_only_where_they_are_fully_apart() -> None:
-    # 1 of 70 orders is at the end, 2 of 70 are not. Above, the miss ties with every arm's run that is past the budget.
-    result = ratio([120, 100, None, 110], [10, 13, 11, 12], 200, 200)
-    assert (result.method, result.value) == ("rank", near(math.sqrt(110 * 120 / (11 * 12))))
-    assert about(result.interval, 100 / 13, None)
-    assert result.p_value == near(2 / 70)
+def test_misses_give_the_ratio_of_medians_with_both_arms_distances_added_as_squares() -> None:
+    # six runs: the 1st and the 6th bound a median; the reference's 6th is a miss, so the ratio is open above
+    result = ratio(runs([800, 820, 840, 860, 880, None]), runs([80, 82, 84, 86, 88, 90]))
+    middle = math.log(math.sqrt(840 * 860) / math.sqrt(84 * 86))
+    down = math.hypot(math.log(math.sqrt(840 * 860) / 800), math.log(90 / math.sqrt(84 * 86)))
+    assert (result.method, result.value, result.p_value) == ("medians", near(math.exp(middle)), None)
+    assert about(result.interval, math.exp(middle - down), None)
+    turned = ratio(runs([80, 82, 84, 86, 88, 90]), runs([800, 820, 840, 860, 880, None]))
+    assert about(turned.interval, None, math.exp(down - middle))
 
 
 def test_a_reference_that_missed_half_gives_a_lower_bound_and_no_value() -> None:
-    result = ratio([100, None, 110, None], [10, 11, 12, 13], 200, 200)
+    result = ratio(runs([*[900] * 3, *[None] * 3]), runs([90.0] * 6))
     assert (result.method, result.value) == ("bound", None)
-    assert about(result.interval, 100 / 13, None)
-
-
-def test_a_reference_that_never_hit_is_bounded_by_its_budget() -> None:
-    result = ratio([None] * 5, [10, 11, 12, 13, 14], 200, 200)
-    # once j of the arm's runs are past the budget, and so tied with the whole reference, as many of the 252 orders are
-    # at the end as there are ways to choose j of 5 + j: 1, 6, then 21, which is too many to refuse
-    assert (result.method, result.value) == ("bound", None)
-    assert about(result.interval, 200 / 13, None)
+    middle = math.log(math.sqrt(900 * 1000) / 90)
+    assert about(result.interval, math.exp(middle - math.log(math.sqrt(900 * 1000) / 900)), None)
 
 
 def test_an_arm_that_never_hit_is_bounded_from_above() -> None:
-    result = ratio([10, 11, 12, 13, 14], [None] * 5, 200, 200)
+    result = ratio(runs([100.0] * 6), runs([None] * 6))
     assert (result.method, result.value) == ("bound", None)
-    assert about(result.interval, None, 13 / 200)
+    assert about(result.interval, None, 0.1)
 
 
-def test_half_missed_in_both_arms_says_nothing() -> None:
-    nothing = Ratio(None, Interval(None, None), "none", None)
-    assert ratio([100, None, 110, None], [10, None, None, None], 200, 200) == nothing
-    assert ratio([], [10.0], 200, 200) == nothing
-    assert ratio([10.0], [], 200, 200) == nothing
+def test_with_a_miss_and_fewer_than_six_runs_there_is_no_interval() -> None:
+    result = ratio(runs([100, 110, 120, 130, None]), runs([10, 11, 12, 13, 14]))
+    assert result == Ratio(near(10), OPEN, "medians", None)
+    assert ratio(runs([None] * 5), runs([10.0] * 5)) == Ratio(None, OPEN, "bound", None)
 
 
-def test_a_rank_interval_needs_four_runs_an_arm() -> None:
-    assert ratio([100, 110, None], [10, 11, 12, 13], 200, 200) == Ratio(
-        near(110 / math.sqrt(11 * 12)), Interval(None, None), "rank", None
-    )
-    assert ratio([None] * 3, [10.0] * 3, 200, 200) == Ratio(None, Interval(None, None), "bound", None)
-
-
-def test_ties_in_every_run_are_one_ratio() -> None:
-    interval, p_value = rank_interval([100.0] * 5, [10.0] * 5, 200, 200)
-    assert about(interval, 10, 10)
-    assert p_value == near(2 / 252)
-
-
-def enumerated_tails(reference: Runs, arm: Runs, budgets: tuple[int, int], scale: float) -> tuple[float, float]:
-    """The permutation test by its definition: Gehan's scores, every split of the pooled runs."""
-    budget = min(budgets[0], budgets[1] * scale)
-    times = [budgets[0] if step is None else step for step in reference]
-    times += [(budgets[1] if step is None else step) * scale for step in arm]
-    pooled = [
-        (min(time, budget), step is not None and time <= budget)
-        for time, step in zip(times, reference + arm, strict=True)
-    ]
-
-    def surely_longer(one: tuple[float, bool], other: tuple[float, bool]) -> bool:
-        return other[1] and (other[0] < one[0] or (other[0] == one[0] and not one[1]))
-
-    scores = [sum(surely_longer(run, o) - surely_longer(o, run) for o in pooled) for run in pooled]
-    sums = [sum(split) for split in itertools.combinations(scores, len(arm))]
-    observed = sum(scores[len(reference) :])
-    return sum(s <= observed for s in sums) / len(sums), sum(s >= observed for s in sums) / len(sums)
-
-
-def censored(steps: Sequence[float], budget: float) -> Runs:
-    return [step if step <= budget else None for step in steps]
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_the_rank_interval_is_what_enumeration_of_every_split_keeps(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    reference = censored(rng.lognormal(6, 0.3, rng.integers(4, 7)).tolist(), 480)
-    arm = censored(rng.lognormal(4, 0.3, rng.integers(4, 6)).tolist(), 80)
-    interval, p_value = rank_interval(reference, arm, 480, 80)
-    assert p_value == near(min(1, 2 * min(enumerated_tails(reference, arm, (480, 80), 1.0))))
-    kept = [
-        R for R in np.geomspace(0.3, 200, 400).tolist() if min(enumerated_tails(reference, arm, (480, 80), R)) > 0.025
-    ]
-    assert (interval.low is None) == (kept[0] == near(0.3))
-    assert (interval.high is None) == (kept[-1] == near(200))
-    step = (200 / 0.3) ** (1 / 399)
-    assert interval.low is None or interval.low <= kept[0] <= interval.low * step * 1.000001
-    assert interval.high is None or interval.high / step / 1.000001 <= kept[-1] <= interval.high
-
-
-@pytest.mark.parametrize("missed", [0, 5, 15])
-def test_the_normal_approximation_for_many_runs_agrees_with_counting(
-    missed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ranks = [*range(0, 2 * (41 - missed), 2), *[81 - missed] * missed]
-    exact = {}
-    for pairs in (420, 419):
-        monkeypatch.setattr(rank_test, "EXACT_PAIRS", pairs)
-        exact[pairs] = [rank_test._tails(tuple(ranks), 20, total)[0] for total in range(500, 800)]
-    differences = [abs(one - other) for one, other in zip(exact[420], exact[419], strict=True) if one < 0.06]
-    assert 0 < max(differences) < 0.002
+def test_half_missed_in_both_arms_compares_their_hits_by_fishers_exact_test() -> None:
+    result = ratio(runs([None] * 20), runs([*[100.0] * 9, *[None] * 11]))
+    assert result == Ratio(None, OPEN, "hits", near(0.0012, abs=5e-5))
+    assert ratio(runs([]), runs([])) == Ratio(None, OPEN, "none", None)
 
 
 # -- What must not matter --------------------------------------------------------------------------------------------
 
-runs_of_an_arm = st.lists(st.none() | st.floats(1, 999), min_size=1, max_size=7)
+some_runs = st.lists(st.tuples(*[st.none() | st.floats(1, 999)] * 2), min_size=1, max_size=8)
+some_points = st.integers(2, 8).flatmap(
+    lambda seeds: st.lists(st.lists(st.floats(1, 999), min_size=seeds, max_size=seeds), min_size=1, max_size=3)
+)
 
 
 def inverse(side: float | None) -> float | None:
     return None if side is None else 1 / side
 
 
-@given(runs_of_an_arm, runs_of_an_arm)
-def test_the_ratio_of_swapped_arms_is_the_inverse(reference: Runs, arm: Runs) -> None:
-    one, other = ratio(reference, arm, 1000, 1000), ratio(arm, reference, 1000, 1000)
-    assume(one.interval.high is None or one.interval.high < 1e100)  # 1 degree of freedom and a wide spread
+def bounded(found: Ratio) -> bool:
+    """Not so wide that logs of it lose their digits: 1 degree of freedom and a wide spread."""
+    return found.interval.high is None or found.interval.high < 1e100
+
+
+@given(some_runs)
+def test_the_ratio_of_swapped_arms_is_the_inverse(pairs: list[tuple[float | None, float | None]]) -> None:
+    reference, arm = (runs([pair[side] for pair in pairs]) for side in (0, 1))
+    one, other = ratio(reference, arm), ratio(arm, reference)
+    assume(bounded(one) and bounded(other))
     assert one.method == other.method
     assert one.value == (None if other.value is None else near(1 / other.value))
     assert about(one.interval, inverse(other.interval.high), inverse(other.interval.low))
     assert one.p_value == (None if other.p_value is None else near(other.p_value))
 
 
-@given(runs_of_an_arm, runs_of_an_arm, st.integers(2, 50))
-def test_the_unit_of_steps_cancels_out_of_the_ratio(reference: Runs, arm: Runs, unit: int) -> None:
-    one = ratio(reference, arm, 1000, 2000)
-    assume(one.interval.high is None or one.interval.high < 1e100)
-    scaled = [[None if step is None else unit * step for step in runs] for runs in (reference, arm)]
-    other = ratio(scaled[0], scaled[1], unit * 1000, unit * 2000)
+@given(some_points, some_points, st.integers(2, 50))
+def test_the_unit_of_steps_cancels_out_of_the_ratio(
+    reference: list[list[float]], arm: list[list[float]], unit: int
+) -> None:
+    seeds = min(len(reference[0]), len(arm[0]))
+    points = [[row[:seeds] for row in rows] for rows in (reference, arm)]
+    one = ratio(*(runs(*rows) for rows in points))
+    assume(bounded(one))
+    other = ratio(*(runs(*[[unit * step for step in row] for row in rows], most=unit * 1000) for rows in points))
+    assert one.value is not None
+    assert other.value == near(one.value)
+    assert about(other.interval, one.interval.low, one.interval.high)
+
+
+@given(some_runs, st.randoms())
+def test_the_order_of_the_seeds_does_not_matter(pairs: list[tuple[float | None, float | None]], shuffler: Any) -> None:
+    shuffled = shuffler.sample(pairs, len(pairs))
+    one, other = (ratio(*(runs([pair[side] for pair in found]) for side in (0, 1))) for found in (pairs, shuffled))
+    assume(bounded(one))
     assert one.method == other.method
     assert one.value == (None if other.value is None else near(other.value))
     assert about(one.interval, other.interval.low, other.interval.high)
 
 
-@given(runs_of_an_arm, st.integers(2, 50))
-def test_steps_scale_with_their_unit(runs: Runs, unit: int) -> None:
-    one = geometric_mean_steps(runs, 1000)
-    assume(one.interval.high is None or one.interval.high < 1e100)
-    other = geometric_mean_steps([None if step is None else unit * step for step in runs], unit * 1000)
-    assert one.method == other.method
-    assert other.value == (None if one.value is None else near(unit * one.value))
-    low, high = (None if side is None else unit * side for side in (one.interval.low, one.interval.high))
-    assert about(other.interval, low, high)
-
-
-@given(runs_of_an_arm, runs_of_an_arm, st.randoms())
-def test_the_order_of_the_runs_does_not_matter(reference: Runs, arm: Runs, shuffler: random.Random) -> None:
-    one = ratio(reference, arm, 1000, 1000)
-    assume(one.interval.high is None or one.interval.high < 1e100)
-    shuffled = [shuffler.sample(runs, len(runs)) for runs in (reference, arm)]
-    other = ratio(shuffled[0], shuffled[1], 1000, 1000)
-    assert one.method == other.method
-    assert one.value == (None if other.value is None else near(other.value))
-    assert about(one.interval, other.interval.low, other.interval.high)
-
-
-@given(runs_of_an_arm, runs_of_an_arm)
-def test_a_ratio_lies_within_its_interval_and_half_missed_has_none(reference: Runs, arm: Runs) -> None:
-    result = ratio(reference, arm, 1000, 1000)
-    half_missed = any(2 * sum(step is None for step in runs) >= len(runs) for runs in (reference, arm))
-    assert (result.value is None) is half_missed
-    if result.value is not None:
-        low, high = result.interval.low, result.interval.high
-        assert holds(Interval(low and low * (1 - 1e-8), high and high * (1 + 1e-8)), result.value)
+@given(some_points, some_points)
+def test_a_p_value_is_under_five_percent_just_where_the_interval_leaves_one_out(
+    reference: list[list[float]], arm: list[list[float]]
+) -> None:
+    seeds = min(len(reference[0]), len(arm[0]))
+    result = ratio(*(runs(*(row[:seeds] for row in rows)) for rows in (reference, arm)))
+    low, high = result.interval.low or 0.0, result.interval.high or math.inf
+    assume(min(abs(math.log(low or 1e-300)), abs(math.log(min(high, 1e300)))) > 1e-9)
+    assert result.p_value is not None
+    assert (result.p_value < 0.05) == (low > 1 or high < 1)
 
 
 # -- Several arms, and how many seeds --------------------------------------------------------------------------------
@@ -315,10 +318,10 @@ def test_holm_stops_at_one_and_leaves_a_single_test_alone() -> None:
 
 
 def test_the_spread_is_that_of_log_steps_and_unknown_once_a_run_missed() -> None:
-    assert log_spread(exp(1, 2, 3)) == near(1)
-    assert log_spread([100.0]) is None
-    assert log_spread([100.0, 200.0, None]) is None
-    assert log_spread([0.0, 100.0]) is None
+    assert log_spread(runs(exp(1, 2, 3))) == near(1)
+    assert log_spread(runs([100.0])) is None
+    assert log_spread(runs([100.0, 200.0, None])) is None
+    assert log_spread(runs([0.0, 100.0])) is None
 
 
 @pytest.mark.parametrize(
@@ -367,95 +370,34 @@ def test_without_a_difference_the_power_is_the_level_of_the_test() -> None:
     assert welch_power(1000, 0.2, 1.0) == near(0.05, abs=1e-4)
 
 
-# -- Coverage --------------------------------------------------------------------------------------------------------
+# -- Coverage: a sample of `python -m tests.benchmarks.intervals` -----------------------------------------------------
 
 
-def log_normal(rng: np.random.Generator, median: float, cv: float, shape: tuple[int, int]) -> list[list[float]]:
-    return (median * np.exp(rng.normal(0, math.sqrt(math.log1p(cv**2)), shape))).tolist()
+def test_the_interval_holds_the_ratio_where_spreads_are_unlike_and_most_of_the_reference_missed() -> None:
+    """600 repeats: the standard error is 0.9 %. Gehan's rank test, inverted, held it in 6 % here."""
+    found = Cell("normal", 20, (0.60, 0.05), 0.6, "none", 600).run()
+    assert sum(missed for _, missed in found) / 600 <= 0.07
+    assert {"medians", "bound"} <= {method for method, _ in found}
 
 
-def complete_coverage(seeds: int, cvs: tuple[float, float], true_ratio: float) -> float:
-    """Share of 20,000 intervals that hold the truth, no run censored: its standard error is 0.0017 at most."""
-    rng = np.random.default_rng([seeds, *(round(100 * cv) for cv in cvs), round(true_ratio)])
-    arms = (
-        log_normal(rng, median, cv, (20_000, seeds)) for median, cv in zip((100 * true_ratio, 100), cvs, strict=True)
-    )
-    results = [ratio(reference, arm, NEVER, NEVER) for reference, arm in zip(*arms, strict=True)]
-    return sum(holds(result.interval, true_ratio) for result in results) / len(results)
+@pytest.mark.parametrize("arm", ["none", "late", "diverging"])
+@pytest.mark.parametrize(("seeds", "kind"), [(10, "normal"), (20, "t3")])
+def test_the_interval_holds_the_ratio_with_misses_in_either_arm(seeds: int, kind: str, arm: str) -> None:
+    for spreads, missed in itertools.product([(0.30, 0.05), (0.05, 0.30)], (0.1, 0.6)):
+        found = Cell(kind, seeds, spreads, missed, arm, 400).run()
+        assert sum(outside for _, outside in found) / 400 <= 0.085  # 5 % and three standard errors
 
 
-def censored_results(
-    seeds: int, cvs: tuple[float, float], missed: float, repeats: int, both: bool = False
-) -> list[tuple[Ratio, int, int]]:
-    """Ratios of a true 3x, hits of both arms; the reference, or both arms, miss with probability `missed`."""
-    rng = np.random.default_rng([seeds, *(round(100 * cv) for cv in cvs), round(100 * missed), both])
-    budgets = [
-        median * math.exp(NormalDist().inv_cdf(1 - missed) * math.sqrt(math.log1p(cv**2)))
-        for median, cv in zip((30_000, 10_000), cvs, strict=True)
-    ]
-    rounded = round(budgets[0]), round(budgets[1]) if both else NEVER
-    drawn = [log_normal(rng, median, cv, (repeats, seeds)) for median, cv in zip((30_000, 10_000), cvs, strict=True)]
-    results = []
-    for reference_steps, arm_steps in zip(*drawn, strict=True):
-        reference, arm = censored(reference_steps, rounded[0]), censored(arm_steps, rounded[1])
-        hits = [sum(step is not None for step in runs) for runs in (reference, arm)]
-        results.append((ratio(reference, arm, *rounded), hits[0], hits[1]))
-    return results
+@pytest.mark.parametrize(
+    ("name", "seeds"), [("three within 5 %", (5, 20)), ("three within 15 %", (3, 50)), ("two 3 % apart", (3, 10))]
+)
+def test_equal_arms_that_are_tuned_alike_seldom_differ(name: str, seeds: tuple[int, int]) -> None:
+    """400 A/A comparisons: at most 5 % and three standard errors. An interval blind to the choice: up to 43 %."""
+    missed, *_ = Choice("A/A", (Grid(FLAT[name], 0.1),) * 2, 0.0, seeds, 400).run()
+    assert missed <= 8.5
 
 
-def censored_coverage(seeds: int, results: list[tuple[Ratio, int, int]]) -> float:
-    for result, *hits in results:
-        assert (result.value is None) is (2 * min(hits) <= seeds)
-    return sum(holds(result.interval, 3) for result, *_ in results) / len(results)
-
-
-@pytest.mark.parametrize("seeds", [3, 5, 10])
-@pytest.mark.parametrize(("cv", "true_ratio"), [(0.05, 1), (0.3, 14)])
-def test_the_interval_of_complete_runs_holds_the_ratio_in_95_percent(seeds: int, cv: float, true_ratio: float) -> None:
-    # 0.964 with 3 seeds, 0.955 with 5, 0.950 with 10: at least 4 standard errors within the bounds
-    assert 0.93 <= complete_coverage(seeds, (cv, cv), true_ratio) <= 0.97
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seeds", [3, 5, 10])
-@pytest.mark.parametrize("cvs", [*itertools.product((0.05, 0.15, 0.3), repeat=2)])
-@pytest.mark.parametrize("true_ratio", [1, 4, 14])
-def test_the_interval_of_complete_runs_holds_the_ratio_with_unequal_spreads(
-    seeds: int, cvs: tuple[float, float], true_ratio: float
-) -> None:
-    # least with 3 seeds and cv .05 against .30: 0.94, 5 standard errors above the bound
-    assert 0.93 <= complete_coverage(seeds, cvs, true_ratio) <= 0.97
-
-
-@pytest.mark.parametrize("missed", [0.2, 0.4, 0.6])
-@pytest.mark.parametrize("seeds", [5, 10])
-def test_the_interval_of_censored_runs_holds_the_ratio_in_93_percent(seeds: int, missed: float) -> None:
-    # 3,000 repeats: the standard error is 0.004; 0.95 to 0.97 is expected
-    results = censored_results(seeds, (0.2, 0.2), missed, 3000)
-    assert censored_coverage(seeds, results) >= 0.93
-    assert {"rank", "bound"} <= {result.method for result, *_ in results}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("missed", [0.2, 0.3, 0.4, 0.5, 0.6])
-@pytest.mark.parametrize("both", [False, True])
-@pytest.mark.parametrize("cvs", [(0.05, 0.05), (0.3, 0.3), (0.29, 0.18)])
-@pytest.mark.parametrize("seeds", [4, 5, 8, 10])
-def test_the_interval_of_censored_runs_holds_the_ratio_over_the_grid(
-    seeds: int, cvs: tuple[float, float], missed: float, both: bool
-) -> None:
-    # 5,000 repeats: the standard error is 0.003
-    assert censored_coverage(seeds, censored_results(seeds, cvs, missed, 5000, both)) >= 0.93
-
-
-def test_the_interval_of_steps_holds_the_median_however_many_runs_miss() -> None:
-    # 2,000 repeats a cell: the standard error is 0.005 at most, 0.945 to 0.99 is expected
-    methods: Counter[str] = Counter()
-    for seeds, missed in itertools.product((3, 5, 6, 10), (0.001, 0.3, 0.6)):
-        rng = np.random.default_rng([seeds, round(1000 * missed)])
-        budget = round(10_000 * math.exp(NormalDist().inv_cdf(1 - missed) * math.sqrt(math.log1p(0.3**2))))
-        drawn = log_normal(rng, 10_000, 0.3, (2000, seeds))
-        results = [geometric_mean_steps(censored(runs, budget), budget) for runs in drawn]
-        methods.update(result.method for result in results)
-        assert sum(holds(result.interval, 10_000) for result in results) / len(results) >= 0.93
-    assert min(methods.values()) > 1000
+def test_the_choice_among_15_points_of_two_fields_a_third_of_which_never_hit_is_in_the_interval() -> None:
+    missed, _, _, kept_of_15 = Choice("A/A", (Grid(FIELDS, 0.2, budget=3.0),) * 2, 0.0, (5, 20), 400).run()
+    assert missed <= 8.5
+    assert 2 < kept_of_15 < 8

@@ -13,8 +13,11 @@ from rich.console import Console
 
 from bncli.results import (
     ArmSummary,
+    AtTarget,
+    Choice,
     Comparison,
     ComparisonPlan,
+    Cost,
     Environment,
     Evaluation,
     Interval,
@@ -112,12 +115,22 @@ def arm_summary(name: str, runs: list[RunRecord], *, tau: float, **changes: Any)
     return replace(full, **changes)
 
 
-def tuning(*steps: float | str | None, field: str = "optimizer.lr") -> tuple[TuningCell, ...]:
+def cost(value: float, ratio: float | None = None) -> Cost:
+    """An amount to target, and how many times fewer than the reference's; intervals of a tenth to each side."""
+
+    def around(middle: float) -> Interval:
+        return Interval(0.9 * middle, 1.1 * middle)
+
+    found = None if ratio is None else Ratio(ratio, around(ratio), "means", 1e-6)
+    return Cost(Steps(value, around(value), "geometric mean"), found)
+
+
+def tuning(*steps: float | str | None, kept: tuple[float, ...] = ()) -> tuple[TuningCell, ...]:
     """A cell a value of the grid: steps of three runs that hit, "diverged", or None for three runs that never did."""
     return tuple(
-        TuningCell({field: value}, 0, 3, None, diverged=3)
+        TuningCell({"optimizer.lr": value}, 0, 3, None, diverged=3)
         if isinstance(cell, str)
-        else TuningCell({field: value}, 0 if cell is None else 3, 3, cell)
+        else TuningCell({"optimizer.lr": value}, 0 if cell is None else 3, 3, cell, kept=value in kept)
         for value, cell in zip(GRID["optimizer.lr"], steps, strict=True)
     )
 
@@ -149,8 +162,8 @@ def comparison(arms: list[ArmSummary], runs: list[RunRecord], **changes: Any) ->
         report_seeds=tuple(range(100, 110)),
         target=changes.pop("target", Target("accuracy", 0.95)),
         budget=BUDGET,
-        evaluate_every=10,
         data="digits, 1,297 training and 500 held-out examples",
+        also=changes.pop("also", ()),
         recipes={arm.arm: {"optimizer": {"kind": "sgd", "lr": 0.3}, "hidden": [100, 100, 100]} for arm in arms},
     )
     planned = changes.pop("planned_runs", len(runs))
@@ -162,7 +175,7 @@ def spread(middle: float, n: int = 10) -> list[float | None]:
     return [middle * (1 + 0.15 * math.sin(2.4 * k)) for k in range(n)]
 
 
-WELCH = Ratio(12.13, Interval(9.81, 14.94), "welch", 1e-9, 2e-9)
+MEANS = Ratio(12.13, Interval(9.81, 14.94), "means", 1e-9, 2e-9)
 
 
 def two_arms() -> Comparison:
@@ -171,8 +184,25 @@ def two_arms() -> Comparison:
         "plain", runs, tau=250, point={"optimizer.lr": 3.0}, at_edge=("optimizer.lr",),
         tuning=tuning(None, 2711.0, 1712.4, 903.0, 806.1),
     )  # fmt: skip
-    batch = arm_summary("batch norm", runs, tau=20, ratio=WELCH, tuning=tuning(175.2, 98.0, 61.3, 64.0, "diverged"))
-    return comparison([plain, batch], runs)
+    batch = arm_summary(
+        "batch norm",
+        runs,
+        tau=20,
+        ratio=MEANS,
+        tuning=tuning(175.2, 98.0, 61.3, 64.0, "diverged", kept=(0.3, 1.0)),
+        choice=Choice(5, 2, 0.12),
+        seconds=cost(0.089, 9.1),
+        examples=cost(4020.0, 12.1),
+        also=(AtTarget(Target("accuracy", 0.9), 10, 10, cost(31.2).typical, cost(1, 20.4).ratio),),
+    )
+    plain = replace(
+        plain,
+        choice=Choice(5, 1, 0.0),
+        seconds=cost(0.81),
+        examples=cost(48_720.0),
+        also=(AtTarget(Target("accuracy", 0.9), 10, 10, cost(636.0).typical, None),),
+    )
+    return comparison([plain, batch], runs, also=(Target("accuracy", 0.9),))
 
 
 def six_arms() -> Comparison:
@@ -197,21 +227,21 @@ def six_arms() -> Comparison:
     failed = RunRecord("k", names[4], {"optimizer.lr": 0.3}, 106, "report", None, "worker killed by signal 9")
     arms = [
         arm_summary(names[0], runs, tau=250, tuning=tuning(None, 2711.0, 1712.4, 903.0, 806.1)),
-        arm_summary(names[1], runs, tau=20, ratio=WELCH, tuning=tuning(175.2, 98.0, 61.3, 64.0, "diverged")),
+        arm_summary(names[1], runs, tau=20, ratio=MEANS, tuning=tuning(175.2, 98.0, 61.3, 64.0, "diverged")),
         arm_summary(
-            names[2], runs, tau=14, ratio=Ratio(18.04, Interval(14.2, 22.9), "welch", 1e-10, 4e-10),
+            names[2], runs, tau=14, ratio=Ratio(18.04, Interval(14.2, 22.9), "means", 1e-10, 4e-10),
             fixed=("optimizer.lr",), point={"optimizer.lr": 1.5},
         ),
         arm_summary(
             names[3], runs, tau=700, steps=Steps(1911.0, Interval(1750.2, None), "median"), first_hit=1920.0,
-            ratio=Ratio(0.425, Interval(None, 0.61), "rank", 0.004, 0.012), tuning=tuning(None, None, 2100, 1900, None),
+            ratio=Ratio(0.425, Interval(None, 0.61), "medians", None), tuning=tuning(None, None, 2100, 1900, None),
         ),
         arm_summary(
-            names[4], runs, tau=1500, ratio=Ratio(None, Interval(None, 0.29), "bound", 0.002, 0.008),
+            names[4], runs, tau=1500, ratio=Ratio(None, Interval(None, 0.29), "bound", None),
             failures=("seed 106: worker killed by signal 9",), tuning=tuning(None, None, None, 2900, None),
         ),
         arm_summary(
-            names[5], runs, tau=9000, ratio=Ratio(None, NOTHING, "none", None, None), best=None,
+            names[5], runs, tau=9000, ratio=Ratio(None, NOTHING, "none", None), best=None,
             tuning=tuning("diverged", "diverged", "diverged", "diverged", "diverged"),
         ),
     ]  # fmt: skip
@@ -228,7 +258,7 @@ def censored_reference() -> Comparison:
     runs = report_runs("plain", [None] * 10, 1e6) + report_runs("batch norm", spread(240), 70)
     plain = arm_summary("plain", runs, tau=1e6, best=0.11, tuning=tuning(*[None] * 5))
     batch = arm_summary(
-        "batch norm", runs, tau=70, ratio=Ratio(None, Interval(11.42, None), "bound", 1e-5, 1e-5),
+        "batch norm", runs, tau=70, ratio=Ratio(None, Interval(11.42, None), "bound", None),
         tuning=tuning(700, 400, 251, 230, None),
     )  # fmt: skip
     return comparison([plain, batch], runs)
@@ -236,7 +266,7 @@ def censored_reference() -> Comparison:
 
 def no_runs_yet() -> Comparison:
     arms = [arm_summary(name, [], tau=1) for name in ("plain", "batch norm")]
-    unknown = Ratio(None, NOTHING, "none", None, None)
+    unknown = Ratio(None, NOTHING, "none", None)
     arms = [replace(arms[0], point={}), replace(arms[1], point={}, ratio=unknown)]
     return comparison(arms, [], planned_runs=54)
 
@@ -256,7 +286,7 @@ def two_fields() -> Comparison:
     other = {"optimizer.lr": 1.0, "optimizer.momentum": 0.0}
     arms = [
         arm_summary("plain", runs, tau=250, point=best, at_edge=tuple(grid), tuning=filled["plain"]),
-        arm_summary("batch norm", runs, tau=20, point=other, ratio=WELCH, at_edge=("optimizer.lr",),
+        arm_summary("batch norm", runs, tau=20, point=other, ratio=MEANS, at_edge=("optimizer.lr",),
                     fixed=("optimizer.momentum",), tuning=filled["batch norm"]),
     ]  # fmt: skip
     return comparison(arms, runs, grid=grid)

@@ -105,7 +105,7 @@ def test_a_median_is_marked_as_one(examples):
     ("ratio", "cell"),
     [
         (None, ("1", "reference")),
-        (Ratio(12.13, Interval(9.81, 14.94), "welch", 0.0), ("12.1x", "9.81–14.9")),
+        (Ratio(12.13, Interval(9.81, 14.94), "means", 0.0), ("12.1x", "9.81–14.9")),
         (Ratio(4.0, Interval(3.1, None), "rank", 0.01), ("4.00x", "> 3.10")),
         (Ratio(None, Interval(4.1, None), "bound", 0.01), ("> 4.10x", "")),
         (Ratio(None, Interval(None, 0.29), "bound", 0.01), ("< 0.290x", "")),
@@ -144,11 +144,11 @@ def test_marks_that_do_not_occur_are_not_explained(examples):
 
 def test_the_methods_in_use_are_named_and_no_other(examples):
     two, six = (" ".join(footnotes(examples[name])) for name in ("two arms", "six arms"))
-    assert "Welch's t" in two
+    assert "the choice of the point repeated" in two
     assert "median:" not in two
-    assert "Gehan" not in two
-    assert "> 3,000: at least half of the runs missed" in six
-    assert "Gehan's rank test, inverted" in six
+    assert "order statistics" not in two
+    assert "> 2,308: at least half of the runs missed; a budget of 3,000 steps shows up to 2,308" in six
+    assert "ratio of medians (order statistics of both)" in six
     assert "as > or <: a bound" in six
 
 
@@ -175,7 +175,10 @@ def test_a_second_machine_is_named_too(examples):
 def test_the_title_names_data_target_budget_and_seeds(examples):
     found = examples["falling loss"]
     assert title(found) == "digits: optimizer steps to held-out loss 0.1"
-    assert subtitle(found.plan).endswith("; 10 fresh seeds an arm; budget 3,000 steps")
+    assert subtitle(found.plan).endswith(
+        "; 3 seeds at every point of the grid, 10 more where it may be the best; budget 3,000 steps"
+    )
+    assert subtitle(replace(found.plan, tune_seeds=())).endswith("; 10 seeds an arm; budget 3,000 steps")
     assert subtitle(found.plan).startswith("digits, 1,297 training")
 
 

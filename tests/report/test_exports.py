@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -85,15 +86,40 @@ def test_csv_before_any_run_is_a_row_an_arm_of_empty_cells(examples):
 
 
 def test_markdown_has_a_table_with_as_many_cells_in_every_row(example):
-    table = [line for line in to_markdown(example).splitlines() if line.startswith("|")]
-    assert len(table) == 2 + len(example.arms)
-    assert len({line.replace("\\|", "").count("|") for line in table}) == 1
+    tables = re.findall(r"(?:^\|.*\n)+", to_markdown(example), re.M)
+    assert [len(table.splitlines()) for table in tables[:2]] == [2 + len(example.arms)] * 2  # steps, and costs
+    also = example.plan.also
+    assert [len(table.splitlines()) for table in tables[2:]] == [2 + 1 + len(also)] * bool(also)
+    for table in tables:
+        assert len({line.replace("\\|", "").count("|") for line in table.splitlines()}) == 1
 
 
 def test_markdown_says_what_the_terminal_says(examples):
     text = to_markdown(examples["two arms"])
-    for words in ("| batch norm | 0.3 |", "12.1x (9.81–14.9)", "| 1 (reference) |", "3\\*", "Welch's t on log steps"):
+    for words in (
+        "| batch norm | 0.3 |",
+        "12.1x (9.81–14.9)",
+        "| 1 (reference) |",
+        "3\\*",
+        "jackknife over seeds, paired",
+    ):
         assert words in text
+    assert "| 0.9 | 636 (572–700) | 31.2 (28.1–34.3) | 20.4x (18.4–22.4) |" in text
+    assert (
+        "| batch norm | 0.0890 (0.0801–0.0979) | 9.10x (8.19–10.0) | 4,020 (3,618–4,422) | 12.1x (10.9–13.3) |" in text
+    )
+
+
+def test_csv_has_seconds_examples_further_targets_and_how_clear_the_choice_was(examples):
+    plain, batch = csv.DictReader(io.StringIO(to_csv(examples["two arms"])))
+    assert (plain["times_fewer_seconds"], batch["times_fewer_seconds"]) == ("1", "9.1")
+    assert (batch["examples_to_target"], batch["times_fewer_examples"]) == ("4020.0", "12.1")
+    assert (batch["hits_at_0.9"], batch["steps_to_target_at_0.9"], batch["times_fewer_at_0.9"]) == (
+        "10",
+        "31.2",
+        "20.4",
+    )
+    assert (batch["grid_points"], batch["grid_points_kept"], batch["choice_doubt"]) == ("5", "2", "0.12")
 
 
 def test_markdown_escapes_what_would_be_markup(examples):
@@ -116,7 +142,7 @@ def test_the_page_has_tables_notes_machine_and_picture(examples):
     for text in (
         "rectified linear units",
         "12.1x",
-        "> 3,000",
+        "> 2,308",
         "Tuning runs",
         "worker killed by signal 9",
         "torch 2.13.0",

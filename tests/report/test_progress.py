@@ -31,8 +31,8 @@ COMPARE = [
     ComparisonStarted("digits", 50, 3, "accuracy"),
     RunBegan(0, "plain, lr 1, seed 0", 3000),
     RunProgressed(0, 120, 0.43),
-    RunEnded(0, "plain, lr 1, seed 0", 4, "target after 962 steps"),
-    RunEnded(1, "plain, lr 3, seed 0", 5, "failed: it died"),
+    RunEnded(0, "plain, lr 1, seed 0", 4, "target after 962 steps", 50),
+    RunEnded(1, "plain, lr 3, seed 0", 5, "failed: it died", 56),
 ]
 
 
@@ -53,7 +53,7 @@ def test_the_bar_of_a_run_shows_step_loss_metric_speed_and_memory() -> None:
 
 def test_the_bars_of_a_comparison_show_all_runs_and_what_each_worker_does() -> None:
     screen = shown(CompareProgress, COMPARE, terminal=True)
-    for word in ("5/50", "plain, lr 1, seed 0", "120/3000", "accuracy 0.430", "failed: it died"):
+    for word in ("5/56", "plain, lr 1, seed 0", "120/3000", "accuracy 0.430", "failed: it died"):
         assert word in screen
 
 
@@ -76,4 +76,4 @@ def test_off_a_terminal_there_are_plain_lines_now_and_then_and_no_control_charac
 
 def test_a_failure_is_said_at_once_off_a_terminal() -> None:
     log = shown(CompareProgress, COMPARE, terminal=False)
-    assert log.splitlines() == ["digits: 50 runs, 3 of them done already", "5/50 plain, lr 3, seed 0: failed: it died"]
+    assert log.splitlines() == ["digits: 50 runs, 3 of them done already", "5/56 plain, lr 3, seed 0: failed: it died"]

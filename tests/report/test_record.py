@@ -27,7 +27,7 @@ from bncli.report.record import (
 )
 from bncli.report.tables import comparison_report
 from bncli.results import (
-    FORMAT_VERSION,
+    RUNS_VERSION,
     Evaluated,
     Evaluation,
     RunFinished,
@@ -89,7 +89,7 @@ def test_the_version_stands_first_in_every_file(examples, make_result):
         record_to_json(examples["two arms"].runs[0]),
         result_to_json(make_result(5.0)),
     ]
-    assert all(next(iter(json.loads(text).items())) == ("format_version", FORMAT_VERSION) for text in texts)
+    assert all(next(iter(json.loads(text).items())) == ("format_version", RUNS_VERSION) for text in texts)
 
 
 # --- refused ------------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def test_what_is_no_result_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("version", "advice"), [(FORMAT_VERSION + 1, "update bncli"), (0, "make it anew"), ("1", "make it anew")]
+    ("version", "advice"), [(RUNS_VERSION + 1, "update bncli"), (0, "make it anew"), ("1", "make it anew")]
 )
 def test_another_format_version_is_refused_with_what_to_do(examples, version, advice):
     message = refusal(changed(to_json(examples["two arms"]), "format_version", to=version))
@@ -135,7 +135,7 @@ def test_another_format_version_is_refused_with_what_to_do(examples, version, ad
         (("arms", 0, "best"), "high", "arms[0].best: expected a number"),
         (("arms", 0, "curve", 2), [1.0, 2.0], "arms[0].curve[2]: expected a list"),
         (("arms", 0, "arm"), None, "arms[0].arm: expected text"),
-        (("arms", 1, "ratio", "method"), "guess", '"welch"'),
+        (("arms", 1, "ratio", "method"), "guess", '"medians"'),
         (("arms", 1, "ratio"), [], "arms[1].ratio: expected an object"),
         (("plan", "grid"), 3, "plan.grid: expected an object"),
         (("plan", "grid", "optimizer.lr"), 0.3, "plan.grid.optimizer.lr: expected a list"),

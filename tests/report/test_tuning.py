@@ -49,7 +49,7 @@ def test_misses_on_both_sides_or_no_mean_leave_the_ratio_unknown(arm, reference)
 def test_never_and_diverged_are_words(examples):
     columns = {column.header[0]: column.cells for column in tuning_columns(examples["two arms"])}
     assert columns["lr 0.03"][0] == ("never 0/3", "")
-    assert columns["lr 3"][1] == ("diverged", "< 0.269x")
+    assert columns["lr 3"][1] == ("diverged", "< 0.349x")
 
 
 def test_the_longest_field_goes_across_and_the_others_down(examples):

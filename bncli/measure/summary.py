@@ -1,0 +1,366 @@
+"""The answer of a comparison from its runs' records: a row an arm, ratios to the reference, and notes. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+from bncli.measure import samples, statistics
+from bncli.measure.samples import Measure, Runs, ended, kept_points, points_of
+from bncli.measure.statistics import Sample
+from bncli.results import (
+    ArmSummary,
+    AtTarget,
+    Choice,
+    Comparison,
+    ComparisonPlan,
+    Cost,
+    Interval,
+    Ratio,
+    RunRecord,
+    RunResult,
+    Target,
+    TuningCell,
+)
+
+FEWEST_EVALUATIONS = 10  # within an arm's steps to target; 5 would do for the bias, 10 keep single runs from scattering
+MOVED = 0.05  # by how much every second evaluation may move the ratio before a note says so
+
+
+@dataclass(frozen=True)
+class _Arm:
+    """One arm's records, and its ended runs at the points that it kept."""
+
+    name: str
+    records: Sequence[RunRecord]
+    kept: Sequence[samples.Point]
+    runs: Runs
+
+    @staticmethod
+    def of(plan: ComparisonPlan, name: str, records: Sequence[RunRecord]) -> _Arm:
+        mine = [record for record in records if record.arm == name]
+        report = points_of([record for record in mine if record.phase == "report"])
+        tuning = [record for record in mine if record.phase == "tune"]
+        # The points of the report's runs are those kept; before one of these has ended, a complete tuning says which.
+        whole = len(tuning) == _points(plan, name) * len(plan.tune_seeds)
+        kept = report or (kept_points(plan, tuning) if tuning and whole else [])
+        return _Arm(name, mine, kept, Runs.of([record for record in mine if record.point in kept], kept))
+
+    def point(self, sample: Sample) -> samples.Point:
+        """The best one; none before the tuning is complete."""
+        if sample.hit.shape[1]:
+            return self.runs.points[sample.best]
+        return self.kept[0] if self.kept else {}
+
+
+def summarise(plan: ComparisonPlan, records: Sequence[RunRecord], planned: int) -> Comparison:
+    """The whole answer from the runs' records alone."""
+    records = sorted(records, key=lambda record: _place(plan, record))
+    arms = {name: _Arm.of(plan, name, records) for name in plan.arms}
+    reference = arms[plan.reference]
+    summaries = [_row(plan, arm, reference) for arm in arms.values()]
+    corrected = statistics.holm([arm.ratio.p_value if arm.ratio else None for arm in summaries])
+    summaries = [
+        replace(arm, ratio=replace(arm.ratio, holm_p_value=p_value)) if arm.ratio else arm
+        for arm, p_value in zip(summaries, corrected, strict=True)
+    ]
+    comparison = Comparison(plan, tuple(summaries), (), tuple(records), planned)
+    return replace(comparison, notes=tuple(_notes(comparison, arms)))
+
+
+def _place(plan: ComparisonPlan, record: RunRecord) -> tuple[Any, ...]:
+    """The plan's order, so that a report does not depend on which run happened to end first."""
+    point = [values.index(record.point[path]) for path, values in plan.grid.items() if record.point.get(path) in values]
+    return plan.arms.index(record.arm), record.phase != "tune", point, record.seed
+
+
+def _points(plan: ComparisonPlan, arm: str) -> int:
+    """How many points of the grid an arm has."""
+    return math.prod(len(values) for path, values in plan.grid.items() if path not in plan.fixed.get(arm, ()))
+
+
+def _row(plan: ComparisonPlan, arm: _Arm, reference: _Arm) -> ArmSummary:
+    count = samples.steps(plan, plan.target)
+    sample = arm.runs.sample(count)
+    point = arm.point(sample)
+    results = [r.result for r in ended(arm.records) if r.point == point and r.result is not None]
+    firsts = [result.first_hit for result in results if result.first_hit]
+    memory = [result.peak_memory_mib for result in results if result.peak_memory_mib is not None]
+    cells = _cells(plan, arm)
+    tuned = len(cells) > 1 and bool(arm.kept)
+    return ArmSummary(
+        arm=arm.name,
+        point=point,
+        fixed=plan.fixed.get(arm.name, ()),
+        at_edge=_at_edge(plan, arm.name, point) if any(cell.hits for cell in cells) else (),
+        hits=sum(result.steps_to_target is not None for result in results),
+        runs=len(results),
+        steps=statistics.typical(sample),
+        first_hit=_geometric_mean(firsts) if firsts and len(firsts) == len(results) else None,
+        ratio=_ratio(plan, arm, reference, count),
+        best=_typical([result.best for result in results]),
+        samples_per_s=_typical([result.samples_per_s for result in results]),
+        ms_per_step=_typical([result.ms_per_step for result in results]),
+        peak_memory_mib=max(memory, default=None),
+        parameters=results[0].parameters if results else None,
+        diverged=sum(result.status == "diverged" and result.steps_to_target is None for result in results),
+        failures=tuple(f"seed {record.seed}: {record.failure}" for record in arm.records if record.failure),
+        tuning=cells if len(cells) > 1 else (),
+        curve=_curve(plan, results),
+        choice=Choice(len(cells), len(arm.kept), statistics.doubt(sample)) if tuned else None,
+        seconds=_cost(plan, arm, reference, lambda name: samples.seconds(plan)),
+        examples=_cost(plan, arm, reference, lambda name: samples.examples(plan, name)),
+        also=tuple(_at_target(plan, arm, reference, target) for target in plan.also),
+        thinned=_thinned(plan, arm, reference),
+    )
+
+
+def _cells(plan: ComparisonPlan, arm: _Arm) -> tuple[TuningCell, ...]:
+    tuning = [record for record in arm.records if record.phase == "tune"]
+    return tuple(
+        _cell(point, [r for r in tuning if r.point == point], point in arm.kept) for point in points_of(tuning)
+    )
+
+
+def _cell(point: samples.Point, records: Sequence[RunRecord], kept: bool) -> TuningCell:
+    results = [record.result for record in records if record.result is not None]
+    hits = [result.steps_to_target for result in results if result.steps_to_target is not None]
+    diverged = sum(result.status == "diverged" for result in results)
+    return TuningCell(point, len(hits), len(results), _geometric_mean(hits) if hits else None, diverged, kept)
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(math.fsum(map(math.log, values)) / len(values)) if min(values) > 0 else 0.0
+
+
+def _typical(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def _at_edge(plan: ComparisonPlan, arm: str, point: Mapping[str, Any]) -> tuple[str, ...]:
+    """The tuned numeric fields whose best value is the smallest or the largest that was tried, and could be passed."""
+    edges = []
+    for path, values in plan.grid.items():
+        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        tuned = path not in plan.fixed.get(arm, ()) and numbers and len(values) > 1
+        if tuned and path in point and point[path] in (min(values), max(values)) and point[path] != 0:
+            edges.append(path)
+    return tuple(edges)
+
+
+def _curve(plan: ComparisonPlan, results: Sequence[RunResult]) -> tuple[tuple[float, float, float, float], ...]:
+    """Median and quartiles of the metric over an arm's runs; a run that has stopped keeps its last value."""
+    runs = [result.evaluations for result in results if result.evaluations]
+    steps = sorted({evaluation.step for run in runs for evaluation in run})
+    worst = 0.0 if plan.target.metric == "accuracy" else math.inf  # a loss that is not finite ranks last
+    curve = []
+    position = [0] * len(runs)
+    for step in steps:
+        values = []
+        for index, run in enumerate(runs):
+            while position[index] + 1 < len(run) and run[position[index] + 1].step <= step:
+                position[index] += 1
+            value = run[position[index]].value(plan.target.metric)
+            values.append(value if math.isfinite(value) else worst)
+        ordered = sorted(values)
+        curve.append((float(step), median(ordered), _quantile(ordered, 0.25), _quantile(ordered, 0.75)))
+    return tuple(curve)
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+# --- ratios -------------------------------------------------------------------------------------------------------
+
+
+def _ratio(
+    plan: ComparisonPlan,
+    arm: _Arm,
+    reference: _Arm,
+    measure: Measure,
+    of_reference: Measure | None = None,
+    by: Measure | None = None,
+) -> Ratio | None:
+    """How many times fewer than the reference over the seeds that both have; None for the reference itself."""
+    if arm is reference:
+        return None
+    if _same_recipe(plan, arm.name):
+        return Ratio(1.0, Interval(1.0, 1.0), "same recipe", None)
+    one, other = (
+        side.runs.sample(each, by, arm.runs.seeds & reference.runs.seeds)
+        for side, each in ((reference, of_reference or measure), (arm, measure))
+    )
+    return statistics.ratio(one, other)
+
+
+def _same_recipe(plan: ComparisonPlan, arm: str) -> bool:
+    """Whether an arm is the reference under another name: it then shares the reference's runs."""
+    same_values = arm in plan.recipes and plan.recipes[arm] == plan.recipes.get(plan.reference)
+    return same_values and plan.fixed.get(arm, ()) == plan.fixed.get(plan.reference, ())
+
+
+def _cost(plan: ComparisonPlan, arm: _Arm, reference: _Arm, measure: Any) -> Cost | None:
+    """Seconds or examples to target, at the point with the fewest steps; None where no run tells them."""
+    by = samples.steps(plan, plan.target)
+    sample = arm.runs.sample(measure(arm.name), by)
+    if sample.hit.shape[1] == 0:
+        return None
+    ratio = _ratio(plan, arm, reference, measure(arm.name), measure(reference.name), by)
+    return Cost(statistics.typical(sample), ratio)
+
+
+def _at_target(plan: ComparisonPlan, arm: _Arm, reference: _Arm, target: Target) -> AtTarget:
+    count = samples.steps(plan, target)
+    sample = arm.runs.sample(count)
+    runs = sample.hit.shape[1]
+    hits = int(sample.hit[sample.best].sum()) if runs else 0
+    return AtTarget(target, hits, runs, statistics.typical(sample), _ratio(plan, arm, reference, count))
+
+
+def _thinned(plan: ComparisonPlan, arm: _Arm, reference: _Arm) -> float | None:
+    """The ratio from every second evaluation: the geometric mean of that of the odd and that of the even ones."""
+    found = [_ratio(plan, arm, reference, samples.thinned_steps(plan, first)) for first in (1, 2)]
+    values = [ratio.value for ratio in found if ratio and ratio.value and ratio.method != "same recipe"]
+    return _geometric_mean(values) if len(values) == 2 else None
+
+
+# --- notes --------------------------------------------------------------------------------------------------------
+
+
+def _notes(comparison: Comparison, arms: Mapping[str, _Arm]) -> Iterator[str]:
+    """What a reader must know before quoting the table, the most important first."""
+    plan, records = comparison.plan, comparison.runs
+    keys = {record.key: record for record in records}
+    done = sum(record.result is not None and record.result.status != "interrupted" for record in keys.values())
+    failed = sum(record.failure is not None for record in keys.values())
+    if done < comparison.planned_runs:
+        failures = f", {failed} failed" if failed else ""
+        yield f"{done} of {comparison.planned_runs} runs are done{failures}; the figures rest on those"
+    for arm in comparison.arms:
+        yield from (f"{arm.arm}: {note}" for note in _arm_notes(comparison, arm))
+    yield from _seed_notes(plan, arms)
+    yield from _ratio_notes(comparison)
+    yield from _unlike_notes(plan)
+    yield from _disturbance(records)
+    if any(recipe.get("norm", {}).get("kind") == "batch" for recipe in plan.recipes.values()):
+        yield (
+            "these are this task's figures; the paper's 14x is BN-x5 on ImageNet with seven changes, "
+            "batch norm alone gave 2.33x there"
+        )
+
+
+def _arm_notes(comparison: Comparison, arm: ArmSummary) -> Iterator[str]:
+    plan = comparison.plan
+    if arm.tuning and not any(cell.hits for cell in arm.tuning):
+        yield f"no value of the grid reached the target in {plan.budget:,} steps"
+    for path in arm.at_edge:
+        wider = "smaller" if arm.point[path] == min(plan.grid[path]) else "larger"
+        yield f"the best {path}, {arm.point[path]:g}, is at the edge of the grid; add {wider} values"
+    coarse = _too_coarse(comparison, arm)
+    if coarse:
+        yield coarse
+    yield from (f"failed: {failure}" for failure in arm.failures)
+    if arm.diverged:
+        yield f"{arm.diverged} of {arm.runs} runs diverged and count as misses"
+    if arm.thinned and arm.ratio and arm.ratio.value and abs(math.log(arm.thinned / arm.ratio.value)) > MOVED:
+        more = "more" if arm.thinned > arm.ratio.value else "less"
+        share = abs(arm.thinned / arm.ratio.value - 1)
+        yield (
+            f"from every second evaluation the ratio is {arm.thinned:.3g}, {share:.0%} {more}: "
+            "evaluate more often, hold more examples out, or choose an easier target"
+        )
+
+
+def _too_coarse(comparison: Comparison, arm: ArmSummary) -> str | None:
+    """What to do about an arm that reached its target before it was evaluated often enough."""
+    steps = arm.steps.value
+    if steps is None:
+        return None
+    if steps == 0:
+        return "it has reached the target before the first step; choose a harder one"
+    evaluated = [sum(0 < each.step <= steps for each in result.evaluations) for result in comparison.results_of(arm)]
+    if median(evaluated) >= FEWEST_EVALUATIONS:
+        return None
+    every = comparison.plan.recipes.get(arm.arm, {}).get("train", {}).get("evaluate_every", 1)
+    if isinstance(every, dict):
+        advice = "raise train.evaluate_every.points_per_doubling"
+    elif every == 1:
+        return f"fewer than {FEWEST_EVALUATIONS} steps to its target; choose a harder one"
+    else:
+        most = max(1, int(steps / FEWEST_EVALUATIONS))
+        advice = f"set train.evaluate_every to {most}{' or less' * (most > 1)}"
+    return f"fewer than {FEWEST_EVALUATIONS} evaluations before its target; {advice}"
+
+
+def _seed_notes(plan: ComparisonPlan, arms: Mapping[str, _Arm]) -> Iterator[str]:
+    seeds = len(plan.tune_seeds) + len(plan.report_seeds)
+    if seeds < 5:
+        found = [statistics.log_spread(arm.runs.sample(samples.steps(plan, plan.target))) for arm in arms.values()]
+        needed = max((statistics.seeds_needed(spread, 1.5) for spread in found if spread is not None), default=0)
+        more = f": at the spread seen here a ratio of 1.5 needs {needed}" if needed > seeds else ""
+        yield f"{seeds} seed{'s' * (seeds > 1)} an arm {'are' if seeds > 1 else 'is'} few{more}"
+
+
+def _ratio_notes(comparison: Comparison) -> Iterator[str]:
+    reference = comparison.plan.reference
+    ratios = {arm.arm: arm.ratio for arm in comparison.arms if arm.ratio and arm.runs}
+    same = [name for name, ratio in ratios.items() if ratio.method == "same recipe"]
+    if same:
+        yield f"{', '.join(same)}: the same recipe as {reference} under another name, so the ratio is 1 by itself"
+    unsure = [name for name, ratio in ratios.items() if ratio.method != "same recipe" and not _tells_apart(ratio)]
+    if unsure:
+        compared = len(comparison.arms) - 1
+        several = f" (not corrected for {compared} comparisons)" if compared > 1 else ""
+        yield f"not told apart from {reference} by the 95 % interval{several}: {', '.join(unsure)}"
+    for arm in comparison.arms:
+        if arm.ratio and arm.ratio.method == "hits" and arm.ratio.p_value is not None:
+            other = next(each for each in comparison.arms if each.arm == reference)
+            yield (
+                f"{arm.arm}: {arm.hits} of {arm.runs} runs hit, {other.hits} of {other.runs} of {reference}: "
+                f"p {arm.ratio.p_value:.2g} that both hit alike (Fisher's exact test)"
+            )
+
+
+def _tells_apart(ratio: Ratio) -> bool:
+    low, high = ratio.interval.low, ratio.interval.high
+    return (low is not None and low > 1) or (high is not None and high < 1)
+
+
+def _unlike_notes(plan: ComparisonPlan) -> Iterator[str]:
+    """Fields in which arms differ so that a step of one is another amount of work, or another kind."""
+    paths = {"train.batch_size": "a step sees another number of examples", "train.precision": "", "schedule": ""}
+    for path, why in paths.items():
+        found = {arm: _value(recipe, path) for arm, recipe in plan.recipes.items()}
+        if path not in plan.grid and len({str(value) for value in found.values()}) > 1:
+            values = ", ".join(f"{arm} {_words(value)}" for arm, value in found.items())
+            yield f"the arms differ in {path}: {values}{': ' * bool(why)}{why}"
+
+
+def _value(recipe: Mapping[str, Any], path: str) -> Any:
+    value: Any = recipe
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _words(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return str(value)
+    return " ".join([str(value.get("kind")), *(f"{k} {v}" for k, v in value.items() if k != "kind" and v)])
+
+
+def _disturbance(records: Sequence[RunRecord]) -> Iterator[str]:
+    machines = {(r.result.environment.processor, r.result.environment.device) for r in records if r.result}
+    if len(machines) > 1:
+        yield "the runs come from different machines: compare their steps, not their seconds"
+    beside = max((record.at_a_time or 1 for record in records), default=1)
+    if beside > 1:
+        yield f"seconds and samples/s were measured with up to {beside} runs at a time; --jobs 1 measures each alone"

@@ -1,0 +1,292 @@
+"""Coverage of the intervals that `bncli compare` prints, simulated with the code that prints them.
+
+    python -m tests.benchmarks.intervals                 all tables, about 12 minutes on 2 cores
+    python -m tests.benchmarks.intervals --repeats 200   the same, coarser
+    python -m tests.benchmarks.intervals --make-runs     train the digits runs again that one of the tables resamples
+
+Every figure is a share of simulated comparisons in per cent, with `--repeats` of them in each cell: with 2,000 a share
+near 5 % has a standard error of 0.5. A comparison without an interval, or with an open side, cannot miss there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+
+from bncli.measure.statistics import Floats, Sample, kept_points, ratio
+from bncli.results import Ratio
+
+RUNS = Path(__file__).with_name("digits_steps_by_rate.csv")
+JOBS = 2
+Draw = Callable[[np.random.Generator, int], Floats]  # seeds -> log steps (points, seeds), inf for a run that never ends
+
+
+def sample(logs: Floats, budget: float = math.inf) -> Sample:
+    """Runs of which those past the budget (a log) are misses."""
+    return Sample(np.minimum(logs, budget), logs <= budget)
+
+
+def outside(found: Ratio, truth: float) -> bool:
+    """Whether the interval leaves out the true ratio."""
+    low, high = found.interval.low, found.interval.high
+    return (low is not None and low > truth) or (high is not None and high < truth)
+
+
+def noise(rng: np.random.Generator, kind: str, cv: float, shape: tuple[int, ...]) -> Floats:
+    """Log noise with the spread of a coefficient of variation and median 0: normal, Student's t with 3, exponential."""
+    deviation = math.sqrt(math.log1p(cv**2))
+    if kind == "normal":
+        return deviation * rng.standard_normal(shape)
+    if kind == "t3":
+        return deviation * rng.standard_t(3, shape) / math.sqrt(3)
+    return deviation * (rng.exponential(1.0, shape) - math.log(2))
+
+
+# --- one point an arm: misses and unlike spreads ------------------------------------------------------------------
+
+SPREADS = [(one, other) for one in (0.05, 0.15, 0.30, 0.60) for other in (0.05, 0.15, 0.30)]
+MISSED = (0.1, 0.3, 0.6, 0.8)  # of the reference
+ARMS = ("none", "late", "diverging")  # of the arm: no run missed; 30 % past their budget; 30 % that never get there
+TRUE_RATIO = 10.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    kind: str
+    seeds: int
+    spreads: tuple[float, float]
+    missed: float
+    arm: str
+    repeats: int
+
+    def run(self) -> list[tuple[str, bool]]:
+        """(method, missed the truth) of every simulated comparison."""
+        rng = np.random.default_rng(abs(hash((self.seeds, *self.spreads, self.missed))) % 2**32)
+        budgets = []
+        for cv, missed in zip(self.spreads, (self.missed, 0.3 if self.arm == "late" else 0.0), strict=True):
+            budgets.append(_quantile(self.kind, cv, 1 - missed))
+        found = []
+        for _ in range(self.repeats):
+            reference = noise(rng, self.kind, self.spreads[0], (1, self.seeds)) + math.log(TRUE_RATIO)
+            arm = noise(rng, self.kind, self.spreads[1], (1, self.seeds))
+            budget = budgets[0] + math.log(TRUE_RATIO)
+            if self.arm == "diverging":
+                # Of the runs that count, the median is then that of all runs, those that never end above the rest.
+                arm = arm - _quantile(self.kind, self.spreads[1], 0.5 / 0.7)
+                arm[rng.random(arm.shape) < 0.3] = math.inf
+            arm_budget = budgets[1] if self.arm == "late" else 50.0
+            result = ratio(sample(reference, budget), sample(arm, arm_budget))
+            found.append((result.method, outside(result, TRUE_RATIO)))
+        return found
+
+
+def _quantile(kind: str, cv: float, share: float) -> float:
+    if share >= 1:
+        return math.inf
+    deviation = math.sqrt(math.log1p(cv**2))
+    if kind == "normal":
+        return deviation * NormalDist().inv_cdf(share)
+    if kind == "t3":
+        from scipy.special import stdtrit
+
+        return deviation * float(stdtrit(3, share)) / math.sqrt(3)
+    return deviation * (-math.log(1 - share) - math.log(2))
+
+
+def _run(cell: Cell) -> list[tuple[str, bool]]:
+    return cell.run()
+
+
+def misses_and_spreads(repeats: int, pool: ProcessPoolExecutor) -> None:
+    print("Coverage with misses and unlike spreads, one point an arm, in %: least over 144 cells (spreads x misses)")
+    print("noise    seeds   all   means  medians  bound   (the last three: over all cells together, where printed)")
+    for kind in ("normal", "t3", "exponential"):
+        for seeds in (4, 5, 10, 20):
+            cells = [Cell(kind, seeds, s, m, a, repeats) for s in SPREADS for m in MISSED for a in ARMS]
+            results = list(pool.map(_run, cells, chunksize=8))
+            least = min(1 - sum(miss for _, miss in found) / repeats for found in results)
+            together = [each for found in results for each in found]
+            columns = []
+            for method in ("means", "medians", "bound"):
+                missed = [miss for how, miss in together if how == method]
+                columns.append(f"{100 * (1 - sum(missed) / len(missed)):.1f}" if missed else "-")
+            print(
+                f"{kind:11s} {seeds:2d}  {100 * least:5.1f}  {columns[0]:>6s} {columns[1]:>7s} {columns[2]:>7s}",
+                flush=True,
+            )
+
+
+# --- a grid: the choice of its best point -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Log steps of each point above the best one, the runs' spread, and the budget (a log) where runs miss."""
+
+    offsets: tuple[float, ...]
+    cv: float
+    kind: str = "normal"
+    budget: float = math.inf
+
+    def draw(self, rng: np.random.Generator, seeds: int) -> Floats:
+        return np.array(self.offsets)[:, None] + noise(rng, self.kind, self.cv, (len(self.offsets), seeds))
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """Runs of one arm drawn anew, seed by seed, all points of a seed together."""
+
+    logs: Floats
+    budget: float = math.inf
+
+    def draw(self, rng: np.random.Generator, seeds: int) -> Floats:
+        return self.logs[:, rng.integers(self.logs.shape[1], size=seeds)]
+
+
+Arm = Grid | Resampled
+
+
+def race(
+    arm: Arm, rng: np.random.Generator, tune: int, report: int, shared: Floats | None = None
+) -> tuple[Sample, int, int]:
+    """The sample of the points kept, their number, and the runs that it took."""
+    logs = arm.draw(rng, tune + report)
+    if shared is not None:
+        logs = logs + shared
+    first = sample(logs[:, :tune], arm.budget)
+    keep = kept_points(first.logs, first.hit)
+    if not first.hit.any():
+        keep &= np.arange(len(keep)) == 0
+    return sample(logs[keep], arm.budget), int(keep.sum()), logs.shape[0] * tune + int(keep.sum()) * report
+
+
+@dataclass(frozen=True)
+class Choice:
+    name: str
+    arms: tuple[Arm, Arm]
+    truth: float  # log ratio at the best points
+    seeds: tuple[int, int]
+    repeats: int
+    correlation: float = 0.0  # of log steps at one seed, over arms and points
+
+    def run(self) -> tuple[float, float, float, float]:
+        """(% missed, median half width of the log ratio, mean runs an arm, mean points kept)"""
+        rng = np.random.default_rng(7)
+        missed, widths, runs, kept = 0, [], 0, 0
+        for _ in range(self.repeats):
+            shared = None
+            if self.correlation:
+                deviation = math.sqrt(math.log1p(getattr(self.arms[0], "cv", 0.2) ** 2))
+                rest = math.sqrt(1 - self.correlation)
+                shared = math.sqrt(self.correlation) / rest * deviation * rng.standard_normal((1, sum(self.seeds)))
+            sides = [race(arm, rng, *self.seeds, shared) for arm in self.arms]
+            found = ratio(sides[0][0], sides[1][0])
+            missed += outside(found, math.exp(self.truth))
+            low, high = found.interval.low, found.interval.high
+            widths.append(math.log(high / low) / 2 if low and high else math.inf)
+            kept += sum(side[1] for side in sides) / 2
+            runs += sum(side[2] for side in sides) / 2
+        return 100 * missed / self.repeats, float(np.median(widths)), runs / self.repeats, kept / self.repeats
+
+
+def _choose(choice: Choice) -> tuple[float, float, float, float]:
+    return choice.run()
+
+
+FLAT = {
+    "sharp": (1.5, 0.5, 0.0, 0.45, 1.6),
+    "two 3 % apart": (1.0, 0.03, 0.0, 0.8, 2.0),
+    "three within 5 %": (0.05, 0.03, 0.0, 0.05, 0.6),
+    "three within 15 %": (0.15, 0.08, 0.0, 0.15, 0.6),
+    "five within 20 %": (0.2, 0.1, 0.0, 0.1, 0.2),
+}
+# Two fields, 3 x 5: a third of the points never reaches the target, others lie close to the best.
+FIELDS = (0.3, 0.1, 0.0, 0.6, 9.0, 0.35, 0.12, 0.04, 9.0, 9.0, 0.8, 0.2, 0.1, 9.0, 9.0)
+EQUAL, SHARP = (0.0,) * 5, (1.5, 0.5, 0.0, 0.5, 1.5)
+
+
+def choices(seeds: tuple[int, int], repeats: int) -> Iterator[Choice]:
+    for name, offsets in FLAT.items():
+        for cv in (0.1, 0.2):
+            yield Choice(f"A/A, {name}, cv {cv}", (Grid(offsets, cv),) * 2, 0.0, seeds, repeats)
+    for name, offsets in FLAT.items():
+        arms = (Grid(SHARP, 0.2), Grid(tuple(o - math.log(1.2) for o in offsets), 0.1))
+        yield Choice(f"unlike, sharp against {name}", arms, math.log(1.2), seeds, repeats)
+    fields = Grid(FIELDS, 0.2, budget=3.0)
+    yield Choice("A/A, 15 points of two fields", (fields,) * 2, 0.0, seeds, repeats)
+    yield Choice("A/A, 15 points, seeds shared .4", (fields,) * 2, 0.0, seeds, repeats, 0.4)
+    unlike = (fields, Grid(tuple(o - math.log(14) for o in (*FLAT["five within 20 %"], *SHARP, *EQUAL)), 0.1))
+    yield Choice("unlike, 15 points against 15, 14x", unlike, math.log(14), seeds, repeats)
+    for correlation in (0.0, 0.4):
+        arms = (Grid(FLAT["three within 15 %"], 0.2),) * 2
+        yield Choice(f"A/A, three within 15 %, shared {correlation:g}", arms, 0.0, seeds, repeats, correlation)
+    for missed in (0.1, 0.3, 0.6):
+        for offsets in ("three within 5 %", "sharp"):
+            budget = _quantile("normal", 0.2, 1 - missed)
+            arm = Grid(FLAT[offsets], 0.2, budget=budget)
+            yield Choice(f"A/A, {offsets}, {missed:.0%} miss at the best", (arm,) * 2, 0.0, seeds, repeats)
+    for cvs in ((0.2, 0.2), (0.2, 0.05)):
+        arms = (Grid(EQUAL, cvs[0]), Grid(SHARP, cvs[1]))
+        yield Choice(f"hard: five equal against sharp, cv {cvs[0]} {cvs[1]}", arms, 0.0, seeds, repeats)
+    rates, logs = real_runs()
+    if logs.size:
+        grids = {"all rates": slice(None), "three": [rates.index(r) for r in (0.1, 0.3, 1.0)]}
+        for name, rows in grids.items():
+            arm = Resampled(logs[rows])
+            yield Choice(f"real, A/A, {name}", (arm,) * 2, 0.0, seeds, repeats)
+        for factor in (1.2, 3, 14):
+            one, other = Resampled(logs[1:3]), Resampled(logs - math.log(factor))
+            truth = float(one.logs.mean(1).min() - other.logs.mean(1).min())
+            yield Choice(f"real, unlike grids, about {factor:g}x", (one, other), truth, seeds, repeats)
+
+
+def the_choice(repeats: int, pool: ProcessPoolExecutor, seeds: Sequence[tuple[int, int]]) -> None:
+    for tune, report in seeds:
+        print(f"\n{tune} seeds at every point, {report} more at the points kept: % of 95 % intervals that miss")
+        print(f"{'':50s}  missed  half width  runs an arm  points kept")
+        asked = list(choices((tune, report), repeats))
+        for choice, found in zip(asked, pool.map(_choose, asked), strict=True):
+            missed, width, runs, kept = found
+            print(f"{choice.name:50s}  {missed:5.1f}   {width:8.3f}  {runs:10.1f}  {kept:10.1f}", flush=True)
+
+
+# --- real runs ----------------------------------------------------------------------------------------------------
+
+RATES = (0.1, 0.2, 0.3, 0.45, 0.7, 1.0)
+REAL_SEEDS = 44
+
+
+def real_runs() -> tuple[list[float], Floats]:
+    """Rates, and log steps (rates, seeds) of the batch norm arm of recipes/digits-small-weights.yaml."""
+    if not RUNS.exists():
+        return [], np.empty((0, 0))
+    with RUNS.open() as file:
+        rows = [(float(row["lr"]), float(row["steps_to_target"])) for row in csv.DictReader(file)]
+    rates = sorted({rate for rate, _ in rows})
+    return rates, np.log(np.array([[steps for rate, steps in rows if rate == each] for each in rates]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=2000)
+    parser.add_argument("--seeds", default="5+20,3+10", help="tuning + further seeds of the tables of the choice")
+    parser.add_argument("--only", choices=["misses", "choice"])
+    options = parser.parse_args()
+    seeds = [(int(one), int(other)) for one, other in (pair.split("+") for pair in options.seeds.split(","))]
+    with ProcessPoolExecutor(JOBS) as pool:
+        if options.only != "choice":
+            misses_and_spreads(options.repeats, pool)
+        if options.only != "misses":
+            the_choice(options.repeats, pool, seeds)
+
+
+if __name__ == "__main__":
+    main()
