@@ -23,8 +23,8 @@ def composed_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias, dresidual from differentiable operators (Ioffe & Szegedy 2015, section 3).
 
-    Shapes as the operator's, all in the accumulation dtype. `signs` stands for the sign of a pre-activation whose
-    residual was not kept. `given`: mean and variance that are constants.
+    Shapes as the operator's, all in the accumulation dtype. `signs` tells where dy passes the activation whole
+    where the residual was not kept. `given`: mean and variance that are constants.
     """
     wide = accumulation(x)
     dy, x = dy.to(wide), x.to(wide)
@@ -41,8 +41,10 @@ def composed_backward(
     xhat = (x - mean) * reciprocal
     z = xhat * scale + shift if residual is None else xhat * scale + shift + residual.to(wide)
     if activation in SIGN_IS_ENOUGH:
-        positive = z > 0 if signs is None else unpacked_signs(signs, x)
-        g = torch.where(positive, dy, dy * (0.0 if activation == "relu" else 0.01))
+        relu = activation == "relu"
+        # At a NaN as in torch: relu stops dy where z <= 0, leaky_relu scales it unless z > 0.
+        whole = unpacked_signs(signs, x) if signs is not None else ~(z <= 0) if relu else z > 0
+        g = torch.where(whole, dy, torch.zeros_like(dy) if relu else dy * 0.01)
     elif activation == "silu":
         s = torch.sigmoid(z)
         g = dy * (s * (1 + z * (1 - s)))

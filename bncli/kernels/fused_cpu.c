@@ -236,8 +236,11 @@ INLINE lanes activated(const int activation, lanes z) {
     return z;
 }
 
-INLINE lanes through_sign(const int activation, lanes dy, integers positive) {
-    return activation == RELU ? (lanes)((integers)dy & positive) : choose(positive, dy, dy * SLOPE);
+/* Where dy passes whole. At a NaN as in torch: relu stops dy where z <= 0, leaky_relu scales it unless z > 0. */
+INLINE integers passes(const int activation, lanes z) { return activation == RELU ? ~(z <= 0) : z > 0; }
+
+INLINE lanes through_sign(const int activation, lanes dy, integers whole) {
+    return activation == RELU ? (lanes)((integers)dy & whole) : choose(whole, dy, dy * SLOPE);
 }
 
 INLINE lanes through_silu(lanes dy, lanes z) {
@@ -254,7 +257,7 @@ typedef struct {
     wide *mean, *var;          /* (C); given: read, else written forward and read backward */
     wide *running_mean, *running_var;
     wide *dweight, *dbias;
-    uint8_t *signs; /* whether an activation's input was positive, or null */
+    uint8_t *signs; /* where dy passes an activation whole, or null */
     int64_t examples, channels, positions, rows, activation, given, threads;
     double eps, momentum;
 } call;
@@ -436,7 +439,7 @@ INLINE void plane_forward(const int activation, const call *c, int64_t k, int64_
         EACH_VECTOR(r.length, {
             lanes z = (LOAD(x + j) - mean) * scale + shift;
             if (residual) z += LOAD(residual + j);
-            if (signs.at) put(&signs, z > 0, count);
+            if (signs.at) put(&signs, passes(activation, z), count);
             STORE(y + j, activated(activation, z));
         })
     }
@@ -447,7 +450,7 @@ INLINE void plane_forward(const int activation, const call *c, int64_t k, int64_
 #define UPSTREAM(dy, z)                                                                            \
     (activation == NONE   ? (dy)                                                                   \
      : activation == SILU ? through_silu(dy, z)                                                    \
-                          : through_sign(activation, dy, signs.at ? take(&signs, count) : z > 0))
+                          : through_sign(activation, dy, signs.at ? take(&signs, count) : passes(activation, z)))
 
 #define BEFORE_ACTIVATION(apart) ((apart) * scale + shift + (residual ? LOAD(residual + j) : all(0)))
 
@@ -827,7 +830,7 @@ INLINE void part_forward(const int activation, const call *c, const table *t, in
         EACH_VECTOR(line_length(c, t, line), {
             lanes z = (LOAD(x + j) - load_wide(t->mean + j)) * load_wide(t->scale + j) + load_wide(t->shift + j);
             if (residual) z += LOAD(residual + j);
-            if (signs.at) put(&signs, z > 0, count);
+            if (signs.at) put(&signs, passes(activation, z), count);
             STORE(y + j, activated(activation, z));
         })
         if (signs.at) finish(&signs);

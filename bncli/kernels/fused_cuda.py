@@ -155,11 +155,11 @@ def _activate(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _through_activation(dy, z, ACTIVATION: tl.constexpr):
-    """g = dy activation'(z)."""
+    """g = dy activation'(z). At NaN as in torch: relu stops dy where z <= 0, leaky_relu scales it unless z > 0."""
     if ACTIVATION == "relu":
         g = tl.where(z <= 0, 0.0, dy)
     elif ACTIVATION == "leaky_relu":
-        g = tl.where(z <= 0, 0.01 * dy, dy)
+        g = tl.where(z > 0, dy, 0.01 * dy)
     elif ACTIVATION == "silu":
         s = 1.0 / (1.0 + tl.exp(-z))
         g = dy * (s * (1.0 + z * (1.0 - s)))
@@ -169,9 +169,14 @@ def _through_activation(dy, z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _pack_signs(z, R: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr):
-    """One bit an element, 1 where z > 0 or NaN: eight positions of a plane, or eight channels of a row, in a byte."""
-    bits = tl.where(z <= 0, 0, 1)
+def _pack_signs(
+    z, R: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr, ACTIVATION: tl.constexpr
+):
+    """A bit an element, 1 where dy passes whole: eight positions of a plane, or eight channels of a row, in a byte."""
+    if ACTIVATION == "relu":
+        bits = tl.where(z <= 0, 0, 1)
+    else:
+        bits = tl.where(z > 0, 1, 0)
     place = tl.arange(0, 8)
     if PLANES:
         bytes = tl.sum(tl.reshape(bits, (R * UNIT // 8, 8)) << place[None, :], axis=1)[:, None]
@@ -409,7 +414,7 @@ def _write(
         z += tl.load(residual + at, mask=valid, other=0.0, eviction_policy="evict_first").to(ACC)
     if SIGNS:
         where, exist = _sign_offsets(i, c, channels, end, L, R, B, UNIT, PLANES)
-        tl.store(signs + where, _pack_signs(z, R, B, UNIT, PLANES), mask=exist)
+        tl.store(signs + where, _pack_signs(z, R, B, UNIT, PLANES, ACTIVATION), mask=exist)
     tl.store(y + at, _activate(z, ACTIVATION).to(y.dtype.element_ty), mask=valid)
 
 

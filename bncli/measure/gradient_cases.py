@@ -217,7 +217,10 @@ def inputs(case: Case, device: torch.device) -> Inputs:
 
 
 def away_from_the_kink(given: Inputs, case: Case) -> Inputs:
-    """g = 0 where the activation's input is within rounding of 0, or NaN: there either side's derivative is right."""
+    """g = 0 where the activation's input is within rounding of 0: there either side's derivative is right.
+
+    At NaN it is the one that torch takes: 1 for relu, the slope for leaky_relu.
+    """
     if case.activation not in KINKED:
         return given
     z = preactivation(given.wide(), case)
@@ -225,7 +228,7 @@ def away_from_the_kink(given: Inputs, case: Case) -> Inputs:
     working = torch.promote_types(stored, torch.float32)
     rounding = max(8 * unit_roundoff(stored), 64 * unit_roundoff(working))  # more than any sum or store is off by
     margin = rounding * (1 + torch.nan_to_num(z, 0.0, 0.0, 0.0).abs().max())
-    smooth = (z.abs() > margin).to(given.g)
+    smooth = (~(z.abs() <= margin)).to(given.g)
     return replace(given, g=given.g * smooth, smooth=smooth)
 
 

@@ -14,6 +14,8 @@ from bncli.kernels.layout import over_channels
 from bncli.measure.gradient_cases import Case, Inputs
 
 Change = Callable[[Inputs, Case], Inputs]
+BOTH = ("train", "eval")
+HALF = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -123,21 +125,24 @@ def vectors_like_x(given: Inputs, case: Case) -> Inputs:
     return replace(given, **halved)
 
 
-def not_finite(value: float) -> Change:
-    """One value of one channel."""
+def not_finite(value: float, name: str = "x") -> Change:
+    """One value of one channel of x, or of the residual, whose other values then have statistics that are finite."""
 
     def change(given: Inputs, case: Case) -> Inputs:
-        x = given.x.clone()
-        x[1, 1] = torch.where(
-            torch.arange(x[1, 1].numel(), device=x.device).reshape(x[1, 1].shape) == 3, value, x[1, 1]
-        )
-        return replace(given, x=x)
+        changed = getattr(given, name).clone()
+        changed[1, 1, 0, 3] = value
+        return replace(given, **{name: changed})
 
     return change
 
 
-BOTH = ("train", "eval")
-HALF = ("float16", "bfloat16")
+def nan_before(fusion: str, name: str = "x", layout: str = "contiguous") -> Input:
+    """A NaN for the activation, whose derivative there is torch's too."""
+    of = fusion if name == "x" else f"{fusion}-in-{name}"
+    words = f"nan+{of}" + ("-channels_last" if layout == "channels_last" else "")
+    return Input(words, not_finite(math.nan, name), modes=BOTH, fusion=fusion, layout=layout)
+
+
 ROWS: dict[str, tuple[Input, ...]] = {
     "large mean over deviation": (
         *(Input(f"{ratio:g}", far_from_zero(ratio)) for ratio in (1e2, 1e3, 1e4)),
@@ -155,8 +160,17 @@ ROWS: dict[str, tuple[Input, ...]] = {
     ),
     "NaN and infinity stay in their channel": (
         Input("nan", not_finite(math.nan), modes=BOTH),
-        Input("nan+relu", not_finite(math.nan), modes=BOTH, fusion="relu"),
+        nan_before("relu"),
+        nan_before("leaky_relu"),
+        nan_before("relu+residual", "residual"),
         Input("inf", not_finite(math.inf), modes=BOTH),
+        *(nan_before(fusion, "x", "channels_last") for fusion in ("relu", "leaky_relu", "silu")),
+        *(
+            nan_before(f"{activation}+residual", "residual", layout)
+            for activation in ("relu", "leaky_relu", "silu")
+            for layout in ("contiguous", "channels_last")
+            if (activation, layout) != ("relu", "contiguous")
+        ),
     ),
     "x not contiguous": (
         Input("transposed", strides(transposed, None), modes=BOTH),

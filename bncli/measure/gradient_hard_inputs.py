@@ -18,7 +18,7 @@ from bncli.measure.gradient_invariants import grouped, judge
 from bncli.measure.gradient_quantities import observe, why_not_like
 from bncli.measure.gradient_subjects import native_in_the_same_dtype
 
-WORDS = "as for values: NaN where the definition has NaN, numbers everywhere else"
+WORDS = "as for values: NaN where the definition has NaN, its numbers everywhere else"
 
 
 def stages(setting: Setting, refused: dict[str, str]) -> Iterator[Stage]:

@@ -192,6 +192,15 @@ def nan_leaks(verdicts: Verdicts) -> Diagnosis | None:
     return Diagnosis("NaN leaks into other channels", _first(found)) if found else None
 
 
+def derivative_at_nan(verdicts: Verdicts) -> Diagnosis | None:
+    """Numbers that are wrong beside a NaN, where an activation with a kink follows, and nothing else."""
+    found = _only(verdicts, r"^hard/NaN.*/nan\+(leaky_)?relu")
+    if not found or not all(re.search(r"is -?\d.*; expected -?\d", v.finding.message) for v in found):
+        return None
+    rule = "torch takes 1 for relu, whose result is not <= 0, and the slope for leaky_relu, whose input is not > 0"
+    return Diagnosis("the activation's derivative at NaN is not torch's", f"{rule}; {_first(found)}")
+
+
 # --- strides ----------------------------------------------------------------------------------------------------------
 
 GROSS = 1000.0  # tolerances: numbers read from the wrong place are not nearly right
@@ -244,6 +253,7 @@ SYMPTOMS = (
     Symptom(second_derivative, beside=True),
     Symptom(nan_swallowed),
     Symptom(nan_leaks),
+    Symptom(derivative_at_nan),
     Symptom(upstream_layout),
     Symptom(strided_input),
     Symptom(raises_too, beside=True),

@@ -318,6 +318,30 @@ def test_nan_and_infinity_pass_as_in_torch_and_stay_in_their_channel(
     assert ours[:, 1].isnan().all()
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize(("poisoned", "added"), [("x", False), ("x", True), ("residual", True)])
+@pytest.mark.parametrize("given", [False, True])
+def test_gradients_beside_a_nan_are_torchs(
+    channels_last: bool, activation: str, poisoned: str, added: bool, given: bool, device: torch.device
+) -> None:
+    """Its relu lets dy pass at a NaN, its leaky_relu scales it: computed again, kept as bits, differentiated twice."""
+    asked: dict[str, Any] = {"activation": activation, "residual": added, "given": given}
+    inputs = case((4, 9, 5, 8), torch.float32, device, channels_last=channels_last, **asked)
+    getattr(inputs, poisoned)[1, 1, 0, 3] = float("nan")
+
+    def gradients(kernel: Any) -> list[Tensor]:
+        leaves = inputs.inputs()
+        y = kernel(*leaves[:3], EPS, leaves[3], activation, inputs.statistics)[0]
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        found = torch.autograd.grad(y, wanted, inputs.dy, create_graph=True)
+        again = torch.autograd.grad(found[0].square().sum(), wanted[:2]) if poisoned != "x" else ()
+        return [*found, *again]
+
+    ours, theirs = gradients(fused.batch_norm), gradients(native.batch_norm)
+    torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("momentum", [0.3, 1.0])

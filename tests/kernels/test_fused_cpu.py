@@ -34,6 +34,7 @@ from tests.kernels.test_fused import (
     test_backward_needs_x_and_two_vectors_and_a_bit_an_element_at_most,
     test_first_and_second_derivatives_are_those_of_finite_differences,
     test_forward_and_all_gradients_are_natives_of_float64,
+    test_gradients_beside_a_nan_are_torchs,
     test_half_precision_activations_take_float32_weights,
     test_nan_and_infinity_pass_as_in_torch_and_stay_in_their_channel,
     test_nothing_is_written_into_an_input,

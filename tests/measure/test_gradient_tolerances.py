@@ -107,14 +107,14 @@ def test_the_interpreter_is_spared_many_contiguous_channels_alone() -> None:
     assert all(case.layout == "contiguous" and case.shape[1] > 64 for case in left_out)
 
 
-def test_at_nan_the_upstream_gradient_of_a_kinked_activation_is_zero() -> None:
+def test_at_nan_the_upstream_gradient_of_a_kinked_activation_is_kept() -> None:
     case = Case("eval", "float32", "contiguous", (4, 3, 5, 7), "relu")
     given = inputs(case, CPU)
     x = given.x.clone()
     x[1, 1, 2, 3] = math.nan
     found = away_from_the_kink(replace(given, x=x), case)
-    assert found.g[1, 1, 2, 3] == 0
-    assert int((found.g == 0).sum()) == 1 + int((given.g == 0).sum())
+    assert found.g[1, 1, 2, 3] == given.g[1, 1, 2, 3] != 0
+    assert int((found.g == 0).sum()) == int((given.g == 0).sum())
 
 
 def test_any_order_allows_the_error_of_a_sum_in_order_and_not_that_of_half_precision() -> None:

@@ -177,15 +177,6 @@ def merged_by_32(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, squares / count
 
 
-def relu_flat_at_nan(x, weight, bias, eps, residual=None, activation=None, statistics=None):  # type: ignore[no-untyped-def]
-    """NaN stays NaN, and its gradient is 0 where torch's is 1: no slope of a ReLU at NaN is right."""
-    if activation != "relu":
-        return right_by_the_seam(x, weight, bias, eps, residual, activation, statistics)
-    wide = None if residual is None else work(residual)
-    y, mean, var = right_by_the_seam(work(x), weight, bias, eps, wide, None, statistics)
-    return torch.where(y > 0, y, torch.where(y.isnan(), y.detach(), 0)).to(x.dtype), mean, var
-
-
 # --- wrong by a change of one step ------------------------------------------------------------------------------------
 
 
@@ -456,6 +447,19 @@ def relu_swallows_nan(x, weight, bias, eps, residual=None, activation=None, stat
     return torch.where(y > 0, y, 0), mean, var
 
 
+def at_nan(name: str, value: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The activation of that name is `value` where its input is NaN: NaN, with another derivative than torch's."""
+
+    def kernel(x, weight, bias, eps, residual=None, activation=None, statistics=None):  # type: ignore[no-untyped-def]
+        if activation != name:
+            return right_by_the_seam(x, weight, bias, eps, residual, activation, statistics)
+        wide = None if residual is None else work(residual)
+        z, mean, var = right_by_the_seam(work(x), weight, bias, eps, wide, None, statistics)
+        return torch.where(z.isnan(), value(z), finish(z, None, name)).to(x.dtype), mean, var
+
+    return kernel
+
+
 # --- wrong in what comes back -----------------------------------------------------------------------------------------
 
 
@@ -510,6 +514,8 @@ momentum_swapped = changed(momentum_of=lambda momentum: 1 - momentum)
 running_never_updated = changed(momentum_of=lambda momentum: 0.0)
 eps_outside_the_root = changed(norm=eps_outside)
 one_pass_variance = changed(statistics=one_pass)
+relu_flat_at_nan = at_nan("relu", lambda z: z.detach())
+leaky_relu_whole_at_nan = at_nan("leaky_relu", lambda z: z)
 half_precision_statistics = changed(statistics=in_half)
 not_deterministic = changed(output=noisy)
 wrong_dtype = changed(output=always_float32)
@@ -536,7 +542,6 @@ RIGHT_BUT_ROUNDED_OTHERWISE = (
     "folded_scale_and_shift",
     "rsqrt_two_places_off",
     "gradients_summed_in_order",
-    "relu_flat_at_nan",
 )
 LESS_ACCURATE = ("summed_in_order", "updated_in_order", "merged_in_order")
 # Bugs that have no name: what the facts have to say of them.
@@ -587,6 +592,8 @@ BUGS = {
     "layout_mistaken": "channels_last memory taken for contiguous",
     "upstream_taken_for_contiguous": "the upstream gradient taken for contiguous",
     "relu_swallows_nan": "NaN swallowed",
+    "relu_flat_at_nan": "the activation's derivative at NaN is not torch's",
+    "leaky_relu_whole_at_nan": "the activation's derivative at NaN is not torch's",
     "updated_twice": "the running statistics move twice",
     "momentum_ignored": "momentum ignored for the running mean",
     "updated_by_the_deviation": "the deviation stored as the running variance",
