@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bncli.cli import profile, profile_checks
-from bncli.measure import ceilings, clock, fresh_processes, peers, shapes
+from bncli.measure import ceilings, clock, fresh_processes, peers, ratios, shapes
 from bncli.measure.arms import OWN_KERNELS
 from bncli.measure.step_costs import StepRun
 from bncli.report import cost_exports
@@ -233,6 +233,73 @@ def test_a_baseline_of_other_shapes_is_a_mistake_and_the_measurements_are_shown_
     assert "no row is in both" in err
 
 
+@pytest.mark.usefixtures("small")
+def test_what_the_gate_cannot_tell_is_exit_code_1_with_strict_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    saved = saved_baseline(monkeypatch, capsys, 1.0)
+    (faster,) = (row["faster"] for row in saved["rows"] if row["faster"])
+    faster["interval"] = {"low": faster["value"] / 100, "high": faster["value"] * 100}
+    Path("baseline.json").write_text(json.dumps(saved))
+    for strict, code in (((), 0), (("--strict",), 1)):
+        assert bncli(monkeypatch, "profile", *TINY, "--baseline", "baseline.json", *strict, "--json") == code
+        gate = json.loads(capsys.readouterr().out)["gate"]
+        assert [change["verdict"] for change in gate["changes"]] == ["cannot tell"]
+        assert (gate["regressed"], gate["failed"]) == (False, bool(strict))
+
+
+@pytest.mark.usefixtures("small")
+def test_a_baseline_without_intervals_is_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    saved = saved_baseline(monkeypatch, capsys, 1.0)
+    for row in saved["rows"]:
+        if row["faster"]:
+            row["faster"]["interval"] = {"low": None, "high": None}
+    Path("baseline.json").write_text(json.dumps(saved))
+    assert bncli(monkeypatch, "profile", *TINY, "--baseline", "baseline.json") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "baseline.json: 1 of its 1 ratios to native come from too few rounds for an interval" in err
+    assert "measure it anew, with 6 rounds or more" in err
+
+
+# --- how long, and how much -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("view", ["kernels", "step"])
+def test_every_ratio_has_six_rounds_or_those_asked_for_however_little_time_there_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture, view: str
+) -> None:
+    shapes = ("--shape", "8x4x5x5", "--shape", "8x4x6x6", "--operation", "bn", "--warm")
+    asked = ("profile", *(shapes if view == "kernels" else ("small.yaml",)), "--device", "cpu", "--time", "0.001", "-q")
+    for least, options in ((6, ()), (9, ("--min-rounds", "9")), (2, ("--min-rounds", "2"))):
+        assert bncli(monkeypatch, *asked, *options, "--json") == 0
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        samples = [row["samples_ms"] if view == "step" else row["both"]["samples_ms"] for row in rows]
+        assert [row["error"] for row in rows] == [None] * len(rows)
+        assert {len(each) for each in samples} == {least}
+        intervals = [row["faster"]["interval"]["low"] for row in rows if row["faster"]]
+        assert len(intervals) >= 2
+        assert {low is None for low in intervals} == {least < 6}
+
+
+@pytest.mark.usefixtures("small")
+def test_options_that_take_several_names_take_them_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    kernels = ("--kernel", "native", "--kernel", "mine:right,native", "--allow-code", "--operation", "bn")
+    assert bncli(monkeypatch, "profile", *TINY, *kernels, "--dtype", "fp32", "--dtype", "fp64", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["case"]["operation"], row["case"]["dtype"], row["kernel"]) for row in rows] == [
+        (operation, dtype, kernel)
+        for operation in ("bn+relu", "bn")
+        for dtype in ("fp32", "fp64")
+        for kernel in ("native", "mine:right")
+    ]
+
+
 # --- a step -----------------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +369,16 @@ def test_a_model_of_the_users_own_is_measured_when_that_is_allowed(
         (["--operation", "relu"], "--operation relu: expected some of bn, bn+relu, bn+add+relu"),
         (["--dtype", "fp8"], "--dtype fp8: expected some of bf16, fp16, fp32, fp64"),
         (["--layout", "nchw"], "--layout nchw: expected some of contiguous, channels_last"),
+        (["--fail-above", "1.1"], "--fail-above: without --baseline FILE.json nothing is compared; give one"),
+        (["small.yaml", "--strict"], "--strict: without --baseline FILE.json nothing is compared; give one"),
+        (["--time", "0"], "--time 0: expected seconds, more than 0"),
+        (["--time", "nan"], "--time nan: expected seconds, more than 0"),
+        (["--time", "20", "--quick"], "--time and --quick: choose one"),
+        (["--min-rounds", "0"], "'--min-rounds': 0 is not in the range"),
+        (
+            ["--min-rounds", "5", "--baseline", "other.json"],
+            "--min-rounds 5 with --baseline: a verdict needs intervals",
+        ),
         (["--fail-above", "0.5"], "--fail-above 0.5: expected more than 1, as in 1.10 for a tenth slower"),
         (["--json", "--csv"], "--json, --csv and --markdown: choose one"),
         (["--csv", "--baseline", "other.json"], "--csv with --baseline: the verdicts have no place in the CSV"),
@@ -349,6 +426,7 @@ def test_a_kernel_that_cannot_be_measured_is_refused_before_torch_is_loaded() ->
 def test_the_door_knows_every_kernel_and_set_of_shapes_by_name() -> None:
     assert {*profile_checks.KERNELS} == {*OWN_KERNELS, *peers.PEERS}
     assert {*profile_checks.SHAPE_SETS} == {*shapes.SETS}
+    assert profile_checks.FEWEST_ROUNDS == ratios.FEWEST_ROUNDS
 
 
 @pytest.mark.usefixtures("folder")

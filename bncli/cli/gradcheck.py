@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 import typer
 
 from bncli.cli.options import AllowCode, Device, Json, Quiet
-from bncli.cli.running import StopSignal, check_kernel_name, loaded_all, print_result
+from bncli.cli.running import StopSignal, check_kernel_name, listed, loaded_all, print_result
 from bncli.errors import CHECK_FAILED, INTERRUPTED, RecipeError
 
 if TYPE_CHECKING:
@@ -17,9 +17,15 @@ if TYPE_CHECKING:
 
 
 def gradcheck(
-    kernel: Annotated[
-        str, typer.Option(metavar="KERNEL", help="native, fused, or package.module:function (your own).")
-    ] = "native",
+    kernels: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--kernel",
+            metavar="KERNEL",
+            help="native, fused, or package.module:function (your own).  [default: native]",
+            show_default=False,
+        ),
+    ] = None,
     norm: Annotated[Literal["batch", "layer", "group", "instance"], typer.Option(help="The norm to check.")] = "batch",
     device: Device = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer cases: at most 15 s on 2 cores.")] = False,
@@ -42,12 +48,16 @@ def gradcheck(
     if quick and full:
         raise RecipeError("--quick and --full: choose one, or neither for the checks in between")
     if demo:
-        changed = {"--kernel": kernel != "native", "--norm": norm != "batch", "--device": device != "auto"}
+        changed = {"--kernel": kernels, "--norm": norm != "batch", "--device": device != "auto"}
         given = {**changed, "--quick": quick, "--full": full, "--only": only, "--allow-code": allow_code}
         if idle := [option for option, value in given.items() if value]:
             raise RecipeError(f"{', '.join(idle)}: nothing is checked with --demo, so that would have no effect")
         _show_demo(json)
         return
+    kernel, *others = listed(kernels) or ("native",)
+    if others:
+        several = ", ".join([kernel, *others])
+        raise RecipeError(f"--kernel {several}: one kernel is checked at a time; run bncli gradcheck once for each")
     check_kernel_name(kernel, allow_code)
     effort: Effort = "quick" if quick else "full" if full else "default"
     groups: list[CheckGroup] = []

@@ -11,6 +11,7 @@ import typer
 
 from bncli.cli.options import AllowCode, Csv, Device, Json, Markdown, Quiet, Set, Threads
 from bncli.cli.profile_checks import (
+    FEWEST_ROUNDS,
     KERNELS,
     SHAPE_SETS,
     check_files,
@@ -18,9 +19,10 @@ from bncli.cli.profile_checks import (
     check_kernels,
     check_model,
     check_recipe,
+    check_times,
     check_views,
 )
-from bncli.cli.running import StopSignal, chosen_form, loaded_all, print_result, say
+from bncli.cli.running import StopSignal, chosen_form, listed, loaded_all, print_result, say
 from bncli.errors import CHECK_FAILED, INTERRUPTED, UNAVAILABLE, RecipeError
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from bncli.results import Gate, KernelProfile, StepProfile
 
 SECONDS, QUICK_SECONDS = 45.0, 9.0  # of measuring; the rest is loading torch and checking
+FAIL_ABOVE = 1.10
 
 
 def profile(
@@ -48,18 +51,22 @@ def profile(
     ] = None,
     device: Device = "auto",
     kernel: Annotated[
-        str, typer.Option(metavar="KERNELS", help=f"Of {', '.join(KERNELS)}, package.module:function.")
-    ] = "native,fused",
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            metavar="KERNELS",
+            help=f"Of {', '.join(KERNELS)}, package.module:function; may be repeated.  [default: native,fused]",
+        ),
+    ] = None,
     operation: Annotated[
-        Optional[str],  # noqa: UP045
+        Optional[list[str]],  # noqa: UP045
         typer.Option(metavar="OPERATIONS", help="Of bn, bn+relu, bn+add+relu, ...  [default: what the model does]"),
     ] = None,
     dtype: Annotated[
-        Optional[str],  # noqa: UP045
+        Optional[list[str]],  # noqa: UP045
         typer.Option(metavar="DTYPES", help="Of fp32, bf16, fp16, fp64.  [default: fp32, on a GPU bf16]"),
     ] = None,
     layout: Annotated[
-        Optional[str],  # noqa: UP045
+        Optional[list[str]],  # noqa: UP045
         typer.Option(metavar="LAYOUTS", help="Of contiguous, channels_last.  [default: both]"),
     ] = None,
     shapes: Annotated[
@@ -79,6 +86,17 @@ def profile(
     warm: Annotated[bool, typer.Option("--warm", help="Do not flush the cache before each sample.")] = False,
     threads: Threads = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer samples: at most 15 s on 2 cores.")] = False,
+    seconds: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            "--time",
+            metavar="SECONDS",
+            help=f"How long to measure; longer where --min-rounds takes longer.  [default: {SECONDS:g}]",
+        ),
+    ] = None,
+    min_rounds: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Rounds of each ratio, whatever the time; under 6 without interval.")
+    ] = FEWEST_ROUNDS,
     plot: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FILE.svg|png", help="Draw the costs beside their ceilings (needs bncli[plot])."),
@@ -95,8 +113,15 @@ def profile(
         typer.Option(metavar="FILE.json", help="Hold each ratio to native to that of a saved --json."),
     ] = None,
     fail_above: Annotated[
-        float, typer.Option(metavar="RATIO", help="With --baseline: how many times slower is a regression (exit 1).")
-    ] = 1.10,
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            metavar="RATIO",
+            help="With --baseline: how many times slower is a regression (exit 1).  [default: 1.1]",
+        ),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="With --baseline: exit 1 also where it cannot tell.")
+    ] = False,
     quiet: Quiet = False,
     allow_code: AllowCode = False,
 ) -> None:
@@ -113,8 +138,9 @@ def profile(
         {"--set": sets, "--arm": arm, "--input": inputs, "--trace": trace},
     )  # fmt: skip
     form = chosen_form(json, csv, markdown)
-    check_gate(form, baseline, fail_above)
-    kernels = _listed(kernel)
+    check_times(seconds, quick, min_rounds, baseline)
+    check_gate(form, baseline, fail_above, strict)
+    kernels = ("native", "fused") if kernel is None else listed(kernel)
     check_kernels(kernels, of_steps, baseline is not None, allow_code)
     check_model(model, inputs, recipe=recipe, sets=sets, arm=arm, allow_code=allow_code)
     earlier = check_files(plot, trace, baseline, of_steps)
@@ -127,7 +153,8 @@ def profile(
         from bncli.measure import profile_runs
 
         loaded_all()
-        options = profile_runs.Options(device, threads, kernels, QUICK_SECONDS if quick else SECONDS, allow_code)
+        wished_s = QUICK_SECONDS if quick else SECONDS if seconds is None else seconds
+        options = profile_runs.Options(device, threads, kernels, wished_s, min_rounds, allow_code)
         run: KernelRun | StepRun
         if recipe is not None:
             run = profile_runs.recipe_run(options, recipe, sets or (), arm, trace)
@@ -135,12 +162,12 @@ def profile(
             run = profile_runs.model_run(options, model, inputs or "", trace)
         else:
             run = profile_runs.kernel_run(
-                options, operations=_listed(operation), dtypes=_listed(dtype), layouts=_listed(layout), shapes=shapes,
+                options, operations=listed(operation), dtypes=listed(dtype), layouts=listed(layout), shapes=shapes,
                 own_shapes=shape or (), batch=batch, cold=not warm, peaks=peaks,
             )  # fmt: skip
         stopped = _measure(run, quiet)
     result = run.result()
-    gate, incomparable = _gate(result, earlier, fail_above)
+    gate, incomparable = _gate(result, earlier, FAIL_ABOVE if fail_above is None else fail_above, strict)
     _show(result, gate, earlier, form)
     if plot and result.rows:
         from bncli.report import roofline
@@ -156,10 +183,6 @@ def profile(
         raise typer.Exit(code)
 
 
-def _listed(text: str | None) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
-
-
 def _measure(run: KernelRun | StepRun, quiet: bool) -> int:
     """Run it, showing how far it is. The exit code of a signal that ended it before its time, or 0."""
     from bncli.report.progress import ProfileProgress
@@ -173,14 +196,14 @@ def _measure(run: KernelRun | StepRun, quiet: bool) -> int:
     return 0
 
 
-def _gate(result: Any, earlier: Any, fail_above: float) -> tuple[Gate | None, RecipeError | None]:
+def _gate(result: Any, earlier: Any, fail_above: float, strict: bool) -> tuple[Gate | None, RecipeError | None]:
     """The verdicts, or why there are none; then what was measured is shown all the same."""
     if earlier is None or not result.rows:
         return None, None
     from bncli.measure import baseline
 
     try:
-        return baseline.gate(result, earlier, fail_above), None
+        return baseline.gate(result, earlier, fail_above, strict), None
     except RecipeError as error:
         return None, error
 
@@ -204,8 +227,8 @@ def _show(result: Any, gate: Gate | None, earlier: Any, form: str) -> None:
 
 
 def _exit_code(result: KernelProfile | StepProfile, gate: Gate | None) -> int:
-    """1 for a wrong result or a regression, 3 where nothing but native could run though more was asked for."""
-    if any(row.wrong for row in result.rows) or (gate is not None and gate.regressed):
+    """1 for a wrong result or where the gate fails, 3 where nothing but native could run though more was asked for."""
+    if any(row.wrong for row in result.rows) or (gate is not None and gate.failed):
         return CHECK_FAILED
     others = [row for row in result.rows if row.kernel not in (None, "native")]
     return UNAVAILABLE if others and all(row.error is not None for row in others) else 0

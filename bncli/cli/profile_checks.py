@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bncli.results import KernelProfile, StepProfile
 
 KERNELS = ("native", "fused", "compiled", "apex", "inplace_abn", "flag_gems")  # that can be named
+FEWEST_ROUNDS = 6  # that of bncli.measure.ratios
 SHAPE_SETS = ("resnet20", "resnet50", "inception", "mlp")  # those of bncli.measure.shapes
 
 
@@ -67,10 +68,26 @@ def check_model(
         raise RecipeError(f"--model {model} is code of yours that would run; allow it with --allow-code")
 
 
-def check_gate(form: str, baseline: Path | None, fail_above: float) -> None:
-    """Refuse a bound that is none, and a form that has no place for the verdicts."""
-    if not (math.isfinite(fail_above) and fail_above > 1):
+def check_times(seconds: float | None, quick: bool, min_rounds: int, baseline: Path | None) -> None:
+    """Refuse a time that is none, two times, and too few rounds for a verdict."""
+    if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
+        raise RecipeError(f"--time {seconds:g}: expected seconds, more than 0")
+    if seconds is not None and quick:
+        raise RecipeError("--time and --quick: choose one; both say how long to measure")
+    if baseline and min_rounds < FEWEST_ROUNDS:
+        raise RecipeError(
+            f"--min-rounds {min_rounds} with --baseline: a verdict needs intervals, and those at least "
+            f"{FEWEST_ROUNDS} rounds"
+        )
+
+
+def check_gate(form: str, baseline: Path | None, fail_above: float | None, strict: bool) -> None:
+    """Refuse a bound that is none, options of the gate without one, and a form that has no place for the verdicts."""
+    if fail_above is not None and not (math.isfinite(fail_above) and fail_above > 1):
         raise RecipeError(f"--fail-above {fail_above}: expected more than 1, as in 1.10 for a tenth slower")
+    idle = [option for option, value in {"--fail-above": fail_above, "--strict": strict}.items() if value]
+    if idle and baseline is None:
+        raise RecipeError(f"{', '.join(idle)}: without --baseline FILE.json nothing is compared; give one")
     if form == "csv" and baseline:
         raise RecipeError("--csv with --baseline: the verdicts have no place in the CSV; use --json or --markdown")
 
@@ -89,4 +106,10 @@ def check_files(
     if isinstance(earlier, StepProfile) != of_steps:
         holds, asks = ("kernels", "a step") if of_steps else ("a step", "kernels")
         raise RecipeError(f"--baseline {baseline}: it holds the profile of {holds}, and this is one of {asks}")
+    ratios = [row.faster for row in earlier.rows if row.faster is not None]
+    if unbounded := sum(None in (ratio.interval.low, ratio.interval.high) for ratio in ratios):
+        raise RecipeError(
+            f"--baseline {baseline}: {unbounded} of its {len(ratios)} ratios to native come from too few rounds for an "
+            f"interval, so nothing can be held to them; measure it anew, with {FEWEST_ROUNDS} rounds or more"
+        )
     return earlier

@@ -31,6 +31,11 @@ def check_kernel_name(kernel: str, allow_code: bool, known: Sequence[str] = KERN
         raise RecipeError(f"--kernel {kernel} is code of yours that would run; allow it with --allow-code")
 
 
+def listed(given: Sequence[str] | None) -> tuple[str, ...]:
+    """The names of an option that takes several, with a comma between them or one after the other, each once."""
+    return tuple(dict.fromkeys(part.strip() for text in given or () for part in text.split(",") if part.strip()))
+
+
 def chosen_form(json: bool, csv: bool, markdown: bool) -> str:
     """How the result is printed: json, csv, markdown or table. Refuses two of them."""
     if json + csv + markdown > 1:

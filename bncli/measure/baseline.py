@@ -26,8 +26,10 @@ Profile = KernelProfile | StepProfile
 VIEWS: dict[type, str] = {KernelProfile: "kernels", StepProfile: "a training step"}
 
 
-def gate(now: Profile, baseline: Profile, fail_above: float) -> Gate:
+def gate(now: Profile, baseline: Profile, fail_above: float, strict: bool = False) -> Gate:
     """Each row that both have with a ratio to native, and whether it is more than `fail_above` times slower.
+
+    strict: what the intervals cannot tell fails too, and so does a row of the baseline that came to no ratio now.
 
     Raises RecipeError for a bound that is not above 1, for profiles of two kinds, and where no row is in both.
     """
@@ -47,6 +49,7 @@ def gate(now: Profile, baseline: Profile, fail_above: float) -> Gate:
         changes=tuple(change(name, ours[name], theirs[name], fail_above) for name in both),
         only_now=tuple(name for name in ours if name not in theirs),
         only_baseline=tuple(name for name in theirs if name not in ours),
+        strict=strict,
     )
 
 

@@ -1,4 +1,4 @@
-"""`bncli profile`'s kernel view: cases judged first, then timed side by side, within a budget of seconds."""
+"""`bncli profile`'s kernel view: cases judged first, then timed side by side, in as many rounds as the time allows."""
 
 from __future__ import annotations
 
@@ -35,13 +35,11 @@ from bncli.results import (
     Times,
 )
 
-DIRECTIONS: tuple[Direction, ...] = ("both", "forward", "backward")
+ALONE: tuple[Direction, ...] = ("forward", "backward")
 Samples = dict[Direction, dict[str, tuple[float, ...]]]  # kernel -> ms a call, a sample a round
 
 CEILING_ROUNDS = 5  # before the cases, and again after them
-COMPILE_UNTIL = 0.6  # of the time, after which nothing more is compiled
 CASE_BYTES = 8 * 2**20  # what a case costs whatever its size, in bytes of a tensor
-OUT_OF_TIME = "not measured: the time is up; give it more, or ask for less"
 
 
 class PeakMemory(Protocol):
@@ -87,6 +85,7 @@ class KernelRun:
         self._notes: dict[str, list[str]] = {}  # what it says -> of which cases
         self._compile_s: dict[str, float] = {}
         self._began_s, self._seconds = now_s(), 0.0
+        self._least_s = 0.0  # of the cases so far, had each had the fewest rounds
 
     def events(self) -> Iterator[ProfileEvent]:
         """Measure, case by case. A case's rows come together, when all of its kernels are measured."""
@@ -94,7 +93,7 @@ class KernelRun:
         clock = self._clock = self._clock or timing.of(self._device)
         ladder = self._ladder = self._ladder or Ladder(clock, self._device, cold=self._asked.cold)
         try:
-            yield ProfileStarted("kernels", self._planned)
+            yield ProfileStarted("kernels", self._planned, self._asked.seconds)
             yield Measuring("the machine's own copies and multiply-adds", 0.0)
             self._load()
             loaded_s = self._now_s()
@@ -103,8 +102,11 @@ class KernelRun:
             whole = Deadline(self._asked.seconds - 2 * climbed_s - (loaded_s - self._began_s), self._now_s)
             weights = [CASE_BYTES + case.tensor_bytes for case, _ in self._cases]
             for k, (case, calls) in enumerate(self._cases):
-                yield Measuring(str(case), sum(weights[:k]) / sum(weights))
-                rows = self._measured(case, calls, Budget(whole, weights[k] / sum(weights[k:]), self._now_s))
+                done, left = sum(weights[:k]), sum(weights[k:])
+                later_s = self._least_s * left / done + climbed_s if done else 0.0
+                yield Measuring(str(case), done / (done + left), self._now_s() - self._began_s + later_s)
+                budget = Budget(whole, weights[k] / left, self._asked.least_rounds, self._now_s)
+                rows = self._measured(case, calls, budget)
                 self._rows += rows
                 yield from map(RowDone, rows)
             yield Measuring("the machine's own copies and multiply-adds, again", 1.0)
@@ -145,10 +147,7 @@ class KernelRun:
     # --- one case -------------------------------------------------------------------------------------------------
 
     def _measured(self, case: Case, calls: int, budget: Budget) -> list[KernelCost]:
-        if budget.whole.passed and self._rows:
-            return [KernelCost(case, kernel, calls, None, error=OUT_OF_TIME) for kernel in self._sources]
-        may_compile = budget.whole.left_s > (1 - COMPILE_UNTIL) * self._asked.seconds
-        entry = enter(case, calls, self._sources, self._device, may_compile=may_compile, now_s=self._now_s)
+        entry = enter(case, calls, self._sources, self._device, now_s=self._now_s)
         for kernel, seconds in entry.compile_s.items():
             self._compile_s[kernel] = self._compile_s.get(kernel, 0.0) + seconds
         if 0 < entry.judged_channels < case.shape[1]:
@@ -182,7 +181,7 @@ class KernelRun:
     # --- its samples ----------------------------------------------------------------------------------------------
 
     def _sampled(self, entry: Entry, budget: Budget) -> Samples:
-        """In as many rounds as the case's share of the time takes."""
+        """In as many rounds as the case's share of the time takes, or the fewest."""
         works: dict[str, dict[Direction, timing.Work]] = {}
         both_s = 0.0
         for kernel, arm in list(entry.arms.items()):
@@ -194,20 +193,24 @@ class KernelRun:
                 works.pop(kernel, None)
                 entry.refuse_for(kernel, raised, arm)
         assert self._clock is not None
+        self._least_s += budget.least_s(both_s)
         together, apart = budget.rounds(both_s)
         if together < ratios.FEWEST_ROUNDS and works:
-            self._note(f"fewer rounds than the {ratios.FEWEST_ROUNDS} of an interval, for lack of time", entry.case)
-        rounds = {"both": together, "forward": apart, "backward": apart}
+            self._note(f"fewer rounds than the {ratios.FEWEST_ROUNDS} of an interval", entry.case)
+        rounds: dict[Direction, tuple[int, int]] = {
+            "both": (together, budget.least),
+            **dict.fromkeys(ALONE, (apart, budget.least_apart)),
+        }
         return {
             way: timing.interleaved(
                 self._clock,
                 {kernel: of[way] for kernel, of in works.items()},
-                rounds[way],
+                most,
                 cold=self._asked.cold,
                 deadline=budget.own,  # others may have begun to use the machine since the first samples
-                fewest=min(rounds[way], ratios.FEWEST_ROUNDS),
+                fewest=fewest,
             )
-            for way in DIRECTIONS
+            for way, (most, fewest) in rounds.items()
         }
 
     def _first_sample_s(self, work: timing.Work) -> float:

@@ -24,7 +24,8 @@ class Asked:
     """What to measure: every kernel on every operation, dtype, layout and shape.
 
     operations: empty for those that the model does on each shape, or OPERATIONS where nothing says which. shapes:
-    (shape, calls) pairs, or `shapes.Calls`. seconds: for all of it, compilations included.
+    (shape, calls) pairs, or `shapes.Calls`. seconds: for all of it, compilations included; a wish, beyond which every
+    case is still measured. least_rounds: of both directions together, whatever the time.
     """
 
     kernels: tuple[str, ...] = (NATIVE, "fused")
@@ -35,6 +36,7 @@ class Asked:
     training: bool = True
     cold: bool = True
     seconds: float = 40.0
+    least_rounds: int = ratios.FEWEST_ROUNDS
     allow_code: bool = False
 
 
@@ -84,26 +86,17 @@ def _check(asked: Asked) -> None:
 class Budget:
     """One case's time: its `share` (of 1) of what is left of the whole when it begins."""
 
-    def __init__(self, whole: Deadline, share: float, now_s: Callable[[], float]) -> None:
-        self.whole, self._share, self._now_s = whole, share, now_s
-        self._began_s, self.own = now_s(), Deadline(share * whole.left_s, now_s)
+    def __init__(self, whole: Deadline, share: float, least_rounds: int, now_s: Callable[[], float]) -> None:
+        self.least, self.least_apart = least_rounds, min(clock.FEWEST_ROUNDS, least_rounds)
+        self._now_s, self._began_s = now_s, now_s()
+        self.own = Deadline(share * whole.left_s, now_s)
 
     def rounds(self, both_s: float) -> tuple[int, int]:
-        """(of both directions together, of each by itself), where a round of both takes `both_s`.
+        """(of both directions together, of each by itself), where a round of both takes `both_s`."""
+        most = max(MOST_ROUNDS, self.least)
+        fitting = most if both_s <= 0 else min(most, math.floor(self.own.left_s / ((1 + APART) * both_s)))
+        return (fitting, fitting) if fitting >= self.least else (self.least, self.least_apart)
 
-        For an interval a case may go beyond its share, by what would leave each later one the fewest rounds.
-        """
-        fitting = _fitting(self.own.left_s, (1 + APART) * both_s)
-        if fitting >= ratios.FEWEST_ROUNDS:
-            return fitting, fitting
-        least = clock.FEWEST_ROUNDS
-        least_s = (
-            self._now_s() - self._began_s + (1 + APART) * least * both_s
-        )  # what such a case takes, judging it included
-        later_s = least_s * (1 / self._share - 1)
-        fitting = _fitting(self.whole.left_s - later_s - APART * least * both_s, both_s)
-        return max(least, min(ratios.FEWEST_ROUNDS, fitting)), least
-
-
-def _fitting(available_s: float, one_s: float) -> int:
-    return MOST_ROUNDS if one_s <= 0 else max(0, min(MOST_ROUNDS, math.floor(available_s / one_s)))
+    def least_s(self, both_s: float) -> float:
+        """What the case takes with the fewest rounds, judging it included. To be asked before the rounds."""
+        return self._now_s() - self._began_s + (self.least + APART * self.least_apart) * both_s

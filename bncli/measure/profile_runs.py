@@ -17,6 +17,7 @@ from bncli.measure.shapes import Calls, parse, read_csv, shape_set
 from bncli.measure.step_costs import StepRun
 from bncli.measure.step_own import OwnSubject
 from bncli.measure.step_recipes import subjects_of
+from bncli.measure.step_subjects import Subject
 from bncli.recipe.file import load
 
 
@@ -28,6 +29,7 @@ class Options:
     threads: int | None
     kernels: tuple[str, ...]
     seconds: float
+    least_rounds: int
     allow_code: bool
 
 
@@ -56,6 +58,7 @@ def kernel_run(
         shapes=tuple(_chosen(shapes, own_shapes, batch, cuda=cuda)),
         cold=cold,
         seconds=options.seconds,
+        least_rounds=options.least_rounds,
         allow_code=options.allow_code,
     )
     return KernelRun(asked, device, peaks=peaks)
@@ -66,14 +69,21 @@ def recipe_run(options: Options, recipe: str, sets: Sequence[str], arm: str | No
     device = _device(options)
     loaded = load(recipe, sets, allow_code=options.allow_code)
     subjects = subjects_of(loaded, arm)
-    return StepRun(loaded.name, subjects, device, options.kernels, seconds=options.seconds, trace=trace)
+    return _step_run(loaded.name, subjects, device, options, trace)
 
 
 def model_run(options: Options, model: str, inputs: str, trace: Path | None) -> StepRun:
     """The step of the user's own model, package.module:function. Raises RecipeError, RunFailed and Unavailable."""
     device = _device(options)
     subjects = [OwnSubject(model, parse(inputs, "--input"))]
-    return StepRun(model, subjects, device, options.kernels, seconds=options.seconds, trace=trace)
+    return _step_run(model, subjects, device, options, trace)
+
+
+def _step_run(
+    name: str, subjects: Sequence[Subject], device: torch.device, options: Options, trace: Path | None
+) -> StepRun:
+    seconds, least_rounds = options.seconds, options.least_rounds
+    return StepRun(name, subjects, device, options.kernels, seconds=seconds, least_rounds=least_rounds, trace=trace)
 
 
 def _device(options: Options) -> torch.device:

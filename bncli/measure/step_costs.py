@@ -22,8 +22,8 @@ from bncli.engine.device import environment
 from bncli.engine.splits import Dataset
 from bncli.measure import clock as clocks
 from bncli.measure import norm_health, norm_remarks, step_classes, step_memory
-from bncli.measure.clock import FEWEST_ROUNDS, Clock, Deadline, Work
-from bncli.measure.ratios import faster
+from bncli.measure.clock import Clock, Deadline, Work
+from bncli.measure.ratios import FEWEST_ROUNDS, faster
 from bncli.measure.step_arms import MODES, Arm, Mode, made, reason, step_of
 from bncli.measure.step_subjects import Subject
 from bncli.results.costs import (
@@ -37,7 +37,7 @@ from bncli.results.costs import (
     StepProfile,
 )
 
-DEFAULT_S, QUICK_S = 40.0, 9.0
+DEFAULT_S = 40.0
 MOST_ROUNDS = 100
 LEAST_SAMPLE_MS, MOST_CALLS = 20.0, 50  # of a sample, which holds several steps where one is shorter
 PROFILED_MS, MOST_PROFILED = 1000.0, 5  # of the profiled pass, and its steps
@@ -50,10 +50,10 @@ Samples = dict[Mode, dict[str | None, tuple[float, ...]]]  # ms of a step, by mo
 class StepRun:
     """One run of the step view. `result()` holds at any time what is finished so far.
 
-    subjects: from `step_subjects`. kernels: each subject with a batch norm gets all of them. seconds: a budget, which
-    slow models overrun, since each is measured FEWEST_ROUNDS times. trace: where to write the Chrome trace of a
-    training step of each kernel of the first subject. clock, now_ns and memory are seams for tests. Raises RecipeError
-    and RunFailed for a module of the user's own that cannot be made.
+    subjects: from `step_subjects`. kernels: each subject with a batch norm gets all of them. seconds: a wish, beyond
+    which every step is still measured `least_rounds` times. trace: where to write the Chrome trace of a training step
+    of each kernel of the first subject. clock, now_ns and memory are seams for tests. Raises RecipeError and RunFailed
+    for a module of the user's own that cannot be made.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class StepRun:
         kernels: Sequence[str] = ("native", "fused"),
         *,
         seconds: float = DEFAULT_S,
+        least_rounds: int = FEWEST_ROUNDS,
         trace: Path | None = None,
         clock: Clock | None = None,
         now_ns: Callable[[], int] = time.perf_counter_ns,
@@ -71,6 +72,7 @@ class StepRun:
     ) -> None:
         self._name, self._subjects, self._device = name, tuple(subjects), device
         self._kernels = [tuple(kernels) if subject.has_kernels else (None,) for subject in self._subjects]
+        self._seconds, self._least_rounds = seconds, least_rounds
         self._share_s, self._trace, self._memory = seconds / max(1, len(self._subjects)), trace, memory
         self._clock, self._now_ns = clock or clocks.of(device), now_ns
         self._began_s = self._now_s()
@@ -78,6 +80,7 @@ class StepRun:
         self._rows: list[StepCost] = []
         self._remarks: list[NormRemark] = []
         self._notes: list[str] = []
+        self._least_s = 0.0  # of the whole, as far as it is known
 
     @property
     def planned(self) -> int:
@@ -86,13 +89,13 @@ class StepRun:
 
     def events(self) -> Iterator[ProfileEvent]:
         """Measure. Raises DataError and RecipeError for what cannot be measured at all."""
-        yield ProfileStarted(self._name, self.planned)
+        yield ProfileStarted(self._name, self.planned, self._seconds)
         for place, subject in enumerate(self._subjects):
             deadline = Deadline(self._share_s, self._now_s)
             for event in self._measure(subject, place, deadline):
                 if isinstance(event, str):
                     done = min(1.0, 1 - deadline.left_s / self._share_s)
-                    yield Measuring(f"{subject.name}: {event}", (place + done) / len(self._subjects))
+                    yield Measuring(f"{subject.name}: {event}", (place + done) / len(self._subjects), self._least_s)
                 else:
                     yield event
 
@@ -122,7 +125,13 @@ class StepRun:
         first = len(self._rows)
         for mode in MODES:
             until = Deadline(deadline.left_s - (1 - UNTIL[mode]) * self._share_s, self._now_s)
+            first_s, later_s = 0.0, (len(self._subjects) - place - UNTIL[mode]) * self._share_s
             for rounds, times in enumerate(self._rounds(arms, mode, until), 1):
+                now_s = self._now_s()
+                first_s = now_s if rounds == 1 else first_s  # its end: how many steps a sample has was found before it
+                round_s = (now_s - first_s) / max(1, rounds - 1)
+                left_s = max(until.left_s, (self._least_rounds - rounds) * round_s)
+                self._least_s = now_s - self._began_s + left_s + later_s
                 for kernel, ms in times.items():
                     samples[mode][kernel] += (ms,)
                 self._rows[first:] = _rows(subject, arms, samples)
@@ -186,8 +195,8 @@ class StepRun:
             return
         shortest_ms = min(self._sample_ms(step, 1) for step in steps.values())
         calls = min(MOST_CALLS, max(1, math.ceil(LEAST_SAMPLE_MS / max(shortest_ms, 1e-3))))
-        for done in range(MOST_ROUNDS):
-            if deadline.passed and done >= FEWEST_ROUNDS:
+        for done in range(max(MOST_ROUNDS, self._least_rounds)):
+            if deadline.passed and done >= self._least_rounds:
                 return
             yield {kernel: self._sample_ms(steps[kernel], calls) for kernel in self._order.sample([*steps], len(steps))}
 

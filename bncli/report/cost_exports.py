@@ -55,7 +55,7 @@ def to_json(result: Profile, gate: Gate | None = None) -> str:
     kind = next(name for name, each in KINDS.items() if isinstance(result, each))
     plain = {"format_version": FORMAT_VERSION, "kind": kind, **to_plain(result)}
     if gate is not None:
-        plain["gate"] = {"regressed": gate.regressed, **to_plain(gate)}
+        plain["gate"] = {"regressed": gate.regressed, "failed": gate.failed, **to_plain(gate)}
     return json.dumps(plain, allow_nan=False, indent=1) + "\n"
 
 

@@ -15,6 +15,7 @@ from bncli.report.tables import Fitted, Layout
 from bncli.results import Change, Gate, KernelProfile, StepProfile
 
 STYLES = {"ok": "green", "regressed": "bold red", "cannot tell": "yellow"}
+NARROWER = "More rounds narrow the intervals: --time or --min-rounds, of the baseline too."
 Profile = KernelProfile | StepProfile
 
 
@@ -35,7 +36,7 @@ class GateReport:
         if self.now and self.baseline:
             for words in differences(self.now, self.baseline):
                 yield Text(encodable(words, options.encoding), "dim")
-        verdict = "regressed" if gate.regressed else "ok"
+        verdict = "regressed" if gate.failed else "ok"
         yield Text(encodable(closing(gate), options.encoding), STYLES[verdict])
 
 
@@ -45,7 +46,11 @@ def closing(gate: Gate) -> str:
     counts = ", ".join(f"{verdicts.count(word):,} {word}" for word in STYLES if word in verdicts)
     if gate.regressed:
         return f"{counts}: FAILED, more than {gate.fail_above:g} times slower by the whole interval (exit 1)."
-    unsure = " What it cannot tell does not fail; more rounds narrow the intervals." * ("cannot tell" in verdicts)
+    if gate.failed:
+        return (
+            f"{counts}: FAILED, {gate.undecided:,} of the baseline's rows are undecided (--strict, exit 1). {NARROWER}"
+        )
+    unsure = f" What it cannot tell does not fail without --strict. {NARROWER}" * ("cannot tell" in verdicts)
     return f"{counts}: passed (exit 0).{unsure}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from time import monotonic
 from types import TracebackType
 from typing import Any
@@ -26,6 +27,7 @@ from bncli.results import (
 )
 
 LINE_EVERY_S = 10.0  # off a terminal
+LONGER = 1.1  # times the time that was asked for, from which on it is said
 
 
 class _Sink:
@@ -142,23 +144,32 @@ class ProfileProgress(_Sink):
         BarColumn(bar_width=None),
         TextColumn("{task.percentage:>3.0f}%"),
         TextColumn("{task.fields[label]}", markup=False, style="dim"),
+        TextColumn("{task.fields[longer]}", style="yellow"),
         TimeRemainingColumn(compact=True),
     )
 
     def __call__(self, event: ProfileEvent) -> None:
         if isinstance(event, ProfileStarted):
             self.planned, self.done, self.fraction, self._began = event.planned, 0, 0.0, monotonic()
-            self.task = self.bar.add_task(event.what, total=1.0, label="")
+            self.wished_s, self.longer = event.seconds or math.inf, ""
+            self.task = self.bar.add_task(event.what, total=1.0, label="", longer="")
             self.line(f"{event.what}: {event.planned} row{'s' * (event.planned != 1)} to measure", True)
         elif isinstance(event, Measuring):
             self.fraction = min(max(event.fraction, self.fraction), 1.0)  # a plan that grows does not turn a bar back
-            self.bar.update(self.task, completed=self.fraction, label=event.label)
+            before, self.longer = self.longer, self._longer(event.least_s)
+            self.bar.update(self.task, completed=self.fraction, label=event.label, longer=self.longer)
+            if self.longer and not before:
+                self.line(f"{self.longer} s", True)
             self.line(f"{self.done}/{self.planned} rows, {self.fraction:.0%}{self._left()}: {event.label}")
         elif isinstance(event, RowDone):
             self.done += 1
             if getattr(event.row, "wrong", False):
                 row = event.row
                 self.line(f"{self.done}/{self.planned} {row.kernel}: wrong: {row.error}", True)
+
+    def _longer(self, least_s: float) -> str:
+        """How long it takes where that is more than was asked for, beyond what such an estimate is off by."""
+        return f"about {least_s:,.0f} s; asked for {self.wished_s:g}" if least_s > LONGER * self.wished_s else ""
 
     def _left(self) -> str:
         """In words, as long as what is left takes as long as what was done, share by share."""

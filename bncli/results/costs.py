@@ -199,11 +199,21 @@ class Gate:
     changes: tuple[Change, ...]
     only_now: tuple[str, ...]  # rows without a counterpart in the baseline
     only_baseline: tuple[str, ...]
+    strict: bool = False  # what it cannot tell fails too
     format_version: int = FORMAT_VERSION
 
     @property
     def regressed(self) -> bool:
         return any(change.verdict == "regressed" for change in self.changes)
+
+    @property
+    def undecided(self) -> int:
+        """Rows of the baseline of which it cannot tell, those that came to no ratio now among them."""
+        return sum(change.verdict == "cannot tell" for change in self.changes) + len(self.only_baseline)
+
+    @property
+    def failed(self) -> bool:
+        return self.regressed or (self.strict and self.undecided > 0)
 
 
 # --- what happens while it measures -------------------------------------------------------------------------------
@@ -213,14 +223,16 @@ class Gate:
 class ProfileStarted:
     what: str
     planned: int  # rows
+    seconds: float | None = None  # that it may take, by wish
 
 
 @dataclass(frozen=True)
 class Measuring:
-    """What goes on now, for a bar: `fraction` of the whole is done."""
+    """What goes on now, for a bar: `fraction` of the whole is done, which takes `least_s` in all at the least."""
 
     label: str
     fraction: float
+    least_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,16 @@ def test_between_surely_and_surely_not_it_cannot_tell_and_does_not_fail():
     assert not found.regressed
 
 
+def test_strictly_what_it_cannot_tell_and_what_came_to_no_ratio_fail_too():
+    unsure = slowed(kernel_profile(), 1.1)
+    assert not gate(unsure, kernel_profile(), 1.1).failed
+    assert gate(unsure, kernel_profile(), 1.1, strict=True).failed
+    assert not gate(kernel_profile(), kernel_profile(), 1.1, strict=True).failed
+    assert gate(one_case(), kernel_profile(2, ("bn",)), 1.1, strict=True).failed
+    assert not gate(kernel_profile(2, ("bn",)), one_case(), 1.1, strict=True).failed  # more than the baseline has
+    assert gate(slowed(kernel_profile(), 1.5), kernel_profile(), 1.1).failed
+
+
 def test_the_interval_reaches_as_far_as_both_intervals_allow():
     found = change("row", ratio(2.0, 1.6, 2.5), ratio(3.0, 2.0, 4.0), 1.1)
     assert found.slower == 1.5

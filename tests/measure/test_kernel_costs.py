@@ -17,7 +17,7 @@ from bncli.measure.arms import Arm, Source
 from bncli.measure.cases import Inputs
 from bncli.measure.ceilings import Ladder, busy_cores
 from bncli.measure.clock import CpuClock
-from bncli.measure.kernel_costs import OUT_OF_TIME, KernelRun
+from bncli.measure.kernel_costs import KernelRun
 from bncli.measure.kernel_plan import Asked, planned
 from bncli.measure.shapes import Calls, shape_set
 from bncli.results import Case, Ceilings, KernelCost, KernelProfile, Measuring, ProfileStarted, RowDone
@@ -309,13 +309,13 @@ def test_what_cannot_be_compiled_says_why_and_compilation_is_in_no_row() -> None
     assert any(note.startswith("good: no peak of memory") for note in found.notes)
 
 
-def test_nothing_is_compiled_once_most_of_the_time_is_up() -> None:
+def test_what_is_asked_for_is_compiled_however_late_it_is() -> None:
     machine = Machine()
     sources = {"native": machine.takes(400.0, 400.0), "late": lambda case: Arm(lambda given: given.x, compiles=True)}
     shapes = tuple(((4, 3, 5, side), 1) for side in range(2, 6))
-    found = profile(machine, sources, shapes=shapes, seconds=40.0)
+    found = profile(machine, sources, shapes=shapes, seconds=4.0)
     said = [str(row.error).split(":")[0] for row in found.rows if row.kernel == "late"]
-    assert said == ["torch.compile"] * 3 + ["not compiled"]  # three quarters of the time are up, or nearly
+    assert said == ["torch.compile"] * 4
     assert not any(row.wrong for row in found.rows)
 
 
@@ -355,26 +355,42 @@ def _rounds(row: KernelCost) -> int:
     return len(row.both.samples_ms)
 
 
-def test_an_interval_is_kept_where_there_is_little_time_and_given_up_where_there_is_none() -> None:
-    for seconds, rounds in ((2.9, 6), (1.5, 3)):
-        machine = Machine()
-        sources = {"native": machine.takes(50.0, 50.0), "rival": machine.takes(50.0, 50.0)}
-        found = profile(machine, sources, seconds=seconds)
-        assert {_rounds(row) for row in found.rows} == {rounds}
-        assert any("fewer rounds than the 6" in note for note in found.notes) == (rounds < 6)
-        rival = row_of(found, "rival")
-        assert rival.forward is not None
-        assert rival.faster is not None
-        assert len(rival.forward.samples_ms) == 3
-        assert (rival.faster.interval.low is None) == (rounds < 6)
-
-
-def test_once_the_time_is_up_the_cases_left_say_so() -> None:
+@pytest.mark.parametrize(("least", "rounds", "alone"), [(6, 6, 3), (9, 9, 3), (50, 50, 3), (2, 2, 2)])
+def test_every_case_has_the_fewest_rounds_however_little_time_there_is(least: int, rounds: int, alone: int) -> None:
     machine = Machine()
     shapes = ((4, 3, 5, 7), 1), ((4, 4, 5, 7), 1), ((4, 5, 5, 7), 1)
-    found = profile(machine, {"native": machine.takes(500.0, 500.0)}, shapes=shapes, seconds=1.0)
-    assert [row.error for row in found.rows] == [None, OUT_OF_TIME, OUT_OF_TIME]
-    assert found.planned == 3
+    sources = {"native": machine.takes(500.0, 500.0), "rival": machine.takes(500.0, 500.0)}
+    found = profile(machine, sources, shapes=shapes, seconds=1.0, least_rounds=least)
+    assert [row.error for row in found.rows] == [None] * 6
+    assert {_rounds(row) for row in found.rows} == {rounds}
+    assert {len(row.forward.samples_ms) for row in found.rows if row.forward} == {alone}
+    unbounded = {row.faster.interval.low is None for row in found.rows if row.faster}
+    assert unbounded == {rounds < 6}
+    assert any("fewer rounds than the 6" in note for note in found.notes) == (rounds < 6)
+
+
+def test_with_a_little_more_time_there_are_more_rounds_of_both_directions_first() -> None:
+    machine = Machine()
+    (row,) = profile(machine, {"native": machine.takes(50.0, 50.0)}, seconds=2.0).rows
+    assert row.forward is not None
+    assert 6 <= _rounds(row) == len(row.forward.samples_ms) < 40
+
+
+def test_how_long_it_takes_at_the_least_is_told_after_the_first_case() -> None:
+    for seconds in (1.0, 100.0):
+        machine = Machine()
+        shapes = ((4, 3, 5, 7), 1), ((4, 4, 5, 7), 1), ((4, 5, 5, 7), 1)
+        run = run_of(machine, {"native": machine.takes(500.0, 500.0)}, shapes=shapes, seconds=seconds)
+        events = list(run.events())
+        started, _, *least_s = [event for event in events if isinstance(event, (ProfileStarted, Measuring))]
+        assert isinstance(started, ProfileStarted)
+        assert started.seconds == seconds
+        told = [event.least_s for event in least_s[1:-1] if isinstance(event, Measuring)]
+        assert len(told) == 2  # of the first case nothing is known
+        if seconds == 1.0:
+            assert told == pytest.approx([run.result().seconds] * 2, rel=0.1)
+        else:
+            assert max(told) < run.result().seconds <= seconds
 
 
 # --- events, and an interruption --------------------------------------------------------------------------------------
@@ -384,7 +400,7 @@ def test_events_tell_what_is_planned_what_goes_on_and_each_row() -> None:
     machine, peaks = Machine(), Peaks()
     run = run_of(machine, {"native": machine.takes(1.0, 1.0)}, peaks, shapes=(SMALL, ((2, 9), 1)))
     events = list(run.events())
-    assert events[0] == ProfileStarted("kernels", 2)
+    assert events[0] == ProfileStarted("kernels", 2, 40.0)
     fractions = [event.fraction for event in events if isinstance(event, Measuring)]
     assert fractions == sorted(fractions)
     assert (fractions[0], fractions[-1]) == (0.0, 1.0)

@@ -24,6 +24,7 @@ from bncli.measure.step_own import OwnSubject
 from bncli.measure.step_recipes import RecipeSubject, subjects_of
 from bncli.measure.step_subjects import Trainable, norms_of, one_batch
 from bncli.recipe.file import load
+from bncli.results import Interval
 from bncli.results.costs import STEP_CLASSES, Measuring, ProfileStarted, RowDone, StepCost, StepMemory, StepProfile
 from tests.conftest import tiny
 from tests.measure import wrong_kernels
@@ -135,14 +136,32 @@ def test_the_kernels_have_as_many_rounds_and_as_many_as_fit() -> None:
     times = {"native": 100.0, "fused": 50.0}
     few, many = (by_kernel(finished(faked_run(Faked(Hand(), {**times}), seconds))) for seconds in (4.0, 20.0))
     assert len(few["native"].samples_ms) == len(few["fused"].samples_ms)
-    assert 3 <= len(few["native"].samples_ms) < len(many["native"].samples_ms)
+    assert 6 <= len(few["native"].samples_ms) < len(many["native"].samples_ms)
     assert len(many["native"].samples_ms) * 0.15 <= 20.0 / 2  # half of the seconds are for training
 
 
 @pytest.mark.usefixtures("other")
-def test_a_step_far_over_the_budget_has_three_rounds_all_the_same() -> None:
-    rows = by_kernel(finished(faked_run(Faked(Hand(), {"native": 60_000.0, "fused": 60_000.0}), 1.0)))
-    assert len(rows["native"].samples_ms) == len(rows["fused"].samples_ms) == 3
+@pytest.mark.parametrize("least", [6, 8])
+def test_a_step_far_over_the_time_has_the_fewest_rounds_all_the_same_and_the_bar_tells(least: int) -> None:
+    hand, told, at_s = Hand(), dict[str, float](), dict[str, float]()
+    run = faked_run(Faked(hand, {"native": 60_000.0, "fused": 60_000.0}), 1.0, least_rounds=least)
+    for event in run.events():
+        if isinstance(event, Measuring):
+            told[event.label], at_s[event.label] = event.least_s, hand.ns / 1e9
+    for mode in ("training", "evaluation"):
+        native, fused = (by_kernel(run.result(), mode)[kernel] for kernel in ("native", "fused"))
+        assert len(native.samples_ms) == len(fused.samples_ms) == least
+        assert fused.faster is not None
+        assert fused.faster.interval == Interval(1.0, 1.0)
+    assert told["model: models, and whether their steps agree"] == 0
+    assert told["model: training, round 2"] == pytest.approx(at_s[f"model: training, round {least}"] + 0.5)
+    assert told["model: evaluation, round 2"] == pytest.approx(at_s[f"model: evaluation, round {least}"] + 0.3)
+
+
+@pytest.mark.usefixtures("other")
+def test_a_step_within_the_time_is_expected_to_end_in_it() -> None:
+    events = list(faked_run(Faked(Hand(), {"native": 8.0, "fused": 4.0}), 10.0).events())
+    assert max(event.least_s for event in events if isinstance(event, Measuring)) <= 10.5
 
 
 @pytest.mark.usefixtures("other")
@@ -165,7 +184,7 @@ def test_the_bar_only_moves_forward_and_each_row_is_told_once() -> None:
     subjects = [Faked(hand, {"native": 80.0, "fused": 40.0}, name=name) for name in ("one", "two")]
     run = StepRun("run", subjects, CPU, clock=hand, now_ns=hand.now_ns, memory=lambda *_: NO_MEMORY)
     events = list(run.events())
-    assert events[0] == ProfileStarted("run", 8)
+    assert events[0] == ProfileStarted("run", 8, 40.0)
     fractions = [event.fraction for event in events if isinstance(event, Measuring)]
     assert fractions == sorted(fractions)
     assert 0 <= fractions[0] <= fractions[-1] <= 1

@@ -313,6 +313,8 @@ def test_the_last_lines_count_the_verdicts_and_tell_the_exit_code(show):
     )
     calm = replace(made_gate(), changes=tuple(each for each in made_gate().changes if each.verdict != "regressed"))
     assert closing(calm).startswith("2 ok, 1 cannot tell: passed (exit 0). What it cannot tell does not fail")
+    strict = closing(replace(calm, strict=True))
+    assert strict.startswith("2 ok, 1 cannot tell: FAILED, 2 of the baseline's rows are undecided (--strict, exit 1).")
 
 
 def test_what_only_one_side_has_is_listed(show):

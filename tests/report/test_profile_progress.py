@@ -70,6 +70,15 @@ def test_the_time_left_is_what_the_rest_takes_at_the_speed_so_far(monkeypatch: p
     assert "25%, about 90 s left: fused" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_that_it_takes_longer_than_was_asked_for_is_in_the_bar_and_said_once_off_a_terminal() -> None:
+    late = [ProfileStarted("kernels", 3, 45.0), Measuring("one", 0.2, 46.0), Measuring("two", 0.5, 70.4)]
+    assert "about 70 s; asked for 45" in shown(late, terminal=True)
+    log = shown([*late, Measuring("three", 0.7, 72.0)], terminal=False)
+    assert log.splitlines() == ["kernels: 3 rows to measure", "about 70 s; asked for 45 s"]
+    assert "asked for" not in shown(late[:2], terminal=True)
+    assert "asked for" not in shown([ProfileStarted("kernels", 3), *late[1:]], terminal=True)
+
+
 def test_a_wrong_kernel_is_said_at_once_off_a_terminal() -> None:
     wrong = failed(ROWS[0].case, "mine:norm", ERROR, wrong=True)
     log = shown([EVENTS[0], RowDone(wrong), RowDone(failed(ROWS[0].case, "apex", "is not installed"))], terminal=False)
