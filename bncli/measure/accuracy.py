@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -156,6 +156,13 @@ class Standard:
     reference: dict[str, Tensor]
     native_errors: dict[str, float]
     bounds: dict[str, float]
+
+    def beside(self, native: dict[str, Tensor]) -> Standard:
+        """The same where native may also err as in these outputs of another run."""
+        others = {name: _error(native[name], exact) for name, exact in self.reference.items()}
+        errors = {name: max(error, others[name]) for name, error in self.native_errors.items()}
+        bounds = {name: max(bound, 2 * errors[name]) for name, bound in self.bounds.items()}
+        return replace(self, native_errors=errors, bounds=bounds)
 
     def worst(self, found: dict[str, Tensor]) -> Worst:
         assert found.keys() == self.reference.keys(), f"{sorted(found)} are not {sorted(self.reference)}"
