@@ -73,10 +73,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20, help="of the same code")
     parser.add_argument("--time", default=None, help="seconds of each profile, in place of --quick")
+    parser.add_argument("--threads", default="1", help="one waits for no other on a busy machine")
     parser.add_argument("--shape", action="append", help="default: 32x32x28x28 and 64x16x14x14")
     asked = parser.parse_args()
     shapes = [f"--shape={shape}" for shape in asked.shape or ("32x32x28x28", "64x16x14x14")]
-    options = [*shapes, "--operation=bn", *(["--quick"] if asked.time is None else [f"--time={asked.time}"])]
+    options = [
+        *shapes,
+        "--operation=bn",
+        f"--threads={asked.threads}",
+        *(["--quick"] if asked.time is None else [f"--time={asked.time}"]),
+    ]
     with tempfile.TemporaryDirectory() as folder:
         baseline = Path(folder) / "baseline.json"
         baseline.write_text(profile(options)[1])
