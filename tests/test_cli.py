@@ -472,6 +472,7 @@ def test_no_bar_and_no_colour_off_a_terminal_whatever_the_environment_forces(rec
             "--kernel cuda: there is no such kernel; expected native, fused or package.module:functi",
         ),
         (["--kernel", "mine:norm"], "--kernel mine:norm is code of yours that would run; allow it with --allow-code"),
+        (["--kernel", ""], "--kernel : one kernel is checked at a time"),
         (["--kernel", "fused", "--kernel", "native"], "--kernel fused, native: one kernel is checked at a time; run"),
         (["--demo", "--quick", "--kernel", "fused"], "--kernel, --quick: nothing is checked with --demo"),
         (["--norm", "bach"], "'bach' is not one of 'batch', 'layer', 'group', 'instance'"),

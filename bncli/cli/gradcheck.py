@@ -54,10 +54,11 @@ def gradcheck(
             raise RecipeError(f"{', '.join(idle)}: nothing is checked with --demo, so that would have no effect")
         _show_demo(json)
         return
-    kernel, *others = listed(kernels) or ("native",)
-    if others:
-        several = ", ".join([kernel, *others])
+    names = ("native",) if kernels is None else listed(kernels)
+    if len(names) != 1:
+        several = ", ".join(names)
         raise RecipeError(f"--kernel {several}: one kernel is checked at a time; run bncli gradcheck once for each")
+    (kernel,) = names
     check_kernel_name(kernel, allow_code)
     effort: Effort = "quick" if quick else "full" if full else "default"
     groups: list[CheckGroup] = []

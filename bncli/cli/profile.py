@@ -85,7 +85,9 @@ def profile(
     ] = None,
     warm: Annotated[bool, typer.Option("--warm", help="Do not flush the cache before each sample.")] = False,
     threads: Threads = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer samples: at most 15 s on 2 cores.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer samples: the default shapes in 15 s on 2 cores.")
+    ] = False,
     seconds: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(

@@ -228,7 +228,7 @@ class ProfileStarted:
 
 @dataclass(frozen=True)
 class Measuring:
-    """What goes on now, for a bar: `fraction` of the whole is done, which takes `least_s` in all at the least."""
+    """What goes on now, for a bar: `fraction` of the whole is done, which takes at least `least_s` in all, if known."""
 
     label: str
     fraction: float
