@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from bncli.engine.npz import read_npz
 from bncli.engine.preprocess import Conversion, normalisation
-from bncli.engine.splits import Dataset, InMemory, carve
+from bncli.engine.splits import Dataset, InMemory, carve, evaluation_order
 from bncli.errors import DataError
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def load(
     if x.dtype == torch.uint8 or (len(shape) == 3 and memory_format != torch.contiguous_format):
         convert = Conversion(mean.to(device), std.to(device), memory_format)
     train = InMemory(x.to(device), arrays.y.to(device), convert, augment)
-    held_out = InMemory(held_out_x.to(device), arrays.held_out_y.to(device), convert)
+    order = evaluation_order(len(held_out_x), spec.split_seed)
+    held_out = InMemory(held_out_x[order].to(device), arrays.held_out_y[order].to(device), convert)
     return Dataset(name, train, held_out, shape, arrays.classes)
 
 

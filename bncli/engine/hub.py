@@ -12,7 +12,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Generator, Tensor
 
 from bncli.engine.pictures import Pictures, Streamed, loaded
 from bncli.engine.preprocess import Conversion, byte_counts, byte_statistics, normalisation
-from bncli.engine.splits import Dataset, InMemory, Split, carve
+from bncli.engine.splits import Dataset, InMemory, Split, carve, evaluation_order
 from bncli.errors import DataError
 
 if TYPE_CHECKING:
@@ -47,7 +46,8 @@ def load_hub(spec: Hub, device: torch.device, memory_format: torch.memory_format
     """
     if spec.shape[0] not in (1, 3):
         raise DataError(f"data.shape: images have 1 (grey) or 3 (red, green, blue) channels, not {spec.shape[0]}")
-    train, held_out = pictures(open_tables(spec.name, spec.config, spec.train_split), spec)
+    train, in_order = pictures(open_tables(spec.name, spec.config, spec.train_split), spec)
+    held_out = in_order.at(evaluation_order(len(in_order), spec.split_seed))
     workers = 0 if multiprocessing.current_process().daemon else spec.workers  # a daemon may not have children
     augment = spec.augment == "crop-flip"
     splits: tuple[Split, Split]
@@ -183,8 +183,7 @@ def pictures(tables: Tables, spec: Hub) -> tuple[Pictures, Pictures]:
                 "Name one of these, or say with data.held_out how many training examples to hold out"
             )
         whole, parts = _part(train, spec.train_split, spec), carve(len(train), spec.held_out, spec.split_seed)
-        train_part, held_out_part = (replace(whole, rows=rows, labels=whole.labels[rows]) for rows in parts)
-        return train_part, held_out_part
+        return whole.at(parts[0]), whole.at(parts[1])
     if spec.held_out is not None:
         raise DataError(
             f"data.held_out: {spec.name} has a split {spec.held_out_split!r} to hold out; leave held_out away"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from torch.utils import data as torch_data
 
 from bncli.engine.preprocess import Conversion, crop_flip
-from bncli.engine.splits import Batch
+from bncli.engine.splits import Batch, chunk_count
 from bncli.errors import DataError
 
 
@@ -33,6 +33,10 @@ class Pictures(torch_data.Dataset[Batch]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def at(self, positions: Tensor) -> Pictures:
+        """Those of the positions (M,), in their order."""
+        return replace(self, rows=self.rows[positions], labels=self.labels[positions])
 
     def decode(self, positions: list[int]) -> Batch:
         """x (B, C, H, W) uint8 and y (B,) of these positions. Raises DataError for an image that cannot be read."""
@@ -115,7 +119,7 @@ class Streamed:
             yield self.convert(crop_flip(x, generator) if self.augment else x), y
 
     def chunks(self, size: int) -> Iterator[Batch]:
-        for x, y in self._on_device(torch.arange(len(self)).split(size)):
+        for x, y in self._on_device(torch.arange(len(self)).tensor_split(chunk_count(len(self), size))):
             yield self.convert(x), y
 
     def _on_device(self, order: Iterable[Tensor]) -> Iterator[Batch]:

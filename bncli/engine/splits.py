@@ -31,7 +31,7 @@ class Split(Protocol):
         ...
 
     def chunks(self, size: int) -> Iterator[Batch]:
-        """Every example once, in a fixed order, without augmentation; the last chunk may be smaller than `size`."""
+        """Every example once, in a fixed order, without augmentation, in chunks of about `size` (see `chunk_count`)."""
         ...
 
 
@@ -73,7 +73,8 @@ class InMemory:
             yield x if self.convert is None else self.convert(x), self.y.index_select(0, index)
 
     def chunks(self, size: int) -> Iterator[Batch]:
-        for x, y in zip(self.x.split(size), self.y.split(size), strict=True):
+        count = chunk_count(len(self), size)
+        for x, y in zip(self.x.tensor_split(count), self.y.tensor_split(count), strict=True):
             yield x if self.convert is None else self.convert(x), y
 
 
@@ -99,6 +100,23 @@ def _epochs(examples: int, batch_size: int, generator: Generator, device: torch.
     kept = examples - examples % batch_size
     while True:
         yield from send(torch.randperm(examples, generator=generator)[:kept], device).split(batch_size)
+
+
+def evaluation_order(examples: int, split_seed: int) -> Tensor:
+    """The order in which held-out examples are evaluated, (examples,) int64; it depends on the arguments alone.
+
+    Files are often sorted by class, and a norm without running statistics takes those of the chunk.
+    """
+    return torch.randperm(examples, generator=Generator().manual_seed(split_seed))
+
+
+def chunk_count(examples: int, size: int) -> int:
+    """How many chunks of at most `size` to cut examples into; Tensor.tensor_split's differ by one example at most.
+
+    Two or more examples are never cut into chunks of one, whose batch statistics would be undefined: there a chunk may
+    be larger than `size`.
+    """
+    return max(1, min(-(-examples // size), examples // 2))
 
 
 def carve(examples: int, held_out: int, split_seed: int) -> tuple[Tensor, Tensor]:

@@ -151,7 +151,11 @@ class BatchNorm(Section):
     )
     eps: Annotated[float, Field(gt=0)] = 1e-5
     affine: bool = True
-    track_running_stats: bool = True
+    track_running_stats: bool = described(
+        "evaluation normalizes by running statistics of the training batches; false: by those of the held-out "
+        "examples, in chunks of about train.batch_size",
+        default=True,
+    )
     kernel: Literal["native", "fused"] = described("native: torch's own; fused: ours", default="native")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from bncli.engine import data
 from bncli.engine.data import load
-from bncli.engine.splits import InMemory, carve, order
+from bncli.engine.splits import InMemory, carve, chunk_count, evaluation_order, order
 from bncli.errors import DataError
 from bncli.recipe.sections import Digits, Npz, Synthetic
 
@@ -104,7 +104,7 @@ def test_float_vectors_are_converted_once_at_load_and_byte_images_batch_by_batch
 def test_held_out_batches_hold_every_example_once_in_a_fixed_order(byte_images):
     images = npz(byte_images, held_out=10)
     chunks = list(images.held_out_batches(4))
-    assert [len(y) for _, y in chunks] == [4, 4, 2]
+    assert [len(y) for _, y in chunks] == [4, 3, 3]
     whole, labels = next(images.held_out_batches(1000))
     assert torch.equal(torch.cat([x for x, _ in chunks]), whole)
     assert torch.equal(torch.cat([y for _, y in chunks]), labels)
@@ -146,6 +146,33 @@ def test_augmentation_changes_training_batches_alone_and_follows_its_generator(b
         (augmented.train.chunks(30), [(x, y)]),
     ):
         assert torch.equal(next(iter(ours))[0], next(iter(theirs))[0])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 60, 1000])
+@pytest.mark.parametrize("examples", [2, 3, 7, 61, 121, 1001])
+def test_chunks_are_even_of_about_the_size_and_never_of_one_example(examples, size):
+    split = InMemory(torch.zeros(examples, 1), torch.arange(examples))
+    labels = [y for _, y in split.chunks(size)]
+    sizes = [len(y) for y in labels]
+    assert torch.equal(torch.cat(labels), split.y)
+    assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) > 1
+    assert max(sizes) <= max(size, 3)
+    assert len(sizes) == chunk_count(examples, size) <= -(-examples // size)
+
+
+@pytest.mark.parametrize("has_test_set", [False, True])
+def test_held_out_examples_of_a_sorted_file_are_evaluated_in_an_order_of_the_split_seed(tmp_path, has_test_set):
+    arrays = {"x": np.arange(1200.0)[:, None], "y": np.arange(3).repeat(400)}
+    test_set = {f"{name}_test": array for name, array in arrays.items()} if has_test_set else {}
+    np.savez(tmp_path / "sorted.npz", **arrays, **test_set)
+    fields = {} if has_test_set else {"held_out": 600}
+    one, again, other = (npz(str(tmp_path / "sorted.npz"), split_seed=seed, **fields).held_out for seed in (1, 1, 2))
+    assert torch.equal(one.x, again.x)
+    assert not torch.equal(one.x, other.x)
+    # 60 draws from thirds: expected 20 of each class, deviation 3.6
+    assert all((y.bincount(minlength=3) > 5).all() for _, y in one.chunks(60))
+    assert torch.equal(one.x[:, 0] // 400, one.y.float())
 
 
 # --- sources ------------------------------------------------------------------------------------------------------
@@ -231,7 +258,7 @@ def test_npz_examples_are_held_out_by_split_seed(byte_images):
     assert (len(images.train), len(images.held_out)) == (30, 10)
     x, y = next(images.held_out_batches(10))
     stored = np.load(byte_images)
-    held_out = carve(40, 10, 0)[1].numpy()
+    held_out = carve(40, 10, 0)[1][evaluation_order(10, 0)].numpy()
     assert np.array_equal(x.numpy(), stored["x"][held_out].astype(np.float32) / 255)
     assert np.array_equal(y.numpy(), stored["y"][held_out])
 

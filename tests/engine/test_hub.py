@@ -17,7 +17,7 @@ import torch
 from bncli.engine.data import load
 from bncli.engine.hub import open_tables, pictures, reachable
 from bncli.engine.pictures import Streamed
-from bncli.engine.splits import Dataset, order
+from bncli.engine.splits import Dataset, evaluation_order, order
 from bncli.errors import USAGE, DataError
 from bncli.recipe.sections import Hub
 
@@ -94,6 +94,7 @@ def test_a_folder_of_class_folders_is_its_images_and_labels(folder, pixels):
     assert (len(loaded.train), len(loaded.held_out)) == (12, 6)
     x, y = next(loaded.held_out_batches(10))
     by_class = sorted(range(6), key=lambda number: (number % 3, number))  # the library's order: folder after folder
+    by_class = [by_class[place] for place in evaluation_order(6, 0)]
     assert y.tolist() == [number % 3 for number in by_class]
     assert np.array_equal(x.permute(0, 2, 3, 1).numpy(), pixels["test"][by_class].astype(np.float32) / 255)
 
@@ -103,8 +104,9 @@ def test_a_folder_of_parquet_files_has_the_splits_of_their_names(tmp_path, pixel
         parquet(tmp_path / f"{split}-00000-of-00001.parquet", table(images))
     loaded = hub(tmp_path)
     x, y = next(loaded.held_out_batches(10))
-    assert np.array_equal(x.permute(0, 2, 3, 1).numpy(), pixels["test"].astype(np.float32) / 255)
-    assert y.tolist() == [0, 1, 2, 0, 1, 2]
+    evaluated = evaluation_order(6, 0)
+    assert np.array_equal(x.permute(0, 2, 3, 1).numpy(), pixels["test"][evaluated].astype(np.float32) / 255)
+    assert y.tolist() == (evaluated % 3).tolist()
     assert len(loaded.train) == 12
 
 
@@ -163,6 +165,17 @@ def test_a_set_larger_than_memory_gives_the_same_batches(folder, workers):
         batches.append(list(islice(split.batches(indices, torch.Generator().manual_seed(2)), 5)))
     assert same(*batches)
     assert same(kept.held_out_batches(4), streamed.held_out_batches(4))
+
+
+@pytest.mark.parametrize("in_memory_gib", [0.0, 4.0])
+def test_held_out_images_are_evaluated_in_an_order_of_the_split_seed(folder, in_memory_gib):
+    one, again, other = (
+        [y for _, y in hub(folder, in_memory_gib=in_memory_gib, split_seed=seed).held_out_batches(5)]
+        for seed in (0, 0, 2)
+    )
+    assert [len(y) for y in one] == [3, 3]
+    assert all(map(torch.equal, one, again))
+    assert not all(map(torch.equal, one, other))
 
 
 def test_the_limit_counts_a_byte_for_each_value_of_all_images(folder):

@@ -17,7 +17,7 @@ from torch import nn
 from bncli.engine import data
 from bncli.engine.splits import Batch, InMemory, order
 from bncli.engine.steps import steps_to_target
-from bncli.engine.train import Clock, Training, learning_rate_factor, optimizer, train
+from bncli.engine.train import Clock, Training, evaluation_size, learning_rate_factor, optimizer, train
 from bncli.errors import DataError
 from bncli.recipe.sections import Recipe
 from bncli.results import Evaluated, Event, RunFinished, RunResult, RunStarted, StepDone
@@ -199,6 +199,51 @@ def test_evaluation_uses_the_running_statistics_and_changes_no_buffer() -> None:
     assert not rest
     right = (one.model.eval()(x).argmax(1) == y).float().mean().item()
     assert found.accuracy == pytest.approx(right)
+
+
+def test_logits_that_are_not_finite_are_wrong_and_not_the_first_class(tmp_path: Path) -> None:
+    y = (np.arange(400) % 20 == 0).astype(np.int64)  # 95 % are of class 0
+    np.savez(tmp_path / "mostly.npz", x=np.random.default_rng(0).standard_normal((400, 8)), y=y)
+    npz = {"source": "npz", "path": str(tmp_path / "mostly.npz"), "held_out": 200}
+    sgd = {"kind": "sgd", "lr": 1e30}
+    target = {"value": 0.94}
+    recipe = tiny(data=npz, norm={"kind": "none"}, optimizer=sgd, train={"evaluate_every": 1, "target": target})
+    result = run(recipe)
+    dead = [evaluation for evaluation in result.evaluations if math.isnan(evaluation.loss)]
+    assert len(dead) == 1
+    assert all(evaluation.accuracy == 0 for evaluation in dead)
+    assert (result.status, result.first_hit) == ("diverged", None)
+
+
+def test_evaluation_by_batch_statistics_does_not_depend_on_the_order_of_the_file(tmp_path: Path) -> None:
+    """A chunk of one class only, whose mean the norm takes away, could not be told from one of another class."""
+    random = np.random.default_rng(0)
+    y = random.permutation(np.arange(3).repeat(1000))
+    x = (np.eye(3)[y] + 0.1 * random.standard_normal((3000, 3))).astype(np.float32)
+    found = []
+    for name, rows in (("shuffled", np.arange(3000)), ("sorted", np.argsort(y, kind="stable"))):
+        np.savez(tmp_path / f"{name}.npz", x=x, y=y, x_test=x[rows], y_test=y[rows])
+        recipe = tiny(
+            data={"source": "npz", "path": str(tmp_path / f"{name}.npz")},
+            norm={"kind": "batch", "track_running_stats": False},
+            train={"target": None},
+        )
+        found.append(run(recipe).final)
+    assert found == pytest.approx([1, 1], abs=0.03)
+
+
+def test_a_held_out_set_of_a_batch_and_one_is_evaluated_by_batch_statistics() -> None:
+    held_out = {"source": "synthetic", "shape": [8], "classes": 3, "examples": 120, "held_out": 1001, "noise": 0.5}
+    recipe = tiny(data=held_out, norm={"kind": "batch", "track_running_stats": False}, train={"steps": 5})
+    assert run(recipe).steps_run == 5
+
+
+def test_what_is_evaluated_at_once_is_a_batch_where_examples_may_depend_on_each_other() -> None:
+    own = {"kind": "module", "module": "mine:make"}
+    alone, together = {"kind": "batch"}, {"kind": "batch", "track_running_stats": False}
+    assert evaluation_size(tiny(norm=together), (64,)) == evaluation_size(tiny(model=own), (64,)) == 20
+    assert evaluation_size(tiny(norm=alone), (64,)) == 2**18 // 64
+    assert evaluation_size(tiny(norm=alone), (3, 224, 224)) == 20
 
 
 def test_evaluation_leaves_weights_and_running_statistics_alone() -> None:
