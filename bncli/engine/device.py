@@ -51,7 +51,8 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
         try:
-            Path("/proc/self/clear_refs").write_text("5")
+            with open("/proc/self/clear_refs", "wb", buffering=0) as file:
+                file.write(b"5")
         except OSError:  # not permitted in some containers: the peak then counts from the process's start
             return
 
@@ -63,12 +64,27 @@ def peak_memory_mib(device: torch.device) -> float | None:
     if device.type == "mps":
         return None
     if sys.platform == "linux":
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        with open("/proc/self/status", "rb", buffering=0) as file:  # as bytes: read twice an evaluation
+            found = re.search(rb"VmHWM:\s+(\d+) kB", file.read())
         return int(found[1]) / 1024 if found else None
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 1024)
+
+
+class PeakMemory:
+    """The peaks of phases that take turns, such as training and evaluation, in MiB; None where they are not known."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.mib: dict[str, float | None] = {}
+
+    def end(self, phase: str) -> None:
+        """What was in use since the last call was in use in `phase`."""
+        peaks = (self.mib.get(phase), peak_memory_mib(self.device))
+        self.mib[phase] = max((peak for peak in peaks if peak is not None), default=None)
+        reset_peak_memory(self.device)
 
 
 def environment(device: torch.device) -> Environment:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from bncli import kernels
 from bncli.engine import data
-from bncli.engine.device import environment, peak_memory_mib, reset_peak_memory, resolve, synchronize
+from bncli.engine.device import PeakMemory, environment, resolve, synchronize
 from bncli.engine.model import build, stream
 from bncli.engine.splits import Dataset
 from bncli.engine.splits import order as in_order
@@ -43,7 +43,7 @@ from bncli.results import (
 )
 
 HERE = str(Path(__file__).parent.parent)  # bncli's own code
-EVALUATED_VALUES = 2**18  # of examples evaluated at once, a MiB of float32
+EVALUATED_VALUES = 2**17  # of the examples evaluated at once, 512 KiB of float32
 LSUV_EXAMPLES = 500
 LOG_EVERY = 20  # steps at most between two looks at the loss; each is a host sync
 
@@ -129,7 +129,7 @@ def _train(
             if not math.isfinite(value):
                 status, reason = "diverged", f"the training loss is {value} at step {step}"
                 break
-            yield StepDone(step, value, run.learning_rate, run.clock.samples_per_s(step), run.memory_mib)
+            yield StepDone(step, value, run.learning_rate, run.clock.samples_per_s(step), run.memory.mib.get("training"))
         if due:
             run.clock.pause(step)
             yield run.evaluate(step, value)
@@ -186,7 +186,6 @@ class Training:
 
     def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device) -> None:
         train = recipe.train
-        reset_peak_memory(device)
         self.recipe, self.dataset, self.device = recipe, dataset, device
         self.target = Target(train.target.metric, train.target.value) if train.target else None
         values = (train.target.value, *train.target.also) if train.target else ()
@@ -194,7 +193,7 @@ class Training:
         self.evaluations: list[Evaluation] = []
         self.evaluation_s = 0.0
         self.evaluation_size = evaluation_size(recipe, dataset.shape)
-        self.memory_mib: float | None = None  # as of the last evaluation, which is outside the throughput
+        self.memory = PeakMemory(device)  # looked at in evaluations, which are outside the throughput
         self.clock = Clock(train.batch_size, device)
         split = dataset.train
         order = in_order(len(split), train.batch_size, stream(train.seed, "order"), split.index_device)
@@ -257,6 +256,8 @@ class Training:
     def evaluate(self, step: int, train_loss: float | None) -> Evaluated:
         """All held-out examples in evaluation mode. NaN or +inf among the logits is wrong; -inf may mask a class."""
         began = perf_counter()
+        self.memory.end("training" if step else "preparation")
+        flags = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         right = loss = torch.zeros((), device=self.device)
         count = 0
@@ -268,9 +269,11 @@ class Training:
             loss = loss + F.cross_entropy(logits.float(), y, reduction="sum")
             count += len(y)
         found = Evaluation(step, right.item() / count, loss.item() / count, train_loss)
-        self.model.train()
+        for module, training in flags:  # parents come first; a class may do more in `train` than to set the flag
+            if module.training != training:
+                module.train(training)
         self.evaluations.append(found)
-        self.memory_mib = peak_memory_mib(self.device)
+        self.memory.end("evaluation")
         for each in self._reach:
             each.add(found)
         self.evaluation_s += perf_counter() - began
@@ -282,6 +285,8 @@ class Training:
         return bool(self._reach) and all(each.steps is not None for each in self._reach)
 
     def result(self, status: Status, step: int, reason: str | None) -> RunResult:
+        if step > self.evaluations[-1].step:
+            self.memory.end("training")
         target = self.target or Target("accuracy", 1.0)
         values = [found.value(target.metric) for found in self.evaluations]
         finite = [value for value in values if math.isfinite(value)]
@@ -302,11 +307,12 @@ class Training:
             samples_per_s=1e3 * self.recipe.train.batch_size / ms if ms else None,
             training_s=self.clock.training_s,
             evaluation_s=self.evaluation_s,
-            peak_memory_mib=peak_memory_mib(self.device),
+            peak_memory_mib=self.memory.mib.get("training"),
             parameters=self.parameters,
             environment=self.environment,
             reason=reason,
             also=tuple(reach[1:]),
+            evaluation_peak_memory_mib=self.memory.mib.get("evaluation"),
         )
 
 
@@ -314,7 +320,7 @@ def evaluation_size(recipe: Recipe, shape: tuple[int, ...]) -> int:
     """How many held-out examples of that shape are evaluated at once: about a training batch.
 
     Where no example's logits depend on the others', and that is known, small examples come in larger numbers: a tiny
-    net's pass over 60 takes half as long as one over 500. The memory of that stays far below a training step's.
+    net's pass over 60 takes half as long as one over 500.
     """
     norm = recipe.norm
     by_batch = isinstance(norm, BatchNorm) and not norm.track_running_stats

@@ -153,7 +153,7 @@ def run_table(result: RunResult, name: str) -> RenderableType:
         (f"best {metric}", metric_figure(result.best, metric)),
         ("throughput", f"{speed} (training alone)"),
         ("time", f"{figure(result.training_s)} s training, {figure(result.evaluation_s)} s evaluating"),
-        ("peak memory", f"{figure(result.peak_memory_mib)} MiB" if result.peak_memory_mib is not None else UNKNOWN),
+        ("peak memory", _memory(result)),
         ("parameters", figure(result.parameters)),
     ]
     if result.target is None:
@@ -168,6 +168,11 @@ def run_table(result: RunResult, name: str) -> RenderableType:
         return table
 
     return Fitted(name, "", [layout], [f"Made on {environment_words(result.environment)}."])
+
+
+def _memory(result: RunResult) -> str:
+    found = ((result.peak_memory_mib, "training"), (result.evaluation_peak_memory_mib, "evaluating"))
+    return ", ".join(f"{figure(peak)} MiB {phase}" for peak, phase in found if peak is not None) or UNKNOWN
 
 
 def _status(result: RunResult) -> str:

@@ -91,11 +91,12 @@ class RunResult:
     samples_per_s: float | None
     training_s: float
     evaluation_s: float
-    peak_memory_mib: float | None  # resident set of the process on a CPU, the allocator's peak on a GPU
+    peak_memory_mib: float | None  # in training: resident set of the process on a CPU, the allocator's peak on a GPU
     parameters: int
     environment: Environment
     reason: str | None = None  # for `diverged`: what was not finite, and where
     also: tuple[TargetReached, ...] = ()  # further targets of the same run, in the recipe's order
+    evaluation_peak_memory_mib: float | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bncli.engine.device import environment, peak_memory_mib, reset_peak_memory, resolve
+from bncli.engine.device import PeakMemory, environment, peak_memory_mib, reset_peak_memory, resolve
 from bncli.errors import RecipeError, Unavailable
 
 CPU = torch.device("cpu")
@@ -43,6 +43,20 @@ def test_peak_memory_counts_from_its_last_reset() -> None:
     assert with_large is not None
     assert after is not None
     assert with_large - after > 32
+
+
+def test_the_peaks_of_phases_that_take_turns_stand_apart() -> None:
+    memory = PeakMemory(CPU)
+    memory.end("before")
+    for _ in range(2):
+        memory.end("small")
+        large = torch.ones(64 * 2**20 // 4)
+        del large
+        memory.end("large")
+    small, large_mib = memory.mib["small"], memory.mib["large"]
+    assert small is not None
+    assert large_mib is not None
+    assert large_mib - small > 32
 
 
 def test_the_environment_names_versions_and_threads() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,9 +22,17 @@ from bncli.engine.train import Clock, Training, evaluation_size, learning_rate_f
 from bncli.errors import DataError
 from bncli.recipe.sections import Recipe
 from bncli.results import Evaluated, Event, RunFinished, RunResult, RunStarted, StepDone
-from tests.conftest import tiny
+from tests.conftest import OWN, tiny
 
 CPU = torch.device("cpu")
+
+
+def own(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str, **sections: Any) -> Recipe:
+    """A recipe of a model of the user's own, the `make` of that code."""
+    (folder / "mine.py").write_text(code)
+    monkeypatch.chdir(folder)
+    sys.modules.pop("mine", None)
+    return tiny(model={"kind": "module", "module": "mine:make"}, norm={"kind": "none"}, **sections)
 
 
 def events(recipe: Recipe, **arguments: Any) -> list[Event]:
@@ -242,13 +251,77 @@ def test_what_is_evaluated_at_once_is_a_batch_where_examples_may_depend_on_each_
     own = {"kind": "module", "module": "mine:make"}
     alone, together = {"kind": "batch"}, {"kind": "batch", "track_running_stats": False}
     assert evaluation_size(tiny(norm=together), (64,)) == evaluation_size(tiny(model=own), (64,)) == 20
-    assert evaluation_size(tiny(norm=alone), (64,)) == 2**18 // 64
+    assert evaluation_size(tiny(norm=alone), (64,)) == 2**17 // 64
     assert evaluation_size(tiny(norm=alone), (3, 224, 224)) == 20
 
 
 def test_evaluation_leaves_weights_and_running_statistics_alone() -> None:
     often, rarely = (tiny(train={"evaluate_every": every, "target": None}) for every in (5, 60))
     assert losses(often)[-1] == losses(rarely)[-1]
+
+
+CACHING = """
+import torch
+from torch import nn
+class Caching(nn.Linear):
+    table = None
+    def forward(self, x):
+        if self.table is None:
+            self.table = torch.arange(8.0).cos()
+        return super().forward(x * self.table)
+def make(shape, classes, norm):
+    return Caching(shape[0], classes)
+"""
+
+FROZEN = """
+from torch import nn
+class Frozen(nn.Sequential):
+    def train(self, mode=True):
+        calls.append(mode)
+        return super().train(mode)
+calls, made = [], []
+def make(shape, classes, norm):
+    frozen = Frozen(nn.BatchNorm1d(shape[0]), nn.Dropout(0.0)).eval()
+    frozen[1].train()
+    calls.clear()
+    made.append(frozen)
+    return nn.Sequential(frozen, nn.BatchNorm1d(shape[0]), nn.Linear(shape[0], classes))
+"""
+
+
+def test_a_model_may_keep_what_it_makes_in_its_first_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(own(tmp_path, monkeypatch, CACHING)).steps_run > 0
+
+
+def test_modules_that_the_user_froze_stay_frozen_and_the_others_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = own(tmp_path, monkeypatch, FROZEN)
+    one = Training(recipe, data.load(recipe.data, CPU), CPU)
+    for step in range(3):
+        one.evaluate(step, None)
+        one.step(*next(one.batches))
+    frozen, norm, _ = one.model.children()
+    assert [part.training for part in (one.model, frozen, *frozen.children(), norm)] == [True, False, False, True, True]
+    for module, batches in ((frozen[0], 0), (norm, 3)):
+        assert module.num_batches_tracked == batches
+        assert bool(module.running_mean.any()) == bool(batches)
+    assert set(sys.modules["mine"].calls) == {False, True}  # what a class does in its own `train` is done
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak cannot be set back here")
+@pytest.mark.parametrize("phase", ["training", "evaluation"])
+def test_peak_memory_is_that_of_training_and_evaluations_stands_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    act = f"import torch; self.training == {phase == 'training'} and torch.ones(128 * 2**20 // 4).sum()"
+    result = run(own(tmp_path, monkeypatch, OWN.format(act=act), train={"steps": 12, "target": None}))
+    assert result.peak_memory_mib is not None
+    assert result.evaluation_peak_memory_mib is not None
+    more = result.peak_memory_mib - result.evaluation_peak_memory_mib
+    assert (more if phase == "training" else -more) > 64
 
 
 # --- precision, layout, schedules ---------------------------------------------------------------------------------

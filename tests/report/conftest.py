@@ -72,6 +72,7 @@ def run_result(steps: float | None, *, status: str = "reached", tau: float = 300
         parameters=27910,
         environment=ENVIRONMENT,
         reason="loss is nan at step 12" if status == "diverged" else None,
+        evaluation_peak_memory_mib=398.5,
     )
 
 

@@ -146,7 +146,7 @@ def test_a_run_that_reached_its_target_shows_both_counts_and_every_unit(make_res
         "820 (the first evaluation at or past the",
         "45,000 samples/s, 1.33 ms/step",
         "1.11 s training, 0.310 s evaluating",
-        "412 MiB",
+        "412 MiB training, 398 MiB evaluating",
         "27,910",
     ):
         assert words in text
@@ -186,6 +186,7 @@ def test_a_run_without_a_target_has_no_steps_to_it(make_result, show):
 
 def test_unknown_memory_and_speed_of_a_run_are_dashes(make_result, show):
     unknown = replace(make_result(812.4), peak_memory_mib=None, samples_per_s=None, ms_per_step=None, final=None)
+    unknown = replace(unknown, evaluation_peak_memory_mib=None)
     text = show(run_table(unknown, "digits"))
     assert "– samples/s, – ms/step" in text
     assert lines_with(text, "peak memory")[0].split() == ["peak", "memory", "–"]
