@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
+import random
+from collections import Counter, OrderedDict
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bncli import kernels
 from bncli.engine.norm import BatchNorm, LayerNormOverChannels
@@ -52,9 +56,9 @@ class GlobalAverage(nn.Module):
 def build(recipe: Recipe, shape: tuple[int, ...], classes: int, examples: Examples | None = None) -> nn.Module:
     """The recipe's model on the CPU with its initial weights, for inputs (N, *shape) and `classes` logits.
 
-    The weights of a layer depend on the seed and the layer's name alone, so arms whose shapes agree begin alike.
-    `examples` gives a batch (N, *shape) when lsuv asks for it. Raises RecipeError for a model of the user's own that
-    cannot be made.
+    The weights of a layer depend on the seed and the layer's name alone, so arms whose shapes agree begin alike; for a
+    model of the user's own see `SeparateDraws`. `examples` gives a batch (N, *shape) when lsuv asks for it. Raises
+    RecipeError for a model of the user's own that cannot be made.
     """
     norm = factory(recipe.norm)
     if isinstance(recipe.model, OwnModel):
@@ -113,9 +117,10 @@ def _own(section: OwnModel, shape: tuple[int, ...], classes: int, norm: NormFact
         function = imported(section.module)
     except (ImportError, AttributeError) as error:
         raise RecipeError(f"{where}: {error}; it is looked for in the current folder and the environment") from error
-    torch.manual_seed(stream_seed(seed, "own model"))
+    seed_global_generators(stream_seed(seed, "own model"))
     try:
-        model = function(shape=shape, classes=classes, norm=norm, **section.arguments)
+        with SeparateDraws(seed):
+            model = function(shape=shape, classes=classes, norm=norm, **section.arguments)
     except Exception as error:
         raise RecipeError(
             f"{where} raised {type(error).__name__}: {error}. It is called with shape={shape}, classes={classes}, "
@@ -123,6 +128,7 @@ def _own(section: OwnModel, shape: tuple[int, ...], classes: int, norm: NormFact
         ) from error
     if not isinstance(model, nn.Module):
         raise RecipeError(f"{where} returned a {type(model).__name__}; expected a torch.nn.Module")
+    seed_global_generators(stream_seed(seed, "own model's forward"))  # whatever the constructor drew
     return model
 
 
@@ -136,6 +142,54 @@ def stream_seed(seed: int, name: str) -> int:
 
 def stream(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(stream_seed(seed, name))
+
+
+def seed_global_generators(seed: int) -> None:
+    """Those that a model of the user's own may draw from: torch's, numpy's (of 32 bits) and Python's."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+class SeparateDraws(TorchDispatchMode):
+    """A context in which each of torch's random draws is seeded for itself, so that none shifts those after it.
+
+    The seed of a draw is that of the run, the drawn shape, and how many draws of that shape came before. For a vector,
+    mostly a bias, it is the last draw of more dimensions, mostly its weight, and the vectors of that shape since. So
+    arms that draw their weights of each shape in the same order begin alike, also where one leaves out a bias or adds a
+    norm. What a constructor does with the numbers, and what it takes from elsewhere (a file, a generator of its own,
+    numpy, torch after a torch.manual_seed of its own), is left alone.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._seed, self._ours = seed, torch.initial_seed()
+        self._drawn: Counter[str] = Counter()
+        self._weight = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        draws = torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None
+        if draws and torch.initial_seed() == self._ours:
+            self._ours = stream_seed(self._seed, self._name(_drawn_shape(args)))
+            torch.manual_seed(self._ours)
+        return func(*args, **kwargs)
+
+    def _name(self, shape: tuple[int, ...]) -> str:
+        is_weight = len(shape) > 1
+        kind = f"own model {shape}" if is_weight else f"{self._weight} {shape}"
+        self._drawn[kind] += 1
+        name = f"{kind} {self._drawn[kind]}"
+        if is_weight:
+            self._weight = name
+        return name
+
+
+def _drawn_shape(args: tuple[Any, ...]) -> tuple[int, ...]:
+    """The shape that a random operator of these arguments draws: a tensor's, or the size given."""
+    tensors = [tuple(each.shape) for each in args if isinstance(each, Tensor)]
+    sizes = [tuple(each) for each in args if isinstance(each, list | tuple)]
+    return next(iter([*tensors, *sizes]), ())
 
 
 def initialise(model: nn.Module, init: Init, seed: int, examples: Examples | None = None) -> None:

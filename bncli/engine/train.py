@@ -129,7 +129,7 @@ def _train(
             if not math.isfinite(value):
                 status, reason = "diverged", f"the training loss is {value} at step {step}"
                 break
-            yield StepDone(step, value, run.learning_rate, run.clock.samples_per_s(step), run.memory.mib.get("training"))
+            yield StepDone(step, value, run.learning_rate, run.clock.samples_per_s(step), run.memory_mib)
         if due:
             run.clock.pause(step)
             yield run.evaluate(step, value)
@@ -280,6 +280,11 @@ class Training:
         return Evaluated(found, self.learning_rate)
 
     @property
+    def memory_mib(self) -> float | None:
+        """Peak of training, as of the last evaluation."""
+        return self.memory.mib.get("training")
+
+    @property
     def reached(self) -> bool:
         """Whether the steps to every target are settled."""
         return bool(self._reach) and all(each.steps is not None for each in self._reach)
@@ -307,7 +312,7 @@ class Training:
             samples_per_s=1e3 * self.recipe.train.batch_size / ms if ms else None,
             training_s=self.clock.training_s,
             evaluation_s=self.evaluation_s,
-            peak_memory_mib=self.memory.mib.get("training"),
+            peak_memory_mib=self.memory_mib,
             parameters=self.parameters,
             environment=self.environment,
             reason=reason,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -100,12 +103,14 @@ def test_lsuv_gives_every_layer_unit_output_variance_and_counts_no_batch() -> No
     assert variances == pytest.approx([1, 1, 1, 1], abs=0.11)
 
 
-def own(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str, **arguments: Any) -> nn.Module:
-    (folder / "mine.py").write_text("from torch import nn\n" + code)
+def own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, code: str, norm: str = "batch", seed: int = 0, **arguments: Any
+) -> nn.Module:
+    (folder / "mine.py").write_text("import random, numpy, torch\nfrom torch import nn\n" + code)
     monkeypatch.chdir(folder)
     sys.modules.pop("mine", None)
     model = {"kind": "module", "module": "mine:make", "arguments": arguments}
-    return build(tiny(model=model, norm={"kind": "batch"}), (8,), 3)
+    return build(tiny(model=model, norm={"kind": norm}, train={"seed": seed}), (8,), 3)
 
 
 def test_the_users_own_model_is_called_with_shape_classes_and_norm(
@@ -131,3 +136,84 @@ def test_a_model_of_the_users_that_cannot_be_made_says_why(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         own(tmp_path, monkeypatch, code)
+
+
+# As bncli's own models: no bias in front of a norm. The output's bias is of the hidden layers' shape.
+WITHOUT_DEAD_BIASES = """
+def make(shape, classes, norm):
+    layers, inputs = [], shape[0]
+    for _ in range(3):
+        layers += [nn.Linear(inputs, 16, bias=norm is None), *([norm(16)] if norm else []), nn.ReLU()]
+        inputs = 16
+    return nn.Sequential(*layers, nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, classes))
+"""
+
+
+def test_arms_of_the_users_own_model_begin_alike_also_where_one_has_no_bias(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (plain, plain_after), (normed, normed_after), (other, _) = (
+        (
+            own(tmp_path, monkeypatch, WITHOUT_DEAD_BIASES, norm, seed),
+            (torch.rand(1), np.random.rand(), random.random()),
+        )
+        for norm, seed in (("none", 0), ("batch", 0), ("none", 1))
+    )
+    layers = [[part for part in model.children() if isinstance(part, nn.Linear)] for model in (plain, normed, other)]
+    for one, same, another in zip(*layers, strict=True):
+        assert torch.equal(one.weight, same.weight)
+        assert same.bias is None or torch.equal(one.bias, same.bias)
+        assert not torch.equal(one.weight, another.weight)
+    assert len({layer.weight.flatten()[0].item() for layer in layers[0]}) == 5
+    assert plain_after == normed_after  # what dropout and the like draw
+
+
+def seven() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("nn.init.zeros_(layer.weight)", lambda: torch.zeros(3, 8)),
+        ("layer.load_state_dict({'weight': torch.ones(3, 8), 'bias': torch.zeros(3)})", lambda: torch.ones(3, 8)),
+        ("torch.manual_seed(7); nn.init.normal_(layer.weight)", lambda: torch.randn(3, 8, generator=seven())),
+        (
+            "nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(7))",
+            lambda: torch.randn(3, 8, generator=seven()),
+        ),
+    ],
+)
+def test_what_the_users_own_constructor_does_to_its_weights_stays_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, expected: Callable[[], torch.Tensor]
+) -> None:
+    code = f"def make(shape, classes, norm):\n    layer = nn.Linear(8, 3)\n    {line}\n    return layer"
+    assert torch.equal(own(tmp_path, monkeypatch, code).weight, expected())
+
+
+def test_orthogonal_weights_of_the_users_own_model_are_orthogonal_and_alike_in_arms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "def make(shape, classes, norm):\n"
+        "    layer = nn.Sequential(nn.Linear(8, 8, bias=norm is None), nn.Linear(8, 3))\n"
+        "    nn.init.orthogonal_(layer[1].weight)\n"
+        "    return layer"
+    )
+    plain, normed = (own(tmp_path, monkeypatch, code, norm)[1].weight.detach() for norm in ("none", "batch"))
+    assert torch.equal(plain, normed)
+    torch.testing.assert_close(plain @ plain.T, torch.eye(3), atol=1e-5, rtol=0)
+
+
+def test_the_users_own_model_may_draw_from_numpy_and_random_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "def make(shape, classes, norm):\n"
+        "    layer = nn.Linear(8, 3)\n"
+        "    layer.drawn = numpy.random.rand(), random.random(), torch.rand(2).tolist()\n"
+        "    return layer"
+    )
+    first, again, other = (own(tmp_path, monkeypatch, code, seed=seed).drawn for seed in (0, 0, 1))
+    assert first == again
+    assert all(one != another for one, another in zip(first, other, strict=True))
