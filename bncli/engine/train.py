@@ -45,6 +45,7 @@ from bncli.results import (
 HERE = str(Path(__file__).parent.parent)  # bncli's own code
 EVALUATED_VALUES = 2**17  # of the examples evaluated at once, 512 KiB of float32
 LSUV_EXAMPLES = 500
+SKIPPED_AT_MOST = 50  # fp16 steps in a row; each halves the scale of the loss, which begins at 2^16
 LOG_EVERY = 20  # steps at most between two looks at the loss; each is a host sync
 
 
@@ -121,8 +122,7 @@ def _train(
     run.clock.start()
     status: Status = "budget"
     step, reason = 0, None
-    for step, (x, y) in enumerate(islice(run.batches, budget), 1):
-        loss = run.step(x, y)
+    for step, loss in enumerate(islice(run.losses(), budget), 1):
         due = step == next_evaluation
         if due or step % LOG_EVERY == 0:
             value = loss.item()
@@ -141,6 +141,9 @@ def _train(
         if stop():
             status = "interrupted"
             break
+    if run.skipped == SKIPPED_AT_MOST:
+        status = "diverged"
+        reason = f"after step {step} the fp16 gradients of {SKIPPED_AT_MOST} batches in a row were not finite"
     run.clock.pause(step)
     yield RunFinished(run.result(status, step, reason))
 
@@ -207,9 +210,22 @@ class Training:
             torch.compiler.reset()  # past runs of this process count towards a limit, beyond which a model runs eager
         self.model: nn.Module = torch.compile(model) if train.compile else model  # type: ignore[assignment]
         self.learning_rate = float(self.optimizer.param_groups[0]["lr"])  # of the last update, or of the first to come
+        self.skipped = 0  # batches in a row for which the optimizer took no step
         self.step = self._make_step()
         environment_of_run = environment(device)
         self.environment, self.device_name = environment_of_run, environment_of_run.device
+
+    def losses(self) -> Iterator[Tensor]:
+        """The training loss of each optimizer step. Ends where the fp16 scaler has skipped too many in a row.
+
+        A batch whose step is skipped is consumed; it counts neither for the budget nor for the schedule.
+        """
+        for x, y in self.batches:
+            loss = self.step(x, y)
+            if not self.skipped:
+                yield loss
+            elif self.skipped == SKIPPED_AT_MOST:
+                return
 
     def _sample(self, count: int) -> Tensor:
         """Some training examples of every kind, on the CPU: a file may hold them sorted by class."""
@@ -236,13 +252,16 @@ class Training:
                 loss = F.cross_entropy(model(x), y)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
+            self.skipped += 1  # unless the scaler lets the optimizer take its step, which sets it back
             scaler.step(optimizer)
             scaler.update()
-            self.learning_rate = float(optimizer.param_groups[0]["lr"])
-            if scheduler is not None:
-                scheduler.step()
+            if not self.skipped:
+                self.learning_rate = float(optimizer.param_groups[0]["lr"])
+                if scheduler is not None:
+                    scheduler.step()
             return loss.detach()
 
+        optimizer.register_step_post_hook(lambda *_: setattr(self, "skipped", 0))
         return general
 
     def autocast(self) -> Any:

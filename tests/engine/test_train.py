@@ -332,6 +332,43 @@ def test_autocast_trains_to_the_target(precision: str) -> None:
     assert run(tiny(train={"precision": precision})).status == "reached"
 
 
+def overflowing(noise: float, **train: Any) -> Recipe:
+    """In fp16, on examples so large that the gradients times the scaler's first scale, 65,536, are infinite."""
+    large = {"source": "synthetic", "shape": [8], "classes": 3, "examples": 120, "held_out": 60, "noise": noise}
+    sections: dict[str, Any] = {"norm": {"kind": "none"}, "optimizer": {"kind": "sgd", "lr": 1e-4}}
+    schedule = {"kind": "step", "milestones": [3], "gamma": 0.1}
+    train = {"precision": "fp16", "steps": 10, "evaluate_every": 1, "target": None, **train}
+    return tiny(data=large, schedule=schedule, **sections, train=train)
+
+
+def test_a_step_that_the_fp16_scaler_skips_is_no_optimizer_step_and_no_step_of_the_schedule(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = overflowing(50.0)
+    batches, scaled = [], torch.amp.GradScaler.step
+    monkeypatch.setattr(torch.amp.GradScaler, "step", lambda *a: (batches.append(a[0].get_scale()), scaled(*a))[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of a schedule that moves before the optimizer
+        found = events(recipe)
+    finished, evaluations = found[-1], [event for event in found if isinstance(event, Evaluated)]
+    assert isinstance(finished, RunFinished)
+    assert finished.result.steps_run == 10
+    skipped = round(math.log2(batches[0] / batches[-1]))
+    assert skipped > 0
+    assert len(batches) == 10 + skipped
+    assert [event.evaluation.step for event in evaluations] == list(range(11))
+    rates = [event.learning_rate for event in evaluations[1:]]
+    assert rates == pytest.approx([1e-4] * 3 + [1e-5] * 7)
+    losses_of_steps = [event.evaluation.loss for event in evaluations]
+    assert all(one != other for one, other in zip(losses_of_steps, losses_of_steps[1:], strict=False))
+
+
+def test_a_run_whose_fp16_steps_are_all_skipped_has_diverged_with_the_reason() -> None:
+    result = run(overflowing(1e6))  # infinite in fp16 already
+    assert (result.status, result.steps_run) == ("diverged", 0)
+    assert result.reason == "after step 0 the fp16 gradients of 50 batches in a row were not finite"
+
+
 def test_channels_last_trains_like_contiguous() -> None:
     images = {"source": "synthetic", "shape": [2, 6, 6], "classes": 3, "examples": 60, "held_out": 30, "noise": 0.5}
     model = {"kind": "cnn", "channels": [8]}
