@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import platform
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,6 +76,32 @@ def peak_memory_mib(device: torch.device) -> float | None:
     return peak / (2**20 if sys.platform == "darwin" else 1024)
 
 
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether float32 matrix products and convolutions on an NVIDIA GPU may take their inputs in TF32, here alone.
+
+    torch's default allows it to convolutions. `allow_tf32` is set, since setting the newer `fp32_precision` alone makes
+    it an error to read the older, as a model of the user's own may do.
+    """
+    settings = _tf32_settings()
+    before = [setting.fp32_precision for setting in settings]
+    _allow_tf32(allowed, allowed)
+    try:
+        yield
+    finally:
+        _allow_tf32(before[0] == "tf32", before[1] == "tf32")
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
+
+
+def _tf32_settings() -> list[Any]:
+    return [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+
+
+def _allow_tf32(matrix_products: bool, convolutions: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matrix_products, convolutions
+
+
 class PeakMemory:
     """The peaks of phases that take turns, such as training and evaluation, in MiB; None where they are not known."""
 
@@ -100,6 +129,7 @@ def environment(device: torch.device) -> Environment:
         driver=f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if cuda else None,
         threads=torch.get_num_threads(),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        tf32=cuda and any(setting.fp32_precision == "tf32" for setting in _tf32_settings()),
     )
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from bncli import kernels
 from bncli.engine import data
-from bncli.engine.device import PeakMemory, environment, resolve, synchronize
+from bncli.engine.device import PeakMemory, environment, resolve, synchronize, tf32
 from bncli.engine.model import build, stream
 from bncli.engine.splits import Dataset
 from bncli.engine.splits import order as in_order
@@ -83,7 +83,7 @@ def train(
     `stop` is asked after every step. Raises DataError and RecipeError for what cannot be built.
     """
     check_fit(recipe, dataset)
-    with blaming_own_code(recipe):
+    with blaming_own_code(recipe), tf32(recipe.train.tf32):
         yield from _train(recipe, dataset, device, name, stop)
 
 

@@ -21,6 +21,7 @@ class Environment:
     driver: str | None
     threads: int
     date: str  # ISO 8601, UTC
+    tf32: bool = False  # float32 convolutions or matrix products on an NVIDIA GPU may take their inputs in TF32
 
 
 @dataclass(frozen=True)

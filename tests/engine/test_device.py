@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bncli.engine.device import PeakMemory, environment, peak_memory_mib, reset_peak_memory, resolve
+from bncli.engine.device import PeakMemory, environment, peak_memory_mib, reset_peak_memory, resolve, tf32
 from bncli.errors import RecipeError, Unavailable
 
 CPU = torch.device("cpu")
@@ -65,3 +65,11 @@ def test_the_environment_names_versions_and_threads() -> None:
     assert found.threads == torch.get_num_threads()
     assert found.device == "cpu"
     assert found.driver is None
+
+
+def test_the_environment_of_a_gpu_says_whether_tf32_was_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    for allowed in (True, False):
+        with tf32(allowed):
+            assert environment(torch.device("cuda")).tf32 == allowed
+            assert not environment(CPU).tf32

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -341,32 +342,56 @@ def overflowing(noise: float, **train: Any) -> Recipe:
     return tiny(data=large, schedule=schedule, **sections, train=train)
 
 
-def test_a_step_that_the_fp16_scaler_skips_is_no_optimizer_step_and_no_step_of_the_schedule(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_step_that_the_fp16_scaler_skips_is_no_optimizer_step_and_no_step_of_the_schedule() -> None:
     recipe = overflowing(50.0)
-    batches, scaled = [], torch.amp.GradScaler.step
-    monkeypatch.setattr(torch.amp.GradScaler, "step", lambda *a: (batches.append(a[0].get_scale()), scaled(*a))[1])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # torch warns of a schedule that moves before the optimizer
-        found = events(recipe)
-    finished, evaluations = found[-1], [event for event in found if isinstance(event, Evaluated)]
-    assert isinstance(finished, RunFinished)
-    assert finished.result.steps_run == 10
-    skipped = round(math.log2(batches[0] / batches[-1]))
-    assert skipped > 0
-    assert len(batches) == 10 + skipped
-    assert [event.evaluation.step for event in evaluations] == list(range(11))
-    rates = [event.learning_rate for event in evaluations[1:]]
+    one = Training(recipe, data.load(recipe.data, CPU), CPU)
+    batches, taken, rates, weights = one.batches, [], [], []
+
+    def counted() -> Iterator[Batch]:
+        for batch in batches:
+            taken.append(batch)
+            yield batch
+
+    one.batches = counted()
+    for _ in islice(one.losses(), 10):
+        rates.append(one.learning_rate)
+        weights.append(one.model.output.weight.detach().clone())
+    assert len(taken) > 10
     assert rates == pytest.approx([1e-4] * 3 + [1e-5] * 7)
-    losses_of_steps = [event.evaluation.loss for event in evaluations]
-    assert all(one != other for one, other in zip(losses_of_steps, losses_of_steps[1:], strict=False))
+    assert not any(torch.equal(before, after) for before, after in pairwise(weights))
+    result = run(recipe)
+    assert (result.status, result.steps_run) == ("budget", 10)
+    assert [evaluation.step for evaluation in result.evaluations] == list(range(11))
 
 
 def test_a_run_whose_fp16_steps_are_all_skipped_has_diverged_with_the_reason() -> None:
     result = run(overflowing(1e6))  # infinite in fp16 already
     assert (result.status, result.steps_run) == ("diverged", 0)
     assert result.reason == "after step 0 the fp16 gradients of 50 batches in a row were not finite"
+
+
+def allowed() -> tuple[bool, ...]:
+    """Whether TF32 is, by torch's older settings and by its newer ones."""
+    new = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+    old = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    return *old, *(setting.fp32_precision == "tf32" for setting in new)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_tf32_is_as_the_recipe_says_during_a_run_and_as_before_after_it(wanted: bool) -> None:
+    before, recipe = allowed(), tiny(train={"tf32": wanted})
+    for _ in train(recipe, data.load(recipe.data, CPU), CPU):
+        assert allowed() == (wanted,) * 5
+    assert allowed() == before
+
+
+def test_tf32_is_as_before_after_a_run_that_is_broken_off() -> None:
+    before, recipe = allowed(), tiny(train={"tf32": True})
+    found = train(recipe, data.load(recipe.data, CPU), CPU)
+    next(found)
+    assert allowed() != before
+    found.close()
+    assert allowed() == before
 
 
 def test_channels_last_trains_like_contiguous() -> None:

@@ -166,10 +166,12 @@ def test_the_machine_and_the_versions_are_named_once(examples):
 def test_a_second_machine_is_named_too(examples):
     found = examples["two arms"]
     first = found.runs[0]
-    elsewhere = replace(first.result, environment=replace(first.result.environment, device="cuda", driver="580.1"))
+    elsewhere = replace(
+        first.result, environment=replace(first.result.environment, device="cuda", driver="580.1", tf32=True)
+    )
     notes = footnotes(replace(found, runs=(replace(first, result=elsewhere), *found.runs[1:])))
     assert sum(note.startswith("Made on") for note in notes) == 2
-    assert any("driver 580.1" in note for note in notes)
+    assert any("driver 580.1, TF32, torch" in note for note in notes)
 
 
 def test_the_title_names_data_target_budget_and_seeds(examples):
