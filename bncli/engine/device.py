@@ -95,7 +95,8 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def _tf32_settings() -> list[Any]:
-    return [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+    cudnn: Any = torch.backends.cudnn
+    return [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]
 
 
 def _allow_tf32(matrix_products: bool, convolutions: bool) -> None:
