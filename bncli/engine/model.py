@@ -53,14 +53,21 @@ class GlobalAverage(nn.Module):
         return x.mean(dim=(2, 3))
 
 
-def build(recipe: Recipe, shape: tuple[int, ...], classes: int, examples: Examples | None = None) -> nn.Module:
+def build(
+    recipe: Recipe,
+    shape: tuple[int, ...],
+    classes: int,
+    examples: Examples | None = None,
+    device: torch.device | None = None,
+) -> nn.Module:
     """The recipe's model on the CPU with its initial weights, for inputs (N, *shape) and `classes` logits.
 
     The weights of a layer depend on the seed and the layer's name alone, so arms whose shapes agree begin alike; for a
     model of the user's own see `SeparateDraws`. `examples` gives a batch (N, *shape) when lsuv asks for it. Raises
-    RecipeError for a model of the user's own that cannot be made.
+    RecipeError for a model of the user's own that cannot be made, Unavailable for a norm's kernel that cannot run on
+    `device`, where the model will be (None: anywhere here).
     """
-    norm = factory(recipe.norm)
+    norm = factory(recipe.norm, device)
     if isinstance(recipe.model, OwnModel):
         return _own(recipe.model, shape, classes, norm, recipe.train.seed)
     layers = plan.layers(recipe, shape, classes)
@@ -77,10 +84,10 @@ def build(recipe: Recipe, shape: tuple[int, ...], classes: int, examples: Exampl
     return model
 
 
-def factory(norm: NormSection) -> NormFactory | None:
+def factory(norm: NormSection, device: torch.device | None = None) -> NormFactory | None:
     """A maker of norm modules for `channels`, or None for no norm. Raises Unavailable for a kernel that cannot run."""
     if isinstance(norm, sections.BatchNorm):
-        kernels.get(norm.kernel)
+        kernels.get(norm.kernel, device)
         arguments = norm.model_dump(exclude={"kind"})
         return lambda channels: BatchNorm(channels, **arguments)
     if isinstance(norm, sections.LayerNorm):

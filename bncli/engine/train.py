@@ -201,7 +201,7 @@ class Training:
         split = dataset.train
         order = in_order(len(split), train.batch_size, stream(train.seed, "order"), split.index_device)
         self.batches = split.batches(order, stream(train.seed, "augment"))
-        model = build(recipe, dataset.shape, dataset.classes, lambda: self._sample(LSUV_EXAMPLES))
+        model = build(recipe, dataset.shape, dataset.classes, lambda: self._sample(LSUV_EXAMPLES), device)
         model = model.to(device, memory_format=data.MEMORY_FORMATS[train.memory_format])  # type: ignore[call-overload]
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.optimizer = optimizer(recipe, model)

@@ -32,13 +32,19 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def why_not(device: torch.device | None) -> str | None:
-    """Why the fused kernel cannot run on `device` (None: anywhere on this machine), or None where it can.
+    """Why the fused kernel cannot run on `device` (None: on no device of this machine), or None where it can.
 
     On a GPU it is written in Triton, on a CPU in C, which is compiled here if that has not been done yet. With
     TRITON_INTERPRET=1 the GPU's kernel runs on the CPU, in Triton's interpreter.
     """
     if device is None:
-        device = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+        reasons = []
+        for name in ["cuda", "cpu"] if torch.cuda.is_available() and not INTERPRETED else ["cpu"]:
+            reason = why_not(torch.device(name))
+            if reason is None:
+                return None
+            reasons.append(reason)
+        return "; on the CPU ".join(reasons)
     if device.type == "cpu" and not INTERPRETED:
         return fused_cpu.why_not()
     if device.type not in ("cpu", "cuda"):

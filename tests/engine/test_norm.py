@@ -14,12 +14,14 @@ from torch.nn import functional as F
 
 import bncli
 from bncli import kernels
-from bncli.engine.model import factory
+from bncli.engine.convert import convert
+from bncli.engine.model import build, factory
 from bncli.engine.norm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bncli.errors import Unavailable
-from bncli.kernels import native
+from bncli.kernels import fused_cpu, native
 from bncli.recipe.sections import BatchNorm as BatchNormSection
 from bncli.recipe.sections import GroupNorm, InstanceNorm, LayerNorm, NoNorm
+from tests.conftest import tiny
 
 # What any kernel other than native goes through: the seam returns statistics, the module keeps the running ones.
 ROUTES = ["native", native.batch_norm]
@@ -94,6 +96,35 @@ def test_a_kernel_that_cannot_run_is_refused_before_anything_is_built(monkeypatc
     monkeypatch.setitem(kernels._WHY_NOT, "fused", lambda device: "it is not built")
     with pytest.raises(Unavailable):
         factory(BatchNormSection(kind="batch", kernel="fused"))
+
+
+def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were a GPU that the fused kernel cannot run on."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+
+
+@pytest.mark.skipif(fused_cpu.why_not() is not None, reason=str(fused_cpu.why_not()))
+def test_the_fused_kernel_serves_a_model_on_the_cpu_beside_a_gpu_that_cannot_run_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    old_gpu(monkeypatch)
+    assert BatchNorm2d(3, kernel="fused")(torch.randn(4, 3, 5, 5)).shape == (4, 3, 5, 5)
+    convert(nn.Sequential(nn.BatchNorm2d(3)), "fused")
+    recipe = tiny(norm={"kind": "batch", "kernel": "fused"})
+    build(recipe, (8,), 3, device=torch.device("cpu"))
+    with pytest.raises(Unavailable, match=r"Tesla T4 has 7\.5|Triton, which is not installed"):
+        build(recipe, (8,), 3, device=torch.device("cuda"))
+
+
+def test_a_kernel_that_no_device_here_can_run_is_refused_with_the_reasons_of_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    old_gpu(monkeypatch)
+    monkeypatch.setattr(fused_cpu, "why_not", lambda: "there is no C compiler")
+    with pytest.raises(Unavailable, match=r"cannot run: it .*; on the CPU there is no C compiler\. Nothing else"):
+        BatchNorm2d(3, kernel="fused")
 
 
 def test_an_input_without_channels_is_refused() -> None:
