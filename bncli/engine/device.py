@@ -77,7 +77,7 @@ def peak_memory_mib(device: torch.device) -> float | None:
 
 
 @contextlib.contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
+def tf32_allowed(allowed: bool) -> Iterator[None]:
     """Whether float32 matrix products and convolutions on an NVIDIA GPU may take their inputs in TF32, here alone.
 
     torch's default allows it to convolutions. `allow_tf32` is set, since setting the newer `fp32_precision` alone makes
@@ -92,6 +92,11 @@ def tf32(allowed: bool) -> Iterator[None]:
         _allow_tf32(before[0] == "tf32", before[1] == "tf32")
         for setting, precision in zip(settings, before, strict=True):
             setting.fp32_precision = precision
+
+
+def in_tf32(device: torch.device) -> bool:
+    """Whether float32 convolutions or matrix products on that device may be in TF32 now."""
+    return device.type == "cuda" and any(setting.fp32_precision == "tf32" for setting in _tf32_settings())
 
 
 def _tf32_settings() -> list[Any]:
@@ -117,8 +122,8 @@ class PeakMemory:
         reset_peak_memory(self.device)
 
 
-def environment(device: torch.device) -> Environment:
-    """The machine and the versions that a figure belongs to."""
+def environment(device: torch.device, tf32: bool | None = None) -> Environment:
+    """The machine and the versions that a figure belongs to, and whether it was made in TF32."""
     cuda = device.type == "cuda"
     return Environment(
         bncli=bncli.__version__,
@@ -130,7 +135,7 @@ def environment(device: torch.device) -> Environment:
         driver=f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if cuda else None,
         threads=torch.get_num_threads(),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        tf32=cuda and any(setting.fp32_precision == "tf32" for setting in _tf32_settings()),
+        tf32=tf32,
     )
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from bncli import kernels
 from bncli.engine import data
-from bncli.engine.device import PeakMemory, environment, resolve, synchronize, tf32
+from bncli.engine.device import PeakMemory, environment, in_tf32, resolve, synchronize, tf32_allowed
 from bncli.engine.model import build, stream
 from bncli.engine.splits import Dataset
 from bncli.engine.splits import order as in_order
@@ -83,7 +83,7 @@ def train(
     `stop` is asked after every step. Raises DataError and RecipeError for what cannot be built.
     """
     check_fit(recipe, dataset)
-    with blaming_own_code(recipe), tf32(recipe.train.tf32):
+    with blaming_own_code(recipe), tf32_allowed(recipe.train.tf32):
         yield from _train(recipe, dataset, device, name, stop)
 
 
@@ -212,7 +212,7 @@ class Training:
         self.learning_rate = float(self.optimizer.param_groups[0]["lr"])  # of the last update, or of the first to come
         self.skipped = 0  # batches in a row for which the optimizer took no step
         self.step = self._make_step()
-        environment_of_run = environment(device)
+        environment_of_run = environment(device, in_tf32(device))
         self.environment, self.device_name = environment_of_run, environment_of_run.device
 
     def losses(self) -> Iterator[Tensor]:

@@ -250,7 +250,7 @@ def environments(comparison: Comparison) -> list[str]:
 
 def environment_words(made: Environment) -> str:
     threads = f"{made.threads} thread{'s' * (made.threads != 1)} a run"
-    driver = [f"driver {made.driver}"] * bool(made.driver) + ["TF32"] * made.tf32
+    driver = [f"driver {made.driver}"] * bool(made.driver) + ["TF32"] * bool(made.tf32)
     versions = [f"torch {made.torch}", f"Python {made.python}", f"bncli {made.bncli}"]
     return ", ".join([f"{made.device} ({made.processor}, {made.platform})", threads, *driver, *versions])
 

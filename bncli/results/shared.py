@@ -21,7 +21,7 @@ class Environment:
     driver: str | None
     threads: int
     date: str  # ISO 8601, UTC
-    tf32: bool = False  # float32 convolutions or matrix products on an NVIDIA GPU may take their inputs in TF32
+    tf32: bool | None = None  # float32 convolutions or matrix products may be in TF32; None: not recorded
 
 
 @dataclass(frozen=True)

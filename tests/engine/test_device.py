@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bncli.engine.device import PeakMemory, environment, peak_memory_mib, reset_peak_memory, resolve, tf32
+from bncli.engine.device import (
+    PeakMemory,
+    environment,
+    in_tf32,
+    peak_memory_mib,
+    reset_peak_memory,
+    resolve,
+    tf32_allowed,
+)
 from bncli.errors import RecipeError, Unavailable
 
 CPU = torch.device("cpu")
@@ -67,9 +75,10 @@ def test_the_environment_names_versions_and_threads() -> None:
     assert found.driver is None
 
 
-def test_the_environment_of_a_gpu_says_whether_tf32_was_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+def test_tf32_is_told_of_a_gpu_where_it_is_allowed_and_never_of_a_cpu() -> None:
     for allowed in (True, False):
-        with tf32(allowed):
-            assert environment(torch.device("cuda")).tf32 == allowed
-            assert not environment(CPU).tf32
+        with tf32_allowed(allowed):
+            assert in_tf32(torch.device("cuda")) == allowed
+            assert not in_tf32(CPU)
+    assert environment(CPU, True).tf32
+    assert environment(CPU).tf32 is None

@@ -490,6 +490,7 @@ def test_a_run_without_a_step_has_no_throughput() -> None:
 def test_results_say_where_they_were_made() -> None:
     result = run(tiny())
     assert result.environment.torch == torch.__version__
+    assert result.environment.tf32 is False
     assert result.parameters == 8 * 16 + 2 * 16 + 16 * 3 + 3
     assert result.peak_memory_mib is not None
     assert result.peak_memory_mib > 50
