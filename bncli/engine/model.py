@@ -181,7 +181,7 @@ class SeparateDraws(TorchDispatchMode):
             self._ours = stream_seed(self._seed, self._name(_drawn_shape(args)))
             torch.default_generator.manual_seed(self._ours)  # torch.manual_seed takes a tenth of a millisecond
             if torch.cuda.is_initialized():
-                torch.cuda.manual_seed(self._ours)
+                torch.cuda.manual_seed_all(self._ours)
         return func(*args, **kwargs)
 
     def _name(self, shape: tuple[int, ...]) -> str:

@@ -268,8 +268,8 @@ class Caching(nn.Linear):
     table = None
     def forward(self, x):
         if self.table is None:
-            self.table = torch.arange(8.0).cos()
-        return super().forward(x * self.table)
+            self.table = torch.arange(3.0).cos()
+        return super().forward(x) * self.table
 def make(shape, classes, norm):
     return Caching(shape[0], classes)
 """
