@@ -101,6 +101,20 @@ def test_a_folder_with_a_run_is_not_written_over_unless_forced(
     assert bncli(monkeypatch, "train", recipe, "-o", "run", "-q", "--force") == 0
 
 
+@pytest.mark.parametrize("force", [(), ("--force",)])
+@pytest.mark.parametrize("folder", ["mine", "."])
+def test_the_users_own_recipe_is_never_written_over(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: str, force: tuple[str]
+) -> None:
+    own = Path(folder, "recipe.yaml")
+    own.parent.mkdir(exist_ok=True)
+    own.write_text("# my notes\n" + RECIPE)
+    assert bncli(monkeypatch, "train", str(own), "-o", folder, "-q", *force) == 2
+    assert f"--out {folder}: {own} was not written by bncli" in capsys.readouterr().err
+    assert own.read_text() == "# my notes\n" + RECIPE
+    assert sorted(file.name for file in own.parent.iterdir() if file.name != recipe) == ["recipe.yaml"]
+
+
 def test_train_takes_an_arm_by_name(
     recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
