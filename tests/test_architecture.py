@@ -90,7 +90,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
-COMPARISON = ("compare", "execute", "pool", "samples", "statistics", "summary", "dry_run")
+COMPARISON = ("compare", "execute", "pool", "reuse", "samples", "statistics", "summary", "dry_run")
 
 
 @pytest.mark.parametrize("name", COMPARISON)

@@ -20,9 +20,12 @@ import torch
 from bncli import kernels
 from bncli.cli import main
 from bncli.cli.running import KERNEL_NAMES
+from bncli.errors import BncliError
 from bncli.kernels import KERNELS
+from bncli.measure import reuse
 from bncli.recipe.file import load
 from bncli.report.record import result_from_json
+from bncli.results import Comparison
 from tests.conftest import OWN
 from tests.test_architecture import modules_after
 
@@ -220,6 +223,8 @@ def test_mistakes_leave_with_their_code_a_message_and_no_traceback(
     [
         (["--from", "runs", "--set", "train.steps=4"], "--set: nothing is trained with --from"),
         (["--from", "runs", "--dry-run", "-j", "3"], "--dry-run, --jobs: nothing is trained with --from"),
+        (["--from", "runs", "--device", "nonsense", "--allow-code"], "--device, --allow-code: nothing is trained with"),
+        (["--from", "runs", "--threads", "1"], "--threads: nothing is trained with --from"),  # its default, but asked
         (["small.yaml", "--html", "nowhere/x.html"], "nowhere/x.html: its folder nowhere does not exist"),
         (["small.yaml", "--plot", "there.svg"], "there.svg: is a folder; give a file's name"),
         (["-", "-"], "- is standard input, which can be read only once"),
@@ -366,6 +371,11 @@ def test_a_comparison_that_is_killed_goes_on_where_it_stopped(recipe: str, tmp_p
     first.wait()
     kept = {file.name: file.read_text() for file in folder.glob("*.json")}
     assert 3 <= len(kept) < 44
+    report = process("compare", "--from", "runs/small", stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    out, err = report.communicate()
+    assert report.returncode == 0
+    assert f"{len(kept)} of 44 runs are done; the figures rest on those" in " ".join(out.split())
+    assert "runs/small has no comparison.json: the report is made from its plan and runs" in err
     second = process(*command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     out, err = second.communicate()
     assert second.returncode == 0
@@ -382,6 +392,142 @@ def test_two_comparisons_do_not_write_into_one_folder(
     with ComparisonFolder(Path("runs/small")):
         assert bncli(monkeypatch, "compare", recipe) == 1
     assert "runs/small: another comparison is writing here" in capsys.readouterr().err
+
+
+def test_the_answer_is_written_while_no_other_process_may_write(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bncli.report.folder import ComparisonFolder
+
+    finish, refused = ComparisonFolder.finish, []
+
+    def finish_beside_another(folder: ComparisonFolder, comparison: Comparison) -> None:
+        with pytest.raises(BncliError, match="another comparison is writing here") as error:
+            ComparisonFolder(folder.path).__enter__()
+        refused.append(error)
+        finish(folder, comparison)
+
+    monkeypatch.setattr(ComparisonFolder, "finish", finish_beside_another)
+    assert bncli(monkeypatch, "compare", recipe) == 0
+    assert len(refused) == 1
+
+
+def test_an_answer_to_another_plan_is_kept_and_another_comparisons_folder_is_refused(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bncli(monkeypatch, "compare", recipe) == 0
+    first = Path("runs/small/comparison.json").read_text()
+    capsys.readouterr()
+    assert bncli(monkeypatch, "compare", recipe, "--set", "seeds.report=3") == 0
+    out, err = capsys.readouterr()
+    assert "10 runs, 8 of them done already" in err
+    assert "runs/small: the folder's earlier answer, to another plan, is kept as comparison-1.json" in err
+    assert "the folder's earlier answer, to another plan, is kept as comparison-1.json" in " ".join(out.split())
+    assert Path("runs/small/comparison-1.json").read_text() == first
+    assert bncli(monkeypatch, "compare", "--from", "runs/small") == 0
+    assert capsys.readouterr().out == out
+
+    steps = ("--set", "train.steps=50", "--set", "seeds.report=1")  # another recipe for every run, from the same file
+    assert bncli(monkeypatch, "compare", recipe, *steps) == 0
+    assert "kept as comparison-2.json" in capsys.readouterr().err
+
+    Path("other").mkdir()
+    Path("other/small.yaml").write_text(RECIPE.replace("noise: 0.5", "noise: 0.6"))
+    before = {file: file.read_bytes() for file in Path("runs/small").rglob("*.json")}
+    assert bncli(monkeypatch, "compare", "other/small.yaml") == 2
+    out, err = capsys.readouterr()
+    assert f"runs/small: holds 16 runs of another comparison of {Path(recipe).resolve()}, none of which fits" in err
+    assert "choose another folder with --out" in err
+    assert {file: file.read_bytes() for file in Path("runs/small").rglob("*.json")} == before
+    Path("other/small.yaml").write_text(RECIPE.replace("seeds: {tune: 1, report: 2}", "seeds: {tune: 1, report: 1}"))
+    assert bncli(monkeypatch, "compare", "other/small.yaml") == 0  # the same recipe under another name
+
+
+def test_a_change_in_a_package_that_an_own_model_imports_is_seen_and_the_runs_of_before_are_kept(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine/parts").mkdir(parents=True)
+    Path("mine/models.py").write_text(
+        "from torch import nn\nfrom mine.parts.block import WIDTH\n"
+        "def make(shape, classes, norm):\n"
+        "    return nn.Sequential(nn.Linear(shape[0], WIDTH), nn.ReLU(), nn.Linear(WIDTH, classes))\n"
+    )
+    asked = ("compare", recipe, "--set", "model={kind: module, module: 'mine.models:make'}", "--set", "grid={}",
+             "--allow-code", "--json")  # fmt: skip
+
+    def parameters(width: int) -> tuple[int, str]:
+        Path("mine/parts/block.py").write_text(f"WIDTH = {width}\n")
+        assert bncli(monkeypatch, *asked) == 0
+        out, err = capsys.readouterr()
+        return json.loads(out)["arms"][0]["parameters"], err
+
+    assert parameters(8)[0] == 8 * 8 + 8 + 8 * 3 + 3
+    changed = parameters(20)
+    assert changed[0] == 8 * 20 + 20 + 20 * 3 + 3
+    # Both arms' runs are of one recipe but for the norm.
+    assert "4 earlier runs are not reused: the model's code has changed (4)" in changed[1]
+    back = parameters(8)
+    assert back[0] == 99
+    assert "4 of them done already" in back[1]
+
+
+def test_runs_by_code_that_was_changed_while_others_ran_are_left_out_and_done_again(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("width.py").write_text("WIDTH = 8\n")
+    Path("mine.py").write_text(
+        "import os, pathlib\nfrom torch import nn\nfrom width import WIDTH\n"
+        "def make(shape, classes, norm):\n"
+        "    begun = pathlib.Path('begun')\n"
+        "    begun.write_text(begun.read_text() + '.' if begun.exists() else '.')\n"
+        "    if begun.read_text() == '..':\n"  # in the second run
+        "        pathlib.Path('width.py').write_text('WIDTH = 20')\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    return nn.Sequential(nn.Linear(shape[0], WIDTH), nn.ReLU(), nn.Linear(WIDTH, classes))\n"
+    )
+    asked = ("compare", recipe, "--set", "model={kind: module, module: 'mine:make'}", "--set", "grid={}", "-j", "1",
+             "--allow-code", "--json")  # fmt: skip
+    assert bncli(monkeypatch, *asked) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert {run["result"]["parameters"] for run in found["runs"] if run["result"]} == {8 * 20 + 20 + 20 * 3 + 3}
+    assert "2 of 4 runs are done, 1 failed; the figures rest on those" in found["notes"]
+    assert any("code was changed meanwhile: 1 run by the earlier code left out" in note for note in found["notes"])
+    assert bncli(monkeypatch, *asked) == 0
+    out, err = capsys.readouterr()
+    assert "2 of them done already" in err
+    assert [arm["runs"] for arm in json.loads(out)["arms"]] == [2, 2]
+
+
+def test_a_change_of_bnclis_own_code_makes_new_runs_and_is_said(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bncli(monkeypatch, "compare", recipe) == 0
+    monkeypatch.setattr(reuse, "sources_digest", lambda package: "other sources")
+    capsys.readouterr()
+    assert bncli(monkeypatch, "compare", recipe) == 0
+    out, err = capsys.readouterr()
+    assert "4 earlier runs are not reused: bncli's own code has changed since (4)" in err  # those of the tuning
+    assert "8 earlier runs are not reused: bncli's own code has changed since (8)" in " ".join(out.split())
+    assert len(list(Path("runs/small/runs").glob("*.json"))) == 16
+    assert bncli(monkeypatch, "compare", recipe) == 0
+    out, err = capsys.readouterr()
+    assert "8 of them done already" in err
+    assert "not reused" not in out + err
+
+
+def test_runs_with_other_threads_give_their_steps_and_not_their_cost(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bncli(monkeypatch, "compare", recipe) == 0
+    capsys.readouterr()
+    assert bncli(monkeypatch, "compare", recipe, "--threads", "2", "--set", "seeds.report=3", "--json") == 0
+    out, err = capsys.readouterr()
+    assert "10 runs, 8 of them done already" in err
+    found = json.loads(out)
+    assert [arm["runs"] for arm in found["arms"]] == [3, 3]
+    cost = {run["arm"]: run["result"]["ms_per_step"] for run in found["runs"] if run["seed"] == 3}
+    assert {arm["arm"]: arm["ms_per_step"] for arm in found["arms"]} == cost
+    assert found["notes"][-1].startswith("4 of 6 report runs were made with 1 and not 2 threads")
 
 
 def test_a_failed_run_is_reported_the_others_go_on_and_the_exit_code_is_1(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from bncli import __version__
 from bncli.cli.options import (
     MOST_THREADS,
     AllowCode,
@@ -24,15 +21,29 @@ from bncli.cli.options import (
     Set,
 )
 from bncli.cli.running import StopSignal, check_outputs, chosen_form, loaded_all, print_result, say, show_plan
-from bncli.errors import CHECK_FAILED, RecipeError
+from bncli.errors import CHECK_FAILED, BncliError, RecipeError
 
 if TYPE_CHECKING:
     from bncli.measure.compare import Study
     from bncli.recipe.file import Loaded
-    from bncli.results import Comparison
+    from bncli.report.folder import ComparisonFolder
+    from bncli.results import Comparison, RunRecord
+
+
+# Options without effect where nothing is trained, and the parameters that they set.
+FOR_TRAINING = {
+    "--set": "sets",
+    "--dry-run": "dry_run",
+    "--out": "out",
+    "--jobs": "jobs",
+    "--device": "device",
+    "--threads": "threads",
+    "--allow-code": "allow_code",
+}
 
 
 def compare(
+    context: typer.Context,
     recipes: Recipes = None,
     sets: Set = None,
     device: Device = "auto",
@@ -73,14 +84,12 @@ def compare(
     form = chosen_form(json, csv, markdown)
     if bool(recipes) == bool(saved):
         raise RecipeError("give a recipe, as in: bncli compare recipes/digits.yaml (or --from a saved comparison)")
-    if saved:
-        given = {"--set": sets, "--dry-run": dry_run, "--out": out, "--jobs": jobs}
-        if idle := [option for option, value in given.items() if value]:
-            raise RecipeError(f"{', '.join(idle)}: nothing is trained with --from, so that would have no effect")
+    if saved and (idle := [option for option, name in FOR_TRAINING.items() if _given(context, name)]):
+        raise RecipeError(f"{', '.join(idle)}: nothing is trained with --from, so that would have no effect")
     check_outputs(plot, html)
     stopped = 0
     if saved:
-        comparison = _again(saved)
+        comparison = _again(saved, quiet)
     else:
         from bncli.recipe.file import load
 
@@ -103,47 +112,93 @@ def compare(
         raise typer.Exit(CHECK_FAILED)
 
 
+def _given(context: typer.Context, parameter: str) -> bool:
+    """Whether an option stands on the command line, be it at its default."""
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def _run_comparison(
     loaded: list[Loaded], device: str, jobs: int | None, threads: int, out: Path | None, quiet: bool
 ) -> tuple[Comparison, int]:
-    from bncli.measure.compare import collect, planned_runs, study
+    from bncli.measure import reuse
+    from bncli.measure.compare import collect, planned_runs, study, wanted
     from bncli.measure.execute import execute
     from bncli.measure.pool import Pool
     from bncli.measure.summary import summarise
     from bncli.report.folder import ComparisonFolder
     from bncli.report.progress import CompareProgress
 
-    asked: Study = study(loaded, identity(device))
+    asked: Study = study(loaded, reuse.identity(device, loaded[0].base))
     folder = ComparisonFolder(out or Path("runs") / asked.plan.name)
-    records: dict[str, Any] = {}
     loaded_all()
-    with folder, StopSignal() as stop, CompareProgress(quiet) as progress:
-        pool = Pool(device, jobs, threads, folder.path / "logs")
-        for event in execute(asked, folder, pool, records, stop):
-            progress(event)
-    comparison = summarise(asked.plan, collect(asked, records), planned_runs(asked, records))
-    folder.finish(comparison)
+    with folder:
+        kept = list(folder.finished().values())
+        _begin(folder, asked, kept, threads, loaded)
+        records = reuse.usable(kept)
+        for sentence in reuse.not_reused(wanted(asked, records), kept, asked.identity):
+            say(sentence, quiet)
+        with StopSignal() as stop, CompareProgress(quiet) as progress:
+            pool = Pool(device, jobs, threads, folder.path / "logs")
+            for event in execute(asked, folder, pool, records, stop):
+                progress(event)
+        remarks = [*reuse.not_reused(wanted(asked, records), kept, asked.identity)]
+        latest = {record.key: record for record in reuse.of_one_code(records.values())}
+        if left_out := len({record.key for record in collect(asked, records)} - latest.keys()):
+            remarks.append(
+                f"the model's code was changed meanwhile: {left_out} run{'s' * (left_out != 1)} by the earlier code "
+                "left out; the same command makes up for it"
+            )
+        if beside := folder.keep_other(asked.plan):
+            remarks.append(f"the folder's earlier answer, to another plan, is kept as {beside.name}")
+            say(f"{folder.path}: {remarks[-1]}", quiet)
+        planned = planned_runs(asked, latest)
+        comparison = summarise(asked.plan, collect(asked, latest), planned, threads, tuple(remarks))
+        folder.finish(comparison)
     if stop.number:
-        done, planned = len(comparison.runs), comparison.planned_runs
-        say(f"Stopped: {done} of {planned} runs are kept in {folder.path}; the same command goes on from there", False)
+        ended = len({run.key for run in comparison.runs})
+        say(f"Stopped: {ended} of {planned} runs are kept in {folder.path}; the same command goes on from there", False)
     return comparison, stop.exit_code if stop.number else 0
 
 
-def identity(device: str) -> dict[str, str]:
-    """What a run's key depends on besides its recipe: another version or device makes it another run."""
+def _begin(folder: ComparisonFolder, asked: Study, kept: list[RunRecord], threads: int, loaded: list[Loaded]) -> None:
+    """Write the plan into the folder. Raises RecipeError where its runs are another comparison's."""
+    from bncli.measure.reuse import fits
+    from bncli.results import BegunComparison
 
-    torch = importlib.metadata.version("torch")
-    without_gpu = torch.endswith("+cpu") or (sys.platform == "linux" and not list(Path("/dev").glob("nvidia[0-9]*")))
-    kind = "cpu" if device == "auto" and without_gpu else device.partition(":")[0]
-    return {"bncli": __version__, "torch": torch, "device": kind}
+    sources = [str(Path(each.source).resolve()) for each in loaded if each.source != "standard input"]
+    before = folder.begun()
+    known = [record for record in kept if record.recipe_key]
+    if known and not (before and set(sources) & set(before.sources)) and not fits(asked, known):
+        of = f" of {', '.join(before.sources)}" if before and before.sources else ""
+        raise RecipeError(
+            f"{folder.path}: holds {len(known)} runs of another comparison{of}, none of which fits this one; choose "
+            "another folder with --out"
+        )
+    folder.begin(BegunComparison(asked.plan, asked.identity, threads, tuple(sources)))
 
 
-def _again(saved: Path) -> Comparison:
+def _again(saved: Path, quiet: bool) -> Comparison:
+    """A saved answer, or the one that a folder's plan and runs give where they say more."""
+    from bncli.measure.reuse import report_of_runs, says_more
     from bncli.measure.summary import summarise
-    from bncli.report.folder import load_comparison
+    from bncli.report.folder import PLAN, ComparisonFolder, load_comparison
 
+    folder = ComparisonFolder(saved)
+    if saved.is_dir() and (begun := folder.begun()):
+        try:
+            made = report_of_runs(begun, folder.finished().values(), folder.failed().values())
+        except BncliError as error:
+            raise RecipeError(f"--from {saved / PLAN}: {error}") from error
+        answer = folder.answer()
+        if answer is None or says_more(made, answer):
+            why = "has no comparison.json" if answer is None else "holds runs that its comparison.json does not"
+            say(f"{saved} {why}: the report is made from its plan and runs", quiet)
+            return made
+        if begun.plan != answer.plan:
+            say(f"{saved}: the last call had another plan and has come to no run yet that is not in this report", quiet)
     found = load_comparison(saved)
-    return summarise(found.plan, found.runs, found.planned_runs)
+    return summarise(found.plan, found.runs, found.planned_runs, found.threads, found.remarks)
 
 
 def _show(comparison: Comparison, form: str) -> None:

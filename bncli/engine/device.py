@@ -80,8 +80,8 @@ def peak_memory_mib(device: torch.device) -> float | None:
 def tf32_allowed(allowed: bool) -> Iterator[None]:
     """Whether float32 matrix products and convolutions on an NVIDIA GPU may take their inputs in TF32, here alone.
 
-    By default torch allows it for convolutions. `allow_tf32` is set, since setting the newer `fp32_precision` alone makes
-    it an error to read the older, as a model of the user's own may do.
+    By default torch allows it for convolutions. `allow_tf32` is set, since setting the newer `fp32_precision` alone
+    makes it an error to read the older, as a model of the user's own may do.
     """
     settings = _tf32_settings()
     before = [setting.fp32_precision for setting in settings]

@@ -1,10 +1,19 @@
-"""Code of the user's own, by name: what a recipe's model.module and gradcheck's --kernel point at."""
+"""Code of the user's own: what model.module and gradcheck's --kernel name, and which files were loaded with it."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib
+import os
+import site
 import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+PACKAGES = ("site-packages", "dist-packages")  # names of folders with installed packages, wherever they stand
 
 
 def imported(name: str) -> Any:
@@ -16,3 +25,49 @@ def imported(name: str) -> Any:
         sys.path.insert(0, "")  # a console script's path lacks the current folder, where the user's code stands
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
+
+
+class LoadedFiles:
+    """The files of modules that are neither installed, Python's nor bncli's: file -> SHA-256.
+
+    Modules that are there when this is made are left out. A file in the current folder goes by its path in it, and
+    keeps the digest with which it was first noted, so `note` is to be called soon after each import.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, str] = {}
+        self._seen = set(sys.modules)
+
+    def note(self) -> None:
+        here = os.getcwd() + os.sep
+        for name in sys.modules.keys() - self._seen:
+            self._seen.add(name)
+            file = os.path.abspath(_file_of(sys.modules[name]))
+            package = sys.modules.get(name.partition(".")[0])
+            if not _is_installed(file) and not _is_installed(_file_of(package)) and (digest := digest_of(file)):
+                self.files[file.removeprefix(here)] = digest
+
+
+def digest_of(file: str) -> str | None:
+    """The SHA-256 of a file's contents; None where there is none."""
+    try:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+def _file_of(module: ModuleType | None) -> str:
+    return getattr(module, "__file__", None) or ""
+
+
+def _is_installed(file: str) -> bool:
+    """Whether a file belongs to Python, to an installed package, or to bncli."""
+    real = os.path.realpath(file)
+    return real.startswith(_installed()) or any(part in PACKAGES for part in Path(real).parts)
+
+
+@functools.cache
+def _installed() -> tuple[str, ...]:
+    paths = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    paths += [*site.getsitepackages(), site.getusersitepackages(), str(Path(__file__).parent.parent)]
+    return tuple(os.path.realpath(path) + os.sep for path in paths)

@@ -1,8 +1,9 @@
 """A process that loads torch once and takes many runs: `python -m bncli.engine.worker --device cpu --threads 1`.
 
 One JSON object a line. In: {"key", "recipe"}. Out: {"hello"} once, then {"key", "step", "value"} at evaluations and
-{"key", "result"} or {"key", "failure"} for each run; {"refused", "exit_code"} when no run can succeed (a missing file,
-an absent device). When standard input ends, the process ends at once: it must not outlive the one that started it.
+{"key", "result", "code"} or {"key", "failure"} for each run, with the files of the user's own that the process loaded;
+{"refused", "exit_code"} when no run can succeed (a missing file, an absent device). When standard input ends, the
+process ends at once: it must not outlive the one that started it.
 """
 
 from __future__ import annotations
@@ -55,11 +56,12 @@ def serve(jobs: queue.Queue[dict[str, Any]], out: TextIO, device_name: str, thre
 
     from bncli.engine import data
     from bncli.engine.device import resolve
+    from bncli.engine.own_code import LoadedFiles
     from bncli.engine.splits import Dataset
     from bncli.engine.train import train
     from bncli.plain_data import to_plain
-    from bncli.recipe.sections import Recipe
-    from bncli.results import Evaluated, RunFinished
+    from bncli.recipe.sections import OwnModel, Recipe
+    from bncli.results import Evaluated, RunFinished, RunStarted
 
     gc.freeze()
     gc.enable()
@@ -67,6 +69,7 @@ def serve(jobs: queue.Queue[dict[str, Any]], out: TextIO, device_name: str, thre
     device = resolve(device_name)
     _say(out, hello=device.type, gpus=torch.cuda.device_count() if device.type == "cuda" else 0)
     loaded: dict[str, Dataset] = {}
+    own = LoadedFiles()
     while True:
         job = jobs.get()
         key, recipe = job["key"], Recipe.model_validate(job["recipe"])
@@ -77,12 +80,15 @@ def serve(jobs: queue.Queue[dict[str, Any]], out: TextIO, device_name: str, thre
         said = 0.0
         try:
             for event in train(recipe, loaded[source], device, name=key):
+                if isinstance(event, RunStarted | RunFinished):  # a forward pass may import as well
+                    own.note()
                 if isinstance(event, Evaluated) and monotonic() - said > REPORT_EVERY_S:
                     said = monotonic()
                     metric = recipe.train.target.metric if recipe.train.target else "accuracy"
                     _say(out, key=key, step=event.evaluation.step, value=event.evaluation.value(metric))
                 elif isinstance(event, RunFinished):
-                    _say(out, key=key, result=to_plain(event.result))
+                    code = own.files if isinstance(recipe.model, OwnModel) else {}
+                    _say(out, key=key, result=to_plain(event.result), code=code)
         except (DataError, Unavailable):
             raise
         except (Exception, SystemExit) as error:

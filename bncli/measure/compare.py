@@ -15,7 +15,7 @@ from typing import Any
 
 from bncli.errors import RecipeError
 from bncli.recipe.architecture import input_of, shape_contradictions
-from bncli.recipe.file import Arm, Loaded, digest, outside, plain, with_values
+from bncli.recipe.file import Arm, Loaded, digest, plain, with_values
 from bncli.recipe.sections import Digits, Npz, Recipe, TargetSection
 from bncli.results import ComparisonPlan, Phase, RunRecord, Target
 
@@ -33,6 +33,7 @@ class Job:
     seed: int
     phase: Phase
     recipe: Recipe
+    recipe_key: str = ""
 
     @property
     def label(self) -> str:
@@ -50,9 +51,8 @@ class Study:
 
     plan: ComparisonPlan
     arms: tuple[Arm, ...]
-    identity: dict[str, str]  # versions and device: a change of these makes every run a new one
+    identity: dict[str, str]  # versions, device and data: a change of these makes every run a new one
     _jobs: dict[str, Job] = field(default_factory=dict, repr=False, compare=False)  # made once: checking takes time
-    _outside: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)  # arm -> files, code
 
     def jobs(self, arm: Arm, phase: Phase, points: Sequence[dict[str, Any]]) -> list[Job]:
         """Seed by seed, so that a comparison that is interrupted has the same seeds at every point."""
@@ -63,10 +63,9 @@ class Study:
         name = f"{arm.name} {point} {seed} {phase}"
         if name not in self._jobs:
             recipe = with_values(arm.recipe, {**point, "train.seed": seed})
-            if arm.name not in self._outside:
-                self._outside[arm.name] = outside(arm.recipe)
-            key = digest({"recipe": plain(recipe), **self.identity, **self._outside[arm.name]})
-            self._jobs[name] = Job(key, arm.name, point, seed, phase, recipe)
+            recipe_key = digest(plain(recipe))
+            key = digest({"recipe": recipe_key, **self.identity})
+            self._jobs[name] = Job(key, arm.name, point, seed, phase, recipe, recipe_key)
         return self._jobs[name]
 
     def points(self, arm: Arm) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import queue
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +47,7 @@ class Ended:
     key: str
     result: dict[str, Any] | None
     failure: str | None
+    code: dict[str, str] = field(default_factory=dict)  # of the user's own that was loaded: file -> SHA-256
 
 
 class Refused(BncliError):
@@ -81,31 +84,25 @@ class Pool:
     _idle_deaths: int = 0
 
     def run(
-        self, wanted: Callable[[], Sequence[tuple[str, dict[str, Any]]]], stop: Callable[[], bool] = lambda: False
+        self, waiting: deque[str], message: Callable[[str], dict[str, Any]], stop: Callable[[], bool] = lambda: False
     ) -> Iterator[Started | Progressed | Ended | None]:
-        """Do what `wanted()` names, in its order, until it names nothing more; it is asked again after every run.
+        """Do the runs whose keys wait, in their order, until none is left; the caller may add some after every event.
 
-        `wanted` returns (key, message) of the runs that are neither done nor failed. Yields what happens, and None
-        every now and then so that a bar can move. Raises Refused when a worker cannot take any run.
+        `message` makes what a worker is sent, once a run is handed out. Yields what happens, and None every now and
+        then so that a bar can move. Raises Refused when a worker cannot take any run.
         """
         try:
             self.limit = (self.jobs or cores()) if self.device == "cpu" else 1
-            to_do = list(wanted())
             while not stop():
-                running = {worker.key for worker in self._workers}
-                waiting = [(key, message) for key, message in to_do if key not in running]
-                if not waiting and running <= {None}:
+                if not waiting and all(worker.key is None for worker in self._workers):
                     return
                 for worker in [worker for worker in self._workers if worker.ready and worker.key is None]:
-                    if waiting and self._hand_out(worker, *waiting[0]):
-                        yield Started(worker.number, waiting.pop(0)[0])
+                    if waiting and self._hand_out(worker, waiting[0], message(waiting[0])):
+                        yield Started(worker.number, waiting.popleft())
                 idle = sum(worker.key is None for worker in self._workers)
                 for _ in range(min(self.limit - len(self._workers), len(waiting) - idle)):
                     self._start()
-                event = self._next_event()
-                yield event
-                if isinstance(event, Ended):
-                    to_do = list(wanted())
+                yield self._next_event()
         finally:
             self.close()
 
@@ -117,8 +114,8 @@ class Pool:
             gpu = number % self._gpus
             environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if len(visible) == self._gpus else str(gpu)
         self.folder.mkdir(parents=True, exist_ok=True)
-        log = self.folder / f"worker-{number}.log"
-        with log.open("w") as stderr:
+        log = self._free_log(number)
+        with log.open("x") as stderr:
             process = subprocess.Popen(
                 [*self.command, "--device", self.device, "--threads", str(self.threads)],
                 stdin=subprocess.PIPE,
@@ -133,6 +130,11 @@ class Pool:
         worker = _Worker(number, process, log)
         self._workers.append(worker)
         threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
+
+    def _free_log(self, number: int) -> Path:
+        """A name that no file has yet: logs of earlier workers are kept."""
+        names = (f"worker-{number}{f'-{again}' if again else ''}.log" for again in itertools.count())
+        return next(log for name in names if not os.path.lexists(log := self.folder / name))
 
     def _listen(self, worker: _Worker) -> None:
         assert worker.process.stdout is not None
@@ -174,7 +176,9 @@ class Pool:
             return Progressed(worker.number, message["key"], message["step"], message["value"])
         worker.key = None
         self._idle_deaths = 0
-        return Ended(worker.number, message["key"], message.get("result"), message.get("failure"))
+        return Ended(
+            worker.number, message["key"], message.get("result"), message.get("failure"), message.get("code", {})
+        )
 
     def _died(self, worker: _Worker) -> Ended | None:
         code = worker.process.wait()
@@ -196,6 +200,8 @@ class Pool:
                 os.killpg(worker.process.pid, signal.SIGKILL)  # it leads its session: what it started goes with it
         for worker in self._workers:
             worker.process.wait()
+            if not worker.log.stat().st_size:
+                worker.log.unlink()
         self._workers.clear()
 
 

@@ -56,10 +56,20 @@ class _Arm:
         return self.kept[0] if self.kept else {}
 
 
-def summarise(plan: ComparisonPlan, records: Sequence[RunRecord], planned: int) -> Comparison:
-    """The whole answer from the runs' records alone."""
+def summarise(
+    plan: ComparisonPlan,
+    records: Sequence[RunRecord],
+    planned: int,
+    threads: int | None = None,
+    remarks: tuple[str, ...] = (),
+) -> Comparison:
+    """The whole answer from the runs' records alone.
+
+    With `threads`, what runs cost is taken from those that had as many. `remarks` are added to the notes.
+    """
     records = sorted(records, key=lambda record: _place(plan, record))
-    arms = {name: _Arm.of(plan, name, records) for name in plan.arms}
+    shown = [_without_other_costs(record, threads) for record in records]
+    arms = {name: _Arm.of(plan, name, shown) for name in plan.arms}
     reference = arms[plan.reference]
     summaries = [_row(plan, arm, reference) for arm in arms.values()]
     corrected = statistics.holm([arm.ratio.p_value if arm.ratio else None for arm in summaries])
@@ -67,8 +77,28 @@ def summarise(plan: ComparisonPlan, records: Sequence[RunRecord], planned: int) 
         replace(arm, ratio=replace(arm.ratio, holm_p_value=p_value)) if arm.ratio else arm
         for arm, p_value in zip(summaries, corrected, strict=True)
     ]
-    comparison = Comparison(plan, tuple(summaries), (), tuple(records), planned)
-    return replace(comparison, notes=tuple(_notes(comparison, arms)))
+    comparison = Comparison(plan, tuple(summaries), (), tuple(records), planned, threads=threads, remarks=remarks)
+    return replace(comparison, notes=(*_notes(comparison, arms), *remarks, *_other_threads(records, threads)))
+
+
+def _without_other_costs(record: RunRecord, threads: int | None) -> RunRecord:
+    """A run with another number of threads took as many steps, and other seconds and memory."""
+    if record.result is None or threads in (None, record.result.environment.threads):
+        return record
+    result = replace(record.result, ms_per_step=None, samples_per_s=None, peak_memory_mib=None)
+    return replace(record, result=result)
+
+
+def _other_threads(records: Sequence[RunRecord], threads: int | None) -> Iterator[str]:
+    """What to know of runs whose cost is not shown since they had another number of threads."""
+    found = {record.key: record.result.environment.threads for record in records if record.result is not None}
+    others = [each for each in found.values() if threads not in (None, each)]
+    if others:
+        had = " or ".join(map(str, sorted(set(others))))
+        yield (
+            f"{len(others)} of {len(found)} runs were made with {had} and not {threads} thread{'s' * (threads != 1)}: "
+            "their steps are used, their seconds, samples/s and memory are not"
+        )
 
 
 def _place(plan: ComparisonPlan, record: RunRecord) -> tuple[Any, ...]:

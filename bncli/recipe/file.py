@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from bncli.errors import RecipeError
 from bncli.recipe.checks import check, suggestion, words
-from bncli.recipe.sections import OwnModel, Recipe, RecipeFile
+from bncli.recipe.sections import Recipe, RecipeFile
 from bncli.recipe.tree import KINDS, arms_of, base_of, fixed_by, leaves, override, split_path, write_out
 from bncli.recipe.yaml12 import Keys, Mistake, dotted, parse
 
@@ -141,22 +141,14 @@ def digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def outside(recipe: Recipe) -> dict[str, Any]:
-    """What decides a run and stands outside its recipe: the files it names, by size and time, and the code, by content.
-
-    An installed model's code is not seen: the name of its module is all that a recipe has of it.
-    """
-    found: dict[str, Any] = {}
+def data_state(recipe: Recipe) -> list[Any]:
+    """The files of the recipe's data as they stand: path, size and time of each."""
     named = getattr(recipe.data, "path", None) or getattr(recipe.data, "name", None)
     path = Path(named or "").expanduser()
-    if named and path.exists():
-        inside = sorted(Path(folder) / name for folder, _, names in os.walk(path) for name in names)
-        found["data"] = [[str(each), each.stat().st_size, each.stat().st_mtime_ns] for each in inside or [path]]
-    if isinstance(recipe.model, OwnModel):
-        module = Path(*recipe.model.module.partition(":")[0].split("."))
-        beside = sorted({*module.parent.glob("*.py"), *module.glob("*.py")})  # what it imports is mostly there
-        found["code"] = [[str(each), hashlib.sha256(each.read_bytes()).hexdigest()] for each in beside]
-    return found
+    if not named or not path.exists():
+        return []
+    inside = sorted(Path(folder) / name for folder, _, names in os.walk(path) for name in names)
+    return [[str(each), each.stat().st_size, each.stat().st_mtime_ns] for each in inside or [path]]
 
 
 def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:

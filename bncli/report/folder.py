@@ -11,10 +11,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from bncli.errors import BncliError, RecipeError
+from bncli.plain_data import to_plain
 from bncli.report.record import (
+    begun_from_json,
+    begun_to_json,
     comparison_from_json,
     event_line,
     record_from_json,
@@ -24,9 +27,12 @@ from bncli.report.record import (
     to_json,
     write_atomically,
 )
-from bncli.results import Comparison, Event, RunRecord, RunResult
+from bncli.results import BegunComparison, Comparison, ComparisonPlan, Event, RunRecord, RunResult
 
-RESULT, METRICS, RECIPE, COMPARISON = "result.json", "metrics.jsonl", "recipe.yaml", "comparison.json"
+T = TypeVar("T")
+
+RESULT, METRICS, RECIPE = "result.json", "metrics.jsonl", "recipe.yaml"
+PLAN, COMPARISON = "plan.json", "comparison.json"
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
 
 
@@ -59,7 +65,7 @@ class RunFolder:
     def _refuse_what_stands(self) -> None:
         there = [name for name in OWN if os.path.lexists(self.path / name)]
         for name in there:
-            if not _is_own(self.path / name):
+            if not _read(self.path / name, OWN[name]):
                 raise RecipeError(
                     f"--out {self.path}: {self.path / name} was not written by bncli, or was edited since, and is "
                     "never written over; choose another folder"
@@ -117,31 +123,24 @@ def _is_signed(text: str) -> bool:
 
 def _begins_a_run(text: str) -> bool:
     """Whether this is a metrics.jsonl; it is empty until the first event."""
-    return not text or bool(json.loads(text.partition("\n")[0])["event"] == "run_started")
+    return not text or text.startswith('{"event": "run_started", ')
 
 
 def _is_result(text: str) -> bool:
     return isinstance(result_from_json(text), RunResult)
 
 
+# The files of a run's folder -> whether their contents are as bncli wrote them.
 OWN: dict[str, Callable[[str], bool]] = {RECIPE: _is_signed, METRICS: _begins_a_run, RESULT: _is_result}
-
-
-def _is_own(path: Path) -> bool:
-    """Whether bncli wrote this file of a run's folder. A link is nobody's: what it points to may stand anywhere."""
-    if path.is_symlink() or not path.is_file():
-        return False
-    try:
-        return OWN[path.name](path.read_text(encoding="utf-8"))
-    except (BncliError, OSError, ValueError, LookupError, TypeError, RecursionError):
-        return False
 
 
 class ComparisonFolder:
     """All runs of a comparison, a file each under its key, so that a call that was killed goes on where it stopped.
 
-    runs/KEY.json: ended runs. failed/KEY.json: runs that died, to be tried again. comparison.json: the answer.
-    One process at a time may write here; a lock that dies with its holder sees to it.
+    plan.json: what the last call set out to do. runs/KEY.json: ended runs; with a model of the user's own
+    KEY-CODE.json, so that those of earlier code are kept. failed/KEY.json: runs that died, to be tried again.
+    comparison.json: the answer. One process at a time may write here; a lock that dies with its holder sees to it.
+    A file that does not read as what bncli writes there is never written over or deleted.
     """
 
     def __init__(self, path: Path) -> None:
@@ -149,14 +148,23 @@ class ComparisonFolder:
         self._lock: TextIO | None = None
 
     def __enter__(self) -> ComparisonFolder:
-        for folder in (self.path / "runs", self.path / "failed"):
-            make(folder)
-        self._lock = (self.path / ".lock").open("w")
+        make(self.path)
+        try:
+            self._lock = os.fdopen(os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT | NO_LINK, 0o666), "w")
+        except OSError as error:
+            raise RecipeError(f"--out {self.path}: cannot be written to: {error.strerror}") from error
         if not _lock(self._lock):
             self._lock.close()
             raise BncliError(f"{self.path}: another comparison is writing here; wait for it, or choose --out")
-        for failed in (self.path / "failed").glob("*.json"):
-            failed.unlink()
+        for file, read in ((PLAN, self.begun), (COMPARISON, self.answer)):
+            if os.path.lexists(self.path / file) and read() is None:
+                self._lock.close()
+                raise RecipeError(
+                    f"--out {self.path}: {self.path / file} is not as this bncli writes it and is never written over; "
+                    "choose another folder"
+                )
+        for folder in (self.path / "runs", self.path / "failed"):
+            make(folder)
         return self
 
     def __exit__(
@@ -165,21 +173,68 @@ class ComparisonFolder:
         if self._lock is not None:
             self._lock.close()
 
+    def begin(self, begun: BegunComparison) -> None:
+        """Write down what is about to be done, and forget the runs that failed before."""
+        for name in self.failed():
+            (self.path / "failed" / f"{name}.json").unlink()
+        write_atomically(self.path / PLAN, begun_to_json(begun))
+
+    def begun(self) -> BegunComparison | None:
+        """What the last call set out to do; None where that is not known."""
+        return _read(self.path / PLAN, begun_from_json)
+
+    def answer(self) -> Comparison | None:
+        """The last call's answer; None where there is none."""
+        return _read(self.path / COMPARISON, comparison_from_json)
+
     def finished(self) -> dict[str, RunRecord]:
-        """The runs that ended, by key. A file that cannot be read is as good as none: its run is done again."""
-        found = {}
-        for file in (self.path / "runs").glob("*.json"):
-            with contextlib.suppress(BncliError, OSError, UnicodeDecodeError):
-                record = record_from_json(file.read_text(encoding="utf-8"))
-                found[record.key] = record
-        return found
+        """The runs that ended, by name. A file that cannot be read is as good as none: its run is done again."""
+        return self._records("runs")
+
+    def failed(self) -> dict[str, RunRecord]:
+        """The last call's runs that died, by name."""
+        return self._records("failed")
+
+    def _records(self, folder: str) -> dict[str, RunRecord]:
+        found = {file.stem: _read(file, record_from_json) for file in (self.path / folder).glob("*.json")}
+        return {name: record for name, record in found.items() if record is not None and name == _name(record)}
 
     def save(self, record: RunRecord) -> None:
-        folder = "runs" if record.result is not None else "failed"
-        write_atomically(self.path / folder / f"{record.key}.json", record_to_json(record))
+        file = self.path / ("runs" if record.result is not None else "failed") / f"{_name(record)}.json"
+        there = _read(file, record_from_json)
+        if os.path.lexists(file) and (there is None or _name(there) != file.stem):
+            _keep_beside(file)
+        write_atomically(file, record_to_json(record))
+
+    def keep_other(self, plan: ComparisonPlan) -> Path | None:
+        """Rename an answer to another plan, before this one's is written. Its new name, if there was one."""
+        answer = self.answer()
+        if answer is None or to_plain(answer.plan) == to_plain(plan):
+            return None
+        return _keep_beside(self.path / COMPARISON)
 
     def finish(self, comparison: Comparison) -> None:
         write_atomically(self.path / COMPARISON, to_json(comparison))
+
+
+def _name(record: RunRecord) -> str:
+    """A run's file name without its ending."""
+    code = hashlib.sha256(json.dumps(record.code, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{record.key}-{code}" if record.code else record.key
+
+
+def _read(file: Path, parse: Callable[[str], T]) -> T | None:
+    """What a plain file holds; None where it is missing, a link, or not what `parse` reads."""
+    with contextlib.suppress(BncliError, OSError, UnicodeDecodeError):
+        if file.is_file() and not file.is_symlink():
+            return parse(file.read_text(encoding="utf-8"))
+    return None
+
+
+def _keep_beside(file: Path) -> Path:
+    """Give a file the first of the names NAME-1, NAME-2 and so on that is free."""
+    names = (file.with_name(f"{file.stem}-{number}{file.suffix}") for number in itertools.count(1))
+    return file.rename(next(name for name in names if not os.path.lexists(name)))
 
 
 def load_comparison(path: Path) -> Comparison:

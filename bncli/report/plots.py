@@ -120,13 +120,13 @@ def _targets(axes: Axes, comparison: Comparison) -> None:
     axes.set_xticks([target.value for target in order], [setting(target.value) for target in order])
     for index, arm in enumerate(comparison.arms):
         ratios = {each.target: each.ratio for each in all_targets(comparison.plan, arm)}
-        known = [(target.value, ratio) for target in order if (ratio := ratios[target]) and ratio.value]
-        if arm.ratio is None or not known:
+        found = [(t.value, r.value, r.interval) for t in order if (r := ratios[t]) is not None and r.value is not None]
+        if arm.ratio is None or not found:
             continue
-        axes.plot([value for value, _ in known], [ratio.value for _, ratio in known], marker="o", ms=4, **_look(index))
-        for value, ratio in known:
-            low, high = ratio.interval.low or ratio.value, ratio.interval.high or ratio.value
-            axes.plot([value] * 2, [low, high], color=_look(index)["color"], linewidth=1)
+        axes.plot([at for at, _, _ in found], [value for _, value, _ in found], marker="o", ms=4, **_look(index))
+        for at, value, interval in found:
+            ends = (interval.low or value, interval.high or value)
+            axes.plot([at, at], ends, color=_look(index)["color"], linewidth=1)
     axes.axhline(1, color=PALE, linestyle=(0, (5, 4)), linewidth=1, zorder=1)
     if comparison.plan.target.metric == "loss":
         axes.invert_xaxis()

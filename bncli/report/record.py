@@ -17,6 +17,7 @@ from bncli.errors import USAGE, BncliError
 from bncli.plain_data import Mismatch, from_plain, to_plain
 from bncli.results import (
     RUNS_VERSION,
+    BegunComparison,
     Comparison,
     Evaluated,
     Event,
@@ -25,9 +26,14 @@ from bncli.results import (
     RunResult,
 )
 
-Result = TypeVar("Result", Comparison, RunRecord, RunResult)
+Result = TypeVar("Result", BegunComparison, Comparison, RunRecord, RunResult)
 
-WHAT: dict[type, str] = {Comparison: "comparison", RunRecord: "run of a comparison", RunResult: "run's result"}
+WHAT: dict[type, str] = {
+    BegunComparison: "comparison's plan",
+    Comparison: "comparison",
+    RunRecord: "run of a comparison",
+    RunResult: "run's result",
+}
 
 
 class RecordError(BncliError):
@@ -54,6 +60,15 @@ def comparison_from_json(text: str, name: str = "") -> Comparison:
         place = f"{name}: " * bool(name)
         raise RecordError(f"{place}its plan and its runs do not belong together; make it anew")
     return comparison
+
+
+def begun_to_json(begun: BegunComparison) -> str:
+    return _to_text(begun)
+
+
+def begun_from_json(text: str, name: str = "") -> BegunComparison:
+    """What `begun_to_json` wrote. Raises RecordError."""
+    return _from_text(BegunComparison, text, name)
 
 
 def record_to_json(record: RunRecord) -> str:

@@ -7,6 +7,7 @@ and is never replaced by a zero.
 from bncli.results.comparison import (
     ArmSummary,
     AtTarget,
+    BegunComparison,
     Choice,
     Comparison,
     ComparisonEvent,
@@ -82,6 +83,7 @@ __all__ = [
     "STEP_CLASSES",
     "ArmSummary",
     "AtTarget",
+    "BegunComparison",
     "BiasStep",
     "Case",
     "Ceilings",

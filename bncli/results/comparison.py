@@ -23,6 +23,9 @@ class RunRecord:
     result: RunResult | None
     failure: str | None = None
     at_a_time: int | None = None  # runs in progress at once when it ended; above 1 they disturb its times
+    recipe_key: str = ""  # of the resolved recipe alone: runs of one recipe have it in common
+    identity: dict[str, str] = field(default_factory=dict)  # what the key depends on besides: versions, device, data
+    code: dict[str, str] = field(default_factory=dict)  # the user's own that the run loaded: file -> SHA-256
 
 
 @dataclass(frozen=True)
@@ -147,11 +150,23 @@ class Comparison:
     runs: tuple[RunRecord, ...]
     planned_runs: int
     format_version: int = RUNS_VERSION
+    threads: int | None = None  # with which the cost columns were made; None: whatever each run had
+    remarks: tuple[str, ...] = ()  # how it was made, as said in notes too: runs not reused, an answer kept beside
 
     def results_of(self, arm: ArmSummary) -> list[RunResult]:
         """The runs that an arm's row rests on: those at its best point that ended by themselves."""
         mine = (run.result for run in self.runs if run.arm == arm.arm and run.point == arm.point)
         return [result for result in mine if result is not None and result.status != "interrupted"]
+
+
+@dataclass(frozen=True)
+class BegunComparison:
+    """What `compare` set out to do: with the files of its runs, enough to make the report after a kill."""
+
+    plan: ComparisonPlan
+    identity: dict[str, str]  # of its runs, as in RunRecord
+    threads: int
+    sources: tuple[str, ...]  # the recipes' files
 
 
 # --- what happens while a comparison runs -------------------------------------------------------------------------

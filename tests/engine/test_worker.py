@@ -89,6 +89,20 @@ def test_a_run_that_raises_is_a_failure_with_its_reason_and_the_worker_goes_on(
     worker.process.communicate()
 
 
+def test_a_result_says_which_files_of_the_users_own_were_loaded_by_the_forward_pass_too(tmp_path: Path) -> None:
+    worker = Driver(cwd=tmp_path)
+    worker.hear()
+    (tmp_path / "late.py").write_text("")
+    worker.give("built-in", tiny())
+    assert worker.outcome()["code"] == {}
+    worker.give("own", own(tmp_path, "import late"))
+    assert sorted(worker.outcome()["code"]) == ["late.py", "mine.py"]
+    worker.give("built-in again", tiny())
+    assert worker.outcome()["code"] == {}
+    worker.process.kill()
+    worker.process.communicate()
+
+
 def test_a_model_that_cannot_be_built_is_a_failure_and_not_the_end_of_all_runs(tmp_path: Path) -> None:
     worker = Driver(cwd=tmp_path)
     worker.hear()

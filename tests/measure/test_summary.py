@@ -296,7 +296,9 @@ def test_an_interrupted_comparison_rests_on_the_seeds_that_every_kept_point_has(
 
 def test_arms_that_cannot_be_told_apart_are_named(tmp_path: Path) -> None:
     asked = study_of(tmp_path, BASE + ARMS)
-    found = carried_out(asked, lambda job: 300 * math.exp(random.Random(job.key).gauss(0, 0.2)))
+    found = carried_out(
+        asked, lambda job: 300 * math.exp(random.Random(f"{job.arm} {job.point} {job.seed}").gauss(0, 0.2))
+    )
     assert "not told apart from plain by the 95 % interval: normed" in summary(asked, found).notes
 
 
