@@ -174,9 +174,23 @@ class SeparateDraws(TorchDispatchMode):
         self._drawn: Counter[str] = Counter()
         self._weight = ""
 
+    # What torch asks of a mode, so that a constructor may do all that it may do outside one.
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """A compiled function that the constructor runs is compiled."""
+        return True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """The wrapper that a True would add imports torch._dynamo, which takes a second."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        draws = torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None
+        tags = getattr(func, "tags", ())  # a higher-order operator has none
+        draws = torch.Tag.nondeterministic_seeded in tags and kwargs.get("generator") is None
         if draws and torch.initial_seed() == self._ours:
             self._ours = stream_seed(self._seed, self._name(_drawn_shape(args)))
             torch.default_generator.manual_seed(self._ours)  # torch.manual_seed takes a tenth of a millisecond

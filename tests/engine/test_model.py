@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -203,6 +204,30 @@ def test_orthogonal_weights_of_the_users_own_model_are_orthogonal_and_alike_in_a
     plain, normed = (own(tmp_path, monkeypatch, code, norm)[1].weight.detach() for norm in ("none", "batch"))
     assert torch.equal(plain, normed)
     torch.testing.assert_close(plain @ plain.T, torch.eye(3), atol=1e-5, rtol=0)
+
+
+def test_building_a_model_of_the_users_own_does_not_load_the_compiler(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("from torch import nn\ndef make(shape, classes, norm): return nn.Linear(8, 3)")
+    code = (
+        "import sys; from bncli.engine.model import build; from tests.conftest import tiny\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "build(tiny(model={'kind': 'module', 'module': 'mine:make'}), (8,), 3); print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_the_users_own_constructor_may_run_what_is_compiled_and_higher_order_operators(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "def make(shape, classes, norm):\n"
+        "    layer, x = nn.Linear(8, 3), torch.ones(2, 8)\n"
+        "    torch.compile(layer, backend='eager', fullgraph=True)(x)\n"
+        "    torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))\n"
+        "    return layer"
+    )
+    assert own(tmp_path, monkeypatch, code)(torch.ones(2, 8)).shape == (2, 3)
 
 
 def test_the_users_own_model_may_draw_from_numpy_and_random_too(
