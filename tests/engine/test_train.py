@@ -317,7 +317,7 @@ def test_modules_that_the_user_froze_stay_frozen_and_the_others_train(
 def test_peak_memory_is_that_of_training_and_evaluations_stands_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
-    act = f"import torch; self.training == {phase == 'training'} and torch.ones(128 * 2**20 // 4).sum()"
+    act = f"import torch; self.training == {phase == 'training'} and torch.ones(256 * 2**20 // 4).sum()"
     result = run(own(tmp_path, monkeypatch, OWN.format(act=act), train={"steps": 12, "target": None}))
     assert result.peak_memory_mib is not None
     assert result.evaluation_peak_memory_mib is not None
