@@ -84,8 +84,11 @@ def judge(
         inputs.dy.index_copy_(1, channels, settled.dy)
         alone = Judge(inputs, channels, accuracy.standard_of(small, settled))
     # Of all channels and on all threads native adds in another order, and may err more than on the judged ones alone.
-    own = {name: alone._judged(t) for name, t in cases.outputs(cases.apply(case, "native"), inputs).items()}
-    return replace(alone, standard=alone.standard.beside(own))
+    try:
+        own = cases.outputs(cases.apply(case, "native"), inputs)
+    except (RuntimeError, MemoryError):  # native may find no room where another kernel does
+        return alone
+    return replace(alone, standard=alone.standard.beside({name: alone._judged(t) for name, t in own.items()}))
 
 
 def _spread_out(channels: int, count: int, device: torch.device) -> Tensor:

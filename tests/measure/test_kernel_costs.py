@@ -248,6 +248,20 @@ def test_native_is_right_however_many_threads_and_channels_it_adds_over() -> Non
         assert judge(case, CPU).error(cases.apply(case, "native")) is None
 
 
+def test_where_native_finds_no_room_for_all_channels_others_are_judged_by_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, outputs = Case((2, 5, 512, 128), "bn", "fp32"), cases.outputs
+
+    def no_room(forward: cases.Apply, given: Inputs) -> dict[str, Tensor]:
+        if given.x.shape == case.shape:
+            raise torch.OutOfMemoryError
+        return outputs(forward, given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cases, "outputs", no_room)
+        found = judge(case, CPU)
+    assert found.error(cases.apply(case, "native")) is None
+
+
 def test_what_is_missing_is_an_error_and_not_a_wrong_result() -> None:
     machine = Machine()
 
