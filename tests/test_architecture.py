@@ -205,5 +205,14 @@ def test_every_recipe_and_file_that_the_readme_names_exists_and_every_recipe_is_
 def test_every_recipe_has_a_header_with_its_purpose_command_and_expected_outcome() -> None:
     for recipe in (ROOT / "recipes").glob("*.yaml"):
         header = recipe.read_text().split("\n\n")[0]
-        for word in ("$schema=recipe.schema.json", "Purpose:", "Command:", "Expect:"):
+        for word in ("$schema=recipe.schema.json", "Purpose:", "Command:", "Expect:", "Time:"):
             assert word in header, f"{recipe.name}: its header lacks {word}"
+
+
+def test_a_recipes_header_and_the_readmes_table_give_the_same_time() -> None:
+    table = dict(re.findall(r"^\| `recipes/([\w-]+\.yaml)` \|.*\| ([^|]+) \|$", README, re.M))
+    headers = {
+        recipe.name: re.search(r"^# Time: +(.+?)(?: on 2 CPU cores)?$", recipe.read_text(), re.M)
+        for recipe in (ROOT / "recipes").glob("*.yaml")
+    }
+    assert table == {name: found and found[1] for name, found in headers.items()}

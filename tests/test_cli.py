@@ -38,7 +38,7 @@ arms:
   plain: {}
   normed: {norm: batch}
 grid: {optimizer.lr: [0.1, 0.5]}
-seeds: {tune: 1, report: 2}
+seeds: {tune: 3, report: 2}
 """
 
 
@@ -140,7 +140,7 @@ def test_a_missed_target_is_an_error_only_when_it_is_required(
 ) -> None:
     missed = ("train", recipe, "--set", "train.steps=5")
     assert bncli(monkeypatch, *missed) == 0
-    assert "> 5" in capsys.readouterr().out
+    assert "> 3.85, as many as the" in capsys.readouterr().out
     assert bncli(monkeypatch, *missed, "--require-target") == 1
 
 
@@ -294,8 +294,9 @@ def test_a_dry_run_shows_where_each_value_came_from_and_trains_nothing(
     assert rows["optimizer.lr"][1:] == ["0.5", "small.yaml:4"]
     assert rows["train.seed"][1:] == ["3", "--set", "train.seed=3"]
     assert rows["optimizer.momentum"][1:] == ["0.0", "default"]
-    assert rows["normed"][-3:] == ["2", "+", "2"]
-    assert "8 runs, 480 optimizer steps at most. Nothing was trained." in out
+    assert rows["normed"][-3:] == ["6", "+", "2"]
+    steps = "16 runs, 960 optimizer steps at most, more where an arm keeps several points of the grid."
+    assert f"{steps} Nothing was trained." in " ".join(out.split())
     assert not Path("runs").exists()
 
 
@@ -317,17 +318,17 @@ def test_compare_answers_keeps_every_run_and_makes_the_report_again_from_files(
 ) -> None:
     assert bncli(monkeypatch, "compare", recipe, "-j", "2", "--plot", "curves.svg", "--html", "report.html") == 0
     table, err = capsys.readouterr()
-    assert "8 runs" in err
-    for word in ("plain", "normed", "times", "2/2", "reference", "tuning runs"):
+    assert "16 runs" in err
+    for word in ("plain", "normed", "times", "5/5", "reference", "tuning runs"):
         assert word in table
     assert Path("curves.svg").read_text().startswith("<?xml")
     assert "<table" in Path("report.html").read_text()
     runs = {file: file.stat().st_mtime_ns for file in Path("runs/small/runs").glob("*.json")}
-    assert len(runs) == 8
+    assert len(runs) == 16
 
     assert bncli(monkeypatch, "compare", recipe) == 0  # all runs are found again
     again, err = capsys.readouterr()
-    assert "8 of them done already" in err
+    assert "16 of them done already" in err
     assert again == table
     assert {file: file.stat().st_mtime_ns for file in runs} == runs
 
@@ -342,7 +343,7 @@ def test_compare_answers_keeps_every_run_and_makes_the_report_again_from_files(
     assert "| normed |" in capsys.readouterr().out
     assert bncli(monkeypatch, "compare", "--from", "runs/small", "--json") == 0
     out = capsys.readouterr().out
-    assert len(json.loads(out)["runs"]) == 8
+    assert len(json.loads(out)["runs"]) == 16
     Path("copy.json").write_text(out)
     assert bncli(monkeypatch, "compare", "--from", "copy.json") == 0
     assert capsys.readouterr().out == table
@@ -360,7 +361,7 @@ def test_one_job_and_two_give_the_same_figures(
 
 
 def test_a_comparison_that_is_killed_goes_on_where_it_stopped(recipe: str, tmp_path: Path) -> None:
-    command = ("compare", recipe, "-j", "1", "--set", "seeds.report=20", "--set", "train.steps=600",
+    command = ("compare", recipe, "-j", "1", "--set", "seeds.report=9", "--set", "train.steps=600",
                "--set", "train.stop_at_target=false")  # fmt: skip
     first = process(*command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     folder = tmp_path / "runs/small/runs"
@@ -370,17 +371,17 @@ def test_a_comparison_that_is_killed_goes_on_where_it_stopped(recipe: str, tmp_p
     first.kill()
     first.wait()
     kept = {file.name: file.read_text() for file in folder.glob("*.json")}
-    assert 3 <= len(kept) < 44
+    assert 3 <= len(kept) < 30
     report = process("compare", "--from", "runs/small", stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     out, err = report.communicate()
     assert report.returncode == 0
-    assert f"{len(kept)} of 44 runs are done; the figures rest on those" in " ".join(out.split())
+    assert f"{len(kept)} of 30 runs are done; the figures rest on those" in " ".join(out.split())
     assert "runs/small has no comparison.json: the report is made from its plan and runs" in err
     second = process(*command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     out, err = second.communicate()
     assert second.returncode == 0
     assert f"{len(kept)} of them done already" in err
-    assert "20/20" in out
+    assert "12/12" in out
     assert {name: (folder / name).read_text() for name in kept} == kept
 
 
@@ -420,7 +421,7 @@ def test_an_answer_to_another_plan_is_kept_and_another_comparisons_folder_is_ref
     capsys.readouterr()
     assert bncli(monkeypatch, "compare", recipe, "--set", "seeds.report=3") == 0
     out, err = capsys.readouterr()
-    assert "10 runs, 8 of them done already" in err
+    assert "18 runs, 16 of them done already" in err
     assert "runs/small: the folder's earlier answer, to another plan, is kept as comparison-1.json" in err
     assert "the folder's earlier answer, to another plan, is kept as comparison-1.json" in " ".join(out.split())
     assert Path("runs/small/comparison-1.json").read_text() == first
@@ -436,10 +437,10 @@ def test_an_answer_to_another_plan_is_kept_and_another_comparisons_folder_is_ref
     before = {file: file.read_bytes() for file in Path("runs/small").rglob("*.json")}
     assert bncli(monkeypatch, "compare", "other/small.yaml") == 2
     out, err = capsys.readouterr()
-    assert f"runs/small: holds 16 runs of another comparison of {Path(recipe).resolve()}, none of which fits" in err
+    assert f"runs/small: holds 32 runs of another comparison of {Path(recipe).resolve()}, none of which fits" in err
     assert "choose another folder with --out" in err
     assert {file: file.read_bytes() for file in Path("runs/small").rglob("*.json")} == before
-    Path("other/small.yaml").write_text(RECIPE.replace("seeds: {tune: 1, report: 2}", "seeds: {tune: 1, report: 1}"))
+    Path("other/small.yaml").write_text(RECIPE.replace("seeds: {tune: 3, report: 2}", "seeds: {tune: 3, report: 1}"))
     assert bncli(monkeypatch, "compare", "other/small.yaml") == 0  # the same recipe under another name
 
 
@@ -506,12 +507,12 @@ def test_a_change_of_bnclis_own_code_makes_new_runs_and_is_said(
     capsys.readouterr()
     assert bncli(monkeypatch, "compare", recipe) == 0
     out, err = capsys.readouterr()
-    assert "4 earlier runs are not reused: bncli's own code has changed since (4)" in err  # those of the tuning
-    assert "8 earlier runs are not reused: bncli's own code has changed since (8)" in " ".join(out.split())
-    assert len(list(Path("runs/small/runs").glob("*.json"))) == 16
+    assert "12 earlier runs are not reused: bncli's own code has changed since (12)" in err  # those of the tuning
+    assert "16 earlier runs are not reused: bncli's own code has changed since (16)" in " ".join(out.split())
+    assert len(list(Path("runs/small/runs").glob("*.json"))) == 32
     assert bncli(monkeypatch, "compare", recipe) == 0
     out, err = capsys.readouterr()
-    assert "8 of them done already" in err
+    assert "16 of them done already" in err
     assert "not reused" not in out + err
 
 
@@ -522,12 +523,12 @@ def test_runs_with_other_threads_give_their_steps_and_not_their_cost(
     capsys.readouterr()
     assert bncli(monkeypatch, "compare", recipe, "--threads", "2", "--set", "seeds.report=3", "--json") == 0
     out, err = capsys.readouterr()
-    assert "10 runs, 8 of them done already" in err
+    assert "18 runs, 16 of them done already" in err
     found = json.loads(out)
-    assert [arm["runs"] for arm in found["arms"]] == [3, 3]
-    cost = {run["arm"]: run["result"]["ms_per_step"] for run in found["runs"] if run["seed"] == 3}
+    assert [arm["runs"] for arm in found["arms"]] == [6, 6]
+    cost = {run["arm"]: run["result"]["ms_per_step"] for run in found["runs"] if run["seed"] == 5}
     assert {arm["arm"]: arm["ms_per_step"] for arm in found["arms"]} == cost
-    assert found["notes"][-1].startswith("4 of 6 report runs were made with 1 and not 2 threads")
+    assert found["notes"][-1].startswith("16 of 18 runs were made with 1 and not 2 threads")
 
 
 def test_a_failed_run_is_reported_the_others_go_on_and_the_exit_code_is_1(
@@ -573,7 +574,7 @@ def test_ctrl_c_ends_a_run_after_its_step_and_keeps_what_is_computed(
 
 
 def test_ctrl_c_in_a_comparison_says_how_to_go_on(recipe: str, tmp_path: Path) -> None:
-    started = process("compare", recipe, "-j", "1", "--set", "train.steps=20000", "--set", "train.stop_at_target=false",
+    started = process("compare", recipe, "-j", "1", "--set", "train.steps=4000", "--set", "train.stop_at_target=false",
                       stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
     folder = tmp_path / "runs/small/runs"
     while not (folder.exists() and list(folder.glob("*.json"))):
@@ -582,8 +583,8 @@ def test_ctrl_c_in_a_comparison_says_how_to_go_on(recipe: str, tmp_path: Path) -
     started.send_signal(signal.SIGINT)
     out, err = started.communicate(timeout=30)
     assert started.returncode == 130
-    assert "of 8 runs are kept in runs/small; the same command goes on from there" in err
-    assert "of 8 runs are done" in out
+    assert "of 16 runs are kept in runs/small; the same command goes on from there" in err
+    assert "of 16 runs are done" in out
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals")

@@ -87,7 +87,9 @@ def render(comparison: Comparison, kind: str, transparent: bool = False) -> byte
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         lines = sum(max(2.6, math.ceil(len(arm.arm) / 18)) for arm in comparison.arms)
-        height = max(4.2, 1.6 + 0.19 * lines) + (TARGETS_HEIGHT if comparison.plan.also else 0.0)
+        height = max(4.2, 1.6 + 0.19 * lines)
+        if comparison.plan.also:
+            height = max(height, 1.0 + 0.19 * lines + TARGETS_HEIGHT) + 1.0
         picture = Figure(figsize=(11, height), layout="constrained")
         _draw(picture, comparison)
         file = io.BytesIO()
@@ -99,9 +101,9 @@ def render(comparison: Comparison, kind: str, transparent: bool = False) -> byte
 def _draw(picture: Figure, comparison: Comparison) -> None:
     if comparison.plan.also:
         above = picture.get_figheight() - TARGETS_HEIGHT
-        (left, right), (below, rest) = picture.subplots(2, 2, height_ratios=(above, TARGETS_HEIGHT))
-        rest.set_axis_off()
-        _targets(below, comparison)
+        panels = picture.subplot_mosaic([["left", "right"], ["left", "below"]], height_ratios=(above, TARGETS_HEIGHT))
+        left, right = panels["left"], panels["right"]
+        _targets(panels["below"], comparison)
     else:
         left, right = picture.subplots(1, 2)
     words: dict[str, Any] = {"ha": "left", "x": 0.008, "parse_math": False}

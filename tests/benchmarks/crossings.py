@@ -130,6 +130,16 @@ def mean_log(curves: list[Floats], cadence: str, target: float, estimate: Estima
     return float(np.mean(np.log(np.maximum(found, 1e-9))))
 
 
+def phase_deviation(curves: list[Floats], cadence: str, target: float, estimate: Estimate) -> float:
+    """In per cent: the deviation over phases of the arm's geometric mean, which is what chance does to one of them."""
+    last = len(curves[0]) - 1
+    means = [
+        float(np.mean([math.log(estimate(steps, curve[steps.astype(int)], target)) for curve in curves]))
+        for steps in phases(cadence, last)
+    ]
+    return 100 * float(np.std(means, ddof=1))
+
+
 def usable(fast: list[Floats], cadence: str, target: float) -> bool:
     """Whether the fast arm is evaluated often enough before its target."""
     steps = math.exp(mean_log(fast, "every 1", target, ESTIMATORS[BNCLI]))
@@ -194,6 +204,11 @@ def show_real(curves: Curves) -> None:
                 )
                 cells.append(f"{ratio:9.2f}" if usable(fast, cadence, target) else f"{'-':>9s}")
             print(f"{target:34.2f}" + "".join(cells), flush=True)
+    print(f"\nDeviation over phases, in %, batch norm, {BNCLI}")
+    print(f"{'':34s}" + "".join(f"{target:9.2f}" for target in TARGETS))
+    for cadence in ("every 5", "every 8", "log 8"):
+        cells = [f"{phase_deviation(fast, cadence, target, ESTIMATORS[BNCLI]):9.1f}" for target in TARGETS]
+        print(f"{cadence:34s}" + "".join(cells), flush=True)
 
 
 # --- simulated runs -----------------------------------------------------------------------------------------------

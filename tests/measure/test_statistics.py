@@ -392,12 +392,13 @@ def test_the_interval_holds_the_ratio_with_misses_in_either_arm(seeds: int, kind
     ("name", "seeds"), [("three within 5 %", (5, 20)), ("three within 15 %", (3, 50)), ("two 3 % apart", (3, 10))]
 )
 def test_equal_arms_that_are_tuned_alike_seldom_differ(name: str, seeds: tuple[int, int]) -> None:
-    """400 A/A comparisons: at most 5 % and three standard errors. An interval blind to the choice: up to 43 %."""
-    missed, *_ = Choice("A/A", (Grid(FLAT[name], 0.1),) * 2, 0.0, seeds, 400).run()
+    """400 A/A comparisons: at most 5 % and three standard errors; more where the interval takes the point as given."""
+    missed, blind, *_ = Choice("A/A", (Grid(FLAT[name], 0.1),) * 2, 0.0, seeds, 400).run()
     assert missed <= 8.5
+    assert blind > missed + 3
 
 
 def test_the_choice_among_15_points_of_two_fields_a_third_of_which_never_hit_is_in_the_interval() -> None:
-    missed, _, _, kept_of_15 = Choice("A/A", (Grid(FIELDS, 0.2, budget=3.0),) * 2, 0.0, (5, 20), 400).run()
+    missed, _, _, _, kept_of_15 = Choice("A/A", (Grid(FIELDS, 0.2, budget=3.0),) * 2, 0.0, (5, 20), 400).run()
     assert missed <= 8.5
     assert 2 < kept_of_15 < 8
