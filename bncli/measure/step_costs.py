@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from bncli.engine.device import environment
+from bncli.engine.device import environment, tf32_allowed
 from bncli.engine.splits import Dataset
 from bncli.measure import clock as clocks
 from bncli.measure import norm_health, norm_remarks, step_classes, step_memory
@@ -92,17 +92,20 @@ class StepRun:
         yield ProfileStarted(self._name, self.planned, self._seconds)
         for place, subject in enumerate(self._subjects):
             deadline = Deadline(self._share_s, self._now_s)
-            for event in self._measure(subject, place, deadline):
-                if isinstance(event, str):
-                    done = min(1.0, 1 - deadline.left_s / self._share_s)
-                    yield Measuring(f"{subject.name}: {event}", (place + done) / len(self._subjects), self._least_s)
-                else:
-                    yield event
+            with tf32_allowed(subject.tf32):
+                for event in self._measure(subject, place, deadline):
+                    if isinstance(event, str):
+                        done = min(1.0, 1 - deadline.left_s / self._share_s)
+                        yield Measuring(f"{subject.name}: {event}", (place + done) / len(self._subjects), self._least_s)
+                    else:
+                        yield event
 
     def result(self) -> StepProfile:
         return StepProfile(
             name=self._name,
-            environment=environment(self._device),
+            environment=environment(
+                self._device, self._device.type == "cuda" and any(subject.tf32 for subject in self._subjects)
+            ),
             seconds=self._now_s() - self._began_s,
             rows=tuple(self._rows),
             remarks=tuple(self._remarks),

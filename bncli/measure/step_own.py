@@ -57,6 +57,10 @@ class OwnSubject:
         return False
 
     @property
+    def tf32(self) -> bool:
+        return False
+
+    @property
     def notes(self) -> tuple[str, ...]:
         return (f"{self.name} is trained on random numbers: the loss is the mean of its output's squares",)
 

@@ -44,6 +44,10 @@ class RecipeSubject:
         return True
 
     @property
+    def tf32(self) -> bool:
+        return self.recipe.train.tf32
+
+    @property
     def notes(self) -> tuple[str, ...]:
         found = []
         if self.stands_for:

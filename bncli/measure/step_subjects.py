@@ -55,6 +55,11 @@ class Subject(Protocol):
         ...
 
     @property
+    def tf32(self) -> bool:
+        """Whether float32 may be TF32 on an NVIDIA GPU."""
+        ...
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of its figures must know."""
         ...

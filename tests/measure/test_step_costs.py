@@ -67,6 +67,7 @@ class Faked:
     has_kernels: bool = True
     steps: int | None = None
     real_data: bool = True
+    tf32: bool = False
     notes: tuple[str, ...] = ()
     made: list[str | None] = field(default_factory=list)
 
@@ -129,6 +130,22 @@ def test_each_ratio_is_over_the_native_step_of_the_same_mode() -> None:
     assert set(evaluated.samples_ms) == {2.0}
     assert (evaluated.batch_size, rows["native"].batch_size) == (3, 4)
     assert len(profile.rows) == profile.planned == 4
+
+
+@pytest.mark.usefixtures("other")
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_subject_is_measured_with_its_own_tf32_and_torchs_setting_comes_back(tf32: bool) -> None:
+    seen: set[str] = set()
+
+    class Seen(Faked):
+        def trainable(self, *given: Any, **named: Any) -> Trainable:
+            seen.add(torch.backends.cudnn.conv.fp32_precision)
+            return super().trainable(*given, **named)
+
+    before = torch.backends.cudnn.conv.fp32_precision
+    finished(faked_run(Seen(Hand(), {"native": 8.0, "fused": 4.0}, tf32=tf32)))
+    assert {found == "tf32" for found in seen} == {tf32}
+    assert torch.backends.cudnn.conv.fp32_precision == before
 
 
 @pytest.mark.usefixtures("other")
