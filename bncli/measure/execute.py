@@ -110,4 +110,6 @@ def _outcome(record: RunRecord) -> str:
         return f"failed: {record.failure}"
     if record.result.steps_to_target is not None:
         return f"target after {record.result.steps_to_target:,.0f} steps"
+    if record.result.first_hit is not None and record.result.reason is None:
+        return f"at the target at step {record.result.first_hit:,}, not settled in {record.result.steps_run:,} steps"
     return record.result.reason or f"target not reached in {record.result.steps_run:,} steps"

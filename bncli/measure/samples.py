@@ -22,14 +22,21 @@ Measure = Callable[[Point, RunResult], tuple[float, bool] | None]  # log of a ru
 def kept_points(plan: ComparisonPlan, tuning: Sequence[RunRecord]) -> list[Point]:
     """The points of the grid that one arm's tuning runs leave in the race, in the grid's order.
 
-    A point where a run failed is not kept beside points where none did. Without a hit at any point it is the one with
-    the best median metric, and none at all where every run failed.
+    With fewer than two seeds that every point has, since runs failed, those where a run hit. Without a hit at any point
+    it is the one with the best median metric, and none at all where every run failed.
     """
-    runs = Runs.of(tuning, points_of(tuning))
-    sample = runs.sample(steps(plan, plan.target))
-    if sample.hit.any():
+    runs, count = Runs.of(tuning, points_of(tuning)), steps(plan, plan.target)
+    sample = runs.sample(count)
+    if sample.hit.shape[1] >= 2 and sample.hit.any():
         keep = statistics.kept_points(sample.logs, sample.hit)
         return [point for point, kept in zip(runs.points, keep, strict=True) if kept]
+    hit = [
+        point
+        for point, results in zip(runs.points, runs.results, strict=True)
+        if any(result.steps_to_target is not None for result in results.values())
+    ]
+    if hit:
+        return hit
     bests = [_median_best(results.values(), plan.target) for results in runs.results]
     if not bests:
         return []
@@ -58,7 +65,7 @@ def ended(records: Sequence[RunRecord]) -> list[RunRecord]:
 
 @dataclass(frozen=True)
 class Runs:
-    """One arm's runs that ended, by point and seed; points where runs failed are left out where others have none."""
+    """One arm's runs that ended, by point and seed, without the points where more runs failed than ended."""
 
     points: tuple[Point, ...]
     results: tuple[Mapping[int, RunResult], ...]  # of each point: seed -> result
@@ -68,30 +75,39 @@ class Runs:
         at = {index: [record for record in records if record.point == point] for index, point in enumerate(points)}
         failed = {index: sum(record.failure is not None for record in found) for index, found in at.items()}
         results = {
-            index: {r.seed: r.result for r in ended(found) if r.result is not None}
-            for index, found in at.items()
-            if failed[index] == min(failed.values())
+            index: {r.seed: r.result for r in ended(found) if r.result is not None} for index, found in at.items()
         }
-        whole = {index: found for index, found in results.items() if found}
-        return Runs(tuple(points[index] for index in whole), tuple(whole.values()))
+        kept = {index: found for index, found in results.items() if len(found) > failed[index]}
+        return Runs(tuple(points[index] for index in kept), tuple(kept.values()))
 
-    @property
-    def seeds(self) -> frozenset[int]:
-        """Those that have run at every point."""
-        found = [frozenset(results) for results in self.results]
+    def seeds(self, measure: Measure) -> frozenset[int]:
+        """Those that have run at every point, and of which the measure is known there."""
+        found = [
+            frozenset(seed for seed, result in results.items() if measure(point, result) is not None)
+            for point, results in zip(self.points, self.results, strict=True)
+        ]
         return frozenset.intersection(*found) if found else frozenset()
 
-    def sample(self, measure: Measure, by: Measure | None = None, seeds: frozenset[int] | None = None) -> Sample:
-        """(points, seeds), over those of the seeds that every point has and for which the measure is known."""
-        wanted = sorted(self.seeds if seeds is None else self.seeds & seeds)
-        table = {seed: [measure(p, r[seed]) for p, r in zip(self.points, self.results, strict=True)] for seed in wanted}
-        known = [seed for seed, column in table.items() if None not in column]
-        logs = [[cell[0] for cell in table[seed] if cell] for seed in known]
-        hits = [[cell[1] for cell in table[seed] if cell] for seed in known]
-        shape = (len(known), len(self.points))
-        deciding = self.sample(by, seeds=frozenset(known)).logs if by else None
+    def sample(
+        self,
+        measure: Measure,
+        by: Measure | None = None,
+        seeds: frozenset[int] | None = None,
+        best: Point | None = None,
+    ) -> Sample:
+        """(points, seeds) of a measure, over the seeds given or all. `best`: a point that was chosen before."""
+        wanted = sorted(self.seeds(measure) if seeds is None else seeds)
+        shape = (len(self.points), len(wanted))
+
+        def table(of: Measure, part: int, kind: type) -> Any:
+            cells = [of(p, r[seed]) for p, r in zip(self.points, self.results, strict=True) for seed in wanted]
+            return np.array([cell[part] for cell in cells if cell is not None], dtype=kind).reshape(shape)
+
         return Sample(
-            np.array(logs, dtype=np.float64).reshape(shape).T, np.array(hits, dtype=bool).reshape(shape).T, deciding
+            logs=table(measure, 0, float),
+            hit=table(measure, 1, bool),
+            by=table(by, 0, float) if by else None,
+            chosen=self.points.index(best) if best in self.points else None,
         )
 
 
@@ -102,7 +118,7 @@ def log(value: float) -> float:
     return math.log(value) if value > 0 else -math.inf
 
 
-def steps(plan: ComparisonPlan, target: Target) -> Measure:
+def steps(plan: ComparisonPlan, target: Target) -> Callable[[Point, RunResult], tuple[float, bool]]:
     """Log of the steps to a target of the plan; a miss took more than the budget can show."""
 
     def measure(point: Point, result: RunResult) -> tuple[float, bool]:
@@ -124,10 +140,10 @@ def seconds(plan: ComparisonPlan) -> Measure:
     count = steps(plan, plan.target)
 
     def measure(point: Point, result: RunResult) -> tuple[float, bool] | None:
-        found = count(point, result)
-        if found is None or not result.ms_per_step:
+        if not result.ms_per_step:
             return None
-        return found[0] + log(result.ms_per_step / 1e3), found[1]
+        taken, hit = count(point, result)
+        return taken + log(result.ms_per_step / 1e3), hit
 
     return measure
 
@@ -138,8 +154,8 @@ def examples(plan: ComparisonPlan, arm: str) -> Measure:
     batch_size = plan.recipes.get(arm, {}).get("train", {}).get("batch_size")
 
     def measure(point: Point, result: RunResult) -> tuple[float, bool] | None:
-        found, each = count(point, result), point.get("train.batch_size", batch_size)
-        return None if found is None or each is None else (found[0] + log(each), found[1])
+        (taken, hit), each = count(point, result), point.get("train.batch_size", batch_size)
+        return None if each is None else (taken + log(each), hit)
 
     return measure
 

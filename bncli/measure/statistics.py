@@ -37,14 +37,16 @@ FEWEST_WITH_A_MISS = 6  # runs an arm: in fewer no order statistic bounds a medi
 class Sample:
     """One arm's runs: a row for each point of the grid, a column for each seed; (points, seeds) throughout.
 
-    logs: log of the steps to target, or of the seconds or examples. Of a run that missed, the log of what it had used
-    up by then, which is a lower bound. hit: whether the run reached the target. by: the logs that decide which point is
-    best, where those are not `logs` themselves: seconds and examples are those of the point with the fewest steps.
+    logs: log of the steps to target, or of the seconds or examples. Of a run that missed, the log of the most that its
+    budget can show, which is a lower bound. hit: whether the run reached the target. by: the logs that decide which
+    point is best, where those are not `logs` themselves: seconds and examples are those of the point with the fewest
+    steps. chosen: the row of the point that was found best over more seeds than these.
     """
 
     logs: Floats
     hit: Bools
     by: Floats | None = None
+    chosen: int | None = None
 
     @property
     def deciding(self) -> Floats:
@@ -52,7 +54,9 @@ class Sample:
 
     @property
     def best(self) -> int:
-        """The row with the most hits, and among those with the smallest mean."""
+        """The row with the most hits, and among those with the smallest mean, unless it was chosen before."""
+        if self.chosen is not None:
+            return self.chosen
         rows = self.candidates
         return int(rows[self.deciding[rows].mean(1).argmin()])
 
@@ -111,7 +115,7 @@ def typical(sample: Sample) -> Steps:
     interval = _exp(low, high)
     if sample.half_missed:
         return Steps(None, interval, "bound")
-    return Steps(math.exp(_median(logs)), interval, "median")
+    return Steps(math.exp(_median(logs, hit)), interval, "median")
 
 
 def ratio(reference: Sample, arm: Sample) -> Ratio:
@@ -119,7 +123,8 @@ def ratio(reference: Sample, arm: Sample) -> Ratio:
 
     No miss at either best point: the ratio of geometric means, method "means". Its interval is a jackknife over seeds,
     paired across the arms since they train on the same batches from the same weights, with Student's t; each arm's
-    optimism widens the limit that it flatters. With one point an arm this is the paired t interval of log steps.
+    optimism widens the limit that it flatters. With one point an arm this is the paired t interval of log steps. Where
+    points differ in hits the choice is repeated among those with the most.
     Some misses, fewer than half in each arm: the ratio of medians, method "medians", its limits from the order
     statistics of both, distances added as squares; a miss counts as its budget from below and is open from above. Half
     or more missed in one arm: the same formula, which then has one side, and no value: method "bound". In both arms: no
@@ -137,10 +142,12 @@ def ratio(reference: Sample, arm: Sample) -> Ratio:
 
 def doubt(sample: Sample) -> float | None:
     """The share of leave-one-out samples that choose another point than the whole one; None below two seeds."""
-    if sample.hit.shape[1] < 2:
+    seeds = sample.hit.shape[1]
+    if seeds < 2:
         return None
-    rows = sample.candidates
-    return float(np.mean(rows[_without_each(sample.deciding[rows]).argmin(0)] != sample.best))
+    logs, hit = sample.deciding, sample.hit
+    left = (Sample(np.delete(logs, seed, 1), np.delete(hit, seed, 1)).best for seed in range(seeds))
+    return sum(best != sample.best for best in left) / seeds
 
 
 # --- means --------------------------------------------------------------------------------------------------------
@@ -220,7 +227,7 @@ def _ratio_of_medians(reference: Sample, arm: Sample) -> Ratio:
     sides = []
     for one in (reference, arm):
         logs, hit = one.logs[one.best], one.hit[one.best]
-        sides.append((_median(logs), *_order_statistics(logs, hit)))
+        sides.append((_median(logs, hit), *_order_statistics(logs, hit)))
     (m1, l1, u1), (m2, l2, u2) = sides
     value = None if reference.half_missed or arm.half_missed else math.exp(m1 - m2)
     interval = OPEN
@@ -229,9 +236,10 @@ def _ratio_of_medians(reference: Sample, arm: Sample) -> Ratio:
     return Ratio(value, interval, "bound" if value is None else "medians", None)
 
 
-def _median(logs: Floats) -> float:
-    """A miss counts as what it had used up: below the middle of the runs that is the median, above it a lower bound."""
-    return float(np.median(logs))
+def _median(logs: Floats, hit: Bools) -> float:
+    """Of runs (seeds), a miss above every hit; where half or more missed, a lower bound of it."""
+    ranked = float(np.median(np.where(hit, logs, np.inf)))
+    return ranked if math.isfinite(ranked) else float(np.median(logs))
 
 
 def _order_statistics(logs: Floats, hit: Bools) -> tuple[float, float]:

@@ -10,7 +10,6 @@ from typing import Any
 
 from bncli.measure import samples, statistics
 from bncli.measure.samples import Measure, Runs, ended, kept_points, points_of
-from bncli.measure.statistics import Sample
 from bncli.results import (
     ArmSummary,
     AtTarget,
@@ -42,18 +41,20 @@ class _Arm:
     @staticmethod
     def of(plan: ComparisonPlan, name: str, records: Sequence[RunRecord]) -> _Arm:
         mine = [record for record in records if record.arm == name]
-        report = points_of([record for record in mine if record.phase == "report"])
         tuning = [record for record in mine if record.phase == "tune"]
-        # The points of the report's runs are those kept; before one of these has ended, a complete tuning says which.
-        whole = len(tuning) == _points(plan, name) * len(plan.tune_seeds)
-        kept = report or (kept_points(plan, tuning) if tuning and whole else [])
+        if plan.tune_seeds:
+            whole = len(tuning) == _points(plan, name) * len(plan.tune_seeds)
+            kept = kept_points(plan, tuning) if whole else []
+        else:
+            kept = points_of(mine)
         return _Arm(name, mine, kept, Runs.of([record for record in mine if record.point in kept], kept))
 
-    def point(self, sample: Sample) -> samples.Point:
-        """The best one; none before the tuning is complete."""
+    def best(self, measure: Measure) -> samples.Point | None:
+        """The best of the points kept; None before the tuning is complete, or where no run ended."""
+        sample = self.runs.sample(measure)
         if sample.hit.shape[1]:
             return self.runs.points[sample.best]
-        return self.kept[0] if self.kept else {}
+        return self.kept[0] if self.kept else None
 
 
 def summarise(
@@ -114,9 +115,9 @@ def _points(plan: ComparisonPlan, arm: str) -> int:
 
 def _row(plan: ComparisonPlan, arm: _Arm, reference: _Arm) -> ArmSummary:
     count = samples.steps(plan, plan.target)
-    sample = arm.runs.sample(count)
-    point = arm.point(sample)
-    results = [r.result for r in ended(arm.records) if r.point == point and r.result is not None]
+    sample, point, seeds = arm.runs.sample(count), arm.best(count) or {}, arm.runs.seeds(count)
+    mine = [record for record in ended(arm.records) if record.point == point and record.seed in seeds]
+    results = [record.result for record in mine if record.result is not None]
     firsts = [result.first_hit for result in results if result.first_hit]
     memory = [result.peak_memory_mib for result in results if result.peak_memory_mib is not None]
     cells = _cells(plan, arm)
@@ -137,7 +138,7 @@ def _row(plan: ComparisonPlan, arm: _Arm, reference: _Arm) -> ArmSummary:
         peak_memory_mib=max(memory, default=None),
         parameters=results[0].parameters if results else None,
         diverged=sum(result.status == "diverged" and result.steps_to_target is None for result in results),
-        failures=tuple(f"seed {record.seed}: {record.failure}" for record in arm.records if record.failure),
+        failures=tuple(f"{_words_of(record)}: {record.failure}" for record in arm.records if record.failure),
         tuning=cells if len(cells) > 1 else (),
         curve=_curve(plan, results),
         choice=Choice(len(cells), len(arm.kept), statistics.doubt(sample)) if tuned else None,
@@ -146,6 +147,12 @@ def _row(plan: ComparisonPlan, arm: _Arm, reference: _Arm) -> ArmSummary:
         also=tuple(_at_target(plan, arm, reference, target) for target in plan.also),
         thinned=_thinned(plan, arm, reference),
     )
+
+
+def _words_of(record: RunRecord) -> str:
+    """A run of an arm: `lr 0.3, seed 5`."""
+    values = [f"{path.rsplit('.', 1)[-1]} {value}" for path, value in record.point.items()]
+    return ", ".join([*values, f"seed {record.seed}"])
 
 
 def _cells(plan: ComparisonPlan, arm: _Arm) -> tuple[TuningCell, ...]:
@@ -172,7 +179,7 @@ def _typical(values: Sequence[float | None]) -> float | None:
 
 
 def _at_edge(plan: ComparisonPlan, arm: str, point: Mapping[str, Any]) -> tuple[str, ...]:
-    """The tuned numeric fields whose best value is the smallest or the largest that was tried, and could be passed."""
+    """The tuned numeric fields whose best value is the smallest or the largest that was tried, and is not 0."""
     edges = []
     for path, values in plan.grid.items():
         numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
@@ -219,15 +226,17 @@ def _ratio(
     of_reference: Measure | None = None,
     by: Measure | None = None,
 ) -> Ratio | None:
-    """How many times fewer than the reference over the seeds that both have; None for the reference itself."""
+    """How many times fewer than the reference; None for the reference itself.
+
+    Over the seeds that both have, at the points that are best over each one's own.
+    """
     if arm is reference:
         return None
     if _same_recipe(plan, arm.name):
         return Ratio(1.0, Interval(1.0, 1.0), "same recipe", None)
-    one, other = (
-        side.runs.sample(each, by, arm.runs.seeds & reference.runs.seeds)
-        for side, each in ((reference, of_reference or measure), (arm, measure))
-    )
+    sides = ((reference, of_reference or measure), (arm, measure))
+    seeds = frozenset.intersection(*(side.runs.seeds(each) for side, each in sides))
+    one, other = (side.runs.sample(each, by, seeds, side.best(by or each)) for side, each in sides)
     return statistics.ratio(one, other)
 
 
@@ -244,7 +253,13 @@ def _cost(plan: ComparisonPlan, arm: _Arm, reference: _Arm, measure: Any) -> Cos
     if sample.hit.shape[1] == 0:
         return None
     ratio = _ratio(plan, arm, reference, measure(arm.name), measure(reference.name), by)
-    return Cost(statistics.typical(sample), ratio)
+    return Cost(statistics.typical(replace(sample, chosen=_row_of(arm, by))), ratio)
+
+
+def _row_of(arm: _Arm, measure: Measure) -> int | None:
+    """The place of an arm's best point among those that it kept."""
+    best = arm.best(measure)
+    return arm.runs.points.index(best) if best in arm.runs.points else None
 
 
 def _at_target(plan: ComparisonPlan, arm: _Arm, reference: _Arm, target: Target) -> AtTarget:
@@ -277,8 +292,8 @@ def _notes(comparison: Comparison, arms: Mapping[str, _Arm]) -> Iterator[str]:
     for arm in comparison.arms:
         yield from (f"{arm.arm}: {note}" for note in _arm_notes(comparison, arm))
     yield from _seed_notes(plan, arms)
-    yield from _ratio_notes(comparison)
-    yield from _unlike_notes(plan)
+    yield from _ratio_notes(comparison, arms)
+    yield from _unlike_notes(comparison)
     yield from _disturbance(records)
     if any(recipe.get("norm", {}).get("kind") == "batch" for recipe in plan.recipes.values()):
         yield (
@@ -289,22 +304,22 @@ def _notes(comparison: Comparison, arms: Mapping[str, _Arm]) -> Iterator[str]:
 
 def _arm_notes(comparison: Comparison, arm: ArmSummary) -> Iterator[str]:
     plan = comparison.plan
-    if arm.tuning and not any(cell.hits for cell in arm.tuning):
-        yield f"no value of the grid reached the target in {plan.budget:,} steps"
+    if any(cell.runs for cell in arm.tuning) and not any(cell.hits for cell in arm.tuning):
+        yield f"no point of the grid reached the target within the {plan.most_steps:,.0f} steps the budget can show"
     for path in arm.at_edge:
         wider = "smaller" if arm.point[path] == min(plan.grid[path]) else "larger"
         yield f"the best {path}, {arm.point[path]:g}, is at the edge of the grid; add {wider} values"
     coarse = _too_coarse(comparison, arm)
     if coarse:
         yield coarse
-    yield from (f"failed: {failure}" for failure in arm.failures)
+    yield from (f"failed: {failure}" for failure in dict.fromkeys(arm.failures))
     if arm.diverged:
         yield f"{arm.diverged} of {arm.runs} runs diverged and count as misses"
-    if arm.thinned and arm.ratio and arm.ratio.value and abs(math.log(arm.thinned / arm.ratio.value)) > MOVED:
-        more = "more" if arm.thinned > arm.ratio.value else "less"
-        share = abs(arm.thinned / arm.ratio.value - 1)
+    value = arm.ratio.value if arm.ratio else None
+    if not coarse and arm.thinned and value and abs(math.log(arm.thinned / value)) > MOVED:
+        more = "more" if arm.thinned > value else "less"
         yield (
-            f"from every second evaluation the ratio is {arm.thinned:.3g}, {share:.0%} {more}: "
+            f"from every second evaluation the ratio is {arm.thinned:.3g}, {abs(arm.thinned / value - 1):.0%} {more}: "
             "evaluate more often, hold more examples out, or choose an easier target"
         )
 
@@ -314,16 +329,18 @@ def _too_coarse(comparison: Comparison, arm: ArmSummary) -> str | None:
     steps = arm.steps.value
     if steps is None:
         return None
-    if steps == 0:
-        return "it has reached the target before the first step; choose a harder one"
-    evaluated = [sum(0 < each.step <= steps for each in result.evaluations) for result in comparison.results_of(arm)]
+    results = comparison.results_of(arm)
+    at_once = sum(result.steps_to_target == 0 for result in results)
+    if at_once:
+        return f"{at_once} of {len(results)} runs were at the target before the first step; choose a harder one"
+    if steps < FEWEST_EVALUATIONS:
+        return f"fewer than {FEWEST_EVALUATIONS} steps to its target; choose a harder one"
+    evaluated = [sum(0 < each.step <= steps for each in result.evaluations) for result in results]
     if median(evaluated) >= FEWEST_EVALUATIONS:
         return None
     every = comparison.plan.recipes.get(arm.arm, {}).get("train", {}).get("evaluate_every", 1)
     if isinstance(every, dict):
         advice = "raise train.evaluate_every.points_per_doubling"
-    elif every == 1:
-        return f"fewer than {FEWEST_EVALUATIONS} steps to its target; choose a harder one"
     else:
         most = max(1, int(steps / FEWEST_EVALUATIONS))
         advice = f"set train.evaluate_every to {most}{' or less' * (most > 1)}"
@@ -339,23 +356,32 @@ def _seed_notes(plan: ComparisonPlan, arms: Mapping[str, _Arm]) -> Iterator[str]
         yield f"{seeds} seed{'s' * (seeds > 1)} an arm {'are' if seeds > 1 else 'is'} few{more}"
 
 
-def _ratio_notes(comparison: Comparison) -> Iterator[str]:
-    reference = comparison.plan.reference
+def _ratio_notes(comparison: Comparison, arms: Mapping[str, _Arm]) -> Iterator[str]:
+    plan, reference = comparison.plan, arms[comparison.plan.reference]
+    count = samples.steps(plan, plan.target)
     ratios = {arm.arm: arm.ratio for arm in comparison.arms if arm.ratio and arm.runs}
     same = [name for name, ratio in ratios.items() if ratio.method == "same recipe"]
     if same:
-        yield f"{', '.join(same)}: the same recipe as {reference} under another name, so the ratio is 1 by itself"
-    unsure = [name for name, ratio in ratios.items() if ratio.method != "same recipe" and not _tells_apart(ratio)]
+        yield f"{', '.join(same)}: the same recipe as {plan.reference} under another name, so the ratio is 1 by itself"
+    unsure = [
+        name
+        for name, ratio in ratios.items()
+        if ratio.method in ("means", "medians", "bound") and not _tells_apart(ratio)
+    ]
     if unsure:
-        compared = len(comparison.arms) - 1
-        several = f" (not corrected for {compared} comparisons)" if compared > 1 else ""
-        yield f"not told apart from {reference} by the 95 % interval{several}: {', '.join(unsure)}"
-    for arm in comparison.arms:
-        if arm.ratio and arm.ratio.method == "hits" and arm.ratio.p_value is not None:
-            other = next(each for each in comparison.arms if each.arm == reference)
+        several = f" (not corrected for {len(plan.arms) - 1} comparisons)" if len(plan.arms) > 2 else ""
+        yield f"not told apart from {plan.reference} by the 95 % interval{several}: {', '.join(unsure)}"
+    for name, ratio in ratios.items():
+        seeds = arms[name].runs.seeds(count), reference.runs.seeds(count)
+        common = seeds[0] & seeds[1]
+        if ratio.method != "same recipe" and (seeds[0] != common or seeds[1] != common):
+            yield f"{name}: its ratio rests on the {len(common)} seeds that {plan.reference} has too"
+        if ratio.method == "hits" and ratio.p_value is not None:
+            both = [side.runs.sample(count, None, common, side.best(count)) for side in (arms[name], reference)]
+            mine, its = (int(sample.hit[sample.best].sum()) for sample in both)
             yield (
-                f"{arm.arm}: {arm.hits} of {arm.runs} runs hit, {other.hits} of {other.runs} of {reference}: "
-                f"p {arm.ratio.p_value:.2g} that both hit alike (Fisher's exact test)"
+                f"{name}: {mine} of {len(common)} runs hit, {its} of {len(common)} of {plan.reference}; if both hit "
+                f"alike, a difference as large has probability {ratio.p_value:.2g} (Fisher's exact test)"
             )
 
 
@@ -364,14 +390,16 @@ def _tells_apart(ratio: Ratio) -> bool:
     return (low is not None and low > 1) or (high is not None and high < 1)
 
 
-def _unlike_notes(plan: ComparisonPlan) -> Iterator[str]:
+def _unlike_notes(comparison: Comparison) -> Iterator[str]:
     """Fields in which arms differ so that a step of one is another amount of work, or another kind."""
-    paths = {"train.batch_size": "a step sees another number of examples", "train.precision": "", "schedule": ""}
+    more_examples = ": a step sees another number of examples"
+    paths = {"train.batch_size": more_examples, "train.precision": "", "train.tf32": "", "schedule": ""}
+    recipes = comparison.plan.recipes
     for path, why in paths.items():
-        found = {arm: _value(recipe, path) for arm, recipe in plan.recipes.items()}
-        if path not in plan.grid and len({str(value) for value in found.values()}) > 1:
+        found = {arm.arm: arm.point.get(path, _value(recipes.get(arm.arm, {}), path)) for arm in comparison.arms}
+        if len({str(value) for value in found.values()}) > 1:
             values = ", ".join(f"{arm} {_words(value)}" for arm, value in found.items())
-            yield f"the arms differ in {path}: {values}{': ' * bool(why)}{why}"
+            yield f"the arms differ in {path}: {values}{why}"
 
 
 def _value(recipe: Mapping[str, Any], path: str) -> Any:

@@ -25,11 +25,10 @@ from bncli.results import (
 UNKNOWN = "–"
 LETTERS = string.ascii_lowercase + string.ascii_uppercase  # one an arm, where a curve has no room for its name
 METHODS = {
-    "geometric mean": "Steps to target: those below it; geometric mean over seeds at the arm's best point (jackknife).",
+    "geometric mean": "Steps to target: steps spent below it; geometric mean over seeds at the best point (jackknife).",
     "median": "median: with some runs past their budget (order statistics).",
     "bound": "> {most}: at least half of the runs missed; a budget of {budget} steps shows up to {most}.",
-    "means": "Times fewer: steps of {reference} over the arm's, each at its best point of the grid (jackknife over "
-    "seeds, paired, the choice of the point repeated).",
+    "means": "Times fewer: steps of {reference} over the arm's, by a jackknife over seeds, paired{chosen}.",
     "medians": "Times fewer where runs missed: ratio of medians (order statistics of both).",
     "bounded ratio": "Times fewer as > or <: a bound, as at least half of an arm's runs missed.",
 }
@@ -119,15 +118,15 @@ def joined(cell: Cell) -> str:
 
 def steps_cell(arm: ArmSummary, most_steps: float) -> Cell:
     """The steps to target; `most_steps`: what the budget can show, which runs that missed took more than."""
+    return amount_cell(arm, arm.steps, most_steps)
+
+
+def amount_cell(arm: ArmSummary, steps: Steps, most_steps: float | None) -> Cell:
+    """An amount to target, whatever its unit; None for `most_steps` where the budget is none of that unit."""
     if arm.runs == 0:
         return UNKNOWN, ""
     if arm.diverged == arm.runs:
         return "diverged", ""
-    return amount_cell(arm.steps, most_steps)
-
-
-def amount_cell(steps: Steps, most_steps: float | None) -> Cell:
-    """An amount to target, whatever its unit; None for `most_steps` where the budget is none of that unit."""
     span = interval_figure(steps.interval)
     if steps.value is not None:
         return "median " * (steps.method == "median") + figure(steps.value), span
@@ -188,9 +187,9 @@ def cost_columns(comparison: Comparison) -> list[Column]:
     """Seconds and examples to target, an arm a row: a step of one arm may cost more, or see more, than another's."""
 
     def cells(cost: Callable[[ArmSummary], Cost | None]) -> tuple[tuple[Cell, ...], tuple[Cell, ...]]:
-        found = [cost(arm) for arm in comparison.arms]
-        amounts = tuple((UNKNOWN, "") if each is None else amount_cell(each.typical, None) for each in found)
-        return amounts, tuple((UNKNOWN, "") if each is None else ratio_cell(each.ratio) for each in found)
+        found = [(arm, cost(arm)) for arm in comparison.arms]
+        amounts = tuple((UNKNOWN, "") if one is None else amount_cell(arm, one.typical, None) for arm, one in found)
+        return amounts, tuple((UNKNOWN, "") if one is None else ratio_cell(one.ratio) for _, one in found)
 
     seconds, less_time = cells(lambda arm: arm.seconds)
     examples, fewer = cells(lambda arm: arm.examples)
@@ -210,9 +209,8 @@ def target_columns(comparison: Comparison) -> list[Column]:
     columns = [Column((f"held-out {plan.target.metric}", ""), tuple((setting(each.value), "") for each in order))]
     for arm in comparison.arms:
         found = {each.target: each for each in all_targets(plan, arm)}
-        steps = [
-            amount_cell(found[each].steps, plan.most_steps) if found[each].runs else (UNKNOWN, "") for each in order
-        ]
+        runs = [found[each] for each in order]
+        steps = [amount_cell(arm, each.steps, plan.most_steps) if each.runs else (UNKNOWN, "") for each in runs]
         columns.append(Column((arm.arm, "steps"), tuple(steps)))
         if arm.ratio is not None:
             columns.append(Column(("times", "fewer"), tuple(ratio_cell(found[each].ratio) for each in order)))
@@ -277,7 +275,9 @@ def _methods(comparison: Comparison) -> Iterator[str]:
     used |= {"bounded ratio" for ratio in ratios if ratio.value is None and interval_figure(ratio.interval)}
     for method, words in METHODS.items():
         if method in used:
-            yield words.format(budget=figure(plan.budget), most=figure(plan.most_steps), reference=plan.reference)
+            chosen = ", that repeats the choice of each arm's best point" if plan.tune_seeds else ""
+            named = {"budget": figure(plan.budget), "most": figure(plan.most_steps)}
+            yield words.format(**named, reference=plan.reference, chosen=chosen)
     best = f"Best {plan.target.metric} (a run may stop at its target) and samples/s"
     yield f"Intervals are 95%. {best} are medians over seeds; memory is the largest, of the whole process on a CPU."
     yield "Seconds are of training alone, without evaluations."

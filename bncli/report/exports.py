@@ -166,7 +166,7 @@ TUNING = """<h2>Tuning runs</h2>
 
 def to_html(comparison: Comparison) -> str:
     """One page that needs nothing else: tables, notes, and the figure as inline SVG where matplotlib is installed."""
-    tuned = tuning_columns(comparison)
+    tuned = tuning_columns(comparison) if comparison.plan.tune_seeds else []
     return PAGE.format(
         title=html.escape(title(comparison)),
         subtitle=html.escape(subtitle(comparison.plan)),

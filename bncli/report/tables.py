@@ -183,8 +183,13 @@ def _status(result: RunResult) -> str:
     target = f"its target {target_words(result.target)}" if result.target else "no target set"
     if result.status == "reached":
         return f"reached {target}"
-    reached = "without reaching " if result.target and result.steps_to_target is None else ""
-    return f"used up its budget, {reached}{target}"
+    if result.target is None:
+        return "used up its budget, no target set"
+    if result.steps_to_target is not None:
+        return f"used up its budget after it reached {target}"
+    if result.first_hit is not None:
+        return f"used up its budget before the steps to {target} were settled"
+    return f"used up its budget without reaching {target}"
 
 
 # --- layouts ------------------------------------------------------------------------------------------------------

@@ -83,14 +83,14 @@ def tuning_notes(comparison: Comparison) -> list[str]:
     return [
         f"Geometric mean of the steps of the runs that hit, hits/runs over {seeds} tuning seed{'s' * (seeds != 1)};"
         f" below it how many times fewer than {comparison.plan.reference} at the same value (no interval).",
-        "[ ]: the arm's best, by all of its seeds; ( ): kept beside it with further seeds, since these could not tell "
-        "them apart. > and <: bounds, where runs missed.",
+        "[ ]: the arm's best, by all of its seeds; ( ): kept beside it with further seeds, since the tuning seeds "
+        "could not tell them apart. > and <: bounds, where runs missed.",
         *([f"Kept: {'; '.join(choices)}."] if choices else []),
     ]
 
 
 def choice_words(choice: Choice) -> str:
-    """How clear the choice of the best point was: `3 of 15 points, 12% of samples without a seed choose another`."""
+    """How many points were kept, and where there are several how clear the choice among them was."""
     kept = f"{choice.kept} of {choice.points} points"
     if choice.kept < 2 or choice.doubt is None:
         return kept

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -145,4 +144,4 @@ def test_the_ratio_of_the_same_runs_moves_by_less_than_3_percent_between_cadence
 def test_a_true_14x_is_read_within_4_percent_with_10_evaluations_in_the_fast_arm() -> None:
     # 400 runs an arm: the standard error is about 0.8 %
     assert abs(bias_of_14x(noise=0.01, cadence="every 10", runs=400, seed=2)) < 0.04
-    assert np.isfinite(bias_of_14x(noise=0.017, cadence="log 8", runs=50, seed=2))
+    assert abs(bias_of_14x(noise=0.01, cadence="log 8", runs=400, seed=2)) < 0.04
