@@ -20,7 +20,7 @@ from bncli.measure import ceilings, clock, fresh_processes, peers, ratios, shape
 from bncli.measure.arms import OWN_KERNELS
 from bncli.measure.step_costs import StepRun
 from bncli.report import cost_exports
-from bncli.results import KernelProfile, StepMemory, StepProfile
+from bncli.results import Ceilings, KernelProfile, StepMemory, StepProfile
 from tests.test_architecture import modules_after
 from tests.test_cli import RECIPE, bncli
 
@@ -210,6 +210,7 @@ def saved_baseline(monkeypatch: pytest.MonkeyPatch, capsys: Capture, better: flo
 def test_a_regression_against_the_baseline_is_exit_code_1_and_nothing_else_is(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture, better: float, code: int, verdict: str
 ) -> None:
+    monkeypatch.setattr(Ceilings, "cores_shared", False)  # whatever else runs here meanwhile
     saved_baseline(monkeypatch, capsys, better)
     gate = ("--baseline", "baseline.json", "--fail-above", "1.5")
     assert bncli(monkeypatch, "profile", *TINY, *gate, "--json") == code

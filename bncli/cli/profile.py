@@ -171,6 +171,9 @@ def profile(
     result = run.result()
     gate, incomparable = _gate(result, earlier, FAIL_ABOVE if fail_above is None else fail_above, strict)
     _show(result, gate, earlier, form)
+    ceilings = getattr(result, "ceilings", None)
+    if form != "table" and ceilings is not None and ceilings.cores_shared and result.notes:
+        say(f"{result.notes[0]}; do not keep this for a baseline", quiet)
     if plot and result.rows:
         from bncli.report import roofline
 

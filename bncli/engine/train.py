@@ -209,6 +209,7 @@ class Training:
         if train.compile:
             torch.compiler.reset()  # past runs of this process count towards a limit, beyond which a model runs eager
         self.model: nn.Module = torch.compile(model) if train.compile else model  # type: ignore[assignment]
+        _begin_training(model)
         self.learning_rate = float(self.optimizer.param_groups[0]["lr"])  # of the last update, or of the first to come
         self.skipped = 0  # batches in a row for which the optimizer took no step
         self.step = self._make_step()
@@ -338,6 +339,20 @@ class Training:
             also=tuple(reach[1:]),
             evaluation_peak_memory_mib=self.memory.mib.get("evaluation"),
         )
+
+
+def _begin_training(model: nn.Module) -> None:
+    """Call `train` where a class of the user's own does more in it than to set the flag, such as keep norms frozen.
+
+    What was in evaluation mode before, by its maker's will, stays so.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    for module, training in flags:
+        if training and type(module).train is not nn.Module.train:
+            module.train()
+    for module, training in flags:
+        if not training and module.training:
+            module.eval()
 
 
 def evaluation_size(recipe: Recipe, shape: tuple[int, ...]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from bncli.errors import RecipeError
 from bncli.results import (
@@ -29,7 +30,8 @@ VIEWS: dict[type, str] = {KernelProfile: "kernels", StepProfile: "a training ste
 def gate(now: Profile, baseline: Profile, fail_above: float, strict: bool = False) -> Gate:
     """Each row that both have with a ratio to native, and whether it is more than `fail_above` times slower.
 
-    strict: what the intervals cannot tell fails too, and so does a row of the baseline that came to no ratio now.
+    strict: what the intervals cannot tell fails too, and so does a row of the baseline that came to no ratio now. Where
+    other programs used the cores in either run, no row is called regressed.
 
     Raises RecipeError for a bound that is not above 1, for profiles of two kinds, and where no row is in both.
     """
@@ -44,13 +46,23 @@ def gate(now: Profile, baseline: Profile, fail_above: float, strict: bool = Fals
     both = [name for name in ours if name in theirs]
     if not both:
         raise RecipeError(f"--baseline: {_nothing_in_common(ours, theirs)}")
+    changes = [change(name, ours[name], theirs[name], fail_above) for name in both]
+    disturbed = tuple(which for which, of in (("this run", now), ("the baseline", baseline)) if _is_disturbed(of))
+    if disturbed:
+        changes = [replace(each, verdict="cannot tell") if each.verdict == "regressed" else each for each in changes]
     return Gate(
         fail_above=fail_above,
-        changes=tuple(change(name, ours[name], theirs[name], fail_above) for name in both),
+        changes=tuple(changes),
         only_now=tuple(name for name in ours if name not in theirs),
         only_baseline=tuple(name for name in theirs if name not in ours),
         strict=strict,
+        disturbed=disturbed,
     )
+
+
+def _is_disturbed(profile: Profile) -> bool:
+    """Whether other programs used a CPU's cores meanwhile, which slows kernels unlike; of a step it is not known."""
+    return isinstance(profile, KernelProfile) and profile.environment.device == "cpu" and profile.ceilings.cores_shared
 
 
 def change(name: str, now: Faster, baseline: Faster, fail_above: float) -> Change:

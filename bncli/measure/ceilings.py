@@ -17,12 +17,9 @@ BEYOND_CACHE = {"cpu": 256 * MIB, "cuda": 1024 * MIB}  # more than a core's or a
 MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}
 
 
-BUSY = 0.1  # of the largest copy's GB/s: on idle cores a small copy, cold, has half or more; waiting threads take ms
-
-
 def busy_cores(found: Ceilings, device: torch.device) -> str | None:
     """What a small copy says of other programs on a CPU's cores, or None where it says nothing of the kind."""
-    if device.type != "cpu" or not found.copies or found.copies[0][1] >= BUSY * found.copy_gb_per_s:
+    if device.type != "cpu" or not found.cores_shared:
         return None
     size, reached = found.copies[0]
     return (

@@ -126,7 +126,7 @@ def _row(plan: ComparisonPlan, arm: _Arm, reference: _Arm) -> ArmSummary:
         arm=arm.name,
         point=point,
         fixed=plan.fixed.get(arm.name, ()),
-        at_edge=_at_edge(plan, arm.name, point) if any(cell.hits for cell in cells) else (),
+        at_edge=_at_edge(plan, arm.name, point) if any(cell.steps for cell in cells) else (),
         hits=sum(result.steps_to_target is not None for result in results),
         runs=len(results),
         steps=statistics.typical(sample),
@@ -294,7 +294,7 @@ def _notes(comparison: Comparison, arms: Mapping[str, _Arm]) -> Iterator[str]:
     yield from _seed_notes(plan, arms)
     yield from _ratio_notes(comparison, arms)
     yield from _unlike_notes(comparison)
-    yield from _disturbance(records)
+    yield from _disturbance(records, shown=any(arm.samples_per_s is not None for arm in comparison.arms))
     if any(recipe.get("norm", {}).get("kind") == "batch" for recipe in plan.recipes.values()):
         yield (
             "these are this task's figures; the paper's 14x is BN-x5 on ImageNet with seven changes, "
@@ -304,7 +304,7 @@ def _notes(comparison: Comparison, arms: Mapping[str, _Arm]) -> Iterator[str]:
 
 def _arm_notes(comparison: Comparison, arm: ArmSummary) -> Iterator[str]:
     plan = comparison.plan
-    if any(cell.runs for cell in arm.tuning) and not any(cell.hits for cell in arm.tuning):
+    if arm.runs and arm.tuning and not any(cell.hits for cell in arm.tuning) and not arm.hits:
         yield f"no point of the grid reached the target within the {plan.most_steps:,.0f} steps the budget can show"
     for path in arm.at_edge:
         wider = "smaller" if arm.point[path] == min(plan.grid[path]) else "larger"
@@ -366,7 +366,7 @@ def _ratio_notes(comparison: Comparison, arms: Mapping[str, _Arm]) -> Iterator[s
     unsure = [
         name
         for name, ratio in ratios.items()
-        if ratio.method in ("means", "medians", "bound") and not _tells_apart(ratio)
+        if ratio.method != "same recipe" and ratio.interval != statistics.OPEN and not _tells_apart(ratio)
     ]
     if unsure:
         several = f" (not corrected for {len(plan.arms) - 1} comparisons)" if len(plan.arms) > 2 else ""
@@ -376,7 +376,10 @@ def _ratio_notes(comparison: Comparison, arms: Mapping[str, _Arm]) -> Iterator[s
         common = seeds[0] & seeds[1]
         if ratio.method != "same recipe" and (seeds[0] != common or seeds[1] != common):
             yield f"{name}: its ratio rests on the {len(common)} seeds that {plan.reference} has too"
-        if ratio.method == "hits" and ratio.p_value is not None:
+        if ratio.method in ("means", "medians", "bound") and ratio.interval == statistics.OPEN:
+            needed = statistics.FEWEST_WITH_A_MISS if ratio.method != "means" else 2
+            yield f"{name}: no interval from {len(common)} seeds{' and a miss' * (needed > 2)}; it needs {needed}"
+        if ratio.method == "hits" and ratio.p_value is not None and ratio.p_value < 1:
             both = [side.runs.sample(count, None, common, side.best(count)) for side in (arms[name], reference)]
             mine, its = (int(sample.hit[sample.best].sum()) for sample in both)
             yield (
@@ -415,10 +418,11 @@ def _words(value: Any) -> str:
     return " ".join([str(value.get("kind")), *(f"{k} {v}" for k, v in value.items() if k != "kind" and v)])
 
 
-def _disturbance(records: Sequence[RunRecord]) -> Iterator[str]:
+def _disturbance(records: Sequence[RunRecord], shown: bool) -> Iterator[str]:
+    """What to know of seconds and samples/s, where they are shown."""
     machines = {(r.result.environment.processor, r.result.environment.device) for r in records if r.result}
-    if len(machines) > 1:
+    if shown and len(machines) > 1:
         yield "the runs come from different machines: compare their steps, not their seconds"
     beside = max((record.at_a_time or 1 for record in records), default=1)
-    if beside > 1:
+    if shown and beside > 1:
         yield f"seconds and samples/s were measured with up to {beside} runs at a time; --jobs 1 measures each alone"

@@ -63,6 +63,8 @@ class RunFolder:
         write_atomically(self.path / RECIPE, signed(recipe_yaml))
 
     def _refuse_what_stands(self) -> None:
+        if os.path.lexists(self.path / PLAN):
+            raise RecipeError(f"--out {self.path}: holds a comparison; choose another folder for a run of its own")
         there = [name for name in OWN if os.path.lexists(self.path / name)]
         for name in there:
             if not _read(self.path / name, OWN[name]):

@@ -43,6 +43,12 @@ class GateReport:
 def closing(gate: Gate) -> str:
     """The last line: how many rows have which verdict, and the exit code that follows."""
     verdicts = [change.verdict for change in gate.changes]
+    if gate.disturbed:
+        where = " and in ".join(gate.disturbed)
+        return (
+            f"Other programs used the cores in {where}: no row is called regressed. Measure again on idle cores "
+            f"(exit {int(gate.failed)})."
+        )
     counts = ", ".join(f"{verdicts.count(word):,} {word}" for word in STYLES if word in verdicts)
     if gate.regressed:
         return f"{counts}: FAILED, more than {gate.fail_above:g} times slower by the whole interval (exit 1)."

@@ -88,7 +88,7 @@ def render(comparison: Comparison, kind: str, transparent: bool = False) -> byte
         matplotlib.rcParams.update(STYLE)
         lines = sum(max(2.6, math.ceil(len(arm.arm) / 18)) for arm in comparison.arms)
         height = max(4.2, 1.6 + 0.19 * lines)
-        if comparison.plan.also:
+        if _has_ratios_by_target(comparison):
             height = max(height, 1.0 + 0.19 * lines + TARGETS_HEIGHT) + 1.0
         picture = Figure(figsize=(11, height), layout="constrained")
         _draw(picture, comparison)
@@ -99,7 +99,7 @@ def render(comparison: Comparison, kind: str, transparent: bool = False) -> byte
 
 
 def _draw(picture: Figure, comparison: Comparison) -> None:
-    if comparison.plan.also:
+    if _has_ratios_by_target(comparison):
         above = picture.get_figheight() - TARGETS_HEIGHT
         panels = picture.subplot_mosaic([["left", "right"], ["left", "below"]], height_ratios=(above, TARGETS_HEIGHT))
         left, right = panels["left"], panels["right"]
@@ -112,6 +112,11 @@ def _draw(picture: Figure, comparison: Comparison) -> None:
     picture.supxlabel(notes, fontsize=8, **words)
     tagged = _curves(left, comparison)
     _steps(right, comparison, tagged)
+
+
+def _has_ratios_by_target(comparison: Comparison) -> bool:
+    found = (each.ratio for arm in comparison.arms for each in all_targets(comparison.plan, arm) if arm.also)
+    return any(ratio is not None and ratio.value is not None for ratio in found)
 
 
 def _targets(axes: Axes, comparison: Comparison) -> None:

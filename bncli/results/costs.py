@@ -16,6 +16,7 @@ Direction = Literal["forward", "backward", "both"]
 Verdict = Literal["ok", "regressed", "cannot tell"]
 
 
+SHARED = 0.1  # of the largest copy's GB/s: on idle cores a small copy, cold, has half or more; waiting threads take ms
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
 
@@ -105,6 +106,11 @@ class Ceilings:
     def copy_gb_per_s(self) -> float:
         """Of the largest copy."""
         return self.copies[-1][1]
+
+    @property
+    def cores_shared(self) -> bool:
+        """Whether a small copy was so slow that threads must have waited for cores that other programs used."""
+        return bool(self.copies) and self.copies[0][1] < SHARED * self.copy_gb_per_s
 
 
 @dataclass(frozen=True)
@@ -200,6 +206,7 @@ class Gate:
     only_now: tuple[str, ...]  # rows without a counterpart in the baseline
     only_baseline: tuple[str, ...]
     strict: bool = False  # what it cannot tell fails too
+    disturbed: tuple[str, ...] = ()  # of "this run" and "the baseline"; then no row is called regressed
     format_version: int = FORMAT_VERSION
 
     @property

@@ -296,6 +296,30 @@ def test_a_model_may_keep_what_it_makes_in_its_first_evaluation(
     assert run(own(tmp_path, monkeypatch, CACHING)).steps_run > 0
 
 
+def test_norms_that_a_models_own_train_keeps_frozen_are_not_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fixed_norms.py").write_text("""
+from torch import nn
+class Fixed(nn.Sequential):
+    def train(self, mode=True):
+        super().train(mode)
+        self[1].eval()
+        return self
+def make(shape, classes, norm):
+    return Fixed(nn.Linear(shape[0], 8), nn.BatchNorm1d(8), nn.Linear(8, classes))
+""")
+    monkeypatch.chdir(tmp_path)
+    recipe = tiny(model={"kind": "module", "module": "fixed_norms:make"}, train={"steps": 10, "target": None})
+    training = Training(recipe, data.load(recipe.data, CPU), CPU)
+    norm = training.model[1]  # type: ignore[index]
+    assert not norm.training
+    training.evaluate(0, None)
+    assert (norm.training, training.model.training) == (False, True)
+    training.step(*next(iter(training.batches)))
+    assert norm.num_batches_tracked == 0
+
+
 def test_modules_that_the_user_froze_stay_frozen_and_the_others_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

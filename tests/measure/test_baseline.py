@@ -44,6 +44,20 @@ def test_a_kernel_that_is_surely_slower_has_regressed():
     assert found.changes[0].slower == pytest.approx(1.5)
 
 
+def test_where_other_programs_used_the_cores_no_row_is_called_regressed():
+    slow, good = slowed(kernel_profile(), 1.5), kernel_profile()
+    ceilings = replace(good.ceilings, copies=((2**18, 0.01 * good.ceilings.copy_gb_per_s), *good.ceilings.copies[1:]))
+    on_cpu = {"environment": replace(good.environment, device="cpu"), "ceilings": ceilings}
+    for now, before, where in (
+        (replace(slow, **on_cpu), good, "this run"),
+        (slow, replace(good, **on_cpu), "the baseline"),
+    ):
+        found = gate(now, before, 1.1)
+        assert ({each.verdict for each in found.changes}, found.disturbed) == ({"cannot tell"}, (where,))
+        assert not found.failed
+        assert gate(now, before, 1.1, strict=True).failed
+
+
 def test_between_surely_and_surely_not_it_cannot_tell_and_does_not_fail():
     found = gate(slowed(kernel_profile(), 1.1), kernel_profile(), 1.1)  # the intervals are 3 % wide on each side
     assert {each.verdict for each in found.changes} == {"cannot tell"}

@@ -263,6 +263,15 @@ def test_half_missed_in_both_arms_compares_their_hits(tmp_path: Path) -> None:
     assert any(note.startswith("normed: 8 of 19 runs hit, 0 of 19 of plain; ") for note in summary(asked, lost).notes)
 
 
+def test_an_arm_without_an_interval_says_how_many_seeds_it_needs(tmp_path: Path) -> None:
+    asked = study_of(tmp_path, BASE + "arms: {plain: , normed: {norm: batch}}\nseeds: {report: 5}")
+    notes = summary(
+        asked, carried_out(asked, lambda job: None if job.arm == "plain" and job.seed == 7 else 100.0)
+    ).notes
+    assert "normed: no interval from 5 seeds and a miss; it needs 6" in notes
+    assert not any("told apart" in note for note in notes)
+
+
 def test_too_coarse_evaluations_are_said_with_what_to_set(tmp_path: Path) -> None:
     asked = study_of(tmp_path, BASE + ARMS)
     comparison = summary(asked, carried_out(asked, lambda job: 500.0 if job.arm == "plain" else 30.0))

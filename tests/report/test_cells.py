@@ -144,7 +144,7 @@ def test_marks_that_do_not_occur_are_not_explained(examples):
 
 def test_the_methods_in_use_are_named_and_no_other(examples):
     two, six = (" ".join(footnotes(examples[name])) for name in ("two arms", "six arms"))
-    assert "the choice of the point repeated" in two
+    assert "repeats the choice of each arm's best point" in two
     assert "median:" not in two
     assert "order statistics" not in two
     assert "> 2,308: at least half of the runs missed; a budget of 3,000 steps shows up to 2,308" in six

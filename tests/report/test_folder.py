@@ -293,3 +293,10 @@ def test_a_folder_without_a_comparison_is_said(tmp_path: Path) -> None:
         RecipeError, match=r"comparison.json cannot be read: No such file or directory; give a JSON file"
     ):
         load_comparison(tmp_path)
+
+
+def test_a_run_takes_no_folder_of_a_comparison(tmp_path: Path) -> None:
+    with ComparisonFolder(tmp_path) as folder:
+        folder.begin(BEGUN)
+    with pytest.raises(RecipeError, match="holds a comparison; choose another folder"):
+        RunFolder(tmp_path, "small", overwrite=True).begin("data: {}")

@@ -154,7 +154,7 @@ def test_a_run_that_reached_its_target_shows_both_counts_and_every_unit(make_res
 
 def test_a_run_out_of_budget_shows_a_bound(make_result, show):
     text = show(run_table(make_result(None, status="budget"), "digits"))
-    assert "used up its budget, without reaching its target" in text
+    assert "used up its budget without reaching its target" in text
     assert "> 2,308, as many as the budget can show" in text
 
 
@@ -165,6 +165,14 @@ def test_a_run_with_several_targets_shows_the_steps_to_each(make_result, show):
         ["steps", "to", "0.9", "640"],
         ["steps", "to", "0.97", "–"],
     ]
+
+
+def test_a_run_that_reached_its_target_too_late_or_only_its_easier_one_says_so(make_result, show):
+    late = replace(make_result(None, status="budget"), first_hit=2800)
+    words = " ".join(show(run_table(late, "digits")).split())
+    assert "used up its budget before the steps to its target held-out accuracy 0.95 were settled" in words
+    words = " ".join(show(run_table(replace(make_result(812.4), status="budget"), "digits")).split())
+    assert "used up its budget after it reached its target held-out accuracy 0.95" in words
 
 
 def test_a_diverged_run_shows_its_reason_and_no_bound(make_result, show):
