@@ -11,6 +11,9 @@ import torch
 
 from bncli.recipe.sections import Recipe
 
+# Processes that test at the same time share the cores: two threads each would wait for one another.
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     # Without a GPU the fused kernel is tested in Triton's interpreter. Triton settles that when it is first imported,
     # so this comes before any test does; on CPU tensors bncli runs its C all the same, but for the tests that say not.
