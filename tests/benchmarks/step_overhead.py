@@ -90,6 +90,7 @@ def ours(dataset: Dataset, steps: int, folder: Path) -> float:
             run_folder.begin("")
             events = train(recipe(steps), dataset, torch.device("cpu"))
             first = next(events)
+            run_folder.metrics(first)
             began = process_time()
             progress(first)
             for event in events:
