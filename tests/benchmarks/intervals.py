@@ -243,6 +243,9 @@ def choices(seeds: tuple[int, int], repeats: int) -> Iterator[Choice]:
             budget = _quantile("normal", 0.2, 1 - missed)
             arm = Grid(FLAT[offsets], 0.2, budget=budget)
             yield Choice(f"A/A, {offsets}, {missed:.0%} miss at the best", (arm,) * 2, 0.0, seeds, repeats)
+    for missed in (0.1, 0.3):
+        arm = Grid(FIELDS, 0.2, budget=_quantile("normal", 0.2, 1 - missed))
+        yield Choice(f"A/A, 15 points, {missed:.0%} miss at the best", (arm,) * 2, 0.0, seeds, repeats)
     for cvs in ((0.2, 0.2), (0.2, 0.05)):
         arms = (Grid(EQUAL, cvs[0]), Grid(SHARP, cvs[1]))
         yield Choice(f"hard: five equal against sharp, cv {cvs[0]} {cvs[1]}", arms, 0.0, seeds, repeats)
