@@ -249,17 +249,11 @@ def _same_recipe(plan: ComparisonPlan, arm: str) -> bool:
 def _cost(plan: ComparisonPlan, arm: _Arm, reference: _Arm, measure: Any) -> Cost | None:
     """Seconds or examples to target, at the point with the fewest steps; None where no run tells them."""
     by = samples.steps(plan, plan.target)
-    sample = arm.runs.sample(measure(arm.name), by)
+    sample = arm.runs.sample(measure(arm.name), by, best=arm.best(by))
     if sample.hit.shape[1] == 0:
         return None
     ratio = _ratio(plan, arm, reference, measure(arm.name), measure(reference.name), by)
-    return Cost(statistics.typical(replace(sample, chosen=_row_of(arm, by))), ratio)
-
-
-def _row_of(arm: _Arm, measure: Measure) -> int | None:
-    """The place of an arm's best point among those that it kept."""
-    best = arm.best(measure)
-    return arm.runs.points.index(best) if best in arm.runs.points else None
+    return Cost(statistics.typical(sample), ratio)
 
 
 def _at_target(plan: ComparisonPlan, arm: _Arm, reference: _Arm, target: Target) -> AtTarget:
@@ -271,8 +265,9 @@ def _at_target(plan: ComparisonPlan, arm: _Arm, reference: _Arm, target: Target)
 
 
 def _thinned(plan: ComparisonPlan, arm: _Arm, reference: _Arm) -> float | None:
-    """The ratio from every second evaluation: the geometric mean of that of the odd and that of the even ones."""
-    found = [_ratio(plan, arm, reference, samples.thinned_steps(plan, first)) for first in (1, 2)]
+    """The ratio at the same points from every second evaluation: the mean of that of the odd and of the even ones."""
+    by = samples.steps(plan, plan.target)
+    found = [_ratio(plan, arm, reference, samples.thinned_steps(plan, first), by=by) for first in (1, 2)]
     values = [ratio.value for ratio in found if ratio and ratio.value and ratio.method != "same recipe"]
     return _geometric_mean(values) if len(values) == 2 else None
 
