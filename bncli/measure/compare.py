@@ -37,12 +37,17 @@ class Job:
 
     @property
     def label(self) -> str:
-        values = ", ".join(f"{path.rsplit('.', 1)[-1]} {_short(value)}" for path, value in self.point.items())
-        return ", ".join(part for part in (self.arm, values, f"seed {self.seed}") if part)
+        return f"{self.arm}, {point_and_seed(self.point, self.seed)}"
 
 
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
+def point_and_seed(point: Mapping[str, Any], seed: int) -> str:
+    """Which run of an arm: `lr 0.3, seed 5`."""
+
+    def word(value: Any) -> str:
+        return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+    words = [f"{path.rsplit('.', 1)[-1]} {word(value)}" for path, value in point.items()]
+    return ", ".join([*words, f"seed {seed}"])
 
 
 @dataclass(frozen=True)
@@ -192,12 +197,15 @@ def wanted(study: Study, records: Mapping[str, RunRecord]) -> list[Job]:
         jobs = _tuning(study, arm)
         tuning += jobs
         if _tuned(jobs, records):
-            from bncli.measure.samples import kept_points  # imports scipy: not before something is tuned
-
-            points = study.points(arm)
-            kept = points if len(points) == 1 else kept_points(study.plan, _records(jobs, records))
+            kept = _kept(study, _records(jobs, records)) if jobs else study.points(arm)
             report += study.jobs(arm, "report", kept)
     return report + tuning
+
+
+def _kept(study: Study, tuning: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    from bncli.measure.samples import kept_points  # imports scipy: not before something is tuned
+
+    return kept_points(study.plan, tuning)
 
 
 def _tuning(study: Study, arm: Arm) -> list[Job]:

@@ -22,11 +22,15 @@ Measure = Callable[[Point, RunResult], tuple[float, bool] | None]  # log of a ru
 def kept_points(plan: ComparisonPlan, tuning: Sequence[RunRecord]) -> list[Point]:
     """The points of the grid that one arm's tuning runs leave in the race, in the grid's order.
 
-    With fewer than two seeds that every point has, since runs failed, those where a run hit. Without a hit at any point
-    it is the one with the best median metric, and none at all where every run failed.
+    A single point is kept whatever its runs did. With fewer than two seeds that every point has, since runs failed,
+    those where a run hit. Without a hit at any point it is the one with the best median metric, and none at all where
+    every run failed.
     """
-    runs, count = Runs.of(tuning, points_of(tuning)), steps(plan, plan.target)
-    sample = runs.sample(count)
+    points = points_of(tuning)
+    if len(points) == 1:
+        return points
+    runs = Runs.of(tuning, points)
+    sample = runs.sample(steps(plan, plan.target))
     if sample.hit.shape[1] >= 2 and sample.hit.any():
         keep = statistics.kept_points(sample.logs, sample.hit)
         return [point for point, kept in zip(runs.points, keep, strict=True) if kept]

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from bncli.measure import samples, statistics
+from bncli.measure.compare import point_and_seed
 from bncli.measure.samples import Measure, Runs, ended, kept_points, points_of
 from bncli.results import (
     ArmSummary,
@@ -138,7 +139,7 @@ def _row(plan: ComparisonPlan, arm: _Arm, reference: _Arm) -> ArmSummary:
         peak_memory_mib=max(memory, default=None),
         parameters=results[0].parameters if results else None,
         diverged=sum(result.status == "diverged" and result.steps_to_target is None for result in results),
-        failures=tuple(f"{_words_of(record)}: {record.failure}" for record in arm.records if record.failure),
+        failures=tuple(f"{point_and_seed(r.point, r.seed)}: {r.failure}" for r in arm.records if r.failure),
         tuning=cells if len(cells) > 1 else (),
         curve=_curve(plan, results),
         choice=Choice(len(cells), len(arm.kept), statistics.doubt(sample)) if tuned else None,
@@ -147,12 +148,6 @@ def _row(plan: ComparisonPlan, arm: _Arm, reference: _Arm) -> ArmSummary:
         also=tuple(_at_target(plan, arm, reference, target) for target in plan.also),
         thinned=_thinned(plan, arm, reference),
     )
-
-
-def _words_of(record: RunRecord) -> str:
-    """A run of an arm: `lr 0.3, seed 5`."""
-    values = [f"{path.rsplit('.', 1)[-1]} {value}" for path, value in record.point.items()]
-    return ", ".join([*values, f"seed {record.seed}"])
 
 
 def _cells(plan: ComparisonPlan, arm: _Arm) -> tuple[TuningCell, ...]:

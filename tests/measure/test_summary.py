@@ -69,6 +69,16 @@ def test_a_failed_run_costs_its_seed_and_a_point_where_most_runs_fail_is_not_kep
     assert kept(asked, without(*((lr, seed) for lr in (0.1, 1, 10) for seed in (7, 8, 9)))) == []
 
 
+def test_the_further_runs_of_a_single_point_count_also_where_its_first_ones_failed(tmp_path: Path) -> None:
+    asked = study_of(tmp_path, BASE + ARMS.replace("{norm: batch}", "{norm: batch, optimizer: {lr: 1}}"))
+    found = [
+        replace(one, result=None, failure="it died") if one.arm == "normed" and one.phase == "tune" else one
+        for one in carried_out(asked, lambda job: 100.0 + job.seed)
+    ]
+    normed = summary(asked, found).arms[1]
+    assert (normed.runs, normed.hits, len(normed.failures)) == (5, 5, 3)
+
+
 # --- summing up ---------------------------------------------------------------------------------------------------
 
 
