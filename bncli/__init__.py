@@ -9,13 +9,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from bncli.engine.convert import convert as convert
-    from bncli.engine.norm import BatchNorm as BatchNorm
-    from bncli.engine.norm import BatchNorm1d as BatchNorm1d
-    from bncli.engine.norm import BatchNorm2d as BatchNorm2d
-    from bncli.engine.norm import BatchNorm3d as BatchNorm3d
+    from bncli.engine.models.norms import BatchNorm as BatchNorm
+    from bncli.engine.models.norms import BatchNorm1d as BatchNorm1d
+    from bncli.engine.models.norms import BatchNorm2d as BatchNorm2d
+    from bncli.engine.models.norms import BatchNorm3d as BatchNorm3d
     from bncli.engine.train import run as train
-    from bncli.kernels.functional import batch_norm as batch_norm
-    from bncli.recipe.file import load as load_recipe
+    from bncli.kernels.api import batch_norm as batch_norm
+    from bncli.recipe.load import load as load_recipe
 
 __all__ = [
     "BatchNorm",
@@ -31,13 +31,13 @@ __all__ = [
 
 # Loaded when first used, so that importing bncli costs nothing.
 _PUBLIC = {
-    "BatchNorm": ("bncli.engine.norm", "BatchNorm"),
-    "BatchNorm1d": ("bncli.engine.norm", "BatchNorm1d"),
-    "BatchNorm2d": ("bncli.engine.norm", "BatchNorm2d"),
-    "BatchNorm3d": ("bncli.engine.norm", "BatchNorm3d"),
-    "batch_norm": ("bncli.kernels.functional", "batch_norm"),
+    "BatchNorm": ("bncli.engine.models.norms", "BatchNorm"),
+    "BatchNorm1d": ("bncli.engine.models.norms", "BatchNorm1d"),
+    "BatchNorm2d": ("bncli.engine.models.norms", "BatchNorm2d"),
+    "BatchNorm3d": ("bncli.engine.models.norms", "BatchNorm3d"),
+    "batch_norm": ("bncli.kernels.api", "batch_norm"),
     "convert": ("bncli.engine.convert", "convert"),
-    "load_recipe": ("bncli.recipe.file", "load"),
+    "load_recipe": ("bncli.recipe.load", "load"),
     "train": ("bncli.engine.train", "run"),
 }
 

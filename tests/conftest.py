@@ -18,8 +18,8 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     # Without a GPU the fused kernel is tested in Triton's interpreter. Triton settles that when it is first imported,
     # so this comes before any test does; on CPU tensors bncli runs its C all the same, but for the tests that say not.
     os.environ["TRITON_INTERPRET"] = "1"
-    importlib.import_module("bncli.kernels.fused_cuda")
-    importlib.import_module("tests.kernels.share_kernel")
+    importlib.import_module("bncli.kernels.fused.triton")
+    importlib.import_module("tests.kernels.fused.share_kernel")
     del os.environ["TRITON_INTERPRET"]
     importlib.import_module("bncli.kernels.fused").INTERPRETED = False
 

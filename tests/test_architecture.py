@@ -15,14 +15,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "bncli"
 
 STANDARD = sys.stdlib_module_names
-RESULTS = {"errors", "results", "plain_data"}
+RESULTS = {"errors", "results"}
 NOTEBOOKS = RESULTS | {"recipe"}
 
 # Room -> (rooms it may import, outside packages it may import). A room is a module of the package or a folder in it.
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "results": ({"results"}, set()),
-    "plain_data": (set(), set()),
     "recipe": ({"errors", "recipe"}, {"pydantic", "yaml", "numpy"}),
     "kernels": ({"errors", "kernels"}, {"torch", "triton"}),
     "engine": (
@@ -90,12 +89,12 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
-COMPARISON = ("compare", "execute", "pool", "reuse", "samples", "statistics", "summary", "dry_run")
+COMPARISON = sorted((PACKAGE / "measure" / "compare").rglob("*.py"))
 
 
-@pytest.mark.parametrize("name", COMPARISON)
-def test_the_driver_of_a_comparison_never_needs_torch(name: str) -> None:
-    assert ("out", "torch") not in imports(PACKAGE / "measure" / f"{name}.py")
+@pytest.mark.parametrize("file", COMPARISON, ids=lambda file: file.stem)
+def test_the_driver_of_a_comparison_never_needs_torch(file: Path) -> None:
+    assert ("out", "torch") not in imports(file)
 
 
 def test_only_the_door_and_the_window_print() -> None:

@@ -11,7 +11,7 @@ import typer
 
 from bncli import __version__
 from bncli.cli import compare, gradcheck, profile, train
-from bncli.cli.running import StopAtOnce
+from bncli.cli.console import StopAtOnce
 from bncli.errors import CHECK_FAILED, INTERRUPTED, BncliError
 
 app = typer.Typer(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from bncli.cli.console import StopSignal, check_outputs, chosen_form, loaded_all, print_result, say, show_plan
 from bncli.cli.options import (
     MOST_THREADS,
     AllowCode,
@@ -20,12 +21,11 @@ from bncli.cli.options import (
     RequireTarget,
     Set,
 )
-from bncli.cli.running import StopSignal, check_outputs, chosen_form, loaded_all, print_result, say, show_plan
 from bncli.errors import CHECK_FAILED, BncliError, RecipeError
 
 if TYPE_CHECKING:
-    from bncli.measure.compare import Study
-    from bncli.recipe.file import Loaded
+    from bncli.measure.compare.plan import Study
+    from bncli.recipe.load import Loaded
     from bncli.report.folder import ComparisonFolder
     from bncli.results import Comparison, RunRecord
 
@@ -91,13 +91,13 @@ def compare(
     if saved:
         comparison = _again(saved, quiet)
     else:
-        from bncli.recipe.file import load
+        from bncli.recipe.load import load
 
         if (recipes or []).count("-") > 1:
             raise RecipeError("- is standard input, which can be read only once")
         loaded = [load(path, sets or (), allow_code=allow_code) for path in recipes or ()]
         if dry_run:
-            from bncli.measure.dry_run import of_comparison
+            from bncli.measure.compare.dry_run import of_comparison
 
             show_plan(of_comparison(loaded), json)
             return
@@ -121,11 +121,11 @@ def _given(context: typer.Context, parameter: str) -> bool:
 def _run_comparison(
     loaded: list[Loaded], device: str, jobs: int | None, threads: int, out: Path | None, quiet: bool
 ) -> tuple[Comparison, int]:
-    from bncli.measure import reuse
-    from bncli.measure.compare import collect, planned_runs, study, wanted
-    from bncli.measure.execute import execute
-    from bncli.measure.pool import Pool
-    from bncli.measure.summary import summarise
+    from bncli.measure.compare import reuse
+    from bncli.measure.compare.executors.processes import Pool
+    from bncli.measure.compare.plan import collect, planned_runs, study, wanted
+    from bncli.measure.compare.run import execute
+    from bncli.measure.compare.summary import summarise
     from bncli.report.folder import ComparisonFolder
     from bncli.report.progress import CompareProgress
 
@@ -163,7 +163,7 @@ def _run_comparison(
 
 def _begin(folder: ComparisonFolder, asked: Study, kept: list[RunRecord], threads: int, loaded: list[Loaded]) -> None:
     """Write the plan into the folder. Raises RecipeError where its runs are another comparison's."""
-    from bncli.measure.reuse import fits
+    from bncli.measure.compare.reuse import fits
     from bncli.results import BegunComparison
 
     sources = [str(Path(each.source).resolve()) for each in loaded if each.source != "standard input"]
@@ -180,8 +180,8 @@ def _begin(folder: ComparisonFolder, asked: Study, kept: list[RunRecord], thread
 
 def _again(saved: Path, quiet: bool) -> Comparison:
     """A saved answer, or the one that a folder's plan and runs give where they say more."""
-    from bncli.measure.reuse import report_of_runs, says_more
-    from bncli.measure.summary import summarise
+    from bncli.measure.compare.reuse import report_of_runs, says_more
+    from bncli.measure.compare.summary import summarise
     from bncli.report.folder import PLAN, ComparisonFolder, load_comparison
 
     folder = ComparisonFolder(saved)
@@ -203,23 +203,25 @@ def _again(saved: Path, quiet: bool) -> Comparison:
 
 def _show(comparison: Comparison, form: str) -> None:
     """The comparison on stdout: tables and curves, or one of the forms for other programs."""
-    from bncli.report import exports, record, tables
+    from bncli.report import files as record
+    from bncli.report import table
+    from bncli.report.compare import export
 
     if form != "table":
-        print_result({"json": record.to_json, "csv": exports.to_csv, "markdown": exports.to_markdown}[form](comparison))
+        print_result({"json": record.to_json, "csv": export.to_csv, "markdown": export.to_markdown}[form](comparison))
         return
-    print_result(tables.comparison_report(comparison))
+    print_result(table.comparison_report(comparison))
 
 
 def _write(comparison: Comparison, plot: Path | None, html: Path | None, quiet: bool) -> None:
     if plot:
-        from bncli.report.plots import plot as draw
+        from bncli.report.compare.figure import plot as draw
 
         draw(comparison, plot)
         say(f"Drawn in {plot}", quiet)
     if html:
-        from bncli.report.exports import to_html
-        from bncli.report.record import write_atomically
+        from bncli.report.compare.export import to_html
+        from bncli.report.files import write_atomically
 
         write_atomically(html, to_html(comparison))
         say(f"Written to {html}", quiet)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
+from bncli.cli.console import StopSignal, check_kernel_name, listed, loaded_all, print_result
 from bncli.cli.options import AllowCode, Device, Json, Quiet
-from bncli.cli.running import StopSignal, check_kernel_name, listed, loaded_all, print_result
 from bncli.errors import CHECK_FAILED, INTERRUPTED, RecipeError
 
 if TYPE_CHECKING:
@@ -69,20 +69,20 @@ def gradcheck(
     except KeyboardInterrupt as stopped:
         _show_interrupted(groups, kernel, json)
         raise typer.Exit(getattr(stopped, "exit_code", INTERRUPTED)) from None  # Typer would make any of them 130
-    from bncli.report import gradients
+    from bncli.report.gradcheck import text
 
-    print_result(gradients.to_json(result) if json else gradients.GradcheckReport(result))
-    if not gradients.passed(result):
+    print_result(text.to_json(result) if json else text.GradcheckReport(result))
+    if not text.passed(result):
         raise typer.Exit(CHECK_FAILED)
 
 
 def _run_gradcheck(groups: list[CheckGroup], quiet: bool, **asked: Any) -> Gradcheck:
     """The result of what is asked of `gradcheck.run`, each group put into `groups` as soon as it is finished."""
-    from bncli.report.gradients import GradcheckProgress
+    from bncli.report.gradcheck.text import GradcheckProgress
 
     # What a user's kernel prints must not get between the lines of a result.
     with StopSignal(at_once=True), GradcheckProgress(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
-        from bncli.measure import gradcheck
+        from bncli.measure.gradcheck import run as gradcheck
         from bncli.results import CheckGroup
 
         loaded_all()
@@ -96,16 +96,14 @@ def _run_gradcheck(groups: list[CheckGroup], quiet: bool, **asked: Any) -> Gradc
 
 
 def _show_interrupted(groups: list[CheckGroup], kernel: str, as_json: bool) -> None:
-    from bncli.report import gradient_tables, gradients
+    from bncli.report.gradcheck import tables, text
 
-    print_result(
-        gradients.interrupted_to_json(groups) if as_json else gradient_tables.interrupted_table(groups, kernel)
-    )
+    print_result(text.interrupted_to_json(groups) if as_json else tables.interrupted_table(groups, kernel))
 
 
 def _show_demo(as_json: bool) -> None:
-    from bncli.measure.gradient_paths import bias_demo
-    from bncli.report import gradient_tables, gradients
+    from bncli.measure.gradcheck.chain_rule import bias_demo
+    from bncli.report.gradcheck import tables, text
 
     steps = bias_demo()
-    print_result(gradients.demo_to_json(steps) if as_json else gradient_tables.demo_table(steps))
+    print_result(text.demo_to_json(steps) if as_json else tables.demo_table(steps))

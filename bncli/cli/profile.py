@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from bncli.cli.console import StopSignal, chosen_form, listed, loaded_all, print_result, say
 from bncli.cli.options import AllowCode, Csv, Device, Json, Markdown, Quiet, Set, Threads
 from bncli.cli.profile_checks import (
     FEWEST_ROUNDS,
@@ -22,12 +23,11 @@ from bncli.cli.profile_checks import (
     check_times,
     check_views,
 )
-from bncli.cli.running import StopSignal, chosen_form, listed, loaded_all, print_result, say
 from bncli.errors import CHECK_FAILED, INTERRUPTED, UNAVAILABLE, RecipeError
 
 if TYPE_CHECKING:
-    from bncli.measure.kernel_costs import KernelRun
-    from bncli.measure.step_costs import StepRun
+    from bncli.measure.profile.kernels import KernelRun
+    from bncli.measure.profile.steps import StepRun
     from bncli.results import Gate, KernelProfile, StepProfile
 
 SECONDS, QUICK_SECONDS = 45.0, 9.0  # of measuring; the rest is loading torch and checking
@@ -146,13 +146,13 @@ def profile(
     check_kernels(kernels, of_steps, baseline is not None, allow_code)
     check_model(model, inputs, recipe=recipe, sets=sets, arm=arm, allow_code=allow_code)
     earlier = check_files(plot, trace, baseline, of_steps)
-    from bncli.measure.fresh_processes import FreshProcesses
+    from bncli.measure.timing.fresh_processes import FreshProcesses
 
     # What a user's code prints is no result.
     with StopSignal(at_once=True), contextlib.redirect_stdout(sys.stderr), FreshProcesses(allow_code) as peaks:
         if not of_steps and not device.startswith("cuda"):
             peaks.start()  # it loads torch while this process does
-        from bncli.measure import profile_runs
+        from bncli.measure.profile import run as profile_runs
 
         loaded_all()
         wished_s = QUICK_SECONDS if quick else SECONDS if seconds is None else seconds
@@ -175,7 +175,7 @@ def profile(
     if form != "table" and ceilings is not None and ceilings.cores_shared and result.notes:
         say(f"{result.notes[0]}; do not keep this for a baseline", quiet)
     if plot and result.rows:
-        from bncli.report import roofline
+        from bncli.report.profile import roofline
 
         roofline.draw(result, plot)
         say(f"Drawn in {plot}", quiet)
@@ -205,7 +205,7 @@ def _gate(result: Any, earlier: Any, fail_above: float, strict: bool) -> tuple[G
     """The verdicts, or why there are none; then what was measured is shown all the same."""
     if earlier is None or not result.rows:
         return None, None
-    from bncli.measure import baseline
+    from bncli.measure.profile import baseline
 
     try:
         return baseline.gate(result, earlier, fail_above, strict), None
@@ -214,21 +214,21 @@ def _gate(result: Any, earlier: Any, fail_above: float, strict: bool) -> tuple[G
 
 
 def _show(result: Any, gate: Gate | None, earlier: Any, form: str) -> None:
-    from bncli.report import cost_exports
+    from bncli.report.profile import export
 
     if form == "csv":
-        print_result(cost_exports.to_csv(result))
+        print_result(export.to_csv(result))
     elif form == "table":
-        from bncli.report.cost_tables import KernelReport
-        from bncli.report.gate_tables import GateReport
-        from bncli.report.step_tables import StepReport
+        from bncli.report.profile.baseline import GateReport
+        from bncli.report.profile.kernels import KernelReport
+        from bncli.report.profile.steps import StepReport
         from bncli.results import StepProfile
 
         print_result(StepReport(result) if isinstance(result, StepProfile) else KernelReport(result))
         if gate is not None:
             print_result(GateReport(gate, result, earlier))
     else:
-        print_result({"json": cost_exports.to_json, "markdown": cost_exports.to_markdown}[form](result, gate))
+        print_result({"json": export.to_json, "markdown": export.to_markdown}[form](result, gate))
 
 
 def _exit_code(result: KernelProfile | StepProfile, gate: Gate | None) -> int:

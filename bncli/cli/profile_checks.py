@@ -6,15 +6,15 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bncli.cli.running import KERNEL_NAMES, check_kernel_name, check_outputs
+from bncli.cli.console import KERNEL_NAMES, check_kernel_name, check_outputs
 from bncli.errors import RecipeError
 
 if TYPE_CHECKING:
     from bncli.results import KernelProfile, StepProfile
 
 KERNELS = ("native", "fused", "compiled", "apex", "inplace_abn", "flag_gems")  # that can be named
-FEWEST_ROUNDS = 6  # that of bncli.measure.ratios
-SHAPE_SETS = ("resnet20", "resnet50", "inception", "mlp")  # those of bncli.measure.shapes
+FEWEST_ROUNDS = 6  # that of bncli.measure.timing.speedup
+SHAPE_SETS = ("resnet20", "resnet50", "inception", "mlp")  # those of bncli.measure.profile.shapes
 
 
 def check_views(of_steps: bool, of_kernel_view: dict[str, Any], of_step_view: dict[str, Any]) -> None:
@@ -99,7 +99,7 @@ def check_files(
     check_outputs(plot, trace)
     if baseline is None:
         return None
-    from bncli.report.cost_exports import load
+    from bncli.report.profile.export import load
     from bncli.results import StepProfile
 
     earlier = load(baseline)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from bncli.cli.console import StopSignal, loaded_all, print_result, say, show_plan
 from bncli.cli.options import AllowCode, Device, DryRun, Json, Quiet, Recipe_, RequireTarget, Set, Threads
-from bncli.cli.running import StopSignal, loaded_all, print_result, say, show_plan
 from bncli.errors import CHECK_FAILED, DIVERGED, RecipeError
 
 if TYPE_CHECKING:
-    from bncli.recipe.file import Arm, Loaded
+    from bncli.recipe.load import Arm, Loaded
 
 
 def train(
@@ -38,20 +38,20 @@ def train(
 
     Example: bncli train recipes/smoke.yaml --set optimizer.lr=0.3
     """
-    from bncli.recipe.file import load
+    from bncli.recipe.load import load
 
     loaded = load(recipe, sets or (), allow_code=allow_code)
     chosen = chosen_arm(loaded, arm)
     if dry_run:
-        from bncli.measure.dry_run import of_training
+        from bncli.measure.compare.dry_run import of_training
 
         show_plan(of_training(loaded, chosen), json)
         return
-    from bncli.recipe.file import plain
-    from bncli.recipe.yaml12 import dump
+    from bncli.recipe.load import plain
+    from bncli.recipe.yaml import dump
+    from bncli.report.files import result_to_json
     from bncli.report.folder import RunFolder
     from bncli.report.progress import TrainProgress
-    from bncli.report.record import result_to_json
     from bncli.results import RunFinished, RunStarted
 
     with RunFolder(out, loaded.name, force) as folder, StopSignal() as stop:
@@ -68,7 +68,7 @@ def train(
                 if isinstance(event, RunFinished):
                     result = event.result
         folder.finish(result)
-    from bncli.report.tables import run_table
+    from bncli.report.table import run_table
 
     print_result(result_to_json(result) if json else run_table(result, chosen.name))
     say(f"Saved in {folder.path}", quiet)
@@ -82,7 +82,7 @@ def train(
 
 def chosen_arm(loaded: Loaded, name: str | None) -> Arm:
     """The run to train: the recipe's base, or one of its arms under the recipe's and its own name."""
-    from bncli.recipe.file import Arm, suggestion
+    from bncli.recipe.load import Arm, suggestion
 
     if name is None:
         return Arm(loaded.name, loaded.base)

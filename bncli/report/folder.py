@@ -14,8 +14,7 @@ from types import TracebackType
 from typing import TextIO, TypeVar
 
 from bncli.errors import BncliError, RecipeError
-from bncli.plain_data import to_plain
-from bncli.report.record import (
+from bncli.report.files import (
     begun_from_json,
     begun_to_json,
     comparison_from_json,
@@ -28,6 +27,7 @@ from bncli.report.record import (
     write_atomically,
 )
 from bncli.results import BegunComparison, Comparison, ComparisonPlan, Event, RunRecord, RunResult
+from bncli.results.serialize import to_plain
 
 T = TypeVar("T")
 

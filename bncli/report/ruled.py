@@ -13,7 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
 from rich.text import Text
 
-from bncli.report.cells import Cell, Column, encodable, header_words
+from bncli.report.text import Cell, Column, encodable, header_words
 
 GAP = "  "
 LEAST_ROOM = 12  # columns for a bar; fewer show nothing

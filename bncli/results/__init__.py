@@ -4,7 +4,7 @@ Units are in the names: `_s` seconds, `_ms` milliseconds, `_mib` mebibytes (2**2
 and is never replaced by a zero.
 """
 
-from bncli.results.comparison import (
+from bncli.results.compare import (
     ArmSummary,
     AtTarget,
     BegunComparison,
@@ -25,7 +25,22 @@ from bncli.results.comparison import (
     Steps,
     TuningCell,
 )
-from bncli.results.costs import (
+from bncli.results.environment import (
+    FORMAT_VERSION,
+    RUNS_VERSION,
+    Environment,
+    Interval,
+)
+from bncli.results.gradcheck import (
+    BiasStep,
+    CheckFailure,
+    CheckGroup,
+    Diagnosis,
+    Effort,
+    Gradcheck,
+    GradientPaths,
+)
+from bncli.results.profile import (
     ITEM_BYTES,
     STEP_CLASSES,
     Case,
@@ -48,22 +63,7 @@ from bncli.results.costs import (
     Times,
     Verdict,
 )
-from bncli.results.gradients import (
-    BiasStep,
-    CheckFailure,
-    CheckGroup,
-    Diagnosis,
-    Effort,
-    Gradcheck,
-    GradientPaths,
-)
-from bncli.results.shared import (
-    FORMAT_VERSION,
-    RUNS_VERSION,
-    Environment,
-    Interval,
-)
-from bncli.results.training import (
+from bncli.results.train import (
     Evaluated,
     Evaluation,
     Event,

@@ -1,7 +1,7 @@
 """How many real batch norm calls the fused kernel reads once: python -m tests.benchmarks.coverage --shapes FILE.csv
 
 The file has a line a shape with the columns n, c, spatial (14x14, 32x32x8) and calls. No GPU is needed: which plan a
-shape takes is arithmetic (bncli/kernels/plan.py).
+shape takes is arithmetic (bncli/kernels/fused/tiling.py).
 
 2026-11-23, the 5,173 training calls in 693 shapes of about 70 networks that meta-pytorch/tritonbench records
 (tritonbench/data/input_configs, fp16), planned for 132 multiprocessors:
@@ -21,7 +21,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from bncli.kernels.plan import Plan, Processors, plan
+from bncli.kernels.fused.tiling import Plan, Processors, plan
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from bncli.measure.statistics import Floats, Sample, kept_points, ratio
+from bncli.measure.compare.stats import Floats, Sample, kept_points, ratio
 from bncli.results import Ratio
 
 RUNS = Path(__file__).with_name("digits_steps_by_rate.csv")

@@ -35,9 +35,9 @@ import torch
 
 from bncli import errors, kernels
 from bncli.engine import device as devices
-from bncli.measure import clock as timing
-from bncli.measure.clock import Clock, Deadline
-from bncli.measure.shapes import Calls, read_csv
+from bncli.measure.profile.shapes import Calls, read_csv
+from bncli.measure.timing import clock as timing
+from bncli.measure.timing.clock import Clock, Deadline
 from tests.benchmarks import (
     kernels_correctness,
     kernels_cpu_large,
@@ -255,7 +255,7 @@ def _section(name: str, body: Callable[[Run, Deadline], None], run: Run, deadlin
     except Exception as error:
         import traceback
 
-        from bncli.measure.accuracy import Check
+        from bncli.measure.reference.accuracy import Check
 
         traceback.print_exc()
         run.report.check([Check(f"section {name}", "", False, f"{type(error).__name__}: {error}"[:300])])

@@ -6,9 +6,9 @@ import random
 
 import torch
 
-from bncli.measure import accuracy as judge
-from bncli.measure import cases
-from bncli.measure.cases import OPERATIONS
+from bncli.measure.reference import accuracy as judge
+from bncli.measure.reference import case as cases
+from bncli.measure.reference.case import OPERATIONS
 from bncli.results import Case
 from tests.benchmarks import kernels_hazards as hazards
 from tests.benchmarks.kernels_pool import Task

@@ -14,12 +14,13 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from bncli.measure import cases, ratios
-from bncli.measure import clock as timing
-from bncli.measure.accuracy import Check
-from bncli.measure.arms import sources
-from bncli.measure.clock import Deadline, Work
-from bncli.measure.kernel_entry import enter
+from bncli.measure.profile.candidates import sources
+from bncli.measure.profile.kernel_entry import enter
+from bncli.measure.reference import case as cases
+from bncli.measure.reference.accuracy import Check
+from bncli.measure.timing import clock as timing
+from bncli.measure.timing import speedup
+from bncli.measure.timing.clock import Deadline, Work
 from bncli.results import Case, Direction, Faster
 from tests.benchmarks import kernels_environment as environment
 from tests.benchmarks.kernels_cpu_layers import LAYOUTS
@@ -103,7 +104,7 @@ def _one_case(run: Run, case: Case, deadline: Deadline) -> None:
     works = {"copy": copy, **entry.arms[run.candidate].works(entry.inputs)}
     copy.run(None)  # its pages are there
     rounds = min(run.rounds, ROUNDS)
-    samples = timing.interleaved(run.clock, works, rounds, deadline=deadline, fewest=ratios.FEWEST_ROUNDS)
+    samples = timing.interleaved(run.clock, works, rounds, deadline=deadline, fewest=speedup.FEWEST_ROUNDS)
     gb_per_s = timing.gb_per_s(moved_bytes, timing.spread(samples["copy"]).median)
     run.report.line(f"{case}: a copy of the same size reaches {gb_per_s:.1f} GB/s, read and written")
     _report(run, case, samples, moved_bytes, "new memory", page_faults(works["both"]))
@@ -121,7 +122,9 @@ def _one_case(run: Run, case: Case, deadline: Deadline) -> None:
 def shares(case: Case, direction: Direction, samples: Mapping[str, tuple[float, ...]], moved_bytes: int) -> Faster:
     """The floor's bytes a second over a copy's, round by round: 1 is the copy's own speed."""
     floor = cases.floor_bytes(case, direction) / moved_bytes
-    return ratios.of_ratios([floor * copy / own for copy, own in zip(samples["copy"], samples[direction], strict=True)])
+    return speedup.of_ratios(
+        [floor * copy / own for copy, own in zip(samples["copy"], samples[direction], strict=True)]
+    )
 
 
 def _target(case: Case, samples: Mapping[str, tuple[float, ...]], moved_bytes: int) -> Target:

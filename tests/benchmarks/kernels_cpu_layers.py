@@ -6,14 +6,14 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from bncli.measure import ratios
-from bncli.measure.accuracy import Check
-from bncli.measure.ceilings import Ladder
-from bncli.measure.clock import Deadline, gb_per_s
-from bncli.measure.kernel_costs import KernelRun
-from bncli.measure.kernel_plan import NATIVE, OPERATIONS, Asked
-from bncli.measure.shapes import Calls, shape_set
-from bncli.report.cost_cells import of_copy
+from bncli.measure.profile.budget import NATIVE, OPERATIONS, Asked
+from bncli.measure.profile.kernels import KernelRun
+from bncli.measure.profile.shapes import Calls, shape_set
+from bncli.measure.reference.accuracy import Check
+from bncli.measure.timing import speedup
+from bncli.measure.timing.ceilings import Ladder
+from bncli.measure.timing.clock import Deadline, gb_per_s
+from bncli.report.profile.text import of_copy
 from bncli.results import Case, Ceilings, Faster, KernelCost, KernelMean, KernelProfile, RowDone
 from tests.benchmarks.kernels_report import faster, ms
 from tests.benchmarks.kernels_sections import Run
@@ -165,7 +165,7 @@ def over_both(rows: Sequence[KernelCost], operation: str) -> Faster | None:
         for row in rows
         if row.faster is not None and row.both is not None and row.case.operation == operation and row.case in native
     ]
-    return ratios.faster_over(pairs) if pairs else None
+    return speedup.faster_over(pairs) if pairs else None
 
 
 def targets(profile: KernelProfile) -> list[Target]:

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bncli
-from bncli.measure import cases, ratios
-from bncli.measure import clock as timing
-from bncli.measure.accuracy import Check
-from bncli.measure.cases import Apply, Inputs
-from bncli.measure.channel_accuracy import judge
-from bncli.measure.clock import Deadline, Work
+from bncli.measure.reference import case as cases
+from bncli.measure.reference.accuracy import Check
+from bncli.measure.reference.case import Apply, Inputs
+from bncli.measure.reference.channel_accuracy import judge
+from bncli.measure.timing import clock as timing
+from bncli.measure.timing import speedup
+from bncli.measure.timing.clock import Deadline, Work
 from bncli.results import Case
 from tests.benchmarks.kernels_report import faster
 from tests.benchmarks.kernels_sections import Run
@@ -103,8 +104,8 @@ def _time(run: Run, case: Case, what: str, calls: dict[str, Callable[[], object]
     count = _calls(run, calls["native"])
     works = {name: Work(_repeated(call, count), calls=count) for name, call in calls.items()}
     rounds = min(run.rounds, ROUNDS)
-    samples = timing.interleaved(run.clock, works, rounds, cold=False, deadline=deadline, fewest=ratios.FEWEST_ROUNDS)
-    found = ratios.faster(samples["native"], samples[run.candidate])
+    samples = timing.interleaved(run.clock, works, rounds, cold=False, deadline=deadline, fewest=speedup.FEWEST_ROUNDS)
+    found = speedup.faster(samples["native"], samples[run.candidate])
     us = {name: 1e3 * statistics.median(ms) for name, ms in samples.items()}
     shape = "x".join(map(str, case.shape))
     run.report.record("small", case=str(case), what=what, samples_ms=samples)

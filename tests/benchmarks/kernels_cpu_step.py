@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bncli.measure import clock as timing
-from bncli.measure import ratios
-from bncli.measure.accuracy import Check
-from bncli.measure.clock import Deadline, Work
-from bncli.measure.kernel_plan import NATIVE
-from bncli.measure.step_arms import made, step_of
-from bncli.measure.step_recipes import RecipeSubject
-from bncli.recipe.file import load, with_values
+from bncli.measure.profile.budget import NATIVE
+from bncli.measure.profile.step_arms import made, step_of
+from bncli.measure.profile.step_recipes import RecipeSubject
+from bncli.measure.reference.accuracy import Check
+from bncli.measure.timing import clock as timing
+from bncli.measure.timing import speedup
+from bncli.measure.timing.clock import Deadline, Work
+from bncli.recipe.load import load, with_values
 from tests.benchmarks.kernels_cpu_layers import LAYOUTS
 from tests.benchmarks.kernels_report import faster, ms
 from tests.benchmarks.kernels_sections import Run
@@ -51,8 +51,8 @@ def _one_layout(run: Run, subject: RecipeSubject, layout: str, deadline: Deadlin
         return
     works = {str(kernel): Work(lambda _, step=one: step()) for kernel, one in steps.items()}  # type: ignore[misc]
     rounds = min(run.rounds, ROUNDS)
-    samples = timing.interleaved(run.clock, works, rounds, deadline=deadline, fewest=ratios.FEWEST_ROUNDS)
-    found = ratios.faster(samples[NATIVE], samples[run.candidate])
+    samples = timing.interleaved(run.clock, works, rounds, deadline=deadline, fewest=speedup.FEWEST_ROUNDS)
+    found = speedup.faster(samples[NATIVE], samples[run.candidate])
     run.report.record("resnet20", layout=layout, samples_ms=samples)
     times = ", ".join(f"{name} {ms(taken)}" for name, taken in samples.items())
     run.report.line(f"{layout:14} batch {subject.batch_size}: {times}  {faster(found)}  ({arms[-1].norms})")

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from bncli.engine import device as devices
-from bncli.measure import cases
-from bncli.measure import clock as timing
-from bncli.measure.clock import Clock, Spread, Work
+from bncli.measure.reference import case as cases
+from bncli.measure.timing import clock as timing
+from bncli.measure.timing.clock import Clock, Spread, Work
 from bncli.results import Case
 from tests.benchmarks import kernels_speed as speed
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from bncli.engine import device as devices
 from bncli.errors import BncliError
-from bncli.measure import accuracy as judge
-from bncli.measure import cases
-from bncli.measure.accuracy import Check
-from bncli.measure.cases import Apply, Inputs
+from bncli.measure.reference import accuracy as judge
+from bncli.measure.reference import case as cases
+from bncli.measure.reference.accuracy import Check
+from bncli.measure.reference.case import Apply, Inputs
 from bncli.results import Case
 
 

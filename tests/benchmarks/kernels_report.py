@@ -10,12 +10,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bncli.measure import clock as timing
-from bncli.measure.accuracy import Check
-from bncli.measure.clock import Spread
-from bncli.report.cost_cells import samples_cell
+from bncli.measure.reference.accuracy import Check
+from bncli.measure.timing import clock as timing
+from bncli.measure.timing.clock import Spread
+from bncli.report.profile.text import samples_cell
 from bncli.results import Faster
-from bncli.results.shared import Interval
+from bncli.results.environment import Interval
 from tests.benchmarks.kernels_speed import Target, Timed
 
 SHOWN_FAILURES = 8

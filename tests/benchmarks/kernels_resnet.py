@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bncli
-from bncli.measure import clock as timing
-from bncli.measure.accuracy import Check
-from bncli.measure.cases import CANDIDATES
-from bncli.measure.clock import Clock, Deadline, Spread, Work
+from bncli.measure.reference.accuracy import Check
+from bncli.measure.reference.case import CANDIDATES
+from bncli.measure.timing import clock as timing
+from bncli.measure.timing.clock import Clock, Deadline, Spread, Work
 from bncli.results import Case
 
 STEP_TARGET, MEMORY_TARGET = 1.15, 0.75

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bncli.measure import clock as timing
-from bncli.measure import implementation
-from bncli.measure.clock import Clock, Deadline
+from bncli.measure.profile import implementation
+from bncli.measure.timing import clock as timing
+from bncli.measure.timing.clock import Clock, Deadline
 from bncli.results import Case
 from tests.benchmarks import kernels_environment as environment
 from tests.benchmarks import kernels_report as printed

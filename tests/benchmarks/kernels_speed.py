@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
-from bncli.measure import accuracy as judge
-from bncli.measure import cases
-from bncli.measure import clock as timing
-from bncli.measure.accuracy import Check
-from bncli.measure.cases import Apply
-from bncli.measure.clock import Clock, Deadline, Spread, Work
+from bncli.measure.reference import accuracy as judge
+from bncli.measure.reference import case as cases
+from bncli.measure.reference.accuracy import Check
+from bncli.measure.reference.case import Apply
+from bncli.measure.timing import clock as timing
+from bncli.measure.timing.clock import Clock, Deadline, Spread, Work
 from bncli.results import Case
-from bncli.results.shared import Interval
+from bncli.results.environment import Interval
 
 DIRECTIONS = ("both", "forward", "backward")
 LAYER_SHAPES = (  # (C, H, W) of ResNet-50

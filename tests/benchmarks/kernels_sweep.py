@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bncli.measure import clock as timing
-from bncli.measure.clock import Deadline
-from bncli.measure.shapes import Calls
+from bncli.measure.profile.shapes import Calls
+from bncli.measure.timing import clock as timing
+from bncli.measure.timing.clock import Deadline
 from bncli.results import Case
 from tests.benchmarks import kernels_sections as sections
 from tests.benchmarks import kernels_speed as speed

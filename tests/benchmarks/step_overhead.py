@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bncli.engine import data
-from bncli.engine.splits import Dataset
+from bncli.engine.data.splits import Dataset
 from bncli.engine.train import train
 from bncli.recipe.sections import Recipe
 from bncli.report.folder import RunFolder

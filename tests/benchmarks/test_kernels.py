@@ -15,8 +15,9 @@ from torch import Tensor
 
 from bncli import errors
 from bncli.kernels import native
-from bncli.measure import accuracy, cases
-from bncli.measure.accuracy import Check
+from bncli.measure.reference import accuracy
+from bncli.measure.reference import case as cases
+from bncli.measure.reference.accuracy import Check
 from bncli.results import Case
 from tests.benchmarks import (
     kernels,

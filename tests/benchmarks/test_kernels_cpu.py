@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from bncli import errors
-from bncli.kernels import fused_cpu, native
-from bncli.measure import cases, ratios
-from bncli.measure import clock as timing
-from bncli.measure.clock import Deadline, Work
-from bncli.measure.kernel_means import means
-from bncli.measure.shapes import Calls
+from bncli.kernels import native
+from bncli.kernels.fused import cpu
+from bncli.measure.profile.kernel_means import means
+from bncli.measure.profile.shapes import Calls
+from bncli.measure.reference import case as cases
+from bncli.measure.timing import clock as timing
+from bncli.measure.timing import speedup
+from bncli.measure.timing.clock import Deadline, Work
 from bncli.results import Case, Ceilings, Environment, KernelCost, KernelProfile, Times
-from bncli.results.shared import Interval
+from bncli.results.environment import Interval
 from tests.benchmarks import (
     kernels,
     kernels_cpu_large,
@@ -34,7 +36,7 @@ from tests.benchmarks.kernels_sections import Run
 from tests.benchmarks.kernels_speed import Target
 
 CPU = torch.device("cpu")
-needs_compiler = pytest.mark.skipif(fused_cpu.why_not() is not None, reason=str(fused_cpu.why_not()))
+needs_compiler = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +140,7 @@ def test_shapes_of_a_file_are_left_to_the_profile() -> None:
 
 
 def row(case: Case, kernel: str, ms: tuple[float, ...], native_ms: tuple[float, ...] | None = None) -> KernelCost:
-    faster = None if native_ms is None else ratios.faster(native_ms, ms)
+    faster = None if native_ms is None else speedup.faster(native_ms, ms)
     return KernelCost(case, kernel, 1, None, both=Times(ms, 1e6, 1e6), faster=faster)
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from bncli.recipe.file import Arm, load, plain
+from bncli.recipe.load import Arm, load, plain
+from bncli.recipe.overrides import KINDS, kinds, members
 from bncli.recipe.schema import json_schema
 from bncli.recipe.sections import Recipe, RecipeFile, shorthand_key
-from bncli.recipe.tree import KINDS, kinds, members
-from bncli.recipe.yaml12 import parse
+from bncli.recipe.yaml import parse
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

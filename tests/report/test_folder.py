@@ -14,8 +14,8 @@ import pytest
 
 import bncli
 from bncli.errors import BncliError, RecipeError
+from bncli.report.files import record_to_json
 from bncli.report.folder import ComparisonFolder, RunFolder, load_comparison
-from bncli.report.record import record_to_json
 from bncli.results import (
     RUNS_VERSION,
     BegunComparison,

@@ -1,0 +1,127 @@
+"""What every command does around its work: stop on a signal, print a result, talk."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+from bncli.errors import RecipeError
+
+if TYPE_CHECKING:
+    from bncli.results import Planned
+
+KERNEL_NAMES = ("native", "fused")  # those of bncli.kernels, which needs torch
+
+
+def check_kernel_name(kernel: str, allow_code: bool, known: Sequence[str] = KERNEL_NAMES) -> None:
+    """Refuse a name that is no kernel's, and code of the user's own that is not allowed, before torch is loaded."""
+    if kernel in known:
+        return
+    if ":" not in kernel:
+        from bncli.recipe.load import suggestion
+
+        hint = suggestion(kernel, [*known, "package.module:function"])
+        raise RecipeError(f"--kernel {kernel}: there is no such kernel; {hint}")
+    if not allow_code:
+        raise RecipeError(f"--kernel {kernel} is code of yours that would run; allow it with --allow-code")
+
+
+def listed(given: Sequence[str] | None) -> tuple[str, ...]:
+    """The names of an option that takes several, with a comma between them or one after the other, each once."""
+    return tuple(dict.fromkeys(part.strip() for text in given or () for part in text.split(",") if part.strip()))
+
+
+def chosen_form(json: bool, csv: bool, markdown: bool) -> str:
+    """How the result is printed: json, csv, markdown or table. Refuses two of them."""
+    if json + csv + markdown > 1:
+        raise RecipeError("--json, --csv and --markdown: choose one, the result is printed once")
+    return "json" if json else "csv" if csv else "markdown" if markdown else "table"
+
+
+def check_outputs(plot: Path | None, *others: Path | None) -> None:
+    """Refuse before any work what could not be written after it."""
+    from bncli.report.files import check_writable
+
+    if plot:
+        from bncli.report.compare.figure import check_path
+
+        check_path(plot)
+    for file in (plot, *others):
+        if file:
+            check_writable(file)
+
+
+def show_plan(planned: Planned, as_json: bool) -> None:
+    from bncli.report.compare import dry_run
+
+    print_result(dry_run.to_json(planned) if as_json else dry_run.render(planned))
+
+
+def loaded_all() -> None:
+    """From here on garbage is collected; what has been loaded stays and is left out of it."""
+    gc.freeze()
+    gc.enable()
+
+
+def print_result(result: Any) -> None:
+    """A result, to stdout: text as it is, anything else through rich."""
+    if isinstance(result, str):
+        sys.stdout.write(result if result.endswith("\n") else result + "\n")
+        return
+    from rich.console import Console
+
+    Console(highlight=False).print(result)
+
+
+def say(text: str, quiet: bool) -> None:
+    if not quiet:
+        print(text, file=sys.stderr)
+
+
+class StopAtOnce(KeyboardInterrupt):
+    """The second signal. A KeyboardInterrupt, so that nobody takes it for an error of a run's own."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__()
+        self.exit_code = exit_code
+
+
+class StopSignal:
+    """Ctrl-C or SIGTERM: the first asks the work to end at the next step, the second ends it at once.
+
+    With `at_once` the first does so, for work that yields what it has finished.
+    """
+
+    number: int = 0
+
+    def __init__(self, at_once: bool = False) -> None:
+        self.at_once = at_once
+
+    def __enter__(self) -> StopSignal:
+        self._before = {each: signal.signal(each, self._take) for each in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self.number or self.at_once:
+            say("\nStopped at once; what was finished before is kept", False)
+            raise StopAtOnce(128 + number)
+        self.number = number
+        say("\nStopping after this step; once more to stop at once", False)
+
+    def __call__(self) -> bool:
+        return self.number != 0
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.number

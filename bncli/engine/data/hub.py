@@ -1,0 +1,248 @@
+"""Image classification sets through the `datasets` library: from the Hub, a folder of class folders, or Parquet."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import multiprocessing
+import re
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from bncli.engine.data.lazy_images import Pictures, Streamed, loaded
+from bncli.engine.data.preprocess import Conversion, byte_counts, byte_statistics, normalisation
+from bncli.engine.data.splits import Dataset, InMemory, Split, carve, evaluation_order
+from bncli.errors import DataError
+
+if TYPE_CHECKING:
+    from bncli.recipe.sections import Hub
+
+Tables = Mapping[str, Any]  # split -> datasets.Dataset
+
+PROBE_TIMEOUT_S = 5.0  # the libraries' own retries take half a minute to find that there is no internet
+DECODED_AT_ONCE = 256  # images
+SAMPLE = 4096  # training images for the mean and deviation of a set that is not held in memory
+
+
+def load_hub(spec: Hub, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> Dataset:
+    """The image set that `spec` names, its images as (C, H, W) of `spec.shape`.
+
+    Images are made grey (C = 1) or RGB (C = 3), and where their size differs resized to H x W by Pillow's bilinear
+    filter, which averages as it shrinks; the aspect ratio is not kept. The mean and deviation of `standard` are over
+    all training images, and over a seeded sample of 4,096 where the set is not held in memory. Raises DataError for
+    a library, a set, a split or a column that is not there or not as `spec` says.
+    """
+    if spec.shape[0] not in (1, 3):
+        raise DataError(f"data.shape: images have 1 (grey) or 3 (red, green, blue) channels, not {spec.shape[0]}")
+    train, in_order = pictures(open_tables(spec.name, spec.config, spec.train_split), spec)
+    held_out = in_order.at(evaluation_order(len(in_order), spec.split_seed))
+    workers = 0 if multiprocessing.current_process().daemon else spec.workers  # a daemon may not have children
+    augment = spec.augment == "crop-flip"
+    splits: tuple[Split, Split]
+    if (len(train) + len(held_out)) * math.prod(spec.shape) <= spec.in_memory_gib * 2**30:
+        (x, y), (held_out_x, held_out_y) = _decoded(train), _decoded(held_out)
+        mean, std = normalisation(x, spec.normalize)
+        convert = Conversion(mean.to(device), std.to(device), memory_format)
+        splits = (
+            InMemory(x.to(device), y.to(device), convert, augment),
+            InMemory(held_out_x.to(device), held_out_y.to(device), convert),
+        )
+    else:
+        mean, std = _sampled_normalisation(train, spec, workers)
+        convert = Conversion(mean.to(device), std.to(device), memory_format)
+        splits = Streamed(train, convert, device, workers, augment), Streamed(held_out, convert, device, workers)
+    name = spec.name if spec.config is None else f"{spec.name} ({spec.config})"
+    return Dataset(name, splits[0], splits[1], spec.shape, spec.classes)
+
+
+def _decoded(part: Pictures) -> tuple[Tensor, Tensor]:
+    x = torch.empty(len(part), *part.shape, dtype=torch.uint8)
+    for index in torch.arange(len(part)).split(DECODED_AT_ONCE):
+        x[index] = part.decode(index.tolist())[0]
+    return x, part.labels
+
+
+def _sampled_normalisation(train: Pictures, spec: Hub, workers: int) -> tuple[Tensor, Tensor]:
+    if spec.normalize == "unit":
+        return normalisation(torch.empty(0, *spec.shape, dtype=torch.uint8), "unit")
+    shuffled = torch.randperm(len(train), generator=Generator().manual_seed(spec.split_seed))
+    counts = torch.zeros(spec.shape[0], 256, dtype=torch.int64)
+    for x, _ in loaded(train, shuffled[:SAMPLE].sort().values.split(DECODED_AT_ONCE), workers):
+        counts += byte_counts(x)
+    return byte_statistics(counts)
+
+
+# --- opening ------------------------------------------------------------------------------------------------------
+
+
+def reachable(endpoint: str, timeout_s: float = PROBE_TIMEOUT_S) -> bool:
+    """Whether anything answers at the address, by way of the system's proxy if it has one."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=timeout_s).close()
+    except (urllib.error.HTTPError, HTTPException, ValueError):
+        return True
+    except OSError as error:  # an unknown certificate is for the library to judge
+        return isinstance(getattr(error, "reason", error), ssl.SSLError)
+    return True
+
+
+def open_tables(
+    name: str, config: str | None, train_split: str, is_reachable: Callable[[str], bool] = reachable
+) -> Tables:
+    """The splits of the data set. What `name` is the name of here is taken from here, anything else from the Hub.
+
+    A single Parquet file is the training split. Where the Hub cannot be reached, a set in the library's cache will do.
+    Raises DataError where there is none, and for any exception of the library, with its last line.
+    """
+    library, path = _library(), Path(name).expanduser()
+    if path.is_dir():
+        return _tables(name, LOCAL, partial(library.load_dataset, str(path), name=config))
+    if path.suffix == ".parquet" and path.is_file():
+        return _tables(name, LOCAL, partial(library.load_dataset, "parquet", data_files={train_split: str(path)}))
+    if path.exists():
+        raise DataError(f"data.name: {name} is neither a folder nor a Parquet file. {LOCAL}")
+    if path.suffix == ".parquet" or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise DataError(f"data.name: {name} is not there. {LOCAL}")
+    if name in getattr(library.packaged_modules, "_PACKAGED_DATASETS_MODULES", ()):  # would read all below the cwd
+        raise DataError(f"data.name: {name} is a file format, not a data set. {LOCAL}")
+    constants = importlib.import_module("huggingface_hub.constants")
+    from_hub = partial(library.load_dataset, name, name=config)
+    if constants.HF_HUB_OFFLINE or is_reachable(constants.ENDPOINT):
+        return _tables(name, f"Without internet, use local files. {LOCAL}", from_hub)
+    with _offline():
+        return _tables(name, f"{constants.ENDPOINT} cannot be reached; use local files. {LOCAL}", from_hub)
+
+
+LOCAL = "Name a Parquet file, or a folder of the form folder/train/<class>/*.png, folder/test/<class>/*.png"
+
+
+def _library() -> Any:
+    try:
+        datasets, _, hub = (
+            importlib.import_module(name) for name in ("datasets", "PIL.Image", "huggingface_hub.utils")
+        )
+    except ImportError as error:
+        raise DataError(
+            f'data.source: hub needs the packages datasets and pillow ({error}); run: pip install "bncli[hub]"'
+        ) from None
+    for library in (datasets, hub):
+        library.disable_progress_bars()
+        library.logging.set_verbosity(logging.CRITICAL)  # what fails comes as an exception
+    return datasets
+
+
+def _tables(name: str, hint: str, load_dataset: Callable[[], Tables]) -> Tables:
+    try:
+        return load_dataset()
+    except Exception as error:  # the library documents no common class
+        lines = [str(part).strip().splitlines()[-1] for part in (error, error.__cause__) if str(part or "").strip()]
+        told = ": ".join(line.rstrip(".!") for line in lines) or type(error).__name__
+        raise DataError(f"data.name: {name} could not be loaded: {told}. {hint}") from None
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """The library's offline mode. It reads its environment variable once, at import, and keeps it in its modules."""
+    import datasets.config
+    from huggingface_hub import constants
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+
+
+# --- splits, columns, labels --------------------------------------------------------------------------------------
+
+
+def pictures(tables: Tables, spec: Hub) -> tuple[Pictures, Pictures]:
+    """The training and the held-out images, both in the tables' order."""
+    if spec.train_split not in tables:
+        raise DataError(f"data.train_split: {spec.name} has no split {spec.train_split!r}; it has {', '.join(tables)}")
+    if spec.held_out_split == spec.train_split:
+        raise DataError(f"data.held_out_split: {spec.held_out_split!r} is the training split; name another")
+    train = tables[spec.train_split]
+    if spec.held_out_split not in tables:
+        if spec.held_out is None:
+            raise DataError(
+                f"data.held_out_split: {spec.name} has no split {spec.held_out_split!r}; it has {', '.join(tables)}. "
+                "Name one of these, or say with data.held_out how many training examples to hold out"
+            )
+        whole, parts = _part(train, spec.train_split, spec), carve(len(train), spec.held_out, spec.split_seed)
+        return whole.at(parts[0]), whole.at(parts[1])
+    if spec.held_out is not None:
+        raise DataError(
+            f"data.held_out: {spec.name} has a split {spec.held_out_split!r} to hold out; leave held_out away"
+        )
+    return _part(train, spec.train_split, spec), _part(tables[spec.held_out_split], spec.held_out_split, spec)
+
+
+def _part(table: Any, split: str, spec: Hub) -> Pictures:
+    from datasets import Image
+
+    origin = f"{spec.name}, split {split!r}"
+    if not len(table):
+        raise DataError(f"data.name: {origin} is empty")
+    image = _column(table.features, spec.image_column, "Image", "image_column", origin)
+    label = _column(table.features, spec.label_column, "ClassLabel", "label_column", origin)
+    labels = _labels(table, label, spec, origin)
+    try:
+        undecoded = table.select_columns([image]).cast_column(image, Image(decode=False))
+    except Exception as error:  # pyarrow's and the library's kinds
+        raise DataError(
+            f"data.image_column: {origin}: column {image!r} holds no images ({type(error).__name__}); "
+            f"the columns are {_listed(table.features)}"
+        ) from None
+    return Pictures(undecoded, image, torch.arange(len(table)), labels, spec.shape, origin)
+
+
+def _column(features: Mapping[str, Any], given: str | None, kind: str, key: str, origin: str) -> str:
+    if given is not None:
+        if given not in features:
+            raise DataError(f"data.{key}: {origin} has no column {given!r}; it has {_listed(features)}")
+        return given
+    found = [name for name, feature in features.items() if type(feature).__name__ == kind]
+    if len(found) != 1:
+        raise DataError(
+            f"data.{key}: {origin} has {len(found) or 'no'} columns of type {kind}; "
+            f"name one of its columns: {_listed(features)}"
+        )
+    return found[0]
+
+
+def _listed(features: Mapping[str, Any]) -> str:
+    kinds = {name: type(feature).__name__ for name, feature in features.items()}
+    return ", ".join(f"{name} ({features[name].dtype if kind == 'Value' else kind})" for name, kind in kinds.items())
+
+
+def _labels(table: Any, column: str, spec: Hub, origin: str) -> Tensor:
+    """(rows,) int64 of 0 to classes - 1."""
+    feature = table.features[column]
+    whole = str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
+    y = np.asarray(table[column][:] if whole else ())
+    if y.dtype.kind not in "iu":  # missing labels make it an array of objects
+        raise DataError(f"data.label_column: {origin}: column {column!r} does not hold a whole number for each image")
+    names = getattr(feature, "names", None) or []
+    if names and len(names) != spec.classes:
+        some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise DataError(f"data.classes: {origin} has {len(names)} classes ({some}), the recipe says {spec.classes}")
+    if y.min() < 0 or y.max() >= spec.classes:
+        raise DataError(
+            f"data.classes: {origin} has labels from {y.min()} to {y.max()}, the recipe's go from 0 to "
+            f"{spec.classes - 1}. Where a test split comes without labels, all -1, name a split that has them"
+        )
+    return torch.from_numpy(y.astype(np.int64))

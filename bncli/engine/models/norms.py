@@ -1,0 +1,147 @@
+"""The normalization modules: parameters, running statistics and their momentum. The arithmetic is a kernel's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bncli import kernels
+from bncli.kernels import native
+from bncli.kernels.api import batch_norm
+from bncli.kernels.running_stats import move
+
+
+def kernel_name(kernel: str | kernels.Kernel) -> str:
+    """A kernel's name, or package.module:function for a function."""
+    if isinstance(kernel, str):
+        return kernel
+    return f"{getattr(kernel, '__module__', '')}:{getattr(kernel, '__qualname__', kernel)}".lstrip(":")
+
+
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """nn.BatchNorm1d, 2d and 3d in one class for any input (N, C, *S), with their arguments and their state_dict.
+
+    `forward(input, residual, activation)` is activation(batch_norm(input) + residual). `activation` of the constructor
+    (relu, leaky_relu with slope 0.01, silu) is the one of every call that names none. `kernel`: native is torch's own
+    operator; fused, or a function of the kernels' seam, does the whole in one operator.
+    Raises Unavailable, with the reason, for a kernel that cannot run on this machine.
+
+    Tools that replace or absorb a batch norm by its parameters alone (SyncBatchNorm.convert_sync_batchnorm, folding
+    into a convolution) do not see `activation`: leave it None for them, and give it with the call or apply it apart.
+    """
+
+    activation: str | None = None
+    kernel: str | kernels.Kernel = "native"
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+        kernel: str | kernels.Kernel = "native",
+    ) -> None:
+        without_bias: dict[str, Any] = {} if bias else {"bias": False}  # newer than the oldest torch that serves
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **without_bias)
+        native.check_activation(activation)
+        if isinstance(kernel, str):
+            kernels.get(kernel)
+        self.activation, self.kernel = activation, kernel
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"batch norm takes (N, C, *S), not an input of {input.dim()} dimensions")
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        """(N, C, *S), and a residual of the same shape -> the same shape."""
+        activation = activation or self.activation
+        if self.kernel == "native" and residual is None and activation is None and self.momentum is not None:
+            return super().forward(input)
+        self._check_input_dim(input)
+        mean, var = self.running_mean, self.running_var
+        if self.training and self.track_running_stats and mean is not None and var is not None:
+            return self._track(input, residual, activation, mean, var)
+        if self.training:
+            mean = var = None
+        return self._run(input, residual, activation, mean, var, self.training or (mean is None and var is None), 0.0)
+
+    def _track(
+        self, input: Tensor, residual: Tensor | None, activation: str | None, mean: Tensor, var: Tensor
+    ) -> Tensor:
+        """A training step that moves the running mean and variance (C)."""
+        tracked = self.num_batches_tracked
+        if tracked is not None:
+            tracked.add_(1)
+        if self.momentum is not None or tracked is None:
+            return self._run(input, residual, activation, mean, var, True, self.momentum or 0.0)
+        # The average over all batches. Its momentum, 1 / batches, stays on the device: no step waits to read it.
+        batch_mean, batch_var = torch.zeros_like(mean), torch.zeros_like(var)
+        y = self._run(input, residual, activation, batch_mean, batch_var, True, 1.0)
+        momentum = tracked.to(torch.promote_types(mean.dtype, torch.float32)).reciprocal()
+        if input.numel() > 0:  # an empty batch has no statistics
+            move(mean, batch_mean.to(momentum.dtype), momentum)
+            move(var, batch_var.to(momentum.dtype), momentum)
+        return y
+
+    def _run(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: str | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        training: bool,
+        momentum: float,
+    ) -> Tensor:
+        return batch_norm(
+            input,
+            mean,
+            var,
+            self.weight,
+            self.bias,
+            training,
+            momentum,
+            self.eps,
+            residual=residual,
+            activation=activation,
+            kernel=self.kernel,
+        )
+
+    def extra_repr(self) -> str:
+        """nn.BatchNorm's, with the activation and the kernel where they are not the default."""
+        activation = f", activation={self.activation}" if self.activation else ""
+        kernel = "" if self.kernel == "native" else f", kernel={kernel_name(self.kernel)}"
+        return super().extra_repr() + activation + kernel
+
+
+class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
+    """nn.BatchNorm1d for (N, C) or (N, C, L), and what `BatchNorm` adds."""
+
+    _check_input_dim = nn.BatchNorm1d._check_input_dim
+
+
+class BatchNorm2d(BatchNorm, nn.BatchNorm2d):
+    """nn.BatchNorm2d for (N, C, H, W), and what `BatchNorm` adds."""
+
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
+
+
+class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
+    """nn.BatchNorm3d for (N, C, D, H, W), and what `BatchNorm` adds."""
+
+    _check_input_dim = nn.BatchNorm3d._check_input_dim
+
+
+class LayerNormOverChannels(nn.GroupNorm):
+    """Layer norm of (N, C, *S) over C and S with a weight a channel: group norm with one group (Wu & He 2018)."""
+
+    def __init__(self, channels: int, eps: float, affine: bool) -> None:
+        super().__init__(1, channels, eps, affine)

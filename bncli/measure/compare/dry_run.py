@@ -1,0 +1,54 @@
+"""What a command would do, without doing it: the resolved recipe, its runs, their sizes. No torch, no data read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bncli.errors import RecipeError
+from bncli.measure.compare.plan import planned_runs, study
+from bncli.recipe.layers import estimated_memory_mib, input_of, layers, shape_contradictions, size
+from bncli.recipe.load import Arm, Loaded, leaves, plain
+from bncli.recipe.sections import Npz, Recipe
+from bncli.recipe.yaml import dotted
+from bncli.results import Planned, PlannedArm
+
+
+def of_training(loaded: Loaded, arm: Arm) -> Planned:
+    """One run of `bncli train`."""
+    one = _arm(loaded.base, arm, 0, 1)
+    return Planned(arm.name, tuple(loaded.provenance(arm)), (one,), {}, 1, arm.recipe.train.steps)
+
+
+def of_comparison(recipes: Sequence[Loaded]) -> Planned:
+    """All runs of `bncli compare`. Raises RecipeError for recipes that cannot be compared."""
+    asked = study(recipes)
+    first = recipes[0]
+    arms = []
+    for arm in asked.arms:
+        tuning = len(asked.points(arm)) * len(asked.plan.tune_seeds)
+        arms.append(_arm(first.base, arm, tuning, len(asked.plan.report_seeds)))
+    runs = planned_runs(asked)
+    fields = tuple(first.provenance(Arm("", first.base)))
+    return Planned(first.name, fields, tuple(arms), dict(asked.plan.grid), runs, runs * asked.plan.budget)
+
+
+def _arm(base: Recipe, arm: Arm, tuning_runs: int, report_runs: int) -> PlannedArm:
+    before = dict(leaves(plain(base)))
+    changes = tuple((dotted(keys), value) for keys, value in leaves(plain(arm.recipe)) if before.get(keys) != value)
+    parameters, memory = sizes(arm.recipe)
+    return PlannedArm(arm.name, changes, arm.fixed, parameters, memory, tuning_runs, report_runs)
+
+
+def sizes(recipe: Recipe) -> tuple[int | None, float | None]:
+    """Parameters and estimated training memory in MiB; None for a model of the user's own."""
+    shape, classes = input_of(recipe)
+    unchecked = isinstance(recipe.data, Npz)  # the other sources were checked with the recipe
+    contradictions = shape_contradictions(recipe, shape, classes) if unchecked else ()
+    wrong = [f"{dotted(keys)}: {text}" for keys, text in contradictions]
+    if wrong:
+        raise RecipeError(*wrong)
+    model = layers(recipe, shape, classes)
+    if model is None:
+        return None, None
+    found, _ = size(model, shape, affine=getattr(recipe.norm, "affine", True))
+    return found.parameters, estimated_memory_mib(recipe, found)

@@ -1,0 +1,225 @@
+"""Runs in parallel: worker processes that each take many runs, and outlive none of their own deaths. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bncli.errors import BncliError
+
+POLL_S = 0.1
+MOST_IDLE_DEATHS = 10  # of workers without a run, one after another, before it is given up
+# Without the current folder on the path, which -m and -c put there: a torch.py in it must not be run.
+WORKER = "import sys; sys.path.remove(''); from bncli.engine.train.worker import main; sys.exit(main(sys.argv[1:]))"
+
+
+@dataclass(frozen=True)
+class Started:
+    worker: int
+    key: str
+
+
+@dataclass(frozen=True)
+class Progressed:
+    worker: int
+    key: str
+    step: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run's result as plain data, or why there is none."""
+
+    worker: int
+    key: str
+    result: dict[str, Any] | None
+    failure: str | None
+    code: dict[str, str] = field(default_factory=dict)  # of the user's own that was loaded: file -> SHA-256
+
+
+class Refused(BncliError):
+    """What a worker said when no run at all can succeed; it carries the exit code of the error behind it."""
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+@dataclass
+class _Worker:
+    number: int
+    process: subprocess.Popen[str]
+    log: Path
+    ready: bool = False
+    key: str | None = None
+
+
+@dataclass
+class Pool:
+    """Up to `jobs` workers on one device. `jobs` None: one a core, or one a GPU where the device is CUDA."""
+
+    device: str
+    jobs: int | None
+    threads: int
+    folder: Path  # for the workers' logs
+    command: Sequence[str] = (sys.executable, "-c", WORKER)
+    _messages: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = field(default_factory=queue.Queue)
+    _workers: list[_Worker] = field(default_factory=list)
+    _gpus: int = 0
+    limit: int = 1  # workers, until the first has said which device it found
+    _greeted: bool = False
+    _idle_deaths: int = 0
+
+    def run(
+        self, waiting: deque[str], message: Callable[[str], dict[str, Any]], stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[Started | Progressed | Ended | None]:
+        """Do the runs whose keys wait, in their order, until none is left; the caller may add some after every event.
+
+        `message` makes what a worker is sent, once a run is handed out. Yields what happens, and None every now and
+        then so that a bar can move. Raises Refused when a worker cannot take any run.
+        """
+        try:
+            self.limit = (self.jobs or cores()) if self.device == "cpu" else 1
+            while not stop():
+                if not waiting and all(worker.key is None for worker in self._workers):
+                    return
+                for worker in [worker for worker in self._workers if worker.ready and worker.key is None]:
+                    if waiting and self._hand_out(worker, waiting[0], message(waiting[0])):
+                        yield Started(worker.number, waiting.popleft())
+                idle = sum(worker.key is None for worker in self._workers)
+                for _ in range(min(self.limit - len(self._workers), len(waiting) - idle)):
+                    self._start()
+                yield self._next_event()
+        finally:
+            self.close()
+
+    def _start(self) -> None:
+        number = next(n for n in range(len(self._workers) + 1) if n not in {w.number for w in self._workers})
+        environment = dict(os.environ, OMP_NUM_THREADS=str(self.threads), MKL_NUM_THREADS=str(self.threads))
+        if self._gpus > 1 and ":" not in self.device:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            gpu = number % self._gpus
+            environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if len(visible) == self._gpus else str(gpu)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        log = self._free_log(number)
+        with log.open("x") as stderr:
+            process = subprocess.Popen(
+                [*self.command, "--device", self.device, "--threads", str(self.threads)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                encoding="utf-8",
+                bufsize=1,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the driver, which then ends its workers itself
+            )
+        worker = _Worker(number, process, log)
+        self._workers.append(worker)
+        threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
+
+    def _free_log(self, number: int) -> Path:
+        """A name that no file has yet: logs of earlier workers are kept."""
+        names = (f"worker-{number}{f'-{again}' if again else ''}.log" for again in itertools.count())
+        return next(log for name in names if not os.path.lexists(log := self.folder / name))
+
+    def _listen(self, worker: _Worker) -> None:
+        assert worker.process.stdout is not None
+        for line in worker.process.stdout:
+            try:
+                self._messages.put((worker, json.loads(line)))
+            except json.JSONDecodeError:  # a line cut short by the worker's death; the end of the stream says so
+                break
+        self._messages.put((worker, None))
+
+    def _hand_out(self, worker: _Worker, key: str, message: dict[str, Any]) -> bool:
+        assert worker.process.stdin is not None
+        try:
+            worker.process.stdin.write(json.dumps({"key": key, **message}) + "\n")
+            worker.process.stdin.flush()
+        except (BrokenPipeError, OSError):
+            return False  # it has just died; the end of its stream is on its way
+        worker.key = key
+        return True
+
+    def _next_event(self) -> Progressed | Ended | None:
+        try:
+            worker, message = self._messages.get(timeout=POLL_S)
+        except queue.Empty:
+            return None
+        if message is None:
+            return self._died(worker)
+        if "refused" in message:
+            raise Refused(message["refused"], message["exit_code"])
+        if "hello" in message:
+            worker.ready = True
+            if not self._greeted:  # a later worker sees its own GPU only
+                self._greeted = True
+                named = ":" in self.device or message["hello"] == "mps"
+                self._gpus = 0 if named else message["gpus"]
+                self.limit = self.jobs or self._gpus or (1 if named else cores())
+            return None
+        if "step" in message:
+            return Progressed(worker.number, message["key"], message["step"], message["value"])
+        worker.key = None
+        self._idle_deaths = 0
+        return Ended(
+            worker.number, message["key"], message.get("result"), message.get("failure"), message.get("code", {})
+        )
+
+    def _died(self, worker: _Worker) -> Ended | None:
+        code = worker.process.wait()
+        self._workers.remove(worker)
+        self._idle_deaths += worker.key is None
+        if not self._greeted or self._idle_deaths > MOST_IDLE_DEATHS:
+            raise BncliError(
+                f"a worker process could not start (exit {code}); its log, {worker.log}, ends:\n{_tail(worker.log)}"
+            )
+        if worker.key is None:
+            return None
+        last = _tail(worker.log, 1)
+        return Ended(worker.number, worker.key, None, _cause(code) + (f"; its last words: {last}" if last else ""))
+
+    def close(self) -> None:
+        """End every worker now; a run in progress is lost."""
+        for worker in self._workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker.process.pid, signal.SIGKILL)  # it leads its session: what it started goes with it
+        for worker in self._workers:
+            worker.process.wait()
+            if not worker.log.stat().st_size:
+                worker.log.unlink()
+        self._workers.clear()
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1
+
+
+def _cause(code: int) -> str:
+    if code >= 0:
+        return f"its worker process exited with {code}"
+    name = signal.Signals(-code).name
+    hint = ", perhaps for lack of memory" if name == "SIGKILL" else ""
+    return f"its worker process was killed by {name}{hint}"
+
+
+def _tail(log: Path, lines: int = 12) -> str:
+    return "\n".join(log.read_text(errors="replace").strip().splitlines()[-lines:])

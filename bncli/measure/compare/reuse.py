@@ -1,0 +1,115 @@
+"""Which runs of earlier calls a comparison may use: what a run depends on besides its recipe, and what has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from bncli import __version__
+from bncli.engine.user_code import digest_of
+from bncli.errors import BncliError
+from bncli.measure.compare.plan import Job, Study, collect, planned_runs
+from bncli.measure.compare.summary import summarise
+from bncli.recipe.load import Arm, data_state, digest, plain, with_values
+from bncli.recipe.sections import Recipe
+from bncli.results import BegunComparison, Comparison, RunRecord
+
+PACKAGE = Path(__file__).parents[2]
+RUN_BY = ("engine", "kernels", "recipe")  # the parts of bncli that decide what a run does
+
+# Part of an identity -> what to say of a run in which it was another. "code" is checked file by file.
+CHANGED = {
+    "bncli": "bncli's own code has changed since",
+    "torch": "torch is another version",
+    "device": "they ran on another device",
+    "data": "the data have changed",
+    "code": "the model's code has changed",
+}
+
+
+def identity(device: str, recipe: Recipe) -> dict[str, str]:
+    """What a run's key depends on besides its recipe: a change in any of it makes it another run."""
+    torch = importlib.metadata.version("torch")
+    without_gpu = torch.endswith("+cpu") or (sys.platform == "linux" and not list(Path("/dev").glob("nvidia[0-9]*")))
+    kind = "cpu" if device == "auto" and without_gpu else device.partition(":")[0]
+    sources = f"{__version__} {sources_digest(PACKAGE)}"
+    return {"bncli": sources, "torch": torch, "device": kind, "data": digest(data_state(recipe))}
+
+
+def sources_digest(package: Path) -> str:
+    """A short name for the contents of bncli's own engine, kernels and recipe."""
+    found = hashlib.sha256()
+    for file in sorted(file for part in RUN_BY for file in (package / part).rglob("*") if file.suffix in (".py", ".c")):
+        found.update(f"{file.relative_to(package).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
+    return found.hexdigest()[:20]
+
+
+def usable(kept: Iterable[RunRecord]) -> dict[str, RunRecord]:
+    """By key, the runs whose model's code stands as they loaded it; of several with one key the last that was made."""
+    records = sorted(kept, key=_made)
+    now = {file: digest_of(file) for record in records for file in record.code}
+    return {record.key: record for record in records if all(now[file] == found for file, found in record.code.items())}
+
+
+def not_reused(jobs: Iterable[Job], kept: Iterable[RunRecord], identity: Mapping[str, str]) -> Iterator[str]:
+    """How many of the jobs were done by earlier runs that cannot be used, and why: a sentence, if there are any."""
+    earlier = {record.recipe_key: record for record in sorted(kept, key=_made)}
+    keys = usable(kept)
+    again = {job.key: earlier[job.recipe_key] for job in jobs if job.key not in keys and job.recipe_key in earlier}
+    reasons = Counter(next(_changes(record, identity)) for record in again.values())
+    if reasons:
+        runs = "1 earlier run is" if len(again) == 1 else f"{len(again)} earlier runs are"
+        yield f"{runs} not reused: " + ", ".join(f"{CHANGED[part]} ({count})" for part, count in reasons.most_common())
+
+
+def _changes(record: RunRecord, identity: Mapping[str, str]) -> Iterator[str]:
+    yield from (part for part in CHANGED if record.identity.get(part) != identity.get(part))
+    yield "code"
+
+
+def _made(record: RunRecord) -> str:
+    return record.result.environment.date if record.result else ""
+
+
+def fits(study: Study, kept: Sequence[RunRecord]) -> bool:
+    """Whether any of the runs could be one of this study's, at another point of the grid or seed, or by other code."""
+    return any(_fits(arm, record) for record in kept for arm in study.arms)
+
+
+def _fits(arm: Arm, record: RunRecord) -> bool:
+    try:
+        recipe = with_values(arm.recipe, {**record.point, "train.seed": record.seed})
+    except (KeyError, TypeError, ValueError):  # a point of another recipe's grid
+        return False
+    return digest(plain(recipe)) == record.recipe_key
+
+
+def report_of_runs(begun: BegunComparison, kept: Iterable[RunRecord], failed: Iterable[RunRecord]) -> Comparison:
+    """The answer as far as a comparison's runs have come, without running anything. Raises BncliError."""
+    plan = begun.plan
+    try:
+        recipes = {name: Recipe.model_validate(recipe) for name, recipe in plan.recipes.items()}
+        arms = tuple(Arm(name, recipes[name], plan.fixed.get(name, ())) for name in plan.arms)
+    except (KeyError, ValueError) as error:
+        raise BncliError("its recipes are not as this bncli has them; run compare again with the recipe") from error
+    study = Study(plan, arms, begun.identity)
+    records = {record.key: record for record in failed} | {record.key: record for record in of_one_code(kept)}
+    return summarise(plan, collect(study, records), planned_runs(study, records), begun.threads)
+
+
+def of_one_code(kept: Iterable[RunRecord]) -> list[RunRecord]:
+    """The runs that loaded no file of the user's own in another version than the last run that loaded it."""
+    records, latest = sorted(kept, key=_made), dict[str, str]()
+    for record in records:
+        latest.update(record.code)
+    return [record for record in records if all(latest[file] == found for file, found in record.code.items())]
+
+
+def says_more(made: Comparison, answer: Comparison) -> bool:
+    """Whether there are runs that ended, or were done again by other code, and that the answer does not hold."""
+    held = {run.key: run.code for run in answer.runs}
+    return any(held.get(run.key) != run.code for run in made.runs if run.result is not None)

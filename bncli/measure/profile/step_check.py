@@ -1,0 +1,119 @@
+"""Is a step with another kernel the native step? Its loss, gradients and running statistics, after the same batches.
+
+An error is relative, in the 2-norm, of each tensor: beside its own norm a share `bound` of the norm of all tensors of
+its kind, since one whose exact value is 0 (the gradient of a bias in front of a batch norm) holds roundings alone.
+
+Roundings put an element of a ReLU that is close enough to its kink on the other side. In a layer of a thousand values
+one such element changes the gradients by a few per cent, in any right kernel, so a narrow bound can only be held where
+there are none. Hence two checks. A few examples in float64, where an element in 10^14 is that close: up to 4 sqrt(u),
+u the unit roundoff. And a whole batch in the recipe's precision: up to a tenth, or twice the native step's own error
+against float64, in one of BATCHES batches, since what is wrong is wrong in each of them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bncli.engine.data.splits import Batch, Dataset
+from bncli.measure.profile.step_models import Subject, Trainable
+
+EXAMPLES, NARROW = 8, 4 * math.sqrt(2.0**-53)  # of the check in float64
+BATCHES, WIDE = 3, 0.1  # of the check in the recipe's precision
+
+Found = dict[str, dict[str, Tensor]]  # kind -> name -> tensor, float64
+Errors = dict[tuple[str, str], float]  # (kind, name) -> relative error
+
+
+def why_wrong(subject: Subject, kernel: str, other: Trainable, dataset: Dataset, device: torch.device) -> str | None:
+    """What is wrong with the step of `other`, which has taken none so far; None where nothing is.
+
+    It takes up to BATCHES steps here. Raises what a step raises.
+    """
+    native = subject.trainable("native", dataset, device)
+    batches = [native.batch() for _ in range(BATCHES)]
+    return _in_float64(subject, kernel, dataset, batches[0]) or _in_own_precision(
+        subject, other, native, dataset, batches
+    )
+
+
+def _in_float64(subject: Subject, kernel: str, dataset: Dataset, batch: Batch) -> str | None:
+    x, y = (each[:EXAMPLES] for each in batch)
+    native = _doubled(subject, "native", dataset, x.device)
+    try:
+        expected = _outcome(native, (x.double(), y))
+    except Exception:  # a model of the user's own need not take float64
+        return None
+    found = _outcome(_doubled(subject, kernel, dataset, x.device), (x.double(), y))
+    wrong = _above(_errors(expected, found, NARROW), {}, NARROW)
+    return _sentence(wrong, "native's, in float64", NARROW) if wrong else None
+
+
+def _in_own_precision(
+    subject: Subject, other: Trainable, native: Trainable, dataset: Dataset, batches: list[Batch]
+) -> str | None:
+    exact: Trainable | None = None
+    wrong: Errors = {}
+    for batch in batches:
+        expected, found = _outcome(native, batch), _outcome(other, batch)
+        wrong = _above(_errors(expected, found, WIDE), {}, WIDE)
+        if not wrong:
+            return None
+        try:
+            exact = exact or _doubled(subject, "native", dataset, batch[0].device)
+            truth = _outcome(exact, (batch[0].double(), batch[1]))
+        except Exception:
+            continue
+        wrong = _above(_errors(truth, found, WIDE), _errors(truth, expected, WIDE), WIDE)
+        if not wrong:
+            return None
+    return _sentence(wrong, "native's", WIDE)
+
+
+def _doubled(subject: Subject, kernel: str, dataset: Dataset, device: torch.device) -> Trainable:
+    """In float64, which autocast leaves as it is; its weights stay, as those of the models that it is held against."""
+    made = subject.trainable(kernel, dataset, device)
+    made.model.double()
+    return made
+
+
+def _outcome(trainable: Trainable, batch: Batch) -> Found:
+    torch.manual_seed(0)  # of dropout
+    loss = trainable.step(*batch)
+    model = getattr(trainable.model, "_orig_mod", trainable.model)  # of a compiled one
+    parameters, buffers = model.named_parameters(), model.named_buffers()
+    running = {name: buffer for name, buffer in buffers if name.rpartition(".")[2].startswith("running_")}
+    return {
+        "loss": {"": loss.double()},
+        "gradient": {name: p.grad.double() for name, p in parameters if p.grad is not None},
+        "running statistic": {name: buffer.double() for name, buffer in running.items()},
+    }
+
+
+def _errors(expected: Found, found: Found, share: float) -> Errors:
+    """Relative errors in the 2-norm; infinite where a tensor is missing."""
+    errors: Errors = {}
+    for kind, tensors in expected.items():
+        size = math.hypot(*(float(tensor.norm()) for tensor in tensors.values()))
+        for name, tensor in tensors.items():
+            own, scale = found[kind].get(name), float(tensor.norm()) + share * size
+            if own is None or own.shape != tensor.shape:
+                errors[kind, name] = math.inf
+                continue
+            difference = float((own - tensor).norm())
+            errors[kind, name] = difference / scale if scale > 0 else (0.0 if difference == 0 else math.inf)
+    return errors
+
+
+def _above(errors: Errors, allowed: Errors, bound: float) -> Errors:
+    """The errors above the bound and above twice what is allowed; NaN is above everything."""
+    return {where: error for where, error in errors.items() if not error <= max(bound, 2 * allowed.get(where, 0.0))}
+
+
+def _sentence(wrong: Errors, reference: str, bound: float) -> str:
+    kind, name = worst = max(wrong, key=lambda where: math.inf if math.isnan(wrong[where]) else wrong[where])
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    what = f"the {kind} of {name}" if name else f"the {kind}"
+    return f"wrong: {what}{more} is {wrong[worst]:.1e} of its size off {reference}; {bound:.1e} is allowed"

@@ -1,0 +1,157 @@
+"""Where a step's time goes: the events of torch.profiler, folded to STEP_CLASSES.
+
+An operator counts with its self time, so that nothing counts twice: on a CPU its wall time less that of the operators
+inside it, on a GPU the time of the device's kernels that it launched itself. It belongs to the innermost operator
+around it whose class is known, forward by name and backward by its autograd node's; what runs under the optimizer or
+while a batch is fetched belongs there whole. What is left is `gaps`: on a CPU the interpreter's time between
+operators, on a GPU the time in which the device is idle.
+
+A fused norm runs its ReLU and its residual add itself: they are normalization in its row, and activation and other in
+native's. The count of batches that a native norm keeps is other. What torch.compile fused is other.
+
+A profiled step takes up to twice as long as a plain one, because each event costs time. Of a CPU all classes are
+therefore scaled alike, so that they sum to the median step, which was measured without; steps of many small operators
+remain shifted towards the classes with most of them. Device times on a GPU are not stretched: there the gaps are the
+median less them, and only where they are more than the median (kernels side by side) are they scaled down to it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from bncli.engine.device import synchronize
+from bncli.errors import RecipeError
+from bncli.kernels import fused
+from bncli.results.profile import STEP_CLASSES
+
+STEP, DATA = "bncli: step", "bncli: data"  # the ranges that a step marks
+FUSED = {fused.Eager.__name__.lower(), "fused_batch_norm", "fused_batch_norm_backward"}
+ACTIVATIONS = {
+    *("celu", "elu", "gelu", "glu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid", "mish"),
+    *("clamp_min", "prelu", "relu", "relu6", "rrelu", "selu", "sigmoid", "silu", "softplus", "softsign", "tanh"),
+    "threshold",
+}
+PRODUCTS = {"addbmm", "addmm", "addmv", "baddbmm", "bilinear", "bmm", "einsum", "linear", "matmul", "mm", "mv"}
+WHOLE = ("optimizer", "data")  # whatever runs inside
+
+
+class Event(Protocol):
+    """What is read of a torch.autograd.profiler_util.FunctionEvent; times in microseconds."""
+
+    name: str
+    cpu_parent: Any  # another such event, or None
+    kernels: Any  # those of the device that it launched: each with a name and a duration
+
+    @property
+    def self_cpu_time_total(self) -> float: ...
+
+
+@functools.cache
+def class_of(name: str) -> str | None:
+    """Of an event by its name, one of STEP_CLASSES; None for one that belongs to what is around it."""
+    if name == DATA:
+        return "data"
+    if name.startswith("Optimizer."):
+        return "optimizer"
+    operator = _operator(name)
+    if operator in FUSED or re.search("(batch|layer|group|instance|rms)_?norm", operator):
+        return "normalization"
+    if operator in ACTIVATIONS:
+        return "activation"
+    if operator.removeprefix("mkldnn_") in PRODUCTS or re.search(r"conv(olution|_|\d|$)", operator):
+        return "convolution, linear"
+    return None
+
+
+def _operator(name: str) -> str:
+    """`autograd::engine::evaluate_function: NativeBatchNormBackward0`, `aten::relu_` -> native_batch_norm, relu."""
+    last = re.split(r": |::", name)[-1]
+    node = re.fullmatch(r"(\w+?)Backward\d*", last)
+    if node is not None:
+        last = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", node[1])
+    return last.lower().strip("_").removesuffix("_backward")
+
+
+def fold(events: Iterable[Event], device_time: bool) -> dict[str, float]:
+    """Class -> microseconds; `gaps` holds the steps' own time, and is 0 with device times, which have none."""
+    total = dict.fromkeys(STEP_CLASSES, 0.0)
+    for event in events:
+        found = _class_around(event)
+        if device_time:  # a range has a kernel of its own name and length beside those that it really launched
+            launched = sum(kernel.duration for kernel in event.kernels if kernel.name != event.name)
+            total[found if found not in (None, "gaps") else "other"] += launched
+        elif found is not None:
+            total[found] += event.self_cpu_time_total
+    return total
+
+
+def _class_around(event: Event) -> str | None:
+    """The class of an event by those around it; None for one of unknown class outside of every step."""
+    if event.name == STEP:
+        return "gaps"
+    found, above = None, event
+    while above is not None and above.name != STEP:
+        own = class_of(above.name)
+        if own in WHOLE or (found is None and own is not None):
+            found = own
+        above = above.cpu_parent
+    return found or (None if above is None else "other")
+
+
+def scaled(total_us: Mapping[str, float], steps: int, median_ms: float, device_time: bool) -> dict[str, float]:
+    """Class -> milliseconds of a step, which sum to `median_ms`, from the microseconds of `steps` profiled steps."""
+    each_ms = {name: us / 1e3 / steps for name, us in total_us.items()}
+    whole = sum(each_ms.values())
+    if device_time and whole <= median_ms:
+        return each_ms | {"gaps": median_ms - whole}
+    return {name: ms * median_ms / whole if whole else 0.0 for name, ms in each_ms.items()}
+
+
+# --- the profiled pass --------------------------------------------------------------------------------------------
+
+
+def shares_ms(step: Callable[[], object], steps: int, median_ms: float, device: torch.device) -> dict[str, float]:
+    """Class -> milliseconds of a step. `step` marks where it fetches its batch by `record_function(DATA)`.
+
+    Empty for a device that the profiler does not know.
+    """
+    if device.type not in ("cpu", "cuda"):
+        return {}
+    cuda = device.type == "cuda"
+    events = recorded({STEP: step}, steps, device).events() or []
+    return scaled(fold(events, cuda), steps, median_ms, cuda)
+
+
+def recorded(runs: Mapping[str, Callable[[], object]], times: int, device: torch.device) -> profile:
+    """A profile of each run, `times` over, in a range of its name."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes to the terminal; read at its first start
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities) as found:
+        for name, run in runs.items():
+            for _ in range(times):
+                with record_function(name):
+                    run()
+                    synchronize(device)
+    return found
+
+
+def write_trace(path: Path, runs: Mapping[str, Callable[[], object]], device: torch.device) -> None:
+    """Write the Chrome trace of one of each run, one after the other in one file (chrome://tracing, Perfetto).
+
+    Raises RecipeError where the file cannot be written.
+    """
+    found = recorded(runs, 1, device)
+    try:
+        path.touch()
+        found.export_chrome_trace(str(path))
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RecipeError(f"--trace {path}: cannot be written: {reason}") from error

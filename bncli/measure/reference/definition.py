@@ -1,0 +1,137 @@
+"""The short slow definition of a normalization, which gradcheck computes in float64 and holds every kernel to.
+
+Its parameters are the mistakes that kernels make, so that a diagnosis can compute what a wrong kernel would have given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bncli.kernels.layout import over_channels, per_channel
+from bncli.kernels.native import finish
+from bncli.measure.reference.candidate import GROUPS, Forward
+
+Change = Callable[[Tensor], Tensor]
+
+
+def same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class Twist:
+    """Departures from batch norm's definition; the defaults are none."""
+
+    mean: Change = same  # of the mean (C) that normalizes, in training
+    var: Change = same  # of the variance (C) that normalizes, in training
+    bessel: bool = False  # normalizes by the unbiased variance, m/(m-1)
+    inverse_deviation: Callable[[Tensor, float], Tensor] = lambda var, eps: (var + eps).rsqrt()
+    batch_in_evaluation: bool = False
+    running_in_training: bool = False
+    linear_activation: bool = False  # the activation's gradient is taken to be 1
+    residual: Change = same
+    residual_last: bool = False  # added after the activation
+    mean_path_in_evaluation: bool = False  # the gradient goes through the batch's mean though the output does not
+    variance_path_in_evaluation: bool = False
+    output: Change = same
+    rounding: Change = same  # of every intermediate, and so of its gradient
+    move_mean: Callable[[Tensor, Tensor, float], Tensor] = torch.lerp  # running, batch, momentum
+    move_var: Callable[[Tensor, Tensor, float, int], Tensor] = lambda running, var, momentum, m: running.lerp(
+        var * (m / (m - 1)), momentum
+    )
+
+
+def batch_norm(twist: Twist | None = None) -> Forward:
+    """Ioffe & Szegedy 2015, algorithms 1 and 2, written out; twisted, a wrong kernel."""
+    twist = twist or Twist()
+
+    def call(
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        residual: Tensor | None,
+        activation: str | None,
+        /,
+    ) -> Tensor:
+        m = x.numel() // x.size(1)
+        over, rounding = over_channels(x), twist.rounding
+        mean = rounding(x.mean(over))
+        var = rounding(rounding((x - per_channel(mean, x)).square()).mean(over))
+        if training and running_mean is not None and running_var is not None:
+            with torch.no_grad():
+                running = running_mean.clone(), running_var.clone()
+                running_mean.copy_(twist.move_mean(running_mean, mean, momentum))
+                running_var.copy_(twist.move_var(running_var, var, momentum, m))
+        if training and twist.running_in_training:
+            mean, var = running
+        elif training or twist.batch_in_evaluation:
+            mean, var = twist.mean(mean), twist.var(var) * (m / (m - 1) if twist.bessel else 1)
+        else:
+            assert running_mean is not None
+            assert running_var is not None
+            mean, var = running_mean, running_var
+            if twist.mean_path_in_evaluation:
+                mean = mean + x.mean(over) - x.mean(over).detach()
+            if twist.variance_path_in_evaluation:
+                around = (x - per_channel(running_mean, x)).square().mean(over)
+                var = var + around - around.detach()
+        inverse_deviation = rounding(twist.inverse_deviation(var, eps))
+        xhat = rounding(rounding(x - per_channel(mean, x)) * per_channel(inverse_deviation, x))
+        y = rounding(affine(xhat, weight, bias))
+        residual = None if residual is None else twist.residual(residual)
+        last = residual if twist.residual_last else None
+        first = None if twist.residual_last else residual
+        z = finish(finish(y, first, activation), last, None)
+        if twist.linear_activation:
+            linear = finish(y, residual, None)
+            z = linear + (z - linear).detach()
+        return rounding(twist.output(z))
+
+    return call
+
+
+def affine(xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """weight xhat + bias, a pair for each channel."""
+    y = xhat if weight is None else xhat * per_channel(weight, xhat)
+    return y if bias is None else y + per_channel(bias, y)
+
+
+def over_groups(groups: int | None, rounding: Change = same) -> Forward:
+    """Group norm (Wu & He 2018, section 3.1); with 1 group layer norm of (C, *S), with None instance norm."""
+
+    def call(
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        residual: Tensor | None,
+        activation: str | None,
+        /,
+    ) -> Tensor:
+        grouped = x.reshape(x.size(0), groups or x.size(1), -1)
+        centred = grouped - rounding(grouped.mean(-1, keepdim=True))
+        var = rounding(rounding(centred.square()).mean(-1, keepdim=True))
+        xhat = rounding(rounding(centred) * rounding((var + eps).rsqrt()))
+        return rounding(finish(rounding(affine(xhat.reshape(x.shape), weight, bias)), residual, activation))
+
+    return call
+
+
+def definition(norm: str, rounding: Change = same) -> Forward:
+    """The definition of the batch, layer, group or instance norm, each intermediate passed through `rounding`."""
+    if norm == "batch":
+        return batch_norm(Twist(rounding=rounding))
+    return over_groups({"layer": 1, "group": GROUPS, "instance": None}[norm], rounding)

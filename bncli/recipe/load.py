@@ -1,0 +1,168 @@
+"""From a file to a checked recipe: its base run, its arms, and where each value came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from bncli.errors import RecipeError
+from bncli.recipe.check import check, suggestion, words
+from bncli.recipe.overrides import KINDS, arms_of, base_of, fixed_by, leaves, override, split_path, write_out
+from bncli.recipe.sections import Recipe, RecipeFile
+from bncli.recipe.yaml import Keys, Mistake, dotted, parse
+
+__all__ = ["Arm", "Loaded", "digest", "dotted", "leaves", "load", "plain", "suggestion", "with_values"]
+
+MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training that `compare` tries: a resolved recipe, and the grid's fields that it fixes."""
+
+    name: str
+    recipe: Recipe
+    fixed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe file, checked: the base run, its arms, and where each value came from."""
+
+    name: str
+    source: str
+    file: RecipeFile
+    base: Recipe
+    arms: tuple[Arm, ...]
+    where: dict[Keys, str]
+
+    @property
+    def reference(self) -> str:
+        """The arm that the others are compared with: the one named, or the first; a file without arms is one itself."""
+        return self.file.reference or (self.arms[0].name if self.arms else self.name)
+
+    def provenance(self, arm: Arm) -> Iterator[tuple[str, Any, str]]:
+        """Every field of an arm's run: its path, its value, and the file's line, the flag or `default`."""
+        base = dict(leaves(plain(self.base)))
+        for keys, value in leaves(plain(arm.recipe)):
+            own = None if arm.recipe is self.base else self.where.get(("arms", arm.name, *keys))
+            inherited = self.where.get(keys) if base.get(keys, _ABSENT) == value else None
+            yield dotted(keys), value, own or inherited or "default"
+
+
+_ABSENT = object()
+
+
+def load(path: str, sets: Sequence[str] = (), allow_code: bool = False) -> Loaded:
+    """Read a file (`-` is standard input), apply `--set` and check all of it.
+
+    Raises RecipeError with every mistake that was found, in the order of the lines. A recipe that names a model of the
+    user's own is refused unless `allow_code`: it would import and run it.
+    """
+    source = "standard input" if path == "-" else path
+    tree = parse(read(path), source)
+    if isinstance(tree.root, dict):
+        write_out(tree)
+        override(tree, sets)
+        check(tree, allow_code)
+    elif not tree.mistakes:
+        sections = "a recipe has the sections data, model, optimizer and train: see recipes/smoke.yaml"
+        found = "is empty" if tree.root is None else f"is {words(tree.root)}"
+        raise RecipeError(f"{source}: {found}; {sections}")
+    if tree.mistakes:
+        raise RecipeError(*dict.fromkeys(map(str, sorted(tree.mistakes, key=lambda mistake: _line(mistake, source)))))
+    root = tree.root
+    arms = [Arm(name, Recipe.model_validate(run), fixed_by(root, name)) for name, run in arms_of(root).items()]
+    base = base_of(root)
+    file = RecipeFile.model_validate(root | base)
+    name = "recipe" if path == "-" else Path(path).stem
+    return Loaded(name, source, file, Recipe.model_validate(base), tuple(arms), tree.where)
+
+
+def _line(mistake: Mistake, source: str) -> float:
+    """The line of a mistake in the file; those of the file as a whole come first, those of flags last."""
+    number = mistake.place.removeprefix(f"{source}:")
+    return int(number) if number.isdecimal() else 0 if mistake.place == source else float("inf")
+
+
+def read(path: str) -> str:
+    """A recipe's text; `-` is standard input. Raises RecipeError for what is not a readable text file."""
+    name = "standard input" if path == "-" else path
+    try:
+        if path == "-":
+            raw = sys.stdin.buffer.read(MAX_BYTES + 1) if sys.stdin else b""  # None where it is closed
+        else:
+            with open(path, "rb") as stream:
+                raw = stream.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        folder = Path(path).parent
+        names = sorted(other.name for other in folder.glob("*.y*ml")) if folder.is_dir() else []
+        hint = f"; {suggestion(Path(path).name, names)}" if names else ""
+        raise RecipeError(f"{name}: there is no such file{hint}") from error
+    except IsADirectoryError as error:
+        raise RecipeError(f"{name}: is a folder; name a recipe file in it") from error
+    except OSError as error:
+        raise RecipeError(f"{name}: cannot be read: {error.strerror}") from error
+    if len(raw) > MAX_BYTES:
+        raise RecipeError(f"{name}: is larger than 1 MiB; a recipe is a short YAML file")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{name}: is not text (byte {error.start} is not UTF-8); a recipe is a YAML file") from error
+    if "\0" in text:
+        raise RecipeError(f"{name}: is a binary file; a recipe is a YAML file")
+    return text
+
+
+# --- recipes as plain data ----------------------------------------------------------------------------------------
+
+
+def plain(model: BaseModel) -> dict[str, Any]:
+    """A section as plain JSON data, its kind first."""
+    return dict(_kind_first(model.model_dump(mode="json")))
+
+
+def _kind_first(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _kind_first(value[key]) for key in sorted(value, key=lambda key: key not in KINDS)}
+
+
+def digest(data: Any) -> str:
+    """A short stable name for plain data: the start of the SHA-256 of its canonical JSON."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def data_state(recipe: Recipe) -> list[Any]:
+    """The files of the recipe's data as they stand: path, size and time of each."""
+    named = getattr(recipe.data, "path", None) or getattr(recipe.data, "name", None)
+    path = Path(named or "").expanduser()
+    if not named or not path.exists():
+        return []
+    inside = sorted(Path(folder) / name for folder, _, names in os.walk(path) for name in names)
+    return [[str(each), each.stat().st_size, each.stat().st_mtime_ns] for each in inside or [path]]
+
+
+def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+    """The same recipe with some dotted fields changed.
+
+    Raises KeyError for a field that it does not have and pydantic's ValidationError for a value that is wrong.
+    """
+    changed = plain(recipe)
+    for path, value in values.items():
+        *sections, last = split_path(path)
+        owner = changed
+        for key in sections:
+            owner = owner[key]
+        if last not in owner:
+            raise KeyError(path)
+        owner[last] = value
+    return Recipe.model_validate(changed)

@@ -1,0 +1,218 @@
+"""Recipes as plain trees, before they are checked: shorthands, `--set`, arms on top of the base, places in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from bncli.recipe.sections import Recipe, RecipeFile, shorthand_key
+from bncli.recipe.yaml import Keys, Mistake, Tree, dotted, parse_value
+
+KINDS = ("kind", "source")  # the keys that choose among several section models
+COMPARISON_KEYS = ("arms", "reference", "grid", "seeds")
+
+# --- sections -----------------------------------------------------------------------------------------------------
+
+
+def members(annotation: Any) -> list[type[BaseModel]]:
+    """The section models that a field may hold: unions and Annotated unfolded."""
+    if get_origin(annotation) is Annotated:
+        return members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [model for member in get_args(annotation) for model in members(member)]
+    model = get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return [annotation] if model else []
+
+
+def kinds(models: Sequence[type[BaseModel]]) -> dict[str, type[BaseModel]]:
+    """The section models by the kind (or source) that chooses each; empty where there is nothing to choose."""
+    found = [(key, model) for model in models for key in KINDS if key in model.model_fields]
+    return {kind: model for key, model in found for kind in get_args(model.model_fields[key].annotation)}
+
+
+def choose(models: Sequence[type[BaseModel]], plain: Any) -> type[BaseModel] | None:
+    """The one of several section models that the data's kind names."""
+    if len(models) == 1:
+        return models[0]
+    given = [plain[key] for key in KINDS if key in plain] if isinstance(plain, dict) else []
+    return next((model for kind, model in kinds(models).items() if kind in given), None)
+
+
+def section(model: type[BaseModel], name: str, plain: Any) -> type[BaseModel] | None:
+    """The section model of a field, given the data in it; None for a field that holds a plain value."""
+    field = model.model_fields.get(name)
+    default = field.get_default() if field else None
+    if plain is None:
+        return type(default) if isinstance(default, BaseModel) else None
+    return choose(members(field.annotation), plain) if field else None
+
+
+def model_at(keys: Sequence[str | int], plain: Any, root: type[BaseModel]) -> type[BaseModel] | None:
+    """The section model that describes the place `keys` of a tree, or None where there is none."""
+    model: type[BaseModel] | None = root
+    for key in keys:
+        plain = plain.get(key) if isinstance(plain, dict) else None
+        model = section(model, str(key), plain) if model else None
+    return model
+
+
+def fields(model: type[BaseModel], plain: Any) -> Iterator[str]:
+    """The dotted fields that a tree's sections have, given or not."""
+    for name in model.model_fields:
+        value = plain.get(name) if isinstance(plain, dict) else None
+        inner = section(model, name, value)
+        yield from [f"{name}.{below}" for below in fields(inner, value)] if inner else [name]
+
+
+# --- values -------------------------------------------------------------------------------------------------------
+
+
+def split_path(path: str) -> tuple[str, ...]:
+    """`optimizer.lr` -> its keys. What follows `grid.` is one key, itself a path."""
+    head, _, rest = path.partition(".")
+    return ("grid", rest) if head == "grid" and rest else tuple(path.split("."))
+
+
+def nested(keys: Sequence[str], value: Any) -> Any:
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def leaves(value: Any, keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """The values of a tree with their paths; a list counts as one value."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from leaves(item, (*keys, key))
+    else:
+        yield keys, value
+
+
+def value_at(root: Any, keys: Sequence[str | int], default: Any = None) -> Any:
+    for key in keys:
+        inside = key in root if isinstance(root, dict) else isinstance(root, list) and key in range(len(root))
+        if not inside:
+            return default
+        root = root[key]
+    return root
+
+
+# --- shorthands, overrides and arms -------------------------------------------------------------------------------
+
+
+def write_out(tree: Tree) -> None:
+    """Write out what a recipe may leave out: `norm: batch` is `norm: {kind: batch}`, an arm without changes is {}."""
+    _write_sections(tree, tree.root, ())
+    arms = value_at(tree.root, ["arms"])
+    for name, changes in arms.items() if isinstance(arms, dict) else ():
+        arms[name] = {} if changes is None else changes
+        _write_sections(tree, changes, ("arms", name))
+
+
+def _write_sections(tree: Tree, sections: Any, keys: Keys) -> None:
+    for name, value in sections.items() if isinstance(sections, dict) else ():
+        at, kind = (*keys, name), shorthand_key(name)
+        if kind and isinstance(value, str | bool | int | float):
+            sections[name] = {kind: value}
+            tree.where |= {(*at, kind): tree.where[at]}
+        elif name not in ("arguments", *COMPARISON_KEYS):
+            _write_sections(tree, value, at)
+
+
+def override(tree: Tree, sets: Sequence[str]) -> None:
+    """Apply `--set key.path=value`, in order. Values are read exactly as the file's are."""
+    for given in sets:
+        path, equals, text = given.partition("=")
+        source = f"--set {given if given.isprintable() else repr(given)}"
+        keys = split_path(path.strip())
+        above = [keys[:end] for end in range(1, len(keys)) if _is_plain(value_at(tree.root, keys[:end]))]
+        if not equals or "" in keys:
+            tree.mistakes.append(Mistake(source, "expected key.path=value, as in --set optimizer.lr=0.1"))
+        elif above:
+            tree.mistakes.append(
+                Mistake(source, f"{dotted(above[0])} is a value and has no {keys[len(above[0])]} in it")
+            )
+        else:
+            _set(tree, keys, parse_value(text, source, keys))
+
+
+def _is_plain(value: Any) -> bool:
+    return value is not None and not isinstance(value, dict)
+
+
+def _set(tree: Tree, keys: tuple[str, ...], new: Tree) -> None:
+    """Put a value that was read for `keys` into the tree, and forget the places of what it replaces."""
+    tree.mistakes += new.mistakes
+    tree.unread |= new.unread
+    if keys not in new.where:  # it could not be read
+        return
+    around: dict[Keys, str] = {keys[:end]: new.source for end in range(1, len(keys))}
+    new.root = nested(keys, new.root)
+    new.where |= around
+    write_out(new)
+    whole = keys in (("arms",), ("grid",))  # these are given anew; a section's fields are changed one by one
+    tree.root = tree.root | new.root if whole else _on_top(tree.root, new.root)
+    where = around | tree.where | {at: place for at, place in new.where.items() if at not in around}
+    tree.where = {at: place for at, place in where.items() if value_at(tree.root, at, _MISSING) is not _MISSING}
+
+
+_MISSING = object()
+
+
+def _on_top(root: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    merged: dict[str, Any] = merge(root, new, RecipeFile)
+    arms, changes = root.get("arms"), new.get("arms")
+    if isinstance(arms, dict) and isinstance(changes, dict):
+        merged["arms"] = arms | {name: merge(arms.get(name, {}), changed) for name, changed in changes.items()}
+    return merged
+
+
+def merge(base: Any, changes: Any, model: type[BaseModel] | None = Recipe) -> Any:
+    """`changes` on top of `base`. A section that changes its kind keeps only the fields that the new kind has too."""
+    if not (isinstance(base, dict) and isinstance(changes, dict)):
+        return changes
+    merged = dict(base)
+    for key, value in changes.items():
+        old: Any = merged.get(key)
+        models = members(model.model_fields[key].annotation) if model and key in model.model_fields else []
+        chosen = choose(models, {**old, **value}) if isinstance(old, dict) and isinstance(value, dict) else None
+        if chosen and any(kind in value and value[kind] != old.get(kind) for kind in KINDS):
+            kept = chosen.model_fields if len(models) > 1 else ()  # init's one model: its fields belong to one kind
+            old = {name: item for name, item in old.items() if name in kept}
+        merged[key] = merge(old, value, chosen)
+    return merged
+
+
+def with_kinds(run: dict[str, Any]) -> dict[str, Any]:
+    """A run in which a section that needs no kind has its default's: `schedule: {warmup: 9}` is a constant one."""
+    found = dict(run)
+    for name, field in Recipe.model_fields.items():
+        default, given = field.get_default(), run.get(name, {})
+        if (
+            isinstance(default, BaseModel)
+            and isinstance(given, dict)
+            and given.keys() <= type(default).model_fields.keys()
+        ):
+            found[name] = {**default.model_dump(include={"kind"}), **given}
+    return found
+
+
+def base_of(root: dict[str, Any]) -> dict[str, Any]:
+    return with_kinds({key: value for key, value in root.items() if key not in COMPARISON_KEYS})
+
+
+def arms_of(root: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every arm's run: the base with the arm's changes."""
+    arms, base = root.get("arms"), base_of(root)
+    changes = arms.items() if isinstance(arms, dict) else ()
+    return {name: with_kinds(merge(base, change)) for name, change in changes if isinstance(change, dict)}
+
+
+def fixed_by(root: dict[str, Any], arm: str) -> tuple[str, ...]:
+    """The fields of the grid that an arm gives a value to, so that they are not tuned in it."""
+    given = {dotted(keys) for keys, _ in leaves(value_at(root, ("arms", arm), {}))}
+    grid = root.get("grid")
+    return tuple(path for path in grid if path in given) if isinstance(grid, dict) else ()

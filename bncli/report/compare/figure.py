@@ -1,0 +1,273 @@
+"""The comparison as a figure: median curves with quartile bands, and every run's steps to target with the intervals.
+
+matplotlib is loaded only when a figure is asked for. The same comparison gives the same bytes: no date, fixed ids.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import math
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bncli.errors import USAGE, BncliError
+from bncli.report.compare.labels import PALE, Place, dense, name_curves, tag_curves
+from bncli.report.files import write_atomically
+from bncli.report.text import (
+    LETTERS,
+    Cell,
+    all_targets,
+    curve_points,
+    metric_range,
+    ratio_cell,
+    setting,
+    steps_cell,
+    subtitle,
+    targets_in_order,
+    title,
+)
+from bncli.results import ArmSummary, Comparison, RunResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, told apart with any colour vision; black and then line styles serve further arms.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#1b1b1b")
+LINES = ("-", "--", "-.", ":")
+MISSING = 'plots need matplotlib, which is not installed; install it with: pip install "bncli[plot]"'
+TARGETS_HEIGHT = 2.4  # inches, of the picture of the ratio by target, where there are several
+INK = "#1b1b1b"  # of all text and axes; a page can replace it by its own colour
+STYLE: Any = {
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
+    "font.size": 9,
+    "svg.hashsalt": "bncli",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+class PlotError(BncliError):
+    """A picture that cannot be made: another kind of file, or matplotlib is missing."""
+
+    exit_code = USAGE
+
+
+def plot(comparison: Comparison, path: Path) -> None:
+    """Write the figure to `path`, an .svg or a .png. Raises PlotError for another suffix or without matplotlib."""
+    check_path(path)
+    write_atomically(path, render(comparison, path.suffix.lower().lstrip(".")))
+
+
+def check_path(path: Path) -> None:
+    """Raise PlotError now, before any work, for a path that `plot` would refuse or without matplotlib."""
+    if path.suffix.lower() not in (".svg", ".png"):
+        raise PlotError(f"{path}: a plot is written as .svg or .png, chosen by the file's name; give it one of the two")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise PlotError(MISSING)
+
+
+def render(comparison: Comparison, kind: str, transparent: bool = False) -> bytes:
+    """The figure as the bytes of a "svg" or "png" file. Raises PlotError without matplotlib."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PlotError(MISSING) from error
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        lines = sum(max(2.6, math.ceil(len(arm.arm) / 18)) for arm in comparison.arms)
+        height = max(4.2, 1.6 + 0.19 * lines)
+        if _has_ratios_by_target(comparison):
+            height = max(height, 1.0 + 0.19 * lines + TARGETS_HEIGHT) + 1.0
+        picture = Figure(figsize=(11, height), layout="constrained")
+        _draw(picture, comparison)
+        file = io.BytesIO()
+        metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
+        picture.savefig(file, format=kind, dpi=160, metadata=metadata, transparent=transparent)
+    return file.getvalue()
+
+
+def _draw(picture: Figure, comparison: Comparison) -> None:
+    if _has_ratios_by_target(comparison):
+        above = picture.get_figheight() - TARGETS_HEIGHT
+        panels = picture.subplot_mosaic([["left", "right"], ["left", "below"]], height_ratios=(above, TARGETS_HEIGHT))
+        left, right = panels["left"], panels["right"]
+        _targets(panels["below"], comparison)
+    else:
+        left, right = picture.subplots(1, 2)
+    words: dict[str, Any] = {"ha": "left", "x": 0.008, "parse_math": False}
+    picture.suptitle(title(comparison), fontsize=12, fontweight="bold", **words)
+    notes = "\n".join(textwrap.wrap(f"{subtitle(comparison.plan)}. {_key(comparison)}", 170))
+    picture.supxlabel(notes, fontsize=8, **words)
+    tagged = _curves(left, comparison)
+    _steps(right, comparison, tagged)
+
+
+def _has_ratios_by_target(comparison: Comparison) -> bool:
+    found = (each.ratio for arm in comparison.arms for each in all_targets(comparison.plan, arm) if arm.also)
+    return any(ratio is not None and ratio.value is not None for ratio in found)
+
+
+def _targets(axes: Axes, comparison: Comparison) -> None:
+    """How many times fewer steps at each target of the runs: one target is one point of a curve."""
+    axes.set_title("times fewer, by target")
+    axes.set_xlabel(f"target: held-out {comparison.plan.target.metric}")
+    order = targets_in_order(comparison.plan)
+    axes.set_xticks([target.value for target in order], [setting(target.value) for target in order])
+    for index, arm in enumerate(comparison.arms):
+        ratios = {each.target: each.ratio for each in all_targets(comparison.plan, arm)}
+        found = [(t.value, r.value, r.interval) for t in order if (r := ratios[t]) is not None and r.value is not None]
+        if arm.ratio is None or not found:
+            continue
+        axes.plot([at for at, _, _ in found], [value for _, value, _ in found], marker="o", ms=4, **_look(index))
+        for at, value, interval in found:
+            ends = (interval.low or value, interval.high or value)
+            axes.plot([at, at], ends, color=_look(index)["color"], linewidth=1)
+    axes.axhline(1, color=PALE, linestyle=(0, (5, 4)), linewidth=1, zorder=1)
+    if comparison.plan.target.metric == "loss":
+        axes.invert_xaxis()
+    axes.set_ylim(bottom=0)
+
+
+def _key(comparison: Comparison) -> str:
+    results = [result for arm in comparison.arms for result in comparison.results_of(arm)]
+    missed = [result for result in results if result.steps_to_target is None]
+    parts = ["Line: median, band: quartiles over seeds."]
+    if len(missed) < len(results):
+        parts.append("Dot: a run; diamond: geometric mean (median where runs missed) with its 95% interval.")
+    if any(result.status != "diverged" for result in missed):
+        parts.append("Open triangle: a run that used up its budget.")
+    if any(result.status == "diverged" for result in missed):
+        parts.append("Cross: a run that diverged.")
+    return " ".join(parts)
+
+
+def _look(index: int) -> dict[str, Any]:
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index // len(COLOURS) % len(LINES)]}
+
+
+# --- left: curves -------------------------------------------------------------------------------------------------
+
+
+def _curves(axes: Axes, comparison: Comparison) -> bool:
+    """Draw the curves, each with its arm's name; True where names do not fit and letters stand for them."""
+    target, bounds = comparison.plan.target, metric_range(comparison)
+    curves = {index: curve_points(arm) for index, arm in enumerate(comparison.arms) if curve_points(arm)}
+    axes.set_title(f"held-out {target.metric}")
+    axes.set_xlabel("optimizer steps")
+    if bounds is None:
+        _empty(axes)
+        return False
+    axes.axhline(target.value, color=PALE, linestyle=(0, (5, 4)), linewidth=1, zorder=1)
+    for index, points in curves.items():
+        steps, medians, lows, highs = zip(*points, strict=True)
+        axes.fill_between(steps, lows, highs, color=_look(index)["color"], alpha=0.18, linewidth=0)
+        axes.plot(steps, medians, linewidth=1.5, **_look(index))
+    ends = [step for points in curves.values() for step in (points[0][0], points[-1][0])]
+    axes.set_xscale("log")
+    axes.set_xlim(min(ends), max(*ends, 1.5 * min(ends)) * 1.1)
+    axes.set_ylim(bounds[0], bounds[1] + 0.03 * (bounds[1] - bounds[0]))
+    _plain_ticks(axes)
+
+    def place(step: float, value: float) -> Place:
+        x, y = axes.transAxes.inverted().transform(axes.transData.transform((step, value)))
+        return float(x), float(y)
+
+    paths = {index: dense([place(step, median) for step, median, *_ in points]) for index, points in curves.items()}
+    names = [arm.arm for arm in comparison.arms]
+    tagged = not name_curves(axes, names, COLOURS, paths, place(ends[0], target.value)[1], target)
+    if tagged:
+        tag_curves(axes, COLOURS, paths)
+    return tagged
+
+
+def _empty(axes: Axes) -> None:
+    axes.set(xticks=[], yticks=[])
+    axes.text(0.5, 0.5, "no run has been evaluated yet", ha="center", transform=axes.transAxes, color=PALE)
+
+
+def _plain_ticks(axes: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axes.get_xlim()
+    factors = (1.0, 2.0, 5.0) if math.log10(high / low) < 2.2 else (1.0, 3.0) if high / low < 3e4 else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(subs=factors))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+# --- right: steps to target ---------------------------------------------------------------------------------------
+
+
+def _steps(axes: Axes, comparison: Comparison, tagged: bool) -> None:
+    arms, most = comparison.arms, comparison.plan.most_steps
+    axes.set_title("steps to target")
+    axes.set_xlabel("optimizer steps")
+    axes.set_xscale("log")
+    for row, arm in enumerate(arms):
+        _arm_runs(axes, row, comparison.results_of(arm), most)
+        _average(axes, row, arm, most)
+    room = max(0.0, (4 - len(arms)) / 4)  # two arms need not stand at the ends of the picture
+    axes.set_ylim(len(arms) - 0.5 + room, -0.5 - room)
+    names = [f"{LETTERS[i % len(LETTERS)]}  {arm.arm}" if tagged else arm.arm for i, arm in enumerate(arms)]
+    axes.set_yticks(range(len(arms)), ["\n".join(textwrap.wrap(name, 25)) for name in names], parse_math=False)
+    for index, label in enumerate(axes.get_yticklabels()):
+        label.set(color=COLOURS[index % len(COLOURS)], fontweight="bold")
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_axisbelow(True)
+    axes.grid(axis="x", color=PALE, alpha=0.25, linewidth=0.8)
+    if any(arm.runs for arm in arms):
+        low, high = axes.get_xlim()
+        axes.set_xlim(low / 1.1, max(high * 1.1, low * 2))
+        _plain_ticks(axes)
+    else:
+        axes.set_xticks([])
+        axes.minorticks_off()
+    steps, ratios = [steps_cell(arm, most) for arm in arms], [ratio_cell(arm.ratio) for arm in arms]
+    _side_column(axes, 1.03, "steps", steps)
+    _side_column(axes, 1.06 + 0.025 * max(5, *(len(part) for cell in steps for part in cell)), "times fewer", ratios)
+
+
+def _side_column(axes: Axes, left: float, header: str, cells: list[Cell]) -> None:
+    """Words beside the rows, `left` in shares of the axes' width."""
+    axes.text(left, 1.02, header, transform=axes.transAxes, fontsize=10, va="bottom")
+    for row, (main, aside) in enumerate(cells):
+        place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "linespacing": 1.3}
+        axes.text(left, row, main + "\n" * bool(aside), fontweight="bold", **place)
+        axes.text(left, row, "\n" * bool(aside) + aside, fontsize=8, **place)
+
+
+def _arm_runs(axes: Axes, row: int, results: list[RunResult], most: float) -> None:
+    colour = COLOURS[row % len(COLOURS)]
+    for index, result in enumerate(results):
+        height = row + 0.3 * ((index + 0.5) / len(results) - 0.5) - 0.12
+        if result.steps_to_target is not None:
+            axes.plot(max(result.steps_to_target, 1), height, "o", color=colour, alpha=0.65, markersize=4.5, mec="none")
+        else:
+            marker = "x" if result.status == "diverged" else ">"
+            axes.plot(most, height, marker, mec=colour, mfc="none", markersize=5, clip_on=False)
+
+
+def _average(axes: Axes, row: int, arm: ArmSummary, most: float) -> None:
+    if arm.steps.value is None or arm.steps.value <= 0:
+        return
+    low, high = arm.steps.interval.low, arm.steps.interval.high
+    height = row + 0.25
+    ends = (arm.steps.value if low is None else low, most if high is None and low is not None else high)
+    axes.plot([ends[0], ends[1] or arm.steps.value], [height] * 2, color=INK, linewidth=1.4, solid_capstyle="butt")
+    axes.plot(arm.steps.value, height, "D", color=INK, markersize=5)
+    for end in (low, high):
+        if end is not None:
+            axes.plot(end, height, "|", color=INK, markersize=7)

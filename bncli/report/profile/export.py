@@ -1,0 +1,239 @@
+"""A profile for other programs and pages: JSON that gives the same profile back, CSV with all digits, Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from bncli.errors import RecipeError
+from bncli.report.compare.export import _markdown, _markdown_table
+from bncli.report.profile.step_text import memory_columns, samples_per_s, share_columns, step_columns
+from bncli.report.profile.text import (
+    cache_words,
+    ceilings_words,
+    gate_columns,
+    gb_per_s,
+    grouped,
+    kernel_columns,
+    kernel_title,
+    mean_columns,
+    measured_words,
+    of_copy,
+    quartiles,
+)
+from bncli.report.text import Column, environment_words
+from bncli.results import (
+    FORMAT_VERSION,
+    STEP_CLASSES,
+    Ceilings,
+    Faster,
+    Gate,
+    KernelCost,
+    KernelProfile,
+    StepCost,
+    StepMemory,
+    StepProfile,
+    Times,
+)
+from bncli.results.serialize import Mismatch, from_plain, to_plain
+
+Profile = KernelProfile | StepProfile
+KINDS: dict[str, type[KernelProfile] | type[StepProfile]] = {"kernels": KernelProfile, "step": StepProfile}
+
+
+# --- JSON ---------------------------------------------------------------------------------------------------------
+
+
+def to_json(result: Profile, gate: Gate | None = None) -> str:
+    """The whole profile with its raw samples, its kind beside them, and the gate that it was held to."""
+    kind = next(name for name, each in KINDS.items() if isinstance(result, each))
+    plain = {"format_version": FORMAT_VERSION, "kind": kind, **to_plain(result)}
+    if gate is not None:
+        plain["gate"] = {"regressed": gate.regressed, "failed": gate.failed, **to_plain(gate)}
+    return json.dumps(plain, allow_nan=False, indent=1) + "\n"
+
+
+def load(path: Path) -> KernelProfile | StepProfile:
+    """The profile that `to_json` wrote to a file. Raises RecipeError that says what is wrong with it and what to do."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise _refused(path, f"cannot be read: {why}") from error
+    try:
+        plain = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _refused(path, f"is not JSON ({error})") from error
+    if not isinstance(plain, dict) or plain.get("kind") not in (*KINDS,) or "format_version" not in plain:
+        raise _refused(path, "is JSON, but no profile")
+    version = plain["format_version"]
+    if version != FORMAT_VERSION:
+        advice = "update bncli" if isinstance(version, int) and version > FORMAT_VERSION else "measure it anew"
+        raise RecipeError(
+            f"--baseline {path}: its format_version is {json.dumps(version)} and this bncli reads {FORMAT_VERSION}; "
+            f"{advice}"
+        )
+    kind = KINDS[plain.pop("kind")]
+    plain.pop("gate", None)
+    try:
+        found: KernelProfile | StepProfile = from_plain(kind, plain)
+    except Mismatch as error:
+        raise _refused(path, f"is no profile as bncli writes it: {error}") from error
+    if wrong := [row for row in found.rows if row.faster is not None and not _sound(row.faster)]:
+        raise _refused(path, f"has a ratio that is no positive number (of kernel {wrong[0].kernel})")
+    return found
+
+
+def _refused(path: Path, what: str) -> RecipeError:
+    return RecipeError(f"--baseline {path}: {what}; give a file that bncli profile --json wrote")
+
+
+def _sound(faster: Faster) -> bool:
+    ends = [end for end in (faster.interval.low, faster.interval.high) if end is not None]
+    return all(math.isfinite(value) and value > 0 for value in (faster.value, *ends))
+
+
+# --- CSV ----------------------------------------------------------------------------------------------------------
+
+
+def to_csv(result: Profile) -> str:
+    """A line a row, all digits; units and meanings in the header; an empty cell is an unknown one."""
+    if isinstance(result, KernelProfile):
+        rows = [_kernel_row(row, result.ceilings) for row in result.rows]
+    else:
+        rows = [_step_row(row) for row in result.rows]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else ["kernel"], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:  # a compiler's message has many lines
+        writer.writerow({name: " ".join(cell.split()) if isinstance(cell, str) else cell for name, cell in row.items()})
+    return text.getvalue()
+
+
+def _kernel_row(row: KernelCost, ceilings: Ceilings) -> dict[str, Any]:
+    case = row.case
+    return {
+        "operation": case.operation,
+        "dtype": case.dtype,
+        "layout": case.layout,
+        "mode": "training" if case.training else "evaluation",
+        "affine": case.affine,
+        "tracked": case.tracked,
+        "shape": "x".join(map(str, case.shape)),
+        "calls": row.calls,
+        "kernel": row.kernel,
+        "ran": row.ran,
+        **_times("forward", row.forward),
+        **_times("backward", row.backward),
+        **_times("both", row.both),
+        "floor_gb_per_s": gb_per_s(row.both),
+        "share_of_copy": of_copy(row, ceilings),
+        **_faster(row.faster),
+        "peak_memory_mib": row.peak_memory_mib,
+        "saved_mib": row.saved_mib,
+        "error": row.error,
+        "wrong": row.wrong,
+    }
+
+
+def _times(direction: str, times: Times | None) -> dict[str, Any]:
+    return {
+        **_quartiles(direction, times.samples_ms if times else ()),
+        f"{direction}_floor_bytes": times.floor_bytes if times else None,
+        f"{direction}_flops": times.flops if times else None,
+    }
+
+
+def _quartiles(name: str, samples_ms: Sequence[float]) -> dict[str, Any]:
+    found = quartiles(samples_ms)
+    return {
+        f"{name}_ms": found.median if found else None,
+        f"{name}_lower_quartile_ms": found.low if found else None,
+        f"{name}_upper_quartile_ms": found.high if found else None,
+        f"{name}_samples": len(samples_ms),
+    }
+
+
+def _faster(faster: Faster | None) -> dict[str, Any]:
+    return {
+        "times_native": faster.value if faster else None,
+        "times_native_low_95": faster.interval.low if faster else None,
+        "times_native_high_95": faster.interval.high if faster else None,
+    }
+
+
+def _step_row(row: StepCost) -> dict[str, Any]:
+    return {
+        "arm": row.arm,
+        "mode": row.mode,
+        "kernel": row.kernel,
+        "batch_size": row.batch_size,
+        **_quartiles("step", row.samples_ms),
+        "samples_per_s": samples_per_s(row),
+        **_faster(row.faster),
+        **{f"{name.replace(', ', '_')}_ms": row.shares_ms.get(name) for name in STEP_CLASSES},
+        **{field.name: getattr(row.memory, field.name, None) for field in fields(StepMemory)},
+        "norms": row.norms,
+        "error": row.error,
+    }
+
+
+# --- Markdown -----------------------------------------------------------------------------------------------------
+
+
+def to_markdown(result: Profile, gate: Gate | None = None) -> str:
+    """The same tables and cells for a GitHub page."""
+    lines = _kernels_markdown(result) if isinstance(result, KernelProfile) else _step_markdown(result)
+    if gate is not None:
+        lines += ["", f"#### Held to the baseline: fails above {gate.fail_above:g} times slower", ""]
+        columns = gate_columns(gate.changes)
+        names = Column(("row", ""), tuple((change.name, "") for change in gate.changes), words=True)
+        lines += _markdown_table([names, *columns[1:]])
+    return "\n".join(lines) + "\n"
+
+
+def _kernels_markdown(profile: KernelProfile) -> list[str]:
+    measured = measured_words(profile.rows, profile.planned, profile.seconds)
+    lines = [f"### {_markdown(kernel_title(profile))}", "", f"{measured}; {cache_words(profile.cold)}"]
+    for heading, rows in grouped(profile.rows).items():
+        columns = list(kernel_columns(rows, profile.ceilings).values())
+        lines += ["", f"#### {_markdown(heading)}", "", *_with_errors(columns, [row.error for row in rows])]
+    for name in dict.fromkeys(f"{mean.dtype}, {mean.layout}" for mean in profile.means):
+        means = [mean for mean in profile.means if f"{mean.dtype}, {mean.layout}" == name]
+        lines += ["", f"#### {_markdown(name)}: geometric mean over shapes", "", *_markdown_table(mean_columns(means))]
+    notes = [f"Measured ceilings: {ceilings_words(profile.ceilings)}.", *profile.notes]
+    return [*lines, "", *_notes([*notes, f"Made on {environment_words(profile.environment)}."])]
+
+
+def _step_markdown(profile: StepProfile) -> list[str]:
+    measured = measured_words(profile.rows, profile.planned, profile.seconds)
+    lines = [f"### {_markdown(profile.name)}: one step of the whole model", "", measured]
+    shared = [row for row in profile.rows if row.shares_ms]
+    split = [row for row in profile.rows if row.memory is not None]
+    for heading, rows, columns, errors in (
+        ("Time", profile.rows, step_columns(profile.rows), [row.error for row in profile.rows]),
+        ("Share of a step", shared, share_columns(shared), []),
+        ("Memory of a training step", split, memory_columns(split), []),
+    ):
+        arms = Column(("arm", ""), tuple((row.arm, "") for row in rows), words=True)
+        if rows:
+            lines += ["", f"#### {heading}", "", *_with_errors([arms, *columns], errors)]
+    remarks = [f"{each.arm}, {each.layer}: {each.finding}: {each.advice}" for each in profile.remarks]
+    return [*lines, "", *_notes([*remarks, *profile.notes, f"Made on {environment_words(profile.environment)}."])]
+
+
+def _with_errors(columns: Sequence[Column], errors: Sequence[str | None]) -> list[str]:
+    """The table, with a column for errors where there are any."""
+    if any(errors):
+        columns = [*columns, Column(("error", ""), tuple((error or "", "") for error in errors), words=True)]
+    return _markdown_table(list(columns))
+
+
+def _notes(notes: Sequence[str]) -> list[str]:
+    return [f"- {_markdown(note)}" for note in notes]

@@ -1,0 +1,156 @@
+"""The report of `bncli profile` on a training step: how long it takes, where the time and the memory go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.padding import Padding
+from rich.text import Text
+
+from bncli.report.profile.kernels import faster_styles, once
+from bncli.report.profile.step_text import memory_columns, share_columns, step_columns
+from bncli.report.profile.text import (
+    NATIVE,
+    measured_words,
+    quartiles,
+)
+from bncli.report.ruled import Bar, Dashed, Line, Listing, Ruled, in_encoding
+from bncli.report.table import Fitted, Layout
+from bncli.report.text import Column, encodable, environment_words
+from bncli.results import STEP_CLASSES, NormRemark, StepCost, StepProfile
+
+COLOURS = dict(zip(STEP_CLASSES, ("magenta", "cyan", "yellow", "green", "blue", "", "dim"), strict=True))
+LETTERS = dict(zip(STEP_CLASSES, "NCAOD.-", strict=True))  # of a bar, so that it needs no colour
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """All that `bncli profile recipe.yaml` shows: steps, shares, memory, and what the norm layers suffer from."""
+
+    profile: StepProfile
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        profile, encoding = self.profile, options.encoding
+        words = measured_words(profile.rows, profile.planned, profile.seconds)
+        title = f"{profile.name}: one step of the whole model"
+        yield Fitted(title, words, _step_layouts(profile.rows) if profile.rows else (_nothing,), ())
+        shared = [row for row in profile.rows if row.shares_ms and row.error is None]
+        if shared:
+            yield Fitted("Share of a step", "", _share_layouts(shared), ())
+        split = [row for row in profile.rows if row.memory is not None]
+        if split:
+            yield Fitted("Memory of a training step", "", _layouts(split, memory_columns(split)), ())
+        yield Dashed("Norm layers:", _norms(profile.rows))
+        yield from _remarks(profile.remarks, encoding)
+        yield Dashed("", profile.notes)
+        for line in (f"Made on {environment_words(profile.environment)}.", *step_legend(profile)):
+            yield Text(in_encoding(line, encoding), "dim")
+
+
+def step_legend(profile: StepProfile) -> list[str]:
+    """How to read the tables of a step, in a few lines."""
+    lines = ["ms/step: median of the samples, ± half the distance of their quartiles; evaluation: a forward pass."]
+    if any(row.faster for row in profile.rows):
+        lines.append(
+            "Times native: how many times faster than the same arm with the native kernel, the median of the rounds' "
+            "ratios with its 95% interval; above 1 is faster."
+        )
+    if any(row.shares_ms for row in profile.rows):
+        lines.append("Shares are from a profiled pass apart. Gaps: the device waits for the host.")
+    if any(row.memory for row in profile.rows):
+        lines.append(
+            "Activations: tensors saved for backward. Peak: the whole process on a CPU, the allocator on a GPU."
+        )
+    return lines if profile.rows else []
+
+
+def _nothing(encoding: str) -> Text:
+    return Text("Nothing was measured.")
+
+
+def _lines(rows: Sequence[StepCost], messages: bool) -> list[Line]:
+    arms = [row.arm for row in rows]
+    return [
+        Line(
+            heading=row.arm if not index or arms[index - 1] != row.arm else "",
+            style="dim" if row.kernel == NATIVE else "",
+            message=" ".join((row.error or "").split()) if messages else "",
+        )
+        for index, row in enumerate(rows)
+    ]
+
+
+def _layouts(rows: Sequence[StepCost], *choices: Sequence[Column]) -> list[Layout]:
+    """The first of several sets of columns that fits, below each arm's name; else a line for each figure."""
+    lines = _lines(rows, messages=False)
+
+    def layout(columns: Sequence[Column]) -> Layout:
+        return lambda encoding: Ruled([once(columns[0], lines), *columns[1:]], lines, encoding)
+
+    return [*map(layout, choices), lambda encoding: Listing(choices[-1], lines, encoding)]
+
+
+def _share_layouts(rows: Sequence[StepCost]) -> list[Layout]:
+    return _layouts(rows, share_columns(rows, ms=True), share_columns(rows), share_columns(rows, short=True))
+
+
+def _step_layouts(rows: Sequence[StepCost]) -> list[Layout]:
+    lines, columns = _lines(rows, messages=True), step_columns(rows)
+    shown = [once(columns[0], lines), *columns[1:]]
+    styles = faster_styles((row.faster for row in rows), len(columns) - 1)
+    bar = _bars(rows) if any(row.shares_ms for row in rows) else None
+    return [
+        lambda encoding: Ruled(shown, lines, encoding, styles, bar, _key(rows)),
+        lambda encoding: Listing(columns, lines, encoding),
+    ]
+
+
+def _bars(rows: Sequence[StepCost]) -> Bar:
+    """A step as a bar of its classes' letters; the longest step is as long as the room."""
+    medians = [found.median if (found := quartiles(row.samples_ms)) else 0.0 for row in rows]
+    longest = max(medians)
+
+    def bar(index: int, room: int) -> Text:
+        row, text, done = rows[index], Text(), 0.0
+        whole = sum(row.shares_ms.values())
+        if whole <= 0 or longest <= 0:
+            return text
+        each = room * medians[index] / longest / whole  # columns a millisecond
+        for name in STEP_CLASSES:
+            begin, done = round(done * each), done + row.shares_ms.get(name, 0.0)
+            text.append(LETTERS[name] * (round(done * each) - begin), COLOURS[name])
+        return text
+
+    return bar
+
+
+def _key(rows: Sequence[StepCost]) -> Text:
+    """What a bar's letters stand for, of the classes that a step has."""
+    key = Text("Bars: ", "dim")
+    used = [name for name in STEP_CLASSES if any(row.shares_ms.get(name) for row in rows)]
+    for index, name in enumerate(used):
+        key.append("; " * bool(index))
+        key.append(LETTERS[name], f"not dim {COLOURS[name]}".strip())
+        key.append(f" {name}")
+    return key
+
+
+def _norms(rows: Sequence[StepCost]) -> list[str]:
+    """What each arm's norm layers are with each kernel, said once for training and evaluation."""
+    found = {(row.arm, row.kernel or "", row.norms): None for row in rows if row.norms}
+    return [f"{', '.join(filter(None, (arm, kernel)))}: {words}" for arm, kernel, words in found]
+
+
+def _remarks(remarks: Sequence[NormRemark], encoding: str) -> RenderResult:
+    if not remarks:
+        return
+    yield ""
+    yield Text("What the norm layers suffer from", "bold")
+    several = len({remark.arm for remark in remarks}) > 1
+    for remark in remarks:
+        where = f"{remark.arm}, {remark.layer}" if several else remark.layer
+        yield Text.assemble((encodable(where, encoding), "bold yellow"), ": ", encodable(remark.finding, encoding))
+        yield Padding(Text(encodable(remark.advice, encoding)), (0, 0, 0, 2), expand=False)
+    yield ""

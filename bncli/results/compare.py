@@ -1,0 +1,234 @@
+"""`bncli compare`: events while it runs, its result, and what a dry run would do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from bncli.results.environment import RUNS_VERSION, Interval
+from bncli.results.train import RunResult, Target, most_steps_to_target
+
+Phase = Literal["tune", "report"]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run of a comparison: what was asked, and its result or the reason why there is none."""
+
+    key: str  # of the resolved recipe, the device and the versions: the name of the run's file
+    arm: str
+    point: dict[str, Any]  # dotted recipe field -> the value of the grid that this run used
+    seed: int
+    phase: Phase
+    result: RunResult | None
+    failure: str | None = None
+    at_a_time: int | None = None  # runs in progress at once when it ended; above 1 they disturb its times
+    recipe_key: str = ""  # of the resolved recipe alone: runs of one recipe have it in common
+    identity: dict[str, str] = field(default_factory=dict)  # what the key depends on besides: versions, device, data
+    code: dict[str, str] = field(default_factory=dict)  # the user's own that the run loaded: file -> SHA-256
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times fewer steps than the reference arm. `value` is None where the data allow a bound only."""
+
+    value: float | None
+    interval: Interval
+    method: Literal["means", "medians", "bound", "hits", "same recipe", "none"]
+    p_value: float | None  # two-sided; "means": of a ratio of 1; "hits": of equal shares of runs that hit
+    holm_p_value: float | None = None  # the same after Holm's correction over all arms of the table
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Steps to target over seeds. `value` is the geometric mean, the median once a run is censored, None past half."""
+
+    value: float | None
+    interval: Interval
+    method: Literal["geometric mean", "median", "bound"]
+
+
+@dataclass(frozen=True)
+class TuningCell:
+    """One arm at one point of the grid, over the tuning seeds. kept: whether it got the further seeds too."""
+
+    point: dict[str, Any]
+    hits: int
+    runs: int
+    steps: float | None  # geometric mean over the runs that hit; None without one
+    diverged: int = 0
+    kept: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How clear the choice of an arm's best grid point was."""
+
+    points: int  # of the grid, for this arm
+    kept: int  # of them, those that the tuning seeds did not tell from the best
+    doubt: float | None  # share of the samples with one seed left out that choose another point
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds or examples to target, by the same rules as steps, and how many times fewer than the reference's."""
+
+    typical: Steps
+    ratio: Ratio | None  # None for the reference
+
+
+@dataclass(frozen=True)
+class AtTarget:
+    """One arm at a further target of the same runs, at its best point for that target among those kept."""
+
+    target: Target
+    hits: int
+    runs: int
+    steps: Steps
+    ratio: Ratio | None  # None for the reference
+
+
+@dataclass(frozen=True)
+class ArmSummary:
+    """One row of the comparison's table."""
+
+    arm: str
+    point: dict[str, Any]  # the best point of the grid; every figure of the row is of the runs there, all seeds
+    fixed: tuple[str, ...]  # fields of the grid that the arm fixes and that were therefore not tuned
+    at_edge: tuple[str, ...]  # fields whose best value is the first or the last of its list
+    hits: int
+    runs: int  # that ended by themselves (failed and interrupted ones are not counted)
+    steps: Steps
+    first_hit: float | None  # geometric mean of the raw first hits
+    ratio: Ratio | None  # None for the reference arm
+    best: float | None  # median over the runs of each one's best metric
+    samples_per_s: float | None  # median
+    ms_per_step: float | None  # median
+    peak_memory_mib: float | None  # largest
+    parameters: int | None
+    diverged: int
+    failures: tuple[str, ...]
+    tuning: tuple[TuningCell, ...]
+    curve: tuple[tuple[float, float, float, float], ...]  # step, median metric, lower and upper quartile over seeds
+    choice: Choice | None = None  # None where nothing was tuned, or not all of it yet
+    seconds: Cost | None = None  # of training alone; None where a time is unknown
+    examples: Cost | None = None
+    also: tuple[AtTarget, ...] = ()
+    thinned: float | None = None  # the ratio from every second evaluation, a mean of both halves
+
+
+@dataclass(frozen=True)
+class ComparisonPlan:
+    """What a comparison asked for, without the recipes themselves: enough to make the table again from the runs."""
+
+    name: str
+    arms: tuple[str, ...]
+    fixed: dict[str, tuple[str, ...]]  # arm -> grid fields that it fixes
+    grid: dict[str, tuple[Any, ...]]
+    reference: str
+    tune_seeds: tuple[int, ...]
+    report_seeds: tuple[int, ...]
+    target: Target
+    budget: int
+    data: str
+    recipes: dict[str, Any] = field(default_factory=dict)  # arm -> its resolved recipe, as plain data
+    also: tuple[Target, ...] = ()
+
+    @property
+    def most_steps(self) -> float:
+        """The most steps to target that the budget can show; a run that misses took more."""
+        return most_steps_to_target(self.budget)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The answer to "how many times fewer steps?": the plan, a row an arm, remarks, and every run that it rests on."""
+
+    plan: ComparisonPlan
+    arms: tuple[ArmSummary, ...]
+    notes: tuple[str, ...]
+    runs: tuple[RunRecord, ...]
+    planned_runs: int
+    format_version: int = RUNS_VERSION
+    threads: int | None = None  # with which the cost columns were made; None: whatever each run had
+    remarks: tuple[str, ...] = ()  # how it was made, as said in notes too: runs not reused, an answer kept beside
+
+    def results_of(self, arm: ArmSummary) -> list[RunResult]:
+        """The runs that an arm's row rests on: those at its best point that ended by themselves."""
+        mine = (run.result for run in self.runs if run.arm == arm.arm and run.point == arm.point)
+        return [result for result in mine if result is not None and result.status != "interrupted"]
+
+
+@dataclass(frozen=True)
+class BegunComparison:
+    """What `compare` set out to do: with the files of its runs, enough to make the report after a kill."""
+
+    plan: ComparisonPlan
+    identity: dict[str, str]  # of its runs, as in RunRecord
+    threads: int
+    sources: tuple[str, ...]  # the recipes' files
+
+
+# --- what happens while a comparison runs -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ComparisonStarted:
+    name: str
+    planned: int
+    done: int  # found on disk, made by an earlier call
+    metric: str
+
+
+@dataclass(frozen=True)
+class RunBegan:
+    worker: int
+    label: str
+    budget: int
+
+
+@dataclass(frozen=True)
+class RunProgressed:
+    worker: int
+    step: int
+    value: float  # of the target's metric
+
+
+@dataclass(frozen=True)
+class RunEnded:
+    worker: int
+    label: str
+    done: int
+    outcome: str
+    planned: int  # grows when an arm keeps several points of the grid
+
+
+ComparisonEvent = ComparisonStarted | RunBegan | RunProgressed | RunEnded
+
+
+# --- what would be done -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlannedArm:
+    """One arm before it is trained. Sizes are None where only the user's own code could tell."""
+
+    name: str
+    changes: tuple[tuple[str, Any], ...]  # dotted field, value: what differs from the base
+    fixed: tuple[str, ...]
+    parameters: int | None
+    memory_mib: float | None  # estimated: parameters, gradients, optimizer state, activations; without the framework
+    tuning_runs: int
+    report_runs: int
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The outcome of a dry run. runs, steps_at_most: if each arm keeps a single point of the grid."""
+
+    name: str
+    fields: tuple[tuple[str, Any, str], ...]  # of the base run: dotted field, value, and where the value came from
+    arms: tuple[PlannedArm, ...]
+    grid: dict[str, tuple[Any, ...]]
+    runs: int
+    steps_at_most: int

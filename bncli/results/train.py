@@ -1,0 +1,107 @@
+"""`bncli train`: events during a run, and its result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bncli.results.environment import Environment
+
+Status = Literal["reached", "budget", "diverged", "interrupted"]
+AHEAD = 0.3  # of its steps to target, how much longer a run has to go on before they are settled
+
+
+def most_steps_to_target(budget: int) -> float:
+    """The most steps to target that a budget in optimizer steps can show; a run that misses took more."""
+    return budget / (1 + AHEAD)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The value of a held-out metric that ends a run: accuracy rises to it, loss falls to it."""
+
+    metric: Literal["accuracy", "loss"]
+    value: float
+
+    def reached_by(self, value: float) -> bool:
+        return value >= self.value if self.metric == "accuracy" else value <= self.value
+
+
+@dataclass(frozen=True)
+class TargetReached:
+    """When a run reached one target. steps: as `RunResult.steps_to_target`; both are None for a miss."""
+
+    target: Target
+    steps: float | None
+    first_hit: int | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The held-out examples, all of them, after `step` optimizer steps (step 0: before the first)."""
+
+    step: int
+    accuracy: float
+    loss: float
+    train_loss: float | None  # of the last batch before this evaluation; None at step 0
+
+    def value(self, metric: str) -> float:
+        return self.accuracy if metric == "accuracy" else self.loss
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    name: str
+    device: str
+    parameters: int
+    budget: int  # optimizer steps
+    batch_size: int
+    target: Target | None
+
+
+@dataclass(frozen=True)
+class StepDone:
+    step: int
+    loss: float
+    learning_rate: float
+    samples_per_s: float
+    memory_mib: float | None
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    evaluation: Evaluation
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One run from its first step to its target, its budget, or its end for another reason."""
+
+    status: Status
+    steps_run: int
+    budget: int
+    target: Target | None
+    steps_to_target: float | None  # the optimizer steps spent below the target (engine.steps); None for a miss
+    first_hit: int | None  # the first evaluation at or past the target, as it is
+    final: float | None  # the target's metric (accuracy without a target) at the last evaluation
+    best: float | None
+    evaluations: tuple[Evaluation, ...]
+    ms_per_step: float | None  # training alone: evaluation and the first interval (warm-up) are left out
+    samples_per_s: float | None
+    training_s: float
+    evaluation_s: float
+    peak_memory_mib: float | None  # in training: resident set of the process on a CPU, the allocator's peak on a GPU
+    parameters: int
+    environment: Environment
+    reason: str | None = None  # for `diverged`: what was not finite, and where
+    also: tuple[TargetReached, ...] = ()  # further targets of the same run, in the recipe's order
+    evaluation_peak_memory_mib: float | None = None
+
+
+@dataclass(frozen=True)
+class RunFinished:
+    result: RunResult
+
+
+Event = RunStarted | StepDone | Evaluated | RunFinished

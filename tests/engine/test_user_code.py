@@ -1,0 +1,75 @@
+"""Which files a run loaded that are the user's own."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+from bncli.engine.user_code import LoadedFiles, digest_of, imported
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A package in the current folder, of another name in each test, with a module that another imports."""
+    name = f"own_{tmp_path.name}"
+    (tmp_path / name / "parts").mkdir(parents=True)
+    (tmp_path / name / "__init__.py").write_text("")
+    (tmp_path / name / "models.py").write_text(f"from {name}.parts import block\ndef make(): return block")
+    (tmp_path / name / "parts/block.py").write_text("import json, bncli.errors")
+    (tmp_path / name / "late.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    return name
+
+
+def sha256(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def test_every_file_of_the_users_own_that_an_import_brings_in_is_noted_and_nothing_else(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    loaded = LoadedFiles()
+    imported(f"{package}.models:make")
+    importlib.import_module("colorsys")  # of Python's own
+    loaded.note()
+    expected = [f"{package}/__init__.py", f"{package}/models.py", f"{package}/parts/block.py"]
+    assert sorted(loaded.files) == expected  # parts has no __init__.py: there is no file to note
+    assert all(digest_of(file) == sha256(file) == digest for file, digest in loaded.files.items())
+
+
+def test_what_is_imported_later_is_added_and_what_is_edited_later_keeps_its_digest(package: str) -> None:
+    loaded = LoadedFiles()
+    imported(f"{package}.models:make")
+    loaded.note()
+    before = dict(loaded.files)
+    Path(package, "models.py").write_text("def make(): ...")
+    importlib.import_module(f"{package}.late")
+    loaded.note()
+    assert loaded.files == {**before, f"{package}/late.py": sha256(f"{package}/late.py")}
+
+
+def test_installed_packages_are_left_out_and_files_elsewhere_go_by_their_whole_path(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("site-packages", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{package}_{folder[:4]}.py").write_text("")
+        monkeypatch.setattr(sys, "path", [str(tmp_path / folder), *sys.path])
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    loaded = LoadedFiles()
+    for folder in ("site", "else"):
+        importlib.import_module(f"{package}_{folder}")
+    loaded.note()
+    assert list(loaded.files) == [str(tmp_path / "elsewhere" / f"{package}_else.py")]
+
+
+def test_a_file_that_is_gone_has_no_digest(tmp_path: Path) -> None:
+    assert digest_of(str(tmp_path / "gone.py")) is None
+    assert digest_of(str(tmp_path)) is None

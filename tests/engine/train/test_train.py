@@ -1,0 +1,553 @@
+"""One run: its events, its result, what ends it, and that nothing but the recipe decides it."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bncli.engine import data
+from bncli.engine.data.splits import Batch, InMemory, order
+from bncli.engine.train import Clock, Training, evaluation_size, learning_rate_factor, optimizer, train
+from bncli.engine.train.target import steps_to_target
+from bncli.errors import DataError
+from bncli.recipe.sections import Recipe
+from bncli.results import Evaluated, Event, RunFinished, RunResult, RunStarted, StepDone
+from tests.conftest import OWN, tiny
+
+CPU = torch.device("cpu")
+
+
+def own(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str, **sections: Any) -> Recipe:
+    """A recipe of a model of the user's own, the `make` of that code."""
+    (folder / "mine.py").write_text(code)
+    monkeypatch.chdir(folder)
+    sys.modules.pop("mine", None)
+    return tiny(model={"kind": "module", "module": "mine:make"}, norm={"kind": "none"}, **sections)
+
+
+def events(recipe: Recipe, **arguments: Any) -> list[Event]:
+    return list(train(recipe, data.load(recipe.data, CPU), CPU, **arguments))
+
+
+def run(recipe: Recipe, **arguments: Any) -> RunResult:
+    last = events(recipe, **arguments)[-1]
+    assert isinstance(last, RunFinished)
+    return last.result
+
+
+def losses(recipe: Recipe) -> list[float]:
+    return [event.loss for event in events(recipe) if isinstance(event, StepDone)]
+
+
+# --- events and results -------------------------------------------------------------------------------------------
+
+
+def test_a_run_starts_evaluates_steps_and_finishes_in_that_order() -> None:
+    found = events(tiny(train={"stop_at_target": False}))
+    assert isinstance(found[0], RunStarted)
+    assert isinstance(found[1], Evaluated)
+    assert found[1].evaluation.step == 0
+    assert isinstance(found[-1], RunFinished)
+    steps = [event.evaluation.step for event in found if isinstance(event, Evaluated)]
+    assert steps == list(range(0, 61, 5))
+
+
+def test_the_last_step_is_evaluated_even_off_the_interval() -> None:
+    result = run(tiny(train={"steps": 13, "target": None}))
+    assert [evaluation.step for evaluation in result.evaluations] == [0, 5, 10, 13]
+    assert result.status == "budget"
+    assert result.steps_to_target is None
+
+
+def test_a_run_stops_at_the_first_evaluation_that_settles_its_steps_to_target() -> None:
+    result = run(tiny())
+    assert result.status == "reached"
+    assert result.target is not None
+    assert (result.steps_to_target, result.first_hit) == steps_to_target(result.evaluations, result.target)
+    assert steps_to_target(result.evaluations[:-1], result.target)[0] is None
+    assert result.steps_run < result.budget
+
+
+def test_a_run_with_several_targets_goes_on_until_the_hardest_is_settled() -> None:
+    alone, both = run(tiny()), run(tiny(train={"target": {"value": 0.8, "also": [0.9, 0.7]}}))
+    assert both.evaluations == alone.evaluations
+    assert [each.target.value for each in both.also] == [0.9, 0.7]
+    assert (both.also[0].steps, both.also[0].first_hit) == (alone.steps_to_target, alone.first_hit)
+    assert both.steps_to_target is not None
+    assert both.also[1].steps is not None
+    assert both.also[1].steps < both.steps_to_target < alone.steps_to_target
+    loss = {"metric": "loss", "value": 0.5, "also": [1e-9]}
+    never = run(tiny(train={"target": loss, "steps": 40}))
+    assert (never.status, never.steps_run, never.also[0].steps) == ("budget", 40, None)
+
+
+def test_evaluations_can_be_spaced_evenly_in_log_step() -> None:
+    result = run(tiny(train={"evaluate_every": {"points_per_doubling": 1}, "target": None}))
+    assert [evaluation.step for evaluation in result.evaluations] == [0, 1, 2, 4, 8, 16, 32, 60]
+
+
+def test_a_run_told_to_go_on_uses_its_budget_and_keeps_the_same_steps_to_target() -> None:
+    stopped, whole = run(tiny()), run(tiny(train={"stop_at_target": False}))
+    assert whole.steps_run == 60
+    assert whole.steps_to_target == stopped.steps_to_target
+
+
+def test_a_loss_target_is_reached_from_above() -> None:
+    result = run(tiny(train={"target": {"metric": "loss", "value": 0.5}}))
+    assert result.status == "reached"
+    assert result.best == min(evaluation.loss for evaluation in result.evaluations)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_loss_that_is_not_finite_ends_the_run_as_diverged_with_the_step(momentum: float) -> None:
+    sgd = {"kind": "sgd", "lr": 1e30, "momentum": momentum}
+    result = run(tiny(optimizer=sgd, norm={"kind": "none"}))
+    assert result.status == "diverged"
+    assert result.steps_to_target is None
+    assert result.reason is not None
+    assert result.reason.startswith("the training loss is ")
+    assert result.reason.endswith(f"at step {result.steps_run}")
+    assert result.best is not None
+    assert math.isfinite(result.best)
+
+
+def test_stop_is_obeyed_after_the_step_in_progress() -> None:
+    answers = iter([False] * 6 + [True] * 100)
+    result = run(tiny(), stop=lambda: next(answers))
+    assert result.status == "interrupted"
+    assert result.steps_run == 7
+
+
+def test_vectors_from_a_file_are_refused_by_a_model_for_images(tmp_path: Path) -> None:
+    np.savez(tmp_path / "vectors.npz", x=np.zeros((40, 8), np.float32), y=np.arange(40) % 3)
+    npz = {"source": "npz", "path": str(tmp_path / "vectors.npz"), "held_out": 10}
+    with pytest.raises(DataError, match=r"model.kind: a cnn needs images and the data are vectors; give x as"):
+        run(tiny(data=npz, model={"kind": "cnn"}))
+
+
+def test_lsuv_sees_examples_of_every_class_even_of_a_sorted_file(tmp_path: Path) -> None:
+    y = np.arange(3).repeat(400)
+    np.savez(tmp_path / "sorted.npz", x=np.eye(3, dtype=np.float32)[y], y=y)
+    npz = {"source": "npz", "path": str(tmp_path / "sorted.npz"), "held_out": 10}
+    recipe = tiny(data=npz, model={"kind": "mlp", "hidden": [4], "init": {"kind": "lsuv"}})
+    sample = Training(recipe, data.load(recipe.data, CPU), CPU)._sample(500)
+    assert sample.shape == (500, 3)
+    assert (sample.sum(0) > 100).all()
+
+
+# --- what decides a run -------------------------------------------------------------------------------------------
+
+
+def test_the_same_recipe_gives_the_same_losses_whatever_the_global_generators_say() -> None:
+    torch.manual_seed(1)
+    one = losses(tiny())
+    torch.manual_seed(2)
+    assert losses(tiny()) == one
+
+
+def test_another_seed_gives_other_losses() -> None:
+    assert losses(tiny()) != losses(tiny(train={"seed": 1}))
+
+
+def test_arms_of_one_seed_see_the_same_batches_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[torch.Tensor]] = {}
+    original = InMemory.batches
+
+    def watched(self: InMemory, *arguments: Any) -> Iterator[Batch]:
+        for x, y in original(self, *arguments):
+            seen[kind].append(x)
+            yield x, y
+
+    monkeypatch.setattr(InMemory, "batches", watched)
+    for kind in ("none", "batch"):
+        seen[kind] = []
+        run(tiny(norm={"kind": kind}, train={"steps": 20, "target": None}))
+    assert all(torch.equal(one, other) for one, other in zip(seen["none"], seen["batch"], strict=True))
+    assert len(seen["none"]) == 20
+
+
+def test_the_loop_computes_what_a_hand_written_loop_computes() -> None:
+    recipe = tiny(train={"steps": 20, "target": None})
+    dataset = data.load(recipe.data, CPU)
+    from bncli.engine.models import build, stream
+
+    model = build(recipe, dataset.shape, dataset.classes)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.5)
+    indices = order(len(dataset.train), 20, stream(0, "order"))
+    expected = []
+    for _, (x, y) in zip(range(20), dataset.train.batches(indices), strict=False):
+        loss = nn.functional.cross_entropy(model(x), y)
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        expected.append(loss.item())
+    assert losses(recipe) == expected[4::5]
+
+
+def test_evaluation_uses_the_running_statistics_and_changes_no_buffer() -> None:
+    recipe = tiny()
+    dataset = data.load(recipe.data, CPU)
+    one = Training(recipe, dataset, CPU)
+    for _ in range(3):
+        one.step(*next(one.batches))
+    before = {name: value.clone() for name, value in one.model.state_dict().items()}
+    found = one.evaluate(3, None).evaluation
+    assert one.model.training
+    assert all(torch.equal(value, before[name]) for name, value in one.model.state_dict().items())
+    (x, y), *rest = dataset.held_out_batches(1000)
+    assert not rest
+    right = (one.model.eval()(x).argmax(1) == y).float().mean().item()
+    assert found.accuracy == pytest.approx(right)
+
+
+def test_logits_that_are_not_finite_are_wrong_and_not_the_first_class(tmp_path: Path) -> None:
+    y = (np.arange(400) % 20 == 0).astype(np.int64)  # 95 % are of class 0
+    np.savez(tmp_path / "mostly.npz", x=np.random.default_rng(0).standard_normal((400, 8)), y=y)
+    npz = {"source": "npz", "path": str(tmp_path / "mostly.npz"), "held_out": 200}
+    sgd = {"kind": "sgd", "lr": 1e30}
+    target = {"value": 0.94}
+    recipe = tiny(data=npz, norm={"kind": "none"}, optimizer=sgd, train={"evaluate_every": 1, "target": target})
+    result = run(recipe)
+    dead = [evaluation for evaluation in result.evaluations if math.isnan(evaluation.loss)]
+    assert len(dead) == 1
+    assert all(evaluation.accuracy == 0 for evaluation in dead)
+    assert (result.status, result.first_hit) == ("diverged", None)
+
+
+def test_evaluation_by_batch_statistics_does_not_depend_on_the_order_of_the_file(tmp_path: Path) -> None:
+    """A chunk of one class only, whose mean the norm takes away, could not be told from one of another class."""
+    random = np.random.default_rng(0)
+    y = random.permutation(np.arange(3).repeat(1000))
+    x = (np.eye(3)[y] + 0.1 * random.standard_normal((3000, 3))).astype(np.float32)
+    found = []
+    for name, rows in (("shuffled", np.arange(3000)), ("sorted", np.argsort(y, kind="stable"))):
+        np.savez(tmp_path / f"{name}.npz", x=x, y=y, x_test=x[rows], y_test=y[rows])
+        recipe = tiny(
+            data={"source": "npz", "path": str(tmp_path / f"{name}.npz")},
+            norm={"kind": "batch", "track_running_stats": False},
+            train={"target": None},
+        )
+        found.append(run(recipe).final)
+    assert found == pytest.approx([1, 1], abs=0.03)
+
+
+def test_a_held_out_set_of_a_batch_and_one_is_evaluated_by_batch_statistics() -> None:
+    held_out = {"source": "synthetic", "shape": [8], "classes": 3, "examples": 120, "held_out": 1001, "noise": 0.5}
+    recipe = tiny(data=held_out, norm={"kind": "batch", "track_running_stats": False}, train={"steps": 5})
+    assert run(recipe).steps_run == 5
+
+
+def test_what_is_evaluated_at_once_is_a_batch_where_examples_may_depend_on_each_other() -> None:
+    own = {"kind": "module", "module": "mine:make"}
+    alone, together = {"kind": "batch"}, {"kind": "batch", "track_running_stats": False}
+    assert evaluation_size(tiny(norm=together), (64,)) == evaluation_size(tiny(model=own), (64,)) == 20
+    assert evaluation_size(tiny(norm=alone), (64,)) == 2**17 // 64
+    assert evaluation_size(tiny(norm=alone), (3, 224, 224)) == 20
+
+
+def test_evaluation_leaves_weights_and_running_statistics_alone() -> None:
+    often, rarely = (tiny(train={"evaluate_every": every, "target": None}) for every in (5, 60))
+    assert losses(often)[-1] == losses(rarely)[-1]
+
+
+CACHING = """
+import torch
+from torch import nn
+class Caching(nn.Linear):
+    table = None
+    def forward(self, x):
+        if self.table is None:
+            self.table = torch.arange(3.0).cos()
+        return super().forward(x) * self.table
+def make(shape, classes, norm):
+    return Caching(shape[0], classes)
+"""
+
+FROZEN = """
+from torch import nn
+class Frozen(nn.Sequential):
+    def train(self, mode=True):
+        calls.append(mode)
+        return super().train(mode)
+calls, made = [], []
+def make(shape, classes, norm):
+    frozen = Frozen(nn.BatchNorm1d(shape[0]), nn.Dropout(0.0)).eval()
+    frozen[1].train()
+    calls.clear()
+    made.append(frozen)
+    return nn.Sequential(frozen, nn.BatchNorm1d(shape[0]), nn.Linear(shape[0], classes))
+"""
+
+
+def test_a_model_may_keep_what_it_makes_in_its_first_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(own(tmp_path, monkeypatch, CACHING)).steps_run > 0
+
+
+def test_norms_that_a_models_own_train_keeps_frozen_are_not_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fixed_norms.py").write_text("""
+from torch import nn
+class Fixed(nn.Sequential):
+    def train(self, mode=True):
+        super().train(mode)
+        self[1].eval()
+        return self
+def make(shape, classes, norm):
+    return Fixed(nn.Linear(shape[0], 8), nn.BatchNorm1d(8), nn.Linear(8, classes))
+""")
+    monkeypatch.chdir(tmp_path)
+    recipe = tiny(model={"kind": "module", "module": "fixed_norms:make"}, train={"steps": 10, "target": None})
+    training = Training(recipe, data.load(recipe.data, CPU), CPU)
+    norm = training.model[1]  # type: ignore[index]
+    assert not norm.training
+    training.evaluate(0, None)
+    assert (norm.training, training.model.training) == (False, True)
+    training.step(*next(iter(training.batches)))
+    assert norm.num_batches_tracked == 0
+
+
+def test_modules_that_the_user_froze_stay_frozen_and_the_others_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = own(tmp_path, monkeypatch, FROZEN)
+    one = Training(recipe, data.load(recipe.data, CPU), CPU)
+    for step in range(3):
+        one.evaluate(step, None)
+        one.step(*next(one.batches))
+    frozen, norm, _ = one.model.children()
+    assert [part.training for part in (one.model, frozen, *frozen.children(), norm)] == [True, False, False, True, True]
+    for module, batches in ((frozen[0], 0), (norm, 3)):
+        assert module.num_batches_tracked == batches
+        assert bool(module.running_mean.any()) == bool(batches)
+    assert set(sys.modules["mine"].calls) == {False, True}  # what a class does in its own `train` is done
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak cannot be set back here")
+@pytest.mark.parametrize("phase", ["training", "evaluation"])
+def test_peak_memory_is_that_of_training_and_evaluations_stands_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    act = f"import torch; self.training == {phase == 'training'} and torch.ones(256 * 2**20 // 4).sum()"
+    result = run(own(tmp_path, monkeypatch, OWN.format(act=act), train={"steps": 12, "target": None}))
+    assert result.peak_memory_mib is not None
+    assert result.evaluation_peak_memory_mib is not None
+    more = result.peak_memory_mib - result.evaluation_peak_memory_mib
+    assert (more if phase == "training" else -more) > 64
+
+
+# --- precision, layout, schedules ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_autocast_trains_to_the_target(precision: str) -> None:
+    assert run(tiny(train={"precision": precision})).status == "reached"
+
+
+def overflowing(noise: float, **train: Any) -> Recipe:
+    """In fp16, on examples so large that the gradients times the scaler's first scale, 65,536, are infinite."""
+    large = {"source": "synthetic", "shape": [8], "classes": 3, "examples": 120, "held_out": 60, "noise": noise}
+    sections: dict[str, Any] = {"norm": {"kind": "none"}, "optimizer": {"kind": "sgd", "lr": 1e-4}}
+    schedule = {"kind": "step", "milestones": [3], "gamma": 0.1}
+    train = {"precision": "fp16", "steps": 10, "evaluate_every": 1, "target": None, **train}
+    return tiny(data=large, schedule=schedule, **sections, train=train)
+
+
+def test_a_step_that_the_fp16_scaler_skips_is_no_optimizer_step_and_no_step_of_the_schedule() -> None:
+    recipe = overflowing(50.0)
+    one = Training(recipe, data.load(recipe.data, CPU), CPU)
+    batches, taken, rates, weights = one.batches, [], [], []
+
+    def counted() -> Iterator[Batch]:
+        for batch in batches:
+            taken.append(batch)
+            yield batch
+
+    one.batches = counted()
+    for _ in islice(one.losses(), 10):
+        rates.append(one.learning_rate)
+        weights.append(one.model.output.weight.detach().clone())
+    assert len(taken) > 10
+    assert rates == pytest.approx([1e-4] * 3 + [1e-5] * 7)
+    assert not any(torch.equal(before, after) for before, after in pairwise(weights))
+    result = run(recipe)
+    assert (result.status, result.steps_run) == ("budget", 10)
+    assert [evaluation.step for evaluation in result.evaluations] == list(range(11))
+
+
+def test_a_run_whose_fp16_steps_are_all_skipped_has_diverged_with_the_reason() -> None:
+    result = run(overflowing(1e6))  # infinite in fp16 already
+    assert (result.status, result.steps_run) == ("diverged", 0)
+    assert result.reason == "after step 0 the fp16 gradients of 50 batches in a row were not finite"
+
+
+def allowed() -> tuple[bool, ...]:
+    """Whether TF32 is, by torch's older settings and by its newer ones."""
+    new = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+    old = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    return *old, *(setting.fp32_precision == "tf32" for setting in new)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_tf32_is_as_the_recipe_says_during_a_run_and_as_before_after_it(wanted: bool) -> None:
+    before, recipe = allowed(), tiny(train={"tf32": wanted})
+    for _ in train(recipe, data.load(recipe.data, CPU), CPU):
+        assert allowed() == (wanted,) * 5
+    assert allowed() == before
+
+
+def test_tf32_is_as_before_after_a_run_that_is_broken_off() -> None:
+    before, recipe = allowed(), tiny(train={"tf32": True})
+    found = train(recipe, data.load(recipe.data, CPU), CPU)
+    next(found)
+    assert allowed() != before
+    found.close()
+    assert allowed() == before
+
+
+def test_channels_last_trains_like_contiguous() -> None:
+    images = {"source": "synthetic", "shape": [2, 6, 6], "classes": 3, "examples": 60, "held_out": 30, "noise": 0.5}
+    model = {"kind": "cnn", "channels": [8]}
+    formats = [
+        tiny(data=images, model=model, train={"memory_format": name, "target": None})
+        for name in ("contiguous", "channels_last")
+    ]
+    one, other = (losses(recipe) for recipe in formats)
+    assert one == pytest.approx(other, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_like_an_eager_one() -> None:
+    eager, compiled = (losses(tiny(train={"compile": wanted, "target": None})) for wanted in (False, True))
+    assert compiled == pytest.approx(eager, rel=1e-3)
+
+
+def factors(schedule: dict[str, Any], steps: int = 10) -> list[float]:
+    recipe = tiny(schedule=schedule, train={"steps": steps})
+    return [learning_rate_factor(recipe, step) for step in range(steps + 1)]
+
+
+def test_schedules_are_their_closed_forms() -> None:
+    assert factors({"kind": "constant"}) == [1.0] * 11
+    assert factors({"kind": "exponential", "gamma": 0.5, "every": 2})[:5] == pytest.approx(
+        [1, 2**-0.5, 0.5, 2**-1.5, 0.25]
+    )
+    assert factors({"kind": "step", "milestones": [3, 6], "gamma": 0.1})[2:8] == pytest.approx(
+        [1, 0.1, 0.1, 0.1, 0.01, 0.01]
+    )
+    cosine = factors({"kind": "cosine", "final": 0.2})
+    assert [cosine[0], cosine[5], cosine[10]] == pytest.approx([1, 0.6, 0.2])
+
+
+def test_warm_up_rises_linearly_to_the_whole_rate() -> None:
+    assert factors({"kind": "constant", "warmup": 4})[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
+
+
+def test_the_schedule_reaches_the_optimizer() -> None:
+    recipe = tiny(schedule={"kind": "step", "milestones": [5], "gamma": 0.1}, train={"steps": 10, "target": None})
+    rates = [event.learning_rate for event in events(recipe) if isinstance(event, Evaluated)]
+    assert rates == pytest.approx([0.5, 0.5, 0.05])  # that of the last update
+
+
+@pytest.mark.parametrize(
+    ("section", "kind"),
+    [
+        ({"kind": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True}, torch.optim.SGD),
+        ({"kind": "adam", "lr": 0.01}, torch.optim.Adam),
+        ({"kind": "adamw", "lr": 0.01}, torch.optim.AdamW),
+    ],
+)
+def test_optimizers_are_torchs_and_train(section: dict[str, Any], kind: type) -> None:
+    assert isinstance(optimizer(tiny(optimizer=section), nn.Linear(2, 2)), kind)
+    assert run(tiny(optimizer=section)).status == "reached"
+
+
+def test_weight_decay_can_leave_out_norms_and_biases() -> None:
+    section = {"kind": "sgd", "lr": 0.1, "weight_decay": 0.5, "weight_decay_on": "weights"}
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    decayed, spared = optimizer(tiny(optimizer=section), model).param_groups
+    assert [parameter.shape for parameter in decayed["params"]] == [(4, 3)]
+    assert len(spared["params"]) == 3
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.5, 0.0)
+    (everything,) = optimizer(tiny(optimizer={**section, "weight_decay_on": "all"}), model).param_groups
+    assert len(everything["params"]) == 4
+
+
+# --- the clock ----------------------------------------------------------------------------------------------------
+
+
+def test_throughput_leaves_out_evaluations_and_the_first_interval() -> None:
+    times = iter([0.0, 9.0, 100.0, 102.0, 200.0, 204.0])
+    clock = Clock(batch_size=60, device=CPU, now=lambda: next(times))
+    for step in (10, 20, 30):
+        clock.start()
+        clock.pause(step)
+    assert clock.training_s == 9 + 2 + 4
+    assert clock.ms_per_step() == 1e3 * 6 / 20
+
+
+def test_a_single_interval_is_better_than_no_figure() -> None:
+    times = iter([0.0, 1.0])
+    clock = Clock(batch_size=60, device=CPU, now=lambda: next(times))
+    clock.start()
+    clock.pause(4)
+    assert clock.ms_per_step() == 250
+
+
+def test_a_run_without_a_step_has_no_throughput() -> None:
+    assert Clock(batch_size=60, device=CPU).ms_per_step() is None
+
+
+def test_results_say_where_they_were_made() -> None:
+    result = run(tiny())
+    assert result.environment.torch == torch.__version__
+    assert result.environment.tf32 is False
+    assert result.parameters == 8 * 16 + 2 * 16 + 16 * 3 + 3
+    assert result.peak_memory_mib is not None
+    assert result.peak_memory_mib > 50
+    assert replace(result, evaluations=()).samples_per_s is not None
+
+
+# --- devices ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+def test_a_run_on_cuda_reaches_the_target_of_the_cpu_run() -> None:
+    cuda = torch.device("cuda")
+    recipe = tiny()
+    last = list(train(recipe, data.load(recipe.data, cuda), cuda))[-1]
+    assert isinstance(last, RunFinished)
+    assert last.result.status == "reached"
+    assert last.result.steps_to_target == pytest.approx(run(recipe).steps_to_target, rel=0.2)
+
+
+@pytest.mark.cuda
+def test_steps_between_two_looks_at_the_loss_do_not_wait_for_the_gpu() -> None:
+    cuda = torch.device("cuda")
+    recipe = tiny(train={"evaluate_every": 60, "target": None, "steps": 60})
+    found = train(recipe, data.load(recipe.data, cuda), cuda)
+    for event in found:
+        if isinstance(event, Evaluated):
+            break
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            list(found)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    # Three looks at the loss and the figures of one evaluation, in 60 steps.
+    assert len([wait for wait in waits if "synchroniz" in str(wait.message)]) < 12

@@ -1,0 +1,200 @@
+"""From recipes to runs: which are planned, under which keys, and what cannot be compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bncli.errors import RecipeError
+from bncli.measure.compare.plan import Job, Study, collect, planned_runs, study, wanted
+from bncli.measure.compare.reuse import identity
+from bncli.recipe.load import load
+from bncli.results import Environment, Evaluation, RunRecord, RunResult, Status, Target
+
+BASE = """
+data: {source: synthetic, shape: [8], classes: 3, examples: 200, held_out: 50}
+model: {kind: mlp, hidden: [8]}
+optimizer: {kind: sgd, lr: 1.0}
+train: {steps: 1000, batch_size: 20, evaluate_every: 5, target: {value: 0.9}, seed: 7}
+"""
+ARMS = """
+arms:
+  plain:
+  normed: {norm: batch}
+grid: {optimizer.lr: [0.1, 1, 10]}
+seeds: {tune: 3, report: 5}
+"""
+
+HERE = Environment("0", "3", "2", "Linux", "a processor", "cpu", None, 1, "2026-01-01T00:00:00+00:00")
+
+
+def study_of(folder: Path, text: str, *more: str, sets: Sequence[str] = ()) -> Study:
+    loaded = []
+    for number, content in enumerate((text, *more)):
+        file = folder / f"recipe{number}.yaml"
+        file.write_text(content)
+        loaded.append(load(str(file), sets))
+    return study(loaded)
+
+
+def result(
+    steps: float | None, status: Status | None = None, best: float = 0.95, processor: str = "a", every: int = 5
+) -> RunResult:
+    """A run at 0.1 up to its steps to target and at `best` from there on; a step takes a millisecond."""
+    status = status or ("budget" if steps is None else "reached")
+    run = 1000 if steps is None else every * math.ceil(1.3 * steps / every)
+    at = range(0, run + 1, every)
+    evaluations = tuple(Evaluation(s, 0.1 if s < (steps or run) else best, 2.3, None) for s in at)
+    return RunResult(
+        status, run, 1000, Target("accuracy", 0.9), steps, None if steps is None else math.ceil(steps), best, best,
+        evaluations, 1.0, 60_000.0, 1.0, 0.1, 300.0, 99, replace(HERE, processor=processor),
+    )  # fmt: skip
+
+
+def record(job: Job, steps: float | None, **changes: Any) -> RunRecord:
+    return RunRecord(job.key, job.arm, job.point, job.seed, job.phase, result(steps, **changes))
+
+
+def carried_out(asked: Study, steps: Any) -> list[RunRecord]:
+    """Every run of a study done, `steps(job)` giving its steps to target."""
+    records: dict[str, RunRecord] = {}
+    while to_do := [job for job in wanted(asked, records) if job.key not in records]:
+        records.update({job.key: record(job, steps(job)) for job in to_do})
+    return collect(asked, records)
+
+
+# --- planning -----------------------------------------------------------------------------------------------------
+
+
+def test_every_arm_gets_the_same_grid_and_the_same_seeds_and_the_further_runs_get_others(tmp_path: Path) -> None:
+    asked = study_of(tmp_path, BASE + ARMS)
+    assert asked.plan.tune_seeds == (7, 8, 9)
+    assert asked.plan.report_seeds == (10, 11, 12, 13, 14)
+    jobs = wanted(asked, {})
+    for arm in ("plain", "normed"):
+        mine = [(job.point["optimizer.lr"], job.seed) for job in jobs if job.arm == arm]
+        assert sorted(mine) == [(lr, seed) for lr in (0.1, 1, 10) for seed in (7, 8, 9)]
+    assert planned_runs(asked) == 2 * 3 * 3 + 2 * 5
+
+
+def test_further_seeds_are_named_once_an_arm_is_tuned_and_not_before(tmp_path: Path) -> None:
+    asked = study_of(tmp_path, BASE + ARMS)
+    tuning = [job for job in wanted(asked, {}) if job.arm == "plain"]
+    records = {job.key: record(job, 100 * (1 + job.point["optimizer.lr"])) for job in tuning[:-1]}
+    assert {job.phase for job in wanted(asked, records)} == {"tune"}
+    assert planned_runs(asked, records) == 28
+    records[tuning[-1].key] = record(tuning[-1], 700)
+    report = [job for job in wanted(asked, records) if job.phase == "report"]
+    assert [(job.arm, job.point["optimizer.lr"], job.seed) for job in report] == [
+        ("plain", 0.1, s) for s in range(10, 15)
+    ]
+
+
+def test_every_point_that_the_tuning_cannot_tell_from_the_best_gets_the_further_seeds(tmp_path: Path) -> None:
+    asked = study_of(tmp_path, BASE + ARMS)
+    steps = {(0.1, 7): 100, (0.1, 8): 120, (0.1, 9): 110, (1, 7): 112, (1, 8): 115, (1, 9): 108}
+    records = {job.key: record(job, steps.get((job.point["optimizer.lr"], job.seed), 700)) for job in wanted(asked, {})}
+    report = [(job.seed, job.point["optimizer.lr"]) for job in wanted(asked, records) if job.phase == "report"]
+    assert report[:4] == [(10, 0.1), (10, 1), (11, 0.1), (11, 1)]  # seed by seed
+    assert len(report) == 2 * 2 * 5
+    assert planned_runs(asked, records) == 18 + 20
+
+
+def test_an_arm_that_fixes_a_field_of_the_grid_is_not_tuned_in_it(tmp_path: Path) -> None:
+    asked = study_of(tmp_path, BASE + ARMS.replace("normed:", "slow: {optimizer: {lr: 0.01}}\n  normed:"))
+    slow = [job for job in wanted(asked, {}) if job.arm == "slow"]
+    assert [job.seed for job in slow] == [7, 8, 9]  # as many seeds as the others, further ones once these have ended
+    records = {job.key: record(job, None) for job in slow}
+    further = [job for job in wanted(asked, records) if job.arm == "slow" and job.phase == "report"]
+    assert [job.seed for job in further] == [10, 11, 12, 13, 14]
+    assert {job.point["optimizer.lr"] for job in [*slow, *further]} == {0.01}
+    assert {job.recipe.optimizer.lr for job in slow} == {0.01}
+    assert asked.plan.fixed["slow"] == ("optimizer.lr",)
+
+
+def test_several_grid_fields_make_every_combination(tmp_path: Path) -> None:
+    grid = ARMS.replace("[0.1, 1, 10]}", "[0.1, 1], train.batch_size: [10, 20]}")
+    jobs = [job for job in wanted(study_of(tmp_path, BASE + grid), {}) if job.arm == "plain"]
+    assert len({tuple(job.point.values()) for job in jobs}) == 4
+
+
+def test_without_a_grid_nothing_is_tuned(tmp_path: Path) -> None:
+    asked = study_of(tmp_path, BASE + "arms: {plain: , normed: {norm: batch}}\nseeds: {report: 4}")
+    assert {job.phase for job in wanted(asked, {})} == {"report"}
+    assert planned_runs(asked) == 8
+
+
+def test_a_key_depends_on_the_recipe_and_the_identity_and_not_on_the_arms_name(tmp_path: Path) -> None:
+    asked = study_of(tmp_path, BASE + ARMS)
+    renamed = study_of(tmp_path, BASE + ARMS.replace("normed", "other name"))
+    assert [job.key for job in wanted(asked, {})] == [job.key for job in wanted(renamed, {})]
+    elsewhere = replace(asked, identity={"torch": "another"}, _jobs={})
+    assert not {job.key for job in wanted(asked, {})} & {job.key for job in wanted(elsewhere, {})}
+
+
+def test_data_that_changed_on_disk_make_new_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("mine.npz", x=np.zeros((40, 8), np.float32), y=np.arange(40) % 3)
+    base = BASE[BASE.index("optimizer") :].replace("batch_size: 20", "batch_size: 10") + ARMS
+    data = "data: {source: npz, path: mine.npz, held_out: 5}\n"
+    (tmp_path / "own.yaml").write_text(f"{data}model: {{kind: mlp, hidden: [8]}}\n{base}")
+
+    def keys() -> set[str]:
+        loaded = load("own.yaml")
+        return {job.key for job in wanted(study([loaded], identity("cpu", loaded.base)), {})}
+
+    before = keys()
+    assert keys() == before
+    np.savez("mine.npz", x=np.ones((41, 8), np.float32), y=np.arange(41) % 3)
+    assert not keys() & before
+
+
+def test_an_added_arm_costs_only_its_own_runs(tmp_path: Path) -> None:
+    before = carried_out(study_of(tmp_path, BASE + ARMS), lambda job: 100.0)
+    records = {one.key: one for one in before}
+    more = study_of(tmp_path, BASE + ARMS.replace("normed:", "layer: {norm: layer}\n  normed:"))
+    assert {job.arm for job in wanted(more, records) if job.key not in records} == {"layer"}
+
+
+def test_recipes_without_arms_are_arms_of_their_files_names(tmp_path: Path) -> None:
+    asked = study_of(tmp_path, BASE, BASE + "norm: batch")
+    assert asked.plan.arms == ("recipe0", "recipe1")
+    assert asked.plan.reference == "recipe0"
+
+
+def test_arms_of_two_files_that_share_a_name_get_their_files_name(tmp_path: Path) -> None:
+    asked = study_of(tmp_path, BASE + ARMS, BASE + ARMS.replace("normed", "layered").replace("batch}", "layer}"))
+    assert asked.plan.arms == ("recipe0 plain", "normed", "recipe1 plain", "layered")
+    assert asked.plan.reference == "recipe0 plain"
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([BASE], "has no arms; a comparison needs two: add one under arms, or name another recipe"),
+        ([BASE + "arms: {one: {}}"], "has one arm; a comparison needs two"),
+        ([BASE.replace("target: {value: 0.9}, ", ""), BASE.replace("target: {value: 0.9}, ", "")],
+         "train.target is missing; a comparison counts the steps to it"),
+        ([BASE, BASE.replace("0.9", "0.8")], "arm recipe1: train.target differs from arm recipe0's"),
+        ([BASE, BASE.replace("steps: 1000", "steps: 500")], "arm recipe1: train.steps differs"),
+        ([BASE, BASE.replace("classes: 3", "classes: 4")], "arm recipe1: data differs"),
+        ([BASE, BASE + "seeds: {report: 2}"], "seeds differs from .*; every arm gets the same seeds"),
+        ([BASE + "arms: {a: {}, b: {train: {steps: 10}}}"], "arm b: train.steps differs from arm a's"),
+        ([BASE + f"arms: {{a: {{}}, b: {{}}}}\ngrid: {{optimizer.lr: {[n / 100 for n in range(1, 101)]}, "
+          f"train.batch_size: {list(range(2, 102))}}}"],
+         "2 arms at 10,000 points of the grid make 60,020 runs; a comparison has at most 20,000"),
+        ([BASE + ARMS.replace("tune: 3", "tune: 2")],
+         "seeds.tune: 2 cannot show how sure the choice among the grid's points is; write 3 or more"),
+        ([BASE, BASE.replace("evaluate_every: 5", "evaluate_every: {points_per_doubling: 8}")],
+         "arm recipe1: train.evaluate_every differs"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compared_is_refused_with_the_reason(tmp_path: Path, texts: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        study_of(tmp_path, *texts)

@@ -1,0 +1,176 @@
+"""The gate: ratios to native beside those of an earlier run, told apart by their intervals alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bncli.errors import USAGE, RecipeError
+from bncli.measure.profile.baseline import change, gate, row_name
+from bncli.results import Faster, Interval
+from tests.report.made_up_costs import kernel_profile, one_case, step_profile, with_errors
+
+POSITIVE = st.floats(0.01, 100.0)
+
+
+def ratio(value: float, low: float | None, high: float | None) -> Faster:
+    return Faster(value, Interval(low, high))
+
+
+def slowed(profile, times: float):
+    """The profile with every ratio to native that many times smaller."""
+
+    def one(found: Faster) -> Faster:
+        low, high = found.interval.low, found.interval.high
+        return Faster(found.value / times, Interval(low and low / times, high and high / times))
+
+    return replace(profile, rows=tuple(replace(row, faster=row.faster and one(row.faster)) for row in profile.rows))
+
+
+def test_a_profile_beside_itself_has_not_become_slower():
+    found = gate(kernel_profile(), kernel_profile(), 1.1)
+    assert {each.verdict for each in found.changes} == {"ok"}
+    assert {each.slower for each in found.changes} == {1.0}
+    assert not found.regressed
+
+
+def test_a_kernel_that_is_surely_slower_has_regressed():
+    found = gate(slowed(kernel_profile(), 1.5), kernel_profile(), 1.1)
+    assert {each.verdict for each in found.changes} == {"regressed"}
+    assert found.regressed
+    assert found.changes[0].slower == pytest.approx(1.5)
+
+
+def test_where_other_programs_used_the_cores_no_row_is_called_regressed():
+    slow, good = slowed(kernel_profile(), 1.5), kernel_profile()
+    ceilings = replace(good.ceilings, copies=((2**18, 0.01 * good.ceilings.copy_gb_per_s), *good.ceilings.copies[1:]))
+    on_cpu = {"environment": replace(good.environment, device="cpu"), "ceilings": ceilings}
+    for now, before, where in (
+        (replace(slow, **on_cpu), good, "this run"),
+        (slow, replace(good, **on_cpu), "the baseline"),
+    ):
+        found = gate(now, before, 1.1)
+        assert ({each.verdict for each in found.changes}, found.disturbed) == ({"cannot tell"}, (where,))
+        assert not found.failed
+        assert gate(now, before, 1.1, strict=True).failed
+
+
+def test_between_surely_and_surely_not_it_cannot_tell_and_does_not_fail():
+    found = gate(slowed(kernel_profile(), 1.1), kernel_profile(), 1.1)  # the intervals are 3 % wide on each side
+    assert {each.verdict for each in found.changes} == {"cannot tell"}
+    assert not found.regressed
+
+
+def test_strictly_what_it_cannot_tell_and_what_came_to_no_ratio_fail_too():
+    unsure = slowed(kernel_profile(), 1.1)
+    assert not gate(unsure, kernel_profile(), 1.1).failed
+    assert gate(unsure, kernel_profile(), 1.1, strict=True).failed
+    assert not gate(kernel_profile(), kernel_profile(), 1.1, strict=True).failed
+    assert gate(one_case(), kernel_profile(2, ("bn",)), 1.1, strict=True).failed
+    assert not gate(kernel_profile(2, ("bn",)), one_case(), 1.1, strict=True).failed  # more than the baseline has
+    assert gate(slowed(kernel_profile(), 1.5), kernel_profile(), 1.1).failed
+
+
+def test_the_interval_reaches_as_far_as_both_intervals_allow():
+    found = change("row", ratio(2.0, 1.6, 2.5), ratio(3.0, 2.0, 4.0), 1.1)
+    assert found.slower == 1.5
+    assert found.interval == Interval(2.0 / 2.5, 4.0 / 1.6)
+
+
+@pytest.mark.parametrize(
+    ("now", "then", "verdict"),
+    [
+        (ratio(1.0, None, 1.1), ratio(2.0, 1.9, 2.1), "regressed"),  # at least 1.9 / 1.1 times slower
+        (ratio(1.0, 0.9, None), ratio(2.0, 1.9, 2.1), "cannot tell"),
+        (ratio(2.0, 1.9, None), ratio(2.0, None, 2.05), "ok"),  # at most 2.05 / 1.9 times slower
+        (ratio(1.0, None, None), ratio(9.0, 8.9, 9.1), "cannot tell"),
+        (ratio(1.0, 0.9, 1.1), ratio(9.0, None, None), "cannot tell"),
+    ],
+)
+def test_an_open_side_stays_open(now, then, verdict):
+    found = change("row", now, then, 1.1)
+    assert found.verdict == verdict
+    assert found.interval.low is None or found.interval.high is None
+
+
+@given(st.tuples(POSITIVE, POSITIVE, POSITIVE), st.tuples(POSITIVE, POSITIVE, POSITIVE), st.floats(1.001, 10))
+def test_no_pair_of_ratios_within_their_intervals_contradicts_the_verdict(ours, theirs, fail_above):
+    (a, now, b), (c, then, d) = sorted(ours), sorted(theirs)
+    found = change("row", ratio(now, a, b), ratio(then, c, d), fail_above)
+    extremes = [c / b, c / a, d / b, d / a]
+    if found.verdict == "regressed":
+        assert min(extremes) > fail_above
+    elif found.verdict == "ok":
+        assert max(extremes) <= fail_above
+    else:
+        assert min(extremes) <= fail_above < max(extremes)
+
+
+def test_rows_without_a_ratio_are_not_gated():
+    found = gate(with_errors(), with_errors(), 1.1)
+    assert found.changes
+    named = " ".join([each.name for each in found.changes] + [*found.only_now, *found.only_baseline])
+    for kernel in ("native", "mine:norm", "apex"):
+        assert kernel not in named
+
+
+def test_what_only_one_side_has_is_listed_and_does_not_fail():
+    found = gate(one_case(), kernel_profile(2, ("bn",)), 1.1)
+    assert [each.name for each in found.changes] == ["bn fp32 contiguous, 256x64x56x56, fused"]
+    assert found.only_now == ()
+    assert "bn fp32 contiguous, 256x128x28x28, fused" in found.only_baseline
+    assert gate(kernel_profile(2, ("bn",)), one_case(), 1.1).only_now == found.only_baseline
+
+
+def test_rows_of_another_dtype_layout_mode_or_affine_are_other_rows():
+    (row,) = (row for row in one_case().rows if row.kernel == "fused")
+    others = [
+        {"dtype": "bf16"},
+        {"layout": "channels_last"},
+        {"training": False},
+        {"affine": "none"},
+        {"tracked": False},
+    ]
+    names = {row_name(replace(row, case=replace(row.case, **changed))) for changed in [{}, *others]}
+    assert len(names) == 6
+
+
+def test_another_machine_s_baseline_is_compared_by_its_ratios():
+    there = replace(kernel_profile(), environment=replace(kernel_profile().environment, device="NVIDIA X", threads=64))
+    assert not gate(kernel_profile(), there, 1.1).regressed
+
+
+def test_steps_are_matched_by_arm_kernel_and_mode():
+    found = gate(slowed(step_profile(), 2.0), step_profile(), 1.1)
+    assert [each.name for each in found.changes] == ["batch norm, training, fused", "batch norm, evaluation, fused"]
+    assert found.regressed
+
+
+def test_kernels_are_not_held_to_a_step():
+    with pytest.raises(RecipeError, match="a profile of a training step, this one of kernels") as refused:
+        gate(kernel_profile(), step_profile(), 1.1)
+    assert refused.value.exit_code == USAGE
+
+
+def test_profiles_without_a_row_in_common_are_refused_with_an_example_of_each():
+    with pytest.raises(RecipeError, match="no row is in both") as refused:
+        gate(one_case(), kernel_profile(dtype="bf16"), 1.1)
+    assert "bn fp32 contiguous, 256x64x56x56, fused" in str(refused.value)
+    assert "bn bf16 contiguous, 256x64x56x56, fused" in str(refused.value)
+
+
+def test_without_native_in_the_run_the_message_asks_for_it():
+    alone = kernel_profile(kernels=("native",))
+    with pytest.raises(RecipeError, match="this profile has no ratio to native"):
+        gate(alone, kernel_profile(), 1.1)
+    with pytest.raises(RecipeError, match="the baseline has no ratio to native"):
+        gate(kernel_profile(), alone, 1.1)
+
+
+@pytest.mark.parametrize("bound", [1.0, 0.9, -1.0, float("nan"), float("inf")])
+def test_a_bound_that_is_no_number_above_1_is_refused(bound):
+    with pytest.raises(RecipeError, match=r"--fail-above .* more than 1"):
+        gate(one_case(), one_case(), bound)

@@ -1,0 +1,231 @@
+"""Models made to suffer from one thing each, and a healthy one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bncli.engine.convert import convert
+from bncli.engine.models.norms import BatchNorm
+from bncli.kernels import native
+from bncli.measure.profile.norm_diagnostics import watch
+from bncli.measure.profile.norm_remarks import Training, remarks
+from bncli.results.profile import NormRemark
+
+Batch = Callable[[], Tensor]
+
+
+def normal(*shape: int, mean: float | Tensor = 0.0) -> Batch:
+    source = torch.Generator().manual_seed(0)
+    return lambda: torch.randn(shape, generator=source) + mean
+
+
+def looked_at(
+    model: nn.Module, batch: Batch, training: Training | None = None, lr: float = 0.0, most: int = 200
+) -> tuple[NormRemark, ...]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(batch()).square().mean().backward()
+        optimizer.step()
+
+    return remarks("arm", watch(model, step, most=most), training or Training(budget=1000, last_batch=0))
+
+
+def only(found: tuple[NormRemark, ...]) -> NormRemark:
+    assert len(found) == 1, found
+    return found[0]
+
+
+def mlp(**arguments: object) -> nn.Sequential:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(8, **arguments)  # type: ignore[arg-type]
+    return nn.Sequential(nn.Linear(6, 8, bias=False), norm, nn.ReLU(), nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize("kind", ["torch's", "ours", "merged with what follows"])
+def test_a_healthy_model_has_no_remarks(kind: str) -> None:
+    model = mlp()
+    if kind == "ours":
+        model[1] = BatchNorm(8)
+    elif kind == "merged with what follows":
+        convert(model, native.batch_norm)
+    assert looked_at(model, normal(32, 6), lr=0.01) == ()
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_the_model_is_as_before_after_it(momentum: float | None) -> None:
+    model = mlp(momentum=momentum)
+    model.eval()
+    model[0].weight.grad = gradient = torch.ones(8, 6)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    looked_at(model, normal(32, 6), lr=0.5)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert not any(module.training for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert model[0].weight.grad is gradient
+    assert model[3].weight.grad is None
+
+
+def test_the_model_is_as_before_even_where_a_step_raises() -> None:
+    model = mlp()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def step() -> None:
+        model(torch.ones(4, 6) * torch.arange(4)[:, None])
+        raise ValueError("not about a norm")
+
+    with pytest.raises(ValueError, match="not about a norm"):
+        watch(model, step)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not model[1]._forward_pre_hooks
+
+
+def test_a_mean_of_many_deviations_is_named_with_its_channels() -> None:
+    mean = torch.zeros(8).index_fill(0, torch.tensor([2, 5]), 5000.0)
+    found = only(looked_at(nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 2)), normal(256, 8, mean=mean)))
+    assert found.layer == "0"
+    assert "in 2 of 8 channels: 2, 5" in found.finding
+    quoted = float(found.finding.split(" deviations")[0].removeprefix("a mean of ").replace(",", ""))
+    assert quoted == pytest.approx(5000, rel=0.2)
+
+
+def test_a_mean_of_under_a_thousand_deviations_is_fine_in_float32_but_not_in_bfloat16() -> None:
+    batch = normal(256, 8, mean=50.0)
+    assert looked_at(nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 2)), batch) == ()
+    model = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 2)).bfloat16()
+    found = only(looked_at(model, lambda: batch().bfloat16()))
+    assert "in bfloat16" in found.advice
+
+
+def test_constant_channels_are_counted_and_the_first_are_named() -> None:
+    mask = torch.ones(16).index_fill(0, torch.tensor([0, 3, 4, 9, 11]), 0.0)
+    batch = normal(64, 16)
+    model = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 2))
+    found = only(looked_at(model, lambda: batch() * mask + (1 - mask) * 3.3))
+    assert found.finding == "5 of 16 channels are constant in a batch: 0, 3, 4, 9, ... (1 more)"
+    assert "316" in found.advice
+
+
+def test_a_channel_that_varies_in_one_batch_of_many_is_not_constant() -> None:
+    batches = iter([torch.zeros(8, 4)] * 3 + [torch.randn(8, 4)] * 200)
+    model = nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2))
+    assert looked_at(model, lambda: next(batches)) == ()
+
+
+def test_running_statistics_that_lag_behind_drifting_data_are_far() -> None:
+    drift = iter(range(1000))
+    batch = normal(64, 8)
+    model = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 2))
+    found = only(looked_at(model, lambda: batch() + 0.3 * next(drift)))
+    # A ramp of 0.3 a step: an average with momentum 0.1 lags by 0.3 * 0.9 / 0.1, the mean of the last five by 0.3 * 2.
+    quoted = float(found.finding.split("running mean is ")[1].split()[0])
+    assert quoted == pytest.approx(0.3 * 9 - 0.3 * 2, abs=0.5)
+    assert "in 8 of 8 channels" in found.finding
+
+
+def test_a_fresh_model_is_not_blamed_for_its_initial_statistics() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 2))
+    assert looked_at(model, normal(64, 8, mean=50.0)) == ()
+    assert looked_at(model, normal(64, 8, mean=50.0), most=5) == ()
+
+
+def test_stale_statistics_of_a_trained_model_are_far_from_the_first_steps_on() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(8, momentum=0.01), nn.Linear(8, 2))
+    model[0].num_batches_tracked.fill_(10_000)
+    found = only(looked_at(model, normal(64, 8, mean=20.0), most=10))
+    assert "after 10,005 steps" in found.finding
+
+
+def test_random_numbers_say_nothing_about_running_statistics() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(8, momentum=0.01), nn.Linear(8, 2))
+    model[0].num_batches_tracked.fill_(10_000)
+    assert looked_at(model, normal(64, 8, mean=20.0), Training(real_data=False), most=10) == ()
+
+
+def test_a_half_life_under_a_step_suggests_the_other_meaning_of_momentum() -> None:
+    found = only(looked_at(mlp(momentum=0.9), normal(32, 6)))
+    assert found.layer == "1"
+    assert f"half-life is {math.log(2) / math.log(10):.2g} steps" in found.finding
+    assert "0.1 may be what was meant" in found.advice
+
+
+def test_a_half_life_longer_than_the_training_says_how_much_of_the_start_is_left() -> None:
+    found = only(looked_at(mlp(momentum=0.001), normal(32, 6), Training(budget=500), most=10))
+    assert "half-life is 693 steps, and training has 500" in found.finding
+    assert "61% of it is still" in found.advice
+    assert looked_at(mlp(momentum=0.001), normal(32, 6), Training(budget=5000), most=10) == ()
+
+
+def test_a_cumulative_average_is_named() -> None:
+    assert "cumulative" in only(looked_at(mlp(momentum=None), normal(32, 6))).finding
+
+
+def test_a_norm_without_running_statistics_has_no_half_life() -> None:
+    assert looked_at(mlp(momentum=0.9, track_running_stats=False), normal(32, 6)) == ()
+
+
+def biased(between: nn.Module | None = None) -> nn.Sequential:
+    parts = [nn.Conv2d(3, 8, 3), *([between] if between else []), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 2)]
+    return nn.Sequential(*parts)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_bias_in_front_of_a_batch_norm_is_dead(fused: bool) -> None:
+    model = biased()
+    if fused:
+        convert(model, native.batch_norm)
+    found = only(looked_at(model, normal(16, 3, 8, 8), lr=0.01))
+    assert found.layer == "1"
+    assert "the bias of 0" in found.finding
+    assert "8 dead parameters" in found.finding
+
+
+@pytest.mark.parametrize("between", [nn.ReLU(), nn.ReLU(inplace=True), nn.Dropout(0.5)])
+def test_a_bias_with_something_between_it_and_the_norm_is_alive(between: nn.Module) -> None:
+    assert looked_at(biased(between), normal(16, 3, 8, 8), lr=0.01) == ()
+
+
+def test_a_bias_whose_output_something_else_uses_too_is_alive() -> None:
+    class Forked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(6, 8), nn.BatchNorm1d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x)
+            return self.norm(y) + y
+
+    assert looked_at(Forked(), normal(32, 6)) == ()
+
+
+def test_several_layers_are_one_remark_with_how_many_more() -> None:
+    model = nn.Sequential(biased()[0], nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4), nn.Flatten())
+    found = only(looked_at(model, normal(16, 3, 8, 8)))
+    assert found.layer == "1 and 1 more"
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_one_value_a_channel_is_told_though_torch_refuses_the_step(ours: bool) -> None:
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), BatchNorm(8) if ours else nn.BatchNorm1d(8))
+    found = only(looked_at(model, normal(1, 6)))
+    assert (found.layer, "one value a channel" in found.finding) == ("1", True)
+
+
+def test_a_last_batch_of_one_is_told_with_what_happens() -> None:
+    one = Training(budget=1000, last_batch=1)
+    assert "torch raises" in only(looked_at(mlp(), normal(32, 6), one)).finding
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten())
+    assert "of one example" in only(looked_at(model, normal(16, 3, 8, 8), one)).finding
+    assert looked_at(mlp(), normal(32, 6), Training(budget=1000, last_batch=2)) == ()
+
+
+def test_a_model_without_batch_norm_takes_no_step() -> None:
+    assert watch(nn.Linear(2, 2), pytest.fail).steps == 0

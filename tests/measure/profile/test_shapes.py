@@ -1,0 +1,176 @@
+"""Shape sets against their models' definitions, and what users write."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bncli.errors import RecipeError
+from bncli.measure.profile import inception
+from bncli.measure.profile.shapes import SETS, Calls, parse, read_csv, shape_set
+
+
+def calls_of(name: str, **options: int) -> dict[tuple[int, ...], dict[str, int]]:
+    return {found.shape: dict(found.operations) for found in shape_set(name, **options)}  # type: ignore[arg-type]
+
+
+def total(name: str) -> int:
+    return sum(found.calls for found in shape_set(name))
+
+
+def test_resnet_50_has_53_batch_norms_of_which_16_add_a_shortcut_and_4_stand_in_one() -> None:
+    by_operation: dict[str, int] = {}
+    for operations in calls_of("resnet50").values():
+        for operation, count in operations.items():
+            by_operation[operation] = by_operation.get(operation, 0) + count
+    assert by_operation == {"bn+relu": 33, "bn+add+relu": 16, "bn": 4}
+    assert total("resnet50") == 53
+
+
+def test_resnet_50_has_the_shapes_of_table_1_with_the_stride_in_the_3x3() -> None:
+    found = calls_of("resnet50", batch=2)
+    assert found[2, 64, 112, 112] == {"bn+relu": 1}
+    assert found[2, 64, 56, 56] == {"bn+relu": 6}
+    assert found[2, 256, 56, 56] == {"bn": 1, "bn+add+relu": 3}
+    assert found[2, 128, 56, 56] == {"bn+relu": 1}  # the 1x1 before the strided 3x3
+    assert found[2, 512, 7, 7] == {"bn+relu": 5}
+    assert found[2, 2048, 7, 7] == {"bn": 1, "bn+add+relu": 3}
+    assert len(found) == 12
+
+
+def test_resnet_50s_batch_norms_are_those_of_the_modules_that_a_forward_pass_meets() -> None:
+    import torch
+
+    from tests.benchmarks import kernels_resnet
+
+    met: list[tuple[int, ...]] = []
+    with torch.device("meta"):
+        model = kernels_resnet.ResNet()
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.register_forward_hook(lambda _, given, __: met.append(tuple(given[0].shape)))
+        model(torch.empty(16, 3, 224, 224))
+    assert sorted(met) == sorted(shape for shape, calls, _ in shape_set("resnet50") for _ in range(calls))
+
+
+def test_resnet_20_has_a_batch_norm_a_convolution_and_two_projections() -> None:
+    found = calls_of("resnet20")
+    assert found == {
+        (128, 16, 32, 32): {"bn+relu": 4, "bn+add+relu": 3},
+        (128, 32, 16, 16): {"bn+relu": 3, "bn": 1, "bn+add+relu": 3},
+        (128, 64, 8, 8): {"bn+relu": 3, "bn": 1, "bn+add+relu": 3},
+    }
+    assert total("resnet20") == 19 + 2
+
+
+def test_bn_inception_has_69_batch_norms_and_the_parameters_of_figure_5() -> None:
+    convolutions = list(inception.convolutions())
+    assert len(convolutions) == total("inception") == 3 + 8 * 7 + 2 * 5
+    weights = sum(one.inputs * one.outputs * one.kernel**2 for one in convolutions)
+    vectors = 3 * sum(one.outputs for one in convolutions)  # the convolution's bias, and batch norm's two
+    assert weights + vectors + 1024 * 1000 + 1000 == 11_295_240  # as the published Caffe model of that network has
+
+
+def test_bn_inceptions_blocks_have_the_output_depths_that_their_filters_add_up_to() -> None:
+    depths, inputs = [], 192
+    for block in inception.BLOCKS.values():
+        inputs = block.outputs(inputs)
+        depths.append(inputs)
+    assert depths == [256, 320, 576, 576, 576, 608, 608, 1056, 1024, 1024]
+
+
+def test_bn_inception_is_all_batch_norm_and_relu_at_the_sides_of_figure_5() -> None:
+    found = calls_of("inception")
+    assert all(set(operations) == {"bn+relu"} for operations in found.values())
+    assert {shape[2] for shape in found} == {112, 56, 28, 14, 7}
+    assert found[32, 64, 112, 112] == {"bn+relu": 1}
+    assert found[32, 352, 7, 7] == {"bn+relu": 2}
+
+
+def test_the_mlp_is_the_papers_three_hidden_layers_of_100() -> None:
+    assert shape_set("mlp") == (Calls((60, 100), 3, (("bn", 3),)),)
+
+
+def test_the_batch_is_the_papers_or_the_users() -> None:
+    assert {found.shape[0] for found in shape_set("resnet50")} == {16}
+    assert {found.shape[0] for found in shape_set("resnet50", cuda=True)} == {256}
+    assert {found.shape[0] for name in SETS for found in shape_set(name, cuda=True, batch=3)} == {3}
+    with pytest.raises(RecipeError, match="--batch 0: expected a whole number above 0"):
+        shape_set("mlp", batch=0)
+
+
+def test_an_unknown_set_names_the_known_ones() -> None:
+    with pytest.raises(RecipeError, match="--shapes resnet51: expected one of resnet50, resnet20, inception, mlp"):
+        shape_set("resnet51")
+
+
+def test_a_shape_is_read_as_it_is_written() -> None:
+    assert parse("256x64x56x56") == (256, 64, 56, 56)
+    assert parse("60X100") == (60, 100)
+    assert parse("2x3x4x5x6") == (2, 3, 4, 5, 6)
+
+
+@pytest.mark.parametrize("text", ["", "64", "2x0", "2x-3", "2x3x", "a", "1x2x3x4x5x6", "2 x 3", "2x3.5", "2x\u0663"])
+def test_what_is_no_shape_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(RecipeError, match="as in 256x64x56x56 or 60x100") as refused:
+        parse(text)
+    assert f"--shape {text}:" in str(refused.value)
+
+
+def test_a_file_of_shapes_comes_with_the_most_called_first(tmp_path: Path) -> None:
+    file = tmp_path / "shapes.csv"
+    file.write_text("n,c,spatial,calls\n32,64,7x7,3\n8,100,,9\n2,4,5,1\n32,64,7x7,4\n")
+    assert read_csv(file) == (Calls((8, 100), 9), Calls((32, 64, 7, 7), 7), Calls((2, 4, 5), 1))
+
+
+def test_a_file_may_have_whole_shapes_other_columns_and_no_calls(tmp_path: Path) -> None:
+    file = tmp_path / "shapes.csv"
+    file.write_text("\ufeffmodel, Shape\nx,32x64x7x7\ny,8x100\n", encoding="utf-8")
+    assert read_csv(file) == (Calls((32, 64, 7, 7), 1), Calls((8, 100), 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("n,c,spatial,calls\n32,64,7x7,3\n8,0,,9\n", "line 3: 8, 0, , 9; expected: n, c and calls are whole numbers"),
+        ("n,c,spatial,calls\n8,3,7y7,9\n", "line 2: 8, 3, 7y7, 9; expected"),
+        ("n,c,spatial,calls\n8,3,7x7\n", "line 2: 8, 3, 7x7, ; expected"),
+        ("shape,calls\n8x3,0\n", "line 2: 8x3, 0; expected: shape is sizes like 32x64x56x56, and calls a whole number"),
+        ("n,c\n1,2\n", "line 1: it lacks the columns spatial; expected n, c, spatial and calls, or shape and calls"),
+        ("", "line 1: it lacks the columns n, c, spatial"),
+        ("shape\n", "it has no line of a shape under its first line"),
+    ],
+)
+def test_a_mistake_in_a_file_names_file_line_and_what_was_expected(tmp_path: Path, text: str, expected: str) -> None:
+    file = tmp_path / "shapes.csv"
+    file.write_text(text)
+    with pytest.raises(RecipeError) as refused:
+        read_csv(file)
+    assert str(file) in str(refused.value)
+    assert expected in str(refused.value)
+
+
+def test_many_mistakes_are_cut_short_and_a_missing_file_and_a_binary_one_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "shapes.csv"
+    file.write_text("shape\n" + "x\n" * 20)
+    with pytest.raises(RecipeError) as refused:
+        read_csv(file)
+    assert len(refused.value.mistakes) == 6
+    assert refused.value.mistakes[-1] == "and 15 more"
+    with pytest.raises(RecipeError, match="there is no such file"):
+        read_csv(tmp_path / "none.csv")
+    file.write_bytes(b"\xff\xfe\x00n,c")
+    with pytest.raises(RecipeError, match=r"shapes\.csv: "):
+        read_csv(file)
+
+
+def test_shapes_need_no_torch() -> None:
+    script = (
+        "import sys; from bncli.measure.profile import shapes; "
+        "shapes.shape_set('resnet50'); print('torch' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["False"]

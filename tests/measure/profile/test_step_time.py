@@ -1,0 +1,171 @@
+"""Events of the profiler, folded to classes: exactly, with made-up events, and on a real step."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bncli.errors import RecipeError
+from bncli.measure.profile.step_time import DATA, STEP, class_of, fold, scaled, shares_ms, write_trace
+from bncli.results.profile import STEP_CLASSES
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Kernel:
+    name: str
+    duration: float
+
+
+@dataclass
+class Event:
+    name: str
+    self_cpu_time_total: float = 0.0
+    cpu_parent: Any = None
+    kernels: list[Kernel] = field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("aten::native_batch_norm", "normalization"),
+        ("aten::cudnn_batch_norm_backward", "normalization"),
+        ("autograd::engine::evaluate_function: NativeBatchNormBackward0", "normalization"),
+        ("CudnnBatchNormBackward0", "normalization"),
+        ("aten::native_group_norm", "normalization"),
+        ("NativeLayerNormBackward0", "normalization"),
+        ("Eager", "normalization"),
+        ("autograd::engine::evaluate_function: EagerBackward", "normalization"),
+        ("bncli::fused_batch_norm", "normalization"),
+        ("bncli::fused_batch_norm_backward", "normalization"),
+        ("aten::conv2d", "convolution, linear"),
+        ("aten::_convolution", "convolution, linear"),
+        ("aten::mkldnn_convolution", "convolution, linear"),
+        ("ConvolutionBackward0", "convolution, linear"),
+        ("aten::addmm", "convolution, linear"),
+        ("AddmmBackward0", "convolution, linear"),
+        ("aten::relu_", "activation"),
+        ("aten::threshold_backward", "activation"),
+        ("LeakyReluBackward1", "activation"),
+        ("SiluBackward0", "activation"),
+        ("Optimizer.step#SGD.step", "optimizer"),
+        ("Optimizer.zero_grad#AdamW.zero_grad", "optimizer"),
+        (DATA, "data"),
+        ("aten::resolve_conj", None),
+        ("aten::add", None),
+        ("aten::norm", None),
+        ("torch::autograd::AccumulateGrad", None),
+    ],
+)
+def test_an_operator_is_known_by_its_name_forward_and_backward(name: str, expected: str | None) -> None:
+    assert class_of(name) == expected
+
+
+def test_each_self_time_counts_once_in_the_class_around_it() -> None:
+    step = Event(STEP, 5)
+    fetch = Event(DATA, 1, step)
+    norm = Event("aten::batch_norm", 2, step)
+    inner = Event("aten::native_batch_norm", 30, norm)
+    optimizer = Event("Optimizer.step#SGD.step", 3, step)
+    events = [
+        step,
+        fetch,
+        Event("aten::mm", 7, fetch),  # an augmentation: data, whatever it consists of
+        norm,
+        inner,
+        Event("aten::empty", 4, inner),
+        optimizer,
+        Event("aten::mm", 11, optimizer),
+        Event("aten::max_pool2d", 13, step),
+        Event("aten::gelu", 17, step),
+        Event("aten::empty", 1000),  # outside of every step
+    ]
+    assert fold(events, device_time=False) == {
+        "normalization": 36,
+        "convolution, linear": 0,
+        "activation": 17,
+        "optimizer": 14,
+        "data": 8,
+        "other": 13,
+        "gaps": 5,
+    }
+
+
+def test_on_a_device_its_kernels_count_and_not_the_hosts_time() -> None:
+    step = Event(STEP, 500, kernels=[Kernel(STEP, 999), Kernel("triton_poi", 3)])  # the range, and a launch of its own
+    events = [
+        step,
+        Event("aten::conv2d", 40, step, [Kernel("implicit_gemm", 20)]),
+        Event("NativeBatchNormBackward0", 10, None, [Kernel("bn_bw", 5), Kernel("bn_reduce", 2)]),  # another thread
+    ]
+    found = fold(events, device_time=True)
+    assert found["convolution, linear"] == 20
+    assert found["normalization"] == 7
+    assert found["other"] == 3
+    assert sum(found.values()) == 30
+
+
+def test_on_a_cpu_all_classes_are_scaled_so_that_they_sum_to_the_median() -> None:
+    total = {**dict.fromkeys(STEP_CLASSES, 0.0), "normalization": 3000.0, "gaps": 1000.0}
+    found = scaled(total, steps=2, median_ms=1.0, device_time=False)
+    assert found["normalization"] == pytest.approx(0.75)
+    assert found["gaps"] == pytest.approx(0.25)
+
+
+def test_on_a_device_the_gaps_are_the_rest_of_the_median() -> None:
+    total = {**dict.fromkeys(STEP_CLASSES, 0.0), "normalization": 3000.0}
+    assert scaled(total, 2, 5.0, device_time=True)["gaps"] == pytest.approx(3.5)
+    assert scaled(total, 2, 1.0, device_time=True)["normalization"] == pytest.approx(1.0)
+    assert scaled(total, 2, 1.0, device_time=True)["gaps"] == 0
+
+
+def small() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+    model(torch.randn(2, 3, 8, 8))
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def test_a_real_step_has_time_in_every_class_and_sums_to_the_median() -> None:
+    model, optimizer = small()
+
+    def step() -> None:
+        with torch.profiler.record_function(DATA):
+            x = torch.randn(16, 3, 8, 8)
+        loss = model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    found = shares_ms(step, 2, 10.0, CPU)
+    assert tuple(found) == STEP_CLASSES
+    assert min(found.values()) > 0
+    assert sum(found.values()) == pytest.approx(10.0)
+
+
+def test_a_forward_pass_alone_has_no_optimizer() -> None:
+    model, _ = small()
+    found = shares_ms(lambda: model(torch.ones(16, 3, 8, 8)), 2, 1.0, CPU)
+    assert found["optimizer"] == found["data"] == 0
+    assert found["convolution, linear"] > 0
+
+
+def test_a_trace_is_a_json_file_that_names_each_run(tmp_path: Path) -> None:
+    model, _ = small()
+    x = torch.ones(16, 3, 8, 8)
+    write_trace(tmp_path / "trace.json", {"one, native": lambda: model(x), "one, fused": lambda: model(x)}, CPU)
+    names = [event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]]
+    assert "one, native" in names
+    assert "one, fused" in names
+    assert "aten::conv2d" in names
+
+
+def test_a_trace_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"--trace .*missing"):
+        write_trace(tmp_path / "missing" / "trace.json", {"one": lambda: None}, CPU)

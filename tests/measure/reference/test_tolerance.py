@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bncli.measure.reference import tolerance as tolerances
+from bncli.measure.reference.candidate import native_in_the_same_dtype
+from bncli.measure.reference.gradient_cases import DTYPES, FUSIONS, Case, away_from_the_kink, cases, inputs
+from bncli.measure.reference.quantities import observe, quantities
+from tests.measure.reference.wrong_kernels import right_by_the_seam
+
+CPU = torch.device("cpu")
+
+
+def accurate(x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation):
+    """Everything in float32, rounded once at the end: what a fused kernel does."""
+    from bncli.kernels import api
+
+    arguments = (x, running_mean, running_var, weight, bias, training, momentum, eps)
+    return api.batch_norm(*arguments, residual=residual, activation=activation, kernel=right_by_the_seam)
+
+
+def test_the_definition_is_torchs_batch_norm_in_float64() -> None:
+    for fusion in FUSIONS:
+        for mode in ("train", "eval"):
+            case = Case(mode, "float64", "contiguous", (4, 3, 5, 7), fusion)
+            given = inputs(case, CPU)
+            truth = tolerances.reference(case, given)
+            native = observe(native_in_the_same_dtype(), case, given).wide()
+            assert truth.keys() == native.keys()
+            for name, exact in truth.items():
+                torch.testing.assert_close(native[name], exact, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3), (2, 8, 1, 1), (5, 3, 3), (4, 3, 5, 7)])
+def test_a_kernel_that_rounds_once_stays_below_the_tolerance_over_seeds(dtype: str, shape: tuple[int, ...]) -> None:
+    for seed in range(100, 104):
+        for fusion in ("plain", "silu", "relu+residual"):
+            case = Case("train", dtype, "contiguous", shape, fusion, repeat=seed)
+            given = inputs(case, CPU)
+            truth = tolerances.reference(case, given)
+            floors = tolerances.floors(case, given, truth)
+            native = observe(native_in_the_same_dtype(), case, given).wide()
+            found = observe(accurate, case, given).wide()
+            for name, exact in truth.items():
+                error = tolerances.in_tolerances(found[name], exact, floors[name], native[name])
+                assert error <= 1, f"{case.identifier}/{name}: {error}"
+
+
+def test_a_relative_error_of_a_thousand_roundings_is_far_outside() -> None:
+    for dtype in ("float32", "float64"):
+        case = Case("train", dtype, "contiguous", (4, 3, 5, 7))
+        given = inputs(case, CPU)
+        truth = tolerances.reference(case, given)
+        floors = tolerances.floors(case, given, truth)
+        factor = 1 + 2000 * torch.finfo(DTYPES[dtype]).eps
+        for name in ("forward", "dx", "running_var"):
+            assert tolerances.in_floors(truth[name] * factor, truth[name], floors[name]) > 10
+
+
+def test_nan_against_a_number_is_an_infinite_error_and_against_nan_none() -> None:
+    nan, one, floor = torch.tensor([math.nan]), torch.ones(1), torch.ones(1)
+    assert tolerances.in_floors(nan, one, floor) == math.inf
+    assert tolerances.in_floors(one, nan, floor) == math.inf
+    assert tolerances.in_floors(nan, nan, floor) == 0
+
+
+def test_at_a_kink_the_upstream_gradient_is_zero() -> None:
+    case = Case("train", "bfloat16", "contiguous", (8, 3, 16, 16), "relu")
+    given = inputs(case, CPU)
+    cut = given.smooth == 0
+    assert 0 < int(cut.sum()) < cut.numel() / 4
+    assert bool((given.g[cut] == 0).all())
+
+
+def test_identifiers_are_unique_and_every_combination_is_in_the_full_run() -> None:
+    for effort in ("quick", "default", "full"):
+        names = [case.identifier for case in cases(effort, "batch", True, True)]
+        assert len(names) == len(set(names))
+    every = {(case.mode, case.dtype, case.layout, case.fusion) for case in cases("full", "batch", True, True)}
+    assert len(every) == 2 * 4 * 2 * 8
+    quick = {(case.mode, case.fusion) for case in cases("quick", "batch", True, True)}
+    assert len(quick) == 2 * 8
+
+
+def test_many_channels_and_many_values_are_in_every_run() -> None:
+    for effort in ("quick", "default", "full"):
+        found = cases(effort, "batch", True, True)
+        assert {(case.layout, case.mode) for case in found if case.shape[1] == 67} == set(
+            itertools.product(("contiguous", "channels_last"), ("train", "eval"))
+        )
+        assert any(case.m > 4096 for case in found)
+    found = cases("default", "batch", True, True)
+    assert {case.layout for case in found if case.shape[1] == 130} == {"contiguous", "channels_last"}
+    assert any(case.m > 20_000 for case in found)
+
+
+def test_the_interpreter_is_spared_many_contiguous_channels_alone() -> None:
+    every, spared = (cases("default", "batch", True, True, interpreted) for interpreted in (False, True))
+    left_out = [case for case in every if case not in spared]
+    assert left_out
+    assert all(case.layout == "contiguous" and case.shape[1] > 64 for case in left_out)
+
+
+def test_at_nan_the_upstream_gradient_of_a_kinked_activation_is_kept() -> None:
+    case = Case("eval", "float32", "contiguous", (4, 3, 5, 7), "relu")
+    given = inputs(case, CPU)
+    x = given.x.clone()
+    x[1, 1, 2, 3] = math.nan
+    found = away_from_the_kink(replace(given, x=x), case)
+    assert found.g[1, 1, 2, 3] == given.g[1, 1, 2, 3] != 0
+    assert int((found.g == 0).sum()) == int((given.g == 0).sum())
+
+
+def test_any_order_allows_the_error_of_a_sum_in_order_and_not_that_of_half_precision() -> None:
+    """At m = 5041: sqrt(m) and 32 roundings, against the log2(m) and 4 of a tree."""
+    case = Case("train", "float32", "contiguous", (1, 2, 71, 71))
+    given = inputs(case, CPU)
+    truth = tolerances.reference(case, given)
+    tree = tolerances.floors(case, given, truth)
+    any_order = tolerances.floors(case, given, truth, any_order=True)
+    ratio = (math.sqrt(5041) + 32) / (math.log2(5041) + 4)
+    for name in ("dx", "dbias", "running_mean"):
+        assert 0.8 * ratio < float((any_order[name] / tree[name]).max()) <= ratio * (1 + 1e-9)
+    rounded = truth["running_mean"].to(torch.bfloat16).double()
+    assert tolerances.in_floors(rounded, truth["running_mean"], any_order["running_mean"]) > 10
+
+
+def test_a_case_is_judged_by_the_running_statistics_in_training_alone() -> None:
+    assert "running_var" in quantities(Case("train", "float32", "contiguous", (4, 3)))
+    assert "running_var" not in quantities(Case("eval", "float32", "contiguous", (4, 3)))

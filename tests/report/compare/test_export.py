@@ -1,0 +1,179 @@
+"""CSV for programs, Markdown for pages, and one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from bncli.report.compare import figure
+from bncli.report.compare.export import to_csv, to_html, to_markdown
+
+VOID = {"meta", "br", "path", "use", "rect"}
+
+
+class Page(HTMLParser):
+    """Notes text and what would be loaded, and sees to it that every tag is closed."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.loaded: list[str] = []
+        self.tags: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.loaded += [value for name, value in attributes if name in ("src", "href") and not value.startswith("#")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture
+def without_matplotlib(monkeypatch):
+    def missing(*_args, **_options):
+        raise figure.PlotError(figure.MISSING)
+
+    monkeypatch.setattr(figure, "render", missing)
+
+
+def test_csv_has_a_row_an_arm_and_units_in_the_header(examples):
+    rows = list(csv.DictReader(io.StringIO(to_csv(examples["six arms"]))))
+    assert [row["arm"] for row in rows] == [arm.arm for arm in examples["six arms"].arms]
+    assert {"steps_to_target", "samples_per_s", "ms_per_step", "peak_memory_mib", "best_accuracy"} <= rows[0].keys()
+
+
+def test_csv_keeps_every_digit_and_leaves_the_unknown_empty(examples):
+    rows = list(csv.DictReader(io.StringIO(to_csv(examples["six arms"]))))
+    arms = examples["six arms"].arms
+    assert float(rows[0]["steps_to_target"]) == arms[0].steps.value
+    assert rows[4]["steps_to_target"] == ""
+    assert (rows[4]["times_fewer"], rows[4]["times_fewer_high_95"], rows[4]["times_fewer_method"]) == (
+        "",
+        "0.29",
+        "bound",
+    )
+    assert (rows[4]["failed_runs"], rows[5]["diverged_runs"], rows[5]["best_accuracy"]) == ("1", "5", "")
+    assert rows[0]["times_fewer_method"] == "reference"
+
+
+def test_csv_has_the_grid_by_its_full_names(examples):
+    rows = list(csv.DictReader(io.StringIO(to_csv(examples["two fields"]))))
+    assert (rows[0]["optimizer.lr"], rows[0]["optimizer.momentum"]) == ("1", "0.9")
+    assert rows[1]["fixed"] == "optimizer.momentum"
+    assert "optimizer.lr" not in to_csv(examples["no grid"])
+
+
+def test_csv_before_any_run_is_a_row_an_arm_of_empty_cells(examples):
+    rows = list(csv.DictReader(io.StringIO(to_csv(examples["no runs yet"]))))
+    assert [(row["hits"], row["runs"], row["steps_to_target"]) for row in rows] == [("0", "0", "")] * 2
+
+
+def test_markdown_has_a_table_with_as_many_cells_in_every_row(example):
+    tables = re.findall(r"(?:^\|.*\n)+", to_markdown(example), re.M)
+    assert [len(table.splitlines()) for table in tables[:2]] == [2 + len(example.arms)] * 2  # steps, and costs
+    also = example.plan.also
+    assert [len(table.splitlines()) for table in tables[2:]] == [2 + 1 + len(also)] * bool(also)
+    for table in tables:
+        assert len({line.replace("\\|", "").count("|") for line in table.splitlines()}) == 1
+
+
+def test_markdown_says_what_the_terminal_says(examples):
+    text = to_markdown(examples["two arms"])
+    for words in (
+        "| batch norm | 0.3 |",
+        "12.1x (9.81–14.9)",
+        "| 1 (reference) |",
+        "3\\*",
+        "jackknife over seeds, paired",
+    ):
+        assert words in text
+    assert "| 0.9 | 636 (572–700) | 31.2 (28.1–34.3) | 20.4x (18.4–22.4) |" in text
+    assert (
+        "| batch norm | 0.0890 (0.0801–0.0979) | 9.10x (8.19–10.0) | 4,020 (3,618–4,422) | 12.1x (10.9–13.3) |" in text
+    )
+
+
+def test_csv_has_seconds_examples_further_targets_and_how_clear_the_choice_was(examples):
+    plain, batch = csv.DictReader(io.StringIO(to_csv(examples["two arms"])))
+    assert (plain["times_fewer_seconds"], batch["times_fewer_seconds"]) == ("1", "9.1")
+    assert (batch["examples_to_target"], batch["times_fewer_examples"]) == ("4020.0", "12.1")
+    assert (batch["hits_at_0.9"], batch["steps_to_target_at_0.9"], batch["times_fewer_at_0.9"]) == (
+        "10",
+        "31.2",
+        "20.4",
+    )
+    assert (batch["grid_points"], batch["grid_points_kept"], batch["choice_doubt"]) == ("5", "2", "0.12")
+
+
+def test_markdown_escapes_what_would_be_markup(examples):
+    found = examples["two arms"]
+    hostile = replace(found.arms[1], arm="a|b <script> *x* `y` [z](w)\n# h")
+    text = to_markdown(replace(found, arms=(found.arms[0], hostile)))
+    assert "a\\|b \\<script> \\*x\\* \\`y\\` \\[z\\](w) \\# h" in text
+
+
+def test_the_page_is_well_formed_and_loads_nothing(example):
+    page = Page(to_html(example))
+    assert page.open == []
+    assert page.loaded == []
+    assert "script" not in page.tags
+
+
+def test_the_page_has_tables_notes_machine_and_picture(examples):
+    html = to_html(examples["six arms"])
+    words = " ".join(Page(html).words)
+    for text in (
+        "rectified linear units",
+        "12.1x",
+        "> 2,308",
+        "Tuning runs",
+        "worker killed by signal 9",
+        "torch 2.13.0",
+    ):
+        assert text in words
+    assert html.count("<svg") == 1
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_the_picture_takes_the_colour_of_the_page_s_text(examples):
+    html = to_html(examples["two arms"])
+    assert figure.INK not in html
+    assert "currentColor" in html
+
+
+def test_without_matplotlib_the_page_says_what_is_missing(examples, without_matplotlib):
+    html = to_html(examples["two arms"])
+    assert "<svg" not in html
+    assert "bncli[plot]" in html
+    assert "12.1x" in html
+
+
+def test_without_a_grid_the_page_has_no_tuning_runs(examples):
+    assert "Tuning" not in to_html(examples["no grid"])
+
+
+def test_the_page_escapes_names_and_notes(examples, without_matplotlib):
+    found = examples["two arms"]
+    hostile = replace(found.arms[1], arm="<script>alert(1)</script>")
+    plan = replace(found.plan, name="<b>", data="&amp; <i>")
+    page = Page(to_html(replace(found, plan=plan, arms=(found.arms[0], hostile), notes=("<img src=x>",))))
+    assert {"script", "img", "b", "i"}.isdisjoint(page.tags)
+    assert "<script>alert(1)</script>" in page.words
+    assert "<img src=x>" in page.words

@@ -1,0 +1,256 @@
+"""Results as JSON and back, and files that are whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import stat
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bncli.errors import USAGE, BncliError
+from bncli.report.compare.export import to_csv, to_markdown
+from bncli.report.files import (
+    comparison_from_json,
+    event_line,
+    record_from_json,
+    record_to_json,
+    result_from_json,
+    result_to_json,
+    to_json,
+    write_atomically,
+)
+from bncli.report.table import comparison_report
+from bncli.results import (
+    RUNS_VERSION,
+    Evaluated,
+    Evaluation,
+    RunFinished,
+    RunRecord,
+    RunStarted,
+    StepDone,
+    Target,
+)
+
+FLOATS = st.floats(allow_nan=False) | st.none()
+
+
+# --- there and back -----------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_comes_back_equal_from_its_json(example):
+    assert comparison_from_json(to_json(example)) == example
+
+
+def test_every_rendering_of_what_came_back_is_the_same_text(example, show):
+    back = comparison_from_json(to_json(example))
+    assert show(comparison_report(back)) == show(comparison_report(example))
+    assert to_csv(back) == to_csv(example)
+    assert to_markdown(back) == to_markdown(example)
+    assert to_json(back) == to_json(example)
+
+
+def test_a_run_and_a_result_come_back_equal(examples, make_result):
+    failed = RunRecord("key", "plain", {"optimizer.lr": 0.3}, 1, "tune", None, "killed by signal 9")
+    for record in (examples["six arms"].runs[0], failed):
+        assert record_from_json(record_to_json(record)) == record
+    for result in (make_result(812.4), replace(make_result(None, status="diverged"), target=None)):
+        assert result_from_json(result_to_json(result)) == result
+
+
+@given(steps=FLOATS, best=FLOATS, accuracy=st.floats(), text=st.text(), value=st.integers() | st.booleans() | st.text())
+def test_any_number_and_any_text_survive(make_result, steps, best, accuracy, text, value):
+    seen = (Evaluation(0, accuracy, math.inf, None), Evaluation(10, -math.inf, 0.1, -0.0))
+    result = replace(make_result(50.0), steps_to_target=steps, best=best, evaluations=seen, reason=text)
+    record = RunRecord("key", text, {"model.name": value}, 7, "report", result)
+    back = record_from_json(record_to_json(record))
+    assert repr(back) == repr(record)  # nan is not equal to itself, and -0.0 is to 0.0
+
+
+def test_the_json_is_strict_even_where_numbers_are_not_finite(make_result):
+    seen = (Evaluation(0, math.nan, math.inf, -math.inf),)
+    text = result_to_json(replace(make_result(50.0), evaluations=seen))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    plain = json.loads(text, parse_constant=refuse)
+    assert plain["evaluations"] == [{"step": 0, "accuracy": "NaN", "loss": "Infinity", "train_loss": "-Infinity"}]
+
+
+def test_the_version_stands_first_in_every_file(examples, make_result):
+    texts = [
+        to_json(examples["two arms"]),
+        record_to_json(examples["two arms"].runs[0]),
+        result_to_json(make_result(5.0)),
+    ]
+    assert all(next(iter(json.loads(text).items())) == ("format_version", RUNS_VERSION) for text in texts)
+
+
+# --- refused ------------------------------------------------------------------------------------------------------
+
+
+def changed(text: str, *path: object, to: object) -> str:
+    """The JSON with one value replaced."""
+    plain = at = json.loads(text)
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = to
+    return json.dumps(plain)
+
+
+def refusal(text: str) -> str:
+    with pytest.raises(BncliError) as refused:
+        comparison_from_json(text, "old.json")
+    assert refused.value.exit_code == USAGE
+    assert str(refused.value).startswith("old.json: ")
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["", "not json", "[1, 2", '{"a": 1}', "[]", "3", "null", "[" * 100_000, "\x00\x01"])
+def test_what_is_no_result_is_refused(text):
+    assert "bncli wrote" in refusal(text)
+
+
+@pytest.mark.parametrize(
+    ("version", "advice"), [(RUNS_VERSION + 1, "update bncli"), (0, "make it anew"), ("1", "make it anew")]
+)
+def test_another_format_version_is_refused_with_what_to_do(examples, version, advice):
+    message = refusal(changed(to_json(examples["two arms"]), "format_version", to=version))
+    assert advice in message
+    assert json.dumps(version) in message
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("runs", 3, "result", "steps_run"), "many", "runs[3].result.steps_run: expected a whole number"),
+        (("runs", 3, "result", "steps_run"), 1.5, "expected a whole number"),
+        (("runs", 3, "result", "steps_run"), True, "expected a whole number"),
+        (("arms", 0, "best"), "high", "arms[0].best: expected a number"),
+        (("arms", 0, "curve", 2), [1.0, 2.0], "arms[0].curve[2]: expected a list"),
+        (("arms", 0, "arm"), None, "arms[0].arm: expected text"),
+        (("arms", 1, "ratio", "method"), "guess", '"medians"'),
+        (("arms", 1, "ratio"), [], "arms[1].ratio: expected an object"),
+        (("plan", "grid"), 3, "plan.grid: expected an object"),
+        (("plan", "grid", "optimizer.lr"), 0.3, "plan.grid.optimizer.lr: expected a list"),
+        (("plan", "colour"), "red", "plan.colour is no field"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_with_its_place(examples, path, value, words):
+    assert words in refusal(changed(to_json(examples["two arms"]), *path, to=value))
+
+
+def test_a_missing_field_is_named(examples):
+    plain = json.loads(to_json(examples["two arms"]))
+    del plain["plan"]["budget"]
+    assert "plan.budget is missing" in refusal(json.dumps(plain))
+
+
+def test_a_run_is_no_comparison(examples):
+    assert "comparison" in refusal(record_to_json(examples["two arms"].runs[0]))
+
+
+# --- events -------------------------------------------------------------------------------------------------------
+
+
+def test_an_event_is_one_line_of_json(make_result):
+    target = Target("accuracy", 0.95)
+    evaluated = Evaluated(Evaluation(10, 0.5, math.inf, None), 0.3)
+    finished = RunFinished(make_result(812.4))
+    events = [RunStarted("a\nb", "cpu", 9, 100, 60, target), StepDone(5, math.nan, 0.3, 1e4, None), evaluated, finished]
+    lines = [event_line(event) for event in events]
+    assert not any("\n" in line for line in lines)
+    started, step, seen, last = map(json.loads, lines)
+    assert started["event"] == "run_started"
+    assert started["target"] == {"metric": "accuracy", "value": 0.95}
+    assert step == {
+        "event": "step_done", "step": 5, "loss": "NaN", "learning_rate": 0.3, "samples_per_s": 1e4, "memory_mib": None,
+    }  # fmt: skip
+    assert (seen["event"], seen["step"], seen["accuracy"], seen["learning_rate"]) == ("evaluated", 10, 0.5, 0.3)
+    assert (last["event"], last["status"], last["steps_to_target"]) == ("run_finished", "reached", 812.4)
+    assert "evaluations" not in last
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_written_and_written_over(tmp_path):
+    file = tmp_path / "result.json"
+    write_atomically(file, "é\n")
+    assert file.read_bytes() == "é\n".encode()
+    write_atomically(file, b"\x00\xff")
+    assert file.read_bytes() == b"\x00\xff"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failure_on_the_way_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step):
+    file = tmp_path / "result.json"
+    file.write_text("old")
+
+    def full(*_args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, step, full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(file, "new")
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_an_interrupt_on_the_way_leaves_no_temporary_file(tmp_path, monkeypatch):
+    def interrupted(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "result.json", "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_content_is_on_disk_before_the_name_points_to_it(tmp_path, monkeypatch):
+    order = []
+    fsync, put = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (order.append("fsync"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *names: (order.append("replace"), put(*names)))
+    write_atomically(tmp_path / "result.json", "new")
+    assert order[:2] == ["fsync", "replace"]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "real.json").write_text("old")
+    link = tmp_path / "link.json"
+    link.symlink_to("real.json")
+    write_atomically(link, "new")
+    assert link.is_symlink()
+    assert (tmp_path / "real.json").read_text() == "new"
+
+
+def test_the_old_file_s_permissions_are_kept(tmp_path):
+    file = tmp_path / "result.json"
+    file.write_text("old")
+    file.chmod(0o640)
+    write_atomically(file, "new")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+
+
+def test_a_device_is_written_to_and_not_replaced():
+    from pathlib import Path
+
+    write_atomically(Path(os.devnull), "gone")
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+
+
+@pytest.mark.parametrize("place", ["missing/result.json", "file/result.json", "."])
+def test_a_place_where_nothing_can_be_written_is_named(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BncliError, match="cannot be written") as refused:
+        write_atomically(tmp_path / place, "new")
+    assert refused.value.exit_code == USAGE
+    assert str(tmp_path) in str(refused.value)
