@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from bncli.measure.compare.plan import Study
     from bncli.recipe.load import Loaded
     from bncli.report.folder import ComparisonFolder
-    from bncli.results import Comparison, RunRecord
+    from bncli.results.compare import Comparison, RunRecord
 
 
 # Options without effect where nothing is trained, and the parameters that they set.
@@ -164,7 +164,7 @@ def _run_comparison(
 def _begin(folder: ComparisonFolder, asked: Study, kept: list[RunRecord], threads: int, loaded: list[Loaded]) -> None:
     """Write the plan into the folder. Raises RecipeError where its runs are another comparison's."""
     from bncli.measure.compare.reuse import fits
-    from bncli.results import BegunComparison
+    from bncli.results.compare import BegunComparison
 
     sources = [str(Path(each.source).resolve()) for each in loaded if each.source != "standard input"]
     before = folder.begun()

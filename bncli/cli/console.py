@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from bncli.errors import RecipeError
 
 if TYPE_CHECKING:
-    from bncli.results import Planned
+    from bncli.results.compare import Planned
 
 KERNEL_NAMES = ("native", "fused")  # those of bncli.kernels, which needs torch
 

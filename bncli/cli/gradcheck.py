@@ -13,7 +13,7 @@ from bncli.cli.options import AllowCode, Device, Json, Quiet
 from bncli.errors import CHECK_FAILED, INTERRUPTED, RecipeError
 
 if TYPE_CHECKING:
-    from bncli.results import CheckGroup, Effort, Gradcheck
+    from bncli.results.gradcheck import CheckGroup, Effort, Gradcheck
 
 
 def gradcheck(
@@ -83,7 +83,7 @@ def _run_gradcheck(groups: list[CheckGroup], quiet: bool, **asked: Any) -> Gradc
     # What a user's kernel prints must not get between the lines of a result.
     with StopSignal(at_once=True), GradcheckProgress(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
         from bncli.measure.gradcheck import run as gradcheck
-        from bncli.results import CheckGroup
+        from bncli.results.gradcheck import CheckGroup
 
         loaded_all()
         for found in gradcheck.run(**asked):

@@ -28,7 +28,7 @@ from bncli.errors import CHECK_FAILED, INTERRUPTED, UNAVAILABLE, RecipeError
 if TYPE_CHECKING:
     from bncli.measure.profile.kernels import KernelRun
     from bncli.measure.profile.steps import StepRun
-    from bncli.results import Gate, KernelProfile, StepProfile
+    from bncli.results.profile import Gate, KernelProfile, StepProfile
 
 SECONDS, QUICK_SECONDS = 45.0, 9.0  # of measuring; the rest is loading torch and checking
 FAIL_ABOVE = 1.10
@@ -222,7 +222,7 @@ def _show(result: Any, gate: Gate | None, earlier: Any, form: str) -> None:
         from bncli.report.profile.baseline import GateReport
         from bncli.report.profile.kernels import KernelReport
         from bncli.report.profile.steps import StepReport
-        from bncli.results import StepProfile
+        from bncli.results.profile import StepProfile
 
         print_result(StepReport(result) if isinstance(result, StepProfile) else KernelReport(result))
         if gate is not None:

@@ -10,7 +10,7 @@ from bncli.cli.console import KERNEL_NAMES, check_kernel_name, check_outputs
 from bncli.errors import RecipeError
 
 if TYPE_CHECKING:
-    from bncli.results import KernelProfile, StepProfile
+    from bncli.results.profile import KernelProfile, StepProfile
 
 KERNELS = ("native", "fused", "compiled", "apex", "inplace_abn", "flag_gems")  # that can be named
 FEWEST_ROUNDS = 6  # that of bncli.measure.timing.speedup
@@ -100,7 +100,7 @@ def check_files(
     if baseline is None:
         return None
     from bncli.report.profile.export import load
-    from bncli.results import StepProfile
+    from bncli.results.profile import StepProfile
 
     earlier = load(baseline)
     if isinstance(earlier, StepProfile) != of_steps:

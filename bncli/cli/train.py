@@ -52,7 +52,7 @@ def train(
     from bncli.report.files import result_to_json
     from bncli.report.folder import RunFolder
     from bncli.report.progress import TrainProgress
-    from bncli.results import RunFinished, RunStarted
+    from bncli.results.train import RunFinished, RunStarted
 
     with RunFolder(out, loaded.name, force) as folder, StopSignal() as stop:
         from bncli.engine.train import run

@@ -15,7 +15,7 @@ import torch
 
 import bncli
 from bncli.errors import RecipeError, Unavailable
-from bncli.results import Environment
+from bncli.results.environment import Environment
 
 
 def resolve(name: str) -> torch.device:

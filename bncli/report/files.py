@@ -14,17 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bncli.errors import USAGE, BncliError
-from bncli.results import (
-    RUNS_VERSION,
-    BegunComparison,
-    Comparison,
-    Evaluated,
-    Event,
-    RunFinished,
-    RunRecord,
-    RunResult,
-)
+from bncli.results.compare import BegunComparison, Comparison, RunRecord
+from bncli.results.environment import RUNS_VERSION
 from bncli.results.serialize import Mismatch, from_plain, to_plain
+from bncli.results.train import Evaluated, Event, RunFinished, RunResult
 
 Result = TypeVar("Result", BegunComparison, Comparison, RunRecord, RunResult)
 

@@ -26,8 +26,9 @@ from bncli.report.files import (
     to_json,
     write_atomically,
 )
-from bncli.results import BegunComparison, Comparison, ComparisonPlan, Event, RunRecord, RunResult
+from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, RunRecord
 from bncli.results.serialize import to_plain
+from bncli.results.train import Event, RunResult
 
 T = TypeVar("T")
 

@@ -10,21 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from bncli.results import (
-    ComparisonEvent,
-    ComparisonStarted,
-    Evaluated,
-    Event,
-    Measuring,
-    ProfileEvent,
-    ProfileStarted,
-    RowDone,
-    RunBegan,
-    RunEnded,
-    RunProgressed,
-    RunStarted,
-    StepDone,
-)
+from bncli.results.compare import ComparisonEvent, ComparisonStarted, RunBegan, RunEnded, RunProgressed
+from bncli.results.profile import Measuring, ProfileEvent, ProfileStarted, RowDone
+from bncli.results.train import Evaluated, Event, RunStarted, StepDone
 
 LINE_EVERY_S = 10.0  # off a terminal
 LONGER = 1.1  # times the time that was asked for, from which on it is said

@@ -32,8 +32,8 @@ from bncli.report.text import (
     target_words,
     title,
 )
-from bncli.results import Comparison, RunResult
-from bncli.results.train import most_steps_to_target
+from bncli.results.compare import Comparison
+from bncli.results.train import RunResult, most_steps_to_target
 
 UNBOUNDED = 10_000  # columns: wider than any table
 NAME_WIDTH = 14  # columns that an arm's name is given at the least, where it needs them; the rest wraps

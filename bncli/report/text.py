@@ -9,18 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bncli.results import (
-    ArmSummary,
-    AtTarget,
-    Comparison,
-    ComparisonPlan,
-    Cost,
-    Environment,
-    Interval,
-    Ratio,
-    Steps,
-    Target,
-)
+from bncli.results.compare import ArmSummary, AtTarget, Comparison, ComparisonPlan, Cost, Ratio, Steps
+from bncli.results.environment import Environment, Interval
+from bncli.results.train import Target
 
 UNKNOWN = "–"
 LETTERS = string.ascii_lowercase + string.ascii_uppercase  # one an arm, where a curve has no room for its name

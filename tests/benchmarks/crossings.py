@@ -166,7 +166,7 @@ def real_curves() -> Curves:
 
 def _real_curve(arm: str, seed: int) -> Floats:
     import bncli
-    from bncli.results import RunFinished
+    from bncli.results.train import RunFinished
 
     rate, steps = ARMS[arm]
     every = {"train.evaluate_every": 1, "train.stop_at_target": "false", "train.steps": steps, "train.seed": seed}

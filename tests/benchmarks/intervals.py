@@ -22,7 +22,7 @@ from statistics import NormalDist
 import numpy as np
 
 from bncli.measure.compare.stats import Floats, Sample, kept_points, ratio
-from bncli.results import Ratio
+from bncli.results.compare import Ratio
 
 RUNS = Path(__file__).with_name("digits_steps_by_rate.csv")
 RECIPE = Path(__file__).parents[2] / "recipes" / "digits-small-weights.yaml"
@@ -304,7 +304,7 @@ def make_runs(pool: ProcessPoolExecutor) -> None:
 
 def _real_steps(rate: float, seed: int) -> float:
     import bncli
-    from bncli.results import RunFinished
+    from bncli.results.train import RunFinished
 
     sets = [f"optimizer.lr={rate}", f"train.seed={seed}", "train.target.also=[]"]
     loaded = bncli.load_recipe(str(RECIPE), sets)

@@ -9,7 +9,7 @@ import torch
 from bncli.measure.reference import accuracy as judge
 from bncli.measure.reference import case as cases
 from bncli.measure.reference.case import OPERATIONS
-from bncli.results import Case
+from bncli.results.profile import Case
 from tests.benchmarks import kernels_hazards as hazards
 from tests.benchmarks.kernels_pool import Task
 

@@ -21,7 +21,7 @@ from bncli.measure.reference.accuracy import Check
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing import speedup
 from bncli.measure.timing.clock import Deadline, Work
-from bncli.results import Case, Direction, Faster
+from bncli.results.profile import Case, Direction, Faster
 from tests.benchmarks import kernels_environment as environment
 from tests.benchmarks.kernels_cpu_layers import LAYOUTS
 from tests.benchmarks.kernels_report import faster, ms

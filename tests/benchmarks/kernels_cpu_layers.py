@@ -14,7 +14,7 @@ from bncli.measure.timing import speedup
 from bncli.measure.timing.ceilings import Ladder
 from bncli.measure.timing.clock import Deadline, gb_per_s
 from bncli.report.profile.text import of_copy
-from bncli.results import Case, Ceilings, Faster, KernelCost, KernelMean, KernelProfile, RowDone
+from bncli.results.profile import Case, Ceilings, Faster, KernelCost, KernelMean, KernelProfile, RowDone
 from tests.benchmarks.kernels_report import faster, ms
 from tests.benchmarks.kernels_sections import Run
 from tests.benchmarks.kernels_speed import Target

@@ -17,7 +17,7 @@ from bncli.measure.reference.channel_accuracy import judge
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing import speedup
 from bncli.measure.timing.clock import Deadline, Work
-from bncli.results import Case
+from bncli.results.profile import Case
 from tests.benchmarks.kernels_report import faster
 from tests.benchmarks.kernels_sections import Run
 from tests.benchmarks.kernels_speed import Target

@@ -15,7 +15,7 @@ from bncli.engine import device as devices
 from bncli.measure.reference import case as cases
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing.clock import Clock, Spread, Work
-from bncli.results import Case
+from bncli.results.profile import Case
 from tests.benchmarks import kernels_speed as speed
 
 

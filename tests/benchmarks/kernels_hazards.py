@@ -16,7 +16,7 @@ from bncli.measure.reference import accuracy as judge
 from bncli.measure.reference import case as cases
 from bncli.measure.reference.accuracy import Check
 from bncli.measure.reference.case import Apply, Inputs
-from bncli.results import Case
+from bncli.results.profile import Case
 
 
 def compiled(case: Case, kernel: str, device_name: str) -> list[Check]:

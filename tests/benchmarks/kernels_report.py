@@ -14,8 +14,8 @@ from bncli.measure.reference.accuracy import Check
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing.clock import Spread
 from bncli.report.profile.text import samples_cell
-from bncli.results import Faster
 from bncli.results.environment import Interval
+from bncli.results.profile import Faster
 from tests.benchmarks.kernels_speed import Target, Timed
 
 SHOWN_FAILURES = 8

@@ -20,7 +20,7 @@ from bncli.measure.reference.accuracy import Check
 from bncli.measure.reference.case import CANDIDATES
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing.clock import Clock, Deadline, Spread, Work
-from bncli.results import Case
+from bncli.results.profile import Case
 
 STEP_TARGET, MEMORY_TARGET = 1.15, 0.75
 WARM_UP_STEPS = 4

@@ -11,7 +11,7 @@ import torch
 from bncli.measure.profile import implementation
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing.clock import Clock, Deadline
-from bncli.results import Case
+from bncli.results.profile import Case
 from tests.benchmarks import kernels_environment as environment
 from tests.benchmarks import kernels_report as printed
 from tests.benchmarks import kernels_resnet as resnets

@@ -14,8 +14,8 @@ from bncli.measure.reference.accuracy import Check
 from bncli.measure.reference.case import Apply
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing.clock import Clock, Deadline, Spread, Work
-from bncli.results import Case
 from bncli.results.environment import Interval
+from bncli.results.profile import Case
 
 DIRECTIONS = ("both", "forward", "backward")
 LAYER_SHAPES = (  # (C, H, W) of ResNet-50

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from bncli.measure.profile.shapes import Calls
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing.clock import Deadline
-from bncli.results import Case
+from bncli.results.profile import Case
 from tests.benchmarks import kernels_sections as sections
 from tests.benchmarks import kernels_speed as speed
 from tests.benchmarks.kernels_sections import Run

@@ -18,7 +18,7 @@ from bncli.kernels import native
 from bncli.measure.reference import accuracy
 from bncli.measure.reference import case as cases
 from bncli.measure.reference.accuracy import Check
-from bncli.results import Case
+from bncli.results.profile import Case
 from tests.benchmarks import (
     kernels,
     kernels_hazards,

@@ -20,8 +20,8 @@ from bncli.measure.reference import case as cases
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing import speedup
 from bncli.measure.timing.clock import Deadline, Work
-from bncli.results import Case, Ceilings, Environment, KernelCost, KernelProfile, Times
-from bncli.results.environment import Interval
+from bncli.results.environment import Environment, Interval
+from bncli.results.profile import Case, Ceilings, KernelCost, KernelProfile, Times
 from tests.benchmarks import (
     kernels,
     kernels_cpu_large,

@@ -25,7 +25,7 @@ from bncli.kernels import KERNELS
 from bncli.measure.compare import reuse
 from bncli.recipe.load import load
 from bncli.report.files import result_from_json
-from bncli.results import Comparison
+from bncli.results.compare import Comparison
 from tests.conftest import OWN
 from tests.test_architecture import modules_after
 

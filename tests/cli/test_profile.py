@@ -21,7 +21,7 @@ from bncli.measure.profile.candidates import OWN_KERNELS
 from bncli.measure.profile.steps import StepRun
 from bncli.measure.timing import ceilings, clock, fresh_processes, speedup
 from bncli.report.profile import export
-from bncli.results import Ceilings, KernelProfile, StepMemory, StepProfile
+from bncli.results.profile import Ceilings, KernelProfile, StepMemory, StepProfile
 from tests.cli.test_cli import RECIPE, bncli
 from tests.test_architecture import modules_after
 

@@ -11,23 +11,20 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bncli.results import (
+from bncli.results.compare import (
     ArmSummary,
     AtTarget,
     Choice,
     Comparison,
     ComparisonPlan,
     Cost,
-    Environment,
-    Evaluation,
-    Interval,
     Ratio,
     RunRecord,
-    RunResult,
     Steps,
-    Target,
     TuningCell,
 )
+from bncli.results.environment import Environment, Interval
+from bncli.results.train import Evaluation, RunResult, Target
 
 ENVIRONMENT = Environment(
     bncli="0.1.0",

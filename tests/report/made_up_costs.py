@@ -7,15 +7,14 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from bncli.results import (
+from bncli.results.environment import Environment, Interval
+from bncli.results.profile import (
     STEP_CLASSES,
     Case,
     Ceilings,
     Change,
-    Environment,
     Faster,
     Gate,
-    Interval,
     KernelCost,
     KernelMean,
     KernelProfile,

@@ -26,16 +26,9 @@ from bncli.report.files import (
     write_atomically,
 )
 from bncli.report.table import comparison_report
-from bncli.results import (
-    RUNS_VERSION,
-    Evaluated,
-    Evaluation,
-    RunFinished,
-    RunRecord,
-    RunStarted,
-    StepDone,
-    Target,
-)
+from bncli.results.compare import RunRecord
+from bncli.results.environment import RUNS_VERSION
+from bncli.results.train import Evaluated, Evaluation, RunFinished, RunStarted, StepDone, Target
 
 FLOATS = st.floats(allow_nan=False) | st.none()
 

@@ -16,17 +16,9 @@ import bncli
 from bncli.errors import BncliError, RecipeError
 from bncli.report.files import record_to_json
 from bncli.report.folder import ComparisonFolder, RunFolder, load_comparison
-from bncli.results import (
-    RUNS_VERSION,
-    BegunComparison,
-    Comparison,
-    ComparisonPlan,
-    Evaluated,
-    Evaluation,
-    RunRecord,
-    RunStarted,
-    Target,
-)
+from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, RunRecord
+from bncli.results.environment import RUNS_VERSION
+from bncli.results.train import Evaluated, Evaluation, RunStarted, Target
 
 
 def record(make_result, key: str, failure: str | None = None) -> RunRecord:
@@ -177,7 +169,7 @@ import sys
 from pathlib import Path
 from bncli.errors import BncliError
 from bncli.report.folder import RunFolder
-from bncli.results import RunStarted
+from bncli.results.train import RunStarted
 try:
     with RunFolder(Path(sys.argv[1]) if sys.argv[1] else None, "small", sys.argv[2] == "force") as folder:
         print("ready", flush=True)

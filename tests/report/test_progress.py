@@ -9,17 +9,8 @@ from rich.console import Console
 
 from bncli.report import progress as module
 from bncli.report.progress import CompareProgress, TrainProgress
-from bncli.results import (
-    ComparisonStarted,
-    Evaluated,
-    Evaluation,
-    RunBegan,
-    RunEnded,
-    RunProgressed,
-    RunStarted,
-    StepDone,
-    Target,
-)
+from bncli.results.compare import ComparisonStarted, RunBegan, RunEnded, RunProgressed
+from bncli.results.train import Evaluated, Evaluation, RunStarted, StepDone, Target
 
 TRAIN = [
     RunStarted("digits", "cpu", 27_710, 3000, 60, Target("accuracy", 0.95)),

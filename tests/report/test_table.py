@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from bncli.report.table import comparison_report, comparison_table, run_table, tuning_table
-from bncli.results import Target, TargetReached
+from bncli.results.train import Target, TargetReached
 
 
 def lines_with(text: str, word: str) -> list[str]:

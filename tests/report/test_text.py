@@ -23,7 +23,8 @@ from bncli.report.text import (
     subtitle,
     title,
 )
-from bncli.results import Interval, Ratio, Steps
+from bncli.results.compare import Ratio, Steps
+from bncli.results.environment import Interval
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from bncli.errors import BncliError, DataError, RunFailed
 from bncli.recipe.layers import shape_contradictions
 from bncli.recipe.sections import Adam, AdamW, BatchNorm, Cosine, Exponential, OwnModel, Recipe, Sgd, StepDecay
 from bncli.recipe.yaml import dotted
-from bncli.results import (
+from bncli.results.train import (
     Evaluated,
     Evaluation,
     Event,

@@ -11,8 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from bncli.recipe.sections import LogSpaced
-from bncli.results import Evaluation, Target
-from bncli.results.train import AHEAD
+from bncli.results.train import AHEAD, Evaluation, Target
 
 
 class StepsToTarget:

@@ -60,8 +60,8 @@ def serve(jobs: queue.Queue[dict[str, Any]], out: TextIO, device_name: str, thre
     from bncli.engine.train import train
     from bncli.engine.user_code import LoadedFiles
     from bncli.recipe.sections import OwnModel, Recipe
-    from bncli.results import Evaluated, RunFinished, RunStarted
     from bncli.results.serialize import to_plain
+    from bncli.results.train import Evaluated, RunFinished, RunStarted
 
     gc.freeze()
     gc.enable()

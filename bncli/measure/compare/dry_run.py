@@ -10,7 +10,7 @@ from bncli.recipe.layers import estimated_memory_mib, input_of, layers, shape_co
 from bncli.recipe.load import Arm, Loaded, leaves, plain
 from bncli.recipe.sections import Npz, Recipe
 from bncli.recipe.yaml import dotted
-from bncli.results import Planned, PlannedArm
+from bncli.results.compare import Planned, PlannedArm
 
 
 def of_training(loaded: Loaded, arm: Arm) -> Planned:

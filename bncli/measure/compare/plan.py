@@ -17,7 +17,8 @@ from bncli.errors import RecipeError
 from bncli.recipe.layers import input_of, shape_contradictions
 from bncli.recipe.load import Arm, Loaded, digest, plain, with_values
 from bncli.recipe.sections import Digits, Npz, Recipe, TargetSection
-from bncli.results import ComparisonPlan, Phase, RunRecord, Target
+from bncli.results.compare import ComparisonPlan, Phase, RunRecord
+from bncli.results.train import Target
 
 MOST_RUNS = 20_000  # each is planned in memory; a longer list of values is a slip, or several comparisons
 FEWEST_TUNE_SEEDS = 3  # with two, a single difference decides how sure the choice of a point is

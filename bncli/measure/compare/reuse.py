@@ -16,7 +16,7 @@ from bncli.measure.compare.plan import Job, Study, collect, planned_runs
 from bncli.measure.compare.summary import summarise
 from bncli.recipe.load import Arm, data_state, digest, plain, with_values
 from bncli.recipe.sections import Recipe
-from bncli.results import BegunComparison, Comparison, RunRecord
+from bncli.results.compare import BegunComparison, Comparison, RunRecord
 
 PACKAGE = Path(__file__).parents[2]
 RUN_BY = ("engine", "kernels", "recipe")  # the parts of bncli that decide what a run does

@@ -9,16 +9,9 @@ from typing import Any, Protocol
 from bncli.measure.compare.executors.processes import Ended, Pool, Progressed, Started
 from bncli.measure.compare.plan import Job, Study, planned_runs, wanted
 from bncli.recipe.load import plain
-from bncli.results import (
-    ComparisonEvent,
-    ComparisonStarted,
-    RunBegan,
-    RunEnded,
-    RunProgressed,
-    RunRecord,
-    RunResult,
-)
+from bncli.results.compare import ComparisonEvent, ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
 from bncli.results.serialize import from_plain
+from bncli.results.train import RunResult
 
 
 class Store(Protocol):

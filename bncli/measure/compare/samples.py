@@ -13,7 +13,8 @@ import numpy as np
 from bncli.engine.train.target import StepsToTarget
 from bncli.measure.compare import stats
 from bncli.measure.compare.stats import Sample
-from bncli.results import ComparisonPlan, RunRecord, RunResult, Target
+from bncli.results.compare import ComparisonPlan, RunRecord
+from bncli.results.train import RunResult, Target
 
 Point = dict[str, Any]
 Measure = Callable[[Point, RunResult], tuple[float, bool] | None]  # log of a run's cost, and whether it hit; or unknown

@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import betaincinv, nctdtr, stdtr, stdtrit
 
-from bncli.results import Interval, Ratio, Steps
+from bncli.results.compare import Ratio, Steps
+from bncli.results.environment import Interval
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]

@@ -11,20 +11,19 @@ from typing import Any
 from bncli.measure.compare import samples, stats
 from bncli.measure.compare.plan import point_and_seed
 from bncli.measure.compare.samples import Measure, Runs, ended, kept_points, points_of
-from bncli.results import (
+from bncli.results.compare import (
     ArmSummary,
     AtTarget,
     Choice,
     Comparison,
     ComparisonPlan,
     Cost,
-    Interval,
     Ratio,
     RunRecord,
-    RunResult,
-    Target,
     TuningCell,
 )
+from bncli.results.environment import Interval
+from bncli.results.train import RunResult, Target
 
 FEWEST_EVALUATIONS = 10  # within an arm's steps to target; 5 would do for the bias, 10 keep single runs from scattering
 MOVED = 0.05  # by how much every second evaluation may move the ratio before a note says so

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bncli.errors import BncliError
-from bncli.results import BiasStep, GradientPaths
+from bncli.results.gradcheck import BiasStep, GradientPaths
 
 # call(x, weight, bias, eps) -> y: training mode; x and y (N, C, *S), weight and bias (C)
 Call = Callable[[Tensor, Tensor, Tensor, float], Tensor]

@@ -18,7 +18,7 @@ from bncli.measure.gradcheck.symptoms import SYMPTOMS
 from bncli.measure.reference.judge import Verdict
 from bncli.measure.reference.observe import Evidence
 from bncli.measure.reference.tolerance import in_floors
-from bncli.results import Diagnosis
+from bncli.results.gradcheck import Diagnosis
 
 SHOWN = 3
 CASES = 24  # failing cases that the hypotheses are tried on

@@ -22,7 +22,7 @@ from bncli.measure.reference.candidate import GROUPS, Subject, subject
 from bncli.measure.reference.gradient_cases import INTERPRETED_CHANNELS
 from bncli.measure.reference.judge import Verdict
 from bncli.measure.reference.observe import Check, Finding, Setting, Stage
-from bncli.results import CheckFailure, CheckGroup, Effort, Gradcheck, GradientPaths
+from bncli.results.gradcheck import CheckFailure, CheckGroup, Effort, Gradcheck, GradientPaths
 
 SHOWN = 8  # failures kept, one a row of the table
 PATHS = "train dx in its three parts"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from bncli.measure.reference.judge import Verdict
 from bncli.measure.reference.observe import Finding
-from bncli.results import Diagnosis
+from bncli.results.gradcheck import Diagnosis
 
 Verdicts = list[Verdict]
 

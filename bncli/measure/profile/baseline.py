@@ -11,17 +11,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from bncli.errors import RecipeError
-from bncli.results import (
-    Change,
-    Faster,
-    Gate,
-    Interval,
-    KernelCost,
-    KernelProfile,
-    StepCost,
-    StepProfile,
-    Verdict,
-)
+from bncli.results.environment import Interval
+from bncli.results.profile import Change, Faster, Gate, KernelCost, KernelProfile, StepCost, StepProfile, Verdict
 
 Profile = KernelProfile | StepProfile
 VIEWS: dict[type, str] = {KernelProfile: "kernels", StepProfile: "a training step"}

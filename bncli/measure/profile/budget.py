@@ -11,7 +11,7 @@ from bncli.measure.profile.shapes import Calls, Shape
 from bncli.measure.reference import case as cases
 from bncli.measure.timing import clock, speedup
 from bncli.measure.timing.clock import Deadline
-from bncli.results import Case
+from bncli.results.profile import Case
 
 NATIVE = "native"
 OPERATIONS = ("bn", "bn+relu", "bn+add+relu")

@@ -16,7 +16,7 @@ from bncli.measure.reference import case as cases
 from bncli.measure.reference.candidate import Subject, subject
 from bncli.measure.reference.case import Apply, Inputs
 from bncli.measure.timing.clock import Work
-from bncli.results import Case, Direction
+from bncli.results.profile import Case, Direction
 
 OWN_KERNELS = (*kernels.KERNELS, "compiled")
 

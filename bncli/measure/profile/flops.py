@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bncli.measure.reference import case as cases
-from bncli.results import Case, Direction
+from bncli.results.profile import Case, Direction
 
 # An element's operations (an addition, a multiplication, a comparison, an exponential or a division: 1 each).
 STATISTICS = 4  # the sum; the deviation from the mean, its square, their sum

@@ -9,7 +9,7 @@ from bncli.kernels.fused import cpu
 from bncli.kernels.fused.tiling import Plan
 from bncli.kernels.layout import dense
 from bncli.measure.reference import case as cases
-from bncli.results import Case
+from bncli.results.profile import Case
 
 NATIVE_NAMES = {"Native": "ATen", "Cudnn": "cuDNN", "Miopen": "MIOpen"}  # torch's names of its backends
 

@@ -12,7 +12,7 @@ from bncli.errors import Unavailable
 from bncli.measure.profile.candidates import Arm, Source
 from bncli.measure.reference.case import Inputs
 from bncli.measure.reference.channel_accuracy import Judge, judge
-from bncli.results import Case, KernelCost
+from bncli.results.profile import Case, KernelCost
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bncli.measure.timing.speedup import faster_over
-from bncli.results import Case, KernelCost, KernelMean, Times
+from bncli.results.profile import Case, KernelCost, KernelMean, Times
 
 NATIVE = "native"
 Key = tuple[str, str, str, str]  # kernel, operation, dtype, layout

@@ -23,7 +23,7 @@ from bncli.measure.timing import memory, speedup
 from bncli.measure.timing.ceilings import Ladder, busy_cores
 from bncli.measure.timing.clock import Clock, Deadline
 from bncli.measure.timing.fresh_processes import FreshProcesses
-from bncli.results import (
+from bncli.results.profile import (
     Case,
     Ceilings,
     Direction,

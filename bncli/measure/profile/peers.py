@@ -19,7 +19,7 @@ from bncli.errors import Unavailable
 from bncli.kernels import native
 from bncli.measure.reference import case as cases
 from bncli.measure.reference.case import Apply, Inputs
-from bncli.results import Case
+from bncli.results.profile import Case
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 from bncli.kernels import native
 from bncli.measure.reference import case as cases
 from bncli.measure.reference.case import Inputs
-from bncli.results import Case
+from bncli.results.profile import Case
 
 DEVIATIONS = 4  # of a floor's rounding error: once in 16,000 for one number, and a tensor's largest is asked for
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from bncli import kernels
 from bncli.kernels import native
 from bncli.kernels.api import batch_norm
-from bncli.results import Case
+from bncli.results.profile import Case
 
 # Name -> (whether a residual is added, the activation).
 OPERATIONS: dict[str, tuple[bool, str | None]] = {

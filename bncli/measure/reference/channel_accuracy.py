@@ -17,7 +17,7 @@ from bncli.measure.reference import case as cases
 from bncli.measure.reference.accuracy import Standard
 from bncli.measure.reference.case import Apply, Inputs
 from bncli.measure.timing import clock as timing
-from bncli.results import Case
+from bncli.results.profile import Case
 
 MOST_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}  # judged in float64, in about 50 passes over them
 FEWEST_CHANNELS = 3  # the first, one within, and the last

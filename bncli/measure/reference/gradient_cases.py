@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bncli.kernels.layout import per_channel
 from bncli.measure.reference.definition import definition
-from bncli.results import Effort
+from bncli.results.gradcheck import Effort
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
 FUSIONS = ("plain", "relu", "leaky_relu", "silu", "residual", "relu+residual", "leaky_relu+residual", "silu+residual")

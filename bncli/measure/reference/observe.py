@@ -14,7 +14,7 @@ from bncli.measure.reference import tolerance as tolerances
 from bncli.measure.reference.candidate import Subject, native_in_the_same_dtype
 from bncli.measure.reference.gradient_cases import Case, Inputs, inputs
 from bncli.measure.reference.quantities import Observation, observe, quantities
-from bncli.results import Effort
+from bncli.results.gradcheck import Effort
 
 
 @dataclass(frozen=True)

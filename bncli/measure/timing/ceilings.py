@@ -9,7 +9,7 @@ import torch
 
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing.clock import Clock, Work
-from bncli.results import Ceilings
+from bncli.results.profile import Ceilings
 
 KIB, MIB = 2**10, 2**20
 SIZES = (256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB)

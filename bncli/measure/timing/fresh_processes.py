@@ -18,7 +18,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import IO, Any
 
-from bncli.results import Case
+from bncli.results.profile import Case
 
 HANG_S = 20.0  # of one case in its own process
 START_S = 60.0  # to load torch in the server, on a busy machine

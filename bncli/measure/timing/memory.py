@@ -14,7 +14,7 @@ from torch import Tensor
 from bncli.engine import device as devices
 from bncli.measure.reference import case as cases
 from bncli.measure.reference.case import Inputs
-from bncli.results import Case
+from bncli.results.profile import Case
 
 MIB = 2**20
 

@@ -14,7 +14,7 @@ import torch
 
 from bncli.measure.profile import candidates
 from bncli.measure.timing import memory
-from bncli.results import Case
+from bncli.results.profile import Case
 
 M_MMAP_THRESHOLD = -3  # mallopt's, of glibc
 MAPPED_BYTES = 2**16  # from this size on a tensor has pages of its own, which are given back when it is freed

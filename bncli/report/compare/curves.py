@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from rich.text import Text
 
 from bncli.report.text import LETTERS, curve_points, encodable, figure, metric_range, setting
-from bncli.results import Comparison
+from bncli.results.compare import Comparison
 
 COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red")
 LETTER_EVERY = 14  # characters along a curve

@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from bncli.results import Planned, PlannedArm
+from bncli.results.compare import Planned, PlannedArm
 from bncli.results.serialize import to_plain
 
 

@@ -21,7 +21,7 @@ from bncli.report.text import (
     target_columns,
     title,
 )
-from bncli.results import ArmSummary, AtTarget, Comparison, Cost
+from bncli.results.compare import ArmSummary, AtTarget, Comparison, Cost
 
 
 def to_csv(comparison: Comparison) -> str:

@@ -28,7 +28,8 @@ from bncli.report.text import (
     targets_in_order,
     title,
 )
-from bncli.results import ArmSummary, Comparison, RunResult
+from bncli.results.compare import ArmSummary, Comparison
+from bncli.results.train import RunResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

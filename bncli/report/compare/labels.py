@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from bncli.report.text import LETTERS, setting
-from bncli.results import Target
+from bncli.results.train import Target
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from bncli.report.text import UNKNOWN, Cell, Column, figure, setting, short_names
-from bncli.results import ArmSummary, Choice, Comparison, ComparisonPlan, TuningCell
+from bncli.results.compare import ArmSummary, Choice, Comparison, ComparisonPlan, TuningCell
 
 
 def tuning_columns(comparison: Comparison) -> list[Column]:

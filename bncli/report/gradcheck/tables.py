@@ -15,7 +15,7 @@ from rich.text import Text
 
 from bncli.report.table import NAME_WIDTH, Fitted, Layout
 from bncli.report.text import UNKNOWN, encodable, figure
-from bncli.results import BiasStep, CheckGroup, GradientPaths
+from bncli.results.gradcheck import BiasStep, CheckGroup, GradientPaths
 
 OK, FAILED, NOT_CHECKED = "ok", "FAILED", "not checked"
 STYLES = {OK: "green", FAILED: "bold red", NOT_CHECKED: "yellow"}

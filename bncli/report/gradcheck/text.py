@@ -29,7 +29,8 @@ from bncli.report.gradcheck.tables import (
 )
 from bncli.report.progress import _Sink
 from bncli.report.text import encodable, environment_words, figure
-from bncli.results import FORMAT_VERSION, BiasStep, CheckGroup, Gradcheck
+from bncli.results.environment import FORMAT_VERSION
+from bncli.results.gradcheck import BiasStep, CheckGroup, Gradcheck
 from bncli.results.serialize import to_plain
 
 

@@ -12,7 +12,7 @@ from bncli.report.profile.text import gate_columns
 from bncli.report.ruled import Dashed, Line, Listing, Ruled
 from bncli.report.table import Fitted, Layout
 from bncli.report.text import encodable
-from bncli.results import Change, Gate, KernelProfile, StepProfile
+from bncli.results.profile import Change, Gate, KernelProfile, StepProfile
 
 STYLES = {"ok": "green", "regressed": "bold red", "cannot tell": "yellow"}
 NARROWER = "More rounds narrow the intervals: --time or --min-rounds, of the baseline too."

@@ -28,8 +28,8 @@ from bncli.report.profile.text import (
     quartiles,
 )
 from bncli.report.text import Column, environment_words
-from bncli.results import (
-    FORMAT_VERSION,
+from bncli.results.environment import FORMAT_VERSION
+from bncli.results.profile import (
     STEP_CLASSES,
     Ceilings,
     Faster,

@@ -25,7 +25,7 @@ from bncli.report.profile.text import (
 from bncli.report.ruled import Dashed, Line, Listing, Ruled, in_encoding
 from bncli.report.table import Fitted, Layout
 from bncli.report.text import Column, encodable, environment_words
-from bncli.results import Ceilings, Faster, KernelCost, KernelMean, KernelProfile
+from bncli.results.profile import Ceilings, Faster, KernelCost, KernelMean, KernelProfile
 
 SHORT = {"forward": "fwd", "backward": "bwd"}
 # What shows the spread of its samples, what is left out, and whether headers are short; the first that fits is taken.

@@ -13,7 +13,8 @@ from bncli.report.profile.cost_bars import draw_facets, facets, facets_height
 from bncli.report.profile.roofs import roofline
 from bncli.report.profile.step_bars import step_bars, step_height
 from bncli.report.profile.text import cache_words, gb_per_s
-from bncli.results import Environment, KernelProfile, StepProfile
+from bncli.results.environment import Environment
+from bncli.results.profile import KernelProfile, StepProfile
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

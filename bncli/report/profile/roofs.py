@@ -17,7 +17,7 @@ from bncli.report.compare.figure import COLOURS, INK
 from bncli.report.compare.labels import PALE
 from bncli.report.profile.text import gb_per_s, size_words
 from bncli.report.text import figure
-from bncli.results import Ceilings, KernelCost
+from bncli.results.profile import Ceilings, KernelCost
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

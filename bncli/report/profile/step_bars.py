@@ -8,7 +8,7 @@ from bncli.report.compare.figure import COLOURS, INK
 from bncli.report.compare.labels import PALE
 from bncli.report.profile.text import quartiles
 from bncli.report.text import figure
-from bncli.results import STEP_CLASSES, StepCost, StepProfile
+from bncli.results.profile import STEP_CLASSES, StepCost, StepProfile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from bncli.report.profile.text import NATIVE, faster_cell, memory_column, percent, quartiles, samples_cell
 from bncli.report.text import UNKNOWN, Cell, Column, figure
-from bncli.results import STEP_CLASSES, StepCost
+from bncli.results.profile import STEP_CLASSES, StepCost
 
 BROKEN = {"normalization": ("normal-", "ization"), "activation": ("acti-", "vation"), "optimizer": ("opti-", "mizer")}
 

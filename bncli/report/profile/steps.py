@@ -19,7 +19,7 @@ from bncli.report.profile.text import (
 from bncli.report.ruled import Bar, Dashed, Line, Listing, Ruled, in_encoding
 from bncli.report.table import Fitted, Layout
 from bncli.report.text import Column, encodable, environment_words
-from bncli.results import STEP_CLASSES, NormRemark, StepCost, StepProfile
+from bncli.results.profile import STEP_CLASSES, NormRemark, StepCost, StepProfile
 
 COLOURS = dict(zip(STEP_CLASSES, ("magenta", "cyan", "yellow", "green", "blue", "", "dim"), strict=True))
 LETTERS = dict(zip(STEP_CLASSES, "NCAOD.-", strict=True))  # of a bar, so that it needs no colour

@@ -9,17 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from bncli.report.text import UNKNOWN, Cell, Column, figure, interval_figure
-from bncli.results import (
-    Case,
-    Ceilings,
-    Change,
-    Faster,
-    KernelCost,
-    KernelMean,
-    KernelProfile,
-    StepCost,
-    Times,
-)
+from bncli.results.profile import Case, Ceilings, Change, Faster, KernelCost, KernelMean, KernelProfile, StepCost, Times
 
 NATIVE = "native"
 MIB = 2**20

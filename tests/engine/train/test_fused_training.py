@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bncli.engine.train import run
-from bncli.results import Evaluated
+from bncli.results.train import Evaluated
 from tests.conftest import tiny
 
 IMAGES = {"source": "synthetic", "shape": [3, 8, 8], "classes": 3, "examples": 96, "held_out": 33, "noise": 0.5}

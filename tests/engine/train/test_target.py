@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bncli.engine.train.target import StepsToTarget, evaluation_steps, steps_to_target
 from bncli.recipe.sections import LogSpaced
-from bncli.results import Evaluation, Target
+from bncli.results.train import Evaluation, Target
 from tests.benchmarks.crossings import bias_of_14x, ratio_by_cadence
 
 ACCURACY = Target("accuracy", 0.5)

@@ -22,7 +22,7 @@ from bncli.engine.train import Clock, Training, evaluation_size, learning_rate_f
 from bncli.engine.train.target import steps_to_target
 from bncli.errors import DataError
 from bncli.recipe.sections import Recipe
-from bncli.results import Evaluated, Event, RunFinished, RunResult, RunStarted, StepDone
+from bncli.results.train import Evaluated, Event, RunFinished, RunResult, RunStarted, StepDone
 from tests.conftest import OWN, tiny
 
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ import torch
 
 from bncli.recipe.load import plain
 from bncli.recipe.sections import Recipe
-from bncli.results import RunResult
 from bncli.results.serialize import from_plain
+from bncli.results.train import RunResult
 from tests.conftest import OWN, tiny
 
 

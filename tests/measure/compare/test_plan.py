@@ -15,7 +15,9 @@ from bncli.errors import RecipeError
 from bncli.measure.compare.plan import Job, Study, collect, planned_runs, study, wanted
 from bncli.measure.compare.reuse import identity
 from bncli.recipe.load import load
-from bncli.results import Environment, Evaluation, RunRecord, RunResult, Status, Target
+from bncli.results.compare import RunRecord
+from bncli.results.environment import Environment
+from bncli.results.train import Evaluation, RunResult, Status, Target
 
 BASE = """
 data: {source: synthetic, shape: [8], classes: 3, examples: 200, held_out: 50}

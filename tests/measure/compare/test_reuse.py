@@ -24,7 +24,7 @@ from bncli.measure.compare.reuse import (
     usable,
 )
 from bncli.measure.compare.summary import summarise
-from bncli.results import BegunComparison, RunRecord
+from bncli.results.compare import BegunComparison, RunRecord
 from bncli.results.serialize import to_plain
 from tests.conftest import tiny
 from tests.measure.compare.test_plan import ARMS, BASE, record, study_of

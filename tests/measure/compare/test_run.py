@@ -14,7 +14,7 @@ from bncli.measure.compare.executors.processes import Ended, Progressed, Started
 from bncli.measure.compare.plan import Study, collect, planned_runs, wanted
 from bncli.measure.compare.run import execute
 from bncli.measure.compare.summary import summarise
-from bncli.results import ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
+from bncli.results.compare import ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
 from bncli.results.serialize import to_plain
 from tests.measure.compare.test_plan import ARMS, BASE, result, study_of
 

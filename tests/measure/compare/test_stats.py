@@ -23,7 +23,8 @@ from bncli.measure.compare.stats import (
     typical,
     welch_power,
 )
-from bncli.results import Interval, Ratio, Steps
+from bncli.results.compare import Ratio, Steps
+from bncli.results.environment import Interval
 from tests.benchmarks.intervals import FIELDS, FLAT, Cell, Choice, Grid
 
 Runs = Sequence[float | None]

@@ -13,7 +13,9 @@ import pytest
 from bncli.measure.compare.plan import Job, Study, planned_runs, wanted
 from bncli.measure.compare.samples import kept_points
 from bncli.measure.compare.summary import summarise
-from bncli.results import Comparison, Evaluation, Interval, RunRecord, Target, TargetReached
+from bncli.results.compare import Comparison, RunRecord
+from bncli.results.environment import Interval
+from bncli.results.train import Evaluation, Target, TargetReached
 from tests.measure.compare.test_plan import ARMS, BASE, carried_out, record, result, study_of
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from bncli.errors import Unavailable
 from bncli.measure.gradcheck import chain_rule
 from bncli.measure.gradcheck.chain_rule import CASES, Call, Inputs, as_rows, bias_demo, paths, random_inputs, sets_of
-from bncli.results import GradientPaths
+from bncli.results.gradcheck import GradientPaths
 
 CPU = torch.device("cpu")
 VALID = [

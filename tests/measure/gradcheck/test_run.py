@@ -9,7 +9,7 @@ import torch
 from bncli.errors import RecipeError, Unavailable
 from bncli.kernels import fused
 from bncli.measure.gradcheck.run import run
-from bncli.results import CheckGroup, Gradcheck
+from bncli.results.gradcheck import CheckGroup, Gradcheck
 from tests.measure.reference import wrong_kernels
 
 HERE = "tests.measure.reference.wrong_kernels"

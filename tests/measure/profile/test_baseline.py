@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from bncli.errors import USAGE, RecipeError
 from bncli.measure.profile.baseline import change, gate, row_name
-from bncli.results import Faster, Interval
+from bncli.results.environment import Interval
+from bncli.results.profile import Faster
 from tests.report.made_up_costs import kernel_profile, one_case, step_profile, with_errors
 
 POSITIVE = st.floats(0.01, 100.0)

@@ -11,7 +11,7 @@ from bncli.measure.profile.baseline import gate
 from bncli.measure.profile.candidates import Arm, Source
 from bncli.measure.reference import case as cases
 from bncli.measure.reference.case import Inputs
-from bncli.results import Case, KernelProfile
+from bncli.results.profile import Case, KernelProfile
 from tests.measure.profile.test_kernels import Machine, Spent, profile
 
 SHAPES = tuple(((4, 3, 5, side), 1) for side in range(2, 8))

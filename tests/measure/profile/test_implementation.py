@@ -7,7 +7,7 @@ import torch
 
 from bncli.kernels.fused.tiling import Processors, plan
 from bncli.measure.profile import implementation
-from bncli.results import Case
+from bncli.results.profile import Case
 
 H200 = Processors(132, cooperative=True)
 CPU = torch.device("cpu")

@@ -22,7 +22,7 @@ from bncli.measure.reference.channel_accuracy import judge
 from bncli.measure.timing import clock
 from bncli.measure.timing.ceilings import Ladder, busy_cores
 from bncli.measure.timing.clock import CpuClock
-from bncli.results import Case, Ceilings, KernelCost, KernelProfile, Measuring, ProfileStarted, RowDone
+from bncli.results.profile import Case, Ceilings, KernelCost, KernelProfile, Measuring, ProfileStarted, RowDone
 
 CPU = torch.device("cpu")
 SMALL = ((4, 3, 5, 7), 2)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from bncli.errors import Unavailable
 from bncli.measure.profile import candidates, peers
 from bncli.measure.reference.channel_accuracy import judge
-from bncli.results import Case
+from bncli.results.profile import Case
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CASE = Case((4, 6, 5, 7), "bn", "fp32")

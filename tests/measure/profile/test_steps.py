@@ -24,7 +24,7 @@ from bncli.measure.profile.step_own import OwnSubject
 from bncli.measure.profile.step_recipes import RecipeSubject, subjects_of
 from bncli.measure.profile.steps import StepRun
 from bncli.recipe.load import load
-from bncli.results import Interval
+from bncli.results.environment import Interval
 from bncli.results.profile import STEP_CLASSES, Measuring, ProfileStarted, RowDone, StepCost, StepMemory, StepProfile
 from tests.conftest import tiny
 from tests.measure.reference import wrong_kernels

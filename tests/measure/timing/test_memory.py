@@ -18,7 +18,7 @@ from bncli.measure.reference import case as cases
 from bncli.measure.timing import fresh_processes, memory
 from bncli.measure.timing.fresh_processes import FreshProcesses
 from bncli.measure.timing.memory import saved_bytes
-from bncli.results import Case
+from bncli.results.profile import Case
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the resident peak is read from /proc")
 FOUR_MIB = Case((16, 64, 32, 32), "bn", "fp32")

@@ -9,7 +9,8 @@ import statistics
 import pytest
 
 from bncli.measure.timing.speedup import FEWEST_ROUNDS, faster, faster_over, interval_rank, of_ratios
-from bncli.results import Faster, Interval
+from bncli.results.environment import Interval
+from bncli.results.profile import Faster
 
 
 def test_it_is_the_median_of_the_rounds_ratios_and_not_the_ratio_of_medians() -> None:

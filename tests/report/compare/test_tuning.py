@@ -8,7 +8,7 @@ import pytest
 
 from bncli.report.compare.tuning import common_ratio, tuning_columns
 from bncli.report.text import UNKNOWN
-from bncli.results import TuningCell
+from bncli.results.compare import TuningCell
 
 BUDGET = 3000
 

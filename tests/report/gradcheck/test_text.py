@@ -16,7 +16,7 @@ from bncli.report import progress
 from bncli.report.gradcheck import tables
 from bncli.report.gradcheck import text as gradients
 from bncli.report.gradcheck.text import GradcheckProgress, GradcheckReport
-from bncli.results import BiasStep, CheckFailure, CheckGroup, Diagnosis, Gradcheck, GradientPaths
+from bncli.results.gradcheck import BiasStep, CheckFailure, CheckGroup, Diagnosis, Gradcheck, GradientPaths
 from bncli.results.serialize import from_plain
 from tests.report.conftest import ENVIRONMENT
 

@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 
 from bncli.errors import USAGE, RecipeError
 from bncli.report.profile.export import load, to_csv, to_json, to_markdown
-from bncli.results import (
+from bncli.results.environment import Environment, Interval
+from bncli.results.profile import (
     STEP_CLASSES,
     Case,
     Ceilings,
-    Environment,
     Faster,
-    Interval,
     KernelCost,
     KernelProfile,
     StepCost,

@@ -13,7 +13,8 @@ from bncli.report.profile.baseline import GateReport, closing
 from bncli.report.profile.kernels import KernelReport
 from bncli.report.profile.steps import StepReport
 from bncli.report.profile.text import memory_column, percent, quartiles, samples_cell
-from bncli.results import Faster, Interval, KernelCost
+from bncli.results.environment import Interval
+from bncli.results.profile import Faster, KernelCost
 from tests.report.made_up_costs import (
     ERROR,
     KERNELS,

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from bncli.report import progress as module
 from bncli.report.progress import ProfileProgress
-from bncli.results import Measuring, ProfileStarted, RowDone
+from bncli.results.profile import Measuring, ProfileStarted, RowDone
 from tests.report.made_up_costs import ERROR, failed, one_case
 
 ROWS = one_case().rows

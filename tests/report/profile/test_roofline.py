@@ -14,7 +14,7 @@ from bncli.errors import USAGE, BncliError
 from bncli.report.profile.cost_bars import MOST_BARS, facets, facets_height
 from bncli.report.profile.roofline import draw, render
 from bncli.report.profile.roofs import apart, clusters, copy_words
-from bncli.results import Ceilings
+from bncli.results.profile import Ceilings
 from tests.report.made_up_costs import (
     CEILINGS,
     hundred_rows,
