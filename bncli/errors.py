@@ -12,6 +12,10 @@ DIVERGED = 4  # the loss stopped being finite
 INTERRUPTED = 130  # Ctrl-C; SIGTERM is 143, as shells count
 
 
+# How a message names the permission to import and run the user's own code; the command line shows its option instead.
+ALLOW_CODE = "allow_code=True"
+
+
 class BncliError(Exception):
     """Base class of user-facing errors. The CLI prints the message without a traceback and exits with `exit_code`."""
 
