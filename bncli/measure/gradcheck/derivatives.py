@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bncli.measure.reference.gradient_cases import Case, Inputs, inputs, preactivation
-from bncli.measure.reference.observe import Check, Finding, Setting, Stage
+from bncli.measure.reference.judge import Check, Finding, Setting, Stage
 
 RELATIVE, ABSOLUTE, STEP = 1e-4, 1e-6, 1e-6
 WORDS = (

@@ -11,12 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bncli.measure.gradcheck.facts import facts
-from bncli.measure.gradcheck.hypotheses import Hypothesis, predicted
-from bncli.measure.gradcheck.known_bugs import HYPOTHESES
-from bncli.measure.gradcheck.symptoms import SYMPTOMS
-from bncli.measure.reference.judge import Verdict
-from bncli.measure.reference.observe import Evidence
+from bncli.measure.gradcheck.known_bugs import HYPOTHESES, Hypothesis, predicted
+from bncli.measure.gradcheck.symptoms import SYMPTOMS, facts
+from bncli.measure.reference.judge import Evidence, Verdict
 from bncli.measure.reference.tolerance import in_floors
 from bncli.results.gradcheck import Diagnosis
 

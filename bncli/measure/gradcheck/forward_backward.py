@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from bncli.measure.reference.gradient_cases import DTYPES, Case, cases
-from bncli.measure.reference.observe import Check, Finding, Setting, Stage, compare, fresh
-from bncli.measure.reference.quantities import observe, quantities
+from bncli.measure.reference.judge import Check, Finding, Setting, Stage, compare, fresh
+from bncli.measure.reference.observe import observe, quantities
 
 PROBE = Case("train", "float32", "contiguous", (4, 4, 3))
 

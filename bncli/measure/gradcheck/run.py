@@ -15,13 +15,12 @@ from torch import Tensor
 
 from bncli.engine import device as devices
 from bncli.errors import RecipeError
-from bncli.measure.gradcheck import derivatives, forward_backward, hard_inputs, invariant_rows
+from bncli.measure.gradcheck import derivatives, forward_backward, hard_inputs, invariants
 from bncli.measure.gradcheck.chain_rule import paths
 from bncli.measure.gradcheck.diagnose import diagnose
 from bncli.measure.reference.candidate import GROUPS, Subject, subject
 from bncli.measure.reference.gradient_cases import INTERPRETED_CHANNELS
-from bncli.measure.reference.judge import Verdict
-from bncli.measure.reference.observe import Check, Finding, Setting, Stage
+from bncli.measure.reference.judge import Check, Finding, Setting, Stage, Verdict
 from bncli.results.gradcheck import CheckFailure, CheckGroup, Effort, Gradcheck, GradientPaths
 
 SHOWN = 8  # failures kept, one a row of the table
@@ -91,7 +90,7 @@ def _stages(setting: Setting, refused: dict[str, str]) -> list[Stage]:
     return [
         *forward_backward.stages(setting, refused),
         *derivatives.stages(setting, refused),
-        *invariant_rows.stages(setting, refused),
+        *invariants.stages(setting, refused),
         *hard_inputs.stages(setting, refused),
     ]
 
