@@ -291,11 +291,10 @@ def finding_text(finding: Finding) -> str:
             return f"{quantity} is not 0"
         case "wrong_type":
             return f"{raised}returned a {given}; expected {wanted}"
-        case "wrong_shape" if quantity == "mean and var":
+        case "wrong_shape" if finding.exception:  # of the statistics, which a kernel returns beside y
             return f"{raised}returned mean and var of shapes {given}; expected {wanted}"
         case "wrong_shape" | "wrong_dtype" | "wrong_device":
-            whose = "the input's, " if quantity == "y" else ""
-            return f"{quantity} has {finding.kind.removeprefix('wrong_')} {given}; expected {whose}{wanted}"
+            return f"y has {finding.kind.removeprefix('wrong_')} {given}; expected the input's, {wanted}"
         case "not_computed":
             return f"{quantity} was not computed"
         case "no_gradient":

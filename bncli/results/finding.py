@@ -13,7 +13,7 @@ FindingKind = Literal[
     "nan_unexpected",  # NaN or infinity where the reference has a number
     "not_zero",  # gradients of an empty batch
     # no result that could be compared
-    "wrong_type",
+    "wrong_type",  # of what a kernel returns
     "wrong_shape",
     "wrong_dtype",
     "wrong_device",

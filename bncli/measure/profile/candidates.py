@@ -13,7 +13,7 @@ from bncli.errors import RecipeError
 from bncli.kernels import native
 from bncli.measure.profile import implementation, peers
 from bncli.measure.reference import case as cases
-from bncli.measure.reference.candidate import Subject, subject
+from bncli.measure.reference.candidate import Candidate, candidate
 from bncli.measure.reference.case import Apply, Inputs
 from bncli.measure.timing.clock import Work
 from bncli.results.profile import Case, Direction
@@ -81,7 +81,7 @@ def sources(names: Sequence[str], device: torch.device, allow_code: bool) -> dic
 
 def _source(name: str, device: torch.device, allow_code: bool) -> Source:
     if ":" in name:
-        own = subject(name, "batch", device, allow_code)
+        own = candidate(name, "batch", device, allow_code)
         return lambda case: Arm(_own(own, case))
     if name in peers.PEERS:
         return lambda case: _peer(name, case, device)
@@ -102,7 +102,7 @@ def _peer(name: str, case: Case, device: torch.device) -> Arm:
     return Arm(found.forward, found.ran, overwrites=found.overwrites, positive_weight=found.positive_weight)
 
 
-def _own(own: Subject, case: Case) -> Apply:
+def _own(own: Candidate, case: Case) -> Apply:
     activation = cases.OPERATIONS[case.operation][1]
 
     def forward(given: Inputs) -> Tensor:

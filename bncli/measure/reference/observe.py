@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bncli.measure.reference.candidate import Forward
+from bncli.measure.reference.candidate import Forward, KernelFailed
 from bncli.measure.reference.gradient_cases import Case, Inputs
+from bncli.results.finding import Finding, FindingKind
 
 GRADIENTS = ("dx", "dweight", "dbias", "dresidual")
 SECOND = ("double backward in x", "double backward in weight", "double backward in g")
@@ -19,7 +20,12 @@ class Observation:
     """Quantity -> tensor. What an exception or an impossible result kept from being computed is in `problems`."""
 
     values: dict[str, Tensor] = field(default_factory=dict)
-    problems: dict[str, str] = field(default_factory=dict)
+    problems: dict[str, Finding] = field(default_factory=dict)
+
+    @property
+    def problem(self) -> Finding | None:
+        """The first of them."""
+        return next(iter(self.problems.values()), None)
 
     def wide(self) -> dict[str, Tensor]:
         return {name: value.detach().cpu().double() for name, value in self.values.items()}
@@ -48,13 +54,12 @@ def observe(call: Forward, case: Case, given: Inputs, second: bool = True) -> Ob
         y = call(x, *running, weight, bias, case.training, case.momentum, case.eps, residual, case.activation)
     except (Exception, SystemExit) as error:  # the kernel may be anyone's code
         return _failed(seen, quantities(case), error)
-    wrong = why_not_like(y, given.x)
-    if wrong is not None:
+    if wrong := unlike(y, given.x):
         seen.problems = dict.fromkeys(quantities(case), wrong)
         return seen
     seen.values["forward"] = y.detach()
-    if not case.training:
-        seen.problems.update(_moved(running, given))
+    if not case.training and (moved := _moved(running, given)):
+        seen.problems["forward"] = Finding("running_moved", names=moved)
     if case.training and case.norm == "batch":
         for name, value in zip(("running_mean", "running_var"), running, strict=True):
             if value is not None:
@@ -65,8 +70,6 @@ def observe(call: Forward, case: Case, given: Inputs, second: bool = True) -> Ob
         return _failed(seen, [*wanted, "double backward"], error)
     for (name, tensor), gradient in zip(wanted.items(), first, strict=True):
         seen.values[name] = torch.zeros_like(tensor) if gradient is None else gradient
-        if gradient is not None and gradient.shape != tensor.shape:
-            seen.problems[name] = f"shape {tuple(gradient.shape)}; expected {tuple(tensor.shape)}"
     if second:
         try:
             seen.values.update(_second(y, wanted, given))
@@ -75,11 +78,10 @@ def observe(call: Forward, case: Case, given: Inputs, second: bool = True) -> Ob
     return seen
 
 
-def _moved(running: list[Tensor | None], given: Inputs) -> dict[str, str]:
-    """The complaint about running statistics that an evaluation has moved."""
+def _moved(running: list[Tensor | None], given: Inputs) -> tuple[str, ...]:
+    """The running statistics that are no longer what they were."""
     pairs = zip(("running_mean", "running_var"), running, strict=True)
-    names = [name for name, now in pairs if now is not None and not torch.equal(now, getattr(given, name))]
-    return {"forward": f"{', '.join(names)} changed during the call, in evaluation"} if names else {}
+    return tuple(name for name, now in pairs if now is not None and not torch.equal(now, getattr(given, name)))
 
 
 def _second(y: Tensor, wanted: dict[str, Tensor], given: Inputs) -> dict[str, Tensor]:
@@ -94,7 +96,7 @@ def _second(y: Tensor, wanted: dict[str, Tensor], given: Inputs) -> dict[str, Te
     ]
     into = [tensor for name, tensor in wanted.items() if name in ("dx", "dweight")] + [g]
     if not pairs:
-        raise NoSecondDerivative("the gradients came back without a graph: nothing to differentiate again")
+        raise KernelFailed(Finding("no_second_derivative", exception="NoSecondDerivative"))
     found = torch.autograd.grad(
         [gradient for gradient, _ in pairs], into, [v.to(gradient) for gradient, v in pairs], allow_unused=True
     )
@@ -107,25 +109,34 @@ def _second(y: Tensor, wanted: dict[str, Tensor], given: Inputs) -> dict[str, Te
     return values
 
 
-class NoSecondDerivative(Exception):
-    """create_graph=True gave gradients that cannot be differentiated."""
-
-
-def why_not_like(y: object, x: Tensor) -> str | None:
+def unlike(y: object, x: Tensor) -> Finding | None:
     """What is impossible about a kernel's output for that input, or None."""
     if not isinstance(y, Tensor):
-        return f"returned a {type(y).__name__}; expected a tensor"
-    for what, found, expected in (
-        ("shape", tuple(y.shape), tuple(x.shape)),
-        ("dtype", y.dtype, x.dtype),
-        ("device", y.device, x.device),
-    ):
-        if found != expected:
-            return f"y has {what} {found}; expected the input's, {expected}"
+        return Finding("wrong_type", given=type(y).__name__, wanted="a tensor")
+    pairs: tuple[tuple[FindingKind, object, object], ...] = (
+        ("wrong_shape", tuple(y.shape), tuple(x.shape)),
+        ("wrong_dtype", y.dtype, x.dtype),
+        ("wrong_device", y.device, x.device),
+    )
+    for kind, given, wanted in pairs:
+        if given != wanted:
+            return Finding(kind, given=str(given), wanted=str(wanted))
     return None
 
 
+def finding_of(error: BaseException) -> Finding:
+    """What a kernel raised, or autograd in its backward pass, which says by its text alone what it refuses."""
+    if isinstance(error, KernelFailed):
+        return error.finding
+    text = str(error)
+    kind: FindingKind = "raised"
+    if "modified by an inplace operation" in text:
+        kind = "saved_written"
+    elif "leaf Variable" in text and "in-place" in text:
+        kind = "leaf_written"
+    return Finding(kind, exception=type(error).__name__, text=text.strip().split("\n")[0][:300])
+
+
 def _failed(seen: Observation, names: tuple[str, ...] | list[str], error: BaseException) -> Observation:
-    text = str(error).strip().split("\n")[0][:300]
-    seen.problems.update(dict.fromkeys(names, f"raised {type(error).__name__}: {text}"))
+    seen.problems.update(dict.fromkeys(names, finding_of(error)))
     return seen
