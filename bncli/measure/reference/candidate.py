@@ -16,14 +16,9 @@ from bncli.engine.models import factory
 from bncli.engine.user_code import imported
 from bncli.errors import RecipeError
 from bncli.kernels import api, fused
-from bncli.recipe.sections import GroupNorm, InstanceNorm, LayerNorm
-
-GROUPS = 2  # of the group norm that is checked
-
-
-# (x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation) -> y, by position: the
-# meaning of bncli.batch_norm; the running statistics move in place in training.
-Forward = Callable[..., Tensor]
+from bncli.kernels.definition import Forward
+from bncli.names import CHECKED_GROUPS, GRADCHECK_KERNELS, NORMS
+from bncli.recipe import sections
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class Subject:
     @property
     def tracks(self) -> bool:
         """Whether it is a batch norm, with running statistics."""
-        return self.norm == "batch"
+        return NORMS[self.norm].over_batch
 
 
 F_SIGNATURE = "(input, running_mean, running_var, weight, bias, training, momentum, eps)"
@@ -55,16 +50,16 @@ def subject(kernel: str, norm: str, device: torch.device, allow_code: bool) -> S
 
     Raises Unavailable, with the reason, where the kernel cannot run on the device.
     """
-    if norm not in ("batch", "layer", "group", "instance"):
-        raise RecipeError(f"--norm {norm}: expected one of batch, layer, group, instance")
-    if norm != "batch":
+    if norm not in NORMS:
+        raise RecipeError(f"--norm {norm}: expected one of {', '.join(NORMS)}")
+    if not NORMS[norm].has_kernels:
         if kernel != "native":
             raise RecipeError(f"--norm {norm} has the native kernel alone; --kernel {kernel} is a batch norm")
         return Subject(f"native {norm} norm", norm, _module(norm), "torch's own operator", False, False)
     if ":" in kernel:
         return _own(kernel, allow_code)
-    if kernel not in kernels.KERNELS:
-        known = ", ".join(kernels.KERNELS)
+    if kernel not in GRADCHECK_KERNELS:
+        known = ", ".join(GRADCHECK_KERNELS)
         raise RecipeError(f"--kernel {kernel}: expected one of {known}, or your own as package.module:function")
     kernels.get(kernel, device)
     return Subject(kernel, norm, _by_name(kernel), _what_runs(kernel, device))
@@ -102,11 +97,8 @@ def _by_name(kernel: str | kernels.Kernel) -> Forward:
 
 def _module(norm: str) -> Forward:
     """The norm modules of bncli.engine.models.norms, with the weight and the bias that each call is given."""
-    section: Any = {
-        "layer": LayerNorm(kind="layer"),
-        "group": GroupNorm(kind="group", groups=GROUPS),
-        "instance": InstanceNorm(kind="instance"),
-    }[norm]
+    groups = {"groups": CHECKED_GROUPS} if NORMS[norm].channel_groups == "given" else {}
+    section = getattr(sections, NORMS[norm].section)(kind=norm, **groups)
 
     def call(*arguments: Any) -> Tensor:
         x, _, _, weight, bias, _, _, eps, _, _ = arguments
