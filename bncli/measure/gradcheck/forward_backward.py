@@ -8,6 +8,7 @@ from dataclasses import replace
 from bncli.measure.reference.gradient_cases import DTYPES, Case, cases
 from bncli.measure.reference.judge import Check, CheckContext, CheckGroupPlan, Outcome, compare
 from bncli.measure.reference.observe import observe, quantities
+from bncli.names import FUSED_ACTIVATIONS
 from bncli.results.finding import Finding
 from bncli.results.gradcheck import NotChecked
 
@@ -42,7 +43,7 @@ def refusals(context: CheckContext) -> dict[str, NotChecked]:
         reasons["float64"] = NotChecked("no float64 on the device")
     if _raised(context, PROBE):
         return reasons
-    more = ("relu", "leaky_relu", "silu", "residual") if context.candidate.fuses else ()
+    more = (*FUSED_ACTIVATIONS, "residual") if context.candidate.fuses else ()
     probes = {name: replace(PROBE, dtype=name) for name in DTYPES if name not in reasons}
     probes |= {name: replace(PROBE, fusion=name) for name in more}
     if context.candidate.evaluates:

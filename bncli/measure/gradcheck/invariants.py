@@ -15,8 +15,8 @@ from torch import Tensor
 
 from bncli.kernels.layout import per_channel
 from bncli.measure.reference import tolerance as tolerances
-from bncli.measure.reference.candidate import GROUPS, KernelFailed
-from bncli.measure.reference.gradient_cases import Case, Inputs, generator
+from bncli.measure.reference.candidate import KernelFailed
+from bncli.measure.reference.gradient_cases import Case, Inputs, divisible, generator
 from bncli.measure.reference.judge import (
     Check,
     CheckContext,
@@ -27,6 +27,7 @@ from bncli.measure.reference.judge import (
     written,
 )
 from bncli.measure.reference.observe import finding_of, leaf, observe
+from bncli.names import CHECKED_GROUPS, NORMS
 from bncli.results.finding import Finding
 from bncli.results.gradcheck import ToleranceRule
 
@@ -67,10 +68,9 @@ def judge(quantity: str, found: Tensor, expected: Tensor, allowed: Tensor) -> Fi
 
 def grouped(values: Tensor, norm: str) -> Tensor:
     """(N, C, *S) -> (groups, m): a row for each mean and variance that the norm takes."""
-    if norm == "batch":
+    if NORMS[norm].over_batch:
         return values.transpose(0, 1).reshape(values.size(1), -1)
-    groups = {"layer": 1, "group": GROUPS, "instance": values.size(1)}[norm]
-    return values.reshape(values.size(0) * groups, -1)
+    return values.reshape(values.size(0) * NORMS[norm].groups(values.size(1), CHECKED_GROUPS), -1)
 
 
 def statistics(given: Inputs, case: Case) -> tuple[Tensor, Tensor]:
@@ -217,7 +217,7 @@ def _running(given: Inputs) -> list[Tensor | None]:
 
 
 Invariant = Callable[[CheckContext, Case, Inputs], Finding]
-ANY = ("batch", "layer", "group", "instance")
+ANY = tuple(NORMS)
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ def plans(context: CheckContext, refused: Collection[str]) -> Iterator[CheckGrou
 
 
 def _cases(context: CheckContext, row: Row, modes: list[str]) -> Iterator[Case]:
-    channels = 3 if context.candidate.norm == "batch" else 4
+    channels = divisible(3, context.candidate.norm)
     layouts = ("contiguous",) if context.effort == "quick" else ("contiguous", "channels_last")
     dtypes = row.dtypes if context.effort != "quick" else row.dtypes[:1]
     fusions = ("plain", "relu+residual") if row.fused and context.candidate.fuses else ("plain",)

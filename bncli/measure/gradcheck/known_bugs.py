@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bncli.measure.reference.candidate import Forward
-from bncli.measure.reference.definition import Mutation, batch_norm, over_groups
+from bncli.kernels.definition import Forward, Mutation, batch_norm, definition
 from bncli.measure.reference.gradient_cases import DTYPES, Case, Inputs
 from bncli.measure.reference.judge import Evidence
 from bncli.measure.reference.observe import observe
@@ -106,7 +105,7 @@ def gradients_alone(values: Values, case: Case) -> Values:
 
 
 def by_itself() -> Forward:
-    return over_groups(None)
+    return definition("instance")
 
 
 def swapped(values: Values, case: Case) -> Values:

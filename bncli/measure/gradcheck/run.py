@@ -17,9 +17,10 @@ from bncli.errors import UsageError
 from bncli.measure.gradcheck import derivatives, forward_backward, hard_inputs, invariants
 from bncli.measure.gradcheck.chain_rule import paths
 from bncli.measure.gradcheck.diagnose import diagnose
-from bncli.measure.reference.candidate import GROUPS, Candidate, candidate
+from bncli.measure.reference.candidate import Candidate, candidate
 from bncli.measure.reference.gradient_cases import INTERPRETED_CHANNELS
 from bncli.measure.reference.judge import Check, CheckContext, CheckGroupPlan, Outcome, Verdict
+from bncli.names import NORMS
 from bncli.results.finding import Finding, FindingKind
 from bncli.results.gradcheck import (
     CheckFailure,
@@ -69,7 +70,7 @@ def run(
             yield group
     parts: tuple[GradientPaths, ...] = ()
     if only is None:
-        parts = paths(_forward(context.candidate), place, norm, GROUPS)
+        parts = paths(_forward(context.candidate), place, norm)
         judged = [_of_path(part) for part in parts]
         groups.append(_group("derivatives", PATHS, judged, "central differences of the loss", named=False))
         verdicts += judged
@@ -134,9 +135,9 @@ def _matching(checks: list[Check], only: str) -> list[Check]:
 
 def _not_checked(context: CheckContext, refused: dict[str, NotChecked]) -> Iterator[CheckGroup]:
     checked, reasons = context.candidate, dict[str, NotChecked]()
-    if checked.norm == "batch" and not checked.fuses:
+    if NORMS[checked.norm].has_kernels and not checked.fuses:
         reasons["residual and activation"] = NotChecked("no fused operations")
-    if checked.norm == "batch" and not checked.evaluates and "eval" not in refused:
+    if "eval" in NORMS[checked.norm].modes and not checked.evaluates and "eval" not in refused:
         reasons["evaluation"] = NotChecked("no evaluation")
     if context.interpreted:
         reasons[f"over {INTERPRETED_CHANNELS} contiguous channels"] = NotChecked("slow in the interpreter")

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from math import inf, isfinite, nan
 
 from bncli.measure.gradcheck.hard_inputs import NOT_FINITE, STRIDED_G, STRIDED_X
-from bncli.measure.reference.gradient_cases import KINKED, Case
+from bncli.measure.reference.gradient_cases import Case
 from bncli.measure.reference.judge import Verdict
 from bncli.measure.reference.observe import GRADIENTS, SECOND
+from bncli.names import KINKED_ACTIVATIONS
 from bncli.results.finding import FindingKind
 from bncli.results.gradcheck import Diagnosis, Facet, FailureSummary
 
@@ -190,7 +191,7 @@ def nan_leaks(verdicts: Verdicts) -> Diagnosis | None:
 def derivative_at_nan(verdicts: Verdicts) -> Diagnosis | None:
     """Numbers that are wrong beside a NaN, where an activation with a kink follows, and nothing else."""
     found = _beside_nan(verdicts)
-    kinked = all(v.check.case and v.check.case.activation in KINKED for v in found)
+    kinked = all(v.check.case and v.check.case.activation in KINKED_ACTIVATIONS for v in found)
     finite = all(v.finding.kind == "off" and isfinite(_or(v.finding.expected, nan)) for v in found)
     return _shown_by("the activation's derivative at NaN is not torch's", found) if kinked and finite else None
 

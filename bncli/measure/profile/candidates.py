@@ -16,9 +16,8 @@ from bncli.measure.reference import case as cases
 from bncli.measure.reference.candidate import Candidate, candidate
 from bncli.measure.reference.case import Apply, Inputs
 from bncli.measure.timing.clock import Work
+from bncli.names import PROFILE_KERNELS
 from bncli.results.profile import Case, Direction
-
-OWN_KERNELS = (*kernels.KERNELS, "compiled")
 
 
 @dataclass(frozen=True)
@@ -65,14 +64,13 @@ Source = Callable[[Case], Arm]  # raises Unavailable, with the reason, where the
 def sources(names: Sequence[str], device: torch.device, allow_code: bool) -> dict[str, Source]:
     """Where each kernel's arms come from. Raises RecipeError for a name that is none, or a function that is not there.
 
-    Names: native, fused, compiled, one of peers.PEERS, or the user's package.module:function (with allow_code). Whether
+    Names: those of PROFILE_KERNELS, or the user's package.module:function (with allow_code). Whether
     a kernel can run is found out case by case, so that the others' rows stand.
     """
-    known = [*OWN_KERNELS, *peers.PEERS]
     mistakes = [
-        f"--kernel {name}: expected some of {', '.join(known)}, or your own as package.module:function"
+        f"--kernel {name}: expected some of {', '.join(PROFILE_KERNELS)}, or your own as package.module:function"
         for name in dict.fromkeys(names)
-        if name not in known and ":" not in name
+        if name not in PROFILE_KERNELS and ":" not in name
     ]
     if mistakes:
         raise RecipeError(*mistakes)

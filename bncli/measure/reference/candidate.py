@@ -16,15 +16,10 @@ from bncli.engine.models import factory
 from bncli.engine.user_code import imported
 from bncli.errors import ALLOW_CODE, UsageError
 from bncli.kernels import api, fused
-from bncli.recipe.sections import GroupNorm, InstanceNorm, LayerNorm
+from bncli.kernels.definition import Forward
+from bncli.names import CHECKED_GROUPS, GRADCHECK_KERNELS, NORMS
+from bncli.recipe import sections
 from bncli.results.finding import Finding
-
-GROUPS = 2  # of the group norm that is checked
-
-
-# (x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation) -> y, by position: the
-# meaning of bncli.batch_norm; the running statistics move in place in training.
-Forward = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,7 +37,7 @@ class Candidate:
     @property
     def tracks(self) -> bool:
         """Whether it is a batch norm, with running statistics."""
-        return self.norm == "batch"
+        return NORMS[self.norm].over_batch
 
 
 F_SIGNATURE = "(input, running_mean, running_var, weight, bias, training, momentum, eps)"
@@ -56,16 +51,16 @@ def candidate(kernel: str, norm: str, device: torch.device, allow_code: bool) ->
 
     Raises Unavailable, with the reason, where the kernel cannot run on the device.
     """
-    if norm not in ("batch", "layer", "group", "instance"):
-        raise UsageError("expected one of batch, layer, group, instance", field="norm", value=norm)
-    if norm != "batch":
+    if norm not in NORMS:
+        raise UsageError(f"expected one of {', '.join(NORMS)}", field="norm", value=norm)
+    if not NORMS[norm].has_kernels:
         if kernel != "native":
             raise UsageError(f"has the native kernel alone; {kernel} is a batch norm", field="norm", value=norm)
         return Candidate(f"native {norm} norm", norm, _module(norm), "torch's own operator", False, False)
     if ":" in kernel:
         return _own(kernel, allow_code)
-    if kernel not in kernels.KERNELS:
-        known = ", ".join(kernels.KERNELS)
+    if kernel not in GRADCHECK_KERNELS:
+        known = ", ".join(GRADCHECK_KERNELS)
         raise UsageError(
             f"expected one of {known}, or your own as package.module:function", field="kernel", value=kernel
         )
@@ -105,11 +100,8 @@ def _by_name(kernel: str | kernels.Kernel) -> Forward:
 
 def _module(norm: str) -> Forward:
     """The norm modules of bncli.engine.models.norms, with the weight and the bias that each call is given."""
-    section: Any = {
-        "layer": LayerNorm(kind="layer"),
-        "group": GroupNorm(kind="group", groups=GROUPS),
-        "instance": InstanceNorm(kind="instance"),
-    }[norm]
+    groups = {"groups": CHECKED_GROUPS} if NORMS[norm].channel_groups == "given" else {}
+    section = getattr(sections, NORMS[norm].section)(kind=norm, **groups)
 
     def call(*arguments: Any) -> Tensor:
         x, _, _, weight, bias, _, _, eps, _, _ = arguments

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bncli.measure.reference.candidate import Forward, KernelFailed
+from bncli.kernels.definition import Forward
+from bncli.measure.reference.candidate import KernelFailed
 from bncli.measure.reference.gradient_cases import Case, Inputs
+from bncli.names import NORMS
 from bncli.results.finding import Finding, FindingKind
 
 GRADIENTS = ("dx", "dweight", "dbias", "dresidual")
@@ -33,7 +35,7 @@ class Observation:
 
 def quantities(case: Case) -> tuple[str, ...]:
     """What a run of the case is judged by, in the order in which it is computed."""
-    running = ("running_mean", "running_var") if case.training and case.norm == "batch" else ()
+    running = ("running_mean", "running_var") if case.training and NORMS[case.norm].over_batch else ()
     return ("forward", *running, *(GRADIENTS if case.adds else GRADIENTS[:3]), "double backward")
 
 
@@ -60,7 +62,7 @@ def observe(call: Forward, case: Case, given: Inputs, second: bool = True) -> Ob
     seen.values["forward"] = y.detach()
     if not case.training and (moved := _moved(running, given)):
         seen.problems["forward"] = Finding("running_moved", names=moved)
-    if case.training and case.norm == "batch":
+    if case.training and NORMS[case.norm].over_batch:
         for name, value in zip(("running_mean", "running_var"), running, strict=True):
             if value is not None:
                 seen.values[name] = value
