@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bncli.kernels.layout import accumulation, over_channels
+from bncli.names import FUSED_ACTIVATIONS
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {name: getattr(F, name) for name in FUSED_ACTIVATIONS}
 
 
 def batch_norm(

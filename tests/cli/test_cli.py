@@ -19,10 +19,9 @@ import torch
 
 from bncli import kernels
 from bncli.cli import main
-from bncli.cli.console import KERNEL_NAMES
 from bncli.errors import BncliError
-from bncli.kernels import KERNELS
 from bncli.measure.compare import reuse
+from bncli.names import RECIPE_KERNELS
 from bncli.recipe.load import load
 from bncli.report.files import result_from_json
 from bncli.results.compare import Comparison
@@ -148,7 +147,7 @@ def test_the_fused_kernel_trains_on_the_cpu_as_the_native_one_does(
     recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = {}
-    for kernel in KERNEL_NAMES:
+    for kernel in RECIPE_KERNELS:
         norm = f"norm={{kind: batch, kernel: {kernel}}}"
         assert bncli(monkeypatch, "train", recipe, "--set", norm, "--device", "cpu", "-o", kernel, "--json", "-q") == 0
         found[kernel] = result_from_json(capsys.readouterr().out)
@@ -653,10 +652,6 @@ def test_gradcheck_refuses_what_it_could_not_obey(
 def test_a_kernel_that_does_not_exist_is_refused_before_torch_is_loaded() -> None:
     refuse = "import sys; sys.argv = ['bncli', 'gradcheck', '--kernel', 'nonsense']; import bncli.cli; bncli.cli.main()"
     assert "torch" not in modules_after(refuse)
-
-
-def test_the_door_knows_every_kernel_by_name() -> None:
-    assert tuple(KERNELS) == KERNEL_NAMES
 
 
 def test_the_demonstration_is_a_table_or_json(

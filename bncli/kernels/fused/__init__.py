@@ -19,9 +19,10 @@ from torch import Tensor
 
 from bncli.errors import Unavailable
 from bncli.kernels.fused import cpu
-from bncli.kernels.fused.double_backward import SIGN_IS_ENOUGH, composed_backward
+from bncli.kernels.fused.double_backward import composed_backward
 from bncli.kernels.layout import accumulation, dense, like, sign_bytes
 from bncli.kernels.running_stats import follow
+from bncli.names import KINKED_ACTIVATIONS
 
 OLDEST_CAPABILITY = (8, 0)  # Triton's own lower end for bfloat16
 # Whether the GPU's kernel runs on CPU tensors too, in Triton's interpreter: for checking it, never for speed. Triton
@@ -100,7 +101,9 @@ def batch_norm(
         residual = like(residual.to(x.dtype), x)
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    keep_signs = residual is not None and activation in SIGN_IS_ENOUGH and _differentiable(x, weight, bias, residual)
+    keep_signs = (
+        residual is not None and activation in KINKED_ACTIVATIONS and _differentiable(x, weight, bias, residual)
+    )
     given_mean, given_var = (each.contiguous() for each in statistics) if statistics is not None else (None, None)
     others = (given_mean, given_var, float(eps), activation or "none", keep_signs)
     inside = None

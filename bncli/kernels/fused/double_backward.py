@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from bncli.kernels.layout import accumulation, over_channels, per_channel, unpacked_signs
-
-SIGN_IS_ENOUGH = ("relu", "leaky_relu")  # their derivative depends on the sign of the pre-activation alone
+from bncli.names import KINKED_ACTIVATIONS
 
 
 def composed_backward(
@@ -40,7 +39,7 @@ def composed_backward(
     reciprocal = torch.rsqrt(var + eps)
     xhat = (x - mean) * reciprocal
     z = xhat * scale + shift if residual is None else xhat * scale + shift + residual.to(wide)
-    if activation in SIGN_IS_ENOUGH:
+    if activation in KINKED_ACTIVATIONS:
         relu = activation == "relu"
         # At a NaN as in torch: relu stops dy where z <= 0, leaky_relu scales it unless z > 0.
         whole = unpacked_signs(signs, x) if signs is not None else ~(z <= 0) if relu else z > 0

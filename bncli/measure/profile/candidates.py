@@ -16,12 +16,12 @@ from bncli.kernels.fused.tiling import Plan
 from bncli.kernels.layout import dense
 from bncli.measure.profile import peers
 from bncli.measure.reference import case as cases
-from bncli.measure.reference.candidate import Subject, subject
+from bncli.measure.reference.candidate import Candidate as Kernel
+from bncli.measure.reference.candidate import candidate
 from bncli.measure.reference.case import Apply, Inputs
 from bncli.measure.timing.clock import Work
+from bncli.names import PROFILE_KERNELS
 from bncli.results.profile import Case, Direction
-
-OWN_KERNELS = (*kernels.KERNELS, "compiled")
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,13 @@ Source = Callable[[Case], Candidate]  # raises Unavailable, with the reason, whe
 def sources(names: Sequence[str], device: torch.device, allow_code: bool) -> dict[str, Source]:
     """Where each kernel's candidates come from. Raises RecipeError for an unknown name or a function that is missing.
 
-    Names: native, fused, compiled, one of peers.PEERS, or the user's package.module:function (with allow_code). Whether
+    Names: those of PROFILE_KERNELS, or the user's package.module:function (with allow_code). Whether
     a kernel can run is found out case by case, so that the others' rows stand.
     """
-    known = [*OWN_KERNELS, *peers.PEERS]
     mistakes = [
-        f"--kernel {name}: expected some of {', '.join(known)}, or your own as package.module:function"
+        f"--kernel {name}: expected some of {', '.join(PROFILE_KERNELS)}, or your own as package.module:function"
         for name in dict.fromkeys(names)
-        if name not in known and ":" not in name
+        if name not in PROFILE_KERNELS and ":" not in name
     ]
     if mistakes:
         raise RecipeError(*mistakes)
@@ -84,7 +83,7 @@ def sources(names: Sequence[str], device: torch.device, allow_code: bool) -> dic
 
 def _source(name: str, device: torch.device, allow_code: bool) -> Source:
     if ":" in name:
-        own = subject(name, "batch", device, allow_code)
+        own = candidate(name, "batch", device, allow_code)
         return lambda case: Candidate(_own(own, case))
     if name in peers.PEERS:
         return lambda case: _peer(name, case, device)
@@ -105,7 +104,7 @@ def _peer(name: str, case: Case, device: torch.device) -> Candidate:
     return Candidate(found.forward, found.ran, overwrites=found.overwrites, positive_weight=found.positive_weight)
 
 
-def _own(own: Subject, case: Case) -> Apply:
+def _own(own: Kernel, case: Case) -> Apply:
     activation = cases.OPERATIONS[case.operation][1]
 
     def forward(given: Inputs) -> Tensor:

@@ -26,6 +26,7 @@ from bncli.measure.profile.step_models import Subject
 from bncli.measure.timing import clock as clocks
 from bncli.measure.timing.clock import Clock, Deadline, Work
 from bncli.measure.timing.speedup import FEWEST_ROUNDS, faster
+from bncli.names import RECIPE_KERNELS
 from bncli.results.profile import (
     Measuring,
     NormRemark,
@@ -61,7 +62,7 @@ class StepRun:
         name: str,
         subjects: Sequence[Subject],
         device: torch.device,
-        kernels: Sequence[str] = ("native", "fused"),
+        kernels: Sequence[str] = RECIPE_KERNELS,
         *,
         seconds: float = DEFAULT_S,
         least_rounds: int = FEWEST_ROUNDS,

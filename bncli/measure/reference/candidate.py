@@ -1,4 +1,4 @@
-"""What gradcheck checks: a kernel by name, a norm module, or the user's own function, all called alike."""
+"""Candidate: a kernel by name, a norm module, or the user's own function, all called alike."""
 
 from __future__ import annotations
 
@@ -14,20 +14,16 @@ from torch import Tensor
 from bncli import kernels
 from bncli.engine.models import factory
 from bncli.engine.user_code import imported
-from bncli.errors import RecipeError
+from bncli.errors import ALLOW_CODE, UsageError
 from bncli.kernels import api, fused
-from bncli.recipe.sections import GroupNorm, InstanceNorm, LayerNorm
-
-GROUPS = 2  # of the group norm that is checked
-
-
-# (x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation) -> y, by position: the
-# meaning of bncli.batch_norm; the running statistics move in place in training.
-Forward = Callable[..., Tensor]
+from bncli.kernels.definition import Forward
+from bncli.names import CHECKED_GROUPS, GRADCHECK_KERNELS, NORMS
+from bncli.recipe import sections
+from bncli.results.finding import Finding
 
 
 @dataclass(frozen=True)
-class Subject:
+class Candidate:
     """One kernel or module under test, and what it offers besides a training-mode forward pass."""
 
     name: str
@@ -41,33 +37,35 @@ class Subject:
     @property
     def tracks(self) -> bool:
         """Whether it is a batch norm, with running statistics."""
-        return self.norm == "batch"
+        return NORMS[self.norm].over_batch
 
 
 F_SIGNATURE = "(input, running_mean, running_var, weight, bias, training, momentum, eps)"
-SEAM_SIGNATURE = "(x, weight, bias, eps, residual, activation[, statistics])"
+KERNEL_SIGNATURE = "(x, weight, bias, eps, residual, activation[, statistics])"
 F_NAMES = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-SEAM_NAMES = ("x", "weight", "bias", "eps", "residual", "activation")
+KERNEL_NAMES = ("x", "weight", "bias", "eps", "residual", "activation")
 
 
-def subject(kernel: str, norm: str, device: torch.device, allow_code: bool) -> Subject:
-    """The subject of that name. Raises RecipeError for a name, a norm or a function that cannot be checked.
+def candidate(kernel: str, norm: str, device: torch.device, allow_code: bool) -> Candidate:
+    """The candidate of that name. Raises UsageError for a name, a norm or a function that cannot be checked.
 
     Raises Unavailable, with the reason, where the kernel cannot run on the device.
     """
-    if norm not in ("batch", "layer", "group", "instance"):
-        raise RecipeError(f"--norm {norm}: expected one of batch, layer, group, instance")
-    if norm != "batch":
+    if norm not in NORMS:
+        raise UsageError(f"expected one of {', '.join(NORMS)}", field="norm", value=norm)
+    if not NORMS[norm].has_kernels:
         if kernel != "native":
-            raise RecipeError(f"--norm {norm} has the native kernel alone; --kernel {kernel} is a batch norm")
-        return Subject(f"native {norm} norm", norm, _module(norm), "torch's own operator", False, False)
+            raise UsageError(f"has the native kernel alone; {kernel} is a batch norm", field="norm", value=norm)
+        return Candidate(f"native {norm} norm", norm, _module(norm), "torch's own operator", False, False)
     if ":" in kernel:
         return _own(kernel, allow_code)
-    if kernel not in kernels.KERNELS:
-        known = ", ".join(kernels.KERNELS)
-        raise RecipeError(f"--kernel {kernel}: expected one of {known}, or your own as package.module:function")
+    if kernel not in GRADCHECK_KERNELS:
+        known = ", ".join(GRADCHECK_KERNELS)
+        raise UsageError(
+            f"expected one of {known}, or your own as package.module:function", field="kernel", value=kernel
+        )
     kernels.get(kernel, device)
-    return Subject(kernel, norm, _by_name(kernel), _what_runs(kernel, device))
+    return Candidate(kernel, norm, _by_name(kernel), _what_runs(kernel, device))
 
 
 def _what_runs(kernel: str, device: torch.device) -> str:
@@ -102,11 +100,8 @@ def _by_name(kernel: str | kernels.Kernel) -> Forward:
 
 def _module(norm: str) -> Forward:
     """The norm modules of bncli.engine.models.norms, with the weight and the bias that each call is given."""
-    section: Any = {
-        "layer": LayerNorm(kind="layer"),
-        "group": GroupNorm(kind="group", groups=GROUPS),
-        "instance": InstanceNorm(kind="instance"),
-    }[norm]
+    groups = {"groups": CHECKED_GROUPS} if NORMS[norm].channel_groups == "given" else {}
+    section = getattr(sections, NORMS[norm].section)(kind=norm, **groups)
 
     def call(*arguments: Any) -> Tensor:
         x, _, _, weight, bias, _, _, eps, _, _ = arguments
@@ -122,24 +117,23 @@ def _module(norm: str) -> Forward:
 # --- the user's own function ------------------------------------------------------------------------------------------
 
 
-def _own(kernel: str, allow_code: bool) -> Subject:
+def _own(kernel: str, allow_code: bool) -> Candidate:
     if not allow_code:
-        raise RecipeError(
-            f"--kernel {kernel}: this imports and runs code of yours; add --allow-code to say that you trust it"
-        )
+        raise UsageError(f"imports and runs code of yours; allow it with {ALLOW_CODE}", field="kernel", value=kernel)
     function = _load(kernel)
     names = _parameter_names(function)
     if set(F_NAMES) <= names:
         fuses = {"residual", "activation"} <= names
-        return Subject(kernel, "batch", _like_torch(function, fuses), f"your function {kernel}", fuses, own=True)
-    if set(SEAM_NAMES) <= names:
+        return Candidate(kernel, "batch", _like_torch(function, fuses), f"your function {kernel}", fuses, own=True)
+    if set(KERNEL_NAMES) <= names:
         ran = f"your function {kernel}, by the kernels' seam"
-        seam = _like_the_seam(function, "statistics" in names)
-        return Subject(kernel, "batch", _by_name(seam), ran, evaluates="statistics" in names, own=True)
-    raise RecipeError(
-        f"--kernel {kernel}: its parameters are ({', '.join(sorted(names))}). Expected those of "
-        f"torch.nn.functional.batch_norm, {F_SIGNATURE} -> y, or those of the kernels' seam, {SEAM_SIGNATURE} -> "
-        "(y, mean, var)"
+        kernel_of_yours = _as_a_kernel(function, "statistics" in names)
+        return Candidate(kernel, "batch", _by_name(kernel_of_yours), ran, evaluates="statistics" in names, own=True)
+    raise UsageError(
+        f"its parameters are ({', '.join(sorted(names))}). Expected those of torch.nn.functional.batch_norm, "
+        f"{F_SIGNATURE} -> y, or those of the kernels' seam, {KERNEL_SIGNATURE} -> (y, mean, var)",
+        field="kernel",
+        value=kernel,
     )
 
 
@@ -148,19 +142,22 @@ def _load(kernel: str) -> Callable[..., Any]:
     parts = [*module_name.split("."), function_name]
     if module_name.endswith(".py") or not all(part.isidentifier() for part in parts):
         name = Path(module_name.removesuffix(".py")).name or "module"
-        raise RecipeError(
-            f"--kernel {kernel}: expected package.module:function, a module's name and not its file, as in "
-            f"{name}:{function_name or 'batch_norm'}"
+        raise UsageError(
+            "expected package.module:function, a module's name and not its file, as in "
+            f"{name}:{function_name or 'batch_norm'}",
+            field="kernel",
+            value=kernel,
         )
     try:
         function: Callable[..., Any] = imported(kernel)
     except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything
-        raise RecipeError(
-            f"--kernel {kernel}: {type(error).__name__}: {error}; it is looked for in the current folder and the "
-            "environment"
+        raise UsageError(
+            f"{type(error).__name__}: {error}; it is looked for in the current folder and the environment",
+            field="kernel",
+            value=kernel,
         ) from error
     if not callable(function):
-        raise RecipeError(f"--kernel {kernel}: a {type(function).__name__}, which cannot be called")
+        raise UsageError(f"a {type(function).__name__}, which cannot be called", field="kernel", value=kernel)
     return function
 
 
@@ -181,11 +178,15 @@ def _like_torch(function: Callable[..., Any], fuses: bool) -> Forward:
     return call
 
 
-class WrongResult(Exception):
-    """The user's function returned what its signature does not allow. The message says what was expected."""
+class KernelFailed(Exception):
+    """The kernel under test gave no result that can be judged."""
+
+    def __init__(self, finding: Finding) -> None:
+        self.finding = finding
+        super().__init__(finding.kind)
 
 
-def _like_the_seam(function: Callable[..., Any], evaluates: bool) -> kernels.Kernel:
+def _as_a_kernel(function: Callable[..., Any], evaluates: bool) -> kernels.Kernel:
     def kernel(
         x: Tensor,
         weight: Tensor | None,
@@ -195,17 +196,18 @@ def _like_the_seam(function: Callable[..., Any], evaluates: bool) -> kernels.Ker
         activation: str | None = None,
         statistics: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        arguments: dict[str, Any] = dict(zip(SEAM_NAMES, (x, weight, bias, eps, residual, activation), strict=True))
+        arguments: dict[str, Any] = dict(zip(KERNEL_NAMES, (x, weight, bias, eps, residual, activation), strict=True))
         if evaluates:
             arguments["statistics"] = statistics
         result: Any = function(**arguments)
         if not (isinstance(result, tuple) and len(result) == 3 and all(isinstance(part, Tensor) for part in result)):
-            raise WrongResult(f"returned {_kind(result)}; expected the three tensors (y, mean, var)")
+            wanted = "the three tensors (y, mean, var)"
+            raise KernelFailed(Finding("wrong_type", given=_kind(result), wanted=wanted, exception="WrongResult"))
         y, mean, var = result
         if statistics is None and (mean.shape != (x.size(1),) or var.shape != (x.size(1),)):
-            raise WrongResult(
-                f"returned mean and var of shapes {tuple(mean.shape)} and {tuple(var.shape)}; expected ({x.size(1)},)"
-            )
+            given, wanted = f"{tuple(mean.shape)} and {tuple(var.shape)}", f"({x.size(1)},)"
+            wrong = Finding("wrong_shape", given=given, wanted=wanted, exception="WrongResult")
+            raise KernelFailed(wrong)
         return y, mean, var
 
     return kernel
@@ -213,8 +215,8 @@ def _like_the_seam(function: Callable[..., Any], evaluates: bool) -> kernels.Ker
 
 def _kind(value: object) -> str:
     if isinstance(value, tuple):
-        return f"a tuple of {len(value)}: {', '.join(type(part).__name__ for part in value)}"
-    return f"a {type(value).__name__}"
+        return f"tuple of {len(value)}: {', '.join(type(part).__name__ for part in value)}"
+    return type(value).__name__
 
 
 def native_in_the_same_dtype() -> Forward:

@@ -10,7 +10,7 @@ import torch
 from bncli.measure.reference import tolerance as tolerances
 from bncli.measure.reference.candidate import native_in_the_same_dtype
 from bncli.measure.reference.gradient_cases import DTYPES, FUSIONS, Case, away_from_the_kink, cases, inputs
-from bncli.measure.reference.quantities import observe, quantities
+from bncli.measure.reference.observe import observe, quantities
 from tests.measure.reference.wrong_kernels import right_by_the_seam
 
 CPU = torch.device("cpu")
