@@ -13,7 +13,7 @@ from bncli.kernels import fused
 from bncli.measure.reference import tolerance as tolerances
 from bncli.measure.reference.candidate import Candidate, native_in_the_same_dtype
 from bncli.measure.reference.gradient_cases import Case, Inputs, inputs
-from bncli.measure.reference.observe import Observation, observe, quantities
+from bncli.measure.reference.observe import SECOND, Observation, observe, quantities
 from bncli.results.finding import Finding, FindingKind
 from bncli.results.gradcheck import CheckedCall, CheckFailure, Effort, ToleranceRule
 
@@ -29,7 +29,7 @@ class CheckContext:
     @property
     def native(self) -> bool:
         """Whether torch's own operator is the one under test, and so no yardstick for itself."""
-        return not self.candidate.own and self.candidate.name.startswith("native")
+        return self.candidate.native
 
     @property
     def interpreted(self) -> bool:
@@ -93,17 +93,18 @@ def compare(context: CheckContext, case: Case, given: Inputs, second: bool = Tru
 def _judge(quantity: str, evidence: Evidence, native: dict[str, Tensor]) -> Finding:
     """The worst of the tensors of that name; of a double backward there are several."""
     worst = Finding("right", quantity, 0.0)
-    for name, exact in evidence.truth.items():
-        if name == quantity or (quantity == "double backward" and name.startswith(quantity)):
-            if name not in evidence.seen:
-                return Finding("not_computed", name)
-            seen, floor = evidence.seen[name], evidence.floors[name]
-            error = tolerances.in_tolerances(seen, exact, floor, native.get(name))
-            if error > 1 and error > worst.error:
-                of_native = tolerances.of_native(seen, exact, floor, native.get(name))
-                worst = difference(name, seen, exact, error, None if math.isnan(of_native) else of_native)
-            elif error > worst.error:
-                worst = replace(worst, error=error)
+    for name in SECOND if quantity == "double backward" else (quantity,):
+        if name not in evidence.truth:
+            continue
+        if name not in evidence.seen:
+            return Finding("not_computed", name)
+        found, exact, floor = evidence.seen[name], evidence.truth[name], evidence.floors[name]
+        error = tolerances.in_tolerances(found, exact, floor, native.get(name))
+        if error > 1 and error > worst.error:
+            of_native = tolerances.of_native(found, exact, floor, native.get(name))
+            worst = difference(name, found, exact, error, None if math.isnan(of_native) else of_native)
+        elif error > worst.error:
+            worst = replace(worst, error=error)
     return worst
 
 
