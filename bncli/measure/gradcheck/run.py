@@ -185,7 +185,8 @@ def _failures(verdicts: list[Verdict]) -> tuple[CheckFailure, ...]:
     known: set[tuple[Finding, bool]] = set()
     for verdict in verdicts:
         row = (verdict.check.section, verdict.row)
-        found = (verdict.finding, bool(verdict.check.variant))  # dbias is the same number for any x
+        # dbias is the same number for any x; in another case its tolerance is another
+        found = (replace(verdict.finding, error=0.0, relative=None, of_native=None), bool(verdict.check.variant))
         if verdict.failed and row not in first and found not in known:
             first[row] = verdict
             known.add(found)
