@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bncli.measure.reference.candidate import KernelFailed
-from bncli.measure.reference.gradient_cases import Case, Inputs, inputs, preactivation
+from bncli.measure.reference.case import Case, Inputs, inputs, preactivation
 from bncli.measure.reference.judge import Check, CheckContext, CheckGroupPlan, Outcome
 from bncli.measure.reference.observe import finding_of
 from bncli.results.finding import Finding

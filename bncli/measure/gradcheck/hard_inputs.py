@@ -14,7 +14,7 @@ from bncli.kernels.layout import over_channels, per_channel
 from bncli.measure.gradcheck.invariants import grouped, judge
 from bncli.measure.reference import tolerance as tolerances
 from bncli.measure.reference.candidate import KernelFailed, native_in_the_same_dtype
-from bncli.measure.reference.gradient_cases import Case, Inputs, away_from_the_kink, unit_roundoff
+from bncli.measure.reference.case import Case, Inputs, away_from_the_kink, unit_roundoff
 from bncli.measure.reference.judge import Check, CheckContext, CheckGroupPlan, Outcome, compare, difference
 from bncli.measure.reference.observe import GRADIENTS, RUNNING, finding_of, observe, unlike
 from bncli.results.finding import Finding

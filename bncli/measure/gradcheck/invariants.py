@@ -16,7 +16,7 @@ from torch import Tensor
 from bncli.kernels.layout import per_channel
 from bncli.measure.reference import tolerance as tolerances
 from bncli.measure.reference.candidate import KernelFailed
-from bncli.measure.reference.gradient_cases import Case, Inputs, divisible, generator
+from bncli.measure.reference.case import Case, Inputs, divisible, generator
 from bncli.measure.reference.judge import (
     Check,
     CheckContext,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bncli.kernels.definition import Forward, Mutation, batch_norm, definition
-from bncli.measure.reference.gradient_cases import DTYPES, Case, Inputs
+from bncli.measure.reference.case import DTYPES, Case, Inputs
 from bncli.measure.reference.judge import Evidence
 from bncli.measure.reference.observe import GRADIENTS, RUNNING, observe
 

@@ -18,8 +18,8 @@ from bncli.measure.gradcheck import derivatives, forward_backward, hard_inputs, 
 from bncli.measure.gradcheck.chain_rule import paths
 from bncli.measure.gradcheck.diagnose import diagnose
 from bncli.measure.reference.candidate import Candidate, candidate
-from bncli.measure.reference.gradient_cases import INTERPRETED_CHANNELS
-from bncli.measure.reference.judge import Check, CheckContext, CheckGroupPlan, Outcome, Verdict
+from bncli.measure.reference.case import INTERPRETED_CHANNELS
+from bncli.measure.reference.judge import Check, CheckContext, CheckGroupPlan, Outcome, Verdict, refusals
 from bncli.names import NORMS
 from bncli.results.finding import Finding, FindingKind
 from bncli.results.gradcheck import (
@@ -55,7 +55,7 @@ def run(
     began = time.perf_counter()
     place = devices.resolve(device)
     context = CheckContext(candidate(kernel, norm, place, allow_code), place, effort)
-    refused = forward_backward.refusals(context)
+    refused = refusals(lambda case: context)
     if "eval" in refused:
         context = replace(context, candidate=replace(context.candidate, evaluates=False))
     plans = _selected(context, refused, only)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import inf, isfinite, nan
 
 from bncli.measure.gradcheck.hard_inputs import NOT_FINITE, STRIDED_G, STRIDED_X
-from bncli.measure.reference.gradient_cases import Case
+from bncli.measure.reference.case import Case
 from bncli.measure.reference.judge import Verdict
 from bncli.measure.reference.observe import GRADIENTS, RUNNING, SECOND
 from bncli.names import KINKED_ACTIVATIONS

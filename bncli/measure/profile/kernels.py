@@ -1,33 +1,39 @@
-"""`bncli profile`'s kernel view: cases judged first, then timed side by side, in as many rounds as the time allows."""
+"""The kernel view of `bncli profile`: every kernel is judged on each case; the correct ones are timed side by side."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 
 from bncli.engine import device as devices
 from bncli.errors import Unavailable
-from bncli.measure.profile import candidates as kernel_arms
+from bncli.kernels import fused
+from bncli.measure.profile import candidates
 from bncli.measure.profile.budget import NATIVE, Asked, Budget, planned
-from bncli.measure.profile.candidates import Arm, Source
-from bncli.measure.profile.flops import flops
-from bncli.measure.profile.kernel_entry import Entry, enter
-from bncli.measure.profile.kernel_means import means
+from bncli.measure.profile.candidates import Candidate, Source
 from bncli.measure.reference import case as cases
+from bncli.measure.reference.candidate import Candidate as Kernel
+from bncli.measure.reference.case import Inputs, flops
+from bncli.measure.reference.channels import Large, large
+from bncli.measure.reference.judge import CheckContext, compare, refusals
+from bncli.measure.reference.tolerance import rule
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing import memory, speedup
 from bncli.measure.timing.ceilings import Ladder, busy_cores
 from bncli.measure.timing.clock import Clock, Deadline
 from bncli.measure.timing.fresh_processes import FreshProcesses
+from bncli.measure.timing.speedup import faster_over
+from bncli.results.finding import Finding
 from bncli.results.profile import (
     Case,
     Ceilings,
     Direction,
     KernelCost,
+    KernelMean,
     KernelProfile,
     Measuring,
     ProfileEvent,
@@ -75,13 +81,14 @@ class KernelRun:
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         if device.type not in ("cpu", "cuda"):
-            raise Unavailable(f"--device {device}: kernels are timed on cpu and cuda alone. Use --device cpu")
+            raise Unavailable(f"device {device}: kernels are timed on cpu and cuda alone")
         self._asked, self._device, self._now_s = asked, device, now_s
         self._cases = planned(asked)
-        self._sources = sources or kernel_arms.sources(asked.kernels, device, asked.allow_code)
+        self._sources = sources or candidates.sources(asked.kernels, device, asked.allow_code)
         self._clock = clock
         self._peaks: PeakMemory = peaks or FreshProcesses(asked.allow_code)
         self._ladder = ladder
+        self._wrong: dict[str, Wrong] = {}  # kernels that are wrong on small cases, found once
         self._rows: list[KernelCost] = []
         self._notes: dict[str, list[str]] = {}  # what it says -> of which cases
         self._compile_s: dict[str, float] = {}
@@ -142,36 +149,46 @@ class KernelRun:
         if on_cpu:
             self._peaks.start()  # which goes on beside what follows
         enter(tiny, 0, self._sources, self._device, may_compile=False)
+        found = {kernel: wrong_on_cases(kernel, source, self._device) for kernel, source in self._sources.items()}
+        self._wrong = {kernel: wrong for kernel, wrong in found.items() if wrong is not None}
         if on_cpu:
             self._peaks.peak_mib(tiny, NATIVE)
 
     # --- one case -------------------------------------------------------------------------------------------------
 
     def _measured(self, case: Case, calls: int, budget: Budget) -> list[KernelCost]:
-        entry = enter(case, calls, self._sources, self._device, now_s=self._now_s)
+        entry = enter(case, calls, self._sources, self._device, wrong=self._wrong, now_s=self._now_s)
         for kernel, seconds in entry.compile_s.items():
             self._compile_s[kernel] = self._compile_s.get(kernel, 0.0) + seconds
         if 0 < entry.judged_channels < case.shape[1]:
             self._note("run whole, and judged on some of the channels, from the first to the last", case)
-        rows = {kernel: self._untimed(entry, kernel, arm) for kernel, arm in entry.arms.items()}
+        rows = {kernel: self._untimed(entry, kernel, candidate) for kernel, candidate in entry.candidates.items()}
         samples = self._sampled(entry, budget)
-        rows = {kernel: _timed(row, samples) for kernel, row in rows.items() if kernel in entry.arms}
+        rows = {kernel: _timed(row, samples) for kernel, row in rows.items() if kernel in entry.candidates}
         return [(rows | entry.refused)[kernel] for kernel in self._sources]
 
-    def _untimed(self, entry: Entry, kernel: str, arm: Arm) -> KernelCost:
+    def _untimed(self, entry: Entry, kernel: str, candidate: Candidate) -> KernelCost:
         """A row without times: what it saves for backward, and its peak."""
         inputs = entry.inputs
         assert inputs is not None
         inputs.leaves()
-        saved = memory.saved_bytes(lambda: arm.run(inputs)) / memory.MIB
+        saved = memory.saved_bytes(lambda: candidate.call(*candidate.arguments(inputs))) / memory.MIB
         if self._device.type == "cuda":
-            peak: float | None = memory.cuda_peak_mib(arm.step(inputs), self._device)
+            peak: float | None = memory.cuda_peak_mib(candidate.step(inputs), self._device)
         else:
-            peak = self._resident_peak_mib(entry.case, kernel, arm)
-        return KernelCost(entry.case, kernel, entry.calls, arm.ran, peak_memory_mib=peak, saved_mib=saved)
+            peak = self._resident_peak_mib(entry.case, kernel, candidate)
+        return KernelCost(
+            entry.case,
+            kernel,
+            entry.calls,
+            candidate.ran,
+            peak_memory_mib=peak,
+            saved_mib=saved,
+            judged_on_cases=not candidate.compiles,
+        )
 
-    def _resident_peak_mib(self, case: Case, kernel: str, arm: Arm) -> float | None:
-        if arm.compiles:
+    def _resident_peak_mib(self, case: Case, kernel: str, candidate: Candidate) -> float | None:
+        if candidate.compiles:
             self._note(f"{kernel}: no peak of memory, which would take another compilation in a process of its own")
             return None
         peak = self._peaks.peak_mib(case, kernel)
@@ -185,14 +202,14 @@ class KernelRun:
         """In as many rounds as the case's share of the time takes, or the fewest."""
         works: dict[str, dict[Direction, timing.Work]] = {}
         both_s = 0.0
-        for kernel, arm in list(entry.arms.items()):
+        for kernel, candidate in list(entry.candidates.items()):
             assert entry.inputs is not None
             try:
-                works[kernel] = arm.works(entry.inputs)
+                works[kernel] = candidate.works(entry.inputs)
                 both_s += self._first_sample_s(works[kernel]["both"])
             except Exception as raised:  # right the first time, and then not able to run again
                 works.pop(kernel, None)
-                entry.refuse_for(kernel, raised, arm)
+                entry.refuse_for(kernel, raised, candidate)
         assert self._clock is not None
         self._least_s += budget.least_s(both_s)
         together, apart = budget.rounds(both_s)
@@ -250,3 +267,164 @@ def _first_of(names: Sequence[str]) -> str:
     if not names:
         return ""
     return f": {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+# --- a case's kernels, judged -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A wrong result of a kernel, and the identifier of the small case that gives it; None for the timed shape."""
+
+    finding: Finding
+    case: str | None = None
+
+
+@dataclass
+class Entry:
+    """The kernels of one case, with the tensors that all of them are timed on."""
+
+    case: Case
+    calls: int
+    inputs: Inputs | None = None
+    candidates: dict[str, Candidate] = field(default_factory=dict)  # those that take part
+    refused: dict[str, KernelCost] = field(default_factory=dict)
+    compile_s: dict[str, float] = field(default_factory=dict)
+    judged_channels: int = 0
+
+    def refuse(self, kernel: str, error: str, *, ran: str | None = None, wrong: Wrong | None = None) -> None:
+        self.candidates.pop(kernel, None)
+        self.refused[kernel] = KernelCost(
+            *(self.case, kernel, self.calls, ran),
+            error=error,
+            wrong=wrong is not None,
+            finding=None if wrong is None else wrong.finding,
+            wrong_case=None if wrong is None else wrong.case,
+        )
+
+    def refuse_wrong(self, kernel: str, wrong: Wrong, candidate: Candidate | None = None) -> None:
+        """A kernel that raises gave no right result, unless the machine had no room, or it could not be compiled."""
+        finding, ran = wrong.finding, None if candidate is None else candidate.ran
+        if finding.exception is None:
+            self.refuse(kernel, "wrong result", ran=ran, wrong=wrong)
+            return
+        compiling = candidate is not None and candidate.compiles
+        words = f"{finding.exception}: {finding.text or finding.kind}"
+        missing = compiling or finding.exception in NO_ROOM
+        self.refuse(kernel, f"torch.compile: {words}" if compiling else words, wrong=None if missing else wrong)
+
+    def refuse_for(self, kernel: str, raised: Exception, candidate: Candidate | None) -> None:
+        text = (str(raised).splitlines() or [""])[0][:200]
+        self.refuse_wrong(kernel, Wrong(Finding("raised", exception=type(raised).__name__, text=text)), candidate)
+
+
+NO_ROOM = (torch.OutOfMemoryError.__name__, MemoryError.__name__)
+
+
+def wrong_on_cases(kernel: str, source: Source, device: torch.device) -> Wrong | None:
+    """The first wrong result on gradcheck's quick cases without second derivatives, of those that the kernel takes.
+
+    A kernel that is compiled is left out: each case would be compiled.
+    """
+    interpreted = kernel == "fused" and device.type == "cpu" and fused.INTERPRETED
+
+    def context_of(case: cases.Case) -> CheckContext | None:
+        try:
+            found = source(case)
+        except Unavailable:
+            return None
+        own, native = rule(kernel) == "own function", rule(kernel) == "native"
+        tested = Kernel(kernel, case.norm, found.on_a_copy, "", own=own, native=native)
+        return None if found.compiles else CheckContext(tested, device)
+
+    refused = refusals(context_of)
+    for case in cases.cases("quick", "batch", True, True, interpreted):
+        context = None if case.needs & set(refused) else context_of(case)
+        if context is None:
+            continue
+        given = cases.inputs(case, device)
+        if source(case).positive_weight:
+            given = cases.with_positive_weight(given, case)
+        wrong = compare(context, case, given, second=False).wrong
+        if wrong is not None:
+            return Wrong(wrong, case.identifier)
+    return None
+
+
+def enter(
+    case: Case,
+    calls: int,
+    sources: Mapping[str, Source],
+    device: torch.device,
+    *,
+    may_compile: bool = True,
+    wrong: Mapping[str, Wrong] | None = None,
+    now_s: Callable[[], float] = time.monotonic,
+) -> Entry:
+    """Run each kernel once, forward and backward, and judge what it gives.
+
+    wrong: the kernels that are known to be wrong, which are not run.
+    """
+    entry = Entry(case, calls)
+    larges: dict[bool, Large] = {}  # by whether all weights are above 0
+    for kernel, source in sources.items():
+        candidate: Candidate | None = None
+        if wrong is not None and kernel in wrong:
+            entry.refuse_wrong(kernel, wrong[kernel])
+            continue
+        try:
+            candidate = source(cases.timed(case))
+            if candidate.compiles and not may_compile:
+                continue
+            positive = candidate.positive_weight
+            if positive not in larges:
+                larges[positive] = large(candidate.case, device, positive_weight=positive)
+            _judge(entry, kernel, candidate, larges[positive], now_s)
+        except Unavailable as reason:
+            entry.refuse(kernel, str(reason), ran=None if candidate is None else candidate.ran)
+        except Exception as raised:  # a kernel may raise anything, and the others' rows stand
+            entry.refuse_for(kernel, raised, candidate)
+    return entry
+
+
+def _judge(entry: Entry, kernel: str, candidate: Candidate, shape: Large, now_s: Callable[[], float]) -> None:
+    began_s = now_s()
+    wrong = shape.judge(candidate.on_a_copy, rule(kernel), poison=not candidate.compiles).wrong
+    if candidate.compiles:
+        entry.compile_s[kernel] = now_s() - began_s
+    if wrong is not None:
+        entry.refuse_wrong(kernel, Wrong(wrong), candidate)
+        return
+    entry.candidates[kernel] = candidate
+    entry.inputs = entry.inputs or shape.given
+    entry.judged_channels = len(shape.channels)
+
+
+# --- means over shapes ------------------------------------------------------------------------------------------------
+
+Key = tuple[str, str, str, str]  # kernel, operation, dtype, layout
+
+
+def means(rows: Sequence[KernelCost]) -> tuple[KernelMean, ...]:
+    """One for each kernel, operation, dtype and layout that has ratios to native, in the rows' order.
+
+    Every shape counts once, however often a model calls it. Round k of a mean is made of the rounds k of its shapes.
+    """
+    native = {row.case: row.both for row in rows if row.kernel == NATIVE and row.both is not None}
+    groups: dict[Key, list[KernelCost]] = {}
+    for row in rows:
+        if row.faster is not None and row.both is not None and row.case in native:
+            groups.setdefault(_group(row.kernel, row.case), []).append(row)
+    return tuple(_mean(key, group, native) for key, group in groups.items())
+
+
+def _group(kernel: str, case: Case) -> Key:
+    return kernel, case.operation, case.dtype, case.layout
+
+
+def _mean(key: Key, rows: Sequence[KernelCost], native: dict[Case, Times]) -> KernelMean:
+    pairs = [(native[row.case].samples_ms, row.both.samples_ms) for row in rows if row.both is not None]
+    values = [(row.faster.value, row.case.shape) for row in rows if row.faster is not None]
+    least, shape = min(values)
+    kernel, operation, dtype, layout = key
+    return KernelMean(kernel, operation, dtype, layout, len(rows), faster_over(pairs), least, shape)

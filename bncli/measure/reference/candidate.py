@@ -66,7 +66,7 @@ def candidate(kernel: str, norm: str, device: torch.device, allow_code: bool) ->
             f"expected one of {known}, or your own as package.module:function", field="kernel", value=kernel
         )
     kernels.get(kernel, device)
-    return Candidate(kernel, norm, _by_name(kernel), _what_runs(kernel, device), native=kernel == "native")
+    return Candidate(kernel, norm, by_name(kernel), _what_runs(kernel, device), native=kernel == "native")
 
 
 def _what_runs(kernel: str, device: torch.device) -> str:
@@ -79,7 +79,9 @@ def _what_runs(kernel: str, device: torch.device) -> str:
     return "C, compiled for this CPU; TRITON_INTERPRET=1 checks the GPU's kernel instead"
 
 
-def _by_name(kernel: str | kernels.Kernel) -> Forward:
+def by_name(kernel: str | kernels.Kernel) -> Forward:
+    """A kernel by its name, or a function of the kernels' signature, called like bncli.batch_norm by position."""
+
     def call(
         x: Tensor,
         running_mean: Tensor | None,
@@ -129,7 +131,7 @@ def _own(kernel: str, allow_code: bool) -> Candidate:
     if set(KERNEL_NAMES) <= names:
         ran = f"your function {kernel}, by the kernels' seam"
         kernel_of_yours = _as_a_kernel(function, "statistics" in names)
-        return Candidate(kernel, "batch", _by_name(kernel_of_yours), ran, evaluates="statistics" in names, own=True)
+        return Candidate(kernel, "batch", by_name(kernel_of_yours), ran, evaluates="statistics" in names, own=True)
     raise UsageError(
         f"its parameters are ({', '.join(sorted(names))}). Expected those of torch.nn.functional.batch_norm, "
         f"{F_SIGNATURE} -> y, or those of the kernels' seam, {KERNEL_SIGNATURE} -> (y, mean, var)",
@@ -222,4 +224,4 @@ def _kind(value: object) -> str:
 
 def native_in_the_same_dtype() -> Forward:
     """torch's own batch norm, whose error in a dtype sets what another kernel's may be."""
-    return _by_name("native")
+    return by_name("native")

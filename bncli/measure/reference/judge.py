@@ -12,10 +12,11 @@ from torch import Tensor
 from bncli.kernels import fused
 from bncli.measure.reference import tolerance as tolerances
 from bncli.measure.reference.candidate import Candidate, native_in_the_same_dtype
-from bncli.measure.reference.gradient_cases import Case, Inputs, inputs
-from bncli.measure.reference.observe import SECOND, Observation, observe, quantities
+from bncli.measure.reference.case import DTYPES, Case, Inputs, inputs
+from bncli.measure.reference.observe import SECOND, Observation, observe, poisoned, quantities
+from bncli.names import FUSED_ACTIVATIONS
 from bncli.results.finding import Finding, FindingKind
-from bncli.results.gradcheck import CheckedCall, CheckFailure, Effort, ToleranceRule
+from bncli.results.gradcheck import CheckedCall, CheckFailure, Effort, NotChecked, ToleranceRule
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,14 @@ class CheckContext:
         return self.candidate.name == "fused" and self.device.type == "cpu" and fused.INTERPRETED
 
     @property
-    def rule(self) -> ToleranceRule:
+    def rule(self) -> tolerances.Rule:
         """How large an error of a value may be."""
         return "native" if self.native else "own function" if self.candidate.own else "kernel"
 
     def floors(self, case: Case, given: Inputs, truth: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The error that rounding alone explains in such a candidate."""
-        return tolerances.floors(case, given, truth, self.native, self.interpreted, self.candidate.own)
+        """The error that rounding alone explains in such a candidate, of the quantities in `truth`."""
+        found = tolerances.expected(case, given).floors(self.rule, self.interpreted)
+        return {name: found[name] for name in truth}
 
     def fresh(self, case: Case) -> tuple[Case, Inputs]:
         """The case of the candidate's norm, with the inputs that its identifier stands for."""
@@ -72,22 +74,33 @@ class Outcome:
     findings: dict[str, Finding]
     evidence: Evidence | None = None
 
+    @property
+    def wrong(self) -> Finding | None:
+        """The first quantity that is wrong, in the order in which they are computed."""
+        return next((finding for finding in self.findings.values() if finding.failed), None)
+
 
 def compare(context: CheckContext, case: Case, given: Inputs, second: bool = True) -> Outcome:
     """Every quantity of the candidate on these inputs against the definition in float64."""
-    truth = tolerances.reference(case, given)
-    floors = context.floors(case, given, truth)
+    expected = tolerances.expected(case, given, second)
     yardstick = Observation()
     if not context.native:
         yardstick = observe(native_in_the_same_dtype(), case, given, second)
     native = yardstick.wide()
     wide = given.wide()  # before a kernel that writes into its input
-    seen = observe(context.candidate.call, case, given, second)
+    with poisoned():
+        seen = observe(context.candidate.call, case, given, second)
     if changed := written(given, wide):
         seen.problems["forward"] = Finding("input_written", names=changed)
-    evidence = Evidence(case, wide, seen.wide(), truth, floors)
-    names = [name for name in quantities(case) if second or name != "double backward"]
-    return Outcome({name: seen.problems.get(name) or _judge(name, evidence, native) for name in names}, evidence)
+    evidence = Evidence(case, wide, seen.wide(), expected.truth, expected.floors(context.rule, context.interpreted))
+    return judged(evidence, seen.problems, native)
+
+
+def judged(evidence: Evidence, problems: dict[str, Finding], native: dict[str, Tensor]) -> Outcome:
+    """Every quantity of a run: its error in tolerances. native: the values of torch's own kernel in the same dtype."""
+    second = any(name in SECOND for name in evidence.truth)
+    names = [name for name in quantities(evidence.case) if second or name != "double backward"]
+    return Outcome({name: problems.get(name) or _judge(name, evidence, native) for name in names}, evidence)
 
 
 def _judge(quantity: str, evidence: Evidence, native: dict[str, Tensor]) -> Finding:
@@ -141,7 +154,7 @@ def written(given: Inputs, before: Inputs) -> tuple[str, ...]:
     The running statistics are left out: a call is handed copies of them, which `observe` looks at.
     """
     names = [name for name in vars(given) if name not in ("smooth", "running_mean", "running_var")]
-    now = given.wide()
+    now = given.wide(before.x.device)
     return tuple(name for name in names if not same_bits(getattr(now, name), getattr(before, name)))
 
 
@@ -150,6 +163,43 @@ def same_bits(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+# --- what a kernel refuses --------------------------------------------------------------------------------------------
+
+PROBE = Case("train", "float32", "contiguous", (4, 4, 3))
+
+
+def refusals(context_of: Callable[[Case], CheckContext | None]) -> dict[str, NotChecked]:
+    """What a kernel refuses by raising, though it takes a plain float32 input: name -> its reason.
+
+    The name of a dtype: any exception counts. Of a fused operation, or `eval`: NotImplementedError alone, which says
+    that it was never offered; any other is a bug. context_of: a kernel for each case, None where it does not take it.
+    """
+    reasons: dict[str, NotChecked] = {}
+    context = context_of(PROBE)
+    if context is None or _raised(context, PROBE):
+        return reasons
+    if context.device.type == "mps":
+        reasons["float64"] = NotChecked("no float64 on the device")
+    more = (*FUSED_ACTIVATIONS, "residual") if context.candidate.fuses else ()
+    probes = {name: replace(PROBE, dtype=name) for name in DTYPES if name not in reasons}
+    probes |= {name: replace(PROBE, fusion=name) for name in more}
+    if context.candidate.evaluates:
+        probes["eval"] = replace(PROBE, mode="eval")
+    for name, case in probes.items():
+        context = context_of(case)
+        raised = context and _raised(context, case)
+        if raised and (name in DTYPES or raised.exception == "NotImplementedError"):
+            reasons[name] = NotChecked("refused", raised)
+    return reasons
+
+
+def _raised(context: CheckContext, case: Case) -> Finding | None:
+    """What the forward pass of a plain case raised."""
+    case, given = context.fresh(case)
+    problem = observe(context.candidate.call, case, given, second=False).problems.get("forward")
+    return problem if problem and problem.exception else None
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

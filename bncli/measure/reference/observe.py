@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bncli.kernels.definition import Forward
 from bncli.measure.reference.candidate import KernelFailed
-from bncli.measure.reference.gradient_cases import Case, Inputs
+from bncli.measure.reference.case import CPU, Case, Inputs, arguments
 from bncli.names import NORMS
 from bncli.results.finding import Finding, FindingKind
 
@@ -30,14 +33,26 @@ class Observation:
         """The first of them."""
         return next(iter(self.problems.values()), None)
 
-    def wide(self) -> dict[str, Tensor]:
-        return {name: value.detach().cpu().double() for name, value in self.values.items()}
+    def wide(self, device: torch.device = CPU) -> dict[str, Tensor]:
+        """In float64 on the device."""
+        return {name: value.detach().to(device).double() for name, value in self.values.items()}
 
 
 def quantities(case: Case) -> tuple[str, ...]:
     """What a run of the case is judged by, in the order in which it is computed."""
     running = RUNNING if case.training and NORMS[case.norm].over_batch else ()
     return ("forward", *running, *(GRADIENTS if case.adds else GRADIENTS[:3]), "double backward")
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Every tensor made without a value is NaN inside (torch.utils.deterministic.fill_uninitialized_memory)."""
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import the compiler for it: 1 s
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
 
 
 def leaf(tensor: Tensor | None) -> Tensor | None:
@@ -51,10 +66,11 @@ def observe(call: Forward, case: Case, given: Inputs, second: bool = True) -> Ob
     x, weight, bias, residual = (leaf(t) for t in (given.x, given.weight, given.bias, given.residual))
     running = [None if r is None else r.clone() for r in (given.running_mean, given.running_var)]
     assert x is not None
+    taken = Inputs(x, weight, bias, running[0], running[1], residual, given.g)
     leaves = {"dx": x, "dweight": weight, "dbias": bias, "dresidual": residual}
     wanted = {name: tensor for name, tensor in leaves.items() if tensor is not None}
     try:
-        y = call(x, *running, weight, bias, case.training, case.momentum, case.eps, residual, case.activation)
+        y = call(*arguments(case, taken))
     except (Exception, SystemExit) as error:  # the kernel may be anyone's code
         return _failed(seen, quantities(case), error)
     if wrong := unlike(y, given.x):
@@ -91,7 +107,7 @@ def _second(y: Tensor, wanted: dict[str, Tensor], given: Inputs) -> dict[str, Te
     """The gradient in x, weight and g of <dx, v> + <dweight, v_weight> + <dbias, v_bias>."""
     g = given.g.detach().clone().requires_grad_()
     first = torch.autograd.grad(y, list(wanted.values()), g, create_graph=True, allow_unused=True)
-    directions = {"dx": given.v, "dweight": given.v_weight, "dbias": given.v_bias}
+    directions: dict[str, Any] = {"dx": given.v, "dweight": given.v_weight, "dbias": given.v_bias}
     pairs = [
         (gradient, directions[name])
         for name, gradient in zip(wanted, first, strict=True)
@@ -108,7 +124,8 @@ def _second(y: Tensor, wanted: dict[str, Tensor], given: Inputs) -> dict[str, Te
         name: torch.zeros_like(tensor) if gradient is None else gradient
         for name, tensor, gradient in zip(names, into, found, strict=True)
     }
-    values[SECOND[2]] = values[SECOND[2]] * given.smooth  # on a kink either side's value is right
+    if given.smooth is not None:  # on a kink either side's value is right
+        values[SECOND[2]] = values[SECOND[2]] * given.smooth
     return values
 
 

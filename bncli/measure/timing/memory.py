@@ -61,7 +61,7 @@ def tiny(case: Case) -> Case:
 
 def empty_inputs(case: Case) -> Inputs:
     """Tensors of a case whose pages are all resident; what they hold matters to no memory."""
-    zero = cases.make(tiny(case), torch.device("cpu"))
+    zero = cases.timed_inputs(cases.timed(tiny(case)), torch.device("cpu"))
     shape, channels = case.shape, case.shape[1]
 
     def of(t: Tensor | None) -> Tensor | None:
@@ -69,6 +69,6 @@ def empty_inputs(case: Case) -> Inputs:
             return None
         if t.dim() == 1:
             return torch.ones(channels, dtype=t.dtype)
-        return cases.laid_out(torch.ones(shape, dtype=t.dtype), case.layout)
+        return cases.with_layout(torch.ones(shape, dtype=t.dtype), case.layout)
 
     return Inputs(**{name: of(t) for name, t in vars(zero).items()})  # type: ignore[arg-type]

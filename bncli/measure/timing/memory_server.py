@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bncli.measure.profile import candidates
+from bncli.measure.reference import case as cases
 from bncli.measure.timing import memory
 from bncli.results.profile import Case
 
@@ -65,7 +66,7 @@ def measured(request: dict[str, Any], allow_code: bool) -> dict[str, Any]:
     case = Case(**{**fields, "shape": tuple(fields["shape"])})
     try:
         source = run_tiny(memory.tiny(case), request["kernel"], allow_code)
-        step = source(case).step(memory.empty_inputs(case))
+        step = source(cases.timed(case)).step(memory.empty_inputs(case))
         _give_back_free_pages()
         return {"peak_mib": memory.resident_peak_mib(step)}
     except Exception as error:  # the kernel's; it has no figure
@@ -75,7 +76,7 @@ def measured(request: dict[str, Any], allow_code: bool) -> dict[str, Any]:
 def run_tiny(case: Case, kernel: str, allow_code: bool) -> candidates.Source:
     """One step of a kernel on one thread, so that whatever it loads or compiles is there. Where its arms come from."""
     source = candidates.sources([kernel], torch.device("cpu"), allow_code)[kernel]
-    source(case).step(memory.empty_inputs(case))()
+    source(cases.timed(case)).step(memory.empty_inputs(case))()
     return source
 
 

@@ -10,7 +10,7 @@ import pytest
 from bncli.measure.gradcheck import symptoms
 from bncli.measure.gradcheck.diagnose import diagnose
 from bncli.measure.gradcheck.hard_inputs import NOT_FINITE, STRIDED_G, STRIDED_X
-from bncli.measure.reference.gradient_cases import Case
+from bncli.measure.reference.case import Case
 from bncli.measure.reference.judge import Check, Outcome, Verdict
 from bncli.results.finding import Finding, FindingKind
 from bncli.results.gradcheck import Facet

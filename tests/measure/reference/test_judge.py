@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bncli.measure.reference.candidate import candidate
-from bncli.measure.reference.gradient_cases import Case
+from bncli.measure.reference.case import Case
 from bncli.measure.reference.judge import CheckContext, Outcome, compare, difference, number_kind, same_bits
 from bncli.results.finding import Finding
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bncli.measure.reference.candidate import KernelFailed
-from bncli.measure.reference.gradient_cases import Case, inputs
+from bncli.measure.reference.case import Case, inputs
 from bncli.measure.reference.observe import finding_of, observe, quantities, unlike
 from bncli.results.finding import Finding
 from tests.measure.reference import wrong_kernels

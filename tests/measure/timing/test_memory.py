@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bncli.measure.reference import case as cases
+from bncli.measure.reference.candidate import by_name
 from bncli.measure.timing import fresh_processes, memory
 from bncli.measure.timing.fresh_processes import FreshProcesses
 from bncli.measure.timing.memory import saved_bytes
@@ -49,9 +50,10 @@ def test_nothing_is_saved_where_nothing_is_differentiated() -> None:
 def test_batch_norm_saves_its_input_and_relu_its_output() -> None:
     for operation, tensors in (("bn", 1), ("bn+relu", 2), ("bn+add+relu", 2)):
         case = Case((8, 16, 8, 8), operation, "fp32")
-        inputs = cases.make(case, torch.device("cpu"))
+        inputs = cases.timed_inputs(cases.timed(case), torch.device("cpu"))
         inputs.leaves()
-        saved = saved_bytes(lambda case=case, inputs=inputs: cases.apply(case, "native")(inputs))  # type: ignore[misc]
+        given = cases.arguments(cases.timed(case), inputs)
+        saved = saved_bytes(lambda given=given: by_name("native")(*given))  # type: ignore[misc]
         vectors = saved - tensors * case.tensor_bytes
         assert 0 < vectors <= 8 * 16 * 4  # weight, running statistics, the batch's mean and deviation
 
@@ -119,7 +121,7 @@ def test_a_child_that_crashes_hangs_or_raises_costs_its_own_figure_alone(
 def test_code_of_the_users_own_is_not_run_unasked(peaks: FreshProcesses) -> None:
     assert peaks.peak_mib(FOUR_MIB, "bncli.kernels.native:batch_norm") is None
     assert peaks.failure is not None
-    assert "--allow-code" in peaks.failure
+    assert "imports and runs code of yours" in peaks.failure
 
 
 def processes_of(group: int) -> list[int]:
@@ -180,10 +182,11 @@ def test_a_failure_to_start_is_said_and_not_raised(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.cuda
 def test_on_a_gpu_the_peak_is_the_allocators() -> None:
-    from bncli.measure.profile.candidates import Arm
+    from bncli.measure.profile.candidates import Candidate
 
     device = torch.device("cuda")
     case = Case((64, 64, 56, 56), "bn", "fp32")
-    arm, inputs = Arm(cases.apply(case, "native")), cases.make(case, device)
-    peak = memory.cuda_peak_mib(arm.step(inputs), device)
+    timed = cases.timed(case)
+    step = Candidate(timed, by_name("native")).step(cases.timed_inputs(timed, device))
+    peak = memory.cuda_peak_mib(step, device)
     assert peak == pytest.approx(2 * case.tensor_bytes / 2**20, rel=0.1)
