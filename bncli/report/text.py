@@ -322,6 +322,8 @@ def finding_text(finding: Finding) -> str:
 
 
 def _wrong_number(finding: Finding) -> str:
+    if finding.found is None:  # of a tensor too large to look for the place
+        return f"{finding.quantity} is not finite everywhere"
     if finding.at is None:
         within = f" within {finding.allowed:.2g}" if finding.allowed is not None else ""
         return f"{finding.quantity} is {finding.found:.6g}; expected {finding.expected:.6g}{within}"

@@ -223,6 +223,7 @@ def test_a_curve_point_that_is_not_finite_is_left_out(examples):
             Finding("off", "the sum of dx", 3.0, found=0.5, expected=0.0, allowed=0.012),
             "the sum of dx is 0.5; expected 0 within 0.012",
         ),
+        (Finding("nan_unexpected", "dx"), "dx is not finite everywhere"),
         (Finding("not_zero", "dx"), "dx is not 0"),
         (Finding("wrong_type", given="list", wanted="a tensor"), "returned a list; expected a tensor"),
         (

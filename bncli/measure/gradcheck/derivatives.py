@@ -75,13 +75,15 @@ def _differences(context: CheckContext, case: Case, name: str) -> Finding:
             g = given.g.detach().requires_grad_()
             torch.autograd.gradgradcheck(function, leaves, g, fast_mode=context.effort != "full", **how)
     except KernelFailed as failed:
-        return replace(failed.finding, quantity=name)
+        return replace(failed.finding, quantity="derivative")
     except (Exception, SystemExit) as error:  # a mismatch, or whatever the kernel raises
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         kind = finding_of(error).kind
         text = " ".join(lines[:4])[:300]
-        return Finding("not_derivative" if kind == "raised" else kind, name, exception=type(error).__name__, text=text)
-    return Finding("right", name, 0.0)
+        return Finding(
+            "not_derivative" if kind == "raised" else kind, "derivative", exception=type(error).__name__, text=text
+        )
+    return Finding("right", "derivative", 0.0)
 
 
 def _off_the_kink(case: Case, device: torch.device) -> Inputs:

@@ -14,6 +14,7 @@ from torch import Tensor
 from bncli.measure.gradcheck.known_bugs import KNOWN_BUGS, KnownBug, predicted
 from bncli.measure.gradcheck.symptoms import SYMPTOMS, summary
 from bncli.measure.reference.judge import Evidence, Verdict
+from bncli.measure.reference.observe import SECOND
 from bncli.measure.reference.tolerance import in_floors
 from bncli.results.gradcheck import BugMatch, Diagnosis
 
@@ -100,7 +101,7 @@ def _spread(verdicts: list[Verdict]) -> list[tuple[str, Evidence]]:
 
 def _failing(evidence: Evidence) -> list[str]:
     """The quantities that are clearly wrong; the second derivative follows the first and is left to the symptoms."""
-    names = [name for name in evidence.truth if not name.startswith("double") and name in evidence.seen]
+    names = [name for name in evidence.truth if name not in SECOND and name in evidence.seen]
     return [name for name in names if _distance(evidence.seen[name], evidence.truth[name], evidence.floors[name]) > 1]
 
 

@@ -16,7 +16,7 @@ from bncli.measure.reference import tolerance as tolerances
 from bncli.measure.reference.candidate import KernelFailed, native_in_the_same_dtype
 from bncli.measure.reference.case import Case, Inputs, away_from_the_kink, unit_roundoff
 from bncli.measure.reference.judge import Check, CheckContext, CheckGroupPlan, Outcome, compare, difference
-from bncli.measure.reference.observe import finding_of, observe, unlike
+from bncli.measure.reference.observe import GRADIENTS, RUNNING, finding_of, observe, unlike
 from bncli.results.finding import Finding
 
 Change = Callable[[Inputs, Case], Inputs]
@@ -373,9 +373,9 @@ def _empty(context: CheckContext, mode: str) -> Check:
         seen = observe(context.candidate.call, case, given, second=False)
         problem = seen.problem or unlike(seen.values["forward"], given.x)
         for name, value in seen.values.items():
-            if problem is None and name.startswith("d") and not bool((value == 0).all()):
+            if problem is None and name in GRADIENTS and not bool((value == 0).all()):
                 problem = Finding("not_zero", name)
-            if problem is None and name.startswith("running") and not torch.equal(value, getattr(given, name)):
+            if problem is None and name in RUNNING and not torch.equal(value, getattr(given, name)):
                 problem = Finding("running_moved_by_nothing", names=(name,))
         return Outcome({"": problem or Finding("right", error=0.0)})
 

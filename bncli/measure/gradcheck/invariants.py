@@ -207,7 +207,7 @@ def without_gradients(context: CheckContext, case: Case, given: Inputs) -> Findi
     for name, gradient in zip(wanted, gradients, strict=True):
         if gradient is None:
             return Finding("no_gradient", name)
-        other = judge(f"{name} where x needs no gradient", gradient.double().cpu(), truth[name], floors[name])
+        other = judge(f"{name} where x needs no gradient", gradient.detach().double().cpu(), truth[name], floors[name])
         found = max(found, other, key=lambda finding: finding.error)
     return found
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from bncli.kernels.definition import Forward, Mutation, batch_norm, definition
 from bncli.measure.reference.case import DTYPES, Case, Inputs
 from bncli.measure.reference.judge import Evidence
-from bncli.measure.reference.observe import observe
+from bncli.measure.reference.observe import GRADIENTS, RUNNING, observe
 
 Values = dict[str, Tensor]
 
@@ -96,12 +96,12 @@ def by_the_deviation(running: Tensor, batch: Tensor, momentum: float) -> Tensor:
 
 def without_running(values: Values, case: Case) -> Values:
     """Of a norm that has no running statistics; those of the kernel may be right."""
-    return {name: value for name, value in values.items() if not name.startswith("running")}
+    return {name: value for name, value in values.items() if name not in RUNNING}
 
 
 def gradients_alone(values: Values, case: Case) -> Values:
     """Of a mistake in the backward pass; the forward one may be right."""
-    return {name: value for name, value in values.items() if name.startswith("d")}
+    return {name: value for name, value in values.items() if name in GRADIENTS}
 
 
 def by_itself() -> Forward:

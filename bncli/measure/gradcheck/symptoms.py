@@ -9,7 +9,7 @@ from math import inf, isfinite, nan
 from bncli.measure.gradcheck.hard_inputs import NOT_FINITE, STRIDED_G, STRIDED_X
 from bncli.measure.reference.case import Case
 from bncli.measure.reference.judge import Verdict
-from bncli.measure.reference.observe import GRADIENTS, SECOND
+from bncli.measure.reference.observe import GRADIENTS, RUNNING, SECOND
 from bncli.names import KINKED_ACTIVATIONS
 from bncli.results.finding import FindingKind
 from bncli.results.gradcheck import Diagnosis, Facet, FailureSummary
@@ -170,7 +170,7 @@ def half_precision(verdicts: Verdicts) -> Diagnosis | None:
     failed = _failed(verdicts)
     if not all(v.check.case and v.check.case.dtype in HALF for v in failed):
         return None
-    kept = [v for v in failed if v.quantity in ("running_mean", "running_var")]
+    kept = [v for v in failed if v.quantity in RUNNING]
     return _shown_by("half-precision statistics", kept)
 
 

@@ -333,7 +333,9 @@ def wrong_on_cases(kernel: str, source: Source, device: torch.device) -> Wrong |
             found = source(case)
         except Unavailable:
             return None
-        return None if found.compiles else CheckContext(Kernel(kernel, case.norm, found.on_a_copy, ""), device)
+        own, native = rule(kernel) == "own function", rule(kernel) == "native"
+        tested = Kernel(kernel, case.norm, found.on_a_copy, "", own=own, native=native)
+        return None if found.compiles else CheckContext(tested, device)
 
     refused = refusals(context_of)
     for case in cases.cases("quick", "batch", True, True, interpreted):

@@ -33,6 +33,7 @@ class Candidate:
     fuses: bool = True  # takes a residual and an activation
     evaluates: bool = True  # has an evaluation mode
     own: bool = False  # the user's function, named package.module:function
+    native: bool = False  # torch's own operator
 
     @property
     def tracks(self) -> bool:
@@ -56,7 +57,7 @@ def candidate(kernel: str, norm: str, device: torch.device, allow_code: bool) ->
     if not NORMS[norm].has_kernels:
         if kernel != "native":
             raise UsageError(f"has the native kernel alone; {kernel} is a batch norm", field="norm", value=norm)
-        return Candidate(f"native {norm} norm", norm, _module(norm), "torch's own operator", False, False)
+        return Candidate(f"native {norm} norm", norm, _module(norm), "torch's own operator", False, False, native=True)
     if ":" in kernel:
         return _own(kernel, allow_code)
     if kernel not in GRADCHECK_KERNELS:
@@ -65,7 +66,7 @@ def candidate(kernel: str, norm: str, device: torch.device, allow_code: bool) ->
             f"expected one of {known}, or your own as package.module:function", field="kernel", value=kernel
         )
     kernels.get(kernel, device)
-    return Candidate(kernel, norm, by_name(kernel), _what_runs(kernel, device))
+    return Candidate(kernel, norm, by_name(kernel), _what_runs(kernel, device), native=kernel == "native")
 
 
 def _what_runs(kernel: str, device: torch.device) -> str:

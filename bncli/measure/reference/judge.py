@@ -13,7 +13,7 @@ from bncli.kernels import fused
 from bncli.measure.reference import tolerance as tolerances
 from bncli.measure.reference.candidate import Candidate, native_in_the_same_dtype
 from bncli.measure.reference.case import DTYPES, Case, Inputs, inputs
-from bncli.measure.reference.observe import Observation, observe, poisoned, quantities
+from bncli.measure.reference.observe import SECOND, Observation, observe, poisoned, quantities
 from bncli.names import FUSED_ACTIVATIONS
 from bncli.results.finding import Finding, FindingKind
 from bncli.results.gradcheck import CheckedCall, CheckFailure, Effort, NotChecked, ToleranceRule
@@ -30,7 +30,7 @@ class CheckContext:
     @property
     def native(self) -> bool:
         """Whether torch's own operator is the one under test, and so no yardstick for itself."""
-        return self.rule == "native"
+        return self.candidate.native
 
     @property
     def interpreted(self) -> bool:
@@ -40,7 +40,7 @@ class CheckContext:
     @property
     def rule(self) -> tolerances.Rule:
         """How large an error of a value may be."""
-        return tolerances.rule(self.candidate.name)
+        return "native" if self.native else "own function" if self.candidate.own else "kernel"
 
     def floors(self, case: Case, given: Inputs, truth: dict[str, Tensor]) -> dict[str, Tensor]:
         """The error that rounding alone explains in such a candidate, of the quantities in `truth`."""
@@ -98,7 +98,7 @@ def compare(context: CheckContext, case: Case, given: Inputs, second: bool = Tru
 
 def judged(evidence: Evidence, problems: dict[str, Finding], native: dict[str, Tensor]) -> Outcome:
     """Every quantity of a run: its error in tolerances. native: the values of torch's own kernel in the same dtype."""
-    second = any(name.startswith("double") for name in evidence.truth)
+    second = any(name in SECOND for name in evidence.truth)
     names = [name for name in quantities(evidence.case) if second or name != "double backward"]
     return Outcome({name: problems.get(name) or _judge(name, evidence, native) for name in names}, evidence)
 
@@ -106,17 +106,18 @@ def judged(evidence: Evidence, problems: dict[str, Finding], native: dict[str, T
 def _judge(quantity: str, evidence: Evidence, native: dict[str, Tensor]) -> Finding:
     """The worst of the tensors of that name; of a double backward there are several."""
     worst = Finding("right", quantity, 0.0)
-    for name, exact in evidence.truth.items():
-        if name == quantity or (quantity == "double backward" and name.startswith(quantity)):
-            if name not in evidence.seen:
-                return Finding("not_computed", name)
-            seen, floor = evidence.seen[name], evidence.floors[name]
-            error = tolerances.in_tolerances(seen, exact, floor, native.get(name))
-            if error > 1 and error > worst.error:
-                of_native = tolerances.of_native(seen, exact, floor, native.get(name))
-                worst = difference(name, seen, exact, error, None if math.isnan(of_native) else of_native)
-            elif error > worst.error:
-                worst = replace(worst, error=error)
+    for name in SECOND if quantity == "double backward" else (quantity,):
+        if name not in evidence.truth:
+            continue
+        if name not in evidence.seen:
+            return Finding("not_computed", name)
+        found, exact, floor = evidence.seen[name], evidence.truth[name], evidence.floors[name]
+        error = tolerances.in_tolerances(found, exact, floor, native.get(name))
+        if error > 1 and error > worst.error:
+            of_native = tolerances.of_native(found, exact, floor, native.get(name))
+            worst = difference(name, found, exact, error, None if math.isnan(of_native) else of_native)
+        elif error > worst.error:
+            worst = replace(worst, error=error)
     return worst
 
 

@@ -16,6 +16,7 @@ from bncli.measure.reference.case import CPU, Case, Inputs, arguments
 from bncli.names import NORMS
 from bncli.results.finding import Finding, FindingKind
 
+RUNNING = ("running_mean", "running_var")
 GRADIENTS = ("dx", "dweight", "dbias", "dresidual")
 SECOND = ("double backward in x", "double backward in weight", "double backward in g")
 
@@ -39,7 +40,7 @@ class Observation:
 
 def quantities(case: Case) -> tuple[str, ...]:
     """What a run of the case is judged by, in the order in which it is computed."""
-    running = ("running_mean", "running_var") if case.training and NORMS[case.norm].over_batch else ()
+    running = RUNNING if case.training and NORMS[case.norm].over_batch else ()
     return ("forward", *running, *(GRADIENTS if case.adds else GRADIENTS[:3]), "double backward")
 
 
@@ -79,7 +80,7 @@ def observe(call: Forward, case: Case, given: Inputs, second: bool = True) -> Ob
     if not case.training and (moved := _moved(running, given)):
         seen.problems["forward"] = Finding("running_moved", names=moved)
     if case.training and NORMS[case.norm].over_batch:
-        for name, value in zip(("running_mean", "running_var"), running, strict=True):
+        for name, value in zip(RUNNING, running, strict=True):
             if value is not None:
                 seen.values[name] = value
     try:
@@ -98,7 +99,7 @@ def observe(call: Forward, case: Case, given: Inputs, second: bool = True) -> Ob
 
 def _moved(running: list[Tensor | None], given: Inputs) -> tuple[str, ...]:
     """The running statistics that are no longer what they were."""
-    pairs = zip(("running_mean", "running_var"), running, strict=True)
+    pairs = zip(RUNNING, running, strict=True)
     return tuple(name for name, now in pairs if now is not None and not torch.equal(now, getattr(given, name)))
 
 

@@ -39,7 +39,7 @@ Rule = Literal["kernel", "native", "own function"]  # of results.gradcheck.Toler
 
 def rule(kernel: str) -> Rule:
     """How a kernel of that name is judged: as one of bncli's, as torch's own operator, or as anyone's function."""
-    if kernel.split()[0] == "native":  # with the norm's name, where it is another than batch norm
+    if kernel == "native":
         return "native"
     return "kernel" if kernel in KERNELS else "own function"
 

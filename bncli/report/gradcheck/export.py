@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from bncli.results.serialize import to_plain
 
 def to_json(result: Gradcheck) -> str:
     failures = [
-        {**to_plain(failure), "message": failure_text(failure), "reproduce": rerun_command(result, failure)}
+        {**to_plain(failure), "message": failure_text(failure), "reproduce": shlex.join(rerun_command(result, failure))}
         for failure in result.failures
     ]
     diagnoses = [{**to_plain(diagnosis), "evidence": evidence_text(diagnosis)} for diagnosis in result.diagnoses]

@@ -158,19 +158,19 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) if more <= 0 else f"{', '.join(names[:FEW])} and {more} more"
 
 
-def rerun_command(result: Gradcheck, failure: CheckFailure) -> str:
-    """The command that runs a failing case alone; of the gradient's three parts, which a whole run alone computes."""
+def rerun_command(result: Gradcheck, failure: CheckFailure) -> list[str]:
+    """The words of the command that runs a failing case alone, or all, for what a whole run alone computes."""
     parts = ["bncli", "gradcheck", "--kernel", result.kernel]
     parts += ["--norm", result.norm] if result.norm != "batch" else []
     parts += ["--device", result.device] if result.device != "auto" else []
     parts += ["--allow-code"] if result.allow_code else []
-    return shlex.join(parts if failure.check == "paths" else [*parts, "--only", failure.case])
+    return parts if failure.check == "paths" else [*parts, "--only", failure.case]
 
 
-def shell_lines(command: str, width: int) -> list[str]:
+def shell_lines(command: Sequence[str], width: int) -> list[str]:
     """The command in lines no wider than `width` where its words allow, continued as a shell takes them."""
     lines = [""]
-    for word in shlex.split(command):
+    for word in command:
         quoted = shlex.quote(word)
         if lines[-1] and len(lines[-1]) + 1 + len(quoted) > width - 2:
             lines.append("")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from pathlib import Path
 
 import pytest
@@ -211,7 +212,7 @@ def test_a_mode_or_an_operation_that_is_not_implemented_is_told_and_left_out() -
 def test_a_failures_command_runs_that_case_alone_and_fails_again() -> None:
     found = result("statistics_constant", effort="quick")
     failure = found.failures[0]
-    assert rerun_command(found, failure) == (
+    assert shlex.join(rerun_command(found, failure)) == (
         f"bncli gradcheck --kernel {HERE}:statistics_constant --device cpu --allow-code --only {failure.case}"
     )
     again = result("statistics_constant", only=failure.case)

@@ -355,12 +355,10 @@ def test_of_the_results_at_a_hard_input_the_worst_is_named() -> None:
 
 
 def test_the_command_that_runs_a_case_again_asks_for_what_was_asked() -> None:
-    command = "bncli gradcheck --kernel native --only 'train/* x'"
-    assert rerun_command(GOOD, replace(FIRST, case="train/* x")) == command
+    command = ["bncli", "gradcheck", "--kernel", "native"]
+    assert rerun_command(GOOD, replace(FIRST, case="train/* x")) == [*command, "--only", "train/* x"]
     result = replace(GOOD, norm="layer", device="cpu")
-    assert rerun_command(result, replace(FIRST, check="paths")) == (
-        "bncli gradcheck --kernel native --norm layer --device cpu"
-    )
+    assert rerun_command(result, replace(FIRST, check="paths")) == [*command, "--norm", "layer", "--device", "cpu"]
 
 
 def test_a_refusal_is_told_in_the_kernels_own_words() -> None:
