@@ -16,18 +16,32 @@ class BncliError(Exception):
     exit_code = CHECK_FAILED
 
 
-class RecipeError(BncliError):
-    """One or more mistakes in a recipe or in an option, all of those found in one pass."""
+class UsageError(BncliError):
+    """One or more mistakes in what was asked, all of those found in one pass.
+
+    `field` is the argument that is wrong, and `value` what it was given; the command line shows the field as an option.
+    """
 
     exit_code = USAGE
 
-    def __init__(self, *mistakes: str) -> None:
-        self.mistakes = mistakes
-        super().__init__("\n".join(mistakes))
+    def __init__(self, *mistakes: str, field: str | None = None, value: object = None) -> None:
+        self.mistakes, self.field, self.value = mistakes, field, value
+        place = "" if field is None else f"{field}: " if value is None else f"{field} {value}: "
+        super().__init__("\n".join(place + mistake for mistake in mistakes))
+
+
+class RecipeError(UsageError):
+    """One or more mistakes in a recipe, all of those found in one pass."""
 
 
 class DataError(BncliError):
     """Data that a recipe names and that is not there, or does not have the shape that the recipe says."""
+
+    exit_code = USAGE
+
+
+class FileError(BncliError):
+    """A file that bncli cannot read back, or cannot write."""
 
     exit_code = USAGE
 
