@@ -203,14 +203,17 @@ def _again(saved: Path, quiet: bool) -> Comparison:
 
 def _show(comparison: Comparison, form: str) -> None:
     """The comparison on stdout: tables and curves, or one of the forms for other programs."""
-    from bncli.report import files as record
-    from bncli.report import table
+    from bncli.report import files
     from bncli.report.compare import export
+    from bncli.report.compare.table import ComparisonReport
 
-    if form != "table":
-        print_result({"json": record.to_json, "csv": export.to_csv, "markdown": export.to_markdown}[form](comparison))
-        return
-    print_result(table.comparison_report(comparison))
+    forms = {
+        "table": ComparisonReport,
+        "json": files.to_json,
+        "csv": export.to_csv,
+        "markdown": export.to_markdown,
+    }
+    print_result(forms[form](comparison))
 
 
 def _write(comparison: Comparison, plot: Path | None, html: Path | None, quiet: bool) -> None:
@@ -220,7 +223,7 @@ def _write(comparison: Comparison, plot: Path | None, html: Path | None, quiet: 
         draw(comparison, plot)
         say(f"Drawn in {plot}", quiet)
     if html:
-        from bncli.report.compare.export import to_html
+        from bncli.report.compare.page import to_html
         from bncli.report.files import write_atomically
 
         write_atomically(html, to_html(comparison))

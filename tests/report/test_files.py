@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from bncli.errors import USAGE, BncliError
 from bncli.report.compare.export import to_csv, to_markdown
+from bncli.report.compare.table import ComparisonReport
 from bncli.report.files import (
     comparison_from_json,
     event_line,
@@ -25,7 +26,6 @@ from bncli.report.files import (
     to_json,
     write_atomically,
 )
-from bncli.report.table import comparison_report
 from bncli.results.compare import RunRecord
 from bncli.results.environment import RUNS_VERSION
 from bncli.results.train import Evaluated, Evaluation, RunFinished, RunStarted, StepDone, Target
@@ -42,7 +42,7 @@ def test_a_comparison_comes_back_equal_from_its_json(example):
 
 def test_every_rendering_of_what_came_back_is_the_same_text(example, show):
     back = comparison_from_json(to_json(example))
-    assert show(comparison_report(back)) == show(comparison_report(example))
+    assert show(ComparisonReport(back)) == show(ComparisonReport(example))
     assert to_csv(back) == to_csv(example)
     assert to_markdown(back) == to_markdown(example)
     assert to_json(back) == to_json(example)
