@@ -126,8 +126,10 @@ def _run_comparison(
     from bncli.measure.compare.plan import collect, planned_runs, study, wanted
     from bncli.measure.compare.run import execute
     from bncli.measure.compare.summary import summarise
+    from bncli.report.compare.notes import sentence
     from bncli.report.folder import ComparisonFolder
     from bncli.report.progress import CompareProgress
+    from bncli.results.compare import Note
 
     asked: Study = study(loaded, reuse.identity(device, loaded[0].base))
     folder = ComparisonFolder(out or Path("runs") / asked.plan.name)
@@ -136,22 +138,19 @@ def _run_comparison(
         kept = list(folder.finished().values())
         _begin(folder, asked, kept, threads, loaded)
         records = reuse.usable(kept)
-        for sentence in reuse.not_reused(wanted(asked, records), kept, asked.identity):
-            say(sentence, quiet)
+        for note in reuse.not_reused(wanted(asked, records), kept, asked.identity):
+            say(sentence(note), quiet)
         with StopSignal() as stop, CompareProgress(quiet) as progress:
             pool = Pool(device, jobs, threads, folder.path / "logs")
             for event in execute(asked, folder, pool, records, stop):
                 progress(event)
-        remarks = [*reuse.not_reused(wanted(asked, records), kept, asked.identity)]
+        remarks = reuse.not_reused(wanted(asked, records), kept, asked.identity)
         latest = {record.key: record for record in reuse.of_one_code(records.values())}
         if left_out := len({record.key for record in collect(asked, records)} - latest.keys()):
-            remarks.append(
-                f"the model's code was changed meanwhile: {left_out} run{'s' * (left_out != 1)} by the earlier code "
-                "left out; the same command makes up for it"
-            )
+            remarks.append(Note.of("earlier code", runs=left_out))
         if beside := folder.keep_other(asked.plan):
-            remarks.append(f"the folder's earlier answer, to another plan, is kept as {beside.name}")
-            say(f"{folder.path}: {remarks[-1]}", quiet)
+            remarks.append(Note.of("earlier answer", file=beside.name))
+            say(f"{folder.path}: {sentence(remarks[-1])}", quiet)
         planned = planned_runs(asked, latest)
         comparison = summarise(asked.plan, collect(asked, latest), planned, threads, tuple(remarks))
         folder.finish(comparison)

@@ -89,20 +89,10 @@ def execute(
             store.save(record)
             runs.ended(record)
             done += 1
-            yield RunEnded(event.worker, job.label, done, _outcome(record), runs.planned)
+            yield RunEnded(event.worker, job.label, done, runs.planned, record)
 
 
 def _record(job: Job, identity: dict[str, str], event: Ended, at_a_time: int) -> RunRecord:
     result = from_plain(RunResult, event.result) if event.result is not None else None
     asked = (job.key, job.arm, job.point, job.seed, job.phase)
     return RunRecord(*asked, result, event.failure, at_a_time, job.recipe_key, identity, event.code)
-
-
-def _outcome(record: RunRecord) -> str:
-    if record.result is None:
-        return f"failed: {record.failure}"
-    if record.result.steps_to_target is not None:
-        return f"target after {record.result.steps_to_target:,.0f} steps"
-    if record.result.first_hit is not None and record.result.reason is None:
-        return f"at the target at step {record.result.first_hit:,}, not settled in {record.result.steps_run:,} steps"
-    return record.result.reason or f"target not reached in {record.result.steps_run:,} steps"

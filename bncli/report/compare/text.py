@@ -8,6 +8,7 @@ import string
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from bncli.report.compare.notes import sentence
 from bncli.report.text import (
     UNKNOWN,
     Cell,
@@ -272,7 +273,7 @@ def environments(comparison: Comparison) -> list[str]:
 
 def footnotes(comparison: Comparison) -> list[str]:
     """What a reader has to know beside the figures: the comparison's own notes, the marks, the methods, the machine."""
-    lines = list(comparison.notes)
+    lines = [sentence(note) for note in comparison.notes]
     if any(arm.at_edge for arm in comparison.arms):
         lines.append("*: the best value is at the edge of its grid.")
     if any(arm.fixed for arm in comparison.arms):

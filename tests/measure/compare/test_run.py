@@ -16,7 +16,7 @@ from bncli.measure.compare.run import execute
 from bncli.measure.compare.summary import summarise
 from bncli.results.compare import ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
 from bncli.results.serialize import to_plain
-from tests.measure.compare.test_plan import ARMS, BASE, result, study_of
+from tests.measure.compare.test_plan import ARMS, BASE, result, sentences, study_of
 
 
 class Serial:
@@ -73,7 +73,7 @@ def test_every_planned_run_is_done_and_kept_as_it_ends(tmp_path: Path) -> None:
     planned = [event.planned for event in events if isinstance(event, RunEnded)]
     assert planned == sorted(planned)  # 28, and more with each arm that keeps all three of its points
     assert (planned[0], planned[-1]) == (28, 48)
-    assert (events[-1].done, events[-1].outcome) == (48, "target after 100 steps")
+    assert (events[-1].done, events[-1].record.result) == (48, result(100.0))
 
 
 def test_a_second_call_does_nothing_again(tmp_path: Path) -> None:
@@ -94,11 +94,11 @@ def test_a_run_that_fails_is_kept_with_its_reason_not_tried_twice_and_tried_agai
     events, records = carry_out(asked, store, pool)
     assert len(pool.ran) == len(set(pool.ran)) == 8
     assert {record.failure for record in records.values()} == {"it died"}
-    assert events[-1].outcome == "failed: it died"
+    assert (events[-1].record.result, events[-1].record.failure) == (None, "it died")
     again = Serial(lambda key: None)
     events, _ = carry_out(asked, store, again)
     assert len(again.ran) == 8
-    assert events[-1].outcome == "target not reached in 1,000 steps"
+    assert events[-1].record.result == result(None)
 
 
 def test_stop_leaves_the_rest_for_later(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_runs_that_arms_share_are_done_and_counted_once(tmp_path: Path) -> None:
     assert again == [ComparisonStarted("recipe0", 48, 48, "accuracy")]
     found = summarise(asked.plan, collect(asked, store.records), planned_runs(asked, store.records))
     assert [arm.runs for arm in found.arms] == [8, 8, 8]
-    assert not any("runs are done" in note for note in found.notes)
+    assert not any("runs are done" in note for note in sentences(found.notes))
 
 
 def test_runs_that_an_arm_shares_with_one_point_of_anothers_grid_are_planned_once_when_that_is_known(

@@ -11,6 +11,7 @@ from bncli.errors import FileError
 from bncli.report.compare import figure
 from bncli.report.compare.page import to_html
 from bncli.report.figure import INK, MISSING
+from bncli.results.compare import Note
 
 VOID = {"meta", "br", "path", "use", "rect"}
 
@@ -96,7 +97,11 @@ def test_the_page_escapes_names_and_notes(examples, without_matplotlib):
     found = examples["two arms"]
     hostile = replace(found.arms[1], arm="<script>alert(1)</script>")
     plan = replace(found.plan, name="<b>", data="&amp; <i>")
-    page = Page(to_html(replace(found, plan=plan, arms=(found.arms[0], hostile), notes=("<img src=x>",))))
+    page = Page(
+        to_html(
+            replace(found, plan=plan, arms=(found.arms[0], hostile), notes=(Note.of("words", words="<img src=x>"),))
+        )
+    )
     assert {"script", "img", "b", "i"}.isdisjoint(page.tags)
     assert "<script>alert(1)</script>" in page.words
     assert "<img src=x>" in page.words

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from bncli.report.compare.table import ComparisonReport, comparison_table, tuning_table
+from bncli.results.compare import Note
 
 
 def lines_with(text: str, word: str) -> list[str]:
@@ -95,7 +96,7 @@ def test_colour_changes_no_character(examples, show):
 
 
 def test_square_brackets_in_names_and_notes_are_text_and_not_markup(examples, show):
-    found = replace(examples["two arms"], notes=("see [bold]this[/bold]",))
+    found = replace(examples["two arms"], notes=(Note.of("words", words="see [bold]this[/bold]"),))
     assert "see [bold]this[/bold]" in show(comparison_table(found))
 
 
