@@ -1,33 +1,59 @@
-"""What a user can get wrong, each with its exit code. An error carries its whole message: what, where, what to do."""
+"""User-facing errors and their exit codes. An error carries its whole message: what, where, what to do."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 OK = 0
-CHECK_FAILED = 1  # a check failed: a target missed under --require-target, a run that died
+CHECK_FAILED = 1  # a check failed: a missed target that was required, a run that died
 USAGE = 2  # a recipe, an option or data that is not there
 UNAVAILABLE = 3  # a device or a kernel that cannot run here
 DIVERGED = 4  # the loss stopped being finite
 INTERRUPTED = 130  # Ctrl-C; SIGTERM is 143, as shells count
 
 
+# How a message names the permission to import and run the user's own code; the command line shows its option instead.
+ALLOW_CODE = "allow_code=True"
+
+
 class BncliError(Exception):
-    """A mistake that a user can mend. The door prints its text without a traceback and leaves with `exit_code`."""
+    """Base class of user-facing errors. The CLI prints the message without a traceback and exits with `exit_code`."""
 
     exit_code = CHECK_FAILED
 
 
 class UsageError(BncliError):
-    """One or more mistakes in what was asked, all of those found in one pass.
+    """An argument that cannot be obeyed, with every mistake that was found in it.
 
-    `field` is the argument that is wrong, and `value` what it was given; the command line shows the field as an option.
+    Args:
+        mistakes: what is wrong and what was expected, a sentence each.
+        field: the argument's name in Python; the command line shows the option of that name instead.
+        value: what was given for it, where the message needs it.
+
+    `str(error)` is "shapes tiny: expected one of ...".
     """
 
     exit_code = USAGE
 
     def __init__(self, *mistakes: str, field: str | None = None, value: object = None) -> None:
         self.mistakes, self.field, self.value = mistakes, field, value
-        place = "" if field is None else f"{field}: " if value is None else f"{field} {value}: "
-        super().__init__("\n".join(place + mistake for mistake in mistakes))
+        self.errors: tuple[UsageError, ...] = (self,)
+        super().__init__("\n".join(self.lines(field)))
+
+    @classmethod
+    def of(cls, errors: Iterable[UsageError]) -> UsageError:
+        """One error for mistakes in several arguments."""
+        errors = tuple(errors)
+        whole = cls(*(str(error) for error in errors))
+        whole.errors = errors
+        return whole
+
+    def lines(self, name: str | None) -> list[str]:
+        """The mistakes, each behind the argument's name and value; `name` is how the reader knows the argument."""
+        if name is None:
+            return list(self.mistakes)
+        where = name if self.value is None else f"{name} {self.value}"
+        return [f"{where}: {mistake}" for mistake in self.mistakes]
 
 
 class RecipeError(UsageError):

@@ -1,4 +1,4 @@
-"""The door: commands, options, exit codes. It opens at once: torch, pydantic and scipy load inside a command's body."""
+"""The command line. Heavy imports (torch, pydantic, scipy) happen inside commands so that `--help` stays fast."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from bncli import __version__
 from bncli.cli import compare, gradcheck, profile, train
-from bncli.cli.console import StopAtOnce
+from bncli.cli.console import StopAtOnce, print_error
 from bncli.errors import CHECK_FAILED, INTERRUPTED, BncliError
 
 app = typer.Typer(
@@ -51,11 +51,7 @@ def main() -> None:
     try:
         app()
     except BncliError as error:
-        mistakes = getattr(error, "mistakes", (str(error),))
-        if len(mistakes) > 1:
-            print(f"bncli: {len(mistakes)} mistakes", file=sys.stderr)
-        for mistake in mistakes:
-            print(f"  {mistake}" if len(mistakes) > 1 else f"bncli: {mistake}", file=sys.stderr)
+        print_error(error)
         sys.exit(error.exit_code)
     except StopAtOnce as stopped:
         sys.exit(stopped.exit_code)

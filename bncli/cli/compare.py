@@ -95,7 +95,7 @@ def compare(
 
         if (recipes or []).count("-") > 1:
             raise RecipeError("- is standard input, which can be read only once")
-        loaded = [load(path, sets or (), allow_code=allow_code) for path in recipes or ()]
+        loaded = [load(path, sets or (), allow_code=allow_code, sets_from="--set") for path in recipes or ()]
         if dry_run:
             from bncli.measure.compare.dry_run import of_comparison
 

@@ -1,4 +1,4 @@
-"""What every command does around its work: stop on a signal, print a result, talk."""
+"""Shared by all commands: signal handling, result output, messages and errors on stderr."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from bncli.errors import RecipeError
+from bncli.errors import ALLOW_CODE, BncliError, RecipeError, UsageError
 
 if TYPE_CHECKING:
     from bncli.results.compare import Planned
@@ -76,6 +76,23 @@ def print_result(result: Any) -> None:
     from rich.console import Console
 
     Console(highlight=False).print(result)
+
+
+# Arguments whose options are spelled otherwise; every other one is --its-name.
+OPTIONS = {"inputs": "--input", "sets": "--set", "saved": "--from", "seconds": "--time"}
+
+
+def print_error(error: BncliError) -> None:
+    """A user's mistakes, to stderr; an argument is shown as the option that it came from."""
+    lines = [str(error)]
+    if isinstance(error, UsageError):
+        options = [each.field and OPTIONS.get(each.field, "--" + each.field.replace("_", "-")) for each in error.errors]
+        lines = [line for each, option in zip(error.errors, options, strict=True) for line in each.lines(option)]
+    lines = [line.replace(ALLOW_CODE, "--allow-code") for line in lines]
+    if len(lines) > 1:
+        print(f"bncli: {len(lines)} mistakes", file=sys.stderr)
+    for line in lines:
+        print(f"  {line}" if len(lines) > 1 else f"bncli: {line}", file=sys.stderr)
 
 
 def say(text: str, quiet: bool) -> None:

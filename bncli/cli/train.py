@@ -40,7 +40,7 @@ def train(
     """
     from bncli.recipe.load import load
 
-    loaded = load(recipe, sets or (), allow_code=allow_code)
+    loaded = load(recipe, sets or (), allow_code=allow_code, sets_from="--set")
     chosen = chosen_arm(loaded, arm)
     if dry_run:
         from bncli.measure.compare.dry_run import of_training

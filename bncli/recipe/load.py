@@ -61,17 +61,23 @@ class Loaded:
 _ABSENT = object()
 
 
-def load(path: str, sets: Sequence[str] = (), allow_code: bool = False) -> Loaded:
-    """Read a file (`-` is standard input), apply `--set` and check all of it.
+def load(path: str, sets: Sequence[str] = (), allow_code: bool = False, sets_from: str = "sets") -> Loaded:
+    """Read a recipe, apply overrides and check all of it.
 
-    Raises RecipeError with every mistake that was found, in the order of the lines. A recipe that names a model of the
-    user's own is refused unless `allow_code`: it would import and run it.
+    Args:
+        path: a YAML file; "-" is standard input.
+        sets: overrides, each "key.path=value", applied in order.
+        allow_code: accept a recipe that names a model of the user's own, which would be imported and run.
+        sets_from: what messages and provenance call the overrides.
+
+    Raises:
+        RecipeError: with every mistake that was found, in the order of the lines.
     """
     source = "standard input" if path == "-" else path
     tree = parse(read(path), source)
     if isinstance(tree.root, dict):
         write_out(tree)
-        override(tree, sets)
+        override(tree, sets, sets_from)
         check(tree, allow_code)
     elif not tree.mistakes:
         sections = "a recipe has the sections data, model, optimizer and train: see recipes/smoke.yaml"

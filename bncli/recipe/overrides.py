@@ -1,4 +1,4 @@
-"""Recipes as plain trees, before they are checked: shorthands, `--set`, arms on top of the base, places in the file."""
+"""Recipes as plain trees, before they are checked: shorthands, overrides, arms on top of the base, places of values."""
 
 from __future__ import annotations
 
@@ -122,15 +122,15 @@ def _write_sections(tree: Tree, sections: Any, keys: Keys) -> None:
             _write_sections(tree, value, at)
 
 
-def override(tree: Tree, sets: Sequence[str]) -> None:
-    """Apply `--set key.path=value`, in order. Values are read exactly as the file's are."""
+def override(tree: Tree, sets: Sequence[str], sets_from: str) -> None:
+    """Apply each "key.path=value", in order. Values are read exactly as the file's are; their place is `sets_from`."""
     for given in sets:
         path, equals, text = given.partition("=")
-        source = f"--set {given if given.isprintable() else repr(given)}"
+        source = f"{sets_from} {given if given.isprintable() else repr(given)}"
         keys = split_path(path.strip())
         above = [keys[:end] for end in range(1, len(keys)) if _is_plain(value_at(tree.root, keys[:end]))]
         if not equals or "" in keys:
-            tree.mistakes.append(Mistake(source, "expected key.path=value, as in --set optimizer.lr=0.1"))
+            tree.mistakes.append(Mistake(source, "expected key.path=value, as in optimizer.lr=0.1"))
         elif above:
             tree.mistakes.append(
                 Mistake(source, f"{dotted(above[0])} is a value and has no {keys[len(above[0])]} in it")

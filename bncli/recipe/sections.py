@@ -131,7 +131,7 @@ class ResNet(Section):
 
 
 class OwnModel(Section):
-    """The user's own model: a function of (shape, classes, norm) that returns a module. Needs --allow-code."""
+    """The user's own model, a function of (shape, classes, norm) that returns a module; its code has to be allowed."""
 
     kind: Literal["module"]
     module: Annotated[str, Field(pattern=FUNCTION_PATH)] = described("package.module:function")

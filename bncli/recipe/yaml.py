@@ -35,7 +35,7 @@ class Mistake(NamedTuple):
 
 @dataclass
 class Tree:
-    """Plain data, where each value stands (`recipes/digits.yaml:12`, `--set lr=1`), and what is wrong so far."""
+    """Plain data, where each value stands (`recipes/digits.yaml:12`, `sets lr=1`), and what is wrong so far."""
 
     source: str
     root: Any = None

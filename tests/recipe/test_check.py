@@ -166,7 +166,7 @@ ONE_MISTAKE = [
     ("an own model without a function", model("kind: module, module: mine"),
      'r.yaml:2: model.module: expected package.module:function, found "mine"'),
     ("an own model without permission", model("kind: module, module: my.net:make"),
-     "r.yaml:2: model.module: my.net:make is code of yours that would run; allow it with --allow-code"),
+     "r.yaml:2: model.module: my.net:make is code of yours that would run; allow it with allow_code=True"),
     # sections that do not go together
     ("a cnn on vectors", model("kind: cnn"), "r.yaml:2: model.kind: a cnn needs images and the data are vectors; "
      "give data.shape as [channels, height, width]"),
@@ -327,7 +327,7 @@ def test_all_mistakes_of_a_file_and_its_flags_are_found_in_one_pass_and_told_in_
         "r.yaml:13: arms.twice: is there twice; the first is in r.yaml:12",
         "r.yaml:14: reference: there is no arm plan; did you mean plain?",
         "r.yaml:16: grid.optimizer.lr.1: 1 is there twice",
-        "--set seeds.tune=0: seeds.tune: expected at least 1, found 0",
+        "sets seeds.tune=0: seeds.tune: expected at least 1, found 0",
     )  # fmt: skip
 
 
@@ -372,12 +372,12 @@ def test_a_field_of_the_grid_is_not_asked_of_an_arm_that_fixes_it(mistakes_of: M
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("", "expected key.path=value, as in --set optimizer.lr=0.1"),
-        ("optimizer.lr", "expected key.path=value, as in --set optimizer.lr=0.1"),
-        ("=3", "expected key.path=value, as in --set optimizer.lr=0.1"),
-        (" =3", "expected key.path=value, as in --set optimizer.lr=0.1"),
-        ("optimizer..lr=3", "expected key.path=value, as in --set optimizer.lr=0.1"),
-        ("optimizer.=3", "expected key.path=value, as in --set optimizer.lr=0.1"),
+        ("", "expected key.path=value, as in optimizer.lr=0.1"),
+        ("optimizer.lr", "expected key.path=value, as in optimizer.lr=0.1"),
+        ("=3", "expected key.path=value, as in optimizer.lr=0.1"),
+        (" =3", "expected key.path=value, as in optimizer.lr=0.1"),
+        ("optimizer..lr=3", "expected key.path=value, as in optimizer.lr=0.1"),
+        ("optimizer.=3", "expected key.path=value, as in optimizer.lr=0.1"),
         ("optimizer.lr=", "optimizer.lr: expected a number, found nothing"),
         ("optimizer.lr=fast", 'optimizer.lr: expected a number, found "fast"'),
         ("optimizer.lr=0.1=2", 'optimizer.lr: expected a number, found "0.1=2"'),
@@ -402,11 +402,11 @@ def test_a_field_of_the_grid_is_not_asked_of_an_arm_that_fixes_it(mistakes_of: M
     ],
 )  # fmt: skip
 def test_a_bad_flag_is_refused_by_its_text(mistakes_of: MistakesOf, flag: str, message: str) -> None:
-    assert mistakes_of(BASE, flag) == (f"--set {flag}: {message}",)
+    assert mistakes_of(BASE, flag) == (f"sets {flag}: {message}",)
 
 
 def test_a_flag_with_line_ends_is_shown_on_one_line(mistakes_of: MistakesOf) -> None:
-    assert mistakes_of(BASE, "train.seed=1\nx: 2") == ("--set 'train.seed=1\\nx: 2': expected one value",)
+    assert mistakes_of(BASE, "train.seed=1\nx: 2") == ("sets 'train.seed=1\\nx: 2': expected one value",)
 
 
 def test_a_flag_mends_what_is_wrong_in_the_file(mistakes_of: MistakesOf) -> None:

@@ -1,4 +1,4 @@
-"""From a file to a checked recipe: reading, `--set`, arms on top of the base, provenance, and the way back to YAML."""
+"""From a file to a checked recipe: reading, overrides, arms on top of the base, provenance, and back to YAML."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def test_a_flag_that_gives_all_arms_or_the_whole_grid_replaces_those_of_the_file
     found = loaded(text, "arms={c: {norm: layer}}", "grid={}")
     assert [(arm.name, arm.recipe.norm.kind) for arm in found.arms] == [("c", "layer")]
     assert found.file.grid == {}
-    assert given_fields(found, found.arms[0])["norm.kind"] == "--set arms={c: {norm: layer}}"
+    assert given_fields(found, found.arms[0])["norm.kind"] == "sets arms={c: {norm: layer}}"
 
 
 argument_texts = st.text("01.eE-+~nultrsf[]{},:#&*!|>'\"%@? a_=", max_size=12)
@@ -297,12 +297,12 @@ def test_every_field_says_whether_it_comes_from_a_line_a_flag_or_a_default(loade
         "model.init.std": "r.yaml:7",
         "norm.kind": "r.yaml:8",
         "norm.momentum": "r.yaml:8",
-        "norm.eps": "--set norm.eps=1e-3",
+        "norm.eps": "sets norm.eps=1e-3",
         "optimizer.kind": "r.yaml:9",
         "optimizer.lr": "r.yaml:9",
         "optimizer.momentum": "r.yaml:9",
         "train.steps": "r.yaml:10",
-        "train.seed": "--set train.seed=4",
+        "train.seed": "sets train.seed=4",
     }
     assert given_fields(found, Arm("", found.base)) == base
     assert given_fields(found, found.arms[0]) == base
@@ -312,7 +312,7 @@ def test_every_field_says_whether_it_comes_from_a_line_a_flag_or_a_default(loade
         "model.init.kind": "r.yaml:15",
         "optimizer.kind": "r.yaml:17",
         "optimizer.lr": "r.yaml:18",
-        "train.batch_size": "--set arms.other.train.batch_size=9",
+        "train.batch_size": "sets arms.other.train.batch_size=9",
     }
 
 
@@ -331,7 +331,7 @@ def test_the_base_has_its_own_provenance_where_an_arm_has_the_name_it_is_run_und
 
 def test_a_value_that_a_flag_has_dropped_leaves_no_provenance_behind(loaded: Load) -> None:
     found = loaded(BASE + "norm: {kind: batch, momentum: 0.1}\n", "norm=layer", "norm=batch")
-    assert given_fields(found, Arm("", found.base))["norm.kind"] == "--set norm=batch"
+    assert given_fields(found, Arm("", found.base))["norm.kind"] == "sets norm=batch"
     assert "norm.momentum" not in given_fields(found, Arm("", found.base))
 
 
@@ -339,7 +339,7 @@ def test_every_field_of_a_section_that_a_flag_gives_whole_comes_from_the_flag(lo
     flag = "model={kind: mlp, hidden: [5], init: he}"
     places = given_fields(loaded(BASE, flag), Arm("", loaded(BASE, flag).base))
     assert {path: place for path, place in places.items() if path.startswith("model")} == dict.fromkeys(
-        ["model.kind", "model.hidden", "model.init.kind"], f"--set {flag}"
+        ["model.kind", "model.hidden", "model.init.kind"], f"sets {flag}"
     )
 
 

@@ -67,7 +67,7 @@ def kernel_run(
 def recipe_run(options: Options, recipe: str, sets: Sequence[str], arm: str | None, trace: Path | None) -> StepRun:
     """The step of each arm of a recipe, or of one. Raises RecipeError and Unavailable."""
     device = _device(options)
-    loaded = load(recipe, sets, allow_code=options.allow_code)
+    loaded = load(recipe, sets, allow_code=options.allow_code, sets_from="--set")
     subjects = subjects_of(loaded, arm)
     return _step_run(loaded.name, subjects, device, options, trace)
 
