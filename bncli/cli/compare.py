@@ -122,7 +122,7 @@ def _run_comparison(
     loaded: list[Loaded], device: str, jobs: int | None, threads: int, out: Path | None, quiet: bool
 ) -> tuple[Comparison, int]:
     from bncli.measure.compare import reuse
-    from bncli.measure.compare.executors.processes import Pool
+    from bncli.measure.compare.executors.processes import Processes
     from bncli.measure.compare.plan import collect, planned_runs, study, wanted
     from bncli.measure.compare.run import execute
     from bncli.measure.compare.summary import summarise
@@ -141,8 +141,8 @@ def _run_comparison(
         for note in reuse.not_reused(wanted(asked, records), kept, asked.identity):
             say(sentence(note), quiet)
         with StopSignal() as stop, CompareProgress(quiet) as progress:
-            pool = Pool(device, jobs, threads, folder.path / "logs")
-            for event in execute(asked, folder, pool, records, stop):
+            executor = Processes(device, jobs, threads, folder.path / "logs")
+            for event in execute(asked, folder, executor, records, stop):
                 progress(event)
         remarks = reuse.not_reused(wanted(asked, records), kept, asked.identity)
         latest = {record.key: record for record in reuse.of_one_code(records.values())}
