@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO, TypeVar
 
-from bncli.errors import BncliError, RecipeError
+from bncli.errors import OVERWRITE, BncliError, FileError, UsageError
 from bncli.report.files import (
     begun_from_json,
     begun_to_json,
@@ -52,7 +52,7 @@ class RunFolder:
             self._refuse_what_stands()
 
     def begin(self, recipe_yaml: str) -> None:
-        """Make the folder and write what is about to run. Raises RecipeError where the folder holds a run already."""
+        """Make the folder and write what is about to run. Raises UsageError where the folder holds a run already."""
         if self._dated:
             self.path = _make_dated(self.path)
         else:
@@ -65,13 +65,13 @@ class RunFolder:
 
     def _refuse_what_stands(self) -> None:
         if os.path.lexists(self.path / PLAN):
-            raise RecipeError(f"--out {self.path}: holds a comparison; choose another folder for a run of its own")
+            raise self._refused("holds a comparison; choose another folder for a run of its own")
         there = [name for name in OWN if os.path.lexists(self.path / name)]
         for name in there:
             if not _read(self.path / name, OWN[name]):
-                raise RecipeError(
-                    f"--out {self.path}: {self.path / name} was not written by bncli, or was edited since, and is "
-                    "never written over; choose another folder"
+                raise self._refused(
+                    f"{self.path / name} was not written by bncli, or was edited since, and is never written over; "
+                    "choose another folder"
                 )
         if there and not self._overwrite:
             unfinished = "a run" if RESULT in there else "an unfinished run"
@@ -85,15 +85,18 @@ class RunFolder:
         except FileExistsError:
             raise self._taken("holds a run already") from None
         except OSError as error:
-            raise RecipeError(f"--out {self.path}: cannot be written to: {error.strerror}") from error
+            raise self._refused(f"cannot be written to: {error.strerror}") from error
         file = os.fdopen(number, "w", encoding="utf-8")
         if not _lock(file):
             file.close()
-            raise RecipeError(f"--out {self.path}: another run is writing there; choose another folder")
+            raise self._refused("another run is writing there; choose another folder")
         return file
 
-    def _taken(self, why: str) -> RecipeError:
-        return RecipeError(f"--out {self.path}: {why}; choose another folder or write over it with --force")
+    def _taken(self, why: str) -> UsageError:
+        return self._refused(f"{why}; choose another folder or write over it with {OVERWRITE}")
+
+    def _refused(self, why: str) -> UsageError:
+        return UsageError(why, field="out", value=self.path)
 
     def metrics(self, event: Event) -> None:
         """A sink: the event as a line of metrics.jsonl, there at once for whoever reads along."""
@@ -155,17 +158,16 @@ class ComparisonFolder:
         try:
             self._lock = os.fdopen(os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT | NO_LINK, 0o666), "w")
         except OSError as error:
-            raise RecipeError(f"--out {self.path}: cannot be written to: {error.strerror}") from error
+            why = f"cannot be written to: {error.strerror}"
+            raise UsageError(why, field="out", value=self.path) from error
         if not _lock(self._lock):
             self._lock.close()
-            raise BncliError(f"{self.path}: another comparison is writing here; wait for it, or choose --out")
+            raise BncliError(f"{self.path}: another comparison is writing here; wait for it, or choose another folder")
         for file, read in ((PLAN, self.begun), (COMPARISON, self.answer)):
             if os.path.lexists(self.path / file) and read() is None:
                 self._lock.close()
-                raise RecipeError(
-                    f"--out {self.path}: {self.path / file} is not as this bncli writes it and is never written over; "
-                    "choose another folder"
-                )
+                why = f"{self.path / file} is not as this bncli writes it and is never written over"
+                raise UsageError(f"{why}; choose another folder", field="out", value=self.path)
         for folder in (self.path / "runs", self.path / "failed"):
             make(folder)
         return self
@@ -241,26 +243,25 @@ def _keep_beside(file: Path) -> Path:
 
 
 def load_comparison(path: Path) -> Comparison:
-    """A comparison saved as JSON, or the one in a comparison's folder. Raises RecipeError for anything else."""
+    """A comparison saved as JSON, or the one in a comparison's folder. Raises UsageError for anything else."""
     file = path / COMPARISON if path.is_dir() else path
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise RecipeError(
-            f"--from {path}: {file} cannot be read: {why}; give a JSON file that compare wrote"
-        ) from error
+        message = f"{file} cannot be read: {why}; give a JSON file that compare wrote"
+        raise UsageError(message, field="saved", value=path) from error
     try:
         return comparison_from_json(text)
     except BncliError as error:
-        raise RecipeError(f"--from {file}: {error}") from error
+        raise UsageError(str(error), field="saved", value=file) from error
 
 
 def make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RecipeError(f"--out {folder}: cannot be made: {error.strerror}") from error
+        raise UsageError(f"cannot be made: {error.strerror}", field="out", value=folder) from error
 
 
 def _make_dated(parent: Path) -> Path:
@@ -275,7 +276,7 @@ def _make_dated(parent: Path) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise RecipeError(f"{path}: cannot be made: {error.strerror}") from error
+            raise FileError(f"{path}: cannot be made: {error.strerror}") from error
         return path
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
 from bncli.measure.compare import samples, stats
@@ -127,7 +127,7 @@ def _row(plan: ComparisonPlan, arm: _Arm, reference: _Arm) -> ArmSummary:
         hits=sum(result.steps_to_target is not None for result in results),
         runs=len(results),
         steps=stats.typical(sample),
-        first_hit=_geometric_mean(firsts) if firsts and len(firsts) == len(results) else None,
+        first_hit=geometric_mean(firsts) if firsts and len(firsts) == len(results) else None,
         ratio=_ratio(plan, arm, reference, count),
         best=_typical([result.best for result in results]),
         samples_per_s=_typical([result.samples_per_s for result in results]),
@@ -157,11 +157,8 @@ def _cell(point: samples.Point, records: Sequence[RunRecord], kept: bool) -> Tun
     results = [record.result for record in records if record.result is not None]
     hits = [result.steps_to_target for result in results if result.steps_to_target is not None]
     diverged = sum(result.status == "diverged" for result in results)
-    return TuningCell(point, len(hits), len(results), _geometric_mean(hits) if hits else None, diverged, kept)
-
-
-def _geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(math.fsum(map(math.log, values)) / len(values)) if min(values) > 0 else 0.0
+    mean = None if not hits else geometric_mean(hits) if min(hits) > 0 else 0.0
+    return TuningCell(point, len(hits), len(results), mean, diverged, kept)
 
 
 def _typical(values: Sequence[float | None]) -> float | None:
@@ -260,7 +257,7 @@ def _thinned(plan: ComparisonPlan, arm: _Arm, reference: _Arm) -> float | None:
     by = samples.steps(plan, plan.target)
     found = [_ratio(plan, arm, reference, samples.thinned_steps(plan, first), by=by) for first in (1, 2)]
     values = [ratio.value for ratio in found if ratio and ratio.value and ratio.method != "same recipe"]
-    return _geometric_mean(values) if len(values) == 2 else None
+    return geometric_mean(values) if len(values) == 2 else None
 
 
 # --- notes --------------------------------------------------------------------------------------------------------
