@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from bncli.measure.compare.plan import Job, Study, planned_runs, wanted
-from bncli.measure.compare.samples import kept_points
 from bncli.measure.compare.summary import summarise
 from bncli.results.compare import Comparison, RunRecord
 from bncli.results.environment import Interval
@@ -23,54 +22,6 @@ def summary(asked: Study, found: Sequence[RunRecord]) -> Comparison:
     return summarise(asked.plan, found, planned_runs(asked, {one.key: one for one in found}))
 
 
-# --- the points kept ----------------------------------------------------------------------------------------------
-
-
-def tuning(
-    asked: Study, steps: dict[float, list[float | None]], best: dict[float, float] | None = None
-) -> list[RunRecord]:
-    jobs = [job for job in wanted(asked, {}) if job.arm == "plain"]
-    return [
-        record(job, steps[lr][job.seed - 7], best=(best or {}).get(lr, 0.95))
-        for job in jobs
-        for lr in [job.point["optimizer.lr"]]
-    ]
-
-
-def kept(asked: Study, found: Sequence[RunRecord]) -> list[float]:
-    return [point["optimizer.lr"] for point in kept_points(asked.plan, found)]
-
-
-def test_a_miss_stands_at_the_most_that_the_budget_can_show(tmp_path: Path) -> None:
-    asked = study_of(tmp_path, BASE + ARMS)  # a budget of 1,000 shows up to 769 steps
-    assert asked.plan.most_steps == pytest.approx(1000 / 1.3)
-    assert kept(asked, tuning(asked, {0.1: [700, 720, 710], 1: [700, 710, None], 10: [600, 620, 605]})) == [10]
-    assert kept(asked, tuning(asked, {0.1: [700, 760, 740], 1: [750, 740, None], 10: [None] * 3})) == [0.1, 1]
-
-
-def test_without_a_hit_the_best_metric_decides(tmp_path: Path) -> None:
-    asked = study_of(tmp_path, BASE + ARMS)
-    never: list[float | None] = [None, None, None]
-    assert kept(asked, tuning(asked, {0.1: never, 1: never, 10: never}, {0.1: 0.3, 1: 0.5, 10: 0.8})) == [10]
-
-
-def test_a_failed_run_costs_its_seed_and_a_point_where_most_runs_fail_is_not_kept(tmp_path: Path) -> None:
-    asked = study_of(tmp_path, BASE + ARMS)
-    found = tuning(asked, {0.1: [100, 110, 105], 1: [300, 290, 310], 10: [400, 400, 410]})
-
-    def without(*lost: tuple[float, int]) -> list[RunRecord]:
-        return [
-            replace(one, result=None, failure="out of memory") if (one.point["optimizer.lr"], one.seed) in lost else one
-            for one in found
-        ]
-
-    assert kept(asked, found) == kept(asked, without((0.1, 8))) == [0.1]
-    assert kept(asked, without((0.1, 8), (0.1, 9))) == [1]
-    # no two seeds that every point has: too few to tell, so that all points with a hit are kept
-    assert kept(asked, without((0.1, 7), (1, 8), (10, 9))) == [0.1, 1, 10]
-    assert kept(asked, without(*((lr, seed) for lr in (0.1, 1, 10) for seed in (7, 8, 9)))) == []
-
-
 def test_the_further_runs_of_a_single_point_count_also_where_its_first_ones_failed(tmp_path: Path) -> None:
     asked = study_of(tmp_path, BASE + ARMS.replace("{norm: batch}", "{norm: batch, optimizer: {lr: 1}}"))
     found = [
@@ -79,9 +30,6 @@ def test_the_further_runs_of_a_single_point_count_also_where_its_first_ones_fail
     ]
     normed = summary(asked, found).arms[1]
     assert (normed.runs, normed.hits, len(normed.failures)) == (5, 5, 3)
-
-
-# --- summing up ---------------------------------------------------------------------------------------------------
 
 
 def by_arm_and_rate(
