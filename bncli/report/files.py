@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from bncli.errors import FileError
 from bncli.results.compare import BegunComparison, Comparison, RunRecord
@@ -33,69 +33,14 @@ WHAT: dict[type, str] = {
 # --- JSON ---------------------------------------------------------------------------------------------------------
 
 
-def to_json(comparison: Comparison) -> str:
-    """The whole comparison, every run in it: from this text alone each table can be made again."""
-    return _to_text(comparison)
-
-
-def comparison_from_json(text: str, name: str = "") -> Comparison:
-    """The comparison that `to_json` wrote. `name` is the file's, for messages. Raises FileError."""
-    comparison = _from_text(Comparison, text, name)
-    plan, runs = comparison.plan, comparison.runs
-    steps = [run.result.steps_to_target for run in runs if run.result and run.result.steps_to_target is not None]
-    sound = plan.reference in plan.arms and {run.arm for run in runs} <= set(plan.arms) and plan.budget > 0
-    if not sound or min(steps, default=0) < 0:
-        place = f"{name}: " * bool(name)
-        raise FileError(f"{place}its plan and its runs do not belong together; make it anew")
-    return comparison
-
-
-def begun_to_json(begun: BegunComparison) -> str:
-    return _to_text(begun)
-
-
-def begun_from_json(text: str, name: str = "") -> BegunComparison:
-    """What `begun_to_json` wrote. Raises FileError."""
-    return _from_text(BegunComparison, text, name)
-
-
-def record_to_json(record: RunRecord) -> str:
-    return _to_text(record)
-
-
-def record_from_json(text: str, name: str = "") -> RunRecord:
-    """The record that `record_to_json` wrote. Raises FileError."""
-    return _from_text(RunRecord, text, name)
-
-
-def result_to_json(result: RunResult) -> str:
-    return _to_text(result)
-
-
-def result_from_json(text: str, name: str = "") -> RunResult:
-    """The result that `result_to_json` wrote. Raises FileError."""
-    return _from_text(RunResult, text, name)
-
-
-def event_line(event: Event) -> str:
-    """One line of metrics.jsonl. An evaluation's fields stand beside the event's; a finished run has no evaluations,
-    which are the lines above it."""
-    plain = to_plain(event)
-    if isinstance(event, Evaluated):
-        plain = plain.pop("evaluation") | plain
-    elif isinstance(event, RunFinished):
-        plain = plain["result"]
-        del plain["evaluations"]
-    name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
-    return json.dumps({"event": name, **plain}, allow_nan=False)
-
-
-def _to_text(value: Any) -> str:
-    plain = {"format_version": RUNS_VERSION, **to_plain(value)}  # a comparison has its own
+def to_json(result: BegunComparison | Comparison | RunRecord | RunResult) -> str:
+    """The whole result; of a comparison every run too, so that each table can be made again from this text alone."""
+    plain = {"format_version": RUNS_VERSION, **to_plain(result)}  # a comparison has its own
     return json.dumps(plain, allow_nan=False, indent=1) + "\n"
 
 
-def _from_text(kind: type[Result], text: str, name: str) -> Result:
+def from_json(kind: type[Result], text: str, name: str = "") -> Result:
+    """The result that `to_json` wrote. `name` is the file's, for messages. Raises FileError."""
     place = f"{name}: " * bool(name)
     try:
         plain = json.loads(text)
@@ -119,9 +64,32 @@ def _from_text(kind: type[Result], text: str, name: str) -> Result:
             if isinstance(plain.get(part), list):
                 plain[part] = [{"kind": "words", "facts": {"words": words}} for words in plain[part]]
     try:
-        return from_plain(kind, plain)
+        found = from_plain(kind, plain)
     except Mismatch as error:
         raise FileError(f"{place}this is no {WHAT[kind]} as bncli writes it: {error}; make it anew") from error
+    if isinstance(found, Comparison) and not _sound(found):
+        raise FileError(f"{place}its plan and its runs do not belong together; make it anew")
+    return found
+
+
+def _sound(comparison: Comparison) -> bool:
+    plan, runs = comparison.plan, comparison.runs
+    steps = [run.result.steps_to_target for run in runs if run.result and run.result.steps_to_target is not None]
+    arms = plan.reference in plan.arms and {run.arm for run in runs} <= set(plan.arms)
+    return arms and plan.budget > 0 and min(steps, default=0) >= 0
+
+
+def event_line(event: Event) -> str:
+    """One line of metrics.jsonl. An evaluation's fields stand beside the event's; a finished run has no evaluations,
+    which are the lines above it."""
+    plain = to_plain(event)
+    if isinstance(event, Evaluated):
+        plain = plain.pop("evaluation") | plain
+    elif isinstance(event, RunFinished):
+        plain = plain["result"]
+        del plain["evaluations"]
+    name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+    return json.dumps({"event": name, **plain}, allow_nan=False)
 
 
 # --- files --------------------------------------------------------------------------------------------------------

@@ -14,18 +14,7 @@ from types import TracebackType
 from typing import TextIO, TypeVar
 
 from bncli.errors import OVERWRITE, BncliError, FileError, UsageError
-from bncli.report.files import (
-    begun_from_json,
-    begun_to_json,
-    comparison_from_json,
-    event_line,
-    record_from_json,
-    record_to_json,
-    result_from_json,
-    result_to_json,
-    to_json,
-    write_atomically,
-)
+from bncli.report.files import Result, event_line, from_json, to_json, write_atomically
 from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, RunRecord
 from bncli.results.serialize import to_plain
 from bncli.results.train import Event, RunResult
@@ -105,7 +94,7 @@ class RunFolder:
         self._metrics.flush()
 
     def finish(self, result: RunResult) -> None:
-        write_atomically(self.path / RESULT, result_to_json(result))
+        write_atomically(self.path / RESULT, to_json(result))
 
     def __enter__(self) -> RunFolder:
         return self
@@ -133,7 +122,7 @@ def _begins_a_run(text: str) -> bool:
 
 
 def _is_result(text: str) -> bool:
-    return isinstance(result_from_json(text), RunResult)
+    return isinstance(from_json(RunResult, text), RunResult)
 
 
 # The files of a run's folder -> whether their contents are as bncli wrote them.
@@ -182,15 +171,15 @@ class ComparisonFolder:
         """Write down what is about to be done, and forget the runs that failed before."""
         for name in self.failed():
             (self.path / "failed" / f"{name}.json").unlink()
-        write_atomically(self.path / PLAN, begun_to_json(begun))
+        write_atomically(self.path / PLAN, to_json(begun))
 
     def begun(self) -> BegunComparison | None:
         """What the last call set out to do; None where that is not known."""
-        return _read(self.path / PLAN, begun_from_json)
+        return _result(self.path / PLAN, BegunComparison)
 
     def answer(self) -> Comparison | None:
         """The last call's answer; None where there is none."""
-        return _read(self.path / COMPARISON, comparison_from_json)
+        return _result(self.path / COMPARISON, Comparison)
 
     def finished(self) -> dict[str, RunRecord]:
         """The runs that ended, by name. A file that cannot be read is as good as none: its run is done again."""
@@ -201,15 +190,15 @@ class ComparisonFolder:
         return self._records("failed")
 
     def _records(self, folder: str) -> dict[str, RunRecord]:
-        found = {file.stem: _read(file, record_from_json) for file in (self.path / folder).glob("*.json")}
+        found = {file.stem: _result(file, RunRecord) for file in (self.path / folder).glob("*.json")}
         return {name: record for name, record in found.items() if record is not None and name == _name(record)}
 
     def save(self, record: RunRecord) -> None:
         file = self.path / ("runs" if record.result is not None else "failed") / f"{_name(record)}.json"
-        there = _read(file, record_from_json)
+        there = _result(file, RunRecord)
         if os.path.lexists(file) and (there is None or _name(there) != file.stem):
             _keep_beside(file)
-        write_atomically(file, record_to_json(record))
+        write_atomically(file, to_json(record))
 
     def keep_other(self, plan: ComparisonPlan) -> Path | None:
         """Rename an answer to another plan, before this one's is written. Its new name, if there was one."""
@@ -226,6 +215,10 @@ def _name(record: RunRecord) -> str:
     """A run's file name without its ending."""
     code = hashlib.sha256(json.dumps(record.code, sort_keys=True).encode()).hexdigest()[:8]
     return f"{record.key}-{code}" if record.code else record.key
+
+
+def _result(file: Path, kind: type[Result]) -> Result | None:
+    return _read(file, lambda text: from_json(kind, text))
 
 
 def _read(file: Path, parse: Callable[[str], T]) -> T | None:
@@ -252,7 +245,7 @@ def load_comparison(path: Path) -> Comparison:
         message = f"{file} cannot be read: {why}; give a JSON file that compare wrote"
         raise UsageError(message, field="saved", value=path) from error
     try:
-        return comparison_from_json(text)
+        return from_json(Comparison, text)
     except BncliError as error:
         raise UsageError(str(error), field="saved", value=file) from error
 

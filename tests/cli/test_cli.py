@@ -24,8 +24,9 @@ from bncli.errors import BncliError
 from bncli.kernels import KERNELS
 from bncli.measure.compare import reuse
 from bncli.recipe.load import load
-from bncli.report.files import result_from_json
+from bncli.report.files import from_json
 from bncli.results.compare import Comparison
+from bncli.results.train import RunResult
 from tests.conftest import OWN
 from tests.test_architecture import modules_after
 
@@ -82,14 +83,14 @@ def test_a_run_folder_holds_the_resolved_recipe_the_metrics_and_the_result(
     assert bncli(monkeypatch, "train", recipe, "--out", "run", "--set", "optimizer.lr=0.3", "--json", "--quiet") == 0
     out, err = capsys.readouterr()
     assert err == ""
-    result = result_from_json(out)
+    result = from_json(RunResult, out)
     assert json.loads(Path("run/result.json").read_text()) == json.loads(out)
     events = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert sum(event["event"] == "evaluated" for event in events) == len(result.evaluations)
     resolved = load("run/recipe.yaml")
     assert resolved.base.optimizer.lr == 0.3
     assert bncli(monkeypatch, "train", "run/recipe.yaml", "--out", "again", "--json", "-q") == 0
-    again = result_from_json(capsys.readouterr().out)
+    again = from_json(RunResult, capsys.readouterr().out)
     assert again.evaluations == result.evaluations
 
 
@@ -151,7 +152,7 @@ def test_the_fused_kernel_trains_on_the_cpu_as_the_native_one_does(
     for kernel in KERNEL_NAMES:
         norm = f"norm={{kind: batch, kernel: {kernel}}}"
         assert bncli(monkeypatch, "train", recipe, "--set", norm, "--device", "cpu", "-o", kernel, "--json", "-q") == 0
-        found[kernel] = result_from_json(capsys.readouterr().out)
+        found[kernel] = from_json(RunResult, capsys.readouterr().out)
     assert len(found["fused"].evaluations) == len(found["native"].evaluations)
     for one, other in zip(found["fused"].evaluations, found["native"].evaluations, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-4)  # float32 sums in another order, over some tens of steps

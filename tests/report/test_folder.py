@@ -14,7 +14,7 @@ import pytest
 
 import bncli
 from bncli.errors import BncliError, UsageError
-from bncli.report.files import record_to_json
+from bncli.report.files import to_json
 from bncli.report.folder import ComparisonFolder, RunFolder, load_comparison
 from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, RunRecord
 from bncli.results.environment import RUNS_VERSION
@@ -73,7 +73,7 @@ def test_a_run_by_other_code_of_the_users_own_is_kept_beside(tmp_path: Path, mak
 
 
 def test_a_strangers_files_in_a_comparisons_folder_stay_as_they_are(tmp_path: Path, make_result) -> None:
-    good, other = (record_to_json(record(make_result, key, why)) for key, why in (("good", None), ("other", "it died")))
+    good, other = (to_json(record(make_result, key, why)) for key, why in (("good", None), ("other", "it died")))
     mine = {
         "failed/notes.json": '{"mine": 1}',
         "failed/bad.json": other,  # a run under another run's name
