@@ -1,6 +1,6 @@
 """Results as files: JSON that gives the same result back, and files written whole or not at all.
 
-Fields of free content (`point`, `grid`, `recipes`) come from recipes; lists in them stay lists.
+Fields of free content (`point`, `grid`, `recipes`, a note's `facts`) are not checked; lists in them stay lists.
 """
 
 from __future__ import annotations

@@ -48,13 +48,13 @@ def _draw(picture: Figure, comparison: Comparison) -> None:
     height = max(4.2, 1.6 + 0.19 * lines)
     if _has_ratios_by_target(comparison):
         height = max(height, 1.0 + 0.19 * lines + TARGETS_HEIGHT) + 1.0
-    picture.set_size_inches(11, height)
-    if _has_ratios_by_target(comparison):
-        above = picture.get_figheight() - TARGETS_HEIGHT
-        panels = picture.subplot_mosaic([["left", "right"], ["left", "below"]], height_ratios=(above, TARGETS_HEIGHT))
+        ratios = height - TARGETS_HEIGHT, TARGETS_HEIGHT
+        picture.set_size_inches(11, height)
+        panels = picture.subplot_mosaic([["left", "right"], ["left", "below"]], height_ratios=ratios)
         left, right = panels["left"], panels["right"]
         _targets(panels["below"], comparison)
     else:
+        picture.set_size_inches(11, height)
         left, right = picture.subplots(1, 2)
     words: dict[str, Any] = {"ha": "left", "x": 0.008, "parse_math": False}
     picture.suptitle(title(comparison), fontsize=12, fontweight="bold", **words)
