@@ -14,6 +14,7 @@ INTERRUPTED = 130  # Ctrl-C; SIGTERM is 143, as shells count
 
 # How a message names the permission to import and run the user's own code; the command line shows its option instead.
 ALLOW_CODE = "allow_code=True"
+OVERWRITE = "overwrite=True"  # the same of the permission to write over an earlier run
 
 
 class BncliError(Exception):
@@ -64,6 +65,20 @@ class DataError(BncliError):
     """Data that a recipe names and that is not there, or does not have the shape that the recipe says."""
 
     exit_code = USAGE
+
+
+class FileError(BncliError):
+    """A file that bncli cannot read back, or cannot write."""
+
+    exit_code = USAGE
+
+
+class Refused(BncliError):
+    """What a worker process said when no run at all can succeed, with the exit code of the error behind it."""
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 class RunFailed(BncliError):

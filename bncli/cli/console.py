@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from bncli.errors import ALLOW_CODE, BncliError, RecipeError, UsageError
+from bncli.errors import ALLOW_CODE, OVERWRITE, BncliError, RecipeError, UsageError
 
 if TYPE_CHECKING:
     from bncli.results.compare import Planned
@@ -48,7 +48,7 @@ def check_outputs(plot: Path | None, *others: Path | None) -> None:
     from bncli.report.files import check_writable
 
     if plot:
-        from bncli.report.compare.figure import check_path
+        from bncli.report.figure import check_path
 
         check_path(plot)
     for file in (plot, *others):
@@ -88,7 +88,7 @@ def print_error(error: BncliError) -> None:
     if isinstance(error, UsageError):
         options = [each.field and OPTIONS.get(each.field, "--" + each.field.replace("_", "-")) for each in error.errors]
         lines = [line for each, option in zip(error.errors, options, strict=True) for line in each.lines(option)]
-    lines = [line.replace(ALLOW_CODE, "--allow-code") for line in lines]
+    lines = [line.replace(ALLOW_CODE, "--allow-code").replace(OVERWRITE, "--force") for line in lines]
     if len(lines) > 1:
         print(f"bncli: {len(lines)} mistakes", file=sys.stderr)
     for line in lines:

@@ -49,7 +49,7 @@ def train(
         return
     from bncli.recipe.load import plain
     from bncli.recipe.yaml import dump
-    from bncli.report.files import result_to_json
+    from bncli.report.files import to_json
     from bncli.report.folder import RunFolder
     from bncli.report.progress import TrainProgress
     from bncli.results.train import RunFinished, RunStarted
@@ -68,9 +68,9 @@ def train(
                 if isinstance(event, RunFinished):
                     result = event.result
         folder.finish(result)
-    from bncli.report.table import run_table
+    from bncli.report.train import run_table
 
-    print_result(result_to_json(result) if json else run_table(result, chosen.name))
+    print_result(to_json(result) if json else run_table(result, chosen.name))
     say(f"Saved in {folder.path}", quiet)
     if stop.number:
         raise typer.Exit(stop.exit_code)

@@ -24,8 +24,9 @@ from bncli.errors import BncliError
 from bncli.kernels import KERNELS
 from bncli.measure.compare import reuse
 from bncli.recipe.load import load
-from bncli.report.files import result_from_json
+from bncli.report.files import from_json
 from bncli.results.compare import Comparison
+from bncli.results.train import RunResult
 from tests.conftest import OWN
 from tests.test_architecture import modules_after
 
@@ -82,14 +83,14 @@ def test_a_run_folder_holds_the_resolved_recipe_the_metrics_and_the_result(
     assert bncli(monkeypatch, "train", recipe, "--out", "run", "--set", "optimizer.lr=0.3", "--json", "--quiet") == 0
     out, err = capsys.readouterr()
     assert err == ""
-    result = result_from_json(out)
+    result = from_json(RunResult, out)
     assert json.loads(Path("run/result.json").read_text()) == json.loads(out)
     events = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert sum(event["event"] == "evaluated" for event in events) == len(result.evaluations)
     resolved = load("run/recipe.yaml")
     assert resolved.base.optimizer.lr == 0.3
     assert bncli(monkeypatch, "train", "run/recipe.yaml", "--out", "again", "--json", "-q") == 0
-    again = result_from_json(capsys.readouterr().out)
+    again = from_json(RunResult, capsys.readouterr().out)
     assert again.evaluations == result.evaluations
 
 
@@ -151,7 +152,7 @@ def test_the_fused_kernel_trains_on_the_cpu_as_the_native_one_does(
     for kernel in KERNEL_NAMES:
         norm = f"norm={{kind: batch, kernel: {kernel}}}"
         assert bncli(monkeypatch, "train", recipe, "--set", norm, "--device", "cpu", "-o", kernel, "--json", "-q") == 0
-        found[kernel] = result_from_json(capsys.readouterr().out)
+        found[kernel] = from_json(RunResult, capsys.readouterr().out)
     assert len(found["fused"].evaluations) == len(found["native"].evaluations)
     for one, other in zip(found["fused"].evaluations, found["native"].evaluations, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-4)  # float32 sums in another order, over some tens of steps
@@ -491,8 +492,9 @@ def test_runs_by_code_that_was_changed_while_others_ran_are_left_out_and_done_ag
     assert bncli(monkeypatch, *asked) == 1
     found = json.loads(capsys.readouterr().out)
     assert {run["result"]["parameters"] for run in found["runs"] if run["result"]} == {8 * 20 + 20 + 20 * 3 + 3}
-    assert "2 of 4 runs are done, 1 failed; the figures rest on those" in found["notes"]
-    assert any("code was changed meanwhile: 1 run by the earlier code left out" in note for note in found["notes"])
+    assert {"kind": "unfinished", "arm": None, "facts": {"done": 2, "planned": 4, "failed": 1}} in found["notes"]
+    assert found["remarks"] == [{"kind": "earlier code", "arm": None, "facts": {"runs": 1}}]
+    assert found["notes"][-1] == found["remarks"][0]
     assert bncli(monkeypatch, *asked) == 0
     out, err = capsys.readouterr()
     assert "2 of them done already" in err
@@ -528,7 +530,8 @@ def test_runs_with_other_threads_give_their_steps_and_not_their_cost(
     assert [arm["runs"] for arm in found["arms"]] == [6, 6]
     cost = {run["arm"]: run["result"]["ms_per_step"] for run in found["runs"] if run["seed"] == 5}
     assert {arm["arm"]: arm["ms_per_step"] for arm in found["arms"]} == cost
-    assert found["notes"][-1].startswith("16 of 18 runs were made with 1 and not 2 threads")
+    facts = {"runs": 16, "of": 18, "had": [1], "asked": 2}
+    assert found["notes"][-1] == {"kind": "other threads", "arm": None, "facts": facts}
 
 
 def test_a_failed_run_is_reported_the_others_go_on_and_the_exit_code_is_1(

@@ -11,11 +11,14 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 from bncli.errors import RecipeError
+from bncli.recipe.check import SAME_FOR_ALL_RUNS
 from bncli.recipe.layers import input_of, shape_contradictions
 from bncli.recipe.load import Arm, Loaded, digest, plain, with_values
+from bncli.recipe.overrides import value_at
 from bncli.recipe.sections import Digits, Npz, Recipe, TargetSection
 from bncli.results.compare import ComparisonPlan, Phase, RunRecord
 from bncli.results.train import Target
@@ -77,7 +80,7 @@ class Study:
     def points(self, arm: Arm) -> list[dict[str, Any]]:
         """The grid's points for an arm; a field that the arm fixes keeps its value."""
         free = {path: values for path, values in self.plan.grid.items() if path not in arm.fixed}
-        fixed = {path: _field(arm.recipe, path) for path in arm.fixed}
+        fixed = {path: value_at(self.plan.recipes[arm.name], path.split(".")) for path in arm.fixed}
         return [{**dict(zip(free, values, strict=True)), **fixed} for values in itertools.product(*free.values())]
 
 
@@ -155,10 +158,9 @@ def _refuse_unlike(recipes: Sequence[Loaded], arms: Sequence[Arm]) -> None:
         for part in ("grid", "seeds"):
             if getattr(loaded.file, part) != getattr(first.file, part):
                 wrong.append(f"{loaded.source}: {part} differs from {first.source}'s; every arm gets the same {part}")
-    alike = ("data", "train.target", "train.steps", "train.evaluate_every", "train.stop_at_target", "train.seed")
     for arm in arms:
-        for path in alike:
-            if _field(arm.recipe, path) != _field(arms[0].recipe, path):
+        for path in SAME_FOR_ALL_RUNS:
+            if attrgetter(path)(arm.recipe) != attrgetter(path)(arms[0].recipe):
                 wrong.append(f"arm {arm.name}: {path} differs from arm {arms[0].name}'s; steps would not be comparable")
         if isinstance(arm.recipe.data, Npz):  # what only the file can tell; the rest was checked with the recipe
             found = shape_contradictions(arm.recipe, *input_of(arm.recipe))
@@ -167,13 +169,6 @@ def _refuse_unlike(recipes: Sequence[Loaded], arms: Sequence[Arm]) -> None:
         wrong.append(f"{first.source}: train.target is missing; a comparison counts the steps to it")
     if wrong:
         raise RecipeError(*wrong)
-
-
-def _field(recipe: Recipe, path: str) -> Any:
-    value: Any = plain(recipe)
-    for key in path.split("."):
-        value = value[key]
-    return value
 
 
 # --- what is to be done -------------------------------------------------------------------------------------------

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bncli.report.compare.figure import COLOURS, INK
-from bncli.report.compare.labels import PALE
+from bncli.report.figure import COLOURS, INK, PALE
 from bncli.report.profile.text import gb_per_s, grouped, quartiles, shape_words
 from bncli.report.text import figure
 from bncli.results.profile import Ceilings, KernelCost

@@ -7,7 +7,8 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bncli.report.compare.figure import COLOURS, MISSING, STYLE, PlotError, check_path
+from bncli.errors import FileError
+from bncli.report.figure import COLOURS, MISSING, STYLE, check_path
 from bncli.report.files import write_atomically
 from bncli.report.profile.cost_bars import draw_facets, facets, facets_height
 from bncli.report.profile.roofs import roofline
@@ -25,18 +26,18 @@ KEY = "Dot: a shape; larger mark: geometric mean; line on a bar: quartiles; a co
 
 
 def draw(profile: KernelProfile | StepProfile, path: Path) -> None:
-    """Write the picture to `path`, an .svg or a .png. Raises PlotError for another suffix or without matplotlib."""
+    """Write the picture to `path`, an .svg or a .png. Raises FileError for another suffix or without matplotlib."""
     check_path(path)
     write_atomically(path, render(profile, path.suffix.lower().lstrip(".")))
 
 
 def render(profile: KernelProfile | StepProfile, kind: str) -> bytes:
-    """The picture as the bytes of a "svg" or "png" file, the same for the same profile. Raises PlotError."""
+    """The picture as the bytes of a "svg" or "png" file, the same for the same profile. Raises FileError."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise PlotError(MISSING) from error
+        raise FileError(MISSING) from error
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bncli.report.compare.figure import COLOURS, INK
-from bncli.report.compare.labels import PALE
+from bncli.report.figure import COLOURS, INK, PALE
 from bncli.report.profile.text import quartiles
 from bncli.report.text import figure
 from bncli.results.profile import STEP_CLASSES, StepCost, StepProfile
