@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from bncli.engine import data, train
+from bncli.engine import data
 from bncli.engine.convert import convert
 from bncli.engine.data.splits import Dataset
+from bncli.engine.train.optim import uncompiled
 from bncli.engine.user_code import imported
 from bncli.errors import BncliError, RecipeError, RunFailed
 from bncli.measure.profile.step_models import Trainable, one_batch
@@ -94,7 +95,7 @@ class OwnSubject:
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not learned:
             raise RecipeError(f"--model {self.module}: none of its parameters requires a gradient")
-        optimizer = train.uncompiled(torch.optim.SGD)(learned, lr=0.0, momentum=0.9)
+        optimizer = uncompiled(torch.optim.SGD)(learned, lr=0.0, momentum=0.9)
         scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         batch = next(dataset.train.chunks(self.batch_size))
 

@@ -18,7 +18,8 @@ from torch import nn
 
 from bncli.engine import data
 from bncli.engine.data.splits import Batch, InMemory, order
-from bncli.engine.train import Clock, Training, evaluation_size, learning_rate_factor, optimizer, train
+from bncli.engine.train import Clock, Training, evaluation_size, train
+from bncli.engine.train.optim import learning_rate_factor, optimizer
 from bncli.engine.train.target import steps_to_target
 from bncli.errors import DataError
 from bncli.recipe.sections import Recipe
@@ -180,7 +181,8 @@ def test_arms_of_one_seed_see_the_same_batches_in_the_same_order(monkeypatch: py
 def test_the_loop_computes_what_a_hand_written_loop_computes() -> None:
     recipe = tiny(train={"steps": 20, "target": None})
     dataset = data.load(recipe.data, CPU)
-    from bncli.engine.models import build, stream
+    from bncli.engine.models import build
+    from bncli.engine.models.init import stream
 
     model = build(recipe, dataset.shape, dataset.classes)
     sgd = torch.optim.SGD(model.parameters(), lr=0.5)
