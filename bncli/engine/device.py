@@ -76,6 +76,13 @@ def peak_memory_mib(device: torch.device) -> float | None:
     return peak / (2**20 if sys.platform == "darwin" else 1024)
 
 
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """The context in which operators compute in that precision: fp32, bf16 or fp16."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
 @contextlib.contextmanager
 def tf32_allowed(allowed: bool) -> Iterator[None]:
     """Whether float32 matrix products and convolutions on an NVIDIA GPU may take their inputs in TF32, here alone.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from bncli import kernels
 from bncli.engine.models.init import Examples, SeparateDraws, initialise, seed_global_generators, stream_seed
 from bncli.engine.models.norms import BatchNorm, LayerNormOverChannels
-from bncli.engine.user_code import imported
+from bncli.engine.user_code import blame_user_code, imported
 from bncli.errors import RecipeError
 from bncli.recipe import layers as plan
 from bncli.recipe import sections
@@ -78,6 +79,14 @@ def build(
     return model
 
 
+def blame_own_model(recipe: Recipe) -> AbstractContextManager[None]:
+    """Where a model of the user's own is called: what it raises becomes RunFailed. Of another model nothing does."""
+    if not isinstance(recipe.model, OwnModel):
+        return nullcontext()
+    contract = "It is given batches (N, *shape) and returns logits (N, classes)"
+    return blame_user_code(f"model.module: {recipe.model.module}", contract)
+
+
 def factory(norm: NormSection, device: torch.device | None = None) -> NormFactory | None:
     """A maker of norm modules for `channels`, or None for no norm. Raises Unavailable for a kernel that cannot run."""
     if isinstance(norm, sections.BatchNorm):
@@ -118,15 +127,13 @@ def _own(section: OwnModel, shape: tuple[int, ...], classes: int, norm: NormFact
         function = imported(section.module)
     except (ImportError, AttributeError) as error:
         raise RecipeError(f"{where}: {error}; it is looked for in the current folder and the environment") from error
+    contract = (
+        f"It is called with shape={shape}, classes={classes}, norm= a function of the channels that makes the norm "
+        "module (or None), and model.arguments"
+    )
     seed_global_generators(stream_seed(seed, "own model"))
-    try:
-        with SeparateDraws(seed):
-            model = function(shape=shape, classes=classes, norm=norm, **section.arguments)
-    except Exception as error:
-        raise RecipeError(
-            f"{where} raised {type(error).__name__}: {error}. It is called with shape={shape}, classes={classes}, "
-            "norm= a function of the channels that makes the norm module (or None), and model.arguments"
-        ) from error
+    with blame_user_code(where, contract, RecipeError), SeparateDraws(seed):
+        model = function(shape=shape, classes=classes, norm=norm, **section.arguments)
     if not isinstance(model, nn.Module):
         raise RecipeError(f"{where} returned a {type(model).__name__}; expected a torch.nn.Module")
     seed_global_generators(stream_seed(seed, "own model's forward"))  # whatever the constructor drew

@@ -34,6 +34,30 @@ def seed_global_generators(seed: int) -> None:
     random.seed(seed)
 
 
+def global_generators(device: torch.device) -> dict[str, Any]:
+    """The states of the generators above and of the device's, as tensors and numbers."""
+    _, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [torch.from_numpy(np.asarray(keys, np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "mps": torch.mps.get_rng_state() if device.type == "mps" else None,
+    }
+
+
+def restore_global_generators(states: dict[str, Any], device: torch.device) -> None:
+    """Set them as they were when `global_generators` was called."""
+    keys, *rest = states["numpy"]
+    random.setstate(states["python"])
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(states["mps"])
+
+
 class SeparateDraws(TorchDispatchMode):
     """A context in which each of torch's random draws is seeded for itself, so that none shifts those after it.
 

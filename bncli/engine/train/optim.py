@@ -53,8 +53,8 @@ def learning_rate_factor(recipe: Recipe, step: int) -> float:
     return factor
 
 
-def scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR | None:
-    """torch's LambdaLR over the closed form above; None for a constant rate, which then costs nothing a step."""
-    if recipe.schedule.kind == "constant" and recipe.schedule.warmup == 0:
-        return None
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(recipe, step))
+def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> None:
+    """For the update after `step` earlier ones. A schedule is a function of the step and has no state of its own."""
+    rate = recipe.optimizer.lr * learning_rate_factor(recipe, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
