@@ -8,12 +8,9 @@ itself and the batch are not in it. What torch loads or compiles for the first s
 from __future__ import annotations
 
 import multiprocessing
-import re
 import signal
-import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bncli.engine.data.splits import Batch, Dataset
-from bncli.engine.device import peak_memory_mib, reset_peak_memory
+from bncli.engine.device import peak_memory_mib, reset_peak_memory, resident_mib
 from bncli.measure.profile.step_models import Subject, Trainable
 from bncli.results.profile import StepMemory
 
@@ -90,10 +87,7 @@ def _held_mib(device: torch.device) -> float | None:
     """What is allocated on a GPU now, or resident of this process; None where unknown."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / MIB
-    if device.type == "cpu" and sys.platform == "linux":
-        found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(found[1]) / 1024 if found else None
-    return None
+    return resident_mib() if device.type == "cpu" else None
 
 
 # --- a fresh process ----------------------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ from bncli.results.profile import STEP_CLASSES, Measuring, ProfileStarted, RowDo
 from tests.conftest import tiny
 from tests.measure.reference import wrong_kernels
 
+OWN_MODELS = Path(__file__).with_name("own_models.py")
+
 CPU = torch.device("cpu")
 NO_MEMORY = StepMemory(0.0, 0.0, 0.0, 0.0, None)
 CNN = {"kind": "cnn", "channels": [8, 8]}
@@ -439,7 +441,7 @@ def test_a_module_that_is_not_there_is_the_users_mistake(name: str, says: str) -
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("Raising", "raised RuntimeError: no such luck. It is given a batch (4, 3)"),
+        ("Raising", f"raised RuntimeError: no such luck, in {OWN_MODELS}:38. It is given a batch (4, 3)"),
         ("OnlyWholeNumbers", "holds no floating-point tensor"),
         ("one_value_a_channel", "Expected more than 1 value per channel"),
     ],

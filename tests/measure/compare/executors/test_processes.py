@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from bncli.errors import BncliError
-from bncli.measure.compare.executors.processes import Ended, Pool, Progressed, Refused, Started
+from bncli.measure.compare.executors.processes import Ended, Pool, Progressed, Refused, Started, cores
 
 FAKE = (sys.executable, "-m", "tests.measure.compare.fake_worker")
 
@@ -53,6 +54,19 @@ def test_every_run_ends_and_a_worker_takes_many(tmp_path: Path) -> None:
 def test_a_run_is_started_then_progresses_then_ends(tmp_path: Path) -> None:
     events, _ = carry_out(pool(tmp_path, jobs=1), {"run": "work"})
     assert [type(event) for event in events if event is not None] == [Started, Progressed, Ended]
+
+
+def test_there_are_no_more_cores_than_the_process_may_use_or_the_machine_has() -> None:
+    process = psutil.Process()
+    assert 1 <= cores() <= (psutil.cpu_count(logical=False) or psutil.cpu_count() or 1)
+    if not hasattr(process, "cpu_affinity"):
+        pytest.skip("there is no affinity here")
+    before = process.cpu_affinity()
+    try:
+        process.cpu_affinity(before[:1])
+        assert cores() == 1
+    finally:
+        process.cpu_affinity(before)
 
 
 def test_workers_get_the_number_of_threads_in_their_environment(tmp_path: Path) -> None:
