@@ -97,7 +97,7 @@ def norms_of(model: nn.Module) -> str | None:
 
 def _converted(model: nn.Module, batch: list[_BatchNorm]) -> str:
     names = Counter(str(getattr(module, "kernel", "native")) for module in batch)
-    conversion = getattr(getattr(model, "_orig_mod", model), "bncli_conversion", None)
+    conversion = getattr(model, "bncli_conversion", None)
     if not isinstance(conversion, Conversion):
         own = {name: count for name, count in names.items() if name != "native"}
         return "".join(f", {count} on the {name} kernel" for name, count in own.items())

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from bncli.engine import data, train
+from bncli.engine import data
 from bncli.engine.convert import convert
 from bncli.engine.data.splits import Dataset
-from bncli.engine.user_code import imported
-from bncli.errors import BncliError, RecipeError, RunFailed
+from bncli.engine.device import autocast
+from bncli.engine.train.optim import uncompiled
+from bncli.engine.user_code import blame_user_code, imported
+from bncli.errors import RecipeError, RunFailed
 from bncli.measure.profile.step_models import Trainable, one_batch
 
 
@@ -80,7 +79,7 @@ class OwnSubject:
         except (ImportError, AttributeError, ValueError) as error:
             where = "it is looked for in the current folder and the environment"
             raise RecipeError(f"--model {self.module}: {error}; {where}") from error
-        with _blaming(self.module, "It is called without arguments and returns a torch.nn.Module"):
+        with blame_user_code(f"--model {self.module}", "It is called without arguments and returns a torch.nn.Module"):
             model = function()
         if not isinstance(model, nn.Module):
             raise RecipeError(f"--model {self.module} returned a {type(model).__name__}; expected a torch.nn.Module")
@@ -94,12 +93,13 @@ class OwnSubject:
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not learned:
             raise RecipeError(f"--model {self.module}: none of its parameters requires a gradient")
-        optimizer = train.uncompiled(torch.optim.SGD)(learned, lr=0.0, momentum=0.9)
+        optimizer = uncompiled(torch.optim.SGD)(learned, lr=0.0, momentum=0.9)
         scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         batch = next(dataset.train.chunks(self.batch_size))
 
         def forward(x: Tensor) -> object:
-            with _autocast(self.precision, device), _blaming(self.module, f"It is given a batch {tuple(x.shape)}"):
+            contract = f"It is given a batch {tuple(x.shape)}"
+            with autocast(device, self.precision), blame_user_code(f"--model {self.module}", contract):
                 return model(x)
 
         def step(x: Tensor, y: Tensor) -> Tensor:
@@ -118,20 +118,3 @@ class OwnSubject:
         if not floats:
             raise RunFailed(f"--model {self.module}: its output holds no floating-point tensor to train on")
         return torch.stack([each.float().square().mean() for each in floats]).sum()
-
-
-def _autocast(precision: str, device: torch.device) -> Any:
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
-
-
-@contextlib.contextmanager
-def _blaming(module: str, contract: str) -> Iterator[None]:
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        if isinstance(error, BncliError):
-            raise
-        text = " ".join(str(error).split()) or "no message"
-        raise RunFailed(f"--model {module} raised {type(error).__name__}: {text}. {contract}") from error

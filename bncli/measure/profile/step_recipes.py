@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bncli.engine import data, train
+from bncli.engine import data
 from bncli.engine.data.splits import Dataset
+from bncli.engine.device import autocast
+from bncli.engine.models import blame_own_model
+from bncli.engine.train import optimizer_step
+from bncli.engine.train.state import TrainState, check_fit
 from bncli.errors import RecipeError
 from bncli.measure.profile.step_models import Trainable, one_batch
 from bncli.recipe.load import Loaded, digest, plain, suggestion, with_values
@@ -59,7 +63,7 @@ class RecipeSubject:
     def dataset(self, device: torch.device) -> Dataset:
         """Raises DataError for data that are not there or do not fit the model."""
         found = _loaded(self.recipe.data, device, self.recipe.train.memory_format)
-        train.check_fit(self.recipe, found)
+        check_fit(self.recipe, found)
         return found
 
     def alone(self, x: Tensor, y: Tensor, classes: int) -> Dataset:
@@ -71,25 +75,22 @@ class RecipeSubject:
         """
         values: dict[str, Any] = {"train.compile": False} if learns else {"optimizer.lr": STANDING_LR}
         recipe = with_values(self.recipe, values if kernel is None else {**values, "norm.kernel": kernel})
-        with train.blaming_own_code(recipe):
-            run = train.Training(recipe, dataset, device)
-        batches = iter(run.batches)
+        with blame_own_model(recipe):
+            state = TrainState(recipe, dataset, device)
         held_out = dataset.held_out
         some = torch.arange(min(self.batch_size, len(held_out)), device=held_out.index_device)
         x, _ = next(held_out.batches([some]))
 
         def step(x: Tensor, y: Tensor) -> Tensor:
-            with train.blaming_own_code(recipe):
-                return run.step(x, y)
+            with blame_own_model(recipe):
+                return optimizer_step(state, x, y)
 
         def forward(x: Tensor) -> object:
-            with run.autocast():
-                return run.model(x)
+            with autocast(device, recipe.train.precision):
+                return state.model(x)
 
         last = len(dataset.train) % self.batch_size
-        return Trainable(
-            run.model, run.optimizer, lambda: next(batches), step, forward, x, last, recipe.train.precision
-        )
+        return Trainable(state.model, state.optimizer, state.next_batch, step, forward, x, last, recipe.train.precision)
 
 
 @functools.lru_cache(maxsize=1)

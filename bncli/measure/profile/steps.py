@@ -25,6 +25,7 @@ from bncli.measure.profile.step_arms import MODES, Arm, Mode, made, reason, step
 from bncli.measure.profile.step_models import Subject
 from bncli.measure.timing import clock as clocks
 from bncli.measure.timing.clock import Clock, Deadline, Work
+from bncli.measure.timing.fresh_process import FreshProcesses
 from bncli.measure.timing.speedup import FEWEST_ROUNDS, faster
 from bncli.results.profile import (
     Measuring,
@@ -74,6 +75,7 @@ class StepRun:
         self._kernels = [tuple(kernels) if subject.has_kernels else (None,) for subject in self._subjects]
         self._seconds, self._least_rounds = seconds, least_rounds
         self._share_s, self._trace, self._memory = seconds / max(1, len(self._subjects)), trace, memory
+        self._processes = FreshProcesses(step_memory.warm_up)
         self._clock, self._now_ns = clock or clocks.of(device), now_ns
         self._began_s = self._now_s()
         self._order = random.Random(0)
@@ -90,15 +92,16 @@ class StepRun:
     def events(self) -> Iterator[ProfileEvent]:
         """Measure. Raises DataError and RecipeError for what cannot be measured at all."""
         yield ProfileStarted(self._name, self.planned, self._seconds)
-        for place, subject in enumerate(self._subjects):
-            deadline = Deadline(self._share_s, self._now_s)
-            with tf32_allowed(subject.tf32):
-                for event in self._measure(subject, place, deadline):
-                    if isinstance(event, str):
-                        done = min(1.0, 1 - deadline.left_s / self._share_s)
-                        yield Measuring(f"{subject.name}: {event}", (place + done) / len(self._subjects), self._least_s)
-                    else:
-                        yield event
+        with self._processes:
+            for place, subject in enumerate(self._subjects):
+                deadline = Deadline(self._share_s, self._now_s)
+                with tf32_allowed(subject.tf32):
+                    for event in self._measure(subject, place, deadline):
+                        if isinstance(event, str):
+                            done = (place + min(1.0, 1 - deadline.left_s / self._share_s)) / len(self._subjects)
+                            yield Measuring(f"{subject.name}: {event}", done, self._least_s)
+                        else:
+                            yield event
 
     def result(self) -> StepProfile:
         return StepProfile(
@@ -160,7 +163,8 @@ class StepRun:
         if row.mode == "evaluation":
             return row
         try:
-            return replace(row, memory=self._memory(subject, arm.kernel, arm.trainable.batch(), dataset.classes))
+            batch = arm.trainable.batch()
+            return replace(row, memory=self._memory(self._processes, subject, arm.kernel, batch, dataset.classes))
         except RuntimeError as error:
             self._notes.append(f"{subject.name}, {arm.kernel or 'no kernel'}: its memory is unknown: {reason(error)}")
             return row
