@@ -21,7 +21,7 @@ from bncli.cli.options import (
     RequireTarget,
     Set,
 )
-from bncli.errors import CHECK_FAILED, BncliError, RecipeError
+from bncli.errors import CHECK_FAILED, BncliError, UsageError
 
 if TYPE_CHECKING:
     from bncli.measure.compare.plan import Study
@@ -83,9 +83,9 @@ def compare(
     """
     form = chosen_form(json, csv, markdown)
     if bool(recipes) == bool(saved):
-        raise RecipeError("give a recipe, as in: bncli compare recipes/digits.yaml (or --from a saved comparison)")
+        raise UsageError("give a recipe, as in: bncli compare recipes/digits.yaml (or --from a saved comparison)")
     if saved and (idle := [option for option, name in FOR_TRAINING.items() if _given(context, name)]):
-        raise RecipeError(f"{', '.join(idle)}: nothing is trained with --from, so that would have no effect")
+        raise UsageError(f"{', '.join(idle)}: nothing is trained with --from, so that would have no effect")
     check_outputs(plot, html)
     stopped = 0
     if saved:
@@ -94,7 +94,7 @@ def compare(
         from bncli.recipe.load import load
 
         if (recipes or []).count("-") > 1:
-            raise RecipeError("- is standard input, which can be read only once")
+            raise UsageError("- is standard input, which can be read only once")
         loaded = [load(path, sets or (), allow_code=allow_code, sets_from="--set") for path in recipes or ()]
         if dry_run:
             from bncli.measure.compare.dry_run import of_comparison
@@ -161,7 +161,7 @@ def _run_comparison(
 
 
 def _begin(folder: ComparisonFolder, asked: Study, kept: list[RunRecord], threads: int, loaded: list[Loaded]) -> None:
-    """Write the plan into the folder. Raises RecipeError where its runs are another comparison's."""
+    """Write the plan into the folder. Raises UsageError where its runs are another comparison's."""
     from bncli.measure.compare.reuse import fits
     from bncli.results.compare import BegunComparison
 
@@ -170,7 +170,7 @@ def _begin(folder: ComparisonFolder, asked: Study, kept: list[RunRecord], thread
     known = [record for record in kept if record.recipe_key]
     if known and not (before and set(sources) & set(before.sources)) and not fits(asked, known):
         of = f" of {', '.join(before.sources)}" if before and before.sources else ""
-        raise RecipeError(
+        raise UsageError(
             f"{folder.path}: holds {len(known)} runs of another comparison{of}, none of which fits this one; choose "
             "another folder with --out"
         )
@@ -188,7 +188,7 @@ def _again(saved: Path, quiet: bool) -> Comparison:
         try:
             made = report_of_runs(begun, folder.finished().values(), folder.failed().values())
         except BncliError as error:
-            raise RecipeError(f"--from {saved / PLAN}: {error}") from error
+            raise UsageError(f"--from {saved / PLAN}: {error}") from error
         answer = folder.answer()
         if answer is None or says_more(made, answer):
             why = "has no comparison.json" if answer is None else "holds runs that its comparison.json does not"

@@ -11,7 +11,7 @@ import typer
 
 from bncli.cli.console import StopSignal, loaded_all, print_result, say, show_plan
 from bncli.cli.options import AllowCode, Device, DryRun, Json, Quiet, Recipe_, RequireTarget, Set, Threads
-from bncli.errors import CHECK_FAILED, DIVERGED, RecipeError
+from bncli.errors import CHECK_FAILED, DIVERGED, UsageError
 
 if TYPE_CHECKING:
     from bncli.recipe.load import Arm, Loaded
@@ -90,4 +90,4 @@ def chosen_arm(loaded: Loaded, name: str | None) -> Arm:
         if arm.name == name:
             return arm
     names = [arm.name for arm in loaded.arms]
-    raise RecipeError(f"--arm {name}: {suggestion(name, names) if names else f'{loaded.source} has no arms'}")
+    raise UsageError(f"--arm {name}: {suggestion(name, names) if names else f'{loaded.source} has no arms'}")

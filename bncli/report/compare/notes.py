@@ -111,7 +111,7 @@ SENTENCES: dict[NoteKind, Callable[..., str]] = {
     "arms differ": _arms_differ,
     "machines": lambda: "the runs come from different machines: compare their steps, not their seconds",
     "runs at a time": lambda most: (
-        f"seconds and samples/s were measured with up to {most} runs at a time; jobs 1 measures each alone"
+        f"seconds and samples/s were measured with up to {most} runs at a time; one at a time, each is measured alone"
     ),
     "paper": lambda: (
         "these are this task's figures; the paper's 14x is BN-x5 on ImageNet with seven changes, "
