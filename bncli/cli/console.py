@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from bncli.errors import ALLOW_CODE, OVERWRITE, BncliError, RecipeError, UsageError
+from bncli.errors import ALLOW_CODE, OVERWRITE, BncliError, RecipeError
 
 if TYPE_CHECKING:
     from bncli.results.compare import Planned
@@ -84,10 +84,8 @@ OPTIONS = {"inputs": "--input", "sets": "--set", "saved": "--from", "seconds": "
 
 def print_error(error: BncliError) -> None:
     """A user's mistakes, to stderr; an argument is shown as the option that it came from."""
-    lines = [str(error)]
-    if isinstance(error, UsageError):
-        options = [each.field and OPTIONS.get(each.field, "--" + each.field.replace("_", "-")) for each in error.errors]
-        lines = [line for each, option in zip(error.errors, options, strict=True) for line in each.lines(option)]
+    options = [each.field and OPTIONS.get(each.field, "--" + each.field.replace("_", "-")) for each in error.errors]
+    lines = [line for each, option in zip(error.errors, options, strict=True) for line in each.lines(option)]
     lines = [line.replace(ALLOW_CODE, "--allow-code").replace(OVERWRITE, "--force") for line in lines]
     if len(lines) > 1:
         print(f"bncli: {len(lines)} mistakes", file=sys.stderr)

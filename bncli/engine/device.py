@@ -14,30 +14,34 @@ from typing import Any
 import torch
 
 import bncli
-from bncli.errors import RecipeError, Unavailable
+from bncli.errors import Unavailable, UsageError
 from bncli.results.environment import Environment
 
 
 def resolve(name: str) -> torch.device:
     """The device of that name; `auto` is the first of cuda, mps, cpu that is here. Raises Unavailable with the reason.
 
-    Raises RecipeError for what is no device's name.
+    Raises UsageError for what is no device's name.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name):
-        raise RecipeError(f"--device {name}: expected one of auto, cpu, cuda, cuda:N, mps")
+        raise UsageError("expected one of auto, cpu, cuda, cuda:N, mps", field="device", value=name)
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     if name.startswith("cuda") and not cuda:
         built = torch.version.cuda is not None
         why = "no NVIDIA GPU is visible to it" if built else "it is built for the CPU only"
-        raise Unavailable(f"--device {name}: this torch ({torch.__version__}) cannot use CUDA: {why}. Use --device cpu")
+        raise _unavailable(name, f"this torch ({torch.__version__}) cannot use CUDA: {why}. The CPU can be used")
     if name == "mps" and not mps:
-        raise Unavailable(f"--device mps: this torch ({torch.__version__}) has no Metal device here. Use --device cpu")
+        raise _unavailable(name, f"this torch ({torch.__version__}) has no Metal device here. The CPU can be used")
     device = torch.device(name)
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        raise Unavailable(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here, counted from 0")
+        raise _unavailable(name, f"there are {torch.cuda.device_count()} CUDA devices here, counted from 0")
     return device
+
+
+def _unavailable(name: str, why: str) -> Unavailable:
+    return Unavailable(why, field="device", value=name)
 
 
 def synchronize(device: torch.device) -> None:

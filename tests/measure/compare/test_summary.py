@@ -425,7 +425,10 @@ def test_runs_of_different_machines_and_runs_that_disturbed_each_other_are_said(
     found[0] = replace(found[0], result=result(100.0, processor="another"), at_a_time=2)
     notes = sentences(summary(asked, found).notes)
     assert any("different machines" in note for note in notes)
-    assert "seconds and samples/s were measured with up to 2 runs at a time; one at a time, each is measured alone" in notes
+    assert (
+        "seconds and samples/s were measured with up to 2 runs at a time; one at a time, each is measured alone"
+        in notes
+    )
 
 
 @pytest.mark.parametrize(

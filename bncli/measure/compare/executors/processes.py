@@ -127,7 +127,8 @@ class Processes:
         if message is None:
             return self._died(worker)
         if "refused" in message:
-            raise Refused(message["refused"], message["exit_code"])
+            about = {name: message.get(name) for name in ("field", "value")}
+            raise Refused(*message["refused"], exit_code=message["exit_code"], **about)
         if "hello" in message:
             worker.ready = True
             if not self._greeted:  # a later worker sees its own GPU only

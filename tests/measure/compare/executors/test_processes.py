@@ -139,7 +139,7 @@ def test_logs_of_earlier_workers_and_of_others_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_can_take_no_run_ends_the_comparison_with_its_exit_code(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="--device absent: is not here") as error:
+    with pytest.raises(Refused, match="device absent: is not here") as error:
         carry_out(processes(tmp_path, "absent"), {"run": "work"})
     assert error.value.exit_code == 3
     with pytest.raises(Refused, match="there is no file") as error:
