@@ -97,9 +97,9 @@ def compare(
             raise UsageError("- is standard input, which can be read only once")
         loaded = [load(path, sets or (), allow_code=allow_code, sets_from="--set") for path in recipes or ()]
         if dry_run:
-            from bncli.measure.compare.dry_run import of_comparison
+            from bncli.measure.compare.plan import planned_comparison
 
-            show_plan(of_comparison(loaded), json)
+            show_plan(planned_comparison(loaded), json)
             return
         comparison, stopped = _run_comparison(loaded, device, jobs, threads, out, quiet)
     _show(comparison, form)

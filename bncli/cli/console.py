@@ -57,7 +57,7 @@ def check_outputs(plot: Path | None, *others: Path | None) -> None:
 
 
 def show_plan(planned: Planned, as_json: bool) -> None:
-    from bncli.report.compare import dry_run
+    from bncli.report import dry_run
 
     print_result(dry_run.to_json(planned) if as_json else dry_run.render(planned))
 

@@ -43,9 +43,9 @@ def train(
     loaded = load(recipe, sets or (), allow_code=allow_code, sets_from="--set")
     chosen = chosen_arm(loaded, arm)
     if dry_run:
-        from bncli.measure.compare.dry_run import of_training
+        from bncli.measure.dry_run import planned_training
 
-        show_plan(of_training(loaded, chosen), json)
+        show_plan(planned_training(loaded, chosen), json)
         return
     from bncli.recipe.load import plain
     from bncli.recipe.yaml import dump

@@ -15,12 +15,13 @@ from operator import attrgetter
 from typing import Any
 
 from bncli.errors import RecipeError
+from bncli.measure.dry_run import available_memory_mib, planned_arm
 from bncli.recipe.check import SAME_FOR_ALL_RUNS
 from bncli.recipe.layers import input_of, shape_contradictions
 from bncli.recipe.load import Arm, Loaded, digest, plain, with_values
 from bncli.recipe.overrides import value_at
 from bncli.recipe.sections import Digits, Npz, Recipe, TargetSection
-from bncli.results.compare import ComparisonPlan, Phase, RunRecord
+from bncli.results.compare import ComparisonPlan, Phase, Planned, RunRecord
 from bncli.results.train import Target
 
 MOST_RUNS = 20_000  # each is planned in memory; a longer list of values is a slip, or several comparisons
@@ -122,6 +123,20 @@ def study(recipes: Sequence[Loaded], identity: Mapping[str, str] | None = None) 
         also=tuple(Target(target.metric, value) for value in target.also),
     )
     return Study(plan, tuple(arms), dict(identity or {}))
+
+
+def planned_comparison(recipes: Sequence[Loaded]) -> Planned:
+    """All runs of a comparison, without training any. Raises RecipeError for recipes that cannot be compared."""
+    asked = study(recipes)
+    first = recipes[0]
+    arms = []
+    for arm in asked.arms:
+        tuning = len(asked.points(arm)) * len(asked.plan.tune_seeds)
+        arms.append(planned_arm(first.base, arm, tuning, len(asked.plan.report_seeds)))
+    runs = planned_runs(asked)
+    fields = tuple(first.provenance(Arm("", first.base)))
+    steps = runs * asked.plan.budget
+    return Planned(first.name, fields, tuple(arms), dict(asked.plan.grid), runs, steps, available_memory_mib())
 
 
 def describe_data(recipe: Recipe) -> str:

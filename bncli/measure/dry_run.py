@@ -1,11 +1,8 @@
-"""What a command would do, without doing it: the resolved recipe, its runs, their sizes. No torch, no data read."""
+"""What training would do, without doing it: the resolved recipe and its size. No torch, no data read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from bncli.errors import RecipeError
-from bncli.measure.compare.plan import planned_runs, study
 from bncli.recipe.layers import estimated_memory_mib, input_of, layers, shape_contradictions, size
 from bncli.recipe.load import Arm, Loaded, leaves, plain
 from bncli.recipe.sections import Npz, Recipe
@@ -13,25 +10,11 @@ from bncli.recipe.yaml import dotted
 from bncli.results.compare import Planned, PlannedArm
 
 
-def of_training(loaded: Loaded, arm: Arm) -> Planned:
+def planned_training(loaded: Loaded, arm: Arm) -> Planned:
     """One run of `bncli train`."""
-    one = _arm(loaded.base, arm, 0, 1)
+    one = planned_arm(loaded.base, arm, 0, 1)
     fields = tuple(loaded.provenance(arm))
     return Planned(arm.name, fields, (one,), {}, 1, arm.recipe.train.steps, available_memory_mib())
-
-
-def of_comparison(recipes: Sequence[Loaded]) -> Planned:
-    """All runs of `bncli compare`. Raises RecipeError for recipes that cannot be compared."""
-    asked = study(recipes)
-    first = recipes[0]
-    arms = []
-    for arm in asked.arms:
-        tuning = len(asked.points(arm)) * len(asked.plan.tune_seeds)
-        arms.append(_arm(first.base, arm, tuning, len(asked.plan.report_seeds)))
-    runs = planned_runs(asked)
-    fields = tuple(first.provenance(Arm("", first.base)))
-    steps = runs * asked.plan.budget
-    return Planned(first.name, fields, tuple(arms), dict(asked.plan.grid), runs, steps, available_memory_mib())
 
 
 def available_memory_mib() -> float:
@@ -41,7 +24,8 @@ def available_memory_mib() -> float:
     return float(psutil.virtual_memory().available) / 2**20
 
 
-def _arm(base: Recipe, arm: Arm, tuning_runs: int, report_runs: int) -> PlannedArm:
+def planned_arm(base: Recipe, arm: Arm, tuning_runs: int, report_runs: int) -> PlannedArm:
+    """How an arm differs from the base, its size, and its number of runs."""
     before = dict(leaves(plain(base)))
     changes = tuple((dotted(keys), value) for keys, value in leaves(plain(arm.recipe)) if before.get(keys) != value)
     parameters, memory = sizes(arm.recipe)

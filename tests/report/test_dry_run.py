@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bncli.report.compare.dry_run import render, to_json
+from bncli.report.dry_run import render, to_json
 from bncli.results.compare import Planned, PlannedArm
 
 PLANNED = Planned(

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from bncli.errors import RecipeError
-from bncli.measure.compare.dry_run import of_comparison, of_training
+from bncli.measure.compare.plan import planned_comparison
+from bncli.measure.dry_run import planned_training
 from bncli.recipe.load import Loaded, load
 from tests.measure.compare.test_plan import ARMS, BASE
 
@@ -18,7 +19,7 @@ def loaded(folder: Path, text: str) -> Loaded:
 
 
 def test_a_comparison_counts_its_runs_and_what_each_arm_changes(tmp_path: Path) -> None:
-    planned = of_comparison([loaded(tmp_path, BASE + ARMS)])
+    planned = planned_comparison([loaded(tmp_path, BASE + ARMS)])
     assert (planned.runs, planned.steps_at_most) == (28, 28_000)
     plain, normed = planned.arms
     assert (plain.changes, plain.tuning_runs, plain.report_runs) == ((), 9, 5)
@@ -30,11 +31,11 @@ def test_a_comparison_counts_its_runs_and_what_each_arm_changes(tmp_path: Path) 
 
 def test_one_training_run_is_one_run_of_the_arm_that_is_chosen(tmp_path: Path) -> None:
     recipe = loaded(tmp_path, BASE + ARMS)
-    planned = of_training(recipe, recipe.arms[1])
+    planned = planned_training(recipe, recipe.arms[1])
     assert (planned.name, planned.runs, planned.steps_at_most) == ("normed", 1, 1000)
     assert len(planned.arms) == 1
 
 
 def test_a_recipe_that_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="a comparison needs two"):
-        of_comparison([loaded(tmp_path, BASE)])
+        planned_comparison([loaded(tmp_path, BASE)])
