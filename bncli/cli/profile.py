@@ -175,9 +175,9 @@ def profile(
     if form != "table" and ceilings is not None and ceilings.cores_shared and result.notes:
         say(f"{result.notes[0]}; do not keep this for a baseline", quiet)
     if plot and result.rows:
-        from bncli.report.profile import roofline
+        from bncli.report.profile import figure
 
-        roofline.draw(result, plot)
+        figure.draw(result, plot)
         say(f"Drawn in {plot}", quiet)
     if trace and trace.exists():
         say(f"Traced in {trace}: open it at https://ui.perfetto.dev", quiet)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from bncli.measure.profile.budget import NATIVE
-from bncli.measure.profile.step_arms import made, step_of
-from bncli.measure.profile.step_recipes import RecipeSubject
+from bncli.measure.profile.step_models import RecipeSubject
+from bncli.measure.profile.steps import made, step_of
 from bncli.measure.reference.accuracy import Check
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing import speedup

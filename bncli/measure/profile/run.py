@@ -13,9 +13,7 @@ from bncli.errors import RecipeError
 from bncli.measure.profile.budget import Asked
 from bncli.measure.profile.kernels import KernelRun
 from bncli.measure.profile.shapes import Calls, parse, read_csv, shape_set
-from bncli.measure.profile.step_models import Subject
-from bncli.measure.profile.step_own import OwnSubject
-from bncli.measure.profile.step_recipes import subjects_of
+from bncli.measure.profile.step_models import OwnSubject, Subject, subjects_of
 from bncli.measure.profile.steps import StepRun
 from bncli.measure.timing.fresh_processes import FreshProcesses
 from bncli.recipe.load import load

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
-from bncli.engine import data
-from bncli.engine.convert import Conversion
+from bncli.engine import data, train
+from bncli.engine.convert import Conversion, convert
 from bncli.engine.data.splits import Batch, Dataset, InMemory
+from bncli.engine.user_code import imported
+from bncli.errors import BncliError, RecipeError, RunFailed
+from bncli.recipe.load import Loaded, digest, plain, suggestion, with_values
+from bncli.recipe.sections import Digits, Hub, Npz, Recipe, Synthetic
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,3 +119,236 @@ def _beside(operation: str | None) -> str:
         return "left as it was"
     _, _, rest = operation.partition(" + ")
     return f"with {rest}" if rest else "alone"
+
+
+STANDING_LR = 1e-12  # moves no weight of normal size in float32, and its products stay far from denormal numbers
+
+
+@dataclass(frozen=True)
+class RecipeSubject:
+    """A run of a recipe, made and stepped as `bncli train` does it."""
+
+    name: str
+    recipe: Recipe
+    stands_for: tuple[str, ...] = ()  # further arms whose step takes the same work
+
+    @property
+    def batch_size(self) -> int:
+        return self.recipe.train.batch_size
+
+    @property
+    def has_kernels(self) -> bool:
+        return self.recipe.norm.kind == "batch"
+
+    @property
+    def steps(self) -> int | None:
+        return self.recipe.train.steps
+
+    @property
+    def real_data(self) -> bool:
+        return True
+
+    @property
+    def tf32(self) -> bool:
+        return self.recipe.train.tf32
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        found = []
+        if self.stands_for:
+            found.append(f"{self.name} stands for {', '.join(self.stands_for)} as well: their steps take the same work")
+        if self.recipe.train.compile:
+            found.append(f"{self.name} is compiled: what torch.compile fused counts as other, whatever it holds")
+        return tuple(found)
+
+    def dataset(self, device: torch.device) -> Dataset:
+        """Raises DataError for data that are not there or do not fit the model."""
+        found = _loaded(self.recipe.data, device, self.recipe.train.memory_format)
+        train.check_fit(self.recipe, found)
+        return found
+
+    def alone(self, x: Tensor, y: Tensor, classes: int) -> Dataset:
+        return one_batch(x, y, classes, self.recipe.train.memory_format)
+
+    def trainable(self, kernel: str | None, dataset: Dataset, device: torch.device, learns: bool = False) -> Trainable:
+        """To be timed: at a learning rate that leaves the weights where they begin, so that every sample is of the same
+        work and no arm can diverge meanwhile. If it `learns`: at the recipe's own, and not compiled.
+        """
+        values: dict[str, Any] = {"train.compile": False} if learns else {"optimizer.lr": STANDING_LR}
+        recipe = with_values(self.recipe, values if kernel is None else {**values, "norm.kernel": kernel})
+        with train.blaming_own_code(recipe):
+            run = train.Training(recipe, dataset, device)
+        batches = iter(run.batches)
+        held_out = dataset.held_out
+        some = torch.arange(min(self.batch_size, len(held_out)), device=held_out.index_device)
+        x, _ = next(held_out.batches([some]))
+
+        def step(x: Tensor, y: Tensor) -> Tensor:
+            with train.blaming_own_code(recipe):
+                return run.step(x, y)
+
+        def forward(x: Tensor) -> object:
+            with run.autocast():
+                return run.model(x)
+
+        last = len(dataset.train) % self.batch_size
+        return Trainable(
+            run.model, run.optimizer, lambda: next(batches), step, forward, x, last, recipe.train.precision
+        )
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(spec: Digits | Synthetic | Npz | Hub, device: torch.device, memory_format: str) -> Dataset:
+    """Arms mostly share their data, which may take a while to decode."""
+    return data.load(spec, device, data.MEMORY_FORMATS[memory_format])
+
+
+def subjects_of(loaded: Loaded, arm: str | None = None) -> tuple[RecipeSubject, ...]:
+    """The runs of a recipe file whose steps differ, under the name of the first arm each; or the one of `arm`.
+
+    Arms that differ only in figures that cost no time (a learning rate, a seed, initial weights) are one. Raises
+    RecipeError for an arm that the file does not have.
+    """
+    arms = {each.name: each.recipe for each in loaded.arms} or {loaded.name: loaded.base}
+    if arm is not None:
+        if arm not in arms:
+            raise RecipeError(f"--arm {arm}: {loaded.source} has no such arm; {suggestion(arm, list(arms))}")
+        return (RecipeSubject(arm, arms[arm]),)
+    alike: dict[str, list[str]] = {}
+    for name, recipe in arms.items():
+        alike.setdefault(digest(step_of(recipe)), []).append(name)
+    return tuple(RecipeSubject(first, arms[first], tuple(others)) for first, *others in alike.values())
+
+
+def step_of(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe's step takes time for, as plain data."""
+    found = plain(recipe)
+    found["data"].pop("split_seed", None)
+    found["model"].pop("init", None)
+    norm, optimizer, schedule = found["norm"], found["optimizer"], found["schedule"]
+    for figure in ("eps", "kernel"):
+        norm.pop(figure, None)
+    if "momentum" in norm:
+        norm["momentum"] = norm["momentum"] is not None
+    for figure in ("lr", "betas", "eps"):
+        optimizer.pop(figure, None)
+    for figure in ("momentum", "weight_decay"):
+        optimizer[figure] = optimizer.get(figure, 0) > 0
+    found["schedule"] = schedule["kind"] != "constant" or schedule["warmup"] > 0
+    kept = ("batch_size", "precision", "memory_format", "compile")
+    return found | {"train": {name: found["train"][name] for name in kept}}
+
+
+@dataclass(frozen=True)
+class OwnSubject:
+    """A function without arguments that returns a module, or a module's class: package.module:name.
+
+    It is trained on random numbers. The loss is the sum over its floating-point outputs of the mean of their squares;
+    whole-number outputs are left out. The optimizer is SGD with momentum 0.9 at a learning rate of 0, so that the
+    weights stay. Another kernel comes in by `bncli.convert`, of a model made anew from the same seeds.
+    """
+
+    module: str
+    shape: tuple[int, ...]  # (B, *shape) of an input
+    precision: str = "fp32"
+    memory_format: str = "contiguous"
+
+    @property
+    def name(self) -> str:
+        return self.module
+
+    @property
+    def batch_size(self) -> int:
+        return self.shape[0]
+
+    @functools.cached_property
+    def has_kernels(self) -> bool:
+        return any(isinstance(module, _BatchNorm) for module in self._model().modules())
+
+    @property
+    def steps(self) -> int | None:
+        return None
+
+    @property
+    def real_data(self) -> bool:
+        return False
+
+    @property
+    def tf32(self) -> bool:
+        return False
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f"{self.name} is trained on random numbers: the loss is the mean of its output's squares",)
+
+    def dataset(self, device: torch.device) -> Dataset:
+        x = torch.randn(self.shape, generator=torch.Generator().manual_seed(0)).to(device)
+        return self.alone(x, torch.zeros(len(x), dtype=torch.int64, device=device), 1)
+
+    def alone(self, x: Tensor, y: Tensor, classes: int) -> Dataset:
+        return one_batch(x, y, classes, self.memory_format)
+
+    def _model(self) -> nn.Module:
+        """Raises RecipeError for what is not there or is no module, RunFailed for what the function raises."""
+        random.seed(0)
+        torch.manual_seed(0)
+        try:
+            function = imported(self.module)
+        except (ImportError, AttributeError, ValueError) as error:
+            where = "it is looked for in the current folder and the environment"
+            raise RecipeError(f"--model {self.module}: {error}; {where}") from error
+        with _blaming(self.module, "It is called without arguments and returns a torch.nn.Module"):
+            model = function()
+        if not isinstance(model, nn.Module):
+            raise RecipeError(f"--model {self.module} returned a {type(model).__name__}; expected a torch.nn.Module")
+        return model
+
+    def trainable(self, kernel: str | None, dataset: Dataset, device: torch.device, learns: bool = False) -> Trainable:
+        model = self._model().to(device, memory_format=data.MEMORY_FORMATS[self.memory_format])  # type: ignore[call-overload]
+        if kernel is not None and kernel != "native":
+            convert(model, kernel)
+        model.train()
+        learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not learned:
+            raise RecipeError(f"--model {self.module}: none of its parameters requires a gradient")
+        optimizer = train.uncompiled(torch.optim.SGD)(learned, lr=0.0, momentum=0.9)
+        scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        batch = next(dataset.train.chunks(self.batch_size))
+
+        def forward(x: Tensor) -> object:
+            with _autocast(self.precision, device), _blaming(self.module, f"It is given a batch {tuple(x.shape)}"):
+                return model(x)
+
+        def step(x: Tensor, y: Tensor) -> Tensor:
+            loss = self._loss(forward(x))
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            return loss.detach()
+
+        return Trainable(model, optimizer, lambda: batch, step, forward, batch[0], None, self.precision)
+
+    def _loss(self, output: object) -> Tensor:
+        floats = [each for each in tree_leaves(output) if isinstance(each, Tensor) and each.is_floating_point()]
+        floats = [each for each in floats if each.requires_grad]
+        if not floats:
+            raise RunFailed(f"--model {self.module}: its output holds no floating-point tensor to train on")
+        return torch.stack([each.float().square().mean() for each in floats]).sum()
+
+
+def _autocast(precision: str, device: torch.device) -> Any:
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+@contextlib.contextmanager
+def _blaming(module: str, contract: str) -> Iterator[None]:
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if isinstance(error, BncliError):
+            raise
+        text = " ".join(str(error).split()) or "no message"
+        raise RunFailed(f"--model {module} raised {type(error).__name__}: {text}. {contract}") from error

@@ -13,7 +13,6 @@ from typing import Any
 
 from bncli.errors import RecipeError
 from bncli.report.compare.export import _markdown, _markdown_table
-from bncli.report.profile.step_text import memory_columns, samples_per_s, share_columns, step_columns
 from bncli.report.profile.text import (
     cache_words,
     ceilings_words,
@@ -24,8 +23,12 @@ from bncli.report.profile.text import (
     kernel_title,
     mean_columns,
     measured_words,
+    memory_columns,
     of_copy,
     quartiles,
+    samples_per_s,
+    share_columns,
+    step_columns,
 )
 from bncli.report.text import Column, environment_words
 from bncli.results.environment import FORMAT_VERSION

@@ -10,11 +10,13 @@ from rich.padding import Padding
 from rich.text import Text
 
 from bncli.report.profile.kernels import faster_styles, once
-from bncli.report.profile.step_text import memory_columns, share_columns, step_columns
 from bncli.report.profile.text import (
     NATIVE,
     measured_words,
+    memory_columns,
     quartiles,
+    share_columns,
+    step_columns,
 )
 from bncli.report.ruled import Bar, Dashed, Line, Listing, Ruled, in_encoding
 from bncli.report.table import Fitted, Layout

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from bncli.engine.convert import convert
 from bncli.engine.models.norms import BatchNorm
 from bncli.kernels import native
-from bncli.measure.profile.norm_diagnostics import watch
-from bncli.measure.profile.norm_remarks import Training, remarks
+from bncli.measure.profile.norm_diagnostics import Training, remarks, watch
 from bncli.results.profile import NormRemark
 
 Batch = Callable[[], Tensor]

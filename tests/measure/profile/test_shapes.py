@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from bncli.errors import RecipeError
-from bncli.measure.profile import inception
-from bncli.measure.profile.shapes import SETS, Calls, parse, read_csv, shape_set
+from bncli.measure.profile.shapes import BLOCKS, SETS, Calls, convolutions, parse, read_csv, shape_set
 
 
 def calls_of(name: str, **options: int) -> dict[tuple[int, ...], dict[str, int]]:
@@ -67,16 +66,16 @@ def test_resnet_20_has_a_batch_norm_a_convolution_and_two_projections() -> None:
 
 
 def test_bn_inception_has_69_batch_norms_and_the_parameters_of_figure_5() -> None:
-    convolutions = list(inception.convolutions())
-    assert len(convolutions) == total("inception") == 3 + 8 * 7 + 2 * 5
-    weights = sum(one.inputs * one.outputs * one.kernel**2 for one in convolutions)
-    vectors = 3 * sum(one.outputs for one in convolutions)  # the convolution's bias, and batch norm's two
+    found = list(convolutions())
+    assert len(found) == total("inception") == 3 + 8 * 7 + 2 * 5
+    weights = sum(one.inputs * one.outputs * one.kernel**2 for one in found)
+    vectors = 3 * sum(one.outputs for one in found)  # the convolution's bias, and batch norm's two
     assert weights + vectors + 1024 * 1000 + 1000 == 11_295_240  # as the published Caffe model of that network has
 
 
 def test_bn_inceptions_blocks_have_the_output_depths_that_their_filters_add_up_to() -> None:
     depths, inputs = [], 192
-    for block in inception.BLOCKS.values():
+    for block in BLOCKS.values():
         inputs = block.outputs(inputs)
         depths.append(inputs)
     assert depths == [256, 320, 576, 576, 576, 608, 608, 1056, 1024, 1024]

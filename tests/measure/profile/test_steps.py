@@ -19,9 +19,7 @@ from bncli.errors import DataError, RecipeError, Unavailable
 from bncli.kernels import native
 from bncli.measure.profile import step_memory
 from bncli.measure.profile.step_check import why_wrong
-from bncli.measure.profile.step_models import Trainable, norms_of, one_batch
-from bncli.measure.profile.step_own import OwnSubject
-from bncli.measure.profile.step_recipes import RecipeSubject, subjects_of
+from bncli.measure.profile.step_models import OwnSubject, RecipeSubject, Trainable, norms_of, one_batch, subjects_of
 from bncli.measure.profile.steps import StepRun
 from bncli.recipe.load import load
 from bncli.results.environment import Interval

@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bncli.errors import USAGE, BncliError
-from bncli.report.profile.cost_bars import MOST_BARS, facets, facets_height
-from bncli.report.profile.roofline import draw, render
-from bncli.report.profile.roofs import apart, clusters, copy_words
+from bncli.report.profile.bars import MOST_BARS, facets, facets_height
+from bncli.report.profile.figure import apart, clusters, copy_words, draw, render
 from bncli.results.profile import Ceilings
 from tests.report.made_up_costs import (
     CEILINGS,
