@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from bncli.measure.profile.candidates import sources
-from bncli.measure.profile.kernel_entry import enter
+from bncli.measure.profile.kernels import enter
 from bncli.measure.reference import case as cases
 from bncli.measure.reference.accuracy import Check
 from bncli.measure.timing import clock as timing
@@ -101,7 +101,7 @@ def _one_case(run: Run, case: Case, deadline: Deadline) -> None:
         return
     run.report.check([Check("large", str(case), True)])
     copy, moved_bytes = timing.copy_work(case.tensor_bytes, run.device)
-    works = {"copy": copy, **entry.arms[run.candidate].works(entry.inputs)}
+    works = {"copy": copy, **entry.candidates[run.candidate].works(entry.inputs)}
     copy.run(None)  # its pages are there
     rounds = min(run.rounds, ROUNDS)
     samples = timing.interleaved(run.clock, works, rounds, deadline=deadline, fewest=speedup.FEWEST_ROUNDS)

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from bncli.measure.profile.baseline import gate
-from bncli.measure.profile.candidates import Arm, Source
+from bncli.measure.profile.candidates import Candidate, Source
 from bncli.measure.reference import case as cases
 from bncli.measure.reference.case import Inputs
 from bncli.results.profile import Case, KernelProfile
@@ -20,7 +20,7 @@ SHAPES = tuple(((4, 3, 5, side), 1) for side in range(2, 8))
 def noisy(machine: Machine, noise: random.Random, slowed: float) -> Source:
     """Native's kernel; each of its times is off by 3 %, and one in 100 twice as long."""
 
-    def source(case: Case) -> Arm:
+    def source(case: Case) -> Candidate:
         native = cases.apply(case, "native")
 
         def forward(given: Inputs) -> object:
@@ -29,7 +29,7 @@ def noisy(machine: Machine, noise: random.Random, slowed: float) -> Source:
             )
             return Spent.apply(native(given), machine, forward_ms, backward_ms)
 
-        return Arm(forward)  # type: ignore[arg-type]
+        return Candidate(forward)  # type: ignore[arg-type]
 
     return source
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bncli.errors import RecipeError, Unavailable
 from bncli.measure.profile.budget import Asked, planned
-from bncli.measure.profile.candidates import Arm, Source
+from bncli.measure.profile.candidates import Candidate, Source
 from bncli.measure.profile.kernels import KernelRun
 from bncli.measure.profile.shapes import Calls, shape_set
 from bncli.measure.reference import case as cases
@@ -46,9 +46,9 @@ class Machine:
     def takes(self, forward_ms: float, backward_ms: float) -> Source:
         """Native's kernel, for that long."""
 
-        def source(case: Case) -> Arm:
+        def source(case: Case) -> Candidate:
             native = cases.apply(case, "native")
-            return Arm(lambda given: Spent.apply(native(given), self, forward_ms, backward_ms), "a fake")
+            return Candidate(lambda given: Spent.apply(native(given), self, forward_ms, backward_ms), "a fake")
 
         return source
 
@@ -139,7 +139,7 @@ def test_bytes_are_those_of_the_floor_and_saved_ones_those_of_the_storages() -> 
 def test_a_mean_names_the_worst_shape() -> None:
     machine = Machine()
 
-    def slow_on_many_channels(case: Case) -> Arm:
+    def slow_on_many_channels(case: Case) -> Candidate:
         return machine.takes(8.0 if case.shape[1] > 5 else 1.0, 1.0)(case)
 
     shapes = ((4, 3, 5, 7), 1), ((4, 6, 5, 7), 9)
@@ -182,9 +182,9 @@ def test_a_small_copy_that_takes_as_long_as_a_large_one_tells_of_other_programs(
 def broken(spoil: Callable[[Inputs, Tensor], Tensor]) -> Source:
     """Native's kernel, whose result is spoilt."""
 
-    def source(case: Case) -> Arm:
+    def source(case: Case) -> Candidate:
         native = cases.apply(case, "native")
-        return Arm(lambda given: spoil(given, native(given)), "broken")
+        return Candidate(lambda given: spoil(given, native(given)), "broken")
 
     return source
 
@@ -266,7 +266,7 @@ def test_where_native_finds_no_room_for_all_channels_others_are_judged_by_some(m
 def test_what_is_missing_is_an_error_and_not_a_wrong_result() -> None:
     machine = Machine()
 
-    def missing(case: Case) -> Arm:
+    def missing(case: Case) -> Candidate:
         raise Unavailable("not installed (pip install rival)")
 
     found = profile(machine, {"native": machine.takes(1.0, 1.0), "rival": missing})
@@ -280,7 +280,7 @@ def test_a_kernel_that_raises_is_wrong_and_the_others_rows_stand() -> None:
     def raises(given: Inputs) -> Tensor:
         raise ValueError("of mine\nin detail")
 
-    found = profile(machine, {"mine": lambda case: Arm(raises), "native": machine.takes(1.0, 1.0)})
+    found = profile(machine, {"mine": lambda case: Candidate(raises), "native": machine.takes(1.0, 1.0)})
     assert (row_of(found, "mine").error, row_of(found, "mine").wrong) == ("ValueError: of mine", True)
     assert row_of(found, "native").both is not None
 
@@ -288,7 +288,7 @@ def test_a_kernel_that_raises_is_wrong_and_the_others_rows_stand() -> None:
 def test_a_kernel_that_is_right_once_and_then_raises_has_no_time() -> None:
     machine = Machine()
 
-    def source(case: Case) -> Arm:
+    def source(case: Case) -> Candidate:
         native, calls = cases.apply(case, "native"), itertools.count()
 
         def forward(given: Inputs) -> Tensor:
@@ -296,7 +296,7 @@ def test_a_kernel_that_is_right_once_and_then_raises_has_no_time() -> None:
                 raise RuntimeError("tired")
             return native(given)
 
-        return Arm(forward)
+        return Candidate(forward)
 
     found = profile(machine, {"native": machine.takes(1.0, 1.0), "mine": source})
     assert (row_of(found, "mine").error, row_of(found, "mine").both) == ("RuntimeError: tired", None)
@@ -309,16 +309,20 @@ def test_what_cannot_be_compiled_says_why_and_compilation_is_in_no_row() -> None
     def refuses(given: Inputs) -> Tensor:
         raise RuntimeError("no compiler")
 
-    def compiles(case: Case) -> Arm:
+    def compiles(case: Case) -> Candidate:
         native, calls = cases.apply(case, "native"), itertools.count()
 
         def forward(given: Inputs) -> Tensor:
             machine.passed_ns += 0 if next(calls) else 7_000_000_000
             return native(given)
 
-        return Arm(forward, compiles=True)
+        return Candidate(forward, compiles=True)
 
-    sources = {"native": machine.takes(1.0, 1.0), "bad": lambda case: Arm(refuses, compiles=True), "good": compiles}
+    sources = {
+        "native": machine.takes(1.0, 1.0),
+        "bad": lambda case: Candidate(refuses, compiles=True),
+        "good": compiles,
+    }
     found = profile(machine, sources)
     assert (row_of(found, "bad").error, row_of(found, "bad").wrong) == (
         "torch.compile: RuntimeError: no compiler",
@@ -334,7 +338,10 @@ def test_what_cannot_be_compiled_says_why_and_compilation_is_in_no_row() -> None
 
 def test_what_is_asked_for_is_compiled_however_late_it_is() -> None:
     machine = Machine()
-    sources = {"native": machine.takes(400.0, 400.0), "late": lambda case: Arm(lambda given: given.x, compiles=True)}
+    sources = {
+        "native": machine.takes(400.0, 400.0),
+        "late": lambda case: Candidate(lambda given: given.x, compiles=True),
+    }
     shapes = tuple(((4, 3, 5, side), 1) for side in range(2, 6))
     found = profile(machine, sources, shapes=shapes, seconds=4.0)
     said = [str(row.error).split(":")[0] for row in found.rows if row.kernel == "late"]
@@ -345,7 +352,7 @@ def test_what_is_asked_for_is_compiled_however_late_it_is() -> None:
 def test_a_kernel_that_writes_over_its_input_gets_a_copy_each_time() -> None:
     machine = Machine()
 
-    def in_place(case: Case) -> Arm:
+    def in_place(case: Case) -> Candidate:
         native = cases.apply(case, "native")
 
         def forward(given: Inputs) -> Tensor:
@@ -353,7 +360,7 @@ def test_a_kernel_that_writes_over_its_input_gets_a_copy_each_time() -> None:
             given.x.data.zero_()
             return y
 
-        return Arm(forward, overwrites=True)
+        return Candidate(forward, overwrites=True)
 
     found = profile(machine, {"native": machine.takes(1.0, 1.0), "in place": in_place}, operations=("bn",))
     assert [row.error for row in found.rows] == [None, None]
@@ -435,7 +442,7 @@ def test_events_tell_what_is_planned_what_goes_on_and_each_row() -> None:
 def test_an_interrupted_run_has_the_rows_of_finished_cases_and_leaves_no_process() -> None:
     machine, peaks = Machine(), Peaks()
 
-    def interrupted(case: Case) -> Arm:
+    def interrupted(case: Case) -> Candidate:
         if case.shape == (2, 9):
             raise KeyboardInterrupt
         return machine.takes(1.0, 1.0)(case)

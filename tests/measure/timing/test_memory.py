@@ -180,10 +180,10 @@ def test_a_failure_to_start_is_said_and_not_raised(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.cuda
 def test_on_a_gpu_the_peak_is_the_allocators() -> None:
-    from bncli.measure.profile.candidates import Arm
+    from bncli.measure.profile.candidates import Candidate
 
     device = torch.device("cuda")
     case = Case((64, 64, 56, 56), "bn", "fp32")
-    arm, inputs = Arm(cases.apply(case, "native")), cases.make(case, device)
+    arm, inputs = Candidate(cases.apply(case, "native")), cases.make(case, device)
     peak = memory.cuda_peak_mib(arm.step(inputs), device)
     assert peak == pytest.approx(2 * case.tensor_bytes / 2**20, rel=0.1)
