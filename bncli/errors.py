@@ -66,6 +66,12 @@ class DataError(BncliError):
     exit_code = USAGE
 
 
+class FileError(BncliError):
+    """A file that bncli cannot read back, or cannot write."""
+
+    exit_code = USAGE
+
+
 class RunFailed(BncliError):
     """A run that the user's own code ended."""
 

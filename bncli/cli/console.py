@@ -48,7 +48,7 @@ def check_outputs(plot: Path | None, *others: Path | None) -> None:
     from bncli.report.files import check_writable
 
     if plot:
-        from bncli.report.compare.figure import check_path
+        from bncli.report.figure import check_path
 
         check_path(plot)
     for file in (plot, *others):

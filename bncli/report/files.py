@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bncli.errors import USAGE, BncliError
+from bncli.errors import FileError
 from bncli.results.compare import BegunComparison, Comparison, RunRecord
 from bncli.results.environment import RUNS_VERSION
 from bncli.results.serialize import Mismatch, from_plain, to_plain
@@ -29,12 +29,6 @@ WHAT: dict[type, str] = {
 }
 
 
-class RecordError(BncliError):
-    """A file of results that cannot be read back, or a place where none can be written."""
-
-    exit_code = USAGE
-
-
 # --- JSON ---------------------------------------------------------------------------------------------------------
 
 
@@ -44,14 +38,14 @@ def to_json(comparison: Comparison) -> str:
 
 
 def comparison_from_json(text: str, name: str = "") -> Comparison:
-    """The comparison that `to_json` wrote. `name` is the file's, for messages. Raises RecordError."""
+    """The comparison that `to_json` wrote. `name` is the file's, for messages. Raises FileError."""
     comparison = _from_text(Comparison, text, name)
     plan, runs = comparison.plan, comparison.runs
     steps = [run.result.steps_to_target for run in runs if run.result and run.result.steps_to_target is not None]
     sound = plan.reference in plan.arms and {run.arm for run in runs} <= set(plan.arms) and plan.budget > 0
     if not sound or min(steps, default=0) < 0:
         place = f"{name}: " * bool(name)
-        raise RecordError(f"{place}its plan and its runs do not belong together; make it anew")
+        raise FileError(f"{place}its plan and its runs do not belong together; make it anew")
     return comparison
 
 
@@ -60,7 +54,7 @@ def begun_to_json(begun: BegunComparison) -> str:
 
 
 def begun_from_json(text: str, name: str = "") -> BegunComparison:
-    """What `begun_to_json` wrote. Raises RecordError."""
+    """What `begun_to_json` wrote. Raises FileError."""
     return _from_text(BegunComparison, text, name)
 
 
@@ -69,7 +63,7 @@ def record_to_json(record: RunRecord) -> str:
 
 
 def record_from_json(text: str, name: str = "") -> RunRecord:
-    """The record that `record_to_json` wrote. Raises RecordError."""
+    """The record that `record_to_json` wrote. Raises FileError."""
     return _from_text(RunRecord, text, name)
 
 
@@ -78,7 +72,7 @@ def result_to_json(result: RunResult) -> str:
 
 
 def result_from_json(text: str, name: str = "") -> RunResult:
-    """The result that `result_to_json` wrote. Raises RecordError."""
+    """The result that `result_to_json` wrote. Raises FileError."""
     return _from_text(RunResult, text, name)
 
 
@@ -105,42 +99,40 @@ def _from_text(kind: type[Result], text: str, name: str) -> Result:
     try:
         plain = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RecordError(f"{place}this is not JSON ({error}); give a file that bncli wrote") from error
+        raise FileError(f"{place}this is not JSON ({error}); give a file that bncli wrote") from error
     if not isinstance(plain, dict) or "format_version" not in plain:
-        raise RecordError(f"{place}this JSON has no format_version; give a {WHAT[kind]} that bncli wrote")
+        raise FileError(f"{place}this JSON has no format_version; give a {WHAT[kind]} that bncli wrote")
     version = plain["format_version"]
     if version != RUNS_VERSION:
         newer = isinstance(version, int) and version > RUNS_VERSION
         advice = "update bncli" if newer else "make it anew with this version"
-        raise RecordError(
-            f"{place}format_version is {json.dumps(version)} and this bncli reads {RUNS_VERSION}; {advice}"
-        )
+        raise FileError(f"{place}format_version is {json.dumps(version)} and this bncli reads {RUNS_VERSION}; {advice}")
     if kind is not Comparison:
         del plain["format_version"]
     try:
         return from_plain(kind, plain)
     except Mismatch as error:
-        raise RecordError(f"{place}this is no {WHAT[kind]} as bncli writes it: {error}; make it anew") from error
+        raise FileError(f"{place}this is no {WHAT[kind]} as bncli writes it: {error}; make it anew") from error
 
 
 # --- files --------------------------------------------------------------------------------------------------------
 
 
 def check_writable(path: Path) -> None:
-    """Raise RecordError now, before any work, for a path that `write_atomically` would refuse."""
+    """Raise FileError now, before any work, for a path that `write_atomically` would refuse."""
     folder = path.parent
     if path.is_dir():
-        raise RecordError(f"{path}: is a folder; give a file's name")
+        raise FileError(f"{path}: is a folder; give a file's name")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         why = "is not writable" if folder.is_dir() else "does not exist"
-        raise RecordError(f"{path}: its folder {folder} {why}")
+        raise FileError(f"{path}: its folder {folder} {why}")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write `path` whole or leave it as it was, also through a kill or a power cut.
 
     A temporary file in the same folder is synced and takes the name's place; it is removed on failure. A link's target
-    is replaced, not the link; what is no plain file (a pipe, /dev/stdout) is written to. Raises RecordError where the
+    is replaced, not the link; what is no plain file (a pipe, /dev/stdout) is written to. Raises FileError where the
     folder is missing or the file may not be written.
     """
     data = content.encode() if isinstance(content, str) else content
@@ -150,7 +142,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         else:
             _replace(Path(os.path.realpath(path)), data)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        raise RecordError(f"{path}: cannot be written ({error.strerror}); give a file in a folder of yours") from error
+        raise FileError(f"{path}: cannot be written ({error.strerror}); give a file in a folder of yours") from error
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import html
-import io
-import re
 from typing import Any
 
+from bncli.errors import FileError
 from bncli.report.compare.tuning import tuning_columns, tuning_notes
+from bncli.report.export import csv_text, markdown, markdown_table
+from bncli.report.figure import INK
 from bncli.report.text import (
     Column,
     comparison_columns,
     cost_columns,
     footnotes,
     header_words,
-    joined,
     setting,
     subtitle,
     target_columns,
@@ -28,11 +27,7 @@ def to_csv(comparison: Comparison) -> str:
     """One row an arm, all digits; units and meanings in the header; an empty cell is an unknown one."""
     plan, metric = comparison.plan, comparison.plan.target.metric
     rows = [_csv_row(arm, list(plan.grid), metric) for arm in comparison.arms]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else ["arm"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(rows, "arm")
 
 
 def _csv_row(arm: ArmSummary, fields: list[str], metric: str) -> dict[str, Any]:
@@ -97,11 +92,11 @@ def _csv_target(found: AtTarget) -> dict[str, Any]:
 
 def to_markdown(comparison: Comparison) -> str:
     """The comparison's table and its notes for a GitHub page."""
-    lines = [f"### {_markdown(title(comparison))}", "", _markdown(subtitle(comparison.plan)), ""]
-    lines += [*_markdown_table(comparison_columns(comparison)), ""]
+    lines = [f"### {markdown(title(comparison))}", "", markdown(subtitle(comparison.plan)), ""]
+    lines += [*markdown_table(comparison_columns(comparison)), ""]
     for heading, columns in side_tables(comparison):
-        lines += [f"#### {heading}", "", *_markdown_table(columns), ""]
-    lines += [f"- {_markdown(note)}" for note in footnotes(comparison)]
+        lines += [f"#### {heading}", "", *markdown_table(columns), ""]
+    lines += [f"- {markdown(note)}" for note in footnotes(comparison)]
     return "\n".join(lines) + "\n"
 
 
@@ -109,19 +104,6 @@ def side_tables(comparison: Comparison) -> list[tuple[str, list[Column]]]:
     """The tables below the comparison's own, each with its heading."""
     found = [("What it costs to reach the target", cost_columns(comparison))]
     return found + [("Steps to each target", target_columns(comparison))] * bool(comparison.plan.also)
-
-
-def _markdown_table(columns: list[Column]) -> list[str]:
-    header = [header_words(column) for column in columns]
-    rule = [":--" if column.words else "--:" for column in columns]
-    rows = [[joined(cell) for cell in row] for row in zip(*(column.cells for column in columns), strict=True)]
-    lines = [map(_markdown, header), rule, *(map(_markdown, row) for row in rows)]
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def _markdown(text: str) -> str:
-    """Text that a Markdown page shows as it is, on one line."""
-    return re.sub(r"([\\`*_<|\[\]#~$&]|^>)", r"\\\1", " ".join(text.split()))
 
 
 PAGE = """<!DOCTYPE html>
@@ -186,12 +168,12 @@ def _picture(comparison: Comparison) -> str:
 
     try:
         svg = figure.render(comparison, "svg", transparent=True).decode()
-    except figure.PlotError as error:
+    except FileError as error:
         return f'<p class="quiet">No figure: {html.escape(str(error))}</p>'
     label = html.escape(f"Figure: {title(comparison)}; its figures are in the table above")
     return (
         svg[svg.index("<svg") :]
-        .replace(figure.INK, "currentColor")
+        .replace(INK, "currentColor")
         .replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
     )
 

@@ -1,4 +1,4 @@
-"""Bars of GB/s, kernels side by side: a facet an operation, dtype and layout, the machine's copy as a line in each."""
+"""Bar charts of a profile: GB/s of kernels, with the copy bandwidth as a line, and steps stacked by class of work."""
 
 from __future__ import annotations
 
@@ -7,29 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bncli.report.compare.figure import COLOURS, INK
-from bncli.report.compare.labels import PALE
+from bncli.report.figure import COLOURS, INK, PALE
 from bncli.report.profile.text import gb_per_s, grouped, quartiles, shape_words
 from bncli.report.text import figure
-from bncli.results.profile import Ceilings, KernelCost
+from bncli.results.profile import STEP_CLASSES, Ceilings, KernelCost, StepCost, StepProfile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
 
-from typing import TYPE_CHECKING
-
-from bncli.results.profile import STEP_CLASSES, StepCost, StepProfile
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-
 MOST_BARS, MOST_IN_ALL = 40, 160  # of a facet, of a picture: with more, shapes are drawn as their geometric mean
 BAR, GAP, FRAME = 0.17, 0.09, 0.85  # inches: a bar, between two groups of them, a facet's title and axis
-
 THICKEST = 1.8  # times BAR, where there is room
+# Normalization stands out; what is left over is grey.
+CLASS_COLOURS = dict(
+    zip(STEP_CLASSES, (COLOURS[1], COLOURS[0], COLOURS[4], COLOURS[2], COLOURS[3], "#b5b5b5", "#e3e3e3"), strict=True)
+)
+STEP_BAR, STEP_FRAME = 0.42, 1.9  # inches: a bar, the title and axis
 
 
 @dataclass(frozen=True)
@@ -146,11 +141,7 @@ def _bar(axes: Axes, height: float, bar: Measured, colour: str) -> None:
     axes.plot([bar.low, bar.high], [height] * 2, **whisker)
 
 
-# Normalization stands out; what is left over is grey.
-CLASS_COLOURS = dict(
-    zip(STEP_CLASSES, (COLOURS[1], COLOURS[0], COLOURS[4], COLOURS[2], COLOURS[3], "#b5b5b5", "#e3e3e3"), strict=True)
-)
-STEP_BAR, STEP_FRAME = 0.42, 1.9  # inches
+# --- steps ------------------------------------------------------------------------------------------------------------
 
 
 def step_height(profile: StepProfile) -> float:

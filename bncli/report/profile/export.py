@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bncli.errors import RecipeError
-from bncli.report.compare.export import _markdown, _markdown_table
+from bncli.report.export import markdown, markdown_table
 from bncli.report.profile.text import (
     cache_words,
     ceilings_words,
@@ -197,26 +197,26 @@ def to_markdown(result: Profile, gate: Gate | None = None) -> str:
         lines += ["", f"#### Held to the baseline: fails above {gate.fail_above:g} times slower", ""]
         columns = gate_columns(gate.changes)
         names = Column(("row", ""), tuple((change.name, "") for change in gate.changes), words=True)
-        lines += _markdown_table([names, *columns[1:]])
+        lines += markdown_table([names, *columns[1:]])
     return "\n".join(lines) + "\n"
 
 
 def _kernels_markdown(profile: KernelProfile) -> list[str]:
     measured = measured_words(profile.rows, profile.planned, profile.seconds)
-    lines = [f"### {_markdown(kernel_title(profile))}", "", f"{measured}; {cache_words(profile.cold)}"]
+    lines = [f"### {markdown(kernel_title(profile))}", "", f"{measured}; {cache_words(profile.cold)}"]
     for heading, rows in grouped(profile.rows).items():
         columns = list(kernel_columns(rows, profile.ceilings).values())
-        lines += ["", f"#### {_markdown(heading)}", "", *_with_errors(columns, [row.error for row in rows])]
+        lines += ["", f"#### {markdown(heading)}", "", *_with_errors(columns, [row.error for row in rows])]
     for name in dict.fromkeys(f"{mean.dtype}, {mean.layout}" for mean in profile.means):
         means = [mean for mean in profile.means if f"{mean.dtype}, {mean.layout}" == name]
-        lines += ["", f"#### {_markdown(name)}: geometric mean over shapes", "", *_markdown_table(mean_columns(means))]
+        lines += ["", f"#### {markdown(name)}: geometric mean over shapes", "", *markdown_table(mean_columns(means))]
     notes = [f"Measured ceilings: {ceilings_words(profile.ceilings)}.", *profile.notes]
     return [*lines, "", *_notes([*notes, f"Made on {environment_words(profile.environment)}."])]
 
 
 def _step_markdown(profile: StepProfile) -> list[str]:
     measured = measured_words(profile.rows, profile.planned, profile.seconds)
-    lines = [f"### {_markdown(profile.name)}: one step of the whole model", "", measured]
+    lines = [f"### {markdown(profile.name)}: one step of the whole model", "", measured]
     shared = [row for row in profile.rows if row.shares_ms]
     split = [row for row in profile.rows if row.memory is not None]
     for heading, rows, columns, errors in (
@@ -235,8 +235,8 @@ def _with_errors(columns: Sequence[Column], errors: Sequence[str | None]) -> lis
     """The table, with a column for errors where there are any."""
     if any(errors):
         columns = [*columns, Column(("error", ""), tuple((error or "", "") for error in errors), words=True)]
-    return _markdown_table(list(columns))
+    return markdown_table(list(columns))
 
 
 def _notes(notes: Sequence[str]) -> list[str]:
-    return [f"- {_markdown(note)}" for note in notes]
+    return [f"- {markdown(note)}" for note in notes]

@@ -1,68 +1,51 @@
-"""A profile as a picture: kernels under the roofs that the machine reached, or a step's time by class of work."""
+"""Figures of a profile: the roofline beside bars of GB/s for kernels, or a step's time by class of work.
+
+The roofline has bandwidth on its y axis, so that what memory allows is a level line and what arithmetic allows a
+falling one (Williams, Waterman and Patterson 2009 have its product with the intensity there; the figure is the same,
+turned). A batch norm's intensity depends on its operation and dtype alone: each such pair has a column for each kernel,
+moved apart where they would overlap, which changes no height; a dot is a shape, the larger mark their geometric mean.
+"""
 
 from __future__ import annotations
 
-import io
+import math
 import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bncli.report.compare.figure import COLOURS, MISSING, STYLE, PlotError, check_path
+from bncli.report.figure import COLOURS, INK, PALE, check_path, rendered
 from bncli.report.files import write_atomically
 from bncli.report.profile.bars import draw_facets, facets, facets_height, step_bars, step_height
-from bncli.report.profile.text import cache_words, gb_per_s
-from bncli.results.environment import Environment
-from bncli.results.profile import KernelProfile, StepProfile
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from bncli.report.compare.figure import INK
-from bncli.report.compare.labels import PALE
-from bncli.report.profile.text import size_words
+from bncli.report.profile.text import cache_words, gb_per_s, size_words
 from bncli.report.text import figure
-from bncli.results.profile import Ceilings, KernelCost
+from bncli.results.environment import Environment
+from bncli.results.profile import Ceilings, KernelCost, KernelProfile, StepProfile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
+    from matplotlib.figure import Figure
 
 WIDTH, BESIDE = 13.0, 6.8  # inches; bars higher than that stand below the roofline, not beside it
 ROOF_HEIGHT = 4.8
 KEY = "Dot: a shape; larger mark: geometric mean; line on a bar: quartiles; a column's own intensity stands below it"
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # one an operation
+COLUMN_INCHES, NAME_INCHES = 0.2, 0.8  # a kernel's column, the name below them
+LABEL_SHARE = 0.045  # a line of text, of the roofline's height
+Ends = tuple[float, float]
 
 
 def draw(profile: KernelProfile | StepProfile, path: Path) -> None:
-    """Write the picture to `path`, an .svg or a .png. Raises PlotError for another suffix or without matplotlib."""
-    check_path(path)
-    write_atomically(path, render(profile, path.suffix.lower().lstrip(".")))
+    """Write the figure to `path`, an .svg or a .png. Raises FileError for another suffix or without matplotlib."""
+    write_atomically(path, render(profile, check_path(path)))
 
 
 def render(profile: KernelProfile | StepProfile, kind: str) -> bytes:
-    """The picture as the bytes of a "svg" or "png" file, the same for the same profile. Raises PlotError."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PlotError(MISSING) from error
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        picture = Figure(layout="constrained")
-        if isinstance(profile, KernelProfile):
-            _draw_kernels(picture, profile)
-        else:
-            _draw_steps(picture, profile)
-        file = io.BytesIO()
-        metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
-        picture.savefig(file, format=kind, dpi=130, metadata=metadata)
-    return file.getvalue()
+    """The figure as the bytes of a "svg" or "png" file, the same for the same profile. Raises FileError."""
+    if isinstance(profile, KernelProfile):
+        return rendered(lambda picture: _draw_kernels(picture, profile), kind, 130)
+    return rendered(lambda picture: _draw_steps(picture, profile), kind, 130)
 
 
 def _draw_steps(picture: Figure, profile: StepProfile) -> None:
@@ -116,10 +99,7 @@ def _legend(picture: Figure, kernels: dict[str, int]) -> None:
         picture.legend(handles=handles, loc="outside upper right", **style)
 
 
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # one an operation
-COLUMN_INCHES, NAME_INCHES = 0.2, 0.8  # a kernel's column, the name below them
-LABEL_SHARE = 0.045  # a line of text, of the roofline's height
-Ends = tuple[float, float]
+# --- the roofline -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

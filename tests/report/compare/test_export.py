@@ -10,8 +10,10 @@ from html.parser import HTMLParser
 
 import pytest
 
+from bncli.errors import FileError
 from bncli.report.compare import figure
 from bncli.report.compare.export import to_csv, to_html, to_markdown
+from bncli.report.figure import MISSING
 
 VOID = {"meta", "br", "path", "use", "rect"}
 
@@ -48,7 +50,7 @@ class Page(HTMLParser):
 @pytest.fixture
 def without_matplotlib(monkeypatch):
     def missing(*_args, **_options):
-        raise figure.PlotError(figure.MISSING)
+        raise FileError(MISSING)
 
     monkeypatch.setattr(figure, "render", missing)
 

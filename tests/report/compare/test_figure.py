@@ -11,7 +11,8 @@ from xml.etree import ElementTree
 import pytest
 
 from bncli.errors import USAGE, BncliError
-from bncli.report.compare.figure import check_path, plot, render
+from bncli.report.compare.figure import plot, render
+from bncli.report.figure import check_path
 
 pytest.importorskip("matplotlib")
 
