@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FORMAT_VERSION = 1  # of JSON files that hold profiles and gradient checks; raised when a field changes its meaning
+FORMAT_VERSION = 1  # of JSON files that hold gradient checks; raised when a field changes its meaning
 RUNS_VERSION = 2  # the same of runs and comparisons; 2: steps to target are the steps below it
 
 

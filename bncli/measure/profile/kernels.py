@@ -20,7 +20,7 @@ from bncli.measure.reference.case import Inputs
 from bncli.measure.reference.channel_accuracy import Judge, judge
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing import memory, speedup
-from bncli.measure.timing.ceilings import Ladder, busy_cores
+from bncli.measure.timing.ceilings import Ladder
 from bncli.measure.timing.clock import Clock, Deadline
 from bncli.measure.timing.fresh_processes import FreshProcesses
 from bncli.measure.timing.speedup import faster_over
@@ -32,6 +32,7 @@ from bncli.results.profile import (
     KernelMean,
     KernelProfile,
     Measuring,
+    Note,
     ProfileEvent,
     ProfileStarted,
     RowDone,
@@ -85,7 +86,7 @@ class KernelRun:
         self._peaks: PeakMemory = peaks or FreshProcesses(asked.allow_code)
         self._ladder = ladder
         self._rows: list[KernelCost] = []
-        self._notes: dict[str, list[str]] = {}  # what it says -> of which cases
+        self._notes: dict[Note, list[Case]] = {}  # a note without its cases -> those
         self._compile_s: dict[str, float] = {}
         self._began_s, self._seconds = now_s(), 0.0
         self._least_s = 0.0  # of the cases so far, had each had the fewest rounds
@@ -121,7 +122,6 @@ class KernelRun:
     def result(self) -> KernelProfile:
         """Of the cases that are finished. Without any, it may have no copies either."""
         ceilings = Ceilings((), None) if self._ladder is None else self._ladder.ceilings()
-        busy = busy_cores(ceilings, self._device)
         return KernelProfile(
             environment=devices.environment(self._device),
             cold=self._asked.cold,
@@ -129,7 +129,7 @@ class KernelRun:
             ceilings=ceilings,
             rows=tuple(self._rows),
             means=means(self._rows),
-            notes=(*([] if busy is None else [busy]), *self._all_notes()),
+            notes=tuple(self._all_notes()),
             planned=self._planned,
         )
 
@@ -154,7 +154,7 @@ class KernelRun:
         for kernel, seconds in entry.compile_s.items():
             self._compile_s[kernel] = self._compile_s.get(kernel, 0.0) + seconds
         if 0 < entry.judged_channels < case.shape[1]:
-            self._note("run whole, and judged on some of the channels, from the first to the last", case)
+            self._note(Note("channels sampled"), case)
         rows = {kernel: self._untimed(entry, kernel, candidate) for kernel, candidate in entry.candidates.items()}
         samples = self._sampled(entry, budget)
         rows = {kernel: _timed(row, samples) for kernel, row in rows.items() if kernel in entry.candidates}
@@ -174,11 +174,11 @@ class KernelRun:
 
     def _resident_peak_mib(self, case: Case, kernel: str, candidate: Candidate) -> float | None:
         if candidate.compiles:
-            self._note(f"{kernel}: no peak of memory, which would take another compilation in a process of its own")
+            self._note(Note("peak needs compilation", kernel))
             return None
         peak = self._peaks.peak_mib(case, kernel)
         if peak is None:
-            self._note(f"{kernel}: no peak of memory: {self._peaks.failure}", case)
+            self._note(Note("peak unknown", kernel, reason=self._peaks.failure), case)
         return peak
 
     # --- its samples ----------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ class KernelRun:
         self._least_s += budget.least_s(both_s)
         together, apart = budget.rounds(both_s)
         if together < speedup.FEWEST_ROUNDS and works:
-            self._note(f"fewer rounds than the {speedup.FEWEST_ROUNDS} of an interval", entry.case)
+            self._note(Note("few rounds", count=speedup.FEWEST_ROUNDS), entry.case)
         rounds: dict[Direction, tuple[int, int]] = {
             "both": (together, budget.least),
             **dict.fromkeys(ALONE, (apart, budget.least_apart)),
@@ -225,16 +225,16 @@ class KernelRun:
 
     # --- notes ----------------------------------------------------------------------------------------------------
 
-    def _note(self, text: str, case: Case | None = None) -> None:
-        self._notes.setdefault(text, []).extend([] if case is None else [str(case)])
+    def _note(self, note: Note, case: Case | None = None) -> None:
+        self._notes.setdefault(note, []).extend([] if case is None else [case])
 
-    def _all_notes(self) -> Iterator[str]:
-        for text, of in self._notes.items():
-            yield text + _first_of(list(dict.fromkeys(of)))
+    def _all_notes(self) -> Iterator[Note]:
+        for note, of in self._notes.items():
+            yield replace(note, cases=tuple(dict.fromkeys(of)))
         for kernel, seconds in self._compile_s.items():
-            yield f"{kernel}: {seconds:.1f} s of compilation, which are in no row"
+            yield Note("compilation", kernel, seconds=seconds)
         if self._clock is not None and self._clock.host_bound:
-            yield f"in {self._clock.host_bound} of {self._clock.samples} samples the device waited for the host"
+            yield Note("host bound", count=self._clock.host_bound, of=self._clock.samples)
 
 
 def _timed(row: KernelCost, samples: Samples) -> KernelCost:
@@ -246,12 +246,6 @@ def _timed(row: KernelCost, samples: Samples) -> KernelCost:
     native = None if row.kernel == NATIVE else samples["both"].get(NATIVE)
     faster = None if native is None else speedup.faster(native, both.samples_ms)
     return replace(row, forward=forward, backward=backward, both=both, faster=faster)
-
-
-def _first_of(names: Sequence[str]) -> str:
-    if not names:
-        return ""
-    return f": {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 # --- a case's kernels, judged -----------------------------------------------------------------------------------------

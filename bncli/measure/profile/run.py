@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from bncli.engine import device as devices
-from bncli.errors import RecipeError
+from bncli.errors import UsageError
 from bncli.measure.profile.budget import Asked
 from bncli.measure.profile.kernels import KernelRun
 from bncli.measure.profile.shapes import Calls, parse, read_csv, shape_set
@@ -43,7 +43,7 @@ def kernel_run(
     cold: bool,
     peaks: FreshProcesses,
 ) -> KernelRun:
-    """Empty dtypes and layouts, and shapes of None, stand for the device's own. Raises RecipeError and Unavailable."""
+    """Empty dtypes and layouts, and shapes of None, stand for the device's own. Raises UsageError and Unavailable."""
     device = _device(options)
     if options.device == "auto" and device.type == "mps":
         device = torch.device("cpu")  # no clock times kernels there
@@ -63,7 +63,7 @@ def kernel_run(
 
 
 def recipe_run(options: Options, recipe: str, sets: Sequence[str], arm: str | None, trace: Path | None) -> StepRun:
-    """The step of each arm of a recipe, or of one. Raises RecipeError and Unavailable."""
+    """The step of each arm of a recipe, or of one. Raises UsageError and Unavailable."""
     device = _device(options)
     loaded = load(recipe, sets, allow_code=options.allow_code, sets_from="--set")
     subjects = subjects_of(loaded, arm)
@@ -71,9 +71,9 @@ def recipe_run(options: Options, recipe: str, sets: Sequence[str], arm: str | No
 
 
 def model_run(options: Options, model: str, inputs: str, trace: Path | None) -> StepRun:
-    """The step of the user's own model, package.module:function. Raises RecipeError, RunFailed and Unavailable."""
+    """The step of the user's own model, package.module:function. Raises UsageError, RunFailed and Unavailable."""
     device = _device(options)
-    subjects = [OwnSubject(model, parse(inputs, "--input"))]
+    subjects = [OwnSubject(model, parse(inputs, "inputs"))]
     return _step_run(model, subjects, device, options, trace)
 
 
@@ -96,10 +96,10 @@ def _chosen(shapes: str | None, own: Sequence[str], batch: int | None, *, cuda: 
     name = shapes or (None if found else "resnet50" if cuda else "resnet20")
     if name is None:
         if batch:
-            raise RecipeError("--batch: a --shape holds its own batch, its first number")
+            raise UsageError("a shape holds its own batch, its first number", field="batch")
         return found
     if name.endswith(".csv"):
         if batch:
-            raise RecipeError(f"--batch: {name} holds its own")
+            raise UsageError(f"{name} holds its own", field="batch")
         return [*found, *read_csv(Path(name))]
     return [*found, *shape_set(name, cuda=cuda, batch=batch)]

@@ -1,4 +1,4 @@
-"""What the step view measures: a model that can be made again with any kernel, and what one step of it takes."""
+"""Models that the step view measures: the arms of a recipe, or a module of the user's own, each with any kernel."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -19,9 +19,12 @@ from bncli.engine import data, train
 from bncli.engine.convert import Conversion, convert
 from bncli.engine.data.splits import Batch, Dataset, InMemory
 from bncli.engine.user_code import imported
-from bncli.errors import BncliError, RecipeError, RunFailed
+from bncli.errors import BncliError, RunFailed, UsageError
 from bncli.recipe.load import Loaded, digest, plain, suggestion, with_values
 from bncli.recipe.sections import Digits, Hub, Npz, Recipe, Synthetic
+from bncli.results.profile import NormLayers, Note
+
+BATCH = "batch norm"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +71,7 @@ class Subject(Protocol):
         ...
 
     @property
-    def notes(self) -> tuple[str, ...]:
+    def notes(self) -> tuple[Note, ...]:
         """What a reader of its figures must know."""
         ...
 
@@ -89,37 +92,26 @@ def one_batch(x: Tensor, y: Tensor, classes: int, memory_format: str) -> Dataset
     return Dataset("one batch", split, split, tuple(x.shape[1:]), classes)
 
 
-def norms_of(model: nn.Module) -> str | None:
-    """The norm layers in words: how many, of which kind, what each is one call with; None where there is none."""
-    batch = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+def norms_of(model: nn.Module) -> tuple[NormLayers, ...]:
+    """The norm layers, those that are alike together; batch norms first, the most frequent before the others."""
+    conversion = getattr(getattr(model, "_orig_mod", model), "bncli_conversion", None)
+    if isinstance(conversion, Conversion):
+        batch = Counter(
+            NormLayers(BATCH, 0, conversion.kernel if line.calls else "native", True, line.calls)
+            for line in conversion.norms
+        )
+    else:
+        kernels = [getattr(module, "kernel", "native") for module in model.modules() if isinstance(module, _BatchNorm)]
+        batch = Counter(NormLayers(BATCH, 0, str(kernel)) for kernel in kernels)
     others = Counter(
-        type(module).__name__
+        NormLayers(type(module).__name__, 0)
         for module in model.modules()
         if isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.RMSNorm | nn.modules.instancenorm._InstanceNorm)
     )
-    words = [f"{count} {kind}" for kind, count in others.items()]
-    if batch:
-        words.insert(0, f"{len(batch)} batch norm{'s' * (len(batch) > 1)}{_converted(model, batch)}")
-    return ", ".join(words) or None
+    return tuple(replace(layers, count=count) for layers, count in [*batch.most_common(), *others.items()])
 
 
-def _converted(model: nn.Module, batch: list[_BatchNorm]) -> str:
-    names = Counter(str(getattr(module, "kernel", "native")) for module in batch)
-    conversion = getattr(getattr(model, "_orig_mod", model), "bncli_conversion", None)
-    if not isinstance(conversion, Conversion):
-        own = {name: count for name, count in names.items() if name != "native"}
-        return "".join(f", {count} on the {name} kernel" for name, count in own.items())
-    operations = Counter(_beside(line.operation) for line in conversion.norms)
-    return f" ({', '.join(f'{n} {words}' for words, n in operations.most_common())})"
-
-
-def _beside(operation: str | None) -> str:
-    """`batch norm + residual add + relu` -> `with residual add + relu`: what it is one call with."""
-    if operation is None:
-        return "left as it was"
-    _, _, rest = operation.partition(" + ")
-    return f"with {rest}" if rest else "alone"
-
+# --- the runs of a recipe ---------------------------------------------------------------------------------------------
 
 STANDING_LR = 1e-12  # moves no weight of normal size in float32, and its products stay far from denormal numbers
 
@@ -153,13 +145,9 @@ class RecipeSubject:
         return self.recipe.train.tf32
 
     @property
-    def notes(self) -> tuple[str, ...]:
-        found = []
-        if self.stands_for:
-            found.append(f"{self.name} stands for {', '.join(self.stands_for)} as well: their steps take the same work")
-        if self.recipe.train.compile:
-            found.append(f"{self.name} is compiled: what torch.compile fused counts as other, whatever it holds")
-        return tuple(found)
+    def notes(self) -> tuple[Note, ...]:
+        alike = [Note("same work", arm=self.name, others=self.stands_for)] if self.stands_for else []
+        return (*alike, *[Note("model compiled", arm=self.name)] * self.recipe.train.compile)
 
     def dataset(self, device: torch.device) -> Dataset:
         """Raises DataError for data that are not there or do not fit the model."""
@@ -207,12 +195,13 @@ def subjects_of(loaded: Loaded, arm: str | None = None) -> tuple[RecipeSubject, 
     """The runs of a recipe file whose steps differ, under the name of the first arm each; or the one of `arm`.
 
     Arms that differ only in figures that cost no time (a learning rate, a seed, initial weights) are one. Raises
-    RecipeError for an arm that the file does not have.
+    UsageError for an arm that the file does not have.
     """
     arms = {each.name: each.recipe for each in loaded.arms} or {loaded.name: loaded.base}
     if arm is not None:
         if arm not in arms:
-            raise RecipeError(f"--arm {arm}: {loaded.source} has no such arm; {suggestion(arm, list(arms))}")
+            hint = suggestion(arm, list(arms))
+            raise UsageError(f"{loaded.source} has no such arm; {hint}", field="arm", value=arm)
         return (RecipeSubject(arm, arms[arm]),)
     alike: dict[str, list[str]] = {}
     for name, recipe in arms.items():
@@ -237,6 +226,9 @@ def step_of(recipe: Recipe) -> dict[str, Any]:
     found["schedule"] = schedule["kind"] != "constant" or schedule["warmup"] > 0
     kept = ("batch_size", "precision", "memory_format", "compile")
     return found | {"train": {name: found["train"][name] for name in kept}}
+
+
+# --- a module of the user's own ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -278,8 +270,8 @@ class OwnSubject:
         return False
 
     @property
-    def notes(self) -> tuple[str, ...]:
-        return (f"{self.name} is trained on random numbers: the loss is the mean of its output's squares",)
+    def notes(self) -> tuple[Note, ...]:
+        return (Note("random data", arm=self.name),)
 
     def dataset(self, device: torch.device) -> Dataset:
         x = torch.randn(self.shape, generator=torch.Generator().manual_seed(0)).to(device)
@@ -289,18 +281,19 @@ class OwnSubject:
         return one_batch(x, y, classes, self.memory_format)
 
     def _model(self) -> nn.Module:
-        """Raises RecipeError for what is not there or is no module, RunFailed for what the function raises."""
+        """Raises UsageError for what is not there or is no module, RunFailed for what the function raises."""
         random.seed(0)
         torch.manual_seed(0)
         try:
             function = imported(self.module)
         except (ImportError, AttributeError, ValueError) as error:
             where = "it is looked for in the current folder and the environment"
-            raise RecipeError(f"--model {self.module}: {error}; {where}") from error
+            raise UsageError(f"{error}; {where}", field="model", value=self.module) from error
         with _blaming(self.module, "It is called without arguments and returns a torch.nn.Module"):
             model = function()
         if not isinstance(model, nn.Module):
-            raise RecipeError(f"--model {self.module} returned a {type(model).__name__}; expected a torch.nn.Module")
+            returned = f"it returned a {type(model).__name__}; expected a torch.nn.Module"
+            raise UsageError(returned, field="model", value=self.module)
         return model
 
     def trainable(self, kernel: str | None, dataset: Dataset, device: torch.device, learns: bool = False) -> Trainable:
@@ -310,7 +303,7 @@ class OwnSubject:
         model.train()
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not learned:
-            raise RecipeError(f"--model {self.module}: none of its parameters requires a gradient")
+            raise UsageError("none of its parameters requires a gradient", field="model", value=self.module)
         optimizer = train.uncompiled(torch.optim.SGD)(learned, lr=0.0, momentum=0.9)
         scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         batch = next(dataset.train.chunks(self.batch_size))
@@ -333,7 +326,7 @@ class OwnSubject:
         floats = [each for each in tree_leaves(output) if isinstance(each, Tensor) and each.is_floating_point()]
         floats = [each for each in floats if each.requires_grad]
         if not floats:
-            raise RunFailed(f"--model {self.module}: its output holds no floating-point tensor to train on")
+            raise RunFailed(f"{self.module}: its output holds no floating-point tensor to train on")
         return torch.stack([each.float().square().mean() for each in floats]).sum()
 
 
@@ -351,4 +344,4 @@ def _blaming(module: str, contract: str) -> Iterator[None]:
         if isinstance(error, BncliError):
             raise
         text = " ".join(str(error).split()) or "no message"
-        raise RunFailed(f"--model {module} raised {type(error).__name__}: {text}. {contract}") from error
+        raise RunFailed(f"{module} raised {type(error).__name__}: {text}. {contract}") from error

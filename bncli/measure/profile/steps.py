@@ -16,7 +16,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch.profiler import record_function
@@ -24,7 +23,7 @@ from torch.profiler import record_function
 from bncli import kernels
 from bncli.engine.data.splits import Dataset
 from bncli.engine.device import environment, synchronize, tf32_allowed
-from bncli.errors import BncliError, DataError, RecipeError
+from bncli.errors import BncliError, DataError, UsageError
 from bncli.measure.profile import norm_diagnostics, step_check, step_memory, step_time
 from bncli.measure.profile.step_models import Subject, Trainable, norms_of
 from bncli.measure.profile.step_time import DATA
@@ -33,7 +32,10 @@ from bncli.measure.timing.clock import Clock, Deadline, Work
 from bncli.measure.timing.speedup import FEWEST_ROUNDS, faster
 from bncli.results.profile import (
     Measuring,
+    Mode,
+    NormLayers,
     NormRemark,
+    Note,
     ProfileEvent,
     ProfileStarted,
     RowDone,
@@ -42,7 +44,6 @@ from bncli.results.profile import (
     StepProfile,
 )
 
-Mode = Literal["training", "evaluation"]
 MODES: tuple[Mode, ...] = ("training", "evaluation")
 WARM_UP_CALLS = 2  # beside the checked step
 DEFAULT_S = 40.0
@@ -60,7 +61,7 @@ class StepRun:
 
     subjects: from `step_subjects`. kernels: each subject with a batch norm gets all of them. seconds: a wish, beyond
     which every step is still measured `least_rounds` times. trace: where to write the Chrome trace of a training step
-    of each kernel of the first subject. clock, now_ns and memory are seams for tests. Raises RecipeError and RunFailed
+    of each kernel of the first subject. clock, now_ns and memory are seams for tests. Raises UsageError and RunFailed
     for a module of the user's own that cannot be made.
     """
 
@@ -87,7 +88,7 @@ class StepRun:
         self._order = random.Random(0)
         self._rows: list[StepCost] = []
         self._remarks: list[NormRemark] = []
-        self._notes: list[str] = []
+        self._notes: list[Note] = []
         self._least_s = 0.0  # of the whole, as far as it is known
 
     @property
@@ -96,7 +97,7 @@ class StepRun:
         return sum(len(MODES) * len(kernels) for kernels in self._kernels)
 
     def events(self) -> Iterator[ProfileEvent]:
-        """Measure. Raises DataError and RecipeError for what cannot be measured at all."""
+        """Measure. Raises DataError and UsageError for what cannot be measured at all."""
         yield ProfileStarted(self._name, self.planned, self._seconds)
         for place, subject in enumerate(self._subjects):
             deadline = Deadline(self._share_s, self._now_s)
@@ -170,7 +171,7 @@ class StepRun:
         try:
             return replace(row, memory=self._memory(subject, arm.kernel, arm.trainable.batch(), dataset.classes))
         except RuntimeError as error:
-            self._notes.append(f"{subject.name}, {arm.kernel or 'no kernel'}: its memory is unknown: {reason(error)}")
+            self._notes.append(Note("memory unknown", arm.kernel, arm=subject.name, reason=reason(error)))
             return row
 
     def _write_trace(self, path: Path, subject: Subject, arms: Sequence[Arm]) -> None:
@@ -189,11 +190,10 @@ class StepRun:
                 learner.model, lambda: learner.step(*learner.batch()), enough=lambda: deadline.passed
             )
         except Exception as error:
-            self._notes.append(f"{subject.name}: its norms could not be watched: {reason(error)}")
+            self._notes.append(Note("norms not watched", arm=subject.name, reason=reason(error)))
             return
         if watched.norms:
-            short = f"; running statistics are judged after {watched.wanted}" if watched.steps < watched.wanted else ""
-            self._notes.append(f"{subject.name}: its norms were watched for {watched.steps} training steps{short}")
+            self._notes.append(Note("norms watched", arm=subject.name, count=watched.steps, of=watched.wanted))
         training = norm_diagnostics.Training(subject.steps, learner.last_batch, subject.real_data)
         self._remarks += norm_diagnostics.remarks(subject.name, watched, training)
 
@@ -252,7 +252,7 @@ class Arm:
 
     kernel: str | None
     trainable: Trainable | None = None
-    norms: str | None = None
+    norms: tuple[NormLayers, ...] = ()
     error: str | None = None
     wrong: bool = False
 
@@ -260,7 +260,7 @@ class Arm:
 def made(subject: Subject, names: Sequence[str | None], dataset: Dataset, device: torch.device) -> tuple[Arm, ...]:
     """An arm for each kernel; one that cannot run, raises, or is wrong has the reason instead of a model.
 
-    Raises DataError and RecipeError, which no kernel is to blame for.
+    Raises DataError and UsageError, which no kernel is to blame for.
     """
     return tuple(_arm(subject, name, dataset, device) for name in names)
 
@@ -279,7 +279,7 @@ def _arm(subject: Subject, kernel: str | None, dataset: Dataset, device: torch.d
             step = step_of(trainable, mode, device)
             for _ in range(WARM_UP_CALLS):
                 step()
-    except (DataError, RecipeError):
+    except (DataError, UsageError):
         raise
     except Exception as error:  # a kernel that does not compile, a model that does not fit: the others go on
         return Arm(kernel, error=reason(error))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bncli import kernels
 from bncli.engine.data.splits import Dataset
-from bncli.errors import DataError, RecipeError, Unavailable
+from bncli.errors import DataError, Unavailable, UsageError
 from bncli.kernels import native
 from bncli.measure.profile import step_memory
 from bncli.measure.profile.step_check import why_wrong
@@ -23,12 +23,23 @@ from bncli.measure.profile.step_models import OwnSubject, RecipeSubject, Trainab
 from bncli.measure.profile.steps import StepRun
 from bncli.recipe.load import load
 from bncli.results.environment import Interval
-from bncli.results.profile import STEP_CLASSES, Measuring, ProfileStarted, RowDone, StepCost, StepMemory, StepProfile
+from bncli.results.profile import (
+    STEP_CLASSES,
+    Measuring,
+    NormLayers,
+    Note,
+    ProfileStarted,
+    RowDone,
+    StepCost,
+    StepMemory,
+    StepProfile,
+)
 from tests.conftest import tiny
 from tests.measure.reference import wrong_kernels
 
 CPU = torch.device("cpu")
 NO_MEMORY = StepMemory(0.0, 0.0, 0.0, 0.0, None)
+WITH_RELU = (NormLayers("batch norm", 1, "fused", True, (("relu",),)),)
 CNN = {"kind": "cnn", "channels": [8, 8]}
 RESNET = {"kind": "resnet", "depth": 20}
 IMAGES = {"source": "synthetic", "shape": [3, 8, 8], "classes": 3, "examples": 40, "held_out": 20}
@@ -66,7 +77,7 @@ class Faked:
     steps: int | None = None
     real_data: bool = True
     tf32: bool = False
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     made: list[str | None] = field(default_factory=list)
 
     def dataset(self, device: torch.device) -> Dataset:
@@ -311,7 +322,7 @@ def test_a_recipe_without_batch_norm_has_one_row_a_mode_and_no_kernel() -> None:
     run = StepRun("tiny", [RecipeSubject("tiny", recipe)], CPU, seconds=0.2, memory=lambda *_: NO_MEMORY)
     profile = finished(run)
     assert [(row.kernel, row.mode) for row in profile.rows] == [(None, "training"), (None, "evaluation")]
-    assert profile.rows[0].norms == "1 GroupNorm"
+    assert profile.rows[0].norms == (NormLayers("GroupNorm", 1),)
     assert profile.planned == 2
 
 
@@ -371,14 +382,14 @@ def test_arms_whose_steps_take_the_same_work_are_one(arms: str) -> None:
     assert [subject.name for subject in subjects] == ["plain", "without momentum", "normed", "cumulative", "large"]
     assert subjects[0].stands_for == ("faster", "other start")
     assert subjects[2].stands_for == ("fused",)
-    assert "stands for faster, other start" in subjects[0].notes[0]
+    assert subjects[0].notes == (Note("same work", arm="plain", others=("faster", "other start")),)
 
 
 @pytest.mark.usefixtures("other")
 def test_one_arm_can_be_asked_for_by_name(arms: str) -> None:
     (subject,) = subjects_of(load(arms), "faster")
     assert (subject.name, subject.recipe.optimizer.lr) == ("faster", 1.0)
-    with pytest.raises(RecipeError, match="no such arm; did you mean faster"):
+    with pytest.raises(UsageError, match="no such arm; did you mean faster"):
         subjects_of(load(arms), "fastr")
 
 
@@ -386,11 +397,8 @@ def test_the_norms_remarks_and_the_steps_behind_them_are_in_the_result() -> None
     recipe = tiny(norm={"kind": "batch", "momentum": 0.9}, train={"batch_size": 17})
     run = StepRun("tiny", [RecipeSubject("tiny", recipe)], CPU, ("native",), seconds=0.5, memory=lambda *_: NO_MEMORY)
     profile = finished(run)
-    assert {remark.finding.split(":")[0] for remark in profile.remarks} == {
-        "momentum 0.9",
-        "an epoch's last batch would have 1 example",
-    }
-    assert any("watched for 5 training steps" in note for note in profile.notes)
+    assert {remark.kind for remark in profile.remarks} == {"short half-life", "last batch of one"}
+    assert [(note.kind, note.count) for note in profile.notes] == [("norms watched", 5)]
 
 
 # --- a module of the user's own -----------------------------------------------------------------------------------
@@ -402,11 +410,11 @@ def test_a_function_and_a_class_are_measured_on_every_kernel(name: str) -> None:
     subject = OwnSubject(f"tests.measure.profile.own_models:{name}", (4, 3, 8, 8))
     profile = finished(StepRun(name, [subject], CPU, seconds=0.3, memory=lambda *_: NO_MEMORY))
     rows = by_kernel(profile)
-    assert rows["native"].norms == "1 batch norm"
-    assert rows["fused"].norms == "1 batch norm (1 with relu)"
+    assert rows["native"].norms == (NormLayers("batch norm", 1, "native"),)
+    assert rows["fused"].norms == WITH_RELU
     assert [row.error for row in profile.rows] == [None] * 4
     assert profile.remarks == ()
-    assert any("random numbers" in note for note in profile.notes)
+    assert profile.notes[0] == Note("random data", arm=subject.name)
 
 
 def test_the_step_of_a_users_module_leaves_its_weights() -> None:
@@ -430,7 +438,7 @@ def test_the_step_of_a_users_module_leaves_its_weights() -> None:
     ],
 )
 def test_a_module_that_is_not_there_is_the_users_mistake(name: str, says: str) -> None:
-    with pytest.raises(RecipeError, match=says):
+    with pytest.raises(UsageError, match=says):
         finished(StepRun("own", [OwnSubject(name, (4, 3, 8, 8))], CPU, memory=lambda *_: NO_MEMORY))
 
 
@@ -450,7 +458,7 @@ def test_a_module_that_cannot_be_trained_has_the_reason_in_its_rows(name: str, s
     assert len(errors) == 2
     assert all(error is not None and says in error for error in errors)
     if name == "one_value_a_channel":
-        assert "one value a channel" in profile.remarks[0].finding
+        assert profile.remarks[0].kind == "one value"
 
 
 # --- memory and the trace -----------------------------------------------------------------------------------------
@@ -508,7 +516,9 @@ def test_a_memory_that_is_unknown_leaves_the_times() -> None:
     profile = finished(faked_run(Faked(Hand(), {"native": 8.0, "fused": 4.0}), memory=unknown))
     assert by_kernel(profile)["native"].memory is None
     assert by_kernel(profile)["native"].samples_ms
-    assert any("exit code -9" in note for note in profile.notes)
+    reason = "RuntimeError: its process ended with exit code -9"
+    unknown_to = [note.kernel for note in profile.notes if note.kind == "memory unknown" and reason in str(note.reason)]
+    assert unknown_to == ["native", "fused"]
 
 
 @pytest.mark.usefixtures("other")
@@ -528,7 +538,7 @@ def test_a_fused_row_has_its_relus_in_normalization() -> None:
     run = StepRun("tiny", [subject], CPU, ("native", "fused"), seconds=0.3, memory=lambda *_: NO_MEMORY)
     rows = by_kernel(finished(run))
     assert rows["fused"].error is None
-    assert rows["fused"].norms == "1 batch norm (1 with relu)"
+    assert rows["fused"].norms == WITH_RELU
     assert rows["native"].shares_ms["activation"] > 0
     assert rows["fused"].shares_ms["activation"] == 0
     assert rows["fused"].shares_ms["normalization"] > 0
@@ -536,5 +546,7 @@ def test_a_fused_row_has_its_relus_in_normalization() -> None:
 
 def test_norms_are_told_by_kind() -> None:
     model = nn.Sequential(nn.BatchNorm1d(2), nn.GroupNorm(1, 2), nn.GroupNorm(1, 2), nn.LayerNorm(2))
-    assert norms_of(model) == "1 batch norm, 2 GroupNorm, 1 LayerNorm"
-    assert norms_of(nn.Linear(2, 2)) is None
+    assert norms_of(model) == (
+        NormLayers("batch norm", 1, "native"), NormLayers("GroupNorm", 2), NormLayers("LayerNorm", 1),
+    )  # fmt: skip
+    assert norms_of(nn.Linear(2, 2)) == ()
