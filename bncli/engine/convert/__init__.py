@@ -10,7 +10,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from bncli import kernels
 from bncli.engine.convert import graph as fuse_graph
-from bncli.engine.convert import patch, trace
+from bncli.engine.convert import patch, tracing
 from bncli.engine.convert.guard import Untraceable
 from bncli.engine.models import norms as norm
 
@@ -165,11 +165,11 @@ def _fuse_all(model: nn.Module, names: dict[nn.Module, str], report: _Report) ->
 
 def _fuse_one(module: nn.Module, opened: set[nn.Module], names: dict[nn.Module, str], report: _Report) -> None:
     try:
-        graphs = trace.trace(module, opened)
+        graphs = tracing.trace(module, opened)
     except Untraceable:
-        graphs = trace.trace(module)  # the opened ones may be to blame
+        graphs = tracing.trace(module)  # the opened ones may be to blame
     hooked = fuse_graph.has_hooks(module)
-    always = graphs.get(trace.Course())
+    always = graphs.get(tracing.Course())
     if always is not None and not hooked and fuse_graph.returned_norm(always, module):
         opened.add(module)
     sites = [site for graph in graphs.values() for site in fuse_graph.fuse(graph, module, names[module])]
@@ -184,7 +184,7 @@ def _fuse_one(module: nn.Module, opened: set[nn.Module], names: dict[nn.Module, 
 
 
 def _rewrite(module: nn.Module, opened: set[nn.Module]) -> None:
-    graphs = trace.trace(module, opened)
+    graphs = tracing.trace(module, opened)
     called = {target for graph in graphs.values() for target in fuse_graph.targets(graph)}
     fused = {site.target for graph in graphs.values() for site in fuse_graph.fuse(graph, module) if site.fused}
     dropped = called - {target for graph in graphs.values() for target in fuse_graph.targets(graph)}

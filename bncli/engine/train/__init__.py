@@ -24,7 +24,7 @@ from bncli.engine.data.splits import Dataset
 from bncli.engine.data.splits import order as in_order
 from bncli.engine.device import PeakMemory, environment, in_tf32, resolve, synchronize, tf32_allowed
 from bncli.engine.models import build, stream
-from bncli.engine.train.target import StepsToTarget, evaluation_steps
+from bncli.engine.target import StepsToTarget, evaluation_steps
 from bncli.errors import BncliError, DataError, RunFailed
 from bncli.recipe.layers import shape_contradictions
 from bncli.recipe.sections import Adam, AdamW, BatchNorm, Cosine, Exponential, OwnModel, Recipe, Sgd, StepDecay
