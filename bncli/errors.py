@@ -14,6 +14,7 @@ INTERRUPTED = 130  # Ctrl-C; SIGTERM is 143, as shells count
 
 # How a message names the permission to import and run the user's own code; the command line shows its option instead.
 ALLOW_CODE = "allow_code=True"
+OVERWRITE = "overwrite=True"  # the same of the permission to write over an earlier run
 
 
 class BncliError(Exception):
@@ -70,6 +71,14 @@ class FileError(BncliError):
     """A file that bncli cannot read back, or cannot write."""
 
     exit_code = USAGE
+
+
+class Refused(BncliError):
+    """What a worker process said when no run at all can succeed, with the exit code of the error behind it."""
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 class RunFailed(BncliError):

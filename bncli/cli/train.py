@@ -68,7 +68,7 @@ def train(
                 if isinstance(event, RunFinished):
                     result = event.result
         folder.finish(result)
-    from bncli.report.table import run_table
+    from bncli.report.train import run_table
 
     print_result(result_to_json(result) if json else run_table(result, chosen.name))
     say(f"Saved in {folder.path}", quiet)

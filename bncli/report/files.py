@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 
 from bncli.errors import FileError
 from bncli.results.compare import BegunComparison, Comparison, RunRecord
-from bncli.results.environment import RUNS_VERSION
+from bncli.results.environment import COMPARISON_VERSION, RUNS_VERSION
 from bncli.results.serialize import Mismatch, from_plain, to_plain
 from bncli.results.train import Evaluated, Event, RunFinished, RunResult
 
 Result = TypeVar("Result", BegunComparison, Comparison, RunRecord, RunResult)
 
+VERSIONS: dict[type, tuple[int, ...]] = {Comparison: (2, COMPARISON_VERSION)}  # that can be read; else RUNS_VERSION
 WHAT: dict[type, str] = {
     BegunComparison: "comparison's plan",
     Comparison: "comparison",
@@ -90,7 +91,7 @@ def event_line(event: Event) -> str:
 
 
 def _to_text(value: Any) -> str:
-    plain = {"format_version": RUNS_VERSION, **to_plain(value)}
+    plain = {"format_version": RUNS_VERSION, **to_plain(value)}  # a comparison has its own
     return json.dumps(plain, allow_nan=False, indent=1) + "\n"
 
 
@@ -102,13 +103,21 @@ def _from_text(kind: type[Result], text: str, name: str) -> Result:
         raise FileError(f"{place}this is not JSON ({error}); give a file that bncli wrote") from error
     if not isinstance(plain, dict) or "format_version" not in plain:
         raise FileError(f"{place}this JSON has no format_version; give a {WHAT[kind]} that bncli wrote")
-    version = plain["format_version"]
-    if version != RUNS_VERSION:
-        newer = isinstance(version, int) and version > RUNS_VERSION
+    version, readable = plain["format_version"], VERSIONS.get(kind, (RUNS_VERSION,))
+    if version not in readable:
+        newer = isinstance(version, int) and version > readable[-1]
         advice = "update bncli" if newer else "make it anew with this version"
-        raise FileError(f"{place}format_version is {json.dumps(version)} and this bncli reads {RUNS_VERSION}; {advice}")
+        raise FileError(
+            f"{place}format_version is {json.dumps(version)} and this bncli reads "
+            f"{' and '.join(map(str, readable))}; {advice}"
+        )
     if kind is not Comparison:
         del plain["format_version"]
+    elif version == 2:
+        plain["format_version"] = COMPARISON_VERSION
+        for part in ("notes", "remarks"):
+            if isinstance(plain.get(part), list):
+                plain[part] = [{"kind": "words", "facts": {"words": words}} for words in plain[part]]
     try:
         return from_plain(kind, plain)
     except Mismatch as error:

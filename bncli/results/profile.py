@@ -10,13 +10,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bncli.results.environment import Environment, Interval
+from bncli.results.environment import PROFILE_VERSION, Environment, Interval
 
 Direction = Literal["forward", "backward", "both"]
 Mode = Literal["training", "evaluation"]
 Verdict = Literal["ok", "regressed", "cannot tell"]
 
-PROFILE_VERSION = 2  # of the JSON of profiles; in version 1 notes, remarks and norm layers were sentences
 SHARED = 0.1  # of the largest copy's GB/s: on idle cores a small copy, cold, has half or more; waiting threads take ms
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 

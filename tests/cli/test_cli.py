@@ -491,8 +491,9 @@ def test_runs_by_code_that_was_changed_while_others_ran_are_left_out_and_done_ag
     assert bncli(monkeypatch, *asked) == 1
     found = json.loads(capsys.readouterr().out)
     assert {run["result"]["parameters"] for run in found["runs"] if run["result"]} == {8 * 20 + 20 + 20 * 3 + 3}
-    assert "2 of 4 runs are done, 1 failed; the figures rest on those" in found["notes"]
-    assert any("code was changed meanwhile: 1 run by the earlier code left out" in note for note in found["notes"])
+    assert {"kind": "unfinished", "arm": None, "facts": {"done": 2, "planned": 4, "failed": 1}} in found["notes"]
+    assert found["remarks"] == [{"kind": "earlier code", "arm": None, "facts": {"runs": 1}}]
+    assert found["notes"][-1] == found["remarks"][0]
     assert bncli(monkeypatch, *asked) == 0
     out, err = capsys.readouterr()
     assert "2 of them done already" in err
@@ -528,7 +529,8 @@ def test_runs_with_other_threads_give_their_steps_and_not_their_cost(
     assert [arm["runs"] for arm in found["arms"]] == [6, 6]
     cost = {run["arm"]: run["result"]["ms_per_step"] for run in found["runs"] if run["seed"] == 5}
     assert {arm["arm"]: arm["ms_per_step"] for arm in found["arms"]} == cost
-    assert found["notes"][-1].startswith("16 of 18 runs were made with 1 and not 2 threads")
+    facts = {"runs": 16, "of": 18, "had": [1], "asked": 2}
+    assert found["notes"][-1] == {"kind": "other threads", "arm": None, "facts": facts}
 
 
 def test_a_failed_run_is_reported_the_others_go_on_and_the_exit_code_is_1(

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from bncli.errors import USAGE, BncliError
 from bncli.report.compare.export import to_csv, to_markdown
+from bncli.report.compare.notes import sentence
+from bncli.report.compare.table import ComparisonReport
 from bncli.report.files import (
     comparison_from_json,
     event_line,
@@ -25,9 +27,8 @@ from bncli.report.files import (
     to_json,
     write_atomically,
 )
-from bncli.report.table import comparison_report
 from bncli.results.compare import RunRecord
-from bncli.results.environment import RUNS_VERSION
+from bncli.results.environment import COMPARISON_VERSION, RUNS_VERSION
 from bncli.results.train import Evaluated, Evaluation, RunFinished, RunStarted, StepDone, Target
 
 FLOATS = st.floats(allow_nan=False) | st.none()
@@ -42,7 +43,7 @@ def test_a_comparison_comes_back_equal_from_its_json(example):
 
 def test_every_rendering_of_what_came_back_is_the_same_text(example, show):
     back = comparison_from_json(to_json(example))
-    assert show(comparison_report(back)) == show(comparison_report(example))
+    assert show(ComparisonReport(back)) == show(ComparisonReport(example))
     assert to_csv(back) == to_csv(example)
     assert to_markdown(back) == to_markdown(example)
     assert to_json(back) == to_json(example)
@@ -77,12 +78,24 @@ def test_the_json_is_strict_even_where_numbers_are_not_finite(make_result):
 
 
 def test_the_version_stands_first_in_every_file(examples, make_result):
-    texts = [
-        to_json(examples["two arms"]),
-        record_to_json(examples["two arms"].runs[0]),
-        result_to_json(make_result(5.0)),
-    ]
-    assert all(next(iter(json.loads(text).items())) == ("format_version", RUNS_VERSION) for text in texts)
+    texts = {
+        to_json(examples["two arms"]): COMPARISON_VERSION,
+        record_to_json(examples["two arms"].runs[0]): RUNS_VERSION,
+        result_to_json(make_result(5.0)): RUNS_VERSION,
+    }
+    for text, version in texts.items():
+        assert next(iter(json.loads(text).items())) == ("format_version", version)
+
+
+def test_a_comparison_whose_notes_are_sentences_still_is_read(examples):
+    """As format 2 has them; they and all else are shown as they stand."""
+    found = examples["six arms"]
+    plain = json.loads(to_json(found)) | {"format_version": 2, "remarks": ["1 earlier run is not reused"]}
+    plain["notes"] = [sentence(note) for note in found.notes]
+    back = comparison_from_json(json.dumps(plain))
+    assert [sentence(note) for note in (*back.notes, *back.remarks)] == [*plain["notes"], *plain["remarks"]]
+    assert to_markdown(back) == to_markdown(found)
+    assert replace(back, notes=found.notes, remarks=()) == found
 
 
 # --- refused ------------------------------------------------------------------------------------------------------
@@ -111,7 +124,8 @@ def test_what_is_no_result_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("version", "advice"), [(RUNS_VERSION + 1, "update bncli"), (0, "make it anew"), ("1", "make it anew")]
+    ("version", "advice"),
+    [(COMPARISON_VERSION + 1, "update bncli"), (1, "make it anew"), (0, "make it anew"), ("1", "make it anew")],
 )
 def test_another_format_version_is_refused_with_what_to_do(examples, version, advice):
     message = refusal(changed(to_json(examples["two arms"]), "format_version", to=version))

@@ -8,21 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bncli.report.compare.labels import Place, dense, name_curves, tag_curves
-from bncli.report.figure import COLOURS, INK, PALE, check_path, rendered
-from bncli.report.files import write_atomically
-from bncli.report.text import (
+from bncli.report.compare.text import (
     LETTERS,
-    Cell,
     all_targets,
     curve_points,
     metric_range,
     ratio_cell,
-    setting,
     steps_cell,
     subtitle,
     targets_in_order,
     title,
 )
+from bncli.report.figure import COLOURS, INK, PALE, check_path, rendered
+from bncli.report.files import write_atomically
+from bncli.report.text import Cell, setting
 from bncli.results.compare import ArmSummary, Comparison
 from bncli.results.train import RunResult
 

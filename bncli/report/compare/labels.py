@@ -11,8 +11,9 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from bncli.report.compare.text import LETTERS
 from bncli.report.figure import PALE
-from bncli.report.text import LETTERS, setting
+from bncli.report.text import setting
 from bncli.results.train import Target
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from bncli.report.profile.text import gate_columns
-from bncli.report.ruled import Dashed, Line, Listing, Ruled
-from bncli.report.table import Fitted, Layout
+from bncli.report.table import Dashed, Fitted, Layout, Line, Listing, Ruled
 from bncli.report.text import encodable
 from bncli.results.profile import Change, Gate, KernelProfile, Profile
 

@@ -30,8 +30,8 @@ from bncli.report.profile.text import (
     step_columns,
 )
 from bncli.report.text import Column, environment_words
+from bncli.results.environment import PROFILE_VERSION
 from bncli.results.profile import (
-    PROFILE_VERSION,
     STEP_CLASSES,
     Ceilings,
     Gate,

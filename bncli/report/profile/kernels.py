@@ -23,9 +23,8 @@ from bncli.report.profile.text import (
     shape_words,
     size_words,
 )
-from bncli.report.ruled import Dashed, Line, Listing, Ruled, in_encoding
-from bncli.report.table import Fitted, Layout
-from bncli.report.text import Column, encodable, environment_words
+from bncli.report.table import Dashed, Fitted, Layout, Line, Listing, Ruled
+from bncli.report.text import Column, encodable, environment_words, in_encoding
 from bncli.results.profile import Ceilings, KernelCost, KernelMean, KernelProfile, Speedup
 
 SHORT = {"forward": "fwd", "backward": "bwd"}

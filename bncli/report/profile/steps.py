@@ -19,9 +19,8 @@ from bncli.report.profile.text import (
     share_columns,
     step_columns,
 )
-from bncli.report.ruled import Bar, Dashed, Line, Listing, Ruled, in_encoding
-from bncli.report.table import Fitted, Layout
-from bncli.report.text import Column, encodable, environment_words
+from bncli.report.table import Bar, Dashed, Fitted, Layout, Line, Listing, Ruled
+from bncli.report.text import Column, encodable, environment_words, in_encoding
 from bncli.results.profile import STEP_CLASSES, NormRemark, StepCost, StepProfile
 
 COLOURS = dict(zip(STEP_CLASSES, ("magenta", "cyan", "yellow", "green", "blue", "", "dim"), strict=True))

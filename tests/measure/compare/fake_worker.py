@@ -24,7 +24,7 @@ def main() -> None:
     say(hello=device, gpus=2 if device == "cuda" else 0)
     for line in sys.stdin:
         job = json.loads(line)
-        key, act = job["key"], job["act"]
+        key, act = job["key"], job["recipe"]["act"]
         say(key=key, step=1, value=0.5)
         if act == "die":
             print("last words", file=sys.stderr, flush=True)

@@ -70,8 +70,8 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch, examples, tmp_path):
 
 def test_nothing_of_the_report_loads_matplotlib_or_torch_until_it_is_needed():
     code = (
-        "import sys; from bncli.report import files, table, text; "
-        "from bncli.report.compare import figure, curves, export, tuning, labels; "
+        "import sys; from bncli.report import export, files, table, text; "
+        "from bncli.report.compare import curves, export, figure, labels, page, table; "
         "print({'matplotlib', 'torch', 'numpy'} & set(sys.modules))"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

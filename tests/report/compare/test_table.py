@@ -1,4 +1,4 @@
-"""The rich tables at the widths and encodings that they meet."""
+"""The tables of a comparison at the widths and encodings that they meet."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from bncli.report.table import comparison_report, comparison_table, run_table, tuning_table
-from bncli.results.train import Target, TargetReached
+from bncli.report.compare.table import ComparisonReport, comparison_table, tuning_table
+from bncli.results.compare import Note
 
 
 def lines_with(text: str, word: str) -> list[str]:
@@ -19,7 +19,7 @@ def lines_with(text: str, word: str) -> list[str]:
 
 @pytest.mark.parametrize("width", [80, 100, 200])
 def test_no_line_is_wider_than_the_output(example, show, width):
-    for table in (comparison_table(example), tuning_table(example), comparison_report(example)):
+    for table in (comparison_table(example), tuning_table(example), ComparisonReport(example)):
         assert max(map(len, show(table, width).splitlines())) <= width
 
 
@@ -82,7 +82,7 @@ def test_several_grid_fields_move_under_the_arm_where_they_have_no_room(examples
 
 
 def test_an_ascii_output_gets_ascii(example, show):
-    text = show(comparison_report(example), encoding="ascii")
+    text = show(ComparisonReport(example), encoding="ascii")
     assert text.isascii()
     assert "?" not in text
 
@@ -96,7 +96,7 @@ def test_colour_changes_no_character(examples, show):
 
 
 def test_square_brackets_in_names_and_notes_are_text_and_not_markup(examples, show):
-    found = replace(examples["two arms"], notes=("see [bold]this[/bold]",))
+    found = replace(examples["two arms"], notes=(Note.of("words", words="see [bold]this[/bold]"),))
     assert "see [bold]this[/bold]" in show(comparison_table(found))
 
 
@@ -125,7 +125,7 @@ def test_without_a_grid_the_tuning_table_is_a_sentence(examples, show):
 
 
 def test_the_report_has_table_sketch_and_tuning_in_this_order(examples, show):
-    text = show(comparison_report(examples["two arms"]))
+    text = show(ComparisonReport(examples["two arms"]))
     places = [
         text.index(words)
         for words in ("steps to", "what it costs", "steps to each target", "dashed: target", "tuning runs")
@@ -134,72 +134,4 @@ def test_the_report_has_table_sketch_and_tuning_in_this_order(examples, show):
 
 
 def test_the_report_of_an_untuned_comparison_does_not_mention_tuning(examples, show):
-    assert "tuning" not in show(comparison_report(examples["no grid"]))
-
-
-def test_a_run_that_reached_its_target_shows_both_counts_and_every_unit(make_result, show):
-    text = show(run_table(make_result(812.4), "digits"))
-    for words in (
-        "reached its target held-out accuracy 0.95",
-        "832 of 3,000",
-        "812",
-        "820 (the first evaluation at or past the",
-        "45,000 samples/s, 1.33 ms/step",
-        "1.11 s training, 0.310 s evaluating",
-        "412 MiB training, 398 MiB evaluating",
-        "27,910",
-    ):
-        assert words in text
-
-
-def test_a_run_out_of_budget_shows_a_bound(make_result, show):
-    text = show(run_table(make_result(None, status="budget"), "digits"))
-    assert "used up its budget without reaching its target" in text
-    assert "> 2,308, as many as the budget can show" in text
-
-
-def test_a_run_with_several_targets_shows_the_steps_to_each(make_result, show):
-    also = (TargetReached(Target("accuracy", 0.9), 640.25, 650), TargetReached(Target("accuracy", 0.97), None, None))
-    lines = show(run_table(replace(make_result(812.4), also=also), "digits")).splitlines()
-    assert [line.split() for line in lines if line.startswith("steps to 0.9")] == [
-        ["steps", "to", "0.9", "640"],
-        ["steps", "to", "0.97", "–"],
-    ]
-
-
-def test_a_run_that_reached_its_target_too_late_or_only_its_easier_one_says_so(make_result, show):
-    late = replace(make_result(None, status="budget"), first_hit=2800)
-    words = " ".join(show(run_table(late, "digits")).split())
-    assert "used up its budget before the steps to its target held-out accuracy 0.95 were settled" in words
-    words = " ".join(show(run_table(replace(make_result(812.4), status="budget"), "digits")).split())
-    assert "used up its budget after it reached its target held-out accuracy 0.95" in words
-
-
-def test_a_diverged_run_shows_its_reason_and_no_bound(make_result, show):
-    text = show(run_table(make_result(None, status="diverged"), "digits"))
-    assert "diverged: loss is nan at step 12" in text
-    assert ">" not in text.split("Made on")[0]
-
-
-def test_an_interrupted_run_says_so(make_result, show):
-    assert "interrupted" in show(run_table(make_result(None, status="interrupted"), "digits"))
-
-
-def test_a_run_without_a_target_has_no_steps_to_it(make_result, show):
-    result = replace(make_result(None, status="budget"), target=None)
-    text = show(run_table(result, "digits"))
-    assert "no target set" in text
-    assert "steps to target" not in text
-
-
-def test_unknown_memory_and_speed_of_a_run_are_dashes(make_result, show):
-    unknown = replace(make_result(812.4), peak_memory_mib=None, samples_per_s=None, ms_per_step=None, final=None)
-    unknown = replace(unknown, evaluation_peak_memory_mib=None)
-    text = show(run_table(unknown, "digits"))
-    assert "– samples/s, – ms/step" in text
-    assert lines_with(text, "peak memory")[0].split() == ["peak", "memory", "–"]
-
-
-def test_a_run_by_loss_names_the_loss(make_result, show):
-    text = show(run_table(replace(make_result(812.4), target=Target("loss", 0.1), final=0.0987654), "digits"))
-    assert lines_with(text, "final loss")[0].split() == ["final", "loss", "0.09877"]
+    assert "tuning" not in show(ComparisonReport(examples["no grid"]))
