@@ -220,6 +220,18 @@ class NormLayers:
 
 
 @dataclass(frozen=True)
+class StepDifference:
+    """What of a training step is farthest off the native kernel's step, as a relative error in the 2-norm."""
+
+    kind: Literal["loss", "gradient", "running statistic"]
+    tensor: str  # qualified name of a parameter or a buffer; empty for the loss
+    more: int  # further tensors that are off
+    error: float
+    allowed: float
+    in_float64: bool  # whether both steps were taken in float64, or in the recipe's precision
+
+
+@dataclass(frozen=True)
 class StepRow:
     """What makes a row of the step view the same row in another run."""
 
@@ -250,6 +262,7 @@ class StepCost:
     norms: tuple[NormLayers, ...]
     error: str | None = None
     wrong: bool = False  # whether the error is a wrong result, not something that is missing here
+    difference: StepDifference | None = None  # the wrong result
 
     @property
     def key(self) -> StepRow:

@@ -40,6 +40,7 @@ from bncli.results.profile import (
     ProfileStarted,
     RowDone,
     StepCost,
+    StepDifference,
     StepMemory,
     StepProfile,
 )
@@ -240,7 +241,8 @@ def _rows(subject: Subject, arms: Sequence[Arm], samples: Samples) -> list[StepC
                     faster=faster(native, own) if own and native and arm.kernel != "native" else None,
                     norms=arm.norms,
                     error=arm.error,
-                    wrong=arm.wrong,
+                    wrong=arm.difference is not None,
+                    difference=arm.difference,
                 )
             )
     return rows
@@ -254,7 +256,7 @@ class Arm:
     trainable: Trainable | None = None
     norms: tuple[NormLayers, ...] = ()
     error: str | None = None
-    wrong: bool = False
+    difference: StepDifference | None = None  # from the native step, of a wrong one
 
 
 def made(subject: Subject, names: Sequence[str | None], dataset: Dataset, device: torch.device) -> tuple[Arm, ...]:
@@ -272,9 +274,9 @@ def _arm(subject: Subject, kernel: str | None, dataset: Dataset, device: torch.d
         trainable = subject.trainable(kernel, dataset, device)
         norms = norms_of(trainable.model)
         if kernel is not None and kernel != "native":
-            wrong = step_check.why_wrong(subject, kernel, trainable, dataset, device)
-            if wrong is not None:
-                return Arm(kernel, norms=norms, error=wrong, wrong=True)
+            difference = step_check.difference(subject, kernel, trainable, dataset, device)
+            if difference is not None:
+                return Arm(kernel, norms=norms, error="wrong result", difference=difference)
         for mode in MODES:
             step = step_of(trainable, mode, device)
             for _ in range(WARM_UP_CALLS):

@@ -11,7 +11,7 @@ from typing import Any
 
 from bncli.errors import UsageError
 from bncli.report.export import csv_text, markdown, markdown_table
-from bncli.report.profile.notes import norms_words, note_lines, remark_words
+from bncli.report.profile.notes import error_words, norms_words, note_lines, remark_words
 from bncli.report.profile.text import (
     cache_words,
     ceilings_words,
@@ -158,7 +158,7 @@ def _kernel_row(row: KernelCost, ceilings: Ceilings) -> dict[str, Any]:
         **_speedup(row.faster),
         "peak_memory_mib": row.peak_memory_mib,
         "saved_mib": row.saved_mib,
-        "error": row.error,
+        "error": error_words(row),
         "wrong": row.wrong,
     }
 
@@ -201,7 +201,7 @@ def _step_row(row: StepCost) -> dict[str, Any]:
         **{f"{name.replace(', ', '_')}_ms": row.shares_ms.get(name) for name in STEP_CLASSES},
         **{field.name: getattr(row.memory, field.name, None) for field in fields(StepMemory)},
         "norms": norms_words(row.norms) or None,
-        "error": row.error,
+        "error": error_words(row),
     }
 
 
@@ -224,7 +224,7 @@ def _kernels_markdown(profile: KernelProfile) -> list[str]:
     lines = [f"### {markdown(kernel_title(profile))}", "", f"{measured}; {cache_words(profile.cold)}"]
     for heading, rows in grouped(profile.rows).items():
         columns = list(kernel_columns(rows, profile.ceilings).values())
-        lines += ["", f"#### {markdown(heading)}", "", *_with_errors(columns, [row.error for row in rows])]
+        lines += ["", f"#### {markdown(heading)}", "", *_with_errors(columns, [error_words(row) for row in rows])]
     for name in dict.fromkeys(f"{mean.dtype}, {mean.layout}" for mean in profile.means):
         means = [mean for mean in profile.means if f"{mean.dtype}, {mean.layout}" == name]
         lines += ["", f"#### {markdown(name)}: geometric mean over shapes", "", *markdown_table(mean_columns(means))]
@@ -238,7 +238,7 @@ def _step_markdown(profile: StepProfile) -> list[str]:
     shared = [row for row in profile.rows if row.shares_ms]
     split = [row for row in profile.rows if row.memory is not None]
     for heading, rows, columns, errors in (
-        ("Time", profile.rows, step_columns(profile.rows), [row.error for row in profile.rows]),
+        ("Time", profile.rows, step_columns(profile.rows), [error_words(row) for row in profile.rows]),
         ("Share of a step", shared, share_columns(shared), []),
         ("Memory of a training step", split, memory_columns(split), []),
     ):

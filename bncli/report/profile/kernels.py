@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.text import Text
 
-from bncli.report.profile.notes import note_lines
+from bncli.report.profile.notes import error_words, note_lines
 from bncli.report.profile.text import (
     NATIVE,
     cache_words,
@@ -119,7 +119,7 @@ def _kernel_layouts(shown: Sequence[KernelCost], ceilings: Ceilings) -> list[Lay
         Line(
             heading=first.get(id(row), ""),
             style="dim" if row.kernel == NATIVE else "",
-            message=" ".join(f"{'WRONG: ' * row.wrong}{row.error}".split()) if row.error is not None else "",
+            message=f"{'WRONG: ' * row.wrong}{words}" if (words := error_words(row)) is not None else "",
         )
         for row in rows
     ]

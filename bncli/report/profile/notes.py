@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bncli.report.profile.text import NATIVE, size_words
-from bncli.results.profile import KernelProfile, NormLayers, NormRemark, Note, Profile
+from bncli.results.profile import (
+    KernelCost,
+    KernelProfile,
+    NormLayers,
+    NormRemark,
+    Note,
+    Profile,
+    StepCost,
+    StepDifference,
+)
 
 NAMED_CHANNELS = 4  # of a remark; the others are counted
 
@@ -61,6 +70,23 @@ def _note_words(note: Note) -> str:
         case "norms watched":
             judged = f"; running statistics are judged after {note.of}" if (note.count or 0) < (note.of or 0) else ""
             return f"{note.arm}: its norms were watched for {note.count} training steps{judged}"
+
+
+# --- errors of rows ---------------------------------------------------------------------------------------------------
+
+
+def error_words(row: KernelCost | StepCost) -> str | None:
+    """Why a row has no times, on one line; None where it has."""
+    if isinstance(row, StepCost) and row.difference is not None:
+        return difference_words(row.difference)
+    return None if row.error is None else " ".join(row.error.split())
+
+
+def difference_words(found: StepDifference) -> str:
+    more = f" (and {found.more} more)" if found.more else ""
+    what = f"the {found.kind}{f' of {found.tensor}' if found.tensor else ''}{more}"
+    native = f"native's{', in float64' if found.in_float64 else ''}"
+    return f"wrong: {what} is {found.error:.1e} of its size off {native}; {found.allowed:.1e} is allowed"
 
 
 # --- norm layers ------------------------------------------------------------------------------------------------------

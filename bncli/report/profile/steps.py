@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from bncli.report.profile.kernels import once, speedup_styles
-from bncli.report.profile.notes import norms_words, note_lines, remark_words
+from bncli.report.profile.notes import error_words, norms_words, note_lines, remark_words
 from bncli.report.profile.text import (
     NATIVE,
     measured_words,
@@ -78,7 +78,7 @@ def _lines(rows: Sequence[StepCost], messages: bool) -> list[Line]:
         Line(
             heading=row.arm if not index or arms[index - 1] != row.arm else "",
             style="dim" if row.kernel == NATIVE else "",
-            message=" ".join((row.error or "").split()) if messages else "",
+            message=(error_words(row) or "") if messages else "",
         )
         for index, row in enumerate(rows)
     ]

@@ -18,7 +18,7 @@ from bncli.engine.data.splits import Dataset
 from bncli.errors import DataError, Unavailable, UsageError
 from bncli.kernels import native
 from bncli.measure.profile import step_memory
-from bncli.measure.profile.step_check import why_wrong
+from bncli.measure.profile.step_check import difference
 from bncli.measure.profile.step_models import OwnSubject, RecipeSubject, Trainable, norms_of, one_batch, subjects_of
 from bncli.measure.profile.steps import StepRun
 from bncli.recipe.load import load
@@ -31,6 +31,7 @@ from bncli.results.profile import (
     ProfileStarted,
     RowDone,
     StepCost,
+    StepDifference,
     StepMemory,
     StepProfile,
 )
@@ -246,14 +247,14 @@ def test_a_relu_that_a_rounding_opens_is_no_kernels_fault(
     assert checked(wrong_kernels.right_by_the_seam, monkeypatch, RESNET, seed=seed, batch_size=batch_size) is None
 
 
-def checked(kernel: Any, monkeypatch: pytest.MonkeyPatch, model: Any = CNN, **train: Any) -> str | None:
+def checked(kernel: Any, monkeypatch: pytest.MonkeyPatch, model: Any = CNN, **train: Any) -> StepDifference | None:
     """What the check says of a model with that kernel."""
     monkeypatch.setitem(kernels.KERNELS, "fused", kernel)
     monkeypatch.setitem(kernels._WHY_NOT, "fused", lambda device: None)
     recipe = tiny(data=IMAGES, model=model, train={"batch_size": 8, **train})
     subject = RecipeSubject("resnet", recipe)
     dataset = subject.dataset(CPU)
-    return why_wrong(subject, "fused", subject.trainable("fused", dataset, CPU), dataset, CPU)
+    return difference(subject, "fused", subject.trainable("fused", dataset, CPU), dataset, CPU)
 
 
 def constant_statistics(x, weight, bias, eps, residual=None, activation=None, statistics=None):  # type: ignore[no-untyped-def]
@@ -293,7 +294,8 @@ def test_a_wrong_kernel_is_told_by_what_is_wrong(
 ) -> None:
     found = checked(kernel, monkeypatch, precision=precision)
     assert found is not None
-    assert f"wrong: the {of} of " in found
+    assert (found.kind, bool(found.tensor)) == (of, True)
+    assert not found.error <= found.allowed
 
 
 def test_a_wrong_kernel_has_its_error_and_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,8 +303,9 @@ def test_a_wrong_kernel_has_its_error_and_no_time(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(kernels._WHY_NOT, "fused", lambda device: None)
     run = StepRun("tiny", [RecipeSubject("tiny", tiny())], CPU, seconds=0.2, memory=lambda *_: NO_MEMORY)
     rows = by_kernel(finished(run))
-    assert rows["fused"].error is not None
-    assert rows["fused"].error.startswith("wrong: ")
+    assert (rows["fused"].error, rows["fused"].wrong) == ("wrong result", True)
+    assert rows["fused"].difference is not None
+    assert rows["fused"].difference.kind == "gradient"
     assert rows["fused"].samples_ms == ()
     assert rows["fused"].faster is None
     assert rows["native"].samples_ms

@@ -7,8 +7,17 @@ from typing import get_args
 
 import pytest
 
-from bncli.report.profile.notes import busy_words, norms_words, note_lines, note_words, remark_words
-from bncli.results.profile import Case, Ceilings, NormLayers, NormRemark, Note, NoteKind, RemarkKind
+from bncli.report.profile.export import to_csv
+from bncli.report.profile.notes import (
+    busy_words,
+    difference_words,
+    error_words,
+    norms_words,
+    note_lines,
+    note_words,
+    remark_words,
+)
+from bncli.results.profile import Case, Ceilings, NormLayers, NormRemark, Note, NoteKind, RemarkKind, StepDifference
 from tests.report.made_up_costs import FUSED_NORMS, one_case, step_profile
 
 CASES = tuple(Case((4, 3, 5, side), "bn+relu", "fp32") for side in (7, 8, 9))
@@ -73,6 +82,23 @@ def test_a_small_copy_that_takes_as_long_as_a_large_one_tells_of_other_programs(
     assert "a copy of 256 KiB reached 0.07 GB/s, the largest 8.9 GB/s" in said
     assert note_lines(profile)[0] == said
     assert note_lines(step_profile()) == [note_words(note) for note in step_profile().notes]
+
+
+def test_a_wrong_step_is_told_by_its_worst_tensor():
+    off = StepDifference("gradient", "stem.weight", 2, 0.1234, 4.2e-8, in_float64=True)
+    row = replace(step_profile().rows[0], error="wrong result", wrong=True, difference=off)
+    assert error_words(row) == (
+        "wrong: the gradient of stem.weight (and 2 more) is 1.2e-01 of its size off native's, in float64; "
+        "4.2e-08 is allowed"
+    )
+    loss = StepDifference("loss", "", 0, float("nan"), 0.1, in_float64=False)
+    assert difference_words(loss) == "wrong: the loss is nan of its size off native's; 1.0e-01 is allowed"
+    assert "the gradient of stem.weight" in to_csv(replace(step_profile(), rows=(row,)))
+
+
+def test_another_error_is_its_own_text_on_one_line():
+    assert error_words(replace(step_profile().rows[0], error="out of\nmemory")) == "out of memory"
+    assert error_words(step_profile().rows[0]) is None
 
 
 # --- norm layers ------------------------------------------------------------------------------------------------------
