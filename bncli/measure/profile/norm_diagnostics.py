@@ -43,7 +43,7 @@ Layer = _ConvNd | nn.Linear
 
 
 @dataclass
-class Seen:
+class WatchedNorm:
     """Of one batch norm in training mode."""
 
     name: str  # qualified
@@ -57,7 +57,9 @@ class Seen:
     dtype: torch.dtype = torch.float32  # of the input
     means: deque[Tensor] = field(default_factory=lambda: deque(maxlen=LAST))  # (C) each, float32 or wider
     variances: deque[Tensor] = field(default_factory=lambda: deque(maxlen=LAST))  # (C) each, biased
-    dead_bias: tuple[str, int] | None = None  # the layer in front whose bias does nothing, and the bias's values
+    bias_without_effect: tuple[str, int] | None = (
+        None  # the layer in front whose bias does nothing, and the bias's values
+    )
 
     @property
     def half_life_steps(self) -> float | None:
@@ -72,7 +74,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Watched:
-    norms: tuple[Seen, ...]
+    norms: tuple[WatchedNorm, ...]
     steps: int
     wanted: int  # steps, after which every running average that can be judged could be
 
@@ -91,11 +93,11 @@ def watch(
     training flags are put back. Raises what the step raises.
     """
     modules = dict(model.named_modules())
-    norms = {module: Seen(name, module) for name, module in modules.items() if isinstance(module, _BatchNorm)}
+    norms = {module: WatchedNorm(name, module) for name, module in modules.items() if isinstance(module, _BatchNorm)}
     layers = {module: name for name, module in modules.items() if isinstance(module, Layer)}
     if not norms:
         return Watched((), 0, 0)
-    done, wanted = 0, min(most, max(map(_wanted, norms.values())))
+    done, wanted = 0, min(most, max(map(_steps_wanted, norms.values())))
     with _restored(model), _hooked(norms, layers) as biased:
         for norm, seen in norms.items():
             seen.start = _running(norm)
@@ -110,11 +112,11 @@ def watch(
         for norm, seen in norms.items():
             seen.end = _running(norm)
             seen.tracked = seen.calls if norm.num_batches_tracked is None else int(norm.num_batches_tracked)
-            seen.dead_bias = _dead_bias(biased.get(norm), layers, seen.dtype)
+            seen.bias_without_effect = _bias_without_effect(biased.get(norm), layers, seen.dtype)
     return Watched(tuple(norms.values()), done, wanted)
 
 
-def _wanted(seen: Seen) -> int:
+def _steps_wanted(seen: WatchedNorm) -> int:
     """Steps after which its running average can be held against the batches."""
     half_life = seen.half_life_steps
     if half_life is None:
@@ -127,7 +129,7 @@ def _running(norm: _BatchNorm) -> tuple[Tensor, Tensor] | None:
     return None if mean is None or var is None else (mean.clone(), var.clone())
 
 
-def _dead_bias(layer: Layer | None, layers: dict[Layer, str], dtype: torch.dtype) -> tuple[str, int] | None:
+def _bias_without_effect(layer: Layer | None, layers: dict[Layer, str], dtype: torch.dtype) -> tuple[str, int] | None:
     """The layer's name and its bias's values, if that has no gradient to speak of: nothing else used the output."""
     if layer is None or layer.bias is None or layer.bias.grad is None or layer.weight.grad is None:
         return None
@@ -156,7 +158,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hooked(norms: dict[_BatchNorm, Seen], layers: dict[Layer, str]) -> Iterator[dict[nn.Module, Layer]]:
+def _hooked(norms: dict[_BatchNorm, WatchedNorm], layers: dict[Layer, str]) -> Iterator[dict[nn.Module, Layer]]:
     """While inside, fill in `norms`; yields the layer with a bias right in front of a norm, as far as there is one.
 
     Right in front: its output is the same tensor as the norm's input, and nothing has written into it since.
@@ -175,7 +177,7 @@ def _hooked(norms: dict[_BatchNorm, Seen], layers: dict[Layer, str]) -> Iterator
         output, version, layer = outputs.get(id(inputs[0]), (None, 0, None))
         if output is not None and layer is not None and output() is inputs[0] and version == inputs[0]._version:
             biased[norm] = layer
-        _look(norms[norm], inputs[0].detach())
+        _record_input(norms[norm], inputs[0].detach())
 
     handles = [layer.register_forward_hook(after_layer) for layer in layers]
     handles += [norm.register_forward_pre_hook(before_norm) for norm in norms]
@@ -186,7 +188,7 @@ def _hooked(norms: dict[_BatchNorm, Seen], layers: dict[Layer, str]) -> Iterator
             handle.remove()
 
 
-def _look(seen: Seen, x: Tensor) -> None:
+def _record_input(seen: WatchedNorm, x: Tensor) -> None:
     """Take in an input (N, C, *S). Nothing waits for the device."""
     seen.calls += 1
     seen.examples, seen.values, seen.dtype = len(x), x.numel() // max(1, x.size(1)), x.dtype
@@ -202,7 +204,7 @@ def _look(seen: Seen, x: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingPlan:
     """How the model is trained, as far as its norms care. None where it is unknown."""
 
     budget: int | None = None  # steps
@@ -213,7 +215,7 @@ class Training:
 Remark = tuple[float, NormRemark]  # the layer with the largest number is quoted
 
 
-def remarks(arm: str, watched: Watched, training: Training) -> tuple[NormRemark, ...]:
+def remarks(arm: str, watched: Watched, training: TrainingPlan) -> tuple[NormRemark, ...]:
     """One remark for each kind that any layer has: of the worst layer, with how many more have it."""
     kinds: dict[str, list[Remark]] = {}
     for seen in watched.norms:
@@ -224,7 +226,7 @@ def remarks(arm: str, watched: Watched, training: Training) -> tuple[NormRemark,
     return tuple(replace(remark, more_layers=more) for remark, more in worst)
 
 
-def _remarks(arm: str, seen: Seen, training: Training) -> Iterator[Remark]:
+def _remarks(arm: str, seen: WatchedNorm, training: TrainingPlan) -> Iterator[Remark]:
     if not seen.means:
         return
     if seen.values == 1:
@@ -234,8 +236,8 @@ def _remarks(arm: str, seen: Seen, training: Training) -> Iterator[Remark]:
     yield from _of_the_momentum(arm, seen, training.budget)
     if training.real_data:
         yield from _of_the_running_mean(arm, seen)
-    if seen.dead_bias is not None:
-        layer, parameters = seen.dead_bias
+    if seen.bias_without_effect is not None:
+        layer, parameters = seen.bias_without_effect
         figures: dict[str, float] = {"parameters": parameters}
         yield 0.0, NormRemark(arm, "bias without effect", seen.name, figures=figures, source=layer)
     if training.last_batch == 1:
@@ -243,7 +245,7 @@ def _remarks(arm: str, seen: Seen, training: Training) -> Iterator[Remark]:
         yield raises, NormRemark(arm, "last batch of one", seen.name, figures={"raises": raises})
 
 
-def _of_the_input(arm: str, seen: Seen) -> Iterator[Remark]:
+def _of_the_input(arm: str, seen: WatchedNorm) -> Iterator[Remark]:
     means, deviations = torch.stack(list(seen.means)), torch.stack(list(seen.variances)).sqrt()  # (batches, C) each
     constant = _constant(seen)
     channels: dict[str, float] = {"of_channels": len(constant)}
@@ -260,14 +262,14 @@ def _of_the_input(arm: str, seen: Seen) -> Iterator[Remark]:
         yield largest, remark
 
 
-def _constant(seen: Seen) -> Tensor:
+def _constant(seen: WatchedNorm) -> Tensor:
     """(C), whether a channel was constant in each of the last batches."""
     rounding = ROUNDINGS * unit_roundoff(seen.dtype)
     pairs = zip(seen.means, seen.variances, strict=True)
     return torch.stack([variance.sqrt() <= rounding * mean.abs() for mean, variance in pairs]).all(0)
 
 
-def _of_the_momentum(arm: str, seen: Seen, budget: int | None) -> Iterator[Remark]:
+def _of_the_momentum(arm: str, seen: WatchedNorm, budget: int | None) -> Iterator[Remark]:
     if not seen.norm.track_running_stats:
         return
     momentum, half_life = seen.norm.momentum, seen.half_life_steps
@@ -283,7 +285,7 @@ def _of_the_momentum(arm: str, seen: Seen, budget: int | None) -> Iterator[Remar
         yield half_life, NormRemark(arm, "long half-life", seen.name, figures=figures)
 
 
-def _of_the_running_mean(arm: str, seen: Seen) -> Iterator[Remark]:
+def _of_the_running_mean(arm: str, seen: WatchedNorm) -> Iterator[Remark]:
     if seen.start is None or seen.end is None or len(seen.means) < LAST:
         return
     half_life = seen.half_life_steps

@@ -13,7 +13,7 @@ from bncli.errors import UsageError
 from bncli.measure.profile.budget import Asked
 from bncli.measure.profile.kernels import KernelRun
 from bncli.measure.profile.shapes import Calls, parse, read_csv, shape_set
-from bncli.measure.profile.step_models import OwnSubject, Subject, subjects_of
+from bncli.measure.profile.step_models import StepModel, UserModel, recipe_models
 from bncli.measure.profile.steps import StepRun
 from bncli.measure.timing.fresh_processes import FreshProcesses
 from bncli.recipe.load import load
@@ -66,19 +66,19 @@ def recipe_run(options: Options, recipe: str, sets: Sequence[str], arm: str | No
     """The step of each arm of a recipe, or of one. Raises UsageError and Unavailable."""
     device = _device(options)
     loaded = load(recipe, sets, allow_code=options.allow_code, sets_from="--set")
-    subjects = subjects_of(loaded, arm)
+    subjects = recipe_models(loaded, arm)
     return _step_run(loaded.name, subjects, device, options, trace)
 
 
 def model_run(options: Options, model: str, inputs: str, trace: Path | None) -> StepRun:
     """The step of the user's own model, package.module:function. Raises UsageError, RunFailed and Unavailable."""
     device = _device(options)
-    subjects = [OwnSubject(model, parse(inputs, "inputs"))]
+    subjects = [UserModel(model, parse(inputs, "inputs"))]
     return _step_run(model, subjects, device, options, trace)
 
 
 def _step_run(
-    name: str, subjects: Sequence[Subject], device: torch.device, options: Options, trace: Path | None
+    name: str, subjects: Sequence[StepModel], device: torch.device, options: Options, trace: Path | None
 ) -> StepRun:
     seconds, least_rounds = options.seconds, options.least_rounds
     return StepRun(name, subjects, device, options.kernels, seconds=seconds, least_rounds=least_rounds, trace=trace)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bncli.engine.data.splits import Batch, Dataset
-from bncli.measure.profile.step_models import Subject, Trainable
+from bncli.measure.profile.step_models import StepModel, Trainable
 from bncli.results.profile import StepDifference
 
 EXAMPLES, NARROW = 8, 4 * math.sqrt(2.0**-53)  # of the check in float64
@@ -31,7 +31,7 @@ Errors = dict[tuple[Kind, str], float]  # (kind, name) -> relative error
 
 
 def difference(
-    subject: Subject, kernel: str, other: Trainable, dataset: Dataset, device: torch.device
+    subject: StepModel, kernel: str, other: Trainable, dataset: Dataset, device: torch.device
 ) -> StepDifference | None:
     """What is wrong with the step of `other`, which has taken none so far; None where nothing is.
 
@@ -44,7 +44,7 @@ def difference(
     )
 
 
-def _in_float64(subject: Subject, kernel: str, dataset: Dataset, batch: Batch) -> StepDifference | None:
+def _in_float64(subject: StepModel, kernel: str, dataset: Dataset, batch: Batch) -> StepDifference | None:
     x, y = (each[:EXAMPLES] for each in batch)
     native = _doubled(subject, "native", dataset, x.device)
     try:
@@ -57,7 +57,7 @@ def _in_float64(subject: Subject, kernel: str, dataset: Dataset, batch: Batch) -
 
 
 def _in_own_precision(
-    subject: Subject, other: Trainable, native: Trainable, dataset: Dataset, batches: list[Batch]
+    subject: StepModel, other: Trainable, native: Trainable, dataset: Dataset, batches: list[Batch]
 ) -> StepDifference | None:
     exact: Trainable | None = None
     wrong: Errors = {}
@@ -77,7 +77,7 @@ def _in_own_precision(
     return _largest(wrong, WIDE, in_float64=False)
 
 
-def _doubled(subject: Subject, kernel: str, dataset: Dataset, device: torch.device) -> Trainable:
+def _doubled(subject: StepModel, kernel: str, dataset: Dataset, device: torch.device) -> Trainable:
     """In float64, which autocast leaves as it is; its weights stay, as those of the models that it is held against."""
     made = subject.trainable(kernel, dataset, device)
     made.model.double()

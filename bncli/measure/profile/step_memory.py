@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bncli.engine.data.splits import Batch, Dataset
 from bncli.engine.device import peak_memory_mib, reset_peak_memory
-from bncli.measure.profile.step_models import Subject, Trainable
+from bncli.measure.profile.step_models import StepModel, Trainable
 from bncli.results.profile import StepMemory
 
 STEPS = 2  # the optimizer's state is there from the end of the first on
@@ -30,14 +30,14 @@ MIB = 2**20
 LONGEST_END_S = 5.0  # of a process that has answered; a compiler's own workers end with it
 
 
-def measure(subject: Subject, kernel: str | None, batch: Batch, classes: int, longest_s: float = 120.0) -> StepMemory:
+def measure(subject: StepModel, kernel: str | None, batch: Batch, classes: int, longest_s: float = 120.0) -> StepMemory:
     """Of a model made for it, trained on that batch on the device where the batch is.
 
     Raises RuntimeError, with the reason, where the fresh process did not come through.
     """
     x, y = batch
     if x.device.type != "cpu":
-        return _train(subject, kernel, subject.alone(x, y, classes), x.device)
+        return _train(subject, kernel, subject.single_batch(x, y, classes), x.device)
     arguments = (subject, kernel, x.numpy(), y.numpy(), classes, torch.get_num_threads())
     found: StepMemory = in_fresh_process(_train_alone, arguments, longest_s)
     return found
@@ -74,7 +74,7 @@ def _mib(tensors: list[Any]) -> float:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / MIB
 
 
-def _train(subject: Subject, kernel: str | None, dataset: Dataset, device: torch.device) -> StepMemory:
+def _train(subject: StepModel, kernel: str | None, dataset: Dataset, device: torch.device) -> StepMemory:
     before = _held_mib(device)
     reset_peak_memory(device)
     trainable = subject.trainable(kernel, dataset, device)
@@ -139,8 +139,8 @@ def _report(connection: Connection, function: Callable[..., Any], arguments: tup
 
 
 def _train_alone(
-    subject: Subject, kernel: str | None, x: np.ndarray, y: np.ndarray, classes: int, threads: int
+    subject: StepModel, kernel: str | None, x: np.ndarray, y: np.ndarray, classes: int, threads: int
 ) -> StepMemory:
     torch.set_num_threads(threads)
-    dataset = subject.alone(torch.from_numpy(x), torch.from_numpy(y), classes)
+    dataset = subject.single_batch(torch.from_numpy(x), torch.from_numpy(y), classes)
     return _train(subject, kernel, dataset, torch.device("cpu"))

@@ -41,7 +41,7 @@ class Trainable:
     precision: str = "fp32"
 
 
-class Subject(Protocol):
+class StepModel(Protocol):
     """One model and how it is trained. Plain data, so that a fresh process can make it again."""
 
     @property
@@ -81,7 +81,7 @@ class Subject(Protocol):
         self, kernel: str | None, dataset: Dataset, device: torch.device, learns: bool = False
     ) -> Trainable: ...
 
-    def alone(self, x: Tensor, y: Tensor, classes: int) -> Dataset:
+    def single_batch(self, x: Tensor, y: Tensor, classes: int) -> Dataset:
         """A data set of that one batch."""
         ...
 
@@ -117,7 +117,7 @@ STANDING_LR = 1e-12  # moves no weight of normal size in float32, and its produc
 
 
 @dataclass(frozen=True)
-class RecipeSubject:
+class RecipeModel:
     """A run of a recipe, made and stepped as `bncli train` does it."""
 
     name: str
@@ -155,7 +155,7 @@ class RecipeSubject:
         train.check_fit(self.recipe, found)
         return found
 
-    def alone(self, x: Tensor, y: Tensor, classes: int) -> Dataset:
+    def single_batch(self, x: Tensor, y: Tensor, classes: int) -> Dataset:
         return one_batch(x, y, classes, self.recipe.train.memory_format)
 
     def trainable(self, kernel: str | None, dataset: Dataset, device: torch.device, learns: bool = False) -> Trainable:
@@ -191,7 +191,7 @@ def _loaded(spec: Digits | Synthetic | Npz | Hub, device: torch.device, memory_f
     return data.load(spec, device, data.MEMORY_FORMATS[memory_format])
 
 
-def subjects_of(loaded: Loaded, arm: str | None = None) -> tuple[RecipeSubject, ...]:
+def recipe_models(loaded: Loaded, arm: str | None = None) -> tuple[RecipeModel, ...]:
     """The runs of a recipe file whose steps differ, under the name of the first arm each; or the one of `arm`.
 
     Arms that differ only in figures that cost no time (a learning rate, a seed, initial weights) are one. Raises
@@ -202,14 +202,14 @@ def subjects_of(loaded: Loaded, arm: str | None = None) -> tuple[RecipeSubject, 
         if arm not in arms:
             hint = suggestion(arm, list(arms))
             raise UsageError(f"{loaded.source} has no such arm; {hint}", field="arm", value=arm)
-        return (RecipeSubject(arm, arms[arm]),)
+        return (RecipeModel(arm, arms[arm]),)
     alike: dict[str, list[str]] = {}
     for name, recipe in arms.items():
-        alike.setdefault(digest(step_of(recipe)), []).append(name)
-    return tuple(RecipeSubject(first, arms[first], tuple(others)) for first, *others in alike.values())
+        alike.setdefault(digest(step_work(recipe)), []).append(name)
+    return tuple(RecipeModel(first, arms[first], tuple(others)) for first, *others in alike.values())
 
 
-def step_of(recipe: Recipe) -> dict[str, Any]:
+def step_work(recipe: Recipe) -> dict[str, Any]:
     """What a recipe's step takes time for, as plain data."""
     found = plain(recipe)
     found["data"].pop("split_seed", None)
@@ -232,7 +232,7 @@ def step_of(recipe: Recipe) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class OwnSubject:
+class UserModel:
     """A function without arguments that returns a module, or a module's class: package.module:name.
 
     It is trained on random numbers. The loss is the sum over its floating-point outputs of the mean of their squares;
@@ -275,9 +275,9 @@ class OwnSubject:
 
     def dataset(self, device: torch.device) -> Dataset:
         x = torch.randn(self.shape, generator=torch.Generator().manual_seed(0)).to(device)
-        return self.alone(x, torch.zeros(len(x), dtype=torch.int64, device=device), 1)
+        return self.single_batch(x, torch.zeros(len(x), dtype=torch.int64, device=device), 1)
 
-    def alone(self, x: Tensor, y: Tensor, classes: int) -> Dataset:
+    def single_batch(self, x: Tensor, y: Tensor, classes: int) -> Dataset:
         return one_batch(x, y, classes, self.memory_format)
 
     def _model(self) -> nn.Module:

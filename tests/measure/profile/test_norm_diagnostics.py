@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bncli.engine.convert import convert
 from bncli.engine.models.norms import BatchNorm
 from bncli.kernels import native
-from bncli.measure.profile.norm_diagnostics import Training, remarks, watch
+from bncli.measure.profile.norm_diagnostics import TrainingPlan, remarks, watch
 from bncli.results.profile import NormRemark
 
 Batch = Callable[[], Tensor]
@@ -24,7 +24,7 @@ def normal(*shape: int, mean: float | Tensor = 0.0) -> Batch:
 
 
 def looked_at(
-    model: nn.Module, batch: Batch, training: Training | None = None, lr: float = 0.0, most: int = 200
+    model: nn.Module, batch: Batch, training: TrainingPlan | None = None, lr: float = 0.0, most: int = 200
 ) -> tuple[NormRemark, ...]:
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
 
@@ -33,7 +33,7 @@ def looked_at(
         model(batch()).square().mean().backward()
         optimizer.step()
 
-    return remarks("arm", watch(model, step, most=most), training or Training(budget=1000, last_batch=0))
+    return remarks("arm", watch(model, step, most=most), training or TrainingPlan(budget=1000, last_batch=0))
 
 
 def only(found: tuple[NormRemark, ...]) -> NormRemark:
@@ -145,7 +145,7 @@ def test_stale_statistics_of_a_trained_model_are_far_from_the_first_steps_on() -
 def test_random_numbers_say_nothing_about_running_statistics() -> None:
     model = nn.Sequential(nn.BatchNorm1d(8, momentum=0.01), nn.Linear(8, 2))
     model[0].num_batches_tracked.fill_(10_000)
-    assert looked_at(model, normal(64, 8, mean=20.0), Training(real_data=False), most=10) == ()
+    assert looked_at(model, normal(64, 8, mean=20.0), TrainingPlan(real_data=False), most=10) == ()
 
 
 def test_a_half_life_under_a_step_suggests_the_other_meaning_of_momentum() -> None:
@@ -155,7 +155,7 @@ def test_a_half_life_under_a_step_suggests_the_other_meaning_of_momentum() -> No
 
 
 def test_a_half_life_longer_than_the_training_says_how_much_of_the_start_is_left() -> None:
-    found = only(looked_at(mlp(momentum=0.001), normal(32, 6), Training(budget=500), most=10))
+    found = only(looked_at(mlp(momentum=0.001), normal(32, 6), TrainingPlan(budget=500), most=10))
     assert found.kind == "long half-life"
     assert found.figures == {
         "momentum": 0.001,
@@ -163,7 +163,7 @@ def test_a_half_life_longer_than_the_training_says_how_much_of_the_start_is_left
         "budget_steps": 500,
         "kept": pytest.approx(0.999**500),
     }
-    assert looked_at(mlp(momentum=0.001), normal(32, 6), Training(budget=5000), most=10) == ()
+    assert looked_at(mlp(momentum=0.001), normal(32, 6), TrainingPlan(budget=5000), most=10) == ()
 
 
 def test_a_cumulative_average_is_named() -> None:
@@ -221,12 +221,12 @@ def test_one_value_a_channel_is_told_though_torch_refuses_the_step(ours: bool) -
 
 
 def test_a_last_batch_of_one_is_told_with_what_happens() -> None:
-    one = Training(budget=1000, last_batch=1)
+    one = TrainingPlan(budget=1000, last_batch=1)
     found = only(looked_at(mlp(), normal(32, 6), one))
     assert (found.kind, found.figures) == ("last batch of one", {"raises": 1})
     model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten())
     assert only(looked_at(model, normal(16, 3, 8, 8), one)).figures == {"raises": 0}
-    assert looked_at(mlp(), normal(32, 6), Training(budget=1000, last_batch=2)) == ()
+    assert looked_at(mlp(), normal(32, 6), TrainingPlan(budget=1000, last_batch=2)) == ()
 
 
 def test_a_model_without_batch_norm_takes_no_step() -> None:

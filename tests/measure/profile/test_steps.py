@@ -19,7 +19,7 @@ from bncli.errors import DataError, Unavailable, UsageError
 from bncli.kernels import native
 from bncli.measure.profile import step_memory
 from bncli.measure.profile.step_check import difference
-from bncli.measure.profile.step_models import OwnSubject, RecipeSubject, Trainable, norms_of, one_batch, subjects_of
+from bncli.measure.profile.step_models import RecipeModel, Trainable, UserModel, norms_of, one_batch, recipe_models
 from bncli.measure.profile.steps import StepRun
 from bncli.recipe.load import load
 from bncli.results.environment import Interval
@@ -82,9 +82,9 @@ class Faked:
     made: list[str | None] = field(default_factory=list)
 
     def dataset(self, device: torch.device) -> Dataset:
-        return self.alone(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64), 2)
+        return self.single_batch(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64), 2)
 
-    def alone(self, x: Tensor, y: Tensor, classes: int) -> Dataset:
+    def single_batch(self, x: Tensor, y: Tensor, classes: int) -> Dataset:
         return one_batch(x, y, classes, "contiguous")
 
     def trainable(self, kernel: str | None, dataset: Dataset, device: torch.device, learns: bool = False) -> Trainable:
@@ -252,7 +252,7 @@ def checked(kernel: Any, monkeypatch: pytest.MonkeyPatch, model: Any = CNN, **tr
     monkeypatch.setitem(kernels.KERNELS, "fused", kernel)
     monkeypatch.setitem(kernels._WHY_NOT, "fused", lambda device: None)
     recipe = tiny(data=IMAGES, model=model, train={"batch_size": 8, **train})
-    subject = RecipeSubject("resnet", recipe)
+    subject = RecipeModel("resnet", recipe)
     dataset = subject.dataset(CPU)
     return difference(subject, "fused", subject.trainable("fused", dataset, CPU), dataset, CPU)
 
@@ -301,7 +301,7 @@ def test_a_wrong_kernel_is_told_by_what_is_wrong(
 def test_a_wrong_kernel_has_its_error_and_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(kernels.KERNELS, "fused", constant_statistics)
     monkeypatch.setitem(kernels._WHY_NOT, "fused", lambda device: None)
-    run = StepRun("tiny", [RecipeSubject("tiny", tiny())], CPU, seconds=0.2, memory=lambda *_: NO_MEMORY)
+    run = StepRun("tiny", [RecipeModel("tiny", tiny())], CPU, seconds=0.2, memory=lambda *_: NO_MEMORY)
     rows = by_kernel(finished(run))
     assert (rows["fused"].error, rows["fused"].wrong) == ("wrong result", True)
     assert rows["fused"].difference is not None
@@ -314,7 +314,7 @@ def test_a_wrong_kernel_has_its_error_and_no_time(monkeypatch: pytest.MonkeyPatc
 def test_an_arm_that_is_too_large_for_its_data_is_refused() -> None:
     recipe = tiny(train={"batch_size": 200, "steps": 60})
     with pytest.raises(DataError, match="batch_size"):
-        finished(StepRun("tiny", [RecipeSubject("tiny", recipe)], CPU, seconds=0.1, memory=lambda *_: NO_MEMORY))
+        finished(StepRun("tiny", [RecipeModel("tiny", recipe)], CPU, seconds=0.1, memory=lambda *_: NO_MEMORY))
 
 
 # --- a recipe -----------------------------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ def test_an_arm_that_is_too_large_for_its_data_is_refused() -> None:
 
 def test_a_recipe_without_batch_norm_has_one_row_a_mode_and_no_kernel() -> None:
     recipe = tiny(norm={"kind": "group"})
-    run = StepRun("tiny", [RecipeSubject("tiny", recipe)], CPU, seconds=0.2, memory=lambda *_: NO_MEMORY)
+    run = StepRun("tiny", [RecipeModel("tiny", recipe)], CPU, seconds=0.2, memory=lambda *_: NO_MEMORY)
     profile = finished(run)
     assert [(row.kernel, row.mode) for row in profile.rows] == [(None, "training"), (None, "evaluation")]
     assert profile.rows[0].norms == (NormLayers("GroupNorm", 1),)
@@ -330,7 +330,7 @@ def test_a_recipe_without_batch_norm_has_one_row_a_mode_and_no_kernel() -> None:
 
 
 def test_the_classes_of_a_row_sum_to_its_median_step() -> None:
-    run = StepRun("tiny", [RecipeSubject("tiny", tiny())], CPU, ("native",), seconds=0.2, memory=lambda *_: NO_MEMORY)
+    run = StepRun("tiny", [RecipeModel("tiny", tiny())], CPU, ("native",), seconds=0.2, memory=lambda *_: NO_MEMORY)
     for row in finished(run).rows:
         assert tuple(row.shares_ms) == STEP_CLASSES
         median = torch.tensor(row.samples_ms).double().quantile(0.5).item()
@@ -340,7 +340,7 @@ def test_the_classes_of_a_row_sum_to_its_median_step() -> None:
 
 
 def test_the_weights_stay_while_a_recipes_step_is_timed() -> None:
-    subject = RecipeSubject("tiny", tiny(optimizer={"kind": "adam", "lr": 0.1}))
+    subject = RecipeModel("tiny", tiny(optimizer={"kind": "adam", "lr": 0.1}))
     trainable = subject.trainable("native", subject.dataset(CPU), CPU)
     before = [parameter.clone() for parameter in trainable.model.parameters()]
     for _ in range(20):
@@ -350,7 +350,7 @@ def test_the_weights_stay_while_a_recipes_step_is_timed() -> None:
 
 
 def test_a_learner_trains_at_the_recipes_own_rate() -> None:
-    subject = RecipeSubject("tiny", tiny())
+    subject = RecipeModel("tiny", tiny())
     trainable = subject.trainable("native", subject.dataset(CPU), CPU, learns=True)
     losses = [float(trainable.step(*trainable.batch())) for _ in range(40)]
     assert losses[-1] < losses[0] / 2
@@ -381,7 +381,7 @@ def arms(tmp_path: Path) -> str:
 
 @pytest.mark.usefixtures("other")
 def test_arms_whose_steps_take_the_same_work_are_one(arms: str) -> None:
-    subjects = subjects_of(load(arms))
+    subjects = recipe_models(load(arms))
     assert [subject.name for subject in subjects] == ["plain", "without momentum", "normed", "cumulative", "large"]
     assert subjects[0].stands_for == ("faster", "other start")
     assert subjects[2].stands_for == ("fused",)
@@ -390,15 +390,15 @@ def test_arms_whose_steps_take_the_same_work_are_one(arms: str) -> None:
 
 @pytest.mark.usefixtures("other")
 def test_one_arm_can_be_asked_for_by_name(arms: str) -> None:
-    (subject,) = subjects_of(load(arms), "faster")
+    (subject,) = recipe_models(load(arms), "faster")
     assert (subject.name, subject.recipe.optimizer.lr) == ("faster", 1.0)
     with pytest.raises(UsageError, match="no such arm; did you mean faster"):
-        subjects_of(load(arms), "fastr")
+        recipe_models(load(arms), "fastr")
 
 
 def test_the_norms_remarks_and_the_steps_behind_them_are_in_the_result() -> None:
     recipe = tiny(norm={"kind": "batch", "momentum": 0.9}, train={"batch_size": 17})
-    run = StepRun("tiny", [RecipeSubject("tiny", recipe)], CPU, ("native",), seconds=0.5, memory=lambda *_: NO_MEMORY)
+    run = StepRun("tiny", [RecipeModel("tiny", recipe)], CPU, ("native",), seconds=0.5, memory=lambda *_: NO_MEMORY)
     profile = finished(run)
     assert {remark.kind for remark in profile.remarks} == {"short half-life", "last batch of one"}
     assert [(note.kind, note.count) for note in profile.notes] == [("norms watched", 5)]
@@ -410,7 +410,7 @@ def test_the_norms_remarks_and_the_steps_behind_them_are_in_the_result() -> None
 @pytest.mark.usefixtures("other")
 @pytest.mark.parametrize("name", ["healthy", "TwoOutputs"])
 def test_a_function_and_a_class_are_measured_on_every_kernel(name: str) -> None:
-    subject = OwnSubject(f"tests.measure.profile.own_models:{name}", (4, 3, 8, 8))
+    subject = UserModel(f"tests.measure.profile.own_models:{name}", (4, 3, 8, 8))
     profile = finished(StepRun(name, [subject], CPU, seconds=0.3, memory=lambda *_: NO_MEMORY))
     rows = by_kernel(profile)
     assert rows["native"].norms == (NormLayers("batch norm", 1, "native"),)
@@ -421,7 +421,7 @@ def test_a_function_and_a_class_are_measured_on_every_kernel(name: str) -> None:
 
 
 def test_the_step_of_a_users_module_leaves_its_weights() -> None:
-    subject = OwnSubject("tests.measure.profile.own_models:healthy", (4, 3, 8, 8))
+    subject = UserModel("tests.measure.profile.own_models:healthy", (4, 3, 8, 8))
     trainable = subject.trainable("native", subject.dataset(CPU), CPU)
     before = [parameter.clone() for parameter in trainable.model.parameters()]
     loss = trainable.step(*trainable.batch())
@@ -442,7 +442,7 @@ def test_the_step_of_a_users_module_leaves_its_weights() -> None:
 )
 def test_a_module_that_is_not_there_is_the_users_mistake(name: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        finished(StepRun("own", [OwnSubject(name, (4, 3, 8, 8))], CPU, memory=lambda *_: NO_MEMORY))
+        finished(StepRun("own", [UserModel(name, (4, 3, 8, 8))], CPU, memory=lambda *_: NO_MEMORY))
 
 
 @pytest.mark.parametrize(
@@ -455,7 +455,7 @@ def test_a_module_that_is_not_there_is_the_users_mistake(name: str, says: str) -
 )
 def test_a_module_that_cannot_be_trained_has_the_reason_in_its_rows(name: str, says: str) -> None:
     shapes = {"Raising": (4, 3), "one_value_a_channel": (1, 4)}
-    subject = OwnSubject(f"tests.measure.profile.own_models:{name}", shapes.get(name, (4, 3, 8, 8)))
+    subject = UserModel(f"tests.measure.profile.own_models:{name}", shapes.get(name, (4, 3, 8, 8)))
     profile = finished(StepRun("own", [subject], CPU, ("native",), seconds=0.2, memory=lambda *_: NO_MEMORY))
     errors = [row.error for row in profile.rows if row.kernel in (None, "native")]
     assert len(errors) == 2
@@ -469,7 +469,7 @@ def test_a_module_that_cannot_be_trained_has_the_reason_in_its_rows(name: str, s
 
 def test_the_parts_of_memory_are_those_of_the_definition() -> None:
     recipe = tiny(optimizer={"kind": "adam", "lr": 0.1})
-    subject = RecipeSubject("tiny", recipe)
+    subject = RecipeModel("tiny", recipe)
     trainable = subject.trainable("native", subject.dataset(CPU), CPU)
     x, y = trainable.batch()
     trainable.step(x, y)
@@ -485,7 +485,7 @@ def test_the_parts_of_memory_are_those_of_the_definition() -> None:
 
 def test_the_peak_of_a_fresh_process_holds_the_parts() -> None:
     recipe = tiny(model={"kind": "mlp", "hidden": [1500, 1500]}, optimizer={"kind": "adam", "lr": 0.1})
-    subject = RecipeSubject("tiny", recipe)
+    subject = RecipeModel("tiny", recipe)
     dataset = subject.dataset(CPU)
     batch = subject.trainable("native", dataset, CPU).batch()
     found = step_memory.measure(subject, "native", batch, dataset.classes)
@@ -537,7 +537,7 @@ def test_the_trace_holds_a_step_of_each_kernel(tmp_path: Path) -> None:
 
 def test_a_fused_row_has_its_relus_in_normalization() -> None:
     recipe = tiny(model={"kind": "mlp", "hidden": [2]}, train={"batch_size": 4})
-    subject = RecipeSubject("tiny", recipe)
+    subject = RecipeModel("tiny", recipe)
     run = StepRun("tiny", [subject], CPU, ("native", "fused"), seconds=0.3, memory=lambda *_: NO_MEMORY)
     rows = by_kernel(finished(run))
     assert rows["fused"].error is None
