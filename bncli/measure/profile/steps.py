@@ -255,7 +255,7 @@ def _rows(model: StepModel, candidates: Sequence[ModelCandidate], samples: Sampl
                     faster=faster(native, own) if own and native and candidate.kernel != "native" else None,
                     norms=candidate.norms,
                     error=candidate.error,
-                    wrong=candidate.difference is not None,
+                    wrong=candidate.wrong,
                     difference=candidate.difference,
                 )
             )
@@ -274,6 +274,10 @@ class ModelCandidate:
     norms: tuple[NormLayers, ...] = ()
     error: str | None = None
     difference: StepDifference | None = None  # from the native step, of a wrong one
+
+    @property
+    def wrong(self) -> bool:
+        return self.difference is not None
 
 
 def prepare(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -398,7 +399,9 @@ def test_one_arm_can_be_asked_for_by_name(arms: str) -> None:
 
 def test_the_norms_remarks_and_the_steps_behind_them_are_in_the_result() -> None:
     recipe = tiny(norm={"kind": "batch", "momentum": 0.9}, train={"batch_size": 17})
-    run = StepRun("tiny", [RecipeModel("tiny", recipe)], CPU, ("native",), seconds=0.5, memory=lambda *_: NO_MEMORY)
+    a_ms_later = itertools.count(step=1_000_000).__next__  # whenever it is read, however busy the machine is
+    settings = {"seconds": 0.5, "memory": lambda *_: NO_MEMORY, "now_ns": a_ms_later}
+    run = StepRun("tiny", [RecipeModel("tiny", recipe)], CPU, ("native",), **settings)
     profile = finished(run)
     assert {remark.kind for remark in profile.remarks} == {"short half-life", "last batch of one"}
     assert [(note.kind, note.count) for note in profile.notes] == [("norms watched", 5)]
