@@ -26,9 +26,9 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "kernels": ({"errors", "kernels"}, {"torch", "triton"}),
     "engine": (
         NOTEBOOKS | {"kernels", "engine"},
-        {"torch", "numpy", "sklearn", "datasets", "PIL", "huggingface_hub"},
+        {"torch", "numpy", "sklearn", "datasets", "PIL", "huggingface_hub", "psutil"},
     ),
-    "measure": (NOTEBOOKS | {"kernels", "engine", "measure"}, {"torch", "numpy", "scipy"}),
+    "measure": (NOTEBOOKS | {"kernels", "engine", "measure"}, {"torch", "numpy", "scipy", "psutil"}),
     "report": (RESULTS | {"report"}, {"rich", "matplotlib"}),
     "cli": (NOTEBOOKS | {"cli", "measure", "report", "engine", "kernels"}, {"typer", "rich"}),
     "__main__": ({"cli"}, set()),
@@ -113,7 +113,7 @@ def modules_after(code: str) -> set[str]:
     return {name.split(".")[0] for name in out.splitlines()[-1].split()}
 
 
-HEAVY = {"torch", "pydantic", "sklearn", "scipy", "numpy", "matplotlib", "datasets", "yaml"}
+HEAVY = {"torch", "pydantic", "sklearn", "scipy", "numpy", "matplotlib", "datasets", "yaml", "psutil"}
 
 
 @pytest.mark.parametrize(

@@ -146,10 +146,10 @@ def profile(
     check_kernels(kernels, of_steps, baseline is not None, allow_code)
     check_model(model, inputs, recipe=recipe, sets=sets, arm=arm, allow_code=allow_code)
     earlier = check_files(plot, trace, baseline, of_steps)
-    from bncli.measure.timing.fresh_processes import FreshProcesses
+    from bncli.measure.profile.kernel_memory import KernelPeaks
 
     # What a user's code prints is no result.
-    with StopSignal(at_once=True), contextlib.redirect_stdout(sys.stderr), FreshProcesses(allow_code) as peaks:
+    with StopSignal(at_once=True), contextlib.redirect_stdout(sys.stderr), KernelPeaks(allow_code) as peaks:
         if not of_steps and not device.startswith("cuda"):
             peaks.start()  # it loads torch while this process does
         from bncli.measure.profile import run as profile_runs

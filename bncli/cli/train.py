@@ -55,11 +55,11 @@ def train(
     from bncli.results.train import RunFinished, RunStarted
 
     with RunFolder(out, loaded.name, force) as folder, StopSignal() as stop:
-        from bncli.engine.train import run
+        from bncli.engine import train as engine
 
         # What a user's model prints must not get between the lines of a result.
         with TrainProgress(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
-            for event in run(chosen.recipe, device, threads=threads, name=chosen.name, stop=stop):
+            for event in engine.train(chosen.recipe, device, threads=threads, name=chosen.name, stop=stop):
                 if isinstance(event, RunStarted):
                     loaded_all()
                     folder.begin(dump(plain(chosen.recipe)))

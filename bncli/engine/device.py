@@ -49,7 +49,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin a new peak. On Linux the high-water mark of the resident set is set back (man 5 proc, clear_refs)."""
+    """Begin a new peak. On Linux the high-water mark of the resident set is set back (man 5 proc, clear_refs).
+
+    psutil can neither set it back nor read it on Linux.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
@@ -70,10 +73,28 @@ def peak_memory_mib(device: torch.device) -> float | None:
         with open("/proc/self/status", "rb", buffering=0) as file:  # as bytes: read twice an evaluation
             found = re.search(rb"VmHWM:\s+(\d+) kB", file.read())
         return int(found[1]) / 1024 if found else None
-    import resource
+    if sys.platform == "win32":
+        import psutil
+
+        return float(psutil.Process().memory_info().peak_wset) / 2**20
+    import resource  # since psutil has no peak here
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 1024)
+
+
+def resident_mib() -> float:
+    """Resident memory of this process now."""
+    import psutil  # 10 ms that a training run need not take
+
+    return float(psutil.Process().memory_info().rss) / 2**20
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """The context in which operators compute in that precision: fp32, bf16 or fp16."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
 @contextlib.contextmanager

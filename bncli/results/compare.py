@@ -245,7 +245,10 @@ class PlannedArm:
 
 @dataclass(frozen=True)
 class Planned:
-    """The outcome of a dry run. runs, steps_at_most: if each arm keeps a single point of the grid."""
+    """The outcome of a dry run. runs, steps_at_most: if each arm keeps a single point of the grid.
+
+    available_memory_mib: of this machine, on the CPU's side, at the time of the dry run.
+    """
 
     name: str
     fields: tuple[tuple[str, Any, str], ...]  # of the base run: dotted field, value, and where the value came from
@@ -253,3 +256,4 @@ class Planned:
     grid: dict[str, tuple[Any, ...]]
     runs: int
     steps_at_most: int
+    available_memory_mib: float | None = None

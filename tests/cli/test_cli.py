@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -297,6 +298,7 @@ def test_a_dry_run_shows_where_each_value_came_from_and_trains_nothing(
     assert rows["normed"][-3:] == ["6", "+", "2"]
     steps = "16 runs, 960 optimizer steps at most, more where an arm keeps several points of the grid."
     assert f"{steps} Nothing was trained." in " ".join(out.split())
+    assert re.search(r"available on this machine \(CPU\): [\d,]+\.\d MiB", " ".join(out.split()))
     assert not Path("runs").exists()
 
 
@@ -307,7 +309,7 @@ def test_a_dry_run_of_train_gives_the_parameters_that_the_run_has(
     planned = json.loads(capsys.readouterr().out)
     assert bncli(monkeypatch, "train", recipe, "--arm", "normed", "--json", "-q") == 0
     assert planned["arms"][0]["parameters"] == json.loads(capsys.readouterr().out)["parameters"]
-    assert planned["arms"][0]["memory_mib"] > 0
+    assert 0 < planned["arms"][0]["memory_mib"] < planned["available_memory_mib"]
 
 
 # --- compare ------------------------------------------------------------------------------------------------------

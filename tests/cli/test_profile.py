@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from bncli.cli import profile, profile_checks
-from bncli.measure.profile import peers, shapes
+from bncli.measure.profile import kernel_memory, peers, shapes
 from bncli.measure.profile.candidates import OWN_KERNELS
 from bncli.measure.profile.steps import StepRun
-from bncli.measure.timing import ceilings, clock, fresh_processes, speedup
+from bncli.measure.timing import ceilings, clock, speedup
 from bncli.report.profile import export
-from bncli.results.profile import Ceilings, KernelProfile, StepMemory, StepProfile
+from bncli.results.profile import Case, Ceilings, KernelProfile, StepMemory, StepProfile
 from tests.cli.test_cli import RECIPE, bncli
 from tests.test_architecture import modules_after
 
@@ -87,16 +87,22 @@ def small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(ceilings, "SIZES", (4096,))
     monkeypatch.setattr(ceilings, "BEYOND_CACHE", {"cpu": 2**20})
     monkeypatch.setattr(ceilings, "MATRIX_SIDE", {"cpu": 16})
-    monkeypatch.setattr(fresh_processes, "FreshProcesses", NoProcesses)
+    monkeypatch.setattr(kernel_memory, "KernelPeaks", NoProcesses)
     monkeypatch.setitem(StepRun.__init__.__kwdefaults__, "memory", lambda *_: StepMemory(1.0, 1.0, 0.0, 2.0, 30.0))
     with clock.threads(1):  # two wait for each other where other tests run beside these
         yield folder
 
 
-class NoProcesses(fresh_processes.FreshProcesses):
+class NoProcesses(kernel_memory.KernelPeaks):
     def __init__(self, allow_code: bool = False) -> None:
         super().__init__(allow_code)
         self.failure = "not in this test"
+
+    def start(self) -> None:
+        pass
+
+    def peak_mib(self, case: Case, kernel: str) -> float | None:
+        return None
 
 
 Capture = pytest.CaptureFixture[str]
@@ -411,7 +417,7 @@ def test_a_model_of_the_users_own_is_measured_when_that_is_allowed(
 def test_mistakes_leave_with_2_a_message_and_no_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture, arguments: list[str], message: str
 ) -> None:
-    monkeypatch.setattr(fresh_processes, "FreshProcesses", NoProcesses)
+    monkeypatch.setattr(kernel_memory, "KernelPeaks", NoProcesses)
     assert bncli(monkeypatch, "profile", *arguments) == 2
     out, err = capsys.readouterr()
     assert message in err

@@ -79,7 +79,7 @@ def serve(jobs: queue.Queue[dict[str, Any]], out: TextIO, device_name: str, thre
         gc.collect()  # the last run's model, where a cycle keeps it
         said = 0.0
         try:
-            for event in train(recipe, loaded[source], device, name=key):
+            for event in train(recipe, device_name, dataset=loaded[source], name=key):
                 if isinstance(event, RunStarted | RunFinished):  # a forward pass may import as well
                     own.note()
                 if isinstance(event, Evaluated) and monotonic() - said > REPORT_EVERY_S:

@@ -16,7 +16,8 @@ from bncli.results.compare import Planned, PlannedArm
 def of_training(loaded: Loaded, arm: Arm) -> Planned:
     """One run of `bncli train`."""
     one = _arm(loaded.base, arm, 0, 1)
-    return Planned(arm.name, tuple(loaded.provenance(arm)), (one,), {}, 1, arm.recipe.train.steps)
+    fields = tuple(loaded.provenance(arm))
+    return Planned(arm.name, fields, (one,), {}, 1, arm.recipe.train.steps, available_memory_mib())
 
 
 def of_comparison(recipes: Sequence[Loaded]) -> Planned:
@@ -29,7 +30,15 @@ def of_comparison(recipes: Sequence[Loaded]) -> Planned:
         arms.append(_arm(first.base, arm, tuning, len(asked.plan.report_seeds)))
     runs = planned_runs(asked)
     fields = tuple(first.provenance(Arm("", first.base)))
-    return Planned(first.name, fields, tuple(arms), dict(asked.plan.grid), runs, runs * asked.plan.budget)
+    steps = runs * asked.plan.budget
+    return Planned(first.name, fields, tuple(arms), dict(asked.plan.grid), runs, steps, available_memory_mib())
+
+
+def available_memory_mib() -> float:
+    """Memory of this machine that programs can take without swapping."""
+    import psutil  # as late as that, since commands that do not plan need not load it
+
+    return float(psutil.virtual_memory().available) / 2**20
 
 
 def _arm(base: Recipe, arm: Arm, tuning_runs: int, report_runs: int) -> PlannedArm:

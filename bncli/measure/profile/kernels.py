@@ -15,6 +15,7 @@ from bncli.measure.profile import candidates
 from bncli.measure.profile.budget import NATIVE, Asked, Budget, planned
 from bncli.measure.profile.candidates import Candidate, Source
 from bncli.measure.profile.flops import flops
+from bncli.measure.profile.kernel_memory import KernelPeaks, tiny
 from bncli.measure.reference import case as cases
 from bncli.measure.reference.case import Inputs
 from bncli.measure.reference.channel_accuracy import Judge, judge
@@ -22,7 +23,6 @@ from bncli.measure.timing import clock as timing
 from bncli.measure.timing import memory, speedup
 from bncli.measure.timing.ceilings import Ladder
 from bncli.measure.timing.clock import Clock, Deadline
-from bncli.measure.timing.fresh_processes import FreshProcesses
 from bncli.measure.timing.speedup import faster_over
 from bncli.results.profile import (
     Case,
@@ -47,7 +47,7 @@ CASE_BYTES = 8 * 2**20  # what a case costs whatever its size, in bytes of a ten
 
 
 class PeakMemory(Protocol):
-    """Where a CPU's peaks come from: `FreshProcesses`, or a fake."""
+    """Where a CPU's peaks come from: `KernelPeaks`, or a fake."""
 
     failure: str | None
 
@@ -83,7 +83,7 @@ class KernelRun:
         self._cases = planned(asked)
         self._sources = sources or candidates.sources(asked.kernels, device, asked.allow_code)
         self._clock = clock
-        self._peaks: PeakMemory = peaks or FreshProcesses(asked.allow_code)
+        self._peaks: PeakMemory = peaks or KernelPeaks(asked.allow_code)
         self._ladder = ladder
         self._rows: list[KernelCost] = []
         self._notes: dict[Note, list[Case]] = {}  # a note without its cases -> those
@@ -139,13 +139,13 @@ class KernelRun:
 
     def _load(self) -> None:
         """Whatever loads or compiles on first use, on a tiny case, so that no case's time pays for it."""
-        tiny = memory.tiny(self._cases[0][0])
+        small = tiny(self._cases[0][0])
         on_cpu = self._device.type == "cpu"
         if on_cpu:
             self._peaks.start()  # which goes on beside what follows
-        enter(tiny, 0, self._sources, self._device, may_compile=False)
+        enter(small, 0, self._sources, self._device, may_compile=False)
         if on_cpu:
-            self._peaks.peak_mib(tiny, NATIVE)
+            self._peaks.peak_mib(small, NATIVE)
 
     # --- one case -------------------------------------------------------------------------------------------------
 

@@ -11,11 +11,11 @@ import torch
 from bncli.engine import device as devices
 from bncli.errors import UsageError
 from bncli.measure.profile.budget import Asked
+from bncli.measure.profile.kernel_memory import KernelPeaks
 from bncli.measure.profile.kernels import KernelRun
 from bncli.measure.profile.shapes import Calls, parse, read_csv, shape_set
 from bncli.measure.profile.step_models import StepModel, UserModel, recipe_models
 from bncli.measure.profile.steps import StepRun
-from bncli.measure.timing.fresh_processes import FreshProcesses
 from bncli.recipe.load import load
 
 
@@ -41,7 +41,7 @@ def kernel_run(
     own_shapes: Sequence[str],
     batch: int | None,
     cold: bool,
-    peaks: FreshProcesses,
+    peaks: KernelPeaks,
 ) -> KernelRun:
     """Empty dtypes and layouts, and shapes of None, stand for the device's own. Raises UsageError and Unavailable."""
     device = _device(options)

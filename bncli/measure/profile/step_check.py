@@ -87,8 +87,7 @@ def _doubled(subject: StepModel, kernel: str, dataset: Dataset, device: torch.de
 def _outcome(trainable: Trainable, batch: Batch) -> Found:
     torch.manual_seed(0)  # of dropout
     loss = trainable.step(*batch)
-    model = getattr(trainable.model, "_orig_mod", trainable.model)  # of a compiled one
-    parameters, buffers = model.named_parameters(), model.named_buffers()
+    parameters, buffers = trainable.model.named_parameters(), trainable.model.named_buffers()
     running = {name: buffer for name, buffer in buffers if name.rpartition(".")[2].startswith("running_")}
     return {
         "loss": {"": loss.double()},

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -15,11 +14,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from bncli.engine import data, train
+from bncli.engine import data
 from bncli.engine.convert import Conversion, convert
 from bncli.engine.data.splits import Batch, Dataset, InMemory
-from bncli.engine.user_code import imported
-from bncli.errors import BncliError, RunFailed, UsageError
+from bncli.engine.device import autocast
+from bncli.engine.models import blame_own_model
+from bncli.engine.train import optimizer_step
+from bncli.engine.train.optim import uncompiled
+from bncli.engine.train.state import TrainState, check_fit
+from bncli.engine.user_code import blame_user_code, imported
+from bncli.errors import RunFailed, UsageError
 from bncli.recipe.load import Loaded, digest, plain, suggestion, with_values
 from bncli.recipe.sections import Digits, Hub, Npz, Recipe, Synthetic
 from bncli.results.profile import NormLayers, Note
@@ -94,7 +98,7 @@ def one_batch(x: Tensor, y: Tensor, classes: int, memory_format: str) -> Dataset
 
 def norms_of(model: nn.Module) -> tuple[NormLayers, ...]:
     """The norm layers, those that are alike together; batch norms first, the most frequent before the others."""
-    conversion = getattr(getattr(model, "_orig_mod", model), "bncli_conversion", None)
+    conversion = getattr(model, "bncli_conversion", None)
     if isinstance(conversion, Conversion):
         batch = Counter(
             NormLayers(BATCH, 0, conversion.kernel if line.calls else "native", True, line.calls)
@@ -152,7 +156,7 @@ class RecipeModel:
     def dataset(self, device: torch.device) -> Dataset:
         """Raises DataError for data that are not there or do not fit the model."""
         found = _loaded(self.recipe.data, device, self.recipe.train.memory_format)
-        train.check_fit(self.recipe, found)
+        check_fit(self.recipe, found)
         return found
 
     def single_batch(self, x: Tensor, y: Tensor, classes: int) -> Dataset:
@@ -164,25 +168,22 @@ class RecipeModel:
         """
         values: dict[str, Any] = {"train.compile": False} if learns else {"optimizer.lr": STANDING_LR}
         recipe = with_values(self.recipe, values if kernel is None else {**values, "norm.kernel": kernel})
-        with train.blaming_own_code(recipe):
-            run = train.Training(recipe, dataset, device)
-        batches = iter(run.batches)
+        with blame_own_model(recipe):
+            state = TrainState(recipe, dataset, device)
         held_out = dataset.held_out
         some = torch.arange(min(self.batch_size, len(held_out)), device=held_out.index_device)
         x, _ = next(held_out.batches([some]))
 
         def step(x: Tensor, y: Tensor) -> Tensor:
-            with train.blaming_own_code(recipe):
-                return run.step(x, y)
+            with blame_own_model(recipe):
+                return optimizer_step(state, x, y)
 
         def forward(x: Tensor) -> object:
-            with run.autocast():
-                return run.model(x)
+            with autocast(device, recipe.train.precision):
+                return state.model(x)
 
         last = len(dataset.train) % self.batch_size
-        return Trainable(
-            run.model, run.optimizer, lambda: next(batches), step, forward, x, last, recipe.train.precision
-        )
+        return Trainable(state.model, state.optimizer, state.next_batch, step, forward, x, last, recipe.train.precision)
 
 
 @functools.lru_cache(maxsize=1)
@@ -289,7 +290,7 @@ class UserModel:
         except (ImportError, AttributeError, ValueError) as error:
             where = "it is looked for in the current folder and the environment"
             raise UsageError(f"{error}; {where}", field="model", value=self.module) from error
-        with _blaming(self.module, "It is called without arguments and returns a torch.nn.Module"):
+        with blame_user_code(self.module, "It is called without arguments and returns a torch.nn.Module"):
             model = function()
         if not isinstance(model, nn.Module):
             returned = f"it returned a {type(model).__name__}; expected a torch.nn.Module"
@@ -304,12 +305,13 @@ class UserModel:
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not learned:
             raise UsageError("none of its parameters requires a gradient", field="model", value=self.module)
-        optimizer = train.uncompiled(torch.optim.SGD)(learned, lr=0.0, momentum=0.9)
+        optimizer = uncompiled(torch.optim.SGD)(learned, lr=0.0, momentum=0.9)
         scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         batch = next(dataset.train.chunks(self.batch_size))
 
         def forward(x: Tensor) -> object:
-            with _autocast(self.precision, device), _blaming(self.module, f"It is given a batch {tuple(x.shape)}"):
+            contract = f"It is given a batch {tuple(x.shape)}"
+            with autocast(device, self.precision), blame_user_code(self.module, contract):
                 return model(x)
 
         def step(x: Tensor, y: Tensor) -> Tensor:
@@ -328,20 +330,3 @@ class UserModel:
         if not floats:
             raise RunFailed(f"{self.module}: its output holds no floating-point tensor to train on")
         return torch.stack([each.float().square().mean() for each in floats]).sum()
-
-
-def _autocast(precision: str, device: torch.device) -> Any:
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
-
-
-@contextlib.contextmanager
-def _blaming(module: str, contract: str) -> Iterator[None]:
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        if isinstance(error, BncliError):
-            raise
-        text = " ".join(str(error).split()) or "no message"
-        raise RunFailed(f"{module} raised {type(error).__name__}: {text}. {contract}") from error

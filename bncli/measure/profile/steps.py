@@ -29,6 +29,7 @@ from bncli.measure.profile.step_models import StepModel, Trainable, norms_of
 from bncli.measure.profile.step_time import DATA
 from bncli.measure.timing import clock as clocks
 from bncli.measure.timing.clock import Clock, Deadline, Work
+from bncli.measure.timing.fresh_process import FreshProcesses
 from bncli.measure.timing.speedup import FEWEST_ROUNDS, faster
 from bncli.results.profile import (
     Measuring,
@@ -84,6 +85,7 @@ class StepRun:
         self._kernels = [tuple(kernels) if model.has_kernels else (None,) for model in self._models]
         self._seconds, self._least_rounds = seconds, least_rounds
         self._share_s, self._trace, self._memory = seconds / max(1, len(self._models)), trace, memory
+        self._processes = FreshProcesses(step_memory.warm_up)
         self._clock, self._now_ns = clock or clocks.of(device), now_ns
         self._began_s = self._now_s()
         self._order = random.Random(0)
@@ -100,15 +102,16 @@ class StepRun:
     def events(self) -> Iterator[ProfileEvent]:
         """Measure. Raises DataError and UsageError for what cannot be measured at all."""
         yield ProfileStarted(self._name, self.planned, self._seconds)
-        for place, model in enumerate(self._models):
-            deadline = Deadline(self._share_s, self._now_s)
-            with tf32_allowed(model.tf32):
-                for event in self._measure(model, place, deadline):
-                    if isinstance(event, str):
-                        done = min(1.0, 1 - deadline.left_s / self._share_s)
-                        yield Measuring(f"{model.name}: {event}", (place + done) / len(self._models), self._least_s)
-                    else:
-                        yield event
+        with self._processes:
+            for place, model in enumerate(self._models):
+                deadline = Deadline(self._share_s, self._now_s)
+                with tf32_allowed(model.tf32):
+                    for event in self._measure(model, place, deadline):
+                        if isinstance(event, str):
+                            done = (place + min(1.0, 1 - deadline.left_s / self._share_s)) / len(self._models)
+                            yield Measuring(f"{model.name}: {event}", done, self._least_s)
+                        else:
+                            yield event
 
     def result(self) -> StepProfile:
         return StepProfile(
@@ -172,9 +175,8 @@ class StepRun:
         if row.mode == "evaluation":
             return row
         try:
-            return replace(
-                row, memory=self._memory(model, candidate.kernel, candidate.trainable.batch(), dataset.classes)
-            )
+            batch = candidate.trainable.batch()
+            return replace(row, memory=self._memory(self._processes, model, candidate.kernel, batch, dataset.classes))
         except RuntimeError as error:
             self._notes.append(Note("memory unknown", candidate.kernel, arm=model.name, reason=reason(error)))
             return row

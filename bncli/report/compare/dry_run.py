@@ -31,6 +31,8 @@ def render(planned: Planned) -> Group:
     parts: list[Any] = [fields, arms]
     if any(arm.memory_mib is not None for arm in planned.arms):
         parts.append(Text("memory: parameters, gradients, optimizer state and activations; torch itself comes on top"))
+        if planned.available_memory_mib is not None:
+            parts.append(Text(f"available on this machine (CPU): {_memory(planned.available_memory_mib)}"))
     for path, values in planned.grid.items():
         parts.append(Text(f"grid: {path} in {', '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in values)}"))
     runs = f"{planned.runs:,} runs" if planned.runs != 1 else "1 run"

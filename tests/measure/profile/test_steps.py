@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +15,13 @@ from torch import Tensor, nn
 
 from bncli import kernels
 from bncli.engine.data.splits import Dataset
-from bncli.errors import DataError, Unavailable, UsageError
+from bncli.errors import DataError, UsageError
 from bncli.kernels import native
 from bncli.measure.profile import step_memory
 from bncli.measure.profile.step_check import difference
 from bncli.measure.profile.step_models import RecipeModel, Trainable, UserModel, norms_of, one_batch, recipe_models
 from bncli.measure.profile.steps import StepRun
+from bncli.measure.timing.fresh_process import CallFailed, FreshProcesses
 from bncli.recipe.load import load
 from bncli.results.environment import Interval
 from bncli.results.profile import (
@@ -38,6 +38,8 @@ from bncli.results.profile import (
 )
 from tests.conftest import tiny
 from tests.measure.reference import wrong_kernels
+
+OWN_MODELS = Path(__file__).with_name("own_models.py")
 
 CPU = torch.device("cpu")
 NO_MEMORY = StepMemory(0.0, 0.0, 0.0, 0.0, None)
@@ -451,7 +453,7 @@ def test_a_module_that_is_not_there_is_the_users_mistake(name: str, says: str) -
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("Raising", "raised RuntimeError: no such luck. It is given a batch (4, 3)"),
+        ("Raising", f"raised RuntimeError: no such luck, in {OWN_MODELS}:38. It is given a batch (4, 3)"),
         ("OnlyWholeNumbers", "holds no floating-point tensor"),
         ("one_value_a_channel", "Expected more than 1 value per channel"),
     ],
@@ -491,38 +493,23 @@ def test_the_peak_of_a_fresh_process_holds_the_parts() -> None:
     subject = RecipeModel("tiny", recipe)
     dataset = subject.dataset(CPU)
     batch = subject.trainable("native", dataset, CPU).batch()
-    found = step_memory.measure(subject, "native", batch, dataset.classes)
+    with FreshProcesses(step_memory.warm_up) as processes:
+        found = step_memory.measure(processes, subject, "native", batch, dataset.classes)
     parts = found.parameters_mib + found.gradients_mib + found.optimizer_mib + found.activations_mib
     assert found.parameters_mib > 8
     assert found.peak_mib is not None
     assert parts * 0.9 < found.peak_mib < 5 * parts + 100
 
 
-def give_up() -> None:
-    os._exit(3)
-
-
-def raise_it() -> None:
-    raise Unavailable("not today")
-
-
-@pytest.mark.parametrize(
-    ("function", "says"), [(give_up, "ended with exit code 3"), (raise_it, "Unavailable: not today")]
-)
-def test_a_process_that_does_not_come_through_says_why(function: Callable[[], None], says: str) -> None:
-    with pytest.raises(RuntimeError, match=says):
-        step_memory.in_fresh_process(function, (), 60.0)
-
-
 @pytest.mark.usefixtures("other")
 def test_a_memory_that_is_unknown_leaves_the_times() -> None:
     def unknown(*_: object) -> StepMemory:
-        raise RuntimeError("its process ended with exit code -9")
+        raise CallFailed("its process ended with exit code -9")
 
     profile = finished(faked_run(Faked(Hand(), {"native": 8.0, "fused": 4.0}), memory=unknown))
     assert by_kernel(profile)["native"].memory is None
     assert by_kernel(profile)["native"].samples_ms
-    reason = "RuntimeError: its process ended with exit code -9"
+    reason = "CallFailed: its process ended with exit code -9"
     unknown_to = [note.kernel for note in profile.notes if note.kind == "memory unknown" and reason in str(note.reason)]
     assert unknown_to == ["native", "fused"]
 

@@ -170,11 +170,17 @@ class Processes:
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        return os.cpu_count() or 1
+    """Physical cores, or the logical ones that this process may use where those are fewer.
+
+    Two runs on the hyperthreads of one core wait for each other's arithmetic.
+    """
+    import psutil  # not loaded where --help or a usage error is all that is asked for
+
+    process = psutil.Process()
+    # macOS has no affinity.
+    allowed = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count()
+    known = [count for count in (allowed, psutil.cpu_count(logical=False)) if count]
+    return min(known, default=1)
 
 
 def _cause(code: int) -> str:

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from bncli.errors import BncliError, Refused
 from bncli.measure.compare.executors import Ended, Progressed, Started
-from bncli.measure.compare.executors.processes import Processes
+from bncli.measure.compare.executors.processes import Processes, cores
 from bncli.measure.compare.plan import Job
 
 FAKE = (sys.executable, "-m", "tests.measure.compare.fake_worker")
@@ -65,6 +66,19 @@ def test_every_run_ends_and_a_worker_takes_many(tmp_path: Path) -> None:
 def test_a_run_is_started_then_progresses_then_ends(tmp_path: Path) -> None:
     events, _ = carry_out(processes(tmp_path, jobs=1), {"run": "work"})
     assert [type(event) for event in events if event is not None] == [Started, Progressed, Ended]
+
+
+def test_there_are_no_more_cores_than_the_process_may_use_or_the_machine_has() -> None:
+    process = psutil.Process()
+    assert 1 <= cores() <= (psutil.cpu_count(logical=False) or psutil.cpu_count() or 1)
+    if not hasattr(process, "cpu_affinity"):
+        pytest.skip("there is no affinity here")
+    before = process.cpu_affinity()
+    try:
+        process.cpu_affinity(before[:1])
+        assert cores() == 1
+    finally:
+        process.cpu_affinity(before)
 
 
 def test_workers_get_the_number_of_threads_in_their_environment(tmp_path: Path) -> None:
