@@ -1,7 +1,9 @@
-"""The gate: ratios to native beside those of an earlier run, told apart by their intervals alone."""
+"""Comparison with a baseline: ratios to native beside those of an earlier run, told apart by their intervals alone."""
 
 from __future__ import annotations
 
+import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -10,8 +12,12 @@ from hypothesis import strategies as st
 
 from bncli.errors import USAGE, UsageError
 from bncli.measure.profile.baseline import change, gate
+from bncli.measure.profile.candidates import Candidate, Source
+from bncli.measure.reference import case as cases
+from bncli.measure.reference.case import Inputs
 from bncli.results.environment import Interval
-from bncli.results.profile import Case, KernelRow, Speedup, StepRow
+from bncli.results.profile import Case, KernelProfile, KernelRow, Speedup, StepRow
+from tests.measure.profile.test_kernels import Machine, Spent, profile
 from tests.report.made_up_costs import kernel_profile, one_case, step_profile, with_errors
 
 POSITIVE = st.floats(0.01, 100.0)
@@ -178,3 +184,47 @@ def test_without_native_in_the_run_the_message_asks_for_it():
 def test_a_bound_that_is_no_number_above_1_is_refused(bound):
     with pytest.raises(UsageError, match=r"^fail_above .*: expected more than 1"):
         gate(one_case(), one_case(), bound)
+
+
+# --- whole profiles, quick ones, of a machine whose rounds are noisy --------------------------------------------------
+
+SHAPES = tuple(((4, 3, 5, side), 1) for side in range(2, 8))
+
+
+def noisy(machine: Machine, noise: random.Random, slowed: float) -> Source:
+    """Native's kernel; each of its times is off by 3 %, and one in 100 twice as long."""
+
+    def source(case: Case) -> Candidate:
+        native = cases.apply(case, "native")
+
+        def forward(given: Inputs) -> object:
+            forward_ms, backward_ms = (
+                10 * slowed * math.exp(noise.gauss(0, 0.03)) * (2 if noise.random() < 0.01 else 1) for _ in range(2)
+            )
+            return Spent.apply(native(given), machine, forward_ms, backward_ms)
+
+        return Candidate(forward)  # type: ignore[arg-type]
+
+    return source
+
+
+def quick(seed: int, slowed: float = 1.0) -> KernelProfile:
+    """A profile with so little time that every row has the fewest rounds."""
+    machine, noise = Machine(), random.Random(seed)
+    sources = {"native": noisy(machine, noise, 1.0), "mine": noisy(machine, noise, slowed)}
+    return profile(machine, sources, shapes=SHAPES, seconds=0.001)
+
+
+@pytest.fixture(scope="module")
+def baseline() -> KernelProfile:
+    return quick(0)
+
+
+@pytest.mark.parametrize("slowed", [1.5, 3.0, 8.0])
+def test_a_kernel_that_became_slower_fails_against_a_quick_baseline(baseline: KernelProfile, slowed: float) -> None:
+    for seed in range(1, 6):
+        assert gate(quick(seed, slowed), baseline, 1.1).failed
+
+
+def test_the_same_code_passes_nineteen_times_of_twenty(baseline: KernelProfile) -> None:
+    assert sum(gate(quick(seed), baseline, 1.1).failed for seed in range(1, 21)) <= 1
