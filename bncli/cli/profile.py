@@ -159,7 +159,7 @@ def profile(
         options = profile_runs.Options(device, threads, kernels, wished_s, min_rounds, allow_code)
         run: KernelRun | StepRun
         if recipe is not None:
-            run = profile_runs.recipe_run(options, recipe, sets or (), arm, trace)
+            run = profile_runs.recipe_run(options, recipe, sets or (), arm, trace, sets_from="--set")
         elif model is not None:
             run = profile_runs.model_run(options, model, inputs or "", trace)
         else:

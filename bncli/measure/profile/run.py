@@ -1,4 +1,4 @@
-"""What `bncli profile` measures, from its options: the run of the kernel view, or of the step view."""
+"""Runs of the kernel view and of the step view, made from the values of the options."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bncli.recipe.load import load
 
 @dataclass(frozen=True)
 class Options:
-    """Those of both views, as they were given. threads: None for torch's choice."""
+    """Options of both views, as they were given. threads: None for torch's choice."""
 
     device: str
     threads: int | None
@@ -62,10 +62,15 @@ def kernel_run(
     return KernelRun(asked, device, peaks=peaks)
 
 
-def recipe_run(options: Options, recipe: str, sets: Sequence[str], arm: str | None, trace: Path | None) -> StepRun:
-    """The step of each arm of a recipe, or of one. Raises UsageError and Unavailable."""
+def recipe_run(
+    options: Options, recipe: str, sets: Sequence[str], arm: str | None, trace: Path | None, sets_from: str = "sets"
+) -> StepRun:
+    """The step of each arm of a recipe, or of one. sets_from: how a mistake in `sets` names it.
+
+    Raises UsageError and Unavailable.
+    """
     device = _device(options)
-    loaded = load(recipe, sets, allow_code=options.allow_code, sets_from="--set")
+    loaded = load(recipe, sets, allow_code=options.allow_code, sets_from=sets_from)
     subjects = recipe_models(loaded, arm)
     return _step_run(loaded.name, subjects, device, options, trace)
 
