@@ -10,8 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from bncli.report.profile.notes import error_words
 from bncli.results.compare import ComparisonEvent, ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
-from bncli.results.profile import Measuring, ProfileEvent, ProfileStarted, RowDone
+from bncli.results.profile import KernelCost, Measuring, ProfileEvent, ProfileStarted, RowDone
 from bncli.results.train import Evaluated, Event, RunStarted, StepDone
 
 LINE_EVERY_S = 10.0  # off a terminal
@@ -163,9 +164,10 @@ class ProfileProgress(_Sink):
             self.line(f"{self.done}/{self.planned} rows, {self.fraction:.0%}{self._left()}: {event.label}")
         elif isinstance(event, RowDone):
             self.done += 1
-            if getattr(event.row, "wrong", False):
+            if event.row.wrong:
                 row = event.row
-                self.line(f"{self.done}/{self.planned} {row.kernel}: wrong: {row.error}", True)
+                wrong = "wrong: " * isinstance(row, KernelCost)
+                self.line(f"{self.done}/{self.planned} {row.kernel}: {wrong}{error_words(row)}", True)
 
     def _longer(self, least_s: float) -> str:
         """How long it takes where that is more than was asked for, beyond what such an estimate is off by."""

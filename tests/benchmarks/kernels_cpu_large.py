@@ -15,13 +15,13 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from bncli.measure.profile.candidates import sources
-from bncli.measure.profile.kernel_entry import enter
+from bncli.measure.profile.kernels import enter
 from bncli.measure.reference import case as cases
 from bncli.measure.reference.accuracy import Check
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing import speedup
 from bncli.measure.timing.clock import Deadline, Work
-from bncli.results.profile import Case, Direction, Faster
+from bncli.results.profile import Case, Direction, Speedup
 from tests.benchmarks import kernels_environment as environment
 from tests.benchmarks.kernels_cpu_layers import LAYOUTS
 from tests.benchmarks.kernels_report import faster, ms
@@ -101,7 +101,7 @@ def _one_case(run: Run, case: Case, deadline: Deadline) -> None:
         return
     run.report.check([Check("large", str(case), True)])
     copy, moved_bytes = timing.copy_work(case.tensor_bytes, run.device)
-    works = {"copy": copy, **entry.arms[run.candidate].works(entry.inputs)}
+    works = {"copy": copy, **entry.candidates[run.candidate].works(entry.inputs)}
     copy.run(None)  # its pages are there
     rounds = min(run.rounds, ROUNDS)
     samples = timing.interleaved(run.clock, works, rounds, deadline=deadline, fewest=speedup.FEWEST_ROUNDS)
@@ -119,7 +119,7 @@ def _one_case(run: Run, case: Case, deadline: Deadline) -> None:
         _report(run, case, kept, moved_bytes, "kept memory", page_faults(works["both"]))
 
 
-def shares(case: Case, direction: Direction, samples: Mapping[str, tuple[float, ...]], moved_bytes: int) -> Faster:
+def shares(case: Case, direction: Direction, samples: Mapping[str, tuple[float, ...]], moved_bytes: int) -> Speedup:
     """The floor's bytes a second over a copy's, round by round: 1 is the copy's own speed."""
     floor = cases.floor_bytes(case, direction) / moved_bytes
     return speedup.of_ratios(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bncli.measure.profile import implementation
+from bncli.measure.profile import candidates
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing.clock import Clock, Deadline
 from bncli.results.profile import Case
@@ -148,8 +148,8 @@ def layers(run: Run, deadline: Deadline) -> None:
         if deadline.passed:
             break
         timed_cases += 1
-        backend = implementation.native_backend(case, run.device)
-        plan = implementation.plan_words(case, run.device)
+        backend = candidates.native_backend(case, run.device)
+        plan = candidates.plan_words(case, run.device)
         run.report.line(f"{case} ({case.tensor_bytes / 1e6:.0f} MB), native runs {backend}; {plan}")
         arms = speed.arms_of(case, run.candidate, with_compile=_beside_compile(run, case))
         for timed in speed.time_case(case, run.device, run.clock, arms, run.rounds, deadline):
@@ -172,7 +172,7 @@ def small(run: Run, deadline: Deadline) -> None:
         if deadline.passed:
             break
         timed_cases += 1
-        run.report.line(f"{case} ({case.tensor_bytes / 1e6:.2f} MB); {implementation.plan_words(case, run.device)}")
+        run.report.line(f"{case} ({case.tensor_bytes / 1e6:.2f} MB); {candidates.plan_words(case, run.device)}")
         arms = speed.arms_of(case, run.candidate, with_compile=False)
         for timed in speed.time_small(case, run.device, run.clock, arms, run.rounds, calls=50 if run.cuda else 5):
             run.report.timed(timed)

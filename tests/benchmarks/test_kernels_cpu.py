@@ -14,7 +14,7 @@ from torch import Tensor
 from bncli import errors
 from bncli.kernels import native
 from bncli.kernels.fused import cpu
-from bncli.measure.profile.kernel_means import means
+from bncli.measure.profile.kernels import means
 from bncli.measure.profile.shapes import Calls
 from bncli.measure.reference import case as cases
 from bncli.measure.timing import clock as timing

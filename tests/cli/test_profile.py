@@ -348,7 +348,7 @@ def test_a_model_of_the_users_own_is_measured_when_that_is_allowed(
     assert bncli(monkeypatch, *asked, "--model", "mine:make") == 2
     assert "--model mine:make is code of yours that would run; allow it with --allow-code" in capsys.readouterr().err
     assert bncli(monkeypatch, *asked, "--model", "mine:broken", "--allow-code") == 1
-    assert "--model mine:broken raised RuntimeError: no weights here" in capsys.readouterr().err
+    assert "bncli: mine:broken raised RuntimeError: no weights here" in capsys.readouterr().err
     assert bncli(monkeypatch, *asked, "--model", "mine:maek", "--allow-code") == 2
     assert "has no attribute 'maek'" in capsys.readouterr().err
 
@@ -366,7 +366,7 @@ def test_a_model_of_the_users_own_is_measured_when_that_is_allowed(
         (["small.yaml", "--kernel", "native,compiled"], "--kernel compiled: models are trained with native and fused"),
         (["--shape", "8"], "--shape 8: expected the batch, the channels and up to three sides"),
         (["--shape", "1x3"], "--shape 1x3: training needs more than one value a channel, and it has one"),
-        (["--shape", "8x4", "--batch", "3"], "--batch: a --shape holds its own batch"),
+        (["--shape", "8x4", "--batch", "3"], "--batch: a shape holds its own batch, its first number"),
         (["--batch", "0"], "'--batch': 0 is not in the range"),
         (["--shapes", "resnet"], "--shapes resnet: expected one of resnet50, resnet20, inception, mlp, or a CSV file"),
         (["--shapes", "none.csv"], "--shapes none.csv: there is no such file"),

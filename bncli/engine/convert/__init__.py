@@ -29,6 +29,7 @@ class ConvertedNorm:
     name: str  # qualified, as in the state_dict
     operation: str | None  # "batch norm + residual add + relu"; None: left as it was
     reason: str | None  # why nothing more was fused, or why it was left
+    calls: tuple[tuple[str, ...], ...] = ()  # the operations that follow it in one call, for each different call
 
 
 @dataclass(frozen=True)
@@ -219,11 +220,11 @@ class _Report:
         assert isinstance(module, norm.BatchNorm)
         own = (module.activation,) if module.activation else ()
         sites = self.sites.get(name, [])
-        operations = dict.fromkeys(" + ".join(("batch norm", *own, *site.fused)) for site in sites)
+        calls = tuple(dict.fromkeys((*own, *site.fused) for site in sites)) or (own,)
         reasons = dict.fromkeys(site.reason for site in sites if site.reason)
         unseen = self._unseen(name, bool(sites), module.activation)
         reason = "; ".join(reasons) or (None if any(site.fused for site in sites) else unseen)
-        return ConvertedNorm(name, ", ".join(operations) or " + ".join(("batch norm", *own)), reason)
+        return ConvertedNorm(name, ", ".join(" + ".join(("batch norm", *call)) for call in calls), reason, calls)
 
     def _unseen(self, name: str, returned: bool, activation: str | None) -> str | None:
         """Why no graph shows what follows a norm."""

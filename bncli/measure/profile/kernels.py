@@ -1,35 +1,38 @@
-"""`bncli profile`'s kernel view: cases judged first, then timed side by side, in as many rounds as the time allows."""
+"""The kernel view of `bncli profile`: every kernel is judged on each case; the correct ones are timed side by side."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 
 from bncli.engine import device as devices
 from bncli.errors import Unavailable
-from bncli.measure.profile import candidates as kernel_arms
+from bncli.measure.profile import candidates
 from bncli.measure.profile.budget import NATIVE, Asked, Budget, planned
-from bncli.measure.profile.candidates import Arm, Source
+from bncli.measure.profile.candidates import Candidate, Source
 from bncli.measure.profile.flops import flops
-from bncli.measure.profile.kernel_entry import Entry, enter
-from bncli.measure.profile.kernel_means import means
 from bncli.measure.profile.kernel_memory import KernelPeaks, tiny
 from bncli.measure.reference import case as cases
+from bncli.measure.reference.case import Inputs
+from bncli.measure.reference.channel_accuracy import Judge, judge
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing import memory, speedup
-from bncli.measure.timing.ceilings import Ladder, busy_cores
+from bncli.measure.timing.ceilings import Ladder
 from bncli.measure.timing.clock import Clock, Deadline
+from bncli.measure.timing.speedup import faster_over
 from bncli.results.profile import (
     Case,
     Ceilings,
     Direction,
     KernelCost,
+    KernelMean,
     KernelProfile,
     Measuring,
+    Note,
     ProfileEvent,
     ProfileStarted,
     RowDone,
@@ -78,12 +81,12 @@ class KernelRun:
             raise Unavailable(f"--device {device}: kernels are timed on cpu and cuda alone. Use --device cpu")
         self._asked, self._device, self._now_s = asked, device, now_s
         self._cases = planned(asked)
-        self._sources = sources or kernel_arms.sources(asked.kernels, device, asked.allow_code)
+        self._sources = sources or candidates.sources(asked.kernels, device, asked.allow_code)
         self._clock = clock
         self._peaks: PeakMemory = peaks or KernelPeaks(asked.allow_code)
         self._ladder = ladder
         self._rows: list[KernelCost] = []
-        self._notes: dict[str, list[str]] = {}  # what it says -> of which cases
+        self._notes: dict[Note, list[Case]] = {}  # a note without its cases -> those
         self._compile_s: dict[str, float] = {}
         self._began_s, self._seconds = now_s(), 0.0
         self._least_s = 0.0  # of the cases so far, had each had the fewest rounds
@@ -119,7 +122,6 @@ class KernelRun:
     def result(self) -> KernelProfile:
         """Of the cases that are finished. Without any, it may have no copies either."""
         ceilings = Ceilings((), None) if self._ladder is None else self._ladder.ceilings()
-        busy = busy_cores(ceilings, self._device)
         return KernelProfile(
             environment=devices.environment(self._device),
             cold=self._asked.cold,
@@ -127,7 +129,7 @@ class KernelRun:
             ceilings=ceilings,
             rows=tuple(self._rows),
             means=means(self._rows),
-            notes=(*([] if busy is None else [busy]), *self._all_notes()),
+            notes=tuple(self._all_notes()),
             planned=self._planned,
         )
 
@@ -152,31 +154,31 @@ class KernelRun:
         for kernel, seconds in entry.compile_s.items():
             self._compile_s[kernel] = self._compile_s.get(kernel, 0.0) + seconds
         if 0 < entry.judged_channels < case.shape[1]:
-            self._note("run whole, and judged on some of the channels, from the first to the last", case)
-        rows = {kernel: self._untimed(entry, kernel, arm) for kernel, arm in entry.arms.items()}
+            self._note(Note("channels sampled"), case)
+        rows = {kernel: self._untimed(entry, kernel, candidate) for kernel, candidate in entry.candidates.items()}
         samples = self._sampled(entry, budget)
-        rows = {kernel: _timed(row, samples) for kernel, row in rows.items() if kernel in entry.arms}
+        rows = {kernel: _timed(row, samples) for kernel, row in rows.items() if kernel in entry.candidates}
         return [(rows | entry.refused)[kernel] for kernel in self._sources]
 
-    def _untimed(self, entry: Entry, kernel: str, arm: Arm) -> KernelCost:
+    def _untimed(self, entry: Entry, kernel: str, candidate: Candidate) -> KernelCost:
         """A row without times: what it saves for backward, and its peak."""
         inputs = entry.inputs
         assert inputs is not None
         inputs.leaves()
-        saved = memory.saved_bytes(lambda: arm.run(inputs)) / memory.MIB
+        saved = memory.saved_bytes(lambda: candidate.run(inputs)) / memory.MIB
         if self._device.type == "cuda":
-            peak: float | None = memory.cuda_peak_mib(arm.step(inputs), self._device)
+            peak: float | None = memory.cuda_peak_mib(candidate.step(inputs), self._device)
         else:
-            peak = self._resident_peak_mib(entry.case, kernel, arm)
-        return KernelCost(entry.case, kernel, entry.calls, arm.ran, peak_memory_mib=peak, saved_mib=saved)
+            peak = self._resident_peak_mib(entry.case, kernel, candidate)
+        return KernelCost(entry.case, kernel, entry.calls, candidate.ran, peak_memory_mib=peak, saved_mib=saved)
 
-    def _resident_peak_mib(self, case: Case, kernel: str, arm: Arm) -> float | None:
-        if arm.compiles:
-            self._note(f"{kernel}: no peak of memory, which would take another compilation in a process of its own")
+    def _resident_peak_mib(self, case: Case, kernel: str, candidate: Candidate) -> float | None:
+        if candidate.compiles:
+            self._note(Note("peak needs compilation", kernel))
             return None
         peak = self._peaks.peak_mib(case, kernel)
         if peak is None:
-            self._note(f"{kernel}: no peak of memory: {self._peaks.failure}", case)
+            self._note(Note("peak unknown", kernel, reason=self._peaks.failure), case)
         return peak
 
     # --- its samples ----------------------------------------------------------------------------------------------
@@ -185,19 +187,19 @@ class KernelRun:
         """In as many rounds as the case's share of the time takes, or the fewest."""
         works: dict[str, dict[Direction, timing.Work]] = {}
         both_s = 0.0
-        for kernel, arm in list(entry.arms.items()):
+        for kernel, candidate in list(entry.candidates.items()):
             assert entry.inputs is not None
             try:
-                works[kernel] = arm.works(entry.inputs)
+                works[kernel] = candidate.works(entry.inputs)
                 both_s += self._first_sample_s(works[kernel]["both"])
             except Exception as raised:  # right the first time, and then not able to run again
                 works.pop(kernel, None)
-                entry.refuse_for(kernel, raised, arm)
+                entry.refuse_for(kernel, raised, candidate)
         assert self._clock is not None
         self._least_s += budget.least_s(both_s)
         together, apart = budget.rounds(both_s)
         if together < speedup.FEWEST_ROUNDS and works:
-            self._note(f"fewer rounds than the {speedup.FEWEST_ROUNDS} of an interval", entry.case)
+            self._note(Note("few rounds", count=speedup.FEWEST_ROUNDS), entry.case)
         rounds: dict[Direction, tuple[int, int]] = {
             "both": (together, budget.least),
             **dict.fromkeys(ALONE, (apart, budget.least_apart)),
@@ -223,16 +225,16 @@ class KernelRun:
 
     # --- notes ----------------------------------------------------------------------------------------------------
 
-    def _note(self, text: str, case: Case | None = None) -> None:
-        self._notes.setdefault(text, []).extend([] if case is None else [str(case)])
+    def _note(self, note: Note, case: Case | None = None) -> None:
+        self._notes.setdefault(note, []).extend([] if case is None else [case])
 
-    def _all_notes(self) -> Iterator[str]:
-        for text, of in self._notes.items():
-            yield text + _first_of(list(dict.fromkeys(of)))
+    def _all_notes(self) -> Iterator[Note]:
+        for note, of in self._notes.items():
+            yield replace(note, cases=tuple(dict.fromkeys(of)))
         for kernel, seconds in self._compile_s.items():
-            yield f"{kernel}: {seconds:.1f} s of compilation, which are in no row"
+            yield Note("compilation", kernel, seconds=seconds)
         if self._clock is not None and self._clock.host_bound:
-            yield f"in {self._clock.host_bound} of {self._clock.samples} samples the device waited for the host"
+            yield Note("host bound", count=self._clock.host_bound, of=self._clock.samples)
 
 
 def _timed(row: KernelCost, samples: Samples) -> KernelCost:
@@ -246,7 +248,99 @@ def _timed(row: KernelCost, samples: Samples) -> KernelCost:
     return replace(row, forward=forward, backward=backward, both=both, faster=faster)
 
 
-def _first_of(names: Sequence[str]) -> str:
-    if not names:
-        return ""
-    return f": {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+# --- a case's kernels, judged -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Entry:
+    """The kernels of one case, with the tensors that all of them are timed on."""
+
+    case: Case
+    calls: int
+    inputs: Inputs | None = None
+    candidates: dict[str, Candidate] = field(default_factory=dict)  # those that take part
+    refused: dict[str, KernelCost] = field(default_factory=dict)
+    compile_s: dict[str, float] = field(default_factory=dict)
+    judged_channels: int = 0
+
+    def refuse(self, kernel: str, error: str, *, ran: str | None = None, wrong: bool = False) -> None:
+        self.candidates.pop(kernel, None)
+        self.refused[kernel] = KernelCost(self.case, kernel, self.calls, ran, error=error, wrong=wrong)
+
+    def refuse_for(self, kernel: str, raised: Exception, candidate: Candidate | None) -> None:
+        """A kernel that raises gave no right result, unless the machine had no room, or it could not be compiled."""
+        said = f"{type(raised).__name__}: {(str(raised).splitlines() or [''])[0][:200]}"
+        compiling = candidate is not None and candidate.compiles
+        missing = compiling or isinstance(raised, (torch.OutOfMemoryError, MemoryError))
+        self.refuse(kernel, f"torch.compile: {said}" if compiling else said, wrong=not missing)
+
+
+def enter(
+    case: Case,
+    calls: int,
+    sources: Mapping[str, Source],
+    device: torch.device,
+    *,
+    may_compile: bool = True,
+    now_s: Callable[[], float] = time.monotonic,
+) -> Entry:
+    """Run each kernel once, forward and backward, and judge what it gives."""
+    entry = Entry(case, calls)
+    judges: dict[bool, Judge] = {}  # by whether all weights are above 0
+    for kernel, source in sources.items():
+        candidate: Candidate | None = None
+        try:
+            candidate = source(case)
+            if candidate.compiles and not may_compile:
+                continue
+            if candidate.positive_weight not in judges:
+                judges[candidate.positive_weight] = judge(case, device, positive_weight=candidate.positive_weight)
+            _judge(entry, kernel, candidate, judges[candidate.positive_weight], now_s)
+        except Unavailable as reason:
+            entry.refuse(kernel, str(reason), ran=None if candidate is None else candidate.ran)
+        except Exception as raised:  # a kernel may raise anything, and the others' rows stand
+            entry.refuse_for(kernel, raised, candidate)
+    return entry
+
+
+def _judge(entry: Entry, kernel: str, candidate: Candidate, held_to: Judge, now_s: Callable[[], float]) -> None:
+    began_s = now_s()
+    error = held_to.error(candidate.run, poison=not candidate.compiles)
+    if candidate.compiles:
+        entry.compile_s[kernel] = now_s() - began_s
+    if error is not None:
+        entry.refuse(kernel, error, ran=candidate.ran, wrong=True)
+        return
+    entry.candidates[kernel] = candidate
+    entry.inputs = entry.inputs or held_to.inputs
+    entry.judged_channels = len(held_to.channels)
+
+
+# --- means over shapes ------------------------------------------------------------------------------------------------
+
+Key = tuple[str, str, str, str]  # kernel, operation, dtype, layout
+
+
+def means(rows: Sequence[KernelCost]) -> tuple[KernelMean, ...]:
+    """One for each kernel, operation, dtype and layout that has ratios to native, in the rows' order.
+
+    Every shape counts once, however often a model calls it. Round k of a mean is made of the rounds k of its shapes.
+    """
+    native = {row.case: row.both for row in rows if row.kernel == NATIVE and row.both is not None}
+    groups: dict[Key, list[KernelCost]] = {}
+    for row in rows:
+        if row.faster is not None and row.both is not None and row.case in native:
+            groups.setdefault(_group(row.kernel, row.case), []).append(row)
+    return tuple(_mean(key, group, native) for key, group in groups.items())
+
+
+def _group(kernel: str, case: Case) -> Key:
+    return kernel, case.operation, case.dtype, case.layout
+
+
+def _mean(key: Key, rows: Sequence[KernelCost], native: dict[Case, Times]) -> KernelMean:
+    pairs = [(native[row.case].samples_ms, row.both.samples_ms) for row in rows if row.both is not None]
+    values = [(row.faster.value, row.case.shape) for row in rows if row.faster is not None]
+    least, shape = min(values)
+    kernel, operation, dtype, layout = key
+    return KernelMean(kernel, operation, dtype, layout, len(rows), faster_over(pairs), least, shape)

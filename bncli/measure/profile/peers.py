@@ -24,7 +24,7 @@ from bncli.results.profile import Case
 
 @dataclass(frozen=True)
 class Peer:
-    """A peer's kernel on one case; see `arms.Arm` for the fields."""
+    """A peer's kernel on one case; see `candidates.Candidate` for the fields."""
 
     forward: Apply
     ran: str

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bncli.engine.data.splits import Batch, Dataset
 from bncli.engine.device import peak_memory_mib, reset_peak_memory, resident_mib
-from bncli.measure.profile.step_models import Subject, Trainable
+from bncli.measure.profile.step_models import StepModel, Trainable
 from bncli.measure.timing.fresh_process import FreshProcesses
 from bncli.results.profile import StepMemory
 
@@ -25,14 +25,16 @@ MIB = 2**20
 LIMIT_S = 120.0  # of one model in a process of its own
 
 
-def measure(processes: FreshProcesses, subject: Subject, kernel: str | None, batch: Batch, classes: int) -> StepMemory:
+def measure(
+    processes: FreshProcesses, subject: StepModel, kernel: str | None, batch: Batch, classes: int
+) -> StepMemory:
     """Of a model made for it, trained on that batch on the device where the batch is.
 
     processes: prepared by `warm_up`. Raises CallFailed, with the reason, where the fresh process did not come through.
     """
     x, y = batch
     if x.device.type != "cpu":
-        return _train(subject, kernel, subject.alone(x, y, classes), x.device)
+        return _train(subject, kernel, subject.single_batch(x, y, classes), x.device)
     arguments = (subject, kernel, x.numpy(), y.numpy(), classes, torch.get_num_threads())
     found: StepMemory = processes.call(_train_alone, *arguments, limit_s=LIMIT_S)
     return found
@@ -69,7 +71,7 @@ def _mib(tensors: list[Any]) -> float:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / MIB
 
 
-def _train(subject: Subject, kernel: str | None, dataset: Dataset, device: torch.device) -> StepMemory:
+def _train(subject: StepModel, kernel: str | None, dataset: Dataset, device: torch.device) -> StepMemory:
     before = _held_mib(device)
     reset_peak_memory(device)
     trainable = subject.trainable(kernel, dataset, device)
@@ -97,8 +99,8 @@ def warm_up() -> None:
 
 
 def _train_alone(
-    subject: Subject, kernel: str | None, x: np.ndarray, y: np.ndarray, classes: int, threads: int
+    subject: StepModel, kernel: str | None, x: np.ndarray, y: np.ndarray, classes: int, threads: int
 ) -> StepMemory:
     torch.set_num_threads(threads)
-    dataset = subject.alone(torch.from_numpy(x), torch.from_numpy(y), classes)
+    dataset = subject.single_batch(torch.from_numpy(x), torch.from_numpy(y), classes)
     return _train(subject, kernel, dataset, torch.device("cpu"))

@@ -76,13 +76,13 @@ def abn(
 def test_inplace_abn_is_right_for_weights_above_0(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "inplace_abn", inplace_abn=abn)
     case = Case(CASE.shape, operation, "fp32")
-    arm = candidates.sources(["inplace_abn"], CPU, False)["inplace_abn"](case)
-    assert arm.overwrites
-    held_to = judge(case, CPU, positive_weight=arm.positive_weight)
+    candidate = candidates.sources(["inplace_abn"], CPU, False)["inplace_abn"](case)
+    assert candidate.overwrites
+    held_to = judge(case, CPU, positive_weight=candidate.positive_weight)
     held_to.inputs.leaves()
-    assert held_to.error(lambda given: arm.forward(copied(given))) is None
+    assert held_to.error(lambda given: candidate.forward(copied(given))) is None
     mixed = judge(case, CPU)
-    assert mixed.error(lambda given: arm.forward(copied(given))) is not None
+    assert mixed.error(lambda given: candidate.forward(copied(given))) is not None
 
 
 def copied(given: Any) -> Any:

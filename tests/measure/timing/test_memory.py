@@ -48,10 +48,10 @@ def test_batch_norm_saves_its_input_and_relu_its_output() -> None:
 
 @pytest.mark.cuda
 def test_on_a_gpu_the_peak_is_the_allocators() -> None:
-    from bncli.measure.profile.candidates import Arm
+    from bncli.measure.profile.candidates import Candidate
 
     device = torch.device("cuda")
     case = Case((64, 64, 56, 56), "bn", "fp32")
-    arm, inputs = Arm(cases.apply(case, "native")), cases.make(case, device)
+    arm, inputs = Candidate(cases.apply(case, "native")), cases.make(case, device)
     peak = memory.cuda_peak_mib(arm.step(inputs), device)
     assert peak == pytest.approx(2 * case.tensor_bytes / 2**20, rel=0.1)

@@ -1,4 +1,4 @@
-"""The picture of a profile: every kind can be drawn, sizes grow sensibly, columns never stand on each other."""
+"""Figures of a profile: every kind can be drawn, and the roofline's columns never overlap."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bncli.errors import USAGE, BncliError
-from bncli.report.profile.cost_bars import MOST_BARS, facets, facets_height
-from bncli.report.profile.roofline import draw, render
-from bncli.report.profile.roofs import apart, clusters, copy_words
+from bncli.report.profile.figure import apart, clusters, copy_words, draw, render
 from bncli.results.profile import Ceilings
 from tests.report.made_up_costs import (
     CEILINGS,
-    hundred_rows,
     kernel_profile,
     nothing_measured,
     one_case,
@@ -94,34 +91,6 @@ def test_a_step_s_picture_has_its_classes_its_times_and_its_ratios():
 
 
 # --- what is drawn ------------------------------------------------------------------------------------------------
-
-
-def test_a_facet_is_an_operation_dtype_and_layout_with_a_group_of_bars_a_shape():
-    found = facets(resnet().rows)
-    assert [facet.title for facet in found][:2] == ["bn, bf16, contiguous", "bn+relu, bf16, contiguous"]
-    assert len(found) == 6
-    assert {name: len(bars) for name, bars in found[0].groups.items()} == {
-        "256x64x56x56": 2, "256x128x28x28": 2, "256x256x14x14": 2,
-    }  # fmt: skip
-
-
-def test_a_bar_reaches_from_its_slow_to_its_fast_quartile():
-    for facet in facets(one_case().rows):
-        for group in facet.groups.values():
-            for bar in group:
-                assert bar.low < bar.value < bar.high
-
-
-def test_too_many_bars_become_geometric_means_and_the_picture_stays_small():
-    rows = kernel_profile(9, kernels=("native", "fused", "compiled", "flaggems", "native")).rows
-    (facet,) = facets(rows)
-    assert facet.bars <= MOST_BARS
-    assert list(facet.groups) == ["bn, fp32, contiguous", "bn+relu, fp32, contiguous"]
-    assert facets_height(facets(hundred_rows().rows), 3) < 9
-
-
-def test_a_hundred_rows_are_all_drawn():
-    assert sum(facet.bars for facet in facets(hundred_rows().rows)) == 96
 
 
 def test_the_clusters_have_the_definition_s_flop_for_each_byte():
