@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from bncli import kernels
 from bncli.cli import main
 from bncli.errors import BncliError
+from bncli.kernels import fused
 from bncli.measure.compare import reuse
 from bncli.names import RECIPE_KERNELS
 from bncli.recipe.load import load
@@ -159,7 +159,7 @@ def test_the_fused_kernel_trains_on_the_cpu_as_the_native_one_does(
 def test_a_kernel_that_cannot_run_here_is_refused_with_its_reason_and_nothing_runs_in_its_place(
     recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(kernels._WHY_NOT, "fused", lambda device: f"there is no compiler for {device}")
+    monkeypatch.setattr(fused, "unavailable_reason", lambda device: f"there is no compiler for {device}")
     asked = ("train", recipe, "--set", "norm={kind: batch, kernel: fused}", "--device", "cpu")
     assert bncli(monkeypatch, *asked) == 3
     out, err = capsys.readouterr()

@@ -16,7 +16,7 @@ PROBE = Case("train", "float32", "contiguous", (4, 4, 3))
 def stages(setting: Setting, refused: dict[str, str]) -> Iterator[Stage]:
     """A stage for each mode, whose rows are its quantities. `refused` names the dtypes that are left out."""
     subject = setting.subject
-    found = cases(setting.effort, subject.norm, subject.fuses, subject.evaluates, setting.interpreted)
+    found = cases(setting.effort, subject.norm, subject.fuses, subject.evaluates, setting.subject.interpreted)
     for mode in dict.fromkeys(case.mode for case in found):
         checks = [_check(setting, case) for case in found if case.mode == mode and not case.needs & set(refused)]
         names = dict.fromkeys(name for check in checks for name in check.quantities)

@@ -104,7 +104,7 @@ def _cases(setting: Setting, row: Row, modes: list[str]) -> Iterator[Case]:
     layouts = ("contiguous",) if setting.effort == "quick" else ("contiguous", "channels_last")
     dtypes = row.dtypes if setting.effort != "quick" else row.dtypes[:1]
     fusions = ("plain", "relu+residual") if row.fused and setting.subject.fuses else ("plain",)
-    few = setting.effort == "quick" or (setting.interpreted and row.slug == "same-bits")  # minutes, interpreted
+    few = setting.effort == "quick" or (setting.subject.interpreted and row.slug == "same-bits")  # minutes, interpreted
     shapes = row.shapes[:1] if few else row.shapes
     for mode in modes:
         for dtype in dtypes:

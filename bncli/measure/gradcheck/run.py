@@ -147,7 +147,7 @@ def _not_checked(setting: Setting, refused: dict[str, str]) -> Iterator[CheckGro
         yield group("residual and activation", "the function takes no residual and no activation")
     if "eval" in NORMS[checked.norm].modes and not checked.evaluates and "eval" not in refused:
         yield group("evaluation", "the function takes no statistics, so it has no evaluation mode")
-    if setting.interpreted:
+    if setting.subject.interpreted:
         yield group(f"over {INTERPRETED_CHANNELS} contiguous channels", "Triton's interpreter would take minutes")
     for name, reason in refused.items():
         yield group(name, reason)

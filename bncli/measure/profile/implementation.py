@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from bncli.kernels import fused
 from bncli.kernels.fused import cpu
 from bncli.kernels.fused.tiling import Plan
 from bncli.kernels.layout import dense
@@ -81,7 +80,5 @@ def _fused_on_cuda(case: Case, device: torch.device) -> str | None:
 
 
 def _fused_on_cpu(case: Case) -> str:
-    if fused.INTERPRETED:
-        return "Triton's interpreter"
     x = cases.laid_out(torch.empty(case.shape, dtype=cases.DTYPES[case.dtype], device="meta"), case.layout)
     return ("C, copied, " if case.layout == "strided" else "C, ") + cpu.way(dense(x))

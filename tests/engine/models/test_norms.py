@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bncli
-from bncli import kernels
 from bncli.engine.convert import convert
 from bncli.engine.models import build, factory
 from bncli.engine.models.norms import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bncli.errors import Unavailable
-from bncli.kernels import native
+from bncli.kernels import fused, native
 from bncli.kernels.fused import cpu
 from bncli.recipe.sections import BatchNorm as BatchNormSection
 from bncli.recipe.sections import GroupNorm, InstanceNorm, LayerNorm, NoNorm
@@ -94,7 +93,7 @@ def test_no_norm_makes_no_module() -> None:
 
 
 def test_a_kernel_that_cannot_run_is_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kernels._WHY_NOT, "fused", lambda device: "it is not built")
+    monkeypatch.setattr(fused, "unavailable_reason", lambda device: "it is not built")
     with pytest.raises(Unavailable):
         factory(BatchNormSection(kind="batch", kernel="fused"))
 
@@ -106,7 +105,7 @@ def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
 
 
-@pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+@pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
 def test_the_fused_kernel_serves_a_model_on_the_cpu_beside_a_gpu_that_cannot_run_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -123,7 +122,7 @@ def test_a_kernel_that_no_device_here_can_run_is_refused_with_the_reasons_of_eac
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     old_gpu(monkeypatch)
-    monkeypatch.setattr(cpu, "why_not", lambda: "there is no C compiler")
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda: "there is no C compiler")
     with pytest.raises(Unavailable, match=r"cannot run: it .*; on the CPU there is no C compiler\. Nothing else"):
         BatchNorm2d(3, kernel="fused")
 
@@ -273,7 +272,7 @@ def test_an_unknown_activation_or_kernel_is_refused_at_construction() -> None:
 
 
 def test_a_kernel_that_cannot_run_here_is_refused_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kernels._WHY_NOT, "fused", lambda device: "it is not built")
+    monkeypatch.setattr(fused, "unavailable_reason", lambda device: "it is not built")
     with pytest.raises(Unavailable, match="the fused kernel cannot run"):
         BatchNorm2d(3, kernel="fused")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bncli import kernels
 from bncli.engine.data.splits import Dataset
 from bncli.errors import DataError, RecipeError, Unavailable
-from bncli.kernels import native
+from bncli.kernels import fused, native
 from bncli.measure.profile import step_memory
 from bncli.measure.profile.step_check import why_wrong
 from bncli.measure.profile.step_models import Trainable, norms_of, one_batch
@@ -95,8 +95,8 @@ class Faked:
 @pytest.fixture
 def other(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused kernel, played by the native one."""
-    monkeypatch.setitem(kernels.KERNELS, "fused", native.batch_norm)
-    monkeypatch.setitem(kernels._WHY_NOT, "fused", lambda device: None)
+    monkeypatch.setattr(fused, "batch_norm", native.batch_norm)
+    monkeypatch.setattr(fused, "unavailable_reason", lambda device: None)
 
 
 def faked_run(subject: Faked, seconds: float = 10.0, **arguments: Any) -> StepRun:
@@ -212,7 +212,7 @@ def test_the_bar_only_moves_forward_and_each_row_is_told_once() -> None:
 
 
 def test_a_kernel_that_is_not_here_has_its_reason_and_the_other_its_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kernels._WHY_NOT, "fused", lambda device: "there is no such device")
+    monkeypatch.setattr(fused, "unavailable_reason", lambda device: "there is no such device")
     subject = Faked(Hand(), {"native": 8.0})
     profile = finished(faked_run(subject))
     rows = by_kernel(profile)
@@ -239,8 +239,8 @@ def test_a_relu_that_a_rounding_opens_is_no_kernels_fault(
 
 def checked(kernel: Any, monkeypatch: pytest.MonkeyPatch, model: Any = CNN, **train: Any) -> str | None:
     """What the check says of a model with that kernel."""
-    monkeypatch.setitem(kernels.KERNELS, "fused", kernel)
-    monkeypatch.setitem(kernels._WHY_NOT, "fused", lambda device: None)
+    monkeypatch.setattr(fused, "batch_norm", kernels.adapted(kernel))
+    monkeypatch.setattr(fused, "unavailable_reason", lambda device: None)
     recipe = tiny(data=IMAGES, model=model, train={"batch_size": 8, **train})
     subject = RecipeSubject("resnet", recipe)
     dataset = subject.dataset(CPU)
@@ -288,8 +288,8 @@ def test_a_wrong_kernel_is_told_by_what_is_wrong(
 
 
 def test_a_wrong_kernel_has_its_error_and_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kernels.KERNELS, "fused", constant_statistics)
-    monkeypatch.setitem(kernels._WHY_NOT, "fused", lambda device: None)
+    monkeypatch.setattr(fused, "batch_norm", kernels.adapted(constant_statistics))
+    monkeypatch.setattr(fused, "unavailable_reason", lambda device: None)
     run = StepRun("tiny", [RecipeSubject("tiny", tiny())], CPU, seconds=0.2, memory=lambda *_: NO_MEMORY)
     rows = by_kernel(finished(run))
     assert rows["fused"].error is not None
