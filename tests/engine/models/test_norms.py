@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bncli
+from bncli import kernels
 from bncli.engine.convert import convert
 from bncli.engine.models import build, factory
 from bncli.engine.models.norms import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bncli.errors import Unavailable
 from bncli.kernels import fused, native
 from bncli.kernels.fused import cpu
+from bncli.measure.reference.candidate import subject
 from bncli.recipe.sections import BatchNorm as BatchNormSection
 from bncli.recipe.sections import GroupNorm, InstanceNorm, LayerNorm, NoNorm
 from tests.conftest import tiny
@@ -116,6 +118,20 @@ def test_the_fused_kernel_serves_a_model_on_the_cpu_beside_a_gpu_that_cannot_run
     build(recipe, (8,), 3, device=torch.device("cpu"))
     with pytest.raises(Unavailable, match=r"Tesla T4 has 7\.5|Triton, which is not installed"):
         build(recipe, (8,), 3, device=torch.device("cuda"))
+
+
+@pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
+def test_whether_a_model_on_the_cpu_has_its_kernel_is_asked_of_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(device: object = None) -> None:
+        raise AssertionError("the GPU was asked")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", asked)
+    on_cpu = torch.device("cpu")
+    kernels.get("fused", on_cpu)
+    factory(BatchNormSection(kind="batch", kernel="fused"), on_cpu)
+    assert subject("fused", "batch", on_cpu, allow_code=False).ran.startswith("C, compiled")
+    bncli.batch_norm(torch.randn(4, 3), None, None, training=True, kernel="fused")
 
 
 def test_a_kernel_that_no_device_here_can_run_is_refused_with_the_reasons_of_each(
