@@ -15,15 +15,16 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "bncli"
 
 STANDARD = sys.stdlib_module_names
-RESULTS = {"errors", "results"}
+RESULTS = {"errors", "names", "results"}
 NOTEBOOKS = RESULTS | {"recipe"}
 
 # Room -> (rooms it may import, outside packages it may import). A room is a module of the package or a folder in it.
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
+    "names": (set(), set()),
     "results": ({"results"}, set()),
-    "recipe": ({"errors", "recipe"}, {"pydantic", "yaml", "numpy"}),
-    "kernels": ({"errors", "kernels"}, {"torch", "triton"}),
+    "recipe": ({"errors", "names", "recipe"}, {"pydantic", "yaml", "numpy"}),
+    "kernels": ({"errors", "names", "kernels"}, {"torch", "triton"}),
     "engine": (
         NOTEBOOKS | {"kernels", "engine"},
         {"torch", "numpy", "sklearn", "datasets", "PIL", "huggingface_hub", "psutil"},

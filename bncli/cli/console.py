@@ -15,10 +15,8 @@ from bncli.errors import ALLOW_CODE, OVERWRITE, BncliError, RecipeError
 if TYPE_CHECKING:
     from bncli.results.compare import Planned
 
-KERNEL_NAMES = ("native", "fused")  # those of bncli.kernels, which needs torch
 
-
-def check_kernel_name(kernel: str, allow_code: bool, known: Sequence[str] = KERNEL_NAMES) -> None:
+def check_kernel_name(kernel: str, allow_code: bool, known: Sequence[str]) -> None:
     """Refuse a name that is no kernel's, and code of the user's own that is not allowed, before torch is loaded."""
     if kernel in known:
         return

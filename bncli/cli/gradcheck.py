@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from bncli.cli.console import StopSignal, check_kernel_name, listed, loaded_all, print_result
 from bncli.cli.options import AllowCode, Device, Json, Quiet
 from bncli.errors import CHECK_FAILED, INTERRUPTED, RecipeError
+from bncli.names import GRADCHECK_KERNELS, NormName
 
 if TYPE_CHECKING:
     from bncli.results.gradcheck import CheckGroup, Effort, Gradcheck
@@ -22,11 +23,11 @@ def gradcheck(
         typer.Option(
             "--kernel",
             metavar="KERNEL",
-            help="native, fused, or package.module:function (your own).  [default: native]",
+            help=f"{', '.join(GRADCHECK_KERNELS)}, or package.module:function (your own).  [default: native]",
             show_default=False,
         ),
     ] = None,
-    norm: Annotated[Literal["batch", "layer", "group", "instance"], typer.Option(help="The norm to check.")] = "batch",
+    norm: Annotated[NormName, typer.Option(help="The norm to check.")] = "batch",
     device: Device = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer cases: at most 15 s on 2 cores.")] = False,
     full: Annotated[bool, typer.Option("--full", help="All cases, and how each tolerance is derived.")] = False,
@@ -59,7 +60,7 @@ def gradcheck(
         several = ", ".join(names)
         raise RecipeError(f"--kernel {several}: one kernel is checked at a time; run bncli gradcheck once for each")
     (kernel,) = names
-    check_kernel_name(kernel, allow_code)
+    check_kernel_name(kernel, allow_code, GRADCHECK_KERNELS)
     effort: Effort = "quick" if quick else "full" if full else "default"
     groups: list[CheckGroup] = []
     try:

@@ -13,7 +13,6 @@ from bncli.cli.console import StopSignal, chosen_form, listed, loaded_all, print
 from bncli.cli.options import AllowCode, Csv, Device, Json, Markdown, Quiet, Set, Threads
 from bncli.cli.profile_checks import (
     FEWEST_ROUNDS,
-    KERNELS,
     SHAPE_SETS,
     check_files,
     check_gate,
@@ -24,6 +23,7 @@ from bncli.cli.profile_checks import (
     check_views,
 )
 from bncli.errors import CHECK_FAILED, INTERRUPTED, UNAVAILABLE, UsageError
+from bncli.names import PROFILE_KERNELS, RECIPE_KERNELS
 
 if TYPE_CHECKING:
     from bncli.measure.profile.kernels import KernelRun
@@ -54,7 +54,7 @@ def profile(
         Optional[list[str]],  # noqa: UP045
         typer.Option(
             metavar="KERNELS",
-            help=f"Of {', '.join(KERNELS)}, package.module:function; may be repeated.  [default: native,fused]",
+            help=f"Of {', '.join(PROFILE_KERNELS)}, package.module:function; may be repeated.  [default: native,fused]",
         ),
     ] = None,
     operation: Annotated[
@@ -142,7 +142,7 @@ def profile(
     form = chosen_form(json, csv, markdown)
     check_times(seconds, quick, min_rounds, baseline)
     check_gate(form, baseline, fail_above, strict)
-    kernels = ("native", "fused") if kernel is None else listed(kernel)
+    kernels = RECIPE_KERNELS if kernel is None else listed(kernel)
     check_kernels(kernels, of_steps, baseline is not None, allow_code)
     check_model(model, inputs, recipe=recipe, sets=sets, arm=arm, allow_code=allow_code)
     earlier = check_files(plot, trace, baseline, of_steps)

@@ -6,13 +6,13 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bncli.cli.console import KERNEL_NAMES, check_kernel_name, check_outputs
+from bncli.cli.console import check_kernel_name, check_outputs
 from bncli.errors import RecipeError
+from bncli.names import PROFILE_KERNELS, RECIPE_KERNELS
 
 if TYPE_CHECKING:
     from bncli.results.profile import KernelProfile, StepProfile
 
-KERNELS = ("native", "fused", "compiled", "apex", "inplace_abn", "flag_gems")  # that can be named
 FEWEST_ROUNDS = 6  # that of bncli.measure.timing.speedup
 SHAPE_SETS = ("resnet20", "resnet50", "inception", "mlp")  # those of bncli.measure.profile.shapes
 
@@ -29,9 +29,9 @@ def check_views(of_steps: bool, of_kernel_view: dict[str, Any], of_step_view: di
 def check_kernels(kernels: tuple[str, ...], of_steps: bool, compared: bool, allow_code: bool) -> None:
     """Refuse names of none, those that no model can be trained with, and what gives no ratio to hold to a baseline."""
     for name in kernels:
-        check_kernel_name(name, allow_code, KERNELS)
-    if of_steps and (others := [name for name in kernels if name not in KERNEL_NAMES]):
-        raise RecipeError(f"--kernel {', '.join(others)}: models are trained with {' and '.join(KERNEL_NAMES)} alone")
+        check_kernel_name(name, allow_code, PROFILE_KERNELS)
+    if of_steps and (others := [name for name in kernels if name not in RECIPE_KERNELS]):
+        raise RecipeError(f"--kernel {', '.join(others)}: models are trained with {' and '.join(RECIPE_KERNELS)} alone")
     if compared and ("native" not in kernels or len(kernels) < 2):
         raise RecipeError("--baseline: ratios to native are compared; name native and another with --kernel")
 

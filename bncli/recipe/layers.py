@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bncli.errors import DataError
+from bncli.names import NORMS
 from bncli.recipe.sections import BatchNorm, Cnn, Digits, Hub, InstanceNorm, Mlp, Npz, Recipe, ResNet, Synthetic
 
 Shape = tuple[int, ...]
@@ -315,14 +316,13 @@ def shape_contradictions(recipe: Recipe, shape: Shape, classes: int) -> Iterator
 def _norm_contradictions(recipe: Recipe, shapes: set[Shape]) -> Iterator[Contradiction]:
     """Groups that do not divide the channels, and means over a single value, which leave nothing of the input."""
     kind, groups = recipe.norm.kind, getattr(recipe.norm, "groups", 1)
+    row = NORMS.get(kind)  # none of no norm
     for channels, *sides in sorted(shapes):
         if channels % groups:
             yield ("norm", "groups"), f"{groups} groups do not divide a layer of {channels} channels"
             return
-        channels_of_a_mean = {"layer": channels, "group": channels // groups}.get(kind, 1)
-        examples_of_a_mean = recipe.train.batch_size if kind == "batch" else 1
-        if channels_of_a_mean * examples_of_a_mean * math.prod(sides) == 1:
-            field = ("train", "batch_size") if kind == "batch" else ("norm", "kind")
+        if row and row.values_per_mean((recipe.train.batch_size, channels, *sides), groups) == 1:
+            field = ("train", "batch_size") if row.over_batch else ("norm", "kind")
             yield (
                 field,
                 f"{kind} norm has one value to average over in a layer of {channels} channels, so nothing is left",

@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Strict, Tag, model_validator
 
+from bncli.names import KERNELS, RECIPE_KERNELS, RecipeActivation, RecipeKernel
+
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Ints = Annotated[tuple[Positive, ...], Strict(False)]  # YAML has lists only; the elements stay strict
-Activation = Literal["sigmoid", "tanh", "relu", "leaky_relu", "gelu"]
 FUNCTION_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 ARM_NAME = r"^[A-Za-z0-9][\w+ -]*$"
 
@@ -108,7 +109,7 @@ class Mlp(Section):
 
     kind: Literal["mlp"]
     hidden: Ints = described("units of each hidden layer", min_length=1, default=(100, 100, 100))
-    activation: Activation = "relu"
+    activation: RecipeActivation = "relu"
     init: Init = Init()
 
 
@@ -117,7 +118,7 @@ class Cnn(Section):
 
     kind: Literal["cnn"]
     channels: Ints = described("channels of each stage", min_length=1, default=(32, 64))
-    activation: Activation = "relu"
+    activation: RecipeActivation = "relu"
     init: Init = Init()
 
 
@@ -126,7 +127,7 @@ class ResNet(Section):
 
     kind: Literal["resnet"]
     depth: Literal[18, 20, 32, 34, 44, 50, 56, 110]
-    activation: Activation = "relu"
+    activation: RecipeActivation = "relu"
     init: Init = Init()
 
 
@@ -156,7 +157,9 @@ class BatchNorm(Section):
         "examples, in chunks of about train.batch_size",
         default=True,
     )
-    kernel: Literal["native", "fused"] = described("native: torch's own; fused: ours", default="native")
+    kernel: RecipeKernel = described(
+        "; ".join(f"{name}: {KERNELS[name].help}" for name in RECIPE_KERNELS), default="native"
+    )
 
 
 class LayerNorm(Section):

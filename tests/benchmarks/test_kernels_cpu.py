@@ -36,7 +36,7 @@ from tests.benchmarks.kernels_sections import Run
 from tests.benchmarks.kernels_speed import Target
 
 CPU = torch.device("cpu")
-needs_compiler = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+needs_compiler = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
 
 
 @pytest.fixture(autouse=True)

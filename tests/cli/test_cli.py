@@ -18,12 +18,11 @@ from typing import Any
 import pytest
 import torch
 
-from bncli import kernels
 from bncli.cli import main
-from bncli.cli.console import KERNEL_NAMES
 from bncli.errors import BncliError
-from bncli.kernels import KERNELS
+from bncli.kernels import fused
 from bncli.measure.compare import reuse
+from bncli.names import RECIPE_KERNELS
 from bncli.recipe.load import load
 from bncli.report.files import from_json
 from bncli.results.compare import Comparison
@@ -150,7 +149,7 @@ def test_the_fused_kernel_trains_on_the_cpu_as_the_native_one_does(
     recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = {}
-    for kernel in KERNEL_NAMES:
+    for kernel in RECIPE_KERNELS:
         norm = f"norm={{kind: batch, kernel: {kernel}}}"
         assert bncli(monkeypatch, "train", recipe, "--set", norm, "--device", "cpu", "-o", kernel, "--json", "-q") == 0
         found[kernel] = from_json(RunResult, capsys.readouterr().out)
@@ -162,7 +161,7 @@ def test_the_fused_kernel_trains_on_the_cpu_as_the_native_one_does(
 def test_a_kernel_that_cannot_run_here_is_refused_with_its_reason_and_nothing_runs_in_its_place(
     recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(kernels._WHY_NOT, "fused", lambda device: f"there is no compiler for {device}")
+    monkeypatch.setattr(fused, "unavailable_reason", lambda device: f"there is no compiler for {device}")
     asked = ("train", recipe, "--set", "norm={kind: batch, kernel: fused}", "--device", "cpu")
     assert bncli(monkeypatch, *asked) == 3
     out, err = capsys.readouterr()
@@ -658,10 +657,6 @@ def test_gradcheck_refuses_what_it_could_not_obey(
 def test_a_kernel_that_does_not_exist_is_refused_before_torch_is_loaded() -> None:
     refuse = "import sys; sys.argv = ['bncli', 'gradcheck', '--kernel', 'nonsense']; import bncli.cli; bncli.cli.main()"
     assert "torch" not in modules_after(refuse)
-
-
-def test_the_door_knows_every_kernel_by_name() -> None:
-    assert tuple(KERNELS) == KERNEL_NAMES
 
 
 def test_the_demonstration_is_a_table_or_json(

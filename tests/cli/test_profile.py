@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from bncli.cli import profile, profile_checks
-from bncli.measure.profile import kernel_memory, peers, shapes
-from bncli.measure.profile.candidates import OWN_KERNELS
+from bncli.measure.profile import kernel_memory, shapes
 from bncli.measure.profile.steps import StepRun
 from bncli.measure.timing import ceilings, clock, speedup
 from bncli.report.profile import export
@@ -431,8 +430,7 @@ def test_a_kernel_that_cannot_be_measured_is_refused_before_torch_is_loaded() ->
         assert "torch" not in modules_after(refuse)
 
 
-def test_the_door_knows_every_kernel_and_set_of_shapes_by_name() -> None:
-    assert {*profile_checks.KERNELS} == {*OWN_KERNELS, *peers.PEERS}
+def test_the_door_knows_every_set_of_shapes_by_name() -> None:
     assert {*profile_checks.SHAPE_SETS} == {*shapes.SETS}
     assert profile_checks.FEWEST_ROUNDS == speedup.FEWEST_ROUNDS
 

@@ -19,7 +19,6 @@ EXACT: dict[type, type[norm.BatchNorm]] = {
     nn.BatchNorm2d: norm.BatchNorm2d,
     nn.BatchNorm3d: norm.BatchNorm3d,
 }
-ACTIVATION_MODULES: dict[type, str | None] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: None}
 
 
 @dataclass(frozen=True)
@@ -138,12 +137,12 @@ def _with_activation(module: nn.Module) -> tuple[str | None, str | None]:
         return f"{name} does more than an activation: {', '.join(parts)}", None
     if any(fuse_graph.has_hooks(part) for part in (*parts.values(), act)):
         return f"the activation of this {name} has hooks", None
-    slope = getattr(act, "negative_slope", None)
-    if type(act) is nn.LeakyReLU and slope == 0.01:
-        return None, "leaky_relu"
-    if type(act) not in ACTIVATION_MODULES:
+    if type(act) is nn.Identity:
+        return None, None
+    activation = fuse_graph.module_activation(act)
+    if activation is None:
         return f"its activation is {type(act).__name__}, which the kernels do not have", None
-    return None, ACTIVATION_MODULES[type(act)]
+    return None, activation
 
 
 # --- the forwards ---------------------------------------------------------------------------------------------------

@@ -11,23 +11,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from bncli.engine.convert import alias
 from bncli.engine.convert.tracing import in_place
 from bncli.engine.models.norms import BatchNorm
+from bncli.names import ACTIVATIONS, FUSED_ACTIVATIONS, Activation
 
-ACTIVATION_FUNCTIONS: dict[Any, str] = {
-    F.relu: "relu",
-    F.relu_: "relu",
-    torch.relu: "relu",
-    torch.relu_: "relu",
-    "relu": "relu",
-    "relu_": "relu",
-    F.leaky_relu: "leaky_relu",
-    F.leaky_relu_: "leaky_relu",
-    F.silu: "silu",
+FUSED = [ACTIVATIONS[name] for name in FUSED_ACTIVATIONS]
+ACTIVATION_MODULES: dict[type, Activation] = {getattr(nn, row.module): row for row in FUSED}
+# The functions, in place too, and the names of the methods.
+ACTIVATION_FUNCTIONS: dict[Any, Activation] = {
+    spelled if owner is Tensor else getattr(owner, spelled): row
+    for row in FUSED
+    for spelled in (row.name, f"{row.name}_")
+    for owner in (F, torch, Tensor)
+    if hasattr(owner, spelled)
 }
 OTHER_ACTIVATIONS = {
     *("celu", "elu", "gelu", "glu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "prelu", "relu6"),
@@ -37,12 +37,18 @@ ADDS = {operator.add, torch.add, "add", "add_", in_place}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def module_activation(module: nn.Module) -> str | None:
+    """The name of the activation that a module is, where kernels apply it; else None."""
+    row = ACTIVATION_MODULES.get(type(module))
+    return row.name if row is not None and getattr(module, "negative_slope", None) == row.slope else None
+
+
 @dataclass(frozen=True)
 class Site:
     """One call of a batch norm: what it does now, or why it does not do more."""
 
     target: str  # path of the norm from the graph's module
-    fused: tuple[str, ...] = ()  # of "residual add", "relu", "leaky_relu", "silu"
+    fused: tuple[str, ...] = ()  # of "residual add" and FUSED_ACTIVATIONS
     reason: str | None = None
     returned: bool = False  # its output is the module's: whoever calls the module may have more to say
 
@@ -123,12 +129,14 @@ class _Fuser:
         if module is not None:
             if has_hooks(module):
                 return None
-            slope = getattr(module, "negative_slope", 0.01)
-            names = {nn.ReLU: "relu", nn.SiLU: "silu", nn.LeakyReLU: "leaky_relu" if slope == 0.01 else None}
-            return names.get(type(module))
-        name = ACTIVATION_FUNCTIONS.get(node.target) if node.op in ("call_function", "call_method") else None
-        slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
-        return None if name == "leaky_relu" and slope != 0.01 else name
+            return module_activation(module)
+        row = ACTIVATION_FUNCTIONS.get(node.target) if node.op in ("call_function", "call_method") else None
+        if row is None:
+            return None
+        if row.slope is None:
+            return row.name
+        slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", row.slope)
+        return row.name if slope == row.slope else None
 
     def take_activation(self, norm: fx.Node) -> None:
         follower = self.user(norm)

@@ -14,17 +14,10 @@ from bncli.engine.models.init import Examples, SeparateDraws, initialise, seed_g
 from bncli.engine.models.norms import BatchNorm, LayerNormOverChannels
 from bncli.engine.user_code import blame_user_code, imported
 from bncli.errors import RecipeError
+from bncli.names import ACTIVATIONS
 from bncli.recipe import layers as plan
 from bncli.recipe import sections
 from bncli.recipe.sections import NormSection, OwnModel, Recipe
-
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "gelu": nn.GELU,
-}
 
 NormFactory = Callable[[int], nn.Module]  # channels -> a module for inputs (N, channels, *S)
 
@@ -67,7 +60,7 @@ def build(
         return _own(recipe.model, shape, classes, norm, recipe.train.seed)
     layers = plan.layers(recipe, shape, classes)
     assert layers is not None
-    activation = ACTIVATIONS[recipe.model.activation]
+    activation = getattr(nn, ACTIVATIONS[recipe.model.activation].module)
     model = _module(layers, norm, activation)
     if len(shape) == 3 and recipe.model.kind == "mlp":
         model = nn.Sequential(OrderedDict([("flatten", nn.Flatten()), *model.named_children()]))

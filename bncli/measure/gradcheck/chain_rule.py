@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bncli.errors import BncliError
+from bncli.measure.gradcheck.invariants import grouped
 from bncli.results.gradcheck import BiasStep, GradientPaths
 
 # call(x, weight, bias, eps) -> y: training mode; x and y (N, C, *S), weight and bias (C)
@@ -49,7 +50,7 @@ class Inputs(NamedTuple):
     eps: float
 
 
-def paths(call: Call, device: torch.device, norm: str = "batch", groups: int = 2) -> tuple[GradientPaths, ...]:
+def paths(call: Call, device: torch.device, norm: str = "batch") -> tuple[GradientPaths, ...]:
     """Each case's dL/dx in three parts, and the kernel's own against central differences of the true loss.
 
     `call` is the kernel's training-mode forward, differentiable. It is given float64, or float32 where it refuses
@@ -59,7 +60,7 @@ def paths(call: Call, device: torch.device, norm: str = "batch", groups: int = 2
     L = sum(g * y) with a random g. With g all ones the loss would be the constant sum(bias) times m, its true gradient
     zero, and any kernel's mere rounding would be compared to nothing.
     """
-    sets = {case: sets_of(case.shape, norm, groups) for case in CASES}
+    sets = {case: sets_of(case.shape, norm) for case in CASES}
     chosen = [case for case in CASES if sets[case].size(1) > 1]
     return tuple(_measure(call, device, case, sets[case], seed) for seed, case in enumerate(chosen))
 
@@ -118,12 +119,9 @@ def random_inputs(case: Case, seed: int) -> Inputs:
     return Inputs(x.double(), weight.double(), bias.double(), upstream.double(), case.eps)
 
 
-def sets_of(shape: tuple[int, ...], norm: str, groups: int) -> Tensor:
+def sets_of(shape: tuple[int, ...], norm: str) -> Tensor:
     """Flat indices into (N, C, *S), (sets, m): a row for each set of values that share a mean and a variance."""
-    index = torch.arange(math.prod(shape)).view(shape)
-    if norm == "batch":
-        return index.transpose(0, 1).reshape(shape[1], -1)
-    return index.reshape(shape[0] * {"layer": 1, "group": groups, "instance": shape[1]}[norm], -1)
+    return grouped(torch.arange(math.prod(shape)).view(shape), norm)
 
 
 def as_rows(inputs: Inputs, sets: Tensor) -> Inputs:

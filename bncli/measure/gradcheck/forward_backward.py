@@ -8,6 +8,7 @@ from dataclasses import replace
 from bncli.measure.reference.gradient_cases import DTYPES, Case, cases
 from bncli.measure.reference.observe import Check, Finding, Setting, Stage, compare, fresh
 from bncli.measure.reference.quantities import observe, quantities
+from bncli.names import FUSED_ACTIVATIONS
 
 PROBE = Case("train", "float32", "contiguous", (4, 4, 3))
 
@@ -15,7 +16,7 @@ PROBE = Case("train", "float32", "contiguous", (4, 4, 3))
 def stages(setting: Setting, refused: dict[str, str]) -> Iterator[Stage]:
     """A stage for each mode, whose rows are its quantities. `refused` names the dtypes that are left out."""
     subject = setting.subject
-    found = cases(setting.effort, subject.norm, subject.fuses, subject.evaluates, setting.interpreted)
+    found = cases(setting.effort, subject.norm, subject.fuses, subject.evaluates, setting.subject.interpreted)
     for mode in dict.fromkeys(case.mode for case in found):
         checks = [_check(setting, case) for case in found if case.mode == mode and not case.needs & set(refused)]
         names = dict.fromkeys(name for check in checks for name in check.quantities)
@@ -40,7 +41,7 @@ def refusals(setting: Setting) -> dict[str, str]:
         reasons["float64"] = "Metal has no float64"
     if _why_not(setting, PROBE) is not None:
         return reasons
-    more = ("relu", "leaky_relu", "silu", "residual") if setting.subject.fuses else ()
+    more = (*FUSED_ACTIVATIONS, "residual") if setting.subject.fuses else ()
     probes = {name: replace(PROBE, dtype=name) for name in DTYPES if name not in reasons}
     probes |= {name: replace(PROBE, fusion=name) for name in more}
     if setting.subject.evaluates:

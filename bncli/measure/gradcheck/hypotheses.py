@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from bncli.measure.reference.candidate import Forward
-from bncli.measure.reference.definition import Twist, batch_norm, over_groups
+from bncli.kernels.definition import Forward, Twist, batch_norm, definition
 from bncli.measure.reference.gradient_cases import DTYPES, Case, Inputs
 from bncli.measure.reference.observe import Evidence
 from bncli.measure.reference.quantities import observe
@@ -105,7 +104,7 @@ def gradients_alone(values: Values, case: Case) -> Values:
 
 
 def by_itself() -> Forward:
-    return over_groups(None)
+    return definition("instance")
 
 
 def swapped(values: Values, case: Case) -> Values:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from bncli.measure.gradcheck import invariants
-from bncli.measure.reference.gradient_cases import Case, Inputs
+from bncli.measure.reference.gradient_cases import Case, Inputs, divisible
 from bncli.measure.reference.observe import Check, Finding, Setting, Stage, fresh
+from bncli.names import NORMS
 
 Invariant = Callable[[Setting, Case, Inputs], Finding]
-ANY = ("batch", "layer", "group", "instance")
+ANY = tuple(NORMS)
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,11 @@ def stages(setting: Setting, refused: dict[str, str]) -> Iterator[Stage]:
 
 
 def _cases(setting: Setting, row: Row, modes: list[str]) -> Iterator[Case]:
-    channels = 3 if setting.subject.norm == "batch" else 4
+    channels = divisible(3, setting.subject.norm)
     layouts = ("contiguous",) if setting.effort == "quick" else ("contiguous", "channels_last")
     dtypes = row.dtypes if setting.effort != "quick" else row.dtypes[:1]
     fusions = ("plain", "relu+residual") if row.fused and setting.subject.fuses else ("plain",)
-    few = setting.effort == "quick" or (setting.interpreted and row.slug == "same-bits")  # minutes, interpreted
+    few = setting.effort == "quick" or (setting.subject.interpreted and row.slug == "same-bits")  # minutes, interpreted
     shapes = row.shapes[:1] if few else row.shapes
     for mode in modes:
         for dtype in dtypes:

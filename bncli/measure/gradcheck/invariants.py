@@ -14,10 +14,10 @@ from torch import Tensor
 
 from bncli.kernels.layout import per_channel
 from bncli.measure.reference import tolerance as tolerances
-from bncli.measure.reference.candidate import GROUPS
 from bncli.measure.reference.gradient_cases import Case, Inputs, generator
 from bncli.measure.reference.observe import Finding, Setting, same_bits, written
 from bncli.measure.reference.quantities import leaf, observe
+from bncli.names import CHECKED_GROUPS, NORMS
 
 Values = dict[str, Tensor]
 
@@ -60,10 +60,9 @@ def judge(what: str, found: Tensor, expected: Tensor, allowed: Tensor) -> Findin
 
 def grouped(values: Tensor, norm: str) -> Tensor:
     """(N, C, *S) -> (groups, m): a row for each mean and variance that the norm takes."""
-    if norm == "batch":
+    if NORMS[norm].over_batch:
         return values.transpose(0, 1).reshape(values.size(1), -1)
-    groups = {"layer": 1, "group": GROUPS, "instance": values.size(1)}[norm]
-    return values.reshape(values.size(0) * groups, -1)
+    return values.reshape(values.size(0) * NORMS[norm].groups(values.size(1), CHECKED_GROUPS), -1)
 
 
 def statistics(given: Inputs, case: Case) -> tuple[Tensor, Tensor]:

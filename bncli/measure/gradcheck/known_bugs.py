@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from bncli.kernels.definition import Twist
 from bncli.measure.gradcheck.hypotheses import (
     Hypothesis,
     all_misread,
@@ -26,7 +27,6 @@ from bncli.measure.gradcheck.hypotheses import (
     twice,
     without_running,
 )
-from bncli.measure.reference.definition import Twist
 
 HYPOTHESES = (
     Hypothesis(

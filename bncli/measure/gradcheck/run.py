@@ -18,10 +18,11 @@ from bncli.errors import RecipeError
 from bncli.measure.gradcheck import derivatives, forward_backward, hard_inputs, invariant_rows
 from bncli.measure.gradcheck.chain_rule import paths
 from bncli.measure.gradcheck.diagnose import diagnose
-from bncli.measure.reference.candidate import GROUPS, Subject, subject
+from bncli.measure.reference.candidate import Subject, subject
 from bncli.measure.reference.gradient_cases import INTERPRETED_CHANNELS
 from bncli.measure.reference.judge import Verdict
 from bncli.measure.reference.observe import Check, Finding, Setting, Stage
+from bncli.names import NORMS
 from bncli.results.gradcheck import CheckFailure, CheckGroup, Effort, Gradcheck, GradientPaths
 
 SHOWN = 8  # failures kept, one a row of the table
@@ -63,7 +64,7 @@ def run(
             yield group
     parts: tuple[GradientPaths, ...] = ()
     if only is None:
-        parts = paths(_forward(setting.subject), place, norm, GROUPS)
+        parts = paths(_forward(setting.subject), place, norm)
         groups.append(_of_paths(parts))
         verdicts += [Verdict("derivatives", PATHS, f"paths/{part.case}", _of_path(part)) for part in parts]
         yield groups[-1]
@@ -142,11 +143,11 @@ def _not_checked(setting: Setting, refused: dict[str, str]) -> Iterator[CheckGro
     def group(name: str, reason: str) -> CheckGroup:
         return CheckGroup("values", name, 0, 0, None, None, "", reason)
 
-    if checked.norm == "batch" and not checked.fuses:
+    if NORMS[checked.norm].has_kernels and not checked.fuses:
         yield group("residual and activation", "the function takes no residual and no activation")
-    if checked.norm == "batch" and not checked.evaluates and "eval" not in refused:
+    if "eval" in NORMS[checked.norm].modes and not checked.evaluates and "eval" not in refused:
         yield group("evaluation", "the function takes no statistics, so it has no evaluation mode")
-    if setting.interpreted:
+    if setting.subject.interpreted:
         yield group(f"over {INTERPRETED_CHANNELS} contiguous channels", "Triton's interpreter would take minutes")
     for name, reason in refused.items():
         yield group(name, reason)

@@ -11,6 +11,7 @@ from bncli.measure.profile.shapes import Calls, Shape
 from bncli.measure.reference import case as cases
 from bncli.measure.timing import clock, speedup
 from bncli.measure.timing.clock import Deadline
+from bncli.names import RECIPE_KERNELS
 from bncli.results.profile import Case
 
 NATIVE = "native"
@@ -29,7 +30,7 @@ class Asked:
     case is still measured. least_rounds: of both directions together, whatever the time.
     """
 
-    kernels: tuple[str, ...] = (NATIVE, "fused")
+    kernels: tuple[str, ...] = RECIPE_KERNELS
     operations: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ("fp32",)
     layouts: tuple[str, ...] = ("contiguous",)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bncli import kernels
 from bncli.errors import RecipeError
-from bncli.kernels import fused, native
+from bncli.kernels import native
 from bncli.kernels.fused import cpu
 from bncli.kernels.fused.tiling import Plan
 from bncli.kernels.layout import dense
@@ -19,9 +19,8 @@ from bncli.measure.reference import case as cases
 from bncli.measure.reference.candidate import Subject, subject
 from bncli.measure.reference.case import Apply, Inputs
 from bncli.measure.timing.clock import Work
+from bncli.names import PROFILE_KERNELS
 from bncli.results.profile import Case, Direction
-
-OWN_KERNELS = (*kernels.KERNELS, "compiled")
 
 
 @dataclass(frozen=True)
@@ -68,14 +67,13 @@ Source = Callable[[Case], Candidate]  # raises Unavailable, with the reason, whe
 def sources(names: Sequence[str], device: torch.device, allow_code: bool) -> dict[str, Source]:
     """Where each kernel's candidates come from. Raises RecipeError for an unknown name or a function that is missing.
 
-    Names: native, fused, compiled, one of peers.PEERS, or the user's package.module:function (with allow_code). Whether
+    Names: those of PROFILE_KERNELS, or the user's package.module:function (with allow_code). Whether
     a kernel can run is found out case by case, so that the others' rows stand.
     """
-    known = [*OWN_KERNELS, *peers.PEERS]
     mistakes = [
-        f"--kernel {name}: expected some of {', '.join(known)}, or your own as package.module:function"
+        f"--kernel {name}: expected some of {', '.join(PROFILE_KERNELS)}, or your own as package.module:function"
         for name in dict.fromkeys(names)
-        if name not in known and ":" not in name
+        if name not in PROFILE_KERNELS and ":" not in name
     ]
     if mistakes:
         raise RecipeError(*mistakes)
@@ -198,7 +196,5 @@ def _fused_on_cuda(case: Case, device: torch.device) -> str | None:
 
 
 def _fused_on_cpu(case: Case) -> str:
-    if fused.INTERPRETED:
-        return "Triton's interpreter"
     x = cases.laid_out(torch.empty(case.shape, dtype=cases.DTYPES[case.dtype], device="meta"), case.layout)
     return ("C, copied, " if case.layout == "strided" else "C, ") + cpu.way(dense(x))

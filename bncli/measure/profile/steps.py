@@ -31,6 +31,7 @@ from bncli.measure.timing import clock as clocks
 from bncli.measure.timing.clock import Clock, Deadline, Work
 from bncli.measure.timing.fresh_process import FreshProcesses
 from bncli.measure.timing.speedup import FEWEST_ROUNDS, faster
+from bncli.names import RECIPE_KERNELS
 from bncli.results.profile import (
     Measuring,
     Mode,
@@ -72,7 +73,7 @@ class StepRun:
         name: str,
         models: Sequence[StepModel],
         device: torch.device,
-        kernels: Sequence[str] = ("native", "fused"),
+        kernels: Sequence[str] = RECIPE_KERNELS,
         *,
         seconds: float = DEFAULT_S,
         least_rounds: int = FEWEST_ROUNDS,

@@ -15,15 +15,11 @@ from bncli import kernels
 from bncli.engine.models import factory
 from bncli.engine.user_code import imported
 from bncli.errors import RecipeError
-from bncli.kernels import api, fused
-from bncli.recipe.sections import GroupNorm, InstanceNorm, LayerNorm
-
-GROUPS = 2  # of the group norm that is checked
-
-
-# (x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation) -> y, by position: the
-# meaning of bncli.batch_norm; the running statistics move in place in training.
-Forward = Callable[..., Tensor]
+from bncli.kernels import api
+from bncli.kernels.definition import Forward
+from bncli.kernels.native import update_running_stats
+from bncli.names import CHECKED_GROUPS, GRADCHECK_KERNELS, NORMS
+from bncli.recipe import sections
 
 
 @dataclass(frozen=True)
@@ -34,6 +30,7 @@ class Subject:
     norm: str
     call: Forward
     ran: str  # what really runs, in words
+    interpreted: bool = False  # by Triton's interpreter, which truncates to bfloat16 and takes long
     fuses: bool = True  # takes a residual and an activation
     evaluates: bool = True  # has an evaluation mode
     own: bool = False  # the user's function, named package.module:function
@@ -41,11 +38,11 @@ class Subject:
     @property
     def tracks(self) -> bool:
         """Whether it is a batch norm, with running statistics."""
-        return self.norm == "batch"
+        return NORMS[self.norm].over_batch
 
 
 F_SIGNATURE = "(input, running_mean, running_var, weight, bias, training, momentum, eps)"
-SEAM_SIGNATURE = "(x, weight, bias, eps, residual, activation[, statistics])"
+SEAM_SIGNATURE = "(x, weight, bias, eps, residual, activation[, statistics][, running])"
 F_NAMES = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 SEAM_NAMES = ("x", "weight", "bias", "eps", "residual", "activation")
 
@@ -55,29 +52,29 @@ def subject(kernel: str, norm: str, device: torch.device, allow_code: bool) -> S
 
     Raises Unavailable, with the reason, where the kernel cannot run on the device.
     """
-    if norm not in ("batch", "layer", "group", "instance"):
-        raise RecipeError(f"--norm {norm}: expected one of batch, layer, group, instance")
-    if norm != "batch":
+    if norm not in NORMS:
+        raise RecipeError(f"--norm {norm}: expected one of {', '.join(NORMS)}")
+    if not NORMS[norm].has_kernels:
         if kernel != "native":
             raise RecipeError(f"--norm {norm} has the native kernel alone; --kernel {kernel} is a batch norm")
-        return Subject(f"native {norm} norm", norm, _module(norm), "torch's own operator", False, False)
+        return Subject(f"native {norm} norm", norm, _module(norm), "torch's own operator", fuses=False, evaluates=False)
     if ":" in kernel:
         return _own(kernel, allow_code)
-    if kernel not in kernels.KERNELS:
-        known = ", ".join(kernels.KERNELS)
+    if kernel not in GRADCHECK_KERNELS:
+        known = ", ".join(GRADCHECK_KERNELS)
         raise RecipeError(f"--kernel {kernel}: expected one of {known}, or your own as package.module:function")
     kernels.get(kernel, device)
-    return Subject(kernel, norm, _by_name(kernel), _what_runs(kernel, device))
+    return Subject(kernel, norm, _by_name(kernel), _what_runs(kernel, device), kernel == "fused-interpreted")
 
 
 def _what_runs(kernel: str, device: torch.device) -> str:
     if kernel == "native":
         return "torch's own operator"
+    if kernel == "fused-interpreted":
+        return "the GPU's kernel in Triton's interpreter: correctness, not speed"
     if device.type != "cpu":
         return "Triton kernels on the GPU"
-    if fused.INTERPRETED:
-        return "the GPU's kernel in Triton's interpreter: correctness, not speed"
-    return "C, compiled for this CPU; TRITON_INTERPRET=1 checks the GPU's kernel instead"
+    return "C, compiled for this CPU; the fused-interpreted kernel is the GPU's instead"
 
 
 def _by_name(kernel: str | kernels.Kernel) -> Forward:
@@ -102,11 +99,8 @@ def _by_name(kernel: str | kernels.Kernel) -> Forward:
 
 def _module(norm: str) -> Forward:
     """The norm modules of bncli.engine.models.norms, with the weight and the bias that each call is given."""
-    section: Any = {
-        "layer": LayerNorm(kind="layer"),
-        "group": GroupNorm(kind="group", groups=GROUPS),
-        "instance": InstanceNorm(kind="instance"),
-    }[norm]
+    groups = {"groups": CHECKED_GROUPS} if NORMS[norm].channel_groups == "given" else {}
+    section = getattr(sections, NORMS[norm].section)(kind=norm, **groups)
 
     def call(*arguments: Any) -> Tensor:
         x, _, _, weight, bias, _, _, eps, _, _ = arguments
@@ -131,10 +125,10 @@ def _own(kernel: str, allow_code: bool) -> Subject:
     names = _parameter_names(function)
     if set(F_NAMES) <= names:
         fuses = {"residual", "activation"} <= names
-        return Subject(kernel, "batch", _like_torch(function, fuses), f"your function {kernel}", fuses, own=True)
+        return Subject(kernel, "batch", _like_torch(function, fuses), f"your function {kernel}", fuses=fuses, own=True)
     if set(SEAM_NAMES) <= names:
         ran = f"your function {kernel}, by the kernels' seam"
-        seam = _like_the_seam(function, "statistics" in names)
+        seam = _like_the_seam(function, names & {"statistics", "running"})
         return Subject(kernel, "batch", _by_name(seam), ran, evaluates="statistics" in names, own=True)
     raise RecipeError(
         f"--kernel {kernel}: its parameters are ({', '.join(sorted(names))}). Expected those of "
@@ -185,7 +179,7 @@ class WrongResult(Exception):
     """The user's function returned what its signature does not allow. The message says what was expected."""
 
 
-def _like_the_seam(function: Callable[..., Any], evaluates: bool) -> kernels.Kernel:
+def _like_the_seam(function: Callable[..., Any], optional: set[str]) -> kernels.Kernel:
     def kernel(
         x: Tensor,
         weight: Tensor | None,
@@ -194,11 +188,11 @@ def _like_the_seam(function: Callable[..., Any], evaluates: bool) -> kernels.Ker
         residual: Tensor | None = None,
         activation: str | None = None,
         statistics: tuple[Tensor, Tensor] | None = None,
+        running: tuple[Tensor, Tensor, float] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         arguments: dict[str, Any] = dict(zip(SEAM_NAMES, (x, weight, bias, eps, residual, activation), strict=True))
-        if evaluates:
-            arguments["statistics"] = statistics
-        result: Any = function(**arguments)
+        more = {"statistics": statistics, "running": running}
+        result: Any = function(**arguments, **{name: more[name] for name in optional})
         if not (isinstance(result, tuple) and len(result) == 3 and all(isinstance(part, Tensor) for part in result)):
             raise WrongResult(f"returned {_kind(result)}; expected the three tensors (y, mean, var)")
         y, mean, var = result
@@ -206,6 +200,8 @@ def _like_the_seam(function: Callable[..., Any], evaluates: bool) -> kernels.Ker
             raise WrongResult(
                 f"returned mean and var of shapes {tuple(mean.shape)} and {tuple(var.shape)}; expected ({x.size(1)},)"
             )
+        if running is not None and "running" not in optional:
+            update_running_stats(running, mean, var, x.numel() // x.size(1))
         return y, mean, var
 
     return kernel

@@ -14,6 +14,7 @@ from torch import Tensor
 from bncli import kernels
 from bncli.kernels import native
 from bncli.kernels.api import batch_norm
+from bncli.names import GRADCHECK_KERNELS
 from bncli.results.profile import Case
 
 # Name -> (whether a residual is added, the activation).
@@ -25,7 +26,7 @@ OPERATIONS: dict[str, tuple[bool, str | None]] = {
     "bn+leaky_relu": (False, "leaky_relu"),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-CANDIDATES: dict[str, str | kernels.Kernel] = {"fused": "fused", "seam": native.batch_norm, "native": "native"}
+CANDIDATES: dict[str, str | kernels.Kernel] = {**{name: name for name in GRADCHECK_KERNELS}, "seam": native.batch_norm}
 EPS, MOMENTUM = 1e-5, 0.1
 
 

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bncli.kernels.definition import definition
 from bncli.kernels.layout import per_channel
-from bncli.measure.reference.definition import definition
+from bncli.names import CHECKED_GROUPS, FUSED_ACTIVATIONS, KINKED_ACTIVATIONS, NORMS
 from bncli.results.gradcheck import Effort
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
-FUSIONS = ("plain", "relu", "leaky_relu", "silu", "residual", "relu+residual", "leaky_relu+residual", "silu+residual")
-MODES = ("train", "eval")
-KINKED = ("relu", "leaky_relu")  # activations whose derivative jumps at 0
+FUSIONS = ("plain", *FUSED_ACTIVATIONS, "residual", *(f"{name}+residual" for name in FUSED_ACTIVATIONS))
 
 # (layout, shape without channels): each layout has its shape; sizes are odd and prime, so that no tile fits.
 SHAPES = (
@@ -96,10 +95,7 @@ class Case:
     @property
     def m(self) -> int:
         """Values that one mean is taken over."""
-        n, c, *s = self.shape
-        positions = torch.Size(s).numel()
-        per_group = {"batch": n, "layer": c, "group": c // 2, "instance": 1}[self.norm]
-        return positions * per_group
+        return NORMS[self.norm].values_per_mean(self.shape, CHECKED_GROUPS)
 
 
 @dataclass(frozen=True)
@@ -126,6 +122,11 @@ class Inputs:
         return replace(self, **copies)
 
 
+def divisible(channels: int, norm: str) -> int:
+    """So many channels, or one more where the norm's groups are of one example and would not divide them."""
+    return channels if NORMS[norm].over_batch else channels + channels % CHECKED_GROUPS
+
+
 def cases(effort: Effort, norm: str, fuses: bool, evaluates: bool, interpreted: bool = False) -> list[Case]:
     """The cases of the values section.
 
@@ -133,9 +134,9 @@ def cases(effort: Effort, norm: str, fuses: bool, evaluates: bool, interpreted: 
     elsewhere; full: the whole product over all but the large shapes, three times. The large ones take the fused
     operations in turn. interpreted: without those that Triton's interpreter would need minutes for.
     """
-    modes = MODES if evaluates else MODES[:1]
+    modes = NORMS[norm].modes if evaluates else ("train",)
     fusions = FUSIONS if fuses else FUSIONS[:1]
-    channels = 3 if norm == "batch" else 4
+    channels = divisible(3, norm)
     found = []
     for turn, (mode, dtype, (layout, shape)) in enumerate(product(modes, DTYPES, SHAPES)):
         for fusion in _fusions(effort, fusions, len(shape), turn):
@@ -143,7 +144,7 @@ def cases(effort: Effort, norm: str, fuses: bool, evaluates: bool, interpreted: 
     odd = MORE_SHAPES if effort != "quick" else MORE_SHAPES[:4]
     dtypes = tuple(DTYPES) if effort == "full" else ("float32",)
     for turn, (mode, dtype, (layout, c, shape)) in enumerate(product(modes, dtypes, odd)):
-        c = c if norm == "batch" else c + c % 2
+        c = divisible(c, norm)
         for fusion in _fusions("full" if effort == "full" else "quick", fusions, len(shape), turn):
             found.append(Case(mode, dtype, layout, (shape[0], c, *shape[1:]), fusion, norm=norm))
     found = [case for case in found if case.m > 1]
@@ -162,7 +163,7 @@ def _large(
         overflows = dtype == "float16" and shape == MOST_VALUES
         if overflows or (interpreted and layout == "contiguous" and c > INTERPRETED_CHANNELS):
             continue
-        c = c if norm == "batch" else c + c % 2
+        c = divisible(c, norm)
         for fusion in _fusions("quick", fusions, len(shape), turn):
             found.append(Case(mode, dtype, layout, (shape[0], c, *shape[1:]), fusion, norm=norm))
     return found
@@ -187,7 +188,7 @@ def inputs(case: Case, device: torch.device) -> Inputs:
     draw = generator(case.identifier)
     dtype = DTYPES[case.dtype]
     vectors = torch.promote_types(dtype, torch.float32)
-    c = case.shape[1]
+    c, tracked = case.shape[1], NORMS[case.norm].over_batch
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw, dtype=torch.float64)
@@ -202,10 +203,8 @@ def inputs(case: Case, device: torch.device) -> Inputs:
         x=x.to(dtype),
         weight=weight.to(vectors),
         bias=(normal(c) / 2).to(vectors),
-        running_mean=(mean + deviation * normal(c) / 3).to(vectors) if case.norm == "batch" else None,
-        running_var=(deviation**2 * (0.5 + torch.rand(c, generator=draw))).to(vectors)
-        if case.norm == "batch"
-        else None,
+        running_mean=(mean + deviation * normal(c) / 3).to(vectors) if tracked else None,
+        running_var=(deviation**2 * (0.5 + torch.rand(c, generator=draw))).to(vectors) if tracked else None,
         residual=normal(*case.shape).to(dtype) if case.adds else None,
         g=normal(*case.shape).to(dtype),
         v=normal(*case.shape).to(dtype),
@@ -221,7 +220,7 @@ def away_from_the_kink(given: Inputs, case: Case) -> Inputs:
 
     At NaN it is the one that torch takes: 1 for relu, the slope for leaky_relu.
     """
-    if case.activation not in KINKED:
+    if case.activation not in KINKED_ACTIVATIONS:
         return given
     z = preactivation(given.wide(), case)
     stored = DTYPES[case.dtype]

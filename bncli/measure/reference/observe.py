@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bncli.kernels import fused
 from bncli.measure.reference import tolerance as tolerances
 from bncli.measure.reference.candidate import Subject, native_in_the_same_dtype
 from bncli.measure.reference.gradient_cases import Case, Inputs, inputs
@@ -31,11 +30,6 @@ class Setting:
         return not self.subject.own and self.subject.name.startswith("native")
 
     @property
-    def interpreted(self) -> bool:
-        """Whether Triton's interpreter runs in place of a GPU."""
-        return self.subject.name == "fused" and self.device.type == "cpu" and fused.INTERPRETED
-
-    @property
     def tolerance(self) -> str:
         """How large an error of a value may be, in words."""
         if self.native:
@@ -44,7 +38,7 @@ class Setting:
 
     def floors(self, case: Case, given: Inputs, truth: dict[str, Tensor]) -> dict[str, Tensor]:
         """The error that rounding alone explains in such a subject."""
-        return tolerances.floors(case, given, truth, self.native, self.interpreted, self.subject.own)
+        return tolerances.floors(case, given, truth, self.native, self.subject.interpreted, self.subject.own)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bncli.measure.reference.candidate import Forward
+from bncli.kernels.definition import Forward
 from bncli.measure.reference.gradient_cases import Case, Inputs
+from bncli.names import NORMS
 
 GRADIENTS = ("dx", "dweight", "dbias", "dresidual")
 SECOND = ("double backward in x", "double backward in weight", "double backward in g")
@@ -27,7 +28,7 @@ class Observation:
 
 def quantities(case: Case) -> tuple[str, ...]:
     """What a run of the case is judged by, in the order in which it is computed."""
-    running = ("running_mean", "running_var") if case.training and case.norm == "batch" else ()
+    running = ("running_mean", "running_var") if case.training and NORMS[case.norm].over_batch else ()
     return ("forward", *running, *(GRADIENTS if case.adds else GRADIENTS[:3]), "double backward")
 
 
@@ -55,7 +56,7 @@ def observe(call: Forward, case: Case, given: Inputs, second: bool = True) -> Ob
     seen.values["forward"] = y.detach()
     if not case.training:
         seen.problems.update(_moved(running, given))
-    if case.training and case.norm == "batch":
+    if case.training and NORMS[case.norm].over_batch:
         for name, value in zip(("running_mean", "running_var"), running, strict=True):
             if value is not None:
                 seen.values[name] = value

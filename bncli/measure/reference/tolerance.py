@@ -14,8 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from bncli.kernels.definition import definition
 from bncli.kernels.layout import over_channels
-from bncli.measure.reference.definition import definition
 from bncli.measure.reference.gradient_cases import DTYPES, Case, Inputs, generator, unit_roundoff
 from bncli.measure.reference.quantities import observe
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from bncli import kernels
-from bncli.kernels import native
+from bncli.kernels import fused, native
 
 
 @pytest.fixture
 def other(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused kernel, played by the native one."""
-    monkeypatch.setitem(kernels.KERNELS, "fused", native.batch_norm)
-    monkeypatch.setitem(kernels._WHY_NOT, "fused", lambda device: None)
+    monkeypatch.setattr(fused, "batch_norm", native.batch_norm)
+    monkeypatch.setattr(fused, "unavailable_reason", lambda device: None)

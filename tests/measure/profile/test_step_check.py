@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bncli import kernels
-from bncli.kernels import native
+from bncli.kernels import fused, native
 from bncli.measure.profile.step_check import difference
 from bncli.measure.profile.step_models import RecipeModel
 from bncli.results.profile import (
@@ -38,8 +38,8 @@ def test_a_relu_that_a_rounding_opens_is_no_kernels_fault(
 
 def checked(kernel: Any, monkeypatch: pytest.MonkeyPatch, model: Any = CNN, **train: Any) -> StepDifference | None:
     """What the check says of a model with that kernel."""
-    monkeypatch.setitem(kernels.KERNELS, "fused", kernel)
-    monkeypatch.setitem(kernels._WHY_NOT, "fused", lambda device: None)
+    monkeypatch.setattr(fused, "batch_norm", kernels.adapted(kernel))
+    monkeypatch.setattr(fused, "unavailable_reason", lambda device: None)
     recipe = tiny(data=IMAGES, model=model, train={"batch_size": 8, **train})
     subject = RecipeModel("resnet", recipe)
     dataset = subject.dataset(CPU)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bncli import kernels
 from bncli.engine.data.splits import Dataset
 from bncli.errors import DataError
+from bncli.kernels import fused
 from bncli.measure.profile.step_models import RecipeModel, Trainable, UserModel, one_batch
 from bncli.measure.profile.steps import StepRun
 from bncli.measure.timing.fresh_process import CallFailed
@@ -210,7 +211,7 @@ def test_the_bar_only_moves_forward_and_each_row_is_told_once() -> None:
 
 
 def test_a_kernel_that_is_not_here_has_its_reason_and_the_other_its_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kernels._WHY_NOT, "fused", lambda device: "there is no such device")
+    monkeypatch.setattr(fused, "unavailable_reason", lambda device: "there is no such device")
     subject = Faked(Hand(), {"native": 8.0})
     profile = finished(faked_run(subject))
     rows = by_kernel(profile)
@@ -223,8 +224,8 @@ def test_a_kernel_that_is_not_here_has_its_reason_and_the_other_its_times(monkey
 
 
 def test_a_wrong_kernel_has_its_error_and_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kernels.KERNELS, "fused", constant_statistics)
-    monkeypatch.setitem(kernels._WHY_NOT, "fused", lambda device: None)
+    monkeypatch.setattr(fused, "batch_norm", kernels.adapted(constant_statistics))
+    monkeypatch.setattr(fused, "unavailable_reason", lambda device: None)
     run = StepRun("tiny", [RecipeModel("tiny", tiny())], CPU, seconds=0.2, memory=lambda *_: NO_MEMORY)
     rows = by_kernel(finished(run))
     assert (rows["fused"].error, rows["fused"].wrong) == ("wrong result", True)

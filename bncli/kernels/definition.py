@@ -1,6 +1,8 @@
-"""The short slow definition of a normalization, which gradcheck computes in float64 and holds every kernel to.
+"""Definition of batch, layer, group and instance norm in plain torch operators: short, slow, and the reference that
+every kernel is held to in float64. It uses no other kernel file, so that a mistake in one of those cannot be in both.
 
-Its parameters are the mistakes that kernels make, so that a diagnosis can compute what a wrong kernel would have given.
+The parameters of `batch_norm` are the mistakes that kernels make, so that a diagnosis can compute a wrong kernel's
+results.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bncli.kernels.layout import over_channels, per_channel
-from bncli.kernels.native import finish
-from bncli.measure.reference.candidate import GROUPS, Forward
+from bncli import names
 
 Change = Callable[[Tensor], Tensor]
+# (x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation) -> y, by position: the
+# meaning of bncli.batch_norm; the running statistics move in place in training.
+Forward = Callable[..., Tensor]
 
 
 def same(tensor: Tensor) -> Tensor:
@@ -63,7 +66,7 @@ def batch_norm(twist: Twist | None = None) -> Forward:
         /,
     ) -> Tensor:
         m = x.numel() // x.size(1)
-        over, rounding = over_channels(x), twist.rounding
+        over, rounding = [0, *range(2, x.dim())], twist.rounding
         mean = rounding(x.mean(over))
         var = rounding(rounding((x - per_channel(mean, x)).square()).mean(over))
         if training and running_mean is not None and running_var is not None:
@@ -99,14 +102,31 @@ def batch_norm(twist: Twist | None = None) -> Forward:
     return call
 
 
+def per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """(C) -> (1, C, 1, ...) with the dimensions of x."""
+    return values.reshape(1, -1, *[1] * (x.dim() - 2))
+
+
 def affine(xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """weight xhat + bias, a pair for each channel."""
     y = xhat if weight is None else xhat * per_channel(weight, xhat)
     return y if bias is None else y + per_channel(bias, y)
 
 
-def over_groups(groups: int | None, rounding: Change = same) -> Forward:
-    """Group norm (Wu & He 2018, section 3.1); with 1 group layer norm of (C, *S), with None instance norm."""
+def finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    """activation(y + residual), each step only if it is asked for."""
+    z = y if residual is None else y + residual
+    if activation is None:
+        return z
+    function: Change = getattr(torch.nn.functional, activation)
+    return function(z)
+
+
+def over_groups(row: names.Norm, rounding: Change = same) -> Forward:
+    """A norm whose means are those of an example's groups of channels (Wu & He 2018, section 3.1).
+
+    With one group it is layer norm of (C, *S), with a group for every channel instance norm.
+    """
 
     def call(
         x: Tensor,
@@ -121,7 +141,7 @@ def over_groups(groups: int | None, rounding: Change = same) -> Forward:
         activation: str | None,
         /,
     ) -> Tensor:
-        grouped = x.reshape(x.size(0), groups or x.size(1), -1)
+        grouped = x.reshape(x.size(0), row.groups(x.size(1), names.CHECKED_GROUPS), -1)
         centred = grouped - rounding(grouped.mean(-1, keepdim=True))
         var = rounding(rounding(centred.square()).mean(-1, keepdim=True))
         xhat = rounding(rounding(centred) * rounding((var + eps).rsqrt()))
@@ -131,7 +151,6 @@ def over_groups(groups: int | None, rounding: Change = same) -> Forward:
 
 
 def definition(norm: str, rounding: Change = same) -> Forward:
-    """The definition of the batch, layer, group or instance norm, each intermediate passed through `rounding`."""
-    if norm == "batch":
-        return batch_norm(Twist(rounding=rounding))
-    return over_groups({"layer": 1, "group": GROUPS, "instance": None}[norm], rounding)
+    """The definition of a norm of `names.NORMS`, each intermediate passed through `rounding`."""
+    row = names.NORMS[norm]
+    return batch_norm(Twist(rounding=rounding)) if row.over_batch else over_groups(row, rounding)
