@@ -15,9 +15,9 @@ from bncli.engine import data
 from bncli.engine.data.splits import Dataset
 from bncli.engine.device import autocast, environment, in_tf32, resolve, tf32_allowed
 from bncli.engine.models import blame_own_model
+from bncli.engine.target import evaluation_steps
 from bncli.engine.train.optim import set_learning_rate
 from bncli.engine.train.state import TrainState
-from bncli.engine.train.target import evaluation_steps
 from bncli.recipe.sections import BatchNorm, OwnModel, Recipe
 from bncli.results.environment import Environment
 from bncli.results.train import (

@@ -15,8 +15,8 @@ from bncli.engine.data.splits import Batch, Dataset, order
 from bncli.engine.device import PeakMemory, synchronize
 from bncli.engine.models import build
 from bncli.engine.models.init import global_generators, restore_global_generators, stream
+from bncli.engine.target import StepsToTarget
 from bncli.engine.train.optim import optimizer, set_learning_rate
-from bncli.engine.train.target import StepsToTarget
 from bncli.errors import DataError
 from bncli.recipe.layers import shape_contradictions
 from bncli.recipe.sections import Recipe

@@ -18,9 +18,9 @@ from torch import nn
 
 from bncli.engine import data
 from bncli.engine.data.splits import Batch, InMemory, order
+from bncli.engine.target import steps_to_target
 from bncli.engine.train import evaluate, evaluation_size, optimizer_step, train
 from bncli.engine.train.state import TrainState
-from bncli.engine.train.target import steps_to_target
 from bncli.errors import DataError
 from bncli.recipe.sections import Recipe
 from bncli.results.train import Evaluated, Event, RunFinished, RunResult, RunStarted, StepDone

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bncli.engine.train.target import StepsToTarget, evaluation_steps, steps_to_target
+from bncli.engine.target import StepsToTarget, evaluation_steps, steps_to_target
 from bncli.recipe.sections import LogSpaced
 from bncli.results.train import Evaluation, Target
 from tests.benchmarks.crossings import bias_of_14x, ratio_by_cadence
