@@ -98,6 +98,11 @@ def test_the_driver_of_a_comparison_never_needs_torch(file: Path) -> None:
     assert ("out", "torch") not in imports(file)
 
 
+def test_the_driver_of_a_comparison_does_not_load_torch_through_what_it_imports_either() -> None:
+    modules = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in COMPARISON]
+    assert not modules_after(f"import {', '.join(modules)}") & {"torch", "sklearn"}
+
+
 def test_only_the_door_and_the_window_print() -> None:
     for file in FILES:
         if room_of(file) in ("cli", "report") or file.name == "schema.py":  # which prints when it is run as a program

@@ -1,4 +1,4 @@
-"""A run that is saved after any step and loaded into a new state goes on as if it had not been interrupted."""
+"""The state of training: a run saved after any step and loaded goes on as if uninterrupted; its clock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from bncli.engine import data
 from bncli.engine.train import optimizer_step, training_loop
-from bncli.engine.train.state import TrainState
+from bncli.engine.train.state import Clock, TrainState, sample
 from bncli.recipe.sections import Recipe
 from bncli.results.train import Evaluated, Evaluation, RunFinished, RunResult
 from tests.conftest import tiny
@@ -183,3 +183,41 @@ def test_seconds_and_peaks_of_memory_add_up_over_the_parts_of_a_run(folder: Path
     if part.peak_memory_mib is not None:
         assert result.peak_memory_mib is not None
         assert result.peak_memory_mib >= part.peak_memory_mib
+
+
+# --- the examples that initial weights are fitted to ----------------------------------------------------------------
+
+
+def test_lsuv_sees_examples_of_every_class_even_of_a_sorted_file(tmp_path: Path) -> None:
+    y = np.arange(3).repeat(400)
+    np.savez(tmp_path / "sorted.npz", x=np.eye(3, dtype=np.float32)[y], y=y)
+    npz = {"source": "npz", "path": str(tmp_path / "sorted.npz"), "held_out": 10}
+    recipe = tiny(data=npz, model={"kind": "mlp", "hidden": [4], "init": {"kind": "lsuv"}})
+    examples = sample(data.load(recipe.data, CPU), 0, 500)
+    assert examples.shape == (500, 3)
+    assert (examples.sum(0) > 100).all()
+
+
+# --- the clock ----------------------------------------------------------------------------------------------------
+
+
+def test_throughput_leaves_out_evaluations_and_the_first_interval() -> None:
+    times = iter([0.0, 9.0, 100.0, 102.0, 200.0, 204.0])
+    clock = Clock(batch_size=60, device=CPU, now=lambda: next(times))
+    for step in (10, 20, 30):
+        clock.start()
+        clock.pause(step)
+    assert clock.training_s == 9 + 2 + 4
+    assert clock.ms_per_step() == 1e3 * 6 / 20
+
+
+def test_a_single_interval_is_better_than_no_figure() -> None:
+    times = iter([0.0, 1.0])
+    clock = Clock(batch_size=60, device=CPU, now=lambda: next(times))
+    clock.start()
+    clock.pause(4)
+    assert clock.ms_per_step() == 250
+
+
+def test_a_run_without_a_step_has_no_throughput() -> None:
+    assert Clock(batch_size=60, device=CPU).ms_per_step() is None

@@ -20,8 +20,7 @@ from bncli.engine import data
 from bncli.engine.data.splits import Batch, InMemory, order
 from bncli.engine.target import steps_to_target
 from bncli.engine.train import evaluate, evaluation_size, optimizer_step, train
-from bncli.engine.train.optim import learning_rate_factor, optimizer
-from bncli.engine.train.state import Clock, TrainState, sample
+from bncli.engine.train.state import TrainState
 from bncli.errors import DataError
 from bncli.recipe.sections import Recipe
 from bncli.results.train import Evaluated, Event, RunFinished, RunResult, RunStarted, StepDone
@@ -136,16 +135,6 @@ def test_vectors_from_a_file_are_refused_by_a_model_for_images(tmp_path: Path) -
     npz = {"source": "npz", "path": str(tmp_path / "vectors.npz"), "held_out": 10}
     with pytest.raises(DataError, match=r"model.kind: a cnn needs images and the data are vectors; give x as"):
         run(tiny(data=npz, model={"kind": "cnn"}))
-
-
-def test_lsuv_sees_examples_of_every_class_even_of_a_sorted_file(tmp_path: Path) -> None:
-    y = np.arange(3).repeat(400)
-    np.savez(tmp_path / "sorted.npz", x=np.eye(3, dtype=np.float32)[y], y=y)
-    npz = {"source": "npz", "path": str(tmp_path / "sorted.npz"), "held_out": 10}
-    recipe = tiny(data=npz, model={"kind": "mlp", "hidden": [4], "init": {"kind": "lsuv"}})
-    examples = sample(data.load(recipe.data, CPU), 0, 500)
-    assert examples.shape == (500, 3)
-    assert (examples.sum(0) > 100).all()
 
 
 # --- what decides a run -------------------------------------------------------------------------------------------
@@ -435,80 +424,10 @@ def test_a_compiled_model_trains_like_an_eager_one() -> None:
     assert compiled == pytest.approx(eager, rel=1e-3)
 
 
-def factors(schedule: dict[str, Any], steps: int = 10) -> list[float]:
-    recipe = tiny(schedule=schedule, train={"steps": steps})
-    return [learning_rate_factor(recipe, step) for step in range(steps + 1)]
-
-
-def test_schedules_are_their_closed_forms() -> None:
-    assert factors({"kind": "constant"}) == [1.0] * 11
-    assert factors({"kind": "exponential", "gamma": 0.5, "every": 2})[:5] == pytest.approx(
-        [1, 2**-0.5, 0.5, 2**-1.5, 0.25]
-    )
-    assert factors({"kind": "step", "milestones": [3, 6], "gamma": 0.1})[2:8] == pytest.approx(
-        [1, 0.1, 0.1, 0.1, 0.01, 0.01]
-    )
-    cosine = factors({"kind": "cosine", "final": 0.2})
-    assert [cosine[0], cosine[5], cosine[10]] == pytest.approx([1, 0.6, 0.2])
-
-
-def test_warm_up_rises_linearly_to_the_whole_rate() -> None:
-    assert factors({"kind": "constant", "warmup": 4})[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
-
-
 def test_the_schedule_reaches_the_optimizer() -> None:
     recipe = tiny(schedule={"kind": "step", "milestones": [5], "gamma": 0.1}, train={"steps": 10, "target": None})
     rates = [event.learning_rate for event in events(recipe) if isinstance(event, Evaluated)]
     assert rates == pytest.approx([0.5, 0.5, 0.05])  # that of the last update
-
-
-@pytest.mark.parametrize(
-    ("section", "kind"),
-    [
-        ({"kind": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True}, torch.optim.SGD),
-        ({"kind": "adam", "lr": 0.01}, torch.optim.Adam),
-        ({"kind": "adamw", "lr": 0.01}, torch.optim.AdamW),
-    ],
-)
-def test_optimizers_are_torchs_and_train(section: dict[str, Any], kind: type) -> None:
-    assert isinstance(optimizer(tiny(optimizer=section), nn.Linear(2, 2)), kind)
-    assert run(tiny(optimizer=section)).status == "reached"
-
-
-def test_weight_decay_can_leave_out_norms_and_biases() -> None:
-    section = {"kind": "sgd", "lr": 0.1, "weight_decay": 0.5, "weight_decay_on": "weights"}
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    decayed, spared = optimizer(tiny(optimizer=section), model).param_groups
-    assert [parameter.shape for parameter in decayed["params"]] == [(4, 3)]
-    assert len(spared["params"]) == 3
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.5, 0.0)
-    (everything,) = optimizer(tiny(optimizer={**section, "weight_decay_on": "all"}), model).param_groups
-    assert len(everything["params"]) == 4
-
-
-# --- the clock ----------------------------------------------------------------------------------------------------
-
-
-def test_throughput_leaves_out_evaluations_and_the_first_interval() -> None:
-    times = iter([0.0, 9.0, 100.0, 102.0, 200.0, 204.0])
-    clock = Clock(batch_size=60, device=CPU, now=lambda: next(times))
-    for step in (10, 20, 30):
-        clock.start()
-        clock.pause(step)
-    assert clock.training_s == 9 + 2 + 4
-    assert clock.ms_per_step() == 1e3 * 6 / 20
-
-
-def test_a_single_interval_is_better_than_no_figure() -> None:
-    times = iter([0.0, 1.0])
-    clock = Clock(batch_size=60, device=CPU, now=lambda: next(times))
-    clock.start()
-    clock.pause(4)
-    assert clock.ms_per_step() == 250
-
-
-def test_a_run_without_a_step_has_no_throughput() -> None:
-    assert Clock(batch_size=60, device=CPU).ms_per_step() is None
 
 
 def test_results_say_where_they_were_made() -> None:
