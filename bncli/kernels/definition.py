@@ -26,7 +26,7 @@ def same(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Twist:
+class Mutation:
     """Departures from batch norm's definition; the defaults are none."""
 
     mean: Change = same  # of the mean (C) that normalizes, in training
@@ -48,9 +48,9 @@ class Twist:
     )
 
 
-def batch_norm(twist: Twist | None = None) -> Forward:
-    """Ioffe & Szegedy 2015, algorithms 1 and 2, written out; twisted, a wrong kernel."""
-    twist = twist or Twist()
+def batch_norm(mutation: Mutation | None = None) -> Forward:
+    """Ioffe & Szegedy 2015, algorithms 1 and 2, written out; mutated, a wrong kernel."""
+    mutation = mutation or Mutation()
 
     def call(
         x: Tensor,
@@ -66,38 +66,38 @@ def batch_norm(twist: Twist | None = None) -> Forward:
         /,
     ) -> Tensor:
         m = x.numel() // x.size(1)
-        over, rounding = [0, *range(2, x.dim())], twist.rounding
+        over, rounding = [0, *range(2, x.dim())], mutation.rounding
         mean = rounding(x.mean(over))
         var = rounding(rounding((x - per_channel(mean, x)).square()).mean(over))
         if training and running_mean is not None and running_var is not None:
             with torch.no_grad():
                 running = running_mean.clone(), running_var.clone()
-                running_mean.copy_(twist.move_mean(running_mean, mean, momentum))
-                running_var.copy_(twist.move_var(running_var, var, momentum, m))
-        if training and twist.running_in_training:
+                running_mean.copy_(mutation.move_mean(running_mean, mean, momentum))
+                running_var.copy_(mutation.move_var(running_var, var, momentum, m))
+        if training and mutation.running_in_training:
             mean, var = running
-        elif training or twist.batch_in_evaluation:
-            mean, var = twist.mean(mean), twist.var(var) * (m / (m - 1) if twist.bessel else 1)
+        elif training or mutation.batch_in_evaluation:
+            mean, var = mutation.mean(mean), mutation.var(var) * (m / (m - 1) if mutation.bessel else 1)
         else:
             assert running_mean is not None
             assert running_var is not None
             mean, var = running_mean, running_var
-            if twist.mean_path_in_evaluation:
+            if mutation.mean_path_in_evaluation:
                 mean = mean + x.mean(over) - x.mean(over).detach()
-            if twist.variance_path_in_evaluation:
+            if mutation.variance_path_in_evaluation:
                 around = (x - per_channel(running_mean, x)).square().mean(over)
                 var = var + around - around.detach()
-        inverse_deviation = rounding(twist.inverse_deviation(var, eps))
+        inverse_deviation = rounding(mutation.inverse_deviation(var, eps))
         xhat = rounding(rounding(x - per_channel(mean, x)) * per_channel(inverse_deviation, x))
         y = rounding(affine(xhat, weight, bias))
-        residual = None if residual is None else twist.residual(residual)
-        last = residual if twist.residual_last else None
-        first = None if twist.residual_last else residual
+        residual = None if residual is None else mutation.residual(residual)
+        last = residual if mutation.residual_last else None
+        first = None if mutation.residual_last else residual
         z = finish(finish(y, first, activation), last, None)
-        if twist.linear_activation:
+        if mutation.linear_activation:
             linear = finish(y, residual, None)
             z = linear + (z - linear).detach()
-        return rounding(twist.output(z))
+        return rounding(mutation.output(z))
 
     return call
 
@@ -153,4 +153,4 @@ def over_groups(row: names.Norm, rounding: Change = same) -> Forward:
 def definition(norm: str, rounding: Change = same) -> Forward:
     """The definition of a norm of `names.NORMS`, each intermediate passed through `rounding`."""
     row = names.NORMS[norm]
-    return batch_norm(Twist(rounding=rounding)) if row.over_batch else over_groups(row, rounding)
+    return batch_norm(Mutation(rounding=rounding)) if row.over_batch else over_groups(row, rounding)

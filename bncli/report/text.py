@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bncli.results.environment import Environment, Interval
+from bncli.results.finding import Finding
 from bncli.results.train import Target
 
 UNKNOWN = "–"
@@ -107,3 +108,60 @@ def header_words(column: Column) -> str:
 def joined(cell: Cell) -> str:
     """A cell on one line, its second part as an aside."""
     return f"{cell[0]} ({cell[1]})" if cell[1] else cell[0]
+
+
+# --- findings -----------------------------------------------------------------------------------------------------
+
+
+def finding_text(finding: Finding) -> str:
+    """What is wrong with a kernel's result, in words; empty where it is right."""
+    quantity, names, given, wanted = finding.quantity, ", ".join(finding.names), finding.given, finding.wanted
+    raised = f"raised {finding.exception}: " if finding.exception else ""
+    match finding.kind:
+        case "right":
+            return ""
+        case "off" | "nan_missing" | "nan_unexpected":
+            return _wrong_number(finding)
+        case "not_zero":
+            return f"{quantity} is not 0"
+        case "wrong_type":
+            return f"{raised}returned a {given}; expected {wanted}"
+        case "wrong_shape" if finding.exception:  # of the statistics, which a kernel returns beside y
+            return f"{raised}returned mean and var of shapes {given}; expected {wanted}"
+        case "wrong_shape" | "wrong_dtype" | "wrong_device":
+            return f"y has {finding.kind.removeprefix('wrong_')} {given}; expected the input's, {wanted}"
+        case "not_computed":
+            return f"{quantity} was not computed"
+        case "no_gradient":
+            return f"{quantity} is missing where x needs no gradient"
+        case "no_second_derivative":
+            return f"{raised}the gradients came back without a graph: nothing to differentiate again"
+        case "not_derivative" if finding.exception:
+            return f"{finding.exception}: {finding.text}"
+        case "not_derivative":
+            return f"{quantity} misses central differences of the loss by {finding.relative:.2g} (relative)"
+        case "wrong_exception":
+            return f"{raised}{finding.text}; expected a ValueError"
+        case "accepted":
+            return f"an input {given} has a variance of 0 over one value; expected a ValueError"
+        case "input_written":
+            return f"{names} changed during the call"
+        case "running_moved":
+            return f"{names} changed during the call, in evaluation"
+        case "running_moved_by_nothing":
+            return f"{names} moved"
+        case "not_deterministic":
+            return f"{names} differ between two runs on the same inputs"
+        case "raised" | "leaf_written" | "saved_written":
+            return f"{raised}{finding.text}"
+
+
+def _wrong_number(finding: Finding) -> str:
+    if finding.found is None:  # of a tensor too large to look for the place
+        return f"{finding.quantity} is not finite everywhere"
+    if finding.at is None:
+        within = f" within {finding.allowed:.2g}" if finding.allowed is not None else ""
+        return f"{finding.quantity} is {finding.found:.6g}; expected {finding.expected:.6g}{within}"
+    relative = f"; relative error {finding.relative:.2g}" if finding.relative is not None else ""
+    place = ", ".join(map(str, finding.at))
+    return f"{finding.quantity}[{place}] is {finding.found:.7g}; expected {finding.expected:.7g}{relative}"

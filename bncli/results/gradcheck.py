@@ -6,8 +6,49 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bncli.results.environment import Environment
+from bncli.results.finding import Finding
 
 Effort = Literal["quick", "default", "full"]
+
+# How the tolerance of a group's errors is derived.
+ToleranceRule = Literal[
+    # of a value: rounding in torch's operator, in one of bncli's kernels, in a function of the user's own
+    "native",
+    "kernel",
+    "own function",
+    # of a derivative
+    "finite differences",
+    "central differences of the loss",
+    # of an invariant
+    "summed floors",
+    "no error",
+    "floor of dx",
+    "mean floor of y",
+    "floors of running statistics",
+    "floors of y, dweight and dbias",
+    # of a hard input
+    "values and their NaN",
+    "variance",
+    "overflowing variance",
+    "ValueError",
+    "empty",
+]
+
+
+@dataclass(frozen=True)
+class NotChecked:
+    """Why no case of a group could run."""
+
+    reason: Literal[
+        "no fused operations",
+        "no evaluation",
+        "slow in the interpreter",
+        "no float64 on the device",
+        "refused",  # by the kernel, which raised
+        "missing inputs",
+        "nothing ran",
+    ]
+    finding: Finding | None = None  # what the kernel raised
 
 
 @dataclass(frozen=True)
@@ -19,26 +60,82 @@ class CheckGroup:
     cases: int
     failed: int
     worst: float | None  # the largest error in tolerances, infinite for NaN where a number belongs; None: no case ran
-    worst_case: str | None  # that case's identifier, as `--only` takes it
-    tolerance: str  # how it was derived, in words
-    not_checked: str | None = None  # why no case of this group could run
+    worst_case: str | None  # that case's identifier, by which it is asked for
+    rule: ToleranceRule | None = None
+    skipped: NotChecked | None = None
+
+
+@dataclass(frozen=True)
+class CheckedCall:
+    """The call of the kernel that a check makes."""
+
+    mode: str  # train, eval
+    dtype: str
+    layout: str
+    shape: tuple[int, ...]
+    fusion: str  # plain, relu, relu+residual, ...
+    eps: float
 
 
 @dataclass(frozen=True)
 class CheckFailure:
-    """A case that failed: what was expected, what was found, and the one line that runs it again."""
+    """A case that failed: which it is, and what was found."""
+
+    case: str  # its identifier, by which it is asked for
+    section: str
+    check: str  # gradcheck, same-bits, variance, ...; empty in the values section
+    call: CheckedCall | None  # None: inputs of the check's own
+    parameter: float | None  # mean over deviation, where the check varies that
+    quantity: str  # one of several that are judged on their own; empty where a check has a single result
+    finding: Finding
+
+
+@dataclass(frozen=True)
+class BugMatch:
+    """A failing result that is what a known bug gives. Distances are relative, in the l2 norm."""
 
     case: str
-    message: str
-    reproduce: str
+    quantity: str
+    equals: str  # what it then equals
+    from_wrong: float
+    from_truth: float
+    alike: int  # failing results that the bug explains
+    failing: int  # of so many that were looked at
+
+
+@dataclass(frozen=True)
+class Facet:
+    """Names of one kind (shapes, dtypes, ...) that fail, where others like them do not."""
+
+    name: str
+    failing: tuple[str, ...]
+    clean: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FailureSummary:
+    """What fails and what does not, where no known bug explains it."""
+
+    quantities: tuple[str, ...]  # of plain cases
+    clean: tuple[str, ...]
+    failing: int  # plain cases
+    cases: int
+    facets: tuple[Facet, ...]
+    groups: tuple[str, ...]  # of the other sections
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A kind of bug that the failures look like, with the evidence for it."""
+    """A kind of bug that the failures look like, with the evidence for it: the fields that the bug has any for."""
 
     bug: str
-    evidence: str
+    match: BugMatch | None = None
+    first: CheckFailure | None = None  # the failure that shows it
+    alike: int | None = None  # failures that show it
+    of: int | None = None  # calls or cases that were looked at
+    of_native: float | None = None  # the largest error over native's own
+    relative_errors: dict[str, float] | None = None  # of the variance, by mean over deviation
+    summary: FailureSummary | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +151,10 @@ class GradientPaths:
     bound: float  # what that error may be
     lost: float  # the relative l2 error of the direct part alone, taken for the gradient
 
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound
+
 
 @dataclass(frozen=True)
 class Gradcheck:
@@ -67,10 +168,13 @@ class Gradcheck:
     paths: tuple[GradientPaths, ...]
     failures: tuple[CheckFailure, ...]  # at most the first few
     diagnoses: tuple[Diagnosis, ...]
+    device: str = "auto"  # as it was asked for
+    allow_code: bool = False
 
     @property
     def passed(self) -> bool:
-        return not any(group.failed for group in self.groups)
+        """Whether no case failed and every gradient is within its bound of central differences."""
+        return not any(group.failed for group in self.groups) and all(each.passed for each in self.paths)
 
 
 @dataclass(frozen=True)

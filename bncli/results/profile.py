@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bncli.results.environment import PROFILE_VERSION, Environment, Interval
+from bncli.results.finding import Finding
 
 Direction = Literal["forward", "backward", "both"]
 Mode = Literal["training", "evaluation"]
@@ -98,6 +99,9 @@ class KernelCost:
     saved_mib: float | None = None  # kept for backward: the storages of its saved tensors, each once
     error: str | None = None
     wrong: bool = False  # whether the error is a wrong result, not something that is missing here
+    finding: Finding | None = None  # the wrong result
+    wrong_case: str | None = None  # the identifier of the small case that gives it; None: this row's own case
+    judged_on_cases: bool = True  # False: on this row's case alone, since a compilation for each would take minutes
 
     @property
     def key(self) -> KernelRow:

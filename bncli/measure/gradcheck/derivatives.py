@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bncli.measure.reference.gradient_cases import Case, Inputs, inputs, preactivation
-from bncli.measure.reference.observe import Check, Finding, Setting, Stage
+from bncli.measure.reference.candidate import KernelFailed
+from bncli.measure.reference.case import Case, Inputs, inputs, preactivation
+from bncli.measure.reference.judge import Check, CheckContext, CheckGroupPlan, Outcome
+from bncli.measure.reference.observe import finding_of
+from bncli.results.finding import Finding
 
 RELATIVE, ABSOLUTE, STEP = 1e-4, 1e-6, 1e-6
-WORDS = (
-    f"relative {RELATIVE:g} plus absolute {ABSOLUTE:g}: central differences with step {STEP:g} are good to step^2 and "
-    "roundoff / step, about 1e-9; random directions, random upstream gradient"
-)
 KINK = 1e-3  # no activation's input closer to 0 than this: a difference across the kink is no derivative
 
 SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -27,44 +25,43 @@ SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
 }
 
 
-def stages(setting: Setting, refused: dict[str, str]) -> Iterator[Stage]:
+def plans(context: CheckContext, refused: Collection[str]) -> Iterator[CheckGroupPlan]:
     """A row for each mode and order of derivative."""
     if "float64" in refused:
         return
-    for mode in ("train", "eval") if setting.subject.evaluates else ("train",):
-        for order, name in ((1, "gradcheck"), (2, "gradgradcheck")):
-            cases = [case for case in _cases(setting, mode) if not case.needs & set(refused)]
-            checks = [_check(setting, case, order, name) for case in cases]
-            yield Stage("derivatives", checks, WORDS, row=f"{mode} {name}")
+    for mode in ("train", "eval") if context.candidate.evaluates else ("train",):
+        for name in ("gradcheck", "gradgradcheck"):
+            cases = [case for case in _cases(context, mode) if not case.needs & set(refused)]
+            checks = [_check(context, case, name) for case in cases]
+            yield CheckGroupPlan("derivatives", checks, "finite differences", row=f"{mode} {name}")
 
 
-def _cases(setting: Setting, mode: str) -> Iterator[Case]:
+def _cases(context: CheckContext, mode: str) -> Iterator[Case]:
     fusions: tuple[str, ...] = ("plain",)
-    if setting.subject.fuses:
-        fusions = ("plain", "silu+residual") if setting.effort == "quick" else ("plain", "relu+residual", "silu")
-    for shape in SHAPES[setting.effort]:
+    if context.candidate.fuses:
+        fusions = ("plain", "silu+residual") if context.effort == "quick" else ("plain", "relu+residual", "silu")
+    for shape in SHAPES[context.effort]:
         for fusion in fusions:
-            yield Case(mode, "float64", "contiguous", shape, fusion, eps=1e-2, norm=setting.subject.norm)
+            yield Case(mode, "float64", "contiguous", shape, fusion, eps=1e-2, norm=context.candidate.norm)
 
 
-def _check(setting: Setting, case: Case, order: int, name: str) -> Check:
-    mode, _, _, shape, fusion = case.identifier.split("/")
+def _check(context: CheckContext, case: Case, name: str) -> Check:
+    def run() -> Outcome:
+        return Outcome({"": _differences(context, case, name)})
 
-    def run() -> list[Finding]:
-        return [_differences(setting, case, order)]
-
-    return Check(f"derivatives/{mode}/{name}/{shape}/{fusion}", ("",), run)
+    shape = "x".join(map(str, case.shape))
+    return Check("derivatives", f"derivatives/{case.mode}/{name}/{shape}/{case.fusion}", run, name, case)
 
 
-def _differences(setting: Setting, case: Case, order: int) -> Finding:
-    given = _off_the_kink(case, setting.device)
+def _differences(context: CheckContext, case: Case, name: str) -> Finding:
+    given = _off_the_kink(case, context.device)
     names = [name for name in ("x", "weight", "bias", "residual") if getattr(given, name) is not None]
     leaves = [getattr(given, name).detach().requires_grad_() for name in names]
 
     def function(*tensors: Tensor) -> Tensor:
         now = dict(zip(names, tensors, strict=True))
         running = [None if r is None else r.clone() for r in (given.running_mean, given.running_var)]
-        return setting.subject.call(
+        return context.candidate.call(
             *(now["x"], *running, now["weight"], now["bias"], case.training, case.momentum, case.eps),
             *(now.get("residual"), case.activation),
         )
@@ -72,15 +69,21 @@ def _differences(setting: Setting, case: Case, order: int) -> Finding:
     how: dict[str, Any] = {"eps": STEP, "atol": ABSOLUTE, "rtol": RELATIVE, "check_undefined_grad": False}
     try:
         torch.manual_seed(0)  # fast_mode draws its directions from torch's generator
-        if order == 1:
-            torch.autograd.gradcheck(function, leaves, fast_mode=setting.effort != "full", **how)
+        if name == "gradcheck":
+            torch.autograd.gradcheck(function, leaves, fast_mode=context.effort != "full", **how)
         else:
             g = given.g.detach().requires_grad_()
-            torch.autograd.gradgradcheck(function, leaves, g, fast_mode=setting.effort != "full", **how)
+            torch.autograd.gradgradcheck(function, leaves, g, fast_mode=context.effort != "full", **how)
+    except KernelFailed as failed:
+        return replace(failed.finding, quantity="derivative")
     except (Exception, SystemExit) as error:  # a mismatch, or whatever the kernel raises
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return Finding("", math.inf, f"{type(error).__name__}: {' '.join(lines[:4])[:300]}")
-    return Finding("", 0.0)
+        kind = finding_of(error).kind
+        text = " ".join(lines[:4])[:300]
+        return Finding(
+            "not_derivative" if kind == "raised" else kind, "derivative", exception=type(error).__name__, text=text
+        )
+    return Finding("right", "derivative", 0.0)
 
 
 def _off_the_kink(case: Case, device: torch.device) -> Inputs:

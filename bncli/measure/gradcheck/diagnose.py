@@ -1,8 +1,8 @@
-"""What kind of bug the failures look like, with the evidence.
+"""Diagnosis: what kind of bug the failures look like, with the evidence.
 
-Two methods. A hypothesis is a wrong kernel written out in float64: where a failing case's output is much closer to the
-wrong kernel's than to the truth, and nothing that came out right speaks against it, that bug is named. A symptom reads
-which checks failed and which passed.
+Two methods. A known bug is a wrong kernel written out in float64: where a failing case's output is much closer to the
+wrong kernel's than to the truth, and nothing that came out right speaks against it, that bug is named. A symptom is
+recognised by which checks failed and which passed.
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bncli.measure.gradcheck.facts import facts
-from bncli.measure.gradcheck.hypotheses import Hypothesis, predicted
-from bncli.measure.gradcheck.known_bugs import HYPOTHESES
-from bncli.measure.gradcheck.symptoms import SYMPTOMS
-from bncli.measure.reference.judge import Verdict
-from bncli.measure.reference.observe import Evidence
+from bncli.measure.gradcheck.known_bugs import KNOWN_BUGS, KnownBug, predicted
+from bncli.measure.gradcheck.symptoms import SYMPTOMS, summary
+from bncli.measure.reference.judge import Evidence, Verdict
+from bncli.measure.reference.observe import SECOND
 from bncli.measure.reference.tolerance import in_floors
-from bncli.results.gradcheck import Diagnosis
+from bncli.results.gradcheck import BugMatch, Diagnosis
 
 SHOWN = 3
-CASES = 24  # failing cases that the hypotheses are tried on
+CASES = 24  # failing cases that the known bugs are tried on
 NEAR = 0.02  # of the distance to the truth: how near the wrong kernel's output has to be
 SHARE = 0.05  # of the failing results looked at, which a bug has to explain
 UNKNOWN = "no bug that is known here"
@@ -32,21 +30,21 @@ def diagnose(verdicts: list[Verdict], norm: str) -> tuple[Diagnosis, ...]:
     """The bugs that the failures look like, the best founded first; none where nothing failed."""
     if not any(verdict.failed for verdict in verdicts):
         return ()
-    certain = [found for symptom in SYMPTOMS if symptom.certain and (found := symptom.read(verdicts))]
-    if certain:
-        return tuple(certain[:1])
+    decisive = [found for symptom in SYMPTOMS if symptom.decisive and (found := symptom.recognise(verdicts))]
+    if decisive:
+        return tuple(decisive[:1])
     likely = _likely(verdicts) if norm == "batch" else []
-    others = [symptom for symptom in SYMPTOMS if not symptom.certain and (symptom.beside or not likely)]
-    symptoms = [found for symptom in others if (found := symptom.read(verdicts))]
-    return tuple([*likely, *symptoms][:SHOWN]) or (Diagnosis(UNKNOWN, facts(verdicts)),)
+    others = [symptom for symptom in SYMPTOMS if not symptom.decisive and (symptom.compatible or not likely)]
+    symptoms = [found for symptom in others if (found := symptom.recognise(verdicts))]
+    return tuple([*likely, *symptoms][:SHOWN]) or (Diagnosis(UNKNOWN, summary=summary(verdicts)),)
 
 
-# --- hypotheses -------------------------------------------------------------------------------------------------------
+# --- known bugs -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Match:
-    """One quantity of one case that a hypothesis explains."""
+    """One quantity of one case that a known bug explains."""
 
     identifier: str
     quantity: str
@@ -55,61 +53,64 @@ class Match:
 
 
 def _likely(verdicts: list[Verdict]) -> list[Diagnosis]:
-    """The hypotheses that explain most, each of what those before it leave unexplained."""
+    """The known bugs that explain most, each of what those before it leave unexplained."""
     cases = _spread(verdicts)
-    matches = {hypothesis: _matches(hypothesis, cases) for hypothesis in HYPOTHESES}
+    matches = {known: _matches(known, cases) for known in KNOWN_BUGS}
     found: list[Diagnosis] = []
     explained: set[tuple[str, str]] = set()
     failing = sum(len(_failing(evidence)) for _, evidence in cases)
     while True:
         left = {
-            hypothesis: [match for match in own if (match.identifier, match.quantity) not in explained]
-            for hypothesis, own in matches.items()
+            known: [match for match in own if (match.identifier, match.quantity) not in explained]
+            for known, own in matches.items()
         }
-        best = max(left, key=lambda hypothesis: (len(left[hypothesis]), -HYPOTHESES.index(hypothesis)))
+        best = max(left, key=lambda known: (len(left[known]), -KNOWN_BUGS.index(known)))
         if len(left[best]) < max(2 if found else 1, SHARE * failing):
             return found
         explained |= {(match.identifier, match.quantity) for match in matches[best]}
-        found.append(_told(best, left[best], failing))
+        found.append(_diagnosis(best, left[best], failing))
 
 
-def _told(hypothesis: Hypothesis, matches: list[Match], failing: int) -> Diagnosis:
+def _diagnosis(known: KnownBug, matches: list[Match], failing: int) -> Diagnosis:
     sharpest = min(matches, key=lambda match: match.from_wrong / match.from_truth)
-    return Diagnosis(
-        hypothesis.bug,
-        f"{sharpest.quantity} of {sharpest.identifier} equals {hypothesis.equals} to {sharpest.from_wrong:.1g} and "
-        f"misses the true one by {sharpest.from_truth:.2g} (relative); {len(matches)} of {failing} failing results "
-        "looked at are alike",
+    match = BugMatch(
+        case=sharpest.identifier,
+        quantity=sharpest.quantity,
+        equals=known.equals,
+        from_wrong=sharpest.from_wrong,
+        from_truth=sharpest.from_truth,
+        alike=len(matches),
+        failing=failing,
     )
+    return Diagnosis(known.bug, match)
 
 
 def _spread(verdicts: list[Verdict]) -> list[tuple[str, Evidence]]:
     """Failing cases with their evidence, each once, as many rows as possible before a second of any."""
-    by_row: dict[str, list[tuple[str, Evidence]]] = {}
+    by_row: dict[tuple[str, str, str], list[tuple[str, Evidence]]] = {}
     seen: set[int] = set()
     for verdict in verdicts:
-        evidence = verdict.finding.evidence
+        evidence = verdict.evidence
         if verdict.failed and evidence is not None and id(evidence) not in seen and evidence.seen:
             seen.add(id(evidence))
-            identifier = verdict.identifier.removesuffix(f"/{verdict.finding.quantity}")
-            row = f"{verdict.row} {evidence.case.dtype} {evidence.case.layout}"
-            by_row.setdefault(row, []).append((identifier, evidence))
+            row = (verdict.row, evidence.case.dtype, evidence.case.layout)
+            by_row.setdefault(row, []).append((verdict.check.identifier, evidence))
     turns = max((len(members) for members in by_row.values()), default=0)
     return [members[turn] for turn in range(turns) for members in by_row.values() if turn < len(members)][:CASES]
 
 
 def _failing(evidence: Evidence) -> list[str]:
     """The quantities that are clearly wrong; the second derivative follows the first and is left to the symptoms."""
-    names = [name for name in evidence.truth if not name.startswith("double") and name in evidence.seen]
+    names = [name for name in evidence.truth if name not in SECOND and name in evidence.seen]
     return [name for name in names if _distance(evidence.seen[name], evidence.truth[name], evidence.floors[name]) > 1]
 
 
-def _matches(hypothesis: Hypothesis, cases: list[tuple[str, Evidence]]) -> list[Match]:
+def _matches(known: KnownBug, cases: list[tuple[str, Evidence]]) -> list[Match]:
     found = []
     for identifier, evidence in cases:
-        if not hypothesis.applies(evidence.case):
+        if not known.applies(evidence.case):
             continue
-        wrong = predicted(hypothesis, evidence)
+        wrong = predicted(known, evidence)
         failing = _failing(evidence)
         explained = [name for name in failing if name in wrong and _explains(evidence, name, wrong[name])]
         right = [name for name in wrong if name in evidence.seen and name not in failing and name in evidence.floors]

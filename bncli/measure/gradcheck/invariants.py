@@ -7,6 +7,7 @@ invariant sums them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,17 +15,28 @@ from torch import Tensor
 
 from bncli.kernels.layout import per_channel
 from bncli.measure.reference import tolerance as tolerances
-from bncli.measure.reference.gradient_cases import Case, Inputs, generator
-from bncli.measure.reference.observe import Finding, Setting, same_bits, written
-from bncli.measure.reference.quantities import leaf, observe
+from bncli.measure.reference.candidate import KernelFailed
+from bncli.measure.reference.case import Case, Inputs, divisible, generator
+from bncli.measure.reference.judge import (
+    Check,
+    CheckContext,
+    CheckGroupPlan,
+    Outcome,
+    number_kind,
+    same_bits,
+    written,
+)
+from bncli.measure.reference.observe import finding_of, leaf, observe
 from bncli.names import CHECKED_GROUPS, NORMS
+from bncli.results.finding import Finding
+from bncli.results.gradcheck import ToleranceRule
 
 Values = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the subject, its exact outcome and the floors of its errors, in float64."""
+    """One run of the candidate, its exact outcome and the floors of its errors, in float64."""
 
     case: Case
     given: Inputs
@@ -33,29 +45,25 @@ class Run:
     floors: Values
 
 
-class Broken(Exception):
-    """The subject could not be run to the end. The message is the kernel's."""
-
-
-def run(setting: Setting, case: Case, given: Inputs) -> Run:
-    """One run without the second derivative. Raises Broken with the kernel's own message."""
+def run(context: CheckContext, case: Case, given: Inputs) -> Run:
+    """One run without the second derivative. Raises KernelFailed with the first problem."""
     truth = tolerances.reference(case, given)
-    floors = setting.floors(case, given, truth)
+    floors = context.floors(case, given, truth)
     wide = given.wide()  # before a kernel that writes into its input
-    seen = observe(setting.subject.call, case, given, second=False)
-    if seen.problems:
-        raise Broken(next(iter(seen.problems.values())))
+    seen = observe(context.candidate.call, case, given, second=False)
+    if seen.problem:
+        raise KernelFailed(seen.problem)
     return Run(case, wide, seen.wide(), truth, floors)
 
 
-def judge(what: str, found: Tensor, expected: Tensor, allowed: Tensor) -> Finding:
+def judge(quantity: str, found: Tensor, expected: Tensor, allowed: Tensor) -> Finding:
     """`found` against `expected`, each element with its own allowance."""
     error = tolerances.in_floors(found, expected, allowed)
     if error <= 1:
-        return Finding("", error)
+        return Finding("right", quantity, error)
     worst = int(((found - expected).abs() / allowed).flatten().nan_to_num(math.inf).argmax())
-    values = (float(found.flatten()[worst]), float(expected.flatten()[worst]), float(allowed.flatten()[worst]))
-    return Finding("", error, "{} is {:.6g}; expected {:.6g} within {:.2g}".format(what, *values))
+    value, exact, most = (float(each.flatten()[worst]) for each in (found, expected, allowed))
+    return Finding(number_kind(value, exact), quantity, error, found=value, expected=exact, allowed=most)
 
 
 def grouped(values: Tensor, norm: str) -> Tensor:
@@ -82,29 +90,29 @@ def upstream(given: Inputs, case: Case) -> Tensor:
 # --- the invariants ---------------------------------------------------------------------------------------------------
 
 
-def sum_of_dx(setting: Setting, case: Case, given: Inputs) -> Finding:
+def sum_of_dx(context: CheckContext, case: Case, given: Inputs) -> Finding:
     """A common shift of x changes nothing, so the gradients of a group add up to 0."""
-    found = run(setting, case, given)
+    found = run(context, case, given)
     dx, floor = grouped(found.seen["dx"], case.norm), grouped(found.floors["dx"], case.norm)
     return judge("the sum of dx", dx.sum(1), torch.zeros(len(dx), dtype=dx.dtype), floor.sum(1))
 
 
-def all_ones(setting: Setting, case: Case, given: Inputs) -> Finding:
+def all_ones(context: CheckContext, case: Case, given: Inputs) -> Finding:
     """The sum of y is m bias, whatever x is."""
-    found = run(setting, case, replace(given, g=torch.ones_like(given.g)))
+    found = run(context, case, replace(given, g=torch.ones_like(given.g)))
     return judge("dx", found.seen["dx"], torch.zeros_like(found.seen["dx"]), found.floors["dx"])
 
 
-def sum_of_xhat_dx(setting: Setting, case: Case, given: Inputs) -> Finding:
+def sum_of_xhat_dx(context: CheckContext, case: Case, given: Inputs) -> Finding:
     """sum xhat dx = 1/sqrt(var + eps) eps/(var + eps) sum xhat weight g: scaling x changes y by way of eps alone."""
-    found = run(setting, case, given)
+    found = run(context, case, given)
     xhat, var = statistics(found.given, case)
     dx, floor = grouped(found.seen["dx"], case.norm), grouped(found.floors["dx"], case.norm)
     rest = case.eps / (var + case.eps) ** 1.5 * (xhat * upstream(found.given, case)).sum(1, keepdim=True)
     return judge("the sum of xhat dx", (xhat * dx).sum(1), rest.squeeze(1), (xhat.abs() * floor).sum(1))
 
 
-def scaled_weights(setting: Setting, case: Case, given: Inputs) -> Finding:
+def scaled_weights(context: CheckContext, case: Case, given: Inputs) -> Finding:
     """BN((aW)u) = BN(Wu) with eps scaled by a^2, and the gradient in aW is 1/a of that in W (section 3.3)."""
     n, c, s = case.shape
     draw = generator(case.identifier + "/W")
@@ -114,7 +122,7 @@ def scaled_weights(setting: Setting, case: Case, given: Inputs) -> Finding:
     runs = []
     for a in (1.0, 3.0, 1 / 16):
         x = torch.einsum("ck,nks->ncs", a * w, u).to(given.x)
-        found = run(setting, replace(case, eps=case.eps * a**2), replace(given, x=x))
+        found = run(context, replace(case, eps=case.eps * a**2), replace(given, x=x))
         gradient = torch.einsum("ncs,nks->ck", found.seen["dx"], u) * a
         floor = torch.einsum("ncs,nks->ck", found.floors["dx"] * a, u.abs())
         runs.append((found.seen["forward"], found.floors["forward"], gradient, floor))
@@ -125,9 +133,9 @@ def scaled_weights(setting: Setting, case: Case, given: Inputs) -> Finding:
     return max(findings, key=lambda finding: finding.error)
 
 
-def output_moments(setting: Setting, case: Case, given: Inputs) -> Finding:
+def output_moments(context: CheckContext, case: Case, given: Inputs) -> Finding:
     """The output's mean is bias and its variance weight^2 var/(var + eps), in each channel."""
-    found = run(setting, case, given)
+    found = run(context, case, given)
     assert found.given.weight is not None
     assert found.given.bias is not None
     y, floor = grouped(found.seen["forward"], "batch"), grouped(found.floors["forward"], "batch").mean(1)
@@ -139,9 +147,9 @@ def output_moments(setting: Setting, case: Case, given: Inputs) -> Finding:
     return max(mean, spread, key=lambda finding: finding.error)
 
 
-def evaluation_gradient(setting: Setting, case: Case, given: Inputs) -> Finding:
+def evaluation_gradient(context: CheckContext, case: Case, given: Inputs) -> Finding:
     """In evaluation y is affine in x, so dx = weight/sqrt(running_var + eps) g."""
-    found = run(setting, case, given)
+    found = run(context, case, given)
     assert found.given.weight is not None
     assert found.given.running_var is not None
     slope = found.given.weight * (found.given.running_var + case.eps).rsqrt()
@@ -149,11 +157,11 @@ def evaluation_gradient(setting: Setting, case: Case, given: Inputs) -> Finding:
     return judge("dx", found.seen["dx"], expected, found.floors["dx"])
 
 
-def running_statistics(setting: Setting, case: Case, given: Inputs) -> Finding:
+def running_statistics(context: CheckContext, case: Case, given: Inputs) -> Finding:
     """new = (1 - momentum) old + momentum batch, the variance with m/(m - 1) (algorithm 2, line 10)."""
     findings = []
     for momentum in (0.0, 0.1, 1.0):
-        found = run(setting, replace(case, momentum=momentum), given)
+        found = run(context, replace(case, momentum=momentum), given)
         x = grouped(found.given.x, "batch")
         for name, batch in (("running_mean", x.mean(1)), ("running_var", x.var(1, correction=1))):
             old = getattr(found.given, name)
@@ -163,50 +171,159 @@ def running_statistics(setting: Setting, case: Case, given: Inputs) -> Finding:
     return max(findings, key=lambda finding: finding.error)
 
 
-def inputs_unwritten(setting: Setting, case: Case, given: Inputs) -> Finding:
+def inputs_unwritten(context: CheckContext, case: Case, given: Inputs) -> Finding:
     """No argument is written to, but the running statistics in training."""
     before = given.wide()
-    seen = observe(setting.subject.call, case, given, second=False)
+    seen = observe(context.candidate.call, case, given, second=False)
     if changed := written(given, before):
-        return Finding("", math.inf, changed)
-    if seen.problems:
-        raise Broken(next(iter(seen.problems.values())))
-    return Finding("", 0.0)
+        return Finding("input_written", names=changed)
+    return seen.problem or Finding("right", error=0.0)
 
 
-def repeatable(setting: Setting, case: Case, given: Inputs) -> Finding:
+def repeatable(context: CheckContext, case: Case, given: Inputs) -> Finding:
     """Two runs on the same inputs give the same bits in every quantity."""
-    first, second = (observe(setting.subject.call, case, given) for _ in range(2))
-    if first.problems:
-        raise Broken(next(iter(first.problems.values())))
+    first, second = (observe(context.candidate.call, case, given) for _ in range(2))
+    if first.problem:
+        return first.problem
     differing = [name for name, value in first.values.items() if not same_bits(value, second.values.get(name))]
-    if differing:
-        return Finding("", math.inf, f"{', '.join(differing)} differ between two runs on the same inputs")
-    return Finding("", 0.0)
+    return Finding("not_deterministic", names=tuple(differing)) if differing else Finding("right", error=0.0)
 
 
-def without_gradients(setting: Setting, case: Case, given: Inputs) -> Finding:
+def without_gradients(context: CheckContext, case: Case, given: Inputs) -> Finding:
     """y is the same where no gradient is asked for, and the vectors' gradients are where x asks for none.
 
     Kernels take other ways there: nothing to save, nothing to return.
     """
     truth = tolerances.reference(case, given)
-    floors = setting.floors(case, given, truth)
+    floors = context.floors(case, given, truth)
     arguments = (case.training, case.momentum, case.eps, given.residual, case.activation)
     with torch.no_grad():
-        y = setting.subject.call(given.x, *_running(given), given.weight, given.bias, *arguments)
+        y = context.candidate.call(given.x, *_running(given), given.weight, given.bias, *arguments)
     found = judge("y without gradients", y.detach().double().cpu(), truth["forward"], floors["forward"])
     vectors = [leaf(vector) for vector in (given.weight, given.bias)]
-    y = setting.subject.call(given.x, *_running(given), *vectors, *arguments)
+    y = context.candidate.call(given.x, *_running(given), *vectors, *arguments)
     wanted = {name: vector for name, vector in zip(("dweight", "dbias"), vectors, strict=True) if vector is not None}
     gradients = torch.autograd.grad(y, list(wanted.values()), given.g, allow_unused=True)
     for name, gradient in zip(wanted, gradients, strict=True):
         if gradient is None:
-            return Finding("", math.inf, f"{name} is missing where x needs no gradient")
-        other = judge(f"{name} where x needs no gradient", gradient.double().cpu(), truth[name], floors[name])
+            return Finding("no_gradient", name)
+        other = judge(f"{name} where x needs no gradient", gradient.detach().double().cpu(), truth[name], floors[name])
         found = max(found, other, key=lambda finding: finding.error)
     return found
 
 
 def _running(given: Inputs) -> list[Tensor | None]:
     return [None if running is None else running.clone() for running in (given.running_mean, given.running_var)]
+
+
+Invariant = Callable[[CheckContext, Case, Inputs], Finding]
+ANY = tuple(NORMS)
+
+
+@dataclass(frozen=True)
+class Row:
+    slug: str
+    name: str
+    rule: ToleranceRule
+    check: Invariant
+    norms: tuple[str, ...] = ("batch",)
+    modes: tuple[str, ...] = ("train",)
+    dtypes: tuple[str, ...] = ("float32", "float64")
+    eps: tuple[float, ...] = (1e-3,)
+    shapes: tuple[tuple[int, ...], ...] = ((4, 0, 5, 7),)  # 0: the norm's usual number of channels
+    fused: bool = False  # with a residual and an activation, where the candidate has them
+
+
+ROWS = (
+    Row("sum-dx", "sum of dx over the batch is 0", "summed floors", sum_of_dx, ANY),
+    Row("ones", "dx is 0 for an all-ones upstream gradient", "floor of dx", all_ones),
+    Row("sum-xhat-dx", "sum of xhat dx is its eps term", "summed floors", sum_of_xhat_dx, ANY, eps=(1e-5, 0.5)),
+    Row("scale", "BN((aW)u) = BN(Wu), its gradient 1/a", "summed floors", scaled_weights, ANY, shapes=((8, 0, 5),)),
+    Row(
+        "moments",
+        "output mean is bias, variance weight^2 var/(var+eps)",
+        "mean floor of y",
+        output_moments,
+    ),
+    Row(
+        "eval-gradient",
+        "evaluation gradient is weight/sqrt(running_var+eps) g",
+        "floor of dx",
+        evaluation_gradient,
+        modes=("eval",),
+    ),
+    Row(
+        "running",
+        "running statistics move by momentum, variance by m/(m-1)",
+        "floors of running statistics",
+        running_statistics,
+        shapes=((2, 0, 2), (4, 0, 5, 7)),
+    ),
+    Row(
+        "unwritten",
+        "inputs are not written to",
+        "no error",
+        inputs_unwritten,
+        ANY,
+        ("train", "eval"),
+        ("float32", "bfloat16"),
+        fused=True,
+    ),
+    Row(
+        "no-grad",
+        "the same without gradients, and with x frozen",
+        "floors of y, dweight and dbias",
+        without_gradients,
+        # batch norm alone: torch 2.13's group norm of channels last on a CPU crashes where x is frozen
+        modes=("train", "eval"),
+        fused=True,
+    ),
+    Row(
+        "same-bits",
+        "two runs give the same bits",
+        "no error",
+        repeatable,
+        ANY,
+        ("train", "eval"),
+        ("float32", "bfloat16"),
+        shapes=((4, 0, 5, 7), (8, 0, 33, 35)),
+    ),
+)
+
+
+def plans(context: CheckContext, refused: Collection[str]) -> Iterator[CheckGroupPlan]:
+    """A row for each invariant that the norm has."""
+    candidate = context.candidate
+    for row in ROWS:
+        modes = [mode for mode in row.modes if mode == "train" or candidate.evaluates]
+        if candidate.norm not in row.norms or not modes:
+            continue
+        checks = [_check(context, row, case) for case in _cases(context, row, modes) if not case.needs & set(refused)]
+        yield CheckGroupPlan("invariants", checks, row.rule, row=row.name)
+
+
+def _cases(context: CheckContext, row: Row, modes: list[str]) -> Iterator[Case]:
+    channels = divisible(3, context.candidate.norm)
+    layouts = ("contiguous",) if context.effort == "quick" else ("contiguous", "channels_last")
+    dtypes = row.dtypes if context.effort != "quick" else row.dtypes[:1]
+    fusions = ("plain", "relu+residual") if row.fused and context.candidate.fuses else ("plain",)
+    few = context.effort == "quick" or (context.interpreted and row.slug == "same-bits")  # minutes, interpreted
+    shapes = row.shapes[:1] if few else row.shapes
+    for mode in modes:
+        for dtype in dtypes:
+            for shape in [tuple(size or channels for size in shape) for shape in shapes]:
+                for layout in layouts if len(shape) == 4 else layouts[:1]:
+                    for fusion in fusions:
+                        for eps in row.eps:
+                            yield Case(mode, dtype, layout, shape, fusion, eps=eps, norm=context.candidate.norm)
+
+
+def _check(context: CheckContext, row: Row, case: Case) -> Check:
+    def run() -> Outcome:
+        try:
+            return Outcome({"": row.check(context, *context.fresh(case))})
+        except (Exception, SystemExit) as error:  # the kernel's own, which may be anything
+            return Outcome({"": finding_of(error)})
+
+    suffix = f"/eps={case.eps:g}" if len(row.eps) > 1 else ""
+    return Check("invariants", f"invariants/{row.slug}/{case.identifier}{suffix}", run, row.slug, case)

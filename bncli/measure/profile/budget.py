@@ -72,7 +72,7 @@ def _check(asked: Asked) -> None:
         errors.append(UsageError("name a set of shapes, a shape or a file of shapes", field="shapes"))
     choices: Sequence[tuple[str, Sequence[str], Sequence[str]]] = (
         ("operation", asked.operations, tuple(cases.OPERATIONS)),
-        ("dtype", asked.dtypes, tuple(cases.DTYPES)),
+        ("dtype", asked.dtypes, tuple(cases.DTYPE_NAMES)),
         ("layout", asked.layouts, LAYOUTS),
     )
     for field, names, known in choices:

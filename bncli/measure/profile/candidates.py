@@ -3,61 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bncli import kernels
-from bncli.errors import RecipeError
+from bncli.errors import Unavailable, UsageError, UsageErrors
 from bncli.kernels import native
+from bncli.kernels.definition import Forward
 from bncli.kernels.fused import cpu
 from bncli.kernels.fused.tiling import Plan
 from bncli.kernels.layout import dense
 from bncli.measure.profile import peers
-from bncli.measure.reference import case as cases
-from bncli.measure.reference.candidate import Subject, subject
-from bncli.measure.reference.case import Apply, Inputs
+from bncli.measure.reference import candidate as kernel_of
+from bncli.measure.reference.candidate import by_name
+from bncli.measure.reference.case import Case, Inputs, arguments, with_layout
 from bncli.measure.timing.clock import Work
 from bncli.names import PROFILE_KERNELS
-from bncli.results.profile import Case, Direction
+from bncli.results.profile import Direction
 
 
 @dataclass(frozen=True)
 class Candidate:
     """One kernel on one case. `ran`: the implementation behind it, None where unknown."""
 
-    forward: Apply
+    case: Case
+    call: Forward
     ran: str | None = None
     overwrites: bool = False  # x, so that each call needs a copy of it
     positive_weight: bool = False  # it means another operation where a weight is not above 0
     compiles: bool = False  # on its first call
 
-    def given(self, inputs: Inputs) -> Inputs:
+    def arguments(self, inputs: Inputs) -> tuple[Any, ...]:
         """What one call is given: these inputs, and where it writes over x, a copy of that."""
-        return replace(inputs, x=inputs.x.clone()) if self.overwrites else inputs
+        given = arguments(self.case, inputs)
+        return (given[0].clone(), *given[1:]) if self.overwrites else given
 
-    def run(self, inputs: Inputs) -> Tensor:
-        """The forward pass, whatever it does to x."""
-        return self.forward(self.given(inputs))
+    def on_a_copy(self, x: Tensor, *others: Any) -> Tensor:
+        """The same call, which leaves x as it is."""
+        return self.call(x.clone() if self.overwrites else x, *others)
 
     def step(self, inputs: Inputs) -> Callable[[], object]:
         """One forward and backward pass, ready to run; the gradients are returned, not accumulated."""
         leaves = list(inputs.leaves().values())
-        given = self.given(inputs)
-        return lambda: torch.autograd.grad(self.forward(given), leaves, inputs.dy)
+        given = self.arguments(inputs)
+        return lambda: torch.autograd.grad(self.call(*given), leaves, inputs.g)
 
     def works(self, inputs: Inputs) -> dict[Direction, Work]:
         """Direction -> what a sample runs, all on the same tensors, which require gradients from here on."""
         leaves = list(inputs.leaves().values())
+        once = None if self.overwrites else self.arguments(inputs)
+
+        def given() -> tuple[Any, ...]:
+            return once or self.arguments(inputs)
 
         def backward(y: Tensor) -> object:
-            return torch.autograd.grad(y, leaves, inputs.dy)
+            return torch.autograd.grad(y, leaves, inputs.g)
 
         return {
-            "both": Work(lambda given: backward(self.forward(given)), lambda: self.given(inputs)),
-            "forward": Work(self.forward, lambda: self.given(inputs)),
-            "backward": Work(backward, lambda: self.run(inputs)),
+            "both": Work(lambda now: backward(self.call(*now)), given),
+            "forward": Work(lambda now: self.call(*now), given),
+            "backward": Work(backward, lambda: self.call(*given())),
         }
 
 
@@ -65,63 +73,62 @@ Source = Callable[[Case], Candidate]  # raises Unavailable, with the reason, whe
 
 
 def sources(names: Sequence[str], device: torch.device, allow_code: bool) -> dict[str, Source]:
-    """Where each kernel's candidates come from. Raises RecipeError for an unknown name or a function that is missing.
+    """Where each kernel's candidates come from. Raises UsageError for an unknown name or a function that is missing.
 
-    Names: those of PROFILE_KERNELS, or the user's package.module:function (with allow_code). Whether
-    a kernel can run is found out case by case, so that the others' rows stand.
+    Names: those of PROFILE_KERNELS, or the user's package.module:function (with allow_code). Whether a kernel can run
+    is found out case by case, so that the others' rows stand.
     """
-    mistakes = [
-        f"--kernel {name}: expected some of {', '.join(PROFILE_KERNELS)}, or your own as package.module:function"
-        for name in dict.fromkeys(names)
-        if name not in PROFILE_KERNELS and ":" not in name
-    ]
-    if mistakes:
-        raise RecipeError(*mistakes)
+    expected = f"expected some of {', '.join(PROFILE_KERNELS)}, or your own as package.module:function"
+    unknown = [name for name in dict.fromkeys(names) if name not in PROFILE_KERNELS and ":" not in name]
+    if unknown:
+        raise UsageErrors(UsageError(expected, field="kernel", value=name) for name in unknown)
     return {name: _source(name, device, allow_code) for name in dict.fromkeys(names)}
 
 
 def _source(name: str, device: torch.device, allow_code: bool) -> Source:
     if ":" in name:
-        own = subject(name, "batch", device, allow_code)
-        return lambda case: Candidate(_own(own, case))
+        own = kernel_of.candidate(name, "batch", device, allow_code)
+        return lambda case: Candidate(case, _own(own, case))
     if name in peers.PEERS:
         return lambda case: _peer(name, case, device)
     if name == "compiled":
-        return lambda case: Candidate(
-            cases.compiled(cases.apply(case, "native")), ran(case, name, device), compiles=True
-        )
+        return lambda case: Candidate(case, compiled(by_name("native")), ran(case, name, device), compiles=True)
 
-    def by_name(case: Case) -> Candidate:
+    def run_by_name(case: Case) -> Candidate:
         kernels.get(name, device)
-        return Candidate(cases.apply(case, name), ran(case, name, device))
+        return Candidate(case, by_name(name), ran(case, name, device))
 
-    return by_name
+    return run_by_name
+
+
+def compiled(call: Forward) -> Forward:
+    """The same, compiled anew for the next shape that it meets, with nothing left outside the graph."""
+    import torch._inductor.config
+
+    # Each process picks its own launch settings: those picked while others were at work would be a weaker opponent.
+    if hasattr(torch._inductor.config, "autotune_local_cache"):
+        torch._inductor.config.autotune_local_cache = False
+    torch.compiler.reset()  # or a second shape would be compiled as a dynamic one, which is slower
+    return torch.compile(call, fullgraph=True, dynamic=False)
 
 
 def _peer(name: str, case: Case, device: torch.device) -> Candidate:
     found = peers.PEERS[name](case, device)
-    return Candidate(found.forward, found.ran, overwrites=found.overwrites, positive_weight=found.positive_weight)
+    return Candidate(case, found.call, found.ran, overwrites=found.overwrites, positive_weight=found.positive_weight)
 
 
-def _own(own: Subject, case: Case) -> Apply:
-    activation = cases.OPERATIONS[case.operation][1]
+def _own(own: kernel_of.Candidate, case: Case) -> Forward:
+    """The user's function; where it takes no residual and no activation, torch's operators follow it."""
+    if case.mode == "eval" and not own.evaluates:
+        raise Unavailable("the function takes no statistics, so it has no evaluation mode")
+    if own.fuses:
+        return own.call
 
-    def forward(given: Inputs) -> Tensor:
-        inside = (given.residual, activation) if own.fuses else (None, None)
-        y = own.call(
-            given.x,
-            given.running_mean,
-            given.running_var,
-            given.weight,
-            given.bias,
-            case.training,
-            cases.MOMENTUM,
-            cases.EPS,
-            *inside,
-        )
-        return y if own.fuses else native.finish(y, given.residual, activation)
+    def call(*arguments: Any) -> Tensor:
+        *others, residual, activation = arguments
+        return native.finish(own.call(*others, None, None), residual, activation)
 
-    return forward
+    return call
 
 
 # --- the implementation that runs behind a kernel's name --------------------------------------------------------------
@@ -146,11 +153,9 @@ def native_backend(case: Case, device: torch.device) -> str:
     select = getattr(torch._C, "_select_batch_norm_backend", None)
     if select is None or case.affine == "none" or not (case.tracked or not case.training):
         return "unknown"  # it asks for all of the vectors
-    dtype = cases.DTYPES[case.dtype]
-    wide = torch.float64 if case.dtype == "fp64" else torch.float32
-    x = cases.laid_out(torch.empty(case.shape, dtype=dtype, device=device), case.layout)
-    vector = torch.empty(case.shape[1], dtype=dtype if case.affine == "same" else wide, device=device)
-    return str(select(x, *[vector] * 4, case.training, cases.EPS)).rsplit(".", 1)[-1]
+    x = with_layout(torch.empty(case.shape, dtype=case.stored, device=device), case.layout)
+    vector = torch.empty(case.shape[1], dtype=case.stored if case.affine == "same" else case.working, device=device)
+    return str(select(x, *[vector] * 4, case.training, case.eps)).rsplit(".", 1)[-1]
 
 
 def plan_words(case: Case, device: torch.device) -> str:
@@ -168,8 +173,8 @@ def plans(case: Case, device: torch.device) -> tuple[Plan, Plan]:
     """The fused kernel's plans for a case on a GPU, forward and backward. Raises ValueError where there is none."""
     from bncli.kernels.fused.triton_launch import plan_for, processors
 
-    x = torch.empty(case.shape, dtype=cases.DTYPES[case.dtype], device="meta")
-    x = cases.laid_out(x, "contiguous" if case.layout == "strided" else case.layout)
+    x = torch.empty(case.shape, dtype=case.stored, device="meta")
+    x = with_layout(x, "contiguous" if case.layout == "strided" else case.layout)
     on, given = processors(device), not case.training
     return plan_for(x, on, given=given), plan_for(x, on, backward=True, given=given)
 
@@ -196,5 +201,5 @@ def _fused_on_cuda(case: Case, device: torch.device) -> str | None:
 
 
 def _fused_on_cpu(case: Case) -> str:
-    x = cases.laid_out(torch.empty(case.shape, dtype=cases.DTYPES[case.dtype], device="meta"), case.layout)
+    x = with_layout(torch.empty(case.shape, dtype=case.stored, device="meta"), case.layout)
     return ("C, copied, " if case.layout == "strided" else "C, ") + cpu.way(dense(x))

@@ -72,22 +72,24 @@ def warm_up() -> None:
 
 def measured_mib(case: Case, kernel: str, allow_code: bool) -> float | None:
     """The peak of one case in the process that calls this. Raises what the kernel raises."""
+    from bncli.measure.reference.case import timed
     from bncli.measure.timing import memory
 
     source = _run_tiny(tiny(case), kernel, allow_code)
-    step = source(case).step(_empty_inputs(case))
+    step = source(timed(case)).step(_empty_inputs(case))
     memory.give_back_free_pages()
     return memory.resident_peak_mib(step)
 
 
 def _run_tiny(case: Case, kernel: str, allow_code: bool) -> Source:
-    """One step of a kernel on one thread, so that whatever it loads or compiles is there. Where its arms come from."""
+    """Load and compile what a kernel needs, by one step on one thread; where its candidates come from."""
     import torch
 
     from bncli.measure.profile import candidates
+    from bncli.measure.reference.case import timed
 
     source = candidates.sources([kernel], torch.device("cpu"), allow_code)[kernel]
-    source(case).step(_empty_inputs(case))()
+    source(timed(case)).step(_empty_inputs(case))()
     return source
 
 
@@ -97,7 +99,7 @@ def _empty_inputs(case: Case) -> Inputs:
 
     from bncli.measure.reference import case as cases
 
-    zero = cases.make(tiny(case), torch.device("cpu"))
+    zero = cases.timed_inputs(cases.timed(tiny(case)), torch.device("cpu"))
     shape, channels = case.shape, case.shape[1]
 
     def of(t: Tensor | None) -> Tensor | None:
@@ -105,6 +107,6 @@ def _empty_inputs(case: Case) -> Inputs:
             return None
         if t.dim() == 1:
             return torch.ones(channels, dtype=t.dtype)
-        return cases.laid_out(torch.ones(shape, dtype=t.dtype), case.layout)
+        return cases.with_layout(torch.ones(shape, dtype=t.dtype), case.layout)
 
     return cases.Inputs(**{name: of(t) for name, t in vars(zero).items()})  # type: ignore[arg-type]

@@ -14,16 +14,19 @@ from bncli.errors import Unavailable
 from bncli.measure.profile import candidates
 from bncli.measure.profile.budget import NATIVE, Asked, Budget, planned
 from bncli.measure.profile.candidates import Candidate, Source
-from bncli.measure.profile.flops import flops
 from bncli.measure.profile.kernel_memory import KernelPeaks, tiny
 from bncli.measure.reference import case as cases
-from bncli.measure.reference.case import Inputs
-from bncli.measure.reference.channel_accuracy import Judge, judge
+from bncli.measure.reference.candidate import Candidate as Kernel
+from bncli.measure.reference.case import Inputs, flops
+from bncli.measure.reference.channels import Large, large
+from bncli.measure.reference.judge import CheckContext, compare, refusals
+from bncli.measure.reference.tolerance import rule
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing import memory, speedup
 from bncli.measure.timing.ceilings import Ladder
 from bncli.measure.timing.clock import Clock, Deadline
 from bncli.measure.timing.speedup import faster_over
+from bncli.results.finding import Finding
 from bncli.results.profile import (
     Case,
     Ceilings,
@@ -78,13 +81,14 @@ class KernelRun:
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         if device.type not in ("cpu", "cuda"):
-            raise Unavailable(f"--device {device}: kernels are timed on cpu and cuda alone. Use --device cpu")
+            raise Unavailable(f"device {device}: kernels are timed on cpu and cuda alone")
         self._asked, self._device, self._now_s = asked, device, now_s
         self._cases = planned(asked)
         self._sources = sources or candidates.sources(asked.kernels, device, asked.allow_code)
         self._clock = clock
         self._peaks: PeakMemory = peaks or KernelPeaks(asked.allow_code)
         self._ladder = ladder
+        self._wrong: dict[str, Wrong] = {}  # kernels that are wrong on small cases, found once
         self._rows: list[KernelCost] = []
         self._notes: dict[Note, list[Case]] = {}  # a note without its cases -> those
         self._compile_s: dict[str, float] = {}
@@ -144,13 +148,15 @@ class KernelRun:
         if on_cpu:
             self._peaks.start()  # which goes on beside what follows
         enter(small, 0, self._sources, self._device, may_compile=False)
+        found = {kernel: wrong_on_cases(kernel, source, self._device) for kernel, source in self._sources.items()}
+        self._wrong = {kernel: wrong for kernel, wrong in found.items() if wrong is not None}
         if on_cpu:
             self._peaks.peak_mib(small, NATIVE)
 
     # --- one case -------------------------------------------------------------------------------------------------
 
     def _measured(self, case: Case, calls: int, budget: Budget) -> list[KernelCost]:
-        entry = enter(case, calls, self._sources, self._device, now_s=self._now_s)
+        entry = enter(case, calls, self._sources, self._device, wrong=self._wrong, now_s=self._now_s)
         for kernel, seconds in entry.compile_s.items():
             self._compile_s[kernel] = self._compile_s.get(kernel, 0.0) + seconds
         if 0 < entry.judged_channels < case.shape[1]:
@@ -165,12 +171,20 @@ class KernelRun:
         inputs = entry.inputs
         assert inputs is not None
         inputs.leaves()
-        saved = memory.saved_bytes(lambda: candidate.run(inputs)) / memory.MIB
+        saved = memory.saved_bytes(lambda: candidate.call(*candidate.arguments(inputs))) / memory.MIB
         if self._device.type == "cuda":
             peak: float | None = memory.cuda_peak_mib(candidate.step(inputs), self._device)
         else:
             peak = self._resident_peak_mib(entry.case, kernel, candidate)
-        return KernelCost(entry.case, kernel, entry.calls, candidate.ran, peak_memory_mib=peak, saved_mib=saved)
+        return KernelCost(
+            entry.case,
+            kernel,
+            entry.calls,
+            candidate.ran,
+            peak_memory_mib=peak,
+            saved_mib=saved,
+            judged_on_cases=not candidate.compiles,
+        )
 
     def _resident_peak_mib(self, case: Case, kernel: str, candidate: Candidate) -> float | None:
         if candidate.compiles:
@@ -251,6 +265,14 @@ def _timed(row: KernelCost, samples: Samples) -> KernelCost:
 # --- a case's kernels, judged -----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Wrong:
+    """A wrong result of a kernel, and the identifier of the small case that gives it; None for the timed shape."""
+
+    finding: Finding
+    case: str | None = None
+
+
 @dataclass
 class Entry:
     """The kernels of one case, with the tensors that all of them are timed on."""
@@ -263,16 +285,62 @@ class Entry:
     compile_s: dict[str, float] = field(default_factory=dict)
     judged_channels: int = 0
 
-    def refuse(self, kernel: str, error: str, *, ran: str | None = None, wrong: bool = False) -> None:
+    def refuse(self, kernel: str, error: str, *, ran: str | None = None, wrong: Wrong | None = None) -> None:
         self.candidates.pop(kernel, None)
-        self.refused[kernel] = KernelCost(self.case, kernel, self.calls, ran, error=error, wrong=wrong)
+        self.refused[kernel] = KernelCost(
+            *(self.case, kernel, self.calls, ran),
+            error=error,
+            wrong=wrong is not None,
+            finding=None if wrong is None else wrong.finding,
+            wrong_case=None if wrong is None else wrong.case,
+        )
+
+    def refuse_wrong(self, kernel: str, wrong: Wrong, candidate: Candidate | None = None) -> None:
+        """A kernel that raises gave no right result, unless the machine had no room, or it could not be compiled."""
+        finding, ran = wrong.finding, None if candidate is None else candidate.ran
+        if finding.exception is None:
+            self.refuse(kernel, "wrong result", ran=ran, wrong=wrong)
+            return
+        compiling = candidate is not None and candidate.compiles
+        words = f"{finding.exception}: {finding.text or finding.kind}"
+        missing = compiling or finding.exception in NO_ROOM
+        self.refuse(kernel, f"torch.compile: {words}" if compiling else words, wrong=None if missing else wrong)
 
     def refuse_for(self, kernel: str, raised: Exception, candidate: Candidate | None) -> None:
-        """A kernel that raises gave no right result, unless the machine had no room, or it could not be compiled."""
-        said = f"{type(raised).__name__}: {(str(raised).splitlines() or [''])[0][:200]}"
-        compiling = candidate is not None and candidate.compiles
-        missing = compiling or isinstance(raised, (torch.OutOfMemoryError, MemoryError))
-        self.refuse(kernel, f"torch.compile: {said}" if compiling else said, wrong=not missing)
+        text = (str(raised).splitlines() or [""])[0][:200]
+        self.refuse_wrong(kernel, Wrong(Finding("raised", exception=type(raised).__name__, text=text)), candidate)
+
+
+NO_ROOM = (torch.OutOfMemoryError.__name__, MemoryError.__name__)
+
+
+def wrong_on_cases(kernel: str, source: Source, device: torch.device) -> Wrong | None:
+    """The first wrong result on gradcheck's quick cases without second derivatives, of those that the kernel takes.
+
+    A kernel that is compiled is left out: each case would be compiled.
+    """
+
+    def context_of(case: cases.Case) -> CheckContext | None:
+        try:
+            found = source(case)
+        except Unavailable:
+            return None
+        own, native = rule(kernel) == "own function", rule(kernel) == "native"
+        tested = Kernel(kernel, case.norm, found.on_a_copy, "", own=own, native=native)
+        return None if found.compiles else CheckContext(tested, device)
+
+    refused = refusals(context_of)
+    for case in cases.cases("quick", "batch", fuses=True, evaluates=True):
+        context = None if case.needs & set(refused) else context_of(case)
+        if context is None:
+            continue
+        given = cases.inputs(case, device)
+        if source(case).positive_weight:
+            given = cases.with_positive_weight(given, case)
+        wrong = compare(context, case, given, second=False).wrong
+        if wrong is not None:
+            return Wrong(wrong, case.identifier)
+    return None
 
 
 def enter(
@@ -282,20 +350,28 @@ def enter(
     device: torch.device,
     *,
     may_compile: bool = True,
+    wrong: Mapping[str, Wrong] | None = None,
     now_s: Callable[[], float] = time.monotonic,
 ) -> Entry:
-    """Run each kernel once, forward and backward, and judge what it gives."""
+    """Run each kernel once, forward and backward, and judge what it gives.
+
+    wrong: the kernels that are known to be wrong, which are not run.
+    """
     entry = Entry(case, calls)
-    judges: dict[bool, Judge] = {}  # by whether all weights are above 0
+    larges: dict[bool, Large] = {}  # by whether all weights are above 0
     for kernel, source in sources.items():
         candidate: Candidate | None = None
+        if wrong is not None and kernel in wrong:
+            entry.refuse_wrong(kernel, wrong[kernel])
+            continue
         try:
-            candidate = source(case)
+            candidate = source(cases.timed(case))
             if candidate.compiles and not may_compile:
                 continue
-            if candidate.positive_weight not in judges:
-                judges[candidate.positive_weight] = judge(case, device, positive_weight=candidate.positive_weight)
-            _judge(entry, kernel, candidate, judges[candidate.positive_weight], now_s)
+            positive = candidate.positive_weight
+            if positive not in larges:
+                larges[positive] = large(candidate.case, device, positive_weight=positive)
+            _judge(entry, kernel, candidate, larges[positive], now_s)
         except Unavailable as reason:
             entry.refuse(kernel, str(reason), ran=None if candidate is None else candidate.ran)
         except Exception as raised:  # a kernel may raise anything, and the others' rows stand
@@ -303,17 +379,17 @@ def enter(
     return entry
 
 
-def _judge(entry: Entry, kernel: str, candidate: Candidate, held_to: Judge, now_s: Callable[[], float]) -> None:
+def _judge(entry: Entry, kernel: str, candidate: Candidate, shape: Large, now_s: Callable[[], float]) -> None:
     began_s = now_s()
-    error = held_to.error(candidate.run, poison=not candidate.compiles)
+    wrong = shape.judge(candidate.on_a_copy, rule(kernel), poison=not candidate.compiles).wrong
     if candidate.compiles:
         entry.compile_s[kernel] = now_s() - began_s
-    if error is not None:
-        entry.refuse(kernel, error, ran=candidate.ran, wrong=True)
+    if wrong is not None:
+        entry.refuse_wrong(kernel, Wrong(wrong), candidate)
         return
     entry.candidates[kernel] = candidate
-    entry.inputs = entry.inputs or held_to.inputs
-    entry.judged_channels = len(held_to.channels)
+    entry.inputs = entry.inputs or shape.given
+    entry.judged_channels = len(shape.channels)
 
 
 # --- means over shapes ------------------------------------------------------------------------------------------------

@@ -17,16 +17,15 @@ from torch import Tensor
 
 from bncli.errors import Unavailable
 from bncli.kernels import native
-from bncli.measure.reference import case as cases
-from bncli.measure.reference.case import Apply, Inputs
-from bncli.results.profile import Case
+from bncli.kernels.definition import Forward
+from bncli.measure.reference.case import Case
 
 
 @dataclass(frozen=True)
 class Peer:
     """A peer's kernel on one case; see `candidates.Candidate` for the fields."""
 
-    forward: Apply
+    call: Forward
     ran: str
     overwrites: bool = False
     positive_weight: bool = False
@@ -65,31 +64,23 @@ def apex(case: Case, device: torch.device) -> Peer:
     _only(
         "apex",
         CUDA=device.type == "cuda",
-        fp16=case.dtype == "fp16",
+        fp16=case.dtype == "float16",
         channels_last_2d=case.layout == "channels_last" and len(case.shape) == 4,
         a_multiple_of_4_channels=case.shape[1] % 4 == 0,
-        bn_and_relu_and_add=case.operation in ("bn", "bn+relu", "bn+add+relu"),
+        bn_and_relu_and_add=case.fusion in ("plain", "relu", "relu+residual"),
         fp32_weights_and_running_statistics=case.affine == "wide" and case.tracked,
     )
-    added, activation = cases.OPERATIONS[case.operation]
-    norm = module.BatchNorm2d_NHWC(case.shape[1], fuse_relu=activation is not None).to(device).train(case.training)
-    norm.eps, norm.momentum = cases.EPS, cases.MOMENTUM
+    norm = module.BatchNorm2d_NHWC(case.shape[1], fuse_relu=case.activation is not None).to(device).train(case.training)
+    norm.eps, norm.momentum = case.eps, case.momentum
 
-    def forward(given: Inputs) -> Tensor:
-        state = {
-            "weight": given.weight,
-            "bias": given.bias,
-            "running_mean": given.running_mean,
-            "running_var": given.running_var,
-        }
-        arguments = [given.x.permute(0, 2, 3, 1)]  # NHWC in sizes too
-        if added:
-            assert given.residual is not None
-            arguments.append(given.residual.permute(0, 2, 3, 1))
-        y: Tensor = torch.func.functional_call(norm, state, tuple(arguments))  # type: ignore[arg-type]
+    def call(x: Tensor, *others: Any) -> Tensor:
+        running_mean, running_var, weight, bias, *_, residual, _ = others
+        state = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+        inputs = [t.permute(0, 2, 3, 1) for t in (x, residual) if t is not None]  # NHWC in sizes too
+        y: Tensor = torch.func.functional_call(norm, state, tuple(inputs))
         return y.permute(0, 3, 1, 2)
 
-    return Peer(forward, "apex groupbn")
+    return Peer(call, "apex groupbn")
 
 
 def inplace_abn(case: Case, device: torch.device) -> Peer:
@@ -100,20 +91,17 @@ def inplace_abn(case: Case, device: torch.device) -> Peer:
     module = _imported("inplace_abn", "inplace_abn", "pip install inplace-abn")
     _only(
         "inplace_abn",
-        bn_and_leaky_relu=case.operation in ("bn", "bn+leaky_relu"),
+        bn_and_leaky_relu=case.fusion in ("plain", "leaky_relu"),
         an_affine_batch_norm=case.affine != "none",
     )
-    activation = cases.OPERATIONS[case.operation][1] or "identity"
 
-    def forward(given: Inputs) -> Tensor:
-        assert given.weight is not None
-        vectors = (given.weight - cases.EPS, given.bias, given.running_mean, given.running_var)
-        y: Tensor = module.inplace_abn(
-            given.x, *vectors, case.training, cases.MOMENTUM, cases.EPS, activation, SLOPE
-        )  # fmt: skip
+    def call(x: Tensor, *others: Any) -> Tensor:
+        running_mean, running_var, weight, bias, training, momentum, eps, _, activation = others
+        vectors = (weight - eps, bias, running_mean, running_var)
+        y: Tensor = module.inplace_abn(x, *vectors, training, momentum, eps, activation or "identity", SLOPE)
         return y
 
-    return Peer(forward, "inplace_abn", overwrites=True, positive_weight=True)
+    return Peer(call, "inplace_abn", overwrites=True, positive_weight=True)
 
 
 SLOPE = 0.01  # of torch's leaky ReLU
@@ -128,18 +116,18 @@ def flag_gems(case: Case, device: torch.device) -> Peer:
     _only(
         "flag_gems",
         CUDA=device.type == "cuda",
-        fp32_and_half_precision=case.dtype != "fp64",
+        fp32_and_half_precision=case.dtype != "float64",
         running_statistics=case.tracked or not case.training,  # without them it writes into x
         an_affine_batch_norm=case.affine != "none",
     )
-    operator, activation = _differentiable(run, run_backward), cases.OPERATIONS[case.operation][1]
+    operator = _differentiable(run, run_backward)
 
-    def forward(given: Inputs) -> Tensor:
-        vectors = (given.weight, given.bias, given.running_mean, given.running_var)
-        y: Tensor = operator.apply(given.x, *vectors, case.training)
-        return native.finish(y, given.residual, activation)
+    def call(x: Tensor, *others: Any) -> Tensor:
+        running_mean, running_var, weight, bias, training, momentum, eps, residual, activation = others
+        y: Tensor = operator.apply(x, weight, bias, running_mean, running_var, training, momentum, eps)
+        return native.finish(y, residual, activation)
 
-    return Peer(forward, "flag_gems" if case.operation == "bn" else "flag_gems, then ATen")
+    return Peer(call, "flag_gems" if case.fusion == "plain" else "flag_gems, then ATen")
 
 
 def _differentiable(run: Callable[..., Any], run_backward: Callable[..., Any]) -> Any:
@@ -148,17 +136,16 @@ def _differentiable(run: Callable[..., Any], run_backward: Callable[..., Any]) -
     class Operator(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> Tensor:
-            running_mean, running_var, training = rest
-            y, mean, rstd = run(x, weight, bias, running_mean, running_var, training, cases.MOMENTUM, cases.EPS)
+            running_mean, running_var, ctx.training, momentum, ctx.eps = rest
+            y, mean, rstd = run(x, weight, bias, running_mean, running_var, ctx.training, momentum, ctx.eps)
             ctx.save_for_backward(x, weight, running_mean, running_var, mean, rstd)
-            ctx.training = training
             return y
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
             (dy,) = gradients
-            own = run_backward(dy, *ctx.saved_tensors, ctx.training, cases.EPS, [True, True, True])
-            return (*own, None, None, None)
+            own = run_backward(dy, *ctx.saved_tensors, ctx.training, ctx.eps, [True, True, True])
+            return (*own, *[None] * 5)
 
     return Operator
 

@@ -1,4 +1,4 @@
-"""What gradcheck checks: a kernel by name, a norm module, or the user's own function, all called alike."""
+"""Candidate: a kernel by name, a norm module, or the user's own function, all called alike."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from torch import Tensor
 from bncli import kernels
 from bncli.engine.models import factory
 from bncli.engine.user_code import imported
-from bncli.errors import RecipeError
+from bncli.errors import ALLOW_CODE, UsageError
 from bncli.kernels import api
 from bncli.kernels.definition import Forward
 from bncli.kernels.native import update_running_stats
 from bncli.names import CHECKED_GROUPS, GRADCHECK_KERNELS, NORMS
 from bncli.recipe import sections
+from bncli.results.finding import Finding
 
 
 @dataclass(frozen=True)
-class Subject:
+class Candidate:
     """One kernel or module under test, and what it offers besides a training-mode forward pass."""
 
     name: str
@@ -34,6 +35,7 @@ class Subject:
     fuses: bool = True  # takes a residual and an activation
     evaluates: bool = True  # has an evaluation mode
     own: bool = False  # the user's function, named package.module:function
+    native: bool = False  # torch's own operator
 
     @property
     def tracks(self) -> bool:
@@ -42,29 +44,33 @@ class Subject:
 
 
 F_SIGNATURE = "(input, running_mean, running_var, weight, bias, training, momentum, eps)"
-SEAM_SIGNATURE = "(x, weight, bias, eps, residual, activation[, statistics][, running])"
+KERNEL_SIGNATURE = "(x, weight, bias, eps, residual, activation[, statistics][, running])"
 F_NAMES = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-SEAM_NAMES = ("x", "weight", "bias", "eps", "residual", "activation")
+KERNEL_NAMES = ("x", "weight", "bias", "eps", "residual", "activation")
 
 
-def subject(kernel: str, norm: str, device: torch.device, allow_code: bool) -> Subject:
-    """The subject of that name. Raises RecipeError for a name, a norm or a function that cannot be checked.
+def candidate(kernel: str, norm: str, device: torch.device, allow_code: bool) -> Candidate:
+    """The candidate of that name. Raises UsageError for a name, a norm or a function that cannot be checked.
 
     Raises Unavailable, with the reason, where the kernel cannot run on the device.
     """
     if norm not in NORMS:
-        raise RecipeError(f"--norm {norm}: expected one of {', '.join(NORMS)}")
+        raise UsageError(f"expected one of {', '.join(NORMS)}", field="norm", value=norm)
     if not NORMS[norm].has_kernels:
         if kernel != "native":
-            raise RecipeError(f"--norm {norm} has the native kernel alone; --kernel {kernel} is a batch norm")
-        return Subject(f"native {norm} norm", norm, _module(norm), "torch's own operator", fuses=False, evaluates=False)
+            raise UsageError(f"has the native kernel alone; {kernel} is a batch norm", field="norm", value=norm)
+        called, ran = _module(norm), "torch's own operator"
+        return Candidate(f"native {norm} norm", norm, called, ran, fuses=False, evaluates=False, native=True)
     if ":" in kernel:
         return _own(kernel, allow_code)
     if kernel not in GRADCHECK_KERNELS:
         known = ", ".join(GRADCHECK_KERNELS)
-        raise RecipeError(f"--kernel {kernel}: expected one of {known}, or your own as package.module:function")
+        raise UsageError(
+            f"expected one of {known}, or your own as package.module:function", field="kernel", value=kernel
+        )
     kernels.get(kernel, device)
-    return Subject(kernel, norm, _by_name(kernel), _what_runs(kernel, device), kernel == "fused-interpreted")
+    ran, interpreted = _what_runs(kernel, device), kernel == "fused-interpreted"
+    return Candidate(kernel, norm, by_name(kernel), ran, interpreted, native=kernel == "native")
 
 
 def _what_runs(kernel: str, device: torch.device) -> str:
@@ -77,7 +83,9 @@ def _what_runs(kernel: str, device: torch.device) -> str:
     return "C, compiled for this CPU; the fused-interpreted kernel is the GPU's instead"
 
 
-def _by_name(kernel: str | kernels.Kernel) -> Forward:
+def by_name(kernel: str | kernels.Kernel) -> Forward:
+    """A kernel by its name, or a function of the kernels' signature, called like bncli.batch_norm by position."""
+
     def call(
         x: Tensor,
         running_mean: Tensor | None,
@@ -116,24 +124,24 @@ def _module(norm: str) -> Forward:
 # --- the user's own function ------------------------------------------------------------------------------------------
 
 
-def _own(kernel: str, allow_code: bool) -> Subject:
+def _own(kernel: str, allow_code: bool) -> Candidate:
     if not allow_code:
-        raise RecipeError(
-            f"--kernel {kernel}: this imports and runs code of yours; add --allow-code to say that you trust it"
-        )
+        raise UsageError(f"imports and runs code of yours; allow it with {ALLOW_CODE}", field="kernel", value=kernel)
     function = _load(kernel)
     names = _parameter_names(function)
     if set(F_NAMES) <= names:
         fuses = {"residual", "activation"} <= names
-        return Subject(kernel, "batch", _like_torch(function, fuses), f"your function {kernel}", fuses=fuses, own=True)
-    if set(SEAM_NAMES) <= names:
+        called, ran = _like_torch(function, fuses), f"your function {kernel}"
+        return Candidate(kernel, "batch", called, ran, fuses=fuses, own=True)
+    if set(KERNEL_NAMES) <= names:
         ran = f"your function {kernel}, by the kernels' seam"
-        seam = _like_the_seam(function, names & {"statistics", "running"})
-        return Subject(kernel, "batch", _by_name(seam), ran, evaluates="statistics" in names, own=True)
-    raise RecipeError(
-        f"--kernel {kernel}: its parameters are ({', '.join(sorted(names))}). Expected those of "
-        f"torch.nn.functional.batch_norm, {F_SIGNATURE} -> y, or those of the kernels' seam, {SEAM_SIGNATURE} -> "
-        "(y, mean, var)"
+        kernel_of_yours = _as_a_kernel(function, names & {"statistics", "running"})
+        return Candidate(kernel, "batch", by_name(kernel_of_yours), ran, evaluates="statistics" in names, own=True)
+    raise UsageError(
+        f"its parameters are ({', '.join(sorted(names))}). Expected those of torch.nn.functional.batch_norm, "
+        f"{F_SIGNATURE} -> y, or those of the kernels' seam, {KERNEL_SIGNATURE} -> (y, mean, var)",
+        field="kernel",
+        value=kernel,
     )
 
 
@@ -142,19 +150,22 @@ def _load(kernel: str) -> Callable[..., Any]:
     parts = [*module_name.split("."), function_name]
     if module_name.endswith(".py") or not all(part.isidentifier() for part in parts):
         name = Path(module_name.removesuffix(".py")).name or "module"
-        raise RecipeError(
-            f"--kernel {kernel}: expected package.module:function, a module's name and not its file, as in "
-            f"{name}:{function_name or 'batch_norm'}"
+        raise UsageError(
+            "expected package.module:function, a module's name and not its file, as in "
+            f"{name}:{function_name or 'batch_norm'}",
+            field="kernel",
+            value=kernel,
         )
     try:
         function: Callable[..., Any] = imported(kernel)
     except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything
-        raise RecipeError(
-            f"--kernel {kernel}: {type(error).__name__}: {error}; it is looked for in the current folder and the "
-            "environment"
+        raise UsageError(
+            f"{type(error).__name__}: {error}; it is looked for in the current folder and the environment",
+            field="kernel",
+            value=kernel,
         ) from error
     if not callable(function):
-        raise RecipeError(f"--kernel {kernel}: a {type(function).__name__}, which cannot be called")
+        raise UsageError(f"a {type(function).__name__}, which cannot be called", field="kernel", value=kernel)
     return function
 
 
@@ -175,11 +186,15 @@ def _like_torch(function: Callable[..., Any], fuses: bool) -> Forward:
     return call
 
 
-class WrongResult(Exception):
-    """The user's function returned what its signature does not allow. The message says what was expected."""
+class KernelFailed(Exception):
+    """The kernel under test gave no result that can be judged."""
+
+    def __init__(self, finding: Finding) -> None:
+        self.finding = finding
+        super().__init__(finding.kind)
 
 
-def _like_the_seam(function: Callable[..., Any], optional: set[str]) -> kernels.Kernel:
+def _as_a_kernel(function: Callable[..., Any], optional: set[str]) -> kernels.Kernel:
     def kernel(
         x: Tensor,
         weight: Tensor | None,
@@ -190,16 +205,17 @@ def _like_the_seam(function: Callable[..., Any], optional: set[str]) -> kernels.
         statistics: tuple[Tensor, Tensor] | None = None,
         running: tuple[Tensor, Tensor, float] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        arguments: dict[str, Any] = dict(zip(SEAM_NAMES, (x, weight, bias, eps, residual, activation), strict=True))
+        arguments: dict[str, Any] = dict(zip(KERNEL_NAMES, (x, weight, bias, eps, residual, activation), strict=True))
         more = {"statistics": statistics, "running": running}
         result: Any = function(**arguments, **{name: more[name] for name in optional})
         if not (isinstance(result, tuple) and len(result) == 3 and all(isinstance(part, Tensor) for part in result)):
-            raise WrongResult(f"returned {_kind(result)}; expected the three tensors (y, mean, var)")
+            wanted = "the three tensors (y, mean, var)"
+            raise KernelFailed(Finding("wrong_type", given=_kind(result), wanted=wanted, exception="WrongResult"))
         y, mean, var = result
         if statistics is None and (mean.shape != (x.size(1),) or var.shape != (x.size(1),)):
-            raise WrongResult(
-                f"returned mean and var of shapes {tuple(mean.shape)} and {tuple(var.shape)}; expected ({x.size(1)},)"
-            )
+            given, wanted = f"{tuple(mean.shape)} and {tuple(var.shape)}", f"({x.size(1)},)"
+            wrong = Finding("wrong_shape", given=given, wanted=wanted, exception="WrongResult")
+            raise KernelFailed(wrong)
         if running is not None and "running" not in optional:
             update_running_stats(running, mean, var, x.numel() // x.size(1))
         return y, mean, var
@@ -209,10 +225,10 @@ def _like_the_seam(function: Callable[..., Any], optional: set[str]) -> kernels.
 
 def _kind(value: object) -> str:
     if isinstance(value, tuple):
-        return f"a tuple of {len(value)}: {', '.join(type(part).__name__ for part in value)}"
-    return f"a {type(value).__name__}"
+        return f"tuple of {len(value)}: {', '.join(type(part).__name__ for part in value)}"
+    return type(value).__name__
 
 
 def native_in_the_same_dtype() -> Forward:
     """torch's own batch norm, whose error in a dtype sets what another kernel's may be."""
-    return _by_name("native")
+    return by_name("native")

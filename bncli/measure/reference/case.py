@@ -1,21 +1,309 @@
-"""What is checked and timed of a kernel: cases, their tensors, their results, and the bytes that they must move.
+"""The cases that a kernel is judged on, their inputs, and the bytes and operations that a case takes.
 
-Shape letters: N batch, C channels, *S positions, m values per channel (N times the positions).
+Letters: N examples, C channels, S positions, m = N prod(S) values per channel; g the gradient of the loss in y.
 """
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bncli import kernels
-from bncli.kernels import native
-from bncli.kernels.api import batch_norm
-from bncli.names import GRADCHECK_KERNELS
-from bncli.results.profile import Case
+from bncli.kernels.definition import definition
+from bncli.kernels.layout import per_channel
+from bncli.names import CHECKED_GROUPS, FUSED_ACTIVATIONS, KINKED_ACTIVATIONS, NORMS
+from bncli.results import profile
+from bncli.results.gradcheck import Effort
+from bncli.results.profile import Direction
+
+CPU = torch.device("cpu")
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
+FUSIONS = ("plain", *FUSED_ACTIVATIONS, "residual", *(f"{name}+residual" for name in FUSED_ACTIVATIONS))
+
+# (layout, shape without channels): each layout has its shape; sizes are odd and prime, so that no tile fits.
+SHAPES = (
+    ("contiguous", (4, 5, 7)),
+    ("channels_last", (4, 5, 7)),
+    ("contiguous", (11,)),
+    ("contiguous", (5, 7)),
+    ("contiguous", (2, 3, 5, 2)),
+    ("channels_last", (2, 3, 5, 2)),
+)
+MORE_SHAPES = (
+    ("contiguous", 1, (5, 3, 3)),  # C = 1
+    ("contiguous", 5, (1, 3, 7)),  # N = 1
+    ("contiguous", 3, (2,)),  # m = 2, the fewest
+    ("contiguous", 7, (3, 17, 13)),
+    ("channels_last", 5, (1, 13, 11)),
+    ("channels_last", 1, (5, 3, 3)),
+    ("channels_last", 8, (2, 1, 1)),
+    ("contiguous", 2, (2, 31, 33)),  # m = 2046
+)
+MOST_VALUES = (1, 141, 143)  # m = 20163; not in float16, in which torch sums its second derivative and overflows
+# More channels than one block of a kernel takes, and more values than one pass; the first ones in the quick run too.
+LARGE_SHAPES = (
+    ("channels_last", 67, (2, 5, 3)),
+    ("contiguous", 2, (1, 71, 71)),  # m = 5041
+    ("contiguous", 67, (2, 5, 3)),
+    ("contiguous", 130, (2, 3, 3)),
+    ("channels_last", 130, (2, 3, 3)),
+    ("channels_last", 2, (1, 71, 71)),
+    ("contiguous", 2, (257, 3)),  # many examples
+    ("contiguous", 2, MOST_VALUES),
+)
+INTERPRETED_CHANNELS = 64  # a contiguous channel is a program of its own, which Triton's interpreter takes long over
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a kernel. Its identifier is a path, and the seed of its inputs."""
+
+    mode: str
+    dtype: str
+    layout: str
+    shape: tuple[int, ...]
+    fusion: str = "plain"
+    eps: float = 1e-3
+    momentum: float = 0.3
+    repeat: int = 1
+    norm: str = "batch"
+    affine: str = "wide"  # weight and bias in float32 or wider; same: in the input's dtype; none
+    tracked: bool = True  # with running statistics
+
+    @property
+    def identifier(self) -> str:
+        parts = (self.mode, self.dtype, self.layout, "x".join(map(str, self.shape)), self.fusion)
+        return "/".join(parts) + (f"~{self.repeat}" if self.repeat > 1 else "")
+
+    @property
+    def activation(self) -> str | None:
+        name = self.fusion.removesuffix("+residual")
+        return None if name in ("plain", "residual") else name
+
+    @property
+    def adds(self) -> bool:
+        return "residual" in self.fusion
+
+    @property
+    def training(self) -> bool:
+        return self.mode == "train"
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The dtype of x and y."""
+        dtype: torch.dtype = DTYPES[self.dtype]
+        return dtype
+
+    @property
+    def working(self) -> torch.dtype:
+        """The dtype of statistics and sums: float32, of float64 itself."""
+        return torch.promote_types(self.stored, torch.float32)
+
+    @property
+    def needs(self) -> set[str]:
+        """What a kernel has to take for this case: its mode, dtype and fused operations."""
+        return {self.mode, self.dtype, *self.fusion.split("+")}
+
+    @property
+    def m(self) -> int:
+        """Values that one mean is taken over."""
+        return NORMS[self.norm].values_per_mean(self.shape, CHECKED_GROUPS)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a kernel is called with. g, and the directions v of the second derivative, belong to y and to (dx, ...).
+
+    Those of a shape that is timed have no v: its second derivative is not asked for.
+    """
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    residual: Tensor | None
+    g: Tensor
+    v: Tensor | None = None  # like x
+    v_weight: Tensor | None = None  # (C)
+    v_bias: Tensor | None = None  # (C)
+    smooth: Tensor | None = None  # like x: 0 where the activation's derivative jumps within rounding, else 1
+
+    def wide(self, device: torch.device = CPU) -> Inputs:
+        """Copies of the same numbers in float64 on the device, which must have that dtype."""
+        return self.each(lambda t: t.detach().to(device).to(torch.float64, copy=True))
+
+    def of_channels(self, channels: Tensor, layout: str) -> Inputs:
+        """Those channels of every tensor, (k) indices, in that layout."""
+        return self.each(lambda t: with_layout(channels_of(t, channels), layout))
+
+    def leaves(self) -> dict[str, Tensor]:
+        """What gradients are asked for, made to require them."""
+        found = {"dx": self.x, "dweight": self.weight, "dbias": self.bias, "dresidual": self.residual}
+        return {name: t.requires_grad_() for name, t in found.items() if t is not None}
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """With every tensor changed by that function."""
+        changed: dict[str, Any] = {name: None if t is None else change(t) for name, t in vars(self).items()}
+        return replace(self, **changed)
+
+
+def arguments(case: Case, given: Inputs) -> tuple[Any, ...]:
+    """What a kernel is called with, by position, in the order of bncli.batch_norm's parameters."""
+    return (
+        *(given.x, given.running_mean, given.running_var, given.weight, given.bias),
+        *(case.training, case.momentum, case.eps, given.residual, case.activation),
+    )
+
+
+def divisible(channels: int, norm: str) -> int:
+    """So many channels, or one more where the norm's groups are of one example and would not divide them."""
+    return channels if NORMS[norm].over_batch else channels + channels % CHECKED_GROUPS
+
+
+def cases(effort: Effort, norm: str, fuses: bool, evaluates: bool, interpreted: bool = False) -> list[Case]:
+    """The cases of the values section.
+
+    quick: every mode, dtype and layout, the fused operations in turn; default: all of these on 4-D inputs, two in turn
+    elsewhere; full: the whole product over all but the large shapes, three times. The large ones take the fused
+    operations in turn. interpreted: without those that Triton's interpreter would need minutes for.
+    """
+    modes = NORMS[norm].modes if evaluates else ("train",)
+    fusions = FUSIONS if fuses else FUSIONS[:1]
+    channels = divisible(3, norm)
+    found = []
+    for turn, (mode, dtype, (layout, shape)) in enumerate(product(modes, DTYPES, SHAPES)):
+        for fusion in _fusions(effort, fusions, len(shape), turn):
+            found.append(Case(mode, dtype, layout, (shape[0], channels, *shape[1:]), fusion, norm=norm))
+    odd = MORE_SHAPES if effort != "quick" else MORE_SHAPES[:4]
+    dtypes = tuple(DTYPES) if effort == "full" else ("float32",)
+    for turn, (mode, dtype, (layout, c, shape)) in enumerate(product(modes, dtypes, odd)):
+        c = divisible(c, norm)
+        for fusion in _fusions("full" if effort == "full" else "quick", fusions, len(shape), turn):
+            found.append(Case(mode, dtype, layout, (shape[0], c, *shape[1:]), fusion, norm=norm))
+    found = [case for case in found if case.m > 1]
+    if effort == "full":
+        found += [replace(case, repeat=repeat) for repeat in (2, 3) for case in found]
+    return found + _large(effort, modes, fusions, norm, interpreted)
+
+
+def _large(
+    effort: Effort, modes: tuple[str, ...], fusions: tuple[str, ...], norm: str, interpreted: bool
+) -> list[Case]:
+    dtypes = {"quick": ("float32",), "default": ("float32", "bfloat16"), "full": tuple(DTYPES)}[effort]
+    found = []
+    shapes = LARGE_SHAPES[:3] if effort == "quick" else LARGE_SHAPES
+    for turn, (mode, dtype, (layout, c, shape)) in enumerate(product(modes, dtypes, shapes)):
+        overflows = dtype == "float16" and shape == MOST_VALUES
+        if overflows or (interpreted and layout == "contiguous" and c > INTERPRETED_CHANNELS):
+            continue
+        c = divisible(c, norm)
+        for fusion in _fusions("quick", fusions, len(shape), turn):
+            found.append(Case(mode, dtype, layout, (shape[0], c, *shape[1:]), fusion, norm=norm))
+    return found
+
+
+def _fusions(effort: Effort, fusions: tuple[str, ...], spatial: int, turn: int) -> tuple[str, ...]:
+    if effort == "full" or (effort == "default" and spatial == 3):
+        return fusions
+    count = 1 if effort == "quick" else 2
+    # A stride of 3 visits all eight; the row's own offset keeps a dtype from always meeting the same operations.
+    return tuple(dict.fromkeys(fusions[(3 * (turn + turn // 6) + 5 * k) % len(fusions)] for k in range(count)))
+
+
+def generator(identifier: str, device: torch.device = CPU) -> torch.Generator:
+    return torch.Generator(device).manual_seed(zlib.crc32(identifier.encode()))
+
+
+def inputs(case: Case, device: torch.device) -> Inputs:
+    """The inputs of a case, drawn from its identifier. Deviations 0.1 to 3 and means of up to 3 deviations a channel;
+    x, residual and g in the case's dtype, the vectors in float32 or wider, as under autocast.
+    """
+    draw = generator(case.identifier)
+    dtype, c = case.stored, case.shape[1]
+    vectors = dtype if case.affine == "same" else case.working
+    affine, tracked = case.affine != "none", case.tracked and NORMS[case.norm].over_batch
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    deviation = 10 ** (torch.rand(c, generator=draw, dtype=torch.float64) * 1.5 - 1)
+    mean = deviation * (torch.rand(c, generator=draw, dtype=torch.float64) * 6 - 3)
+    x = normal(*case.shape) * per_channel(deviation, torch.empty(case.shape)) + per_channel(
+        mean, torch.empty(case.shape)
+    )
+    weight = (0.5 + torch.rand(c, generator=draw, dtype=torch.float64)) * normal(c).sign()
+    found = Inputs(
+        x=x.to(dtype),
+        weight=weight.to(vectors) if affine else None,
+        bias=(normal(c) / 2).to(vectors) if affine else None,
+        running_mean=(mean + deviation * normal(c) / 3).to(vectors) if tracked else None,
+        running_var=(deviation**2 * (0.5 + torch.rand(c, generator=draw))).to(vectors) if tracked else None,
+        residual=normal(*case.shape).to(dtype) if case.adds else None,
+        g=normal(*case.shape).to(dtype),
+        v=normal(*case.shape).to(dtype),
+        v_weight=normal(c).to(vectors),
+        v_bias=normal(c).to(vectors),
+        smooth=torch.ones(case.shape, dtype=dtype),
+    )
+    settled = away_from_the_kink(found, case)
+    return settled.each(lambda t: with_layout(t.to(device), case.layout))
+
+
+def away_from_the_kink(given: Inputs, case: Case, device: torch.device = CPU) -> Inputs:
+    """g = 0 where the activation's input is within rounding of 0: there either side's derivative is right.
+
+    At NaN it is the one that torch takes: 1 for relu, the slope for leaky_relu. device: where that input is computed.
+    """
+    if case.activation not in KINKED_ACTIVATIONS:
+        return given
+    z = preactivation(given.wide(device), case)
+    # more than any sum, in whatever order, or store is off by
+    rounding = 8 * max(unit_roundoff(case.stored), (32 + math.sqrt(case.m)) * unit_roundoff(case.working))
+    margin = rounding * (1 + torch.nan_to_num(z, 0.0, 0.0, 0.0).abs().max())
+    smooth = (~(z.abs() <= margin)).to(given.g)
+    return replace(given, g=given.g * smooth, smooth=smooth)
+
+
+def with_positive_weight(given: Inputs, case: Case) -> Inputs:
+    """The magnitudes of the weights, and g for the activation's input that they give."""
+    return given if given.weight is None else away_from_the_kink(replace(given, weight=given.weight.abs()), case)
+
+
+def preactivation(given: Inputs, case: Case) -> Tensor:
+    """What the activation is applied to, in float64."""
+    running = [None if r is None else r.clone() for r in (given.running_mean, given.running_var)]
+    given = replace(given, running_mean=running[0], running_var=running[1])
+    return definition(case.norm)(*arguments(replace(case, fusion="residual" if case.adds else "plain"), given))
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Half the distance from 1 to the next number, the largest relative error of one rounding."""
+    return torch.finfo(dtype).eps / 2
+
+
+def channels_of(t: Tensor, channels: Tensor) -> Tensor:
+    """(N, C, *S) or (C) at those indices of channels."""
+    return t.index_select(0 if t.dim() == 1 else 1, channels)
+
+
+def with_layout(t: Tensor, layout: str) -> Tensor:
+    """The same values, contiguous, channels_last where the rank has it, or strided: every second place of a memory."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if layout == "strided" and t.dim() > 1:
+        return torch.stack([t, t], dim=-1).flatten(-2)[..., ::2]
+    if layout == "channels_last" and t.dim() in formats:
+        return t.contiguous(memory_format=formats[t.dim()])
+    return t.contiguous()
+
+
+# --- shapes that are timed --------------------------------------------------------------------------------------------
 
 # Name -> (whether a residual is added, the activation).
 OPERATIONS: dict[str, tuple[bool, str | None]] = {
@@ -25,12 +313,49 @@ OPERATIONS: dict[str, tuple[bool, str | None]] = {
     "bn+silu": (False, "silu"),
     "bn+leaky_relu": (False, "leaky_relu"),
 }
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-CANDIDATES: dict[str, str | kernels.Kernel] = {**{name: name for name in GRADCHECK_KERNELS}, "seam": native.batch_norm}
+DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 EPS, MOMENTUM = 1e-5, 0.1
 
 
-def floor_bytes(case: Case, direction: str) -> float:
+def timed(case: profile.Case) -> Case:
+    """The same batch norm as a case that kernels are judged on."""
+    added, activation = OPERATIONS[case.operation]
+    fusion = "+".join(name for name in (activation, "residual" if added else None) if name) or "plain"
+    mode, dtype = "train" if case.training else "eval", DTYPE_NAMES[case.dtype]
+    found = Case(mode, dtype, case.layout, case.shape, fusion, EPS, MOMENTUM)
+    return replace(found, affine=case.affine, tracked=case.tracked or not case.training)
+
+
+def timed_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
+    """Inputs of a large case, drawn on the device: means within about 1, deviations between 0.5 and 2 a channel."""
+    source = torch.Generator(device).manual_seed(seed)
+    channels = case.shape[1]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=source, device=device, dtype=case.working)
+
+    def uniform() -> Tensor:
+        return torch.rand(channels, generator=source, device=device, dtype=case.working) * 1.5 + 0.5
+
+    def like_x(values: Tensor) -> Tensor:
+        return with_layout(values.to(case.stored), case.layout)
+
+    x = normal(*case.shape)
+    x = x.mul_(per_channel(uniform(), x)).add_(per_channel(normal(channels), x))
+    narrow = case.stored if case.affine == "same" else case.working
+    affine = case.affine != "none"
+    return Inputs(
+        x=like_x(x),
+        residual=like_x(normal(*case.shape)) if case.adds else None,
+        weight=(uniform() * normal(channels).sign()).to(narrow) if affine else None,
+        bias=normal(channels).to(narrow) if affine else None,
+        running_mean=normal(channels).to(narrow) if case.tracked else None,
+        running_var=uniform().to(narrow) if case.tracked else None,
+        g=like_x(normal(*case.shape)),
+    )
+
+
+def floor_bytes(case: profile.Case, direction: Direction) -> float:
     """The fewest bytes to move with each tensor read once: the floor of one on-chip pass (C-sized vectors ignored).
 
     Forward: x, y; backward: x, dy, dx. With the residual a tensor more in each direction, and one bit an element that
@@ -42,116 +367,22 @@ def floor_bytes(case: Case, direction: str) -> float:
     return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
 
 
-@dataclass(frozen=True)
-class Inputs:
-    x: Tensor
-    residual: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    dy: Tensor
-
-    def to(self, dtype: torch.dtype) -> Inputs:
-        """The same values, all in that dtype."""
-        moved = {name: None if t is None else t.to(dtype) for name, t in vars(self).items()}
-        return Inputs(**moved)  # type: ignore[arg-type]
-
-    def leaves(self) -> dict[str, Tensor]:
-        """What gradients are asked for, made to require them."""
-        found = {"dx": self.x, "dresidual": self.residual, "dweight": self.weight, "dbias": self.bias}
-        return {name: t.requires_grad_() for name, t in found.items() if t is not None}
+# An element's operations (an addition, a multiplication, a comparison, an exponential or a division: 1 each).
+STATISTICS = 4  # the sum; the deviation from the mean, its square, their sum
+NORMALIZE = 2  # the deviation, over the standard deviation
+AFFINE = 2  # times weight, plus bias
+SUMS = 3  # dbias: a sum; dweight: a product with xhat and a sum
+GRADIENT = {True: 5, False: 1}  # dy - dbias / m - xhat dweight / m, times weight / deviation; evaluation: that alone
+ACTIVATION = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 4}  # silu: exp(-z), 1 + it, z over it, and a sign
+DERIVATIVE = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 9}  # silu: the sigmoid (4), s (1 + z (1 - s)), times dy
 
 
-def make(case: Case, device: torch.device, seed: int = 0) -> Inputs:
-    """Tensors of a case: each channel with its own mean within about 1 and its own deviation between 0.5 and 2."""
-    source = torch.Generator(device).manual_seed(seed)
-    channels, ones = case.shape[1], (1, -1, *[1] * (len(case.shape) - 2))
-    wide = torch.float64 if case.dtype == "fp64" else torch.float32
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=source, device=device, dtype=wide)
-
-    def uniform() -> Tensor:
-        return torch.rand(channels, generator=source, device=device, dtype=wide) * 1.5 + 0.5
-
-    x = normal(*case.shape).mul_(uniform().view(ones)).add_(normal(channels).view(ones))
-    narrow = DTYPES[case.dtype] if case.affine == "same" else wide
-    affine, tracked = case.affine != "none", case.tracked or not case.training
-    added = OPERATIONS[case.operation][0]
-    return Inputs(
-        laid_out(x.to(DTYPES[case.dtype]), case.layout),
-        laid_out(normal(*case.shape).to(DTYPES[case.dtype]), case.layout) if added else None,
-        (uniform() * normal(channels).sign()).to(narrow) if affine else None,
-        normal(channels).to(narrow) if affine else None,
-        normal(channels).to(narrow) if tracked else None,
-        uniform().to(narrow) if tracked else None,
-        laid_out(normal(*case.shape).to(DTYPES[case.dtype]), case.layout),
-    )
-
-
-def laid_out(t: Tensor, layout: str) -> Tensor:
-    """The same values in another memory layout."""
-    if layout == "channels_last":
-        return t.contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d)
-    if layout == "strided":
-        return torch.stack([t, t], dim=-1).flatten(-2)[..., ::2]
-    return t.contiguous()
-
-
-Apply = Callable[[Inputs], Tensor]  # the forward pass; moves the running statistics of what it is given
-
-
-def apply(case: Case, kernel: str) -> Apply:
-    """The forward pass of a case by one of CANDIDATES."""
-    activation, chosen = OPERATIONS[case.operation][1], CANDIDATES[kernel]
-
-    def forward(given: Inputs) -> Tensor:
-        return batch_norm(
-            given.x,
-            given.running_mean,
-            given.running_var,
-            given.weight,
-            given.bias,
-            case.training,
-            MOMENTUM,
-            EPS,
-            residual=given.residual,
-            activation=activation,
-            kernel=chosen,
-        )
-
-    return forward
-
-
-def compiled(forward: Apply) -> Apply:
-    """The same, compiled anew for the next shape that it meets, with nothing left outside the graph."""
-    import torch._inductor.config
-
-    # Each process picks its own launch settings: those picked while others were at work would be a weaker opponent.
-    if hasattr(torch._inductor.config, "autotune_local_cache"):
-        torch._inductor.config.autotune_local_cache = False
-    torch.compiler.reset()  # or a second shape would be compiled as a dynamic one, which is slower
-    return torch.compile(forward, fullgraph=True, dynamic=False)
-
-
-def outputs(forward: Apply, inputs: Inputs) -> dict[str, Tensor]:
-    """y, every gradient, and the running statistics after one step; the inputs are left as they were."""
-    fresh = {
-        name: t.clone() if t is not None and name.startswith("running") else None if t is None else t.detach()
-        for name, t in vars(inputs).items()
-    }
-    given = Inputs(**fresh)  # type: ignore[arg-type]
-    leaves = given.leaves()
-    y = forward(given)
-    gradients = torch.autograd.grad(y, list(leaves.values()), given.dy)
-    found = {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
-    for name in ("running_mean", "running_var"):
-        statistic = getattr(given, name)
-        if statistic is not None:
-            found[name] = statistic
-    return found
-
-
-def with_dy(inputs: Inputs, dy: Tensor) -> Inputs:
-    return replace(inputs, dy=dy)
+def flops(case: profile.Case, direction: Direction) -> float:
+    """The arithmetic of the definition in one call; a kernel may do more. Backward computes xhat anew."""
+    added, activation = OPERATIONS[case.operation]
+    affine = AFFINE if case.affine != "none" else 0
+    forward = (STATISTICS if case.training else 0) + NORMALIZE + affine + added + ACTIVATION[activation]
+    sums = SUMS if case.training or affine else 0
+    backward = NORMALIZE + sums + GRADIENT[case.training] + DERIVATIVE[activation]
+    each = {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+    return float(each * case.elements)

@@ -1,162 +1,162 @@
-"""A check, what it found, and the rows of gradcheck's table that it is counted in."""
+"""One run of a kernel on a case's inputs: the output, every gradient, the second derivative, the running statistics."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bncli.measure.reference import tolerance as tolerances
-from bncli.measure.reference.candidate import Subject, native_in_the_same_dtype
-from bncli.measure.reference.gradient_cases import Case, Inputs, inputs
-from bncli.measure.reference.quantities import Observation, observe, quantities
-from bncli.results.gradcheck import Effort
+from bncli.kernels.definition import Forward
+from bncli.measure.reference.candidate import KernelFailed
+from bncli.measure.reference.case import CPU, Case, Inputs, arguments
+from bncli.names import NORMS
+from bncli.results.finding import Finding, FindingKind
+
+RUNNING = ("running_mean", "running_var")
+GRADIENTS = ("dx", "dweight", "dbias", "dresidual")
+SECOND = ("double backward in x", "double backward in weight", "double backward in g")
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What is checked, where, and how thoroughly."""
+@dataclass
+class Observation:
+    """Quantity -> tensor. What an exception or an impossible result kept from being computed is in `problems`."""
 
-    subject: Subject
-    device: torch.device
-    effort: Effort
-
-    @property
-    def native(self) -> bool:
-        """Whether torch's own operator is the one under test, and so no yardstick for itself."""
-        return not self.subject.own and self.subject.name.startswith("native")
+    values: dict[str, Tensor] = field(default_factory=dict)
+    problems: dict[str, Finding] = field(default_factory=dict)
 
     @property
-    def tolerance(self) -> str:
-        """How large an error of a value may be, in words."""
-        if self.native:
-            return tolerances.WORDS_NATIVE
-        return tolerances.WORDS_USER if self.subject.own else tolerances.WORDS
+    def problem(self) -> Finding | None:
+        """The first of them."""
+        return next(iter(self.problems.values()), None)
 
-    def floors(self, case: Case, given: Inputs, truth: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The error that rounding alone explains in such a subject."""
-        return tolerances.floors(case, given, truth, self.native, self.subject.interpreted, self.subject.own)
+    def wide(self, device: torch.device = CPU) -> dict[str, Tensor]:
+        """In float64 on the device."""
+        return {name: value.detach().to(device).double() for name, value in self.values.items()}
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """One case in full, for the diagnosis: what went in, what came out and what should have, in float64."""
-
-    case: Case
-    given: Inputs
-    seen: dict[str, Tensor]
-    truth: dict[str, Tensor]
-    floors: dict[str, Tensor]
-    problems: dict[str, str]
+def quantities(case: Case) -> tuple[str, ...]:
+    """What a run of the case is judged by, in the order in which it is computed."""
+    running = RUNNING if case.training and NORMS[case.norm].over_batch else ()
+    return ("forward", *running, *(GRADIENTS if case.adds else GRADIENTS[:3]), "double backward")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A quantity of a check, judged. Errors are in units of the tolerance: up to 1 passes."""
-
-    quantity: str
-    error: float
-    message: str = ""
-    evidence: Evidence | None = None
-    relative: float = math.nan  # the relative error, where the check is one of that
-    of_native: float = math.nan  # the error over native's own, where native has one
-
-    @property
-    def failed(self) -> bool:
-        return not self.error <= 1
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Every tensor made without a value is NaN inside (torch.utils.deterministic.fill_uninitialized_memory)."""
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import the compiler for it: 1 s
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
 
 
-@dataclass(frozen=True)
-class Check:
-    """What can be asked for by its identifier. `run` judges each of the quantities."""
-
-    identifier: str
-    quantities: tuple[str, ...]
-    run: Callable[[], Iterable[Finding]]
-
-    def named(self, quantity: str) -> str:
-        return f"{self.identifier}/{quantity}" if quantity else self.identifier
+def leaf(tensor: Tensor | None) -> Tensor | None:
+    """The same memory and strides as a leaf that wants a gradient."""
+    return None if tensor is None else tensor.detach().requires_grad_()
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Checks that finish together the rows of their quantities; `rows` gives a quantity's row, `row` all others'."""
-
-    section: str
-    checks: list[Check]
-    tolerance: str
-    row: str = ""
-    rows: dict[str, str] = field(default_factory=dict)
-
-
-def compare(setting: Setting, case: Case, given: Inputs, second: bool = True) -> list[Finding]:
-    """Every quantity of the subject on these inputs against the definition in float64."""
-    truth = tolerances.reference(case, given)
-    floors = setting.floors(case, given, truth)
-    yardstick = Observation()
-    if not setting.native:
-        yardstick = observe(native_in_the_same_dtype(), case, given, second)
-    native = yardstick.wide()
-    wide = given.wide()  # before a kernel that writes into its input
-    seen = observe(setting.subject.call, case, given, second)
-    found = seen.wide()
-    if changed := written(given, wide):
-        seen.problems["forward"] = changed
-    evidence = Evidence(case, wide, found, truth, floors, seen.problems)
-    return [_judge(name, evidence, native) for name in quantities(case) if second or name != "double backward"]
-
-
-def _judge(quantity: str, evidence: Evidence, native: dict[str, Tensor]) -> Finding:
-    if quantity in evidence.problems:
-        return Finding(quantity, math.inf, evidence.problems[quantity], evidence)
-    worst, message, of_native = 0.0, "", math.nan
-    for name, exact in evidence.truth.items():
-        if name == quantity or (quantity == "double backward" and name.startswith(quantity)):
-            if name not in evidence.seen:
-                return Finding(quantity, math.inf, f"{name} was not computed", evidence)
-            floor = evidence.floors[name]
-            error = tolerances.in_tolerances(evidence.seen[name], exact, floor, native.get(name))
-            if not error <= worst:
-                worst, message = error, difference(name, evidence.seen[name], exact)
-                of_native = tolerances.of_native(evidence.seen[name], exact, floor, native.get(name))
-    if worst <= 1:
-        return Finding(quantity, worst)
-    return Finding(quantity, worst, message, evidence, of_native=of_native)
+def observe(call: Forward, case: Case, given: Inputs, second: bool = True) -> Observation:
+    """The forward pass, the backward pass as a training step runs it, and the backward pass of the backward pass."""
+    seen = Observation()
+    x, weight, bias, residual = (leaf(t) for t in (given.x, given.weight, given.bias, given.residual))
+    running = [None if r is None else r.clone() for r in (given.running_mean, given.running_var)]
+    assert x is not None
+    taken = Inputs(x, weight, bias, running[0], running[1], residual, given.g)
+    leaves = {"dx": x, "dweight": weight, "dbias": bias, "dresidual": residual}
+    wanted = {name: tensor for name, tensor in leaves.items() if tensor is not None}
+    try:
+        y = call(*arguments(case, taken))
+    except (Exception, SystemExit) as error:  # the kernel may be anyone's code
+        return _failed(seen, quantities(case), error)
+    if wrong := unlike(y, given.x):
+        seen.problems = dict.fromkeys(quantities(case), wrong)
+        return seen
+    seen.values["forward"] = y.detach()
+    if not case.training and (moved := _moved(running, given)):
+        seen.problems["forward"] = Finding("running_moved", names=moved)
+    if case.training and NORMS[case.norm].over_batch:
+        for name, value in zip(RUNNING, running, strict=True):
+            if value is not None:
+                seen.values[name] = value
+    try:
+        first = torch.autograd.grad(y, list(wanted.values()), given.g, retain_graph=second, allow_unused=True)
+    except (Exception, SystemExit) as error:
+        return _failed(seen, [*wanted, "double backward"], error)
+    for (name, tensor), gradient in zip(wanted.items(), first, strict=True):
+        seen.values[name] = torch.zeros_like(tensor) if gradient is None else gradient
+    if second:
+        try:
+            seen.values.update(_second(y, wanted, given))
+        except (Exception, SystemExit) as error:
+            return _failed(seen, ["double backward"], error)
+    return seen
 
 
-def written(given: Inputs, before: Inputs) -> str | None:
-    """Which inputs are no longer what they were, `before` being a copy in float64; None where all are.
-
-    The running statistics are left out: a call is handed copies of them, which `observe` looks at.
-    """
-    names = [name for name in vars(given) if name not in ("smooth", "running_mean", "running_var")]
-    now = given.wide()
-    changed = [name for name in names if not same_bits(getattr(now, name), getattr(before, name))]
-    return f"{', '.join(changed)} changed during the call" if changed else None
+def _moved(running: list[Tensor | None], given: Inputs) -> tuple[str, ...]:
+    """The running statistics that are no longer what they were."""
+    pairs = zip(RUNNING, running, strict=True)
+    return tuple(name for name, now in pairs if now is not None and not torch.equal(now, getattr(given, name)))
 
 
-def same_bits(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two tensors are equal, NaN being equal to NaN; or both missing."""
-    if one is None or other is None:
-        return one is other
-    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+def _second(y: Tensor, wanted: dict[str, Tensor], given: Inputs) -> dict[str, Tensor]:
+    """The gradient in x, weight and g of <dx, v> + <dweight, v_weight> + <dbias, v_bias>."""
+    g = given.g.detach().clone().requires_grad_()
+    first = torch.autograd.grad(y, list(wanted.values()), g, create_graph=True, allow_unused=True)
+    directions: dict[str, Any] = {"dx": given.v, "dweight": given.v_weight, "dbias": given.v_bias}
+    pairs = [
+        (gradient, directions[name])
+        for name, gradient in zip(wanted, first, strict=True)
+        if name in directions and gradient is not None and gradient.requires_grad
+    ]
+    into = [tensor for name, tensor in wanted.items() if name in ("dx", "dweight")] + [g]
+    if not pairs:
+        raise KernelFailed(Finding("no_second_derivative", exception="NoSecondDerivative"))
+    found = torch.autograd.grad(
+        [gradient for gradient, _ in pairs], into, [v.to(gradient) for gradient, v in pairs], allow_unused=True
+    )
+    names = SECOND if "dweight" in wanted else (SECOND[0], SECOND[2])
+    values = {
+        name: torch.zeros_like(tensor) if gradient is None else gradient
+        for name, tensor, gradient in zip(names, into, found, strict=True)
+    }
+    if given.smooth is not None:  # on a kink either side's value is right
+        values[SECOND[2]] = values[SECOND[2]] * given.smooth
+    return values
 
 
-def difference(name: str, found: Tensor, exact: Tensor) -> str:
-    """Where two tensors differ most, with both values."""
-    error = torch.nan_to_num((found - exact).abs(), math.inf, math.inf)
-    error = torch.where(found.isfinite() | exact.isfinite(), error, 0.0)
-    place = [int(i) for i in torch.unravel_index(error.argmax(), error.shape)]
-    where = ", ".join(map(str, place))
-    scale = float(exact[exact.isfinite()].norm())
-    relative = f"; relative error {float(error.norm()) / scale:.2g}" if scale and error.isfinite().all() else ""
-    return f"{name}[{where}] is {float(found[tuple(place)]):.7g}; expected {float(exact[tuple(place)]):.7g}{relative}"
+def unlike(y: object, x: Tensor) -> Finding | None:
+    """What is impossible about a kernel's output for that input, or None."""
+    if not isinstance(y, Tensor):
+        return Finding("wrong_type", given=type(y).__name__, wanted="a tensor")
+    pairs: tuple[tuple[FindingKind, object, object], ...] = (
+        ("wrong_shape", tuple(y.shape), tuple(x.shape)),
+        ("wrong_dtype", y.dtype, x.dtype),
+        ("wrong_device", y.device, x.device),
+    )
+    for kind, given, wanted in pairs:
+        if given != wanted:
+            return Finding(kind, given=str(given), wanted=str(wanted))
+    return None
 
 
-def fresh(setting: Setting, case: Case) -> tuple[Case, Inputs]:
-    """The case of the subject's norm, with the inputs that its identifier stands for."""
-    case = replace(case, norm=setting.subject.norm)
-    return case, inputs(case, setting.device)
+def finding_of(error: BaseException) -> Finding:
+    """What a kernel raised, or autograd in its backward pass, which says by its text alone what it refuses."""
+    if isinstance(error, KernelFailed):
+        return error.finding
+    text = str(error)
+    kind: FindingKind = "raised"
+    if "modified by an inplace operation" in text:
+        kind = "saved_written"
+    elif "leaf Variable" in text and "in-place" in text:
+        kind = "leaf_written"
+    return Finding(kind, exception=type(error).__name__, text=text.strip().split("\n")[0][:300])
+
+
+def _failed(seen: Observation, names: tuple[str, ...] | list[str], error: BaseException) -> Observation:
+    seen.problems.update(dict.fromkeys(names, finding_of(error)))
+    return seen

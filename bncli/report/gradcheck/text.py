@@ -1,70 +1,190 @@
-"""The outcome of `bncli gradcheck` on the screen and as JSON, and its progress."""
+"""What `bncli gradcheck` says, in words: findings, evidence, tolerances, reasons. No rich here."""
 
 from __future__ import annotations
 
-import json
+import math
 import shlex
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.padding import Padding
-from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.text import Text
-
-from bncli.report.gradcheck.tables import (
-    FAILED,
-    NOT_CHECKED,
-    OK,
-    STYLES,
-    Listed,
-    beyond,
-    count,
-    groups_table,
-    names,
-    paths_table,
-    reasons,
-    verdict,
+from bncli.report.text import UNKNOWN, finding_text
+from bncli.results.gradcheck import (
+    CheckFailure,
+    CheckGroup,
+    Diagnosis,
+    Facet,
+    FailureSummary,
+    Gradcheck,
+    GradientPaths,
+    NotChecked,
+    ToleranceRule,
 )
-from bncli.report.progress import _Sink
-from bncli.report.text import encodable, environment_words, figure
-from bncli.results.environment import FORMAT_VERSION
-from bncli.results.gradcheck import BiasStep, CheckGroup, Gradcheck
-from bncli.results.serialize import to_plain
+
+OK, FAILED, NOT_CHECKED = "ok", "FAILED", "not checked"
+LONGEST = 1e4  # from here on an error in tolerances is written with an exponent
+FEW = 6  # names that are listed; more are counted
+
+_OWN = "what float64 moves by when every number on the way moves by one rounding, plus the output's own rounding"
+_FUSED = "3 half-precision roundings more where a residual or an activation follows"
+TOLERANCES: dict[ToleranceRule, str] = {
+    "kernel": f"the larger of twice native's own error in the dtype and (log2 m + 4) times {_OWN}; {_FUSED}",
+    "native": (
+        f"(sqrt m + 32) times {_OWN}; {_FUSED}, in the second derivative, which torch computes in the dtype itself, "
+        "and in dweight of channels_last inputs to its group norm"
+    ),
+    "own function": (
+        f"the larger of twice native's own error in the dtype and (sqrt m + 32) times {_OWN}, so that sums may be "
+        f"taken in any order; {_FUSED}"
+    ),
+    "finite differences": (
+        "relative 0.0001 plus absolute 1e-06: central differences with step 1e-06 are good to step^2 and roundoff / "
+        "step, about 1e-9; random directions, random upstream gradient"
+    ),
+    "central differences of the loss": "the rounding of central differences of the loss in float64",
+    "summed floors": "the sum of the elements' floors",
+    "no error": "none: every bit",
+    "floor of dx": "the floor of dx",
+    "mean floor of y": "the mean floor of y",
+    "floors of running statistics": "their floors",
+    "floors of y, dweight and dbias": "the floors of y, dweight and dbias",
+    "values and their NaN": "as for values: NaN where the definition has NaN, its numbers everywhere else",
+    "variance": (
+        "relative error of the float32 variance: 1e-6 at mean/deviation 1e2 and 1e3, 5e-6 at 1e4; twice that of the "
+        "output's, whose own rounding counts too; of a function of yours, twice native's error and "
+        "sqrt(m) roundings, of a sum in order, where these are larger"
+    ),
+    "overflowing variance": (
+        "y right, or the bias (an infinite variance), or NaN where the variance overflows; other channels as ever"
+    ),
+    "ValueError": "a ValueError, as torch raises",
+    "empty": "an empty output, gradients of 0, running statistics unchanged, as torch",
+}
+# What stands in a diagnosis; `first` is the failure that shows it, and all that is said of most bugs.
+EVIDENCE = {
+    "it raises": "{alike} of {of} calls; {first}",
+    "no second derivative": "dx is right; {first}",
+    "a wrong second derivative": "dx is right; {first}",
+    "one-pass variance, E[x^2] - E[x]^2": "relative errors by mean/deviation: {errors}; {message}",
+    "less accurate than native": (
+        "{alike} of {of} cases miss by little{by}; the worst, {tolerances:.2g} tolerances, is {first}. Sums or a "
+        "variance taken in order can lose as much"
+    ),
+    "half-precision statistics": "float32 and float64 pass; {first}",
+    "NaN swallowed": "a number stands where torch has NaN: {first}",
+    "the activation's derivative at NaN is not torch's": (
+        "torch takes 1 for relu, whose result is not <= 0, and the slope for leaky_relu, whose input is not > 0; "
+        "{first}"
+    ),
+}
 
 
-def passed(result: Gradcheck) -> bool:
-    """Whether no case failed and every gradient is within its bound of central differences."""
-    return result.passed and not beyond(result.paths)
+def tolerance_text(rule: ToleranceRule | None) -> str:
+    """How the tolerance is derived."""
+    return "" if rule is None else TOLERANCES[rule]
 
 
-# --- the report ---------------------------------------------------------------------------------------------------
+def not_checked_text(skipped: NotChecked | None) -> str | None:
+    """Why no case of a group could run; None where some did."""
+    if skipped is None:
+        return None
+    match skipped.reason:
+        case "no fused operations":
+            return "the function takes no residual and no activation"
+        case "no evaluation":
+            return "the function takes no statistics, so it has no evaluation mode"
+        case "slow in the interpreter":
+            return "Triton's interpreter would take minutes"
+        case "no float64 on the device":
+            return "Metal has no float64"
+        case "refused":
+            return f"the kernel refuses it: {finding_text(skipped.finding) if skipped.finding else ''}"
+        case "missing inputs":
+            return "the kernel takes none of the inputs that it needs"
+        case "nothing ran":
+            return "no case could run"
 
 
-@dataclass(frozen=True)
-class GradcheckReport:
-    """All that `bncli gradcheck` shows: groups, the gradient's three parts, what failed and what it looks like."""
+def failure_text(failure: CheckFailure) -> str:
+    """What was found; of the several results at a hard input it is the worst one's, which is named."""
+    worst = f"{failure.finding.quantity}: " if failure.section == "hard inputs" and failure.call else ""
+    return f"{worst}{finding_text(failure.finding)}"
 
-    result: Gradcheck
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        result = self.result
-        yield groups_table(result.groups, *_heading(result))
-        yield Listed("Not checked:", reasons(result.groups))
-        tolerances = _tolerances(result)
-        more = ". How tolerances are derived:" if tolerances else " (--full tells how it is derived)."
-        yield Text(f"Each error is in units of its case's own tolerance: 1 or less passes{more}", "dim")
-        yield Listed("", tolerances)
-        yield Text(encodable(f"Made on {environment_words(result.environment)}.", options.encoding), "dim")
-        yield ""
-        if result.paths:
-            yield paths_table(result.paths)
-            yield ""
-        for label, words, indent in _failure_lines(result, options.max_width):
-            text = Text.assemble((label, "bold"), encodable(words, options.encoding))
-            yield Padding(text, (0, 0, 0, indent), expand=False) if indent else text
-        yield Text(encodable(closing(result), options.encoding), STYLES[OK] if passed(result) else STYLES[FAILED])
+def evidence_text(diagnosis: Diagnosis) -> str:
+    """Why the failures look like the bug."""
+    if diagnosis.summary:
+        return _summary_text(diagnosis.summary)
+    if match := diagnosis.match:
+        return (
+            f"{match.quantity} of {match.case} equals {match.equals} to {match.from_wrong:.1g} and misses the true "
+            f"one by {match.from_truth:.2g} (relative); {match.alike} of {match.failing} failing results looked at "
+            "are alike"
+        )
+    assert diagnosis.first
+    errors = (diagnosis.relative_errors or {}).items()
+    message, native = failure_text(diagnosis.first), diagnosis.of_native
+    return EVIDENCE.get(diagnosis.bug, "{first}").format(
+        first=f"{diagnosis.first.case}: {message}",
+        message=message,
+        alike=diagnosis.alike,
+        of=diagnosis.of,
+        errors=", ".join(f"{error:.2g} at {ratio}" for ratio, error in errors),
+        by=f", up to {native:.2g} times native's error" if native is not None else "",
+        tolerances=diagnosis.first.finding.error,
+    )
+
+
+def _summary_text(summary: FailureSummary) -> str:
+    """What fails and what is clean: what the kernel's author starts from."""
+    parts = []
+    if summary.quantities:
+        clean = f" (clean: {_listed(summary.clean)})" if summary.clean else ""
+        parts = [f"what fails: {_listed(summary.quantities)}{clean}"]
+        parts.append(f"{summary.failing} of {summary.cases} plain cases")
+        parts += map(_facet_text, summary.facets)
+    if summary.groups:
+        head = "besides" if summary.quantities else "what fails, every plain case being right"
+        parts.append(f"{head}: {_listed(summary.groups)}")
+    return "; ".join(parts)
+
+
+def _facet_text(facet: Facet) -> str:
+    if len(facet.failing) <= len(facet.clean):
+        return f"{facet.name} {_listed(facet.failing)} alone"
+    return f"every {facet.name} but {_listed(facet.clean)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - FEW
+    return ", ".join(names) if more <= 0 else f"{', '.join(names[:FEW])} and {more} more"
+
+
+def rerun_command(result: Gradcheck, failure: CheckFailure) -> list[str]:
+    """The words of the command that runs a failing case alone, or all, for what a whole run alone computes."""
+    parts = ["bncli", "gradcheck", "--kernel", result.kernel]
+    parts += ["--norm", result.norm] if result.norm != "batch" else []
+    parts += ["--device", result.device] if result.device != "auto" else []
+    parts += ["--allow-code"] if result.allow_code else []
+    return parts if failure.check == "paths" else [*parts, "--only", failure.case]
+
+
+def shell_lines(command: Sequence[str], width: int) -> list[str]:
+    """The command in lines no wider than `width` where its words allow, continued as a shell takes them."""
+    lines = [""]
+    for word in command:
+        quoted = shlex.quote(word)
+        if lines[-1] and len(lines[-1]) + 1 + len(quoted) > width - 2:
+            lines.append("")
+        lines[-1] += f"{' ' if lines[-1] else '  ' * (len(lines) > 1)}{quoted}"
+    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
+
+
+def reasons(groups: Sequence[CheckGroup]) -> list[tuple[str, str]]:
+    """Each group that could not run, and why."""
+    return [
+        (group.name, not_checked_text(group.skipped) or "no case ran")
+        for group in groups
+        if group.skipped or not group.cases
+    ]
 
 
 def closing(result: Gradcheck) -> str:
@@ -81,96 +201,51 @@ def closing(result: Gradcheck) -> str:
     return f"All {count(cases, 'case')} passed{left}." if cases > 1 else f"1 case passed{left}."
 
 
-def _heading(result: Gradcheck) -> tuple[str, str]:
-    cases = count(sum(group.cases for group in result.groups), "case")
-    groups = count(len(result.groups), "group")
-    title = f"Gradients of {result.norm} norm, kernel {result.kernel}"
-    return title, (
-        f"Ran: {result.ran}; on {result.environment.device}\n"
-        f"Checked: {cases} in {groups}, effort {result.effort}, in {figure(result.seconds)} s"
-    )
-
-
-def _tolerances(result: Gradcheck) -> list[tuple[str, str]]:
+def derivations(result: Gradcheck) -> list[tuple[str, str]]:
     """In words, each derivation once: all of them for a full check, those of the groups that failed otherwise."""
     shown = [group for group in result.groups if group.failed or (result.effort == "full" and group.cases)]
-    words = dict.fromkeys(group.tolerance for group in shown if group.tolerance)
-    return [(_whose(each, shown, result.groups), each) for each in words]
+    rules = dict.fromkeys(group.rule for group in shown if group.rule)
+    return [(_whose(each, shown, result.groups), TOLERANCES[each]) for each in rules]
 
 
-def _whose(tolerance: str, shown: Sequence[CheckGroup], groups: Sequence[CheckGroup]) -> str:
+def _whose(rule: ToleranceRule, shown: Sequence[CheckGroup], groups: Sequence[CheckGroup]) -> str:
     """The names of the groups with that tolerance, or their section's, where it is the whole of one."""
-    members = [group for group in shown if group.tolerance == tolerance]
+    members = [group for group in shown if group.rule == rule]
     section = [group for group in groups if group.section == members[0].section and group.cases]
     whole = members == section and len(members) > 1
     return f"all {section[0].section}" if whole else ", ".join(group.name for group in members)
 
 
-def _failure_lines(result: Gradcheck, width: int) -> Iterator[tuple[str, str, int]]:
-    """The first failing case with the command that runs it again, then the kinds of bug that the failures look like.
-
-    Each line as its label, the words after it and its indent.
-    """
-    for first in result.failures[:1]:
-        yield "First failing case: ", first.case, 0
-        yield "", first.message, 2
-        yield "Run it again:", "", 0
-        yield from (("", line, 2) for line in shell_lines(first.reproduce, width - 2))
-        yield "", "", 0
-    for each in result.diagnoses:
-        yield "Looks like: ", f"{each.bug}, because {each.evidence}", 0
-    if result.diagnoses:
-        yield "", "", 0
+def agreement(paths: Sequence[GradientPaths]) -> str:
+    wrong = beyond(paths)
+    if not wrong:
+        return "It is within its bound in every case."
+    direct = all(math.isclose(each.error, each.lost, rel_tol=1e-3) for each in wrong)
+    place = "any case" if len(wrong) == len(paths) > 1 else names(wrong)
+    loss = ", and off by just what ignoring those two paths loses" if direct else ""
+    return f"It is NOT the true gradient in {place}{loss}."
 
 
-def shell_lines(command: str, width: int) -> list[str]:
-    """The command in lines no wider than `width` where its words allow, continued as a shell takes them."""
-    lines = [""]
-    for word in shlex.split(command):
-        quoted = shlex.quote(word)
-        if lines[-1] and len(lines[-1]) + 1 + len(quoted) > width - 2:
-            lines.append("")
-        lines[-1] += f"{' ' if lines[-1] else '  ' * (len(lines) > 1)}{quoted}"
-    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
+def verdict(group: CheckGroup) -> str:
+    return FAILED if group.failed else OK if group.cases else NOT_CHECKED
 
 
-# --- JSON ---------------------------------------------------------------------------------------------------------
+def beyond(paths: Sequence[GradientPaths]) -> list[GradientPaths]:
+    return [each for each in paths if not each.passed]
 
 
-def to_json(result: Gradcheck) -> str:
-    return _to_text({"passed": passed(result), **to_plain(result)})
+def names(paths: Sequence[GradientPaths]) -> str:
+    return ", ".join(each.case for each in paths)
 
 
-def interrupted_to_json(groups: Sequence[CheckGroup]) -> str:
-    """The groups that were finished before the check was interrupted."""
-    return _to_text({"interrupted": True, "groups": [to_plain(group) for group in groups]})
+def count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'s' * (number != 1)}"
 
 
-def demo_to_json(steps: Sequence[BiasStep]) -> str:
-    return _to_text({"steps": [to_plain(step) for step in steps]})
-
-
-def _to_text(plain: dict[str, Any]) -> str:
-    return json.dumps({"format_version": FORMAT_VERSION, **plain}, allow_nan=False, indent=1) + "\n"
-
-
-# --- progress -----------------------------------------------------------------------------------------------------
-
-
-class GradcheckProgress(_Sink):
-    """How many cases are done, the last group, and the time; off a terminal a line now and then."""
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-
-    def __enter__(self) -> GradcheckProgress:
-        super().__enter__()
-        self.groups, self.cases, self.failed = 0, 0, 0
-        self.task = self.bar.add_task("checking", total=None)
-        return self
-
-    def __call__(self, group: CheckGroup) -> None:
-        self.groups, self.cases, self.failed = self.groups + 1, self.cases + group.cases, self.failed + group.failed
-        failed = f", {self.failed:,} failed" if self.failed else ""
-        text = f"{count(self.cases, 'case')} in {count(self.groups, 'group')}{failed}; last: {group.name}"
-        self.bar.update(self.task, description=text)
-        self.line(f"gradcheck: {text}", at_once=bool(group.failed))
+def in_tolerances(error: float | None) -> str:
+    """An error in units of its tolerance, to two decimals: 0.31, < 0.01, 1.2e+06."""
+    if error is None or error == 0:
+        return UNKNOWN if error is None else "0"
+    if error < 0.01:
+        return "< 0.01"
+    return f"{error:.1e}" if LONGEST <= error < math.inf else f"{error:,.2f}"

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from bncli.errors import USAGE, UsageError
 from bncli.measure.profile.baseline import change, gate
 from bncli.measure.profile.candidates import Candidate, Source
-from bncli.measure.reference import case as cases
-from bncli.measure.reference.case import Inputs
+from bncli.measure.reference.case import EPS, Case
 from bncli.results.environment import Interval
-from bncli.results.profile import Case, KernelProfile, KernelRow, Speedup, StepRow
-from tests.measure.profile.test_kernels import Machine, Spent, profile
+from bncli.results.profile import KernelProfile, KernelRow, Speedup, StepRow
+from tests.measure.profile.test_kernels import NATIVE, Machine, Spent, profile
 from tests.report.made_up_costs import kernel_profile, one_case, step_profile, with_errors
 
 POSITIVE = st.floats(0.01, 100.0)
@@ -195,15 +194,16 @@ def noisy(machine: Machine, noise: random.Random, slowed: float) -> Source:
     """Native's kernel; each of its times is off by 3 %, and one in 100 twice as long."""
 
     def source(case: Case) -> Candidate:
-        native = cases.apply(case, "native")
+        if case.eps != EPS:  # which is not timed
+            return Candidate(case, NATIVE)
 
-        def forward(given: Inputs) -> object:
+        def call(*given: object) -> object:
             forward_ms, backward_ms = (
                 10 * slowed * math.exp(noise.gauss(0, 0.03)) * (2 if noise.random() < 0.01 else 1) for _ in range(2)
             )
-            return Spent.apply(native(given), machine, forward_ms, backward_ms)
+            return Spent.apply(NATIVE(*given), machine, forward_ms, backward_ms)
 
-        return Candidate(forward)  # type: ignore[arg-type]
+        return Candidate(case, call)  # type: ignore[arg-type]
 
     return source
 

@@ -7,7 +7,8 @@ import torch
 
 from bncli.kernels.fused.tiling import Processors, plan
 from bncli.measure.profile import candidates
-from bncli.results.profile import Case
+from bncli.measure.reference.case import timed
+from bncli.results import profile
 
 H200 = Processors(132, cooperative=True)
 CPU = torch.device("cpu")
@@ -37,14 +38,14 @@ def test_a_team_that_holds_a_part_says_how_much() -> None:
 
 @pytest.mark.parametrize("affine", ["wide", "same"])
 def test_torch_is_asked_which_of_its_batch_norms_runs(affine: str) -> None:
-    case = Case((4, 8, 6, 6), "bn", "fp32", affine=affine)
+    case = timed(profile.Case((4, 8, 6, 6), "bn", "fp32", affine=affine))
     assert candidates.native_backend(case, CPU) == "Native"
     assert candidates.ran(case, "native", CPU) == "ATen"
 
 
 def test_what_is_not_known_stays_unknown() -> None:
-    case = Case((4, 8, 6, 6), "bn", "fp32")
-    assert candidates.native_backend(Case((4, 8, 6, 6), affine="none"), CPU) == "unknown"
+    case = timed(profile.Case((4, 8, 6, 6), "bn", "fp32"))
+    assert candidates.native_backend(timed(profile.Case((4, 8, 6, 6), affine="none")), CPU) == "unknown"
     assert candidates.ran(case, "mine:norm", CPU) is None
     assert candidates.plan_words(case, CPU) == "unknown"
 
@@ -52,7 +53,7 @@ def test_what_is_not_known_stays_unknown() -> None:
 @pytest.mark.cuda
 def test_on_a_gpu_native_and_fused_say_what_ran() -> None:
     device = torch.device("cuda")
-    case = Case((32, 64, 56, 56), "bn", "fp16", "channels_last")
+    case = timed(profile.Case((32, 64, 56, 56), "bn", "fp16", "channels_last"))
     assert candidates.ran(case, "native", device) in ("cuDNN", "ATen")
     assert candidates.ran(case, "fused", device)
     assert "unknown" not in candidates.plan_words(case, device)

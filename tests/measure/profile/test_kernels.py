@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,8 +16,10 @@ from bncli.measure.profile.candidates import Candidate, Source
 from bncli.measure.profile.kernels import KernelRun
 from bncli.measure.profile.shapes import Calls, shape_set
 from bncli.measure.reference import case as cases
-from bncli.measure.reference.case import Inputs
-from bncli.measure.reference.channel_accuracy import judge
+from bncli.measure.reference import channels
+from bncli.measure.reference.candidate import by_name
+from bncli.measure.reference.case import EPS
+from bncli.measure.reference.channels import large
 from bncli.measure.timing import clock
 from bncli.measure.timing.ceilings import Ladder
 from bncli.measure.timing.clock import CpuClock
@@ -44,13 +45,17 @@ class Machine:
         return self.passed_ns / 1e9
 
     def takes(self, forward_ms: float, backward_ms: float) -> Source:
-        """Native's kernel, for that long."""
+        """Native's kernel, for that long on the cases that are timed."""
 
-        def source(case: Case) -> Candidate:
-            native = cases.apply(case, "native")
-            return Candidate(lambda given: Spent.apply(native(given), self, forward_ms, backward_ms), "a fake")
+        def source(case: cases.Case) -> Candidate:
+            if case.eps != EPS:
+                return Candidate(case, NATIVE)
+            return Candidate(case, lambda *given: Spent.apply(NATIVE(*given), self, forward_ms, backward_ms), "a fake")
 
         return source
+
+
+NATIVE = by_name("native")
 
 
 class Spent(torch.autograd.Function):
@@ -139,7 +144,7 @@ def test_bytes_are_those_of_the_floor_and_saved_ones_those_of_the_storages() -> 
 def test_a_mean_names_the_worst_shape() -> None:
     machine = Machine()
 
-    def slow_on_many_channels(case: Case) -> Candidate:
+    def slow_on_many_channels(case: cases.Case) -> Candidate:
         return machine.takes(8.0 if case.shape[1] > 5 else 1.0, 1.0)(case)
 
     shapes = ((4, 3, 5, 7), 1), ((4, 6, 5, 7), 9)
@@ -168,58 +173,122 @@ def test_copies_are_medians_of_the_same_run() -> None:
 # --- correctness first ------------------------------------------------------------------------------------------------
 
 
-def broken(spoil: Callable[[Inputs, Tensor], Tensor]) -> Source:
-    """Native's kernel, whose result is spoilt."""
+Spoil = Callable[[tuple[Any, ...], Tensor], Tensor]
 
-    def source(case: Case) -> Candidate:
-        native = cases.apply(case, "native")
-        return Candidate(lambda given: spoil(given, native(given)), "broken")
+
+def broken(spoil: Spoil, *, everywhere: bool = False) -> Source:
+    """Native's kernel, whose result is spoilt; on the cases that are timed alone, or on small ones too."""
+
+    def source(case: cases.Case) -> Candidate:
+        if case.eps != EPS and not everywhere:
+            return Candidate(case, NATIVE)
+        return Candidate(case, lambda *given: spoil(given, NATIVE(*given)), "broken")
 
     return source
 
 
-def in_the_gradient(given: Inputs, y: Tensor) -> Tensor:
+def in_the_gradient(given: tuple[Any, ...], y: Tensor) -> Tensor:
     y.register_hook(lambda dy: dy * 1.01)
     return y
 
 
-def in_the_last_channel(given: Inputs, y: Tensor) -> Tensor:
+def in_the_last_channel(given: tuple[Any, ...], y: Tensor) -> Tensor:
     return torch.cat([y[:, :-1], y[:, -1:] * 1.01], dim=1)
 
 
-def in_one_element(given: Inputs, y: Tensor) -> Tensor:
+def in_one_element(given: tuple[Any, ...], y: Tensor) -> Tensor:
     hole = torch.zeros_like(y)
     hole[1, 1, 0, 0] = float("nan")
     return y + hole
 
 
-def in_running_var(given: Inputs, y: Tensor) -> Tensor:
-    assert given.running_var is not None
-    given.running_var.data.mul_(1.01)
+def in_running_var(given: tuple[Any, ...], y: Tensor) -> Tensor:
+    given[2].data.mul_(1.01)
     return y
 
 
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        (lambda given, y: y * 1.01, ": error"),
-        (in_the_gradient, ": error"),
-        (in_the_last_channel, ": error"),
-        (in_one_element, "y is not finite everywhere"),
-        (in_running_var, "running_var: error"),
-        (lambda given, y: y.double(), "y is float64, not float32"),
-        (lambda given, y: y.flatten(2), "RuntimeError"),
-    ],
-)
-def test_a_wrong_kernel_gets_its_error_and_no_time(spoil: Callable[[Inputs, Tensor], Tensor], said: str) -> None:
+def without_the_last_element(given: tuple[Any, ...], y: Tensor) -> Tensor:
+    """A tail that is never written, as a wrong mask leaves it."""
+    keep = torch.ones_like(y, dtype=torch.bool)
+    keep.view(-1)[-1] = False
+    return torch.where(keep, y, torch.empty_like(y).detach())
+
+
+def into_x(given: tuple[Any, ...], y: Tensor) -> Tensor:
+    given[0].data[-1, -1].mul_(2)
+    return y
+
+
+WRONG: list[tuple[Spoil, str, str]] = [  # the kind of the finding and its quantity, empty for the call as a whole
+    (lambda given, y: y * 1.01, "off", "forward"),
+    (in_the_gradient, "off", "dx"),
+    (in_the_last_channel, "off", "forward"),
+    (in_one_element, "nan_unexpected", "forward"),
+    (in_running_var, "off", "running_var"),
+    (without_the_last_element, "nan_unexpected", "forward"),
+    (lambda given, y: y.double(), "wrong_dtype", ""),
+    (lambda given, y: y.flatten(2), "wrong_shape", ""),
+    (into_x, "input_written", ""),
+]
+
+
+@pytest.mark.parametrize(("spoil", "kind", "quantity"), WRONG)
+def test_a_wrong_kernel_gets_its_finding_and_no_time(spoil: Spoil, kind: str, quantity: str) -> None:
     machine = Machine()
     found = profile(machine, {"native": machine.takes(1.0, 1.0), "mine": broken(spoil)})
     mine = row_of(found, "mine")
     assert mine.wrong
-    assert mine.error is not None
-    assert said in mine.error
+    assert mine.error == "wrong result"
+    assert mine.finding is not None
+    assert mine.finding.kind == kind
+    assert mine.finding.quantity == quantity
+    assert mine.wrong_case is None
     assert (mine.forward, mine.backward, mine.both, mine.faster, mine.saved_mib) == (None,) * 5
     assert row_of(found, "native").both is not None
+
+
+def test_a_kernel_that_is_wrong_on_a_small_case_alone_gets_rows_that_name_it_and_is_judged_there_once() -> None:
+    machine = Machine()
+    made: list[cases.Case] = []
+
+    def wrong_in_half_precision(case: cases.Case) -> Candidate:
+        made.append(case)
+        call: Any = (lambda *given: NATIVE(*given) * 1.25) if case.dtype == "float16" else NATIVE
+        return Candidate(case, call)
+
+    shapes = (SMALL, ((2, 9), 1))
+    found = profile(machine, {"native": machine.takes(1.0, 1.0), "mine": wrong_in_half_precision}, shapes=shapes)
+    rows = [row for row in found.rows if row.kernel == "mine"]
+    assert len(rows) == 2
+    for row in rows:
+        assert (row.wrong, row.both) == (True, None)
+        assert row.wrong_case is not None
+        assert row.wrong_case.startswith("train/float16/")
+        assert row.finding is not None
+        assert row.finding.quantity == "forward"
+    counts = [made.count(case) for case in made if case.dtype == "float16"]
+    assert max(counts) <= 2  # its forward pass, and all of it
+    assert not any(case.shape == (2, 9) for case in made)
+
+
+def test_what_a_kernel_refuses_in_a_small_case_is_no_wrong_result() -> None:
+    machine = Machine()
+
+    def picky(case: cases.Case) -> Candidate:
+        def call(*given: Any) -> Tensor:
+            if case.stored == torch.bfloat16:
+                raise TypeError("no bfloat16")
+            if case.activation == "silu":
+                raise NotImplementedError("no silu")
+            return NATIVE(*given)
+
+        if case.mode == "eval":
+            raise Unavailable("training alone")
+        return Candidate(case, call)
+
+    found = profile(machine, {"native": machine.takes(1.0, 1.0), "mine": picky})
+    assert row_of(found, "mine").error is None
+    assert row_of(found, "mine").judged_on_cases
 
 
 def test_a_large_case_is_run_whole_and_judged_from_the_first_channel_to_the_last() -> None:
@@ -233,29 +302,30 @@ def test_a_large_case_is_run_whole_and_judged_from_the_first_channel_to_the_last
 
 def test_native_is_right_however_many_threads_and_channels_it_adds_over() -> None:
     """In channels_last torch's sums over 25,088 values err twice as much on two threads as on one."""
-    case = Case((32, 32, 28, 28), "bn", "fp32", "channels_last")
+    case = cases.timed(Case((32, 32, 28, 28), "bn", "fp32", "channels_last"))
     with clock.threads(2):
-        assert judge(case, CPU).error(cases.apply(case, "native")) is None
+        assert not large(case, CPU).judge(NATIVE, "native").wrong
 
 
 def test_where_native_finds_no_room_for_all_channels_others_are_judged_by_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, outputs = Case((2, 5, 512, 128), "bn", "fp32"), cases.outputs
+    case = cases.timed(Case((2, 5, 512, 128), "bn", "fp32"))
 
-    def no_room(forward: cases.Apply, given: Inputs) -> dict[str, Tensor]:
-        if given.x.shape == case.shape:
+    def no_room(x: Tensor, *others: Any) -> Tensor:
+        if x.shape == case.shape:
             raise torch.OutOfMemoryError
-        return outputs(forward, given)
+        return NATIVE(x, *others)
 
     with monkeypatch.context() as patched:
-        patched.setattr(cases, "outputs", no_room)
-        found = judge(case, CPU)
-    assert found.error(cases.apply(case, "native")) is None
+        patched.setattr(channels, "native_in_the_same_dtype", lambda: no_room)
+        found = large(case, CPU)
+    assert set(found.native) == {"forward", "running_mean", "running_var", "dx", "dweight", "dbias"}
+    assert not found.judge(NATIVE, "own function").wrong
 
 
 def test_what_is_missing_is_an_error_and_not_a_wrong_result() -> None:
     machine = Machine()
 
-    def missing(case: Case) -> Candidate:
+    def missing(case: cases.Case) -> Candidate:
         raise Unavailable("not installed (pip install rival)")
 
     found = profile(machine, {"native": machine.takes(1.0, 1.0), "rival": missing})
@@ -266,10 +336,10 @@ def test_what_is_missing_is_an_error_and_not_a_wrong_result() -> None:
 def test_a_kernel_that_raises_is_wrong_and_the_others_rows_stand() -> None:
     machine = Machine()
 
-    def raises(given: Inputs) -> Tensor:
+    def raises(*given: Any) -> Tensor:
         raise ValueError("of mine\nin detail")
 
-    found = profile(machine, {"mine": lambda case: Candidate(raises), "native": machine.takes(1.0, 1.0)})
+    found = profile(machine, {"mine": lambda case: Candidate(case, raises), "native": machine.takes(1.0, 1.0)})
     assert (row_of(found, "mine").error, row_of(found, "mine").wrong) == ("ValueError: of mine", True)
     assert row_of(found, "native").both is not None
 
@@ -277,15 +347,15 @@ def test_a_kernel_that_raises_is_wrong_and_the_others_rows_stand() -> None:
 def test_a_kernel_that_is_right_once_and_then_raises_has_no_time() -> None:
     machine = Machine()
 
-    def source(case: Case) -> Candidate:
-        native, calls = cases.apply(case, "native"), itertools.count()
+    def source(case: cases.Case) -> Candidate:
+        calls = itertools.count()
 
-        def forward(given: Inputs) -> Tensor:
+        def call(*given: Any) -> Tensor:
             if next(calls) >= 2:  # it is judged, and what it saves is counted
                 raise RuntimeError("tired")
-            return native(given)
+            return NATIVE(*given)
 
-        return Candidate(forward)
+        return Candidate(case, call)
 
     found = profile(machine, {"native": machine.takes(1.0, 1.0), "mine": source})
     assert (row_of(found, "mine").error, row_of(found, "mine").both) == ("RuntimeError: tired", None)
@@ -295,23 +365,22 @@ def test_a_kernel_that_is_right_once_and_then_raises_has_no_time() -> None:
 def test_what_cannot_be_compiled_says_why_and_compilation_is_in_no_row() -> None:
     machine = Machine()
 
-    def refuses(given: Inputs) -> Tensor:
+    def refuses(*given: Any) -> Tensor:
         raise RuntimeError("no compiler")
 
-    def compiles(case: Case) -> Candidate:
-        native, calls = cases.apply(case, "native"), itertools.count()
+    def bad(case: cases.Case) -> Candidate:
+        return Candidate(case, refuses, compiles=True)
 
-        def forward(given: Inputs) -> Tensor:
+    def compiles(case: cases.Case) -> Candidate:
+        calls = itertools.count()
+
+        def call(*given: Any) -> Tensor:
             machine.passed_ns += 0 if next(calls) else 7_000_000_000
-            return native(given)
+            return NATIVE(*given)
 
-        return Candidate(forward, compiles=True)
+        return Candidate(case, call, compiles=True)
 
-    sources = {
-        "native": machine.takes(1.0, 1.0),
-        "bad": lambda case: Candidate(refuses, compiles=True),
-        "good": compiles,
-    }
+    sources = {"native": machine.takes(1.0, 1.0), "bad": bad, "good": compiles}
     found = profile(machine, sources)
     assert (row_of(found, "bad").error, row_of(found, "bad").wrong) == (
         "torch.compile: RuntimeError: no compiler",
@@ -319,6 +388,7 @@ def test_what_cannot_be_compiled_says_why_and_compilation_is_in_no_row() -> None
     )
     good = row_of(found, "good")
     assert good.both is not None
+    assert not good.judged_on_cases
     assert max(good.both.samples_ms) == pytest.approx(OVERHEAD_MS)
     assert good.peak_memory_mib is None
     assert Note("compilation", "good", seconds=7.0) in found.notes
@@ -327,10 +397,12 @@ def test_what_cannot_be_compiled_says_why_and_compilation_is_in_no_row() -> None
 
 def test_what_is_asked_for_is_compiled_however_late_it_is() -> None:
     machine = Machine()
-    sources = {
-        "native": machine.takes(400.0, 400.0),
-        "late": lambda case: Candidate(lambda given: given.x, compiles=True),
-    }
+
+    def refuses(*given: Any) -> Tensor:
+        raise RuntimeError("no compiler")
+
+    late: Source = lambda case: Candidate(case, refuses, compiles=True)  # noqa: E731
+    sources = {"native": machine.takes(400.0, 400.0), "late": late}
     shapes = tuple(((4, 3, 5, side), 1) for side in range(2, 6))
     found = profile(machine, sources, shapes=shapes, seconds=4.0)
     said = [str(row.error).split(":")[0] for row in found.rows if row.kernel == "late"]
@@ -341,15 +413,13 @@ def test_what_is_asked_for_is_compiled_however_late_it_is() -> None:
 def test_a_kernel_that_writes_over_its_input_gets_a_copy_each_time() -> None:
     machine = Machine()
 
-    def in_place(case: Case) -> Candidate:
-        native = cases.apply(case, "native")
-
-        def forward(given: Inputs) -> Tensor:
-            y = native(replace(given, x=given.x.clone()))
-            given.x.data.zero_()
+    def in_place(case: cases.Case) -> Candidate:
+        def call(x: Tensor, *others: Any) -> Tensor:
+            y = NATIVE(x.clone(), *others)
+            x.data.zero_()
             return y
 
-        return Candidate(forward, overwrites=True)
+        return Candidate(case, call, overwrites=True)
 
     found = profile(machine, {"native": machine.takes(1.0, 1.0), "in place": in_place}, operations=("bn",))
     assert [row.error for row in found.rows] == [None, None]
@@ -431,7 +501,7 @@ def test_events_tell_what_is_planned_what_goes_on_and_each_row() -> None:
 def test_an_interrupted_run_has_the_rows_of_finished_cases_and_leaves_no_process() -> None:
     machine, peaks = Machine(), Peaks()
 
-    def interrupted(case: Case) -> Candidate:
+    def interrupted(case: cases.Case) -> Candidate:
         if case.shape == (2, 9):
             raise KeyboardInterrupt
         return machine.takes(1.0, 1.0)(case)
@@ -493,8 +563,8 @@ LAYOUTS = ("contiguous", "channels_last")
         ({"dtypes": ("fp8",)}, "dtype fp8: expected some of bf16"),
         ({"layouts": ("nhwc",)}, "layout nhwc: expected some of contiguous, channels_last"),
         ({"kernels": ()}, "kernel: name at least one"),
-        ({"kernels": ("nativ",)}, "--kernel nativ: expected some of native, fused, compiled, apex"),
-        ({"kernels": ("mine:norm",)}, "--allow-code"),
+        ({"kernels": ("nativ",)}, "kernel nativ: expected some of native, fused, compiled, apex"),
+        ({"kernels": ("mine:norm",)}, "imports and runs code of yours"),
         ({"kernels": ("nobodys:norm",), "allow_code": True}, "No module named 'nobodys'"),
         ({"shapes": ()}, "shapes: name a set of shapes"),
         ({"shapes": (((1, 8), 1),)}, "shape 1x8: training needs more than one value a channel"),
@@ -530,7 +600,7 @@ def test_the_users_own_function_is_measured_also_where_it_fuses_nothing() -> Non
 
 
 def test_all_dtypes_layouts_and_operations_of_native_are_right_in_training_and_evaluation() -> None:
-    layouts, dtypes = (*LAYOUTS, "strided"), tuple(cases.DTYPES)
+    layouts, dtypes = (*LAYOUTS, "strided"), tuple(cases.DTYPE_NAMES)
     for training in (True, False):
         asked = {"operations": tuple(cases.OPERATIONS), "dtypes": dtypes, "layouts": layouts, "training": training}
         rows = list(real_rows("native", seconds=60.0, **asked))

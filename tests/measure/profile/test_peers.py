@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import types
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,12 +12,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bncli.errors import Unavailable
-from bncli.measure.profile import candidates, peers
-from bncli.measure.reference.channel_accuracy import judge
-from bncli.results.profile import Case
+from bncli.measure.profile import candidates, kernels, peers
+from bncli.measure.reference.case import Case, timed
+from bncli.measure.reference.channels import large
+from bncli.results import profile
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-CASE = Case((4, 6, 5, 7), "bn", "fp32")
+CASE = timed(profile.Case((4, 6, 5, 7), "bn", "fp32"))
+
+
+def wrong(call: Any, case: Case = CASE, **options: bool) -> bool:
+    """What the profile's judge has to say of a kernel on that case."""
+    return large(case, CPU, **options).judge(call, "own function").wrong is not None
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
@@ -75,18 +80,15 @@ def abn(
 @pytest.mark.parametrize("operation", ["bn", "bn+leaky_relu"])
 def test_inplace_abn_is_right_for_weights_above_0(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "inplace_abn", inplace_abn=abn)
-    case = Case(CASE.shape, operation, "fp32")
-    candidate = candidates.sources(["inplace_abn"], CPU, False)["inplace_abn"](case)
+    case = timed(profile.Case(CASE.shape, operation, "fp32"))
+    source = candidates.sources(["inplace_abn"], CPU, False)["inplace_abn"]
+    candidate = source(case)
     assert candidate.overwrites
-    held_to = judge(case, CPU, positive_weight=candidate.positive_weight)
-    held_to.inputs.leaves()
-    assert held_to.error(lambda given: candidate.forward(copied(given))) is None
-    mixed = judge(case, CPU)
-    assert mixed.error(lambda given: candidate.forward(copied(given))) is not None
-
-
-def copied(given: Any) -> Any:
-    return replace(given, x=given.x.clone())
+    assert candidate.positive_weight
+    assert not wrong(candidate.on_a_copy, case, positive_weight=True)
+    assert wrong(candidate.on_a_copy, case)
+    assert wrong(candidate.call, case, positive_weight=True)  # which writes into x
+    assert kernels.wrong_on_cases("inplace_abn", source, CPU) is None
 
 
 def test_flag_gems_gets_its_arguments_in_order_and_its_gradients_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,19 +121,19 @@ def test_flag_gems_gets_its_arguments_in_order_and_its_gradients_come_back(monke
         )
 
     operator = peers._differentiable(run, run_backward)
-    held_to = judge(CASE, CPU)
 
-    def forward(given: Any) -> Tensor:
-        y: Tensor = operator.apply(given.x, given.weight, given.bias, given.running_mean, given.running_var, True)
+    def call(x: Tensor, *others: Any) -> Tensor:
+        running_mean, running_var, weight, bias, training, momentum, eps, *_ = others
+        y: Tensor = operator.apply(x, weight, bias, running_mean, running_var, training, momentum, eps)
         return y
 
-    assert held_to.error(forward) is None
+    assert not wrong(call)
     ops = types.SimpleNamespace(batch_norm=run, batch_norm_backward=run_backward)
     installed(monkeypatch, "flag_gems", ops=ops)
     with pytest.raises(Unavailable, match=r"^flag_gems takes CUDA only$"):
         peers.flag_gems(CASE, CPU)
     with pytest.raises(Unavailable, match="flag_gems takes running statistics only"):
-        peers.flag_gems(Case(CASE.shape, tracked=False), CUDA)
+        peers.flag_gems(timed(profile.Case(CASE.shape, tracked=False)), CUDA)
     installed(monkeypatch, "flag_gems", ops=types.SimpleNamespace())
     with pytest.raises(Unavailable, match=r"has no ops\.batch_norm"):
         peers.flag_gems(CASE, CUDA)
@@ -168,5 +170,5 @@ def test_apexs_module_gets_rows_and_our_parameters(operation: str, monkeypatch: 
         installed(monkeypatch, name)
     installed(monkeypatch, "apex.contrib.groupbn", BatchNorm2d_NHWC=FakeNHWC)
     monkeypatch.setattr(peers, "_only", lambda name, **claims: None)
-    case = Case((4, 8, 5, 7), operation, "fp16", "channels_last")
-    assert judge(case, CPU).error(peers.apex(case, CPU).forward) is None
+    case = timed(profile.Case((4, 8, 5, 7), operation, "fp16", "channels_last"))
+    assert not wrong(peers.apex(case, CPU).call, case)

@@ -9,8 +9,8 @@ import torch
 
 from bncli.measure.reference import tolerance as tolerances
 from bncli.measure.reference.candidate import native_in_the_same_dtype
-from bncli.measure.reference.gradient_cases import DTYPES, FUSIONS, Case, away_from_the_kink, cases, inputs
-from bncli.measure.reference.quantities import observe, quantities
+from bncli.measure.reference.case import DTYPES, FUSIONS, Case, away_from_the_kink, cases, inputs
+from bncli.measure.reference.observe import observe, quantities
 from tests.measure.reference.wrong_kernels import right_by_the_seam
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def test_the_definition_is_torchs_batch_norm_in_float64() -> None:
         for mode in ("train", "eval"):
             case = Case(mode, "float64", "contiguous", (4, 3, 5, 7), fusion)
             given = inputs(case, CPU)
-            truth = tolerances.reference(case, given)
+            truth = tolerances.expected(case, given).truth
             native = observe(native_in_the_same_dtype(), case, given).wide()
             assert truth.keys() == native.keys()
             for name, exact in truth.items():
@@ -43,8 +43,8 @@ def test_a_kernel_that_rounds_once_stays_below_the_tolerance_over_seeds(dtype: s
         for fusion in ("plain", "silu", "relu+residual"):
             case = Case("train", dtype, "contiguous", shape, fusion, repeat=seed)
             given = inputs(case, CPU)
-            truth = tolerances.reference(case, given)
-            floors = tolerances.floors(case, given, truth)
+            held_to = tolerances.expected(case, given)
+            truth, floors = held_to.truth, held_to.floors("kernel")
             native = observe(native_in_the_same_dtype(), case, given).wide()
             found = observe(accurate, case, given).wide()
             for name, exact in truth.items():
@@ -56,8 +56,8 @@ def test_a_relative_error_of_a_thousand_roundings_is_far_outside() -> None:
     for dtype in ("float32", "float64"):
         case = Case("train", dtype, "contiguous", (4, 3, 5, 7))
         given = inputs(case, CPU)
-        truth = tolerances.reference(case, given)
-        floors = tolerances.floors(case, given, truth)
+        held_to = tolerances.expected(case, given)
+        truth, floors = held_to.truth, held_to.floors("kernel")
         factor = 1 + 2000 * torch.finfo(DTYPES[dtype]).eps
         for name in ("forward", "dx", "running_var"):
             assert tolerances.in_floors(truth[name] * factor, truth[name], floors[name]) > 10
@@ -121,9 +121,8 @@ def test_any_order_allows_the_error_of_a_sum_in_order_and_not_that_of_half_preci
     """At m = 5041: sqrt(m) and 32 roundings, against the log2(m) and 4 of a tree."""
     case = Case("train", "float32", "contiguous", (1, 2, 71, 71))
     given = inputs(case, CPU)
-    truth = tolerances.reference(case, given)
-    tree = tolerances.floors(case, given, truth)
-    any_order = tolerances.floors(case, given, truth, any_order=True)
+    held_to = tolerances.expected(case, given)
+    truth, tree, any_order = held_to.truth, held_to.floors("kernel"), held_to.floors("own function")
     ratio = (math.sqrt(5041) + 32) / (math.log2(5041) + 4)
     for name in ("dx", "dbias", "running_mean"):
         assert 0.8 * ratio < float((any_order[name] / tree[name]).max()) <= ratio * (1 + 1e-9)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bncli.measure.reference import case as cases
+from bncli.measure.reference.candidate import by_name
 from bncli.measure.timing import memory
 from bncli.measure.timing.memory import saved_bytes
 from bncli.results.profile import Case
@@ -39,9 +40,10 @@ def test_nothing_is_saved_where_nothing_is_differentiated() -> None:
 def test_batch_norm_saves_its_input_and_relu_its_output() -> None:
     for operation, tensors in (("bn", 1), ("bn+relu", 2), ("bn+add+relu", 2)):
         case = Case((8, 16, 8, 8), operation, "fp32")
-        inputs = cases.make(case, torch.device("cpu"))
+        inputs = cases.timed_inputs(cases.timed(case), torch.device("cpu"))
         inputs.leaves()
-        saved = saved_bytes(lambda case=case, inputs=inputs: cases.apply(case, "native")(inputs))  # type: ignore[misc]
+        given = cases.arguments(cases.timed(case), inputs)
+        saved = saved_bytes(lambda given=given: by_name("native")(*given))  # type: ignore[misc]
         vectors = saved - tensors * case.tensor_bytes
         assert 0 < vectors <= 8 * 16 * 4  # weight, running statistics, the batch's mean and deviation
 
@@ -52,6 +54,7 @@ def test_on_a_gpu_the_peak_is_the_allocators() -> None:
 
     device = torch.device("cuda")
     case = Case((64, 64, 56, 56), "bn", "fp32")
-    arm, inputs = Candidate(cases.apply(case, "native")), cases.make(case, device)
-    peak = memory.cuda_peak_mib(arm.step(inputs), device)
+    timed = cases.timed(case)
+    step = Candidate(timed, by_name("native")).step(cases.timed_inputs(timed, device))
+    peak = memory.cuda_peak_mib(step, device)
     assert peak == pytest.approx(2 * case.tensor_bytes / 2**20, rel=0.1)

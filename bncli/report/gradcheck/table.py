@@ -1,25 +1,98 @@
-"""The tables of `bncli gradcheck`: the case groups, the gradient's three parts, the demonstration of section 2."""
+"""The outcome of `bncli gradcheck` on the screen, its progress, and the demonstration of section 2."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from bncli.report.gradcheck.text import (
+    FAILED,
+    NOT_CHECKED,
+    OK,
+    agreement,
+    closing,
+    count,
+    derivations,
+    evidence_text,
+    failure_text,
+    in_tolerances,
+    reasons,
+    rerun_command,
+    shell_lines,
+    verdict,
+)
+from bncli.report.progress import _Sink
 from bncli.report.table import NAME_WIDTH, Fitted, Layout
-from bncli.report.text import UNKNOWN, encodable, figure
-from bncli.results.gradcheck import BiasStep, CheckGroup, GradientPaths
+from bncli.report.text import UNKNOWN, encodable, environment_words, figure
+from bncli.results.gradcheck import BiasStep, CheckGroup, Gradcheck, GradientPaths
 
-OK, FAILED, NOT_CHECKED = "ok", "FAILED", "not checked"
 STYLES = {OK: "green", FAILED: "bold red", NOT_CHECKED: "yellow"}
-LONGEST = 1e4  # from here on an error in tolerances is written with an exponent
+
+
+# --- the report ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GradcheckReport:
+    """All that `bncli gradcheck` shows: groups, the gradient's three parts, what failed and what it looks like."""
+
+    result: Gradcheck
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        result = self.result
+        yield groups_table(result.groups, *_heading(result))
+        yield Listed("Not checked:", reasons(result.groups))
+        tolerances = derivations(result)
+        more = ". How tolerances are derived:" if tolerances else " (--full tells how it is derived)."
+        yield Text(f"Each error is in units of its case's own tolerance: 1 or less passes{more}", "dim")
+        yield Listed("", tolerances)
+        yield Text(encodable(f"Made on {environment_words(result.environment)}.", options.encoding), "dim")
+        yield ""
+        if result.paths:
+            yield paths_table(result.paths)
+            yield ""
+        for label, words, indent in _failure_lines(result, options.max_width):
+            text = Text.assemble((label, "bold"), encodable(words, options.encoding))
+            yield Padding(text, (0, 0, 0, indent), expand=False) if indent else text
+        yield Text(encodable(closing(result), options.encoding), STYLES[OK] if result.passed else STYLES[FAILED])
+
+
+def _heading(result: Gradcheck) -> tuple[str, str]:
+    cases = count(sum(group.cases for group in result.groups), "case")
+    groups = count(len(result.groups), "group")
+    title = f"Gradients of {result.norm} norm, kernel {result.kernel}"
+    return title, (
+        f"Ran: {result.ran}; on {result.environment.device}\n"
+        f"Checked: {cases} in {groups}, effort {result.effort}, in {figure(result.seconds)} s"
+    )
+
+
+def _failure_lines(result: Gradcheck, width: int) -> Iterator[tuple[str, str, int]]:
+    """The first failing case with the command that runs it again, then the kinds of bug that the failures look like.
+
+    Each line as its label, the words after it and its indent.
+    """
+    for first in result.failures[:1]:
+        yield "First failing case: ", first.case, 0
+        yield "", failure_text(first), 2
+        yield "Run it again:", "", 0
+        yield from (("", line, 2) for line in shell_lines(rerun_command(result, first), width - 2))
+        yield "", "", 0
+    for each in result.diagnoses:
+        yield "Looks like: ", f"{each.bug}, because {evidence_text(each)}", 0
+    if result.diagnoses:
+        yield "", "", 0
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
 
 
 def groups_table(groups: Sequence[CheckGroup], title: str, subtitle: str = "") -> RenderableType:
@@ -35,13 +108,6 @@ def groups_table(groups: Sequence[CheckGroup], title: str, subtitle: str = "") -
         lambda encoding: _list(beside[:-1], encoding),
     ]
     return Fitted(title, subtitle, layouts, ())
-
-
-def reasons(groups: Sequence[CheckGroup]) -> list[tuple[str, str]]:
-    """Each group that could not run, and why."""
-    return [
-        (group.name, group.not_checked or "no case ran") for group in groups if group.not_checked or not group.cases
-    ]
 
 
 @dataclass(frozen=True)
@@ -124,7 +190,7 @@ def paths_table(paths: Sequence[GradientPaths]) -> RenderableType:
         _Column(
             "error",
             [f"{each.error:.1e}" for each in paths],
-            styles=["" if each.error <= each.bound else STYLES[FAILED] for each in paths],
+            styles=["" if each.passed else STYLES[FAILED] for each in paths],
         ),
         _Column("its\nbound", [f"{each.bound:.1e}" for each in paths]),
         _Column("lost by\nignoring", [f"{each.lost:.0%}" for each in paths], styles=["bold"] * len(paths)),
@@ -133,19 +199,9 @@ def paths_table(paths: Sequence[GradientPaths]) -> RenderableType:
     notes = [
         "Each value moves the others of its set too, through their mean and variance: a gradient that ignores those "
         f"two paths (the direct part alone) is off by {span} of the true one's length.",
-        f"Error: the kernel's dL/dx against float64 central differences of the loss, relative. {_agreement(paths)}",
+        f"Error: the kernel's dL/dx against float64 central differences of the loss, relative. {agreement(paths)}",
     ]
     return Fitted("dL/dx in its three parts (l2 norms)", "", _layouts(columns), notes)
-
-
-def _agreement(paths: Sequence[GradientPaths]) -> str:
-    wrong = beyond(paths)
-    if not wrong:
-        return "It is within its bound in every case."
-    direct = all(math.isclose(each.error, each.lost, rel_tol=1e-3) for each in wrong)
-    place = "any case" if len(wrong) == len(paths) > 1 else names(wrong)
-    loss = ", and off by just what ignoring those two paths loses" if direct else ""
-    return f"It is NOT the true gradient in {place}{loss}."
 
 
 def demo_table(steps: Sequence[BiasStep]) -> RenderableType:
@@ -167,34 +223,6 @@ def demo_table(steps: Sequence[BiasStep]) -> RenderableType:
     )
     title = "A learned bias b, then the mean taken off: xhat = u + b - E[u + b]"
     return Fitted(title, "Ioffe & Szegedy 2015, section 2", _layouts(columns), [note])
-
-
-# --- words --------------------------------------------------------------------------------------------------------
-
-
-def verdict(group: CheckGroup) -> str:
-    return FAILED if group.failed else OK if group.cases else NOT_CHECKED
-
-
-def beyond(paths: Sequence[GradientPaths]) -> list[GradientPaths]:
-    return [each for each in paths if not each.error <= each.bound]
-
-
-def names(paths: Sequence[GradientPaths]) -> str:
-    return ", ".join(each.case for each in paths)
-
-
-def count(number: int, word: str) -> str:
-    return f"{number:,} {word}{'s' * (number != 1)}"
-
-
-def in_tolerances(error: float | None) -> str:
-    """An error in units of its tolerance, to two decimals: 0.31, < 0.01, 1.2e+06."""
-    if error is None or error == 0:
-        return UNKNOWN if error is None else "0"
-    if error < 0.01:
-        return "< 0.01"
-    return f"{error:.1e}" if LONGEST <= error < math.inf else f"{error:,.2f}"
 
 
 # --- layouts ------------------------------------------------------------------------------------------------------
@@ -253,3 +281,25 @@ def _layouts(columns: Sequence[_Column]) -> list[Layout]:
         lambda encoding: _table(columns, encoding, wrap=True),
         lambda encoding: _list(columns, encoding),
     ]
+
+
+# --- progress -----------------------------------------------------------------------------------------------------
+
+
+class GradcheckProgress(_Sink):
+    """How many cases are done, the last group, and the time; off a terminal a line now and then."""
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+
+    def __enter__(self) -> GradcheckProgress:
+        super().__enter__()
+        self.groups, self.cases, self.failed = 0, 0, 0
+        self.task = self.bar.add_task("checking", total=None)
+        return self
+
+    def __call__(self, group: CheckGroup) -> None:
+        self.groups, self.cases, self.failed = self.groups + 1, self.cases + group.cases, self.failed + group.failed
+        failed = f", {self.failed:,} failed" if self.failed else ""
+        text = f"{count(self.cases, 'case')} in {count(self.groups, 'group')}{failed}; last: {group.name}"
+        self.bar.update(self.task, description=text)
+        self.line(f"gradcheck: {text}", at_once=bool(group.failed))
