@@ -255,7 +255,7 @@ def _section(name: str, body: Callable[[Run, Deadline], None], run: Run, deadlin
     except Exception as error:
         import traceback
 
-        from bncli.measure.reference.accuracy import Check
+        from tests.benchmarks.kernels_check import Check
 
         traceback.print_exc()
         run.report.check([Check(f"section {name}", "", False, f"{type(error).__name__}: {error}"[:300])])

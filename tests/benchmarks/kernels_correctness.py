@@ -6,11 +6,10 @@ import random
 
 import torch
 
-from bncli.measure.reference import accuracy as judge
-from bncli.measure.reference import case as cases
-from bncli.measure.reference.case import OPERATIONS
+from bncli.measure.reference.case import DTYPE_NAMES, OPERATIONS
 from bncli.results.profile import Case
 from tests.benchmarks import kernels_hazards as hazards
+from tests.benchmarks.kernels_check import accuracy
 from tests.benchmarks.kernels_pool import Task
 
 MAIN = ("bn", "bn+relu", "bn+add+relu")
@@ -73,10 +72,10 @@ def accuracy_cases(device: torch.device, quick: bool, interpreted: bool) -> list
         ]
         return found if quick else found + _product(ON_CPU, ("fp32", "fp16"), tuple(OPERATIONS), 3, (True,))
     if device.type == "cpu":  # where a case takes milliseconds: everything on every shape that is not large
-        found = _product((*ON_CPU, *AWKWARD, *EVERYTHING), tuple(cases.DTYPES), tuple(OPERATIONS), 3)
+        found = _product((*ON_CPU, *AWKWARD, *EVERYTHING), tuple(DTYPE_NAMES), tuple(OPERATIONS), 3)
     else:
         found = _product(TYPICAL, ("bf16", "fp16"), MAIN, 2, (True,))
-        found += _product(EVERYTHING, tuple(cases.DTYPES), tuple(OPERATIONS), 3)
+        found += _product(EVERYTHING, tuple(DTYPE_NAMES), tuple(OPERATIONS), 3)
         found += _product(AWKWARD, ("bf16", "fp32"), MAIN[1:], 2)
     for affine, tracked in (("none", True), ("same", True), ("none", False), ("wide", False)):
         found += [Case((8, 24, 14, 14), "bn+relu", dtype, affine=affine, tracked=tracked) for dtype in ("bf16", "fp32")]
@@ -111,4 +110,4 @@ def hazard_tasks(device: torch.device, kernel: str, quick: bool) -> list[Task]:
 def tasks(device: torch.device, kernel: str, quick: bool, interpreted: bool) -> list[Task]:
     found = [] if interpreted else hazard_tasks(device, kernel, quick)
     cases_ = accuracy_cases(device, quick, interpreted)
-    return [*found, *(Task(judge.accuracy, (case, kernel, str(device))) for case in cases_)]
+    return [*found, *(Task(accuracy, (case, kernel, str(device))) for case in cases_)]

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 import torch
 from bncli.measure.reference.accuracy import Check
 
-from bncli.measure.profile.candidates import sources
 from bncli.measure.profile.kernels import enter
 from bncli.measure.reference import case as cases
 from bncli.measure.timing import clock as timing
@@ -23,9 +22,10 @@ from bncli.measure.timing import speedup
 from bncli.measure.timing.clock import Deadline, Work
 from bncli.results.profile import Case, Direction, Faster
 from tests.benchmarks import kernels_environment as environment
+from tests.benchmarks.kernels_check import Check
 from tests.benchmarks.kernels_cpu_layers import LAYOUTS
 from tests.benchmarks.kernels_report import faster, ms
-from tests.benchmarks.kernels_sections import Run
+from tests.benchmarks.kernels_sections import Run, words_of
 from tests.benchmarks.kernels_speed import Target
 
 SHARE_AT_LEAST = 0.6
@@ -91,10 +91,10 @@ def _product(sizes: tuple[int, ...]) -> int:
 
 
 def _one_case(run: Run, case: Case, deadline: Deadline) -> None:
-    entry = enter(case, 1, sources((run.candidate,), run.device, allow_code=False), run.device)
+    entry = enter(case, 1, run.sources_of((run.candidate,)), run.device)
     for refused in entry.refused.values():
         if refused.wrong:
-            run.report.check([Check("large", str(case), False, str(refused.error))])
+            run.report.check([Check("large", str(case), False, words_of(refused))])
         else:
             run.report.note(f"large, {case}: {refused.error}")
     if entry.inputs is None:

@@ -9,14 +9,14 @@ from typing import Any
 from bncli.measure.profile.budget import NATIVE, OPERATIONS, Asked
 from bncli.measure.profile.kernels import KernelRun
 from bncli.measure.profile.shapes import Calls, shape_set
-from bncli.measure.reference.accuracy import Check
 from bncli.measure.timing import speedup
 from bncli.measure.timing.ceilings import Ladder
 from bncli.measure.timing.clock import Deadline, gb_per_s
 from bncli.report.profile.text import of_copy
 from bncli.results.profile import Case, Ceilings, Faster, KernelCost, KernelMean, KernelProfile, RowDone
+from tests.benchmarks.kernels_check import Check
 from tests.benchmarks.kernels_report import faster, ms
-from tests.benchmarks.kernels_sections import Run
+from tests.benchmarks.kernels_sections import Run, words_of
 from tests.benchmarks.kernels_speed import Target
 
 SETS = ("resnet20", "resnet50")  # at the batches of shapes.BATCHES
@@ -68,7 +68,9 @@ def _measured(run: Run, shapes: Sequence[Calls], *, cold: bool, seconds: float) 
         seconds=seconds,
     )
     ladder = Ladder(run.clock, run.device, cold=cold)
-    measured = KernelRun(asked, run.device, run.clock, peaks=NoPeaks(), ladder=ladder)
+    measured = KernelRun(
+        *(asked, run.device, run.clock), peaks=NoPeaks(), ladder=ladder, sources=run.sources_of(asked.kernels)
+    )
     _report_rows(run, measured, ladder, heat)
     found = measured.result()
     for row in found.rows:
@@ -90,7 +92,7 @@ def _report_rows(run: Run, measured: KernelRun, ladder: Ladder, heat: str) -> No
             continue
         row = event.row
         if row.error is None or row.wrong:
-            run.report.check([Check(f"layers, {row.kernel}", str(row.case), not row.wrong, row.error or "")])
+            run.report.check([Check(f"layers, {row.kernel}", str(row.case), not row.wrong, words_of(row))])
         else:
             missing.setdefault(row.error, []).append(f"{row.kernel} on {row.case}")
         if row.error is not None:

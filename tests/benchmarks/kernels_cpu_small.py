@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bncli
-from bncli.measure.reference import case as cases
-from bncli.measure.reference.accuracy import Check
-from bncli.measure.reference.case import Apply, Inputs
-from bncli.measure.reference.channel_accuracy import judge
+from bncli.measure.reference.case import Inputs, timed
+from bncli.measure.reference.channels import large
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing import speedup
 from bncli.measure.timing.clock import Deadline, Work
 from bncli.results.profile import Case
+from tests.benchmarks.kernels_check import CANDIDATES, apply, judged
 from tests.benchmarks.kernels_report import faster
 from tests.benchmarks.kernels_sections import Run
 from tests.benchmarks.kernels_speed import Target
@@ -48,19 +48,20 @@ def module_of(case: Case, kernel: str) -> nn.Module:
     if kernel == "native":
         return NativeThenReLU((nn.BatchNorm1d if flat else nn.BatchNorm2d)(channels))
     own = bncli.BatchNorm1d if flat else bncli.BatchNorm2d
-    return own(channels, activation="relu", kernel=cases.CANDIDATES[kernel])
+    return own(channels, activation="relu", kernel=CANDIDATES[kernel])
 
 
-def as_apply(module: nn.Module) -> Apply:
-    """The module on given inputs, with their parameters and statistics in place of its own."""
+def call_of_module(module: nn.Module) -> Callable[..., Tensor]:
+    """The module, called like bncli.batch_norm, with the parameters and statistics of each call in place of its own."""
 
-    def forward(given: Inputs) -> Tensor:
+    def call(x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> Tensor:
+        given = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
         named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        own = {name: getattr(given, name.rpartition(".")[2], t) for name, t in named.items()}
-        y: Tensor = torch.func.functional_call(module, own, (given.x,))
+        own = {name: given.get(name.rpartition(".")[2], t) for name, t in named.items()}
+        y: Tensor = torch.func.functional_call(module, own, (x,))
         return y
 
-    return forward
+    return call
 
 
 def small(run: Run, deadline: Deadline, shapes: Sequence[tuple[int, ...]] = SHAPES) -> None:
@@ -69,30 +70,31 @@ def small(run: Run, deadline: Deadline, shapes: Sequence[tuple[int, ...]] = SHAP
         if deadline.passed:
             run.report.note(f"small, {case}: for lack of time")
             continue
-        held_to = judge(case, run.device)
+        shape = large(timed(case), run.device)
         modules = {name: module_of(case, name) for name in ("native", run.candidate)}
-        error = held_to.error(cases.apply(case, run.candidate)) or held_to.error(as_apply(modules[run.candidate]))
-        run.report.check([Check("small", str(case), error is None, error or "")])
-        if error is not None:
+        in_module = call_of_module(modules[run.candidate])
+        checks = [judged(shape, run.candidate, "small", case), judged(shape, run.candidate, "small", case, in_module)]
+        run.report.check(checks)
+        if not all(check.passed for check in checks):
             continue
-        functions = {name: function_arm(case, name, held_to.inputs) for name in modules}
-        inside = {name: module_arm(module, held_to.inputs) for name, module in modules.items()}
+        functions = {name: function_arm(case, name, shape.given) for name in modules}
+        inside = {name: module_arm(module, shape.given) for name, module in modules.items()}
         for form, arms in (("function", functions), ("module", inside)):
             for way in ("forward", "forward + backward"):
                 _time(run, case, f"{form}, {way}", {name: arm[way] for name, arm in arms.items()}, deadline)
 
 
 def function_arm(case: Case, kernel: str, inputs: Inputs) -> dict[str, Callable[[], object]]:
-    forward = cases.apply(case, kernel)
+    forward = apply(case, kernel)
     leaves = list(inputs.leaves().values())
     return {
         "forward": lambda: forward(inputs),
-        "forward + backward": lambda: torch.autograd.grad(forward(inputs), leaves, inputs.dy),
+        "forward + backward": lambda: torch.autograd.grad(forward(inputs), leaves, inputs.g),
     }
 
 
 def module_arm(module: nn.Module, inputs: Inputs) -> dict[str, Callable[[], object]]:
-    x, dy = inputs.x, inputs.dy
+    x, dy = inputs.x, inputs.g
     leaves = [x, *module.parameters()]
     return {
         "forward": lambda: module(x),

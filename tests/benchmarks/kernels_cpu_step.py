@@ -8,11 +8,11 @@ from typing import Any
 from bncli.measure.profile.budget import NATIVE
 from bncli.measure.profile.step_arms import made, step_of
 from bncli.measure.profile.step_recipes import RecipeSubject
-from bncli.measure.reference.accuracy import Check
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing import speedup
 from bncli.measure.timing.clock import Deadline, Work
 from bncli.recipe.load import load, with_values
+from tests.benchmarks.kernels_check import Check
 from tests.benchmarks.kernels_cpu_layers import LAYOUTS
 from tests.benchmarks.kernels_report import faster, ms
 from tests.benchmarks.kernels_sections import Run

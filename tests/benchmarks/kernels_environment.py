@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from bncli.engine import device as devices
-from bncli.measure.reference import case as cases
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing.clock import Clock, Spread, Work
 from bncli.results.profile import Case
 from tests.benchmarks import kernels_speed as speed
+from tests.benchmarks.kernels_check import apply
 
 
 def description(device: torch.device) -> dict[str, str]:
@@ -120,7 +120,7 @@ def launch_samples(device: torch.device, clock: Clock, rounds: int, calls: int =
 def same_twice(device: torch.device, clock: Clock, rounds: int) -> dict[str, Spread]:
     """Ratios of one work's times to its own, cold and warm: how far from 1 a ratio is that means nothing."""
     case = Case((256, 64, 56, 56) if device.type == "cuda" else (2, 8, 6, 6))
-    arms = {name: cases.apply(case, "native") for name in ("once", "again")}
+    arms = {name: apply(case, "native") for name in ("once", "again")}
     works = speed.works(case, device, arms)["both"]
     for work in works.values():
         timing.warm_up(clock, work, least_ms=5.0)

@@ -6,37 +6,53 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bncli.engine import device as devices
 from bncli.errors import BncliError
-from bncli.measure.reference import accuracy as judge
+from bncli.measure.profile import candidates
 from bncli.measure.reference import case as cases
-from bncli.measure.reference.accuracy import Check
-from bncli.measure.reference.case import Apply, Inputs
+from bncli.measure.reference.case import Inputs
+from bncli.measure.reference.channels import large
+from bncli.report.text import finding_text
 from bncli.results.profile import Case
+from tests.benchmarks.kernels_check import (
+    Apply,
+    Check,
+    apply,
+    call_of,
+    judged,
+    make,
+    outputs,
+    repeated,
+    rule,
+    within,
+)
 
 
 def compiled(case: Case, kernel: str, device_name: str) -> list[Check]:
     """torch.compile(fullgraph=True), forward and backward, within the bounds of the kernel called by itself."""
-    held_to = judge.standard(case, torch.device(device_name))
-    found = cases.outputs(cases.compiled(cases.apply(case, kernel)), held_to.inputs)
-    return [judge.within(held_to, found, "torch.compile(fullgraph=True)", case)]
+    shape = large(cases.timed(case), torch.device(device_name))
+    return [judged(shape, kernel, "torch.compile(fullgraph=True)", case, candidates.compiled(call_of(kernel)))]
 
 
 def under_autocast(case: Case, kernel: str, device_name: str) -> list[Check]:
     """Under autocast to bfloat16: native's dtype, and within the bounds. Batch norm is on none of autocast's lists."""
     device = torch.device(device_name)
-    held_to = judge.standard(case, device)
+    shape = large(cases.timed(case), device)
+
+    def call(*given: Any) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return call_of(kernel)(*given)
+
     with torch.autocast(device.type, torch.bfloat16):
-        found = cases.outputs(cases.apply(case, kernel), held_to.inputs)
-        native = cases.outputs(cases.apply(case, "native"), held_to.inputs)
-    same = found["y"].dtype == native["y"].dtype
+        found, native = (apply(case, name)(shape.given).dtype for name in (kernel, "native"))
     return [
-        judge.within(held_to, found, "autocast", case),
-        Check("autocast's dtype", str(case), same, f"y is {found['y'].dtype}, native's {native['y'].dtype}"),
+        judged(shape, kernel, "autocast", case, call),
+        Check("autocast's dtype", str(case), found == native, f"y is {found}, native's {native}"),
     ]
 
 
@@ -52,13 +68,13 @@ class Captured:
 def step(forward: Apply, inputs: Inputs) -> dict[str, Tensor]:
     leaves = inputs.leaves()
     y = forward(inputs)
-    gradients = torch.autograd.grad(y, list(leaves.values()), inputs.dy)
-    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+    gradients = torch.autograd.grad(y, list(leaves.values()), inputs.g)
+    return {"forward": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
 def capture(case: Case, kernel: str, device: torch.device, seed: int) -> Captured:
     """As torch's notes on CUDA graphs have it: warmed up on a side stream, then captured."""
-    forward, inputs = cases.apply(case, kernel), cases.make(case, device, seed)
+    forward, inputs = apply(case, kernel), make(case, device, seed)
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -95,8 +111,8 @@ def graph_replays(
     """Many replays on new values give the bits of eager calls each time; the running statistics move once a replay."""
     device = torch.device(device_name)
     captured = captured_by(case, kernel, device, 1)
-    others = [cases.make(case, device, seed=2 + k) for k in range(3)]
-    eager = [cases.outputs(cases.apply(case, kernel), other) for other in others]
+    others = [make(case, device, seed=2 + k) for k in range(3)]
+    eager = [outputs(case, call_of(kernel), other) for other in others]
     wrong: list[str] = []
     for replay in range(replays):
         k = replay % len(others)
@@ -119,8 +135,8 @@ def graph_replays(
 def two_streams(case: Case, kernel: str, device_name: str, repeats: int) -> list[Check]:
     """Two streams at once, eager and then as graphs: no hang, and both get what each gets alone."""
     device = torch.device(device_name)
-    forward = cases.apply(case, kernel)
-    both = [cases.make(case, device, seed) for seed in (1, 2)]
+    forward = apply(case, kernel)
+    both = [make(case, device, seed) for seed in (1, 2)]
     alone = [step(forward, inputs) for inputs in both]
     streams = [torch.cuda.Stream(device) for _ in both]
     devices.synchronize(device)
@@ -130,7 +146,7 @@ def two_streams(case: Case, kernel: str, device_name: str, repeats: int) -> list
             with torch.cuda.stream(stream):
                 last[k] = step(forward, both[k])
     devices.synchronize(device)
-    checks = [judge.same_bits(alone[k], last[k], f"stream {k + 1} of 2 at once, eager", case) for k in (0, 1)]
+    checks = [repeated(alone[k], last[k], f"stream {k + 1} of 2 at once, eager", case) for k in (0, 1)]
     graphs = [capture(case, kernel, device, seed) for seed in (1, 2)]
     devices.synchronize(device)
     for _ in range(repeats):
@@ -140,7 +156,7 @@ def two_streams(case: Case, kernel: str, device_name: str, repeats: int) -> list
     devices.synchronize(device)
     for k in (0, 1):
         claim = f"stream {k + 1} of 2 at once, graphs"
-        checks.append(judge.same_bits(alone[k], graphs[k].outputs, claim, case))
+        checks.append(repeated(alone[k], graphs[k].outputs, claim, case))
     return checks
 
 
@@ -150,7 +166,7 @@ def beyond_32_bits(case: Case, kernel: str, device_name: str) -> list[Check]:
     assert case.elements > 2**31
     inputs = _large(case, device)
     try:
-        found = step(cases.apply(case, kernel), inputs)
+        found = step(apply(case, kernel), inputs)
         devices.synchronize(device)
     except (ValueError, RuntimeError, BncliError) as error:
         if "illegal" in str(error) or "out of memory" in str(error):
@@ -159,27 +175,24 @@ def beyond_32_bits(case: Case, kernel: str, device_name: str) -> list[Check]:
     checks = []
     for channel in (0, case.shape[1] // 2, case.shape[1] - 1):
         one = Case((case.shape[0], 1, *case.shape[2:]), case.operation, case.dtype, affine=case.affine, tracked=False)
-        part = Inputs(**{name: _channel(t, channel) for name, t in vars(inputs).items()})  # type: ignore[arg-type]
-        held_to = judge.standard_of(one, part)
+        part = inputs.each(lambda t, channel=channel: _channel(t, channel))  # type: ignore[misc]
         cut = {name: _channel(t, channel) for name, t in found.items()}
-        assert None not in cut.values()
-        check = judge.within(held_to, cut, f"beyond 2^31 elements, channel {channel}", case)  # type: ignore[arg-type]
-        checks.append(check)
+        wrong = within(cases.timed(one), part, cut, outputs(one, call_of("native"), part), rule(kernel))
+        detail = "" if wrong is None else f"{wrong.quantity}: {finding_text(wrong)}"
+        checks.append(Check(f"beyond 2^31 elements, channel {channel}", str(case), wrong is None, detail))
     return checks
 
 
 def _large(case: Case, device: torch.device) -> Inputs:
-    """As `cases.make`, with no second copy in float32 of tensors that are gigabytes."""
+    """As `make`, with no second copy in float32 of tensors that are gigabytes."""
     source = torch.Generator(device).manual_seed(0)
     x, dy = (
-        torch.empty(case.shape, dtype=cases.DTYPES[case.dtype], device=device).normal_(0.5, 1.0, generator=source)
+        torch.empty(case.shape, dtype=cases.timed(case).stored, device=device).normal_(0.5, 1.0, generator=source)
         for _ in range(2)
     )
     weight, bias = (torch.randn(case.shape[1], generator=source, device=device) for _ in range(2))
-    return Inputs(x, None, weight, bias, None, None, dy)
+    return Inputs(x, weight, bias, None, None, None, dy)
 
 
-def _channel(t: Tensor | None, channel: int) -> Tensor | None:
-    if t is None:
-        return None
+def _channel(t: Tensor, channel: int) -> Tensor:
     return (t[channel : channel + 1] if t.dim() == 1 else t[:, channel : channel + 1]).detach().contiguous()

@@ -10,12 +10,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bncli.measure.reference.accuracy import Check
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing.clock import Spread
 from bncli.report.profile.text import samples_cell
 from bncli.results.environment import Interval
 from bncli.results.profile import Faster
+from tests.benchmarks.kernels_check import Check
 from tests.benchmarks.kernels_speed import Target, Timed
 
 SHOWN_FAILURES = 8

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bncli
-from bncli.measure.reference.accuracy import Check
-from bncli.measure.reference.case import CANDIDATES
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing.clock import Clock, Deadline, Spread, Work
 from bncli.results.profile import Case
+from tests.benchmarks.kernels_check import CANDIDATES, Check
 
 STEP_TARGET, MEMORY_TARGET = 1.15, 0.75
 WARM_UP_STEPS = 4

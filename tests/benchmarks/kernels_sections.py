@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 import torch
 
 from bncli.measure.profile import candidates
+from bncli.measure.profile.candidates import Source
+from bncli.measure.reference.case import timed
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing.clock import Clock, Deadline
-from bncli.results.profile import Case
+from bncli.report.text import finding_text
+from bncli.results.profile import Case, KernelCost
 from tests.benchmarks import kernels_environment as environment
 from tests.benchmarks import kernels_report as printed
 from tests.benchmarks import kernels_resnet as resnets
@@ -39,7 +42,13 @@ class Run:
     pool: Pool
     rounds: int
     copy_gb_per_s: float | None = None
+    sources: dict[str, Source] = field(default_factory=dict)  # of kernels that are not known by name
     right: set[Case] = field(default_factory=set)  # cases that passed every check in a form that may be timed
+
+    def sources_of(self, names: Sequence[str]) -> dict[str, Source]:
+        """Where bncli profile's own run gets those kernels from."""
+        made = candidates.sources([name for name in names if name not in self.sources], self.device, False)
+        return {name: self.sources.get(name) or made[name] for name in names}
 
     @property
     def cuda(self) -> bool:
@@ -49,6 +58,11 @@ class Run:
         """Kept for the summary, on the GPU that the GPU's targets were set for."""
         if self.cuda:
             self.report.target(case, found)
+
+
+def words_of(row: KernelCost) -> str:
+    """What is wrong with a row, or missing."""
+    return row.error or "" if row.finding is None else f"{row.finding.quantity}: {finding_text(row.finding)}"
 
 
 def correctness(run: Run, tasks_of: Callable[[torch.device, str, bool, bool], list[Task]], deadline: Deadline) -> None:
@@ -148,14 +162,14 @@ def layers(run: Run, deadline: Deadline) -> None:
         if deadline.passed:
             break
         timed_cases += 1
-        backend = candidates.native_backend(case, run.device)
-        plan = candidates.plan_words(case, run.device)
+        backend = candidates.native_backend(timed(case), run.device)
+        plan = candidates.plan_words(timed(case), run.device)
         run.report.line(f"{case} ({case.tensor_bytes / 1e6:.0f} MB), native runs {backend}; {plan}")
         arms = speed.arms_of(case, run.candidate, with_compile=_beside_compile(run, case))
-        for timed in speed.time_case(case, run.device, run.clock, arms, run.rounds, deadline):
-            run.report.timed(timed)
-            run.target(str(case), speed.targets(timed, run.candidate, copy_gb_per_s))
-            run.report.line(printed.layer_line(timed, run.candidate, copy_gb_per_s))
+        for one in speed.time_case(case, run.device, run.clock, arms, run.rounds, deadline):
+            run.report.timed(one)
+            run.target(str(case), speed.targets(one, run.candidate, copy_gb_per_s))
+            run.report.line(printed.layer_line(one, run.candidate, copy_gb_per_s))
     if timed_cases < len(wanted):
         run.report.note(f"layers: {len(wanted) - timed_cases} of {len(wanted)} cases, wrong or for lack of time")
     if run.clock.host_bound:
@@ -172,12 +186,12 @@ def small(run: Run, deadline: Deadline) -> None:
         if deadline.passed:
             break
         timed_cases += 1
-        run.report.line(f"{case} ({case.tensor_bytes / 1e6:.2f} MB); {candidates.plan_words(case, run.device)}")
+        run.report.line(f"{case} ({case.tensor_bytes / 1e6:.2f} MB); {candidates.plan_words(timed(case), run.device)}")
         arms = speed.arms_of(case, run.candidate, with_compile=False)
-        for timed in speed.time_small(case, run.device, run.clock, arms, run.rounds, calls=50 if run.cuda else 5):
-            run.report.timed(timed)
-            run.target(str(case), speed.targets(timed, run.candidate, 1.0))
-            run.report.line(printed.small_line(timed, run.candidate))
+        for one in speed.time_small(case, run.device, run.clock, arms, run.rounds, calls=50 if run.cuda else 5):
+            run.report.timed(one)
+            run.target(str(case), speed.targets(one, run.candidate, 1.0))
+            run.report.line(printed.small_line(one, run.candidate))
     if timed_cases < len(wanted):
         run.report.note(f"small: {len(wanted) - timed_cases} of {len(wanted)} cases, wrong or for lack of time")
 

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from bncli.measure.reference import accuracy as judge
-from bncli.measure.reference import case as cases
-from bncli.measure.reference.accuracy import Check
-from bncli.measure.reference.case import Apply
+from bncli.measure.profile.candidates import compiled
+from bncli.measure.reference.case import arguments, floor_bytes, timed
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing.clock import Clock, Deadline, Spread, Work
 from bncli.results.environment import Interval
 from bncli.results.profile import Case
+from tests.benchmarks.kernels_check import Apply, Check, accuracy, apply, call_of, make, outputs
 
 DIRECTIONS = ("both", "forward", "backward")
 LAYER_SHAPES = (  # (C, H, W) of ResNet-50
@@ -59,7 +58,7 @@ class Timed:
 
     def floor_gb_per_s(self, arm: str) -> float:
         """Of the bytes that a single read and write of each tensor moves, whatever the arm really moved."""
-        return timing.gb_per_s(cases.floor_bytes(self.case, self.direction), self.median_ms(arm))
+        return timing.gb_per_s(floor_bytes(self.case, self.direction), self.median_ms(arm))
 
 
 @dataclass(frozen=True)
@@ -86,17 +85,17 @@ class Target:
 
 def works(case: Case, device: torch.device, arms: dict[str, Apply]) -> dict[str, dict[str, Work]]:
     """Direction -> arm -> its work. All arms share the same tensors; gradients are returned, not accumulated."""
-    inputs = cases.make(case, device)
+    inputs = make(case, device)
     leaves = list(inputs.leaves().values())
 
     def of(forward: Apply) -> dict[str, Work]:
         def both(_: object) -> None:
-            torch.autograd.grad(forward(inputs), leaves, inputs.dy)
+            torch.autograd.grad(forward(inputs), leaves, inputs.g)
 
         return {
             "both": Work(both),
             "forward": Work(lambda _: forward(inputs)),
-            "backward": Work(lambda y: torch.autograd.grad(y, leaves, inputs.dy), lambda: forward(inputs)),
+            "backward": Work(lambda y: torch.autograd.grad(y, leaves, inputs.g), lambda: forward(inputs)),
         }
 
     each = {arm: of(forward) for arm, forward in arms.items()}
@@ -104,17 +103,18 @@ def works(case: Case, device: torch.device, arms: dict[str, Apply]) -> dict[str,
 
 
 def arms_of(case: Case, candidate: str, with_compile: bool) -> dict[str, Apply]:
-    arms = {candidate: cases.apply(case, candidate), "eager": cases.apply(case, "native")}
+    arms = {candidate: apply(case, candidate), "eager": apply(case, "native")}
     if with_compile:
-        arms["compile"] = cases.compiled(cases.apply(case, "native"))
+        form, call = timed(case), compiled(call_of("native"))
+        arms["compile"] = lambda given: call(*arguments(form, given))
     return arms
 
 
 def ready(case: Case, candidate: str, device_name: str, with_compile: bool) -> list[Check]:
     """Right, and everything that timing it compiles is in the caches on disk."""
-    checks = judge.accuracy(case, candidate, device_name)
+    checks = accuracy(case, candidate, device_name)
     if with_compile:
-        cases.outputs(cases.compiled(cases.apply(case, "native")), cases.make(case, torch.device(device_name)))
+        outputs(case, compiled(call_of("native")), make(case, torch.device(device_name)))
     return checks
 
 

@@ -15,18 +15,21 @@ from torch import Tensor
 
 from bncli import errors
 from bncli.kernels import native
-from bncli.measure.reference import accuracy
 from bncli.measure.reference import case as cases
-from bncli.measure.reference.accuracy import Check
+from bncli.measure.reference.channels import Large, large
+from bncli.measure.reference.judge import Evidence, judged
+from bncli.results.finding import Finding
 from bncli.results.profile import Case
 from tests.benchmarks import (
     kernels,
+    kernels_check,
     kernels_hazards,
     kernels_resnet,
     kernels_sections,
     kernels_speed,
     kernels_sweep,
 )
+from tests.benchmarks.kernels_check import Check
 from tests.benchmarks.kernels_pool import Pool, Task
 from tests.benchmarks.kernels_report import Report
 from tests.benchmarks.kernels_speed import Target, Timed
@@ -65,7 +68,7 @@ def test_every_section_runs_on_a_cpu_and_keeps_its_raw_samples(
 def test_no_speed_is_printed_for_a_wrong_kernel(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(cases.CANDIDATES, "seam", statistics_as_constants)
+    monkeypatch.setitem(kernels_check.CANDIDATES, "seam", statistics_as_constants)
     given = [*DRY, "--quick", "--sections", "correctness,layers,small,resnet"]
     assert kernels.main(given) == errors.CHECK_FAILED
     printed = capsys.readouterr().out
@@ -239,47 +242,57 @@ WRONG: list[tuple[Any, Case, str]] = [
 
 @pytest.mark.parametrize(("kernel", "case", "claim"), WRONG, ids=[kernel.__name__ for kernel, *_ in WRONG])
 def test_a_wrong_kernel_is_caught(kernel: Any, case: Case, claim: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cases.CANDIDATES, "seam", kernel)
-    assert claim in {check.claim for check in accuracy.accuracy(case, "seam", "cpu") if not check.passed}
+    monkeypatch.setitem(kernels_check.CANDIDATES, "seam", kernel)
+    assert claim in {check.claim for check in kernels_check.accuracy(case, "seam", "cpu") if not check.passed}
 
 
-@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("dtype", cases.DTYPE_NAMES)
 @pytest.mark.parametrize("operation", cases.OPERATIONS)
 def test_a_right_kernel_that_adds_in_another_order_passes(
     operation: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(cases.CANDIDATES, "seam", in_float32)
+    monkeypatch.setitem(kernels_check.CANDIDATES, "seam", in_float32)
     for shape in ((4, 3, 5, 7), (257, 5), (2, 1, 1, 2), (8, 4, 28, 28)):
         for training in (True, False):
             case = Case(shape, operation, dtype, training=training)
-            held_to = accuracy.standard(case, CPU, seed=len(shape))
-            found = cases.outputs(cases.apply(case, "seam"), held_to.inputs)
-            check = accuracy.within(held_to, found, "accuracy", case)
+            held_to = large(cases.timed(case), CPU, seed=len(shape))
+            check = kernels_check.judged(held_to, "seam", "accuracy", case)
             assert check.passed, check
+
+
+def wrong_of(shape: Large, found: dict[str, Tensor]) -> Finding | None:
+    held_to = shape.expected
+    evidence = Evidence(held_to.case, shape.part, found, held_to.truth, held_to.floors("kernel"))
+    return judged(evidence, {}, shape.native).wrong
 
 
 def test_half_precision_is_held_to_twice_natives_own_error() -> None:
     case = Case((8, 4, 28, 28), "bn+add+relu", "bf16")
-    held_to = accuracy.standard(case, CPU)
-    assert held_to.bounds["y"] == 2 * held_to.native_errors["y"]
-    assert held_to.bounds["dx"] == 2 * held_to.native_errors["dx"]
+    shape = large(cases.timed(case), CPU)
+    truth = shape.expected.truth
+    for name in ("forward", "dx"):
+        for times, right in ((1.9, True), (2.1, False)):
+            found = truth | {name: truth[name] + times * (shape.native[name] - truth[name])}
+            assert (wrong_of(shape, found) is None) is right
 
 
 def test_nan_where_a_number_belongs_is_never_within_a_bound() -> None:
     case = Case((4, 3, 5, 7), "bn", "fp32")
-    held_to = accuracy.standard(case, CPU)
-    found = {name: t.clone() for name, t in held_to.reference.items()}
+    shape = large(cases.timed(case), CPU)
+    found = {name: t.clone() for name, t in shape.expected.truth.items()}
+    assert wrong_of(shape, found) is None
     found["dbias"][1] = torch.nan
-    check = accuracy.within(held_to, found, "accuracy", case)
-    assert not check.passed
-    assert "dbias" in check.detail
+    wrong = wrong_of(shape, found)
+    assert wrong is not None
+    assert (wrong.kind, wrong.quantity, wrong.at) == ("nan_unexpected", "dbias", (1,))
 
 
 def test_a_graph_is_held_to_eager_calls_on_new_values_and_on_running_statistics() -> None:
     case = Case((4, 3, 5, 7), "bn+add+relu", "fp32")
 
     def faithful(case: Case, kernel: str, device: torch.device, seed: int) -> kernels_hazards.Captured:
-        inputs, forward = cases.make(case, device, seed), cases.apply(case, kernel)
+        inputs = kernels_check.make(case, device, seed)
+        forward = kernels_check.apply(case, kernel)
         found = kernels_hazards.step(forward, inputs)
 
         def replay() -> None:

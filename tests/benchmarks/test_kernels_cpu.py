@@ -14,9 +14,9 @@ from torch import Tensor
 from bncli import errors
 from bncli.kernels import native
 from bncli.kernels.fused import cpu
+from bncli.measure.profile.candidates import Candidate
 from bncli.measure.profile.kernels import means
 from bncli.measure.profile.shapes import Calls
-from bncli.measure.reference import case as cases
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing import speedup
 from bncli.measure.timing.clock import Deadline, Work
@@ -24,6 +24,7 @@ from bncli.results.environment import Environment, Interval
 from bncli.results.profile import Case, Ceilings, KernelCost, KernelProfile, Times
 from tests.benchmarks import (
     kernels,
+    kernels_check,
     kernels_cpu_large,
     kernels_cpu_layers,
     kernels_cpu_small,
@@ -117,9 +118,10 @@ def shifted(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
 def test_no_speed_is_printed_for_a_wrong_kernel(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(cases.CANDIDATES, "fused", shifted)
+    monkeypatch.setitem(kernels_check.CANDIDATES, "fused", shifted)
     report = Report(None)
     run = run_into(report)
+    run.sources["fused"] = lambda case: Candidate(case, kernels_check.call_of("fused"))
     kernels_cpu_layers.layers(run, Deadline(120.0), [Calls((8, 4, 6, 6), 1)])
     kernels_cpu_large.large(run, Deadline(60.0), (8, 4, 6, 6))
     kernels_cpu_small.small(run, Deadline(60.0), [(6, 5)])

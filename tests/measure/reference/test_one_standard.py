@@ -1,0 +1,55 @@
+"""One standard: what profile's judge and gradcheck each see of the kernels that are wrong in exactly one way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bncli.measure.gradcheck.run import run
+from bncli.measure.profile import candidates
+from bncli.measure.profile.kernels import enter, wrong_on_cases
+from bncli.results.gradcheck import Gradcheck
+from bncli.results.profile import Case
+from tests.measure.reference import wrong_kernels
+
+HERE = "tests.measure.reference.wrong_kernels"
+CPU = torch.device("cpu")
+# Those that only gradcheck can see, by the inputs or the second derivatives that only it has.
+GRADCHECK_ALONE = {
+    "one_pass_variance",  # a mean far from 0
+    "second_derivative_zero",
+    "second_derivative_refused",
+    "relu_swallows_nan",
+    "relu_flat_at_nan",
+    "leaky_relu_whole_at_nan",
+    "one_value_taken",
+}
+
+
+def seen_by_profile(name: str) -> bool:
+    kernel = f"{HERE}:{name}"
+    (source,) = candidates.sources([kernel], CPU, True).values()
+    if wrong_on_cases(kernel, source, CPU) is not None:
+        return True
+    entry = enter(Case((4, 3, 5, 7), "bn+relu", "fp32"), 1, {kernel: source}, CPU)
+    return any(row.wrong for row in entry.refused.values())
+
+
+@pytest.mark.parametrize("name", wrong_kernels.BUGS)
+def test_what_gradcheck_calls_wrong_profile_calls_wrong_but_for_those_that_are_named(name: str) -> None:
+    assert seen_by_profile(name) is (name not in GRADCHECK_ALONE)
+    if name in GRADCHECK_ALONE:  # all the others are gradcheck's own tests' cases
+        *_, found = run(kernel=f"{HERE}:{name}", device="cpu", effort="quick", allow_code=True)
+        assert isinstance(found, Gradcheck)
+        assert not found.passed
+
+
+@pytest.mark.parametrize(
+    "name", [*wrong_kernels.RIGHT, *wrong_kernels.RIGHT_BUT_ROUNDED_OTHERWISE, *wrong_kernels.LESS_ACCURATE]
+)
+def test_what_is_right_for_gradchecks_values_is_right_for_profile(name: str) -> None:
+    assert not seen_by_profile(name)
+
+
+def test_the_names_are_all_wrong_kernels() -> None:
+    assert set(wrong_kernels.BUGS) > GRADCHECK_ALONE
