@@ -13,7 +13,6 @@ import resource
 from collections.abc import Iterator, Mapping
 
 import torch
-from bncli.measure.reference.accuracy import Check
 
 from bncli.measure.profile.kernels import enter
 from bncli.measure.reference import case as cases
