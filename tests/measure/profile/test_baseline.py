@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from bncli.errors import USAGE, UsageError
 from bncli.measure.profile.baseline import change, gate
 from bncli.measure.profile.candidates import Candidate, Source
-from bncli.measure.reference.case import EPS, Case
+from bncli.measure.reference import case as cases
 from bncli.results.environment import Interval
-from bncli.results.profile import KernelProfile, KernelRow, Speedup, StepRow
+from bncli.results.profile import Case, KernelProfile, KernelRow, Speedup, StepRow
 from tests.measure.profile.test_kernels import NATIVE, Machine, Spent, profile
 from tests.report.made_up_costs import kernel_profile, one_case, step_profile, with_errors
 
@@ -193,8 +193,8 @@ SHAPES = tuple(((4, 3, 5, side), 1) for side in range(2, 8))
 def noisy(machine: Machine, noise: random.Random, slowed: float) -> Source:
     """Native's kernel; each of its times is off by 3 %, and one in 100 twice as long."""
 
-    def source(case: Case) -> Candidate:
-        if case.eps != EPS:  # which is not timed
+    def source(case: cases.Case) -> Candidate:
+        if case.eps != cases.EPS:  # which is not timed
             return Candidate(case, NATIVE)
 
         def call(*given: object) -> object:
