@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from bncli.engine.models.norms import BatchNorm1d as BatchNorm1d
     from bncli.engine.models.norms import BatchNorm2d as BatchNorm2d
     from bncli.engine.models.norms import BatchNorm3d as BatchNorm3d
-    from bncli.engine.train import run as train
+    from bncli.engine.train import train as train
     from bncli.kernels.api import batch_norm as batch_norm
     from bncli.recipe.load import load as load_recipe
 
@@ -38,7 +38,7 @@ _PUBLIC = {
     "batch_norm": ("bncli.kernels.api", "batch_norm"),
     "convert": ("bncli.engine.convert", "convert"),
     "load_recipe": ("bncli.recipe.load", "load"),
-    "train": ("bncli.engine.train", "run"),
+    "train": ("bncli.engine.train", "train"),
 }
 
 

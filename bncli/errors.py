@@ -14,39 +14,25 @@ INTERRUPTED = 130  # Ctrl-C; SIGTERM is 143, as shells count
 
 # How a message names the permission to import and run the user's own code; the command line shows its option instead.
 ALLOW_CODE = "allow_code=True"
+OVERWRITE = "overwrite=True"  # the same of the permission to write over an earlier run
 
 
 class BncliError(Exception):
-    """Base class of user-facing errors. The CLI prints the message without a traceback and exits with `exit_code`."""
-
-    exit_code = CHECK_FAILED
-
-
-class UsageError(BncliError):
-    """An argument that cannot be obeyed, with every mistake that was found in it.
+    """Base class of user-facing errors. The CLI prints the message without a traceback and exits with `exit_code`.
 
     Args:
-        mistakes: what is wrong and what was expected, a sentence each.
-        field: the argument's name in Python; the command line shows the option of that name instead.
+        mistakes: what is wrong, what was expected and what to do, a sentence each.
+        field: the argument's name in Python, where one is at fault; the command line shows its option instead.
         value: what was given for it, where the message needs it.
 
     `str(error)` is "shapes tiny: expected one of ...".
     """
 
-    exit_code = USAGE
+    exit_code = CHECK_FAILED
 
     def __init__(self, *mistakes: str, field: str | None = None, value: object = None) -> None:
         self.mistakes, self.field, self.value = mistakes, field, value
-        self.errors: tuple[UsageError, ...] = (self,)
         super().__init__("\n".join(self.lines(field)))
-
-    @classmethod
-    def of(cls, errors: Iterable[UsageError]) -> UsageError:
-        """One error for mistakes in several arguments."""
-        errors = tuple(errors)
-        whole = cls(*(str(error) for error in errors))
-        whole.errors = errors
-        return whole
 
     def lines(self, name: str | None) -> list[str]:
         """The mistakes, each behind the argument's name and value; `name` is how the reader knows the argument."""
@@ -54,6 +40,29 @@ class UsageError(BncliError):
             return list(self.mistakes)
         where = name if self.value is None else f"{name} {self.value}"
         return [f"{where}: {mistake}" for mistake in self.mistakes]
+
+    @property
+    def errors(self) -> tuple[BncliError, ...]:
+        """This error, or those that it is made of."""
+        return (self,)
+
+
+class UsageError(BncliError):
+    """An argument that cannot be obeyed."""
+
+    exit_code = USAGE
+
+
+class UsageErrors(UsageError):
+    """Mistakes in several arguments, all of those found in one pass."""
+
+    def __init__(self, errors: Iterable[UsageError]) -> None:
+        self._errors = tuple(errors)
+        super().__init__(*(str(error) for error in self._errors))
+
+    @property
+    def errors(self) -> tuple[BncliError, ...]:
+        return self._errors
 
 
 class RecipeError(UsageError):
@@ -64,6 +73,20 @@ class DataError(BncliError):
     """Data that a recipe names and that is not there, or does not have the shape that the recipe says."""
 
     exit_code = USAGE
+
+
+class FileError(BncliError):
+    """A file that bncli cannot read back, or cannot write."""
+
+    exit_code = USAGE
+
+
+class Refused(BncliError):
+    """What a worker process said when no run at all can succeed, with the exit code of the error behind it."""
+
+    def __init__(self, *mistakes: str, exit_code: int, field: str | None = None, value: object = None) -> None:
+        super().__init__(*mistakes, field=field, value=value)
+        self.exit_code = exit_code
 
 
 class RunFailed(BncliError):

@@ -18,9 +18,9 @@ class Kernel:
 
     name: str
     help: str
+    module: str = ""  # with its batch_norm and unavailable_reason; empty for those that only profile knows
     devices: tuple[str, ...] = ()  # torch's device types that it is written for; empty: all of them
     in_recipe: bool = False
-    in_gradcheck: bool = False
     in_profile: bool = False
 
 
@@ -77,12 +77,13 @@ def _table(*rows: Row) -> dict[str, Row]:
 
 
 KERNELS = _table(
-    Kernel("native", "torch's own", in_recipe=True, in_gradcheck=True, in_profile=True),
-    Kernel("fused", "ours", ("cpu", "cuda"), in_recipe=True, in_gradcheck=True, in_profile=True),
+    Kernel("native", "torch's own", "bncli.kernels.native", in_recipe=True, in_profile=True),
+    Kernel("fused", "ours", "bncli.kernels.fused", ("cpu", "cuda"), in_recipe=True, in_profile=True),
+    Kernel("fused-interpreted", "the GPU's, in Triton's interpreter", "bncli.kernels.fused.interpreted", ("cpu",)),
     Kernel("compiled", "torch.compile of native", in_profile=True),
-    Kernel("apex", "NVIDIA apex's groupbn", ("cuda",), in_profile=True),
+    Kernel("apex", "NVIDIA apex's groupbn", devices=("cuda",), in_profile=True),
     Kernel("inplace_abn", "mapillary's in-place activated batch norm", in_profile=True),
-    Kernel("flag_gems", "FlagGems' Triton batch norm", ("cuda",), in_profile=True),
+    Kernel("flag_gems", "FlagGems' Triton batch norm", devices=("cuda",), in_profile=True),
 )
 
 NORMS = _table(
@@ -102,7 +103,7 @@ ACTIVATIONS = _table(
 )
 
 RECIPE_KERNELS = tuple(row.name for row in KERNELS.values() if row.in_recipe)
-GRADCHECK_KERNELS = tuple(row.name for row in KERNELS.values() if row.in_gradcheck)
+GRADCHECK_KERNELS = tuple(row.name for row in KERNELS.values() if row.module)
 PROFILE_KERNELS = tuple(row.name for row in KERNELS.values() if row.in_profile)
 RECIPE_ACTIVATIONS = tuple(row.name for row in ACTIVATIONS.values() if row.in_recipe)
 FUSED_ACTIVATIONS = tuple(row.name for row in ACTIVATIONS.values() if row.fused)

@@ -9,19 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from bncli import kernels
 from bncli.recipe.sections import Recipe
 
 # Processes that test at the same time share the cores: two threads each would wait for one another.
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
-    # Without a GPU the fused kernel is tested in Triton's interpreter. Triton settles that when it is first imported,
-    # so this comes before any test does; on CPU tensors bncli runs its C all the same, but for the tests that say not.
-    os.environ["TRITON_INTERPRET"] = "1"
-    importlib.import_module("bncli.kernels.fused.triton")
-    importlib.import_module("tests.kernels.fused.share_kernel")
-    del os.environ["TRITON_INTERPRET"]
-    importlib.import_module("bncli.kernels.fused").INTERPRETED = False
+    # Without a GPU the fused kernel in Triton is tested in its interpreter. Triton settles that when it is first
+    # imported, so this comes before any test does.
+    kernels.get("fused-interpreted", torch.device("cpu"))
 
 TINY: dict[str, Any] = {
     "data": {"source": "synthetic", "shape": [8], "classes": 3, "examples": 120, "held_out": 60, "noise": 0.5},

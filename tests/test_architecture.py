@@ -27,9 +27,9 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "kernels": ({"errors", "names", "kernels"}, {"torch", "triton"}),
     "engine": (
         NOTEBOOKS | {"kernels", "engine"},
-        {"torch", "numpy", "sklearn", "datasets", "PIL", "huggingface_hub"},
+        {"torch", "numpy", "sklearn", "datasets", "PIL", "huggingface_hub", "psutil"},
     ),
-    "measure": (NOTEBOOKS | {"kernels", "engine", "measure"}, {"torch", "numpy", "scipy"}),
+    "measure": (NOTEBOOKS | {"kernels", "engine", "measure"}, {"torch", "numpy", "scipy", "psutil"}),
     "report": (RESULTS | {"report"}, {"rich", "matplotlib"}),
     "cli": (NOTEBOOKS | {"cli", "measure", "report", "engine", "kernels"}, {"typer", "rich"}),
     "__main__": ({"cli"}, set()),
@@ -98,6 +98,11 @@ def test_the_driver_of_a_comparison_never_needs_torch(file: Path) -> None:
     assert ("out", "torch") not in imports(file)
 
 
+def test_the_driver_of_a_comparison_does_not_load_torch_through_what_it_imports_either() -> None:
+    modules = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in COMPARISON]
+    assert not modules_after(f"import {', '.join(modules)}") & {"torch", "sklearn"}
+
+
 def test_only_the_door_and_the_window_print() -> None:
     for file in FILES:
         if room_of(file) in ("cli", "report") or file.name == "schema.py":  # which prints when it is run as a program
@@ -114,7 +119,7 @@ def modules_after(code: str) -> set[str]:
     return {name.split(".")[0] for name in out.splitlines()[-1].split()}
 
 
-HEAVY = {"torch", "pydantic", "sklearn", "scipy", "numpy", "matplotlib", "datasets", "yaml"}
+HEAVY = {"torch", "pydantic", "sklearn", "scipy", "numpy", "matplotlib", "datasets", "yaml", "psutil"}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import nn
 from bncli import kernels, names
 from bncli.engine.models import factory
 from bncli.kernels.definition import definition
+from bncli.kernels.fused import cpu
 from bncli.measure.profile import flops, peers
 from bncli.recipe import sections
 
@@ -72,7 +73,13 @@ def test_the_floating_point_operations_of_each_activation_that_kernels_apply_are
     assert {*flops.ACTIVATION} == {*flops.DERIVATIVE} == {None, *names.FUSED_ACTIVATIONS}
 
 
+def test_the_c_kernel_numbers_each_activation_that_kernels_apply() -> None:
+    assert {*cpu.ACTIVATIONS} == {"none", *names.FUSED_ACTIVATIONS}
+
+
 def test_each_kernel_is_one_of_bnclis_a_peer_or_the_compiled_native() -> None:
-    assert tuple(kernels.KERNELS) == names.GRADCHECK_KERNELS
-    assert {*names.KERNELS} == {*kernels.KERNELS, *peers.PEERS, "compiled"}
-    assert {*names.RECIPE_KERNELS} <= {*kernels.KERNELS}
+    assert {*names.RECIPE_KERNELS} <= {*names.GRADCHECK_KERNELS}
+    assert {*names.KERNELS} == {*names.GRADCHECK_KERNELS, *peers.PEERS, "compiled"}
+    for name in names.GRADCHECK_KERNELS:
+        assert callable(kernels.load(name))
+    assert "fused-interpreted" not in {*names.RECIPE_KERNELS, *names.PROFILE_KERNELS}

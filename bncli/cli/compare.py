@@ -21,7 +21,7 @@ from bncli.cli.options import (
     RequireTarget,
     Set,
 )
-from bncli.errors import CHECK_FAILED, BncliError, RecipeError
+from bncli.errors import CHECK_FAILED, BncliError, UsageError
 
 if TYPE_CHECKING:
     from bncli.measure.compare.plan import Study
@@ -83,9 +83,9 @@ def compare(
     """
     form = chosen_form(json, csv, markdown)
     if bool(recipes) == bool(saved):
-        raise RecipeError("give a recipe, as in: bncli compare recipes/digits.yaml (or --from a saved comparison)")
+        raise UsageError("give a recipe, as in: bncli compare recipes/digits.yaml (or --from a saved comparison)")
     if saved and (idle := [option for option, name in FOR_TRAINING.items() if _given(context, name)]):
-        raise RecipeError(f"{', '.join(idle)}: nothing is trained with --from, so that would have no effect")
+        raise UsageError(f"{', '.join(idle)}: nothing is trained with --from, so that would have no effect")
     check_outputs(plot, html)
     stopped = 0
     if saved:
@@ -94,12 +94,12 @@ def compare(
         from bncli.recipe.load import load
 
         if (recipes or []).count("-") > 1:
-            raise RecipeError("- is standard input, which can be read only once")
+            raise UsageError("- is standard input, which can be read only once")
         loaded = [load(path, sets or (), allow_code=allow_code, sets_from="--set") for path in recipes or ()]
         if dry_run:
-            from bncli.measure.compare.dry_run import of_comparison
+            from bncli.measure.compare.plan import planned_comparison
 
-            show_plan(of_comparison(loaded), json)
+            show_plan(planned_comparison(loaded), json)
             return
         comparison, stopped = _run_comparison(loaded, device, jobs, threads, out, quiet)
     _show(comparison, form)
@@ -122,12 +122,14 @@ def _run_comparison(
     loaded: list[Loaded], device: str, jobs: int | None, threads: int, out: Path | None, quiet: bool
 ) -> tuple[Comparison, int]:
     from bncli.measure.compare import reuse
-    from bncli.measure.compare.executors.processes import Pool
+    from bncli.measure.compare.executors.processes import Processes
     from bncli.measure.compare.plan import collect, planned_runs, study, wanted
     from bncli.measure.compare.run import execute
     from bncli.measure.compare.summary import summarise
+    from bncli.report.compare.notes import sentence
     from bncli.report.folder import ComparisonFolder
     from bncli.report.progress import CompareProgress
+    from bncli.results.compare import Note
 
     asked: Study = study(loaded, reuse.identity(device, loaded[0].base))
     folder = ComparisonFolder(out or Path("runs") / asked.plan.name)
@@ -136,22 +138,19 @@ def _run_comparison(
         kept = list(folder.finished().values())
         _begin(folder, asked, kept, threads, loaded)
         records = reuse.usable(kept)
-        for sentence in reuse.not_reused(wanted(asked, records), kept, asked.identity):
-            say(sentence, quiet)
+        for note in reuse.not_reused(wanted(asked, records), kept, asked.identity):
+            say(sentence(note), quiet)
         with StopSignal() as stop, CompareProgress(quiet) as progress:
-            pool = Pool(device, jobs, threads, folder.path / "logs")
-            for event in execute(asked, folder, pool, records, stop):
+            executor = Processes(device, jobs, threads, folder.path / "logs")
+            for event in execute(asked, folder, executor, records, stop):
                 progress(event)
-        remarks = [*reuse.not_reused(wanted(asked, records), kept, asked.identity)]
+        remarks = reuse.not_reused(wanted(asked, records), kept, asked.identity)
         latest = {record.key: record for record in reuse.of_one_code(records.values())}
         if left_out := len({record.key for record in collect(asked, records)} - latest.keys()):
-            remarks.append(
-                f"the model's code was changed meanwhile: {left_out} run{'s' * (left_out != 1)} by the earlier code "
-                "left out; the same command makes up for it"
-            )
+            remarks.append(Note.of("earlier code", runs=left_out))
         if beside := folder.keep_other(asked.plan):
-            remarks.append(f"the folder's earlier answer, to another plan, is kept as {beside.name}")
-            say(f"{folder.path}: {remarks[-1]}", quiet)
+            remarks.append(Note.of("earlier answer", file=beside.name))
+            say(f"{folder.path}: {sentence(remarks[-1])}", quiet)
         planned = planned_runs(asked, latest)
         comparison = summarise(asked.plan, collect(asked, latest), planned, threads, tuple(remarks))
         folder.finish(comparison)
@@ -162,7 +161,7 @@ def _run_comparison(
 
 
 def _begin(folder: ComparisonFolder, asked: Study, kept: list[RunRecord], threads: int, loaded: list[Loaded]) -> None:
-    """Write the plan into the folder. Raises RecipeError where its runs are another comparison's."""
+    """Write the plan into the folder. Raises UsageError where its runs are another comparison's."""
     from bncli.measure.compare.reuse import fits
     from bncli.results.compare import BegunComparison
 
@@ -171,7 +170,7 @@ def _begin(folder: ComparisonFolder, asked: Study, kept: list[RunRecord], thread
     known = [record for record in kept if record.recipe_key]
     if known and not (before and set(sources) & set(before.sources)) and not fits(asked, known):
         of = f" of {', '.join(before.sources)}" if before and before.sources else ""
-        raise RecipeError(
+        raise UsageError(
             f"{folder.path}: holds {len(known)} runs of another comparison{of}, none of which fits this one; choose "
             "another folder with --out"
         )
@@ -189,7 +188,7 @@ def _again(saved: Path, quiet: bool) -> Comparison:
         try:
             made = report_of_runs(begun, folder.finished().values(), folder.failed().values())
         except BncliError as error:
-            raise RecipeError(f"--from {saved / PLAN}: {error}") from error
+            raise UsageError(f"--from {saved / PLAN}: {error}") from error
         answer = folder.answer()
         if answer is None or says_more(made, answer):
             why = "has no comparison.json" if answer is None else "holds runs that its comparison.json does not"
@@ -203,14 +202,17 @@ def _again(saved: Path, quiet: bool) -> Comparison:
 
 def _show(comparison: Comparison, form: str) -> None:
     """The comparison on stdout: tables and curves, or one of the forms for other programs."""
-    from bncli.report import files as record
-    from bncli.report import table
+    from bncli.report import files
     from bncli.report.compare import export
+    from bncli.report.compare.table import ComparisonReport
 
-    if form != "table":
-        print_result({"json": record.to_json, "csv": export.to_csv, "markdown": export.to_markdown}[form](comparison))
-        return
-    print_result(table.comparison_report(comparison))
+    forms = {
+        "table": ComparisonReport,
+        "json": files.to_json,
+        "csv": export.to_csv,
+        "markdown": export.to_markdown,
+    }
+    print_result(forms[form](comparison))
 
 
 def _write(comparison: Comparison, plot: Path | None, html: Path | None, quiet: bool) -> None:
@@ -220,7 +222,7 @@ def _write(comparison: Comparison, plot: Path | None, html: Path | None, quiet: 
         draw(comparison, plot)
         say(f"Drawn in {plot}", quiet)
     if html:
-        from bncli.report.compare.export import to_html
+        from bncli.report.compare.page import to_html
         from bncli.report.files import write_atomically
 
         write_atomically(html, to_html(comparison))

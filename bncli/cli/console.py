@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from bncli.errors import ALLOW_CODE, BncliError, RecipeError, UsageError
+from bncli.errors import ALLOW_CODE, OVERWRITE, BncliError, RecipeError
 
 if TYPE_CHECKING:
     from bncli.results.compare import Planned
@@ -46,7 +46,7 @@ def check_outputs(plot: Path | None, *others: Path | None) -> None:
     from bncli.report.files import check_writable
 
     if plot:
-        from bncli.report.compare.figure import check_path
+        from bncli.report.figure import check_path
 
         check_path(plot)
     for file in (plot, *others):
@@ -55,7 +55,7 @@ def check_outputs(plot: Path | None, *others: Path | None) -> None:
 
 
 def show_plan(planned: Planned, as_json: bool) -> None:
-    from bncli.report.compare import dry_run
+    from bncli.report import dry_run
 
     print_result(dry_run.to_json(planned) if as_json else dry_run.render(planned))
 
@@ -82,11 +82,9 @@ OPTIONS = {"inputs": "--input", "sets": "--set", "saved": "--from", "seconds": "
 
 def print_error(error: BncliError) -> None:
     """A user's mistakes, to stderr; an argument is shown as the option that it came from."""
-    lines = [str(error)]
-    if isinstance(error, UsageError):
-        options = [each.field and OPTIONS.get(each.field, "--" + each.field.replace("_", "-")) for each in error.errors]
-        lines = [line for each, option in zip(error.errors, options, strict=True) for line in each.lines(option)]
-    lines = [line.replace(ALLOW_CODE, "--allow-code") for line in lines]
+    options = [each.field and OPTIONS.get(each.field, "--" + each.field.replace("_", "-")) for each in error.errors]
+    lines = [line for each, option in zip(error.errors, options, strict=True) for line in each.lines(option)]
+    lines = [line.replace(ALLOW_CODE, "--allow-code").replace(OVERWRITE, "--force") for line in lines]
     if len(lines) > 1:
         print(f"bncli: {len(lines)} mistakes", file=sys.stderr)
     for line in lines:

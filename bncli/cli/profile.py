@@ -22,7 +22,7 @@ from bncli.cli.profile_checks import (
     check_times,
     check_views,
 )
-from bncli.errors import CHECK_FAILED, INTERRUPTED, UNAVAILABLE, RecipeError
+from bncli.errors import CHECK_FAILED, INTERRUPTED, UNAVAILABLE, UsageError
 from bncli.names import PROFILE_KERNELS, RECIPE_KERNELS
 
 if TYPE_CHECKING:
@@ -146,10 +146,10 @@ def profile(
     check_kernels(kernels, of_steps, baseline is not None, allow_code)
     check_model(model, inputs, recipe=recipe, sets=sets, arm=arm, allow_code=allow_code)
     earlier = check_files(plot, trace, baseline, of_steps)
-    from bncli.measure.timing.fresh_processes import FreshProcesses
+    from bncli.measure.profile.kernel_memory import KernelPeaks
 
     # What a user's code prints is no result.
-    with StopSignal(at_once=True), contextlib.redirect_stdout(sys.stderr), FreshProcesses(allow_code) as peaks:
+    with StopSignal(at_once=True), contextlib.redirect_stdout(sys.stderr), KernelPeaks(allow_code) as peaks:
         if not of_steps and not device.startswith("cuda"):
             peaks.start()  # it loads torch while this process does
         from bncli.measure.profile import run as profile_runs
@@ -159,7 +159,7 @@ def profile(
         options = profile_runs.Options(device, threads, kernels, wished_s, min_rounds, allow_code)
         run: KernelRun | StepRun
         if recipe is not None:
-            run = profile_runs.recipe_run(options, recipe, sets or (), arm, trace)
+            run = profile_runs.recipe_run(options, recipe, sets or (), arm, trace, sets_from="--set")
         elif model is not None:
             run = profile_runs.model_run(options, model, inputs or "", trace)
         else:
@@ -171,13 +171,12 @@ def profile(
     result = run.result()
     gate, incomparable = _gate(result, earlier, FAIL_ABOVE if fail_above is None else fail_above, strict)
     _show(result, gate, earlier, form)
-    ceilings = getattr(result, "ceilings", None)
-    if form != "table" and ceilings is not None and ceilings.cores_shared and result.notes:
-        say(f"{result.notes[0]}; do not keep this for a baseline", quiet)
+    if form != "table":
+        _warn_of_busy_cores(result, quiet)
     if plot and result.rows:
-        from bncli.report.profile import roofline
+        from bncli.report.profile import figure
 
-        roofline.draw(result, plot)
+        figure.draw(result, plot)
         say(f"Drawn in {plot}", quiet)
     if trace and trace.exists():
         say(f"Traced in {trace}: open it at https://ui.perfetto.dev", quiet)
@@ -201,7 +200,7 @@ def _measure(run: KernelRun | StepRun, quiet: bool) -> int:
     return 0
 
 
-def _gate(result: Any, earlier: Any, fail_above: float, strict: bool) -> tuple[Gate | None, RecipeError | None]:
+def _gate(result: Any, earlier: Any, fail_above: float, strict: bool) -> tuple[Gate | None, UsageError | None]:
     """The verdicts, or why there are none; then what was measured is shown all the same."""
     if earlier is None or not result.rows:
         return None, None
@@ -209,7 +208,7 @@ def _gate(result: Any, earlier: Any, fail_above: float, strict: bool) -> tuple[G
 
     try:
         return baseline.gate(result, earlier, fail_above, strict), None
-    except RecipeError as error:
+    except UsageError as error:
         return None, error
 
 
@@ -229,6 +228,14 @@ def _show(result: Any, gate: Gate | None, earlier: Any, form: str) -> None:
             print_result(GateReport(gate, result, earlier))
     else:
         print_result({"json": export.to_json, "markdown": export.to_markdown}[form](result, gate))
+
+
+def _warn_of_busy_cores(result: KernelProfile | StepProfile, quiet: bool) -> None:
+    from bncli.report.profile.notes import busy_words
+    from bncli.results.profile import KernelProfile
+
+    if isinstance(result, KernelProfile) and (busy := busy_words(result)):
+        say(f"{busy}; do not keep this for a baseline", quiet)
 
 
 def _exit_code(result: KernelProfile | StepProfile, gate: Gate | None) -> int:

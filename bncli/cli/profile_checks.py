@@ -83,8 +83,10 @@ def check_times(seconds: float | None, quick: bool, min_rounds: int, baseline: P
 
 def check_gate(form: str, baseline: Path | None, fail_above: float | None, strict: bool) -> None:
     """Refuse a bound that is none, options of the gate without one, and a form that has no place for the verdicts."""
-    if fail_above is not None and not (math.isfinite(fail_above) and fail_above > 1):
-        raise RecipeError(f"--fail-above {fail_above}: expected more than 1, as in 1.10 for a tenth slower")
+    if fail_above is not None:
+        from bncli.measure.profile.baseline import check_fail_above
+
+        check_fail_above(fail_above)
     idle = [option for option, value in {"--fail-above": fail_above, "--strict": strict}.items() if value]
     if idle and baseline is None:
         raise RecipeError(f"{', '.join(idle)}: without --baseline FILE.json nothing is compared; give one")
@@ -99,13 +101,12 @@ def check_files(
     check_outputs(plot, trace)
     if baseline is None:
         return None
+    from bncli.measure.profile.baseline import check_view
     from bncli.report.profile.export import load
-    from bncli.results.profile import StepProfile
+    from bncli.results.profile import KernelProfile, StepProfile
 
     earlier = load(baseline)
-    if isinstance(earlier, StepProfile) != of_steps:
-        holds, asks = ("kernels", "a step") if of_steps else ("a step", "kernels")
-        raise RecipeError(f"--baseline {baseline}: it holds the profile of {holds}, and this is one of {asks}")
+    check_view(earlier, StepProfile if of_steps else KernelProfile, baseline)
     ratios = [row.faster for row in earlier.rows if row.faster is not None]
     if unbounded := sum(None in (ratio.interval.low, ratio.interval.high) for ratio in ratios):
         raise RecipeError(

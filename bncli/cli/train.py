@@ -11,7 +11,7 @@ import typer
 
 from bncli.cli.console import StopSignal, loaded_all, print_result, say, show_plan
 from bncli.cli.options import AllowCode, Device, DryRun, Json, Quiet, Recipe_, RequireTarget, Set, Threads
-from bncli.errors import CHECK_FAILED, DIVERGED, RecipeError
+from bncli.errors import CHECK_FAILED, DIVERGED, UsageError
 
 if TYPE_CHECKING:
     from bncli.recipe.load import Arm, Loaded
@@ -43,23 +43,23 @@ def train(
     loaded = load(recipe, sets or (), allow_code=allow_code, sets_from="--set")
     chosen = chosen_arm(loaded, arm)
     if dry_run:
-        from bncli.measure.compare.dry_run import of_training
+        from bncli.measure.dry_run import planned_training
 
-        show_plan(of_training(loaded, chosen), json)
+        show_plan(planned_training(loaded, chosen), json)
         return
     from bncli.recipe.load import plain
     from bncli.recipe.yaml import dump
-    from bncli.report.files import result_to_json
+    from bncli.report.files import to_json
     from bncli.report.folder import RunFolder
     from bncli.report.progress import TrainProgress
     from bncli.results.train import RunFinished, RunStarted
 
     with RunFolder(out, loaded.name, force) as folder, StopSignal() as stop:
-        from bncli.engine.train import run
+        from bncli.engine import train as engine
 
         # What a user's model prints must not get between the lines of a result.
         with TrainProgress(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
-            for event in run(chosen.recipe, device, threads=threads, name=chosen.name, stop=stop):
+            for event in engine.train(chosen.recipe, device, threads=threads, name=chosen.name, stop=stop):
                 if isinstance(event, RunStarted):
                     loaded_all()
                     folder.begin(dump(plain(chosen.recipe)))
@@ -68,9 +68,9 @@ def train(
                 if isinstance(event, RunFinished):
                     result = event.result
         folder.finish(result)
-    from bncli.report.table import run_table
+    from bncli.report.train import run_table
 
-    print_result(result_to_json(result) if json else run_table(result, chosen.name))
+    print_result(to_json(result) if json else run_table(result, chosen.name))
     say(f"Saved in {folder.path}", quiet)
     if stop.number:
         raise typer.Exit(stop.exit_code)
@@ -90,4 +90,4 @@ def chosen_arm(loaded: Loaded, name: str | None) -> Arm:
         if arm.name == name:
             return arm
     names = [arm.name for arm in loaded.arms]
-    raise RecipeError(f"--arm {name}: {suggestion(name, names) if names else f'{loaded.source} has no arms'}")
+    raise UsageError(f"--arm {name}: {suggestion(name, names) if names else f'{loaded.source} has no arms'}")

@@ -14,30 +14,34 @@ from typing import Any
 import torch
 
 import bncli
-from bncli.errors import RecipeError, Unavailable
+from bncli.errors import Unavailable, UsageError
 from bncli.results.environment import Environment
 
 
 def resolve(name: str) -> torch.device:
     """The device of that name; `auto` is the first of cuda, mps, cpu that is here. Raises Unavailable with the reason.
 
-    Raises RecipeError for what is no device's name.
+    Raises UsageError for what is no device's name.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name):
-        raise RecipeError(f"--device {name}: expected one of auto, cpu, cuda, cuda:N, mps")
+        raise UsageError("expected one of auto, cpu, cuda, cuda:N, mps", field="device", value=name)
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     if name.startswith("cuda") and not cuda:
         built = torch.version.cuda is not None
         why = "no NVIDIA GPU is visible to it" if built else "it is built for the CPU only"
-        raise Unavailable(f"--device {name}: this torch ({torch.__version__}) cannot use CUDA: {why}. Use --device cpu")
+        raise _unavailable(name, f"this torch ({torch.__version__}) cannot use CUDA: {why}. The CPU can be used")
     if name == "mps" and not mps:
-        raise Unavailable(f"--device mps: this torch ({torch.__version__}) has no Metal device here. Use --device cpu")
+        raise _unavailable(name, f"this torch ({torch.__version__}) has no Metal device here. The CPU can be used")
     device = torch.device(name)
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        raise Unavailable(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here, counted from 0")
+        raise _unavailable(name, f"there are {torch.cuda.device_count()} CUDA devices here, counted from 0")
     return device
+
+
+def _unavailable(name: str, why: str) -> Unavailable:
+    return Unavailable(why, field="device", value=name)
 
 
 def synchronize(device: torch.device) -> None:
@@ -49,7 +53,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin a new peak. On Linux the high-water mark of the resident set is set back (man 5 proc, clear_refs)."""
+    """Begin a new peak. On Linux the high-water mark of the resident set is set back (man 5 proc, clear_refs).
+
+    psutil can neither set it back nor read it on Linux.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
@@ -70,10 +77,28 @@ def peak_memory_mib(device: torch.device) -> float | None:
         with open("/proc/self/status", "rb", buffering=0) as file:  # as bytes: read twice an evaluation
             found = re.search(rb"VmHWM:\s+(\d+) kB", file.read())
         return int(found[1]) / 1024 if found else None
-    import resource
+    if sys.platform == "win32":
+        import psutil
+
+        return float(psutil.Process().memory_info().peak_wset) / 2**20
+    import resource  # since psutil has no peak here
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 1024)
+
+
+def resident_mib() -> float:
+    """Resident memory of this process now."""
+    import psutil  # 10 ms that a training run need not take
+
+    return float(psutil.Process().memory_info().rss) / 2**20
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """The context in which operators compute in that precision: fp32, bf16 or fp16."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -9,10 +10,15 @@ import os
 import site
 import sys
 import sysconfig
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from bncli.errors import BncliError, RunFailed
+
+HERE = str(Path(__file__).parents[1])  # bncli's own code
 PACKAGES = ("site-packages", "dist-packages")  # names of folders with installed packages, wherever they stand
 
 
@@ -25,6 +31,26 @@ def imported(name: str) -> Any:
         sys.path.insert(0, "")  # a console script's path lacks the current folder, where the user's code stands
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
+
+
+@contextlib.contextmanager
+def blame_user_code(name: str, contract: str, kind: type[BncliError] = RunFailed) -> Iterator[None]:
+    """Turn what the user's code raises into one sentence with the line that raised it. Raises an error of that kind.
+
+    name: what was called, as the user names it. contract: how it is called and what it has to return. Errors of
+    bncli's own, which say what to do, go through as they are.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if isinstance(error, BncliError):
+            raise
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+        where = [f", in {frame.filename}:{frame.lineno}" for frame in frames if not frame.filename.startswith(HERE)]
+        text = " ".join(str(error).split())
+        raise kind(
+            f"{name} raised {type(error).__name__}{': ' * bool(text)}{text}{where[-1] if where else ''}. {contract}"
+        ) from error
 
 
 class LoadedFiles:
@@ -69,5 +95,5 @@ def _is_installed(file: str) -> bool:
 @functools.cache
 def _installed() -> tuple[str, ...]:
     paths = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    paths += [*site.getsitepackages(), site.getusersitepackages(), str(Path(__file__).parent.parent)]
+    paths += [*site.getsitepackages(), site.getusersitepackages(), HERE]
     return tuple(os.path.realpath(path) + os.sep for path in paths)

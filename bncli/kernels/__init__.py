@@ -1,22 +1,27 @@
-"""The batch norm kernels by name, and why one is not available here.
+"""The batch norm kernels by name: their common contract, and whether one can run on a device. No torch at import.
 
-The seam: `kernel(x, weight, bias, eps, residual, activation, statistics) -> y, mean, var` with x (N, C, *S), weight,
-bias, mean and var (C). y is differentiable in x, weight, bias and residual. Without `statistics` x is normalized by
-the batch's own mean and biased variance, and those are returned, in float32 or wider, without gradient; with
-`statistics`, a pair (mean, var), by that pair, which is a constant (evaluation). Nothing is written into an argument:
-running statistics are the affair of `functional.batch_norm` and the modules.
+A kernel is `kernel(x, weight, bias, eps, residual, activation, statistics, running) -> y, mean, var` with x (N, C, *S),
+weight, bias, mean and var (C). y is differentiable in x, weight, bias and residual, and sums are taken in float32 or
+wider. Without `statistics` x is normalized by the batch's own mean and biased variance, and those are returned, without
+gradient; with `statistics`, a pair (mean, var), by that pair, which is a constant (evaluation). `running`, a running
+mean, a running variance (C) and a momentum, is moved in place by the batch's statistics, the variance with m / (m - 1);
+nothing else is written to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
-
-import torch
-from torch import Tensor
+import functools
+import importlib
+import inspect
+import sys
+from typing import TYPE_CHECKING, Any, Protocol
 
 from bncli.errors import Unavailable
-from bncli.kernels import fused, native
+from bncli.names import GRADCHECK_KERNELS, KERNELS
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class Kernel(Protocol):
@@ -29,23 +34,55 @@ class Kernel(Protocol):
         residual: Tensor | None = None,
         activation: str | None = None,
         statistics: tuple[Tensor, Tensor] | None = None,
+        running: tuple[Tensor, Tensor, float] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
-
-
-KERNELS: dict[str, Kernel] = {"native": native.batch_norm, "fused": fused.batch_norm}
-
-# Why a kernel cannot run on that device, or None where it can.
-_WHY_NOT: dict[str, Callable[[torch.device | None], str | None]] = {"fused": fused.why_not}
 
 
 def get(name: str, device: torch.device | None = None) -> Kernel:
     """The kernel of that name. Raises Unavailable, with the reason, where it cannot run on `device`, or here at all."""
-    if name not in KERNELS:
-        raise Unavailable(f"kernel {name}: expected one of {', '.join(KERNELS)}")
-    reason = _WHY_NOT[name](device) if name in _WHY_NOT else None
+    kernel = load(name)
+    reason: str | None = sys.modules[KERNELS[name].module].unavailable_reason(device)
     if reason is not None:
         raise Unavailable(
             f"the {name} kernel cannot run: {reason}. "
             "Nothing else is run in its place; the native kernel is torch's own operator and runs everywhere"
         )
-    return KERNELS[name]
+    return kernel
+
+
+def load(name: str) -> Kernel:
+    """The kernel of that name, whether or not it can run here. Raises Unavailable for a name that is none."""
+    if name not in GRADCHECK_KERNELS:
+        raise Unavailable(f"kernel {name}: expected one of {', '.join(GRADCHECK_KERNELS)}")
+    module = KERNELS[name].module
+    if module not in sys.modules:
+        importlib.import_module(module)
+    kernel: Kernel = sys.modules[module].batch_norm
+    return kernel
+
+
+def adapted(function: Any) -> Kernel:
+    """A function as a kernel: itself, or where it has no `running`, itself and then the running statistics' move."""
+    if "running" in inspect.signature(function).parameters:
+        return function
+    return functools.partial(_run_and_update, function)
+
+
+def _run_and_update(
+    function: Any,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    statistics: tuple[Tensor, Tensor] | None = None,
+    running: tuple[Tensor, Tensor, float] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from bncli.kernels.native import update_running_stats
+
+    given = () if statistics is None else (statistics,)  # a function for training alone need not take them
+    y, mean, var = function(x, weight, bias, eps, residual, activation, *given)
+    if running is not None:
+        update_running_stats(running, mean, var, x.numel() // x.size(1))
+    return y, mean, var

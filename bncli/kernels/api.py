@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from bncli import kernels
-from bncli.kernels import fused, native
-from bncli.kernels.running_stats import follow
+from bncli.kernels import native
 
 
 def batch_norm(
@@ -29,29 +29,44 @@ def batch_norm(
 ) -> Tensor:
     """activation(batch_norm(input) + residual); batch_norm as torch.nn.functional.batch_norm defines it.
 
-    input (N, C, *S); running_mean, running_var, weight and bias (C) or None. In training the batch's statistics
-    normalize, and the running ones, if given, move in place: running = (1 - momentum) running + momentum batch, with
-    the variance's m/(m-1) (Ioffe & Szegedy 2015, algorithm 2, line 10). Otherwise the running ones normalize.
-    residual: what torch can add to the result; the kernel adds it where it has the input's shape and dtype, torch after
-    the kernel where it must be broadcast or converted. activation: relu, leaky_relu (slope 0.01), silu or None.
-    kernel: native, fused, or a function of the kernels' seam.
+    In training the batch's statistics normalize, and the running ones, if given, move in place: running =
+    (1 - momentum) running + momentum batch, with the variance's m/(m-1) (Ioffe & Szegedy 2015, algorithms 1 and 2).
+    Otherwise the running ones normalize.
 
-    Raises ValueError and RuntimeError where torch does (one value per channel in training, no running statistics in
-    evaluation, sizes that disagree, eps out of range), ValueError for an unknown activation, and Unavailable, with the
-    reason, where the kernel cannot run.
+    Args:
+        input: (N, C, *S).
+        running_mean, running_var, weight, bias: (C) or None.
+        training: Whether the batch's statistics normalize.
+        momentum: Weight of the batch in the running statistics.
+        eps: Added to the variance.
+        residual: What torch can add to the result. The kernel adds it where it has the input's shape and dtype, torch
+            after the kernel where it must be broadcast or converted.
+        activation: relu, leaky_relu (slope 0.01), silu or None.
+        kernel: native, fused, fused-interpreted, or a function with the arguments that bncli.kernels describes. One
+            without `running` is followed by a move of the running statistics by those that it returns.
+
+    Returns:
+        A tensor like input.
+
+    Raises:
+        ValueError, RuntimeError: Where torch does (one value per channel in training, no running statistics in
+            evaluation, sizes that disagree, eps out of range), and for an unknown activation.
+        Unavailable: With the reason, where the kernel cannot run.
     """
     if activation is not None:
         native.check_activation(activation)
-    if kernel == "native":
+    if kernel == "native":  # the operator itself: as a kernel it would take the statistics once more, to return them
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return native.finish(y, residual, activation)
     count = _values_per_channel(input, running_mean, running_var, weight, bias)
     if eps < 0 or (training and eps == 0):
         raise ValueError(f"eps must be positive in training and not negative in evaluation; it is {eps}")
-    if residual is not None and not _alike(residual, input):
+    if residual is not None and not (
+        isinstance(residual, Tensor) and residual.shape == input.shape and residual.dtype == input.dtype
+    ):
         y = batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, kernel=kernel)
         return native.finish(y, residual, activation)
-    run = _resolved(kernel, input.device) if isinstance(kernel, str) else kernel
+    run = _find(kernel, input.device)
     if not training:
         if running_mean is None or running_var is None:
             raise RuntimeError("evaluation normalizes by running_mean and running_var; one of them is None")
@@ -60,24 +75,27 @@ def batch_norm(
         raise ValueError("running_mean and running_var must both be given or both be None")
     if count == 1:
         raise ValueError(f"training needs more than one value per channel; the input has shape {tuple(input.shape)}")
-    if running_mean is None or running_var is None or count == 0:  # an empty batch has no statistics
+    if running_mean is None or running_var is None or input.numel() == 0:  # an empty batch has no statistics
         return run(input, weight, bias, eps, residual, activation)[0]
-    if run is fused.batch_norm:
-        running = running_mean, running_var, momentum
-        return fused.batch_norm(input, weight, bias, eps, residual, activation, running=running)[0]
-    y, mean, var = run(input, weight, bias, eps, residual, activation)
-    follow(running_mean, running_var, mean, var, count, momentum)
-    return y
+    return run(input, weight, bias, eps, residual, activation, None, (running_mean, running_var, momentum))[0]
 
 
-def _resolved(kernel: str, device: torch.device) -> kernels.Kernel:
-    """The kernel of that name. Raises Unavailable where it cannot run, which is found out once a device."""
-    if not torch.compiler.is_compiling():  # a compiler need not see how that is found out
-        _found(kernel, device)
-    return kernels.KERNELS[kernel]
+def _find(kernel: str | kernels.Kernel, device: torch.device) -> kernels.Kernel:
+    """The kernel of that name, or that function. Raises Unavailable where it cannot run.
+
+    Whether it can, and what a function takes, is found out once; a compiler need not see how.
+    """
+    compiling = torch.compiler.is_dynamo_compiling()
+    if isinstance(kernel, str):
+        if not compiling:
+            _check_available(kernel, device)
+        return kernels.load(kernel)
+    found: kernels.Kernel = kernels.adapted(kernel) if compiling else _adapted(kernel)
+    return found
 
 
-_found = functools.cache(kernels.get)  # microseconds, which a small batch norm would notice
+_check_available = functools.cache(kernels.get)  # microseconds, which a small batch norm would notice
+_adapted: Any = functools.lru_cache(maxsize=64)(kernels.adapted)
 
 
 def _values_per_channel(input: Tensor, *per_channel: Tensor | None) -> int:
@@ -91,8 +109,3 @@ def _values_per_channel(input: Tensor, *per_channel: Tensor | None) -> int:
             name = next(name for name, each in zip(names, per_channel, strict=True) if each is tensor)
             raise RuntimeError(f"{name} has {tensor.numel()} values; the input has {channels} channels")
     return input.numel() // channels if channels else input.size(0)
-
-
-def _alike(residual: object, input: Tensor) -> bool:
-    """Whether a kernel can add the residual itself."""
-    return isinstance(residual, Tensor) and residual.shape == input.shape and residual.dtype == input.dtype

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,12 @@ def rows_of_dense(x: Tensor) -> bool:
     """`is_rows`, for a kernel that follows pointers. Raises ValueError for an x with gaps."""
     rows = is_rows(x)
     if not (rows or x.is_contiguous()):
-        raise ValueError(f"x is neither contiguous nor channels last: strides {x.stride()} for {tuple(x.shape)}")
+        refuse_gaps(x)
     return rows
+
+
+def refuse_gaps(x: Tensor) -> NoReturn:
+    raise ValueError(f"x is neither contiguous nor channels last: strides {x.stride()} for {tuple(x.shape)}")
 
 
 def dense(x: Tensor) -> Tensor:
@@ -31,7 +37,7 @@ def dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or is_rows(x) else x.contiguous()
 
 
-def like(tensor: Tensor, x: Tensor) -> Tensor:
+def match_layout(tensor: Tensor, x: Tensor) -> Tensor:
     """`tensor`, of x's shape, in the layout of a dense x: itself if it lies so, else a copy."""
     if tensor.stride() == x.stride():
         return tensor

@@ -1,4 +1,4 @@
-"""torch's own batch norm behind the seam; in float64 it is the reference that the other kernels are held to."""
+"""torch's own batch norm as a kernel, and the moves of running statistics in torch's operators."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from bncli.names import FUSED_ACTIVATIONS
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {name: getattr(F, name) for name in FUSED_ACTIVATIONS}
 
 
+def unavailable_reason(device: torch.device | None) -> None:
+    """It runs wherever torch does."""
+
+
 def batch_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -22,12 +26,14 @@ def batch_norm(
     residual: Tensor | None = None,
     activation: str | None = None,
     statistics: tuple[Tensor, Tensor] | None = None,
+    running: tuple[Tensor, Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalize each channel over the batch and the positions (Ioffe & Szegedy 2015, algorithm 1).
 
     x and residual (N, C, *S); weight and bias (C) or None; activation one of ACTIVATIONS or None, applied after the
-    residual is added; statistics a mean and a variance (C) to normalize by instead of the batch's. Returns y like x,
-    and the mean and variance (C) that were used, without gradient.
+    residual is added; statistics a mean and a variance (C) to normalize by instead of the batch's; running a running
+    mean and variance (C) and a momentum, moved in place. Returns y like x, and the mean and variance (C) that were
+    used, without gradient.
     """
     given_mean, given_var = statistics or (None, None)
     y = F.batch_norm(x, given_mean, given_var, weight, bias, training=statistics is None, momentum=0.0, eps=eps)
@@ -38,6 +44,8 @@ def batch_norm(
         return y, *x.new_full((2, x.size(1)), float("nan"), dtype=accumulation(x))
     with torch.no_grad():
         var, mean = torch.var_mean(x.to(accumulation(x)), dim=over_channels(x), correction=0)
+    if running is not None:
+        update_running_stats(running, mean, var, x.numel() // x.size(1))
     return y, mean, var
 
 
@@ -52,3 +60,23 @@ def finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor
     if residual is not None:
         y = y + residual
     return y if activation is None else ACTIVATIONS[activation](y)
+
+
+def update_running_stats(running: tuple[Tensor, Tensor, float], mean: Tensor, var: Tensor, count: int) -> None:
+    """Move a running mean and variance (C) towards a batch's mean and biased variance (C) of `count` values a channel.
+
+    Ioffe & Szegedy 2015, algorithm 2, line 10: the running variance takes the unbiased one, m / (m - 1).
+    """
+    running_mean, running_var, momentum = running
+    interpolate_(running_mean, mean, momentum)
+    interpolate_(running_var, var * (count / (count - 1)), momentum)
+
+
+@torch.no_grad()
+def interpolate_(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
+    """running = (1 - momentum) running + momentum batch, in place, in the wider of the two dtypes; both (C)."""
+    if running.dtype == batch.dtype:
+        running.lerp_(batch, momentum)
+        return
+    wide = torch.promote_types(running.dtype, batch.dtype)
+    running.copy_(running.to(wide).lerp(batch.to(wide), momentum))

@@ -29,7 +29,7 @@ from bncli.recipe.yaml import Keys, Tree, dotted
 Found = tuple[Keys, str]  # where a mistake is, and the sentence about it
 SAME_FOR_ALL_RUNS = (
     "data",
-    *(f"train.{name}" for name in ("steps", "evaluate_every", "target", "stop_at_target", "seed")),
+    *(f"train.{name}" for name in ("target", "steps", "evaluate_every", "stop_at_target", "seed")),
 )
 
 # --- spelling -----------------------------------------------------------------------------------------------------

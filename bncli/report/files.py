@@ -1,6 +1,6 @@
 """Results as files: JSON that gives the same result back, and files written whole or not at all.
 
-Fields of free content (`point`, `grid`, `recipes`) come from recipes; lists in them stay lists.
+Fields of free content (`point`, `grid`, `recipes`, a note's `facts`) are not checked; lists in them stay lists.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ import re
 import secrets
 import shutil
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from bncli.errors import USAGE, BncliError
+from bncli.errors import FileError
 from bncli.results.compare import BegunComparison, Comparison, RunRecord
-from bncli.results.environment import RUNS_VERSION
+from bncli.results.environment import COMPARISON_VERSION, RUNS_VERSION
 from bncli.results.serialize import Mismatch, from_plain, to_plain
 from bncli.results.train import Evaluated, Event, RunFinished, RunResult
 
 Result = TypeVar("Result", BegunComparison, Comparison, RunRecord, RunResult)
 
+VERSIONS: dict[type, tuple[int, ...]] = {Comparison: (2, COMPARISON_VERSION)}  # that can be read; else RUNS_VERSION
 WHAT: dict[type, str] = {
     BegunComparison: "comparison's plan",
     Comparison: "comparison",
@@ -29,57 +30,53 @@ WHAT: dict[type, str] = {
 }
 
 
-class RecordError(BncliError):
-    """A file of results that cannot be read back, or a place where none can be written."""
-
-    exit_code = USAGE
-
-
 # --- JSON ---------------------------------------------------------------------------------------------------------
 
 
-def to_json(comparison: Comparison) -> str:
-    """The whole comparison, every run in it: from this text alone each table can be made again."""
-    return _to_text(comparison)
+def to_json(result: BegunComparison | Comparison | RunRecord | RunResult) -> str:
+    """The whole result; of a comparison every run too, so that each table can be made again from this text alone."""
+    plain = {"format_version": RUNS_VERSION, **to_plain(result)}  # a comparison has its own
+    return json.dumps(plain, allow_nan=False, indent=1) + "\n"
 
 
-def comparison_from_json(text: str, name: str = "") -> Comparison:
-    """The comparison that `to_json` wrote. `name` is the file's, for messages. Raises RecordError."""
-    comparison = _from_text(Comparison, text, name)
+def from_json(kind: type[Result], text: str, name: str = "") -> Result:
+    """The result that `to_json` wrote. `name` is the file's, for messages. Raises FileError."""
+    place = f"{name}: " * bool(name)
+    try:
+        plain = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{place}this is not JSON ({error}); give a file that bncli wrote") from error
+    if not isinstance(plain, dict) or "format_version" not in plain:
+        raise FileError(f"{place}this JSON has no format_version; give a {WHAT[kind]} that bncli wrote")
+    version, readable = plain["format_version"], VERSIONS.get(kind, (RUNS_VERSION,))
+    if version not in readable:
+        newer = isinstance(version, int) and version > readable[-1]
+        advice = "update bncli" if newer else "make it anew with this version"
+        raise FileError(
+            f"{place}format_version is {json.dumps(version)} and this bncli reads "
+            f"{' and '.join(map(str, readable))}; {advice}"
+        )
+    if kind is not Comparison:
+        del plain["format_version"]
+    elif version == 2:
+        plain["format_version"] = COMPARISON_VERSION
+        for part in ("notes", "remarks"):
+            if isinstance(plain.get(part), list):
+                plain[part] = [{"kind": "words", "facts": {"words": words}} for words in plain[part]]
+    try:
+        found = from_plain(kind, plain)
+    except Mismatch as error:
+        raise FileError(f"{place}this is no {WHAT[kind]} as bncli writes it: {error}; make it anew") from error
+    if isinstance(found, Comparison) and not _sound(found):
+        raise FileError(f"{place}its plan and its runs do not belong together; make it anew")
+    return found
+
+
+def _sound(comparison: Comparison) -> bool:
     plan, runs = comparison.plan, comparison.runs
     steps = [run.result.steps_to_target for run in runs if run.result and run.result.steps_to_target is not None]
-    sound = plan.reference in plan.arms and {run.arm for run in runs} <= set(plan.arms) and plan.budget > 0
-    if not sound or min(steps, default=0) < 0:
-        place = f"{name}: " * bool(name)
-        raise RecordError(f"{place}its plan and its runs do not belong together; make it anew")
-    return comparison
-
-
-def begun_to_json(begun: BegunComparison) -> str:
-    return _to_text(begun)
-
-
-def begun_from_json(text: str, name: str = "") -> BegunComparison:
-    """What `begun_to_json` wrote. Raises RecordError."""
-    return _from_text(BegunComparison, text, name)
-
-
-def record_to_json(record: RunRecord) -> str:
-    return _to_text(record)
-
-
-def record_from_json(text: str, name: str = "") -> RunRecord:
-    """The record that `record_to_json` wrote. Raises RecordError."""
-    return _from_text(RunRecord, text, name)
-
-
-def result_to_json(result: RunResult) -> str:
-    return _to_text(result)
-
-
-def result_from_json(text: str, name: str = "") -> RunResult:
-    """The result that `result_to_json` wrote. Raises RecordError."""
-    return _from_text(RunResult, text, name)
+    arms = plan.reference in plan.arms and {run.arm for run in runs} <= set(plan.arms)
+    return arms and plan.budget > 0 and min(steps, default=0) >= 0
 
 
 def event_line(event: Event) -> str:
@@ -95,52 +92,24 @@ def event_line(event: Event) -> str:
     return json.dumps({"event": name, **plain}, allow_nan=False)
 
 
-def _to_text(value: Any) -> str:
-    plain = {"format_version": RUNS_VERSION, **to_plain(value)}
-    return json.dumps(plain, allow_nan=False, indent=1) + "\n"
-
-
-def _from_text(kind: type[Result], text: str, name: str) -> Result:
-    place = f"{name}: " * bool(name)
-    try:
-        plain = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{place}this is not JSON ({error}); give a file that bncli wrote") from error
-    if not isinstance(plain, dict) or "format_version" not in plain:
-        raise RecordError(f"{place}this JSON has no format_version; give a {WHAT[kind]} that bncli wrote")
-    version = plain["format_version"]
-    if version != RUNS_VERSION:
-        newer = isinstance(version, int) and version > RUNS_VERSION
-        advice = "update bncli" if newer else "make it anew with this version"
-        raise RecordError(
-            f"{place}format_version is {json.dumps(version)} and this bncli reads {RUNS_VERSION}; {advice}"
-        )
-    if kind is not Comparison:
-        del plain["format_version"]
-    try:
-        return from_plain(kind, plain)
-    except Mismatch as error:
-        raise RecordError(f"{place}this is no {WHAT[kind]} as bncli writes it: {error}; make it anew") from error
-
-
 # --- files --------------------------------------------------------------------------------------------------------
 
 
 def check_writable(path: Path) -> None:
-    """Raise RecordError now, before any work, for a path that `write_atomically` would refuse."""
+    """Raise FileError now, before any work, for a path that `write_atomically` would refuse."""
     folder = path.parent
     if path.is_dir():
-        raise RecordError(f"{path}: is a folder; give a file's name")
+        raise FileError(f"{path}: is a folder; give a file's name")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         why = "is not writable" if folder.is_dir() else "does not exist"
-        raise RecordError(f"{path}: its folder {folder} {why}")
+        raise FileError(f"{path}: its folder {folder} {why}")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write `path` whole or leave it as it was, also through a kill or a power cut.
 
     A temporary file in the same folder is synced and takes the name's place; it is removed on failure. A link's target
-    is replaced, not the link; what is no plain file (a pipe, /dev/stdout) is written to. Raises RecordError where the
+    is replaced, not the link; what is no plain file (a pipe, /dev/stdout) is written to. Raises FileError where the
     folder is missing or the file may not be written.
     """
     data = content.encode() if isinstance(content, str) else content
@@ -150,7 +119,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         else:
             _replace(Path(os.path.realpath(path)), data)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        raise RecordError(f"{path}: cannot be written ({error.strerror}); give a file in a folder of yours") from error
+        raise FileError(f"{path}: cannot be written ({error.strerror}); give a file in a folder of yours") from error
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -13,19 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO, TypeVar
 
-from bncli.errors import BncliError, RecipeError
-from bncli.report.files import (
-    begun_from_json,
-    begun_to_json,
-    comparison_from_json,
-    event_line,
-    record_from_json,
-    record_to_json,
-    result_from_json,
-    result_to_json,
-    to_json,
-    write_atomically,
-)
+from bncli.errors import OVERWRITE, BncliError, FileError, UsageError
+from bncli.report.files import Result, event_line, from_json, to_json, write_atomically
 from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, RunRecord
 from bncli.results.serialize import to_plain
 from bncli.results.train import Event, RunResult
@@ -52,7 +41,7 @@ class RunFolder:
             self._refuse_what_stands()
 
     def begin(self, recipe_yaml: str) -> None:
-        """Make the folder and write what is about to run. Raises RecipeError where the folder holds a run already."""
+        """Make the folder and write what is about to run. Raises UsageError where the folder holds a run already."""
         if self._dated:
             self.path = _make_dated(self.path)
         else:
@@ -65,13 +54,13 @@ class RunFolder:
 
     def _refuse_what_stands(self) -> None:
         if os.path.lexists(self.path / PLAN):
-            raise RecipeError(f"--out {self.path}: holds a comparison; choose another folder for a run of its own")
+            raise self._refused("holds a comparison; choose another folder for a run of its own")
         there = [name for name in OWN if os.path.lexists(self.path / name)]
         for name in there:
             if not _read(self.path / name, OWN[name]):
-                raise RecipeError(
-                    f"--out {self.path}: {self.path / name} was not written by bncli, or was edited since, and is "
-                    "never written over; choose another folder"
+                raise self._refused(
+                    f"{self.path / name} was not written by bncli, or was edited since, and is never written over; "
+                    "choose another folder"
                 )
         if there and not self._overwrite:
             unfinished = "a run" if RESULT in there else "an unfinished run"
@@ -85,15 +74,18 @@ class RunFolder:
         except FileExistsError:
             raise self._taken("holds a run already") from None
         except OSError as error:
-            raise RecipeError(f"--out {self.path}: cannot be written to: {error.strerror}") from error
+            raise self._refused(f"cannot be written to: {error.strerror}") from error
         file = os.fdopen(number, "w", encoding="utf-8")
         if not _lock(file):
             file.close()
-            raise RecipeError(f"--out {self.path}: another run is writing there; choose another folder")
+            raise self._refused("another run is writing there; choose another folder")
         return file
 
-    def _taken(self, why: str) -> RecipeError:
-        return RecipeError(f"--out {self.path}: {why}; choose another folder or write over it with --force")
+    def _taken(self, why: str) -> UsageError:
+        return self._refused(f"{why}; choose another folder or write over it with {OVERWRITE}")
+
+    def _refused(self, why: str) -> UsageError:
+        return UsageError(why, field="out", value=self.path)
 
     def metrics(self, event: Event) -> None:
         """A sink: the event as a line of metrics.jsonl, there at once for whoever reads along."""
@@ -102,7 +94,7 @@ class RunFolder:
         self._metrics.flush()
 
     def finish(self, result: RunResult) -> None:
-        write_atomically(self.path / RESULT, result_to_json(result))
+        write_atomically(self.path / RESULT, to_json(result))
 
     def __enter__(self) -> RunFolder:
         return self
@@ -130,7 +122,7 @@ def _begins_a_run(text: str) -> bool:
 
 
 def _is_result(text: str) -> bool:
-    return isinstance(result_from_json(text), RunResult)
+    return isinstance(from_json(RunResult, text), RunResult)
 
 
 # The files of a run's folder -> whether their contents are as bncli wrote them.
@@ -155,17 +147,16 @@ class ComparisonFolder:
         try:
             self._lock = os.fdopen(os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT | NO_LINK, 0o666), "w")
         except OSError as error:
-            raise RecipeError(f"--out {self.path}: cannot be written to: {error.strerror}") from error
+            why = f"cannot be written to: {error.strerror}"
+            raise UsageError(why, field="out", value=self.path) from error
         if not _lock(self._lock):
             self._lock.close()
-            raise BncliError(f"{self.path}: another comparison is writing here; wait for it, or choose --out")
+            raise BncliError(f"{self.path}: another comparison is writing here; wait for it, or choose another folder")
         for file, read in ((PLAN, self.begun), (COMPARISON, self.answer)):
             if os.path.lexists(self.path / file) and read() is None:
                 self._lock.close()
-                raise RecipeError(
-                    f"--out {self.path}: {self.path / file} is not as this bncli writes it and is never written over; "
-                    "choose another folder"
-                )
+                why = f"{self.path / file} is not as this bncli writes it and is never written over"
+                raise UsageError(f"{why}; choose another folder", field="out", value=self.path)
         for folder in (self.path / "runs", self.path / "failed"):
             make(folder)
         return self
@@ -180,15 +171,15 @@ class ComparisonFolder:
         """Write down what is about to be done, and forget the runs that failed before."""
         for name in self.failed():
             (self.path / "failed" / f"{name}.json").unlink()
-        write_atomically(self.path / PLAN, begun_to_json(begun))
+        write_atomically(self.path / PLAN, to_json(begun))
 
     def begun(self) -> BegunComparison | None:
         """What the last call set out to do; None where that is not known."""
-        return _read(self.path / PLAN, begun_from_json)
+        return _result(self.path / PLAN, BegunComparison)
 
     def answer(self) -> Comparison | None:
         """The last call's answer; None where there is none."""
-        return _read(self.path / COMPARISON, comparison_from_json)
+        return _result(self.path / COMPARISON, Comparison)
 
     def finished(self) -> dict[str, RunRecord]:
         """The runs that ended, by name. A file that cannot be read is as good as none: its run is done again."""
@@ -199,15 +190,15 @@ class ComparisonFolder:
         return self._records("failed")
 
     def _records(self, folder: str) -> dict[str, RunRecord]:
-        found = {file.stem: _read(file, record_from_json) for file in (self.path / folder).glob("*.json")}
+        found = {file.stem: _result(file, RunRecord) for file in (self.path / folder).glob("*.json")}
         return {name: record for name, record in found.items() if record is not None and name == _name(record)}
 
     def save(self, record: RunRecord) -> None:
         file = self.path / ("runs" if record.result is not None else "failed") / f"{_name(record)}.json"
-        there = _read(file, record_from_json)
+        there = _result(file, RunRecord)
         if os.path.lexists(file) and (there is None or _name(there) != file.stem):
             _keep_beside(file)
-        write_atomically(file, record_to_json(record))
+        write_atomically(file, to_json(record))
 
     def keep_other(self, plan: ComparisonPlan) -> Path | None:
         """Rename an answer to another plan, before this one's is written. Its new name, if there was one."""
@@ -226,6 +217,10 @@ def _name(record: RunRecord) -> str:
     return f"{record.key}-{code}" if record.code else record.key
 
 
+def _result(file: Path, kind: type[Result]) -> Result | None:
+    return _read(file, lambda text: from_json(kind, text))
+
+
 def _read(file: Path, parse: Callable[[str], T]) -> T | None:
     """What a plain file holds; None where it is missing, a link, or not what `parse` reads."""
     with contextlib.suppress(BncliError, OSError, UnicodeDecodeError):
@@ -241,26 +236,25 @@ def _keep_beside(file: Path) -> Path:
 
 
 def load_comparison(path: Path) -> Comparison:
-    """A comparison saved as JSON, or the one in a comparison's folder. Raises RecipeError for anything else."""
+    """A comparison saved as JSON, or the one in a comparison's folder. Raises UsageError for anything else."""
     file = path / COMPARISON if path.is_dir() else path
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise RecipeError(
-            f"--from {path}: {file} cannot be read: {why}; give a JSON file that compare wrote"
-        ) from error
+        message = f"{file} cannot be read: {why}; give a JSON file that compare wrote"
+        raise UsageError(message, field="saved", value=path) from error
     try:
-        return comparison_from_json(text)
+        return from_json(Comparison, text)
     except BncliError as error:
-        raise RecipeError(f"--from {file}: {error}") from error
+        raise UsageError(str(error), field="saved", value=file) from error
 
 
 def make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RecipeError(f"--out {folder}: cannot be made: {error.strerror}") from error
+        raise UsageError(f"cannot be made: {error.strerror}", field="out", value=folder) from error
 
 
 def _make_dated(parent: Path) -> Path:
@@ -275,7 +269,7 @@ def _make_dated(parent: Path) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise RecipeError(f"{path}: cannot be made: {error.strerror}") from error
+            raise FileError(f"{path}: cannot be made: {error.strerror}") from error
         return path
 
 

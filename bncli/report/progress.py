@@ -10,8 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from bncli.results.compare import ComparisonEvent, ComparisonStarted, RunBegan, RunEnded, RunProgressed
-from bncli.results.profile import Measuring, ProfileEvent, ProfileStarted, RowDone
+from bncli.report.profile.notes import error_words
+from bncli.results.compare import ComparisonEvent, ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
+from bncli.results.profile import KernelCost, Measuring, ProfileEvent, ProfileStarted, RowDone
 from bncli.results.train import Evaluated, Event, RunStarted, StepDone
 
 LINE_EVERY_S = 10.0  # off a terminal
@@ -118,10 +119,22 @@ class CompareProgress(_Sink):
         elif isinstance(event, RunEnded):
             self.planned = event.planned
             self.bar.update(self.all, completed=event.done, total=event.planned, note="")
-            failed = event.outcome.startswith("failed")
-            self.line(f"{event.done}/{self.planned} {event.label}: {event.outcome}", failed)
+            failed, outcome = event.record.result is None, _outcome(event.record)
+            self.line(f"{event.done}/{self.planned} {event.label}: {outcome}", failed)
             if failed and self.live:
-                self.console.print(f"{event.label}: {event.outcome}", markup=False, soft_wrap=True)
+                self.console.print(f"{event.label}: {outcome}", markup=False, soft_wrap=True)
+
+
+def _outcome(record: RunRecord) -> str:
+    """How a run of a comparison ended."""
+    result = record.result
+    if result is None:
+        return f"failed: {record.failure}"
+    if result.steps_to_target is not None:
+        return f"target after {result.steps_to_target:,.0f} steps"
+    if result.first_hit is not None and result.reason is None:
+        return f"at the target at step {result.first_hit:,}, not settled in {result.steps_run:,} steps"
+    return result.reason or f"target not reached in {result.steps_run:,} steps"
 
 
 class ProfileProgress(_Sink):
@@ -151,9 +164,10 @@ class ProfileProgress(_Sink):
             self.line(f"{self.done}/{self.planned} rows, {self.fraction:.0%}{self._left()}: {event.label}")
         elif isinstance(event, RowDone):
             self.done += 1
-            if getattr(event.row, "wrong", False):
+            if event.row.wrong:
                 row = event.row
-                self.line(f"{self.done}/{self.planned} {row.kernel}: wrong: {row.error}", True)
+                wrong = "wrong: " * isinstance(row, KernelCost)
+                self.line(f"{self.done}/{self.planned} {row.kernel}: {wrong}{error_words(row)}", True)
 
     def _longer(self, least_s: float) -> str:
         """How long it takes where that is more than was asked for, beyond what such an estimate is off by."""

@@ -1,9 +1,14 @@
-"""The results as rich tables, each laid out to fit the width that it is given."""
+"""Tables for the terminal, each laid out to fit the width that it is given.
+
+`table` and `listing` are rich's own; `Ruled` is a table whose figures stand with their decimal points below each other,
+with headings and messages across columns, which rich's own cannot do. Its look (a rule below a bold header, two blanks
+between columns) is kept.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from rich import box
 from rich.cells import cell_len
@@ -12,33 +17,16 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from bncli.report.compare.curves import sketch
-from bncli.report.compare.tuning import tuning_columns, tuning_notes
-from bncli.report.text import (
-    UNKNOWN,
-    Cell,
-    Column,
-    comparison_columns,
-    cost_columns,
-    encodable,
-    environment_words,
-    figure,
-    footnotes,
-    header_words,
-    metric_figure,
-    setting,
-    subtitle,
-    target_columns,
-    target_words,
-    title,
-)
-from bncli.results.compare import Comparison
-from bncli.results.train import RunResult, most_steps_to_target
+from bncli.report.text import Cell, Column, encodable, header_words, in_encoding
 
 UNBOUNDED = 10_000  # columns: wider than any table
 NAME_WIDTH = 14  # columns that an arm's name is given at the least, where it needs them; the rest wraps
-SKETCH_WIDTH = 100  # columns at the most
+GAP = "  "
+LEAST_ROOM = 12  # columns for a bar; fewer show nothing
+LONGEST_BAR = 40
+LEAST_MESSAGE = 24  # columns for a message beside its row; with fewer it stands below it
 Layout = Callable[[str], RenderableType]  # given the output's encoding
+Bar = Callable[[int, int], Text]  # of a row, in so many columns
 
 
 @dataclass(frozen=True)
@@ -66,146 +54,12 @@ class Fitted:
             yield Text(encodable(note, encoding), "dim")
 
 
-def comparison_table(comparison: Comparison) -> RenderableType:
-    """An arm a row: best grid values, hits, steps to target, times fewer than the reference, best metric, cost.
-
-    On a wide terminal each interval stands beside its figure and further columns appear; in 80 columns it stands below.
-    """
-    columns = comparison_columns(comparison)
-    short = [column for column in columns if not column.extra]
-    layouts: list[Layout] = [
-        lambda encoding: _table(columns, False, encoding, wrap=False),
-        lambda encoding: _table(short, False, encoding, wrap=False),
-        lambda encoding: _table(short, True, encoding),
-        lambda encoding: _table(_grid_under_arm(short), True, encoding),
-        lambda encoding: _list(short, encoding),
-    ]
-    return Fitted(title(comparison), subtitle(comparison.plan), layouts, footnotes(comparison))
+# --- rich's own tables --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Report:
-    """All that `bncli compare` shows: the table, the sketch of the curves and the tuning runs below each other."""
-
-    comparison: Comparison
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield comparison_table(self.comparison)
-        yield ""
-        yield side_table(
-            f"{self.comparison.plan.name}: what it costs to reach the target", cost_columns(self.comparison)
-        )
-        if self.comparison.plan.also:
-            yield side_table(f"{self.comparison.plan.name}: steps to each target", target_columns(self.comparison))
-        yield sketch(self.comparison, min(options.max_width, SKETCH_WIDTH), encoding=options.encoding)
-        if self.comparison.plan.grid and self.comparison.plan.tune_seeds:
-            yield tuning_table(self.comparison)
-
-
-def side_table(heading: str, columns: list[Column]) -> RenderableType:
-    """A smaller table below the comparison's own."""
-    layouts: list[Layout] = [
-        lambda encoding: _table(columns, False, encoding, wrap=False),
-        lambda encoding: _table(columns, True, encoding),
-        lambda encoding: _list(columns, encoding),
-    ]
-    return Fitted(heading, "", layouts, ())
-
-
-def comparison_report(comparison: Comparison) -> RenderableType:
-    """The table, below it the sketch of the curves, and how the arms did over the grid."""
-    return Report(comparison)
-
-
-def tuning_table(comparison: Comparison) -> RenderableType:
-    """Arms down, grid values across: steps and hits over the tuning seeds, and times fewer at the same value below."""
-    columns = tuning_columns(comparison)
-    if not columns:
-        return Text("Nothing was tuned: the recipe has no grid.")
-    values = columns[1:]
-
-    def blocks(size: int) -> Layout:
-        parts = [[columns[0], *values[i : i + size]] for i in range(0, len(values), size)]
-        return lambda encoding: _stacked([_table(part, True, encoding) for part in parts])
-
-    layouts = [blocks(size) for size in range(len(values), 0, -1)]
-    return Fitted(f"{comparison.plan.name}: tuning runs", "", layouts, tuning_notes(comparison))
-
-
-def run_table(result: RunResult, name: str) -> RenderableType:
-    """One run, for the end of `bncli train`: a figure a line, with its unit."""
-    metric = result.target.metric if result.target else "accuracy"
-    hit = f"{figure(result.first_hit)} (the first evaluation at or past the target)"
-    most = figure(most_steps_to_target(result.budget))
-
-    def steps(found: float | None) -> str:
-        missed = found is None and result.status == "budget"
-        return f"> {most}, as many as the budget can show" if missed else figure(found)
-
-    speed = f"{figure(result.samples_per_s)} samples/s, {figure(result.ms_per_step)} ms/step"
-    rows = [
-        ("status", _status(result)),
-        ("steps run", f"{figure(result.steps_run)} of {figure(result.budget)}"),
-        ("steps to target", steps(result.steps_to_target)),
-        ("first hit", hit if result.first_hit is not None else UNKNOWN),
-        *((f"steps to {setting(each.target.value)}", steps(each.steps)) for each in result.also),
-        (f"final {metric}", metric_figure(result.final, metric)),
-        (f"best {metric}", metric_figure(result.best, metric)),
-        ("throughput", f"{speed} (training alone)"),
-        ("time", f"{figure(result.training_s)} s training, {figure(result.evaluation_s)} s evaluating"),
-        ("peak memory", _memory(result)),
-        ("parameters", figure(result.parameters)),
-    ]
-    if result.target is None:
-        rows = [row for row in rows if row[0] not in ("steps to target", "first hit")]
-
-    def layout(encoding: str) -> RenderableType:
-        table = Table.grid(padding=(0, 2))
-        for row in rows:
-            table.add_row(
-                *(Text(encodable(part, encoding), style) for part, style in zip(row, ("", "bold"), strict=True))
-            )
-        return table
-
-    return Fitted(name, "", [layout], [f"Made on {environment_words(result.environment)}."])
-
-
-def _memory(result: RunResult) -> str:
-    found = ((result.peak_memory_mib, "training"), (result.evaluation_peak_memory_mib, "evaluating"))
-    return ", ".join(f"{figure(peak)} MiB {phase}" for peak, phase in found if peak is not None) or UNKNOWN
-
-
-def _status(result: RunResult) -> str:
-    if result.status == "diverged":
-        return f"diverged: {result.reason or 'the loss stopped being finite'}"
-    if result.status == "interrupted":
-        return "interrupted before its end"
-    target = f"its target {target_words(result.target)}" if result.target else "no target set"
-    if result.status == "reached":
-        return f"reached {target}"
-    if result.target is None:
-        return "used up its budget, no target set"
-    if result.steps_to_target is not None:
-        return f"used up its budget after it reached {target}"
-    if result.first_hit is not None:
-        return f"used up its budget before the steps to {target} were settled"
-    return f"used up its budget without reaching {target}"
-
-
-# --- layouts ------------------------------------------------------------------------------------------------------
-
-
-def _text(cell: Cell, column: Column, apart: bool, encoding: str) -> Text:
-    text = Text(encodable(cell[0], encoding), "bold" if column.words or column.header[0] == "times" else "")
-    if cell[1]:
-        aside = encodable(cell[1], encoding)
-        text.append(f"\n{aside}" if apart else f" ({aside})", "not bold dim")
-    return text
-
-
-def _table(columns: list[Column], apart: bool, encoding: str, *, wrap: bool = True) -> Table:
+def table(columns: list[Column], apart: bool, encoding: str, *, wrap: bool = True) -> Table:
     """A row an arm; `apart` puts a cell's second part on a line of its own; `wrap` lets words, not figures, wrap."""
-    table = Table(
+    drawn = Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
@@ -216,9 +70,9 @@ def _table(columns: list[Column], apart: bool, encoding: str, *, wrap: bool = Tr
     made = []
     for column in columns:
         header = "\n".join(filter(None, column.header)) if apart else header_words(column)
-        cells = [_text(cell, column, apart, encoding) for cell in column.cells]
+        cells = [_cell_text(cell, column, apart, encoding) for cell in column.cells]
         width = max(cell_len(line) for text in (header, *map(str, cells)) for line in text.split("\n"))
-        table.add_column(
+        drawn.add_column(
             header,
             justify="left" if column.words else "right",
             no_wrap=not (wrap and column.words),
@@ -227,33 +81,184 @@ def _table(columns: list[Column], apart: bool, encoding: str, *, wrap: bool = Tr
         )
         made.append(cells)
     for row in zip(*made, strict=True):
-        table.add_row(*row)
-    return table
+        drawn.add_row(*row)
+    return drawn
 
 
-def _grid_under_arm(columns: list[Column]) -> list[Column]:
-    """The same columns with the grid's values as the arm's second line: for narrow screens and several fields."""
-    names = columns[0].cells
-    grid = [column for column in columns if column.grid]
-    asides = [", ".join(f"{c.header[0]} {' '.join(filter(None, c.cells[i]))}" for c in grid) for i in range(len(names))]
-    arms = replace(columns[0], cells=tuple((name, aside) for (name, _), aside in zip(names, asides, strict=True)))
-    return [arms, *(column for column in columns[1:] if not column.grid)]
+def _cell_text(cell: Cell, column: Column, apart: bool, encoding: str) -> Text:
+    text = Text(encodable(cell[0], encoding), "bold" if column.words or column.header[0] == "times" else "")
+    if cell[1]:
+        aside = encodable(cell[1], encoding)
+        text.append(f"\n{aside}" if apart else f" ({aside})", "not bold dim")
+    return text
 
 
-def _list(columns: list[Column], encoding: str) -> Table:
+def listing(columns: list[Column], encoding: str) -> Table:
     """A line a figure, arm after arm: what is left where no table fits."""
     table = Table.grid(padding=(0, 1))
     for row in zip(*(column.cells for column in columns), strict=True):
         for cell, column in zip(row, columns, strict=True):
-            table.add_row(header_words(column), _text(cell, column, False, encoding))
+            table.add_row(header_words(column), _cell_text(cell, column, False, encoding))
         table.add_row("", "")
     return table
 
 
-def _stacked(tables: list[Table]) -> Table:
+def stacked(tables: list[Table]) -> Table:
     """Tables one below the other, as one that measures as wide as the widest."""
     stack = Table.grid()
     for index, table in enumerate(tables):
         stack.add_row("") if index else None
         stack.add_row(table)
     return stack
+
+
+# --- figures in line ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """How a row stands: below a heading, in a style, or with a message in place of its figures."""
+
+    heading: str = ""
+    style: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Ruled:
+    """Columns of cells, a Line for each row, styles of cells by (row, column), a bar after each row and its key."""
+
+    columns: Sequence[Column]
+    lines: Sequence[Line]
+    encoding: str
+    styles: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    bar: Bar | None = None
+    key: Text | None = None
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        width = sum(self._widths()) + len(GAP) * (len(self.columns) - 1)
+        return Measurement(width, width)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        shown, widths = [self._shown(column) for column in self.columns], self._widths()
+        width = self.__rich_measure__(console, options).maximum
+        room = min(LONGEST_BAR, options.max_width - width - len(GAP))
+        for part in range(2):
+            if any(column.header[part] for column in self.columns):
+                yield self._flush(self._header(part, widths), "bold")
+        yield Text(encodable("─", self.encoding).replace("?", "-") * width, no_wrap=True, overflow="ignore")
+        for index, line in enumerate(self.lines):
+            if line.heading:
+                yield "" if index else Text("", end="")
+                yield Text(encodable(line.heading, self.encoding), "bold")
+            if line.message:
+                yield from self._message(index, [cells[index] for cells in shown], widths, console, options)
+            else:
+                text = self._row(index, [cells[index] for cells in shown], widths)
+                if self.bar and room >= LEAST_ROOM:
+                    text = Text.assemble(text, GAP, self.bar(index, room))
+                text.rstrip()
+                yield text
+        if self.bar and self.key and room >= LEAST_ROOM:
+            yield ""
+            yield self.key
+
+    def _header(self, part: int, widths: Sequence[int]) -> Iterator[str]:
+        """One of the header's two lines: flush left over words and over figures with an aside, else flush right."""
+        for column, width in zip(self.columns, widths, strict=True):
+            left = column.words or any(aside for _, aside in column.cells)
+            words = encodable(column.header[part], self.encoding)
+            yield words.ljust(width) if left else words.rjust(width)
+
+    def _flush(self, parts: Iterator[str], style: str) -> Text:
+        return Text(GAP.join(parts).rstrip(), style, no_wrap=True, overflow="ignore")
+
+    def _row(self, index: int, cells: Sequence[Cell], widths: Sequence[int]) -> Text:
+        text = Text(style=self.lines[index].style, no_wrap=True, overflow="ignore")
+        for place, ((main, aside), width) in enumerate(zip(cells, widths, strict=True)):
+            text.append(GAP if place else "")
+            text.append(main, self.styles.get((index, place), ""))
+            text.append(aside, "not bold dim")
+            text.append(" " * (width - cell_len(main + aside)))
+        return text
+
+    def _message(
+        self, index: int, cells: Sequence[Cell], widths: Sequence[int], console: Console, options: ConsoleOptions
+    ) -> Iterator[Text]:
+        """The row's words, then its message to the end of the output, with further lines below its first."""
+        words = next((place for place, column in enumerate(self.columns) if not column.words), len(self.columns))
+        lead = self._row(index, cells[:words], widths[:words])
+        lead.append(GAP)
+        message = Text(encodable(self.lines[index].message, self.encoding), "red")
+        indent = len(lead)
+        if options.max_width - indent < LEAST_MESSAGE:
+            yield lead
+            lead, indent = Text(GAP * 2), len(GAP) * 2
+        for place, part in enumerate(message.wrap(console, max(1, options.max_width - indent))):
+            part.rstrip()
+            yield Text.assemble(Text(" " * indent) if place else lead, part)
+
+    def _shown(self, column: Column) -> list[Cell]:
+        """Its cells in characters that the output has; figures padded so that points and asides stand in line."""
+        cells = [(in_encoding(main, self.encoding), in_encoding(aside, self.encoding)) for main, aside in column.cells]
+        cells = [
+            ("", "") if line.message and not column.words else cell
+            for cell, line in zip(cells, self.lines, strict=True)
+        ]
+        if column.words:
+            return cells
+        parts = [(whole, point + rest) for whole, point, rest in (main.partition(".") for main, _ in cells)]
+        whole, rest = (max((len(part[side]) for part in parts), default=0) for side in (0, 1))
+        asides = max((len(aside) for _, aside in cells), default=0)
+        mains = [left.rjust(whole) + right.ljust(rest) for left, right in parts]
+        least = 0 if asides else max(len(in_encoding(words, self.encoding)) for words in column.header)
+        return [
+            (main.rjust(least), f" {aside}".ljust(asides + 1) if asides else "")
+            for main, (_, aside) in zip(mains, cells, strict=True)
+        ]
+
+    def _widths(self) -> list[int]:
+        return [
+            max(cell_len(text) for text in (*(encodable(part, self.encoding) for part in column.header), *cells))
+            for column, cells in ((c, [main + aside for main, aside in self._shown(c)]) for c in self.columns)
+        ]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The same rows with a line for each figure: what is left where no table fits."""
+
+    columns: Sequence[Column]
+    lines: Sequence[Line]
+    encoding: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        headers = [header_words(column) for column in self.columns]
+        width = max(map(len, headers))
+        for index, line in enumerate(self.lines):
+            if line.heading:
+                yield Text(encodable(line.heading, self.encoding), "bold")
+            for header, column in zip(headers, self.columns, strict=True):
+                if column.words or not line.message:
+                    words = " ".join(filter(None, column.cells[index]))
+                    yield Text(f"{header.ljust(width)}{GAP}{in_encoding(words, self.encoding)}", line.style)
+            if line.message:
+                yield Text(encodable(line.message, self.encoding), "red")
+            yield ""
+
+
+@dataclass(frozen=True)
+class Dashed:
+    """A heading with sentences below it, a dash before each; nothing where there are none."""
+
+    heading: str
+    entries: Sequence[str]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self.heading and self.entries:
+            yield Text(encodable(self.heading, options.encoding), "dim")
+        for entry in self.entries:
+            words = Text(encodable(entry, options.encoding)).wrap(console, max(1, options.max_width - len(GAP)))
+            for place, part in enumerate(words):
+                part.rstrip()
+                yield Text.assemble(" " * len(GAP) if place else "- ", part)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bncli.results.environment import RUNS_VERSION, Interval
+from bncli.results.environment import COMPARISON_VERSION, Interval
 from bncli.results.train import RunResult, Target, most_steps_to_target
 
 Phase = Literal["tune", "report"]
@@ -117,6 +117,27 @@ class ArmSummary:
     thinned: float | None = None  # the ratio from every second evaluation, a mean of both halves
 
 
+NoteKind = Literal[
+    "unfinished", "no hit", "at edge", "held before training", "few steps", "few evaluations", "failed", "diverged",
+    "every second evaluation", "few seeds", "same recipe", "not told apart", "common seeds", "no interval", "hits",
+    "arms differ", "machines", "runs at a time", "paper", "not reused", "earlier code", "earlier answer",
+    "other threads", "words",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a reader must know before quoting the table. Its sentence is made in `report.compare.notes`."""
+
+    kind: NoteKind  # "words": a sentence of an earlier format
+    arm: str | None = None  # that it is about; None: all of them, or those in facts
+    facts: dict[str, Any] = field(default_factory=dict)  # the numbers and names of its sentence, as plain JSON data
+
+    @staticmethod
+    def of(kind: NoteKind, arm: str | None = None, **facts: Any) -> Note:
+        return Note(kind, arm, facts)
+
+
 @dataclass(frozen=True)
 class ComparisonPlan:
     """What a comparison asked for, without the recipes themselves: enough to make the table again from the runs."""
@@ -142,16 +163,16 @@ class ComparisonPlan:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The answer to "how many times fewer steps?": the plan, a row an arm, remarks, and every run that it rests on."""
+    """The answer to "how many times fewer steps?": the plan, a row an arm, notes, and every run that it rests on."""
 
     plan: ComparisonPlan
     arms: tuple[ArmSummary, ...]
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]  # the most important first
     runs: tuple[RunRecord, ...]
     planned_runs: int
-    format_version: int = RUNS_VERSION
+    format_version: int = COMPARISON_VERSION
     threads: int | None = None  # with which the cost columns were made; None: whatever each run had
-    remarks: tuple[str, ...] = ()  # how it was made, as said in notes too: runs not reused, an answer kept beside
+    remarks: tuple[Note, ...] = ()  # those of the notes that say how it was made, which its runs do not tell
 
     def results_of(self, arm: ArmSummary) -> list[RunResult]:
         """The runs that an arm's row rests on: those at its best point that ended by themselves."""
@@ -199,8 +220,8 @@ class RunEnded:
     worker: int
     label: str
     done: int
-    outcome: str
     planned: int  # grows when an arm keeps several points of the grid
+    record: RunRecord
 
 
 ComparisonEvent = ComparisonStarted | RunBegan | RunProgressed | RunEnded
@@ -224,7 +245,10 @@ class PlannedArm:
 
 @dataclass(frozen=True)
 class Planned:
-    """The outcome of a dry run. runs, steps_at_most: if each arm keeps a single point of the grid."""
+    """The outcome of a dry run. runs, steps_at_most: if each arm keeps a single point of the grid.
+
+    available_memory_mib: of this machine, on the CPU's side, at the time of the dry run.
+    """
 
     name: str
     fields: tuple[tuple[str, Any, str], ...]  # of the base run: dotted field, value, and where the value came from
@@ -232,3 +256,4 @@ class Planned:
     grid: dict[str, tuple[Any, ...]]
     runs: int
     steps_at_most: int
+    available_memory_mib: float | None = None

@@ -7,15 +7,15 @@ side by side, and their ratio is one of round k.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from bncli.results.environment import FORMAT_VERSION, Environment, Interval
+from bncli.results.environment import PROFILE_VERSION, Environment, Interval
 from bncli.results.finding import Finding
 
 Direction = Literal["forward", "backward", "both"]
+Mode = Literal["training", "evaluation"]
 Verdict = Literal["ok", "regressed", "cannot tell"]
-
 
 SHARED = 0.1  # of the largest copy's GB/s: on idle cores a small copy, cold, has half or more; waiting threads take ms
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
@@ -48,8 +48,8 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Faster:
-    """How many times faster than the native kernel: the median of the rounds' ratios, above 1 is faster."""
+class Speedup:
+    """Native's time over a kernel's: the median of the rounds' ratios; above 1 the kernel is faster than native."""
 
     value: float
     interval: Interval  # of the median, from order statistics: it supposes no distribution
@@ -65,6 +65,25 @@ class Times:
 
 
 @dataclass(frozen=True)
+class KernelRow:
+    """What makes a row of the kernel view the same row in another run."""
+
+    case: Case
+    kernel: str
+
+    @property
+    def words(self) -> tuple[str, str, str]:
+        """All of the case but its shape, the shape, and the kernel."""
+        case = self.case
+        words = [case.operation, case.dtype, case.layout, "" if case.training else "evaluation"]
+        words += ["" if case.affine == "wide" else f"affine={case.affine}", "" if case.tracked else "untracked"]
+        return " ".join(filter(None, words)), "x".join(map(str, case.shape)), self.kernel
+
+    def __str__(self) -> str:
+        return ", ".join(self.words)
+
+
+@dataclass(frozen=True)
 class KernelCost:
     """A row of the kernel view. There are no times where `error` tells why."""
 
@@ -75,7 +94,7 @@ class KernelCost:
     forward: Times | None = None
     backward: Times | None = None
     both: Times | None = None
-    faster: Faster | None = None  # of both directions; None for native itself, and without native in the run
+    faster: Speedup | None = None  # of both directions; None for native itself, and without native in the run
     peak_memory_mib: float | None = None  # of forward and backward, beyond the inputs
     saved_mib: float | None = None  # kept for backward: the storages of its saved tensors, each once
     error: str | None = None
@@ -83,6 +102,10 @@ class KernelCost:
     finding: Finding | None = None  # the wrong result
     wrong_case: str | None = None  # the identifier of the small case that gives it; None: this row's own case
     judged_on_cases: bool = True  # False: on this row's case alone, since a compilation for each would take minutes
+
+    @property
+    def key(self) -> KernelRow:
+        return KernelRow(self.case, self.kernel)
 
 
 @dataclass(frozen=True)
@@ -94,7 +117,7 @@ class KernelMean:
     dtype: str
     layout: str
     shapes: int
-    faster: Faster
+    faster: Speedup
     least: float  # of the shapes' own values
     least_shape: tuple[int, ...]
 
@@ -117,6 +140,39 @@ class Ceilings:
         return bool(self.copies) and self.copies[0][1] < SHARED * self.copy_gb_per_s
 
 
+NoteKind = Literal[
+    # Of the kernel view.
+    "channels sampled",  # cases that ran whole, and were judged on some of their channels
+    "peak needs compilation",  # kernel: a fresh process would have to compile it again
+    "peak unknown",  # kernel, cases, reason
+    "few rounds",  # cases: fewer than `count`, which an interval takes
+    "compilation",  # kernel: `seconds`, which are in no row
+    "host bound",  # in `count` samples of `of` the device waited for the host
+    # Of the step view, each of an arm.
+    "same work",  # others: the arms whose step takes the same work
+    "model compiled",  # what torch.compile fused is other in the classes of time
+    "random data",  # trained on random numbers
+    "memory unknown",  # kernel, reason
+    "norms not watched",  # reason
+    "norms watched",  # for `count` training steps; `of`: those after which running statistics are judged
+]
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a reader of the figures must know; the fields that its kind names are set."""
+
+    kind: NoteKind
+    kernel: str | None = None
+    cases: tuple[Case, ...] = ()
+    arm: str | None = None
+    others: tuple[str, ...] = ()
+    count: int | None = None
+    of: int | None = None
+    seconds: float | None = None
+    reason: str | None = None  # an error's own text
+
+
 @dataclass(frozen=True)
 class KernelProfile:
     environment: Environment
@@ -125,9 +181,14 @@ class KernelProfile:
     ceilings: Ceilings
     rows: tuple[KernelCost, ...]
     means: tuple[KernelMean, ...]
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
     planned: int  # rows; fewer than that are there where it was interrupted
-    format_version: int = FORMAT_VERSION
+    format_version: int = PROFILE_VERSION
+
+    @property
+    def cores_shared(self) -> bool:
+        """Whether other programs used a CPU's cores meanwhile; a GPU's small copies are bound by their launches."""
+        return self.environment.device == "cpu" and self.ceilings.cores_shared
 
 
 # --- the step view ------------------------------------------------------------------------------------------------
@@ -147,30 +208,96 @@ class StepMemory:
 
 
 @dataclass(frozen=True)
+class NormLayers:
+    """Norm layers of a model that are alike.
+
+    kind: "batch norm", or the class of another norm of torch. kernel: of a batch norm. converted: whether the model
+    went through `bncli.convert`; then `calls` has the operations that follow the norm in one call, for each different
+    call, and is empty for a norm that was left as it was.
+    """
+
+    kind: str
+    count: int
+    kernel: str | None = None
+    converted: bool = False
+    calls: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class StepDifference:
+    """What of a training step is farthest off the native kernel's step, as a relative error in the 2-norm."""
+
+    kind: Literal["loss", "gradient", "running statistic"]
+    tensor: str  # qualified name of a parameter or a buffer; empty for the loss
+    more: int  # further tensors that are off
+    error: float
+    allowed: float
+    in_float64: bool  # whether both steps were taken in float64, or in the recipe's precision
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """What makes a row of the step view the same row in another run."""
+
+    arm: str
+    mode: Mode
+    kernel: str | None
+
+    @property
+    def words(self) -> tuple[str, str, str]:
+        return self.arm, self.mode, str(self.kernel)
+
+    def __str__(self) -> str:
+        return ", ".join(self.words)
+
+
+@dataclass(frozen=True)
 class StepCost:
     """A row of the step view: one model with one kernel, training or evaluation."""
 
     arm: str
     kernel: str | None  # None: the model has no batch norm to choose a kernel for
-    mode: Literal["training", "evaluation"]
+    mode: Mode
     batch_size: int
     samples_ms: tuple[float, ...]  # a step each; in evaluation a forward pass of one batch
     shares_ms: dict[str, float]  # one of STEP_CLASSES -> ms of a step, from a profiled pass apart, scaled to the median
     memory: StepMemory | None  # None in evaluation
-    faster: Faster | None  # over the same arm and mode with the native kernel
-    norms: str | None  # what the norm layers are: how many, how many fused, with what
+    faster: Speedup | None  # over the same arm and mode with the native kernel
+    norms: tuple[NormLayers, ...]
     error: str | None = None
     wrong: bool = False  # whether the error is a wrong result, not something that is missing here
+    difference: StepDifference | None = None  # the wrong result
+
+    @property
+    def key(self) -> StepRow:
+        return StepRow(self.arm, self.mode, self.kernel)
+
+
+RemarkKind = Literal[  # with the figures that it has
+    "one value",  # a channel, so that nothing is left of the input
+    "constant channels",  # channels, of_channels; eps
+    "large mean",  # channels, of_channels; deviations: the largest; limit: beyond which digits of the variance are lost
+    "cumulative average",  # no momentum
+    "short half-life",  # momentum, half_life_steps
+    "long half-life",  # momentum, half_life_steps, and where it is known budget_steps and kept: the share of the start
+    "running mean off",  # channels, of_channels; steps; deviations: the largest
+    "bias without effect",  # source: the layer with the bias; parameters
+    "last batch of one",  # raises: 1 where torch refuses that batch, else 0
+]
 
 
 @dataclass(frozen=True)
 class NormRemark:
-    """Something that a norm layer suffers from, with what to do about it."""
+    """Something wrong with norm layers of a model, quoted from the layer where it is worst."""
 
     arm: str
-    layer: str  # its qualified name in the model; several layers: the first, and how many more
-    finding: str
-    advice: str
+    kind: RemarkKind
+    layer: str  # its qualified name; empty where the model itself is the norm
+    more_layers: int = 0  # with the same
+    figures: dict[str, float] = field(default_factory=dict)
+    channels: tuple[int, ...] = ()
+    dtype: str | None = None  # of the input
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -180,9 +307,13 @@ class StepProfile:
     seconds: float
     rows: tuple[StepCost, ...]
     remarks: tuple[NormRemark, ...]
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
     planned: int
-    format_version: int = FORMAT_VERSION
+    format_version: int = PROFILE_VERSION
+
+
+Profile = KernelProfile | StepProfile
+Row = KernelRow | StepRow
 
 
 # --- held to a baseline -------------------------------------------------------------------------------------------
@@ -195,9 +326,9 @@ class Change:
     slower: how many times slower than in the baseline, relative to native; its interval from the ends of both.
     """
 
-    name: str
-    now: Faster
-    baseline: Faster
+    row: Row
+    now: Speedup
+    baseline: Speedup
     slower: float
     interval: Interval
     verdict: Verdict
@@ -207,11 +338,11 @@ class Change:
 class Gate:
     fail_above: float
     changes: tuple[Change, ...]
-    only_now: tuple[str, ...]  # rows without a counterpart in the baseline
-    only_baseline: tuple[str, ...]
+    only_now: tuple[Row, ...]  # rows without a counterpart in the baseline
+    only_baseline: tuple[Row, ...]
     strict: bool = False  # what it cannot tell fails too
-    disturbed: tuple[str, ...] = ()  # of "this run" and "the baseline"; then no row is called regressed
-    format_version: int = FORMAT_VERSION
+    disturbed: tuple[Literal["this run", "the baseline"], ...] = ()  # where there are any, no row is called regressed
+    format_version: int = PROFILE_VERSION
 
     @property
     def regressed(self) -> bool:

@@ -82,7 +82,7 @@ class RunResult:
     steps_run: int
     budget: int
     target: Target | None
-    steps_to_target: float | None  # the optimizer steps spent below the target (engine.steps); None for a miss
+    steps_to_target: float | None  # the optimizer steps spent below the target (engine.target); None for a miss
     first_hit: int | None  # the first evaluation at or past the target, as it is
     final: float | None  # the target's metric (accuracy without a target) at the last evaluation
     best: float | None

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from bncli.engine.train.target import evaluation_steps
+from bncli.engine.target import evaluation_steps
 from bncli.recipe.sections import LogSpaced
 
 Floats = npt.NDArray[np.float64]

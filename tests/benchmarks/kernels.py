@@ -12,7 +12,7 @@ On a GPU: beside eager native and torch.compile(native), medians with quartiles,
 sweep over a CSV file (n, c, spatial, calls). On a fresh machine, where every kernel is yet to be compiled, give
 `--sections correctness`, `--sections copy,layers` and `--sections copy,small,resnet` a run each. The GPU's sections run
 on a CPU too, on small shapes, where they only show that they work: with `--candidate seam`, native behind the kernels'
-seam, or, under TRITON_INTERPRET=1, the GPU's kernel in Triton's interpreter, which is checked and never timed.
+contract, or `fused-interpreted`, the GPU's kernel in Triton's interpreter, which is checked and never timed.
 
 Exits 1 if anything was wrong (or a target missed under --require-targets), 2 for a wrong option, 3 where the kernel
 cannot run.
@@ -38,6 +38,7 @@ from bncli.engine import device as devices
 from bncli.measure.profile.shapes import Calls, read_csv
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing.clock import Clock, Deadline
+from bncli.names import GRADCHECK_KERNELS
 from tests.benchmarks import (
     kernels_correctness,
     kernels_cpu_large,
@@ -59,6 +60,7 @@ CPU_SHARES = {"correctness": 0.10, "layers": 0.56, "small": 0.04, "resnet20": 0.
 BUDGET_S = 520.0
 # In full, and quick.
 CPU_BUDGET_S = (345.0, 60.0)
+CANDIDATES = ("fused", "fused-interpreted", "seam")
 ROUNDS, CPU_ROUNDS, DRY_ROUNDS = (15, 7), (30, 9), (3, 3)
 BUSY_CORES = 0.1  # that other programs use, above which times mean less
 GRACE_S = 45.0  # past the budget, after which the run ends itself: a hang in a timed kernel
@@ -73,7 +75,11 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         default="",
         help=f"on a CPU some of {','.join(CPU_SHARES)}; on a GPU of {','.join(SHARES)}, sweep with --shapes; all",
     )
-    parser.add_argument("--candidate", choices=["fused", "seam"], help="what is held to native; seam: native itself")
+    parser.add_argument(
+        "--candidate",
+        choices=CANDIDATES,
+        help="what is held to native; seam: native itself",
+    )
     parser.add_argument("--quick", action="store_true", help="a sample of the cases, fewer rounds")
     parser.add_argument("--budget-s", type=float, help="time for the whole run, which says what it cut off")
     parser.add_argument("--jobs", type=int, help="processes that check; 0: this one")
@@ -113,13 +119,10 @@ class Candidate:
 
 def candidate_of(options: argparse.Namespace, device: torch.device) -> Candidate:
     """What is held to native. Raises Unavailable where it cannot run, RecipeError for an interpreter on a GPU."""
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-    if interpreted and device.type == "cuda":
-        raise errors.RecipeError("TRITON_INTERPRET is set: unset it to run on the GPU, or use --device cpu")
     name = options.candidate or "fused"
-    if name == "fused":
-        kernels.get("fused", device)
-    return Candidate(name, interpreted and name == "fused")
+    if name in GRADCHECK_KERNELS:
+        kernels.get(name, device)
+    return Candidate(name, name == "fused-interpreted")
 
 
 def clock_of(device: torch.device, in_c: bool) -> Clock:

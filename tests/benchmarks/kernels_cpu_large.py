@@ -19,7 +19,7 @@ from bncli.measure.reference import case as cases
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing import speedup
 from bncli.measure.timing.clock import Deadline, Work
-from bncli.results.profile import Case, Direction, Faster
+from bncli.results.profile import Case, Direction, Speedup
 from tests.benchmarks import kernels_environment as environment
 from tests.benchmarks.kernels_check import Check
 from tests.benchmarks.kernels_cpu_layers import LAYOUTS
@@ -118,7 +118,7 @@ def _one_case(run: Run, case: Case, deadline: Deadline) -> None:
         _report(run, case, kept, moved_bytes, "kept memory", page_faults(works["both"]))
 
 
-def shares(case: Case, direction: Direction, samples: Mapping[str, tuple[float, ...]], moved_bytes: int) -> Faster:
+def shares(case: Case, direction: Direction, samples: Mapping[str, tuple[float, ...]], moved_bytes: int) -> Speedup:
     """The floor's bytes a second over a copy's, round by round: 1 is the copy's own speed."""
     floor = cases.floor_bytes(case, direction) / moved_bytes
     return speedup.of_ratios(

@@ -12,8 +12,9 @@ from bncli.measure.profile.shapes import Calls, shape_set
 from bncli.measure.timing import speedup
 from bncli.measure.timing.ceilings import Ladder
 from bncli.measure.timing.clock import Deadline, gb_per_s
+from bncli.report.profile.notes import note_words
 from bncli.report.profile.text import of_copy
-from bncli.results.profile import Case, Ceilings, Faster, KernelCost, KernelMean, KernelProfile, RowDone
+from bncli.results.profile import Case, Ceilings, KernelCost, KernelMean, KernelProfile, RowDone, Speedup
 from tests.benchmarks.kernels_check import Check
 from tests.benchmarks.kernels_report import faster, ms
 from tests.benchmarks.kernels_sections import Run, words_of
@@ -78,8 +79,8 @@ def _measured(run: Run, shapes: Sequence[Calls], *, cold: bool, seconds: float) 
     copies = ", ".join(f"{size / 2**20:g} MiB {reached:.1f}" for size, reached in found.ceilings.copies)
     run.report.line(f"copies, GB/s read and written: {copies}; shares are of the last")
     for note in found.notes:
-        if NoPeaks.failure not in note:
-            run.report.line(f"note: {note}")
+        if note.reason != NoPeaks.failure:
+            run.report.line(f"note: {note_words(note)}")
     return found
 
 
@@ -159,7 +160,7 @@ def at_copy_speed(profile: KernelProfile, mean: KernelMean) -> float:
     return 1 / statistics.geometric_mean(ratios_)
 
 
-def over_both(rows: Sequence[KernelCost], operation: str) -> Faster | None:
+def over_both(rows: Sequence[KernelCost], operation: str) -> Speedup | None:
     """The geometric mean over an operation's cases in all layouts; None where none was timed beside native."""
     native = {row.case: row.both for row in rows if row.kernel == NATIVE and row.both is not None}
     pairs = [
@@ -207,5 +208,5 @@ def _of_mean(mean: KernelMean, rows: Sequence[KernelCost]) -> Iterator[Target]:
     yield _target(f"{what}, worst ({shape})", worst, WORST_AT_LEAST)
 
 
-def _target(name: str, found: Faster | None, at_least: float) -> Target:
+def _target(name: str, found: Speedup | None, at_least: float) -> Target:
     return Target(name, None, at_least) if found is None else Target(name, found.value, at_least, found.interval)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from bncli.measure.profile.budget import NATIVE
-from bncli.measure.profile.step_arms import made, step_of
-from bncli.measure.profile.step_recipes import RecipeSubject
+from bncli.measure.profile.step_models import RecipeModel
+from bncli.measure.profile.steps import prepare, step_of
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing import speedup
 from bncli.measure.timing.clock import Deadline, Work
@@ -26,10 +26,10 @@ DATA = {"source": "synthetic", "shape": [3, 32, 32], "examples": 512, "held_out"
 VALUES: dict[str, Any] = {"data": DATA, "train.precision": "fp32", "norm": {"kind": "batch"}}
 
 
-def subject_of(layout: str, **other_values: Any) -> RecipeSubject:
+def subject_of(layout: str, **other_values: Any) -> RecipeModel:
     """The recipe's model, optimizer and batch size, in that memory format."""
     recipe = with_values(load(str(RECIPE)).base, {**VALUES, "train.memory_format": layout, **other_values})
-    return RecipeSubject(f"resnet20, {layout}", recipe)
+    return RecipeModel(f"resnet20, {layout}", recipe)
 
 
 def step(run: Run, deadline: Deadline, **other_values: Any) -> None:
@@ -39,8 +39,8 @@ def step(run: Run, deadline: Deadline, **other_values: Any) -> None:
         _one_layout(run, subject, layout, Deadline(deadline.left_s / (len(LAYOUTS) - place)))
 
 
-def _one_layout(run: Run, subject: RecipeSubject, layout: str, deadline: Deadline) -> None:
-    arms = made(subject, (NATIVE, run.candidate), subject.dataset(run.device), run.device)
+def _one_layout(run: Run, subject: RecipeModel, layout: str, deadline: Deadline) -> None:
+    arms = prepare(subject, (NATIVE, run.candidate), subject.dataset(run.device), run.device)
     for arm in arms:
         if arm.error is None or arm.wrong:
             run.report.check([Check("resnet20", f"{layout}, {arm.kernel}", not arm.wrong, arm.error or "")])

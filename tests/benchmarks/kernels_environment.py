@@ -7,8 +7,11 @@ import os
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 
 from bncli.engine import device as devices
@@ -49,25 +52,16 @@ def last_cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) 
     return max(found, default=None)
 
 
-def busy_cores(over_s: float = 0.5, stat: Path = Path("/proc/stat")) -> float | None:
-    """How many cores other programs use while this one sleeps; None where the system does not say."""
-    before = _busy_s(stat)
-    began_s = time.monotonic()
+def busy_cores(over_s: float = 0.5, times: Callable[[], Any] = psutil.cpu_times) -> float:
+    """How many cores other programs use while this one sleeps. times: the seconds of all cores so far, by their use."""
+    before, began_s = _busy_s(times()), time.monotonic()
     time.sleep(over_s)
-    after = _busy_s(stat)
-    return None if before is None or after is None else (after - before) / (time.monotonic() - began_s)
+    return (_busy_s(times()) - before) / (time.monotonic() - began_s)
 
 
-def _busy_s(stat: Path) -> float | None:
-    """Seconds that all cores have worked for, or that a hypervisor gave to others (proc(5): user, nice, system, idle,
-    iowait, irq, softirq, steal), in ticks of a hundredth of a second mostly.
-    """
-    try:
-        words = stat.read_text().splitlines()[0].split()
-        ticks = [int(word) for word in words[1:9]]
-    except (OSError, IndexError, ValueError):
-        return None
-    return (sum(ticks) - sum(ticks[3:5])) / os.sysconf("SC_CLK_TCK")
+def _busy_s(times: Any) -> float:
+    """Seconds that all cores have worked for, or that a hypervisor gave to others. Guests are counted as users too."""
+    return sum(times) - sum(getattr(times, name, 0.0) for name in ("idle", "iowait", "guest", "guest_nice"))
 
 
 def _version(package: str) -> str:

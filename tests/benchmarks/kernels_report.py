@@ -14,7 +14,7 @@ from bncli.measure.timing import clock as timing
 from bncli.measure.timing.clock import Spread
 from bncli.report.profile.text import samples_cell
 from bncli.results.environment import Interval
-from bncli.results.profile import Faster
+from bncli.results.profile import Speedup
 from tests.benchmarks.kernels_check import Check
 from tests.benchmarks.kernels_speed import Target, Timed
 
@@ -145,7 +145,7 @@ def between(interval: Interval) -> str:
     return f"[{low}, {high}]"
 
 
-def faster(found: Faster, unit: str = "x") -> str:
+def faster(found: Speedup, unit: str = "x") -> str:
     """The median and its 95 % interval."""
     return f"{found.value:.2f}{unit} {between(found.interval)}"
 

@@ -88,7 +88,7 @@ def ours(dataset: Dataset, steps: int, folder: Path) -> float:
         with RunFolder(folder, "benchmark", overwrite=True) as run_folder, TrainProgress(console=console) as progress:
             assert progress.live
             run_folder.begin("")
-            events = train(recipe(steps), dataset, torch.device("cpu"))
+            events = train(recipe(steps), "cpu", dataset=dataset)
             first = next(events)
             run_folder.metrics(first)
             began = process_time()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from tests.benchmarks.kernels_sections import Run
 from tests.benchmarks.kernels_speed import Target
 
 CPU = torch.device("cpu")
-needs_compiler = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+needs_compiler = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
 
 
 @pytest.fixture(autouse=True)
@@ -237,10 +238,14 @@ def test_the_last_cache_is_read_from_the_system_or_unknown(tmp_path: Path) -> No
     assert kernels_environment.last_cache_bytes(tmp_path / "nowhere") is None
 
 
-def test_what_other_programs_use_is_unknown_where_the_system_does_not_say(tmp_path: Path) -> None:
-    assert kernels_environment.busy_cores(0.0, tmp_path / "stat") is None
-    (tmp_path / "stat").write_text("cpu  100 0 50 1000 20 0 0 5 0 0\n")
-    assert kernels_environment.busy_cores(0.01, tmp_path / "stat") == 0.0
+def test_what_other_programs_use_is_the_time_that_cores_were_neither_idle_nor_waiting() -> None:
+    times = namedtuple("times", "user system idle iowait steal guest")
+    same = times(100.0, 50.0, 1000.0, 20.0, 5.0, 30.0)
+    assert kernels_environment.busy_cores(0.01, lambda: same) == 0.0
+    readings = iter([same, times(100.0, 50.0, 1001.0, 21.0, 5.0, 30.0)])
+    assert kernels_environment.busy_cores(0.01, lambda: next(readings)) == 0.0
+    readings = iter([same, times(101.0, 51.0, 1000.0, 20.0, 6.0, 31.0)])
+    assert 0 < kernels_environment.busy_cores(0.01, lambda: next(readings)) <= 3 / 0.01
 
 
 def test_new_memory_faults_and_memory_that_is_held_does_not() -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -17,14 +18,15 @@ from typing import Any
 import pytest
 import torch
 
-from bncli import kernels
 from bncli.cli import main
 from bncli.errors import BncliError
+from bncli.kernels import fused
 from bncli.measure.compare import reuse
 from bncli.names import RECIPE_KERNELS
 from bncli.recipe.load import load
-from bncli.report.files import result_from_json
+from bncli.report.files import from_json
 from bncli.results.compare import Comparison
+from bncli.results.train import RunResult
 from tests.conftest import OWN
 from tests.test_architecture import modules_after
 
@@ -81,14 +83,14 @@ def test_a_run_folder_holds_the_resolved_recipe_the_metrics_and_the_result(
     assert bncli(monkeypatch, "train", recipe, "--out", "run", "--set", "optimizer.lr=0.3", "--json", "--quiet") == 0
     out, err = capsys.readouterr()
     assert err == ""
-    result = result_from_json(out)
+    result = from_json(RunResult, out)
     assert json.loads(Path("run/result.json").read_text()) == json.loads(out)
     events = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert sum(event["event"] == "evaluated" for event in events) == len(result.evaluations)
     resolved = load("run/recipe.yaml")
     assert resolved.base.optimizer.lr == 0.3
     assert bncli(monkeypatch, "train", "run/recipe.yaml", "--out", "again", "--json", "-q") == 0
-    again = result_from_json(capsys.readouterr().out)
+    again = from_json(RunResult, capsys.readouterr().out)
     assert again.evaluations == result.evaluations
 
 
@@ -150,7 +152,7 @@ def test_the_fused_kernel_trains_on_the_cpu_as_the_native_one_does(
     for kernel in RECIPE_KERNELS:
         norm = f"norm={{kind: batch, kernel: {kernel}}}"
         assert bncli(monkeypatch, "train", recipe, "--set", norm, "--device", "cpu", "-o", kernel, "--json", "-q") == 0
-        found[kernel] = result_from_json(capsys.readouterr().out)
+        found[kernel] = from_json(RunResult, capsys.readouterr().out)
     assert len(found["fused"].evaluations) == len(found["native"].evaluations)
     for one, other in zip(found["fused"].evaluations, found["native"].evaluations, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-4)  # float32 sums in another order, over some tens of steps
@@ -159,7 +161,7 @@ def test_the_fused_kernel_trains_on_the_cpu_as_the_native_one_does(
 def test_a_kernel_that_cannot_run_here_is_refused_with_its_reason_and_nothing_runs_in_its_place(
     recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(kernels._WHY_NOT, "fused", lambda device: f"there is no compiler for {device}")
+    monkeypatch.setattr(fused, "unavailable_reason", lambda device: f"there is no compiler for {device}")
     asked = ("train", recipe, "--set", "norm={kind: batch, kernel: fused}", "--device", "cpu")
     assert bncli(monkeypatch, *asked) == 3
     out, err = capsys.readouterr()
@@ -296,6 +298,7 @@ def test_a_dry_run_shows_where_each_value_came_from_and_trains_nothing(
     assert rows["normed"][-3:] == ["6", "+", "2"]
     steps = "16 runs, 960 optimizer steps at most, more where an arm keeps several points of the grid."
     assert f"{steps} Nothing was trained." in " ".join(out.split())
+    assert re.search(r"available on this machine \(CPU\): [\d,]+\.\d MiB", " ".join(out.split()))
     assert not Path("runs").exists()
 
 
@@ -306,7 +309,7 @@ def test_a_dry_run_of_train_gives_the_parameters_that_the_run_has(
     planned = json.loads(capsys.readouterr().out)
     assert bncli(monkeypatch, "train", recipe, "--arm", "normed", "--json", "-q") == 0
     assert planned["arms"][0]["parameters"] == json.loads(capsys.readouterr().out)["parameters"]
-    assert planned["arms"][0]["memory_mib"] > 0
+    assert 0 < planned["arms"][0]["memory_mib"] < planned["available_memory_mib"]
 
 
 # --- compare ------------------------------------------------------------------------------------------------------
@@ -490,8 +493,9 @@ def test_runs_by_code_that_was_changed_while_others_ran_are_left_out_and_done_ag
     assert bncli(monkeypatch, *asked) == 1
     found = json.loads(capsys.readouterr().out)
     assert {run["result"]["parameters"] for run in found["runs"] if run["result"]} == {8 * 20 + 20 + 20 * 3 + 3}
-    assert "2 of 4 runs are done, 1 failed; the figures rest on those" in found["notes"]
-    assert any("code was changed meanwhile: 1 run by the earlier code left out" in note for note in found["notes"])
+    assert {"kind": "unfinished", "arm": None, "facts": {"done": 2, "planned": 4, "failed": 1}} in found["notes"]
+    assert found["remarks"] == [{"kind": "earlier code", "arm": None, "facts": {"runs": 1}}]
+    assert found["notes"][-1] == found["remarks"][0]
     assert bncli(monkeypatch, *asked) == 0
     out, err = capsys.readouterr()
     assert "2 of them done already" in err
@@ -527,7 +531,8 @@ def test_runs_with_other_threads_give_their_steps_and_not_their_cost(
     assert [arm["runs"] for arm in found["arms"]] == [6, 6]
     cost = {run["arm"]: run["result"]["ms_per_step"] for run in found["runs"] if run["seed"] == 5}
     assert {arm["arm"]: arm["ms_per_step"] for arm in found["arms"]} == cost
-    assert found["notes"][-1].startswith("16 of 18 runs were made with 1 and not 2 threads")
+    facts = {"runs": 16, "of": 18, "had": [1], "asked": 2}
+    assert found["notes"][-1] == {"kind": "other threads", "arm": None, "facts": facts}
 
 
 def test_a_failed_run_is_reported_the_others_go_on_and_the_exit_code_is_1(

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from bncli.cli import profile, profile_checks
-from bncli.measure.profile import shapes
+from bncli.measure.profile import kernel_memory, shapes
 from bncli.measure.profile.steps import StepRun
-from bncli.measure.timing import ceilings, clock, fresh_processes, speedup
+from bncli.measure.timing import ceilings, clock, speedup
 from bncli.report.profile import export
-from bncli.results.profile import Ceilings, KernelProfile, StepMemory, StepProfile
+from bncli.results.profile import Case, Ceilings, KernelProfile, StepMemory, StepProfile
 from tests.cli.test_cli import RECIPE, bncli
 from tests.test_architecture import modules_after
 
@@ -86,16 +86,22 @@ def small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(ceilings, "SIZES", (4096,))
     monkeypatch.setattr(ceilings, "BEYOND_CACHE", {"cpu": 2**20})
     monkeypatch.setattr(ceilings, "MATRIX_SIDE", {"cpu": 16})
-    monkeypatch.setattr(fresh_processes, "FreshProcesses", NoProcesses)
+    monkeypatch.setattr(kernel_memory, "KernelPeaks", NoProcesses)
     monkeypatch.setitem(StepRun.__init__.__kwdefaults__, "memory", lambda *_: StepMemory(1.0, 1.0, 0.0, 2.0, 30.0))
     with clock.threads(1):  # two wait for each other where other tests run beside these
         yield folder
 
 
-class NoProcesses(fresh_processes.FreshProcesses):
+class NoProcesses(kernel_memory.KernelPeaks):
     def __init__(self, allow_code: bool = False) -> None:
         super().__init__(allow_code)
         self.failure = "not in this test"
+
+    def start(self) -> None:
+        pass
+
+    def peak_mib(self, case: Case, kernel: str) -> float | None:
+        return None
 
 
 Capture = pytest.CaptureFixture[str]
@@ -341,7 +347,7 @@ def test_a_model_of_the_users_own_is_measured_when_that_is_allowed(
     assert bncli(monkeypatch, *asked, "--model", "mine:make") == 2
     assert "--model mine:make is code of yours that would run; allow it with --allow-code" in capsys.readouterr().err
     assert bncli(monkeypatch, *asked, "--model", "mine:broken", "--allow-code") == 1
-    assert "--model mine:broken raised RuntimeError: no weights here" in capsys.readouterr().err
+    assert "bncli: mine:broken raised RuntimeError: no weights here" in capsys.readouterr().err
     assert bncli(monkeypatch, *asked, "--model", "mine:maek", "--allow-code") == 2
     assert "has no attribute 'maek'" in capsys.readouterr().err
 
@@ -359,7 +365,7 @@ def test_a_model_of_the_users_own_is_measured_when_that_is_allowed(
         (["small.yaml", "--kernel", "native,compiled"], "--kernel compiled: models are trained with native and fused"),
         (["--shape", "8"], "--shape 8: expected the batch, the channels and up to three sides"),
         (["--shape", "1x3"], "--shape 1x3: training needs more than one value a channel, and it has one"),
-        (["--shape", "8x4", "--batch", "3"], "--batch: a --shape holds its own batch"),
+        (["--shape", "8x4", "--batch", "3"], "--batch: a shape holds its own batch, its first number"),
         (["--batch", "0"], "'--batch': 0 is not in the range"),
         (["--shapes", "resnet"], "--shapes resnet: expected one of resnet50, resnet20, inception, mlp, or a CSV file"),
         (["--shapes", "none.csv"], "--shapes none.csv: there is no such file"),
@@ -410,7 +416,7 @@ def test_a_model_of_the_users_own_is_measured_when_that_is_allowed(
 def test_mistakes_leave_with_2_a_message_and_no_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture, arguments: list[str], message: str
 ) -> None:
-    monkeypatch.setattr(fresh_processes, "FreshProcesses", NoProcesses)
+    monkeypatch.setattr(kernel_memory, "KernelPeaks", NoProcesses)
     assert bncli(monkeypatch, "profile", *arguments) == 2
     out, err = capsys.readouterr()
     assert message in err

@@ -14,7 +14,7 @@ from bncli.engine.device import (
     resolve,
     tf32_allowed,
 )
-from bncli.errors import RecipeError, Unavailable
+from bncli.errors import Unavailable, UsageError
 
 CPU = torch.device("cpu")
 LARGE = 256 * 2**20 // 4  # float32: more than the 64 MiB that malloc may keep for later, which count as in use
@@ -22,7 +22,9 @@ LARGE = 256 * 2**20 // 4  # float32: more than the 64 MiB that malloc may keep f
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_where_there_is_none_is_refused_with_the_reason() -> None:
-    with pytest.raises(Unavailable, match=r"--device cuda: this torch .* cannot use CUDA: .*Use --device cpu") as error:
+    with pytest.raises(
+        Unavailable, match=r"device cuda: this torch .* cannot use CUDA: .*The CPU can be used"
+    ) as error:
         resolve("cuda")
     assert error.value.exit_code == 3
 
@@ -35,7 +37,7 @@ def test_mps_where_there_is_none_is_refused_with_the_reason() -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "cpux", "tpu", "cuda:x", ""])
 def test_a_name_that_is_no_device_is_refused_by_name(name: str) -> None:
-    with pytest.raises(RecipeError, match=f"--device {name}: expected one of auto, cpu, cuda, cuda:N, mps"):
+    with pytest.raises(UsageError, match=f"device {name}: expected one of auto, cpu, cuda, cuda:N, mps"):
         resolve(name)
 
 

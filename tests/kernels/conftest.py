@@ -1,4 +1,4 @@
-"""Where the fused kernel's tests run: on a GPU where there is one, else in Triton's interpreter on the CPU."""
+"""Where the GPU's fused kernel is tested: on a GPU where there is one, else in Triton's interpreter on the CPU."""
 
 from __future__ import annotations
 
@@ -7,17 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bncli.kernels import fused
-
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+def device() -> torch.device:
     """The device on which the GPU's fused kernel can run here."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # of which Triton reads some more when a kernel first runs
-    monkeypatch.setattr(fused, "INTERPRETED", True)
-    return torch.device("cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from typing import Any
 
 import pytest
@@ -11,14 +12,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import bncli
-from bncli import kernels
 from bncli.errors import Unavailable
-from bncli.kernels import fused, native
+from bncli.kernels import api, fused, native
 from bncli.kernels.api import batch_norm
-from bncli.kernels.running_stats import move
 
-# The second is the way of every kernel but native: the seam returns statistics, the running ones are moved here.
-ROUTES = pytest.mark.parametrize("kernel", ["native", native.batch_norm], ids=["native", "through the seam"])
+
+def without_running(x, weight, bias, eps, residual=None, activation=None, statistics=None):  # type: ignore[no-untyped-def]
+    """A user's kernel, which returns statistics and leaves the running ones to whoever calls it."""
+    return native.batch_norm(x, weight, bias, eps, residual, activation, statistics)
+
+
+ROUTES = pytest.mark.parametrize("kernel", ["native", native.batch_norm, without_running])
 SHAPES = [(5, 3), (4, 3, 7), (2, 3, 5, 2), (2, 3, 2, 3, 2), (1, 3, 2), (2, 3)]
 
 
@@ -90,7 +94,9 @@ def test_half_precision_moves_its_running_statistics_as_torch_does(
 
 def test_running_statistics_of_half_precision_are_moved_in_float32() -> None:
     running = torch.full((1,), 100.0, dtype=torch.bfloat16)  # its neighbour is 100.5
-    move(running, torch.full((1,), 100.26), 0.6)  # 100.156; a batch rounded first, to 100.5, would give 100.3
+    native.interpolate_(
+        running, torch.full((1,), 100.26), 0.6
+    )  # 100.156; a batch rounded first, to 100.5, would give 100.3
     assert running.item() == 100.0
 
 
@@ -188,6 +194,33 @@ def test_nothing_is_written_into_input_or_residual(kernel: Any) -> None:
     assert torch.equal(residual, numbers(4, 3, seed=1))
 
 
+def test_a_kernel_that_takes_the_running_statistics_moves_them_alone() -> None:
+    seen = []
+
+    def kernel(x, weight, bias, eps, residual, activation, statistics, running=None):  # type: ignore[no-untyped-def]
+        seen.append(running)
+        return native.batch_norm(x, weight, bias, eps)
+
+    mean, var = torch.zeros(3), torch.ones(3)
+    batch_norm(numbers(4, 3), mean, var, training=True, momentum=0.3, kernel=kernel)
+    assert seen[0][0] is mean
+    assert seen[0][1] is var
+    assert seen[0][2] == 0.3
+    assert torch.equal(mean, torch.zeros(3))
+
+
+def test_what_a_function_takes_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at = []
+    monkeypatch.setattr("inspect.signature", lambda f, signature=inspect.signature: looked_at.append(f) or signature(f))
+
+    def kernel(x: Tensor, *rest: Any) -> Any:
+        return native.batch_norm(x, *rest)
+
+    for _ in range(3):
+        batch_norm(numbers(4, 3), torch.zeros(3), torch.ones(3), training=True, kernel=kernel)
+    assert looked_at == [kernel]
+
+
 def test_running_statistics_never_hold_on_to_a_graph() -> None:
     def kernel(x: Tensor, *rest: Any) -> Any:  # a careless one, whose statistics have a gradient
         y, _, _ = native.batch_norm(x, *rest)
@@ -209,7 +242,7 @@ def test_an_unknown_kernel_is_refused_with_the_known_ones() -> None:
         batch_norm(numbers(4, 3), None, None, training=True, kernel="nativ")
 
 
-@pytest.mark.skipif(fused.why_not(torch.device("cpu")) is None, reason="the fused kernel runs here")
+@pytest.mark.skipif(fused.unavailable_reason(torch.device("cpu")) is None, reason="the fused kernel runs here")
 def test_a_kernel_that_cannot_run_on_the_inputs_device_is_refused_and_not_replaced() -> None:
     with pytest.raises(Unavailable, match="the fused kernel cannot run"):
         batch_norm(numbers(4, 3), None, None, training=True, kernel="fused")
@@ -222,20 +255,22 @@ def test_it_is_public() -> None:
 def test_the_compiler_does_not_see_how_a_kernel_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def why_not(device: torch.device | None) -> str | None:
+    def unavailable_reason(device: torch.device | None) -> str | None:
         asked.append(importlib.util.find_spec("torch"))  # which no graph can hold
         return None
 
-    monkeypatch.setitem(kernels.KERNELS, "looked-for", native.batch_norm)
-    monkeypatch.setitem(kernels._WHY_NOT, "looked-for", why_not)
+    monkeypatch.setattr(fused, "batch_norm", native.batch_norm)
+    monkeypatch.setattr(fused, "unavailable_reason", unavailable_reason)
+    api._check_available.cache_clear()
 
     def run(x: Tensor) -> Tensor:
-        return batch_norm(x, None, None, training=True, kernel="looked-for")
+        return batch_norm(x, None, None, training=True, kernel="fused")
 
     x = numbers(4, 3)
     compiled = torch.compile(run, fullgraph=True, backend="eager")(x)
     assert not asked
     torch.testing.assert_close(compiled, run(x))
+    run(x)
     assert len(asked) == 1
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from bncli.engine.models import build
 from bncli.errors import DataError
-from bncli.measure.compare.dry_run import sizes
+from bncli.measure.dry_run import sizes
 from bncli.recipe.layers import contradictions, estimated_memory_mib, input_of, layers, size
 from bncli.recipe.sections import Recipe
 

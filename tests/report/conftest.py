@@ -18,6 +18,7 @@ from bncli.results.compare import (
     Comparison,
     ComparisonPlan,
     Cost,
+    Note,
     Ratio,
     RunRecord,
     Steps,
@@ -149,7 +150,7 @@ def report_runs(arm: str, steps: list[float | None], tau: float, status: str = "
 
 def comparison(arms: list[ArmSummary], runs: list[RunRecord], **changes: Any) -> Comparison:
     grid = changes.pop("grid", GRID)
-    notes = changes.pop("notes", ("The ratio is this table's own; the paper's 14x is another net on other data.",))
+    notes = changes.pop("notes", (Note.of("words", words="The paper's 14x is another net on other data."),))
     plan = ComparisonPlan(
         name="digits",
         arms=tuple(arm.arm for arm in arms),
@@ -244,9 +245,9 @@ def six_arms() -> Comparison:
         ),
     ]  # fmt: skip
     notes = (
-        "52 of 56 runs are done, 1 failed; the figures rest on those",
-        f"{names[4]}: failed: seed 106: worker killed by signal 9",
-        f"{names[5]}: 5 of 5 runs diverged and count as misses",
+        Note.of("unfinished", done=52, planned=56, failed=1),
+        Note.of("failed", names[4], failure="seed 106: worker killed by signal 9"),
+        Note.of("diverged", names[5], diverged=5, runs=5),
     )
     return comparison(arms, [*runs, failed], planned_runs=len(runs) + 5, notes=notes)
 

@@ -13,12 +13,15 @@ from bncli.results.profile import (
     Case,
     Ceilings,
     Change,
-    Faster,
     Gate,
     KernelCost,
     KernelMean,
     KernelProfile,
+    KernelRow,
+    NormLayers,
     NormRemark,
+    Note,
+    Speedup,
     StepCost,
     StepMemory,
     StepProfile,
@@ -58,8 +61,8 @@ def times(ms: float, case: Case, tensors: int) -> Times:
     )
 
 
-def faster(value: float, width: float = 0.03) -> Faster:
-    return Faster(value, Interval(value * (1 - width), value * (1 + width)))
+def faster(value: float, width: float = 0.03) -> Speedup:
+    return Speedup(value, Interval(value * (1 - width), value * (1 + width)))
 
 
 def kernel_cost(case: Case, kernel: str, **changes: Any) -> KernelCost:
@@ -103,7 +106,9 @@ def kernel_profile(
         for kernel, operation, layout in itertools.product(kernels, operations, layouts)
         if kernel != "native"
     )
-    return KernelProfile(ENVIRONMENT, True, 41.3, CEILINGS, rows, means, ("apex: is not installed",), len(rows))
+    return KernelProfile(
+        ENVIRONMENT, True, 41.3, CEILINGS, rows, means, (Note("compilation", "compiled", seconds=7.04),), len(rows)
+    )
 
 
 def with_errors() -> KernelProfile:
@@ -114,7 +119,7 @@ def with_errors() -> KernelProfile:
         failed(case, "mine:norm", ERROR, wrong=True),
         failed(case, "apex", "is not installed; pip install apex"),
         kernel_cost(rare, "native", peak_memory_mib=None, saved_mib=None, ran=None),
-        kernel_cost(rare, "fused", faster=Faster(1.04, Interval(None, 1.2))),
+        kernel_cost(rare, "fused", faster=Speedup(1.04, Interval(None, 1.2))),
     )
     return replace(profile, rows=(*profile.rows, *bad), planned=12, cold=False)
 
@@ -148,6 +153,13 @@ KERNELS = {
 }
 
 
+FUSED_NORMS = (
+    NormLayers("batch norm", 9, "fused", True, (("relu",),)),
+    NormLayers("batch norm", 9, "fused", True, (("residual add", "relu"),)),
+    NormLayers("batch norm", 1, "fused", True, ((),)),
+)
+
+
 # --- steps --------------------------------------------------------------------------------------------------------
 
 
@@ -162,7 +174,7 @@ def step_cost(arm: str, kernel: str | None, mode: str, ms: float, ratio: float |
         shares_ms={name: ms * part / sum(parts) for name, part in zip(STEP_CLASSES, parts, strict=True)},
         memory=StepMemory(1.03, 1.03, 2.06, 84.5, 412.25 if kernel else None) if mode == "training" else None,
         faster=None if ratio is None else faster(ratio),
-        norms="19 batch norms, 19 fused (9 with ReLU, 9 with add and ReLU)" if kernel == "fused" else None,
+        norms=FUSED_NORMS if kernel == "fused" else (),
     )
 
 
@@ -178,10 +190,13 @@ def step_profile() -> StepProfile:
         ),
     )
     remarks = (
-        NormRemark("batch norm", "stem.norm", "mean/deviation is 2,310", "centre the data before the first layer"),
-        NormRemark("batch norm", "blocks.0.norm1 and 3 more", "a bias in front of a batch norm", "set bias=False"),
+        NormRemark("batch norm", "short half-life", "stem.norm", figures={"momentum": 0.9, "half_life_steps": 0.301}),
+        NormRemark(
+            "batch norm", "bias without effect", "blocks.0.norm1", 3, {"parameters": 64}, source="blocks.0.conv1"
+        ),
     )
-    return StepProfile("digits", ENVIRONMENT, 12.4, rows, remarks, ("the last batch has 1 sample",), len(rows))
+    notes = (Note("norms watched", arm="batch norm", count=5, of=35),)
+    return StepProfile("digits", ENVIRONMENT, 12.4, rows, remarks, notes, len(rows))
 
 
 # --- gates --------------------------------------------------------------------------------------------------------
@@ -189,12 +204,13 @@ def step_profile() -> StepProfile:
 
 def made_gate() -> Gate:
     kinds = itertools.product(("contiguous", "channels_last"), ("fused", "compiled"))
-    names = [f"bn+relu fp32 {layout}, 256x64x56x56, {kernel}" for layout, kernel in kinds]
+    rows = [KernelRow(Case(SHAPES[1], "bn+relu", "fp32", layout), kernel) for layout, kernel in kinds]
     verdicts: tuple[Any, ...] = ("ok", "regressed", "cannot tell", "ok")
     changes = tuple(
         Change(
-            name, faster(now), faster(2.31), 2.31 / now, Interval(2.2 / now, None if now == 2.1 else 2.4 / now), verdict
+            row, faster(now), faster(2.31), 2.31 / now, Interval(2.2 / now, None if now == 2.1 else 2.4 / now), verdict
         )
-        for name, now, verdict in zip(names, (2.3, 1.7, 2.1, 2.5), verdicts, strict=True)
+        for row, now, verdict in zip(rows, (2.3, 1.7, 2.1, 2.5), verdicts, strict=True)
     )
-    return Gate(1.1, changes, ("bn fp32 contiguous, 60x100, fused",), ("bn fp32 contiguous, 8x8, fused",))
+    only_now, only_baseline = (KernelRow(Case(shape, "bn", "fp32"), "fused") for shape in (SHAPES[-1], (8, 8)))
+    return Gate(1.1, changes, (only_now,), (only_baseline,))

@@ -15,20 +15,17 @@ from hypothesis import strategies as st
 
 from bncli.errors import USAGE, BncliError
 from bncli.report.compare.export import to_csv, to_markdown
+from bncli.report.compare.notes import sentence
+from bncli.report.compare.table import ComparisonReport
 from bncli.report.files import (
-    comparison_from_json,
     event_line,
-    record_from_json,
-    record_to_json,
-    result_from_json,
-    result_to_json,
+    from_json,
     to_json,
     write_atomically,
 )
-from bncli.report.table import comparison_report
-from bncli.results.compare import RunRecord
-from bncli.results.environment import RUNS_VERSION
-from bncli.results.train import Evaluated, Evaluation, RunFinished, RunStarted, StepDone, Target
+from bncli.results.compare import Comparison, RunRecord
+from bncli.results.environment import COMPARISON_VERSION, RUNS_VERSION
+from bncli.results.train import Evaluated, Evaluation, RunFinished, RunResult, RunStarted, StepDone, Target
 
 FLOATS = st.floats(allow_nan=False) | st.none()
 
@@ -37,12 +34,12 @@ FLOATS = st.floats(allow_nan=False) | st.none()
 
 
 def test_a_comparison_comes_back_equal_from_its_json(example):
-    assert comparison_from_json(to_json(example)) == example
+    assert from_json(Comparison, to_json(example)) == example
 
 
 def test_every_rendering_of_what_came_back_is_the_same_text(example, show):
-    back = comparison_from_json(to_json(example))
-    assert show(comparison_report(back)) == show(comparison_report(example))
+    back = from_json(Comparison, to_json(example))
+    assert show(ComparisonReport(back)) == show(ComparisonReport(example))
     assert to_csv(back) == to_csv(example)
     assert to_markdown(back) == to_markdown(example)
     assert to_json(back) == to_json(example)
@@ -51,9 +48,9 @@ def test_every_rendering_of_what_came_back_is_the_same_text(example, show):
 def test_a_run_and_a_result_come_back_equal(examples, make_result):
     failed = RunRecord("key", "plain", {"optimizer.lr": 0.3}, 1, "tune", None, "killed by signal 9")
     for record in (examples["six arms"].runs[0], failed):
-        assert record_from_json(record_to_json(record)) == record
+        assert from_json(RunRecord, to_json(record)) == record
     for result in (make_result(812.4), replace(make_result(None, status="diverged"), target=None)):
-        assert result_from_json(result_to_json(result)) == result
+        assert from_json(RunResult, to_json(result)) == result
 
 
 @given(steps=FLOATS, best=FLOATS, accuracy=st.floats(), text=st.text(), value=st.integers() | st.booleans() | st.text())
@@ -61,13 +58,13 @@ def test_any_number_and_any_text_survive(make_result, steps, best, accuracy, tex
     seen = (Evaluation(0, accuracy, math.inf, None), Evaluation(10, -math.inf, 0.1, -0.0))
     result = replace(make_result(50.0), steps_to_target=steps, best=best, evaluations=seen, reason=text)
     record = RunRecord("key", text, {"model.name": value}, 7, "report", result)
-    back = record_from_json(record_to_json(record))
+    back = from_json(RunRecord, to_json(record))
     assert repr(back) == repr(record)  # nan is not equal to itself, and -0.0 is to 0.0
 
 
 def test_the_json_is_strict_even_where_numbers_are_not_finite(make_result):
     seen = (Evaluation(0, math.nan, math.inf, -math.inf),)
-    text = result_to_json(replace(make_result(50.0), evaluations=seen))
+    text = to_json(replace(make_result(50.0), evaluations=seen))
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
@@ -77,12 +74,24 @@ def test_the_json_is_strict_even_where_numbers_are_not_finite(make_result):
 
 
 def test_the_version_stands_first_in_every_file(examples, make_result):
-    texts = [
-        to_json(examples["two arms"]),
-        record_to_json(examples["two arms"].runs[0]),
-        result_to_json(make_result(5.0)),
-    ]
-    assert all(next(iter(json.loads(text).items())) == ("format_version", RUNS_VERSION) for text in texts)
+    texts = {
+        to_json(examples["two arms"]): COMPARISON_VERSION,
+        to_json(examples["two arms"].runs[0]): RUNS_VERSION,
+        to_json(make_result(5.0)): RUNS_VERSION,
+    }
+    for text, version in texts.items():
+        assert next(iter(json.loads(text).items())) == ("format_version", version)
+
+
+def test_a_comparison_whose_notes_are_sentences_still_is_read(examples):
+    """As format 2 has them; they and all else are shown as they stand."""
+    found = examples["six arms"]
+    plain = json.loads(to_json(found)) | {"format_version": 2, "remarks": ["1 earlier run is not reused"]}
+    plain["notes"] = [sentence(note) for note in found.notes]
+    back = from_json(Comparison, json.dumps(plain))
+    assert [sentence(note) for note in (*back.notes, *back.remarks)] == [*plain["notes"], *plain["remarks"]]
+    assert to_markdown(back) == to_markdown(found)
+    assert replace(back, notes=found.notes, remarks=()) == found
 
 
 # --- refused ------------------------------------------------------------------------------------------------------
@@ -99,7 +108,7 @@ def changed(text: str, *path: object, to: object) -> str:
 
 def refusal(text: str) -> str:
     with pytest.raises(BncliError) as refused:
-        comparison_from_json(text, "old.json")
+        from_json(Comparison, text, "old.json")
     assert refused.value.exit_code == USAGE
     assert str(refused.value).startswith("old.json: ")
     return str(refused.value)
@@ -111,7 +120,8 @@ def test_what_is_no_result_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("version", "advice"), [(RUNS_VERSION + 1, "update bncli"), (0, "make it anew"), ("1", "make it anew")]
+    ("version", "advice"),
+    [(COMPARISON_VERSION + 1, "update bncli"), (1, "make it anew"), (0, "make it anew"), ("1", "make it anew")],
 )
 def test_another_format_version_is_refused_with_what_to_do(examples, version, advice):
     message = refusal(changed(to_json(examples["two arms"]), "format_version", to=version))
@@ -146,7 +156,7 @@ def test_a_missing_field_is_named(examples):
 
 
 def test_a_run_is_no_comparison(examples):
-    assert "comparison" in refusal(record_to_json(examples["two arms"].runs[0]))
+    assert "comparison" in refusal(to_json(examples["two arms"].runs[0]))
 
 
 # --- events -------------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import bncli
-from bncli.errors import BncliError, RecipeError
-from bncli.report.files import record_to_json
+from bncli.errors import BncliError, UsageError
+from bncli.report.files import to_json
 from bncli.report.folder import ComparisonFolder, RunFolder, load_comparison
 from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, RunRecord
 from bncli.results.environment import RUNS_VERSION
@@ -73,7 +73,7 @@ def test_a_run_by_other_code_of_the_users_own_is_kept_beside(tmp_path: Path, mak
 
 
 def test_a_strangers_files_in_a_comparisons_folder_stay_as_they_are(tmp_path: Path, make_result) -> None:
-    good, other = (record_to_json(record(make_result, key, why)) for key, why in (("good", None), ("other", "it died")))
+    good, other = (to_json(record(make_result, key, why)) for key, why in (("good", None), ("other", "it died")))
     mine = {
         "failed/notes.json": '{"mine": 1}',
         "failed/bad.json": other,  # a run under another run's name
@@ -101,7 +101,7 @@ def test_a_strangers_files_in_a_comparisons_folder_stay_as_they_are(tmp_path: Pa
 @pytest.mark.parametrize("content", ["[]", '{"format_version": 99}', "mine"])
 def test_a_strangers_answer_is_refused(tmp_path: Path, file: str, content: str) -> None:
     (tmp_path / file).write_text(content)
-    with pytest.raises(RecipeError, match=rf"{file} is not as this bncli writes it and is never written over"):
+    with pytest.raises(UsageError, match=rf"{file} is not as this bncli writes it and is never written over"):
         ComparisonFolder(tmp_path).__enter__()
     assert sorted(each.name for each in tmp_path.iterdir()) == [".lock", file]
     assert (tmp_path / file).read_text() == content
@@ -117,7 +117,7 @@ def test_a_link_is_not_followed(tmp_path: Path, make_result, link: str) -> None:
             folder.begin(BEGUN)
             folder.save(record(make_result, "key"))
             folder.finish(answer())
-    except RecipeError:
+    except UsageError:
         assert link != "runs/key.json"
     assert (tmp_path / "precious").read_text() == "mine"
 
@@ -215,7 +215,7 @@ def test_of_two_runs_that_want_one_folder_at_once_one_is_refused(tmp_path: Path,
     elif before == "an empty folder":
         (tmp_path / "run").mkdir()
     said = begun_at_once(2, tmp_path, "run", "force" if before == "an earlier run" else "")
-    assert sorted(line.startswith("refused: --out run: ") for line in said) == [False, True]
+    assert sorted(line.startswith("refused: out run: ") for line in said) == [False, True]
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1
 
 
@@ -227,14 +227,16 @@ def begin(path: Path, overwrite: bool = False, recipe: str = "train: {}\n") -> N
 
 def test_a_run_that_was_killed_is_written_over_only_when_forced(tmp_path: Path, make_result) -> None:
     begin(tmp_path)
-    with pytest.raises(RecipeError, match=r"holds an unfinished run already; choose another folder or .* --force"):
+    with pytest.raises(
+        UsageError, match=r"holds an unfinished run already; choose another folder or write over it with overwrite=True"
+    ):
         RunFolder(tmp_path, "name")
     begin(tmp_path, overwrite=True, recipe="train: {seed: 1}\n")
     assert "seed: 1" in (tmp_path / "recipe.yaml").read_text()
     with RunFolder(tmp_path, "name", overwrite=True) as folder:
         folder.begin("")
         folder.finish(make_result(100.0))
-    with pytest.raises(RecipeError, match="holds a run already"):
+    with pytest.raises(UsageError, match="holds a run already"):
         RunFolder(tmp_path, "name")
 
 
@@ -262,7 +264,7 @@ STRANGERS: dict[str, Callable[[Path], object]] = {
 def test_a_file_that_bncli_did_not_write_is_never_written_over(tmp_path: Path, stranger: str, overwrite: bool) -> None:
     STRANGERS[stranger](tmp_path)
     before = {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
-    with pytest.raises(RecipeError, match="was not written by bncli, or was edited since, and is never written over"):
+    with pytest.raises(UsageError, match="was not written by bncli, or was edited since, and is never written over"):
         begin(tmp_path, overwrite)
     assert {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
 
@@ -276,13 +278,13 @@ def test_other_files_of_the_folder_stay_as_they_are(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RecipeError, match=r"--out .*file/run: cannot be made: Not a directory"):
+    with pytest.raises(UsageError, match=r"out .*file/run: cannot be made: Not a directory"):
         RunFolder(tmp_path / "file/run", "name").begin("")
 
 
 def test_a_folder_without_a_comparison_is_said(tmp_path: Path) -> None:
     with pytest.raises(
-        RecipeError, match=r"comparison.json cannot be read: No such file or directory; give a JSON file"
+        UsageError, match=r"comparison.json cannot be read: No such file or directory; give a JSON file"
     ):
         load_comparison(tmp_path)
 
@@ -290,5 +292,5 @@ def test_a_folder_without_a_comparison_is_said(tmp_path: Path) -> None:
 def test_a_run_takes_no_folder_of_a_comparison(tmp_path: Path) -> None:
     with ComparisonFolder(tmp_path) as folder:
         folder.begin(BEGUN)
-    with pytest.raises(RecipeError, match="holds a comparison; choose another folder"):
+    with pytest.raises(UsageError, match="holds a comparison; choose another folder"):
         RunFolder(tmp_path, "small", overwrite=True).begin("data: {}")

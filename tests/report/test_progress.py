@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from bncli.report import progress as module
 from bncli.report.progress import CompareProgress, TrainProgress
-from bncli.results.compare import ComparisonStarted, RunBegan, RunEnded, RunProgressed
-from bncli.results.train import Evaluated, Evaluation, RunStarted, StepDone, Target
+from bncli.results.compare import ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
+from bncli.results.train import Evaluated, Evaluation, RunResult, RunStarted, StepDone, Target
+from tests.report.conftest import run_result
 
 TRAIN = [
     RunStarted("digits", "cpu", 27_710, 3000, 60, Target("accuracy", 0.95)),
@@ -22,8 +24,8 @@ COMPARE = [
     ComparisonStarted("digits", 50, 3, "accuracy"),
     RunBegan(0, "plain, lr 1, seed 0", 3000),
     RunProgressed(0, 120, 0.43),
-    RunEnded(0, "plain, lr 1, seed 0", 4, "target after 962 steps", 50),
-    RunEnded(1, "plain, lr 3, seed 0", 5, "failed: it died", 56),
+    RunEnded(0, "plain, lr 1, seed 0", 4, 50, RunRecord("a", "plain", {}, 0, "tune", run_result(962.0))),
+    RunEnded(1, "plain, lr 3, seed 0", 5, 56, RunRecord("b", "plain", {}, 0, "tune", None, "it died")),
 ]
 
 
@@ -68,3 +70,19 @@ def test_off_a_terminal_there_are_plain_lines_now_and_then_and_no_control_charac
 def test_a_failure_is_said_at_once_off_a_terminal() -> None:
     log = shown(CompareProgress, COMPARE, terminal=False)
     assert log.splitlines() == ["digits: 50 runs, 3 of them done already", "5/56 plain, lr 3, seed 0: failed: it died"]
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (run_result(961.8), "target after 962 steps"),
+        (replace(run_result(None, status="budget"), first_hit=2900), "at the target at step 2,900, not settled in"),
+        (run_result(None, status="budget"), "target not reached in 3,000 steps"),
+        (replace(run_result(None, status="diverged"), reason="the loss is nan at step 7"), "the loss is nan at step 7"),
+    ],
+)
+def test_how_a_run_ended_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch, result: RunResult, words: str) -> None:
+    monkeypatch.setattr(module, "LINE_EVERY_S", 0.0)
+    ended = RunEnded(0, "plain, lr 1, seed 0", 1, 2, RunRecord("a", "plain", {}, 0, "tune", result))
+    log = shown(CompareProgress, [ComparisonStarted("digits", 2, 0, "accuracy"), ended], terminal=False)
+    assert log.splitlines()[1].startswith(f"1/2 plain, lr 1, seed 0: {words}")

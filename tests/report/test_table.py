@@ -1,205 +1,63 @@
-"""The rich tables at the widths and encodings that they meet."""
+"""Layouts of a table, chosen by the width of the output."""
 
 from __future__ import annotations
 
-import io
-import re
-from dataclasses import replace
+from rich.text import Text
 
-import pytest
-from rich.console import Console
+from bncli.report.table import Dashed, Fitted, Line, Listing, Ruled, listing, stacked, table
+from bncli.report.text import Column
 
-from bncli.report.table import comparison_report, comparison_table, run_table, tuning_table
-from bncli.results.train import Target, TargetReached
-
-
-def lines_with(text: str, word: str) -> list[str]:
-    return [line for line in text.splitlines() if word in line]
+COLUMNS = [
+    Column(("arm", ""), (("plain", ""), ("batch norm", "x5")), words=True),
+    Column(("steps to", "target"), (("815", "733–896"), ("67.25", ""))),
+]
+LINES = (Line(), Line())
 
 
-@pytest.mark.parametrize("width", [80, 100, 200])
-def test_no_line_is_wider_than_the_output(example, show, width):
-    for table in (comparison_table(example), tuning_table(example), comparison_report(example)):
-        assert max(map(len, show(table, width).splitlines())) <= width
+def lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.splitlines()]
 
 
-@pytest.mark.parametrize("width", [30, 45, 60, 80, 120, 200])
-def test_no_figure_is_cut_or_broken_at_any_width(examples, show, width):
-    text = show(comparison_table(examples["two arms"]), width)
-    for figure in ("815", "733–896", "12.1x", "9.81–14.9", "0.9612", "45,231", "10/10"):
-        assert figure in text
+def test_the_first_layout_that_fits_is_taken_and_else_the_last(show):
+    layouts = [lambda encoding, width=width: Text("x" * width, no_wrap=True) for width in (60, 40, 20)]
+    found = {width: lines(show(Fitted("title", "", layouts, ["a note"]), width)) for width in (70, 50, 30, 10)}
+    assert {width: len(shown[2]) for width, shown in found.items()} == {70: 60, 50: 40, 30: 20, 10: 10}
+    assert found[70][0] == "title"
+    assert found[70][-1] == "a note"
 
 
-def test_in_80_columns_intervals_stand_below_their_figures(examples, show):
-    lines = show(comparison_table(examples["two arms"])).splitlines()
-    row = next(index for index, line in enumerate(lines) if line.startswith("batch norm"))
-    assert lines[row].split() == ["batch", "norm", "0.3", "10/10", "67.2", "12.1x", "0.9612", "45,231", "412"]
-    assert lines[row + 1].split() == ["60.5–74.0", "9.81–14.9"]
+def test_a_cells_second_part_stands_beside_or_below_its_first(show):
+    beside, below = (show(table(COLUMNS, apart, "utf-8", wrap=False), 60) for apart in (False, True))
+    assert "815 (733–896)" in beside
+    assert [line.split() for line in lines(below) if "733" in line] == [["733–896"]]
 
 
-def test_a_wide_output_shows_an_arm_on_one_line_and_more_columns(examples, show):
-    text = show(comparison_table(examples["two arms"]), 160)
-    (row,) = lines_with(text, "batch norm ")
-    assert "12.1x (9.81–14.9)" in row
-    assert "27,910" in row
-    assert "< 0.0001" in row
-    assert "p (Holm)" in text
+def test_a_listing_has_a_line_a_figure(show):
+    shown = [line.split() for line in lines(show(listing(COLUMNS, "utf-8"), 40))]
+    assert ["steps", "to", "target", "67.25"] in shown
 
 
-def test_the_reference_row_is_the_one_with_ratio_1(examples, show):
-    (row,) = lines_with(show(comparison_table(examples["two arms"]), 160), "plain  ")
-    assert "1 (reference)" in row
+def test_stacked_tables_stand_below_each_other(show):
+    shown = lines(show(stacked([table([column], False, "utf-8") for column in COLUMNS]), 40))
+    assert shown.index("plain") < next(index for index, line in enumerate(shown) if "815" in line)
 
 
-def test_six_arms_with_long_names_keep_every_word_in_80_columns(examples, show):
-    text = show(comparison_table(examples["six arms"]))
-    column = " ".join(line[:14].strip() for line in text.splitlines())
-    for arm in examples["six arms"].arms:
-        assert " ".join(arm.arm.split()) in " ".join(column.split())
+def test_decimal_points_stand_below_each_other(show):
+    columns = [COLUMNS[0], Column(("ms", ""), (("1.5", ""), ("12.25", "")))]
+    first, second = lines(show(Ruled(columns, LINES, "utf-8")))[2:]
+    assert first.index(".") == second.index(".")
 
 
-def test_what_is_not_known_is_a_dash_and_never_a_zero(examples, show):
-    text = show(comparison_table(examples["no runs yet"]))
-    (row,) = lines_with(text, "batch norm")
-    assert row.split() == ["batch", "norm", "–", "0/0", "–", "–", "–", "–", "–"]
+def test_a_message_takes_the_place_of_a_rows_figures_at_any_width(show):
+    failed = (Line(), Line(message="it did not run"))
+    ruled = lines(show(Ruled(COLUMNS, failed, "utf-8"), 60))[-1]
+    assert ruled.startswith("batch norm")
+    assert ruled.endswith("  it did not run")
+    listed = show(Listing(COLUMNS, failed, "utf-8"), 20)
+    assert "it did not run" in listed
+    assert "67.25" not in listed
 
 
-def test_several_grid_fields_move_under_the_arm_where_they_have_no_room(examples, show):
-    beside, under = (show(comparison_table(examples["two fields"]), width) for width in (80, 72))
-    assert lines_with(beside, "hits")[0].split() == [
-        "arm",
-        "lr",
-        "momentum",
-        "hits",
-        "target",
-        "fewer",
-        "accuracy",
-        "/s",
-        "MiB",
-    ]
-    assert lines_with(under, "hits")[0].split() == ["arm", "hits", "target", "fewer", "accuracy", "/s", "MiB"]
-    assert lines_with(under, "lr 1*, momentum")
-
-
-def test_an_ascii_output_gets_ascii(example, show):
-    text = show(comparison_report(example), encoding="ascii")
-    assert text.isascii()
-    assert "?" not in text
-
-
-def test_colour_changes_no_character(examples, show):
-    file = io.StringIO()
-    Console(file=file, width=80, force_terminal=True, color_system="truecolor").print(
-        comparison_table(examples["six arms"])
-    )
-    assert re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue()) == show(comparison_table(examples["six arms"]))
-
-
-def test_square_brackets_in_names_and_notes_are_text_and_not_markup(examples, show):
-    found = replace(examples["two arms"], notes=("see [bold]this[/bold]",))
-    assert "see [bold]this[/bold]" in show(comparison_table(found))
-
-
-def test_the_tuning_table_shows_steps_hits_the_best_and_the_ratio_at_every_value(examples, show):
-    lines = show(tuning_table(examples["two arms"])).splitlines()
-    assert any(
-        line.split() == ["arm", *(word for value in ("0.03", "0.1", "0.3", "1", "3") for word in ("lr", value))]
-        for line in lines
-    )
-    row = next(index for index, line in enumerate(lines) if line.startswith("batch norm"))
-    assert lines[row].split()[2:] == ["175", "3/3", "98.0", "3/3", "[61.3]", "3/3", "(64.0)", "3/3", "diverged"]
-    assert lines[row + 1].split() == [">", "13.2x", "27.7x", "27.9x", "14.1x", "<", "0.349x"]
-
-
-def test_a_long_grid_goes_on_in_a_second_table(examples, show):
-    found = examples["two arms"]
-    grid = {"optimizer.lr": tuple(round(0.01 * 1.5**k, 4) for k in range(12))}
-    text = show(tuning_table(replace(found, plan=replace(found.plan, grid=grid))))
-    assert sum(line.startswith("batch norm") for line in text.splitlines()) == 2
-    for value in grid["optimizer.lr"]:
-        assert f"lr {value:g}" in text
-
-
-def test_without_a_grid_the_tuning_table_is_a_sentence(examples, show):
-    assert "no grid" in show(tuning_table(examples["no grid"]))
-
-
-def test_the_report_has_table_sketch_and_tuning_in_this_order(examples, show):
-    text = show(comparison_report(examples["two arms"]))
-    places = [
-        text.index(words)
-        for words in ("steps to", "what it costs", "steps to each target", "dashed: target", "tuning runs")
-    ]
-    assert places == sorted(places)
-
-
-def test_the_report_of_an_untuned_comparison_does_not_mention_tuning(examples, show):
-    assert "tuning" not in show(comparison_report(examples["no grid"]))
-
-
-def test_a_run_that_reached_its_target_shows_both_counts_and_every_unit(make_result, show):
-    text = show(run_table(make_result(812.4), "digits"))
-    for words in (
-        "reached its target held-out accuracy 0.95",
-        "832 of 3,000",
-        "812",
-        "820 (the first evaluation at or past the",
-        "45,000 samples/s, 1.33 ms/step",
-        "1.11 s training, 0.310 s evaluating",
-        "412 MiB training, 398 MiB evaluating",
-        "27,910",
-    ):
-        assert words in text
-
-
-def test_a_run_out_of_budget_shows_a_bound(make_result, show):
-    text = show(run_table(make_result(None, status="budget"), "digits"))
-    assert "used up its budget without reaching its target" in text
-    assert "> 2,308, as many as the budget can show" in text
-
-
-def test_a_run_with_several_targets_shows_the_steps_to_each(make_result, show):
-    also = (TargetReached(Target("accuracy", 0.9), 640.25, 650), TargetReached(Target("accuracy", 0.97), None, None))
-    lines = show(run_table(replace(make_result(812.4), also=also), "digits")).splitlines()
-    assert [line.split() for line in lines if line.startswith("steps to 0.9")] == [
-        ["steps", "to", "0.9", "640"],
-        ["steps", "to", "0.97", "–"],
-    ]
-
-
-def test_a_run_that_reached_its_target_too_late_or_only_its_easier_one_says_so(make_result, show):
-    late = replace(make_result(None, status="budget"), first_hit=2800)
-    words = " ".join(show(run_table(late, "digits")).split())
-    assert "used up its budget before the steps to its target held-out accuracy 0.95 were settled" in words
-    words = " ".join(show(run_table(replace(make_result(812.4), status="budget"), "digits")).split())
-    assert "used up its budget after it reached its target held-out accuracy 0.95" in words
-
-
-def test_a_diverged_run_shows_its_reason_and_no_bound(make_result, show):
-    text = show(run_table(make_result(None, status="diverged"), "digits"))
-    assert "diverged: loss is nan at step 12" in text
-    assert ">" not in text.split("Made on")[0]
-
-
-def test_an_interrupted_run_says_so(make_result, show):
-    assert "interrupted" in show(run_table(make_result(None, status="interrupted"), "digits"))
-
-
-def test_a_run_without_a_target_has_no_steps_to_it(make_result, show):
-    result = replace(make_result(None, status="budget"), target=None)
-    text = show(run_table(result, "digits"))
-    assert "no target set" in text
-    assert "steps to target" not in text
-
-
-def test_unknown_memory_and_speed_of_a_run_are_dashes(make_result, show):
-    unknown = replace(make_result(812.4), peak_memory_mib=None, samples_per_s=None, ms_per_step=None, final=None)
-    unknown = replace(unknown, evaluation_peak_memory_mib=None)
-    text = show(run_table(unknown, "digits"))
-    assert "– samples/s, – ms/step" in text
-    assert lines_with(text, "peak memory")[0].split() == ["peak", "memory", "–"]
-
-
-def test_a_run_by_loss_names_the_loss(make_result, show):
-    text = show(run_table(replace(make_result(812.4), target=Target("loss", 0.1), final=0.0987654), "digits"))
-    assert lines_with(text, "final loss")[0].split() == ["final", "loss", "0.09877"]
+def test_entries_have_a_dash_and_nothing_is_shown_of_none(show):
+    assert lines(show(Dashed("notes", ["one two three"]), 9)) == ["notes", "- one two", "  three"]
+    assert show(Dashed("notes", [])) == ""

@@ -10,7 +10,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from bncli import kernels
 from bncli.engine.convert import graph as fuse_graph
-from bncli.engine.convert import patch, trace
+from bncli.engine.convert import patch, tracing
 from bncli.engine.convert.guard import Untraceable
 from bncli.engine.models import norms as norm
 
@@ -28,6 +28,7 @@ class ConvertedNorm:
     name: str  # qualified, as in the state_dict
     operation: str | None  # "batch norm + residual add + relu"; None: left as it was
     reason: str | None  # why nothing more was fused, or why it was left
+    calls: tuple[tuple[str, ...], ...] = ()  # the operations that follow it in one call, for each different call
 
 
 @dataclass(frozen=True)
@@ -163,11 +164,11 @@ def _fuse_all(model: nn.Module, names: dict[nn.Module, str], report: _Report) ->
 
 def _fuse_one(module: nn.Module, opened: set[nn.Module], names: dict[nn.Module, str], report: _Report) -> None:
     try:
-        graphs = trace.trace(module, opened)
+        graphs = tracing.trace(module, opened)
     except Untraceable:
-        graphs = trace.trace(module)  # the opened ones may be to blame
+        graphs = tracing.trace(module)  # the opened ones may be to blame
     hooked = fuse_graph.has_hooks(module)
-    always = graphs.get(trace.Course())
+    always = graphs.get(tracing.Course())
     if always is not None and not hooked and fuse_graph.returned_norm(always, module):
         opened.add(module)
     sites = [site for graph in graphs.values() for site in fuse_graph.fuse(graph, module, names[module])]
@@ -182,7 +183,7 @@ def _fuse_one(module: nn.Module, opened: set[nn.Module], names: dict[nn.Module, 
 
 
 def _rewrite(module: nn.Module, opened: set[nn.Module]) -> None:
-    graphs = trace.trace(module, opened)
+    graphs = tracing.trace(module, opened)
     called = {target for graph in graphs.values() for target in fuse_graph.targets(graph)}
     fused = {site.target for graph in graphs.values() for site in fuse_graph.fuse(graph, module) if site.fused}
     dropped = called - {target for graph in graphs.values() for target in fuse_graph.targets(graph)}
@@ -218,11 +219,11 @@ class _Report:
         assert isinstance(module, norm.BatchNorm)
         own = (module.activation,) if module.activation else ()
         sites = self.sites.get(name, [])
-        operations = dict.fromkeys(" + ".join(("batch norm", *own, *site.fused)) for site in sites)
+        calls = tuple(dict.fromkeys((*own, *site.fused) for site in sites)) or (own,)
         reasons = dict.fromkeys(site.reason for site in sites if site.reason)
         unseen = self._unseen(name, bool(sites), module.activation)
         reason = "; ".join(reasons) or (None if any(site.fused for site in sites) else unseen)
-        return ConvertedNorm(name, ", ".join(operations) or " + ".join(("batch norm", *own)), reason)
+        return ConvertedNorm(name, ", ".join(" + ".join(("batch norm", *call)) for call in calls), reason, calls)
 
     def _unseen(self, name: str, returned: bool, activation: str | None) -> str | None:
         """Why no graph shows what follows a norm."""

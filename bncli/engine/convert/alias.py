@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from bncli.engine.convert.trace import in_place
+from bncli.engine.convert.tracing import in_place
 from bncli.engine.models.norms import BatchNorm
 
 # Modules whose output is a tensor of its own, which no write into their input changes.

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from bncli.engine.convert import alias
-from bncli.engine.convert.trace import in_place
+from bncli.engine.convert.tracing import in_place
 from bncli.engine.models.norms import BatchNorm
 from bncli.names import ACTIVATIONS, FUSED_ACTIVATIONS, Activation
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from bncli.engine.convert.trace import Course
+from bncli.engine.convert.tracing import Course
 
 _numbers = itertools.count()
 

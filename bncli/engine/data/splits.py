@@ -81,25 +81,34 @@ class InMemory:
 # --- order and split -------------------------------------------------------------------------------------------------
 
 
-def order(examples: int, batch_size: int, generator: Generator, device: torch.device | str = "cpu") -> Iterator[Tensor]:
-    """Endless shuffled epochs as index tensors (batch_size,) on `device`.
+def order(
+    examples: int, batch_size: int, generator: Generator, device: torch.device | str = "cpu", start: int = 0
+) -> Iterator[Tensor]:
+    """Endless shuffled epochs as index tensors (batch_size,) on `device`, without the first `start` batches.
 
     An epoch's last, incomplete batch is left out: batch norm must not see a stray small one. The permutation is drawn
-    on the CPU, so that the order is the same on every device, and moved once an epoch. Raises DataError where there
-    are fewer examples than a batch takes.
+    on the CPU, so that the order is the same on every device, and moved once an epoch. The place in the order is the
+    number of batches taken: those of past epochs are drawn again and left out. Raises DataError where there are fewer
+    examples than a batch takes.
     """
     if batch_size > examples:
         raise DataError(
             f"train.batch_size: {batch_size} is more than the {examples} training examples; "
             f"write {examples} or fewer, or hold fewer examples out"
         )
-    return _epochs(examples, batch_size, generator, device)
+    return _epochs(examples, batch_size, generator, device, start)
 
 
-def _epochs(examples: int, batch_size: int, generator: Generator, device: torch.device | str) -> Iterator[Tensor]:
+def _epochs(
+    examples: int, batch_size: int, generator: Generator, device: torch.device | str, start: int
+) -> Iterator[Tensor]:
     kept = examples - examples % batch_size
+    epochs, taken = divmod(start, examples // batch_size)
+    for _ in range(epochs):
+        torch.randperm(examples, generator=generator)
     while True:
-        yield from send(torch.randperm(examples, generator=generator)[:kept], device).split(batch_size)
+        yield from send(torch.randperm(examples, generator=generator)[:kept], device).split(batch_size)[taken:]
+        taken = 0
 
 
 def evaluation_order(examples: int, split_seed: int) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from bncli import kernels
 from bncli.kernels import native
 from bncli.kernels.api import batch_norm
-from bncli.kernels.running_stats import move
 
 
 def kernel_name(kernel: str | kernels.Kernel) -> str:
@@ -66,54 +65,40 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.kernel == "native" and residual is None and activation is None and self.momentum is not None:
             return super().forward(input)
         self._check_input_dim(input)
-        mean, var = self.running_mean, self.running_var
-        if self.training and self.track_running_stats and mean is not None and var is not None:
-            return self._track(input, residual, activation, mean, var)
-        if self.training:
+        mean, var, momentum = self.running_mean, self.running_var, self.momentum or 0.0
+        average = None  # the running mean and variance, where they are averages over all batches
+        if self.training and (not self.track_running_stats or mean is None or var is None):
             mean = var = None
-        return self._run(input, residual, activation, mean, var, self.training or (mean is None and var is None), 0.0)
-
-    def _track(
-        self, input: Tensor, residual: Tensor | None, activation: str | None, mean: Tensor, var: Tensor
-    ) -> Tensor:
-        """A training step that moves the running mean and variance (C)."""
-        tracked = self.num_batches_tracked
-        if tracked is not None:
-            tracked.add_(1)
-        if self.momentum is not None or tracked is None:
-            return self._run(input, residual, activation, mean, var, True, self.momentum or 0.0)
-        # The average over all batches. Its momentum, 1 / batches, stays on the device: no step waits to read it.
-        batch_mean, batch_var = torch.zeros_like(mean), torch.zeros_like(var)
-        y = self._run(input, residual, activation, batch_mean, batch_var, True, 1.0)
-        momentum = tracked.to(torch.promote_types(mean.dtype, torch.float32)).reciprocal()
-        if input.numel() > 0:  # an empty batch has no statistics
-            move(mean, batch_mean.to(momentum.dtype), momentum)
-            move(var, batch_var.to(momentum.dtype), momentum)
-        return y
-
-    def _run(
-        self,
-        input: Tensor,
-        residual: Tensor | None,
-        activation: str | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        training: bool,
-        momentum: float,
-    ) -> Tensor:
-        return batch_norm(
+        elif self.training and mean is not None and var is not None and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                average = mean, var
+                mean, var, momentum = torch.zeros_like(mean), torch.zeros_like(var), 1.0  # become the batch's
+        y = batch_norm(
             input,
             mean,
             var,
             self.weight,
             self.bias,
-            training,
+            self.training or (mean is None and var is None),
             momentum,
             self.eps,
             residual=residual,
             activation=activation,
             kernel=self.kernel,
         )
+        if average is not None and input.numel() > 0:  # an empty batch has no statistics
+            self._average(average, (mean, var))
+        return y
+
+    def _average(self, running: tuple[Tensor, Tensor], batch: tuple[Tensor | None, Tensor | None]) -> None:
+        """Move each running statistic by 1 / batches, which stays on the device: no step waits to read it."""
+        assert self.num_batches_tracked is not None
+        wide = torch.promote_types(running[0].dtype, torch.float32)
+        share = self.num_batches_tracked.to(wide).reciprocal()
+        for old, new in zip(running, batch, strict=True):
+            assert new is not None
+            native.interpolate_(old, new.to(wide), share)
 
     def extra_repr(self) -> str:
         """nn.BatchNorm's, with the activation and the kernel where they are not the default."""

@@ -2,8 +2,8 @@
 
 One JSON object a line. In: {"key", "recipe"}. Out: {"hello"} once, then {"key", "step", "value"} at evaluations and
 {"key", "result", "code"} or {"key", "failure"} for each run, with the files of the user's own that the process loaded;
-{"refused", "exit_code"} when no run can succeed (a missing file, an absent device). When standard input ends, the
-process ends at once: it must not outlive the one that started it.
+{"refused": mistakes, "field", "value", "exit_code"} when no run can succeed (a missing file, an absent device). When
+standard input ends, the process ends at once: it must not outlive the one that started it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def main(arguments: list[str]) -> int:
     try:
         serve(jobs, out, options["--device"], int(options["--threads"]))
     except BncliError as error:
-        _say(out, refused=str(error), exit_code=error.exit_code)
+        about = {"field": error.field, "value": None if error.value is None else str(error.value)}
+        _say(out, refused=error.mistakes, exit_code=error.exit_code, **about)
     return 0
 
 
@@ -79,7 +80,7 @@ def serve(jobs: queue.Queue[dict[str, Any]], out: TextIO, device_name: str, thre
         gc.collect()  # the last run's model, where a cycle keeps it
         said = 0.0
         try:
-            for event in train(recipe, loaded[source], device, name=key):
+            for event in train(recipe, device_name, dataset=loaded[source], name=key):
                 if isinstance(event, RunStarted | RunFinished):  # a forward pass may import as well
                     own.note()
                 if isinstance(event, Evaluated) and monotonic() - said > REPORT_EVERY_S:

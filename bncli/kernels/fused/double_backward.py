@@ -1,4 +1,4 @@
-"""Batch norm's backward from differentiable operators: what the fused backward's own gradient is taken of."""
+"""Double backward of the fused batch norm: torch's derivative of a backward composed of differentiable operators."""
 
 from __future__ import annotations
 
@@ -55,3 +55,38 @@ def composed_backward(
         m = x.numel() // x.size(1)
         dx = dx - (per_channel(dbias, x) + xhat * per_channel(dweight, x)) * (scale * reciprocal / m)
     return dx, dweight, dbias, g
+
+
+def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    dy, x, weight, bias, residual, mean, var, signs, eps, activation, given, *_ = inputs
+    ctx.save_for_backward(dy, x, weight, bias, residual, mean, var, signs)
+    ctx.eps, ctx.activation, ctx.given = eps, activation, given
+
+
+def backward(ctx, *upstream):  # type: ignore[no-untyped-def]
+    """The exact second derivative: torch's own, of `composed_backward`; differentiable in turn where that is asked.
+
+    Then of views, in which the inputs are apart: dy may itself come from x.
+    """
+    dy, x, weight, bias, residual, mean, var, signs = ctx.saved_tensors
+    again = torch.is_grad_enabled()
+    inputs = [
+        None if each is None else each.view_as(each) if again and each.requires_grad else each.detach().requires_grad_()
+        for each in (dy, x, weight, bias, residual)
+    ]
+    with torch.enable_grad():
+        outputs = composed_backward(*inputs, (mean, var) if ctx.given else None, signs, ctx.eps, ctx.activation)
+        pairs = [
+            (output, gradient.to(output.dtype))
+            for output, gradient in zip(outputs, upstream, strict=True)
+            if gradient is not None and gradient.numel() == output.numel() and output.requires_grad
+        ]
+        found = torch.autograd.grad(
+            [output for output, _ in pairs],
+            [each for each in inputs if each is not None],
+            [gradient for _, gradient in pairs],
+            allow_unused=True,
+            create_graph=again,
+        )
+    gradients = iter(found)
+    return (*(None if each is None else next(gradients) for each in inputs), *(None,) * 8)

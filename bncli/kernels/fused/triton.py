@@ -654,7 +654,7 @@ def backward(
                 _write_back(g, tile, at, valid, m, scale, g_mean, slope, dx, dr, GIVEN, RESIDUAL_GRADIENT)
 
 
-# Whether these run in Triton's interpreter: settled when Triton was first imported.
+# Whether these run in Triton's interpreter: settled when Triton was first imported, and this file after it.
 INTERPRETED = not (isinstance(forward, triton.JITFunction) and isinstance(tl.sum, triton.JITFunction))
 if INTERPRETED:  # by NumPy, which warns where a GPU makes infinity and NaN in silence
     warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")

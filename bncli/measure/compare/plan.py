@@ -11,13 +11,17 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 from bncli.errors import RecipeError
+from bncli.measure.dry_run import available_memory_mib, planned_arm
+from bncli.recipe.check import SAME_FOR_ALL_RUNS
 from bncli.recipe.layers import input_of, shape_contradictions
 from bncli.recipe.load import Arm, Loaded, digest, plain, with_values
+from bncli.recipe.overrides import value_at
 from bncli.recipe.sections import Digits, Npz, Recipe, TargetSection
-from bncli.results.compare import ComparisonPlan, Phase, RunRecord
+from bncli.results.compare import ComparisonPlan, Phase, Planned, RunRecord
 from bncli.results.train import Target
 
 MOST_RUNS = 20_000  # each is planned in memory; a longer list of values is a slip, or several comparisons
@@ -77,7 +81,7 @@ class Study:
     def points(self, arm: Arm) -> list[dict[str, Any]]:
         """The grid's points for an arm; a field that the arm fixes keeps its value."""
         free = {path: values for path, values in self.plan.grid.items() if path not in arm.fixed}
-        fixed = {path: _field(arm.recipe, path) for path in arm.fixed}
+        fixed = {path: value_at(self.plan.recipes[arm.name], path.split(".")) for path in arm.fixed}
         return [{**dict(zip(free, values, strict=True)), **fixed} for values in itertools.product(*free.values())]
 
 
@@ -121,6 +125,20 @@ def study(recipes: Sequence[Loaded], identity: Mapping[str, str] | None = None) 
     return Study(plan, tuple(arms), dict(identity or {}))
 
 
+def planned_comparison(recipes: Sequence[Loaded]) -> Planned:
+    """All runs of a comparison, without training any. Raises RecipeError for recipes that cannot be compared."""
+    asked = study(recipes)
+    first = recipes[0]
+    arms = []
+    for arm in asked.arms:
+        tuning = len(asked.points(arm)) * len(asked.plan.tune_seeds)
+        arms.append(planned_arm(first.base, arm, tuning, len(asked.plan.report_seeds)))
+    runs = planned_runs(asked)
+    fields = tuple(first.provenance(Arm("", first.base)))
+    steps = runs * asked.plan.budget
+    return Planned(first.name, fields, tuple(arms), dict(asked.plan.grid), runs, steps, available_memory_mib())
+
+
 def describe_data(recipe: Recipe) -> str:
     """What the runs are trained on, for titles."""
     data = recipe.data
@@ -155,10 +173,9 @@ def _refuse_unlike(recipes: Sequence[Loaded], arms: Sequence[Arm]) -> None:
         for part in ("grid", "seeds"):
             if getattr(loaded.file, part) != getattr(first.file, part):
                 wrong.append(f"{loaded.source}: {part} differs from {first.source}'s; every arm gets the same {part}")
-    alike = ("data", "train.target", "train.steps", "train.evaluate_every", "train.stop_at_target", "train.seed")
     for arm in arms:
-        for path in alike:
-            if _field(arm.recipe, path) != _field(arms[0].recipe, path):
+        for path in SAME_FOR_ALL_RUNS:
+            if attrgetter(path)(arm.recipe) != attrgetter(path)(arms[0].recipe):
                 wrong.append(f"arm {arm.name}: {path} differs from arm {arms[0].name}'s; steps would not be comparable")
         if isinstance(arm.recipe.data, Npz):  # what only the file can tell; the rest was checked with the recipe
             found = shape_contradictions(arm.recipe, *input_of(arm.recipe))
@@ -167,13 +184,6 @@ def _refuse_unlike(recipes: Sequence[Loaded], arms: Sequence[Arm]) -> None:
         wrong.append(f"{first.source}: train.target is missing; a comparison counts the steps to it")
     if wrong:
         raise RecipeError(*wrong)
-
-
-def _field(recipe: Recipe, path: str) -> Any:
-    value: Any = plain(recipe)
-    for key in path.split("."):
-        value = value[key]
-    return value
 
 
 # --- what is to be done -------------------------------------------------------------------------------------------

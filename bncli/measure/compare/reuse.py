@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from bncli import __version__
@@ -16,19 +16,11 @@ from bncli.measure.compare.plan import Job, Study, collect, planned_runs
 from bncli.measure.compare.summary import summarise
 from bncli.recipe.load import Arm, data_state, digest, plain, with_values
 from bncli.recipe.sections import Recipe
-from bncli.results.compare import BegunComparison, Comparison, RunRecord
+from bncli.results.compare import BegunComparison, Comparison, Note, RunRecord
 
 PACKAGE = Path(__file__).parents[2]
+IDENTITY = ("bncli", "torch", "device", "data")
 RUN_BY = ("engine", "kernels", "recipe")  # the parts of bncli that decide what a run does
-
-# Part of an identity -> what to say of a run in which it was another. "code" is checked file by file.
-CHANGED = {
-    "bncli": "bncli's own code has changed since",
-    "torch": "torch is another version",
-    "device": "they ran on another device",
-    "data": "the data have changed",
-    "code": "the model's code has changed",
-}
 
 
 def identity(device: str, recipe: Recipe) -> dict[str, str]:
@@ -55,20 +47,18 @@ def usable(kept: Iterable[RunRecord]) -> dict[str, RunRecord]:
     return {record.key: record for record in records if all(now[file] == found for file, found in record.code.items())}
 
 
-def not_reused(jobs: Iterable[Job], kept: Iterable[RunRecord], identity: Mapping[str, str]) -> Iterator[str]:
-    """How many of the jobs were done by earlier runs that cannot be used, and why: a sentence, if there are any."""
+def not_reused(jobs: Iterable[Job], kept: Iterable[RunRecord], identity: Mapping[str, str]) -> list[Note]:
+    """How many of the jobs were done by earlier runs that cannot be used, and why: a note, if there are any."""
     earlier = {record.recipe_key: record for record in sorted(kept, key=_made)}
     keys = usable(kept)
     again = {job.key: earlier[job.recipe_key] for job in jobs if job.key not in keys and job.recipe_key in earlier}
-    reasons = Counter(next(_changes(record, identity)) for record in again.values())
-    if reasons:
-        runs = "1 earlier run is" if len(again) == 1 else f"{len(again)} earlier runs are"
-        yield f"{runs} not reused: " + ", ".join(f"{CHANGED[part]} ({count})" for part, count in reasons.most_common())
+    changed = Counter(_changed(record, identity) for record in again.values())
+    return [Note.of("not reused", runs=len(again), changed=dict(changed.most_common()))] if changed else []
 
 
-def _changes(record: RunRecord, identity: Mapping[str, str]) -> Iterator[str]:
-    yield from (part for part in CHANGED if record.identity.get(part) != identity.get(part))
-    yield "code"
+def _changed(record: RunRecord, identity: Mapping[str, str]) -> str:
+    """The first part of a run's identity that is another now; code of the user's own is compared file by file."""
+    return next((part for part in IDENTITY if record.identity.get(part) != identity.get(part)), "code")
 
 
 def _made(record: RunRecord) -> str:

@@ -1,14 +1,13 @@
-"""Carry a study out: hand its runs to a pool, keep each record as it comes, leave out what is done already."""
+"""Run of a study: hands its runs to an executor, keeps each record as it comes, leaves out what is done already."""
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
-from bncli.measure.compare.executors.processes import Ended, Pool, Progressed, Started
+from bncli.measure.compare.executors import Ended, Executor, Progressed, Started
 from bncli.measure.compare.plan import Job, Study, planned_runs, wanted
-from bncli.recipe.load import plain
 from bncli.results.compare import ComparisonEvent, ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
 from bncli.results.serialize import from_plain
 from bncli.results.train import RunResult
@@ -30,15 +29,11 @@ class OpenRuns:
     def __init__(self, study: Study, records: dict[str, RunRecord]) -> None:
         self.study, self.records = study, records
         self.jobs: dict[str, Job] = {}
-        self.waiting: deque[str] = deque()
+        self.wanted: deque[Job] = deque()
         self._running: set[str] = set()
         self._arms: dict[str, list[str]] = {}  # key of an open run -> the arms that wait for it
         self._open: Counter[str] = Counter()  # arm -> its open runs
         self._ask()
-
-    def message(self, key: str) -> dict[str, Any]:
-        """What a worker is sent for a run."""
-        return {"recipe": plain(self.jobs[key].recipe)}
 
     def started(self, key: str) -> Job:
         self._running.add(key)
@@ -55,54 +50,48 @@ class OpenRuns:
     def _ask(self) -> None:
         self.planned = planned_runs(self.study, self.records)
         self._arms, self._open = {}, Counter()
-        self.waiting.clear()
+        self.wanted.clear()
         for job in wanted(self.study, self.records):
             self.jobs.setdefault(job.key, job)
             if job.key in self.records:
                 continue
             arms = self._arms.setdefault(job.key, [])
             if not arms and job.key not in self._running:
-                self.waiting.append(job.key)
+                self.wanted.append(self.jobs[job.key])
             if job.arm not in arms:
                 arms.append(job.arm)
                 self._open[job.arm] += 1
 
 
 def execute(
-    study: Study, store: Store, pool: Pool, records: dict[str, RunRecord], stop: Callable[[], bool] = lambda: False
+    study: Study,
+    store: Store,
+    executor: Executor,
+    records: dict[str, RunRecord],
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[ComparisonEvent]:
     """Do every run of the study that `records`, by key, does not hold; it is filled as they come.
 
-    A run that fails is recorded with its reason and not tried again in this call. Raises what the pool raises.
+    A run that fails is recorded with its reason and not tried again in this call. Raises what the executor raises.
     """
     runs, plan = OpenRuns(study, records), study.plan
     done = sum(key in records for key in runs.jobs)
     yield ComparisonStarted(plan.name, runs.planned, done, plan.target.metric)
-    for event in pool.run(runs.waiting, runs.message, stop):
+    for event in executor.run(runs.wanted, stop):
         if isinstance(event, Started):
             yield RunBegan(event.worker, runs.started(event.key).label, plan.budget)
         elif isinstance(event, Progressed):
             yield RunProgressed(event.worker, event.step, event.value)
         elif isinstance(event, Ended):
             job = runs.jobs[event.key]
-            record = _record(job, study.identity, event, pool.limit)
+            record = _record(job, study.identity, event)
             store.save(record)
             runs.ended(record)
             done += 1
-            yield RunEnded(event.worker, job.label, done, _outcome(record), runs.planned)
+            yield RunEnded(event.worker, job.label, done, runs.planned, record)
 
 
-def _record(job: Job, identity: dict[str, str], event: Ended, at_a_time: int) -> RunRecord:
+def _record(job: Job, identity: dict[str, str], event: Ended) -> RunRecord:
     result = from_plain(RunResult, event.result) if event.result is not None else None
     asked = (job.key, job.arm, job.point, job.seed, job.phase)
-    return RunRecord(*asked, result, event.failure, at_a_time, job.recipe_key, identity, event.code)
-
-
-def _outcome(record: RunRecord) -> str:
-    if record.result is None:
-        return f"failed: {record.failure}"
-    if record.result.steps_to_target is not None:
-        return f"target after {record.result.steps_to_target:,.0f} steps"
-    if record.result.first_hit is not None and record.result.reason is None:
-        return f"at the target at step {record.result.first_hit:,}, not settled in {record.result.steps_run:,} steps"
-    return record.result.reason or f"target not reached in {record.result.steps_run:,} steps"
+    return RunRecord(*asked, result, event.failure, event.at_a_time, job.recipe_key, identity, event.code)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bncli.engine.train.target import StepsToTarget
+from bncli.engine.target import StepsToTarget
 from bncli.measure.compare import stats
 from bncli.measure.compare.stats import Sample
 from bncli.results.compare import ComparisonPlan, RunRecord

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
 from bncli.measure.compare import samples, stats
@@ -18,6 +18,7 @@ from bncli.results.compare import (
     Comparison,
     ComparisonPlan,
     Cost,
+    Note,
     Ratio,
     RunRecord,
     TuningCell,
@@ -62,7 +63,7 @@ def summarise(
     records: Sequence[RunRecord],
     planned: int,
     threads: int | None = None,
-    remarks: tuple[str, ...] = (),
+    remarks: tuple[Note, ...] = (),
 ) -> Comparison:
     """The whole answer from the runs' records alone.
 
@@ -90,16 +91,12 @@ def _without_other_costs(record: RunRecord, threads: int | None) -> RunRecord:
     return replace(record, result=result)
 
 
-def _other_threads(records: Sequence[RunRecord], threads: int | None) -> Iterator[str]:
-    """What to know of runs whose cost is not shown since they had another number of threads."""
+def _other_threads(records: Sequence[RunRecord], threads: int | None) -> Iterator[Note]:
+    """Whose cost is not shown since they had another number of threads."""
     found = {record.key: record.result.environment.threads for record in records if record.result is not None}
     others = [each for each in found.values() if threads not in (None, each)]
     if others:
-        had = " or ".join(map(str, sorted(set(others))))
-        yield (
-            f"{len(others)} of {len(found)} runs were made with {had} and not {threads} thread{'s' * (threads != 1)}: "
-            "their steps are used, their seconds, samples/s and memory are not"
-        )
+        yield Note.of("other threads", runs=len(others), of=len(found), had=sorted(set(others)), asked=threads)
 
 
 def _place(plan: ComparisonPlan, record: RunRecord) -> tuple[Any, ...]:
@@ -130,7 +127,7 @@ def _row(plan: ComparisonPlan, arm: _Arm, reference: _Arm) -> ArmSummary:
         hits=sum(result.steps_to_target is not None for result in results),
         runs=len(results),
         steps=stats.typical(sample),
-        first_hit=_geometric_mean(firsts) if firsts and len(firsts) == len(results) else None,
+        first_hit=geometric_mean(firsts) if firsts and len(firsts) == len(results) else None,
         ratio=_ratio(plan, arm, reference, count),
         best=_typical([result.best for result in results]),
         samples_per_s=_typical([result.samples_per_s for result in results]),
@@ -160,11 +157,8 @@ def _cell(point: samples.Point, records: Sequence[RunRecord], kept: bool) -> Tun
     results = [record.result for record in records if record.result is not None]
     hits = [result.steps_to_target for result in results if result.steps_to_target is not None]
     diverged = sum(result.status == "diverged" for result in results)
-    return TuningCell(point, len(hits), len(results), _geometric_mean(hits) if hits else None, diverged, kept)
-
-
-def _geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(math.fsum(map(math.log, values)) / len(values)) if min(values) > 0 else 0.0
+    mean = None if not hits else geometric_mean(hits) if min(hits) > 0 else 0.0
+    return TuningCell(point, len(hits), len(results), mean, diverged, kept)
 
 
 def _typical(values: Sequence[float | None]) -> float | None:
@@ -263,118 +257,101 @@ def _thinned(plan: ComparisonPlan, arm: _Arm, reference: _Arm) -> float | None:
     by = samples.steps(plan, plan.target)
     found = [_ratio(plan, arm, reference, samples.thinned_steps(plan, first), by=by) for first in (1, 2)]
     values = [ratio.value for ratio in found if ratio and ratio.value and ratio.method != "same recipe"]
-    return _geometric_mean(values) if len(values) == 2 else None
+    return geometric_mean(values) if len(values) == 2 else None
 
 
 # --- notes --------------------------------------------------------------------------------------------------------
 
 
-def _notes(comparison: Comparison, arms: Mapping[str, _Arm]) -> Iterator[str]:
+def _notes(comparison: Comparison, arms: Mapping[str, _Arm]) -> Iterator[Note]:
     """What a reader must know before quoting the table, the most important first."""
     plan, records = comparison.plan, comparison.runs
     keys = {record.key: record for record in records}
     done = sum(record.result is not None and record.result.status != "interrupted" for record in keys.values())
     failed = sum(record.failure is not None for record in keys.values())
     if done < comparison.planned_runs:
-        failures = f", {failed} failed" if failed else ""
-        yield f"{done} of {comparison.planned_runs} runs are done{failures}; the figures rest on those"
+        yield Note.of("unfinished", done=done, planned=comparison.planned_runs, failed=failed)
     for arm in comparison.arms:
-        yield from (f"{arm.arm}: {note}" for note in _arm_notes(comparison, arm))
+        yield from _arm_notes(comparison, arm)
     yield from _seed_notes(plan, arms)
     yield from _ratio_notes(comparison, arms)
     yield from _unlike_notes(comparison)
-    yield from _disturbance(records, shown=any(arm.samples_per_s is not None for arm in comparison.arms))
+    if any(arm.samples_per_s is not None for arm in comparison.arms):
+        yield from _disturbance(records)
     if any(recipe.get("norm", {}).get("kind") == "batch" for recipe in plan.recipes.values()):
-        yield (
-            "these are this task's figures; the paper's 14x is BN-x5 on ImageNet with seven changes, "
-            "batch norm alone gave 2.33x there"
-        )
+        yield Note.of("paper")
 
 
-def _arm_notes(comparison: Comparison, arm: ArmSummary) -> Iterator[str]:
+def _arm_notes(comparison: Comparison, arm: ArmSummary) -> Iterator[Note]:
     plan = comparison.plan
     if arm.runs and arm.tuning and not any(cell.hits for cell in arm.tuning) and not arm.hits:
-        yield f"no point of the grid reached the target within the {plan.most_steps:,.0f} steps the budget can show"
+        yield Note.of("no hit", arm.arm, most_steps=plan.most_steps)
     for path in arm.at_edge:
-        wider = "smaller" if arm.point[path] == min(plan.grid[path]) else "larger"
-        yield f"the best {path}, {arm.point[path]:g}, is at the edge of the grid; add {wider} values"
+        value = arm.point[path]
+        yield Note.of("at edge", arm.arm, field=path, value=value, smallest=value == min(plan.grid[path]))
     coarse = _too_coarse(comparison, arm)
     if coarse:
         yield coarse
-    yield from (f"failed: {failure}" for failure in dict.fromkeys(arm.failures))
+    yield from (Note.of("failed", arm.arm, failure=failure) for failure in dict.fromkeys(arm.failures))
     if arm.diverged:
-        yield f"{arm.diverged} of {arm.runs} runs diverged and count as misses"
-    value = arm.ratio.value if arm.ratio else None
-    if not coarse and arm.thinned and value and abs(math.log(arm.thinned / value)) > MOVED:
-        more = "more" if arm.thinned > value else "less"
-        yield (
-            f"from every second evaluation the ratio is {arm.thinned:.3g}, {abs(arm.thinned / value - 1):.0%} {more}: "
-            "evaluate more often, hold more examples out, or choose an easier target"
-        )
+        yield Note.of("diverged", arm.arm, diverged=arm.diverged, runs=arm.runs)
+    ratio = arm.ratio.value if arm.ratio else None
+    if not coarse and arm.thinned and ratio and abs(math.log(arm.thinned / ratio)) > MOVED:
+        yield Note.of("every second evaluation", arm.arm, thinned=arm.thinned, ratio=ratio)
 
 
-def _too_coarse(comparison: Comparison, arm: ArmSummary) -> str | None:
-    """What to do about an arm that reached its target before it was evaluated often enough."""
+def _too_coarse(comparison: Comparison, arm: ArmSummary) -> Note | None:
+    """Whether an arm reached its target before it was evaluated often enough."""
     steps = arm.steps.value
     if steps is None:
         return None
     results = comparison.results_of(arm)
     at_once = sum(result.steps_to_target == 0 for result in results)
     if at_once:
-        return f"{at_once} of {len(results)} runs were at the target before the first step; choose a harder one"
+        return Note.of("held before training", arm.arm, at_once=at_once, runs=len(results))
     if steps < FEWEST_EVALUATIONS:
-        return f"fewer than {FEWEST_EVALUATIONS} steps to its target; choose a harder one"
+        return Note.of("few steps", arm.arm, fewest=FEWEST_EVALUATIONS)
     evaluated = [sum(0 < each.step <= steps for each in result.evaluations) for result in results]
     if median(evaluated) >= FEWEST_EVALUATIONS:
         return None
     every = comparison.plan.recipes.get(arm.arm, {}).get("train", {}).get("evaluate_every", 1)
-    if isinstance(every, dict):
-        advice = "raise train.evaluate_every.points_per_doubling"
-    else:
-        most = max(1, int(steps / FEWEST_EVALUATIONS))
-        advice = f"set train.evaluate_every to {most}{' or less' * (most > 1)}"
-    return f"fewer than {FEWEST_EVALUATIONS} evaluations before its target; {advice}"
+    most = None if isinstance(every, dict) else max(1, int(steps / FEWEST_EVALUATIONS))  # None: spaced by doublings
+    return Note.of("few evaluations", arm.arm, fewest=FEWEST_EVALUATIONS, evaluate_every=most)
 
 
-def _seed_notes(plan: ComparisonPlan, arms: Mapping[str, _Arm]) -> Iterator[str]:
+def _seed_notes(plan: ComparisonPlan, arms: Mapping[str, _Arm]) -> Iterator[Note]:
     seeds = len(plan.tune_seeds) + len(plan.report_seeds)
     if seeds < 5:
         found = [stats.log_spread(arm.runs.sample(samples.steps(plan, plan.target))) for arm in arms.values()]
         needed = max((stats.seeds_needed(spread, 1.5) for spread in found if spread is not None), default=0)
-        more = f": at the spread seen here a ratio of 1.5 needs {needed}" if needed > seeds else ""
-        yield f"{seeds} seed{'s' * (seeds > 1)} an arm {'are' if seeds > 1 else 'is'} few{more}"
+        yield Note.of("few seeds", seeds=seeds, ratio=1.5, needed=needed if needed > seeds else None)
 
 
-def _ratio_notes(comparison: Comparison, arms: Mapping[str, _Arm]) -> Iterator[str]:
+def _ratio_notes(comparison: Comparison, arms: Mapping[str, _Arm]) -> Iterator[Note]:
     plan, reference = comparison.plan, arms[comparison.plan.reference]
     count = samples.steps(plan, plan.target)
     ratios = {arm.arm: arm.ratio for arm in comparison.arms if arm.ratio and arm.runs}
     same = [name for name, ratio in ratios.items() if ratio.method == "same recipe"]
     if same:
-        yield f"{', '.join(same)}: the same recipe as {plan.reference} under another name, so the ratio is 1 by itself"
-    unsure = [
-        name
-        for name, ratio in ratios.items()
-        if ratio.method != "same recipe" and ratio.interval != stats.OPEN and not _tells_apart(ratio)
-    ]
+        yield Note.of("same recipe", arms=same, reference=plan.reference)
+    measured = {name: ratio for name, ratio in ratios.items() if ratio.method != "same recipe"}
+    bounded = {name: ratio for name, ratio in measured.items() if ratio.interval != stats.OPEN}
+    unsure = [name for name, ratio in bounded.items() if not _tells_apart(ratio)]
     if unsure:
-        several = f" (not corrected for {len(plan.arms) - 1} comparisons)" if len(plan.arms) > 2 else ""
-        yield f"not told apart from {plan.reference} by the 95 % interval{several}: {', '.join(unsure)}"
-    for name, ratio in ratios.items():
+        yield Note.of("not told apart", arms=unsure, reference=plan.reference, comparisons=len(plan.arms) - 1)
+    for name, ratio in measured.items():
         seeds = arms[name].runs.seeds(count), reference.runs.seeds(count)
         common = seeds[0] & seeds[1]
-        if ratio.method != "same recipe" and (seeds[0] != common or seeds[1] != common):
-            yield f"{name}: its ratio rests on the {len(common)} seeds that {plan.reference} has too"
+        if seeds[0] != common or seeds[1] != common:
+            yield Note.of("common seeds", name, seeds=len(common), reference=plan.reference)
         if ratio.method in ("means", "medians", "bound") and ratio.interval == stats.OPEN:
             needed = stats.FEWEST_WITH_A_MISS if ratio.method != "means" else 2
-            yield f"{name}: no interval from {len(common)} seeds{' and a miss' * (needed > 2)}; it needs {needed}"
+            yield Note.of("no interval", name, seeds=len(common), needed=needed, missed=ratio.method != "means")
         if ratio.method == "hits" and ratio.p_value is not None and ratio.p_value < 1:
             both = [side.runs.sample(count, None, common, side.best(count)) for side in (arms[name], reference)]
             mine, its = (int(sample.hit[sample.best].sum()) for sample in both)
-            yield (
-                f"{name}: {mine} of {len(common)} runs hit, {its} of {len(common)} of {plan.reference}; if both hit "
-                f"alike, a difference as large has probability {ratio.p_value:.2g} (Fisher's exact test)"
-            )
+            hits = {"hits": mine, "reference_hits": its, "runs": len(common)}
+            yield Note.of("hits", name, **hits, reference=plan.reference, p_value=ratio.p_value)
 
 
 def _tells_apart(ratio: Ratio) -> bool:
@@ -382,16 +359,13 @@ def _tells_apart(ratio: Ratio) -> bool:
     return (low is not None and low > 1) or (high is not None and high < 1)
 
 
-def _unlike_notes(comparison: Comparison) -> Iterator[str]:
+def _unlike_notes(comparison: Comparison) -> Iterator[Note]:
     """Fields in which arms differ so that a step of one is another amount of work, or another kind."""
-    more_examples = ": a step sees another number of examples"
-    paths = {"train.batch_size": more_examples, "train.precision": "", "train.tf32": "", "schedule": ""}
     recipes = comparison.plan.recipes
-    for path, why in paths.items():
+    for path in ("train.batch_size", "train.precision", "train.tf32", "schedule"):
         found = {arm.arm: arm.point.get(path, _value(recipes.get(arm.arm, {}), path)) for arm in comparison.arms}
         if len({str(value) for value in found.values()}) > 1:
-            values = ", ".join(f"{arm} {_words(value)}" for arm, value in found.items())
-            yield f"the arms differ in {path}: {values}{why}"
+            yield Note.of("arms differ", field=path, values=found)
 
 
 def _value(recipe: Mapping[str, Any], path: str) -> Any:
@@ -401,17 +375,11 @@ def _value(recipe: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def _words(value: Any) -> str:
-    if not isinstance(value, Mapping):
-        return str(value)
-    return " ".join([str(value.get("kind")), *(f"{k} {v}" for k, v in value.items() if k != "kind" and v)])
-
-
-def _disturbance(records: Sequence[RunRecord], shown: bool) -> Iterator[str]:
-    """What to know of seconds and samples/s, where they are shown."""
+def _disturbance(records: Sequence[RunRecord]) -> Iterator[Note]:
+    """What to know of seconds and samples/s."""
     machines = {(r.result.environment.processor, r.result.environment.device) for r in records if r.result}
-    if shown and len(machines) > 1:
-        yield "the runs come from different machines: compare their steps, not their seconds"
-    beside = max((record.at_a_time or 1 for record in records), default=1)
-    if shown and beside > 1:
-        yield f"seconds and samples/s were measured with up to {beside} runs at a time; --jobs 1 measures each alone"
+    if len(machines) > 1:
+        yield Note.of("machines")
+    most = max((record.at_a_time or 1 for record in records), default=1)
+    if most > 1:
+        yield Note.of("runs at a time", most=most)

@@ -43,6 +43,15 @@ def diagnose(verdicts: list[Verdict], norm: str) -> tuple[Diagnosis, ...]:
 
 
 @dataclass(frozen=True)
+class Failing:
+    """A case that failed, and its quantities that are clearly wrong."""
+
+    identifier: str
+    evidence: Evidence
+    quantities: list[str]
+
+
+@dataclass(frozen=True)
 class Match:
     """One quantity of one case that a known bug explains."""
 
@@ -54,11 +63,11 @@ class Match:
 
 def _likely(verdicts: list[Verdict]) -> list[Diagnosis]:
     """The known bugs that explain most, each of what those before it leave unexplained."""
-    cases = _spread(verdicts)
+    cases = [Failing(identifier, evidence, _failing(evidence)) for identifier, evidence in _spread(verdicts)]
     matches = {known: _matches(known, cases) for known in KNOWN_BUGS}
     found: list[Diagnosis] = []
     explained: set[tuple[str, str]] = set()
-    failing = sum(len(_failing(evidence)) for _, evidence in cases)
+    failing = sum(len(case.quantities) for case in cases)
     while True:
         left = {
             known: [match for match in own if (match.identifier, match.quantity) not in explained]
@@ -105,20 +114,24 @@ def _failing(evidence: Evidence) -> list[str]:
     return [name for name in names if _distance(evidence.seen[name], evidence.truth[name], evidence.floors[name]) > 1]
 
 
-def _matches(known: KnownBug, cases: list[tuple[str, Evidence]]) -> list[Match]:
+def _matches(known: KnownBug, cases: list[Failing]) -> list[Match]:
     found = []
-    for identifier, evidence in cases:
+    for failing in cases:
+        evidence = failing.evidence
         if not known.applies(evidence.case):
             continue
         wrong = predicted(known, evidence)
-        failing = _failing(evidence)
-        explained = [name for name in failing if name in wrong and _explains(evidence, name, wrong[name])]
-        right = [name for name in wrong if name in evidence.seen and name not in failing and name in evidence.floors]
+        explained = [name for name in failing.quantities if name in wrong and _explains(evidence, name, wrong[name])]
+        right = [
+            name
+            for name in wrong
+            if name in evidence.seen and name not in failing.quantities and name in evidence.floors
+        ]
         against = [
             name for name in right if _distance(wrong[name], evidence.truth[name], evidence.floors[name]) > FLOORS
         ]
         if not against:
-            found += [_match(identifier, name, evidence, wrong[name]) for name in explained]
+            found += [_match(failing.identifier, name, evidence, wrong[name]) for name in explained]
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a kernel view measures, as cases, and how its time is shared out among them."""
+"""Cases of the kernel view, and how many rounds of measuring each has time for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bncli.errors import RecipeError
+from bncli.errors import UsageError, UsageErrors
 from bncli.measure.profile.shapes import Calls, Shape
 from bncli.measure.reference import case as cases
 from bncli.measure.timing import clock, speedup
@@ -45,7 +45,7 @@ class Asked:
 def planned(asked: Asked) -> tuple[tuple[Case, int], ...]:
     """The cases and how often the model calls each, shape by shape; 0: it does another operation there.
 
-    Raises RecipeError for what is not known, and where there is nothing to measure.
+    Raises UsageError for what is not known, and where there is nothing to measure.
     """
     _check(asked)
     found: dict[Case, int] = {}
@@ -65,24 +65,26 @@ def _layout(shape: Shape, layout: str) -> str:
 
 
 def _check(asked: Asked) -> None:
-    mistakes = []
+    errors = []
     if not asked.kernels:
-        mistakes.append("--kernel: name at least one")
+        errors.append(UsageError("name at least one", field="kernel"))
     if not asked.shapes:
-        mistakes.append("--shapes: name a set of shapes, a shape or a file of shapes")
+        errors.append(UsageError("name a set of shapes, a shape or a file of shapes", field="shapes"))
     choices: Sequence[tuple[str, Sequence[str], Sequence[str]]] = (
-        ("--operation", asked.operations, tuple(cases.OPERATIONS)),
-        ("--dtype", asked.dtypes, tuple(cases.DTYPE_NAMES)),
-        ("--layout", asked.layouts, LAYOUTS),
+        ("operation", asked.operations, tuple(cases.OPERATIONS)),
+        ("dtype", asked.dtypes, tuple(cases.DTYPE_NAMES)),
+        ("layout", asked.layouts, LAYOUTS),
     )
-    for option, given, known in choices:
-        mistakes += [f"{option} {one}: expected some of {', '.join(known)}" for one in given if one not in known]
+    for field, names, known in choices:
+        expected = f"expected some of {', '.join(known)}"
+        errors += [UsageError(expected, field=field, value=name) for name in names if name not in known]
     for shape, *_ in asked.shapes:
         if asked.training and math.prod(shape) == shape[1]:
             sizes = "x".join(map(str, shape))
-            mistakes.append(f"--shape {sizes}: training needs more than one value a channel, and it has one")
-    if mistakes:
-        raise RecipeError(*mistakes)
+            needs = "training needs more than one value a channel, and it has one"
+            errors.append(UsageError(needs, field="shape", value=sizes))
+    if errors:
+        raise UsageErrors(errors)
 
 
 class Budget:

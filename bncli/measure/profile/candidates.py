@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bncli import kernels
-from bncli.errors import Unavailable, UsageError
-from bncli.kernels import fused, native
+from bncli.errors import Unavailable, UsageError, UsageErrors
+from bncli.kernels import native
 from bncli.kernels.definition import Forward
 from bncli.kernels.fused import cpu
 from bncli.kernels.fused.tiling import Plan
@@ -81,7 +81,7 @@ def sources(names: Sequence[str], device: torch.device, allow_code: bool) -> dic
     expected = f"expected some of {', '.join(PROFILE_KERNELS)}, or your own as package.module:function"
     unknown = [name for name in dict.fromkeys(names) if name not in PROFILE_KERNELS and ":" not in name]
     if unknown:
-        raise UsageError.of(UsageError(expected, field="kernel", value=name) for name in unknown)
+        raise UsageErrors(UsageError(expected, field="kernel", value=name) for name in unknown)
     return {name: _source(name, device, allow_code) for name in dict.fromkeys(names)}
 
 
@@ -201,7 +201,5 @@ def _fused_on_cuda(case: Case, device: torch.device) -> str | None:
 
 
 def _fused_on_cpu(case: Case) -> str:
-    if fused.INTERPRETED:
-        return "Triton's interpreter"
     x = with_layout(torch.empty(case.shape, dtype=case.stored, device="meta"), case.layout)
     return ("C, copied, " if case.layout == "strided" else "C, ") + cpu.way(dense(x))

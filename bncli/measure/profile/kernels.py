@@ -11,10 +11,10 @@ import torch
 
 from bncli.engine import device as devices
 from bncli.errors import Unavailable
-from bncli.kernels import fused
 from bncli.measure.profile import candidates
 from bncli.measure.profile.budget import NATIVE, Asked, Budget, planned
 from bncli.measure.profile.candidates import Candidate, Source
+from bncli.measure.profile.kernel_memory import KernelPeaks, tiny
 from bncli.measure.reference import case as cases
 from bncli.measure.reference.candidate import Candidate as Kernel
 from bncli.measure.reference.case import Inputs, flops
@@ -23,9 +23,8 @@ from bncli.measure.reference.judge import CheckContext, compare, refusals
 from bncli.measure.reference.tolerance import rule
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing import memory, speedup
-from bncli.measure.timing.ceilings import Ladder, busy_cores
+from bncli.measure.timing.ceilings import Ladder
 from bncli.measure.timing.clock import Clock, Deadline
-from bncli.measure.timing.fresh_processes import FreshProcesses
 from bncli.measure.timing.speedup import faster_over
 from bncli.results.finding import Finding
 from bncli.results.profile import (
@@ -36,6 +35,7 @@ from bncli.results.profile import (
     KernelMean,
     KernelProfile,
     Measuring,
+    Note,
     ProfileEvent,
     ProfileStarted,
     RowDone,
@@ -50,7 +50,7 @@ CASE_BYTES = 8 * 2**20  # what a case costs whatever its size, in bytes of a ten
 
 
 class PeakMemory(Protocol):
-    """Where a CPU's peaks come from: `FreshProcesses`, or a fake."""
+    """Where a CPU's peaks come from: `KernelPeaks`, or a fake."""
 
     failure: str | None
 
@@ -86,11 +86,11 @@ class KernelRun:
         self._cases = planned(asked)
         self._sources = sources or candidates.sources(asked.kernels, device, asked.allow_code)
         self._clock = clock
-        self._peaks: PeakMemory = peaks or FreshProcesses(asked.allow_code)
+        self._peaks: PeakMemory = peaks or KernelPeaks(asked.allow_code)
         self._ladder = ladder
         self._wrong: dict[str, Wrong] = {}  # kernels that are wrong on small cases, found once
         self._rows: list[KernelCost] = []
-        self._notes: dict[str, list[str]] = {}  # what it says -> of which cases
+        self._notes: dict[Note, list[Case]] = {}  # a note without its cases -> those
         self._compile_s: dict[str, float] = {}
         self._began_s, self._seconds = now_s(), 0.0
         self._least_s = 0.0  # of the cases so far, had each had the fewest rounds
@@ -126,7 +126,6 @@ class KernelRun:
     def result(self) -> KernelProfile:
         """Of the cases that are finished. Without any, it may have no copies either."""
         ceilings = Ceilings((), None) if self._ladder is None else self._ladder.ceilings()
-        busy = busy_cores(ceilings, self._device)
         return KernelProfile(
             environment=devices.environment(self._device),
             cold=self._asked.cold,
@@ -134,7 +133,7 @@ class KernelRun:
             ceilings=ceilings,
             rows=tuple(self._rows),
             means=means(self._rows),
-            notes=(*([] if busy is None else [busy]), *self._all_notes()),
+            notes=tuple(self._all_notes()),
             planned=self._planned,
         )
 
@@ -144,15 +143,15 @@ class KernelRun:
 
     def _load(self) -> None:
         """Whatever loads or compiles on first use, on a tiny case, so that no case's time pays for it."""
-        tiny = memory.tiny(self._cases[0][0])
+        small = tiny(self._cases[0][0])
         on_cpu = self._device.type == "cpu"
         if on_cpu:
             self._peaks.start()  # which goes on beside what follows
-        enter(tiny, 0, self._sources, self._device, may_compile=False)
+        enter(small, 0, self._sources, self._device, may_compile=False)
         found = {kernel: wrong_on_cases(kernel, source, self._device) for kernel, source in self._sources.items()}
         self._wrong = {kernel: wrong for kernel, wrong in found.items() if wrong is not None}
         if on_cpu:
-            self._peaks.peak_mib(tiny, NATIVE)
+            self._peaks.peak_mib(small, NATIVE)
 
     # --- one case -------------------------------------------------------------------------------------------------
 
@@ -161,7 +160,7 @@ class KernelRun:
         for kernel, seconds in entry.compile_s.items():
             self._compile_s[kernel] = self._compile_s.get(kernel, 0.0) + seconds
         if 0 < entry.judged_channels < case.shape[1]:
-            self._note("run whole, and judged on some of the channels, from the first to the last", case)
+            self._note(Note("channels sampled"), case)
         rows = {kernel: self._untimed(entry, kernel, candidate) for kernel, candidate in entry.candidates.items()}
         samples = self._sampled(entry, budget)
         rows = {kernel: _timed(row, samples) for kernel, row in rows.items() if kernel in entry.candidates}
@@ -189,11 +188,11 @@ class KernelRun:
 
     def _resident_peak_mib(self, case: Case, kernel: str, candidate: Candidate) -> float | None:
         if candidate.compiles:
-            self._note(f"{kernel}: no peak of memory, which would take another compilation in a process of its own")
+            self._note(Note("peak needs compilation", kernel))
             return None
         peak = self._peaks.peak_mib(case, kernel)
         if peak is None:
-            self._note(f"{kernel}: no peak of memory: {self._peaks.failure}", case)
+            self._note(Note("peak unknown", kernel, reason=self._peaks.failure), case)
         return peak
 
     # --- its samples ----------------------------------------------------------------------------------------------
@@ -214,7 +213,7 @@ class KernelRun:
         self._least_s += budget.least_s(both_s)
         together, apart = budget.rounds(both_s)
         if together < speedup.FEWEST_ROUNDS and works:
-            self._note(f"fewer rounds than the {speedup.FEWEST_ROUNDS} of an interval", entry.case)
+            self._note(Note("few rounds", count=speedup.FEWEST_ROUNDS), entry.case)
         rounds: dict[Direction, tuple[int, int]] = {
             "both": (together, budget.least),
             **dict.fromkeys(ALONE, (apart, budget.least_apart)),
@@ -240,16 +239,16 @@ class KernelRun:
 
     # --- notes ----------------------------------------------------------------------------------------------------
 
-    def _note(self, text: str, case: Case | None = None) -> None:
-        self._notes.setdefault(text, []).extend([] if case is None else [str(case)])
+    def _note(self, note: Note, case: Case | None = None) -> None:
+        self._notes.setdefault(note, []).extend([] if case is None else [case])
 
-    def _all_notes(self) -> Iterator[str]:
-        for text, of in self._notes.items():
-            yield text + _first_of(list(dict.fromkeys(of)))
+    def _all_notes(self) -> Iterator[Note]:
+        for note, of in self._notes.items():
+            yield replace(note, cases=tuple(dict.fromkeys(of)))
         for kernel, seconds in self._compile_s.items():
-            yield f"{kernel}: {seconds:.1f} s of compilation, which are in no row"
+            yield Note("compilation", kernel, seconds=seconds)
         if self._clock is not None and self._clock.host_bound:
-            yield f"in {self._clock.host_bound} of {self._clock.samples} samples the device waited for the host"
+            yield Note("host bound", count=self._clock.host_bound, of=self._clock.samples)
 
 
 def _timed(row: KernelCost, samples: Samples) -> KernelCost:
@@ -261,12 +260,6 @@ def _timed(row: KernelCost, samples: Samples) -> KernelCost:
     native = None if row.kernel == NATIVE else samples["both"].get(NATIVE)
     faster = None if native is None else speedup.faster(native, both.samples_ms)
     return replace(row, forward=forward, backward=backward, both=both, faster=faster)
-
-
-def _first_of(names: Sequence[str]) -> str:
-    if not names:
-        return ""
-    return f": {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 # --- a case's kernels, judged -----------------------------------------------------------------------------------------
@@ -326,7 +319,6 @@ def wrong_on_cases(kernel: str, source: Source, device: torch.device) -> Wrong |
 
     A kernel that is compiled is left out: each case would be compiled.
     """
-    interpreted = kernel == "fused" and device.type == "cpu" and fused.INTERPRETED
 
     def context_of(case: cases.Case) -> CheckContext | None:
         try:
@@ -338,7 +330,7 @@ def wrong_on_cases(kernel: str, source: Source, device: torch.device) -> Wrong |
         return None if found.compiles else CheckContext(tested, device)
 
     refused = refusals(context_of)
-    for case in cases.cases("quick", "batch", True, True, interpreted):
+    for case in cases.cases("quick", "batch", fuses=True, evaluates=True):
         context = None if case.needs & set(refused) else context_of(case)
         if context is None:
             continue

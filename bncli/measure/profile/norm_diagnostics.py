@@ -1,6 +1,15 @@
-"""What a model's batch norms see during a few training steps, by hooks; after them the model is as it was before.
+"""Diagnostics of a model's batch norms: hooks watch them for a few training steps, and remarks say what is wrong.
 
-Notation: N examples of a batch, C channels, m values a channel (N times the positions).
+After the steps the model is as it was before. Notation: N examples of a batch, C channels, m values a channel (N times
+the positions). What counts as far, constant or too large is derived:
+- A mean of r deviations leaves an input of unit roundoff u with a rounding of r u deviations. It is remarked on where
+  that passes a tenth, and from LARGEST_RATIO on in any case, where a variance by E[x^2] - E[x]^2 in float32 has lost
+  six of its seven digits.
+- A channel is constant where its deviation is no more than a few roundings of its own mean.
+- A running mean is far where it lies a deviation or more off the last batches' mean: evaluation is then shifted by as
+  much as the layer lets through. A batch's mean itself errs by its deviation over sqrt(N), so with few examples it
+  takes SAMPLING of those. Before HALF_LIVES half-lives nothing is said, and what the average still holds of its start
+  is taken off, so that a fresh model is not blamed for its zeros.
 """
 
 from __future__ import annotations
@@ -10,7 +19,7 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +27,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from bncli.errors import RunFailed
+from bncli.results.profile import NormRemark
 
 HALF_LIVES = 5  # after which a running average holds 3 % of its start
 CUMULATIVE_STEPS = 20  # of a running average without a momentum
 MOST_STEPS = 200
 LAST = 5  # batches, whose statistics are kept
 DEAD = 4.0  # times sqrt(u) of its weight's gradient: a bias whose gradient is no more than that learns nothing
+LARGEST_RATIO = 1e3  # of a channel's mean to its deviation
+ROUNDING_SHARE = 0.1  # of a deviation
+ROUNDINGS = 4  # of its mean, that a constant channel's deviation may be
+FAR, SAMPLING = 1.0, 4.0  # deviations of a channel; standard errors of a batch's mean
 
 Layer = _ConvNd | nn.Linear
 
 
 @dataclass
-class Seen:
+class WatchedNorm:
     """Of one batch norm in training mode."""
 
     name: str  # qualified
@@ -43,7 +57,9 @@ class Seen:
     dtype: torch.dtype = torch.float32  # of the input
     means: deque[Tensor] = field(default_factory=lambda: deque(maxlen=LAST))  # (C) each, float32 or wider
     variances: deque[Tensor] = field(default_factory=lambda: deque(maxlen=LAST))  # (C) each, biased
-    dead_bias: tuple[str, int] | None = None  # the layer in front whose bias does nothing, and the bias's values
+    bias_without_effect: tuple[str, int] | None = (
+        None  # the layer in front whose bias does nothing, and the bias's values
+    )
 
     @property
     def half_life_steps(self) -> float | None:
@@ -58,7 +74,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Watched:
-    norms: tuple[Seen, ...]
+    norms: tuple[WatchedNorm, ...]
     steps: int
     wanted: int  # steps, after which every running average that can be judged could be
 
@@ -77,11 +93,11 @@ def watch(
     training flags are put back. Raises what the step raises.
     """
     modules = dict(model.named_modules())
-    norms = {module: Seen(name, module) for name, module in modules.items() if isinstance(module, _BatchNorm)}
+    norms = {module: WatchedNorm(name, module) for name, module in modules.items() if isinstance(module, _BatchNorm)}
     layers = {module: name for name, module in modules.items() if isinstance(module, Layer)}
     if not norms:
         return Watched((), 0, 0)
-    done, wanted = 0, min(most, max(map(_wanted, norms.values())))
+    done, wanted = 0, min(most, max(map(_steps_wanted, norms.values())))
     with _restored(model), _hooked(norms, layers) as biased:
         for norm, seen in norms.items():
             seen.start = _running(norm)
@@ -96,11 +112,11 @@ def watch(
         for norm, seen in norms.items():
             seen.end = _running(norm)
             seen.tracked = seen.calls if norm.num_batches_tracked is None else int(norm.num_batches_tracked)
-            seen.dead_bias = _dead_bias(biased.get(norm), layers, seen.dtype)
+            seen.bias_without_effect = _bias_without_effect(biased.get(norm), layers, seen.dtype)
     return Watched(tuple(norms.values()), done, wanted)
 
 
-def _wanted(seen: Seen) -> int:
+def _steps_wanted(seen: WatchedNorm) -> int:
     """Steps after which its running average can be held against the batches."""
     half_life = seen.half_life_steps
     if half_life is None:
@@ -113,7 +129,7 @@ def _running(norm: _BatchNorm) -> tuple[Tensor, Tensor] | None:
     return None if mean is None or var is None else (mean.clone(), var.clone())
 
 
-def _dead_bias(layer: Layer | None, layers: dict[Layer, str], dtype: torch.dtype) -> tuple[str, int] | None:
+def _bias_without_effect(layer: Layer | None, layers: dict[Layer, str], dtype: torch.dtype) -> tuple[str, int] | None:
     """The layer's name and its bias's values, if that has no gradient to speak of: nothing else used the output."""
     if layer is None or layer.bias is None or layer.bias.grad is None or layer.weight.grad is None:
         return None
@@ -142,7 +158,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hooked(norms: dict[_BatchNorm, Seen], layers: dict[Layer, str]) -> Iterator[dict[nn.Module, Layer]]:
+def _hooked(norms: dict[_BatchNorm, WatchedNorm], layers: dict[Layer, str]) -> Iterator[dict[nn.Module, Layer]]:
     """While inside, fill in `norms`; yields the layer with a bias right in front of a norm, as far as there is one.
 
     Right in front: its output is the same tensor as the norm's input, and nothing has written into it since.
@@ -161,7 +177,7 @@ def _hooked(norms: dict[_BatchNorm, Seen], layers: dict[Layer, str]) -> Iterator
         output, version, layer = outputs.get(id(inputs[0]), (None, 0, None))
         if output is not None and layer is not None and output() is inputs[0] and version == inputs[0]._version:
             biased[norm] = layer
-        _look(norms[norm], inputs[0].detach())
+        _record_input(norms[norm], inputs[0].detach())
 
     handles = [layer.register_forward_hook(after_layer) for layer in layers]
     handles += [norm.register_forward_pre_hook(before_norm) for norm in norms]
@@ -172,7 +188,7 @@ def _hooked(norms: dict[_BatchNorm, Seen], layers: dict[Layer, str]) -> Iterator
             handle.remove()
 
 
-def _look(seen: Seen, x: Tensor) -> None:
+def _record_input(seen: WatchedNorm, x: Tensor) -> None:
     """Take in an input (N, C, *S). Nothing waits for the device."""
     seen.calls += 1
     seen.examples, seen.values, seen.dtype = len(x), x.numel() // max(1, x.size(1)), x.dtype
@@ -182,3 +198,110 @@ def _look(seen: Seen, x: Tensor) -> None:
     variance, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
     seen.means.append(mean)
     seen.variances.append(variance)
+
+
+# --- remarks ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How the model is trained, as far as its norms care. None where it is unknown."""
+
+    budget: int | None = None  # steps
+    last_batch: int | None = None  # examples that an epoch leaves over
+    real_data: bool = True  # random numbers say nothing about running statistics
+
+
+Remark = tuple[float, NormRemark]  # the layer with the largest number is quoted
+
+
+def remarks(arm: str, watched: Watched, training: TrainingPlan) -> tuple[NormRemark, ...]:
+    """One remark for each kind that any layer has: of the worst layer, with how many more have it."""
+    kinds: dict[str, list[Remark]] = {}
+    for seen in watched.norms:
+        for severity, remark in _remarks(arm, seen, training):
+            kinds.setdefault(remark.kind, []).append((severity, remark))
+    # Of layers that are equally bad, max takes the first.
+    worst = [(max(alike, key=lambda each: each[0])[1], len(alike) - 1) for alike in kinds.values()]
+    return tuple(replace(remark, more_layers=more) for remark, more in worst)
+
+
+def _remarks(arm: str, seen: WatchedNorm, training: TrainingPlan) -> Iterator[Remark]:
+    if not seen.means:
+        return
+    if seen.values == 1:
+        yield 0.0, NormRemark(arm, "one value", seen.name)
+        return
+    yield from _of_the_input(arm, seen)
+    yield from _of_the_momentum(arm, seen, training.budget)
+    if training.real_data:
+        yield from _of_the_running_mean(arm, seen)
+    if seen.bias_without_effect is not None:
+        layer, parameters = seen.bias_without_effect
+        figures: dict[str, float] = {"parameters": parameters}
+        yield 0.0, NormRemark(arm, "bias without effect", seen.name, figures=figures, source=layer)
+    if training.last_batch == 1:
+        raises = float(seen.values == seen.examples)
+        yield raises, NormRemark(arm, "last batch of one", seen.name, figures={"raises": raises})
+
+
+def _of_the_input(arm: str, seen: WatchedNorm) -> Iterator[Remark]:
+    means, deviations = torch.stack(list(seen.means)), torch.stack(list(seen.variances)).sqrt()  # (batches, C) each
+    constant = _constant(seen)
+    channels: dict[str, float] = {"of_channels": len(constant)}
+    if constant.any():
+        remark = NormRemark(arm, "constant channels", seen.name, figures={**channels, "eps": seen.norm.eps})
+        yield float(constant.sum()) / len(constant), replace(remark, channels=_channels(constant))
+    ratio = torch.where(constant, 0.0, (means.abs() / deviations).nan_to_num(0.0, posinf=0.0).amin(0))
+    limit = min(LARGEST_RATIO, ROUNDING_SHARE / unit_roundoff(seen.dtype))
+    large, largest = ratio > limit, float(ratio.max())
+    if large.any():
+        figures = {**channels, "deviations": largest, "limit": limit}
+        dtype = str(seen.dtype).removeprefix("torch.")
+        remark = NormRemark(arm, "large mean", seen.name, figures=figures, channels=_channels(large), dtype=dtype)
+        yield largest, remark
+
+
+def _constant(seen: WatchedNorm) -> Tensor:
+    """(C), whether a channel was constant in each of the last batches."""
+    rounding = ROUNDINGS * unit_roundoff(seen.dtype)
+    pairs = zip(seen.means, seen.variances, strict=True)
+    return torch.stack([variance.sqrt() <= rounding * mean.abs() for mean, variance in pairs]).all(0)
+
+
+def _of_the_momentum(arm: str, seen: WatchedNorm, budget: int | None) -> Iterator[Remark]:
+    if not seen.norm.track_running_stats:
+        return
+    momentum, half_life = seen.norm.momentum, seen.half_life_steps
+    if momentum is None or half_life is None:
+        yield 0.0, NormRemark(arm, "cumulative average", seen.name)
+        return
+    figures = {"momentum": momentum, "half_life_steps": half_life}
+    if half_life < 1:
+        yield -half_life, NormRemark(arm, "short half-life", seen.name, figures=figures)
+    elif half_life > (math.inf if budget is None else budget) or math.isinf(half_life):
+        if budget is not None:
+            figures |= {"budget_steps": budget, "kept": (1 - momentum) ** budget}
+        yield half_life, NormRemark(arm, "long half-life", seen.name, figures=figures)
+
+
+def _of_the_running_mean(arm: str, seen: WatchedNorm) -> Iterator[Remark]:
+    if seen.start is None or seen.end is None or len(seen.means) < LAST:
+        return
+    half_life = seen.half_life_steps
+    if seen.tracked < (CUMULATIVE_STEPS if half_life is None else HALF_LIVES * half_life):
+        return
+    running = seen.end[0].to(seen.means[-1].dtype)
+    if seen.norm.momentum is not None and seen.tracked == seen.calls:  # began at its initial value
+        left = (1 - seen.norm.momentum) ** seen.calls
+        running = (running - left * seen.start[0]) / (1 - left)
+    mean, deviation = torch.stack(list(seen.means)).mean(0), torch.stack(list(seen.variances)).mean(0).sqrt()
+    distance = torch.where(_constant(seen), 0.0, ((running - mean).abs() / deviation).nan_to_num(0.0, posinf=0.0))
+    far, largest = distance > max(FAR, SAMPLING / math.sqrt(seen.examples)), float(distance.max())
+    if far.any():
+        figures: dict[str, float] = {"of_channels": len(far), "steps": seen.tracked, "deviations": largest}
+        yield largest, NormRemark(arm, "running mean off", seen.name, figures=figures, channels=_channels(far))
+
+
+def _channels(mask: Tensor) -> tuple[int, ...]:
+    return tuple(mask.nonzero().flatten().tolist())

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bncli.errors import RecipeError
-from bncli.measure.profile import inception
+from bncli.errors import UsageError, UsageErrors
 from bncli.recipe import layers
 from bncli.recipe.layers import Layer, Linear, Norm, Residual
 from bncli.recipe.sections import BatchNorm, Mlp, Recipe, ResNet
@@ -85,7 +84,7 @@ def _resnet20() -> Iterator[Unit]:
 
 
 def _inception() -> Iterator[Unit]:
-    return (Unit((one.outputs, one.side, one.side), "bn+relu") for one in inception.convolutions())
+    return (Unit((one.outputs, one.side, one.side), "bn+relu") for one in convolutions())
 
 
 def _mlp() -> Iterator[Unit]:
@@ -109,12 +108,12 @@ BATCHES_ON_CUDA = {**BATCHES, "resnet50": 256}  # He et al. 2015, section 3.4
 def shape_set(name: str, *, cuda: bool = False, batch: int | None = None) -> tuple[Calls, ...]:
     """The distinct shapes of one of SETS in the model's order, with their calls and operations.
 
-    batch: N, instead of BATCHES. Raises RecipeError for a name that is none.
+    batch: N, instead of BATCHES. Raises UsageError for a name that is none.
     """
     if name not in SETS:
-        raise RecipeError(f"--shapes {name}: expected one of {', '.join(SETS)}, or a CSV file")
+        raise UsageError(f"expected one of {', '.join(SETS)}, or a CSV file", field="shapes", value=name)
     if batch is not None and batch < 1:
-        raise RecipeError(f"--batch {batch}: expected a whole number above 0")
+        raise UsageError("expected a whole number above 0", field="batch", value=batch)
     examples = batch if batch is not None else (BATCHES_ON_CUDA if cuda else BATCHES)[name]
     found: dict[Shape, dict[str, int]] = {}
     for unit in SETS[name]():
@@ -126,13 +125,15 @@ def shape_set(name: str, *, cuda: bool = False, batch: int | None = None) -> tup
 # --- typed in, or in a file -------------------------------------------------------------------------------------------
 
 
-def parse(text: str, option: str = "--shape") -> Shape:
-    """256x64x56x56 -> (256, 64, 56, 56). Raises RecipeError for what is no (N, C, *S) of two to five sizes."""
+def parse(text: str, field: str = "shape") -> Shape:
+    """256x64x56x56 -> (256, 64, 56, 56). Raises UsageError for what is no (N, C, *S) of two to five sizes."""
     sizes = text.lower().split("x")
     if not (2 <= len(sizes) <= 5 and all(size.isascii() and size.isdigit() and int(size) > 0 for size in sizes)):
-        raise RecipeError(
-            f"{option} {text}: expected the batch, the channels and up to three sides, whole numbers above 0, "
-            "as in 256x64x56x56 or 60x100"
+        raise UsageError(
+            "expected the batch, the channels and up to three sides, whole numbers above 0, as in 256x64x56x56 or "
+            "60x100",
+            field=field,
+            value=text,
         )
     return tuple(int(size) for size in sizes)
 
@@ -141,48 +142,44 @@ def read_csv(file: Path) -> tuple[Calls, ...]:
     """The distinct shapes of a CSV file, the most called first; the calls of lines with the same shape add up.
 
     Columns n, c, spatial (like 14x14, or empty), or a column shape (like 32x64x56x56); and calls, 1 if there is no such
-    column. Others are ignored. Raises RecipeError with the file, the line and what was expected there.
+    column. Others are ignored. Raises UsageError with the file, the line and what was expected there.
     """
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
             found, mistakes = _rows(csv.DictReader(lines), file)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         why = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
-        raise RecipeError(f"--shapes {file}: {why}") from error
+        raise UsageError(why, field="shapes", value=file) from error
     if mistakes:
         more = len(mistakes) - MOST_MISTAKES
-        shown = [*mistakes[:MOST_MISTAKES], f"and {more} more"] if more > 0 else mistakes
-        raise RecipeError(*shown)
+        raise UsageErrors(mistakes[:MOST_MISTAKES] + [UsageError(f"and {more} more")] * (more > 0))
     if not found:
-        raise RecipeError(f"--shapes {file}: it has no line of a shape under its first line")
+        raise UsageError("it has no line of a shape under its first line", field="shapes", value=file)
     calls: Counter[Shape] = Counter()
     for row in found:
         calls[row.shape] += row.calls
     return tuple(Calls(shape, count) for shape, count in calls.most_common())
 
 
-def _rows(rows: csv.DictReader[str], file: Path) -> tuple[list[Calls], list[str]]:
+def _rows(rows: csv.DictReader[str], file: Path) -> tuple[list[Calls], list[UsageError]]:
     columns = {(name or "").strip().lower(): name for name in rows.fieldnames or ()}
     missing = [name for name in ("n", "c", "spatial") if name not in columns]
     if missing and "shape" not in columns:
-        raise RecipeError(
-            f"--shapes {file}, line 1: it lacks the columns {', '.join(missing)}; "
-            "expected n, c, spatial and calls, or shape and calls"
-        )
+        lacks = f"it lacks the columns {', '.join(missing)}; expected n, c, spatial and calls, or shape and calls"
+        raise UsageError(lacks, field="shapes", value=f"{file}, line 1")
     found, mistakes = [], []
     for row in rows:
         of_row = {name: (row[column] or "").strip() for name, column in columns.items()}
         try:
             found.append(Calls(_shape(of_row), _whole(of_row.get("calls", "1"))))
-        except (ValueError, RecipeError):
+        except (ValueError, UsageError):
             expected = (
                 "shape is sizes like 32x64x56x56, and calls a whole number above 0"
                 if "shape" in columns
                 else "n, c and calls are whole numbers above 0, and spatial is sizes like 14x14, or empty"
             )
-            mistakes.append(
-                f"--shapes {file}, line {rows.line_num}: {', '.join(of_row.values())}; expected: {expected}"
-            )
+            mistake = f"{', '.join(of_row.values())}; expected: {expected}"
+            mistakes.append(UsageError(mistake, field="shapes", value=f"{file}, line {rows.line_num}"))
     return found, mistakes
 
 
@@ -198,3 +195,66 @@ def _whole(text: str) -> int:
     if number < 1:
         raise ValueError
     return number
+
+
+class Block(NamedTuple):
+    """A row of figure 5 of arXiv 1502.03167: the filters of an Inception block; 0: it has no such branch."""
+
+    single: int  # 1x1
+    reduce: int  # 1x1 before the 3x3
+    three: int
+    double_reduce: int  # 1x1 before the two 3x3
+    double: int
+    projection: int  # 1x1 after the pool; 0: the pool passes its input through, and the block has stride 2
+
+    def outputs(self, inputs: int) -> int:
+        return self.single + self.three + self.double + (self.projection or inputs)
+
+
+# The filters are figure 5's. Its column of output sizes gives 4c, 4d and 4e 576, 576 and 1024 channels, where its
+# filters add up to 608, 608 and 1056.
+BLOCKS = {
+    "3a": Block(64, 64, 64, 64, 96, 32),
+    "3b": Block(64, 64, 96, 64, 96, 64),
+    "3c": Block(0, 128, 160, 64, 96, 0),
+    "4a": Block(224, 64, 96, 96, 128, 128),
+    "4b": Block(192, 96, 128, 96, 128, 128),
+    "4c": Block(160, 128, 160, 128, 160, 128),
+    "4d": Block(96, 128, 192, 160, 192, 128),
+    "4e": Block(0, 128, 192, 192, 256, 0),
+    "5a": Block(352, 192, 320, 160, 224, 128),
+    "5b": Block(352, 192, 320, 192, 224, 128),
+}
+
+
+class Convolution(NamedTuple):
+    """A convolution, always followed by batch norm and ReLU; `side` is that of its square output."""
+
+    inputs: int
+    outputs: int
+    kernel: int
+    side: int
+
+
+def convolutions(pixels: int = 224) -> Iterator[Convolution]:
+    """Those of BN-Inception, the network of Ioffe & Szegedy 2015 (figure 5), for square images."""
+    side = pixels // 2
+    yield Convolution(3, 64, 7, side)
+    side //= 2  # a max pool
+    yield Convolution(64, 64, 1, side)
+    yield Convolution(64, 192, 3, side)
+    side //= 2  # a max pool
+    inputs = 192
+    for block in BLOCKS.values():
+        strided = block.projection == 0
+        after = side // 2 if strided else side
+        if block.single:
+            yield Convolution(inputs, block.single, 1, side)
+        yield Convolution(inputs, block.reduce, 1, side)
+        yield Convolution(block.reduce, block.three, 3, after)
+        yield Convolution(inputs, block.double_reduce, 1, side)
+        yield Convolution(block.double_reduce, block.double, 3, side)
+        yield Convolution(block.double, block.double, 3, after)
+        if block.projection:
+            yield Convolution(inputs, block.projection, 1, side)
+        inputs, side = block.outputs(inputs), after

@@ -1,4 +1,4 @@
-"""Is a step with another kernel the native step? Its loss, gradients and running statistics, after the same batches.
+"""Comparison of a training step with native's: loss, gradients and running statistics, after the same batches.
 
 An error is relative, in the 2-norm, of each tensor: beside its own norm a share `bound` of the norm of all tensors of
 its kind, since one whose exact value is 0 (the gradient of a bias in front of a batch norm) holds roundings alone.
@@ -13,21 +13,26 @@ against float64, in one of BATCHES batches, since what is wrong is wrong in each
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from bncli.engine.data.splits import Batch, Dataset
-from bncli.measure.profile.step_models import Subject, Trainable
+from bncli.measure.profile.step_models import StepModel, Trainable
+from bncli.results.profile import StepDifference
 
 EXAMPLES, NARROW = 8, 4 * math.sqrt(2.0**-53)  # of the check in float64
 BATCHES, WIDE = 3, 0.1  # of the check in the recipe's precision
 
-Found = dict[str, dict[str, Tensor]]  # kind -> name -> tensor, float64
-Errors = dict[tuple[str, str], float]  # (kind, name) -> relative error
+Kind = Literal["loss", "gradient", "running statistic"]
+Found = dict[Kind, dict[str, Tensor]]  # kind -> name -> tensor, float64
+Errors = dict[tuple[Kind, str], float]  # (kind, name) -> relative error
 
 
-def why_wrong(subject: Subject, kernel: str, other: Trainable, dataset: Dataset, device: torch.device) -> str | None:
+def difference(
+    subject: StepModel, kernel: str, other: Trainable, dataset: Dataset, device: torch.device
+) -> StepDifference | None:
     """What is wrong with the step of `other`, which has taken none so far; None where nothing is.
 
     It takes up to BATCHES steps here. Raises what a step raises.
@@ -39,7 +44,7 @@ def why_wrong(subject: Subject, kernel: str, other: Trainable, dataset: Dataset,
     )
 
 
-def _in_float64(subject: Subject, kernel: str, dataset: Dataset, batch: Batch) -> str | None:
+def _in_float64(subject: StepModel, kernel: str, dataset: Dataset, batch: Batch) -> StepDifference | None:
     x, y = (each[:EXAMPLES] for each in batch)
     native = _doubled(subject, "native", dataset, x.device)
     try:
@@ -48,12 +53,12 @@ def _in_float64(subject: Subject, kernel: str, dataset: Dataset, batch: Batch) -
         return None
     found = _outcome(_doubled(subject, kernel, dataset, x.device), (x.double(), y))
     wrong = _above(_errors(expected, found, NARROW), {}, NARROW)
-    return _sentence(wrong, "native's, in float64", NARROW) if wrong else None
+    return _largest(wrong, NARROW, in_float64=True) if wrong else None
 
 
 def _in_own_precision(
-    subject: Subject, other: Trainable, native: Trainable, dataset: Dataset, batches: list[Batch]
-) -> str | None:
+    subject: StepModel, other: Trainable, native: Trainable, dataset: Dataset, batches: list[Batch]
+) -> StepDifference | None:
     exact: Trainable | None = None
     wrong: Errors = {}
     for batch in batches:
@@ -69,10 +74,10 @@ def _in_own_precision(
         wrong = _above(_errors(truth, found, WIDE), _errors(truth, expected, WIDE), WIDE)
         if not wrong:
             return None
-    return _sentence(wrong, "native's", WIDE)
+    return _largest(wrong, WIDE, in_float64=False)
 
 
-def _doubled(subject: Subject, kernel: str, dataset: Dataset, device: torch.device) -> Trainable:
+def _doubled(subject: StepModel, kernel: str, dataset: Dataset, device: torch.device) -> Trainable:
     """In float64, which autocast leaves as it is; its weights stay, as those of the models that it is held against."""
     made = subject.trainable(kernel, dataset, device)
     made.model.double()
@@ -82,8 +87,7 @@ def _doubled(subject: Subject, kernel: str, dataset: Dataset, device: torch.devi
 def _outcome(trainable: Trainable, batch: Batch) -> Found:
     torch.manual_seed(0)  # of dropout
     loss = trainable.step(*batch)
-    model = getattr(trainable.model, "_orig_mod", trainable.model)  # of a compiled one
-    parameters, buffers = model.named_parameters(), model.named_buffers()
+    parameters, buffers = trainable.model.named_parameters(), trainable.model.named_buffers()
     running = {name: buffer for name, buffer in buffers if name.rpartition(".")[2].startswith("running_")}
     return {
         "loss": {"": loss.double()},
@@ -112,8 +116,6 @@ def _above(errors: Errors, allowed: Errors, bound: float) -> Errors:
     return {where: error for where, error in errors.items() if not error <= max(bound, 2 * allowed.get(where, 0.0))}
 
 
-def _sentence(wrong: Errors, reference: str, bound: float) -> str:
+def _largest(wrong: Errors, allowed: float, in_float64: bool) -> StepDifference:
     kind, name = worst = max(wrong, key=lambda where: math.inf if math.isnan(wrong[where]) else wrong[where])
-    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-    what = f"the {kind} of {name}" if name else f"the {kind}"
-    return f"wrong: {what}{more} is {wrong[worst]:.1e} of its size off {reference}; {bound:.1e} is allowed"
+    return StepDifference(kind, name, len(wrong) - 1, wrong[worst], allowed, in_float64)

@@ -7,13 +7,7 @@ itself and the batch are not in it. What torch loads or compiles for the first s
 
 from __future__ import annotations
 
-import multiprocessing
-import re
-import signal
-import sys
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,25 +15,28 @@ import torch
 from torch import Tensor
 
 from bncli.engine.data.splits import Batch, Dataset
-from bncli.engine.device import peak_memory_mib, reset_peak_memory
-from bncli.measure.profile.step_models import Subject, Trainable
+from bncli.engine.device import peak_memory_mib, reset_peak_memory, resident_mib
+from bncli.measure.profile.step_models import StepModel, Trainable
+from bncli.measure.timing.fresh_process import FreshProcesses
 from bncli.results.profile import StepMemory
 
 STEPS = 2  # the optimizer's state is there from the end of the first on
 MIB = 2**20
-LONGEST_END_S = 5.0  # of a process that has answered; a compiler's own workers end with it
+LIMIT_S = 120.0  # of one model in a process of its own
 
 
-def measure(subject: Subject, kernel: str | None, batch: Batch, classes: int, longest_s: float = 120.0) -> StepMemory:
+def measure(
+    processes: FreshProcesses, subject: StepModel, kernel: str | None, batch: Batch, classes: int
+) -> StepMemory:
     """Of a model made for it, trained on that batch on the device where the batch is.
 
-    Raises RuntimeError, with the reason, where the fresh process did not come through.
+    processes: prepared by `warm_up`. Raises CallFailed, with the reason, where the fresh process did not come through.
     """
     x, y = batch
     if x.device.type != "cpu":
-        return _train(subject, kernel, subject.alone(x, y, classes), x.device)
+        return _train(subject, kernel, subject.single_batch(x, y, classes), x.device)
     arguments = (subject, kernel, x.numpy(), y.numpy(), classes, torch.get_num_threads())
-    found: StepMemory = in_fresh_process(_train_alone, arguments, longest_s)
+    found: StepMemory = processes.call(_train_alone, *arguments, limit_s=LIMIT_S)
     return found
 
 
@@ -74,7 +71,7 @@ def _mib(tensors: list[Any]) -> float:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / MIB
 
 
-def _train(subject: Subject, kernel: str | None, dataset: Dataset, device: torch.device) -> StepMemory:
+def _train(subject: StepModel, kernel: str | None, dataset: Dataset, device: torch.device) -> StepMemory:
     before = _held_mib(device)
     reset_peak_memory(device)
     trainable = subject.trainable(kernel, dataset, device)
@@ -90,57 +87,20 @@ def _held_mib(device: torch.device) -> float | None:
     """What is allocated on a GPU now, or resident of this process; None where unknown."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / MIB
-    if device.type == "cpu" and sys.platform == "linux":
-        found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(found[1]) / 1024 if found else None
-    return None
+    return resident_mib() if device.type == "cpu" else None
 
 
-# --- a fresh process ----------------------------------------------------------------------------------------------
+# --- in the server and its children -------------------------------------------------------------------------------
 
 
-def in_fresh_process(function: Callable[..., Any], arguments: tuple[Any, ...], longest_s: float) -> Any:
-    """What a module's function returns in a process that has loaded this module and done nothing else.
-
-    Processes are forked from a server that did the loading once. Raises RuntimeError with the reason where it raised,
-    died or took too long.
-    """
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload([__name__])
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(theirs, function, arguments), daemon=True)  # type: ignore[attr-defined]
-    process.start()
-    theirs.close()
-    try:
-        if not ours.poll(longest_s):
-            raise RuntimeError(f"it took more than {longest_s:.0f} s")
-        found, error = ours.recv()
-        process.join(LONGEST_END_S)
-    except EOFError:
-        process.join()
-        raise RuntimeError(f"its process ended with exit code {process.exitcode}") from None
-    finally:
-        process.kill()
-        process.join()
-        ours.close()
-    if error is not None:
-        raise RuntimeError(error)
-    return found
-
-
-def _report(connection: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer, which ends this process
-    try:
-        connection.send((function(*arguments), None))
-    except Exception as error:
-        connection.send((None, f"{type(error).__name__}: {error}"))
+def warm_up() -> None:
+    """With this module torch is loaded; a thread of the server's would not live on in a child."""
+    torch.set_num_threads(1)
 
 
 def _train_alone(
-    subject: Subject, kernel: str | None, x: np.ndarray, y: np.ndarray, classes: int, threads: int
+    subject: StepModel, kernel: str | None, x: np.ndarray, y: np.ndarray, classes: int, threads: int
 ) -> StepMemory:
     torch.set_num_threads(threads)
-    dataset = subject.alone(torch.from_numpy(x), torch.from_numpy(y), classes)
+    dataset = subject.single_batch(torch.from_numpy(x), torch.from_numpy(y), classes)
     return _train(subject, kernel, dataset, torch.device("cpu"))

@@ -1,19 +1,34 @@
-"""What the step view measures: a model that can be made again with any kernel, and what one step of it takes."""
+"""Models that the step view measures: the arms of a recipe, or a module of the user's own, each with any kernel."""
 
 from __future__ import annotations
 
+import functools
+import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from bncli.engine import data
-from bncli.engine.convert import Conversion
+from bncli.engine.convert import Conversion, convert
 from bncli.engine.data.splits import Batch, Dataset, InMemory
+from bncli.engine.device import autocast
+from bncli.engine.models import blame_own_model
+from bncli.engine.train import optimizer_step
+from bncli.engine.train.optim import uncompiled
+from bncli.engine.train.state import TrainState, check_fit
+from bncli.engine.user_code import blame_user_code, imported
+from bncli.errors import RunFailed, UsageError
+from bncli.recipe.load import Loaded, digest, plain, suggestion, with_values
+from bncli.recipe.sections import Digits, Hub, Npz, Recipe, Synthetic
+from bncli.results.profile import NormLayers, Note
+
+BATCH = "batch norm"
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +45,7 @@ class Trainable:
     precision: str = "fp32"
 
 
-class Subject(Protocol):
+class StepModel(Protocol):
     """One model and how it is trained. Plain data, so that a fresh process can make it again."""
 
     @property
@@ -60,7 +75,7 @@ class Subject(Protocol):
         ...
 
     @property
-    def notes(self) -> tuple[str, ...]:
+    def notes(self) -> tuple[Note, ...]:
         """What a reader of its figures must know."""
         ...
 
@@ -70,7 +85,7 @@ class Subject(Protocol):
         self, kernel: str | None, dataset: Dataset, device: torch.device, learns: bool = False
     ) -> Trainable: ...
 
-    def alone(self, x: Tensor, y: Tensor, classes: int) -> Dataset:
+    def single_batch(self, x: Tensor, y: Tensor, classes: int) -> Dataset:
         """A data set of that one batch."""
         ...
 
@@ -81,33 +96,237 @@ def one_batch(x: Tensor, y: Tensor, classes: int, memory_format: str) -> Dataset
     return Dataset("one batch", split, split, tuple(x.shape[1:]), classes)
 
 
-def norms_of(model: nn.Module) -> str | None:
-    """The norm layers in words: how many, of which kind, what each is one call with; None where there is none."""
-    batch = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+def norms_of(model: nn.Module) -> tuple[NormLayers, ...]:
+    """The norm layers, those that are alike together; batch norms first, the most frequent before the others."""
+    conversion = getattr(model, "bncli_conversion", None)
+    if isinstance(conversion, Conversion):
+        batch = Counter(
+            NormLayers(BATCH, 0, conversion.kernel if line.calls else "native", True, line.calls)
+            for line in conversion.norms
+        )
+    else:
+        kernels = [getattr(module, "kernel", "native") for module in model.modules() if isinstance(module, _BatchNorm)]
+        batch = Counter(NormLayers(BATCH, 0, str(kernel)) for kernel in kernels)
     others = Counter(
-        type(module).__name__
+        NormLayers(type(module).__name__, 0)
         for module in model.modules()
         if isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.RMSNorm | nn.modules.instancenorm._InstanceNorm)
     )
-    words = [f"{count} {kind}" for kind, count in others.items()]
-    if batch:
-        words.insert(0, f"{len(batch)} batch norm{'s' * (len(batch) > 1)}{_converted(model, batch)}")
-    return ", ".join(words) or None
+    return tuple(replace(layers, count=count) for layers, count in [*batch.most_common(), *others.items()])
 
 
-def _converted(model: nn.Module, batch: list[_BatchNorm]) -> str:
-    names = Counter(str(getattr(module, "kernel", "native")) for module in batch)
-    conversion = getattr(getattr(model, "_orig_mod", model), "bncli_conversion", None)
-    if not isinstance(conversion, Conversion):
-        own = {name: count for name, count in names.items() if name != "native"}
-        return "".join(f", {count} on the {name} kernel" for name, count in own.items())
-    operations = Counter(_beside(line.operation) for line in conversion.norms)
-    return f" ({', '.join(f'{n} {words}' for words, n in operations.most_common())})"
+# --- the runs of a recipe ---------------------------------------------------------------------------------------------
+
+STANDING_LR = 1e-12  # moves no weight of normal size in float32, and its products stay far from denormal numbers
 
 
-def _beside(operation: str | None) -> str:
-    """`batch norm + residual add + relu` -> `with residual add + relu`: what it is one call with."""
-    if operation is None:
-        return "left as it was"
-    _, _, rest = operation.partition(" + ")
-    return f"with {rest}" if rest else "alone"
+@dataclass(frozen=True)
+class RecipeModel:
+    """A run of a recipe, made and stepped as `bncli train` does it."""
+
+    name: str
+    recipe: Recipe
+    stands_for: tuple[str, ...] = ()  # further arms whose step takes the same work
+
+    @property
+    def batch_size(self) -> int:
+        return self.recipe.train.batch_size
+
+    @property
+    def has_kernels(self) -> bool:
+        return self.recipe.norm.kind == "batch"
+
+    @property
+    def steps(self) -> int | None:
+        return self.recipe.train.steps
+
+    @property
+    def real_data(self) -> bool:
+        return True
+
+    @property
+    def tf32(self) -> bool:
+        return self.recipe.train.tf32
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        alike = [Note("same work", arm=self.name, others=self.stands_for)] if self.stands_for else []
+        return (*alike, *[Note("model compiled", arm=self.name)] * self.recipe.train.compile)
+
+    def dataset(self, device: torch.device) -> Dataset:
+        """Raises DataError for data that are not there or do not fit the model."""
+        found = _loaded(self.recipe.data, device, self.recipe.train.memory_format)
+        check_fit(self.recipe, found)
+        return found
+
+    def single_batch(self, x: Tensor, y: Tensor, classes: int) -> Dataset:
+        return one_batch(x, y, classes, self.recipe.train.memory_format)
+
+    def trainable(self, kernel: str | None, dataset: Dataset, device: torch.device, learns: bool = False) -> Trainable:
+        """To be timed: at a learning rate that leaves the weights where they begin, so that every sample is of the same
+        work and no arm can diverge meanwhile. If it `learns`: at the recipe's own, and not compiled.
+        """
+        values: dict[str, Any] = {"train.compile": False} if learns else {"optimizer.lr": STANDING_LR}
+        recipe = with_values(self.recipe, values if kernel is None else {**values, "norm.kernel": kernel})
+        with blame_own_model(recipe):
+            state = TrainState(recipe, dataset, device)
+        held_out = dataset.held_out
+        some = torch.arange(min(self.batch_size, len(held_out)), device=held_out.index_device)
+        x, _ = next(held_out.batches([some]))
+
+        def step(x: Tensor, y: Tensor) -> Tensor:
+            with blame_own_model(recipe):
+                return optimizer_step(state, x, y)
+
+        def forward(x: Tensor) -> object:
+            with autocast(device, recipe.train.precision):
+                return state.model(x)
+
+        last = len(dataset.train) % self.batch_size
+        return Trainable(state.model, state.optimizer, state.next_batch, step, forward, x, last, recipe.train.precision)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(spec: Digits | Synthetic | Npz | Hub, device: torch.device, memory_format: str) -> Dataset:
+    """Arms mostly share their data, which may take a while to decode."""
+    return data.load(spec, device, data.MEMORY_FORMATS[memory_format])
+
+
+def recipe_models(loaded: Loaded, arm: str | None = None) -> tuple[RecipeModel, ...]:
+    """The runs of a recipe file whose steps differ, under the name of the first arm each; or the one of `arm`.
+
+    Arms that differ only in figures that cost no time (a learning rate, a seed, initial weights) are one. Raises
+    UsageError for an arm that the file does not have.
+    """
+    arms = {each.name: each.recipe for each in loaded.arms} or {loaded.name: loaded.base}
+    if arm is not None:
+        if arm not in arms:
+            hint = suggestion(arm, list(arms))
+            raise UsageError(f"{loaded.source} has no such arm; {hint}", field="arm", value=arm)
+        return (RecipeModel(arm, arms[arm]),)
+    alike: dict[str, list[str]] = {}
+    for name, recipe in arms.items():
+        alike.setdefault(digest(step_work(recipe)), []).append(name)
+    return tuple(RecipeModel(first, arms[first], tuple(others)) for first, *others in alike.values())
+
+
+def step_work(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe's step takes time for, as plain data."""
+    found = plain(recipe)
+    found["data"].pop("split_seed", None)
+    found["model"].pop("init", None)
+    norm, optimizer, schedule = found["norm"], found["optimizer"], found["schedule"]
+    for figure in ("eps", "kernel"):
+        norm.pop(figure, None)
+    if "momentum" in norm:
+        norm["momentum"] = norm["momentum"] is not None
+    for figure in ("lr", "betas", "eps"):
+        optimizer.pop(figure, None)
+    for figure in ("momentum", "weight_decay"):
+        optimizer[figure] = optimizer.get(figure, 0) > 0
+    found["schedule"] = schedule["kind"] != "constant" or schedule["warmup"] > 0
+    kept = ("batch_size", "precision", "memory_format", "compile")
+    return found | {"train": {name: found["train"][name] for name in kept}}
+
+
+# --- a module of the user's own ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UserModel:
+    """A function without arguments that returns a module, or a module's class: package.module:name.
+
+    It is trained on random numbers. The loss is the sum over its floating-point outputs of the mean of their squares;
+    whole-number outputs are left out. The optimizer is SGD with momentum 0.9 at a learning rate of 0, so that the
+    weights stay. Another kernel comes in by `bncli.convert`, of a model made anew from the same seeds.
+    """
+
+    module: str
+    shape: tuple[int, ...]  # (B, *shape) of an input
+    precision: str = "fp32"
+    memory_format: str = "contiguous"
+
+    @property
+    def name(self) -> str:
+        return self.module
+
+    @property
+    def batch_size(self) -> int:
+        return self.shape[0]
+
+    @functools.cached_property
+    def has_kernels(self) -> bool:
+        return any(isinstance(module, _BatchNorm) for module in self._model().modules())
+
+    @property
+    def steps(self) -> int | None:
+        return None
+
+    @property
+    def real_data(self) -> bool:
+        return False
+
+    @property
+    def tf32(self) -> bool:
+        return False
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        return (Note("random data", arm=self.name),)
+
+    def dataset(self, device: torch.device) -> Dataset:
+        x = torch.randn(self.shape, generator=torch.Generator().manual_seed(0)).to(device)
+        return self.single_batch(x, torch.zeros(len(x), dtype=torch.int64, device=device), 1)
+
+    def single_batch(self, x: Tensor, y: Tensor, classes: int) -> Dataset:
+        return one_batch(x, y, classes, self.memory_format)
+
+    def _model(self) -> nn.Module:
+        """Raises UsageError for what is not there or is no module, RunFailed for what the function raises."""
+        random.seed(0)
+        torch.manual_seed(0)
+        try:
+            function = imported(self.module)
+        except (ImportError, AttributeError, ValueError) as error:
+            where = "it is looked for in the current folder and the environment"
+            raise UsageError(f"{error}; {where}", field="model", value=self.module) from error
+        with blame_user_code(self.module, "It is called without arguments and returns a torch.nn.Module"):
+            model = function()
+        if not isinstance(model, nn.Module):
+            returned = f"it returned a {type(model).__name__}; expected a torch.nn.Module"
+            raise UsageError(returned, field="model", value=self.module)
+        return model
+
+    def trainable(self, kernel: str | None, dataset: Dataset, device: torch.device, learns: bool = False) -> Trainable:
+        model = self._model().to(device, memory_format=data.MEMORY_FORMATS[self.memory_format])  # type: ignore[call-overload]
+        if kernel is not None and kernel != "native":
+            convert(model, kernel)
+        model.train()
+        learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not learned:
+            raise UsageError("none of its parameters requires a gradient", field="model", value=self.module)
+        optimizer = uncompiled(torch.optim.SGD)(learned, lr=0.0, momentum=0.9)
+        scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        batch = next(dataset.train.chunks(self.batch_size))
+
+        def forward(x: Tensor) -> object:
+            contract = f"It is given a batch {tuple(x.shape)}"
+            with autocast(device, self.precision), blame_user_code(self.module, contract):
+                return model(x)
+
+        def step(x: Tensor, y: Tensor) -> Tensor:
+            loss = self._loss(forward(x))
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            return loss.detach()
+
+        return Trainable(model, optimizer, lambda: batch, step, forward, batch[0], None, self.precision)
+
+    def _loss(self, output: object) -> Tensor:
+        floats = [each for each in tree_leaves(output) if isinstance(each, Tensor) and each.is_floating_point()]
+        floats = [each for each in floats if each.requires_grad]
+        if not floats:
+            raise RunFailed(f"{self.module}: its output holds no floating-point tensor to train on")
+        return torch.stack([each.float().square().mean() for each in floats]).sum()

@@ -28,7 +28,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bncli.engine.device import synchronize
-from bncli.errors import RecipeError
+from bncli.errors import UsageError
 from bncli.kernels import fused
 from bncli.results.profile import STEP_CLASSES
 
@@ -146,7 +146,7 @@ def recorded(runs: Mapping[str, Callable[[], object]], times: int, device: torch
 def write_trace(path: Path, runs: Mapping[str, Callable[[], object]], device: torch.device) -> None:
     """Write the Chrome trace of one of each run, one after the other in one file (chrome://tracing, Perfetto).
 
-    Raises RecipeError where the file cannot be written.
+    Raises UsageError where the file cannot be written.
     """
     found = recorded(runs, 1, device)
     try:
@@ -154,4 +154,4 @@ def write_trace(path: Path, runs: Mapping[str, Callable[[], object]], device: to
         found.export_chrome_trace(str(path))
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise RecipeError(f"--trace {path}: cannot be written: {reason}") from error
+        raise UsageError(f"cannot be written: {reason}", field="trace", value=path) from error

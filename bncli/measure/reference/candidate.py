@@ -15,8 +15,9 @@ from bncli import kernels
 from bncli.engine.models import factory
 from bncli.engine.user_code import imported
 from bncli.errors import ALLOW_CODE, UsageError
-from bncli.kernels import api, fused
+from bncli.kernels import api
 from bncli.kernels.definition import Forward
+from bncli.kernels.native import update_running_stats
 from bncli.names import CHECKED_GROUPS, GRADCHECK_KERNELS, NORMS
 from bncli.recipe import sections
 from bncli.results.finding import Finding
@@ -30,6 +31,7 @@ class Candidate:
     norm: str
     call: Forward
     ran: str  # what really runs, in words
+    interpreted: bool = False  # by Triton's interpreter, which truncates to bfloat16 and takes long
     fuses: bool = True  # takes a residual and an activation
     evaluates: bool = True  # has an evaluation mode
     own: bool = False  # the user's function, named package.module:function
@@ -42,7 +44,7 @@ class Candidate:
 
 
 F_SIGNATURE = "(input, running_mean, running_var, weight, bias, training, momentum, eps)"
-KERNEL_SIGNATURE = "(x, weight, bias, eps, residual, activation[, statistics])"
+KERNEL_SIGNATURE = "(x, weight, bias, eps, residual, activation[, statistics][, running])"
 F_NAMES = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 KERNEL_NAMES = ("x", "weight", "bias", "eps", "residual", "activation")
 
@@ -57,7 +59,8 @@ def candidate(kernel: str, norm: str, device: torch.device, allow_code: bool) ->
     if not NORMS[norm].has_kernels:
         if kernel != "native":
             raise UsageError(f"has the native kernel alone; {kernel} is a batch norm", field="norm", value=norm)
-        return Candidate(f"native {norm} norm", norm, _module(norm), "torch's own operator", False, False, native=True)
+        called, ran = _module(norm), "torch's own operator"
+        return Candidate(f"native {norm} norm", norm, called, ran, fuses=False, evaluates=False, native=True)
     if ":" in kernel:
         return _own(kernel, allow_code)
     if kernel not in GRADCHECK_KERNELS:
@@ -66,17 +69,18 @@ def candidate(kernel: str, norm: str, device: torch.device, allow_code: bool) ->
             f"expected one of {known}, or your own as package.module:function", field="kernel", value=kernel
         )
     kernels.get(kernel, device)
-    return Candidate(kernel, norm, by_name(kernel), _what_runs(kernel, device), native=kernel == "native")
+    ran, interpreted = _what_runs(kernel, device), kernel == "fused-interpreted"
+    return Candidate(kernel, norm, by_name(kernel), ran, interpreted, native=kernel == "native")
 
 
 def _what_runs(kernel: str, device: torch.device) -> str:
     if kernel == "native":
         return "torch's own operator"
+    if kernel == "fused-interpreted":
+        return "the GPU's kernel in Triton's interpreter: correctness, not speed"
     if device.type != "cpu":
         return "Triton kernels on the GPU"
-    if fused.INTERPRETED:
-        return "the GPU's kernel in Triton's interpreter: correctness, not speed"
-    return "C, compiled for this CPU; TRITON_INTERPRET=1 checks the GPU's kernel instead"
+    return "C, compiled for this CPU; the fused-interpreted kernel is the GPU's instead"
 
 
 def by_name(kernel: str | kernels.Kernel) -> Forward:
@@ -127,10 +131,11 @@ def _own(kernel: str, allow_code: bool) -> Candidate:
     names = _parameter_names(function)
     if set(F_NAMES) <= names:
         fuses = {"residual", "activation"} <= names
-        return Candidate(kernel, "batch", _like_torch(function, fuses), f"your function {kernel}", fuses, own=True)
+        called, ran = _like_torch(function, fuses), f"your function {kernel}"
+        return Candidate(kernel, "batch", called, ran, fuses=fuses, own=True)
     if set(KERNEL_NAMES) <= names:
         ran = f"your function {kernel}, by the kernels' seam"
-        kernel_of_yours = _as_a_kernel(function, "statistics" in names)
+        kernel_of_yours = _as_a_kernel(function, names & {"statistics", "running"})
         return Candidate(kernel, "batch", by_name(kernel_of_yours), ran, evaluates="statistics" in names, own=True)
     raise UsageError(
         f"its parameters are ({', '.join(sorted(names))}). Expected those of torch.nn.functional.batch_norm, "
@@ -189,7 +194,7 @@ class KernelFailed(Exception):
         super().__init__(finding.kind)
 
 
-def _as_a_kernel(function: Callable[..., Any], evaluates: bool) -> kernels.Kernel:
+def _as_a_kernel(function: Callable[..., Any], optional: set[str]) -> kernels.Kernel:
     def kernel(
         x: Tensor,
         weight: Tensor | None,
@@ -198,11 +203,11 @@ def _as_a_kernel(function: Callable[..., Any], evaluates: bool) -> kernels.Kerne
         residual: Tensor | None = None,
         activation: str | None = None,
         statistics: tuple[Tensor, Tensor] | None = None,
+        running: tuple[Tensor, Tensor, float] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         arguments: dict[str, Any] = dict(zip(KERNEL_NAMES, (x, weight, bias, eps, residual, activation), strict=True))
-        if evaluates:
-            arguments["statistics"] = statistics
-        result: Any = function(**arguments)
+        more = {"statistics": statistics, "running": running}
+        result: Any = function(**arguments, **{name: more[name] for name in optional})
         if not (isinstance(result, tuple) and len(result) == 3 and all(isinstance(part, Tensor) for part in result)):
             wanted = "the three tensors (y, mean, var)"
             raise KernelFailed(Finding("wrong_type", given=_kind(result), wanted=wanted, exception="WrongResult"))
@@ -211,6 +216,8 @@ def _as_a_kernel(function: Callable[..., Any], evaluates: bool) -> kernels.Kerne
             given, wanted = f"{tuple(mean.shape)} and {tuple(var.shape)}", f"({x.size(1)},)"
             wrong = Finding("wrong_shape", given=given, wanted=wanted, exception="WrongResult")
             raise KernelFailed(wrong)
+        if running is not None and "running" not in optional:
+            update_running_stats(running, mean, var, x.numel() // x.size(1))
         return y, mean, var
 
     return kernel

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bncli.kernels import fused
 from bncli.measure.reference import tolerance as tolerances
 from bncli.measure.reference.candidate import Candidate, native_in_the_same_dtype
 from bncli.measure.reference.case import DTYPES, Case, Inputs, inputs
@@ -35,7 +34,7 @@ class CheckContext:
     @property
     def interpreted(self) -> bool:
         """Whether Triton's interpreter runs in place of a GPU."""
-        return self.candidate.name == "fused" and self.device.type == "cpu" and fused.INTERPRETED
+        return self.candidate.interpreted
 
     @property
     def rule(self) -> tolerances.Rule:

@@ -17,12 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bncli.kernels import KERNELS
 from bncli.kernels.definition import definition
 from bncli.kernels.layout import over_channels, per_channel
 from bncli.measure.reference.case import CPU, Case, Inputs, generator, unit_roundoff
 from bncli.measure.reference.observe import observe
-from bncli.names import NORMS
+from bncli.names import GRADCHECK_KERNELS, NORMS
 
 PERTURBATIONS = 6
 REMEMBERED = 512  # cases, of some 100 KiB each
@@ -42,7 +41,7 @@ def rule(kernel: str) -> Rule:
     """How a kernel of that name is judged: as one of bncli's, as torch's own operator, or as anyone's function."""
     if kernel == "native":
         return "native"
-    return "kernel" if kernel in KERNELS else "own function"
+    return "kernel" if kernel in GRADCHECK_KERNELS else "own function"
 
 
 def reference(case: Case, given: Inputs) -> Values:

@@ -17,17 +17,6 @@ BEYOND_CACHE = {"cpu": 256 * MIB, "cuda": 1024 * MIB}  # more than a core's or a
 MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}
 
 
-def busy_cores(found: Ceilings, device: torch.device) -> str | None:
-    """What a small copy says of other programs on a CPU's cores, or None where it says nothing of the kind."""
-    if device.type != "cpu" or not found.cores_shared:
-        return None
-    size, reached = found.copies[0]
-    return (
-        f"other programs seem to use these cores: a copy of {size // KIB} KiB reached {reached:.2g} GB/s, "
-        f"the largest {found.copy_gb_per_s:.2g} GB/s; threads then wait for each other, and times mean little"
-    )
-
-
 class Ladder:
     """Copies of every size, up to a large one, and torch.mm of one. All samples count, of every climb."""
 

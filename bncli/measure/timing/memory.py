@@ -1,22 +1,18 @@
-"""What a batch norm keeps for backward, and the peak of its forward and backward pass.
-
-On a CPU the peak is that of a fresh process, from `fresh_processes`.
-"""
+"""Memory of a call: the bytes that it saves for backward, and the peak that it reaches."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from bncli.engine import device as devices
-from bncli.measure.reference import case as cases
-from bncli.measure.reference.case import Inputs
-from bncli.results.profile import Case
 
 MIB = 2**20
+M_MMAP_THRESHOLD = -3  # mallopt's, of glibc
+MAPPED_BYTES = 2**16  # from this size on a tensor has pages of its own, which are given back when it is freed
 
 
 def saved_bytes(run: Callable[[], object]) -> int:
@@ -54,21 +50,9 @@ def resident_peak_mib(step: Callable[[], object]) -> float | None:
     return None if before is None or after is None else after - before
 
 
-def tiny(case: Case) -> Case:
-    """A case of the same kind whose code is the same, and whose tensors are a few KiB."""
-    return replace(case, shape=(2, min(case.shape[1], 16), *[min(side, 2) for side in case.shape[2:]]))
-
-
-def empty_inputs(case: Case) -> Inputs:
-    """Tensors of a case whose pages are all resident; what they hold matters to no memory."""
-    zero = cases.timed_inputs(cases.timed(tiny(case)), torch.device("cpu"))
-    shape, channels = case.shape, case.shape[1]
-
-    def of(t: Tensor | None) -> Tensor | None:
-        if t is None:
-            return None
-        if t.dim() == 1:
-            return torch.ones(channels, dtype=t.dtype)
-        return cases.with_layout(torch.ones(shape, dtype=t.dtype), case.layout)
-
-    return Inputs(**{name: of(t) for name, t in vars(zero).items()})  # type: ignore[arg-type]
+def give_back_free_pages() -> None:
+    """So that a small tensor takes new pages and not the heap's; glibc alone has such calls."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim") and hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+        libc.malloc_trim(0)

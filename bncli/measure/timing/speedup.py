@@ -12,13 +12,13 @@ import math
 from collections.abc import Iterable, Sequence
 
 from bncli.results.environment import Interval
-from bncli.results.profile import Faster
+from bncli.results.profile import Speedup
 
 TAIL = 0.025  # of each side of a 95 % interval
 FEWEST_ROUNDS = 6  # with an interval: five samples all lie above their median once in 32 times, more often than TAIL
 
 
-def faster(reference_ms: Sequence[float], ms: Sequence[float]) -> Faster:
+def faster(reference_ms: Sequence[float], ms: Sequence[float]) -> Speedup:
     """Median of the rounds' ratios reference / own, above 1 is faster, with its 95 % interval.
 
     Times of the same rounds in ms, as many of one as of the other. An even number of rounds has the geometric mean of
@@ -28,7 +28,7 @@ def faster(reference_ms: Sequence[float], ms: Sequence[float]) -> Faster:
     return of_ratios([base / own for base, own in zip(reference_ms, ms, strict=True)])
 
 
-def faster_over(pairs: Iterable[tuple[Sequence[float], Sequence[float]]]) -> Faster:
+def faster_over(pairs: Iterable[tuple[Sequence[float], Sequence[float]]]) -> Speedup:
     """The same of the geometric mean over several cases, each (reference's times, own times) in ms.
 
     Round k's ratio is the geometric mean of the cases' ratios k, over as many rounds as every case has. Raises
@@ -40,7 +40,7 @@ def faster_over(pairs: Iterable[tuple[Sequence[float], Sequence[float]]]) -> Fas
     return of_ratios([geometric_mean(one_round) for one_round in zip(*ratios, strict=False)])
 
 
-def of_ratios(ratios: Sequence[float]) -> Faster:
+def of_ratios(ratios: Sequence[float]) -> Speedup:
     """The median of one or more ratios above 0, and its 95 % interval."""
     if not ratios:
         raise ValueError("a ratio needs at least one round")
@@ -48,7 +48,7 @@ def of_ratios(ratios: Sequence[float]) -> Faster:
     middle = ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1]
     rank = interval_rank(len(ordered))
     interval = Interval(None, None) if rank == 0 else Interval(ordered[rank - 1], ordered[-rank])
-    return Faster(middle[0] if len(middle) == 1 else geometric_mean(middle), interval)
+    return Speedup(middle[0] if len(middle) == 1 else geometric_mean(middle), interval)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 from rich.text import Text
 
-from bncli.report.text import LETTERS, curve_points, encodable, figure, metric_range, setting
+from bncli.report.compare.text import LETTERS, curve_points, metric_range
+from bncli.report.text import encodable, figure, setting
 from bncli.results.compare import Comparison
 
 COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red")

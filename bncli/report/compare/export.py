@@ -1,26 +1,12 @@
-"""A comparison for other programs and pages: CSV, Markdown, and one HTML page that needs nothing else."""
+"""A comparison for other programs: CSV with all digits, and Markdown for a GitHub page."""
 
 from __future__ import annotations
 
-import csv
-import html
-import io
-import re
 from typing import Any
 
-from bncli.report.compare.tuning import tuning_columns, tuning_notes
-from bncli.report.text import (
-    Column,
-    comparison_columns,
-    cost_columns,
-    footnotes,
-    header_words,
-    joined,
-    setting,
-    subtitle,
-    target_columns,
-    title,
-)
+from bncli.report.compare.text import comparison_columns, cost_columns, footnotes, subtitle, target_columns, title
+from bncli.report.export import csv_text, markdown, markdown_table
+from bncli.report.text import Column, setting
 from bncli.results.compare import ArmSummary, AtTarget, Comparison, Cost
 
 
@@ -28,11 +14,7 @@ def to_csv(comparison: Comparison) -> str:
     """One row an arm, all digits; units and meanings in the header; an empty cell is an unknown one."""
     plan, metric = comparison.plan, comparison.plan.target.metric
     rows = [_csv_row(arm, list(plan.grid), metric) for arm in comparison.arms]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else ["arm"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(rows, "arm")
 
 
 def _csv_row(arm: ArmSummary, fields: list[str], metric: str) -> dict[str, Any]:
@@ -97,11 +79,11 @@ def _csv_target(found: AtTarget) -> dict[str, Any]:
 
 def to_markdown(comparison: Comparison) -> str:
     """The comparison's table and its notes for a GitHub page."""
-    lines = [f"### {_markdown(title(comparison))}", "", _markdown(subtitle(comparison.plan)), ""]
-    lines += [*_markdown_table(comparison_columns(comparison)), ""]
+    lines = [f"### {markdown(title(comparison))}", "", markdown(subtitle(comparison.plan)), ""]
+    lines += [*markdown_table(comparison_columns(comparison)), ""]
     for heading, columns in side_tables(comparison):
-        lines += [f"#### {heading}", "", *_markdown_table(columns), ""]
-    lines += [f"- {_markdown(note)}" for note in footnotes(comparison)]
+        lines += [f"#### {heading}", "", *markdown_table(columns), ""]
+    lines += [f"- {markdown(note)}" for note in footnotes(comparison)]
     return "\n".join(lines) + "\n"
 
 
@@ -109,105 +91,3 @@ def side_tables(comparison: Comparison) -> list[tuple[str, list[Column]]]:
     """The tables below the comparison's own, each with its heading."""
     found = [("What it costs to reach the target", cost_columns(comparison))]
     return found + [("Steps to each target", target_columns(comparison))] * bool(comparison.plan.also)
-
-
-def _markdown_table(columns: list[Column]) -> list[str]:
-    header = [header_words(column) for column in columns]
-    rule = [":--" if column.words else "--:" for column in columns]
-    rows = [[joined(cell) for cell in row] for row in zip(*(column.cells for column in columns), strict=True)]
-    lines = [map(_markdown, header), rule, *(map(_markdown, row) for row in rows)]
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def _markdown(text: str) -> str:
-    """Text that a Markdown page shows as it is, on one line."""
-    return re.sub(r"([\\`*_<|\[\]#~$&]|^>)", r"\\\1", " ".join(text.split()))
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --line: #8886; --quiet: #6b6b6b; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --quiet: #a5a5a5; }} }}
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.4rem; margin: 0; }}
-h2 {{ font-size: 1.1rem; margin: 2rem 0 .5rem; }}
-p.quiet, ul {{ color: var(--quiet); }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .35rem .7rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }}
-th.words, td.words {{ text-align: left; }}
-td, th {{ white-space: nowrap; }}
-td small {{ display: block; color: var(--quiet); white-space: nowrap; }}
-svg {{ width: 100%; height: auto; margin: 1.5rem 0; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p class="quiet">{subtitle}</p>
-<div class="wide">{table}</div>
-{picture}
-{side}
-<ul>{notes}</ul>
-{tuning}
-</body>
-</html>
-"""
-
-
-TUNING = """<h2>Tuning runs</h2>
-<div class="wide">{table}</div>
-<ul>{notes}</ul>"""
-
-
-def to_html(comparison: Comparison) -> str:
-    """One page that needs nothing else: tables, notes, and the figure as inline SVG where matplotlib is installed."""
-    tuned = tuning_columns(comparison) if comparison.plan.tune_seeds else []
-    return PAGE.format(
-        title=html.escape(title(comparison)),
-        subtitle=html.escape(subtitle(comparison.plan)),
-        table=_html_table(comparison_columns(comparison)),
-        picture=_picture(comparison),
-        side="\n".join(
-            f'<h2>{html.escape(heading)}</h2>\n<div class="wide">{_html_table(columns)}</div>'
-            for heading, columns in side_tables(comparison)
-        ),
-        notes=_html_items(footnotes(comparison)),
-        tuning=TUNING.format(table=_html_table(tuned), notes=_html_items(tuning_notes(comparison))) if tuned else "",
-    )
-
-
-def _picture(comparison: Comparison) -> str:
-    from bncli.report.compare import figure
-
-    try:
-        svg = figure.render(comparison, "svg", transparent=True).decode()
-    except figure.PlotError as error:
-        return f'<p class="quiet">No figure: {html.escape(str(error))}</p>'
-    label = html.escape(f"Figure: {title(comparison)}; its figures are in the table above")
-    return (
-        svg[svg.index("<svg") :]
-        .replace(figure.INK, "currentColor")
-        .replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-    )
-
-
-def _html_items(notes: list[str]) -> str:
-    return "".join(f"<li>{html.escape(note)}</li>\n" for note in notes)
-
-
-def _html_table(columns: list[Column]) -> str:
-    sides = [' class="words"' * column.words for column in columns]
-    head = "".join(f"<th{side}>{html.escape(header_words(c))}</th>" for c, side in zip(columns, sides, strict=True))
-    rows = []
-    for row in zip(*(column.cells for column in columns), strict=True):
-        cells = [
-            f"<td{side}>{html.escape(main)}{f'<small>{html.escape(aside)}</small>' if aside else ''}</td>"
-            for (main, aside), side in zip(row, sides, strict=True)
-        ]
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody>\n</table>"

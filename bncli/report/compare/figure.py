@@ -1,33 +1,27 @@
-"""The comparison as a figure: median curves with quartile bands, and every run's steps to target with the intervals.
-
-matplotlib is loaded only when a figure is asked for. The same comparison gives the same bytes: no date, fixed ids.
-"""
+"""The comparison as a figure: median curves with quartile bands, and every run's steps to target with the intervals."""
 
 from __future__ import annotations
 
-import importlib.util
-import io
 import math
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bncli.errors import USAGE, BncliError
-from bncli.report.compare.labels import PALE, Place, dense, name_curves, tag_curves
-from bncli.report.files import write_atomically
-from bncli.report.text import (
+from bncli.report.compare.labels import Place, dense, name_curves, tag_curves
+from bncli.report.compare.text import (
     LETTERS,
-    Cell,
     all_targets,
     curve_points,
     metric_range,
     ratio_cell,
-    setting,
     steps_cell,
     subtitle,
     targets_in_order,
     title,
 )
+from bncli.report.figure import COLOURS, INK, PALE, check_path, rendered
+from bncli.report.files import write_atomically
+from bncli.report.text import Cell, setting
 from bncli.results.compare import ArmSummary, Comparison
 from bncli.results.train import RunResult
 
@@ -35,77 +29,32 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart with any colour vision; black and then line styles serve further arms.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#1b1b1b")
 LINES = ("-", "--", "-.", ":")
-MISSING = 'plots need matplotlib, which is not installed; install it with: pip install "bncli[plot]"'
 TARGETS_HEIGHT = 2.4  # inches, of the picture of the ratio by target, where there are several
-INK = "#1b1b1b"  # of all text and axes; a page can replace it by its own colour
-STYLE: Any = {
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10,
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
-    "font.size": 9,
-    "svg.hashsalt": "bncli",
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
-
-
-class PlotError(BncliError):
-    """A picture that cannot be made: another kind of file, or matplotlib is missing."""
-
-    exit_code = USAGE
 
 
 def plot(comparison: Comparison, path: Path) -> None:
-    """Write the figure to `path`, an .svg or a .png. Raises PlotError for another suffix or without matplotlib."""
-    check_path(path)
-    write_atomically(path, render(comparison, path.suffix.lower().lstrip(".")))
-
-
-def check_path(path: Path) -> None:
-    """Raise PlotError now, before any work, for a path that `plot` would refuse or without matplotlib."""
-    if path.suffix.lower() not in (".svg", ".png"):
-        raise PlotError(f"{path}: a plot is written as .svg or .png, chosen by the file's name; give it one of the two")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise PlotError(MISSING)
+    """Write the figure to `path`, an .svg or a .png. Raises FileError for another suffix or without matplotlib."""
+    write_atomically(path, render(comparison, check_path(path)))
 
 
 def render(comparison: Comparison, kind: str, transparent: bool = False) -> bytes:
-    """The figure as the bytes of a "svg" or "png" file. Raises PlotError without matplotlib."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PlotError(MISSING) from error
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        lines = sum(max(2.6, math.ceil(len(arm.arm) / 18)) for arm in comparison.arms)
-        height = max(4.2, 1.6 + 0.19 * lines)
-        if _has_ratios_by_target(comparison):
-            height = max(height, 1.0 + 0.19 * lines + TARGETS_HEIGHT) + 1.0
-        picture = Figure(figsize=(11, height), layout="constrained")
-        _draw(picture, comparison)
-        file = io.BytesIO()
-        metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
-        picture.savefig(file, format=kind, dpi=160, metadata=metadata, transparent=transparent)
-    return file.getvalue()
+    """The figure as the bytes of a "svg" or "png" file. Raises FileError without matplotlib."""
+    return rendered(lambda figure: _draw(figure, comparison), kind, 160, transparent)
 
 
 def _draw(picture: Figure, comparison: Comparison) -> None:
+    lines = sum(max(2.6, math.ceil(len(arm.arm) / 18)) for arm in comparison.arms)
+    height = max(4.2, 1.6 + 0.19 * lines)
     if _has_ratios_by_target(comparison):
-        above = picture.get_figheight() - TARGETS_HEIGHT
-        panels = picture.subplot_mosaic([["left", "right"], ["left", "below"]], height_ratios=(above, TARGETS_HEIGHT))
+        height = max(height, 1.0 + 0.19 * lines + TARGETS_HEIGHT) + 1.0
+        ratios = height - TARGETS_HEIGHT, TARGETS_HEIGHT
+        picture.set_size_inches(11, height)
+        panels = picture.subplot_mosaic([["left", "right"], ["left", "below"]], height_ratios=ratios)
         left, right = panels["left"], panels["right"]
         _targets(panels["below"], comparison)
     else:
+        picture.set_size_inches(11, height)
         left, right = picture.subplots(1, 2)
     words: dict[str, Any] = {"ha": "left", "x": 0.008, "parse_math": False}
     picture.suptitle(title(comparison), fontsize=12, fontweight="bold", **words)

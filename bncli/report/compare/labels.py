@@ -11,7 +11,9 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from bncli.report.text import LETTERS, setting
+from bncli.report.compare.text import LETTERS
+from bncli.report.figure import PALE
+from bncli.report.text import setting
 from bncli.results.train import Target
 
 if TYPE_CHECKING:
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 
 Place = tuple[float, float]
 Box = tuple[float, float, float, float]
-PALE = "#8a8a8a"  # of what is not data: readable on white and on black
 CHARACTER = 0.0215  # width of a bold letter in shares of the axes, about
 LINE_INCHES = 0.25  # of the figure's height: a line of text
 

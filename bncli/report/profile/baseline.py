@@ -1,4 +1,4 @@
-"""The gate's report: each row beside its baseline, what only one side has, and what the exit code will be."""
+"""Report of a profile's comparison with a baseline: each row's slowdown, rows of one side alone, the exit code."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from bncli.report.profile.text import gate_columns
-from bncli.report.ruled import Dashed, Line, Listing, Ruled
-from bncli.report.table import Fitted, Layout
+from bncli.report.table import Dashed, Fitted, Layout, Line, Listing, Ruled
 from bncli.report.text import encodable
-from bncli.results.profile import Change, Gate, KernelProfile, StepProfile
+from bncli.results.profile import Change, Gate, KernelProfile, Profile
 
 STYLES = {"ok": "green", "regressed": "bold red", "cannot tell": "yellow"}
-NARROWER = "More rounds narrow the intervals: --time or --min-rounds, of the baseline too."
-Profile = KernelProfile | StepProfile
+NARROWER = "More rounds narrow the intervals: give this run and the baseline more time or more rounds."
 
 
 @dataclass(frozen=True)
 class GateReport:
-    """What `--baseline` shows. With both profiles it also says how their machines and caches differ."""
+    """What a comparison with a baseline shows. With both profiles it also says how their machines and caches differ."""
 
     gate: Gate
     now: Profile | None = None
@@ -31,8 +29,8 @@ class GateReport:
         gate = self.gate
         fails = f"times native in each one's own run; more than {gate.fail_above:g} times slower fails"
         yield Fitted("Held to the baseline", fails, _layouts(gate.changes), ())
-        yield Dashed("Not in the baseline:", gate.only_now)
-        yield Dashed("In the baseline, but without a ratio now:", gate.only_baseline)
+        yield Dashed("Not in the baseline:", [str(row) for row in gate.only_now])
+        yield Dashed("In the baseline, but without a ratio now:", [str(row) for row in gate.only_baseline])
         if self.now and self.baseline:
             for words in differences(self.now, self.baseline):
                 yield Text(encodable(words, options.encoding), "dim")
@@ -53,10 +51,8 @@ def closing(gate: Gate) -> str:
     if gate.regressed:
         return f"{counts}: FAILED, more than {gate.fail_above:g} times slower by the whole interval (exit 1)."
     if gate.failed:
-        return (
-            f"{counts}: FAILED, {gate.undecided:,} of the baseline's rows are undecided (--strict, exit 1). {NARROWER}"
-        )
-    unsure = f" What it cannot tell does not fail without --strict. {NARROWER}" * ("cannot tell" in verdicts)
+        return f"{counts}: FAILED, {gate.undecided:,} of the baseline's rows are undecided (strict, exit 1). {NARROWER}"
+    unsure = f" What it cannot tell fails a strict comparison only. {NARROWER}" * ("cannot tell" in verdicts)
     return f"{counts}: passed (exit 0).{unsure}"
 
 
@@ -77,7 +73,7 @@ def differences(now: Profile, baseline: Profile) -> Iterator[str]:
 
 
 def _layouts(changes: Sequence[Change]) -> list[Layout]:
-    headings = [change.name.rsplit(", ", 2)[0] for change in changes]
+    headings = [change.row.words[0] for change in changes]
     order = sorted(range(len(changes)), key=lambda index: headings.index(headings[index]))
     shown = [changes[index] for index in order]
     names = [headings[index] for index in order]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -11,9 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from bncli.errors import RecipeError
-from bncli.report.compare.export import _markdown, _markdown_table
-from bncli.report.profile.step_text import memory_columns, samples_per_s, share_columns, step_columns
+from bncli.errors import UsageError
+from bncli.report.export import csv_text, markdown, markdown_table
+from bncli.report.profile.notes import error_words, norms_words, note_lines, remark_words
 from bncli.report.profile.text import (
     cache_words,
     ceilings_words,
@@ -24,18 +22,23 @@ from bncli.report.profile.text import (
     kernel_title,
     mean_columns,
     measured_words,
+    memory_columns,
     of_copy,
     quartiles,
+    samples_per_s,
+    share_columns,
+    step_columns,
 )
 from bncli.report.text import Column, environment_words
-from bncli.results.environment import FORMAT_VERSION
+from bncli.results.environment import PROFILE_VERSION
 from bncli.results.profile import (
     STEP_CLASSES,
     Ceilings,
-    Faster,
     Gate,
     KernelCost,
     KernelProfile,
+    Profile,
+    Speedup,
     StepCost,
     StepMemory,
     StepProfile,
@@ -43,7 +46,6 @@ from bncli.results.profile import (
 )
 from bncli.results.serialize import Mismatch, from_plain, to_plain
 
-Profile = KernelProfile | StepProfile
 KINDS: dict[str, type[KernelProfile] | type[StepProfile]] = {"kernels": KernelProfile, "step": StepProfile}
 
 
@@ -53,14 +55,26 @@ KINDS: dict[str, type[KernelProfile] | type[StepProfile]] = {"kernels": KernelPr
 def to_json(result: Profile, gate: Gate | None = None) -> str:
     """The whole profile with its raw samples, its kind beside them, and the gate that it was held to."""
     kind = next(name for name, each in KINDS.items() if isinstance(result, each))
-    plain = {"format_version": FORMAT_VERSION, "kind": kind, **to_plain(result)}
+    plain = {"format_version": PROFILE_VERSION, "kind": kind, **to_plain(result)}
     if gate is not None:
-        plain["gate"] = {"regressed": gate.regressed, "failed": gate.failed, **to_plain(gate)}
+        plain["gate"] = {"regressed": gate.regressed, "failed": gate.failed, **to_plain(gate), **_row_names(gate)}
     return json.dumps(plain, allow_nan=False, indent=1) + "\n"
 
 
-def load(path: Path) -> KernelProfile | StepProfile:
-    """The profile that `to_json` wrote to a file. Raises RecipeError that says what is wrong with it and what to do."""
+def _row_names(gate: Gate) -> dict[str, Any]:
+    """The gate's rows by name, beside the fields of those that are in both profiles."""
+    return {
+        "changes": [{"name": str(change.row), **to_plain(change)} for change in gate.changes],
+        "only_now": [str(row) for row in gate.only_now],
+        "only_baseline": [str(row) for row in gate.only_baseline],
+    }
+
+
+def load(path: Path) -> Profile:
+    """The profile that `to_json` wrote to a file, in this version of bncli or an earlier one.
+
+    Raises UsageError that says what is wrong with it and what to do.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -73,16 +87,16 @@ def load(path: Path) -> KernelProfile | StepProfile:
     if not isinstance(plain, dict) or plain.get("kind") not in (*KINDS,) or "format_version" not in plain:
         raise _refused(path, "is JSON, but no profile")
     version = plain["format_version"]
-    if version != FORMAT_VERSION:
-        advice = "update bncli" if isinstance(version, int) and version > FORMAT_VERSION else "measure it anew"
-        raise RecipeError(
-            f"--baseline {path}: its format_version is {json.dumps(version)} and this bncli reads {FORMAT_VERSION}; "
-            f"{advice}"
-        )
+    if version not in (1, PROFILE_VERSION):
+        advice = "update bncli" if isinstance(version, int) and version > PROFILE_VERSION else "measure it anew"
+        reads = f"its format_version is {json.dumps(version)} and this bncli reads {PROFILE_VERSION}; {advice}"
+        raise UsageError(reads, field="baseline", value=path)
     kind = KINDS[plain.pop("kind")]
     plain.pop("gate", None)
+    if version == 1:
+        _drop_sentences(plain)
     try:
-        found: KernelProfile | StepProfile = from_plain(kind, plain)
+        found: Profile = from_plain(kind, plain)
     except Mismatch as error:
         raise _refused(path, f"is no profile as bncli writes it: {error}") from error
     if wrong := [row for row in found.rows if row.faster is not None and not _sound(row.faster)]:
@@ -90,13 +104,21 @@ def load(path: Path) -> KernelProfile | StepProfile:
     return found
 
 
-def _refused(path: Path, what: str) -> RecipeError:
-    return RecipeError(f"--baseline {path}: {what}; give a file that bncli profile --json wrote")
+def _drop_sentences(plain: dict[str, Any]) -> None:
+    """Version 1 had sentences where fields are now, none of which a comparison with a baseline reads."""
+    plain |= {name: [] for name in ("notes", "remarks") if name in plain}
+    for row in plain["rows"] if isinstance(plain.get("rows"), list) else ():
+        if isinstance(row, dict) and "norms" in row:
+            row["norms"] = []
 
 
-def _sound(faster: Faster) -> bool:
-    ends = [end for end in (faster.interval.low, faster.interval.high) if end is not None]
-    return all(math.isfinite(value) and value > 0 for value in (faster.value, *ends))
+def _refused(path: Path, what: str) -> UsageError:
+    return UsageError(f"{what}; give a profile that bncli wrote as JSON", field="baseline", value=path)
+
+
+def _sound(speedup: Speedup) -> bool:
+    ends = [end for end in (speedup.interval.low, speedup.interval.high) if end is not None]
+    return all(math.isfinite(value) and value > 0 for value in (speedup.value, *ends))
 
 
 # --- CSV ----------------------------------------------------------------------------------------------------------
@@ -108,12 +130,11 @@ def to_csv(result: Profile) -> str:
         rows = [_kernel_row(row, result.ceilings) for row in result.rows]
     else:
         rows = [_step_row(row) for row in result.rows]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else ["kernel"], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:  # a compiler's message has many lines
-        writer.writerow({name: " ".join(cell.split()) if isinstance(cell, str) else cell for name, cell in row.items()})
-    return text.getvalue()
+    # A compiler's message has many lines.
+    rows = [
+        {name: " ".join(cell.split()) if isinstance(cell, str) else cell for name, cell in row.items()} for row in rows
+    ]
+    return csv_text(rows, "kernel")
 
 
 def _kernel_row(row: KernelCost, ceilings: Ceilings) -> dict[str, Any]:
@@ -134,10 +155,10 @@ def _kernel_row(row: KernelCost, ceilings: Ceilings) -> dict[str, Any]:
         **_times("both", row.both),
         "floor_gb_per_s": gb_per_s(row.both),
         "share_of_copy": of_copy(row, ceilings),
-        **_faster(row.faster),
+        **_speedup(row.faster),
         "peak_memory_mib": row.peak_memory_mib,
         "saved_mib": row.saved_mib,
-        "error": row.error,
+        "error": error_words(row),
         "wrong": row.wrong,
     }
 
@@ -160,11 +181,11 @@ def _quartiles(name: str, samples_ms: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _faster(faster: Faster | None) -> dict[str, Any]:
+def _speedup(speedup: Speedup | None) -> dict[str, Any]:
     return {
-        "times_native": faster.value if faster else None,
-        "times_native_low_95": faster.interval.low if faster else None,
-        "times_native_high_95": faster.interval.high if faster else None,
+        "times_native": speedup.value if speedup else None,
+        "times_native_low_95": speedup.interval.low if speedup else None,
+        "times_native_high_95": speedup.interval.high if speedup else None,
     }
 
 
@@ -176,11 +197,11 @@ def _step_row(row: StepCost) -> dict[str, Any]:
         "batch_size": row.batch_size,
         **_quartiles("step", row.samples_ms),
         "samples_per_s": samples_per_s(row),
-        **_faster(row.faster),
+        **_speedup(row.faster),
         **{f"{name.replace(', ', '_')}_ms": row.shares_ms.get(name) for name in STEP_CLASSES},
         **{field.name: getattr(row.memory, field.name, None) for field in fields(StepMemory)},
-        "norms": row.norms,
-        "error": row.error,
+        "norms": norms_words(row.norms) or None,
+        "error": error_words(row),
     }
 
 
@@ -193,47 +214,48 @@ def to_markdown(result: Profile, gate: Gate | None = None) -> str:
     if gate is not None:
         lines += ["", f"#### Held to the baseline: fails above {gate.fail_above:g} times slower", ""]
         columns = gate_columns(gate.changes)
-        names = Column(("row", ""), tuple((change.name, "") for change in gate.changes), words=True)
-        lines += _markdown_table([names, *columns[1:]])
+        names = Column(("row", ""), tuple((str(change.row), "") for change in gate.changes), words=True)
+        lines += markdown_table([names, *columns[1:]])
     return "\n".join(lines) + "\n"
 
 
 def _kernels_markdown(profile: KernelProfile) -> list[str]:
     measured = measured_words(profile.rows, profile.planned, profile.seconds)
-    lines = [f"### {_markdown(kernel_title(profile))}", "", f"{measured}; {cache_words(profile.cold)}"]
+    lines = [f"### {markdown(kernel_title(profile))}", "", f"{measured}; {cache_words(profile.cold)}"]
     for heading, rows in grouped(profile.rows).items():
         columns = list(kernel_columns(rows, profile.ceilings).values())
-        lines += ["", f"#### {_markdown(heading)}", "", *_with_errors(columns, [row.error for row in rows])]
+        lines += ["", f"#### {markdown(heading)}", "", *_with_errors(columns, [error_words(row) for row in rows])]
     for name in dict.fromkeys(f"{mean.dtype}, {mean.layout}" for mean in profile.means):
         means = [mean for mean in profile.means if f"{mean.dtype}, {mean.layout}" == name]
-        lines += ["", f"#### {_markdown(name)}: geometric mean over shapes", "", *_markdown_table(mean_columns(means))]
-    notes = [f"Measured ceilings: {ceilings_words(profile.ceilings)}.", *profile.notes]
+        lines += ["", f"#### {markdown(name)}: geometric mean over shapes", "", *markdown_table(mean_columns(means))]
+    notes = [f"Measured ceilings: {ceilings_words(profile.ceilings)}.", *note_lines(profile)]
     return [*lines, "", *_notes([*notes, f"Made on {environment_words(profile.environment)}."])]
 
 
 def _step_markdown(profile: StepProfile) -> list[str]:
     measured = measured_words(profile.rows, profile.planned, profile.seconds)
-    lines = [f"### {_markdown(profile.name)}: one step of the whole model", "", measured]
+    lines = [f"### {markdown(profile.name)}: one step of the whole model", "", measured]
     shared = [row for row in profile.rows if row.shares_ms]
     split = [row for row in profile.rows if row.memory is not None]
     for heading, rows, columns, errors in (
-        ("Time", profile.rows, step_columns(profile.rows), [row.error for row in profile.rows]),
+        ("Time", profile.rows, step_columns(profile.rows), [error_words(row) for row in profile.rows]),
         ("Share of a step", shared, share_columns(shared), []),
         ("Memory of a training step", split, memory_columns(split), []),
     ):
         arms = Column(("arm", ""), tuple((row.arm, "") for row in rows), words=True)
         if rows:
             lines += ["", f"#### {heading}", "", *_with_errors([arms, *columns], errors)]
-    remarks = [f"{each.arm}, {each.layer}: {each.finding}: {each.advice}" for each in profile.remarks]
-    return [*lines, "", *_notes([*remarks, *profile.notes, f"Made on {environment_words(profile.environment)}."])]
+    found = [(remark.arm, remark_words(remark)) for remark in profile.remarks]
+    remarks = [f"{arm}, {words.layer}: {words.finding}: {words.advice}" for arm, words in found]
+    return [*lines, "", *_notes([*remarks, *note_lines(profile), f"Made on {environment_words(profile.environment)}."])]
 
 
 def _with_errors(columns: Sequence[Column], errors: Sequence[str | None]) -> list[str]:
     """The table, with a column for errors where there are any."""
     if any(errors):
         columns = [*columns, Column(("error", ""), tuple((error or "", "") for error in errors), words=True)]
-    return _markdown_table(list(columns))
+    return markdown_table(list(columns))
 
 
 def _notes(notes: Sequence[str]) -> list[str]:
-    return [f"- {_markdown(note)}" for note in notes]
+    return [f"- {markdown(note)}" for note in notes]

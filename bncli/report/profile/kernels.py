@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.text import Text
 
+from bncli.report.profile.notes import error_words, note_lines
 from bncli.report.profile.text import (
     NATIVE,
     cache_words,
@@ -22,10 +23,9 @@ from bncli.report.profile.text import (
     shape_words,
     size_words,
 )
-from bncli.report.ruled import Dashed, Line, Listing, Ruled, in_encoding
-from bncli.report.table import Fitted, Layout
-from bncli.report.text import Column, encodable, environment_words
-from bncli.results.profile import Ceilings, Faster, KernelCost, KernelMean, KernelProfile
+from bncli.report.table import Dashed, Fitted, Layout, Line, Listing, Ruled
+from bncli.report.text import Column, encodable, environment_words, in_encoding
+from bncli.results.profile import Ceilings, KernelCost, KernelMean, KernelProfile, Speedup
 
 SHORT = {"forward": "fwd", "backward": "bwd"}
 # What shows the spread of its samples, what is left out, and whether headers are short; the first that fits is taken.
@@ -61,7 +61,7 @@ class KernelReport:
             yield Fitted("Over all shapes: geometric mean", "", _mean_layouts(profile.means), ())
         ceilings = encodable(ceilings_words(profile.ceilings), options.encoding)
         yield Text.assemble(("Measured ceilings: ", "bold"), ceilings)
-        yield Dashed("", (*left_out, *profile.notes))
+        yield Dashed("", (*left_out, *note_lines(profile)))
         made = f"Made on {environment_words(profile.environment)}; {cache_words(profile.cold)}."
         for line in (made, *kernel_legend(profile)):
             yield Text(in_encoding(line, options.encoding), "dim")
@@ -87,7 +87,7 @@ def kernel_legend(profile: KernelProfile) -> Iterator[str]:
     yield "Peak: memory of both, beyond the inputs. Saved: what forward keeps for backward."
 
 
-def faster_styles(ratios: Iterable[Faster | None], place: int) -> dict[tuple[int, int], str]:
+def speedup_styles(ratios: Iterable[Speedup | None], place: int) -> dict[tuple[int, int], str]:
     """Bold for each ratio of that column, green where its interval is above 1, red where it is below."""
     styles = {}
     for index, faster in enumerate(ratios):
@@ -119,7 +119,7 @@ def _kernel_layouts(shown: Sequence[KernelCost], ceilings: Ceilings) -> list[Lay
         Line(
             heading=first.get(id(row), ""),
             style="dim" if row.kernel == NATIVE else "",
-            message=" ".join(f"{'WRONG: ' * row.wrong}{row.error}".split()) if row.error is not None else "",
+            message=f"{'WRONG: ' * row.wrong}{words}" if (words := error_words(row)) is not None else "",
         )
         for row in rows
     ]
@@ -130,7 +130,7 @@ def _kernel_layouts(shown: Sequence[KernelCost], ceilings: Ceilings) -> list[Lay
         if short:
             cells |= {key: replace(cells[key], header=(word, "ms")) for key, word in SHORT.items()}
         kept = [key for key in cells if key not in without]
-        styles = faster_styles((row.faster for row in rows), kept.index("faster"))
+        styles = speedup_styles((row.faster for row in rows), kept.index("faster"))
         tail = list(_below(rows, without))
         return lambda encoding: Group(
             Ruled([cells[key] for key in kept], lines, encoding, styles),
@@ -146,7 +146,7 @@ def _below(rows: Sequence[KernelCost], without: Sequence[str]) -> Iterator[str]:
     if "ran" in without and (ran := list(_ran(rows))):
         yield f"Ran: {' | '.join(ran)}"
     if names := [words for key, words in LEFT_OUT.items() if key in without]:
-        yield f"Left out for want of room: {', '.join(names)} (a wider output and --csv have them)"
+        yield f"Left out for want of room: {', '.join(names)} (a wider output and the CSV have them)"
 
 
 def _ran(rows: Sequence[KernelCost]) -> Iterator[str]:
@@ -169,7 +169,7 @@ def _mean_layouts(means: Sequence[KernelMean]) -> list[Layout]:
     first = {id(members[0]): heading for heading, members in groups.items()}
     lines = [Line(first.get(id(mean), ""), "dim" if mean.kernel == NATIVE else "") for mean in rows]
     columns = mean_columns(rows)
-    styles = faster_styles((mean.faster for mean in rows), 3)
+    styles = speedup_styles((mean.faster for mean in rows), 3)
     shown = [once(columns[0], lines), *columns[1:]]
     return [
         lambda encoding: Ruled(shown, lines, encoding, styles),

@@ -9,16 +9,18 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.padding import Padding
 from rich.text import Text
 
-from bncli.report.profile.kernels import faster_styles, once
-from bncli.report.profile.step_text import memory_columns, share_columns, step_columns
+from bncli.report.profile.kernels import once, speedup_styles
+from bncli.report.profile.notes import error_words, norms_words, note_lines, remark_words
 from bncli.report.profile.text import (
     NATIVE,
     measured_words,
+    memory_columns,
     quartiles,
+    share_columns,
+    step_columns,
 )
-from bncli.report.ruled import Bar, Dashed, Line, Listing, Ruled, in_encoding
-from bncli.report.table import Fitted, Layout
-from bncli.report.text import Column, encodable, environment_words
+from bncli.report.table import Bar, Dashed, Fitted, Layout, Line, Listing, Ruled
+from bncli.report.text import Column, encodable, environment_words, in_encoding
 from bncli.results.profile import STEP_CLASSES, NormRemark, StepCost, StepProfile
 
 COLOURS = dict(zip(STEP_CLASSES, ("magenta", "cyan", "yellow", "green", "blue", "", "dim"), strict=True))
@@ -44,7 +46,7 @@ class StepReport:
             yield Fitted("Memory of a training step", "", _layouts(split, memory_columns(split)), ())
         yield Dashed("Norm layers:", _norms(profile.rows))
         yield from _remarks(profile.remarks, encoding)
-        yield Dashed("", profile.notes)
+        yield Dashed("", note_lines(profile))
         for line in (f"Made on {environment_words(profile.environment)}.", *step_legend(profile)):
             yield Text(in_encoding(line, encoding), "dim")
 
@@ -76,7 +78,7 @@ def _lines(rows: Sequence[StepCost], messages: bool) -> list[Line]:
         Line(
             heading=row.arm if not index or arms[index - 1] != row.arm else "",
             style="dim" if row.kernel == NATIVE else "",
-            message=" ".join((row.error or "").split()) if messages else "",
+            message=(error_words(row) or "") if messages else "",
         )
         for index, row in enumerate(rows)
     ]
@@ -99,7 +101,7 @@ def _share_layouts(rows: Sequence[StepCost]) -> list[Layout]:
 def _step_layouts(rows: Sequence[StepCost]) -> list[Layout]:
     lines, columns = _lines(rows, messages=True), step_columns(rows)
     shown = [once(columns[0], lines), *columns[1:]]
-    styles = faster_styles((row.faster for row in rows), len(columns) - 1)
+    styles = speedup_styles((row.faster for row in rows), len(columns) - 1)
     bar = _bars(rows) if any(row.shares_ms for row in rows) else None
     return [
         lambda encoding: Ruled(shown, lines, encoding, styles, bar, _key(rows)),
@@ -139,7 +141,7 @@ def _key(rows: Sequence[StepCost]) -> Text:
 
 def _norms(rows: Sequence[StepCost]) -> list[str]:
     """What each arm's norm layers are with each kernel, said once for training and evaluation."""
-    found = {(row.arm, row.kernel or "", row.norms): None for row in rows if row.norms}
+    found = dict.fromkeys((row.arm, row.kernel or "", norms_words(row.norms)) for row in rows if row.norms)
     return [f"{', '.join(filter(None, (arm, kernel)))}: {words}" for arm, kernel, words in found]
 
 
@@ -150,7 +152,8 @@ def _remarks(remarks: Sequence[NormRemark], encoding: str) -> RenderResult:
     yield Text("What the norm layers suffer from", "bold")
     several = len({remark.arm for remark in remarks}) > 1
     for remark in remarks:
-        where = f"{remark.arm}, {remark.layer}" if several else remark.layer
-        yield Text.assemble((encodable(where, encoding), "bold yellow"), ": ", encodable(remark.finding, encoding))
-        yield Padding(Text(encodable(remark.advice, encoding)), (0, 0, 0, 2), expand=False)
+        words = remark_words(remark)
+        where = f"{remark.arm}, {words.layer}" if several else words.layer
+        yield Text.assemble((encodable(where, encoding), "bold yellow"), ": ", encodable(words.finding, encoding))
+        yield Padding(Text(encodable(words.advice, encoding)), (0, 0, 0, 2), expand=False)
     yield ""

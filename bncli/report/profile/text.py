@@ -1,4 +1,4 @@
-"""What a profile says, in words and figures: the cells that its tables, Markdown and CSV share. No rich here."""
+"""Words and figures of a profile: the cells that its tables, Markdown and CSV share. No rich here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from bncli.report.text import UNKNOWN, Cell, Column, figure, interval_figure
-from bncli.results.profile import Case, Ceilings, Change, Faster, KernelCost, KernelMean, KernelProfile, StepCost, Times
+from bncli.results.profile import (
+    STEP_CLASSES,
+    Case,
+    Ceilings,
+    Change,
+    KernelCost,
+    KernelMean,
+    KernelProfile,
+    Speedup,
+    StepCost,
+    Times,
+)
 
 NATIVE = "native"
 MIB = 2**20
@@ -57,19 +68,19 @@ def samples_cell(samples: Sequence[float]) -> Cell:
     return figure(found.median), f"±{found.spread:.0%}" if len(samples) > 1 else ""
 
 
-def faster_cell(faster: Faster | None, kernel: str | None = None) -> Cell:
+def speedup_cell(speedup: Speedup | None, kernel: str | None = None) -> Cell:
     """`2.31` and `(2.25–2.36)`; native itself is 1, and no measurement."""
-    if faster is None:
+    if speedup is None:
         return ("1" if kernel == NATIVE else UNKNOWN), ""
-    return ratio_figure(faster.value), span(faster)
+    return speedup_figure(speedup.value), span(speedup)
 
 
-def span(faster: Faster) -> str:
-    words = interval_figure(faster.interval)
+def span(speedup: Speedup) -> str:
+    words = interval_figure(speedup.interval)
     return f"({words})" if words else "(unbounded)"
 
 
-def ratio_figure(value: float) -> str:
+def speedup_figure(value: float) -> str:
     return figure(value, 3)
 
 
@@ -129,7 +140,7 @@ def kernel_columns(rows: Sequence[KernelCost], ceilings: Ceilings, *, spreads: s
         "both": column("both", "ms", times("both")),
         "gb_per_s": column("GB/s", "", lambda row: gb_figure(gb_per_s(row.both))),
         "of_copy": column("of", "copy", lambda row: percent(of_copy(row, ceilings))),
-        "faster": column(f"times {NATIVE}", "", lambda row: faster_cell(row.faster, row.kernel)),
+        "faster": column(f"times {NATIVE}", "", lambda row: speedup_cell(row.faster, row.kernel)),
         "peak": memory_column("peak", [row.peak_memory_mib for row in rows]),
         "saved": memory_column("saved", [row.saved_mib for row in rows]),
         "ran": column("ran", "", lambda row: row.ran or UNKNOWN, words=True),
@@ -149,8 +160,8 @@ def mean_columns(means: Sequence[KernelMean]) -> list[Column]:
         Column(("operation", ""), tuple((mean.operation, "") for mean in means), words=True),
         Column(("kernel", ""), tuple((mean.kernel, "") for mean in means), words=True),
         Column(("shapes", ""), tuple((figure(mean.shapes), "") for mean in means)),
-        Column((f"times {NATIVE}", ""), tuple(faster_cell(mean.faster) for mean in means)),
-        Column(("worst", ""), tuple((ratio_figure(mean.least), "") for mean in means)),
+        Column((f"times {NATIVE}", ""), tuple(speedup_cell(mean.faster) for mean in means)),
+        Column(("worst", ""), tuple((speedup_figure(mean.least), "") for mean in means)),
         Column(("at", ""), tuple((shape_words(mean.least_shape), "") for mean in means), words=True),
     ]
 
@@ -207,11 +218,63 @@ def cache_words(cold: bool) -> str:
 
 def gate_columns(changes: Sequence[Change]) -> list[Column]:
     """A row a change: how many times faster than native it is and was, and how many times slower that makes it."""
-    slower = [Faster(change.slower, change.interval) for change in changes]
+    slower = [Speedup(change.slower, change.interval) for change in changes]
     return [
-        Column(("", ""), tuple((", ".join(change.name.rsplit(", ", 2)[1:]), "") for change in changes), words=True),
-        Column(("now", ""), tuple(faster_cell(change.now) for change in changes)),
-        Column(("baseline", ""), tuple(faster_cell(change.baseline) for change in changes)),
-        Column(("times slower", ""), tuple(faster_cell(each) for each in slower)),
+        Column(("", ""), tuple((", ".join(change.row.words[1:]), "") for change in changes), words=True),
+        Column(("now", ""), tuple(speedup_cell(change.now) for change in changes)),
+        Column(("baseline", ""), tuple(speedup_cell(change.baseline) for change in changes)),
+        Column(("times slower", ""), tuple(speedup_cell(each) for each in slower)),
         Column(("verdict", ""), tuple((change.verdict, "") for change in changes), words=True),
+    ]
+
+
+BROKEN = {"normalization": ("normal-", "ization"), "activation": ("acti-", "vation"), "optimizer": ("opti-", "mizer")}
+
+
+def samples_per_s(row: StepCost) -> float | None:
+    found = quartiles(row.samples_ms)
+    return 1e3 * row.batch_size / found.median if found and found.median else None
+
+
+def step_columns(rows: Sequence[StepCost]) -> list[Column]:
+    """A row an arm, mode and kernel: how long a step takes."""
+    return [
+        *_step_names(rows),
+        Column(("ms/step", ""), tuple(samples_cell(row.samples_ms) for row in rows)),
+        Column(("samples/s", ""), tuple((figure(samples_per_s(row)), "") for row in rows)),
+        Column((f"times {NATIVE}", ""), tuple(speedup_cell(row.faster, row.kernel) for row in rows)),
+    ]
+
+
+def share_columns(rows: Sequence[StepCost], *, ms: bool = False, short: bool = False) -> list[Column]:
+    """The same rows: the share of each class of work in a step, with its milliseconds or under broken headers."""
+
+    def cell(row: StepCost, name: str) -> Cell:
+        value, whole = row.shares_ms.get(name), sum(row.shares_ms.values())
+        if value is None or whole <= 0:
+            return UNKNOWN, ""
+        return percent(value / whole), f"{figure(value, 2 if value < 10 else 3)} ms" if ms and value else ""
+
+    def header(name: str) -> Cell:
+        first, _, second = name.partition(" ")
+        return BROKEN.get(name, (first, second)) if short else (first, second)
+
+    shares = [Column(header(name), tuple(cell(row, name) for row in rows)) for name in STEP_CLASSES]
+    return [*_step_names(rows), *shares]
+
+
+def memory_columns(rows: Sequence[StepCost]) -> list[Column]:
+    """The rows that have them: parts of the peak of a step, in MiB or KiB."""
+    parts = [row.memory for row in rows]
+    fields = ("parameters", "gradients", "optimizer", "activations", "peak")
+    return [
+        *_step_names(rows),
+        *(memory_column(name, [getattr(part, f"{name}_mib", None) for part in parts]) for name in fields),
+    ]
+
+
+def _step_names(rows: Sequence[StepCost]) -> list[Column]:
+    return [
+        Column(("mode", ""), tuple((row.mode, "") for row in rows), words=True),
+        Column(("kernel", ""), tuple((row.kernel or UNKNOWN, "") for row in rows), words=True),
     ]

@@ -23,11 +23,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import bncli
-from bncli import kernels
 from bncli.engine.convert import Conversion, convert
 from bncli.engine.models.norms import BatchNorm, BatchNorm2d
 from bncli.errors import Unavailable
-from bncli.kernels import native
+from bncli.kernels import fused, native
 
 SEAM: Any = native.batch_norm
 BY_ROUTE = pytest.mark.parametrize("kernel", ["native", SEAM], ids=["native", "through the seam"])
@@ -545,7 +544,7 @@ def test_a_model_without_batch_norms_is_left_alone() -> None:
 
 
 def test_a_kernel_that_cannot_run_is_refused_before_anything_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kernels._WHY_NOT, "fused", lambda device: "it is not built")
+    monkeypatch.setattr(fused, "unavailable_reason", lambda device: "it is not built")
     model = ResNet(BasicBlock)
     with pytest.raises(Unavailable, match="the fused kernel cannot run"):
         convert(model)

@@ -62,6 +62,12 @@ def test_the_order_follows_from_the_seed():
     assert not all(map(torch.equal, first, other))
 
 
+@pytest.mark.parametrize("start", [0, 1, 3, 4, 11])
+def test_the_order_goes_on_after_any_number_of_batches(start: int):
+    whole = list(islice(order(10, 3, seeded(5)), 15))
+    assert all(map(torch.equal, islice(order(10, 3, seeded(5), start=start), 15 - start), whole[start:]))
+
+
 def test_a_batch_larger_than_the_training_set_is_refused_at_once():
     with pytest.raises(DataError, match=r"train\.batch_size: 60 is more than the 59 training examples; write 59"):
         order(59, 60, seeded(0))

@@ -67,43 +67,6 @@ def test_a_bias_before_batch_norm_is_left_out_since_it_is_dead() -> None:
     assert "hidden1.linear.bias" in build(tiny(norm={"kind": "layer"}), (8,), 3).state_dict()
 
 
-INITS: dict[str, tuple[dict[str, Any], float]] = {
-    "gaussian": ({"kind": "gaussian", "std": 0.03}, 0.03),
-    "xavier": ({"kind": "xavier"}, (2 / (400 + 300)) ** 0.5),
-    "he": ({"kind": "he"}, (2 / 400) ** 0.5),
-    "orthogonal": ({"kind": "orthogonal"}, (1 / 400) ** 0.5),
-}
-
-
-@pytest.mark.parametrize("name", INITS)
-def test_initial_weights_have_the_deviation_of_their_definition(name: str) -> None:
-    init, deviation = INITS[name]
-    weight = build(tiny(model={"kind": "mlp", "hidden": [300], "init": init}), (400,), 3).state_dict()[
-        "hidden1.linear.weight"
-    ]
-    assert weight.std().item() == pytest.approx(deviation, rel=0.02)  # 120,000 weights: 0.2 % standard error
-    assert weight.mean().item() == pytest.approx(0, abs=5 * deviation / 120_000**0.5)
-
-
-def test_orthogonal_rows_are_orthonormal() -> None:
-    init = {"kind": "mlp", "hidden": [30], "init": {"kind": "orthogonal"}}
-    weight = build(tiny(model=init, norm={"kind": "none"}), (40,), 3).state_dict()["hidden1.linear.weight"]
-    torch.testing.assert_close(weight @ weight.T, torch.eye(30), atol=1e-5, rtol=0)
-
-
-def test_lsuv_gives_every_layer_unit_output_variance_and_counts_no_batch() -> None:
-    examples = 3 * torch.randn(200, 40, generator=torch.Generator().manual_seed(0))
-    recipe = tiny(model={"kind": "mlp", "hidden": [30, 30, 30], "activation": "tanh", "init": {"kind": "lsuv"}})
-    model = build(recipe, (40,), 3, lambda: examples)
-    variances: list[float] = []
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            layer.register_forward_hook(lambda module, inputs, output: variances.append(output.var().item()))
-    assert all(buffer.sum() in (0, 30) for buffer in model.buffers())  # as they began: means 0, variances 1, no batches
-    model(examples)
-    assert variances == pytest.approx([1, 1, 1, 1], abs=0.11)
-
-
 def own(
     folder: Path, monkeypatch: pytest.MonkeyPatch, code: str, norm: str = "batch", seed: int = 0, **arguments: Any
 ) -> nn.Module:

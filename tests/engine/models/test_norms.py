@@ -18,8 +18,9 @@ from bncli.engine.convert import convert
 from bncli.engine.models import build, factory
 from bncli.engine.models.norms import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bncli.errors import Unavailable
-from bncli.kernels import native
+from bncli.kernels import fused, native
 from bncli.kernels.fused import cpu
+from bncli.measure.reference.candidate import subject
 from bncli.recipe.sections import BatchNorm as BatchNormSection
 from bncli.recipe.sections import GroupNorm, InstanceNorm, LayerNorm, NoNorm
 from tests.conftest import tiny
@@ -94,7 +95,7 @@ def test_no_norm_makes_no_module() -> None:
 
 
 def test_a_kernel_that_cannot_run_is_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kernels._WHY_NOT, "fused", lambda device: "it is not built")
+    monkeypatch.setattr(fused, "unavailable_reason", lambda device: "it is not built")
     with pytest.raises(Unavailable):
         factory(BatchNormSection(kind="batch", kernel="fused"))
 
@@ -106,7 +107,7 @@ def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
 
 
-@pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+@pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
 def test_the_fused_kernel_serves_a_model_on_the_cpu_beside_a_gpu_that_cannot_run_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -119,11 +120,25 @@ def test_the_fused_kernel_serves_a_model_on_the_cpu_beside_a_gpu_that_cannot_run
         build(recipe, (8,), 3, device=torch.device("cuda"))
 
 
+@pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
+def test_whether_a_model_on_the_cpu_has_its_kernel_is_asked_of_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(device: object = None) -> None:
+        raise AssertionError("the GPU was asked")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", asked)
+    on_cpu = torch.device("cpu")
+    kernels.get("fused", on_cpu)
+    factory(BatchNormSection(kind="batch", kernel="fused"), on_cpu)
+    assert subject("fused", "batch", on_cpu, allow_code=False).ran.startswith("C, compiled")
+    bncli.batch_norm(torch.randn(4, 3), None, None, training=True, kernel="fused")
+
+
 def test_a_kernel_that_no_device_here_can_run_is_refused_with_the_reasons_of_each(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     old_gpu(monkeypatch)
-    monkeypatch.setattr(cpu, "why_not", lambda: "there is no C compiler")
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda: "there is no C compiler")
     with pytest.raises(Unavailable, match=r"cannot run: it .*; on the CPU there is no C compiler\. Nothing else"):
         BatchNorm2d(3, kernel="fused")
 
@@ -273,7 +288,7 @@ def test_an_unknown_activation_or_kernel_is_refused_at_construction() -> None:
 
 
 def test_a_kernel_that_cannot_run_here_is_refused_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kernels._WHY_NOT, "fused", lambda device: "it is not built")
+    monkeypatch.setattr(fused, "unavailable_reason", lambda device: "it is not built")
     with pytest.raises(Unavailable, match="the fused kernel cannot run"):
         BatchNorm2d(3, kernel="fused")
 

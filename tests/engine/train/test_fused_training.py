@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bncli.engine.train import run
+from bncli.engine.train import train
 from bncli.results.train import Evaluated
 from tests.conftest import tiny
 
@@ -35,7 +35,7 @@ def test_a_run_with_the_fused_kernel_goes_as_one_with_native(name: str, layout: 
             train={"steps": 6, "evaluate_every": 2, "memory_format": layout_, "target": {"value": 1.0}},
             **MODELS[name],
         )
-        found = [event.evaluation for event in run(recipe, "cpu", threads=1) if isinstance(event, Evaluated)]
+        found = [event.evaluation for event in train(recipe, "cpu", threads=1) if isinstance(event, Evaluated)]
         losses[kernel] = [evaluation.loss for evaluation in found]
     assert len(losses["fused"]) >= 4
     assert losses["fused"] == pytest.approx(losses["native"], rel=2e-3)

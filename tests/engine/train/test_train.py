@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch import nn
 
 from bncli.engine import data
 from bncli.engine.data.splits import Batch, InMemory, order
-from bncli.engine.train import Clock, Training, evaluation_size, learning_rate_factor, optimizer, train
-from bncli.engine.train.target import steps_to_target
+from bncli.engine.target import steps_to_target
+from bncli.engine.train import evaluate, evaluation_size, optimizer_step, train
+from bncli.engine.train.state import TrainState
 from bncli.errors import DataError
 from bncli.recipe.sections import Recipe
 from bncli.results.train import Evaluated, Event, RunFinished, RunResult, RunStarted, StepDone
@@ -37,7 +38,7 @@ def own(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str, **sections: An
 
 
 def events(recipe: Recipe, **arguments: Any) -> list[Event]:
-    return list(train(recipe, data.load(recipe.data, CPU), CPU, **arguments))
+    return list(train(recipe, "cpu", **arguments))
 
 
 def run(recipe: Recipe, **arguments: Any) -> RunResult:
@@ -136,16 +137,6 @@ def test_vectors_from_a_file_are_refused_by_a_model_for_images(tmp_path: Path) -
         run(tiny(data=npz, model={"kind": "cnn"}))
 
 
-def test_lsuv_sees_examples_of_every_class_even_of_a_sorted_file(tmp_path: Path) -> None:
-    y = np.arange(3).repeat(400)
-    np.savez(tmp_path / "sorted.npz", x=np.eye(3, dtype=np.float32)[y], y=y)
-    npz = {"source": "npz", "path": str(tmp_path / "sorted.npz"), "held_out": 10}
-    recipe = tiny(data=npz, model={"kind": "mlp", "hidden": [4], "init": {"kind": "lsuv"}})
-    sample = Training(recipe, data.load(recipe.data, CPU), CPU)._sample(500)
-    assert sample.shape == (500, 3)
-    assert (sample.sum(0) > 100).all()
-
-
 # --- what decides a run -------------------------------------------------------------------------------------------
 
 
@@ -180,7 +171,8 @@ def test_arms_of_one_seed_see_the_same_batches_in_the_same_order(monkeypatch: py
 def test_the_loop_computes_what_a_hand_written_loop_computes() -> None:
     recipe = tiny(train={"steps": 20, "target": None})
     dataset = data.load(recipe.data, CPU)
-    from bncli.engine.models import build, stream
+    from bncli.engine.models import build
+    from bncli.engine.models.init import stream
 
     model = build(recipe, dataset.shape, dataset.classes)
     sgd = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -198,11 +190,11 @@ def test_the_loop_computes_what_a_hand_written_loop_computes() -> None:
 def test_evaluation_uses_the_running_statistics_and_changes_no_buffer() -> None:
     recipe = tiny()
     dataset = data.load(recipe.data, CPU)
-    one = Training(recipe, dataset, CPU)
+    one = TrainState(recipe, dataset, CPU)
     for _ in range(3):
-        one.step(*next(one.batches))
+        optimizer_step(one, *one.next_batch())
     before = {name: value.clone() for name, value in one.model.state_dict().items()}
-    found = one.evaluate(3, None).evaluation
+    found = evaluate(one).evaluation
     assert one.model.training
     assert all(torch.equal(value, before[name]) for name, value in one.model.state_dict().items())
     (x, y), *rest = dataset.held_out_batches(1000)
@@ -311,12 +303,12 @@ def make(shape, classes, norm):
 """)
     monkeypatch.chdir(tmp_path)
     recipe = tiny(model={"kind": "module", "module": "fixed_norms:make"}, train={"steps": 10, "target": None})
-    training = Training(recipe, data.load(recipe.data, CPU), CPU)
-    norm = training.model[1]  # type: ignore[index]
+    state = TrainState(recipe, data.load(recipe.data, CPU), CPU)
+    norm = state.model[1]  # type: ignore[index]
     assert not norm.training
-    training.evaluate(0, None)
-    assert (norm.training, training.model.training) == (False, True)
-    training.step(*next(iter(training.batches)))
+    evaluate(state)
+    assert (norm.training, state.model.training) == (False, True)
+    optimizer_step(state, *state.next_batch())
     assert norm.num_batches_tracked == 0
 
 
@@ -324,10 +316,10 @@ def test_modules_that_the_user_froze_stay_frozen_and_the_others_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = own(tmp_path, monkeypatch, FROZEN)
-    one = Training(recipe, data.load(recipe.data, CPU), CPU)
-    for step in range(3):
-        one.evaluate(step, None)
-        one.step(*next(one.batches))
+    one = TrainState(recipe, data.load(recipe.data, CPU), CPU)
+    for _ in range(3):
+        evaluate(one)
+        optimizer_step(one, *one.next_batch())
     frozen, norm, _ = one.model.children()
     assert [part.training for part in (one.model, frozen, *frozen.children(), norm)] == [True, False, False, True, True]
     for module, batches in ((frozen[0], 0), (norm, 3)):
@@ -368,19 +360,16 @@ def overflowing(noise: float, **train: Any) -> Recipe:
 
 def test_a_step_that_the_fp16_scaler_skips_is_no_optimizer_step_and_no_step_of_the_schedule() -> None:
     recipe = overflowing(50.0)
-    one = Training(recipe, data.load(recipe.data, CPU), CPU)
-    batches, taken, rates, weights = one.batches, [], [], []
-
-    def counted() -> Iterator[Batch]:
-        for batch in batches:
-            taken.append(batch)
-            yield batch
-
-    one.batches = counted()
-    for _ in islice(one.losses(), 10):
-        rates.append(one.learning_rate)
-        weights.append(one.model.output.weight.detach().clone())
-    assert len(taken) > 10
+    one = TrainState(recipe, data.load(recipe.data, CPU), CPU)
+    rates, weights = [], []
+    while one.step < 10:
+        before = one.step
+        optimizer_step(one, *one.next_batch())
+        assert one.step == before + (one.skipped == 0)
+        if not one.skipped:
+            rates.append(one.learning_rate)
+            weights.append(one.model.output.weight.detach().clone())
+    assert one.batches > 10
     assert rates == pytest.approx([1e-4] * 3 + [1e-5] * 7)
     assert not any(torch.equal(before, after) for before, after in pairwise(weights))
     result = run(recipe)
@@ -404,14 +393,14 @@ def allowed() -> tuple[bool, ...]:
 @pytest.mark.parametrize("wanted", [True, False])
 def test_tf32_is_as_the_recipe_says_during_a_run_and_as_before_after_it(wanted: bool) -> None:
     before, recipe = allowed(), tiny(train={"tf32": wanted})
-    for _ in train(recipe, data.load(recipe.data, CPU), CPU):
+    for _ in train(recipe, "cpu"):
         assert allowed() == (wanted,) * 5
     assert allowed() == before
 
 
 def test_tf32_is_as_before_after_a_run_that_is_broken_off() -> None:
     before, recipe = allowed(), tiny(train={"tf32": True})
-    found = train(recipe, data.load(recipe.data, CPU), CPU)
+    found = train(recipe, "cpu")
     next(found)
     assert allowed() != before
     found.close()
@@ -435,80 +424,10 @@ def test_a_compiled_model_trains_like_an_eager_one() -> None:
     assert compiled == pytest.approx(eager, rel=1e-3)
 
 
-def factors(schedule: dict[str, Any], steps: int = 10) -> list[float]:
-    recipe = tiny(schedule=schedule, train={"steps": steps})
-    return [learning_rate_factor(recipe, step) for step in range(steps + 1)]
-
-
-def test_schedules_are_their_closed_forms() -> None:
-    assert factors({"kind": "constant"}) == [1.0] * 11
-    assert factors({"kind": "exponential", "gamma": 0.5, "every": 2})[:5] == pytest.approx(
-        [1, 2**-0.5, 0.5, 2**-1.5, 0.25]
-    )
-    assert factors({"kind": "step", "milestones": [3, 6], "gamma": 0.1})[2:8] == pytest.approx(
-        [1, 0.1, 0.1, 0.1, 0.01, 0.01]
-    )
-    cosine = factors({"kind": "cosine", "final": 0.2})
-    assert [cosine[0], cosine[5], cosine[10]] == pytest.approx([1, 0.6, 0.2])
-
-
-def test_warm_up_rises_linearly_to_the_whole_rate() -> None:
-    assert factors({"kind": "constant", "warmup": 4})[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
-
-
 def test_the_schedule_reaches_the_optimizer() -> None:
     recipe = tiny(schedule={"kind": "step", "milestones": [5], "gamma": 0.1}, train={"steps": 10, "target": None})
     rates = [event.learning_rate for event in events(recipe) if isinstance(event, Evaluated)]
     assert rates == pytest.approx([0.5, 0.5, 0.05])  # that of the last update
-
-
-@pytest.mark.parametrize(
-    ("section", "kind"),
-    [
-        ({"kind": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True}, torch.optim.SGD),
-        ({"kind": "adam", "lr": 0.01}, torch.optim.Adam),
-        ({"kind": "adamw", "lr": 0.01}, torch.optim.AdamW),
-    ],
-)
-def test_optimizers_are_torchs_and_train(section: dict[str, Any], kind: type) -> None:
-    assert isinstance(optimizer(tiny(optimizer=section), nn.Linear(2, 2)), kind)
-    assert run(tiny(optimizer=section)).status == "reached"
-
-
-def test_weight_decay_can_leave_out_norms_and_biases() -> None:
-    section = {"kind": "sgd", "lr": 0.1, "weight_decay": 0.5, "weight_decay_on": "weights"}
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    decayed, spared = optimizer(tiny(optimizer=section), model).param_groups
-    assert [parameter.shape for parameter in decayed["params"]] == [(4, 3)]
-    assert len(spared["params"]) == 3
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.5, 0.0)
-    (everything,) = optimizer(tiny(optimizer={**section, "weight_decay_on": "all"}), model).param_groups
-    assert len(everything["params"]) == 4
-
-
-# --- the clock ----------------------------------------------------------------------------------------------------
-
-
-def test_throughput_leaves_out_evaluations_and_the_first_interval() -> None:
-    times = iter([0.0, 9.0, 100.0, 102.0, 200.0, 204.0])
-    clock = Clock(batch_size=60, device=CPU, now=lambda: next(times))
-    for step in (10, 20, 30):
-        clock.start()
-        clock.pause(step)
-    assert clock.training_s == 9 + 2 + 4
-    assert clock.ms_per_step() == 1e3 * 6 / 20
-
-
-def test_a_single_interval_is_better_than_no_figure() -> None:
-    times = iter([0.0, 1.0])
-    clock = Clock(batch_size=60, device=CPU, now=lambda: next(times))
-    clock.start()
-    clock.pause(4)
-    assert clock.ms_per_step() == 250
-
-
-def test_a_run_without_a_step_has_no_throughput() -> None:
-    assert Clock(batch_size=60, device=CPU).ms_per_step() is None
 
 
 def test_results_say_where_they_were_made() -> None:

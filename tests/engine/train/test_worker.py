@@ -140,7 +140,7 @@ def test_missing_data_refuse_every_run_with_the_exit_code(driver: Driver, tmp_pa
     missing = str(tmp_path / "none.npz")
     driver.give("run", tiny(data={"source": "npz", "path": missing, "held_out": 5}))
     message = driver.outcome()
-    assert missing in message["refused"]
+    assert missing in message["refused"][0]
     assert message["exit_code"] == 2
 
 
@@ -150,7 +150,8 @@ def test_an_absent_device_is_refused_before_any_run() -> None:
     message = absent.hear()
     absent.process.communicate()
     assert message["exit_code"] == 3
-    assert message["refused"].startswith("--device cuda: this torch")
+    assert message["refused"][0].startswith("this torch")
+    assert (message["field"], message["value"]) == ("device", "cuda")
 
 
 def test_a_worker_in_the_middle_of_a_run_dies_when_its_driver_is_gone(driver: Driver) -> None:

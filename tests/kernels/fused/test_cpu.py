@@ -1,4 +1,4 @@
-"""The fused kernel's C on the CPU: what is asked of it on a GPU, and what is its own."""
+"""What the fused kernel in C alone has: threads, sums in parts, compilation. For the rest see test_fused."""
 
 from __future__ import annotations
 
@@ -19,47 +19,11 @@ from bncli.errors import Unavailable
 from bncli.kernels import api, fused, native
 from bncli.kernels.fused import build, cpu
 from bncli.measure.timing import clock
-
-pytest.importorskip("triton")
-
-from tests.kernels.fused.test_fused import (
-    EPS,
-    ROUNDOFF,
-    lay,
-    test_a_dispatch_mode_sees_the_operator,
-    test_a_dtype_it_does_not_have_is_refused,
-    test_a_forward_mode_derivative_is_refused_and_not_zero,
-    test_a_forward_that_kept_no_signs_still_gives_the_gradient,
-    test_all_of_them,
-    test_an_empty_batch_gives_empty_results,
-    test_backward_needs_x_and_two_vectors_and_a_bit_an_element_at_most,
-    test_first_and_second_derivatives_are_those_of_finite_differences,
-    test_forward_and_all_gradients_are_natives_of_float64,
-    test_gradients_beside_a_nan_are_torchs,
-    test_half_precision_activations_take_float32_weights,
-    test_nan_and_infinity_pass_as_in_torch_and_stay_in_their_channel,
-    test_nothing_is_written_into_an_input,
-    test_other_strides_give_the_same,
-    test_results_lie_as_the_input_does,
-    test_running_statistics_move_as_torchs_do,
-    test_the_operator_refuses_an_input_with_gaps,
-    test_the_operators_keep_the_rules_of_custom_operators,
-    test_third_derivatives_are_those_of_differentiable_operators,
-    test_torch_compile_takes_it_whole,
-    test_two_runs_agree_bit_for_bit,
-    test_vectors_with_gaps_are_read_where_their_values_are,
-    test_what_does_not_fit_is_refused_before_a_pointer_is_followed,
-    test_whoever_saved_running_statistics_learns_that_they_moved,
-)
-
-
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cpu")
+from tests.kernels.fused.checks import EPS, ROUNDOFF, lay
 
 
 def forget_what_is_compiled() -> None:
-    for cached in (build.library, cpu.why_not, cpu._built, cpu._entry):
+    for cached in (build.library, cpu.unavailable_reason, cpu.compiled):
         cached.cache_clear()
 
 
@@ -89,7 +53,7 @@ SPLIT = [
 @pytest.mark.parametrize(("shape", "channels_last"), SPLIT)
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_the_number_of_threads_changes_no_bit(
-    shape: tuple[int, ...], channels_last: bool, activation: str | None, device: torch.device
+    shape: tuple[int, ...], channels_last: bool, activation: str | None
 ) -> None:
     source = torch.Generator().manual_seed(1)
     x, residual, dy = (lay(torch.randn(shape, generator=source), channels_last) for _ in range(3))
@@ -102,9 +66,7 @@ def test_the_number_of_threads_changes_no_bit(
 
 
 @pytest.mark.parametrize(("shape", "channels_last"), SPLIT)
-def test_values_in_many_parts_give_natives_of_float64(
-    shape: tuple[int, ...], channels_last: bool, device: torch.device
-) -> None:
+def test_values_in_many_parts_give_natives_of_float64(shape: tuple[int, ...], channels_last: bool) -> None:
     source = torch.Generator().manual_seed(2)
     x, dy = (lay(torch.randn(shape, generator=source), channels_last) for _ in range(2))
     ours, exact = outputs(x, "silu", None, dy), outputs(x.double(), "silu", None, dy.double())
@@ -117,7 +79,7 @@ def test_values_in_many_parts_give_natives_of_float64(
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", [(32, 2, 4, 5), (64, 3, 50, 50), (1, 1, 500, 500)])
 def test_the_variance_keeps_its_digits_beside_a_large_mean(
-    ratio: float, bound: float, channels_last: bool, shape: tuple[int, ...], device: torch.device
+    ratio: float, bound: float, channels_last: bool, shape: tuple[int, ...]
 ) -> None:
     x = lay(torch.randn(shape, generator=torch.Generator().manual_seed(3)) + ratio, channels_last)
     _, mean, var = fused.batch_norm(x, None, None, EPS)
@@ -128,9 +90,7 @@ def test_the_variance_keeps_its_digits_beside_a_large_mean(
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("odd", [slice(0, 2), slice(2, 4), slice(30, 32)])
-def test_a_few_samples_far_from_all_others_cost_the_variance_no_digits(
-    channels_last: bool, odd: slice, device: torch.device
-) -> None:
+def test_a_few_samples_far_from_all_others_cost_the_variance_no_digits(channels_last: bool, odd: slice) -> None:
     """The shift is the mean of the first values; the sums are about it."""
     x = torch.randn((32, 3, 40, 41), generator=torch.Generator().manual_seed(4))
     x[odd] += 1e4
@@ -140,7 +100,7 @@ def test_a_few_samples_far_from_all_others_cost_the_variance_no_digits(
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_a_constant_channel_becomes_its_bias(channels_last: bool, device: torch.device) -> None:
+def test_a_constant_channel_becomes_its_bias(channels_last: bool) -> None:
     x = lay(torch.full((7, 2, 9, 3), 10000.1), channels_last)
     bias = torch.tensor([0.5, -2.0])
     y, _, var = fused.batch_norm(x, None, bias, EPS)
@@ -149,7 +109,7 @@ def test_a_constant_channel_becomes_its_bias(channels_last: bool, device: torch.
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_values_whose_squares_overflow_become_the_bias_as_in_torch(channels_last: bool, device: torch.device) -> None:
+def test_values_whose_squares_overflow_become_the_bias_as_in_torch(channels_last: bool) -> None:
     x = lay(torch.tensor([1e30, -1e30, 3e30, 0.0]).repeat(6, 2, 1, 1).contiguous(), channels_last)
     ours, theirs = (run(x, None, torch.ones(2), EPS)[0] for run in (fused.batch_norm, native.batch_norm))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -222,7 +182,7 @@ def test_it_says_how_a_tensor_is_cut(shape: tuple[int, ...], threads: int, words
         assert cpu.way(torch.empty(shape, device="meta")) == words
 
 
-def test_threads_of_python_can_run_it_at_once(device: torch.device) -> None:
+def test_threads_of_python_can_run_it_at_once() -> None:
     x = torch.randn(64, 33, 9, 9, generator=torch.Generator().manual_seed(6))
     expected = outputs(x, "relu", x, x)
     wrong: list[str] = []
@@ -241,13 +201,13 @@ def test_threads_of_python_can_run_it_at_once(device: torch.device) -> None:
     assert not wrong
 
 
-def test_a_vector_on_another_device_is_refused_before_its_pointer_is_followed(device: torch.device) -> None:
+def test_a_vector_on_another_device_is_refused_before_its_pointer_is_followed() -> None:
     with pytest.raises(RuntimeError, match="x is on the CPU; another tensor of the same batch norm is on meta"):
         fused.batch_norm(torch.ones(4, 3), torch.ones(3, device="meta"), None, EPS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_running_statistics_of_another_dtype_move_too(dtype: torch.dtype, device: torch.device) -> None:
+def test_running_statistics_of_another_dtype_move_too(dtype: torch.dtype) -> None:
     x = torch.randn(9, 3, 5, generator=torch.Generator().manual_seed(7)).to(torch.bfloat16)
     running = torch.full((2, 3), 2.0, dtype=dtype)
     api.batch_norm(x, *running.unbind(), training=True, momentum=0.25, kernel="fused")
@@ -267,7 +227,7 @@ def test_without_a_compiler_it_is_refused_with_the_reason(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("differentiated", [False, True])
-def test_a_profile_shows_it_by_name(differentiated: bool, device: torch.device) -> None:
+def test_a_profile_shows_it_by_name(differentiated: bool) -> None:
     x = torch.randn(8, 3, 5, requires_grad=differentiated)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         fused.batch_norm(x, None, None, EPS)

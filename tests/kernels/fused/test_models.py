@@ -14,8 +14,7 @@ from bncli.engine.models import build
 from bncli.engine.models.norms import BatchNorm
 from tests.benchmarks.kernels_resnet import ResNet
 from tests.conftest import tiny
-
-pytest.importorskip("triton")
+from tests.kernels.fused.checks import UnderTest
 
 
 def step(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -26,16 +25,14 @@ def step(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> dict[str, t
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_a_converted_resnet_gives_natives_loss_gradients_and_statistics(
-    channels_last: bool, device: torch.device
-) -> None:
+def test_a_converted_resnet_gives_natives_loss_gradients_and_statistics(channels_last: bool, kernel: UnderTest) -> None:
     torch.manual_seed(0)
-    model = ResNet((1, 1), 4, 5).to(device, torch.float64)
-    x = torch.randn(3, 3, 32, 32, dtype=torch.float64, device=device)
+    model = ResNet((1, 1), 4, 5).to(kernel.device, torch.float64)
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64, device=kernel.device)
     if channels_last:
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    labels = torch.tensor([0, 1, 2], device=device)
-    converted = bncli.convert(copy.deepcopy(model))
+    labels = torch.tensor([0, 1, 2], device=kernel.device)
+    converted = bncli.convert(copy.deepcopy(model), kernel.name)
     fused = [line.operation for line in converted.bncli_conversion.norms]  # type: ignore[union-attr]
     assert fused.count("batch norm + relu") == 5
     assert fused.count("batch norm + residual add + relu") == 2
@@ -45,7 +42,8 @@ def test_a_converted_resnet_gives_natives_loss_gradients_and_statistics(
         torch.testing.assert_close(ours[name], expected, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_a_recipes_model_takes_its_activations_into_the_kernel(device: torch.device) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_a_recipes_model_takes_its_activations_into_the_kernel(device: str) -> None:
     recipe = tiny(norm={"kind": "batch", "kernel": "fused"})
     model = build(recipe, (8,), 3).to(device)
     native = build(tiny(norm={"kind": "batch"}), (8,), 3).to(device)

@@ -16,7 +16,7 @@ def say(**message: object) -> None:
 def main() -> None:
     device = sys.argv[sys.argv.index("--device") + 1]
     if device == "absent":
-        say(refused="--device absent: is not here", exit_code=3)
+        say(refused=["is not here"], field="device", value="absent", exit_code=3)
         return
     if device == "broken":
         print("ImportError: no such library", file=sys.stderr)
@@ -24,7 +24,7 @@ def main() -> None:
     say(hello=device, gpus=2 if device == "cuda" else 0)
     for line in sys.stdin:
         job = json.loads(line)
-        key, act = job["key"], job["act"]
+        key, act = job["key"], job["recipe"]["act"]
         say(key=key, step=1, value=0.5)
         if act == "die":
             print("last words", file=sys.stderr, flush=True)
@@ -37,7 +37,7 @@ def main() -> None:
         if act == "sleep":
             time.sleep(60)
         if act == "refuse":
-            say(refused="data.path: there is no file", exit_code=2)
+            say(refused=["data.path: there is no file"], exit_code=2)
             return
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         say(key=key, result={"pid": os.getpid(), "threads": os.environ["OMP_NUM_THREADS"], "visible": visible})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from bncli.errors import RecipeError
 from bncli.measure.compare.plan import Job, Study, collect, planned_runs, study, wanted
 from bncli.measure.compare.reuse import identity
 from bncli.recipe.load import load
-from bncli.results.compare import RunRecord
+from bncli.report.compare.notes import sentence
+from bncli.results.compare import Note, RunRecord
 from bncli.results.environment import Environment
 from bncli.results.train import Evaluation, RunResult, Status, Target
 
@@ -43,6 +44,10 @@ def study_of(folder: Path, text: str, *more: str, sets: Sequence[str] = ()) -> S
         file.write_text(content)
         loaded.append(load(str(file), sets))
     return study(loaded)
+
+
+def sentences(notes: Iterable[Note]) -> list[str]:
+    return [sentence(note) for note in notes]
 
 
 def result(

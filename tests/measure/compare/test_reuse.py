@@ -27,7 +27,7 @@ from bncli.measure.compare.summary import summarise
 from bncli.results.compare import BegunComparison, RunRecord
 from bncli.results.serialize import to_plain
 from tests.conftest import tiny
-from tests.measure.compare.test_plan import ARMS, BASE, record, study_of
+from tests.measure.compare.test_plan import ARMS, BASE, record, sentences, study_of
 
 IDENTITY = {"bncli": "0 one", "torch": "2", "device": "cpu", "data": "d"}
 
@@ -122,12 +122,12 @@ def test_runs_that_are_not_used_are_counted_with_the_reason(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     kept = done(asked(tmp_path), **net(tmp_path, "old"))
-    assert list(not_reused(wanted(asked(tmp_path), {}), kept, IDENTITY)) == []
+    assert not_reused(wanted(asked(tmp_path), {}), kept, IDENTITY) == []
     study, reason = CHANGES[part](tmp_path)
-    said = list(not_reused(wanted(study, {}), kept, study.identity))
+    said = sentences(not_reused(wanted(study, {}), kept, study.identity))
     assert said == [f"18 earlier runs are not reused: {reason}"]
     again = done(study)
-    assert list(not_reused(wanted(study, {}), [*kept, *again], study.identity)) == []
+    assert not_reused(wanted(study, {}), [*kept, *again], study.identity) == []
 
 
 def test_several_reasons_are_counted_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def test_several_reasons_are_counted_apart(tmp_path: Path, monkeypatch: pytest.M
     study = asked(tmp_path)
     kept = [*done(asked(tmp_path, bncli="0 zero"))[:8], *done(study, **net(tmp_path, "old"))[8:12], *done(study)[12:]]
     net(tmp_path, "new")
-    assert list(not_reused(wanted(study, {}), kept, study.identity)) == [
+    assert sentences(not_reused(wanted(study, {}), kept, study.identity)) == [
         "12 earlier runs are not reused: bncli's own code has changed since (8), the model's code has changed (4)"
     ]
 
@@ -143,7 +143,7 @@ def test_several_reasons_are_counted_apart(tmp_path: Path, monkeypatch: pytest.M
 def test_one_run_is_said_as_one(tmp_path: Path) -> None:
     kept = done(asked(tmp_path, torch="1"))[:1]
     study = asked(tmp_path)
-    assert list(not_reused(wanted(study, {}), kept, study.identity)) == [
+    assert sentences(not_reused(wanted(study, {}), kept, study.identity)) == [
         "1 earlier run is not reused: torch is another version (1)"
     ]
 
@@ -194,7 +194,7 @@ def test_the_steps_of_runs_with_other_threads_are_used_and_their_cost_is_not(tmp
     assert plain.seconds is None
     assert (plain.samples_per_s, plain.ms_per_step, plain.peak_memory_mib) == (None, None, None)
     assert (normed.ms_per_step, normed.peak_memory_mib) == (1.0, 300.0)
-    assert made.notes[-1] == (
+    assert sentences(made.notes)[-1] == (
         "27 of 48 runs were made with 4 and not 1 thread: their steps are used, their seconds, samples/s and memory "
         "are not"
     )
@@ -204,7 +204,7 @@ def test_the_steps_of_runs_with_other_threads_are_used_and_their_cost_is_not(tmp
 
 def test_runs_with_the_threads_that_are_asked_for_are_not_mentioned(tmp_path: Path) -> None:
     study = asked(tmp_path)
-    assert not any("thread" in note for note in summarise(study.plan, finished(study), 28, 1).notes)
+    assert not any("thread" in note for note in sentences(summarise(study.plan, finished(study), 28, 1).notes))
 
 
 # --- the report of a comparison that was killed -------------------------------------------------------------------
@@ -229,7 +229,7 @@ def test_the_report_of_a_plan_and_its_runs_is_the_one_that_the_call_would_have_g
 def test_failed_runs_are_part_of_the_report(tmp_path: Path) -> None:
     study = asked(tmp_path)
     failed = [replace(one, result=None, failure="it died") for one in finished(study)[-2:]]
-    assert report_of_runs(begun(study), [], failed).notes[0].startswith("0 of 28 runs are done, 2 failed")
+    assert sentences(report_of_runs(begun(study), [], failed).notes)[0].startswith("0 of 28 runs are done, 2 failed")
 
 
 def test_runs_by_earlier_code_are_left_out(tmp_path: Path) -> None:

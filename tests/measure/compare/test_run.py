@@ -10,29 +10,24 @@ from typing import Any
 import pytest
 
 from bncli.measure.compare import run as execute_module
-from bncli.measure.compare.executors.processes import Ended, Progressed, Started
-from bncli.measure.compare.plan import Study, collect, planned_runs, wanted
+from bncli.measure.compare.executors import Ended, Progressed, Started
+from bncli.measure.compare.plan import Job, Study, collect, planned_runs, wanted
 from bncli.measure.compare.run import execute
 from bncli.measure.compare.summary import summarise
 from bncli.results.compare import ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
 from bncli.results.serialize import to_plain
-from tests.measure.compare.test_plan import ARMS, BASE, result, study_of
+from tests.measure.compare.test_plan import ARMS, BASE, result, sentences, study_of
 
 
 class Serial:
-    """A pool of one that answers every run at once."""
-
-    limit = 1
+    """An executor that answers every run at once."""
 
     def __init__(self, answer: Callable[[str], float | str | None]) -> None:
-        self.answer, self.ran, self.sent = answer, list[str](), list[dict[str, Any]]()
+        self.answer, self.ran = answer, list[str]()
 
-    def run(
-        self, waiting: deque[str], message: Callable[[str], dict[str, Any]], stop: Callable[[], bool] = lambda: False
-    ) -> Iterator[Started | Progressed | Ended | None]:
-        while waiting and not stop():
-            key = waiting.popleft()
-            self.sent.append(message(key))
+    def run(self, wanted: deque[Job], stop: Callable[[], bool]) -> Iterator[Started | Progressed | Ended | None]:
+        while wanted and not stop():
+            key = wanted.popleft().key
             self.ran.append(key)
             yield Started(0, key)
             yield None
@@ -57,9 +52,9 @@ class Kept:
         self.records[record.key] = record
 
 
-def carry_out(asked: Study, store: Kept, pool: Serial, **arguments: Any) -> tuple[list[Any], dict[str, RunRecord]]:
+def carry_out(asked: Study, store: Kept, executor: Serial, **arguments: Any) -> tuple[list[Any], dict[str, RunRecord]]:
     records = store.finished()
-    return list(execute(asked, store, pool, records, **arguments)), records  # type: ignore[arg-type]
+    return list(execute(asked, store, executor, records, **arguments)), records
 
 
 def test_every_planned_run_is_done_and_kept_as_it_ends(tmp_path: Path) -> None:
@@ -73,15 +68,15 @@ def test_every_planned_run_is_done_and_kept_as_it_ends(tmp_path: Path) -> None:
     planned = [event.planned for event in events if isinstance(event, RunEnded)]
     assert planned == sorted(planned)  # 28, and more with each arm that keeps all three of its points
     assert (planned[0], planned[-1]) == (28, 48)
-    assert (events[-1].done, events[-1].outcome) == (48, "target after 100 steps")
+    assert (events[-1].done, events[-1].record.result) == (48, result(100.0))
 
 
 def test_a_second_call_does_nothing_again(tmp_path: Path) -> None:
     store, asked = Kept(), study_of(tmp_path, BASE + ARMS)
     carry_out(asked, store, Serial(lambda key: 100.0))
-    pool = Serial(lambda key: 100.0)
-    events, records = carry_out(asked, store, pool)
-    assert pool.ran == []
+    executor = Serial(lambda key: 100.0)
+    events, records = carry_out(asked, store, executor)
+    assert executor.ran == []
     assert events == [ComparisonStarted("recipe0", 48, 48, "accuracy")]
     assert len(records) == 48
 
@@ -90,38 +85,38 @@ def test_a_run_that_fails_is_kept_with_its_reason_not_tried_twice_and_tried_agai
     tmp_path: Path,
 ) -> None:
     store, asked = Kept(), study_of(tmp_path, BASE + "arms: {plain: , normed: {norm: batch}}\nseeds: {report: 4}")
-    pool = Serial(lambda key: "it died")
-    events, records = carry_out(asked, store, pool)
-    assert len(pool.ran) == len(set(pool.ran)) == 8
+    executor = Serial(lambda key: "it died")
+    events, records = carry_out(asked, store, executor)
+    assert len(executor.ran) == len(set(executor.ran)) == 8
     assert {record.failure for record in records.values()} == {"it died"}
-    assert events[-1].outcome == "failed: it died"
+    assert (events[-1].record.result, events[-1].record.failure) == (None, "it died")
     again = Serial(lambda key: None)
     events, _ = carry_out(asked, store, again)
     assert len(again.ran) == 8
-    assert events[-1].outcome == "target not reached in 1,000 steps"
+    assert events[-1].record.result == result(None)
 
 
 def test_stop_leaves_the_rest_for_later(tmp_path: Path) -> None:
     store, asked = Kept(), study_of(tmp_path, BASE + ARMS)
     carry_out(asked, store, Serial(lambda key: 100.0), stop=lambda: len(store.records) >= 5)
     assert len(store.records) == 5
-    pool = Serial(lambda key: 100.0)
-    carry_out(asked, store, pool)
-    assert len(pool.ran) == 43
+    executor = Serial(lambda key: 100.0)
+    carry_out(asked, store, executor)
+    assert len(executor.ran) == 43
 
 
 def test_runs_that_arms_share_are_done_and_counted_once(tmp_path: Path) -> None:
-    store, pool = Kept(), Serial(lambda key: 100.0)
+    store, executor = Kept(), Serial(lambda key: 100.0)
     asked = study_of(tmp_path, BASE + ARMS.replace("normed:", "again:\n  normed:"))
-    events, _ = carry_out(asked, store, pool)
-    assert len(pool.ran) == 48
+    events, _ = carry_out(asked, store, executor)
+    assert len(executor.ran) == 48
     assert events[0] == ComparisonStarted("recipe0", 28, 0, "accuracy")
     assert (events[-1].done, events[-1].planned) == (48, 48)
-    again, _ = carry_out(asked, store, pool)
+    again, _ = carry_out(asked, store, executor)
     assert again == [ComparisonStarted("recipe0", 48, 48, "accuracy")]
     found = summarise(asked.plan, collect(asked, store.records), planned_runs(asked, store.records))
     assert [arm.runs for arm in found.arms] == [8, 8, 8]
-    assert not any("runs are done" in note for note in found.notes)
+    assert not any("runs are done" in note for note in sentences(found.notes))
 
 
 def test_runs_that_an_arm_shares_with_one_point_of_anothers_grid_are_planned_once_when_that_is_known(
@@ -130,9 +125,9 @@ def test_runs_that_an_arm_shares_with_one_point_of_anothers_grid_are_planned_onc
     asked = study_of(tmp_path, BASE + ARMS.replace("normed:", "fixed: {optimizer: {lr: 1}}\n  normed:"))
     for best, runs in ((0.1, 33), (1, 28)):
         fast = {job.key for job in wanted(asked, {}) if job.point["optimizer.lr"] == best}
-        pool = Serial(lambda key, fast=fast: 100.0 if key in fast else 200.0)  # type: ignore[misc]
-        events, _ = carry_out(asked, Kept(), pool)
-        assert (events[0].planned, events[-1].done, events[-1].planned, len(pool.ran)) == (33, runs, runs, runs)
+        executor = Serial(lambda key, fast=fast: 100.0 if key in fast else 200.0)  # type: ignore[misc]
+        events, _ = carry_out(asked, Kept(), executor)
+        assert (events[0].planned, events[-1].done, events[-1].planned, len(executor.ran)) == (33, runs, runs, runs)
 
 
 def test_the_study_is_asked_no_more_often_than_arms_are_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +136,7 @@ def test_the_study_is_asked_no_more_often_than_arms_are_tuned(tmp_path: Path, mo
     monkeypatch.setattr(execute_module, "wanted", lambda *given: asked.append(1) or wanted(*given))  # type: ignore[func-returns-value]
     for seeds in (5, 50):
         asked.clear()
-        pool = Serial(lambda key: 100.0)
-        carry_out(study_of(tmp_path, BASE + ARMS.replace("report: 5", f"report: {seeds}")), Kept(), pool)
-        assert len(pool.sent) == len(pool.ran) == 18 + 2 * 3 * seeds
+        executor = Serial(lambda key: 100.0)
+        carry_out(study_of(tmp_path, BASE + ARMS.replace("report: 5", f"report: {seeds}")), Kept(), executor)
+        assert len(set(executor.ran)) == len(executor.ran) == 18 + 2 * 3 * seeds
         assert len(asked) == 5  # at the beginning, then for each arm once it is tuned and once it is through

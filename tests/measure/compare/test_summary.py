@@ -11,64 +11,15 @@ from pathlib import Path
 import pytest
 
 from bncli.measure.compare.plan import Job, Study, planned_runs, wanted
-from bncli.measure.compare.samples import kept_points
 from bncli.measure.compare.summary import summarise
 from bncli.results.compare import Comparison, RunRecord
 from bncli.results.environment import Interval
 from bncli.results.train import Evaluation, Target, TargetReached
-from tests.measure.compare.test_plan import ARMS, BASE, carried_out, record, result, study_of
+from tests.measure.compare.test_plan import ARMS, BASE, carried_out, record, result, sentences, study_of
 
 
 def summary(asked: Study, found: Sequence[RunRecord]) -> Comparison:
     return summarise(asked.plan, found, planned_runs(asked, {one.key: one for one in found}))
-
-
-# --- the points kept ----------------------------------------------------------------------------------------------
-
-
-def tuning(
-    asked: Study, steps: dict[float, list[float | None]], best: dict[float, float] | None = None
-) -> list[RunRecord]:
-    jobs = [job for job in wanted(asked, {}) if job.arm == "plain"]
-    return [
-        record(job, steps[lr][job.seed - 7], best=(best or {}).get(lr, 0.95))
-        for job in jobs
-        for lr in [job.point["optimizer.lr"]]
-    ]
-
-
-def kept(asked: Study, found: Sequence[RunRecord]) -> list[float]:
-    return [point["optimizer.lr"] for point in kept_points(asked.plan, found)]
-
-
-def test_a_miss_stands_at_the_most_that_the_budget_can_show(tmp_path: Path) -> None:
-    asked = study_of(tmp_path, BASE + ARMS)  # a budget of 1,000 shows up to 769 steps
-    assert asked.plan.most_steps == pytest.approx(1000 / 1.3)
-    assert kept(asked, tuning(asked, {0.1: [700, 720, 710], 1: [700, 710, None], 10: [600, 620, 605]})) == [10]
-    assert kept(asked, tuning(asked, {0.1: [700, 760, 740], 1: [750, 740, None], 10: [None] * 3})) == [0.1, 1]
-
-
-def test_without_a_hit_the_best_metric_decides(tmp_path: Path) -> None:
-    asked = study_of(tmp_path, BASE + ARMS)
-    never: list[float | None] = [None, None, None]
-    assert kept(asked, tuning(asked, {0.1: never, 1: never, 10: never}, {0.1: 0.3, 1: 0.5, 10: 0.8})) == [10]
-
-
-def test_a_failed_run_costs_its_seed_and_a_point_where_most_runs_fail_is_not_kept(tmp_path: Path) -> None:
-    asked = study_of(tmp_path, BASE + ARMS)
-    found = tuning(asked, {0.1: [100, 110, 105], 1: [300, 290, 310], 10: [400, 400, 410]})
-
-    def without(*lost: tuple[float, int]) -> list[RunRecord]:
-        return [
-            replace(one, result=None, failure="out of memory") if (one.point["optimizer.lr"], one.seed) in lost else one
-            for one in found
-        ]
-
-    assert kept(asked, found) == kept(asked, without((0.1, 8))) == [0.1]
-    assert kept(asked, without((0.1, 8), (0.1, 9))) == [1]
-    # no two seeds that every point has: too few to tell, so that all points with a hit are kept
-    assert kept(asked, without((0.1, 7), (1, 8), (10, 9))) == [0.1, 1, 10]
-    assert kept(asked, without(*((lr, seed) for lr in (0.1, 1, 10) for seed in (7, 8, 9)))) == []
 
 
 def test_the_further_runs_of_a_single_point_count_also_where_its_first_ones_failed(tmp_path: Path) -> None:
@@ -79,9 +30,6 @@ def test_the_further_runs_of_a_single_point_count_also_where_its_first_ones_fail
     ]
     normed = summary(asked, found).arms[1]
     assert (normed.runs, normed.hits, len(normed.failures)) == (5, 5, 3)
-
-
-# --- summing up ---------------------------------------------------------------------------------------------------
 
 
 def by_arm_and_rate(
@@ -166,7 +114,7 @@ def test_seconds_and_examples_to_target_have_ratios_of_their_own(tmp_path: Path)
         assert 0.8 * value < cost.ratio.interval.low <= value
     assert any(
         note.startswith("the arms differ in train.batch_size: plain 20, normed 40")
-        for note in summary(asked, found).notes
+        for note in sentences(summary(asked, found).notes)
     )
     unknown = [replace(one, result=replace(one.result, ms_per_step=None)) for one in found if one.result]
     assert summary(asked, unknown).arms[1].seconds is None
@@ -202,15 +150,17 @@ def test_arms_that_are_one_recipe_read_exactly_one_and_say_so(tmp_path: Path) ->
     again = comparison.arms[1]
     assert again.ratio is not None
     assert (again.ratio.value, again.ratio.interval, again.ratio.method) == (1.0, Interval(1.0, 1.0), "same recipe")
-    assert "again: the same recipe as plain under another name, so the ratio is 1 by itself" in comparison.notes
-    assert not any("told apart" in note and "again" in note for note in comparison.notes)
+    assert "again: the same recipe as plain under another name, so the ratio is 1 by itself" in sentences(
+        comparison.notes
+    )
+    assert not any("told apart" in note and "again" in note for note in sentences(comparison.notes))
 
 
 def test_every_second_evaluation_that_moves_the_ratio_is_said(tmp_path: Path) -> None:
     asked = study_of(tmp_path, BASE + ARMS)
     fine = summary(asked, carried_out(asked, by_arm_and_rate(RATES, dict.fromkeys(RATES, 150.0))))
     assert fine.arms[1].thinned is not None
-    assert not any("every second evaluation" in note for note in fine.notes)
+    assert not any("every second evaluation" in note for note in sentences(fine.notes))
 
     def spiked(one: RunRecord) -> RunRecord:  # every second evaluation of the fast arm is above its target at once
         assert one.result is not None
@@ -221,7 +171,9 @@ def test_every_second_evaluation_that_moves_the_ratio_is_said(tmp_path: Path) ->
 
     found = carried_out(asked, by_arm_and_rate(RATES, dict.fromkeys(RATES, 150.0)))
     comparison = summary(asked, [spiked(one) for one in found])
-    assert any(note.startswith("normed: from every second evaluation the ratio is ") for note in comparison.notes)
+    assert any(
+        note.startswith("normed: from every second evaluation the ratio is ") for note in sentences(comparison.notes)
+    )
 
 
 @pytest.mark.parametrize(("best", "word"), [(0.1, "smaller"), (10, "larger")])
@@ -232,7 +184,7 @@ def test_a_best_value_at_the_edge_of_the_grid_is_always_warned_of(tmp_path: Path
     for arm in comparison.arms:
         assert arm.at_edge == ("optimizer.lr",)
         expected = f"{arm.arm}: the best optimizer.lr, {best:g}, is at the edge of the grid; add {word} values"
-        assert expected in comparison.notes
+        assert expected in sentences(comparison.notes)
 
 
 @pytest.mark.parametrize(
@@ -245,13 +197,15 @@ def test_a_switch_a_zero_and_a_value_inside_the_grid_are_no_edge(tmp_path: Path,
     found = carried_out(asked, lambda job: 100.0 if job.point.items() <= best.items() else 500.0)
     comparison = summary(asked, found)
     assert comparison.arms[0].point.items() <= best.items()
-    assert not any("edge" in note for note in comparison.notes)
+    assert not any("edge" in note for note in sentences(comparison.notes))
 
 
 def test_an_arm_that_never_hits_says_so_instead_of_naming_an_edge(tmp_path: Path) -> None:
     asked = study_of(tmp_path, BASE + ARMS)
     comparison = summary(asked, carried_out(asked, lambda job: None if job.arm == "plain" else 100.0 + job.seed))
-    assert "plain: no point of the grid reached the target within the 769 steps the budget can show" in comparison.notes
+    assert "plain: no point of the grid reached the target within the 769 steps the budget can show" in sentences(
+        comparison.notes
+    )
     assert comparison.arms[0].at_edge == ()
     ratio = comparison.arms[1].ratio
     assert ratio is not None
@@ -266,20 +220,23 @@ def test_half_missed_in_both_arms_compares_their_hits(tmp_path: Path) -> None:
         "normed: 9 of 20 runs hit, 0 of 20 of plain; if both hit alike, a difference as large has probability 0.0012 "
         "(Fisher's exact test)"
     )
-    notes = summary(asked, found).notes
+    notes = sentences(summary(asked, found).notes)
     assert words in notes
     assert not any("told apart" in note for note in notes)
     lost = [
         replace(one, result=None, failure="it died") if (one.arm, one.seed) == ("plain", 7) else one for one in found
     ]
-    assert any(note.startswith("normed: 8 of 19 runs hit, 0 of 19 of plain; ") for note in summary(asked, lost).notes)
+    assert any(
+        note.startswith("normed: 8 of 19 runs hit, 0 of 19 of plain; ")
+        for note in sentences(summary(asked, lost).notes)
+    )
 
 
 def test_an_arm_without_an_interval_says_how_many_seeds_it_needs(tmp_path: Path) -> None:
     asked = study_of(tmp_path, BASE + "arms: {plain: , normed: {norm: batch}}\nseeds: {report: 5}")
-    notes = summary(
-        asked, carried_out(asked, lambda job: None if job.arm == "plain" and job.seed == 7 else 100.0)
-    ).notes
+    notes = sentences(
+        summary(asked, carried_out(asked, lambda job: None if job.arm == "plain" and job.seed == 7 else 100.0)).notes
+    )
     assert "normed: no interval from 5 seeds and a miss; it needs 6" in notes
     assert not any("told apart" in note for note in notes)
 
@@ -287,14 +244,14 @@ def test_an_arm_without_an_interval_says_how_many_seeds_it_needs(tmp_path: Path)
 def test_too_coarse_evaluations_are_said_with_what_to_set(tmp_path: Path) -> None:
     asked = study_of(tmp_path, BASE + ARMS)
     comparison = summary(asked, carried_out(asked, lambda job: 500.0 if job.arm == "plain" else 30.0))
-    assert (
-        "normed: fewer than 10 evaluations before its target; set train.evaluate_every to 3 or less" in comparison.notes
+    assert "normed: fewer than 10 evaluations before its target; set train.evaluate_every to 3 or less" in sentences(
+        comparison.notes
     )
-    assert not any(note.startswith("plain: fewer") for note in comparison.notes)
+    assert not any(note.startswith("plain: fewer") for note in sentences(comparison.notes))
     spaced = study_of(tmp_path, BASE.replace("evaluate_every: 5", "evaluate_every: {points_per_doubling: 2}") + ARMS)
     comparison = summary(spaced, carried_out(spaced, lambda job: 30.0))
     advice = "raise train.evaluate_every.points_per_doubling"
-    assert f"normed: fewer than 10 evaluations before its target; {advice}" in comparison.notes
+    assert f"normed: fewer than 10 evaluations before its target; {advice}" in sentences(comparison.notes)
 
 
 def test_too_few_seeds_are_said_with_how_many_would_do(tmp_path: Path) -> None:
@@ -302,14 +259,16 @@ def test_too_few_seeds_are_said_with_how_many_would_do(tmp_path: Path) -> None:
     comparison = summary(asked, carried_out(asked, lambda job: {7: 100.0, 8: 150.0, 9: 220.0}[job.seed]))
     assert any(
         note.startswith("3 seeds an arm are few: at the spread seen here a ratio of 1.5 needs ")
-        for note in comparison.notes
+        for note in sentences(comparison.notes)
     )
 
 
 def test_a_target_that_is_held_before_the_first_step_is_said(tmp_path: Path) -> None:
     asked = study_of(tmp_path, BASE + ARMS)
     comparison = summary(asked, carried_out(asked, lambda job: 0.0))
-    assert "plain: 8 of 8 runs were at the target before the first step; choose a harder one" in comparison.notes
+    assert "plain: 8 of 8 runs were at the target before the first step; choose a harder one" in sentences(
+        comparison.notes
+    )
 
 
 def test_no_best_value_is_named_before_the_tuning_is_complete(tmp_path: Path) -> None:
@@ -359,7 +318,7 @@ def test_a_ratio_rests_on_the_seeds_of_both_arms_at_each_ones_best_point_and_say
     assert (plain.point, plain.runs, normed.runs) == ({"optimizer.lr": 0.1}, 8, 5)
     assert normed.ratio is not None
     assert normed.ratio.value == pytest.approx((305**2 * 345**3) ** 0.2 / 33)
-    assert "normed: its ratio rests on the 5 seeds that plain has too" in comparison.notes
+    assert "normed: its ratio rests on the 5 seeds that plain has too" in sentences(comparison.notes)
 
 
 def test_seconds_of_runs_with_other_threads_in_one_arm_are_left_out_of_both(tmp_path: Path) -> None:
@@ -387,7 +346,7 @@ def test_batch_sizes_that_the_grid_or_an_arm_chose_are_remarked_and_count_in_exa
     found = carried_out(asked, lambda job: 100.0 + abs(job.point["train.batch_size"] - 20) + job.seed)
     comparison = summary(asked, found)
     words = "the arms differ in train.batch_size: plain 20, normed 40: a step sees another number of examples"
-    assert words in comparison.notes
+    assert words in sentences(comparison.notes)
     normed = comparison.arms[1]
     assert normed.examples is not None
     assert normed.steps.value is not None
@@ -426,7 +385,7 @@ def test_arms_that_cannot_be_told_apart_are_named(tmp_path: Path) -> None:
     found = carried_out(
         asked, lambda job: 300 * math.exp(random.Random(f"{job.arm} {job.point} {job.seed}").gauss(0, 0.2))
     )
-    assert "not told apart from plain by the 95 % interval: normed" in summary(asked, found).notes
+    assert "not told apart from plain by the 95 % interval: normed" in sentences(summary(asked, found).notes)
 
 
 def test_diverged_runs_are_misses_and_are_counted(tmp_path: Path) -> None:
@@ -437,7 +396,7 @@ def test_diverged_runs_are_misses_and_are_counted(tmp_path: Path) -> None:
     ]
     comparison = summary(asked, found)
     assert (comparison.arms[1].hits, comparison.arms[1].runs, comparison.arms[1].diverged) == (7, 8, 1)
-    assert "normed: 1 of 8 runs diverged and count as misses" in comparison.notes
+    assert "normed: 1 of 8 runs diverged and count as misses" in sentences(comparison.notes)
 
 
 def test_failed_runs_are_named_and_not_counted_as_misses(tmp_path: Path) -> None:
@@ -449,24 +408,27 @@ def test_failed_runs_are_named_and_not_counted_as_misses(tmp_path: Path) -> None
     comparison = summarise(asked.plan, found, 28)
     assert comparison.arms[0].runs == 7
     assert comparison.arms[0].failures == ("lr 1, seed 11: its worker process was killed by SIGKILL",)
-    assert "26 of 28 runs are done, 2 failed; the figures rest on those" in comparison.notes
+    assert "26 of 28 runs are done, 2 failed; the figures rest on those" in sentences(comparison.notes)
 
 
 def test_a_comparison_that_has_only_begun_has_rows_without_figures(tmp_path: Path) -> None:
     asked = study_of(tmp_path, BASE + ARMS)
     comparison = summarise(asked.plan, [], 28)
     assert [arm.steps.value for arm in comparison.arms] == [None, None]
-    assert comparison.notes[0] == "0 of 28 runs are done; the figures rest on those"
+    assert sentences(comparison.notes)[0] == "0 of 28 runs are done; the figures rest on those"
 
 
 def test_runs_of_different_machines_and_runs_that_disturbed_each_other_are_said(tmp_path: Path) -> None:
     asked = study_of(tmp_path, BASE + ARMS)
     found = carried_out(asked, by_arm_and_rate(RATES, TENTH))
-    assert not any("at a time" in note or "machines" in note for note in summary(asked, found).notes)
+    assert not any("at a time" in note or "machines" in note for note in sentences(summary(asked, found).notes))
     found[0] = replace(found[0], result=result(100.0, processor="another"), at_a_time=2)
-    notes = summary(asked, found).notes
+    notes = sentences(summary(asked, found).notes)
     assert any("different machines" in note for note in notes)
-    assert "seconds and samples/s were measured with up to 2 runs at a time; --jobs 1 measures each alone" in notes
+    assert (
+        "seconds and samples/s were measured with up to 2 runs at a time; one at a time, each is measured alone"
+        in notes
+    )
 
 
 @pytest.mark.parametrize(
@@ -479,9 +441,11 @@ def test_runs_of_different_machines_and_runs_that_disturbed_each_other_are_said(
 def test_arms_that_differ_in_precision_or_schedule_are_remarked(tmp_path: Path, changes: str, words: str) -> None:
     asked = study_of(tmp_path, BASE + ARMS.replace("{norm: batch}", f"{{norm: batch, {changes}}}"))
     found = carried_out(asked, by_arm_and_rate(RATES, TENTH))
-    assert words in summary(asked, found).notes
+    assert words in sentences(summary(asked, found).notes)
     alike = study_of(tmp_path, BASE + ARMS)
-    assert not any("differ" in note for note in summary(alike, carried_out(alike, by_arm_and_rate(RATES, TENTH))).notes)
+    assert not any(
+        "differ" in note for note in sentences(summary(alike, carried_out(alike, by_arm_and_rate(RATES, TENTH))).notes)
+    )
 
 
 def test_the_curve_is_the_median_of_runs_and_a_stopped_run_keeps_its_last_value(tmp_path: Path) -> None:

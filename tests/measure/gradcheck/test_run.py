@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from bncli.errors import Unavailable, UsageError
-from bncli.kernels import fused
 from bncli.measure.gradcheck.run import run
 from bncli.report.gradcheck.text import evidence_text, failure_text, not_checked_text, rerun_command
 from bncli.results.gradcheck import CheckGroup, Gradcheck
@@ -56,11 +55,9 @@ def test_the_fused_kernel_passes_in_c(effort: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is compiling for the GPU in this process")
-def test_when_asked_for_the_gpus_kernel_is_checked_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpus_kernel_is_checked_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # tests/conftest.py has loaded it so
-    monkeypatch.setattr(fused, "INTERPRETED", True)
-    found = result("fused", only="train/float32/contiguous/4x3x5x7/plain/*")
+    found = result("fused-interpreted", only="train/float32/contiguous/4x3x5x7/plain/*")
     assert found.passed, told(found)
     assert "Triton's interpreter" in found.ran
 

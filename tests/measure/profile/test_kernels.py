@@ -21,9 +21,9 @@ from bncli.measure.reference.candidate import by_name
 from bncli.measure.reference.case import EPS
 from bncli.measure.reference.channels import large
 from bncli.measure.timing import clock
-from bncli.measure.timing.ceilings import Ladder, busy_cores
+from bncli.measure.timing.ceilings import Ladder
 from bncli.measure.timing.clock import CpuClock
-from bncli.results.profile import Case, Ceilings, KernelCost, KernelProfile, Measuring, ProfileStarted, RowDone
+from bncli.results.profile import Case, KernelCost, KernelProfile, Measuring, Note, ProfileStarted, RowDone
 
 CPU = torch.device("cpu")
 SMALL = ((4, 3, 5, 7), 2)
@@ -170,17 +170,6 @@ def test_copies_are_medians_of_the_same_run() -> None:
     assert ceilings.gflop_per_s == pytest.approx(2 * 4**3 / TICK_NS)
 
 
-def test_a_small_copy_that_takes_as_long_as_a_large_one_tells_of_other_programs() -> None:
-    idle = Ceilings(((2**18, 13.0), (2**28, 27.0)), None)
-    busy = Ceilings(((2**18, 0.07), (2**28, 8.9)), None)
-    assert busy_cores(idle, CPU) is None
-    assert busy_cores(Ceilings((), None), CPU) is None
-    assert busy_cores(busy, torch.device("cuda")) is None  # where launches bound small copies
-    said = busy_cores(busy, CPU)
-    assert said is not None
-    assert "a copy of 256 KiB reached 0.07 GB/s, the largest 8.9 GB/s" in said
-
-
 # --- correctness first ------------------------------------------------------------------------------------------------
 
 
@@ -308,7 +297,7 @@ def test_a_large_case_is_run_whole_and_judged_from_the_first_channel_to_the_last
     sources = {"native": machine.takes(1.0, 1.0), "last": broken(in_the_last_channel), "one": broken(in_one_element)}
     found = profile(machine, sources, shapes=(large,))
     assert [row.wrong for row in found.rows] == [False, True, True]
-    assert [note for note in found.notes if "judged on some of the channels" in note]
+    assert [note.kind for note in found.notes if note.cases] == ["channels sampled"]
 
 
 def test_native_is_right_however_many_threads_and_channels_it_adds_over() -> None:
@@ -402,8 +391,8 @@ def test_what_cannot_be_compiled_says_why_and_compilation_is_in_no_row() -> None
     assert not good.judged_on_cases
     assert max(good.both.samples_ms) == pytest.approx(OVERHEAD_MS)
     assert good.peak_memory_mib is None
-    assert "good: 7.0 s of compilation, which are in no row" in found.notes
-    assert any(note.startswith("good: no peak of memory") for note in found.notes)
+    assert Note("compilation", "good", seconds=7.0) in found.notes
+    assert Note("peak needs compilation", "good") in found.notes
 
 
 def test_what_is_asked_for_is_compiled_however_late_it_is() -> None:
@@ -466,7 +455,7 @@ def test_every_case_has_the_fewest_rounds_however_little_time_there_is(least: in
     assert {len(row.forward.samples_ms) for row in found.rows if row.forward} == {alone}
     unbounded = {row.faster.interval.low is None for row in found.rows if row.faster}
     assert unbounded == {rounds < 6}
-    assert any("fewer rounds than the 6" in note for note in found.notes) == (rounds < 6)
+    assert [note.count for note in found.notes if note.kind == "few rounds"] == [6] * (rounds < 6)
 
 
 def test_with_a_little_more_time_there_are_more_rounds_of_both_directions_first() -> None:
@@ -538,7 +527,8 @@ def test_a_peak_that_could_not_be_had_is_unknown_and_noted() -> None:
     found = profile(machine, {"native": machine.takes(1.0, 1.0)}, Peaks(None))
     assert found.rows[0].peak_memory_mib is None
     assert found.rows[0].both is not None
-    assert "native: no peak of memory: it hung: fp32 contiguous bn+relu 4x3x5x7" in found.notes
+    cases = (Case((4, 3, 5, 7), "bn+relu", "fp32"),)
+    assert Note("peak unknown", "native", cases, reason="it hung") in found.notes
 
 
 # --- what is asked ----------------------------------------------------------------------------------------------------
@@ -569,15 +559,15 @@ LAYOUTS = ("contiguous", "channels_last")
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"operations": ("bn+tanh",)}, "--operation bn+tanh: expected some of bn, bn+relu"),
-        ({"dtypes": ("fp8",)}, "--dtype fp8: expected some of bf16"),
-        ({"layouts": ("nhwc",)}, "--layout nhwc: expected some of contiguous, channels_last"),
-        ({"kernels": ()}, "--kernel: name at least one"),
+        ({"operations": ("bn+tanh",)}, "operation bn+tanh: expected some of bn, bn+relu"),
+        ({"dtypes": ("fp8",)}, "dtype fp8: expected some of bf16"),
+        ({"layouts": ("nhwc",)}, "layout nhwc: expected some of contiguous, channels_last"),
+        ({"kernels": ()}, "kernel: name at least one"),
         ({"kernels": ("nativ",)}, "kernel nativ: expected some of native, fused, compiled, apex"),
         ({"kernels": ("mine:norm",)}, "imports and runs code of yours"),
         ({"kernels": ("nobodys:norm",), "allow_code": True}, "No module named 'nobodys'"),
-        ({"shapes": ()}, "--shapes: name a set of shapes"),
-        ({"shapes": (((1, 8), 1),)}, "--shape 1x8: training needs more than one value a channel"),
+        ({"shapes": ()}, "shapes: name a set of shapes"),
+        ({"shapes": (((1, 8), 1),)}, "shape 1x8: training needs more than one value a channel"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_runs(asked: dict[str, Any], said: str) -> None:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from bncli.engine.convert import convert
 from bncli.engine.models.norms import BatchNorm
 from bncli.kernels import native
-from bncli.measure.profile.norm_diagnostics import watch
-from bncli.measure.profile.norm_remarks import Training, remarks
+from bncli.measure.profile.norm_diagnostics import TrainingPlan, remarks, watch
 from bncli.results.profile import NormRemark
 
 Batch = Callable[[], Tensor]
@@ -25,7 +24,7 @@ def normal(*shape: int, mean: float | Tensor = 0.0) -> Batch:
 
 
 def looked_at(
-    model: nn.Module, batch: Batch, training: Training | None = None, lr: float = 0.0, most: int = 200
+    model: nn.Module, batch: Batch, training: TrainingPlan | None = None, lr: float = 0.0, most: int = 200
 ) -> tuple[NormRemark, ...]:
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
 
@@ -34,7 +33,7 @@ def looked_at(
         model(batch()).square().mean().backward()
         optimizer.step()
 
-    return remarks("arm", watch(model, step, most=most), training or Training(budget=1000, last_batch=0))
+    return remarks("arm", watch(model, step, most=most), training or TrainingPlan(budget=1000, last_batch=0))
 
 
 def only(found: tuple[NormRemark, ...]) -> NormRemark:
@@ -92,9 +91,8 @@ def test_a_mean_of_many_deviations_is_named_with_its_channels() -> None:
     mean = torch.zeros(8).index_fill(0, torch.tensor([2, 5]), 5000.0)
     found = only(looked_at(nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 2)), normal(256, 8, mean=mean)))
     assert found.layer == "0"
-    assert "in 2 of 8 channels: 2, 5" in found.finding
-    quoted = float(found.finding.split(" deviations")[0].removeprefix("a mean of ").replace(",", ""))
-    assert quoted == pytest.approx(5000, rel=0.2)
+    assert (found.kind, found.channels, found.dtype) == ("large mean", (2, 5), "float32")
+    assert found.figures == {"of_channels": 8, "deviations": pytest.approx(5000, rel=0.2), "limit": 1000}
 
 
 def test_a_mean_of_under_a_thousand_deviations_is_fine_in_float32_but_not_in_bfloat16() -> None:
@@ -102,7 +100,7 @@ def test_a_mean_of_under_a_thousand_deviations_is_fine_in_float32_but_not_in_bfl
     assert looked_at(nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 2)), batch) == ()
     model = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 2)).bfloat16()
     found = only(looked_at(model, lambda: batch().bfloat16()))
-    assert "in bfloat16" in found.advice
+    assert (found.kind, found.dtype) == ("large mean", "bfloat16")
 
 
 def test_constant_channels_are_counted_and_the_first_are_named() -> None:
@@ -110,8 +108,8 @@ def test_constant_channels_are_counted_and_the_first_are_named() -> None:
     batch = normal(64, 16)
     model = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 2))
     found = only(looked_at(model, lambda: batch() * mask + (1 - mask) * 3.3))
-    assert found.finding == "5 of 16 channels are constant in a batch: 0, 3, 4, 9, ... (1 more)"
-    assert "316" in found.advice
+    assert (found.kind, found.channels) == ("constant channels", (0, 3, 4, 9, 11))
+    assert found.figures == {"of_channels": 16, "eps": 1e-5}
 
 
 def test_a_channel_that_varies_in_one_batch_of_many_is_not_constant() -> None:
@@ -126,9 +124,9 @@ def test_running_statistics_that_lag_behind_drifting_data_are_far() -> None:
     model = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 2))
     found = only(looked_at(model, lambda: batch() + 0.3 * next(drift)))
     # A ramp of 0.3 a step: an average with momentum 0.1 lags by 0.3 * 0.9 / 0.1, the mean of the last five by 0.3 * 2.
-    quoted = float(found.finding.split("running mean is ")[1].split()[0])
-    assert quoted == pytest.approx(0.3 * 9 - 0.3 * 2, abs=0.5)
-    assert "in 8 of 8 channels" in found.finding
+    assert found.kind == "running mean off"
+    assert found.figures["deviations"] == pytest.approx(0.3 * 9 - 0.3 * 2, abs=0.5)
+    assert (found.channels, found.figures["of_channels"]) == (tuple(range(8)), 8)
 
 
 def test_a_fresh_model_is_not_blamed_for_its_initial_statistics() -> None:
@@ -141,31 +139,35 @@ def test_stale_statistics_of_a_trained_model_are_far_from_the_first_steps_on() -
     model = nn.Sequential(nn.BatchNorm1d(8, momentum=0.01), nn.Linear(8, 2))
     model[0].num_batches_tracked.fill_(10_000)
     found = only(looked_at(model, normal(64, 8, mean=20.0), most=10))
-    assert "after 10,005 steps" in found.finding
+    assert (found.kind, found.figures["steps"]) == ("running mean off", 10_005)
 
 
 def test_random_numbers_say_nothing_about_running_statistics() -> None:
     model = nn.Sequential(nn.BatchNorm1d(8, momentum=0.01), nn.Linear(8, 2))
     model[0].num_batches_tracked.fill_(10_000)
-    assert looked_at(model, normal(64, 8, mean=20.0), Training(real_data=False), most=10) == ()
+    assert looked_at(model, normal(64, 8, mean=20.0), TrainingPlan(real_data=False), most=10) == ()
 
 
 def test_a_half_life_under_a_step_suggests_the_other_meaning_of_momentum() -> None:
     found = only(looked_at(mlp(momentum=0.9), normal(32, 6)))
-    assert found.layer == "1"
-    assert f"half-life is {math.log(2) / math.log(10):.2g} steps" in found.finding
-    assert "0.1 may be what was meant" in found.advice
+    assert (found.kind, found.layer) == ("short half-life", "1")
+    assert found.figures == {"momentum": 0.9, "half_life_steps": pytest.approx(math.log(2) / math.log(10))}
 
 
 def test_a_half_life_longer_than_the_training_says_how_much_of_the_start_is_left() -> None:
-    found = only(looked_at(mlp(momentum=0.001), normal(32, 6), Training(budget=500), most=10))
-    assert "half-life is 693 steps, and training has 500" in found.finding
-    assert "61% of it is still" in found.advice
-    assert looked_at(mlp(momentum=0.001), normal(32, 6), Training(budget=5000), most=10) == ()
+    found = only(looked_at(mlp(momentum=0.001), normal(32, 6), TrainingPlan(budget=500), most=10))
+    assert found.kind == "long half-life"
+    assert found.figures == {
+        "momentum": 0.001,
+        "half_life_steps": pytest.approx(692.8, abs=0.1),
+        "budget_steps": 500,
+        "kept": pytest.approx(0.999**500),
+    }
+    assert looked_at(mlp(momentum=0.001), normal(32, 6), TrainingPlan(budget=5000), most=10) == ()
 
 
 def test_a_cumulative_average_is_named() -> None:
-    assert "cumulative" in only(looked_at(mlp(momentum=None), normal(32, 6))).finding
+    assert only(looked_at(mlp(momentum=None), normal(32, 6))).kind == "cumulative average"
 
 
 def test_a_norm_without_running_statistics_has_no_half_life() -> None:
@@ -183,9 +185,8 @@ def test_a_bias_in_front_of_a_batch_norm_is_dead(fused: bool) -> None:
     if fused:
         convert(model, native.batch_norm)
     found = only(looked_at(model, normal(16, 3, 8, 8), lr=0.01))
-    assert found.layer == "1"
-    assert "the bias of 0" in found.finding
-    assert "8 dead parameters" in found.finding
+    assert (found.kind, found.layer, found.source) == ("bias without effect", "1", "0")
+    assert found.figures == {"parameters": 8}
 
 
 @pytest.mark.parametrize("between", [nn.ReLU(), nn.ReLU(inplace=True), nn.Dropout(0.5)])
@@ -209,22 +210,23 @@ def test_a_bias_whose_output_something_else_uses_too_is_alive() -> None:
 def test_several_layers_are_one_remark_with_how_many_more() -> None:
     model = nn.Sequential(biased()[0], nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4), nn.Flatten())
     found = only(looked_at(model, normal(16, 3, 8, 8)))
-    assert found.layer == "1 and 1 more"
+    assert (found.kind, found.layer, found.more_layers) == ("bias without effect", "1", 1)
 
 
 @pytest.mark.parametrize("ours", [False, True])
 def test_one_value_a_channel_is_told_though_torch_refuses_the_step(ours: bool) -> None:
     model = nn.Sequential(nn.Linear(6, 8, bias=False), BatchNorm(8) if ours else nn.BatchNorm1d(8))
     found = only(looked_at(model, normal(1, 6)))
-    assert (found.layer, "one value a channel" in found.finding) == ("1", True)
+    assert (found.layer, found.kind) == ("1", "one value")
 
 
 def test_a_last_batch_of_one_is_told_with_what_happens() -> None:
-    one = Training(budget=1000, last_batch=1)
-    assert "torch raises" in only(looked_at(mlp(), normal(32, 6), one)).finding
+    one = TrainingPlan(budget=1000, last_batch=1)
+    found = only(looked_at(mlp(), normal(32, 6), one))
+    assert (found.kind, found.figures) == ("last batch of one", {"raises": 1})
     model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten())
-    assert "of one example" in only(looked_at(model, normal(16, 3, 8, 8), one)).finding
-    assert looked_at(mlp(), normal(32, 6), Training(budget=1000, last_batch=2)) == ()
+    assert only(looked_at(model, normal(16, 3, 8, 8), one)).figures == {"raises": 0}
+    assert looked_at(mlp(), normal(32, 6), TrainingPlan(budget=1000, last_batch=2)) == ()
 
 
 def test_a_model_without_batch_norm_takes_no_step() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bncli.errors import RecipeError
+from bncli.errors import UsageError
 from bncli.measure.profile.step_time import DATA, STEP, class_of, fold, scaled, shares_ms, write_trace
 from bncli.results.profile import STEP_CLASSES
 
@@ -167,5 +167,5 @@ def test_a_trace_is_a_json_file_that_names_each_run(tmp_path: Path) -> None:
 
 
 def test_a_trace_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"--trace .*missing"):
+    with pytest.raises(UsageError, match=r"^trace .*missing"):
         write_trace(tmp_path / "missing" / "trace.json", {"one": lambda: None}, CPU)

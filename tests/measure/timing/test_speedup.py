@@ -10,12 +10,12 @@ import pytest
 
 from bncli.measure.timing.speedup import FEWEST_ROUNDS, faster, faster_over, interval_rank, of_ratios
 from bncli.results.environment import Interval
-from bncli.results.profile import Faster
+from bncli.results.profile import Speedup
 
 
 def test_it_is_the_median_of_the_rounds_ratios_and_not_the_ratio_of_medians() -> None:
     found = faster([2.0, 30.0, 8.0], [1.0, 10.0, 2.0])
-    assert found == Faster(3.0, Interval(None, None))
+    assert found == Speedup(3.0, Interval(None, None))
 
 
 def test_a_round_that_is_slow_for_both_changes_nothing() -> None:
@@ -26,7 +26,7 @@ def test_a_round_that_is_slow_for_both_changes_nothing() -> None:
 def test_the_interval_lies_between_the_order_statistics_of_the_exact_binomial() -> None:
     ratios = [float(k) for k in range(1, 16)]
     random.Random(3).shuffle(ratios)
-    assert of_ratios(ratios) == Faster(8.0, Interval(4.0, 12.0))  # 15 samples: the 4th from either end (1.8 % a side)
+    assert of_ratios(ratios) == Speedup(8.0, Interval(4.0, 12.0))  # 15 samples: the 4th from either end (1.8 % a side)
     assert of_ratios(sorted(ratios)[:6]).interval == Interval(1.0, 6.0)
 
 
@@ -42,8 +42,8 @@ def test_the_rank_is_the_last_one_whose_tail_holds_at_most_a_fortieth(count: int
 
 
 def test_too_few_rounds_leave_both_sides_open() -> None:
-    assert faster([2.0] * 5, [1.0] * 5) == Faster(2.0, Interval(None, None))
-    assert faster([2.0] * 6, [1.0] * 6) == Faster(2.0, Interval(2.0, 2.0))
+    assert faster([2.0] * 5, [1.0] * 5) == Speedup(2.0, Interval(None, None))
+    assert faster([2.0] * 6, [1.0] * 6) == Speedup(2.0, Interval(2.0, 2.0))
 
 
 def test_swapping_the_sides_gives_the_reciprocal() -> None:

@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from bncli.report.profile.baseline import GateReport, closing
+from bncli.report.profile.baseline import GateReport
 from bncli.report.profile.kernels import KernelReport
 from bncli.report.profile.steps import StepReport
-from bncli.report.profile.text import memory_column, percent, quartiles, samples_cell
+from bncli.report.profile.text import samples_cell
 from bncli.results.environment import Interval
-from bncli.results.profile import Faster, KernelCost
+from bncli.results.profile import KernelCost, Speedup
 from tests.report.made_up_costs import (
     ERROR,
     KERNELS,
@@ -35,12 +35,6 @@ REPORTS = {
     "step": lambda: StepReport(step_profile()),
     "gate": lambda: GateReport(made_gate(), one_case(), with_errors()),
 }
-
-
-def row(text: str, *words: str) -> str:
-    """The only line that begins a row with those words."""
-    (found,) = [line for line in text.splitlines() if line.split()[: len(words)] == [*words]]
-    return found
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 160])
@@ -134,7 +128,7 @@ def test_native_is_dim_and_surely_faster_is_green_and_surely_slower_red():
 def test_a_ratio_that_may_be_either_side_of_1_has_no_colour():
     file = io.StringIO()
     profile = one_case()
-    unsure = replace(profile.rows[1], faster=Faster(1.2, Interval(0.9, 1.5)))
+    unsure = replace(profile.rows[1], faster=Speedup(1.2, Interval(0.9, 1.5)))
     Console(file=file, width=100, force_terminal=True, color_system="standard", legacy_windows=False).print(
         KernelReport(replace(profile, rows=(profile.rows[0], unsure), means=()))
     )
@@ -181,14 +175,6 @@ def test_cases_that_nothing_was_measured_of_are_counted_in_a_line_and_wrong_resu
     assert "7x64x9x9" in show(of(rows[-2:]), 160)  # there would be nothing else
 
 
-def test_memory_below_a_mib_is_in_kib():
-    assert memory_column("peak", [0.5, None, 0.00618]).header == ("peak", "KiB")
-    assert [cell for cell, _ in memory_column("peak", [0.5, None, 0.00618]).cells] == ["512", "–", "6.33"]
-    assert memory_column("peak", [0.5, 2.0]).header == ("peak", "MiB")
-    assert [cell for cell, _ in memory_column("peak", [0.5, 2.0]).cells] == ["0.500", "2.00"]
-    assert memory_column("peak", [None]).header == ("peak", "MiB")
-
-
 def test_a_profile_without_rows_still_says_where_and_why(show):
     text = show(KernelReport(nothing_measured()), 100)
     assert "interrupted: 0 of 4 rows were measured" in text
@@ -219,8 +205,9 @@ def test_a_warm_and_a_cold_cache_are_told_apart(show):
 def test_the_means_name_the_worst_shape(show):
     text = show(KernelReport(kernel_profile()), 100)
     assert "Over all shapes: geometric mean" in text
-    below = text[text.index("Over all shapes") :]
-    assert row(below, "bn", "fused").split() == ["bn", "fused", "2", "2.31", "(2.24–2.38)", "2.08", "256x64x56x56"]
+    below = text[text.index("Over all shapes") :].splitlines()
+    (line,) = [line for line in below if line.split()[:2] == ["bn", "fused"]]
+    assert line.split() == ["bn", "fused", "2", "2.31", "(2.24–2.38)", "2.08", "256x64x56x56"]
 
 
 def test_a_plain_ascii_output_gets_no_question_marks(show):
@@ -233,120 +220,6 @@ def test_a_plain_ascii_output_gets_no_question_marks(show):
 def test_a_hundred_rows_keep_one_line_a_row(show):
     text = show(KernelReport(hundred_rows()), 100)
     assert sum(" native " in line or " fused " in line for line in text.splitlines() if "%" in line) == 96
-
-
-# --- steps --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("width", [80, 100, 160])
-def test_a_step_has_its_time_its_speed_and_its_ratio_to_native(width, show):
-    lines = show(StepReport(step_profile()), width).splitlines()
-    at = lines.index("batch norm")
-    assert lines[at + 1].split()[:6] == ["training", "native", "102", "±1%", "1,250", "1"]
-    assert lines[at + 2].split()[:5] == ["fused", "83.1", "±1%", "1,540", "1.23"]
-    assert "(1.20–1.27)" in lines[at + 2]
-
-
-def test_the_bars_are_as_long_as_their_steps_and_have_the_shares_letters(show):
-    lines = show(StepReport(step_profile()), 100).splitlines()
-    at = lines.index("batch norm")
-    bars = [lines[at + 1 + k].split()[-1] for k in range(2)]
-    assert len(bars[0]) == 40
-    assert len(bars[1]) == round(40 * 83.1 / 102.4)
-    assert bars[0].count("N") == round(40 * 0.31)
-    assert "Bars: N normalization; C convolution, linear" in "\n".join(lines)
-
-
-@pytest.mark.parametrize("width", [80, 100, 160])
-def test_shares_and_memory_are_tables_at_every_usual_width(width, show):
-    text = show(StepReport(step_profile()), width)
-    shares = text[text.index("Share of a step") : text.index("Memory of a training step")]
-    assert " ".join(row(shares, "training", "native").split()).replace("ms", "").count("%") == 7
-    memory = text[text.index("Memory of a training step") :]
-    assert row(memory, "training", "native").split()[2:] == ["1.03", "1.03", "2.06", "84.5", "412"]
-    assert row(memory, "training", "–").split()[-1] == "–"
-    assert "evaluation" not in memory[: memory.index("Norm layers")]
-
-
-def test_a_wide_output_has_the_milliseconds_of_each_class(show):
-    text = show(StepReport(step_profile()), 160)
-    assert "31% 31.7 ms" in text
-
-
-def test_remarks_have_their_layer_finding_and_advice_and_are_absent_without_any(show):
-    text = show(StepReport(step_profile()), 100)
-    at = text.splitlines().index("What the norm layers suffer from")
-    assert text.splitlines()[at + 1] == "stem.norm: mean/deviation is 2,310"
-    assert text.splitlines()[at + 2] == "  centre the data before the first layer"
-    assert "suffer" not in show(StepReport(replace(step_profile(), remarks=())), 100)
-
-
-def test_what_the_norm_layers_are_is_said_once_an_arm_and_kernel(show):
-    text = show(StepReport(step_profile()), 100)
-    assert text.count("19 batch norms, 19 fused") == 1
-    assert "- batch norm, fused: 19 batch norms" in text
-
-
-def test_an_error_of_a_step_stands_in_place_of_its_time(show):
-    assert "evaluation  –       ran out of memory" in show(StepReport(step_profile()), 100)
-
-
-# --- gates --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("width", [80, 100, 160])
-def test_each_change_has_its_verdict_in_words(width, show):
-    text = show(GateReport(made_gate()), width)
-    rows = [line for line in text.splitlines() if line.startswith("256x64x56x56, ")]
-    assert [re.search(r"(ok|regressed|cannot tell)$", line).group() for line in rows] == [
-        "ok",
-        "regressed",
-        "cannot tell",
-        "ok",
-    ]
-    assert all("2.31" in line for line in rows)
-
-
-def test_the_last_lines_count_the_verdicts_and_tell_the_exit_code(show):
-    text = " ".join(show(GateReport(made_gate()), 80).split())
-    assert text.endswith(
-        "2 ok, 1 regressed, 1 cannot tell: FAILED, more than 1.1 times slower by the whole interval (exit 1)."
-    )
-    calm = replace(made_gate(), changes=tuple(each for each in made_gate().changes if each.verdict != "regressed"))
-    assert closing(calm).startswith("2 ok, 1 cannot tell: passed (exit 0). What it cannot tell does not fail")
-    strict = closing(replace(calm, strict=True))
-    assert strict.startswith("2 ok, 1 cannot tell: FAILED, 2 of the baseline's rows are undecided (--strict, exit 1).")
-
-
-def test_what_only_one_side_has_is_listed(show):
-    lines = show(GateReport(made_gate()), 100).splitlines()
-    assert lines[lines.index("Not in the baseline:") + 1] == "- bn fp32 contiguous, 60x100, fused"
-    assert lines[lines.index("In the baseline, but without a ratio now:") + 1] == "- bn fp32 contiguous, 8x8, fused"
-
-
-def test_another_device_and_another_cache_are_noted(show):
-    there = replace(one_case(), cold=False, environment=replace(one_case().environment, device="cuda:0 NVIDIA X"))
-    text = show(GateReport(made_gate(), one_case(), there), 160)
-    assert "Another device than the baseline's: cpu now, cuda:0 NVIDIA X then" in text
-    assert "cold now, warm then" in text
-    assert "Another" not in show(GateReport(made_gate(), one_case(), one_case()), 160)
-
-
-# --- figures ------------------------------------------------------------------------------------------------------
-
-
-def test_quartiles_are_of_the_samples_and_one_sample_has_no_spread():
-    found = quartiles((1.0, 2.0, 3.0, 4.0, 5.0))
-    assert (found.low, found.median, found.high) == (2.0, 3.0, 4.0)
-    assert samples_cell((1.0, 2.0, 3.0, 4.0, 5.0)) == ("3.00", "±33%")
-    assert samples_cell((7.0,)) == ("7.00", "")
-    assert samples_cell(()) == ("–", "")
-
-
-def test_a_share_that_rounds_to_nothing_is_not_nothing():
-    assert percent(0.001) == "< 1%"
-    assert percent(0.0) == "0%"
-    assert percent(None) == "–"
 
 
 def test_a_row_may_have_no_times_and_no_error(show):

@@ -1,4 +1,4 @@
-"""Runs in parallel: worker processes that each take many runs, and outlive none of their own deaths. No torch here."""
+"""Worker processes: each serves many runs; a crash loses one run and the worker is restarted."""
 
 from __future__ import annotations
 
@@ -17,45 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bncli.errors import BncliError
+from bncli.errors import BncliError, Refused
+from bncli.measure.compare.executors import Ended, Progressed, Started
+from bncli.measure.compare.plan import Job
+from bncli.recipe.load import plain
 
 POLL_S = 0.1
 MOST_IDLE_DEATHS = 10  # of workers without a run, one after another, before it is given up
 # Without the current folder on the path, which -m and -c put there: a torch.py in it must not be run.
 WORKER = "import sys; sys.path.remove(''); from bncli.engine.train.worker import main; sys.exit(main(sys.argv[1:]))"
-
-
-@dataclass(frozen=True)
-class Started:
-    worker: int
-    key: str
-
-
-@dataclass(frozen=True)
-class Progressed:
-    worker: int
-    key: str
-    step: int
-    value: float
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A run's result as plain data, or why there is none."""
-
-    worker: int
-    key: str
-    result: dict[str, Any] | None
-    failure: str | None
-    code: dict[str, str] = field(default_factory=dict)  # of the user's own that was loaded: file -> SHA-256
-
-
-class Refused(BncliError):
-    """What a worker said when no run at all can succeed; it carries the exit code of the error behind it."""
-
-    def __init__(self, text: str, exit_code: int) -> None:
-        super().__init__(text)
-        self.exit_code = exit_code
 
 
 @dataclass
@@ -68,8 +38,8 @@ class _Worker:
 
 
 @dataclass
-class Pool:
-    """Up to `jobs` workers on one device. `jobs` None: one a core, or one a GPU where the device is CUDA."""
+class Processes:
+    """Executor of up to `jobs` workers on one device; None: one per core, or one per GPU where the device is CUDA."""
 
     device: str
     jobs: int | None
@@ -83,24 +53,18 @@ class Pool:
     _greeted: bool = False
     _idle_deaths: int = 0
 
-    def run(
-        self, waiting: deque[str], message: Callable[[str], dict[str, Any]], stop: Callable[[], bool] = lambda: False
-    ) -> Iterator[Started | Progressed | Ended | None]:
-        """Do the runs whose keys wait, in their order, until none is left; the caller may add some after every event.
-
-        `message` makes what a worker is sent, once a run is handed out. Yields what happens, and None every now and
-        then so that a bar can move. Raises Refused when a worker cannot take any run.
-        """
+    def run(self, wanted: deque[Job], stop: Callable[[], bool]) -> Iterator[Started | Progressed | Ended | None]:
+        """As `Executor.run`. Raises Refused when no worker can take any run."""
         try:
             self.limit = (self.jobs or cores()) if self.device == "cpu" else 1
             while not stop():
-                if not waiting and all(worker.key is None for worker in self._workers):
+                if not wanted and all(worker.key is None for worker in self._workers):
                     return
                 for worker in [worker for worker in self._workers if worker.ready and worker.key is None]:
-                    if waiting and self._hand_out(worker, waiting[0], message(waiting[0])):
-                        yield Started(worker.number, waiting.popleft())
+                    if wanted and self._hand_out(worker, wanted[0]):
+                        yield Started(worker.number, wanted.popleft().key)
                 idle = sum(worker.key is None for worker in self._workers)
-                for _ in range(min(self.limit - len(self._workers), len(waiting) - idle)):
+                for _ in range(min(self.limit - len(self._workers), len(wanted) - idle)):
                     self._start()
                 yield self._next_event()
         finally:
@@ -145,14 +109,14 @@ class Pool:
                 break
         self._messages.put((worker, None))
 
-    def _hand_out(self, worker: _Worker, key: str, message: dict[str, Any]) -> bool:
+    def _hand_out(self, worker: _Worker, job: Job) -> bool:
         assert worker.process.stdin is not None
         try:
-            worker.process.stdin.write(json.dumps({"key": key, **message}) + "\n")
+            worker.process.stdin.write(json.dumps({"key": job.key, "recipe": plain(job.recipe)}) + "\n")
             worker.process.stdin.flush()
         except (BrokenPipeError, OSError):
             return False  # it has just died; the end of its stream is on its way
-        worker.key = key
+        worker.key = job.key
         return True
 
     def _next_event(self) -> Progressed | Ended | None:
@@ -163,7 +127,8 @@ class Pool:
         if message is None:
             return self._died(worker)
         if "refused" in message:
-            raise Refused(message["refused"], message["exit_code"])
+            about = {name: message.get(name) for name in ("field", "value")}
+            raise Refused(*message["refused"], exit_code=message["exit_code"], **about)
         if "hello" in message:
             worker.ready = True
             if not self._greeted:  # a later worker sees its own GPU only
@@ -176,9 +141,8 @@ class Pool:
             return Progressed(worker.number, message["key"], message["step"], message["value"])
         worker.key = None
         self._idle_deaths = 0
-        return Ended(
-            worker.number, message["key"], message.get("result"), message.get("failure"), message.get("code", {})
-        )
+        result, failure, code = message.get("result"), message.get("failure"), message.get("code", {})
+        return Ended(worker.number, message["key"], result, failure, code, self.limit)
 
     def _died(self, worker: _Worker) -> Ended | None:
         code = worker.process.wait()
@@ -191,7 +155,8 @@ class Pool:
         if worker.key is None:
             return None
         last = _tail(worker.log, 1)
-        return Ended(worker.number, worker.key, None, _cause(code) + (f"; its last words: {last}" if last else ""))
+        failure = _cause(code) + (f"; its last words: {last}" if last else "")
+        return Ended(worker.number, worker.key, None, failure, at_a_time=self.limit)
 
     def close(self) -> None:
         """End every worker now; a run in progress is lost."""
@@ -206,11 +171,17 @@ class Pool:
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        return os.cpu_count() or 1
+    """Physical cores, or the logical ones that this process may use where those are fewer.
+
+    Two runs on the hyperthreads of one core wait for each other's arithmetic.
+    """
+    import psutil  # not loaded where --help or a usage error is all that is asked for
+
+    process = psutil.Process()
+    # macOS has no affinity.
+    allowed = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count()
+    known = [count for count in (allowed, psutil.cpu_count(logical=False)) if count]
+    return min(known, default=1)
 
 
 def _cause(code: int) -> str:

@@ -1,0 +1,205 @@
+"""The state of training: all that changes while a run trains, to be saved and loaded whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bncli.engine import data
+from bncli.engine.data.splits import Batch, Dataset, order
+from bncli.engine.device import PeakMemory, synchronize
+from bncli.engine.models import build
+from bncli.engine.models.init import global_generators, restore_global_generators, stream
+from bncli.engine.target import StepsToTarget
+from bncli.engine.train.optim import optimizer, set_learning_rate
+from bncli.errors import DataError
+from bncli.recipe.layers import shape_contradictions
+from bncli.recipe.sections import Recipe
+from bncli.recipe.yaml import dotted
+from bncli.results.train import Evaluation, Target
+
+LSUV_EXAMPLES = 500
+
+
+class TrainState:
+    """A run between two steps: its model, optimizer, random streams, place in the data, and what it has found so far.
+
+    A state that is made anew from the same recipe and data, and loaded with `state_dict()` of another, goes on from
+    there bit for bit.
+
+    step: optimizer steps taken. batches: those taken from the data, which are more where the fp16 scaler skipped steps.
+    skipped: batches in a row, up to now, whose step was skipped. augmentation: the generator that augmentation draws
+    from. evaluation_s: seconds spent in evaluations.
+    """
+
+    def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device) -> None:
+        """Raises DataError for data that do not fit the recipe, and whatever `build` raises."""
+        train = recipe.train
+        check_fit(recipe, dataset)
+        self.recipe, self.dataset, self.device = recipe, dataset, device
+        self.step = self.batches = self.skipped = 0
+        self.augmentation = stream(train.seed, "augment")
+        self._coming = self._batches_to_come()
+        model = build(
+            recipe, dataset.shape, dataset.classes, lambda: sample(dataset, train.seed, LSUV_EXAMPLES), device
+        )
+        self.model: nn.Module = model.to(device, memory_format=data.MEMORY_FORMATS[train.memory_format])  # type: ignore[call-overload]
+        self.optimizer = optimizer(recipe, self.model)
+        set_learning_rate(self.optimizer, recipe, 0)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
+        if train.compile:
+            torch.compiler.reset()  # past runs of this process count towards a limit, beyond which a model runs eager
+            self.model.compile()
+        begin_training(self.model)
+        self.evaluations: list[Evaluation] = []
+        self.targets = _targets(recipe)
+        self.evaluation_s = 0.0
+        self.clock = Clock(train.batch_size, device)
+        self.memory = PeakMemory(device)  # read in evaluations, which are outside the throughput
+
+    def next_batch(self) -> Batch:
+        """x (B, *shape) float32 and y (B,) int64, augmented, on the device."""
+        self.batches += 1
+        return next(self._coming)
+
+    def record(self, evaluation: Evaluation) -> None:
+        self.evaluations.append(evaluation)
+        for target in self.targets:
+            target.add(evaluation)
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the last update, or of the first to come."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def reached(self) -> bool:
+        """Whether the steps to every target are settled."""
+        return bool(self.targets) and all(target.steps is not None for target in self.targets)
+
+    # --- saved and loaded -----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes in training as tensors, numbers and text, for torch.save and torch.load(weights_only=True).
+
+        As in torch, the tensors are the state's own: save or copy them before the next step. Not in it are buffers that
+        a model of the user's own keeps out of its state_dict.
+        """
+        return {
+            "step": self.step,
+            "batches": self.batches,
+            "skipped": self.skipped,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "augmentation": self.augmentation.get_state(),
+            "global generators": global_generators(self.device),
+            "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
+            "evaluation_s": self.evaluation_s,
+            "intervals": list(self.clock.intervals),
+            "peak_memory_mib": dict(self.memory.mib),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from a `state_dict()` of the same recipe, data and device.
+
+        Python's, numpy's and torch's global generators are set as they were: a model of the user's own may draw from
+        them.
+        """
+        self.step, self.batches, self.skipped = saved["step"], saved["batches"], saved["skipped"]
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.evaluations, self.targets = [], _targets(self.recipe)
+        for evaluation in saved["evaluations"]:
+            self.record(Evaluation(**evaluation))
+        self.evaluation_s = saved["evaluation_s"]
+        self.clock = Clock(self.recipe.train.batch_size, self.device, intervals=list(saved["intervals"]))
+        self.memory.mib = dict(saved["peak_memory_mib"])
+        self.augmentation.set_state(saved["augmentation"])
+        self._coming = self._batches_to_come()
+        restore_global_generators(saved["global generators"], self.device)
+
+    def _batches_to_come(self) -> Iterator[Batch]:
+        train, split = self.recipe.train, self.dataset.train
+        generator = stream(train.seed, "order")
+        indices = order(len(split), train.batch_size, generator, split.index_device, start=self.batches)
+        return split.batches(indices, self.augmentation)
+
+
+def check_fit(recipe: Recipe, dataset: Dataset) -> None:
+    """Raises DataError for what only the data's file could tell; the rest of a recipe is checked before."""
+    for keys, text in shape_contradictions(recipe, dataset.shape, dataset.classes):
+        raise DataError(f"{dotted(keys)}: {text}")
+
+
+def sample(dataset: Dataset, seed: int, count: int) -> Tensor:
+    """Some training examples (count, *shape) of every kind, on the CPU: a file may hold them sorted by class."""
+    split = dataset.train
+    some = torch.randperm(len(split), generator=stream(seed, "sample"))[:count].to(split.index_device)
+    return next(split.batches(iter([some]), stream(seed, "sample augment")))[0].cpu()
+
+
+def begin_training(model: nn.Module) -> None:
+    """Call `train` where a class of the user's own does more in it than to set the flag, such as keep norms frozen.
+
+    What was in evaluation mode before, by its maker's will, stays so.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    for module, training in flags:
+        if training and type(module).train is not nn.Module.train:
+            module.train()
+    for module, training in flags:
+        if not training and module.training:
+            module.eval()
+
+
+def _targets(recipe: Recipe) -> list[StepsToTarget]:
+    """The recipe's target and the further ones, without an evaluation."""
+    target = recipe.train.target
+    values = () if target is None else (target.value, *target.also)
+    return [StepsToTarget(Target(target.metric, value)) for value in values if target]
+
+
+@dataclass
+class Clock:
+    """Training time without evaluations. The first interval is warm-up (lazy initialization, compilation)."""
+
+    batch_size: int
+    device: torch.device
+    now: Callable[[], float] = perf_counter
+    intervals: list[tuple[int, float]] = field(default_factory=list)  # steps, seconds
+    _started: float | None = None
+
+    def start(self) -> None:
+        self._started = self.now()
+
+    def pause(self, step: int) -> None:
+        steps = step - self._measured_steps
+        if self._started is not None and steps:
+            synchronize(self.device)
+            self.intervals.append((steps, self.now() - self._started))
+        self._started = None
+
+    @property
+    def _measured_steps(self) -> int:
+        return sum(steps for steps, _ in self.intervals)
+
+    @property
+    def training_s(self) -> float:
+        return sum(seconds for _, seconds in self.intervals)
+
+    def ms_per_step(self) -> float | None:
+        measured = self.intervals[1:] or self.intervals
+        steps = sum(count for count, _ in measured)
+        return 1e3 * sum(seconds for _, seconds in measured) / steps if steps else None
+
+    def samples_per_s(self, step: int) -> float:
+        """Of the interval that is open, for the bar."""
+        seconds = self.now() - self._started if self._started is not None else 0.0
+        return (step - self._measured_steps) * self.batch_size / seconds if seconds > 0 else 0.0

@@ -1,0 +1,71 @@
+"""One training run for the terminal: its result, a figure a line."""
+
+from __future__ import annotations
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from bncli.report.table import Fitted
+from bncli.report.text import UNKNOWN, encodable, environment_words, figure, metric_figure, setting, target_words
+from bncli.results.train import RunResult, most_steps_to_target
+
+
+def run_table(result: RunResult, name: str) -> RenderableType:
+    """One run, for the end of `bncli train`: a figure a line, with its unit."""
+    metric = result.target.metric if result.target else "accuracy"
+    hit = f"{figure(result.first_hit)} (the first evaluation at or past the target)"
+    most = figure(most_steps_to_target(result.budget))
+
+    def steps(found: float | None) -> str:
+        missed = found is None and result.status == "budget"
+        return f"> {most}, as many as the budget can show" if missed else figure(found)
+
+    speed = f"{figure(result.samples_per_s)} samples/s, {figure(result.ms_per_step)} ms/step"
+    rows = [
+        ("status", _status(result)),
+        ("steps run", f"{figure(result.steps_run)} of {figure(result.budget)}"),
+        ("steps to target", steps(result.steps_to_target)),
+        ("first hit", hit if result.first_hit is not None else UNKNOWN),
+        *((f"steps to {setting(each.target.value)}", steps(each.steps)) for each in result.also),
+        (f"final {metric}", metric_figure(result.final, metric)),
+        (f"best {metric}", metric_figure(result.best, metric)),
+        ("throughput", f"{speed} (training alone)"),
+        ("time", f"{figure(result.training_s)} s training, {figure(result.evaluation_s)} s evaluating"),
+        ("peak memory", _memory(result)),
+        ("parameters", figure(result.parameters)),
+    ]
+    if result.target is None:
+        rows = [row for row in rows if row[0] not in ("steps to target", "first hit")]
+
+    def layout(encoding: str) -> RenderableType:
+        table = Table.grid(padding=(0, 2))
+        for row in rows:
+            table.add_row(
+                *(Text(encodable(part, encoding), style) for part, style in zip(row, ("", "bold"), strict=True))
+            )
+        return table
+
+    return Fitted(name, "", [layout], [f"Made on {environment_words(result.environment)}."])
+
+
+def _memory(result: RunResult) -> str:
+    found = ((result.peak_memory_mib, "training"), (result.evaluation_peak_memory_mib, "evaluating"))
+    return ", ".join(f"{figure(peak)} MiB {phase}" for peak, phase in found if peak is not None) or UNKNOWN
+
+
+def _status(result: RunResult) -> str:
+    if result.status == "diverged":
+        return f"diverged: {result.reason or 'the loss stopped being finite'}"
+    if result.status == "interrupted":
+        return "interrupted before its end"
+    target = f"its target {target_words(result.target)}" if result.target else "no target set"
+    if result.status == "reached":
+        return f"reached {target}"
+    if result.target is None:
+        return "used up its budget, no target set"
+    if result.steps_to_target is not None:
+        return f"used up its budget after it reached {target}"
+    if result.first_hit is not None:
+        return f"used up its budget before the steps to {target} were settled"
+    return f"used up its budget without reaching {target}"

@@ -1,0 +1,223 @@
+"""The state of training: a run saved after any step and loaded goes on as if uninterrupted; its clock."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bncli.engine import data
+from bncli.engine.train import optimizer_step, training_loop
+from bncli.engine.train.state import Clock, TrainState, sample
+from bncli.recipe.sections import Recipe
+from bncli.results.train import Evaluated, Evaluation, RunFinished, RunResult
+from tests.conftest import tiny
+
+CPU = torch.device("cpu")
+STEPS = 20  # of batches of 20, with 6 batches an epoch and an evaluation every 5 steps
+IMAGES = {"source": "synthetic", "shape": [3, 8, 8], "classes": 3, "examples": 120, "held_out": 33, "noise": 0.5}
+
+# A user's own model that draws from each of the global generators in its forward pass.
+NOISY = """
+import random
+import numpy as np
+import torch
+from torch import nn
+class Noisy(nn.Sequential):
+    def forward(self, x):
+        if self.training:
+            x = x + 0.1 * random.gauss(0, 1) + 0.1 * np.random.standard_normal() + 0.1 * torch.randn_like(x)
+        return super().forward(x)
+def make(shape, classes, norm):
+    return Noisy(nn.Linear(shape[0], 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, classes))
+"""
+
+RUNS: dict[str, dict[str, Any]] = {
+    "momentum": {"optimizer": {"kind": "sgd", "lr": 0.1, "momentum": 0.9}},
+    "adamw": {"optimizer": {"kind": "adamw", "lr": 0.01, "weight_decay": 0.1}},
+    "schedule": {
+        "optimizer": {"kind": "sgd", "lr": 0.1, "momentum": 0.9},
+        "schedule": {"kind": "cosine", "warmup": 3, "final": 0.1},
+    },
+    "bf16": {"train": {"precision": "bf16"}},
+    "fp16 with skipped steps": {
+        "data": {**IMAGES, "shape": [8], "noise": 50.0},
+        "norm": {"kind": "none"},
+        "optimizer": {"kind": "sgd", "lr": 1e-4, "momentum": 0.9},
+        "train": {"precision": "fp16"},
+    },
+    "fused": {"norm": {"kind": "batch", "kernel": "fused"}},
+    "fused, channels last": {
+        "data": IMAGES,
+        "model": {"kind": "cnn", "channels": [8, 12]},
+        "norm": {"kind": "batch", "kernel": "fused"},
+        "train": {"memory_format": "channels_last"},
+    },
+    "augmentation": {"data": {"source": "npz", "path": "images.npz", "held_out": 40, "augment": "crop-flip"},
+                     "model": {"kind": "cnn", "channels": [8]}},
+    "a model of the user's own": {"model": {"kind": "module", "module": "noisy:make"}, "norm": {"kind": "none"}},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the recipes name in the current folder."""
+    random = np.random.default_rng(0)
+    x, y = random.integers(0, 256, (160, 3, 16, 16), np.uint8), random.integers(0, 3, 160)
+    np.savez(tmp_path / "images.npz", x=x, y=y)
+    (tmp_path / "noisy.py").write_text(NOISY)
+    monkeypatch.chdir(tmp_path)
+    sys.modules.pop("noisy", None)
+    return tmp_path
+
+
+def recipe_of(name: str) -> Recipe:
+    sections = dict(RUNS[name])
+    train = {"steps": STEPS, "evaluate_every": 5, "target": {"value": 1.0}, "stop_at_target": False}
+    return tiny(**sections | {"train": train | sections.get("train", {})})
+
+
+def new_state(recipe: Recipe) -> TrainState:
+    memory_format = data.MEMORY_FORMATS[recipe.train.memory_format]
+    return TrainState(recipe, data.load(recipe.data, CPU, memory_format), CPU)
+
+
+def trained(state: TrainState, until: int = STEPS) -> tuple[list[Evaluation], RunResult]:
+    """The evaluations of a run on to that step, and its result."""
+    events = list(training_loop(state, stop=lambda: state.step == until))
+    assert isinstance(events[-1], RunFinished)
+    return [event.evaluation for event in events if isinstance(event, Evaluated)], events[-1].result
+
+
+def saved_and_loaded(state: TrainState, file: Path) -> dict[str, Any]:
+    torch.save(state.state_dict(), file)
+    found: dict[str, Any] = torch.load(file, weights_only=True)
+    return found
+
+
+def assert_same_bits(one: Any, other: Any, where: str = "state") -> None:
+    """Of nested dicts, lists and tuples of tensors and numbers, whose times and memory are left out."""
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride()), where
+        assert one.numpy().tobytes() == other.numpy().tobytes(), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one.keys() - {"evaluation_s", "intervals", "peak_memory_mib"}:
+            assert_same_bits(one[key], other[key], f"{where}[{key!r}]")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for k, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same_bits(a, b, f"{where}[{k}]")
+    else:
+        assert one == other, where
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_that_is_saved_and_loaded_goes_on_bit_for_bit(name: str, folder: Path) -> None:
+    recipe = recipe_of(name)
+    whole = new_state(recipe)
+    evaluations, result = trained(whole)
+    assert [evaluation.step for evaluation in evaluations] == [0, 5, 10, 15, 20]
+    for step in (1, 5, 6, 13):  # at an evaluation, at an epoch's end, in the third epoch
+        first = new_state(recipe)
+        before, _ = trained(first, step)
+        saved = saved_and_loaded(first, folder / "state.pt")
+        second = new_state(recipe)
+        torch.manual_seed(1)  # what else the process does must not matter
+        second.load_state_dict(saved)
+        assert_same_bits(second.state_dict(), saved)
+        after, resumed = trained(second)
+        assert before + after == evaluations
+        assert_same_bits(second.state_dict(), whole.state_dict())
+        assert (resumed.evaluations, resumed.steps_to_target, resumed.first_hit, resumed.steps_run) == (
+            result.evaluations, result.steps_to_target, result.first_hit, result.steps_run)  # fmt: skip
+        assert sum(steps for steps, _ in second.clock.intervals) == STEPS
+
+
+def test_the_runs_above_take_what_they_are_named_after() -> None:
+    skipping, drawing = new_state(recipe_of("fp16 with skipped steps")), new_state(recipe_of("augmentation"))
+    began = drawing.augmentation.get_state()
+    for state in (skipping, drawing):
+        while state.step < 3:
+            optimizer_step(state, *state.next_batch())
+    assert skipping.batches > skipping.step
+    assert skipping.scaler.get_scale() < 2.0**16
+    assert not torch.equal(drawing.augmentation.get_state(), began)
+
+
+def test_batches_that_are_decoded_ahead_count_only_when_they_are_taken(folder: Path) -> None:
+    """A worker process has drawn more of the order than the run has trained on."""
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("datasets")
+    random = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            (folder / split / label).mkdir(parents=True)
+            for number in range(12):
+                pixels = random.integers(0, 256, (8, 8), np.uint8)
+                image.fromarray(pixels).save(folder / split / label / f"{number}.png")
+    hub = {"source": "hub", "name": str(folder), "shape": [1, 8, 8], "classes": 2, "in_memory_gib": 0.0, "workers": 1}
+    recipe = tiny(data=hub | {"augment": "crop-flip"}, train={"batch_size": 5, "target": None})
+    whole = new_state(recipe)
+    expected = [whole.next_batch() for _ in range(9)]
+    first, second = new_state(recipe), new_state(recipe)
+    for _ in range(6):
+        first.next_batch()
+    second.load_state_dict(saved_and_loaded(first, folder / "state.pt"))
+    assert_same_bits([second.next_batch() for _ in range(3)], expected[6:])
+
+
+def test_seconds_and_peaks_of_memory_add_up_over_the_parts_of_a_run(folder: Path) -> None:
+    recipe = recipe_of("momentum")
+    first, second = new_state(recipe), new_state(recipe)
+    _, part = trained(first, 10)
+    second.load_state_dict(saved_and_loaded(first, folder / "state.pt"))
+    _, result = trained(second)
+    assert result.training_s > part.training_s
+    assert result.evaluation_s > part.evaluation_s
+    if part.peak_memory_mib is not None:
+        assert result.peak_memory_mib is not None
+        assert result.peak_memory_mib >= part.peak_memory_mib
+
+
+# --- the examples that initial weights are fitted to ----------------------------------------------------------------
+
+
+def test_lsuv_sees_examples_of_every_class_even_of_a_sorted_file(tmp_path: Path) -> None:
+    y = np.arange(3).repeat(400)
+    np.savez(tmp_path / "sorted.npz", x=np.eye(3, dtype=np.float32)[y], y=y)
+    npz = {"source": "npz", "path": str(tmp_path / "sorted.npz"), "held_out": 10}
+    recipe = tiny(data=npz, model={"kind": "mlp", "hidden": [4], "init": {"kind": "lsuv"}})
+    examples = sample(data.load(recipe.data, CPU), 0, 500)
+    assert examples.shape == (500, 3)
+    assert (examples.sum(0) > 100).all()
+
+
+# --- the clock ----------------------------------------------------------------------------------------------------
+
+
+def test_throughput_leaves_out_evaluations_and_the_first_interval() -> None:
+    times = iter([0.0, 9.0, 100.0, 102.0, 200.0, 204.0])
+    clock = Clock(batch_size=60, device=CPU, now=lambda: next(times))
+    for step in (10, 20, 30):
+        clock.start()
+        clock.pause(step)
+    assert clock.training_s == 9 + 2 + 4
+    assert clock.ms_per_step() == 1e3 * 6 / 20
+
+
+def test_a_single_interval_is_better_than_no_figure() -> None:
+    times = iter([0.0, 1.0])
+    clock = Clock(batch_size=60, device=CPU, now=lambda: next(times))
+    clock.start()
+    clock.pause(4)
+    assert clock.ms_per_step() == 250
+
+
+def test_a_run_without_a_step_has_no_throughput() -> None:
+    assert Clock(batch_size=60, device=CPU).ms_per_step() is None

@@ -1,0 +1,185 @@
+"""What the fused kernel in Triton alone has: plans of every form, addresses of 64 bits, numerics by each plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bncli import kernels
+from bncli.kernels import native
+from bncli.kernels.fused.tiling import Plan, Processors, plan
+from bncli.kernels.layout import is_rows, sizes
+from bncli.names import KINKED_ACTIVATIONS
+from tests.kernels.fused.checks import EPS, ROUNDOFF, assert_right, case
+
+triton_launch = pytest.importorskip("bncli.kernels.fused.triton_launch")
+share_kernel = pytest.importorskip("tests.kernels.fused.share_kernel")
+
+pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
+
+
+def fused(device: torch.device) -> kernels.Kernel:
+    """The kernel in Triton, compiled or interpreted."""
+    return kernels.get("fused" if device.type == "cuda" else "fused-interpreted", device)
+
+
+# --- every plan ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Form:
+    """Small tiles of `rows` lines, `held` of them in registers; a team of programs, as two launches if it has several.
+
+    one_for_all: one team does all slices in turn, as where there are more slices than a device has room for.
+    """
+
+    rows: int
+    held: int
+    team: int
+    one_for_all: bool = False
+
+    def of(self, x: Tensor, *, backward: bool) -> Plan:
+        cut = plan(
+            sizes(x), planes=not is_rows(x), itemsize=x.element_size(), backward=backward,
+            processors=Processors(1, cooperative=False),
+        )  # fmt: skip
+        columns = cut.columns if cut.planes else 8
+        slices = -(-x.size(1) // columns)
+        cut = replace(cut, rows=self.rows, held=self.held, columns=columns, slices=slices)
+        team = min(self.team, cut.tiles)
+        return replace(
+            cut, team=team, teams=1 if self.one_for_all else slices, barrier="launch" if team > 1 else "none"
+        )
+
+
+FORMS = {
+    "several tiles": Form(8, 3, 1),
+    "overflow": Form(8, 1, 1),
+    "a team": Form(8, 2, 3),
+    "a team with overflow": Form(8, 1, 2),
+    "one program for all slices": Form(8, 4, 1, one_for_all=True),
+    "one team for all slices": Form(8, 2, 2, one_for_all=True),
+    "idle programs": Form(8, 2, 5),
+}
+
+
+def planned(form: str) -> Any:
+    """The seam's signature over the launchers, by a plan of that form."""
+
+    def run(
+        x: Tensor, weight: Any, bias: Any, eps: float, residual: Any, activation: str | None, statistics: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return Planned.apply(x, weight, bias, residual, activation or "none", form)  # type: ignore[no-any-return]
+
+    return run
+
+
+class Planned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, activation: str, form: str) -> Any:
+        keep = residual is not None and activation in KINKED_ACTIVATIONS
+        y, mean, var, signs = triton_launch.forward(
+            x, weight, bias, residual, None, EPS, activation, keep, cut=FORMS[form].of(x, backward=False)
+        )
+        ctx.save_for_backward(x, weight, bias, residual if activation == "silu" else None, mean, var, signs)
+        ctx.rest = (activation, form, keep, residual is not None)
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
+        x, weight, bias, residual, mean, var, signs = ctx.saved_tensors
+        activation, form, keep, added = ctx.rest
+        dx, dweight, dbias, dresidual = triton_launch.backward(
+            dy, x, weight, bias, residual, (mean, var), signs if keep else None, EPS, activation, False, added,
+            cut=FORMS[form].of(x, backward=True),
+        )  # fmt: skip
+        return dx, dweight, dbias, dresidual if added else None, None, None
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("activation", "residual"), [("relu", True), ("silu", False)])
+def test_every_plan_gives_the_same(
+    form: str, channels_last: bool, activation: str, residual: bool, device: torch.device
+) -> None:
+    """Rows of 13 channels are two slices."""
+    given = case((5, 13 if channels_last else 3, 2, 4), torch.float32, device, channels_last=channels_last,
+                 activation=activation, residual=residual)  # fmt: skip
+    assert_right(planned(form), given)
+
+
+def test_a_team_of_more_programs_than_a_tile_has_rows_merges_in_steps(device: torch.device) -> None:
+    x = case((40, 8), torch.float32, device).x
+    cut = replace(FORMS["a team"].of(x, backward=False), rows=2, held=1, team=7, barrier="launch")
+    y, mean, var, _ = triton_launch.forward(x, None, None, None, None, EPS, "none", False, cut=cut)
+    expected, expected_mean, expected_var = native.batch_norm(x, None, None, EPS)
+    torch.testing.assert_close((y, mean, var), (expected, expected_mean, expected_var))
+
+
+@pytest.mark.parametrize(("lines", "rows", "programs"), [(72_765_788, 4096, 132), (2**30 - 1, 4096, 132), (100, 64, 2)])
+def test_programs_that_do_not_exist_have_no_share(lines: int, rows: int, programs: int, device: torch.device) -> None:
+    """Their numbers times a program's lines pass 32 bits, and what is left of that must not look like a share."""
+    shares = torch.empty(rows, dtype=torch.float64, device=device)
+    share_kernel.write_shares[(1,)](shares, programs, lines, -(-lines // (rows * programs)), R=rows)
+    assert shares.sum() == lines
+    assert not shares[programs:].any()
+
+
+@pytest.mark.parametrize("form", ["a team", "a team with overflow"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_plan_serves_every_dtype(form: str, dtype: torch.dtype, device: torch.device) -> None:
+    assert_right(planned(form), case((5, 2, 15), dtype, device, activation="relu", residual=True))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_64_bit_addresses_give_the_same(
+    channels_last: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As tensors of more than 2**31 elements need them."""
+    monkeypatch.setattr(triton_launch, "MOST_OF_32_BITS", 0)
+    triton_launch.prepared.cache_clear()
+    given = case((4, 3, 2, 4), torch.float32, device, channels_last=channels_last, activation="relu", residual=True)
+    assert_right(fused(device), given)
+    triton_launch.prepared.cache_clear()
+
+
+# --- numerics -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ratio", "bound"), [(1e3, 1e-6), (1e4, 5e-6)])
+@pytest.mark.parametrize("form", [None, "a team", "overflow"])
+def test_the_variance_keeps_its_digits_beside_a_large_mean(
+    ratio: float, bound: float, form: str | None, device: torch.device
+) -> None:
+    x = (torch.randn(32, 2, 4, 5, generator=torch.Generator().manual_seed(3)) + ratio).to(device)
+    run = planned(form) if form else fused(device)
+    _, mean, var = run(x, None, None, EPS, None, None, None)
+    exact = x.double().var((0, 2, 3), correction=0)
+    assert ((var.double() - exact).abs() / exact).max().item() <= bound
+    assert (mean.double() - x.double().mean((0, 2, 3))).abs().max().item() <= ROUNDOFF[torch.float32] * ratio
+
+
+@pytest.mark.parametrize("form", [None, "a team", "overflow"])
+def test_a_constant_channel_becomes_its_bias(form: str | None, device: torch.device) -> None:
+    """Where the mean of equal values is rounded, dividing what is left by sqrt(eps) gives +-1 (pytorch 5410)."""
+    x = torch.full((7, 2, 9), 10000.1, device=device)
+    bias = torch.tensor([0.5, -2.0], device=device)
+    run = planned(form) if form else fused(device)
+    y, _, var = run(x, None, bias, EPS, None, None, None)
+    assert torch.equal(y, bias.view(1, 2, 1).expand_as(x))
+    assert var.max() < 1e-3 * EPS  # a GPU's division is good to two units in the last place
+
+
+@pytest.mark.parametrize("form", [None, "a team", "overflow"])
+def test_values_whose_squares_overflow_become_the_bias_as_in_torch(form: str | None, device: torch.device) -> None:
+    x = 1e30 * torch.randn(7, 2, 9, generator=torch.Generator().manual_seed(7)).to(device)
+    bias = torch.tensor([0.5, -2.0], device=device)
+    run = planned(form) if form else fused(device)
+    y, _, var = run(x, None, bias, EPS, None, None, None)
+    assert torch.equal(y, bias.view(1, 2, 1).expand_as(x))
+    assert var.isinf().all()

@@ -1,0 +1,41 @@
+"""What would be run, and how large it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bncli.errors import RecipeError
+from bncli.measure.compare.plan import planned_comparison
+from bncli.measure.dry_run import planned_training
+from bncli.recipe.load import Loaded, load
+from tests.measure.compare.test_plan import ARMS, BASE
+
+
+def loaded(folder: Path, text: str) -> Loaded:
+    (folder / "small.yaml").write_text(text)
+    return load(str(folder / "small.yaml"))
+
+
+def test_a_comparison_counts_its_runs_and_what_each_arm_changes(tmp_path: Path) -> None:
+    planned = planned_comparison([loaded(tmp_path, BASE + ARMS)])
+    assert (planned.runs, planned.steps_at_most) == (28, 28_000)
+    plain, normed = planned.arms
+    assert (plain.changes, plain.tuning_runs, plain.report_runs) == ((), 9, 5)
+    assert normed.changes[0] == ("norm.kind", "batch")
+    assert plain.parameters is not None
+    assert normed.parameters == plain.parameters + 8  # for each unit a scale and a shift, and no bias
+    assert planned.grid == {"optimizer.lr": (0.1, 1, 10)}
+
+
+def test_one_training_run_is_one_run_of_the_arm_that_is_chosen(tmp_path: Path) -> None:
+    recipe = loaded(tmp_path, BASE + ARMS)
+    planned = planned_training(recipe, recipe.arms[1])
+    assert (planned.name, planned.runs, planned.steps_at_most) == ("normed", 1, 1000)
+    assert len(planned.arms) == 1
+
+
+def test_a_recipe_that_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="a comparison needs two"):
+        planned_comparison([loaded(tmp_path, BASE)])

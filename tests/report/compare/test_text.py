@@ -1,0 +1,214 @@
+"""What every rendering of a comparison says: cells, tuning runs, footnotes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from bncli.report.compare.text import (
+    common_ratio,
+    comparison_columns,
+    footnotes,
+    metric_range,
+    ratio_cell,
+    steps_cell,
+    subtitle,
+    title,
+    tuning_columns,
+)
+from bncli.report.text import UNKNOWN, header_words
+from bncli.results.compare import Ratio, Steps, TuningCell
+from bncli.results.environment import Interval
+
+
+def test_steps_of_a_censored_arm_are_above_the_budget(examples):
+    plain = examples["censored reference"].arms[0]
+    assert steps_cell(plain, 3000) == ("> 3,000", "")
+
+
+def test_a_lower_bound_below_the_budget_is_shown_beside_it(examples):
+    arm = replace(examples["censored reference"].arms[0], steps=Steps(None, Interval(2104.0, None), "bound"))
+    assert steps_cell(arm, 3000) == ("> 3,000", "> 2,104")
+
+
+def test_steps_of_an_arm_without_runs_are_unknown_and_never_above_the_budget(examples):
+    assert steps_cell(examples["no runs yet"].arms[0], 3000) == (UNKNOWN, "")
+
+
+def test_an_arm_of_which_every_run_diverged_says_so(examples):
+    assert steps_cell(examples["six arms"].arms[5], 3000) == ("diverged", "")
+
+
+def test_a_median_is_marked_as_one(examples):
+    assert steps_cell(examples["six arms"].arms[3], 3000) == ("median 1,911", "> 1,750")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "cell"),
+    [
+        (None, ("1", "reference")),
+        (Ratio(12.13, Interval(9.81, 14.94), "means", 0.0), ("12.1x", "9.81–14.9")),
+        (Ratio(4.0, Interval(3.1, None), "rank", 0.01), ("4.00x", "> 3.10")),
+        (Ratio(None, Interval(4.1, None), "bound", 0.01), ("> 4.10x", "")),
+        (Ratio(None, Interval(None, 0.29), "bound", 0.01), ("< 0.290x", "")),
+        (Ratio(None, Interval(None, None), "bound", None), (UNKNOWN, "")),
+        (Ratio(None, Interval(None, None), "none", None), (UNKNOWN, "")),
+    ],
+)
+def test_a_ratio_is_a_figure_with_its_interval_or_a_bound_or_unknown(ratio, cell):
+    assert ratio_cell(ratio) == cell
+
+
+def test_the_columns_are_those_of_the_question(examples):
+    headers = [header_words(column) for column in comparison_columns(examples["two fields"]) if not column.extra]
+    assert headers == [
+        "arm", "lr", "momentum", "hits", "steps to target", "times fewer", "best accuracy", "samples/s", "memory MiB",
+    ]  # fmt: skip
+
+
+def test_every_arm_has_a_cell_in_every_column(example):
+    assert {len(column.cells) for column in comparison_columns(example)} == {len(example.arms)}
+
+
+def test_fixed_and_edge_values_are_marked_and_the_marks_are_explained(examples):
+    columns = {column.header[0]: column.cells for column in comparison_columns(examples["two fields"])}
+    assert columns["lr"] == (("1*", ""), ("1*", ""))
+    assert columns["momentum"] == (("0.9*", ""), ("0", "fixed"))
+    notes = footnotes(examples["two fields"])
+    assert any(note.startswith("*:") for note in notes)
+    assert any(note.startswith("fixed:") for note in notes)
+
+
+def test_marks_that_do_not_occur_are_not_explained(examples):
+    notes = footnotes(examples["censored reference"])
+    assert not any(note.startswith(("*:", "fixed:")) for note in notes)
+
+
+def test_the_methods_in_use_are_named_and_no_other(examples):
+    two, six = (" ".join(footnotes(examples[name])) for name in ("two arms", "six arms"))
+    assert "repeats the choice of each arm's best point" in two
+    assert "median:" not in two
+    assert "order statistics" not in two
+    assert "> 2,308: at least half of the runs missed; a budget of 3,000 steps shows up to 2,308" in six
+    assert "ratio of medians (order statistics of both)" in six
+    assert "as > or <: a bound" in six
+
+
+def test_the_notes_of_the_comparison_come_first(examples):
+    assert footnotes(examples["six arms"])[:3] == [
+        "52 of 56 runs are done, 1 failed; the figures rest on those",
+        "careful xavier initialization: failed: seed 106: worker killed by signal 9",
+        "small learning rate: 5 of 5 runs diverged and count as misses",
+    ]
+
+
+def test_the_machine_and_the_versions_are_named_once(examples):
+    made = [note for note in footnotes(examples["two arms"]) if note.startswith("Made on")]
+    assert made == [
+        "Made on cpu (Example CPU <4 GHz>, Linux x86_64), 1 thread a run, torch 2.13.0, Python 3.12.1, bncli 0.1.0."
+    ]
+
+
+def test_a_second_machine_is_named_too(examples):
+    found = examples["two arms"]
+    first = found.runs[0]
+    elsewhere = replace(
+        first.result, environment=replace(first.result.environment, device="cuda", driver="580.1", tf32=True)
+    )
+    notes = footnotes(replace(found, runs=(replace(first, result=elsewhere), *found.runs[1:])))
+    assert sum(note.startswith("Made on") for note in notes) == 2
+    assert any("driver 580.1, TF32, torch" in note for note in notes)
+
+
+def test_the_title_names_data_target_budget_and_seeds(examples):
+    found = examples["falling loss"]
+    assert title(found) == "digits: optimizer steps to held-out loss 0.1"
+    assert subtitle(found.plan).endswith(
+        "; 3 seeds at every point of the grid, 10 more where it may be the best; budget 3,000 steps"
+    )
+    assert subtitle(replace(found.plan, tune_seeds=())).endswith("; 10 seeds an arm; budget 3,000 steps")
+    assert subtitle(found.plan).startswith("digits, 1,297 training")
+
+
+def test_a_loss_far_above_where_the_arms_began_does_not_stretch_the_axis(examples):
+    found = examples["falling loss"]
+    wild = replace(found.arms[0], curve=(*found.arms[0].curve, (2000.0, 1e9, 1e9, 1e9)))
+    low, high = metric_range(replace(found, arms=(wild, found.arms[1])))
+    assert low < found.plan.target.value
+    assert high < 5
+
+
+def test_a_curve_point_that_is_not_finite_is_left_out(examples):
+    found = examples["falling loss"]
+    broken = replace(found.arms[0], curve=(*found.arms[0].curve, (2000.0, float("nan"), 0.0, float("inf"))))
+    assert metric_range(replace(found, arms=(broken, found.arms[1]))) == metric_range(found)
+
+
+BUDGET = 3000
+
+
+def cell(hits: int, steps: float | None, runs: int = 3, diverged: int = 0) -> TuningCell:
+    return TuningCell({"optimizer.lr": 0.3}, hits, runs, steps, diverged)
+
+
+def test_two_arms_that_always_hit_have_a_ratio():
+    assert common_ratio(cell(3, 50.0), cell(3, 600.0), BUDGET) == "12.0x"
+
+
+@pytest.mark.parametrize(
+    ("arm", "reference", "text"),
+    [
+        (cell(3, 300.0), cell(0, None), "> 10.0x"),
+        (cell(0, None), cell(3, 300.0), "< 0.100x"),
+        (cell(3, 300.0, 3), cell(1, 300.0, 2), "> 3.16x"),  # sqrt(300 * 3000) / 300
+        (cell(0, None, diverged=3), cell(3, 1500.0), "< 0.500x"),
+    ],
+)
+def test_misses_on_one_side_count_as_the_budget_and_make_a_bound(arm, reference, text):
+    assert common_ratio(arm, reference, BUDGET) == text
+
+
+@pytest.mark.parametrize(
+    ("arm", "reference"),
+    [
+        (cell(1, 300.0), cell(2, 300.0)),
+        (cell(3, 300.0), cell(0, None, runs=0)),
+        (cell(3, None), cell(3, 300.0)),  # at the target before training: no geometric mean
+    ],
+)
+def test_misses_on_both_sides_or_no_mean_leave_the_ratio_unknown(arm, reference):
+    assert common_ratio(arm, reference, BUDGET) == UNKNOWN
+
+
+def test_never_and_diverged_are_words(examples):
+    columns = {column.header[0]: column.cells for column in tuning_columns(examples["two arms"])}
+    assert columns["lr 0.03"][0] == ("never 0/3", "")
+    assert columns["lr 3"][1] == ("diverged", "< 0.349x")
+
+
+def test_the_longest_field_goes_across_and_the_others_down(examples):
+    columns = tuning_columns(examples["two fields"])
+    assert [column.header[0] for column in columns] == ["arm", "lr 0.1", "lr 0.3", "lr 1"]
+    assert columns[0].cells == (
+        ("plain", "momentum 0"),
+        ("plain", "momentum 0.9"),
+        ("batch norm", "momentum 0 fixed"),
+    )
+
+
+def test_an_arm_is_compared_with_the_reference_at_the_same_values_of_all_fields(examples):
+    columns = {column.header[0]: column.cells for column in tuning_columns(examples["two fields"])}
+    assert columns["lr 0.1"][2] == ("98.0 3/3", "27.7x")  # plain took 2711 at momentum 0
+
+
+def test_a_value_that_an_arm_fixes_is_named_beside_it(examples):
+    columns = tuning_columns(examples["six arms"])
+    assert columns[0].cells[2] == ("batch norm with a learning rate x5", "lr 1.5 fixed")
+    assert all(column.cells[2] == (UNKNOWN, "") for column in columns[1:])
+
+
+def test_a_reference_that_is_not_there_leaves_out_the_ratios(examples):
+    found = examples["two arms"]
+    without = replace(found, arms=found.arms[1:])
+    assert all(aside == "" for column in tuning_columns(without)[1:] for _, aside in column.cells)

@@ -1,0 +1,40 @@
+"""A dry run on the terminal."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bncli.report.dry_run import render, to_json
+from bncli.results.compare import Planned, PlannedArm
+
+PLANNED = Planned(
+    "small",
+    (("optimizer.lr", 0.5, "small.yaml:4"), ("optimizer.momentum", 0.0, "default")),
+    (
+        PlannedArm("plain", (), (), 1234, 2.5, 9, 5),
+        PlannedArm("[own]", (("norm.kind", "batch"),), ("optimizer.lr",), None, None, 0, 5),
+    ),
+    {"optimizer.lr": (0.1, 1.0)},
+    28,
+    28_000,
+)
+
+
+def test_fields_arms_and_runs_are_shown(show):
+    text = " ".join(show(render(PLANNED), 120).split())
+    for words in (
+        "optimizer.lr 0.5 small.yaml:4",
+        "plain nothing 1,234 2.5 MiB 9 + 5",
+        "[own] norm.kind: batch – – 5",
+        "(optimizer.lr is fixed: not tuned)",
+        "grid: optimizer.lr in 0.1, 1",
+        "28 runs, 28,000 optimizer steps at most, more where an arm keeps several points of the grid.",
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize("field", ["name", "fields", "arms", "grid", "runs", "steps_at_most"])
+def test_json_has_every_field(field):
+    assert field in json.loads(to_json(PLANNED))
