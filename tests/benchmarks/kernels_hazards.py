@@ -49,7 +49,7 @@ def under_autocast(case: Case, kernel: str, device_name: str) -> list[Check]:
             return call_of(kernel)(*given)
 
     with torch.autocast(device.type, torch.bfloat16):
-        found, native = (apply(case, name)(shape.given).dtype for name in (kernel, "native"))
+        found, native = (outputs(case, call_of(name), shape.given)["forward"].dtype for name in (kernel, "native"))
     return [
         judged(shape, kernel, "autocast", case, call),
         Check("autocast's dtype", str(case), found == native, f"y is {found}, native's {native}"),

@@ -25,6 +25,7 @@ from bncli.names import GRADCHECK_KERNELS, NORMS
 
 PERTURBATIONS = 6
 REMEMBERED = 512  # cases, of some 100 KiB each
+SHIFTS = 4  # roundings of a mean about a value of x: of the differences, their sum's start, and the value added again
 FEWEST_VALUES = 512  # of a channel of a large case, that are perturbed
 ROUNDINGS = 4  # of each number on its way, besides those of the sums
 ROUNDINGS_ANY = (
@@ -60,6 +61,7 @@ class Expected:
     moved: Values  # by one rounding in the working dtype of every number on the way
     rounded: Values  # by one rounding in the dtype of x, where that is narrower; else empty
     kept: dict[str, torch.dtype]  # the dtype that a quantity is stored in
+    shift: Tensor | None  # (C), one rounding of the largest value of x, in running_mean: of a sum about a value of x
     half_vectors: bool  # weight and bias narrower than the working dtype, where torch folds them with the mean
 
     def floors(self, rule: Rule, truncates: bool = False) -> Values:
@@ -80,6 +82,8 @@ class Expected:
             kept, second = self.kept[name], name.startswith("double")
             stored_by = unit_roundoff(kept) * (2 if truncates and kept == torch.bfloat16 else 1)
             floor = sums * (self.moved[name] + working * largest(exact)) + stored_by * exact.abs()
+            if name == "running_mean" and self.shift is not None:
+                floor = floor + SHIFTS * self.shift
             follows = case.fusion != "plain" and not name.startswith("running")
             in_half = self.half_vectors or second or (group_norm_in_half and name == "dweight")
             if self.rounded and rule != "kernel" and (follows or (native and in_half)):
@@ -152,8 +156,9 @@ def _computed(case: Case, given: Inputs, second: bool, device: torch.device, mos
     moved = moves(unit_roundoff(case.working))
     rounded = moves(unit_roundoff(case.stored), ("x",)) if case.stored != case.working else {}
     kept = {name: _kept_in(name, given) for name in truth}
+    shift = case.momentum * unit_roundoff(case.working) * largest(wide.x).flatten() if "running_mean" in truth else None
     half_vectors = given.weight is not None and given.weight.dtype != case.working
-    return Expected(case, truth, moved, rounded, kept, half_vectors)
+    return Expected(case, truth, moved, rounded, kept, shift, half_vectors)
 
 
 def _sampled(case: Case, wide: Inputs, most: int) -> tuple[Case, Inputs]:

@@ -24,9 +24,9 @@ LONGEST = 1e4  # from here on an error in tolerances is written with an exponent
 FEW = 6  # names that are listed; more are counted
 
 _OWN = "what float64 moves by when every number on the way moves by one rounding, plus the output's own rounding"
-_FUSED = "3 half-precision roundings more where a residual or an activation follows"
+_FUSED = "3 half-precision roundings more of y and the gradients where a residual or an activation follows"
 TOLERANCES: dict[ToleranceRule, str] = {
-    "kernel": f"the larger of twice native's own error in the dtype and (log2 m + 4) times {_OWN}; {_FUSED}",
+    "kernel": f"the larger of twice native's own error in the dtype and (log2 m + 4) times {_OWN}",
     "native": (
         f"(sqrt m + 32) times {_OWN}; {_FUSED}, in the second derivative, which torch computes in the dtype itself, "
         "and in dweight of channels_last inputs to its group norm"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bncli.report.profile.text import NATIVE, size_words
+from bncli.report.text import finding_text
 from bncli.results.profile import (
     KernelCost,
     KernelProfile,
@@ -79,6 +80,9 @@ def error_words(row: KernelCost | StepCost) -> str | None:
     """Why a row has no times, on one line; None where it has."""
     if isinstance(row, StepCost) and row.difference is not None:
         return difference_words(row.difference)
+    if isinstance(row, KernelCost) and row.finding is not None:
+        where = "" if row.wrong_case is None else f", in the case {row.wrong_case}"
+        return finding_text(row.finding) + where
     return None if row.error is None else " ".join(row.error.split())
 
 

@@ -133,3 +133,24 @@ def test_any_order_allows_the_error_of_a_sum_in_order_and_not_that_of_half_preci
 def test_a_case_is_judged_by_the_running_statistics_in_training_alone() -> None:
     assert "running_var" in quantities(Case("train", "float32", "contiguous", (4, 3)))
     assert "running_var" not in quantities(Case("eval", "float32", "contiguous", (4, 3)))
+
+
+def test_a_mean_near_0_may_be_taken_about_a_value_of_x() -> None:
+    """Its error is of the value's size and not of the mean's: of many channels the fused kernel shows it in some."""
+    x = torch.tensor([3.0, -1.0, -2.5, 0.5]).reshape(4, 1)
+    given = replace(inputs(Case("train", "float32", "contiguous", (4, 1)), CPU), x=x, running_mean=torch.zeros(1))
+    held_to = tolerances.expected(Case("train", "float32", "contiguous", (4, 1)), given)
+    truth, floor = held_to.truth["running_mean"], held_to.floors("kernel")["running_mean"]
+    assert float(truth) == 0
+    assert tolerances.in_floors(truth + 0.3 * 2 * 3.0 * 2.0**-24, truth, floor) < 1
+    assert tolerances.in_floors(truth + 100 * 3.0 * 2.0**-24, truth, floor) > 1
+
+
+def test_what_results_are_held_to_is_remembered_by_the_inputs_values() -> None:
+    case = Case("train", "float32", "contiguous", (4, 3, 5))
+    given = inputs(case, CPU)
+    held_to = tolerances.expected(case, given)
+    assert tolerances.expected(case, inputs(case, CPU)) is held_to
+    given.x[0, 0, 0] += 1
+    assert tolerances.expected(case, given) is not held_to
+    assert tolerances.expected(case, inputs(case, CPU), second=False) is not held_to

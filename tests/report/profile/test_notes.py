@@ -17,7 +17,18 @@ from bncli.report.profile.notes import (
     note_words,
     remark_words,
 )
-from bncli.results.profile import Case, Ceilings, NormLayers, NormRemark, Note, NoteKind, RemarkKind, StepDifference
+from bncli.results.finding import Finding
+from bncli.results.profile import (
+    Case,
+    Ceilings,
+    KernelCost,
+    NormLayers,
+    NormRemark,
+    Note,
+    NoteKind,
+    RemarkKind,
+    StepDifference,
+)
 from tests.report.made_up_costs import FUSED_NORMS, one_case, step_profile
 
 CASES = tuple(Case((4, 3, 5, side), "bn+relu", "fp32") for side in (7, 8, 9))
@@ -192,3 +203,11 @@ def test_a_remark_names_the_first_layer_and_how_many_more():
     assert remark_words(remark).layer == "blocks.0.norm"
     assert remark_words(replace(remark, more_layers=3)).layer == "blocks.0.norm and 3 more"
     assert remark_words(replace(remark, layer="")).layer == "(the model)"
+
+
+def test_a_wrong_kernel_is_told_with_its_worst_place_and_the_small_case_that_shows_it() -> None:
+    off = Finding("off", "dx", 7.0, at=(0, 1), found=1.5, expected=2.0)
+    row = KernelCost(Case((4, 3), "bn", "fp32"), "mine:norm", 1, None, error="wrong result", wrong=True, finding=off)
+    assert error_words(row) == "dx[0, 1] is 1.5; expected 2"
+    small = replace(row, wrong_case="train/float16/contiguous/11x3/plain")
+    assert error_words(small) == "dx[0, 1] is 1.5; expected 2, in the case train/float16/contiguous/11x3/plain"
