@@ -1,13 +1,16 @@
 """Names of kernels, norms and activations: one table each, from which the recipe's schema, the command line's choices,
-the modules and the checks are read. Standard library alone.
+the modules and the checks are read. No torch.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
+
+from bncli.errors import CODE_OF_YOURS, UsageError
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
@@ -119,3 +122,15 @@ else:
     RecipeKernel = Literal[RECIPE_KERNELS]
     RecipeActivation = Literal[RECIPE_ACTIVATIONS]
     NormName = Literal[tuple(NORMS)]
+
+
+def check_kernel(name: str, known: Sequence[str], allow_code: bool) -> None:
+    """Raises UsageError for a name that is none of `known`, and for the user's own code where it is not allowed."""
+    if name in known:
+        return
+    if ":" not in name:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected {', '.join(known)} or package.module:function"
+        raise UsageError(f"there is no such kernel; {hint}", field="kernel", value=name)
+    if not allow_code:
+        raise UsageError(f"it is {CODE_OF_YOURS}", field="kernel", value=name)

@@ -1,4 +1,4 @@
-"""The house rules, read from the source: who may import whom, what never loads early, what the README names exists."""
+"""The plan of the code, read from its syntax: who may import whom, what loads early, what the README names exists."""
 
 from __future__ import annotations
 
@@ -15,35 +15,97 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "bncli"
 
 STANDARD = sys.stdlib_module_names
-RESULTS = {"errors", "names", "results"}
-NOTEBOOKS = RESULTS | {"recipe"}
+SHELVES = {"errors", "names", "results"}  # plain data that every part may use
+ASKED = SHELVES | {"recipe"}
+REPORT = {
+    f"report.{name}"
+    for name in ("dry_run", "export", "figure", "files", "folder", "progress", "table", "text", "train")
+}
 
-# Room -> (rooms it may import, outside packages it may import). A room is a module of the package or a folder in it.
+# Part -> (parts it may import, outside packages it may import). A module belongs to the longest name that its own
+# begins with, and so does what it imports. A part may always import itself.
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
-    "errors": (set(), set()),
-    "names": (set(), set()),
-    "results": ({"results"}, set()),
-    "recipe": ({"errors", "names", "recipe"}, {"pydantic", "yaml", "numpy"}),
-    "kernels": ({"errors", "names", "kernels"}, {"torch", "triton"}),
-    "engine": (
-        NOTEBOOKS | {"kernels", "engine"},
-        {"torch", "numpy", "sklearn", "datasets", "PIL", "huggingface_hub", "psutil"},
-    ),
-    "measure": (NOTEBOOKS | {"kernels", "engine", "measure"}, {"torch", "numpy", "scipy", "psutil"}),
-    "report": (RESULTS | {"report"}, {"rich", "matplotlib"}),
-    "cli": (NOTEBOOKS | {"cli", "measure", "report", "engine", "kernels"}, {"typer", "rich"}),
-    "__main__": ({"cli"}, set()),
     "__init__": ({"recipe", "engine", "kernels"}, set()),  # the public Python API, loaded when first used
+    "__main__": ({"cli"}, set()),
+    "errors": (set(), set()),
+    "names": ({"errors"}, set()),
+    "results": ({"errors", "names"}, set()),
+    "recipe": ({"errors", "names"}, {"pydantic", "yaml", "numpy"}),
+    "kernels": ({"errors", "names"}, {"torch"}),
+    "kernels.definition": ({"names"}, {"torch"}),
+    "kernels.fused.triton": ({"errors", "names", "kernels"}, {"torch", "triton"}),
+    "kernels.fused.triton_launch": ({"errors", "names", "kernels"}, {"torch", "triton"}),
+    "engine.device": ({"errors", "names", "results", "__init__"}, {"torch", "psutil"}),
+    "engine.target": (ASKED, set()),
+    "engine.user_code": ({"errors"}, set()),
+    "engine.data": (
+        {"errors", "names", "recipe", "kernels", "engine.device"},
+        {"torch", "numpy", "sklearn", "datasets", "PIL", "huggingface_hub"},
+    ),
+    "engine.models": (
+        {"errors", "names", "recipe", "kernels", "engine.device", "engine.user_code"},
+        {"torch", "numpy"},
+    ),
+    "engine.convert": ({"errors", "names", "recipe", "kernels", "engine.device", "engine.models.norms"}, {"torch"}),
+    "engine.train": (ASKED | {"engine", "kernels"}, {"torch", "numpy"}),
+    "measure.timing": ({"errors", "results", "engine.device"}, {"torch", "numpy", "scipy", "psutil"}),
+    "measure.reference": (ASKED | {"kernels", "engine.device", "engine.models", "engine.user_code"}, {"torch"}),
+    "measure.dry_run": (ASKED, {"psutil"}),
+    "measure.compare": (
+        ASKED | {"engine.target", "engine.user_code", "measure.dry_run", "__init__"},
+        {"numpy", "scipy", "psutil"},
+    ),
+    "measure.profile": (
+        ASKED | {"kernels", "engine", "measure.timing", "measure.reference"},
+        {"torch", "numpy", "psutil"},
+    ),
+    "measure.gradcheck": (ASKED | {"kernels", "engine", "measure.timing", "measure.reference"}, {"torch", "numpy"}),
+    "report": (SHELVES, {"rich"}),
+    "report.figure": (SHELVES | {"report"}, {"matplotlib"}),
+    **{
+        f"report.{command}": (SHELVES | REPORT, {"rich", "matplotlib"})
+        for command in ("compare", "profile", "gradcheck")
+    },
+    "cli": (ASKED | REPORT, {"typer", "rich"}),
+    **{
+        f"cli.{command}": (
+            ASKED
+            | REPORT
+            | {"cli.console", "cli.options", f"report.{command}", f"measure.{command}"}
+            | ({"engine.train", "measure.dry_run"} if command == "train" else set()),
+            {"typer"},
+        )
+        for command in ("train", "compare", "profile", "gradcheck")
+    },
+    "cli.__init__": ({"errors", "cli", "__init__"}, {"typer"}),
+    "engine": (set(), set()),
+    "measure": (set(), set()),
 }
 
 
-def room_of(file: Path) -> str:
-    inside = file.relative_to(PACKAGE)
-    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+def module_of(file: Path) -> str:
+    """`measure.profile.kernels`; a package's `__init__.py` is the package, but for the outermost and the CLI's."""
+    name = ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+    return name if name in ALLOWED else name.removesuffix(".__init__")
+
+
+def is_in(module: str, part: str) -> bool:
+    return f"{module}.".startswith(f"{part}.")
+
+
+def part_of(module: str) -> str:
+    """The part that a module belongs to: the longest name in the table that its own begins with."""
+    found = [part for part in ALLOWED if is_in(module, part)]
+    assert found, f"{module} is in no part of the table"
+    return max(found, key=len)
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {module_of(file): file for file in FILES}
 
 
 def imports(file: Path) -> set[tuple[str, str]]:
-    """(`in`, a room) or (`out`, a package) for every import in a file, wherever it stands."""
+    """(`in`, a module of the package) or (`out`, a package) for every import in a file, wherever it stands."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         names = []
@@ -52,60 +114,158 @@ def imports(file: Path) -> set[tuple[str, str]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}:{node.lineno}: write the import out in full"
             module = node.module or ""
-            names = [f"{module}.{alias.name}" for alias in node.names] if module == "bncli" else [module]
+            inside = [f"{module}.{alias.name}" for alias in node.names]
+            names = [name if name.removeprefix("bncli.") in MODULES else module for name in inside]
         for name in names:
             head, _, rest = name.partition(".")
             if head == "bncli":
-                found.add(("in", rest.split(".")[0] or "__init__"))
+                found.add(("in", rest or "__init__"))
             elif head not in STANDARD:
                 found.add(("out", head))
     return found
 
 
-FILES = sorted(PACKAGE.rglob("*.py"))
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_the_table_allows_its_part(module: str) -> None:
+    part = part_of(module)
+    allowed, packages = ALLOWED[part]
+    allowed = allowed | {part}
+    for kind, name in sorted(imports(MODULES[module])):
+        if kind == "out":
+            assert name in packages, f"{module} ({part}) may not import {name}"
+        else:
+            assert any(is_in(name, each) for each in allowed), f"{module} ({part}) may not import {name}"
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_a_room_imports_only_what_the_house_allows_it(file: Path) -> None:
-    room = room_of(file)
-    rooms, packages = ALLOWED[room]
-    rooms = rooms | {"__init__", "__version__"}
-    for kind, name in imports(file):
-        assert name in (rooms if kind == "in" else packages), f"{room} may not import {name}"
+def test_every_part_of_the_table_is_there() -> None:
+    assert {part_of(module) for module in MODULES} == set(ALLOWED)
 
 
-def test_every_room_is_in_the_table() -> None:
-    assert {room_of(file) for file in FILES} <= set(ALLOWED)
+def test_no_module_has_the_name_of_one_of_pythons_own_but_the_command_profile() -> None:
+    names = {part for module in MODULES for part in module.split(".")} - {"__init__", "__main__"}
+    assert names & set(STANDARD) == {"profile"}
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    modules = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
-    graph: dict[str, set[str]] = {name: set() for name in modules}
-    for name, file in modules.items():
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                nested = {f"{node.module}.{alias.name}" for alias in node.names} & set(modules)
-                graph[name] |= nested or {node.module} & set(modules)
-    graph["bncli"] = set()  # the public names, loaded when first used
+    graph = {module: {name for kind, name in imports(file) if kind == "in"} for module, file in MODULES.items()}
+    graph["__init__"] = set()  # the public names, loaded when first used
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
-COMPARISON = sorted((PACKAGE / "measure" / "compare").rglob("*.py"))
+def test_options_are_named_in_the_command_line_alone() -> None:
+    """A Python caller's argument has no dashes; `cli` puts an option in its place."""
+    below = {module: file for module, file in MODULES.items() if not part_of(module).startswith("cli")}
+    named = set()
+    for module in below.keys() - OPTIONS_OF_OTHER_PROGRAMS:
+        for node in ast.walk(ast.parse(below[module].read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named |= {(module, node.lineno, option) for option in OPTION.findall(node.value)}
+    assert not named
 
 
-@pytest.mark.parametrize("file", COMPARISON, ids=lambda file: file.stem)
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+# Modules that start another program, or are one, and its options; a web page's style has names with dashes too.
+OPTIONS_OF_OTHER_PROGRAMS = {
+    "kernels.fused.build",
+    "engine.train.worker",
+    "measure.compare.executors.processes",
+    "report.compare.page",
+}
+
+# Modules without a test file of their own, and which file tests them, or why none has to.
+TESTED_ELSEWHERE = {
+    "__init__": "the public names, tests/engine and tests/kernels use them",
+    "__main__": "python -m bncli, run by tests/cli",
+    "cli.options": "declarations that every command of tests/cli uses",
+    "engine.convert.alias": "tests/engine/convert/test_convert.py",
+    "engine.convert.graph": "tests/engine/convert/test_convert.py",
+    "engine.convert.guard": "tests/engine/convert/test_convert.py",
+    "engine.convert.patch": "tests/engine/convert/test_convert.py",
+    "engine.convert.tracing": "tests/engine/convert/test_convert.py",
+    "kernels.fused.double_backward": "tests/kernels/fused/test_fused.py: second and third derivatives",
+    "kernels.fused.interpreted": "tests/kernels/fused/test_fused.py, as one of the implementations",
+    "kernels.fused.triton_launch": "tests/kernels/fused/test_triton.py",
+    "measure.compare.executors": "a protocol; its one executor is tested",
+    "results.compare": "declarations",
+    "results.environment": "declarations",
+    "results.finding": "declarations",
+    "results.gradcheck": "declarations",
+    "results.profile": "declarations",
+    "results.train": "declarations",
+    "cli.compare": "TO DO",
+    "cli.console": "TO DO",
+    "cli.gradcheck": "TO DO",
+    "cli.train": "TO DO",
+    "engine.data.splits": "TO DO",
+    "errors": "TO DO",
+    "kernels": "TO DO",
+    "kernels.definition": "TO DO",
+    "kernels.layout": "TO DO",
+    "measure.gradcheck.derivatives": "TO DO",
+    "measure.gradcheck.diagnose": "TO DO",
+    "measure.gradcheck.forward_backward": "TO DO",
+    "measure.gradcheck.hard_inputs": "TO DO",
+    "measure.gradcheck.invariants": "TO DO",
+    "measure.gradcheck.known_bugs": "TO DO",
+    "measure.reference.candidate": "TO DO",
+    "measure.reference.case": "TO DO",
+    "measure.reference.channels": "TO DO",
+    "measure.timing.ceilings": "TO DO",
+    "recipe.overrides": "TO DO",
+    "recipe.schema": "TO DO",
+    "report.gradcheck.export": "TO DO",
+    "report.gradcheck.table": "TO DO",
+    "results.serialize": "TO DO",
+}
+
+
+def path_of_test(file: Path) -> str:
+    """The test file of a module; a package's own, in its folder, has the package's name."""
+    path = file.relative_to(PACKAGE)
+    return (path.parent / f"test_{path.parent.name if path.stem == '__init__' else path.stem}.py").as_posix()
+
+
+def test_every_module_has_its_test_file_or_a_reason() -> None:
+    """tests/ is the package's tree: `measure/profile/steps.py` is tested by `tests/measure/profile/test_steps.py`."""
+    with_code = {module: file for module, file in MODULES.items() if len(ast.parse(file.read_text()).body) > 1}
+    missing = {module for module, file in with_code.items() if not (ROOT / "tests" / path_of_test(file)).exists()}
+    assert missing == set(TESTED_ELSEWHERE)
+
+
+def test_every_test_file_has_its_module_or_a_reason() -> None:
+    tests = {file.relative_to(ROOT / "tests").as_posix() for file in (ROOT / "tests").rglob("test_*.py")}
+    assert tests - {path_of_test(file) for file in FILES} == set(TESTS_OF_SEVERAL)
+
+
+# Test files of more than one module, or of a property of the whole.
+TESTS_OF_SEVERAL = {
+    "test_architecture.py": "the plan of the code",
+    "benchmarks/test_kernels.py": "the benchmark commands",
+    "benchmarks/test_kernels_cpu.py": "the benchmark commands",
+    "benchmarks/test_targets.py": "the benchmark commands",
+    "engine/train/test_fused_training.py": "training with the fused kernel, through all its modules",
+    "kernels/fused/test_ahead_of_time.py": "the compilation of every kernel without a GPU",
+    "kernels/fused/test_specialisations.py": "the compilation of every kernel without a GPU",
+    "kernels/fused/test_models.py": "whole models with the fused kernel",
+    "kernels/fused/test_team.py": "programs that share a channel, on a GPU",
+    "measure/reference/test_one_standard.py": "profile and gradcheck call the same kernels wrong",
+    "report/profile/test_progress.py": "TO DO",
+}
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGE / "measure" / "compare").rglob("*.py")), ids=lambda file: file.stem)
 def test_the_driver_of_a_comparison_never_needs_torch(file: Path) -> None:
     assert ("out", "torch") not in imports(file)
 
 
 def test_the_driver_of_a_comparison_does_not_load_torch_through_what_it_imports_either() -> None:
-    modules = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in COMPARISON]
+    modules = [f"bncli.{module}" for module in MODULES if part_of(module) == "measure.compare"]
     assert not modules_after(f"import {', '.join(modules)}") & {"torch", "sklearn"}
 
 
-def test_only_the_door_and_the_window_print() -> None:
-    for file in FILES:
-        if room_of(file) in ("cli", "report") or file.name == "schema.py":  # which prints when it is run as a program
+def test_only_the_command_line_and_the_report_print() -> None:
+    for module, file in MODULES.items():
+        if part_of(module).startswith(("cli", "report")) or module == "recipe.schema":  # printed when it is run
             continue
         calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
         printing = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]

@@ -10,23 +10,10 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from bncli.errors import ALLOW_CODE, OVERWRITE, BncliError, RecipeError
+from bncli.errors import ALLOW_CODE, OVERWRITE, BncliError, UsageError
 
 if TYPE_CHECKING:
     from bncli.results.compare import Planned
-
-
-def check_kernel_name(kernel: str, allow_code: bool, known: Sequence[str]) -> None:
-    """Refuse a name that is no kernel's, and code of the user's own that is not allowed, before torch is loaded."""
-    if kernel in known:
-        return
-    if ":" not in kernel:
-        from bncli.recipe.load import suggestion
-
-        hint = suggestion(kernel, [*known, "package.module:function"])
-        raise RecipeError(f"--kernel {kernel}: there is no such kernel; {hint}")
-    if not allow_code:
-        raise RecipeError(f"--kernel {kernel} is code of yours that would run; allow it with --allow-code")
 
 
 def listed(given: Sequence[str] | None) -> tuple[str, ...]:
@@ -37,7 +24,7 @@ def listed(given: Sequence[str] | None) -> tuple[str, ...]:
 def chosen_form(json: bool, csv: bool, markdown: bool) -> str:
     """How the result is printed: json, csv, markdown or table. Refuses two of them."""
     if json + csv + markdown > 1:
-        raise RecipeError("--json, --csv and --markdown: choose one, the result is printed once")
+        raise UsageError("--json, --csv and --markdown: choose one, the result is printed once")
     return "json" if json else "csv" if csv else "markdown" if markdown else "table"
 
 

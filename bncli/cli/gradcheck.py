@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from bncli.cli.console import StopSignal, check_kernel_name, listed, loaded_all, print_result
+from bncli.cli.console import StopSignal, listed, loaded_all, print_result
 from bncli.cli.options import AllowCode, Device, Json, Quiet
-from bncli.errors import CHECK_FAILED, INTERRUPTED, RecipeError
-from bncli.names import GRADCHECK_KERNELS, NormName
+from bncli.errors import CHECK_FAILED, INTERRUPTED, UsageError
+from bncli.names import GRADCHECK_KERNELS, NormName, check_kernel
 
 if TYPE_CHECKING:
-    from bncli.results.gradcheck import CheckGroup, Effort, Gradcheck
+    from bncli.results.gradcheck import CheckFailure, CheckGroup, Effort, Gradcheck
 
 
 def gradcheck(
@@ -47,20 +47,20 @@ def gradcheck(
     Example: bncli gradcheck --quick
     """
     if quick and full:
-        raise RecipeError("--quick and --full: choose one, or neither for the checks in between")
+        raise UsageError("--quick and --full: choose one, or neither for the checks in between")
     if demo:
         changed = {"--kernel": kernels, "--norm": norm != "batch", "--device": device != "auto"}
         given = {**changed, "--quick": quick, "--full": full, "--only": only, "--allow-code": allow_code}
         if idle := [option for option, value in given.items() if value]:
-            raise RecipeError(f"{', '.join(idle)}: nothing is checked with --demo, so that would have no effect")
+            raise UsageError(f"{', '.join(idle)}: nothing is checked with --demo, so that would have no effect")
         _show_demo(json)
         return
     names = ("native",) if kernels is None else listed(kernels)
     if len(names) != 1:
         several = ", ".join(names)
-        raise RecipeError(f"--kernel {several}: one kernel is checked at a time; run bncli gradcheck once for each")
+        raise UsageError(f"--kernel {several}: one kernel is checked at a time; run bncli gradcheck once for each")
     (kernel,) = names
-    check_kernel_name(kernel, allow_code, GRADCHECK_KERNELS)
+    check_kernel(kernel, GRADCHECK_KERNELS, allow_code)
     effort: Effort = "quick" if quick else "full" if full else "default"
     groups: list[CheckGroup] = []
     try:
@@ -72,7 +72,8 @@ def gradcheck(
         raise typer.Exit(getattr(stopped, "exit_code", INTERRUPTED)) from None  # Typer would make any of them 130
     from bncli.report.gradcheck import export, table
 
-    print_result(export.to_json(result) if json else table.GradcheckReport(result))
+    commands = [rerun_command(result, failure) for failure in result.failures]
+    print_result(export.to_json(result, commands) if json else table.GradcheckReport(result, commands))
     if not result.passed:
         raise typer.Exit(CHECK_FAILED)
 
@@ -108,3 +109,12 @@ def _show_demo(as_json: bool) -> None:
 
     steps = bias_demo()
     print_result(export.demo_to_json(steps) if as_json else table.demo_table(steps))
+
+
+def rerun_command(result: Gradcheck, failure: CheckFailure) -> list[str]:
+    """The words of the command that runs a failing case alone, or all, for what a whole run alone computes."""
+    parts = ["bncli", "gradcheck", "--kernel", result.kernel]
+    parts += ["--norm", result.norm] if result.norm != "batch" else []
+    parts += ["--device", result.device] if result.device != "auto" else []
+    parts += ["--allow-code"] if result.allow_code else []
+    return parts if failure.check == "paths" else [*parts, "--only", failure.case]

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from bncli.cli.console import StopSignal, chosen_form, listed, loaded_all, print_result, say
+from bncli.cli.console import StopSignal, check_outputs, chosen_form, listed, loaded_all, print_result, say
 from bncli.cli.options import AllowCode, Csv, Device, Json, Markdown, Quiet, Set, Threads
-from bncli.cli.profile_checks import (
-    FEWEST_ROUNDS,
-    SHAPE_SETS,
-    check_files,
-    check_gate,
-    check_kernels,
-    check_model,
-    check_recipe,
-    check_times,
-    check_views,
-)
-from bncli.errors import CHECK_FAILED, INTERRUPTED, UNAVAILABLE, UsageError
-from bncli.names import PROFILE_KERNELS, RECIPE_KERNELS
+from bncli.errors import CHECK_FAILED, CODE_OF_YOURS, INTERRUPTED, UNAVAILABLE, UsageError
+from bncli.names import PROFILE_KERNELS, RECIPE_KERNELS, check_kernel
 
 if TYPE_CHECKING:
     from bncli.measure.profile.kernels import KernelRun
@@ -32,6 +22,8 @@ if TYPE_CHECKING:
 
 SECONDS, QUICK_SECONDS = 45.0, 9.0  # of measuring; the rest is loading torch and checking
 FAIL_ABOVE = 1.10
+FEWEST_ROUNDS = 6  # that of bncli.measure.timing.speedup
+SHAPE_SETS = ("resnet20", "resnet50", "inception", "mlp")  # those of bncli.measure.profile.shapes
 
 
 def profile(
@@ -132,20 +124,20 @@ def profile(
     Example: bncli profile --shapes resnet50 --plot costs.svg
     """
     of_steps = recipe is not None or model is not None
-    check_recipe(recipe)
-    check_views(
+    _check_recipe(recipe)
+    _check_views(
         of_steps,
         {"--operation": operation, "--dtype": dtype, "--layout": layout, "--shapes": shapes, "--shape": shape,
          "--batch": batch, "--warm": warm},
         {"--set": sets, "--arm": arm, "--input": inputs, "--trace": trace},
     )  # fmt: skip
     form = chosen_form(json, csv, markdown)
-    check_times(seconds, quick, min_rounds, baseline)
-    check_gate(form, baseline, fail_above, strict)
+    _check_times(seconds, quick, min_rounds, baseline)
+    _check_gate(form, baseline, fail_above, strict)
     kernels = RECIPE_KERNELS if kernel is None else listed(kernel)
-    check_kernels(kernels, of_steps, baseline is not None, allow_code)
-    check_model(model, inputs, recipe=recipe, sets=sets, arm=arm, allow_code=allow_code)
-    earlier = check_files(plot, trace, baseline, of_steps)
+    _check_kernels(kernels, of_steps, baseline is not None, allow_code)
+    _check_model(model, inputs, recipe=recipe, sets=sets, arm=arm, allow_code=allow_code)
+    earlier = _check_files(plot, trace, baseline, of_steps)
     from bncli.measure.profile.kernel_memory import KernelPeaks
 
     # What a user's code prints is no result.
@@ -244,3 +236,105 @@ def _exit_code(result: KernelProfile | StepProfile, gate: Gate | None) -> int:
         return CHECK_FAILED
     others = [row for row in result.rows if row.kernel not in (None, "native")]
     return UNAVAILABLE if others and all(row.error is not None for row in others) else 0
+
+
+# --- what is refused before torch is loaded ---------------------------------------------------------------------------
+
+
+def _check_views(of_steps: bool, of_kernel_view: dict[str, Any], of_step_view: dict[str, Any]) -> None:
+    """Refuse the options of the other view. Each: option -> its value."""
+    given = of_kernel_view if of_steps else of_step_view
+    if idle := [option for option, value in given.items() if value]:
+        of_kernels, of_a_step = "the kernel view: leave the recipe or --model away", "the step view: give a recipe"
+        belongs = "belong" if len(idle) > 1 else "belongs"
+        raise UsageError(f"{', '.join(idle)} {belongs} to {of_kernels if of_steps else of_a_step}")
+
+
+def _check_kernels(kernels: tuple[str, ...], of_steps: bool, compared: bool, allow_code: bool) -> None:
+    """Refuse names of none, those that no model can be trained with, and what gives no ratio to hold to a baseline."""
+    for name in kernels:
+        check_kernel(name, PROFILE_KERNELS, allow_code)
+    if of_steps and (others := [name for name in kernels if name not in RECIPE_KERNELS]):
+        raise UsageError(f"--kernel {', '.join(others)}: models are trained with {' and '.join(RECIPE_KERNELS)} alone")
+    if compared and ("native" not in kernels or len(kernels) < 2):
+        raise UsageError("--baseline: ratios to native are compared; name native and another with --kernel")
+
+
+def _check_recipe(recipe: str | None) -> None:
+    """Refuse a set of shapes, a shape or a file of shapes in the place of the recipe."""
+    if recipe in SHAPE_SETS or (recipe or "").endswith(".csv"):
+        raise UsageError(f"{recipe} is no recipe; for its shapes give --shapes {recipe}")
+    if recipe and "x" in recipe and recipe.replace("x", "").isdigit():
+        raise UsageError(f"{recipe} is no recipe; for that shape give --shape {recipe}")
+
+
+def _check_model(
+    model: str | None,
+    inputs: str | None,
+    *,
+    recipe: str | None,
+    sets: list[str] | None,
+    arm: str | None,
+    allow_code: bool,
+) -> None:
+    """Refuse what --model cannot be measured with."""
+    if model is None:
+        return
+    if recipe is not None:
+        raise UsageError(f"{recipe} and --model {model}: give one of them")
+    if sets or arm:
+        raise UsageError("--set and --arm change a recipe; with --model there is none")
+    if not all(model.partition(":")):
+        raise UsageError(f"--model {model}: expected package.module:function, as in models.small:make")
+    if inputs is None:
+        raise UsageError(f"--model {model}: give its input's shape too, as in --input 32x3x224x224")
+    if not allow_code:
+        raise UsageError(f"it is {CODE_OF_YOURS}", field="model", value=model)
+
+
+def _check_times(seconds: float | None, quick: bool, min_rounds: int, baseline: Path | None) -> None:
+    """Refuse a time that is none, two times, and too few rounds for a verdict."""
+    if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
+        raise UsageError(f"--time {seconds:g}: expected seconds, more than 0")
+    if seconds is not None and quick:
+        raise UsageError("--time and --quick: choose one; both say how long to measure")
+    if baseline and min_rounds < FEWEST_ROUNDS:
+        raise UsageError(
+            f"--min-rounds {min_rounds} with --baseline: a verdict needs intervals, and those at least "
+            f"{FEWEST_ROUNDS} rounds"
+        )
+
+
+def _check_gate(form: str, baseline: Path | None, fail_above: float | None, strict: bool) -> None:
+    """Refuse a bound that is none, options of the gate without one, and a form that has no place for the verdicts."""
+    if fail_above is not None:
+        from bncli.measure.profile.baseline import check_fail_above
+
+        check_fail_above(fail_above)
+    idle = [option for option, value in {"--fail-above": fail_above, "--strict": strict}.items() if value]
+    if idle and baseline is None:
+        raise UsageError(f"{', '.join(idle)}: without --baseline FILE.json nothing is compared; give one")
+    if form == "csv" and baseline:
+        raise UsageError("--csv with --baseline: the verdicts have no place in the CSV; use --json or --markdown")
+
+
+def _check_files(
+    plot: Path | None, trace: Path | None, baseline: Path | None, of_steps: bool
+) -> KernelProfile | StepProfile | None:
+    """The baseline, if one is named. Refuses before any work what could not be read, or written, after it."""
+    check_outputs(plot, trace)
+    if baseline is None:
+        return None
+    from bncli.measure.profile.baseline import check_view
+    from bncli.report.profile.export import load
+    from bncli.results.profile import KernelProfile, StepProfile
+
+    earlier = load(baseline)
+    check_view(earlier, StepProfile if of_steps else KernelProfile, baseline)
+    ratios = [row.faster for row in earlier.rows if row.faster is not None]
+    if unbounded := sum(None in (ratio.interval.low, ratio.interval.high) for ratio in ratios):
+        raise UsageError(
+            f"--baseline {baseline}: {unbounded} of its {len(ratios)} ratios to native come from too few rounds for an "
+            f"interval, so nothing can be held to them; measure it anew, with {FEWEST_ROUNDS} rounds or more"
+        )
+    return earlier

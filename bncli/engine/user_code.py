@@ -1,4 +1,4 @@
-"""Code of the user's own: what model.module and gradcheck's --kernel name, and which files were loaded with it."""
+"""Code of the user's own: importing what model.module or a kernel's name says, and which files came with it."""
 
 from __future__ import annotations
 

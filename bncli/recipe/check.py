@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from bncli.errors import ALLOW_CODE
+from bncli.errors import CODE_OF_YOURS
 from bncli.recipe.layers import contradictions
 from bncli.recipe.overrides import (
     KINDS,
@@ -99,7 +99,7 @@ def run_mistakes(run: dict[str, Any], allow_code: bool = True) -> list[Found]:
         return found
     recipe = Recipe.model_validate(run)
     if recipe.model.kind == "module" and not allow_code:
-        text = f"{recipe.model.module} is code of yours that would run; allow it with {ALLOW_CODE}"
+        text = f"{recipe.model.module} is {CODE_OF_YOURS}"
         found.append((("model", "module"), text))
     return found + list(contradictions(recipe))
 

@@ -634,9 +634,12 @@ def test_no_bar_and_no_colour_off_a_terminal_whatever_the_environment_forces(rec
         (["--kernel", "natve"], "--kernel natve: there is no such kernel; did you mean native?"),
         (
             ["--kernel", "cuda"],
-            "--kernel cuda: there is no such kernel; expected native, fused or package.module:functi",
+            "--kernel cuda: there is no such kernel; expected native, fused, fused-interpreted or pa",
         ),
-        (["--kernel", "mine:norm"], "--kernel mine:norm is code of yours that would run; allow it with --allow-code"),
+        (
+            ["--kernel", "mine:norm"],
+            "--kernel mine:norm: it is code of yours that would run; allow it with --allow-code",
+        ),
         (["--kernel", ""], "--kernel : one kernel is checked at a time"),
         (["--kernel", "fused", "--kernel", "native"], "--kernel fused, native: one kernel is checked at a time; run"),
         (["--demo", "--quick", "--kernel", "fused"], "--kernel, --quick: nothing is checked with --demo"),

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from bncli.cli import profile, profile_checks
+from bncli.cli import profile
 from bncli.measure.profile import kernel_memory, shapes
 from bncli.measure.profile.steps import StepRun
 from bncli.measure.timing import ceilings, clock, speedup
@@ -345,7 +345,9 @@ def test_a_model_of_the_users_own_is_measured_when_that_is_allowed(
         (kernel, mode, None) for mode in ("training", "evaluation") for kernel in ("native", "fused")
     ]
     assert bncli(monkeypatch, *asked, "--model", "mine:make") == 2
-    assert "--model mine:make is code of yours that would run; allow it with --allow-code" in capsys.readouterr().err
+    assert (
+        "--model mine:make: it is code of yours that would run; allow it with --allow-code" in capsys.readouterr().err
+    )
     assert bncli(monkeypatch, *asked, "--model", "mine:broken", "--allow-code") == 1
     assert "bncli: mine:broken raised RuntimeError: no weights here" in capsys.readouterr().err
     assert bncli(monkeypatch, *asked, "--model", "mine:maek", "--allow-code") == 2
@@ -360,7 +362,10 @@ def test_a_model_of_the_users_own_is_measured_when_that_is_allowed(
     ("arguments", "message"),
     [
         (["--kernel", "natve"], "--kernel natve: there is no such kernel; did you mean native?"),
-        (["--kernel", "mine:right"], "--kernel mine:right is code of yours that would run; allow it with --allow-code"),
+        (
+            ["--kernel", "mine:right"],
+            "--kernel mine:right: it is code of yours that would run; allow it with --allow-code",
+        ),
         (["--kernel", ",", "--shape", "8x4"], "--kernel: name at least one"),
         (["small.yaml", "--kernel", "native,compiled"], "--kernel compiled: models are trained with native and fused"),
         (["--shape", "8"], "--shape 8: expected the batch, the channels and up to three sides"),
@@ -431,8 +436,8 @@ def test_a_kernel_that_cannot_be_measured_is_refused_before_torch_is_loaded() ->
 
 
 def test_the_door_knows_every_set_of_shapes_by_name() -> None:
-    assert {*profile_checks.SHAPE_SETS} == {*shapes.SETS}
-    assert profile_checks.FEWEST_ROUNDS == speedup.FEWEST_ROUNDS
+    assert {*profile.SHAPE_SETS} == {*shapes.SETS}
+    assert profile.FEWEST_ROUNDS == speedup.FEWEST_ROUNDS
 
 
 @pytest.mark.usefixtures("folder")

@@ -65,10 +65,6 @@ def build(
     if len(shape) == 3 and recipe.model.kind == "mlp":
         model = nn.Sequential(OrderedDict([("flatten", nn.Flatten()), *model.named_children()]))
     initialise(model, recipe.model.init, recipe.train.seed, examples)
-    if isinstance(recipe.norm, sections.BatchNorm) and recipe.norm.kernel != "native":
-        from bncli.engine.convert import convert  # which loads torch.fx
-
-        convert(model, recipe.norm.kernel)  # the activations and residual adds that follow join the kernel
     return model
 
 

@@ -19,7 +19,7 @@ from bncli.engine.target import StepsToTarget
 from bncli.engine.train.optim import optimizer, set_learning_rate
 from bncli.errors import DataError
 from bncli.recipe.layers import shape_contradictions
-from bncli.recipe.sections import Recipe
+from bncli.recipe.sections import BatchNorm, OwnModel, Recipe
 from bncli.recipe.yaml import dotted
 from bncli.results.train import Evaluation, Target
 
@@ -48,6 +48,7 @@ class TrainState:
         model = build(
             recipe, dataset.shape, dataset.classes, lambda: sample(dataset, train.seed, LSUV_EXAMPLES), device
         )
+        fuse(model, recipe)
         self.model: nn.Module = model.to(device, memory_format=data.MEMORY_FORMATS[train.memory_format])  # type: ignore[call-overload]
         self.optimizer = optimizer(recipe, self.model)
         set_learning_rate(self.optimizer, recipe, 0)
@@ -143,6 +144,14 @@ def sample(dataset: Dataset, seed: int, count: int) -> Tensor:
     split = dataset.train
     some = torch.randperm(len(split), generator=stream(seed, "sample"))[:count].to(split.index_device)
     return next(split.batches(iter([some]), stream(seed, "sample augment")))[0].cpu()
+
+
+def fuse(model: nn.Module, recipe: Recipe) -> None:
+    """Join to the kernel of a recipe's own batch norms the activations and residual adds that follow them."""
+    if isinstance(recipe.norm, BatchNorm) and recipe.norm.kernel != "native" and not isinstance(recipe.model, OwnModel):
+        from bncli.engine.convert import convert  # which loads torch.fx
+
+        convert(model, recipe.norm.kernel)
 
 
 def begin_training(model: nn.Module) -> None:

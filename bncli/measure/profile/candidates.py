@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bncli import kernels
-from bncli.errors import Unavailable, UsageError, UsageErrors
+from bncli.errors import Unavailable
 from bncli.kernels import native
 from bncli.kernels.definition import Forward
 from bncli.kernels.fused import cpu
@@ -21,7 +21,7 @@ from bncli.measure.reference import candidate as kernel_of
 from bncli.measure.reference.candidate import by_name
 from bncli.measure.reference.case import Case, Inputs, arguments, with_layout
 from bncli.measure.timing.clock import Work
-from bncli.names import PROFILE_KERNELS
+from bncli.names import PROFILE_KERNELS, check_kernel
 from bncli.results.profile import Direction
 
 
@@ -78,10 +78,8 @@ def sources(names: Sequence[str], device: torch.device, allow_code: bool) -> dic
     Names: those of PROFILE_KERNELS, or the user's package.module:function (with allow_code). Whether a kernel can run
     is found out case by case, so that the others' rows stand.
     """
-    expected = f"expected some of {', '.join(PROFILE_KERNELS)}, or your own as package.module:function"
-    unknown = [name for name in dict.fromkeys(names) if name not in PROFILE_KERNELS and ":" not in name]
-    if unknown:
-        raise UsageErrors(UsageError(expected, field="kernel", value=name) for name in unknown)
+    for name in names:
+        check_kernel(name, PROFILE_KERNELS, allow_code)
     return {name: _source(name, device, allow_code) for name in dict.fromkeys(names)}
 
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from bncli import kernels
 from bncli.engine.models import factory
 from bncli.engine.user_code import imported
-from bncli.errors import ALLOW_CODE, UsageError
+from bncli.errors import UsageError
 from bncli.kernels import api
 from bncli.kernels.definition import Forward
 from bncli.kernels.native import update_running_stats
-from bncli.names import CHECKED_GROUPS, GRADCHECK_KERNELS, NORMS
+from bncli.names import CHECKED_GROUPS, GRADCHECK_KERNELS, NORMS, check_kernel
 from bncli.recipe import sections
 from bncli.results.finding import Finding
 
@@ -61,13 +61,9 @@ def candidate(kernel: str, norm: str, device: torch.device, allow_code: bool) ->
             raise UsageError(f"has the native kernel alone; {kernel} is a batch norm", field="norm", value=norm)
         called, ran = _module(norm), "torch's own operator"
         return Candidate(f"native {norm} norm", norm, called, ran, fuses=False, evaluates=False, native=True)
+    check_kernel(kernel, GRADCHECK_KERNELS, allow_code)
     if ":" in kernel:
-        return _own(kernel, allow_code)
-    if kernel not in GRADCHECK_KERNELS:
-        known = ", ".join(GRADCHECK_KERNELS)
-        raise UsageError(
-            f"expected one of {known}, or your own as package.module:function", field="kernel", value=kernel
-        )
+        return _own(kernel)
     kernels.get(kernel, device)
     ran, interpreted = _what_runs(kernel, device), kernel == "fused-interpreted"
     return Candidate(kernel, norm, by_name(kernel), ran, interpreted, native=kernel == "native")
@@ -124,9 +120,7 @@ def _module(norm: str) -> Forward:
 # --- the user's own function ------------------------------------------------------------------------------------------
 
 
-def _own(kernel: str, allow_code: bool) -> Candidate:
-    if not allow_code:
-        raise UsageError(f"imports and runs code of yours; allow it with {ALLOW_CODE}", field="kernel", value=kernel)
+def _own(kernel: str) -> Candidate:
     function = _load(kernel)
     names = _parameter_names(function)
     if set(F_NAMES) <= names:

@@ -7,16 +7,17 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from bncli.report.gradcheck.text import evidence_text, failure_text, not_checked_text, rerun_command, tolerance_text
+from bncli.report.gradcheck.text import evidence_text, failure_text, not_checked_text, tolerance_text
 from bncli.results.environment import FORMAT_VERSION
 from bncli.results.gradcheck import BiasStep, CheckGroup, Gradcheck
 from bncli.results.serialize import to_plain
 
 
-def to_json(result: Gradcheck) -> str:
+def to_json(result: Gradcheck, commands: Sequence[Sequence[str]]) -> str:
+    """commands: for each failure, the words of the command that runs it again."""
     failures = [
-        {**to_plain(failure), "message": failure_text(failure), "reproduce": shlex.join(rerun_command(result, failure))}
-        for failure in result.failures
+        {**to_plain(failure), "message": failure_text(failure), "reproduce": shlex.join(command)}
+        for failure, command in zip(result.failures, commands, strict=True)
     ]
     diagnoses = [{**to_plain(diagnosis), "evidence": evidence_text(diagnosis)} for diagnosis in result.diagnoses]
     lists = {"groups": [_group(group) for group in result.groups], "failures": failures, "diagnoses": diagnoses}

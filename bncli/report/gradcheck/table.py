@@ -25,7 +25,6 @@ from bncli.report.gradcheck.text import (
     failure_text,
     in_tolerances,
     reasons,
-    rerun_command,
     shell_lines,
     verdict,
 )
@@ -45,13 +44,14 @@ class GradcheckReport:
     """All that `bncli gradcheck` shows: groups, the gradient's three parts, what failed and what it looks like."""
 
     result: Gradcheck
+    commands: Sequence[Sequence[str]]  # for each failure, the words of the command that runs it again
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         result = self.result
         yield groups_table(result.groups, *_heading(result))
         yield Listed("Not checked:", reasons(result.groups))
         tolerances = derivations(result)
-        more = ". How tolerances are derived:" if tolerances else " (--full tells how it is derived)."
+        more = ". How tolerances are derived:" if tolerances else " (the full effort tells how it is derived)."
         yield Text(f"Each error is in units of its case's own tolerance: 1 or less passes{more}", "dim")
         yield Listed("", tolerances)
         yield Text(encodable(f"Made on {environment_words(result.environment)}.", options.encoding), "dim")
@@ -59,7 +59,7 @@ class GradcheckReport:
         if result.paths:
             yield paths_table(result.paths)
             yield ""
-        for label, words, indent in _failure_lines(result, options.max_width):
+        for label, words, indent in _failure_lines(result, self.commands, options.max_width):
             text = Text.assemble((label, "bold"), encodable(words, options.encoding))
             yield Padding(text, (0, 0, 0, indent), expand=False) if indent else text
         yield Text(encodable(closing(result), options.encoding), STYLES[OK] if result.passed else STYLES[FAILED])
@@ -75,16 +75,16 @@ def _heading(result: Gradcheck) -> tuple[str, str]:
     )
 
 
-def _failure_lines(result: Gradcheck, width: int) -> Iterator[tuple[str, str, int]]:
+def _failure_lines(result: Gradcheck, commands: Sequence[Sequence[str]], width: int) -> Iterator[tuple[str, str, int]]:
     """The first failing case with the command that runs it again, then the kinds of bug that the failures look like.
 
     Each line as its label, the words after it and its indent.
     """
-    for first in result.failures[:1]:
+    for first, command in list(zip(result.failures, commands, strict=True))[:1]:
         yield "First failing case: ", first.case, 0
         yield "", failure_text(first), 2
         yield "Run it again:", "", 0
-        yield from (("", line, 2) for line in shell_lines(rerun_command(result, first), width - 2))
+        yield from (("", line, 2) for line in shell_lines(command, width - 2))
         yield "", "", 0
     for each in result.diagnoses:
         yield "Looks like: ", f"{each.bug}, because {evidence_text(each)}", 0

@@ -158,15 +158,6 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) if more <= 0 else f"{', '.join(names[:FEW])} and {more} more"
 
 
-def rerun_command(result: Gradcheck, failure: CheckFailure) -> list[str]:
-    """The words of the command that runs a failing case alone, or all, for what a whole run alone computes."""
-    parts = ["bncli", "gradcheck", "--kernel", result.kernel]
-    parts += ["--norm", result.norm] if result.norm != "batch" else []
-    parts += ["--device", result.device] if result.device != "auto" else []
-    parts += ["--allow-code"] if result.allow_code else []
-    return parts if failure.check == "paths" else [*parts, "--only", failure.case]
-
-
 def shell_lines(command: Sequence[str], width: int) -> list[str]:
     """The command in lines no wider than `width` where its words allow, continued as a shell takes them."""
     lines = [""]

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from bncli.cli.gradcheck import rerun_command
 from bncli.errors import Unavailable, UsageError
 from bncli.measure.gradcheck.run import run
-from bncli.report.gradcheck.text import evidence_text, failure_text, not_checked_text, rerun_command
+from bncli.report.gradcheck.text import evidence_text, failure_text, not_checked_text
 from bncli.results.gradcheck import CheckGroup, Gradcheck
 from tests.measure.reference import wrong_kernels
 
@@ -292,9 +293,9 @@ def test_the_current_folder_is_searched(tmp_path: Path, monkeypatch: pytest.Monk
     ("options", "message"),
     [
         ({"norm": "spectral"}, "norm spectral: expected one of batch, layer, group, instance"),
-        ({"kernel": "quick"}, "kernel quick: expected one of native, fused, or your own"),
+        ({"kernel": "quick"}, "kernel quick: there is no such kernel; expected native, fused, fused-interpreted"),
         ({"norm": "layer", "kernel": "fused"}, "norm layer: has the native kernel alone; fused is a batch norm"),
-        ({"device": "tpu"}, "--device tpu"),
+        ({"device": "tpu"}, "device tpu: expected one of"),
     ],
 )
 def test_a_name_that_is_none_is_refused(options: dict[str, str], message: str) -> None:

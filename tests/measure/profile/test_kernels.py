@@ -563,8 +563,11 @@ LAYOUTS = ("contiguous", "channels_last")
         ({"dtypes": ("fp8",)}, "dtype fp8: expected some of bf16"),
         ({"layouts": ("nhwc",)}, "layout nhwc: expected some of contiguous, channels_last"),
         ({"kernels": ()}, "kernel: name at least one"),
-        ({"kernels": ("nativ",)}, "kernel nativ: expected some of native, fused, compiled, apex"),
-        ({"kernels": ("mine:norm",)}, "imports and runs code of yours"),
+        ({"kernels": ("nativ",)}, "kernel nativ: there is no such kernel; did you mean native"),
+        (
+            {"kernels": ("mine:norm",)},
+            "kernel mine:norm: it is code of yours that would run; allow it with allow_code=True",
+        ),
         ({"kernels": ("nobodys:norm",), "allow_code": True}, "No module named 'nobodys'"),
         ({"shapes": ()}, "shapes: name a set of shapes"),
         ({"shapes": (((1, 8), 1),)}, "shape 1x8: training needs more than one value a channel"),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from bncli.cli.gradcheck import rerun_command
 from bncli.report import progress
 from bncli.report.gradcheck import export, table
 from bncli.report.gradcheck.table import GradcheckProgress, GradcheckReport
@@ -22,7 +23,6 @@ from bncli.report.gradcheck.text import (
     failure_text,
     in_tolerances,
     not_checked_text,
-    rerun_command,
 )
 from bncli.results.finding import Finding
 from bncli.results.gradcheck import (
@@ -92,6 +92,14 @@ BAD = replace(
 STEPS = (BiasStep(0, 0.0, 1.5562362, 0.0, 1.5562362), BiasStep(1000, 116.804236, 1.5562362, -4.8e-17, 1.5562362))
 
 
+def report(result: Gradcheck) -> GradcheckReport:
+    return GradcheckReport(result, [rerun_command(result, failure) for failure in result.failures])
+
+
+def to_json(result: Gradcheck) -> str:
+    return export.to_json(result, [rerun_command(result, failure) for failure in result.failures])
+
+
 def words(text: str) -> str:
     return " ".join(text.split())
 
@@ -113,7 +121,7 @@ def test_an_error_in_tolerances_is_short(error: float | None, words: str) -> Non
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
 @pytest.mark.parametrize("result", [GOOD, BAD], ids=["good", "bad"])
 def test_no_line_is_wider_than_the_output_and_no_figure_is_cut(result: Gradcheck, width: int, show: Any) -> None:
-    text = show(GradcheckReport(result), width)
+    text = show(report(result), width)
     assert max(map(len, text.splitlines())) <= width
     for group in result.groups:
         assert group.worst is None or in_tolerances(group.worst) in text
@@ -122,7 +130,7 @@ def test_no_line_is_wider_than_the_output_and_no_figure_is_cut(result: Gradcheck
 
 
 def test_the_header_says_what_was_checked_and_what_really_ran(show: Any) -> None:
-    lines = show(GradcheckReport(GOOD)).splitlines()
+    lines = show(report(GOOD)).splitlines()
     assert lines[:3] == [
         "Gradients of batch norm, kernel native",
         "Ran: torch's own operator; on cpu",
@@ -131,7 +139,7 @@ def test_the_header_says_what_was_checked_and_what_really_ran(show: Any) -> None
 
 
 def test_a_group_has_a_row_with_its_cases_its_worst_error_and_its_verdict(show: Any) -> None:
-    text = show(GradcheckReport(GOOD))
+    text = show(report(GOOD))
     assert row(text, "forward, training") == ["96", "0.31", "ok"]
     assert row(text, "forward, evaluation") == ["48", "0.52", "ok"]
     assert text.count("values  ") == 1  # a section is named once, though its groups stand apart
@@ -152,23 +160,23 @@ def test_in_80_columns_sections_are_headings_where_long_names_leave_no_room_for_
 
 def test_a_group_that_failed_because_nothing_could_run_says_why(show: Any) -> None:
     group = CheckGroup("values", "anything at all", 1, 1, None, None, skipped=NotChecked("nothing ran"))
-    assert "Not checked:\n- anything at all: no case could run" in show(GradcheckReport(replace(GOOD, groups=(group,))))
+    assert "Not checked:\n- anything at all: no case could run" in show(report(replace(GOOD, groups=(group,))))
 
 
 def test_a_group_that_could_not_run_is_neither_ok_nor_a_failure_and_its_reason_stands_below(show: Any) -> None:
-    text = show(GradcheckReport(GOOD))
+    text = show(report(GOOD))
     assert row(text, "  channels_last_3d in half precision") == ["–", "–", "not", "checked"]
     assert "Not checked:\n- channels_last_3d in half precision: Metal has no float64" in text
     assert text.splitlines()[-1] == "All 174 cases passed; 1 group not checked."
 
 
 def test_a_wide_output_names_each_groups_worst_case(show: Any) -> None:
-    assert "train-float64-4x3-double" not in show(GradcheckReport(GOOD), 80)
-    assert row(show(GradcheckReport(GOOD), 120), "double backward")[-1] == "train-float64-4x3-double"
+    assert "train-float64-4x3-double" not in show(report(GOOD), 80)
+    assert row(show(report(GOOD), 120), "double backward")[-1] == "train-float64-4x3-double"
 
 
 def test_the_three_parts_stand_beside_the_error_its_bound_and_what_ignoring_them_loses(show: Any) -> None:
-    text = show(GradcheckReport(GOOD))
+    text = show(report(GOOD))
     assert row(text, "small batch 3x8") == ["16.9", "11.2", "11.3", "5.79", "9.1e-10", "2.4e-09", "275%"]
     assert "is off by 28% to 275% of the true one's length" in words(text)
     assert "It is within its bound in every case." in words(text)
@@ -179,13 +187,13 @@ def test_a_gradient_beyond_its_bound_is_no_pass_though_every_group_passed(show: 
     result = replace(GOOD, paths=(PATHS[0], replace(PATHS[1], error=math.inf)))
     assert not result.passed
     assert GOOD.passed
-    text = words(show(GradcheckReport(result)))
+    text = words(show(report(result)))
     assert "It is NOT the true gradient in small batch 3x8." in text
     assert text.endswith("174 cases passed, but dL/dx is beyond its bound in small batch 3x8; 1 group not checked.")
 
 
 def test_a_failed_check_shows_its_first_case_the_command_and_what_it_looks_like(show: Any) -> None:
-    text = show(GradcheckReport(BAD))
+    text = show(report(BAD))
     assert row(text, " dx  ") == ["48", "1.2e+06", "40", "FAILED"]
     assert row(text, "double backward  ") == ["24", "inf", "24", "FAILED"]
     off = "dx[0, 1, 2, 2] is 0.75; expected 0.25; relative error 0.5"
@@ -203,20 +211,20 @@ def test_a_failed_check_shows_its_first_case_the_command_and_what_it_looks_like(
 def test_the_command_that_runs_a_case_again_still_pastes_into_a_shell(width: int, show: Any) -> None:
     result = replace(BAD, device="a b")
     command = f"{COMMAND_ON_A_DEVICE} --only train-float32-4x3x5x5-relu-dx"
-    lines = show(GradcheckReport(result), width).splitlines()
+    lines = show(report(result), width).splitlines()
     start = lines.index("Run it again:") + 1
     assert shlex.split("\n".join(lines[start : lines.index("", start)]).replace("\\\n", "")) == shlex.split(command)
 
 
 def test_tolerances_are_told_where_a_group_failed_and_all_of_them_under_full(show: Any) -> None:
-    default, failed, full = (words(show(GradcheckReport(r))) for r in (GOOD, BAD, replace(GOOD, effort="full")))
+    default, failed, full = (words(show(report(r))) for r in (GOOD, BAD, replace(GOOD, effort="full")))
     rule, other = TOLERANCES[RULE], TOLERANCES[OTHER_RULE]
     unit = "Each error is in units of its case's own tolerance: 1 or less passes"
-    assert f"{unit} (--full tells how it is derived)." in default
+    assert f"{unit} (the full effort tells how it is derived)." in default
     assert rule not in default
     assert f"{unit}. How tolerances are derived: - dx: {rule} - double backward: {other} Made on" in failed
     assert f"- forward, training, forward, evaluation, mean far from zero: {rule} - double" in full
-    alike = words(show(GradcheckReport(replace(GOOD, effort="full", groups=GROUPS[:3]))))
+    alike = words(show(report(replace(GOOD, effort="full", groups=GROUPS[:3]))))
     assert f"- all values: {rule} - double backward: {other}" in alike
 
 
@@ -240,7 +248,7 @@ def test_an_interrupted_check_shows_the_groups_that_were_finished(show: Any) -> 
 
 
 def test_an_output_without_unicode_gets_ascii(show: Any) -> None:
-    assert show(GradcheckReport(BAD), encoding="ascii").isascii()
+    assert show(report(BAD), encoding="ascii").isascii()
     assert show(table.demo_table(STEPS), encoding="ascii").isascii()
 
 
@@ -272,21 +280,21 @@ def facts(plain: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("result", [GOOD, BAD], ids=["good", "bad"])
 def test_json_holds_the_whole_result_infinities_included(result: Gradcheck) -> None:
-    plain = json.loads(export.to_json(result), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    plain = json.loads(to_json(result), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert plain.pop("format_version") == 1
     assert plain.pop("passed") is (result is GOOD)
     assert from_plain(Gradcheck, facts(plain)) == result
 
 
 def test_json_says_beside_the_fields_what_the_terminal_shows() -> None:
-    plain = json.loads(export.to_json(BAD))
+    plain = json.loads(to_json(BAD))
     assert plain["groups"][0]["tolerance"] == TOLERANCES[RULE]
     assert plain["groups"][0]["not_checked"] is None
     assert plain["failures"][0]["case"] == "train-float32-4x3x5x5-relu-dx"
     assert plain["failures"][0]["message"] == "dx[0, 1, 2, 2] is 0.75; expected 0.25; relative error 0.5"
     assert plain["failures"][0]["reproduce"].endswith("--allow-code --only train-float32-4x3x5x5-relu-dx")
     assert plain["diagnoses"][0]["evidence"] == evidence_text(BAD.diagnoses[0])
-    assert json.loads(export.to_json(GOOD))["groups"][3]["not_checked"] == "Metal has no float64"
+    assert json.loads(to_json(GOOD))["groups"][3]["not_checked"] == "Metal has no float64"
 
 
 def test_json_of_the_demonstration_and_of_an_interrupted_check_has_a_version_too() -> None:
