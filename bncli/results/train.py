@@ -23,9 +23,6 @@ class Target:
     metric: Literal["accuracy", "loss"]
     value: float
 
-    def reached_by(self, value: float) -> bool:
-        return value >= self.value if self.metric == "accuracy" else value <= self.value
-
 
 @dataclass(frozen=True)
 class TargetReached:
