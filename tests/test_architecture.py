@@ -192,10 +192,6 @@ TESTED_ELSEWHERE = {
     "results.gradcheck": "declarations",
     "results.profile": "declarations",
     "results.train": "declarations",
-    "cli.compare": "TO DO",
-    "cli.console": "TO DO",
-    "cli.gradcheck": "TO DO",
-    "cli.train": "TO DO",
     "engine.data.splits": "TO DO",
     "errors": "TO DO",
     "kernels": "TO DO",
@@ -211,10 +207,6 @@ TESTED_ELSEWHERE = {
     "measure.reference.case": "TO DO",
     "measure.reference.channels": "TO DO",
     "measure.timing.ceilings": "TO DO",
-    "recipe.overrides": "TO DO",
-    "recipe.schema": "TO DO",
-    "report.gradcheck.export": "TO DO",
-    "report.gradcheck.table": "TO DO",
     "results.serialize": "TO DO",
 }
 
@@ -249,7 +241,6 @@ TESTS_OF_SEVERAL = {
     "kernels/fused/test_models.py": "whole models with the fused kernel",
     "kernels/fused/test_team.py": "programs that share a channel, on a GPU",
     "measure/reference/test_one_standard.py": "profile and gradcheck call the same kernels wrong",
-    "report/profile/test_progress.py": "TO DO",
 }
 
 
