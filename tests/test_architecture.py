@@ -193,10 +193,6 @@ TESTED_ELSEWHERE = {
     "results.profile": "declarations",
     "results.train": "declarations",
     "engine.data.splits": "TO DO",
-    "errors": "TO DO",
-    "kernels": "TO DO",
-    "kernels.definition": "TO DO",
-    "kernels.layout": "TO DO",
     "measure.gradcheck.derivatives": "TO DO",
     "measure.gradcheck.diagnose": "TO DO",
     "measure.gradcheck.forward_backward": "TO DO",
@@ -207,7 +203,6 @@ TESTED_ELSEWHERE = {
     "measure.reference.case": "TO DO",
     "measure.reference.channels": "TO DO",
     "measure.timing.ceilings": "TO DO",
-    "results.serialize": "TO DO",
 }
 
 
