@@ -59,16 +59,21 @@ def of_torch(norm: str) -> Forward:
     return call
 
 
+SHAPES = [(5, 4), (5, 4, 3), (3, 4, 2, 5), (2, 4, 3, 1, 2)]
+CASES = [
+    (row.name, mode == "train", shape)
+    for row in NORMS.values()
+    for mode in row.modes
+    for shape in SHAPES
+    if row.values_per_mean(shape, CHECKED_GROUPS) > 1  # torch refuses a mean of one value
+]
+
+
 @pytest.mark.parametrize("activation", [None, *FUSED_ACTIVATIONS])
-@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 3), (3, 4, 2, 5), (2, 4, 3, 1, 2)])
-@pytest.mark.parametrize(
-    ("norm", "training"), [(row.name, mode == "train") for row in NORMS.values() for mode in row.modes]
-)
+@pytest.mark.parametrize(("norm", "training", "shape"), CASES)
 def test_results_gradients_and_running_statistics_are_those_of_torchs_operator(
     norm: str, training: bool, shape: tuple[int, ...], activation: str | None
 ) -> None:
-    if NORMS[norm].values_per_mean(shape, CHECKED_GROUPS) == 1:
-        pytest.skip("torch refuses a mean of one value")
     found = results(definition(norm), shape, training, activation)
     torch.testing.assert_close(found, results(of_torch(norm), shape, training, activation), rtol=1e-11, atol=1e-11)
 
@@ -134,16 +139,24 @@ def test_a_mistake_in_the_batchs_statistics_leaves_evaluation_alone(field: str) 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_intermediate_and_the_result_are_rounded(norm: str) -> None:
-    """In steps of 1/4: were the result alone rounded, it would be the rounded result of the exact definition."""
+    passed: list[Tensor] = []
 
-    def quarters(tensor: Tensor) -> Tensor:
-        return (tensor * 4).round() / 4
+    def keep(tensor: Tensor) -> Tensor:
+        passed.append(tensor.flatten())
+        return tensor
 
-    x = 2 * numbers(4, 4, 5) + 0.1
-    arguments = (x, None, None, None, None, True, MOMENTUM, EPS, None, None)
-    y = definition(norm, quarters)(*arguments)
-    assert torch.equal(y, quarters(y))
-    assert not torch.equal(y, quarters(definition(norm)(*arguments)))
+    x, weight, bias, residual = numbers(4, 4, 5), numbers(4, seed=2), numbers(4, seed=3), numbers(4, 4, 5, seed=1)
+    result = definition(norm, keep)(x, None, None, weight, bias, True, MOMENTUM, EPS, residual, "silu")
+    groups = NORMS[norm].groups(4, CHECKED_GROUPS)
+    grouped = x.movedim(0, 1).reshape(4, -1) if NORMS[norm].over_batch else x.reshape(4 * groups, -1)
+    mean = grouped.mean(1)
+    square = (grouped - mean[:, None]).square()
+    inverse_deviation = (square.mean(1) + EPS).rsqrt()
+    xhat = definition(norm)(x, None, None, None, None, True, MOMENTUM, EPS, None, None)
+    y = xhat * weight[:, None] + bias[:, None]
+    # Apart from the differences and their squares, which lie in the order of x and not in that of the groups.
+    for each in (mean, square.mean(1), inverse_deviation, xhat, y, result):
+        assert any(kept.shape == each.flatten().shape and torch.allclose(kept, each.flatten()) for kept in passed)
 
 
 def test_it_uses_no_other_kernel_file() -> None:
