@@ -14,7 +14,8 @@ from bncli import kernels, names
 from bncli.engine.models import factory
 from bncli.kernels.definition import definition
 from bncli.kernels.fused import cpu
-from bncli.measure.profile import flops, peers
+from bncli.measure.profile import peers
+from bncli.measure.reference import case as cases
 from bncli.recipe import sections
 
 
@@ -70,7 +71,7 @@ def test_an_activation_that_kernels_apply_is_kinked_where_its_derivative_is_a_st
 
 
 def test_the_floating_point_operations_of_each_activation_that_kernels_apply_are_known() -> None:
-    assert {*flops.ACTIVATION} == {*flops.DERIVATIVE} == {None, *names.FUSED_ACTIVATIONS}
+    assert {*cases.ACTIVATION} == {*cases.DERIVATIVE} == {None, *names.FUSED_ACTIVATIONS}
 
 
 def test_the_c_kernel_numbers_each_activation_that_kernels_apply() -> None:

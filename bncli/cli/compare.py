@@ -50,7 +50,7 @@ def compare(
     jobs: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
-            "--jobs", "-j", min=1, help="Runs at a time.  [default: one a core, or one a GPU]", show_default=False
+            "--jobs", "-j", min=1, help="Parallel runs.  [default: one per core or per GPU]", show_default=False
         ),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads of each run.")] = 1,

@@ -354,7 +354,7 @@ def hangs(case: str) -> list[Check]:
 
 def test_a_case_that_dies_or_hangs_fails_alone_and_the_others_are_checked() -> None:
     tasks = [Task(one, ("a case",)) for one in (dies, breaks, right, hangs)]
-    pool = Pool(jobs=1, limit_s=1.0)
+    pool = Pool(jobs=1, limit_s=5.0)
     try:
         found = {task.function: checks[0] for task, checks in pool.checked(tasks)}
     finally:

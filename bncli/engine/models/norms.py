@@ -24,7 +24,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     `forward(input, residual, activation)` is activation(batch_norm(input) + residual). `activation` of the constructor
     (relu, leaky_relu with slope 0.01, silu) is the one of every call that names none. `kernel`: native is torch's own
-    operator; fused, or a function of the kernels' seam, does the whole in one operator.
+    operator; fused, or a function that is called alike, does the whole in one operator.
     Raises Unavailable, with the reason, for a kernel that cannot run on this machine.
 
     Tools that replace or absorb a batch norm by its parameters alone (SyncBatchNorm.convert_sync_batchnorm, folding

@@ -128,12 +128,12 @@ def _own(kernel: str) -> Candidate:
         called, ran = _like_torch(function, fuses), f"your function {kernel}"
         return Candidate(kernel, "batch", called, ran, fuses=fuses, own=True)
     if set(KERNEL_NAMES) <= names:
-        ran = f"your function {kernel}, by the kernels' seam"
+        ran = f"your function {kernel}, called as bncli's kernels are"
         kernel_of_yours = _as_a_kernel(function, names & {"statistics", "running"})
         return Candidate(kernel, "batch", by_name(kernel_of_yours), ran, evaluates="statistics" in names, own=True)
     raise UsageError(
         f"its parameters are ({', '.join(sorted(names))}). Expected those of torch.nn.functional.batch_norm, "
-        f"{F_SIGNATURE} -> y, or those of the kernels' seam, {KERNEL_SIGNATURE} -> (y, mean, var)",
+        f"{F_SIGNATURE} -> y, or those of bncli's kernels, {KERNEL_SIGNATURE} -> (y, mean, var)",
         field="kernel",
         value=kernel,
     )

@@ -20,7 +20,7 @@ from bncli.engine.models.norms import BatchNorm, BatchNorm1d, BatchNorm2d, Batch
 from bncli.errors import Unavailable
 from bncli.kernels import fused, native
 from bncli.kernels.fused import cpu
-from bncli.measure.reference.candidate import subject
+from bncli.measure.reference.candidate import candidate
 from bncli.recipe.sections import BatchNorm as BatchNormSection
 from bncli.recipe.sections import GroupNorm, InstanceNorm, LayerNorm, NoNorm
 from tests.conftest import tiny
@@ -130,7 +130,7 @@ def test_whether_a_model_on_the_cpu_has_its_kernel_is_asked_of_the_cpu_alone(mon
     on_cpu = torch.device("cpu")
     kernels.get("fused", on_cpu)
     factory(BatchNormSection(kind="batch", kernel="fused"), on_cpu)
-    assert subject("fused", "batch", on_cpu, allow_code=False).ran.startswith("C, compiled")
+    assert candidate("fused", "batch", on_cpu, allow_code=False).ran.startswith("C, compiled")
     bncli.batch_norm(torch.randn(4, 3), None, None, training=True, kernel="fused")
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import bncli
 from bncli.engine.models import build
 from bncli.engine.models.norms import BatchNorm
+from bncli.engine.train.state import fuse
 from tests.benchmarks.kernels_resnet import ResNet
 from tests.conftest import tiny
 from tests.kernels.fused.checks import UnderTest
@@ -45,7 +46,9 @@ def test_a_converted_resnet_gives_natives_loss_gradients_and_statistics(channels
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_a_recipes_model_takes_its_activations_into_the_kernel(device: str) -> None:
     recipe = tiny(norm={"kind": "batch", "kernel": "fused"})
-    model = build(recipe, (8,), 3).to(device)
+    model = build(recipe, (8,), 3)
+    fuse(model, recipe)
+    model.to(device)
     native = build(tiny(norm={"kind": "batch"}), (8,), 3).to(device)
     assert [line.operation for line in model.bncli_conversion.norms] == ["batch norm + relu"]  # type: ignore[union-attr]
     assert all(module.kernel == "fused" for module in model.modules() if isinstance(module, BatchNorm))

@@ -10,6 +10,7 @@ import torch
 from bncli.cli.gradcheck import rerun_command
 from bncli.errors import Unavailable, UsageError
 from bncli.measure.gradcheck.run import run
+from bncli.names import GRADCHECK_KERNELS
 from bncli.report.gradcheck.text import evidence_text, failure_text, not_checked_text
 from bncli.results.gradcheck import CheckGroup, Gradcheck
 from tests.measure.reference import wrong_kernels
@@ -19,7 +20,7 @@ HERE = "tests.measure.reference.wrong_kernels"
 
 def result(kernel: str = "native", **options) -> Gradcheck:
     """The last of what a run yields; the user's functions are those of wrong_kernels."""
-    own = kernel not in ("native", "fused")
+    own = kernel not in GRADCHECK_KERNELS
     *groups, last = run(kernel=f"{HERE}:{kernel}" if own else kernel, device="cpu", allow_code=own, **options)
     assert isinstance(last, Gradcheck)
     assert list(last.groups) == groups
