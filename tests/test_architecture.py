@@ -192,15 +192,7 @@ TESTED_ELSEWHERE = {
     "results.gradcheck": "declarations",
     "results.profile": "declarations",
     "results.train": "declarations",
-    "cli.compare": "TO DO",
-    "cli.console": "TO DO",
-    "cli.gradcheck": "TO DO",
-    "cli.train": "TO DO",
     "engine.data.splits": "TO DO",
-    "errors": "TO DO",
-    "kernels": "TO DO",
-    "kernels.definition": "TO DO",
-    "kernels.layout": "TO DO",
     "measure.gradcheck.derivatives": "TO DO",
     "measure.gradcheck.diagnose": "TO DO",
     "measure.gradcheck.forward_backward": "TO DO",
@@ -211,11 +203,6 @@ TESTED_ELSEWHERE = {
     "measure.reference.case": "TO DO",
     "measure.reference.channels": "TO DO",
     "measure.timing.ceilings": "TO DO",
-    "recipe.overrides": "TO DO",
-    "recipe.schema": "TO DO",
-    "report.gradcheck.export": "TO DO",
-    "report.gradcheck.table": "TO DO",
-    "results.serialize": "TO DO",
 }
 
 
@@ -249,7 +236,6 @@ TESTS_OF_SEVERAL = {
     "kernels/fused/test_models.py": "whole models with the fused kernel",
     "kernels/fused/test_team.py": "programs that share a channel, on a GPU",
     "measure/reference/test_one_standard.py": "profile and gradcheck call the same kernels wrong",
-    "report/profile/test_progress.py": "TO DO",
 }
 
 

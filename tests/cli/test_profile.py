@@ -21,7 +21,7 @@ from bncli.measure.profile.steps import StepRun
 from bncli.measure.timing import ceilings, clock, speedup
 from bncli.report.profile import export
 from bncli.results.profile import Case, Ceilings, KernelProfile, StepMemory, StepProfile
-from tests.cli.test_cli import RECIPE, bncli
+from tests.cli.conftest import RECIPE, bncli
 from tests.test_architecture import modules_after
 
 TINY = (

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,44 +12,15 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from bncli.errors import RecipeError
 from bncli.recipe.check import edit_distance, nearest, suggestion
-from bncli.recipe.load import load
 from bncli.recipe.overrides import KINDS, kinds, members
 from bncli.recipe.sections import Recipe, RecipeFile, shorthand_key
 from bncli.recipe.yaml import dump
+from tests.recipe.conftest import BASE, NORMS, SECTIONS, MistakesOf, optimizer
 
-BASE = """\
-data: {source: synthetic}
-model: {kind: mlp}
-optimizer: {kind: sgd, lr: 0.1}
-train: {steps: 100}
-"""
 ARMS = BASE + "arms:\n  a: {}\n  b: {norm: batch}\n"
 SMALL = BASE.replace("{kind: mlp}", "{kind: mlp, hidden: [10, 12]}")
 IMAGES = BASE.replace("{source: synthetic}", "{source: synthetic, shape: [3, 8, 8]}")
-
-MistakesOf = Callable[..., tuple[str, ...]]
-
-
-@pytest.fixture
-def mistakes_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MistakesOf:
-    """What is wrong with a text as the file r.yaml, after flags; nothing if it loads."""
-    monkeypatch.chdir(tmp_path)
-
-    def write_and_load(text: str, *sets: str, allow_code: bool = False) -> tuple[str, ...]:
-        Path("r.yaml").write_text(text)
-        try:
-            load("r.yaml", sets, allow_code)
-        except RecipeError as refused:
-            return refused.mistakes
-        return ()
-
-    return write_and_load
-
-
-def optimizer(fields: str) -> str:
-    return BASE.replace("kind: sgd, lr: 0.1", fields)
 
 
 def model(fields: str) -> str:
@@ -63,8 +33,6 @@ def train(fields: str) -> str:
 
 # --- one mistake --------------------------------------------------------------------------------------------------
 
-NORMS = "none, batch, layer, group or instance"
-SECTIONS = "data, model, norm, optimizer, schedule or train"
 ONE_MISTAKE = [
     ("a file with nothing in it", "", "r.yaml: is empty; a recipe has the sections data, model, optimizer and train: "
      "see recipes/smoke.yaml"),
@@ -364,54 +332,6 @@ def test_a_field_of_the_grid_is_not_asked_of_an_arm_that_fixes_it(mistakes_of: M
     assert mistakes_of(text) == (
         "r.yaml:6: grid.train.batch_size.1: is larger than the 2000 training examples",
     )  # fmt: skip
-
-
-# --- flags --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [
-        ("", "expected key.path=value, as in optimizer.lr=0.1"),
-        ("optimizer.lr", "expected key.path=value, as in optimizer.lr=0.1"),
-        ("=3", "expected key.path=value, as in optimizer.lr=0.1"),
-        (" =3", "expected key.path=value, as in optimizer.lr=0.1"),
-        ("optimizer..lr=3", "expected key.path=value, as in optimizer.lr=0.1"),
-        ("optimizer.=3", "expected key.path=value, as in optimizer.lr=0.1"),
-        ("optimizer.lr=", "optimizer.lr: expected a number, found nothing"),
-        ("optimizer.lr=fast", 'optimizer.lr: expected a number, found "fast"'),
-        ("optimizer.lr=0.1=2", 'optimizer.lr: expected a number, found "0.1=2"'),
-        ("optimizer.lrr=3", "optimizer.lrr: unknown key; did you mean lr?"),
-        ("optimiser.lr=3", "optimiser: unknown key; did you mean optimizer?"),
-        ("foo.bar.baz=3", f"foo: unknown key; expected {SECTIONS.replace(' or', ',')}, arms, reference, grid or seeds"),
-        ("optimizer.lr.x=3", "optimizer.lr is a value and has no x in it"),
-        ("model.kind.x.y=3", "model.kind is a value and has no x in it"),
-        ("model.hidden.0=3", "model.hidden: expected a list, found a mapping"),
-        ("norm=no", f'norm.kind: expected {NORMS}, found "no"; did you mean none?'),
-        ("norm.eps=1", f"norm.kind: is missing; expected {NORMS}"),
-        ("norm={kind: batch", "not YAML: while parsing a flow mapping, expected ',' or '}', but got '<stream end>'"),
-        ("optimizer.lr=!!float x", "optimizer.lr: the tag !!float is not allowed; write the plain value"),
-        ("train.seed=99999999999999999999", "train.seed: a whole number of more than 64 bits"),
-        ("model=cnn", "model.kind: a cnn needs images and the data are vectors; "
-         "give data.shape as [channels, height, width]"),
-        ("arms.a=3", "arms.a: expected a mapping, found 3"),
-        ("arms.a.norm=bacth", f'arms.a.norm.kind: expected {NORMS}, found "bacth"; did you mean batch?'),
-        ("grid.optimizer.lr=1", "grid.optimizer.lr: expected a list, found 1"),
-        ("grid.optimizer.lrr=[1]", "grid.optimizer.lrr: unknown key; did you mean lr?"),
-        ("reference=plain", "reference: there is no arm plain; the recipe has no arms"),
-    ],
-)  # fmt: skip
-def test_a_bad_flag_is_refused_by_its_text(mistakes_of: MistakesOf, flag: str, message: str) -> None:
-    assert mistakes_of(BASE, flag) == (f"sets {flag}: {message}",)
-
-
-def test_a_flag_with_line_ends_is_shown_on_one_line(mistakes_of: MistakesOf) -> None:
-    assert mistakes_of(BASE, "train.seed=1\nx: 2") == ("sets 'train.seed=1\\nx: 2': expected one value",)
-
-
-def test_a_flag_mends_what_is_wrong_in_the_file(mistakes_of: MistakesOf) -> None:
-    assert mistakes_of(optimizer("kind: sgd, lr: fast"), "optimizer.lr=0.1") == ()
-    assert mistakes_of(BASE + "norm: no\n", "norm=none") == ()
 
 
 # --- spelling -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""From a file to a checked recipe: reading, overrides, arms on top of the base, provenance, and back to YAML."""
+"""From a file to a checked recipe: reading, its reference, the place of each value, and back to YAML."""
 
 from __future__ import annotations
 
@@ -6,50 +6,18 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from bncli.errors import RecipeError
-from bncli.recipe.load import MAX_BYTES, Arm, Loaded, digest, leaves, load, plain, with_values
+from bncli.recipe.load import MAX_BYTES, Arm, digest, leaves, load, plain, with_values
 from bncli.recipe.sections import Recipe
 from bncli.recipe.yaml import dump
-
-BASE = """\
-data: {source: synthetic}
-model: {kind: mlp}
-optimizer: {kind: sgd, lr: 0.1}
-train: {steps: 100}
-"""
-OWN = BASE.replace("{kind: mlp}", "{kind: module, module: a:b, arguments: {width: 3, depth: 2}}")
-
-Load = Callable[..., Loaded]
-
-
-@pytest.fixture
-def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
-    """Loads a text as the file r.yaml."""
-    monkeypatch.chdir(tmp_path)
-
-    def write_and_load(text: str, *sets: str, allow_code: bool = False) -> Loaded:
-        Path("r.yaml").write_text(text)
-        return load("r.yaml", sets, allow_code)
-
-    return write_and_load
-
-
-def arm(loaded: Loaded, name: str) -> Recipe:
-    return next(arm.recipe for arm in loaded.arms if arm.name == name)
-
-
-def given_fields(loaded: Loaded, arm: Arm) -> dict[str, str]:
-    return {path: place for path, _, place in loaded.provenance(arm) if place != "default"}
-
+from tests.recipe.conftest import BASE, Load, given_fields
 
 # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -114,153 +82,13 @@ def test_loading_a_recipe_imports_no_torch_and_nothing_else_that_is_slow() -> No
     assert ran.stdout.strip() == "[]"
 
 
-# --- shorthands and defaults --------------------------------------------------------------------------------------
-
-
-def test_a_bare_name_stands_for_a_section_of_that_kind(loaded: Load) -> None:
-    text = BASE.replace("{source: synthetic}", "digits").replace("{kind: mlp}", "{kind: mlp, init: xavier}")
-    recipe = loaded(text + "norm: layer\n").base
-    assert (recipe.data.source, recipe.norm.kind, recipe.model.kind) == ("digits", "layer", "mlp")
-    assert plain(recipe)["model"]["init"] == {"kind": "xavier", "std": None}
-
-
-def test_an_argument_of_an_own_model_is_no_section_whatever_its_name(loaded: Load) -> None:
-    recipe = loaded(OWN.replace("width: 3", "norm: batch"), "model.arguments.init=he", allow_code=True).base
-    assert plain(recipe)["model"]["arguments"] == {"norm": "batch", "depth": 2, "init": "he"}
-
-
-def test_a_section_with_a_default_kind_may_leave_it_out(loaded: Load) -> None:
-    assert plain(loaded(BASE + "schedule: {warmup: 9}\n").base)["schedule"] == {"kind": "constant", "warmup": 9}
-    assert loaded(BASE, "schedule.warmup=9").base == loaded(BASE + "schedule: {warmup: 9}\n").base
+# --- the reference ----------------------------------------------------------------------------------------------
 
 
 def test_a_recipe_without_arms_is_its_own_reference(loaded: Load) -> None:
     assert loaded(BASE).reference == "r"
     assert loaded(BASE + "arms: {a: , b: {norm: batch}}\n").reference == "a"
     assert loaded(BASE + "arms: {a: , b: {norm: batch}}\nreference: b\n").reference == "b"
-
-
-# --- arms ---------------------------------------------------------------------------------------------------------
-
-
-def test_an_arm_without_changes_is_the_base(loaded: Load) -> None:
-    found = loaded(BASE + "arms:\n  a:\n  b: {}\n  c: {norm: none}\n")
-    assert [arm.recipe for arm in found.arms] == [found.base] * 3
-
-
-def test_an_arm_changes_the_fields_that_it_names_and_no_others(loaded: Load) -> None:
-    found = loaded(BASE + "arms: {a: {optimizer: {momentum: 0.9}, train: {batch_size: 7}}}\n")
-    expected = {"optimizer.momentum": 0.9, "train.batch_size": 7}
-    assert arm(found, "a") == with_values(found.base, expected)
-
-
-def test_an_arm_that_changes_a_kind_keeps_the_fields_that_both_kinds_have(loaded: Load) -> None:
-    text = BASE.replace("lr: 0.1", "lr: 0.3, weight_decay: 0.01, momentum: 0.9, nesterov: true")
-    optimizer = plain(arm(loaded(text + "arms: {a: {optimizer: adam}}\n"), "a"))["optimizer"]
-    expected = {"lr": 0.3, "weight_decay": 0.01, "weight_decay_on": "all", "betas": [0.9, 0.999], "eps": 1e-8}
-    assert optimizer == {"kind": "adam", **expected}
-
-
-def test_an_arm_that_changes_the_initial_weights_drops_the_deviation_of_the_gaussian_ones(loaded: Load) -> None:
-    text = BASE.replace("{kind: mlp}", "{kind: mlp, init: {kind: gaussian, std: 0.1}}")
-    found = loaded(text + "arms: {a: {model: {init: he}}, b: {model: {init: {std: 0.2}}}}\n")
-    assert plain(arm(found, "a"))["model"]["init"] == {"kind": "he", "std": None}
-    assert plain(arm(found, "b"))["model"]["init"] == {"kind": "gaussian", "std": 0.2}
-    assert plain(loaded(text, "model.init=lsuv").base)["model"]["init"] == {"kind": "lsuv", "std": None}
-
-
-def test_an_arm_may_change_one_argument_of_an_own_model(loaded: Load) -> None:
-    found = loaded(OWN + "arms: {a: {model: {arguments: {width: 9}}}}\n", "model.arguments.depth=4", allow_code=True)
-    assert plain(arm(found, "a"))["model"]["arguments"] == {"width": 9, "depth": 4}
-
-
-def test_an_arm_may_have_the_name_of_a_section(loaded: Load) -> None:
-    found = loaded(BASE + "arms: {norm: {norm: batch}, data: , model: {norm: layer}}\n")
-    assert [arm.recipe.norm.kind for arm in found.arms] == ["batch", "none", "layer"]
-
-
-def test_an_arm_that_gives_a_field_of_the_grid_fixes_it(loaded: Load) -> None:
-    found = loaded(
-        BASE + "arms: {a: , b: {optimizer: {lr: 5}}, c: {optimizer: adam}}\n"
-        "grid: {optimizer.lr: [1, 2], train.batch_size: [10, 20]}\n"
-    )
-    assert [arm.fixed for arm in found.arms] == [(), ("optimizer.lr",), ()]
-
-
-# --- overrides ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("flag", "path", "value"),
-    [
-        ("optimizer.lr=3e-4", "optimizer.lr", 3e-4),
-        (" optimizer.lr = 3 ", "optimizer.lr", 3.0),
-        ("optimizer={lr: 3}", "optimizer.lr", 3.0),
-        ("model.hidden=[7, 8]", "model.hidden", [7, 8]),
-        ("norm=batch", "norm.kind", "batch"),
-        ("norm.kind=batch", "norm.kind", "batch"),
-        ("norm={kind: batch, momentum: null}", "norm.momentum", None),
-        ("train.target={value: 0.9}", "train.target.value", 0.9),
-        ("train.target.value=0.9", "train.target.value", 0.9),
-        ("model.init={kind: gaussian, std: 012}", "model.init.std", 12.0),
-    ],
-)
-def test_a_flag_overrides_any_field(loaded: Load, flag: str, path: str, value: Any) -> None:
-    found = {".".join(map(str, keys)): each for keys, each in leaves(plain(loaded(BASE, flag).base))}
-    assert found[path] == value
-
-
-def test_a_flag_goes_into_a_section_that_the_file_gives_by_its_bare_name(loaded: Load) -> None:
-    assert plain(loaded(BASE + "norm: batch\n", "norm.eps=1e-3").base)["norm"]["eps"] == 1e-3
-
-
-def test_of_two_flags_for_a_field_the_last_holds(loaded: Load) -> None:
-    assert loaded(BASE, "train.seed=1", "train.seed=2").base.train.seed == 2
-
-
-def test_a_flag_can_change_add_and_empty_an_arm(loaded: Load) -> None:
-    text = BASE + "arms: {a: {norm: {kind: group, groups: 2}}, b: {norm: batch}}\n"
-    found = loaded(text, "arms.a.norm=layer", "arms.b.norm.eps=1e-3", "arms.c.train.batch_size=9", "arms.d=")
-    norms = [plain(arm.recipe)["norm"] for arm in found.arms]
-    assert [arm.name for arm in found.arms] == ["a", "b", "c", "d"]
-    assert norms[0] == {"kind": "layer", "eps": 1e-5, "affine": True}
-    assert norms[1]["eps"] == 1e-3
-    assert arm(found, "c").train.batch_size == 9
-    assert arm(found, "d") == found.base
-
-
-def test_a_flag_can_set_the_grid_the_seeds_and_the_reference(loaded: Load) -> None:
-    text = BASE + "arms: {batch norm: {norm: batch}, plain: }\ngrid: {train.batch_size: [10, 20]}\n"
-    file = loaded(text, "grid.optimizer.lr=[1, 2]", "seeds.tune=7", "reference=batch norm").file
-    assert file.grid == {"train.batch_size": (10, 20), "optimizer.lr": (1, 2)}
-    assert (file.seeds.tune, file.seeds.report, file.reference) == (7, 10, "batch norm")
-
-
-def test_a_flag_that_gives_all_arms_or_the_whole_grid_replaces_those_of_the_file(loaded: Load) -> None:
-    text = BASE + "arms: {a: {norm: batch}, b: }\ngrid: {optimizer.lr: [1, 2]}\n"
-    found = loaded(text, "arms={c: {norm: layer}}", "grid={}")
-    assert [(arm.name, arm.recipe.norm.kind) for arm in found.arms] == [("c", "layer")]
-    assert found.file.grid == {}
-    assert given_fields(found, found.arms[0])["norm.kind"] == "sets arms={c: {norm: layer}}"
-
-
-argument_texts = st.text("01.eE-+~nultrsf[]{},:#&*!|>'\"%@? a_=", max_size=12)
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(argument_texts | st.sampled_from(["no", "012", "1e3", "1_000", "[1, no, 012]", "{a: 1e3}", "'", "a=b"]))
-@example("[3e-4, no, 012, {a: ~}]")
-def test_a_flag_reads_its_value_exactly_as_the_file_does(loaded: Load, text: str) -> None:
-    def outcome(file: str, *flags: str) -> str:
-        try:
-            return repr(plain(loaded(file, *flags, allow_code=True).base))
-        except RecipeError:
-            return "refused"
-
-    own = BASE.replace("model: {kind: mlp}", "model:\n  kind: module\n  module: a:b")
-    in_file = outcome(own.replace("a:b", f"a:b\n  arguments:\n    x: {text}"))
-    assert in_file == outcome(own, f"model.arguments.x={text}")
-    assert in_file != "refused" or not text.isalnum()
 
 
 # --- provenance ---------------------------------------------------------------------------------------------------

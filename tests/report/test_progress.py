@@ -9,10 +9,12 @@ import pytest
 from rich.console import Console
 
 from bncli.report import progress as module
-from bncli.report.progress import CompareProgress, TrainProgress
+from bncli.report.progress import CompareProgress, ProfileProgress, TrainProgress
 from bncli.results.compare import ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
+from bncli.results.profile import Measuring, ProfileStarted, RowDone
 from bncli.results.train import Evaluated, Evaluation, RunResult, RunStarted, StepDone, Target
 from tests.report.conftest import run_result
+from tests.report.made_up_costs import ERROR, failed, one_case
 
 TRAIN = [
     RunStarted("digits", "cpu", 27_710, 3000, 60, Target("accuracy", 0.95)),
@@ -26,6 +28,14 @@ COMPARE = [
     RunProgressed(0, 120, 0.43),
     RunEnded(0, "plain, lr 1, seed 0", 4, 50, RunRecord("a", "plain", {}, 0, "tune", run_result(962.0))),
     RunEnded(1, "plain, lr 3, seed 0", 5, 56, RunRecord("b", "plain", {}, 0, "tune", None, "it died")),
+]
+ROWS = one_case().rows
+PROFILE = [
+    ProfileStarted("kernels", 3),
+    Measuring("native bn [fp32] 256x64x56x56", 0.0),
+    RowDone(ROWS[0]),
+    Measuring("fused bn fp32 256x64x56x56", 0.5),
+    RowDone(ROWS[1]),
 ]
 
 
@@ -50,7 +60,9 @@ def test_the_bars_of_a_comparison_show_all_runs_and_what_each_worker_does() -> N
         assert word in screen
 
 
-@pytest.mark.parametrize(("kind", "events"), [(TrainProgress, TRAIN), (CompareProgress, COMPARE)])
+@pytest.mark.parametrize(
+    ("kind", "events"), [(TrainProgress, TRAIN), (CompareProgress, COMPARE), (ProfileProgress, PROFILE)]
+)
 def test_nothing_is_shown_when_quiet(kind: type, events: list) -> None:
     assert shown(kind, events, terminal=True, quiet=True) == ""
     assert shown(kind, events, terminal=False, quiet=True) == ""
@@ -86,3 +98,64 @@ def test_how_a_run_ended_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch, resu
     ended = RunEnded(0, "plain, lr 1, seed 0", 1, 2, RunRecord("a", "plain", {}, 0, "tune", result))
     log = shown(CompareProgress, [ComparisonStarted("digits", 2, 0, "accuracy"), ended], terminal=False)
     assert log.splitlines()[1].startswith(f"1/2 plain, lr 1, seed 0: {words}")
+
+
+# --- profiles -----------------------------------------------------------------------------------------------------
+
+
+def test_the_bar_of_a_profile_shows_the_share_that_is_done_and_what_is_measured() -> None:
+    screen = shown(ProfileProgress, PROFILE, terminal=True)
+    for word in ("kernels", "50%", "fused bn fp32 256x64x56x56"):
+        assert word in screen
+
+
+def test_a_label_with_brackets_is_shown_as_it_is() -> None:
+    assert "native bn [fp32] 256x64x56x56" in shown(ProfileProgress, PROFILE[:2], terminal=True)
+
+
+def test_the_bar_of_a_profile_never_turns_back_and_never_passes_its_end() -> None:
+    screen = shown(ProfileProgress, [*PROFILE, Measuring("again", 0.25)], terminal=True)
+    assert "again" in screen
+    assert "25%" not in screen
+    assert "100%" in shown(ProfileProgress, [*PROFILE, Measuring("end", 1.7)], terminal=True)
+
+
+def test_off_a_terminal_a_profile_has_few_plain_lines_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shown(ProfileProgress, PROFILE, terminal=False) == "kernels: 3 rows to measure\n"
+    now = iter(range(0, 10_000, 20))  # each look at the clock is 20 s later
+    monkeypatch.setattr(module, "monotonic", lambda: float(next(now)))
+    log = shown(ProfileProgress, PROFILE, terminal=False)
+    assert "0/3 rows, 0%: native bn [fp32] 256x64x56x56" in log
+    (line,) = [line for line in log.splitlines() if line.startswith("1/3 rows, 50%")]
+    assert "s left: fused bn fp32 256x64x56x56" in line
+    assert "\x1b" not in log
+
+
+def test_the_time_left_is_what_the_rest_takes_at_the_speed_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(module, "monotonic", lambda: clock[0])
+    console = Console(file=io.StringIO(), force_terminal=False, width=120)
+    with ProfileProgress(False, console) as sink:
+        sink(ProfileStarted("kernels", 4))
+        clock[0] += 30.0
+        sink(Measuring("fused", 0.25))
+    assert "25%, about 90 s left: fused" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_that_it_takes_longer_than_was_asked_for_is_in_the_bar_and_said_once_off_a_terminal() -> None:
+    late = [ProfileStarted("kernels", 3, 45.0), Measuring("one", 0.2, 46.0), Measuring("two", 0.5, 70.4)]
+    assert "about 70 s; asked for 45" in shown(ProfileProgress, late, terminal=True)
+    log = shown(ProfileProgress, [*late, Measuring("three", 0.7, 72.0)], terminal=False)
+    assert log.splitlines() == ["kernels: 3 rows to measure", "about 70 s; asked for 45 s"]
+    assert "asked for" not in shown(ProfileProgress, late[:2], terminal=True)
+    assert "asked for" not in shown(ProfileProgress, [ProfileStarted("kernels", 3), *late[1:]], terminal=True)
+
+
+def test_a_wrong_kernel_is_said_at_once_off_a_terminal() -> None:
+    wrong = failed(ROWS[0].case, "mine:norm", ERROR, wrong=True)
+    log = shown(
+        ProfileProgress,
+        [PROFILE[0], RowDone(wrong), RowDone(failed(ROWS[0].case, "apex", "is not installed"))],
+        terminal=False,
+    )
+    assert log.splitlines() == ["kernels: 3 rows to measure", f"1/3 mine:norm: wrong: {ERROR}"]

@@ -1,21 +1,12 @@
-"""What `bncli gradcheck` prints, from results made by hand: at the widths it meets, and as JSON."""
+"""What `bncli gradcheck` says in words of errors, failures, evidence and tolerances."""
 
 from __future__ import annotations
 
-import io
-import json
 import math
-import shlex
 from dataclasses import replace
-from typing import Any
 
 import pytest
-from rich.console import Console
 
-from bncli.cli.gradcheck import rerun_command
-from bncli.report import progress
-from bncli.report.gradcheck import export, table
-from bncli.report.gradcheck.table import GradcheckProgress, GradcheckReport
 from bncli.report.gradcheck.text import (
     EVIDENCE,
     TOLERANCES,
@@ -25,88 +16,8 @@ from bncli.report.gradcheck.text import (
     not_checked_text,
 )
 from bncli.results.finding import Finding
-from bncli.results.gradcheck import (
-    BiasStep,
-    BugMatch,
-    CheckedCall,
-    CheckFailure,
-    CheckGroup,
-    Diagnosis,
-    Facet,
-    FailureSummary,
-    Gradcheck,
-    GradientPaths,
-    NotChecked,
-    ToleranceRule,
-)
-from bncli.results.serialize import from_plain
-from tests.report.conftest import ENVIRONMENT
-
-RULE: ToleranceRule = "kernel"
-OTHER_RULE: ToleranceRule = "finite differences"
-METAL = NotChecked("no float64 on the device")
-GROUPS = (
-    CheckGroup("values", "forward, training", 96, 0, 0.3125, "train-float32-4x3x5x5-relu-y", RULE),
-    CheckGroup("values", "forward, evaluation", 48, 0, 0.52, "eval-bfloat16-4x3x5x5-y", RULE),
-    CheckGroup("derivatives", "double backward", 24, 0, 0.071, "train-float64-4x3-double", OTHER_RULE),
-    CheckGroup(
-        "derivatives",
-        "channels_last_3d in half precision",
-        0,
-        0,
-        None,
-        None,
-        RULE,
-        NotChecked("no float64 on the device"),
-    ),
-    CheckGroup("hard inputs", "mean far from zero", 6, 0, 0.9, "mean-1e4-float32-dx", RULE),
-)
-PATHS = (
-    GradientPaths("images 4x4x4x4", 35.2, 6.4, 6.84, 33.98, 3.0e-10, 4.6e-9, 0.2758),
-    GradientPaths("small batch 3x8", 16.9, 11.2, 11.3, 5.79, 9.1e-10, 2.4e-9, 2.748),
-)
-GOOD = Gradcheck(
-    "native", "batch", "default", ENVIRONMENT, "torch's own operator", 21.34, GROUPS, PATHS, failures=(), diagnoses=()
-)
-COMMAND_ON_A_DEVICE = "bncli gradcheck --kernel mine.kernels:batch_norm --device 'a b' --allow-code"
-CALL = CheckedCall("train", "float32", "contiguous", (4, 3, 5, 5), "relu", 1e-3)
-OFF = Finding("off", "dx", 1.25e6, at=(0, 1, 2, 2), found=0.75, expected=0.25, relative=0.5)
-NAN = Finding("nan_unexpected", "double backward in x", at=(1, 0), found=math.nan, expected=1.0)
-MATCH = BugMatch("train-float32-4x3x5x5-relu", "dx", "the direct path alone", 1e-9, 0.27, 18, 20)
-BAD = replace(
-    GOOD,
-    kernel="mine.kernels:batch_norm",
-    groups=(
-        GROUPS[0],
-        replace(GROUPS[1], name="dx", failed=40, worst=1.25e6, worst_case="train-float32-4x3x5x5-relu-dx"),
-        replace(GROUPS[2], failed=24, worst=math.inf),
-    ),
-    paths=(replace(PATHS[0], error=0.2758), PATHS[1]),
-    failures=(
-        CheckFailure("train-float32-4x3x5x5-relu-dx", "values", "", CALL, None, "dx", OFF),
-        CheckFailure("train-float64-4x3-double", "values", "", CALL, None, "double backward", NAN),
-    ),
-    diagnoses=(Diagnosis("statistics treated as constants", MATCH),),
-    allow_code=True,
-)
-STEPS = (BiasStep(0, 0.0, 1.5562362, 0.0, 1.5562362), BiasStep(1000, 116.804236, 1.5562362, -4.8e-17, 1.5562362))
-
-
-def report(result: Gradcheck) -> GradcheckReport:
-    return GradcheckReport(result, [rerun_command(result, failure) for failure in result.failures])
-
-
-def to_json(result: Gradcheck) -> str:
-    return export.to_json(result, [rerun_command(result, failure) for failure in result.failures])
-
-
-def words(text: str) -> str:
-    return " ".join(text.split())
-
-
-def row(text: str, start: str) -> list[str]:
-    (line,) = (line for line in text.splitlines() if start in line)
-    return line[line.index(start) + len(start) :].split()
+from bncli.results.gradcheck import Diagnosis, Facet, FailureSummary, NotChecked
+from tests.report.gradcheck.made_up_checks import FIRST, OFF
 
 
 @pytest.mark.parametrize(
@@ -118,198 +29,6 @@ def test_an_error_in_tolerances_is_short(error: float | None, words: str) -> Non
     assert in_tolerances(error) == words
 
 
-@pytest.mark.parametrize("width", [60, 80, 120, 200])
-@pytest.mark.parametrize("result", [GOOD, BAD], ids=["good", "bad"])
-def test_no_line_is_wider_than_the_output_and_no_figure_is_cut(result: Gradcheck, width: int, show: Any) -> None:
-    text = show(report(result), width)
-    assert max(map(len, text.splitlines())) <= width
-    for group in result.groups:
-        assert group.worst is None or in_tolerances(group.worst) in text
-    for figure in ("4.6e-09", "275%", "35.2", "6.84", "34.0"):
-        assert figure in text
-
-
-def test_the_header_says_what_was_checked_and_what_really_ran(show: Any) -> None:
-    lines = show(report(GOOD)).splitlines()
-    assert lines[:3] == [
-        "Gradients of batch norm, kernel native",
-        "Ran: torch's own operator; on cpu",
-        "Checked: 174 cases in 5 groups, effort default, in 21.3 s",
-    ]
-
-
-def test_a_group_has_a_row_with_its_cases_its_worst_error_and_its_verdict(show: Any) -> None:
-    text = show(report(GOOD))
-    assert row(text, "forward, training") == ["96", "0.31", "ok"]
-    assert row(text, "forward, evaluation") == ["48", "0.52", "ok"]
-    assert text.count("values  ") == 1  # a section is named once, though its groups stand apart
-
-
-def test_in_80_columns_sections_are_headings_where_long_names_leave_no_room_for_a_column(show: Any) -> None:
-    named = replace(GROUPS[0], name="running statistics move by momentum, variance by m/(m-1)")
-    groups = (*GROUPS[2:3], named, *GROUPS[3:])
-    narrow, wide = (show(table.groups_table(groups, "title"), width) for width in (80, 120))
-    lines = [line.rstrip() for line in narrow.splitlines()]
-    assert "derivatives" in lines
-    heading = lines.index("values")
-    assert lines[heading + 1].startswith("  running statistics move by momentum,")
-    assert lines[heading + 2] == "  variance by m/(m-1)"
-    assert lines.index("derivatives") < heading < lines.index("hard inputs")
-    assert row(wide, "derivatives")[:2] == ["double", "backward"]
-
-
-def test_a_group_that_failed_because_nothing_could_run_says_why(show: Any) -> None:
-    group = CheckGroup("values", "anything at all", 1, 1, None, None, skipped=NotChecked("nothing ran"))
-    assert "Not checked:\n- anything at all: no case could run" in show(report(replace(GOOD, groups=(group,))))
-
-
-def test_a_group_that_could_not_run_is_neither_ok_nor_a_failure_and_its_reason_stands_below(show: Any) -> None:
-    text = show(report(GOOD))
-    assert row(text, "  channels_last_3d in half precision") == ["–", "–", "not", "checked"]
-    assert "Not checked:\n- channels_last_3d in half precision: Metal has no float64" in text
-    assert text.splitlines()[-1] == "All 174 cases passed; 1 group not checked."
-
-
-def test_a_wide_output_names_each_groups_worst_case(show: Any) -> None:
-    assert "train-float64-4x3-double" not in show(report(GOOD), 80)
-    assert row(show(report(GOOD), 120), "double backward")[-1] == "train-float64-4x3-double"
-
-
-def test_the_three_parts_stand_beside_the_error_its_bound_and_what_ignoring_them_loses(show: Any) -> None:
-    text = show(report(GOOD))
-    assert row(text, "small batch 3x8") == ["16.9", "11.2", "11.3", "5.79", "9.1e-10", "2.4e-09", "275%"]
-    assert "is off by 28% to 275% of the true one's length" in words(text)
-    assert "It is within its bound in every case." in words(text)
-    assert "is off by 28% of the true one's length" in words(show(table.paths_table(PATHS[:1])))
-
-
-def test_a_gradient_beyond_its_bound_is_no_pass_though_every_group_passed(show: Any) -> None:
-    result = replace(GOOD, paths=(PATHS[0], replace(PATHS[1], error=math.inf)))
-    assert not result.passed
-    assert GOOD.passed
-    text = words(show(report(result)))
-    assert "It is NOT the true gradient in small batch 3x8." in text
-    assert text.endswith("174 cases passed, but dL/dx is beyond its bound in small batch 3x8; 1 group not checked.")
-
-
-def test_a_failed_check_shows_its_first_case_the_command_and_what_it_looks_like(show: Any) -> None:
-    text = show(report(BAD))
-    assert row(text, " dx  ") == ["48", "1.2e+06", "40", "FAILED"]
-    assert row(text, "double backward  ") == ["24", "inf", "24", "FAILED"]
-    off = "dx[0, 1, 2, 2] is 0.75; expected 0.25; relative error 0.5"
-    assert f"First failing case: train-float32-4x3x5x5-relu-dx\n  {off}\n" in text
-    assert "nan" not in text
-    looks = (
-        "Looks like: statistics treated as constants, because dx of train-float32-4x3x5x5-relu equals the direct path "
-        "alone to 1e-09 and misses the true one by 0.27 (relative); 18 of 20 failing results looked at are alike"
-    )
-    assert looks in words(text)
-    assert text.splitlines()[-1] == "64 of 168 cases FAILED."
-
-
-@pytest.mark.parametrize("width", [40, 80, 200])
-def test_the_command_that_runs_a_case_again_still_pastes_into_a_shell(width: int, show: Any) -> None:
-    result = replace(BAD, device="a b")
-    command = f"{COMMAND_ON_A_DEVICE} --only train-float32-4x3x5x5-relu-dx"
-    lines = show(report(result), width).splitlines()
-    start = lines.index("Run it again:") + 1
-    assert shlex.split("\n".join(lines[start : lines.index("", start)]).replace("\\\n", "")) == shlex.split(command)
-
-
-def test_tolerances_are_told_where_a_group_failed_and_all_of_them_under_full(show: Any) -> None:
-    default, failed, full = (words(show(report(r))) for r in (GOOD, BAD, replace(GOOD, effort="full")))
-    rule, other = TOLERANCES[RULE], TOLERANCES[OTHER_RULE]
-    unit = "Each error is in units of its case's own tolerance: 1 or less passes"
-    assert f"{unit} (the full effort tells how it is derived)." in default
-    assert rule not in default
-    assert f"{unit}. How tolerances are derived: - dx: {rule} - double backward: {other} Made on" in failed
-    assert f"- forward, training, forward, evaluation, mean far from zero: {rule} - double" in full
-    alike = words(show(report(replace(GOOD, effort="full", groups=GROUPS[:3]))))
-    assert f"- all values: {rule} - double backward: {other}" in alike
-
-
-def test_a_gradient_wrong_by_what_ignoring_loses_is_said_to_be_just_that(show: Any) -> None:
-    ignoring = [replace(each, error=each.lost) for each in PATHS]
-    assert "It is NOT the true gradient in any case, and off by just what ignoring those two paths loses." in words(
-        show(table.paths_table(ignoring))
-    )
-    otherwise = [PATHS[0], replace(PATHS[1], error=0.1)]
-    text = words(show(table.paths_table(otherwise)))
-    assert text.endswith("It is NOT the true gradient in small batch 3x8.")
-
-
-def test_an_interrupted_check_shows_the_groups_that_were_finished(show: Any) -> None:
-    text = show(table.interrupted_table(BAD.groups[:2], "mine:norm"))
-    assert text.startswith("Gradients of kernel mine:norm: interrupted\nThe groups that were finished\n")
-    assert row(text, "forward, training") == ["96", "0.31", "ok"]
-    assert "Worst cases:\n- dx: train-float32-4x3x5x5-relu-dx" in text
-    text = show(table.interrupted_table([], "native"))
-    assert text == "Gradients of kernel native: interrupted before a group of cases was finished\n"
-
-
-def test_an_output_without_unicode_gets_ascii(show: Any) -> None:
-    assert show(report(BAD), encoding="ascii").isascii()
-    assert show(table.demo_table(STEPS), encoding="ascii").isascii()
-
-
-def test_what_a_case_is_called_is_never_taken_for_markup(show: Any) -> None:
-    group = replace(GROUPS[0], name="dx [bold]x[/]")
-    assert "dx [bold]x[/]" in show(table.groups_table([group], "interrupted"))
-
-
-def test_the_demonstration_shows_the_bias_that_grows_and_the_loss_that_stands_still(show: Any) -> None:
-    text = show(table.demo_table(STEPS))
-    assert row(text, "1,000  ") == ["116.8", "1.55624", "-4.8e-17", "1.55624"]
-    assert "1,000 steps drive b from 0 to 116.8 while the loss stands still at 1.55624" in words(text)
-    falling = (STEPS[0], replace(STEPS[1], loss_ignoring=1.2))
-    assert "while the loss goes from 1.55624 to 1.20000" in words(show(table.demo_table(falling)))
-
-
-# --- JSON ---------------------------------------------------------------------------------------------------------
-
-
-def facts(plain: dict[str, Any]) -> dict[str, Any]:
-    """JSON without what it says in words beside its fields."""
-    words = {"groups": ("tolerance", "not_checked"), "failures": ("message", "reproduce"), "diagnoses": ("evidence",)}
-    for name, fields in words.items():
-        for each in plain.get(name, ()):
-            for field in fields:
-                each.pop(field)
-    return plain
-
-
-@pytest.mark.parametrize("result", [GOOD, BAD], ids=["good", "bad"])
-def test_json_holds_the_whole_result_infinities_included(result: Gradcheck) -> None:
-    plain = json.loads(to_json(result), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert plain.pop("format_version") == 1
-    assert plain.pop("passed") is (result is GOOD)
-    assert from_plain(Gradcheck, facts(plain)) == result
-
-
-def test_json_says_beside_the_fields_what_the_terminal_shows() -> None:
-    plain = json.loads(to_json(BAD))
-    assert plain["groups"][0]["tolerance"] == TOLERANCES[RULE]
-    assert plain["groups"][0]["not_checked"] is None
-    assert plain["failures"][0]["case"] == "train-float32-4x3x5x5-relu-dx"
-    assert plain["failures"][0]["message"] == "dx[0, 1, 2, 2] is 0.75; expected 0.25; relative error 0.5"
-    assert plain["failures"][0]["reproduce"].endswith("--allow-code --only train-float32-4x3x5x5-relu-dx")
-    assert plain["diagnoses"][0]["evidence"] == evidence_text(BAD.diagnoses[0])
-    assert json.loads(to_json(GOOD))["groups"][3]["not_checked"] == "Metal has no float64"
-
-
-def test_json_of_the_demonstration_and_of_an_interrupted_check_has_a_version_too() -> None:
-    demo = json.loads(export.demo_to_json(STEPS))
-    assert demo["format_version"] == 1
-    assert [from_plain(BiasStep, step) for step in demo["steps"]] == list(STEPS)
-    part = json.loads(export.interrupted_to_json(BAD.groups))
-    assert part["format_version"] == 1
-    assert part["interrupted"] is True
-    assert [from_plain(CheckGroup, group) for group in facts(part)["groups"]] == list(BAD.groups)
-
-
-# --- words --------------------------------------------------------------------------------------------------------
-
-FIRST = BAD.failures[0]
 SHOWN = "train-float32-4x3x5x5-relu-dx: dx[0, 1, 2, 2] is 0.75; expected 0.25; relative error 0.5"
 
 
@@ -362,13 +81,6 @@ def test_of_the_results_at_a_hard_input_the_worst_is_named() -> None:
     assert failure_text(of_its_own) == "dx is 0.75; expected 0.25 within 0.1"
 
 
-def test_the_command_that_runs_a_case_again_asks_for_what_was_asked() -> None:
-    command = ["bncli", "gradcheck", "--kernel", "native"]
-    assert rerun_command(GOOD, replace(FIRST, case="train/* x")) == [*command, "--only", "train/* x"]
-    result = replace(GOOD, norm="layer", device="cpu")
-    assert rerun_command(result, replace(FIRST, check="paths")) == [*command, "--norm", "layer", "--device", "cpu"]
-
-
 def test_a_refusal_is_told_in_the_kernels_own_words() -> None:
     raised = Finding("raised", exception="TypeError", text="no half precision")
     assert (
@@ -398,30 +110,3 @@ def test_what_is_said_of_a_bug_belongs_to_one_that_is_named() -> None:
 
     source = inspect.getsource(symptoms)
     assert all(f'"{bug}"' in source for bug in EVIDENCE)
-
-
-# --- progress -----------------------------------------------------------------------------------------------------
-
-
-def shown(groups: tuple[CheckGroup, ...], terminal: bool, quiet: bool = False) -> str:
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=120, color_system=None)
-    with GradcheckProgress(quiet, console) as sink:
-        for group in groups:
-            sink(group)
-        sink.bar.refresh()
-        return str(console.file.getvalue())
-
-
-def test_on_a_terminal_the_cases_done_are_counted_and_the_last_group_named() -> None:
-    assert "144 cases in 2 groups; last: forward, evaluation" in shown(GROUPS[:2], terminal=True)
-
-
-def test_off_a_terminal_only_a_failure_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert shown(GROUPS, terminal=False) == ""
-    assert shown(BAD.groups[:2], terminal=False) == "gradcheck: 144 cases in 2 groups, 40 failed; last: dx\n"
-    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
-    assert shown(GROUPS, terminal=False).count("\n") == len(GROUPS)
-
-
-def test_nothing_is_said_when_quiet() -> None:
-    assert shown(BAD.groups, terminal=True, quiet=True) == shown(BAD.groups, terminal=False, quiet=True) == ""

@@ -1,0 +1,111 @@
+"""What all commands share: messages, the form of the result, and signals."""
+
+from __future__ import annotations
+
+import ast
+import signal
+
+import pytest
+
+from bncli.cli.console import OPTIONS, StopAtOnce, StopSignal, chosen_form, listed, print_error, print_result
+from bncli.errors import CODE_OF_YOURS, OVERWRITE, BncliError, RecipeError, UsageError, UsageErrors
+from tests.cli.conftest import bncli
+from tests.test_architecture import MODULES, commands
+
+
+def test_several_mistakes_are_counted_and_listed(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bncli(monkeypatch, "train", recipe, "--set", "train.steps=0", "--set", "nrom=batch") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "bncli: 2 mistakes"
+    assert len(lines) == 3
+
+
+# --- messages -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (UsageError("expected a number", field="fail_above", value="x"), "bncli: --fail-above x: expected a number"),
+        (UsageError("is given twice", field="device"), "bncli: --device: is given twice"),
+        (UsageError("no such file", field="saved", value="x.json"), "bncli: --from x.json: no such file"),
+        (UsageError("not YAML", field="sets", value="a"), "bncli: --set a: not YAML"),
+        (UsageError("no shape", field="inputs", value="3"), "bncli: --input 3: no shape"),
+        (UsageError("too short", field="seconds", value=0), "bncli: --time 0: too short"),
+        (RecipeError("r.yaml:3: unknown key"), "bncli: r.yaml:3: unknown key"),
+        (UsageError(f"it is {CODE_OF_YOURS}", field="kernel", value="a:b"),
+         "bncli: --kernel a:b: it is code of yours that would run; allow it with --allow-code"),
+        (BncliError(f"holds a run; write over it with {OVERWRITE}"), "bncli: holds a run; write over it with --force"),
+        (UsageErrors([UsageError("too small", field="jobs", value=0), UsageError("two mistakes", "in it")]),
+         "bncli: 3 mistakes\n  --jobs 0: too small\n  two mistakes\n  in it"),
+    ],
+)  # fmt: skip
+def test_an_argument_is_shown_as_the_option_that_it_came_from(
+    capsys: pytest.CaptureFixture[str], error: BncliError, shown: str
+) -> None:
+    print_error(error)
+    assert capsys.readouterr() == ("", shown + "\n")
+
+
+def test_every_argument_that_an_error_names_has_its_option() -> None:
+    options = {option for command in commands().values() for option in command}
+    assert set(OPTIONS.values()) <= options
+    fields = set()
+    for file in MODULES.values():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "UsageError":
+                values = [keyword.value for keyword in node.keywords if keyword.arg == "field"]
+                fields |= {value.value for value in values if isinstance(value, ast.Constant)}
+    assert fields
+    assert {OPTIONS.get(field, "--" + field.replace("_", "-")) for field in fields} <= options
+
+
+# --- options and results ------------------------------------------------------------------------------------------
+
+
+def test_several_names_are_given_with_commas_or_one_after_the_other_and_count_once() -> None:
+    assert listed(["native, fused", "fused", ",mine:norm,"]) == ("native", "fused", "mine:norm")
+    assert listed(None) == listed([]) == listed([""]) == ()
+
+
+def test_a_result_is_printed_in_one_form() -> None:
+    forms = ((False, False, False), (True, False, False), (False, True, False), (False, False, True))
+    assert [chosen_form(*asked) for asked in forms] == ["table", "json", "csv", "markdown"]
+    for asked in ((True, True, False), (True, False, True), (False, True, True), (True, True, True)):
+        with pytest.raises(UsageError, match="choose one"):
+            chosen_form(*asked)
+
+
+def test_a_text_is_printed_as_it_is_and_ends_its_line_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("[bold]a[/]", "[bold]a[/]\n"):
+        print_result(text)
+        assert capsys.readouterr().out == "[bold]a[/]\n"
+
+
+# --- signals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_asks_to_stop_and_the_second_stops_at_once(
+    capsys: pytest.CaptureFixture[str], number: signal.Signals, code: int
+) -> None:
+    before = signal.getsignal(number)
+    with StopSignal() as stop:
+        assert not stop()
+        signal.raise_signal(number)
+        assert stop()
+        assert stop.exit_code == code
+        assert "once more to stop at once" in capsys.readouterr().err
+        with pytest.raises(StopAtOnce) as stopped:
+            signal.raise_signal(number)
+    assert stopped.value.exit_code == code
+    assert signal.getsignal(number) is before
+
+
+def test_work_that_yields_what_it_has_finished_stops_at_the_first_signal() -> None:
+    with StopSignal(at_once=True), pytest.raises(StopAtOnce) as stopped:
+        signal.raise_signal(signal.SIGINT)
+    assert stopped.value.exit_code == 130
+    assert isinstance(stopped.value, KeyboardInterrupt)

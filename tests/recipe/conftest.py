@@ -1,0 +1,67 @@
+"""A small recipe as text, and what loading a text gives: a recipe or its mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bncli.errors import RecipeError
+from bncli.recipe.load import Arm, Loaded, load
+from bncli.recipe.sections import Recipe
+
+BASE = """\
+data: {source: synthetic}
+model: {kind: mlp}
+optimizer: {kind: sgd, lr: 0.1}
+train: {steps: 100}
+"""
+OWN = BASE.replace("{kind: mlp}", "{kind: module, module: a:b, arguments: {width: 3, depth: 2}}")
+
+NORMS = "none, batch, layer, group or instance"
+SECTIONS = "data, model, norm, optimizer, schedule or train"
+
+Load = Callable[..., Loaded]
+
+MistakesOf = Callable[..., tuple[str, ...]]
+
+
+@pytest.fixture
+def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Loads a text as the file r.yaml."""
+    monkeypatch.chdir(tmp_path)
+
+    def write_and_load(text: str, *sets: str, allow_code: bool = False) -> Loaded:
+        Path("r.yaml").write_text(text)
+        return load("r.yaml", sets, allow_code)
+
+    return write_and_load
+
+
+@pytest.fixture
+def mistakes_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MistakesOf:
+    """What is wrong with a text as the file r.yaml, after flags; nothing if it loads."""
+    monkeypatch.chdir(tmp_path)
+
+    def write_and_load(text: str, *sets: str, allow_code: bool = False) -> tuple[str, ...]:
+        Path("r.yaml").write_text(text)
+        try:
+            load("r.yaml", sets, allow_code)
+        except RecipeError as refused:
+            return refused.mistakes
+        return ()
+
+    return write_and_load
+
+
+def arm(loaded: Loaded, name: str) -> Recipe:
+    return next(arm.recipe for arm in loaded.arms if arm.name == name)
+
+
+def given_fields(loaded: Loaded, arm: Arm) -> dict[str, str]:
+    return {path: place for path, _, place in loaded.provenance(arm) if place != "default"}
+
+
+def optimizer(fields: str) -> str:
+    return BASE.replace("kind: sgd, lr: 0.1", fields)
