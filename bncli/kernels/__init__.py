@@ -63,8 +63,11 @@ def load(name: str) -> Kernel:
 
 def adapted(function: Any) -> Kernel:
     """A function as a kernel: itself, or where it has no `running`, itself and then the running statistics' move."""
-    if "running" in inspect.signature(function).parameters:
-        return function
+    try:
+        if "running" in inspect.signature(function).parameters:
+            return function
+    except (TypeError, ValueError):  # written in C, without a signature
+        pass
     return functools.partial(_run_and_update, function)
 
 

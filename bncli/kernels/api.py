@@ -77,7 +77,7 @@ def batch_norm(
         raise ValueError(f"training needs more than one value per channel; the input has shape {tuple(input.shape)}")
     if running_mean is None or running_var is None or input.numel() == 0:  # an empty batch has no statistics
         return run(input, weight, bias, eps, residual, activation)[0]
-    return run(input, weight, bias, eps, residual, activation, None, (running_mean, running_var, momentum))[0]
+    return run(input, weight, bias, eps, residual, activation, None, running=(running_mean, running_var, momentum))[0]
 
 
 def _find(kernel: str | kernels.Kernel, device: torch.device) -> kernels.Kernel:
@@ -90,8 +90,12 @@ def _find(kernel: str | kernels.Kernel, device: torch.device) -> kernels.Kernel:
         if not compiling:
             _check_available(kernel, device)
         return kernels.load(kernel)
-    found: kernels.Kernel = kernels.adapted(kernel) if compiling else _adapted(kernel)
+    found: kernels.Kernel = kernels.adapted(kernel) if compiling or not _hashable(kernel) else _adapted(kernel)
     return found
+
+
+def _hashable(kernel: kernels.Kernel) -> bool:
+    return type(kernel).__hash__ is not None
 
 
 _check_available = functools.cache(kernels.get)  # microseconds, which a small batch norm would notice

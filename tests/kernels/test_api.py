@@ -209,6 +209,34 @@ def test_a_kernel_that_takes_the_running_statistics_moves_them_alone() -> None:
     assert torch.equal(mean, torch.zeros(3))
 
 
+def test_a_kernel_may_take_running_by_keyword_alone() -> None:
+    def kernel(x, weight, bias, eps, residual=None, activation=None, statistics=None, *, running=None):  # type: ignore[no-untyped-def]
+        return native.batch_norm(x, weight, bias, eps, residual, activation, statistics, running)
+
+    mean = torch.zeros(3)
+    batch_norm(numbers(4, 3), mean, torch.ones(3), training=True, kernel=kernel)
+    assert mean.any()
+
+
+class Unhashable(dict):  # type: ignore[type-arg]
+    """A kernel with parameters of its own, that no cache can keep."""
+
+    def __call__(self, x: Tensor, *rest: Any) -> Any:
+        return native.batch_norm(x, *rest)
+
+
+class WithoutSignature(Unhashable):
+    __signature__ = "none"  # for which inspect.signature raises, as for a function in C
+
+
+@pytest.mark.parametrize("kernel", [Unhashable(), WithoutSignature()], ids=["unhashable", "without a signature"])
+def test_any_callable_is_a_kernel(kernel: Any) -> None:
+    x, mean, var = numbers(4, 3), torch.zeros(3), torch.ones(3)
+    y = batch_norm(x, mean, var, training=True, kernel=kernel)
+    assert torch.equal(y, batch_norm(x, torch.zeros(3), torch.ones(3), training=True))
+    assert mean.any()
+
+
 def test_what_a_function_takes_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     looked_at = []
     monkeypatch.setattr("inspect.signature", lambda f, signature=inspect.signature: looked_at.append(f) or signature(f))

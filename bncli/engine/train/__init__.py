@@ -79,7 +79,8 @@ def train(
 def training_loop(state: TrainState, name: str = "run", stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
     """Train from the state's step on, until what ends a run; see `train`."""
     options, budget = state.recipe.train, state.recipe.train.steps
-    to_evaluate = (step for step in evaluation_steps(options.evaluate_every, budget) if step > state.step)
+    last = state.evaluations[-1].step if state.evaluations else 0
+    to_evaluate = (step for step in evaluation_steps(options.evaluate_every, budget) if step > last)
     next_evaluation = next(to_evaluate, budget)
     machine = environment(state.device, in_tf32(state.device))
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
@@ -87,10 +88,13 @@ def training_loop(state: TrainState, name: str = "run", stop: Callable[[], bool]
     yield RunStarted(name, machine.device, parameters, budget, options.batch_size, target)
     if not state.evaluations:
         yield evaluate(state)
-    status: Status = "budget"
+    elif last < state.step == next_evaluation:  # the state was saved between an update and its evaluation
+        yield evaluate(state, state.train_loss)
+        next_evaluation = next(to_evaluate, budget)
+    status: Status = "reached" if options.stop_at_target and state.reached else "budget"
     reason = None
     state.clock.start()
-    while state.step < budget:
+    while state.step < budget and status == "budget":
         loss = optimizer_step(state, *state.next_batch())
         step = state.step
         if state.skipped == SKIPPED_AT_MOST:
@@ -101,7 +105,7 @@ def training_loop(state: TrainState, name: str = "run", stop: Callable[[], bool]
             continue
         due = step == next_evaluation
         if due or step % LOG_EVERY == 0:
-            value = loss.item()
+            state.train_loss = value = loss.item()
             if not math.isfinite(value):
                 status, reason = "diverged", f"the training loss is {value} at step {step}"
                 break
@@ -128,19 +132,15 @@ def optimizer_step(state: TrainState, x: Tensor, y: Tensor) -> Tensor:
     An update that the fp16 scaler skips, for gradients that are not finite, counts neither for the budget nor for the
     schedule. `bncli profile` times this function.
     """
-    optimizer, scaler, scale = state.optimizer, state.scaler, state.scaler.get_scale()
+    optimizer, scaler = state.optimizer, state.scaler
     set_learning_rate(optimizer, state.recipe, state.step)
     with autocast(state.device, state.recipe.train.precision):
         loss = F.cross_entropy(state.model(x), y)
     optimizer.zero_grad()
     scaler.scale(loss).backward()
+    state.skipped += 1  # until the update is made
     scaler.step(optimizer)
     scaler.update()
-    if scaler.get_scale() < scale:  # it is made smaller after a step that was skipped, and then alone
-        state.skipped += 1
-    else:
-        state.skipped = 0
-        state.step += 1
     return loss.detach()
 
 

@@ -34,7 +34,7 @@ class TrainState:
 
     step: optimizer steps taken. batches: those taken from the data, which are more where the fp16 scaler skipped steps.
     skipped: batches in a row, up to now, whose step was skipped. augmentation: the generator that augmentation draws
-    from. evaluation_s: seconds spent in evaluations.
+    from. train_loss: of the last batch whose loss was looked at. evaluation_s: seconds spent in evaluations.
     """
 
     def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device) -> None:
@@ -52,6 +52,8 @@ class TrainState:
         self.model: nn.Module = model.to(device, memory_format=data.MEMORY_FORMATS[train.memory_format])  # type: ignore[call-overload]
         self.optimizer = optimizer(recipe, self.model)
         set_learning_rate(self.optimizer, recipe, 0)
+        # Whether the fp16 scaler skipped an update is known without waiting for the device by this hook alone.
+        self.optimizer.register_step_post_hook(self._count_update)
         self.scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
         if train.compile:
             torch.compiler.reset()  # past runs of this process count towards a limit, beyond which a model runs eager
@@ -59,6 +61,7 @@ class TrainState:
         begin_training(self.model)
         self.evaluations: list[Evaluation] = []
         self.targets = _targets(recipe)
+        self.train_loss: float | None = None
         self.evaluation_s = 0.0
         self.clock = Clock(train.batch_size, device)
         self.memory = PeakMemory(device)  # read in evaluations, which are outside the throughput
@@ -67,6 +70,10 @@ class TrainState:
         """x (B, *shape) float32 and y (B,) int64, augmented, on the device."""
         self.batches += 1
         return next(self._coming)
+
+    def _count_update(self, *_: Any) -> None:
+        self.step += 1
+        self.skipped = 0
 
     def record(self, evaluation: Evaluation) -> None:
         self.evaluations.append(evaluation)
@@ -95,6 +102,7 @@ class TrainState:
             "step": self.step,
             "batches": self.batches,
             "skipped": self.skipped,
+            "train_loss": self.train_loss,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -102,7 +110,7 @@ class TrainState:
             "global generators": global_generators(self.device),
             "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
             "evaluation_s": self.evaluation_s,
-            "intervals": list(self.clock.intervals),
+            "intervals": self.clock.so_far(self.step),
             "peak_memory_mib": dict(self.memory.mib),
         }
 
@@ -113,6 +121,7 @@ class TrainState:
         them.
         """
         self.step, self.batches, self.skipped = saved["step"], saved["batches"], saved["skipped"]
+        self.train_loss = saved["train_loss"]
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
@@ -189,11 +198,16 @@ class Clock:
         self._started = self.now()
 
     def pause(self, step: int) -> None:
-        steps = step - self._measured_steps
-        if self._started is not None and steps:
-            synchronize(self.device)
-            self.intervals.append((steps, self.now() - self._started))
+        self.intervals = self.so_far(step)
         self._started = None
+
+    def so_far(self, step: int) -> list[tuple[int, float]]:
+        """The intervals, with the one that is open up to that step."""
+        steps = step - self._measured_steps
+        if self._started is None or not steps:
+            return list(self.intervals)
+        synchronize(self.device)
+        return [*self.intervals, (steps, self.now() - self._started)]
 
     @property
     def _measured_steps(self) -> int:

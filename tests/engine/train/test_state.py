@@ -14,7 +14,7 @@ from bncli.engine import data
 from bncli.engine.train import optimizer_step, training_loop
 from bncli.engine.train.state import Clock, TrainState, sample
 from bncli.recipe.sections import Recipe
-from bncli.results.train import Evaluated, Evaluation, RunFinished, RunResult
+from bncli.results.train import Evaluated, Evaluation, RunFinished, RunResult, StepDone
 from tests.conftest import tiny
 
 CPU = torch.device("cpu")
@@ -137,6 +137,51 @@ def test_a_run_that_is_saved_and_loaded_goes_on_bit_for_bit(name: str, folder: P
         assert (resumed.evaluations, resumed.steps_to_target, resumed.first_hit, resumed.steps_run) == (
             result.evaluations, result.steps_to_target, result.first_hit, result.steps_run)  # fmt: skip
         assert sum(steps for steps, _ in second.clock.intervals) == STEPS
+
+
+@pytest.mark.parametrize("step", [10, STEPS])
+def test_a_state_saved_between_an_update_and_its_evaluation_loses_nothing(step: int, folder: Path) -> None:
+    recipe = recipe_of("momentum")
+    whole = new_state(recipe)
+    evaluations, result = trained(whole)
+    first = new_state(recipe)
+    events = training_loop(first)
+    before = []
+    for event in events:
+        if isinstance(event, Evaluated):
+            before.append(event.evaluation)
+        if isinstance(event, StepDone) and event.step == step:
+            saved = saved_and_loaded(first, folder / "state.pt")
+            break
+    second = new_state(recipe)
+    second.load_state_dict(saved)
+    after, resumed = trained(second)
+    assert before + after == evaluations
+    assert (resumed.final, resumed.steps_to_target) == (result.final, result.steps_to_target)
+    assert_same_bits(second.state_dict(), whole.state_dict())
+
+
+def test_a_run_that_has_ended_trains_no_further(folder: Path) -> None:
+    train = {"steps": STEPS, "evaluate_every": 1, "target": {"value": 0.01}, "stop_at_target": True}
+    recipe = tiny(train=train)
+    first, second = new_state(recipe), new_state(recipe)
+    _, result = trained(first)
+    assert result.status == "reached"
+    second.load_state_dict(saved_and_loaded(first, folder / "state.pt"))
+    evaluations, again = trained(second)
+    assert evaluations == []
+    assert (again.status, again.steps_run, again.final) == ("reached", result.steps_run, result.final)
+
+
+def test_the_time_since_the_last_evaluation_is_saved_too() -> None:
+    times = iter([0.0, 5.0, 100.0, 103.0])
+    first = Clock(batch_size=60, device=CPU, now=lambda: next(times))
+    first.start()
+    saved = first.so_far(10)
+    second = Clock(batch_size=60, device=CPU, now=lambda: next(times), intervals=saved)
+    second.start()
+    second.pause(13)
+    assert second.intervals == [(10, 5.0), (3, 3.0)]
 
 
 def test_the_runs_above_take_what_they_are_named_after() -> None:
