@@ -206,7 +206,6 @@ TESTED_ELSEWHERE = {
     "measure.gradcheck.hard_inputs": "TO DO",
     "measure.gradcheck.invariants": "TO DO",
     "measure.gradcheck.known_bugs": "TO DO",
-    "measure.timing.ceilings": "TO DO",
     "recipe.overrides": "TO DO",
     "recipe.schema": "TO DO",
     "report.gradcheck.export": "TO DO",

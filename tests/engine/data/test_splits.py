@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 import torch
 
-from bncli.engine.data.splits import InMemory, carve, chunk_count, order
+from bncli.engine.data.splits import Dataset, InMemory, carve, chunk_count, evaluation_order, order
 from bncli.errors import DataError
 
 
@@ -63,6 +63,15 @@ def test_holding_everything_out_is_refused():
         carve(100, 100, 0)
 
 
+def test_the_order_of_evaluation_holds_every_example_and_depends_on_its_arguments_alone():
+    found = evaluation_order(50, 3)
+    assert sorted(found.tolist()) == list(range(50))
+    assert found.tolist() != list(range(50))
+    torch.manual_seed(99)
+    assert torch.equal(evaluation_order(50, 3), found)
+    assert not torch.equal(evaluation_order(50, 4), found)
+
+
 # --- splits -------------------------------------------------------------------------------------------------------
 
 
@@ -85,3 +94,22 @@ def test_chunks_are_even_of_about_the_size_and_never_of_one_example(examples, si
     assert min(sizes) > 1
     assert max(sizes) <= max(size, 3)
     assert len(sizes) == chunk_count(examples, size) <= -(-examples // size)
+
+
+def test_training_batches_alone_are_augmented_and_both_are_converted():
+    x, y = torch.rand(6, 1, 4, 4, generator=seeded(0)), torch.arange(6)
+    split = InMemory(x, y, convert=lambda stored: stored + 100, augment=True)
+    ((batch, _),) = split.batches([y], seeded(1))
+    ((chunk, _),) = split.chunks(6)
+    assert torch.equal(chunk, x + 100)
+    assert not torch.equal(batch, chunk)
+    # a crop is cut out of the image with zeros around it, so no number is a new one
+    assert set(batch.unique().tolist()) <= {100.0, *chunk.unique().tolist()}
+
+
+def test_a_data_set_evaluates_its_held_out_examples():
+    train, held_out = InMemory(torch.zeros(4, 2), torch.zeros(4).long()), InMemory(torch.ones(3, 2), torch.arange(3))
+    found = Dataset("made up", train, held_out, (2,), 3)
+    ((x, y),) = found.held_out_batches(10)
+    assert torch.equal(x, held_out.x)
+    assert torch.equal(y, held_out.y)
