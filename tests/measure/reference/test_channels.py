@@ -136,3 +136,10 @@ def test_the_weights_are_positive_where_that_is_asked_for() -> None:
     assert torch.equal(positive.weight, plain.weight.abs())
     other = large(CASE, CPU, seed=1, most_elements=MOST).given
     assert not torch.equal(other.x, plain.x)
+
+
+def test_a_kernel_is_given_the_upstream_gradient_that_its_judged_channels_are_held_to() -> None:
+    """Zero at the activation's kink."""
+    held = large(ReferenceCase("train", "bfloat16", "contiguous", (4, 9, 16, 16), "relu"), CPU, most_elements=MOST)
+    assert torch.equal(held.given.g[:, held.channels].double(), held.part.g)
+    assert bool((held.part.g == 0).any())
