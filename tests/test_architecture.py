@@ -192,17 +192,6 @@ TESTED_ELSEWHERE = {
     "results.gradcheck": "declarations",
     "results.profile": "declarations",
     "results.train": "declarations",
-    "engine.data.splits": "TO DO",
-    "measure.gradcheck.derivatives": "TO DO",
-    "measure.gradcheck.diagnose": "TO DO",
-    "measure.gradcheck.forward_backward": "TO DO",
-    "measure.gradcheck.hard_inputs": "TO DO",
-    "measure.gradcheck.invariants": "TO DO",
-    "measure.gradcheck.known_bugs": "TO DO",
-    "measure.reference.candidate": "TO DO",
-    "measure.reference.case": "TO DO",
-    "measure.reference.channels": "TO DO",
-    "measure.timing.ceilings": "TO DO",
 }
 
 

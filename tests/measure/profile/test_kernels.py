@@ -16,11 +16,8 @@ from bncli.measure.profile.candidates import Candidate, Source
 from bncli.measure.profile.kernels import KernelRun
 from bncli.measure.profile.shapes import Calls, shape_set
 from bncli.measure.reference import case as cases
-from bncli.measure.reference import channels
 from bncli.measure.reference.candidate import by_name
 from bncli.measure.reference.case import EPS
-from bncli.measure.reference.channels import large
-from bncli.measure.timing import clock
 from bncli.measure.timing.ceilings import Ladder
 from bncli.measure.timing.clock import CpuClock
 from bncli.results.profile import Case, KernelCost, KernelProfile, Measuring, Note, ProfileStarted, RowDone
@@ -298,28 +295,6 @@ def test_a_large_case_is_run_whole_and_judged_from_the_first_channel_to_the_last
     found = profile(machine, sources, shapes=(large,))
     assert [row.wrong for row in found.rows] == [False, True, True]
     assert [note.kind for note in found.notes if note.cases] == ["channels sampled"]
-
-
-def test_native_is_right_however_many_threads_and_channels_it_adds_over() -> None:
-    """In channels_last torch's sums over 25,088 values err twice as much on two threads as on one."""
-    case = cases.timed(Case((32, 32, 28, 28), "bn", "fp32", "channels_last"))
-    with clock.threads(2):
-        assert not large(case, CPU).judge(NATIVE, "native").wrong
-
-
-def test_where_native_finds_no_room_for_all_channels_others_are_judged_by_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = cases.timed(Case((2, 5, 512, 128), "bn", "fp32"))
-
-    def no_room(x: Tensor, *others: Any) -> Tensor:
-        if x.shape == case.shape:
-            raise torch.OutOfMemoryError
-        return NATIVE(x, *others)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(channels, "native_in_the_same_dtype", lambda: no_room)
-        found = large(case, CPU)
-    assert set(found.native) == {"forward", "running_mean", "running_var", "dx", "dweight", "dbias"}
-    assert not found.judge(NATIVE, "own function").wrong
 
 
 def test_what_is_missing_is_an_error_and_not_a_wrong_result() -> None:

@@ -90,3 +90,8 @@ def test_a_failure_with_a_finding_of_its_own_keeps_it() -> None:
     assert finding_of(KernelFailed(own)) == own
     long = finding_of(ValueError("one\ntwo"))
     assert long == Finding("raised", exception="ValueError", text="one")
+
+
+def test_a_case_is_judged_by_the_running_statistics_in_training_alone() -> None:
+    assert "running_var" in quantities(Case("train", "float32", "contiguous", (4, 3)))
+    assert "running_var" not in quantities(Case("eval", "float32", "contiguous", (4, 3)))

@@ -1,0 +1,168 @@
+"""What can be put under test: a kernel by its name, a norm, and a function of the user's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bncli.errors import UsageError
+from bncli.kernels.definition import definition
+from bncli.measure.reference.candidate import Candidate, KernelFailed, by_name, candidate
+from bncli.measure.reference.case import Case, arguments, inputs
+from bncli.names import CHECKED_GROUPS
+from tests.measure.reference import wrong_kernels
+
+CPU = torch.device("cpu")
+HERE = "tests.measure.reference.wrong_kernels"
+
+
+def own(function: str) -> Candidate:
+    return candidate(f"{HERE}:{function}", "batch", CPU, allow_code=True)
+
+
+def result(call: object, case: Case) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y, and the running statistics after the call."""
+    given = inputs(case, CPU)
+    assert callable(call)
+    return call(*arguments(case, given)), given.running_mean, given.running_var
+
+
+# --- what is called ---------------------------------------------------------------------------------------------------
+
+
+CASES = [
+    Case(mode, "float64", "contiguous", (4, 3, 5), fusion) for mode in ("train", "eval") for fusion in ("plain", "silu")
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.identifier)
+@pytest.mark.parametrize("kernel", ["native", "fused", f"{HERE}:right_by_the_seam"])
+def test_a_kernel_by_its_name_and_a_function_by_the_kernels_contract_are_called_alike(kernel: str, case: Case) -> None:
+    found = candidate(kernel, "batch", CPU, allow_code=True)
+    assert (found.fuses, found.evaluates, found.tracks) == (True, True, True)
+    torch.testing.assert_close(result(found.call, case), result(definition("batch"), case), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_function_with_the_parameters_of_torchs_own_is_called_by_their_names(mode: str) -> None:
+    case = Case(mode, "float64", "contiguous", (4, 3, 5))
+    found = own("right")
+    assert (found.fuses, found.evaluates, found.own, found.native) == (False, True, True, False)
+    torch.testing.assert_close(result(found.call, case), result(definition("batch"), case), rtol=1e-10, atol=1e-10)
+
+
+def a_kernel_that_moves(x, weight, bias, eps, residual=None, activation=None, running=None):  # type: ignore[no-untyped-def]
+    """Its running mean ends at 7: nobody else may move it once more."""
+    y, mean, var = wrong_kernels.right_by_the_seam(x, weight, bias, eps, residual, activation)
+    if running is not None:
+        running[0].fill_(7.0)
+    return y, mean, var
+
+
+def test_running_statistics_are_moved_by_the_kernel_where_it_takes_them_and_else_by_what_it_returns() -> None:
+    case = Case("train", "float64", "contiguous", (4, 3, 5))
+    moves = candidate(f"{__name__}:a_kernel_that_moves", "batch", CPU, allow_code=True)
+    assert not moves.evaluates
+    _, mean, _ = result(moves.call, case)
+    assert mean is not None
+    assert bool((mean == 7.0).all())
+    without = own("right_without_evaluation")
+    assert not without.evaluates
+    found, expected = result(without.call, case), result(definition("batch"), case)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def swapped_statistics(x, weight, bias, eps, residual=None, activation=None):  # type: ignore[no-untyped-def]
+    y, mean, var = wrong_kernels.right_by_the_seam(x, weight, bias, eps, residual, activation)
+    return y, mean[None], var
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind", "given"),
+    [
+        (f"{HERE}:returns_y_alone", "wrong_type", "Tensor"),
+        (f"{__name__}:swapped_statistics", "wrong_shape", "(1, 3) and (3,)"),
+    ],
+)
+def test_a_kernel_that_does_not_return_three_tensors_with_statistics_of_each_channel_has_failed(
+    kernel: str, kind: str, given: str
+) -> None:
+    with pytest.raises(KernelFailed) as caught:
+        result(candidate(kernel, "batch", CPU, allow_code=True).call, Case("train", "float32", "contiguous", (4, 3, 5)))
+    assert (caught.value.finding.kind, caught.value.finding.given) == (kind, given)
+
+
+MODULES = {
+    "layer": lambda c: nn.GroupNorm(1, c, eps=1e-3),
+    "group": lambda c: nn.GroupNorm(CHECKED_GROUPS, c, eps=1e-3),
+    "instance": lambda c: nn.GroupNorm(c, c, eps=1e-3),
+}
+
+
+@pytest.mark.parametrize("norm", MODULES)
+@pytest.mark.parametrize("affine", ["wide", "none"])
+def test_the_other_norms_are_modules_with_the_calls_own_weight_bias_and_eps(norm: str, affine: str) -> None:
+    found = candidate("native", norm, CPU, allow_code=False)
+    assert (found.fuses, found.evaluates, found.tracks, found.native) == (False, False, False, True)
+    case = Case("train", "float32", "contiguous", (4, 6, 5), norm=norm, affine=affine)
+    given = inputs(case, CPU)
+    module = MODULES[norm](6)
+    if given.weight is not None:
+        module.load_state_dict({"weight": given.weight, "bias": given.bias})
+    y, _, _ = result(found.call, case)
+    torch.testing.assert_close(y, module(given.x))
+
+
+def test_it_is_said_what_really_runs() -> None:
+    assert candidate("native", "batch", CPU, allow_code=False).ran == "torch's own operator"
+    assert candidate("fused", "batch", CPU, allow_code=False).ran.startswith("C, compiled for this CPU")
+    assert own("right").ran == f"your function {HERE}:right"
+    assert own("right_by_the_seam").ran.startswith(f"your function {HERE}:right_by_the_seam, ")
+
+
+def test_a_function_itself_is_called_like_a_kernel_by_name() -> None:
+    case = Case("train", "float64", "contiguous", (4, 3, 5), "relu+residual")
+    found = result(by_name(wrong_kernels.right_by_the_seam), case)
+    torch.testing.assert_close(found, result(definition("batch"), case), rtol=1e-10, atol=1e-10)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kernel", "norm", "message"),
+    [
+        ("native", "spectral", "norm spectral: expected one of batch, layer, group, instance"),
+        ("quick", "batch", "kernel quick: there is no such kernel; expected native, fused, fused-interpreted"),
+        ("fused", "layer", "norm layer: has the native kernel alone; fused is a batch norm"),
+    ],
+)
+def test_a_name_that_is_none_is_refused(kernel: str, norm: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        candidate(kernel, norm, CPU, allow_code=False)
+
+
+@pytest.mark.parametrize("name", ["./mine.py:batch_norm", "mine.py:batch_norm", "mine:"])
+def test_a_file_or_half_a_name_is_refused_with_how_to_write_it(name: str) -> None:
+    with pytest.raises(UsageError, match=r"expected package\.module:function, .* as in mine:batch_norm"):
+        candidate(name, "batch", CPU, allow_code=True)
+
+
+def test_own_code_is_not_imported_without_leave() -> None:
+    with pytest.raises(UsageError, match="allow_code"):
+        candidate("no.such.module:function", "batch", CPU, allow_code=False)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("no_such_module_here:norm", "No module named"),
+        (f"{HERE}:no_such_function", "no_such_function"),
+        (f"{HERE}:BUGS", "cannot be called"),
+        (f"{HERE}:other_signature", r"input, running_mean.*x, weight, bias, eps, residual, activation"),
+    ],
+)
+def test_a_function_that_cannot_be_called_is_refused_with_what_to_do(kernel: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        candidate(kernel, "batch", CPU, allow_code=True)
