@@ -13,9 +13,9 @@ INTERRUPTED = 130  # Ctrl-C; SIGTERM is 143, as shells count
 
 
 # How a message names the permission to import and run the user's own code; the command line shows its option instead.
-ALLOW_CODE = "allow_code=True"
-CODE_OF_YOURS = f"code of yours that would run; allow it with {ALLOW_CODE}"
-OVERWRITE = "overwrite=True"  # the same of the permission to write over an earlier run
+ALLOW_CODE = "allow it with allow_code=True"
+CODE_OF_YOURS = f"code of yours that would run; {ALLOW_CODE}"
+OVERWRITE = "write over it with overwrite=True"  # the same of the permission to write over an earlier run
 
 
 class BncliError(Exception):

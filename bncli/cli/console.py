@@ -64,14 +64,26 @@ def print_result(result: Any) -> None:
 
 
 # Arguments whose options are spelled otherwise; every other one is --its-name.
-OPTIONS = {"inputs": "--input", "sets": "--set", "saved": "--from", "seconds": "--time"}
+OPTIONS = {
+    "inputs": "--input",
+    "sets": "--set",
+    "saved": "--from",
+    "seconds": "--time",
+    "kernels": "--kernel",
+    "operations": "--operation",
+    "dtypes": "--dtype",
+    "layouts": "--layout",
+}
+# How a message names a permission, and how the command line does.
+PERMISSIONS = {ALLOW_CODE: "allow it with --allow-code", OVERWRITE: "write over it with --force"}
 
 
 def print_error(error: BncliError) -> None:
     """A user's mistakes, to stderr; an argument is shown as the option that it came from."""
     options = [each.field and OPTIONS.get(each.field, "--" + each.field.replace("_", "-")) for each in error.errors]
     lines = [line for each, option in zip(error.errors, options, strict=True) for line in each.lines(option)]
-    lines = [line.replace(ALLOW_CODE, "--allow-code").replace(OVERWRITE, "--force") for line in lines]
+    for words, option in PERMISSIONS.items():
+        lines = [line.replace(words, option) for line in lines]
     if len(lines) > 1:
         print(f"bncli: {len(lines)} mistakes", file=sys.stderr)
     for line in lines:

@@ -11,7 +11,7 @@ import typer
 
 from bncli.cli.console import StopSignal, loaded_all, print_result, say, show_plan
 from bncli.cli.options import AllowCode, Device, DryRun, Json, Quiet, Recipe_, RequireTarget, Set, Threads
-from bncli.errors import CHECK_FAILED, DIVERGED, UsageError
+from bncli.errors import CHECK_FAILED, DIVERGED
 
 if TYPE_CHECKING:
     from bncli.recipe.load import Arm, Loaded
@@ -82,12 +82,6 @@ def train(
 
 def chosen_arm(loaded: Loaded, name: str | None) -> Arm:
     """The run to train: the recipe's base, or one of its arms under the recipe's and its own name."""
-    from bncli.recipe.load import Arm, suggestion
+    from bncli.recipe.load import Arm
 
-    if name is None:
-        return Arm(loaded.name, loaded.base)
-    for arm in loaded.arms:
-        if arm.name == name:
-            return arm
-    names = [arm.name for arm in loaded.arms]
-    raise UsageError(f"--arm {name}: {suggestion(name, names) if names else f'{loaded.source} has no arms'}")
+    return Arm(loaded.name, loaded.base) if name is None else loaded.arm(name)

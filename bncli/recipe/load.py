@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from bncli.errors import RecipeError
+from bncli.errors import RecipeError, UsageError
 from bncli.recipe.check import check, suggestion, words
 from bncli.recipe.overrides import KINDS, arms_of, base_of, fixed_by, leaves, override, split_path, write_out
 from bncli.recipe.sections import Recipe, RecipeFile
@@ -48,6 +48,14 @@ class Loaded:
     def reference(self) -> str:
         """The arm that the others are compared with: the one named, or the first; a file without arms is one itself."""
         return self.file.reference or (self.arms[0].name if self.arms else self.name)
+
+    def arm(self, name: str) -> Arm:
+        """The arm of that name; a file without arms is one of its own name. Raises UsageError for any other."""
+        arms = {arm.name: arm for arm in self.arms} or {self.name: Arm(self.name, self.base)}
+        if name not in arms:
+            hint = suggestion(name, list(arms)) if self.arms else f"{self.source} has no arms"
+            raise UsageError(hint, field="arm", value=name)
+        return arms[name]
 
     def provenance(self, arm: Arm) -> Iterator[tuple[str, Any, str]]:
         """Every field of an arm's run: its path, its value, and the file's line, the flag or `default`."""

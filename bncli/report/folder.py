@@ -82,7 +82,7 @@ class RunFolder:
         return file
 
     def _taken(self, why: str) -> UsageError:
-        return self._refused(f"{why}; choose another folder or write over it with {OVERWRITE}")
+        return self._refused(f"{why}; choose another folder or {OVERWRITE}")
 
     def _refused(self, why: str) -> UsageError:
         return UsageError(why, field="out", value=self.path)

@@ -152,7 +152,7 @@ def finding_text(finding: Finding) -> str:
             return f"{names} moved"
         case "not_deterministic":
             return f"{names} differ between two runs on the same inputs"
-        case "raised" | "leaf_written" | "saved_written":
+        case "raised" | "no_memory" | "leaf_written" | "saved_written":
             return f"{raised}{finding.text}"
 
 

@@ -21,6 +21,7 @@ FindingKind = Literal[
     "no_gradient",  # of a weight or a bias, where x needs none
     # the kernel raised, or autograd did: `exception` and `text` are its own words
     "raised",
+    "no_memory",  # the machine has no room for the case
     "leaf_written",  # autograd's words on an input that is written to
     "saved_written",  # autograd's words on a tensor saved for the backward pass, by its version counter
     "no_second_derivative",  # gradients without a graph, under create_graph=True

@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from bncli.cli.console import OPTIONS, StopAtOnce, StopSignal, chosen_form, listed, print_error, print_result
-from bncli.errors import CODE_OF_YOURS, OVERWRITE, BncliError, RecipeError, UsageError, UsageErrors
+from bncli.errors import CODE_OF_YOURS, OVERWRITE, BncliError, RecipeError, RunFailed, UsageError, UsageErrors
 from tests.cli.conftest import bncli
 from tests.test_architecture import MODULES, commands
 
@@ -37,7 +37,9 @@ def test_several_mistakes_are_counted_and_listed(
         (RecipeError("r.yaml:3: unknown key"), "bncli: r.yaml:3: unknown key"),
         (UsageError(f"it is {CODE_OF_YOURS}", field="kernel", value="a:b"),
          "bncli: --kernel a:b: it is code of yours that would run; allow it with --allow-code"),
-        (BncliError(f"holds a run; write over it with {OVERWRITE}"), "bncli: holds a run; write over it with --force"),
+        (BncliError(f"holds a run; {OVERWRITE}"), "bncli: holds a run; write over it with --force"),
+        (RunFailed("mine:norm raised ValueError: give allow_code=True or overwrite=True"),
+         "bncli: mine:norm raised ValueError: give allow_code=True or overwrite=True"),
         (UsageErrors([UsageError("too small", field="jobs", value=0), UsageError("two mistakes", "in it")]),
          "bncli: 3 mistakes\n  --jobs 0: too small\n  two mistakes\n  in it"),
     ],

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bncli.kernels.layout import accumulation, over_channels, per_channel, unpacked_signs
-from bncli.names import KINKED_ACTIVATIONS
+from bncli.names import ACTIVATIONS, KINKED_ACTIVATIONS
 
 
 def composed_backward(
@@ -40,10 +40,10 @@ def composed_backward(
     xhat = (x - mean) * reciprocal
     z = xhat * scale + shift if residual is None else xhat * scale + shift + residual.to(wide)
     if activation in KINKED_ACTIVATIONS:
-        relu = activation == "relu"
+        relu, slope = activation == "relu", ACTIVATIONS[activation].slope
         # At a NaN as in torch: relu stops dy where z <= 0, leaky_relu scales it unless z > 0.
         whole = unpacked_signs(signs, x) if signs is not None else ~(z <= 0) if relu else z > 0
-        g = torch.where(whole, dy, torch.zeros_like(dy) if relu else dy * 0.01)
+        g = torch.where(whole, dy, torch.zeros_like(dy) if slope is None else dy * slope)
     elif activation == "silu":
         s = torch.sigmoid(z)
         g = dy * (s * (1 + z * (1 - s)))

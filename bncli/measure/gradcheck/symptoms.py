@@ -15,7 +15,7 @@ from bncli.results.finding import FindingKind
 from bncli.results.gradcheck import Diagnosis, Facet, FailureSummary
 
 Verdicts = list[Verdict]
-RAISED: tuple[FindingKind, ...] = ("raised", "leaf_written", "saved_written")
+RAISED: tuple[FindingKind, ...] = ("raised", "no_memory", "leaf_written", "saved_written")
 SOMETHING_ELSE: tuple[FindingKind, ...] = ("wrong_type", "wrong_shape", "wrong_dtype", "wrong_device")
 HALF = ("float16", "bfloat16")
 

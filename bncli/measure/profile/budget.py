@@ -67,13 +67,13 @@ def _layout(shape: Shape, layout: str) -> str:
 def _check(asked: Asked) -> None:
     errors = []
     if not asked.kernels:
-        errors.append(UsageError("name at least one", field="kernel"))
+        errors.append(UsageError("name at least one", field="kernels"))
     if not asked.shapes:
         errors.append(UsageError("name a set of shapes, a shape or a file of shapes", field="shapes"))
     choices: Sequence[tuple[str, Sequence[str], Sequence[str]]] = (
-        ("operation", asked.operations, tuple(cases.OPERATIONS)),
-        ("dtype", asked.dtypes, tuple(cases.DTYPE_NAMES)),
-        ("layout", asked.layouts, LAYOUTS),
+        ("operations", asked.operations, tuple(cases.OPERATIONS)),
+        ("dtypes", asked.dtypes, tuple(cases.DTYPE_NAMES)),
+        ("layouts", asked.layouts, LAYOUTS),
     )
     for field, names, known in choices:
         expected = f"expected some of {', '.join(known)}"

@@ -20,6 +20,7 @@ from bncli.measure.reference.candidate import Candidate as Kernel
 from bncli.measure.reference.case import Inputs, flops
 from bncli.measure.reference.channels import Large, large
 from bncli.measure.reference.judge import CheckContext, compare, refusals
+from bncli.measure.reference.observe import finding_of
 from bncli.measure.reference.tolerance import rule
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing import memory, speedup
@@ -65,7 +66,7 @@ class KernelRun:
     """One kernel view: iterate over `events`, then ask for `result`, also after an interruption.
 
     clock, peaks, sources, ladder and now_s stand in for the device's clock, fresh processes, the kernels by name, the
-    machine's ceilings and the host's clock. Raises RecipeError for what cannot be measured as asked, and Unavailable
+    machine's ceilings and the host's clock. Raises UsageError for what cannot be measured as asked, and Unavailable
     for a device without a clock.
     """
 
@@ -298,20 +299,16 @@ class Entry:
     def refuse_wrong(self, kernel: str, wrong: Wrong, candidate: Candidate | None = None) -> None:
         """A kernel that raises gave no right result, unless the machine had no room, or it could not be compiled."""
         finding, ran = wrong.finding, None if candidate is None else candidate.ran
-        if finding.exception is None:
+        if finding.text is None:
             self.refuse(kernel, "wrong result", ran=ran, wrong=wrong)
             return
         compiling = candidate is not None and candidate.compiles
-        words = f"{finding.exception}: {finding.text or finding.kind}"
-        missing = compiling or finding.exception in NO_ROOM
+        words = f"{finding.exception}: {finding.text}"
+        missing = compiling or finding.kind == "no_memory"
         self.refuse(kernel, f"torch.compile: {words}" if compiling else words, wrong=None if missing else wrong)
 
     def refuse_for(self, kernel: str, raised: Exception, candidate: Candidate | None) -> None:
-        text = (str(raised).splitlines() or [""])[0][:200]
-        self.refuse_wrong(kernel, Wrong(Finding("raised", exception=type(raised).__name__, text=text)), candidate)
-
-
-NO_ROOM = (torch.OutOfMemoryError.__name__, MemoryError.__name__)
+        self.refuse_wrong(kernel, Wrong(finding_of(raised)), candidate)
 
 
 def wrong_on_cases(kernel: str, source: Source, device: torch.device) -> Wrong | None:
@@ -320,17 +317,26 @@ def wrong_on_cases(kernel: str, source: Source, device: torch.device) -> Wrong |
     A kernel that is compiled is left out: each case would be compiled.
     """
 
-    def context_of(case: cases.Case) -> CheckContext | None:
+    def taken(case: cases.Case) -> Candidate | None:
         try:
-            found = source(case)
+            return source(case)
         except Unavailable:
+            return None
+
+    def context_of(case: cases.Case) -> CheckContext | None:
+        found = taken(case)
+        if found is None:
             return None
         own, native = rule(kernel) == "own function", rule(kernel) == "native"
         tested = Kernel(kernel, case.norm, found.on_a_copy, "", own=own, native=native)
-        return None if found.compiles else CheckContext(tested, device)
+        return CheckContext(tested, device)
 
+    chosen = cases.cases("quick", "batch", fuses=True, evaluates=True)
+    first = taken(chosen[0])
+    if first is not None and first.compiles:
+        return None
     refused = refusals(context_of)
-    for case in cases.cases("quick", "batch", fuses=True, evaluates=True):
+    for case in chosen:
         context = None if case.needs & set(refused) else context_of(case)
         if context is None:
             continue

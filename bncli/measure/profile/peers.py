@@ -19,6 +19,7 @@ from bncli.errors import Unavailable
 from bncli.kernels import native
 from bncli.kernels.definition import Forward
 from bncli.measure.reference.case import Case
+from bncli.names import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,11 @@ def inplace_abn(case: Case, device: torch.device) -> Peer:
     def call(x: Tensor, *others: Any) -> Tensor:
         running_mean, running_var, weight, bias, training, momentum, eps, _, activation = others
         vectors = (weight - eps, bias, running_mean, running_var)
-        y: Tensor = module.inplace_abn(x, *vectors, training, momentum, eps, activation or "identity", SLOPE)
+        slope = ACTIVATIONS["leaky_relu"].slope
+        y: Tensor = module.inplace_abn(x, *vectors, training, momentum, eps, activation or "identity", slope)
         return y
 
     return Peer(call, "inplace_abn", overwrites=True, positive_weight=True)
-
-
-SLOPE = 0.01  # of torch's leaky ReLU
 
 
 def flag_gems(case: Case, device: torch.device) -> Peer:

@@ -24,7 +24,7 @@ from bncli.engine.train.optim import uncompiled
 from bncli.engine.train.state import TrainState, check_fit
 from bncli.engine.user_code import blame_user_code, imported
 from bncli.errors import RunFailed, UsageError
-from bncli.recipe.load import Loaded, digest, plain, suggestion, with_values
+from bncli.recipe.load import Loaded, digest, plain, with_values
 from bncli.recipe.sections import Digits, Hub, Npz, Recipe, Synthetic
 from bncli.results.profile import NormLayers, Note
 
@@ -198,12 +198,9 @@ def recipe_models(loaded: Loaded, arm: str | None = None) -> tuple[RecipeModel, 
     Arms that differ only in figures that cost no time (a learning rate, a seed, initial weights) are one. Raises
     UsageError for an arm that the file does not have.
     """
-    arms = {each.name: each.recipe for each in loaded.arms} or {loaded.name: loaded.base}
     if arm is not None:
-        if arm not in arms:
-            hint = suggestion(arm, list(arms))
-            raise UsageError(f"{loaded.source} has no such arm; {hint}", field="arm", value=arm)
-        return (RecipeModel(arm, arms[arm]),)
+        return (RecipeModel(arm, loaded.arm(arm).recipe),)
+    arms = {each.name: each.recipe for each in loaded.arms} or {loaded.name: loaded.base}
     alike: dict[str, list[str]] = {}
     for name, recipe in arms.items():
         alike.setdefault(digest(step_work(recipe)), []).append(name)

@@ -18,6 +18,7 @@ from bncli.results.finding import Finding, FindingKind
 
 RUNNING = ("running_mean", "running_var")
 GRADIENTS = ("dx", "dweight", "dbias", "dresidual")
+CPU_WITHOUT_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # of a RuntimeError of torch's
 SECOND = ("double backward in x", "double backward in weight", "double backward in g")
 
 
@@ -150,7 +151,9 @@ def finding_of(error: BaseException) -> Finding:
         return error.finding
     text = str(error)
     kind: FindingKind = "raised"
-    if "modified by an inplace operation" in text:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or CPU_WITHOUT_MEMORY in text:
+        kind = "no_memory"
+    elif "modified by an inplace operation" in text:
         kind = "saved_written"
     elif "leaf Variable" in text and "in-place" in text:
         kind = "leaf_written"

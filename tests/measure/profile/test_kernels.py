@@ -534,10 +534,10 @@ LAYOUTS = ("contiguous", "channels_last")
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"operations": ("bn+tanh",)}, "operation bn+tanh: expected some of bn, bn+relu"),
-        ({"dtypes": ("fp8",)}, "dtype fp8: expected some of bf16"),
-        ({"layouts": ("nhwc",)}, "layout nhwc: expected some of contiguous, channels_last"),
-        ({"kernels": ()}, "kernel: name at least one"),
+        ({"operations": ("bn+tanh",)}, "operations bn+tanh: expected some of bn, bn+relu"),
+        ({"dtypes": ("fp8",)}, "dtypes fp8: expected some of bf16"),
+        ({"layouts": ("nhwc",)}, "layouts nhwc: expected some of contiguous, channels_last"),
+        ({"kernels": ()}, "kernels: name at least one"),
         ({"kernels": ("nativ",)}, "kernel nativ: there is no such kernel; did you mean native"),
         (
             {"kernels": ("mine:norm",)},

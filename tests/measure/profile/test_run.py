@@ -27,7 +27,7 @@ def kernels(**changes: Any) -> None:
         ({"shapes": "mine.csv", "batch": 3}, "batch: mine.csv holds its own"),
         ({"own_shapes": ("8",)}, "shape 8: expected the batch, the channels"),
         ({"shapes": "tiny"}, "shapes tiny: expected one of resnet50, resnet20"),
-        ({"dtypes": ("fp8",)}, "dtype fp8: expected some of"),
+        ({"dtypes": ("fp8",)}, "dtypes fp8: expected some of"),
     ],
 )
 def test_a_mistake_names_the_argument_and_its_value(changes: dict[str, Any], error: str) -> None:
@@ -39,5 +39,5 @@ def test_a_mistake_names_the_argument_and_its_value(changes: dict[str, Any], err
 def test_the_shape_of_a_models_input_and_an_arm_are_arguments_too() -> None:
     with pytest.raises(UsageError, match=r"^inputs 3: expected the batch"):
         model_run(OPTIONS, "mine:make", "3", None)
-    with pytest.raises(UsageError, match=r"^arm none: .*smoke.yaml has no such arm"):
+    with pytest.raises(UsageError, match=r"^arm none: .*smoke.yaml has no arms"):
         recipe_run(OPTIONS, SMOKE, (), "none", None)

@@ -48,6 +48,18 @@ def test_autograd_says_by_its_words_that_a_leaf_was_written_to() -> None:
     assert observed(writes)["forward"].kind == "leaf_written"
 
 
+class NoRoom(MemoryError):
+    """As numpy has one of its own."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), NoRoom("for 9 GiB"), RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 9")],
+)
+def test_a_machine_without_room_is_no_kernels_fault(error: Exception) -> None:
+    assert finding_of(error).kind == "no_memory"
+
+
 def test_a_gradient_without_a_graph_is_no_second_derivative() -> None:
     def detached(input: Tensor, *others: object) -> Tensor:
         class Identity(torch.autograd.Function):
