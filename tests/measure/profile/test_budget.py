@@ -15,9 +15,9 @@ def test_all_mistakes_are_found_at_once_each_with_its_argument() -> None:
     with pytest.raises(UsageError) as refused:
         planned(asked)
     assert [(error.field, error.value) for error in refused.value.errors] == [
-        ("operation", "relu"), ("dtype", "fp8"), ("layout", "nhwc"), ("shape", "1x8"),
+        ("operations", "relu"), ("dtypes", "fp8"), ("layouts", "nhwc"), ("shape", "1x8"),
     ]  # fmt: skip
-    assert str(refused.value).startswith("operation relu: expected some of bn, bn+relu")
+    assert str(refused.value).startswith("operations relu: expected some of bn, bn+relu")
 
 
 def test_one_value_a_channel_is_fine_in_evaluation() -> None:
