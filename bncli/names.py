@@ -4,7 +4,6 @@ the modules and the checks are read. No torch.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -129,6 +128,8 @@ def check_kernel(name: str, known: Sequence[str], allow_code: bool) -> None:
     if name in known:
         return
     if ":" not in name:
+        import difflib  # which a right name need not wait for
+
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"expected {', '.join(known)} or package.module:function"
         raise UsageError(f"there is no such kernel; {hint}", field="kernel", value=name)

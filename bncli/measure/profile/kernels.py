@@ -325,11 +325,11 @@ def wrong_on_cases(kernel: str, source: Source, device: torch.device) -> Wrong |
 
     def context_of(case: cases.Case) -> CheckContext | None:
         found = taken(case)
-        if found is None:
-            return None
+        return None if found is None else tested(found)
+
+    def tested(found: Candidate) -> CheckContext:
         own, native = rule(kernel) == "own function", rule(kernel) == "native"
-        tested = Kernel(kernel, case.norm, found.on_a_copy, "", own=own, native=native)
-        return CheckContext(tested, device)
+        return CheckContext(Kernel(kernel, "batch", found.on_a_copy, "", own=own, native=native), device)
 
     chosen = cases.cases("quick", "batch", fuses=True, evaluates=True)
     first = taken(chosen[0])
@@ -337,13 +337,13 @@ def wrong_on_cases(kernel: str, source: Source, device: torch.device) -> Wrong |
         return None
     refused = refusals(context_of)
     for case in chosen:
-        context = None if case.needs & set(refused) else context_of(case)
-        if context is None:
+        found = None if case.needs & set(refused) else taken(case)
+        if found is None:
             continue
         given = cases.inputs(case, device)
-        if source(case).positive_weight:
+        if found.positive_weight:
             given = cases.with_positive_weight(given, case)
-        wrong = compare(context, case, given, second=False).wrong
+        wrong = compare(tested(found), case, given, second=False).wrong
         if wrong is not None:
             return Wrong(wrong, case.identifier)
     return None

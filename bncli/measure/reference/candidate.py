@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from bncli.engine.user_code import imported
 from bncli.errors import UsageError
 from bncli.kernels import api
 from bncli.kernels.definition import Forward
-from bncli.kernels.native import update_running_stats
 from bncli.names import CHECKED_GROUPS, GRADCHECK_KERNELS, NORMS, check_kernel
 from bncli.recipe import sections
 from bncli.results.finding import Finding
@@ -129,7 +129,7 @@ def _own(kernel: str) -> Candidate:
         return Candidate(kernel, "batch", called, ran, fuses=fuses, own=True)
     if set(KERNEL_NAMES) <= names:
         ran = f"your function {kernel}, called as bncli's kernels are"
-        kernel_of_yours = _as_a_kernel(function, names & {"statistics", "running"})
+        kernel_of_yours = _as_a_kernel(function, names)
         return Candidate(kernel, "batch", by_name(kernel_of_yours), ran, evaluates="statistics" in names, own=True)
     raise UsageError(
         f"its parameters are ({', '.join(sorted(names))}). Expected those of torch.nn.functional.batch_norm, "
@@ -188,30 +188,21 @@ class KernelFailed(Exception):
         super().__init__(finding.kind)
 
 
-def _as_a_kernel(function: Callable[..., Any], optional: set[str]) -> kernels.Kernel:
-    def kernel(
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        residual: Tensor | None = None,
-        activation: str | None = None,
-        statistics: tuple[Tensor, Tensor] | None = None,
-        running: tuple[Tensor, Tensor, float] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        arguments: dict[str, Any] = dict(zip(KERNEL_NAMES, (x, weight, bias, eps, residual, activation), strict=True))
-        more = {"statistics": statistics, "running": running}
-        result: Any = function(**arguments, **{name: more[name] for name in optional})
+def _as_a_kernel(function: Callable[..., Any], names: set[str]) -> kernels.Kernel:
+    """The function, called by its parameters' names, with what it returns checked; `kernels.adapted` does the rest."""
+
+    @functools.wraps(function)  # by whose signature it is adapted, where it does not take `running`
+    def kernel(*positional: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
+        asked: dict[str, Any] = dict(zip((*KERNEL_NAMES, "statistics", "running"), positional, strict=False)) | named
+        result: Any = function(**{name: value for name, value in asked.items() if name in names})
         if not (isinstance(result, tuple) and len(result) == 3 and all(isinstance(part, Tensor) for part in result)):
             wanted = "the three tensors (y, mean, var)"
             raise KernelFailed(Finding("wrong_type", given=_kind(result), wanted=wanted, exception="WrongResult"))
         y, mean, var = result
-        if statistics is None and (mean.shape != (x.size(1),) or var.shape != (x.size(1),)):
-            given, wanted = f"{tuple(mean.shape)} and {tuple(var.shape)}", f"({x.size(1)},)"
-            wrong = Finding("wrong_shape", given=given, wanted=wanted, exception="WrongResult")
-            raise KernelFailed(wrong)
-        if running is not None and "running" not in optional:
-            update_running_stats(running, mean, var, x.numel() // x.size(1))
+        channels = (asked["x"].size(1),)
+        if asked.get("statistics") is None and (mean.shape != channels or var.shape != channels):
+            given, wanted = f"{tuple(mean.shape)} and {tuple(var.shape)}", f"({channels[0]},)"
+            raise KernelFailed(Finding("wrong_shape", given=given, wanted=wanted, exception="WrongResult"))
         return y, mean, var
 
     return kernel
