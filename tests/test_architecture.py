@@ -216,9 +216,7 @@ def test_every_test_file_has_its_module_or_a_reason() -> None:
 # Test files of more than one module, or of a property of the whole.
 TESTS_OF_SEVERAL = {
     "test_architecture.py": "the plan of the code",
-    "benchmarks/test_kernels.py": "the benchmark commands",
-    "benchmarks/test_kernels_cpu.py": "the benchmark commands",
-    "benchmarks/test_targets.py": "the benchmark commands",
+    "benchmarks/test_benchmarks.py": "the benchmark commands",
     "engine/train/test_fused_training.py": "training with the fused kernel, through all its modules",
     "kernels/fused/test_ahead_of_time.py": "the compilation of every kernel without a GPU",
     "kernels/fused/test_specialisations.py": "the compilation of every kernel without a GPU",

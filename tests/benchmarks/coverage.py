@@ -19,17 +19,18 @@ import csv
 import itertools
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from bncli.kernels.fused.tiling import Plan, Processors, plan
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", type=Path, required=True, metavar="FILE.csv")
     parser.add_argument("--processors", type=int, default=132, help="multiprocessors of the GPU (an H200's)")
     parser.add_argument("--itemsize", type=int, default=2, choices=(2, 4), help="bytes of an element")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     with options.shapes.open() as file:
         lines = list(csv.DictReader(file))
     gpu = Processors(options.processors, cooperative=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -289,11 +289,11 @@ def show_simulated(runs: int) -> None:
         print(f"{count:4d}  {bias:+5.1f}", flush=True)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=1000, help="simulated runs an arm")
     parser.add_argument("--only", choices=["real", "simulated"])
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.only != "simulated":
         show_real(real_curves())
     if options.only != "real":

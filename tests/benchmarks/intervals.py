@@ -102,17 +102,13 @@ def _quantile(kind: str, cv: float, share: float) -> float:
     return deviation * (-math.log(1 - share) - math.log(2))
 
 
-def _run(cell: Cell) -> list[tuple[str, bool]]:
-    return cell.run()
-
-
 def misses_and_spreads(repeats: int, pool: ProcessPoolExecutor) -> None:
     print("Coverage with misses and unlike spreads, one point an arm, in %: least over 144 cells (spreads x misses)")
     print("noise    seeds   all   means  medians  bound   (the last three: over all cells together, where printed)")
     for kind in ("normal", "t3", "exponential"):
         for seeds in (4, 5, 10, 20):
             cells = [Cell(kind, seeds, s, m, a, repeats) for s in SPREADS for m in MISSED for a in ARMS]
-            results = list(pool.map(_run, cells, chunksize=8))
+            results = list(pool.map(Cell.run, cells, chunksize=8))
             least = min(1 - sum(miss for _, miss in found) / repeats for found in results)
             together = [each for found in results for each in found]
             columns = []
@@ -207,10 +203,6 @@ class Choice:
         return share * missed, share * blind, float(np.median(widths)), runs / self.repeats, kept / self.repeats
 
 
-def _choose(choice: Choice) -> tuple[float, float, float, float, float]:
-    return choice.run()
-
-
 FLAT = {
     "sharp": (1.5, 0.5, 0.0, 0.45, 1.6),
     "two 3 % apart": (1.0, 0.03, 0.0, 0.8, 2.0),
@@ -269,7 +261,7 @@ def the_choice(repeats: int, pool: ProcessPoolExecutor, seeds: Sequence[tuple[in
         print(f"blind: {report} fresh seeds at the best point by the {tune}, the interval taking the point as given")
         print(f"{'':50s}  missed  blind  half width  runs an arm  points kept")
         asked = list(choices((tune, report), repeats))
-        for choice, found in zip(asked, pool.map(_choose, asked), strict=True):
+        for choice, found in zip(asked, pool.map(Choice.run, asked), strict=True):
             missed, blind, width, runs, kept = found
             print(
                 f"{choice.name:50s}  {missed:5.1f}  {blind:5.1f}  {width:9.3f}  {runs:10.1f}  {kept:10.1f}", flush=True
@@ -315,13 +307,13 @@ def _real_steps(rate: float, seed: int) -> float:
     raise AssertionError(f"the run at {rate} with seed {seed} missed its target")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=2000)
     parser.add_argument("--seeds", default="5+20,3+10", help="tuning + further seeds of the tables of the choice")
     parser.add_argument("--only", choices=["misses", "choice"])
     parser.add_argument("--make-runs", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     seeds = [(int(one), int(other)) for one, other in (pair.split("+") for pair in options.seeds.split(","))]
     with ProcessPoolExecutor(JOBS) as pool:
         if options.make_runs:

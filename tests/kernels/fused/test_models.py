@@ -13,7 +13,7 @@ import bncli
 from bncli.engine.models import build
 from bncli.engine.models.norms import BatchNorm
 from bncli.engine.train.state import fuse
-from tests.benchmarks.kernels_resnet import ResNet
+from tests.resnet import ResNet
 from tests.conftest import tiny
 from tests.kernels.fused.checks import UnderTest
 
