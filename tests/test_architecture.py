@@ -219,7 +219,6 @@ TESTS_OF_SEVERAL = {
     "benchmarks/test_benchmarks.py": "the benchmark commands",
     "engine/train/test_fused_training.py": "training with the fused kernel, through all its modules",
     "kernels/fused/test_ahead_of_time.py": "the compilation of every kernel without a GPU",
-    "kernels/fused/test_specialisations.py": "the compilation of every kernel without a GPU",
     "kernels/fused/test_models.py": "whole models with the fused kernel",
     "kernels/fused/test_team.py": "programs that share a channel, on a GPU",
     "measure/reference/test_one_standard.py": "profile and gradcheck call the same kernels wrong",

@@ -13,9 +13,9 @@ import bncli
 from bncli.engine.models import build
 from bncli.engine.models.norms import BatchNorm
 from bncli.engine.train.state import fuse
-from tests.resnet import ResNet
 from tests.conftest import tiny
 from tests.kernels.fused.checks import UnderTest
+from tests.resnet import ResNet
 
 
 def step(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
