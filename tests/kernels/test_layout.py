@@ -28,7 +28,6 @@ def test_a_tensor_lies_in_rows_where_the_channels_of_a_position_are_neighbours(s
     x = numbers(*shape)
     assert layout.is_rows(channels_last(x))
     assert layout.is_rows(x) == (x.dim() == 2)
-    assert layout.rows_of_dense(channels_last(x))
     assert not layout.is_rows(x[:, :1])
 
 
@@ -43,7 +42,7 @@ def test_images_are_told_apart_as_tensors_of_any_rank_are_whatever_sizes_are_1()
 @pytest.mark.parametrize("x", [numbers(4, 6)[:, ::2], numbers(4, 3, 6)[..., ::2], numbers(4, 3, 5, 6).transpose(2, 3)])
 def test_gaps_are_refused_by_a_kernel_that_follows_pointers_and_copied_for_the_others(x: Tensor) -> None:
     with pytest.raises(ValueError, match="neither contiguous nor channels last: strides") as refused:
-        layout.rows_of_dense(x)
+        layout.refuse_gaps(x)
     assert str(x.stride()) in str(refused.value)
     assert str(tuple(x.shape)) in str(refused.value)
     copy = layout.dense(x)

@@ -317,7 +317,7 @@ def test_half_precision_activations_take_float32_weights(kernel: UnderTest) -> N
 @pytest.mark.parametrize(
     ("wrong", "error", "words"),
     [
-        ({"weight": torch.ones(2)}, ValueError, "a vector of 2 values for 3 channels"),
+        ({"weight": torch.ones(2)}, RuntimeError, "weight has 2 values; the input has 3 channels"),
         ({"residual": torch.ones(4, 1)}, ValueError, r"a residual of shape \(4, 1\) for x of shape \(4, 3\)"),
         ({"statistics": (torch.zeros(3), torch.ones(3, requires_grad=True))}, RuntimeError, "not differentiable in"),
     ],
