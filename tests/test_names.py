@@ -63,14 +63,14 @@ def test_an_activation_is_torchs_function_and_module_of_that_name(row: names.Act
 
 
 @pytest.mark.parametrize("name", names.FUSED_ACTIVATIONS)
-def test_an_activation_that_kernels_apply_is_kinked_where_its_derivative_is_a_step(name: str) -> None:
+def test_a_fused_activation_is_kinked_if_its_derivative_is_a_step(name: str) -> None:
     z = torch.tensor([-1.0, -1e-6, 1e-6, 1.0], dtype=torch.float64, requires_grad=True)
     (slopes,) = torch.autograd.grad(getattr(nn.functional, name)(z).sum(), z)
     steps = bool(slopes[0] == slopes[1] and slopes[2] == slopes[3] and slopes[1] != slopes[2])
     assert steps == names.ACTIVATIONS[name].kinked
 
 
-def test_the_floating_point_operations_of_each_activation_that_kernels_apply_are_known() -> None:
+def test_the_operations_of_each_fused_activation_are_counted() -> None:
     assert {*cases.ACTIVATION} == {*cases.DERIVATIVE} == {None, *names.FUSED_ACTIVATIONS}
 
 

@@ -66,7 +66,7 @@ def test_outputs_gradients_and_running_statistics_are_torchs(
 
 @ROUTES
 @pytest.mark.parametrize("momentum", [0.0, 1.0])
-def test_a_momentum_of_zero_keeps_the_running_statistics_and_of_one_replaces_them(kernel: Any, momentum: float) -> None:
+def test_a_momentum_of_0_keeps_the_running_statistics_and_1_replaces_them(kernel: Any, momentum: float) -> None:
     mean, var, x = torch.zeros(3), torch.ones(3), numbers(6, 3)
     batch_norm(x, mean, var, training=True, momentum=momentum, kernel=kernel)
     torch.testing.assert_close(mean, x.mean(0) * momentum)
@@ -271,7 +271,7 @@ def test_an_unknown_kernel_is_refused_with_the_known_ones() -> None:
 
 
 @pytest.mark.skipif(fused.unavailable_reason(torch.device("cpu")) is None, reason="the fused kernel runs here")
-def test_a_kernel_that_cannot_run_on_the_inputs_device_is_refused_and_not_replaced() -> None:
+def test_a_kernel_that_cannot_run_is_refused_and_not_replaced() -> None:
     with pytest.raises(Unavailable, match="the fused kernel cannot run"):
         batch_norm(numbers(4, 3), None, None, training=True, kernel="fused")
 

@@ -117,7 +117,8 @@ def test_values_whose_squares_overflow_become_the_bias_as_in_torch(channels_last
 
 @hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(
-    strategies.lists(strategies.integers(1, 37), min_size=1, max_size=3),
+    strategies.lists(strategies.integers(1, 37), min_size=1, max_size=2)
+    | strategies.lists(strategies.integers(1, 12), min_size=3, max_size=3),
     strategies.integers(1, 70),
     strategies.booleans(),
     strategies.sampled_from([*sorted(native.ACTIVATIONS), None]),
@@ -201,7 +202,7 @@ def test_threads_of_python_can_run_it_at_once() -> None:
     assert not wrong
 
 
-def test_a_vector_on_another_device_is_refused_before_its_pointer_is_followed() -> None:
+def test_a_vector_on_another_device_is_refused() -> None:
     with pytest.raises(RuntimeError, match="x is on the CPU; another tensor of the same batch norm is on meta"):
         fused.batch_norm(torch.ones(4, 3), torch.ones(3, device="meta"), None, EPS)
 

@@ -29,7 +29,7 @@ def step(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> dict[str, t
 def test_a_converted_resnet_gives_natives_loss_gradients_and_statistics(channels_last: bool, kernel: UnderTest) -> None:
     torch.manual_seed(0)
     model = ResNet((1, 1), 4, 5).to(kernel.device, torch.float64)
-    x = torch.randn(3, 3, 32, 32, dtype=torch.float64, device=kernel.device)
+    x = torch.randn(3, 3, 16, 16, dtype=torch.float64, device=kernel.device)
     if channels_last:
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)  # type: ignore[call-overload]
     labels = torch.tensor([0, 1, 2], device=kernel.device)

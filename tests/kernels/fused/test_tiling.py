@@ -55,7 +55,7 @@ def test_nine_of_ten_planes_of_a_resnet_50_are_read_once(backward: bool) -> None
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_most_channels_last_calls_of_a_resnet_50_are_read_once_and_the_rest_say_how_much(backward: bool) -> None:
+def test_most_channels_last_calls_of_a_resnet_50_are_read_once(backward: bool) -> None:
     """65 % of them: its large layers do not fit. Of recorded networks' calls 80 % do (tests/benchmarks/coverage.py)."""
     assert share_read_once(planes=False, backward=backward) >= 0.6
 

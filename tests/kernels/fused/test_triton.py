@@ -12,7 +12,7 @@ from torch import Tensor
 from bncli import kernels
 from bncli.kernels import native
 from bncli.kernels.fused.tiling import Plan, Processors, plan
-from bncli.kernels.layout import is_rows, sizes
+from bncli.kernels.layout import is_channels_last, sizes
 from bncli.names import KINKED_ACTIVATIONS
 from tests.kernels.fused.checks import EPS, ROUNDOFF, assert_right, case
 
@@ -44,7 +44,7 @@ class Form:
 
     def of(self, x: Tensor, *, backward: bool) -> Plan:
         cut = plan(
-            sizes(x), planes=not is_rows(x), itemsize=x.element_size(), backward=backward,
+            sizes(x), planes=not is_channels_last(x), itemsize=x.element_size(), backward=backward,
             processors=Processors(1, cooperative=False),
         )  # fmt: skip
         columns = cut.columns if cut.planes else 8
@@ -68,7 +68,7 @@ FORMS = {
 
 
 def planned(form: str) -> Any:
-    """The seam's signature over the launchers, by a plan of that form."""
+    """The launchers as a kernel, by a plan of that form."""
 
     def run(
         x: Tensor, weight: Any, bias: Any, eps: float, residual: Any, activation: str | None, statistics: Any
@@ -101,16 +101,18 @@ class Planned(torch.autograd.Function):
         return dx, dweight, dbias, dresidual if added else None, None, None
 
 
-@pytest.mark.parametrize("form", FORMS)
+SIGNS_AND_SILU = [(form, "relu", True) for form in FORMS]
+SIGNS_AND_SILU += [(form, "silu", False) for form in ("overflow", "a team with overflow", "one team for all slices")]
+
+
+@pytest.mark.parametrize(("form", "activation", "residual"), SIGNS_AND_SILU)
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(("activation", "residual"), [("relu", True), ("silu", False)])
 def test_every_plan_gives_the_same(
     form: str, channels_last: bool, activation: str, residual: bool, device: torch.device
 ) -> None:
-    """Rows of 13 channels are two slices."""
-    given = case((5, 13 if channels_last else 3, 2, 4), torch.float32, device, channels_last=channels_last,
-                 activation=activation, residual=residual)  # fmt: skip
-    assert_right(planned(form), given)
+    """13 channels are two slices where they are last."""
+    shape, fused = (5, 13 if channels_last else 3, 2, 4), {"activation": activation, "residual": residual}
+    assert_right(planned(form), case(shape, torch.float32, device, channels_last=channels_last, **fused))  # type: ignore[arg-type]
 
 
 def test_a_team_of_more_programs_than_a_tile_has_rows_merges_in_steps(device: torch.device) -> None:
