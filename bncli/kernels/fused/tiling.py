@@ -69,22 +69,22 @@ class Processors:
 class Slicing:
     """One way to slice the channels of (N, C, S), before the slices are given to programs."""
 
-    planes: bool  # (N, C, S) in memory, or rows (N S, C): channels last
+    contiguous: bool  # (N, C, S) in memory; otherwise rows (N S, C), channels last
     lines: int  # of a slice
     unit: int  # elements of an aligned run
-    columns: int  # channels of a slice: 1 for planes
+    columns: int  # channels of a slice: 1 of a contiguous tensor
     slices: int
     line_bytes: int  # of a slice's line
     price: float  # of a byte, 1 for wide accesses
 
     def tilings(self, streams: int) -> list[tuple[int, int]]:
-        elements = self.unit if self.planes else self.columns
+        elements = self.unit if self.contiguous else self.columns
         unit_bytes = self.unit * self.line_bytes // elements
-        return tilings(planes=self.planes, unit_bytes=unit_bytes, line_bytes=self.line_bytes, streams=streams)
+        return tilings(contiguous=self.contiguous, unit_bytes=unit_bytes, line_bytes=self.line_bytes, streams=streams)
 
     def most_programs(self, rows: int) -> int:
         """Of a team: a merge takes a tile's lines at once, and for rows, whose tiles are short, up to eight times."""
-        return rows if self.planes else 8 * rows
+        return rows if self.contiguous else 8 * rows
 
     def plan(self, *programs: Any) -> Plan:
         """programs: the fields that Plan adds."""
@@ -134,7 +134,7 @@ class Plan(Slicing):
         return 0.0 if self.barrier == "launch" else min(1.0, self.held * self.team / self.tiles)
 
     def __str__(self) -> str:
-        cut = "a channel" if self.planes else f"{self.columns} channels"
+        cut = "a channel" if self.contiguous else f"{self.columns} channels"
         who = {
             "none": f"{self.slices:,} programs, {cut} each",
             "grid": f"{self.teams} teams of {self.team} programs, {cut} a team, a barrier in memory",
@@ -150,7 +150,7 @@ class Plan(Slicing):
 def plan(
     shape: tuple[int, int, int],
     *,
-    planes: bool,
+    contiguous: bool,
     itemsize: int,
     backward: bool,
     processors: Processors,
@@ -158,10 +158,10 @@ def plan(
 ) -> Plan:
     """The cheapest plan for x (N, C, S) of `itemsize` bytes an element.
 
-    planes: contiguous; otherwise channels last. backward: x and dy are held. given: the statistics are not the
-    batch's, so nothing waits. Raises ValueError for a channel that is too long to count.
+    contiguous: whether x is; it is channels last otherwise. backward: x and dy are held. given: the statistics are not
+    the batch's, so nothing waits. Raises ValueError for a channel that is too long to count.
     """
-    cuts = _cuts(shape, planes, itemsize)
+    cuts = _cuts(shape, contiguous, itemsize)
     if given:
         return min((_streaming(cut, processors) for cut in cuts), key=lambda found: found.cost_ns)
     streams = 2 if backward else 1
@@ -174,10 +174,10 @@ def plan(
     return min(found, key=lambda candidate: candidate.cost_ns)
 
 
-def _cuts(shape: tuple[int, int, int], planes: bool, itemsize: int) -> list[Slicing]:
+def _cuts(shape: tuple[int, int, int], contiguous: bool, itemsize: int) -> list[Slicing]:
     examples, channels, positions = shape
     widest = ACCESS_BYTES // itemsize
-    if planes:
+    if contiguous:
         unit = math.gcd(positions, widest)
         cuts = [Slicing(True, examples * positions // unit, unit, 1, channels, unit * itemsize, 1.0)]
     else:
@@ -199,14 +199,14 @@ def _cuts(shape: tuple[int, int, int], planes: bool, itemsize: int) -> list[Slic
     return cuts
 
 
-def tilings(*, planes: bool, unit_bytes: int, line_bytes: int, streams: int) -> list[tuple[int, int]]:
+def tilings(*, contiguous: bool, unit_bytes: int, line_bytes: int, streams: int) -> list[tuple[int, int]]:
     """(warps, tiles held of each stream), from small to large.
 
     unit_bytes: of an aligned run, which in a plane is a line. streams: 1 for forward, which holds x, 2 for backward,
     which holds x and dy.
     """
     direction = "forward" if streams == 1 else "backward"
-    if planes:
+    if contiguous:
         found = PLANE_TILINGS[direction][unit_bytes]
     elif unit_bytes < ACCESS_BYTES:
         found = UNALIGNED_ROW_TILINGS

@@ -153,7 +153,7 @@ def prepared(
         refuse_gaps(x)
     _, channels, positions = sizes(x)
     cut = cut or plan_for(x, processors(device), backward=backward, given=given)
-    units = (positions if cut.planes else channels) // cut.unit
+    units = (positions if cut.contiguous else channels) // cut.unit
     accumulate = accumulation(x)
     count = math.prod(shape) // channels
     return Launch(
@@ -163,7 +163,7 @@ def prepared(
             channels, units, *reciprocal(units), 0, cut.lines, cut.tiles_each, cut.team, cut.teams, cut.slices
         ),
         constants={
-            "R": cut.rows, "B": cut.columns, "K": cut.held, "UNIT": cut.unit, "PLANES": cut.planes,
+            "R": cut.rows, "B": cut.columns, "K": cut.held, "UNIT": cut.unit, "PLANES": cut.contiguous,
             "WIDE": math.prod(shape) > MOST_OF_32_BITS, "OVERFLOW": cut.overflow,
             "ACC": triton.TYPES[accumulate],
         },
@@ -179,7 +179,7 @@ def plan_for(x: Tensor, on: Processors, *, backward: bool = False, given: bool =
     """The best plan for a dense x (N, C, *S)."""
     return plan(
         sizes(x),
-        planes=not is_channels_last(x),
+        contiguous=not is_channels_last(x),
         itemsize=x.element_size(),
         backward=backward,
         processors=on,

@@ -63,7 +63,7 @@ class Choice:
 
     direction: str
     dtype: str
-    planes: bool
+    contiguous: bool
     unit: int
     columns: int
     warps: int
@@ -75,7 +75,7 @@ class Choice:
     wide: bool = False  # of more than 2**31 elements: 64-bit addresses
 
     def __str__(self) -> str:
-        layout = f"planes{self.unit}" if self.planes else f"rows{self.columns}by{self.unit}"
+        layout = f"planes{self.unit}" if self.contiguous else f"rows{self.columns}by{self.unit}"
         stage = self.stage + ("+overflow" if self.overflow else "") + ("+wide" if self.wide else "")
         fused = self.activation + ("+residual" if self.residual else "")
         return f"{self.direction}/{self.dtype}/{layout}/{stage}/{fused}/{self.warps}x{self.held}"
@@ -89,10 +89,10 @@ class Choice:
     @property
     def constants(self) -> dict[str, object]:
         forward = self.direction == "forward"
-        line_bytes = (self.unit if self.planes else self.columns) * SIZES[self.dtype]
+        line_bytes = (self.unit if self.contiguous else self.columns) * SIZES[self.dtype]
         found: dict[str, object] = {
             "EPS": 1e-5, "R": self.warps * THREADS_A_WARP * ACCESS_BYTES // line_bytes, "B": self.columns,
-            "K": self.held, "UNIT": self.unit, "PLANES": self.planes, "WIDE": self.wide, "OVERFLOW": self.overflow,
+            "K": self.held, "UNIT": self.unit, "PLANES": self.contiguous, "WIDE": self.wide, "OVERFLOW": self.overflow,
             "STAGE": self.stage, "ACTIVATION": self.activation,
             "RESIDUAL": self.residual and (forward or self.activation == "silu"), "WEIGHT": True, "BIAS": True,
             "SIGNS": self.residual and self.activation == "relu",
@@ -120,10 +120,10 @@ def choices() -> Iterator[Choice]:
         streams = 2 if direction == "backward" else 1
         units = [unit for unit in (8, 4, 2, 1) if unit * size <= ACCESS_BYTES]
         rows = [(unit, line // size) for unit in units for line in (64, 128)]
-        for planes, unit, columns in [*((True, unit, 1) for unit in units), *((False, *each) for each in rows)]:
-            kind = (direction, dtype, planes, unit, columns)
-            line_bytes = (unit if planes else columns) * size
-            sizes = tilings(planes=planes, unit_bytes=unit * size, line_bytes=line_bytes, streams=streams)
+        for contiguous, unit, columns in [*((True, unit, 1) for unit in units), *((False, *each) for each in rows)]:
+            kind = (direction, dtype, contiguous, unit, columns)
+            line_bytes = (unit if contiguous else columns) * size
+            sizes = tilings(contiguous=contiguous, unit_bytes=unit * size, line_bytes=line_bytes, streams=streams)
             for (warps, held), stage in itertools.product(sizes, ("alone", "team")):
                 yield Choice(*kind, warps, held, stage, activation, residual)
             yield Choice(*kind, *sizes[-1], "team", activation, residual, overflow=True)

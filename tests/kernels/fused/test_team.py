@@ -24,7 +24,9 @@ EPS = 1e-5
 def planned(x: Tensor, team: int, *, backward: bool, held: int | None = None) -> Plan:
     """The best plan's tiles with a team of that size, and as many teams as are resident at once."""
     on = triton_launch.processors(x.device)
-    cut = plan(sizes(x), planes=not is_channels_last(x), itemsize=x.element_size(), backward=backward, processors=on)
+    cut = plan(
+        sizes(x), contiguous=not is_channels_last(x), itemsize=x.element_size(), backward=backward, processors=on
+    )
     held = held or max(1, min(4 // (1 + backward), -(-cut.tiles // team)))
     return replace(cut, team=team, teams=min(cut.slices, on.count // team), held=held, barrier="grid")
 

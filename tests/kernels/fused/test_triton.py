@@ -44,10 +44,10 @@ class Form:
 
     def of(self, x: Tensor, *, backward: bool) -> Plan:
         cut = plan(
-            sizes(x), planes=not is_channels_last(x), itemsize=x.element_size(), backward=backward,
+            sizes(x), contiguous=not is_channels_last(x), itemsize=x.element_size(), backward=backward,
             processors=Processors(1, cooperative=False),
         )  # fmt: skip
-        columns = cut.columns if cut.planes else 8
+        columns = cut.columns if cut.contiguous else 8
         slices = -(-x.size(1) // columns)
         cut = replace(cut, rows=self.rows, held=self.held, columns=columns, slices=slices)
         team = min(self.team, cut.tiles)
