@@ -1,4 +1,4 @@
-"""The tables of names: each row has what it promises, and whoever reads them has no other names."""
+"""Tables of names: each row is as it says, and there are no other names elsewhere."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ FEWEST = 10  # evaluations of the fast arm before its target
 
 
 def time_below(ahead: float) -> Estimate:
-    """Steps below the target until the run is 1 + `ahead` times as long; with 0.3 that of `engine.steps`."""
+    """Steps below the target until the run is 1 + `ahead` times as long; with 0.3 that of `bncli.engine.target`."""
 
     def estimate(steps: Floats, values: Floats, target: float) -> float:
         gap = target - values

@@ -5,7 +5,7 @@
     layers       `bncli profile` over the shapes of ResNet-20 and ResNet-50 with every operation, warm, then cold
     small        a call's own cost: microseconds of the function and of the module (tests.benchmarks.small_calls)
     step         `bncli profile` of a training step: ResNet-20 in fp32, on a GPU ResNet-50 in bf16
-    large        on a CPU: a tensor beyond the last cache beside a copy (tests.benchmarks.large_tensor)
+    large        on a CPU: a tensor beyond the last cache, compared with a copy (tests.benchmarks.large_tensor)
 
 The commands run as processes of their own, so that a kernel that hangs or breaks its device ends its section alone.
 Ratios are native's time over the kernel's, above 1 is faster, with 95 % intervals. Exit status: 0 everything is right,

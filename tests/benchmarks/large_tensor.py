@@ -77,7 +77,7 @@ def share_of_copy(samples: Mapping[str, tuple[float, ...]]) -> float:
 
 
 def _assert_right(x: Tensor, dy: Tensor) -> None:
-    """y and dx are native's; example by example, for want of memory for more."""
+    """y and dx are native's, compared one example at a time to save memory."""
     kernels = ("fused", "native")
     ys = [bncli.batch_norm(x, None, None, training=True, activation="relu", kernel=kernel) for kernel in kernels]
     gradients = [torch.autograd.grad(y, x, dy)[0] for y in ys]

@@ -4,7 +4,7 @@ First table: whole processes, interleaved; CPU time as ratios, paired within a r
 such a command line needs in any case, and to Python alone. Targets: `--help` at most 1.5x of the former; help, usage
 errors and dry runs at most 15x of the latter.
 
-Last line: wall time until `bncli train` begins its first step, beside what `import torch` takes. Target: at most 10 %
+Last line: wall time until `bncli train` begins its first step, and until `import torch` is done. Target: at most 10 %
 or 150 ms above.
 """
 

@@ -1,4 +1,4 @@
-"""What a step of `bncli train` costs beside a plain loop: `python -m tests.benchmarks.step_overhead`.
+"""Cost of a step of `bncli train`, compared with a plain loop: `python -m tests.benchmarks.step_overhead`.
 
 The network of section 4.1 of the paper with batch norm, batches of 60 from tensors, SGD, one thread. Both loops
 evaluate 500 held-out examples every 100 steps; ours has its bar, its metrics file and its target on. A round runs both

@@ -1,4 +1,4 @@
-"""`bncli.batch_norm` beside torch.nn.functional.batch_norm, by name and through the kernels' seam."""
+"""`bncli.batch_norm` held to torch.nn.functional.batch_norm, with kernels by name and kernels that are functions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bncli.kernels.api import batch_norm
 
 
 def without_running(x, weight, bias, eps, residual=None, activation=None, statistics=None):  # type: ignore[no-untyped-def]
-    """A user's kernel, which returns statistics and leaves the running ones to whoever calls it."""
+    """A user's kernel, which returns statistics and does not update the running ones."""
     return native.batch_norm(x, weight, bias, eps, residual, activation, statistics)
 
 

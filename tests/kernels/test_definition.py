@@ -1,4 +1,4 @@
-"""The definition of every norm beside torch's own operator in float64, and what each mutation changes."""
+"""The definition of every norm held to torch's operator in float64, and what each mutation changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels by name: which there are, that all have one signature, and what is said of one that cannot run."""
+"""Kernels by name: all have one signature, and one that cannot run is refused with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the native kernel returns beside y, which test_api holds to torch's own."""
+"""The statistics that the native kernel returns; its y is held to torch's in test_api."""
 
 from __future__ import annotations
 

@@ -94,8 +94,8 @@ def _run(command: list[str]) -> str:
         return str(error)
     if done.returncode == 0:
         return ""
-    said = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
-    return next((line for line in said if "error" in line), said[0])
+    message = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
+    return next((line for line in message if "error" in line), message[0])
 
 
 def _openmp() -> list[str]:

@@ -64,9 +64,9 @@ def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def backward(ctx, *upstream):  # type: ignore[no-untyped-def]
-    """The exact second derivative: torch's own, of `composed_backward`; differentiable in turn where that is asked.
+    """The exact second derivative, which torch takes of `composed_backward`, and which may be differentiated in turn.
 
-    Then of views, in which the inputs are apart: dy may itself come from x.
+    For that the inputs are views: dy may itself come from x, and is an input of its own here.
     """
     dy, x, weight, bias, residual, mean, var, signs = ctx.saved_tensors
     again = torch.is_grad_enabled()

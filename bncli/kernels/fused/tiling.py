@@ -53,7 +53,7 @@ NARROW = 1.07  # the price of a 64-byte piece of a row beside a 128-byte one (Da
 
 
 def registers(warps: int) -> int:
-    """What a thread can have. Said to the compiler, which else spills to make room for more programs."""
+    """The most that a thread can have. Without this limit the compiler spills, to let more programs be resident."""
     return min(255, REGISTERS // (warps * THREADS_A_WARP))
 
 

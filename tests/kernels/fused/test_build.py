@@ -1,4 +1,4 @@
-"""What compiles the CPU's kernel: once, for this processor, kept where nobody else can write, or refused."""
+"""Compilation of a C file: once, for this processor, into a folder that nobody else can write, or refused."""
 
 from __future__ import annotations
 

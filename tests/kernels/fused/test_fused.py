@@ -132,8 +132,8 @@ def test_backward_needs_x_and_two_vectors_and_a_bit_an_element_at_most(
     kept = sum(each.numel() * each.element_size() for each in saved)
     vectors = 4 * 3 * 4  # mean, var, weight, bias
     tensor = given.x.numel() * 4
-    beside = {"nothing": 0, "signs": sign_bytes(given.x), "residual": tensor}[extra]
-    assert kept == tensor + vectors + beside
+    extra_bytes = {"nothing": 0, "signs": sign_bytes(given.x), "residual": tensor}[extra]
+    assert kept == tensor + vectors + extra_bytes
     assert sign_bytes(given.x) <= given.x.numel() / 8 + 3
 
 

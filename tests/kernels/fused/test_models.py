@@ -1,4 +1,4 @@
-"""Models on the fused kernel beside the same models on torch's: one step's loss, gradients and running statistics."""
+"""Models with the fused kernel: a step's loss, gradients and running statistics are those with torch's kernel."""
 
 from __future__ import annotations
 
