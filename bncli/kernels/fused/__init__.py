@@ -246,8 +246,8 @@ def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _save(ctx, x, weight, bias, residual, given, mean, var, signs, options) -> None:  # type: ignore[no-untyped-def]
     """What backward needs. The residual only where the pre-activation is computed again, of which no signs are kept."""
     mean, var = given or (mean, var)
-    again = None if options.activation == "none" or options.keep_signs else residual
-    ctx.save_for_backward(x, weight, bias, again, mean, var, signs if options.keep_signs else None)
+    kept_residual = None if options.activation == "none" or options.keep_signs else residual
+    ctx.save_for_backward(x, weight, bias, kept_residual, mean, var, signs if options.keep_signs else None)
     ctx.options, ctx.given, ctx.has_residual = options, given is not None, residual is not None
 
 

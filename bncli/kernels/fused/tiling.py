@@ -240,10 +240,10 @@ def _teams(cut: Slicing, streams: int, processors: Processors) -> Iterator[Plan]
             if team > min(tiles, cut.most_programs(rows)) or not (held * team >= tiles or largest):
                 continue
             teams = min(cut.slices, processors.count // team)
-            again = 1 - min(1.0, held * team / tiles)
+            reread = 1 - min(1.0, held * team / tiles)
             rounds = -(-cut.slices // teams)
             once = _transfer_ns(cut, streams, team, teams * team, processors)
-            cost = rounds * (once * (1 + again * streams / (streams + 1)) + BARRIER_NS)
+            cost = rounds * (once * (1 + reread * streams / (streams + 1)) + BARRIER_NS)
             yield cut.plan(rows, held, warps, team, teams, "grid", cost)
             break
 
