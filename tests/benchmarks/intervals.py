@@ -242,15 +242,12 @@ def choices(seeds: tuple[int, int], repeats: int) -> Iterator[Choice]:
         arms = (Grid(EQUAL, cvs[0]), Grid(SHARP, cvs[1]))
         yield Choice(f"hard: five equal against sharp, cv {cvs[0]} {cvs[1]}", arms, 0.0, seeds, repeats)
     rates, logs = real_runs()
-    if logs.size:
-        grids = {"all rates": slice(None), "three": [rates.index(r) for r in (0.1, 0.3, 1.0)]}
-        for name, rows in grids.items():
-            arm = Resampled(logs[rows])
-            yield Choice(f"real, A/A, {name}", (arm,) * 2, 0.0, seeds, repeats)
-        for factor in (1.2, 3, 14):
-            one, other = Resampled(logs[1:3]), Resampled(logs - math.log(factor))
-            truth = float(one.logs.mean(1).min() - other.logs.mean(1).min())
-            yield Choice(f"real, unlike grids, about {factor:g}x", (one, other), truth, seeds, repeats)
+    for name, rows in (("all rates", slice(None)), ("three", [rates.index(rate) for rate in (0.1, 0.3, 1.0)])):
+        yield Choice(f"real, A/A, {name}", (Resampled(logs[rows]),) * 2, 0.0, seeds, repeats)
+    for factor in (1.2, 3, 14):
+        one, other = Resampled(logs[1:3]), Resampled(logs - math.log(factor))
+        truth = float(one.logs.mean(1).min() - other.logs.mean(1).min())
+        yield Choice(f"real, unlike grids, about {factor:g}x", (one, other), truth, seeds, repeats)
 
 
 def the_choice(repeats: int, pool: ProcessPoolExecutor, seeds: Sequence[tuple[int, int]]) -> None:
@@ -276,8 +273,6 @@ REAL_SEEDS = 44
 
 def real_runs() -> tuple[list[float], Floats]:
     """Rates, and log steps (rates, seeds) of the batch norm arm of recipes/digits-small-weights.yaml."""
-    if not RUNS.exists():
-        return [], np.empty((0, 0))
     with RUNS.open() as file:
         rows = [(float(row["lr"]), float(row["steps_to_target"])) for row in csv.DictReader(file)]
     rates = sorted({rate for rate, _ in rows})
