@@ -18,11 +18,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +39,7 @@ LAYOUTS = ("contiguous", "channels_last")
 RESNET20 = ("128x16x32x32", "128x32x16x16", "128x64x8x8")
 LAYERS_S, STEP_S = {True: 40.0, False: 110.0}, {True: 10.0, False: 25.0}  # of each run of profile; True: --quick
 LONGEST_S = 1200.0  # of a command, after which it hangs
-BUSY_CORES = 0.1  # that other programs use, above which times mean less
+BUSY_PERCENT = 5.0  # of all cores, above which times mean less
 BEYOND_32_BITS = "33x64x1024x1024"  # elements: more than 2^31
 
 Run = Callable[[Sequence[str]], tuple[int, str]]  # a command of Python's -m -> exit status and standard output
@@ -104,23 +102,12 @@ def heading(text: str) -> None:
     print(f"\n## {text}", flush=True)
 
 
-def busy_cores(over_s: float = 0.5, times: Callable[[], Any] = psutil.cpu_times) -> float:
-    """How many cores other programs use while this one sleeps. times: the seconds of all cores so far, by their use."""
-
-    def busy_s() -> float:
-        now = times()  # a guest's seconds are counted as a user's too
-        return sum(now) - sum(getattr(now, name, 0.0) for name in ("idle", "iowait", "guest", "guest_nice"))
-
-    before, began_s = busy_s(), time.monotonic()
-    time.sleep(over_s)
-    return (busy_s() - before) / (time.monotonic() - began_s)
-
-
 def print_environment(device: torch.device) -> None:
     for name, value in vars(devices.environment(device)).items():
         print(f"{name:10} {value}")
-    if device.type == "cpu" and (busy := busy_cores()) > BUSY_CORES:
-        print(f"WARNING    other programs use {busy:.1f} of the {os.cpu_count()} cores: times and ratios mean less")
+    busy = psutil.cpu_percent(interval=0.5)  # while this process sleeps
+    if device.type == "cpu" and busy > BUSY_PERCENT:
+        print(f"WARNING    other programs use {busy:.0f} % of the cores: times and ratios mean less")
 
 
 # --- the sections -------------------------------------------------------------------------------------------------

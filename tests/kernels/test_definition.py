@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bncli.kernels import definition as module
 from bncli.kernels.definition import Forward, Mutation, batch_norm, definition
 from bncli.names import CHECKED_GROUPS, FUSED_ACTIVATIONS, NORMS
 
@@ -157,13 +155,3 @@ def test_every_intermediate_and_the_result_are_rounded(norm: str) -> None:
     # Apart from the differences and their squares, which lie in the order of x and not in that of the groups.
     for each in (mean, square.mean(1), inverse_deviation, xhat, y, result):
         assert any(kept.shape == each.flatten().shape and torch.allclose(kept, each.flatten()) for kept in passed)
-
-
-def test_it_uses_no_other_kernel_file() -> None:
-    """A mistake in one of those cannot be in the reference too. (tests/test_architecture.py reads the imports.)"""
-    used = {
-        inspect.getmodule(each) for each in vars(module).values() if inspect.isroutine(each) or inspect.isclass(each)
-    }
-    modules = {each for each in vars(module).values() if inspect.ismodule(each)}
-    ours = {each.__name__ for each in used | modules if each and each.__name__.startswith("bncli")}
-    assert ours == {"bncli.kernels.definition", "bncli.names"}

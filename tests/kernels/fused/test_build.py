@@ -102,20 +102,19 @@ def test_the_first_flags_that_work_are_taken(
     assert ["libgomp" in call for call in linked] == ([True, False] if refused == "libgomp" else [True])
 
 
-def test_without_a_compiler_it_says_how_to_get_one(
-    cache: Path, source: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("cc", "told"),
+    [
+        ("", r"no C compiler \(cc, gcc.*apt install gcc.*name yours in CC"),
+        ("nonesuch-cc -m64", "no C compiler nonesuch-cc, which the variable CC names"),
+    ],
+)
+def test_without_a_compiler_it_says_what_to_do(
+    cc: str, told: str, cache: Path, source: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CC", raising=False)
-    with pytest.raises(Unavailable, match=r"no C compiler \(cc, gcc.*apt install gcc.*name yours in CC"):
-        library(source(), "ANSWER=1")
-
-
-def test_a_compiler_that_cc_names_and_is_not_there_is_named(
-    cache: Path, source: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CC", "nonesuch-cc -m64")
-    with pytest.raises(Unavailable, match="no C compiler nonesuch-cc, which the variable CC names"):
+    monkeypatch.setenv("CC", cc)
+    with pytest.raises(Unavailable, match=told):
         library(source(), "ANSWER=1")
 
 
@@ -128,20 +127,17 @@ def test_what_the_compiler_says_is_passed_on_in_a_line_and_nothing_is_left(
     assert list(cache.iterdir()) == []
 
 
-def test_a_folder_that_others_can_write_is_refused(cache: Path, source: Callable[..., Path]) -> None:
-    cache.mkdir()
-    cache.chmod(0o777)
-    with pytest.raises(Unavailable, match="can be written by others: chmod 700 it, or name another"):
-        library(source(), "ANSWER=1")
-
-
-def test_a_link_to_a_folder_of_someone_elses_is_refused(
-    cache: Path, source: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("foreign", ["mode", "owner"])
+def test_a_folder_that_others_can_write_is_refused(
+    foreign: str, cache: Path, source: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache.mkdir()
-    mine = os.getuid()
-    monkeypatch.setattr(os, "getuid", lambda: mine + 1)
-    with pytest.raises(Unavailable, match="can be written by others"):
+    cache.mkdir(mode=0o700)
+    if foreign == "mode":
+        cache.chmod(0o777)
+    else:
+        mine = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: mine + 1)
+    with pytest.raises(Unavailable, match="can be written by others: chmod 700 it, or name another"):
         library(source(), "ANSWER=1")
 
 
