@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class Case:
         return {name: t.requires_grad_(name in ("x", "weight", "bias", "residual")) for name, t in found.items()}
 
     def forward(self, inputs: Values) -> Tensor:
-        named = {name: t for name, t in inputs.items() if name not in ("x", "dy")}
+        named: dict[str, Any] = {name: t for name, t in inputs.items() if name not in ("x", "dy")}
         return bncli.batch_norm(inputs["x"], training=True, activation="relu", kernel=self.kernel, **named)
 
     def step(self, inputs: Values, forward: Callable[[Values], Tensor] | None = None) -> Values:

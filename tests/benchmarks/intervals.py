@@ -74,7 +74,7 @@ class Cell:
         budgets = []
         for cv, missed in zip(self.spreads, (self.missed, 0.3 if self.arm == "late" else 0.0), strict=True):
             budgets.append(_quantile(self.kind, cv, 1 - missed))
-        found = []
+        found: list[tuple[str, bool]] = []
         for _ in range(self.repeats):
             reference = noise(rng, self.kind, self.spreads[0], (1, self.seeds)) + math.log(TRUE_RATIO)
             arm = noise(rng, self.kind, self.spreads[1], (1, self.seeds))
@@ -231,10 +231,10 @@ def choices(seeds: tuple[int, int], repeats: int) -> Iterator[Choice]:
         arms = (Grid(FLAT["three within 15 %"], 0.2),) * 2
         yield Choice(f"A/A, three within 15 %, shared {correlation:g}", arms, 0.0, seeds, repeats, correlation)
     for missed in (0.1, 0.3, 0.6):
-        for offsets in ("three within 5 %", "sharp"):
+        for name in ("three within 5 %", "sharp"):
             budget = _quantile("normal", 0.2, 1 - missed)
-            arm = Grid(FLAT[offsets], 0.2, budget=budget)
-            yield Choice(f"A/A, {offsets}, {missed:.0%} miss at the best", (arm,) * 2, 0.0, seeds, repeats)
+            arm = Grid(FLAT[name], 0.2, budget=budget)
+            yield Choice(f"A/A, {name}, {missed:.0%} miss at the best", (arm,) * 2, 0.0, seeds, repeats)
     for missed in (0.1, 0.3):
         arm = Grid(FIELDS, 0.2, budget=_quantile("normal", 0.2, 1 - missed))
         yield Choice(f"A/A, 15 points, {missed:.0%} miss at the best", (arm,) * 2, 0.0, seeds, repeats)
