@@ -9,6 +9,7 @@ element, with a residual and SiLU the residual.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import math
 import os
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bncli import kernels
+from bncli.errors import Unavailable
 from bncli.kernels.fused import cpu, double_backward
 from bncli.kernels.layout import accumulation, dense, match_layout, sign_bytes
 from bncli.kernels.native import update_running_stats
@@ -27,6 +29,7 @@ from bncli.names import KERNELS, KINKED_ACTIVATIONS
 OLDEST_CAPABILITY = (8, 0)  # Triton's own lower end for bfloat16
 NOTHING = contextlib.nullcontext()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+TRITON_COMPILES = "Triton was loaded in this process to compile; set TRITON_INTERPRET=1 before Python starts"
 WITHOUT_TRITON = "it is written in Triton, which is not installed (pip install triton)"
 
 
@@ -52,7 +55,7 @@ def unavailable_reason(device: torch.device | None) -> str | None:
     if is_interpreting():
         return (
             "Triton interprets in this process and compiles nothing (TRITON_INTERPRET=1 was set, or the "
-            "fused-interpreted kernel was asked for)"
+            "fused-interpreted kernel has run)"
         )
     return None
 
@@ -65,6 +68,18 @@ def is_interpreting() -> bool:
     return not isinstance(language.sum, sys.modules["triton"].JITFunction)
 
 
+def load_interpreted() -> None:
+    """Import Triton and the device kernels with its interpreter on, which then holds for the whole process.
+
+    Raises Unavailable where Triton has been imported without it.
+    """
+    if "bncli.kernels.fused.triton" not in sys.modules:
+        os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it at its import
+        if not is_interpreting():
+            raise Unavailable(TRITON_COMPILES)
+        importlib.import_module("bncli.kernels.fused.triton")
+
+
 class Options(NamedTuple):
     """The options of one call."""
 
@@ -75,7 +90,9 @@ class Options(NamedTuple):
 
     def launcher(self, x: Tensor) -> Any:
         """The module whose forward and backward run on x: what calls the C file, or what starts Triton's kernels."""
-        if x.is_cpu and not self.interpreted:
+        if self.interpreted:
+            load_interpreted()
+        elif x.is_cpu:
             return cpu
         from bncli.kernels.fused import triton_launch
 

@@ -372,7 +372,15 @@ def test_the_interpreted_kernel_is_for_the_cpu_alone() -> None:
             "import triton; kernels.get('fused-interpreted', torch.device('cpu'))",
             "set TRITON_INTERPRET=1 before Python",
         ),
-        ("kernels.get('fused-interpreted'); kernels.get('fused', torch.device('cuda'))", "Triton interprets in this"),
+        (
+            "get = kernels.get('fused-interpreted'); import triton; get(torch.ones(3, 2), None, None, 1.0)",
+            "set TRITON_INTERPRET=1 before Python",
+        ),
+        (
+            "x = torch.ones(3, 2); kernels.get('fused-interpreted')(x, None, None, 1.0); "
+            "kernels.get('fused', torch.device('cuda'))",
+            "Triton interprets in this process",
+        ),
     ],
 )
 def test_one_process_either_compiles_triton_or_interprets_it(script: str, refused: str) -> None:
