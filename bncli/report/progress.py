@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from bncli.report.profile.notes import error_words
+from bncli.report.profile.text import error_words
 from bncli.results.compare import ComparisonEvent, ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
 from bncli.results.profile import KernelCost, Measuring, ProfileEvent, ProfileStarted, RowDone
 from bncli.results.train import Evaluated, Event, RunStarted, StepDone

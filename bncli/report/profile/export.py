@@ -11,10 +11,10 @@ from typing import Any
 
 from bncli.errors import UsageError
 from bncli.report.export import csv_text, markdown, markdown_table
-from bncli.report.profile.notes import error_words, norms_words, note_lines, remark_words
 from bncli.report.profile.text import (
     cache_words,
     ceilings_words,
+    error_words,
     gate_columns,
     gb_per_s,
     grouped,
@@ -23,8 +23,11 @@ from bncli.report.profile.text import (
     mean_columns,
     measured_words,
     memory_columns,
+    norms_words,
+    note_lines,
     of_copy,
     quartiles,
+    remark_words,
     samples_per_s,
     share_columns,
     step_columns,

@@ -9,17 +9,18 @@ from dataclasses import dataclass, replace
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.text import Text
 
-from bncli.report.profile.notes import error_words, note_lines
 from bncli.report.profile.text import (
     NATIVE,
     cache_words,
     ceilings_words,
+    error_words,
     folded,
     grouped,
     kernel_columns,
     kernel_title,
     mean_columns,
     measured_words,
+    note_lines,
     shape_words,
     size_words,
 )

@@ -10,12 +10,15 @@ from rich.padding import Padding
 from rich.text import Text
 
 from bncli.report.profile.kernels import once, speedup_styles
-from bncli.report.profile.notes import error_words, norms_words, note_lines, remark_words
 from bncli.report.profile.text import (
     NATIVE,
+    error_words,
     measured_words,
     memory_columns,
+    norms_words,
+    note_lines,
     quartiles,
+    remark_words,
     share_columns,
     step_columns,
 )

@@ -1,4 +1,4 @@
-"""Words and figures of a profile: the cells that its tables, Markdown and CSV share. No rich here."""
+"""Words and figures of a profile, for its tables, Markdown and CSV: cells, notes, errors, remarks. No rich here."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from bncli.report.text import UNKNOWN, Cell, Column, figure, interval_figure
+from bncli.report.text import UNKNOWN, Cell, Column, figure, finding_text, interval_figure
 from bncli.results.profile import (
     STEP_CLASSES,
     Case,
@@ -17,17 +17,22 @@ from bncli.results.profile import (
     KernelCost,
     KernelMean,
     KernelProfile,
+    NormLayers,
+    NormRemark,
+    Note,
+    Profile,
     Speedup,
     StepCost,
+    StepDifference,
     Times,
 )
 
 NATIVE = "native"
 MIB = 2**20
+NAMED_CHANNELS = 4  # of a remark; the others are counted
 
 
-@dataclass(frozen=True)
-class Quartiles:
+class Quartiles(NamedTuple):
     low: float
     median: float
     high: float
@@ -278,3 +283,187 @@ def _step_names(rows: Sequence[StepCost]) -> list[Column]:
         Column(("mode", ""), tuple((row.mode, "") for row in rows), words=True),
         Column(("kernel", ""), tuple((row.kernel or UNKNOWN, "") for row in rows), words=True),
     ]
+
+
+# --- notes --------------------------------------------------------------------------------------------------------
+
+
+def note_lines(profile: Profile) -> list[str]:
+    """What a reader of the figures must know, a sentence each."""
+    busy = busy_words(profile) if isinstance(profile, KernelProfile) else None
+    return [*([] if busy is None else [busy]), *map(note_words, profile.notes)]
+
+
+def busy_words(profile: KernelProfile) -> str | None:
+    """That other programs seem to have used a CPU's cores; None where the copies do not show it."""
+    if not profile.cores_shared:
+        return None
+    size, reached = profile.ceilings.copies[0]
+    return (
+        f"other programs seem to be using these cores: a copy of {size_words(size)} reached {reached:.2g} GB/s, the "
+        f"largest {profile.ceilings.copy_gb_per_s:.2g} GB/s; threads wait for each other, so the times are not reliable"
+    )
+
+
+def note_words(note: Note) -> str:
+    more = f" and {len(note.cases) - 1} more" if len(note.cases) > 1 else ""
+    return _note_words(note) + (f": {note.cases[0]}{more}" if note.cases else "")
+
+
+def _note_words(note: Note) -> str:
+    match note.kind:
+        case "channels sampled":
+            return "checked on a sample of the channels, from the first to the last, and timed on all"
+        case "peak needs compilation":
+            return f"{note.kernel}: no peak memory, which would need another compilation in a separate process"
+        case "peak unknown":
+            return f"{note.kernel}: peak memory unknown: {note.reason}"
+        case "few rounds":
+            return f"fewer than the {note.count} rounds that an interval needs"
+        case "compilation":
+            return f"{note.kernel}: {note.seconds:.1f} s of compilation, not included in any row"
+        case "host bound":
+            return f"the device waited for the host in {note.count} of {note.of} samples"
+        case "same work":
+            return f"{note.arm} stands for {', '.join(note.others)} as well: their steps do the same work"
+        case "model compiled":
+            return f"{note.arm} is compiled: everything that torch.compile fused counts as other"
+        case "random data":
+            return f"{note.arm} is trained on random inputs; its loss is the mean square of its output"
+        case "memory unknown":
+            return f"{note.arm}, {note.kernel or 'no kernel'}: memory unknown: {note.reason}"
+        case "norms not watched":
+            return f"{note.arm}: the norm layers could not be observed: {note.reason}"
+        case "norms watched":
+            judged = f"; running statistics are judged after {note.of}" if (note.count or 0) < (note.of or 0) else ""
+            return f"{note.arm}: the norm layers were observed for {note.count} training steps{judged}"
+
+
+# --- errors of rows -----------------------------------------------------------------------------------------------
+
+
+def error_words(row: KernelCost | StepCost) -> str | None:
+    """Why a row has no times, on one line; None where it has."""
+    if isinstance(row, StepCost) and row.difference is not None:
+        return _difference_words(row.difference)
+    if isinstance(row, KernelCost) and row.finding is not None:
+        where = "" if row.wrong_case is None else f", in the case {row.wrong_case}"
+        return finding_text(row.finding) + where
+    return None if row.error is None else " ".join(row.error.split())
+
+
+def _difference_words(found: StepDifference) -> str:
+    what = (
+        f"the {found.kind}{f' of {found.tensor}' * bool(found.tensor)}{f' (and {found.more} more)' * bool(found.more)}"
+    )
+    native = f"native's{' in float64' * found.in_float64}"
+    return f"wrong: {what} differs from {native}: relative error {found.error:.1e}, allowed {found.allowed:.1e}"
+
+
+# --- norm layers --------------------------------------------------------------------------------------------------
+
+
+def norms_words(norms: Sequence[NormLayers]) -> str:
+    """`2 batch norms (1 with relu, 1 alone), 3 LayerNorm`; empty without any."""
+    batch = [layers for layers in norms if layers.kind == "batch norm"]
+    words = [f"{layers.count} {layers.kind}" for layers in norms if layers.kind != "batch norm"]
+    if batch:
+        count = sum(layers.count for layers in batch)
+        converted = ", ".join(f"{layers.count} {_calls_words(layers)}" for layers in batch if layers.converted)
+        others = [layers for layers in batch if not layers.converted and layers.kernel != NATIVE]
+        words = [
+            f"{count} batch norm{'s' * (count > 1)}{f' ({converted})' * bool(converted)}",
+            *(f"{layers.count} on the {layers.kernel} kernel" for layers in others),
+            *words,
+        ]
+    return ", ".join(words)
+
+
+def _calls_words(layers: NormLayers) -> str:
+    """What a converted norm is one call with."""
+    calls = [f"with {' + '.join(operations)}" if operations else "alone" for operations in layers.calls]
+    return ", ".join(calls) or "unchanged"
+
+
+class RemarkWords(NamedTuple):
+    layer: str
+    finding: str
+    advice: str
+
+
+def remark_words(remark: NormRemark) -> RemarkWords:
+    """Where something is wrong with norm layers, what it is, and what to do about it."""
+    more = f" and {remark.more_layers} more" if remark.more_layers else ""
+    return RemarkWords((remark.layer or "(the model)") + more, *_finding_and_advice(remark))
+
+
+def _finding_and_advice(remark: NormRemark) -> tuple[str, str]:
+    figures = remark.figures
+    match remark.kind:
+        case "one value":
+            return (
+                "one value per channel: a batch of 1 without positions",
+                "the output does not depend on the input, and torch raises in training: use batches of 2 or more, or a "
+                "norm that averages over channels",
+            )
+        case "constant channels":
+            factor = 1 / math.sqrt(figures["eps"])
+            return (
+                f"constant within a batch: {_channels_words(remark)}",
+                f"their output is the norm's bias, and gradients are multiplied by 1/sqrt(eps) = {factor:,.0f}: remove "
+                "these inputs, or look for a dead activation in front",
+            )
+        case "large mean":
+            return (
+                f"a mean of {figures['deviations']:,.0f} standard deviations in {_channels_words(remark)}",
+                f"above {figures['limit']:,.0f} the variance loses digits in {remark.dtype}: center the input first, "
+                "in the data or in the layer before",
+            )
+        case "cumulative average":
+            return (
+                "momentum None: the running statistics are the cumulative average of all steps",
+                "the first batches count as much as the last: set a momentum, or reset the statistics before "
+                "evaluation and run some batches",
+            )
+        case "short half-life":
+            momentum = figures["momentum"]
+            meant = f"{1 - momentum:.3g}" if momentum < 1 else "0.1"
+            return (
+                f"momentum {momentum:g}: the running average has a half-life of {figures['half_life_steps']:.2g} steps",
+                "evaluation uses little more than the last batch; momentum is the weight of the new batch, and "
+                f"{meant} may be what was meant",
+            )
+        case "long half-life":
+            budget = f", and training has {figures['budget_steps']:,.0f}" if "budget_steps" in figures else ""
+            steps = f"{figures['half_life_steps']:,.0f} steps{budget}"
+            return (
+                f"momentum {figures['momentum']:g}: the running average has a half-life of {steps}",
+                f"at the end {figures.get('kept', 1.0):.0%} of it is still its initial 0 and 1: raise the momentum, or "
+                "estimate the statistics again over some batches before evaluation",
+            )
+        case "running mean off":
+            return (
+                f"after {figures['steps']:,.0f} steps the running mean is {figures['deviations']:.2g} standard "
+                f"deviations off the batches' in {_channels_words(remark)}",
+                "evaluation sees other inputs than training: raise the momentum, lower the learning rate, or "
+                "estimate the statistics again over some batches before evaluation",
+            )
+        case "bias without effect":
+            return (
+                f"the bias of {remark.source} has no effect, since the norm subtracts it "
+                f"({figures['parameters']:.0f} unused parameters)",
+                f"set bias=False in {remark.source}: the norm has a bias of its own",
+            )
+        case "last batch of one":
+            raises = "torch raises in training" if figures["raises"] else "its statistics are those of one example"
+            return (
+                f"the last batch of an epoch would have 1 example: {raises}",
+                "bncli leaves that batch out; in a DataLoader set drop_last=True, or choose another batch size",
+            )
+
+
+def _channels_words(remark: NormRemark) -> str:
+    """`5 of 16 channels: 0, 3, 4, 9, ... (1 more)`."""
+    left = len(remark.channels) - NAMED_CHANNELS
+    names = [*map(str, remark.channels[:NAMED_CHANNELS]), *[f"... ({left} more)"] * (left > 0)]
+    return f"{len(remark.channels)} of {remark.figures['of_channels']:.0f} channels: {', '.join(names)}"

@@ -54,9 +54,9 @@ def test_a_wide_output_has_the_milliseconds_of_each_class(show):
 def test_remarks_have_their_layer_finding_and_advice_and_are_absent_without_any(show):
     text = show(StepReport(step_profile()), 100)
     at = text.splitlines().index("What the norm layers suffer from")
-    assert text.splitlines()[at + 1] == "stem.norm: momentum 0.9: the running average's half-life is 0.3 steps"
-    assert text.splitlines()[at + 2].startswith("  evaluation uses hardly more than the last batch; momentum is the")
-    assert "blocks.0.norm1 and 3 more: the bias of blocks.0.conv1 right in front is subtracted again" in text
+    assert text.splitlines()[at + 1] == "stem.norm: momentum 0.9: the running average has a half-life of 0.3 steps"
+    assert text.splitlines()[at + 2].startswith("  evaluation uses little more than the last batch; momentum is the")
+    assert "blocks.0.norm1 and 3 more: the bias of blocks.0.conv1 has no effect, since the norm subtracts it" in text
     assert "suffer" not in show(StepReport(replace(step_profile(), remarks=())), 100)
 
 
