@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from bncli.report.text import Column, header_words, joined
+from bncli.report.text import Column
 
 
 def csv_text(rows: Sequence[dict[str, Any]], first: str) -> str:
@@ -22,9 +22,9 @@ def csv_text(rows: Sequence[dict[str, Any]], first: str) -> str:
 
 def markdown_table(columns: Sequence[Column]) -> list[str]:
     """A table's lines for a GitHub page: words flush left, figures flush right."""
-    header = [header_words(column) for column in columns]
+    header = [column.name for column in columns]
     rule = [":--" if column.words else "--:" for column in columns]
-    rows = [[joined(cell) for cell in row] for row in zip(*(column.cells for column in columns), strict=True)]
+    rows = [[cell.line for cell in row] for row in zip(*(column.cells for column in columns), strict=True)]
     lines = [map(markdown, header), rule, *(map(markdown, row) for row in rows)]
     return [f"| {' | '.join(line)} |" for line in lines]
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from bncli.results.environment import Environment, Interval
 from bncli.results.finding import Finding
 from bncli.results.train import Target
 
 UNKNOWN = "–"
+IN_ASCII = str.maketrans({"–": "-", "─": "-", "±": "+-"})
 
 
 # --- figures ------------------------------------------------------------------------------------------------------
@@ -54,18 +56,12 @@ def setting(value: Any) -> str:
 
 
 def encodable(text: str, encoding: str) -> str:
-    """The text in characters that an output of this encoding can show: a hyphen for a dash, ? for what it lacks."""
+    """The text in characters that an output of this encoding has: - for a dash, +- for ±, ? for what it lacks."""
     try:
         text.encode(encoding)
         return text
     except (UnicodeEncodeError, LookupError):
-        return text.replace(UNKNOWN, "-").encode("ascii", "replace").decode()
-
-
-def in_encoding(text: str, encoding: str) -> str:
-    """As `encodable`, with +- for a ± that the output lacks."""
-    shown = encodable(text, encoding)
-    return shown if shown == text else encodable(text.replace("±", "+-"), encoding)
+        return text.translate(IN_ASCII).encode("ascii", "replace").decode()
 
 
 def short_names(fields: Mapping[str, Any] | tuple[str, ...]) -> dict[str, str]:
@@ -85,29 +81,45 @@ def environment_words(made: Environment) -> str:
     return ", ".join([f"{made.device} ({made.processor}, {made.platform})", threads, *driver, *versions])
 
 
-# --- cells: (the figure, what stands under or beside it) ----------------------------------------------------------
+# --- cells and columns of a table ---------------------------------------------------------------------------------
 
-Cell = tuple[str, str]
+
+class Cell(NamedTuple):
+    """A figure or words, and an interval, a spread or a remark that stands beside or below."""
+
+    main: str
+    aside: str = ""
+    style: str = ""
+
+    @property
+    def aside_in_line(self) -> str:
+        """The aside as it stands beside the figure: `(9.81–14.9)`, `±2%`."""
+        return f"({self.aside})" if self.aside and not self.aside.startswith("±") else self.aside
+
+    @property
+    def line(self) -> str:
+        """All of it on one line."""
+        return f"{self.main} {self.aside_in_line}".strip()
 
 
 @dataclass(frozen=True)
 class Column:
-    header: Cell
-    cells: tuple[Cell, ...]
+    header: str  # one line or more
+    values: Sequence[str | Cell]  # one a row
     words: bool = False  # flush left, and may wrap
-    grid: bool = False  # the arm's value of a grid field: may move under the arm's name
-    extra: bool = False  # shown only where there is room
+    optional: bool = False  # may be left out where there is no room; a line below the table then says so
+    once: bool = False  # a value that goes on below the same heading is shown once
+    style: str = ""
+    short: str = ""  # the header where there is little room
 
+    @cached_property
+    def cells(self) -> tuple[Cell, ...]:
+        return tuple(Cell(value) if isinstance(value, str) else value for value in self.values)
 
-def header_words(column: Column) -> str:
-    """A column's header on one line: `steps to target`, `samples/s`."""
-    first, second = column.header
-    return first + second if second.startswith("/") else f"{first} {second}".strip()
-
-
-def joined(cell: Cell) -> str:
-    """A cell on one line, its second part as an aside."""
-    return f"{cell[0]} ({cell[1]})" if cell[1] else cell[0]
+    @property
+    def name(self) -> str:
+        """Its header on one line: `steps to target`, `samples/s`."""
+        return self.header.replace("\n/", "/").replace("\n", " ")
 
 
 # --- findings -----------------------------------------------------------------------------------------------------

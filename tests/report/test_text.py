@@ -8,6 +8,8 @@ import pytest
 
 from bncli.report.text import (
     UNKNOWN,
+    Cell,
+    Column,
     encodable,
     figure,
     finding_text,
@@ -71,7 +73,15 @@ def test_fields_that_end_alike_keep_their_whole_names():
 
 def test_text_without_place_in_an_encoding_loses_its_dashes_and_marks_the_rest():
     assert encodable("9.81–14.9 naïve", "utf-8") == "9.81–14.9 naïve"
-    assert encodable("9.81–14.9 naïve", "ascii") == "9.81-14.9 na?ve"
+    assert encodable("9.81–14.9 naïve ±2%", "ascii") == "9.81-14.9 na?ve +-2%"
+
+
+def test_a_cell_and_a_header_on_one_line():
+    assert [Cell("1", aside).line for aside in ("", "0.9–1.1", "±2%")] == ["1", "1 (0.9–1.1)", "1 ±2%"]
+    assert [Column(header, []).name for header in ("steps to\ntarget", "samples\n/s")] == [
+        "steps to target",
+        "samples/s",
+    ]
 
 
 # --- findings -----------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def _has_ratios_by_target(comparison: Comparison) -> bool:
 
 def _targets(axes: Axes, comparison: Comparison) -> None:
     """How many times fewer steps at each target of the runs: one target is one point of a curve."""
-    axes.set_title("times fewer, by target")
+    axes.set_title("fewer steps, by target")
     axes.set_xlabel(f"target: held-out {comparison.plan.target.metric}")
     order = targets_in_order(comparison.plan)
     axes.set_xticks([target.value for target in order], [setting(target.value) for target in order])
@@ -187,13 +187,13 @@ def _steps(axes: Axes, comparison: Comparison, tagged: bool) -> None:
         axes.minorticks_off()
     steps, ratios = [steps_cell(arm, most) for arm in arms], [ratio_cell(arm.ratio) for arm in arms]
     _side_column(axes, 1.03, "steps", steps)
-    _side_column(axes, 1.06 + 0.025 * max(5, *(len(part) for cell in steps for part in cell)), "times fewer", ratios)
+    _side_column(axes, 1.06 + 0.025 * max(5, *(len(part) for cell in steps for part in cell)), "fewer steps", ratios)
 
 
 def _side_column(axes: Axes, left: float, header: str, cells: list[Cell]) -> None:
     """Words beside the rows, `left` in shares of the axes' width."""
     axes.text(left, 1.02, header, transform=axes.transAxes, fontsize=10, va="bottom")
-    for row, (main, aside) in enumerate(cells):
+    for row, (main, aside, _) in enumerate(cells):
         place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "linespacing": 1.3}
         axes.text(left, row, main + "\n" * bool(aside), fontweight="bold", **place)
         axes.text(left, row, "\n" * bool(aside) + aside, fontsize=8, **place)

@@ -8,7 +8,7 @@ from bncli.errors import FileError
 from bncli.report.compare.export import side_tables
 from bncli.report.compare.text import comparison_columns, footnotes, subtitle, title, tuning_columns, tuning_notes
 from bncli.report.figure import INK
-from bncli.report.text import Column, header_words
+from bncli.report.text import Column
 from bncli.results.compare import Comparison
 
 PAGE = """<!DOCTYPE html>
@@ -87,12 +87,12 @@ def _html_items(notes: list[str]) -> str:
 
 def _html_table(columns: list[Column]) -> str:
     sides = [' class="words"' * column.words for column in columns]
-    head = "".join(f"<th{side}>{html.escape(header_words(c))}</th>" for c, side in zip(columns, sides, strict=True))
+    head = "".join(f"<th{side}>{html.escape(c.name)}</th>" for c, side in zip(columns, sides, strict=True))
     rows = []
     for row in zip(*(column.cells for column in columns), strict=True):
         cells = [
             f"<td{side}>{html.escape(main)}{f'<small>{html.escape(aside)}</small>' if aside else ''}</td>"
-            for (main, aside), side in zip(row, sides, strict=True)
+            for (main, aside, _), side in zip(row, sides, strict=True)
         ]
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody>\n</table>"

@@ -169,10 +169,10 @@ def shell_lines(command: Sequence[str], width: int) -> list[str]:
     return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
-def reasons(groups: Sequence[CheckGroup]) -> list[tuple[str, str]]:
+def reasons(groups: Sequence[CheckGroup]) -> list[str]:
     """Each group that could not run, and why."""
     return [
-        (group.name, not_checked_text(group.skipped) or "no case ran")
+        f"{group.name}: {not_checked_text(group.skipped) or 'no case ran'}"
         for group in groups
         if group.skipped or not group.cases
     ]
@@ -192,11 +192,11 @@ def closing(result: Gradcheck) -> str:
     return f"All {count(cases, 'case')} passed{left}." if cases > 1 else f"1 case passed{left}."
 
 
-def derivations(result: Gradcheck) -> list[tuple[str, str]]:
-    """In words, each derivation once: all of them for a full check, those of the groups that failed otherwise."""
+def derivations(result: Gradcheck) -> list[str]:
+    """How tolerances are derived, each derivation once: all of a full check, else those of the groups that failed."""
     shown = [group for group in result.groups if group.failed or (result.effort == "full" and group.cases)]
     rules = dict.fromkeys(group.rule for group in shown if group.rule)
-    return [(_whose(each, shown, result.groups), TOLERANCES[each]) for each in rules]
+    return [f"{_whose(each, shown, result.groups)}: {TOLERANCES[each]}" for each in rules]
 
 
 def _whose(rule: ToleranceRule, shown: Sequence[CheckGroup], groups: Sequence[CheckGroup]) -> str:

@@ -6,14 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.text import Text
 
-from bncli.report.profile.text import gate_columns
-from bncli.report.table import Dashed, Fitted, Layout, Line, Listing, Ruled
-from bncli.report.text import encodable
+from bncli.report.profile.text import VERDICT_STYLES, gate_columns
+from bncli.report.table import AlignedTable, BulletList, Paragraph, ResponsiveTable, Row
 from bncli.results.profile import Change, Gate, KernelProfile, Profile
 
-STYLES = {"ok": "green", "regressed": "bold red", "cannot tell": "yellow"}
 NARROWER = "More rounds narrow the intervals: give this run and the baseline more time or more rounds."
 
 
@@ -27,15 +24,14 @@ class GateReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         gate = self.gate
-        fails = f"times native in each one's own run; more than {gate.fail_above:g} times slower fails"
-        yield Fitted("Held to the baseline", fails, _layouts(gate.changes), ())
-        yield Dashed("Not in the baseline:", [str(row) for row in gate.only_now])
-        yield Dashed("In the baseline, but without a ratio now:", [str(row) for row in gate.only_baseline])
+        fails = f"speedup over native, each within its own run; a slowdown above {gate.fail_above:g} fails"
+        table, *narrower = _tables(gate.changes)
+        yield ResponsiveTable("Compared with the baseline", table, narrower, fails)
+        yield BulletList("Not in the baseline:", [str(row) for row in gate.only_now])
+        yield BulletList("In the baseline, but without a ratio now:", [str(row) for row in gate.only_baseline])
         if self.now and self.baseline:
-            for words in differences(self.now, self.baseline):
-                yield Text(encodable(words, options.encoding), "dim")
-        verdict = "regressed" if gate.failed else "ok"
-        yield Text(encodable(closing(gate), options.encoding), STYLES[verdict])
+            yield from (Paragraph(words, "dim") for words in differences(self.now, self.baseline))
+        yield Paragraph(closing(gate), VERDICT_STYLES["regressed" if gate.failed else "ok"])
 
 
 def closing(gate: Gate) -> str:
@@ -47,7 +43,7 @@ def closing(gate: Gate) -> str:
             f"Other programs used the cores in {where}: no row is called regressed. Measure again on idle cores "
             f"(exit {int(gate.failed)})."
         )
-    counts = ", ".join(f"{verdicts.count(word):,} {word}" for word in STYLES if word in verdicts)
+    counts = ", ".join(f"{verdicts.count(word):,} {word}" for word in VERDICT_STYLES if word in verdicts)
     if gate.regressed:
         return f"{counts}: FAILED, more than {gate.fail_above:g} times slower by the whole interval (exit 1)."
     if gate.failed:
@@ -72,21 +68,14 @@ def differences(now: Profile, baseline: Profile) -> Iterator[str]:
         yield f"Another cache than the baseline's: {states[0]} now, {states[1]} then; measure both alike."
 
 
-def _layouts(changes: Sequence[Change]) -> list[Layout]:
+def _tables(changes: Sequence[Change]) -> list[AlignedTable]:
     headings = [change.row.words[0] for change in changes]
     order = sorted(range(len(changes)), key=lambda index: headings.index(headings[index]))
-    shown = [changes[index] for index in order]
     names = [headings[index] for index in order]
-    lines = [Line(heading=name if not i or names[i - 1] != name else "") for i, name in enumerate(names)]
-    columns = gate_columns(shown)
+    rows = [Row(heading=name if not i or names[i - 1] != name else "") for i, name in enumerate(names)]
+    columns = gate_columns([changes[index] for index in order])
     narrow = [
-        replace(column, cells=tuple((main, "") for main, _ in column.cells)) if index in (1, 2) else column
-        for index, column in enumerate(columns)
+        replace(column, values=[cell.main for cell in column.cells]) if column.header in ("now", "baseline") else column
+        for column in columns
     ]
-    styles = {(row, 4): STYLES[change.verdict] for row, change in enumerate(shown)}
-    styles |= {(row, 3): "bold" for row in range(len(shown))}
-    return [
-        lambda encoding: Ruled(columns, lines, encoding, styles),
-        lambda encoding: Ruled(narrow, lines, encoding, styles),
-        lambda encoding: Listing(columns, lines, encoding),
-    ]
+    return [AlignedTable(columns, rows), AlignedTable(narrow, rows)]

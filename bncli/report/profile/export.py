@@ -217,7 +217,7 @@ def to_markdown(result: Profile, gate: Gate | None = None) -> str:
     if gate is not None:
         lines += ["", f"#### Held to the baseline: fails above {gate.fail_above:g} times slower", ""]
         columns = gate_columns(gate.changes)
-        names = Column(("row", ""), tuple((str(change.row), "") for change in gate.changes), words=True)
+        names = Column("row", [str(change.row) for change in gate.changes], words=True)
         lines += markdown_table([names, *columns[1:]])
     return "\n".join(lines) + "\n"
 
@@ -245,7 +245,7 @@ def _step_markdown(profile: StepProfile) -> list[str]:
         ("Share of a step", shared, share_columns(shared), []),
         ("Memory of a training step", split, memory_columns(split), []),
     ):
-        arms = Column(("arm", ""), tuple((row.arm, "") for row in rows), words=True)
+        arms = Column("arm", [row.arm for row in rows], words=True)
         if rows:
             lines += ["", f"#### {heading}", "", *_with_errors([arms, *columns], errors)]
     found = [(remark.arm, remark_words(remark)) for remark in profile.remarks]
@@ -256,7 +256,7 @@ def _step_markdown(profile: StepProfile) -> list[str]:
 def _with_errors(columns: Sequence[Column], errors: Sequence[str | None]) -> list[str]:
     """The table, with a column for errors where there are any."""
     if any(errors):
-        columns = [*columns, Column(("error", ""), tuple((error or "", "") for error in errors), words=True)]
+        columns = [*columns, Column("error", [error or "" for error in errors], words=True)]
     return markdown_table(list(columns))
 
 

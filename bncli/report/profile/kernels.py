@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from bncli.report.profile.text import (
@@ -24,11 +24,10 @@ from bncli.report.profile.text import (
     shape_words,
     size_words,
 )
-from bncli.report.table import Dashed, Fitted, Layout, Line, Listing, Ruled
-from bncli.report.text import Column, encodable, environment_words, in_encoding
-from bncli.results.profile import Ceilings, KernelCost, KernelMean, KernelProfile, Speedup
+from bncli.report.table import AlignedTable, BulletList, Paragraph, ResponsiveTable, Row
+from bncli.report.text import encodable, environment_words
+from bncli.results.profile import Ceilings, KernelCost, KernelMean, KernelProfile
 
-SHORT = {"forward": "fwd", "backward": "bwd"}
 # What shows the spread of its samples, what is left out, and whether headers are short; the first that fits is taken.
 KERNEL_LAYOUTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("all", (), False),
@@ -44,7 +43,9 @@ KERNEL_LAYOUTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("both", ("ran", "peak", "saved", "gb_per_s", "forward", "backward"), False),
     ("none", ("ran", "peak", "saved", "gb_per_s", "forward", "backward"), False),
 )
-LEFT_OUT = {"forward": "forward", "backward": "backward", "gb_per_s": "GB/s", "peak": "peak", "saved": "saved"}
+
+
+NOTHING = "Nothing was measured."
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,19 @@ class KernelReport:
         profile = self.profile
         rows, left_out = folded(profile.rows)
         words = measured_words(profile.rows, profile.planned, profile.seconds)
-        yield Fitted(kernel_title(profile), words, _kernel_layouts(rows, profile.ceilings) if rows else (_nothing,), ())
+        if rows:
+            table, *narrower = _kernel_tables(rows, profile.ceilings)
+            yield ResponsiveTable(kernel_title(profile), table, narrower, words)
+        else:
+            yield from (Paragraph(kernel_title(profile), "bold"), Paragraph(words, "dim"), "", NOTHING, "")
         if profile.means:
-            yield Fitted("Over all shapes: geometric mean", "", _mean_layouts(profile.means), ())
+            yield ResponsiveTable("Over all shapes: geometric mean", _mean_table(profile.means))
         ceilings = encodable(ceilings_words(profile.ceilings), options.encoding)
         yield Text.assemble(("Measured ceilings: ", "bold"), ceilings)
-        yield Dashed("", (*left_out, *note_lines(profile)))
+        yield BulletList("", (*left_out, *note_lines(profile)))
         made = f"Made on {environment_words(profile.environment)}; {cache_words(profile.cold)}."
         for line in (made, *kernel_legend(profile)):
-            yield Text(in_encoding(line, options.encoding), "dim")
+            yield Paragraph(line, "dim")
 
 
 def kernel_legend(profile: KernelProfile) -> Iterator[str]:
@@ -82,72 +87,29 @@ def kernel_legend(profile: KernelProfile) -> Iterator[str]:
     )
     if any(row.faster for row in profile.rows):
         yield (
-            "Times native: how many times faster than native, the median of the rounds' ratios with its 95% interval; "
+            "Vs native: how many times faster than native, the median of the rounds' ratios with its 95% interval; "
             "above 1 is faster. Native is the yardstick."
         )
     yield "Peak: memory of both, beyond the inputs. Saved: what forward keeps for backward."
 
 
-def speedup_styles(ratios: Iterable[Speedup | None], place: int) -> dict[tuple[int, int], str]:
-    """Bold for each ratio of that column, green where its interval is above 1, red where it is below."""
-    styles = {}
-    for index, faster in enumerate(ratios):
-        if faster is not None:
-            low, high = faster.interval.low, faster.interval.high
-            colour = " green" if low is not None and low > 1 else " red" if high is not None and high < 1 else ""
-            styles[index, place] = f"bold{colour}"
-    return styles
-
-
-def once(column: Column, lines: Sequence[Line]) -> Column:
-    """Each of its words where they begin, and nothing where they go on below the same heading."""
-    cells = [
-        ("", "") if i and cell == column.cells[i - 1] and not lines[i].heading else cell
-        for i, cell in enumerate(column.cells)
-    ]
-    return replace(column, cells=tuple(cells))
-
-
-def _nothing(encoding: str) -> Text:
-    return Text("Nothing was measured.")
-
-
-def _kernel_layouts(shown: Sequence[KernelCost], ceilings: Ceilings) -> list[Layout]:
+def _kernel_tables(shown: Sequence[KernelCost], ceilings: Ceilings) -> Iterator[AlignedTable]:
     groups = grouped(shown)
     rows = [row for members in groups.values() for row in members]
     first = {id(members[0]): heading for heading, members in groups.items()}
     lines = [
-        Line(
+        Row(
             heading=first.get(id(row), ""),
             style="dim" if row.kernel == NATIVE else "",
             message=f"{'WRONG: ' * row.wrong}{words}" if (words := error_words(row)) is not None else "",
         )
         for row in rows
     ]
-
-    def layout(spreads: str, without: Sequence[str], short: bool) -> Layout:
+    for spreads, without, short in KERNEL_LAYOUTS:
         cells = kernel_columns(rows, ceilings, spreads=spreads)
-        cells["shape"] = once(cells["shape"], lines)
-        if short:
-            cells |= {key: replace(cells[key], header=(word, "ms")) for key, word in SHORT.items()}
-        kept = [key for key in cells if key not in without]
-        styles = speedup_styles((row.faster for row in rows), kept.index("faster"))
-        tail = list(_below(rows, without))
-        return lambda encoding: Group(
-            Ruled([cells[key] for key in kept], lines, encoding, styles),
-            *(Text(encodable(words, encoding), "dim") for words in ["", *tail] if tail),
-        )
-
-    whole = list(kernel_columns(rows, ceilings).values())
-    return [*(layout(*how) for how in KERNEL_LAYOUTS), lambda encoding: Listing(whole, lines, encoding)]
-
-
-def _below(rows: Sequence[KernelCost], without: Sequence[str]) -> Iterator[str]:
-    """What a narrow table leaves out: what really ran in words, the rest by name."""
-    if "ran" in without and (ran := list(_ran(rows))):
-        yield f"Ran: {' | '.join(ran)}"
-    if names := [words for key, words in LEFT_OUT.items() if key in without]:
-        yield f"Left out for want of room: {', '.join(names)} (a wider output and the CSV have them)"
+        columns = [column for key, column in cells.items() if key not in without]
+        ran = " | ".join(_ran(rows)) if "ran" in without else ""
+        yield AlignedTable(columns, lines, short_headers=short, notes=[f"Ran: {ran}"] * bool(ran))
 
 
 def _ran(rows: Sequence[KernelCost]) -> Iterator[str]:
@@ -161,18 +123,12 @@ def _ran(rows: Sequence[KernelCost]) -> Iterator[str]:
             yield f"{kernel}: {'; '.join(parts)}"
 
 
-def _mean_layouts(means: Sequence[KernelMean]) -> list[Layout]:
+def _mean_table(means: Sequence[KernelMean]) -> AlignedTable:
     groups: dict[str, list[KernelMean]] = {}
     operations = [mean.operation for mean in means]
     for mean in sorted(means, key=lambda mean: operations.index(mean.operation)):
         groups.setdefault(f"{mean.dtype}, {mean.layout}", []).append(mean)
     rows = [mean for members in groups.values() for mean in members]
     first = {id(members[0]): heading for heading, members in groups.items()}
-    lines = [Line(first.get(id(mean), ""), "dim" if mean.kernel == NATIVE else "") for mean in rows]
-    columns = mean_columns(rows)
-    styles = speedup_styles((mean.faster for mean in rows), 3)
-    shown = [once(columns[0], lines), *columns[1:]]
-    return [
-        lambda encoding: Ruled(shown, lines, encoding, styles),
-        lambda encoding: Listing(columns, lines, encoding),
-    ]
+    lines = [Row(first.get(id(mean), ""), "dim" if mean.kernel == NATIVE else "") for mean in rows]
+    return AlignedTable(mean_columns(rows), lines)

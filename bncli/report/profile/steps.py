@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.padding import Padding
 from rich.text import Text
 
-from bncli.report.profile.kernels import once, speedup_styles
+from bncli.report.profile.kernels import NOTHING
 from bncli.report.profile.text import (
     NATIVE,
     error_words,
@@ -22,8 +22,8 @@ from bncli.report.profile.text import (
     share_columns,
     step_columns,
 )
-from bncli.report.table import Bar, Dashed, Fitted, Layout, Line, Listing, Ruled
-from bncli.report.text import Column, encodable, environment_words, in_encoding
+from bncli.report.table import AlignedTable, Bar, BulletList, Paragraph, ResponsiveTable, Row
+from bncli.report.text import encodable, environment_words
 from bncli.results.profile import STEP_CLASSES, NormRemark, StepCost, StepProfile
 
 COLOURS = dict(zip(STEP_CLASSES, ("magenta", "cyan", "yellow", "green", "blue", "", "dim"), strict=True))
@@ -32,7 +32,7 @@ LETTERS = dict(zip(STEP_CLASSES, "NCAOD.-", strict=True))  # of a bar, so that i
 
 @dataclass(frozen=True)
 class StepReport:
-    """All that `bncli profile recipe.yaml` shows: steps, shares, memory, and what the norm layers suffer from."""
+    """All that `bncli profile recipe.yaml` shows: steps, shares, memory, and what to change in the norm layers."""
 
     profile: StepProfile
 
@@ -40,18 +40,24 @@ class StepReport:
         profile, encoding = self.profile, options.encoding
         words = measured_words(profile.rows, profile.planned, profile.seconds)
         title = f"{profile.name}: one step of the whole model"
-        yield Fitted(title, words, _step_layouts(profile.rows) if profile.rows else (_nothing,), ())
+        if profile.rows:
+            yield ResponsiveTable(title, _step_table(profile.rows), subtitle=words)
+        else:
+            yield from (Paragraph(title, "bold"), Paragraph(words, "dim"), "", NOTHING, "")
         shared = [row for row in profile.rows if row.shares_ms and row.error is None]
         if shared:
-            yield Fitted("Share of a step", "", _share_layouts(shared), ())
+            lines = _lines(shared, messages=False)
+            narrower = [AlignedTable(share_columns(shared), lines, short_headers=short) for short in (False, True)]
+            yield ResponsiveTable("Share of a step", AlignedTable(share_columns(shared, ms=True), lines), narrower)
         split = [row for row in profile.rows if row.memory is not None]
         if split:
-            yield Fitted("Memory of a training step", "", _layouts(split, memory_columns(split)), ())
-        yield Dashed("Norm layers:", _norms(profile.rows))
+            table = AlignedTable(memory_columns(split), _lines(split, messages=False))
+            yield ResponsiveTable("Memory of a training step", table)
+        yield BulletList("Norm layers:", _norms(profile.rows))
         yield from _remarks(profile.remarks, encoding)
-        yield Dashed("", note_lines(profile))
+        yield BulletList("", note_lines(profile))
         for line in (f"Made on {environment_words(profile.environment)}.", *step_legend(profile)):
-            yield Text(in_encoding(line, encoding), "dim")
+            yield Paragraph(line, "dim")
 
 
 def step_legend(profile: StepProfile) -> list[str]:
@@ -59,7 +65,7 @@ def step_legend(profile: StepProfile) -> list[str]:
     lines = ["ms/step: median of the samples, ± half the distance of their quartiles; evaluation: a forward pass."]
     if any(row.faster for row in profile.rows):
         lines.append(
-            "Times native: how many times faster than the same arm with the native kernel, the median of the rounds' "
+            "Vs native: how many times faster than the same arm with the native kernel, the median of the rounds' "
             "ratios with its 95% interval; above 1 is faster."
         )
     if any(row.shares_ms for row in profile.rows):
@@ -71,14 +77,10 @@ def step_legend(profile: StepProfile) -> list[str]:
     return lines if profile.rows else []
 
 
-def _nothing(encoding: str) -> Text:
-    return Text("Nothing was measured.")
-
-
-def _lines(rows: Sequence[StepCost], messages: bool) -> list[Line]:
+def _lines(rows: Sequence[StepCost], messages: bool) -> list[Row]:
     arms = [row.arm for row in rows]
     return [
-        Line(
+        Row(
             heading=row.arm if not index or arms[index - 1] != row.arm else "",
             style="dim" if row.kernel == NATIVE else "",
             message=(error_words(row) or "") if messages else "",
@@ -87,29 +89,9 @@ def _lines(rows: Sequence[StepCost], messages: bool) -> list[Line]:
     ]
 
 
-def _layouts(rows: Sequence[StepCost], *choices: Sequence[Column]) -> list[Layout]:
-    """The first of several sets of columns that fits, below each arm's name; else a line for each figure."""
-    lines = _lines(rows, messages=False)
-
-    def layout(columns: Sequence[Column]) -> Layout:
-        return lambda encoding: Ruled([once(columns[0], lines), *columns[1:]], lines, encoding)
-
-    return [*map(layout, choices), lambda encoding: Listing(choices[-1], lines, encoding)]
-
-
-def _share_layouts(rows: Sequence[StepCost]) -> list[Layout]:
-    return _layouts(rows, share_columns(rows, ms=True), share_columns(rows), share_columns(rows, short=True))
-
-
-def _step_layouts(rows: Sequence[StepCost]) -> list[Layout]:
-    lines, columns = _lines(rows, messages=True), step_columns(rows)
-    shown = [once(columns[0], lines), *columns[1:]]
-    styles = speedup_styles((row.faster for row in rows), len(columns) - 1)
+def _step_table(rows: Sequence[StepCost]) -> AlignedTable:
     bar = _bars(rows) if any(row.shares_ms for row in rows) else None
-    return [
-        lambda encoding: Ruled(shown, lines, encoding, styles, bar, _key(rows)),
-        lambda encoding: Listing(columns, lines, encoding),
-    ]
+    return AlignedTable(step_columns(rows), _lines(rows, messages=True), bar=bar, key=_key(rows))
 
 
 def _bars(rows: Sequence[StepCost]) -> Bar:
@@ -152,7 +134,7 @@ def _remarks(remarks: Sequence[NormRemark], encoding: str) -> RenderResult:
     if not remarks:
         return
     yield ""
-    yield Text("What the norm layers suffer from", "bold")
+    yield Text("Norm layers: what to change", "bold")
     several = len({remark.arm for remark in remarks}) > 1
     for remark in remarks:
         words = remark_words(remark)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from bncli.report.text import UNKNOWN, Cell, Column, figure, finding_text, interval_figure
@@ -28,6 +28,8 @@ from bncli.results.profile import (
 )
 
 NATIVE = "native"
+VS_NATIVE = f"vs {NATIVE}"  # header of the speedups
+VERDICT_STYLES = {"ok": "green", "regressed": "bold red", "cannot tell": "yellow"}
 MIB = 2**20
 NAMED_CHANNELS = 4  # of a remark; the others are counted
 
@@ -69,24 +71,21 @@ def samples_cell(samples: Sequence[float]) -> Cell:
     """`1.23` and `±2%`: the median and half the distance of the quartiles."""
     found = quartiles(samples)
     if found is None:
-        return UNKNOWN, ""
-    return figure(found.median), f"±{found.spread:.0%}" if len(samples) > 1 else ""
+        return Cell(UNKNOWN)
+    return Cell(figure(found.median), f"±{found.spread:.0%}" if len(samples) > 1 else "")
 
 
 def speedup_cell(speedup: Speedup | None, kernel: str | None = None) -> Cell:
-    """`2.31` and `(2.25–2.36)`; native itself is 1, and no measurement."""
+    """`2.31x` and `2.25–2.36`, green where it is surely faster, red where surely slower; native itself is 1."""
     if speedup is None:
-        return ("1" if kernel == NATIVE else UNKNOWN), ""
-    return speedup_figure(speedup.value), span(speedup)
-
-
-def span(speedup: Speedup) -> str:
-    words = interval_figure(speedup.interval)
-    return f"({words})" if words else "(unbounded)"
+        return Cell("1" if kernel == NATIVE else UNKNOWN)
+    low, high = speedup.interval.low, speedup.interval.high
+    colour = " green" if low is not None and low > 1 else " red" if high is not None and high < 1 else ""
+    return Cell(speedup_figure(speedup.value), interval_figure(speedup.interval) or "unbounded", f"bold{colour}")
 
 
 def speedup_figure(value: float) -> str:
-    return figure(value, 3)
+    return f"{figure(value)}x"
 
 
 def gb_figure(value: float | None) -> str:
@@ -125,30 +124,22 @@ def grouped(rows: Iterable[KernelCost]) -> dict[str, list[KernelCost]]:
 def kernel_columns(rows: Sequence[KernelCost], ceilings: Ceilings, *, spreads: str = "all") -> dict[str, Column]:
     """A column's key -> its cells, one a row. `spreads`: of all three directions, of both together, or none."""
 
-    def column(first: str, second: str, cell: Callable[[KernelCost], Cell | str], words: bool = False) -> Column:
-        made = [cell(row) for row in rows]
-        return Column((first, second), tuple(c if isinstance(c, tuple) else (c, "") for c in made), words=words)
-
-    def times(direction: str) -> Callable[[KernelCost], Cell]:
-        def cell(row: KernelCost) -> Cell:
-            found: Times | None = getattr(row, direction)
-            main, aside = samples_cell(found.samples_ms) if found else (UNKNOWN, "")
-            return main, aside if spreads == "all" or spreads == direction else ""
-
-        return cell
+    def times(direction: str) -> list[Cell]:
+        found = [samples_cell(part.samples_ms if (part := getattr(row, direction)) else ()) for row in rows]
+        return found if spreads in ("all", direction) else [Cell(cell.main) for cell in found]
 
     return {
-        "shape": column("shape", "", lambda row: shape_words(row.case.shape), words=True),
-        "kernel": column("kernel", "", lambda row: row.kernel, words=True),
-        "forward": column("forward", "ms", times("forward")),
-        "backward": column("backward", "ms", times("backward")),
-        "both": column("both", "ms", times("both")),
-        "gb_per_s": column("GB/s", "", lambda row: gb_figure(gb_per_s(row.both))),
-        "of_copy": column("of", "copy", lambda row: percent(of_copy(row, ceilings))),
-        "faster": column(f"times {NATIVE}", "", lambda row: speedup_cell(row.faster, row.kernel)),
+        "shape": Column("shape", [shape_words(row.case.shape) for row in rows], words=True, once=True),
+        "kernel": Column("kernel", [row.kernel for row in rows], words=True),
+        "forward": Column("forward\nms", times("forward"), optional=True, short="fwd\nms"),
+        "backward": Column("backward\nms", times("backward"), optional=True, short="bwd\nms"),
+        "both": Column("both\nms", times("both")),
+        "gb_per_s": Column("GB/s", [gb_figure(gb_per_s(row.both)) for row in rows], optional=True),
+        "of_copy": Column("of\ncopy", [percent(of_copy(row, ceilings)) for row in rows]),
+        "faster": Column(VS_NATIVE, [speedup_cell(row.faster, row.kernel) for row in rows]),
         "peak": memory_column("peak", [row.peak_memory_mib for row in rows]),
         "saved": memory_column("saved", [row.saved_mib for row in rows]),
-        "ran": column("ran", "", lambda row: row.ran or UNKNOWN, words=True),
+        "ran": Column("ran", [row.ran or UNKNOWN for row in rows], words=True),
     }
 
 
@@ -156,18 +147,18 @@ def memory_column(name: str, values_mib: Sequence[float | None]) -> Column:
     """Sizes in MiB; in KiB where none of them has one."""
     known = [value for value in values_mib if value is not None]
     unit, factor = ("KiB", 1024) if known and max(known) < 1 else ("MiB", 1)
-    return Column((name, unit), tuple((figure(None if v is None else v * factor), "") for v in values_mib))
+    return Column(f"{name}\n{unit}", [figure(None if v is None else v * factor) for v in values_mib], optional=True)
 
 
 def mean_columns(means: Sequence[KernelMean]) -> list[Column]:
-    """A row a kernel and operation: its geometric mean times native over its shapes, and its worst shape."""
+    """A row a kernel and operation: its geometric mean speedup over its shapes, and its worst shape."""
     return [
-        Column(("operation", ""), tuple((mean.operation, "") for mean in means), words=True),
-        Column(("kernel", ""), tuple((mean.kernel, "") for mean in means), words=True),
-        Column(("shapes", ""), tuple((figure(mean.shapes), "") for mean in means)),
-        Column((f"times {NATIVE}", ""), tuple(speedup_cell(mean.faster) for mean in means)),
-        Column(("worst", ""), tuple((speedup_figure(mean.least), "") for mean in means)),
-        Column(("at", ""), tuple((shape_words(mean.least_shape), "") for mean in means), words=True),
+        Column("operation", [mean.operation for mean in means], words=True, once=True),
+        Column("kernel", [mean.kernel for mean in means], words=True),
+        Column("shapes", [figure(mean.shapes) for mean in means]),
+        Column(VS_NATIVE, [speedup_cell(mean.faster) for mean in means]),
+        Column("worst", [speedup_figure(mean.least) for mean in means]),
+        Column("at", [shape_words(mean.least_shape) for mean in means], words=True),
     ]
 
 
@@ -222,18 +213,24 @@ def cache_words(cold: bool) -> str:
 
 
 def gate_columns(changes: Sequence[Change]) -> list[Column]:
-    """A row a change: how many times faster than native it is and was, and how many times slower that makes it."""
-    slower = [Speedup(change.slower, change.interval) for change in changes]
+    """A row a change: its speedup over native now and then, and the slowdown."""
+    slower = [speedup_cell(Speedup(change.slower, change.interval)) for change in changes]
     return [
-        Column(("", ""), tuple((", ".join(change.row.words[1:]), "") for change in changes), words=True),
-        Column(("now", ""), tuple(speedup_cell(change.now) for change in changes)),
-        Column(("baseline", ""), tuple(speedup_cell(change.baseline) for change in changes)),
-        Column(("times slower", ""), tuple(speedup_cell(each) for each in slower)),
-        Column(("verdict", ""), tuple((change.verdict, "") for change in changes), words=True),
+        Column("", [", ".join(change.row.words[1:]) for change in changes], words=True),
+        Column("now", [_without_style(speedup_cell(change.now)) for change in changes]),
+        Column("baseline", [_without_style(speedup_cell(change.baseline)) for change in changes]),
+        Column("slowdown", [_without_style(cell) for cell in slower], style="bold"),
+        Column(
+            "verdict", [Cell(change.verdict, style=VERDICT_STYLES[change.verdict]) for change in changes], words=True
+        ),
     ]
 
 
-BROKEN = {"normalization": ("normal-", "ization"), "activation": ("acti-", "vation"), "optimizer": ("opti-", "mizer")}
+def _without_style(cell: Cell) -> Cell:
+    return cell._replace(style="")
+
+
+BROKEN = {"normalization": "normal-\nization", "activation": "acti-\nvation", "optimizer": "opti-\nmizer"}
 
 
 def samples_per_s(row: StepCost) -> float | None:
@@ -245,26 +242,26 @@ def step_columns(rows: Sequence[StepCost]) -> list[Column]:
     """A row an arm, mode and kernel: how long a step takes."""
     return [
         *_step_names(rows),
-        Column(("ms/step", ""), tuple(samples_cell(row.samples_ms) for row in rows)),
-        Column(("samples/s", ""), tuple((figure(samples_per_s(row)), "") for row in rows)),
-        Column((f"times {NATIVE}", ""), tuple(speedup_cell(row.faster, row.kernel) for row in rows)),
+        Column("ms/step", [samples_cell(row.samples_ms) for row in rows]),
+        Column("samples/s", [figure(samples_per_s(row)) for row in rows]),
+        Column(VS_NATIVE, [speedup_cell(row.faster, row.kernel) for row in rows]),
     ]
 
 
-def share_columns(rows: Sequence[StepCost], *, ms: bool = False, short: bool = False) -> list[Column]:
-    """The same rows: the share of each class of work in a step, with its milliseconds or under broken headers."""
+def share_columns(rows: Sequence[StepCost], *, ms: bool = False) -> list[Column]:
+    """The same rows: the share of each class of work in a step, with its milliseconds beside it or not."""
 
     def cell(row: StepCost, name: str) -> Cell:
         value, whole = row.shares_ms.get(name), sum(row.shares_ms.values())
         if value is None or whole <= 0:
-            return UNKNOWN, ""
-        return percent(value / whole), f"{figure(value, 2 if value < 10 else 3)} ms" if ms and value else ""
+            return Cell(UNKNOWN)
+        return Cell(percent(value / whole), f"{figure(value, 2 if value < 10 else 3)} ms" if ms and value else "")
 
-    def header(name: str) -> Cell:
-        first, _, second = name.partition(" ")
-        return BROKEN.get(name, (first, second)) if short else (first, second)
-
-    shares = [Column(header(name), tuple(cell(row, name) for row in rows)) for name in STEP_CLASSES]
+    headers = {name: name.replace(" ", "\n", 1) for name in STEP_CLASSES}
+    shares = [
+        Column(header, [cell(row, name) for row in rows], short=BROKEN.get(name, ""))
+        for name, header in headers.items()
+    ]
     return [*_step_names(rows), *shares]
 
 
@@ -280,8 +277,8 @@ def memory_columns(rows: Sequence[StepCost]) -> list[Column]:
 
 def _step_names(rows: Sequence[StepCost]) -> list[Column]:
     return [
-        Column(("mode", ""), tuple((row.mode, "") for row in rows), words=True),
-        Column(("kernel", ""), tuple((row.kernel or UNKNOWN, "") for row in rows), words=True),
+        Column("mode", [row.mode for row in rows], words=True, once=True),
+        Column("kernel", [row.kernel or UNKNOWN for row in rows], words=True),
     ]
 
 

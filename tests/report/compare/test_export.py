@@ -58,7 +58,7 @@ def test_markdown_says_what_the_terminal_says(examples):
         "12.1x (9.81–14.9)",
         "| 1 (reference) |",
         "3\\*",
-        "jackknife over seeds, paired",
+        "jackknife over paired seeds",
     ):
         assert words in text
     assert "| 0.9 | 636 (572–700) | 31.2 (28.1–34.3) | 20.4x (18.4–22.4) |" in text

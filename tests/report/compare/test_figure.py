@@ -116,6 +116,6 @@ def test_an_arm_at_the_target_from_the_start_is_drawn_too(examples):
 
 def test_several_targets_add_the_ratio_by_target(examples):
     words = svg_words(examples["two arms"]).split("\n")
-    assert "times fewer, by target" in words
+    assert "fewer steps, by target" in words
     assert "target: held-out accuracy" in words
-    assert "times fewer, by target" not in svg_words(examples["six arms"]).split("\n")
+    assert "fewer steps, by target" not in svg_words(examples["six arms"]).split("\n")

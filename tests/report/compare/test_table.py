@@ -43,12 +43,12 @@ def test_a_wide_output_shows_an_arm_on_one_line_and_more_columns(examples, show)
     assert "12.1x (9.81–14.9)" in row
     assert "27,910" in row
     assert "< 0.0001" in row
-    assert "p (Holm)" in text
+    assert all(header in text for header in ("(Holm)", "first hit", "ms/step", "parameters"))
 
 
 def test_the_reference_row_is_the_one_with_ratio_1(examples, show):
     (row,) = lines_with(show(comparison_table(examples["two arms"]), 160), "plain  ")
-    assert "1 (reference)" in row
+    assert row.split()[6:8] == ["1", "(reference)"]
 
 
 def test_six_arms_with_long_names_keep_every_word_in_80_columns(examples, show):
@@ -72,12 +72,12 @@ def test_several_grid_fields_move_under_the_arm_where_they_have_no_room(examples
         "momentum",
         "hits",
         "target",
-        "fewer",
+        "steps",
         "accuracy",
         "/s",
         "MiB",
     ]
-    assert lines_with(under, "hits")[0].split() == ["arm", "hits", "target", "fewer", "accuracy", "/s", "MiB"]
+    assert lines_with(under, "hits")[0].split() == ["arm", "hits", "target", "steps", "accuracy", "/s", "MiB"]
     assert lines_with(under, "lr 1*, momentum")
 
 

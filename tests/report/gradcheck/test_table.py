@@ -59,20 +59,17 @@ def test_a_group_has_a_row_with_its_cases_its_worst_error_and_its_verdict(show: 
     text = show(report(GOOD))
     assert row(text, "forward, training") == ["96", "0.31", "ok"]
     assert row(text, "forward, evaluation") == ["48", "0.52", "ok"]
-    assert text.count("values  ") == 1  # a section is named once, though its groups stand apart
+    assert text.splitlines().count("values") == 1  # a section is named once, though its groups stand apart
 
 
-def test_in_80_columns_sections_are_headings_where_long_names_leave_no_room_for_a_column(show: Any) -> None:
+def test_sections_are_headings_and_long_names_wrap_where_they_have_no_room(show: Any) -> None:
     named = replace(GROUPS[0], name="running statistics move by momentum, variance by m/(m-1)")
-    groups = (*GROUPS[2:3], named, *GROUPS[3:])
-    narrow, wide = (show(table.groups_table(groups, "title"), width) for width in (80, 120))
-    lines = [line.rstrip() for line in narrow.splitlines()]
-    assert "derivatives" in lines
+    lines = show(table.groups_table((*GROUPS[2:3], named, *GROUPS[3:]), "title"), 70).splitlines()
     heading = lines.index("values")
-    assert lines[heading + 1].startswith("  running statistics move by momentum,")
-    assert lines[heading + 2] == "  variance by m/(m-1)"
+    assert lines[heading + 1].split()[-3:] == ["96", "0.31", "ok"]
+    assert lines[heading + 1].startswith("running statistics move by")
+    assert lines[heading + 2] == "momentum, variance by m/(m-1)"
     assert lines.index("derivatives") < heading < lines.index("hard inputs")
-    assert row(wide, "derivatives")[:2] == ["double", "backward"]
 
 
 def test_a_group_that_failed_because_nothing_could_run_says_why(show: Any) -> None:
@@ -82,7 +79,7 @@ def test_a_group_that_failed_because_nothing_could_run_says_why(show: Any) -> No
 
 def test_a_group_that_could_not_run_is_neither_ok_nor_a_failure_and_its_reason_stands_below(show: Any) -> None:
     text = show(report(GOOD))
-    assert row(text, "  channels_last_3d in half precision") == ["–", "–", "not", "checked"]
+    assert row(text, "channels_last_3d in half precision  ") == ["–", "–", "not", "checked"]
     assert "Not checked:\n- channels_last_3d in half precision: Metal has no float64" in text
     assert text.splitlines()[-1] == "All 174 cases passed; 1 group not checked."
 
@@ -111,7 +108,7 @@ def test_a_gradient_beyond_its_bound_is_no_pass_though_every_group_passed(show: 
 
 def test_a_failed_check_shows_its_first_case_the_command_and_what_it_looks_like(show: Any) -> None:
     text = show(report(BAD))
-    assert row(text, " dx  ") == ["48", "1.2e+06", "40", "FAILED"]
+    assert row(text, "dx  ") == ["48", "1.2e+06", "40", "FAILED"]
     assert row(text, "double backward  ") == ["24", "inf", "24", "FAILED"]
     off = "dx[0, 1, 2, 2] is 0.75; expected 0.25; relative error 0.5"
     assert f"First failing case: train-float32-4x3x5x5-relu-dx\n  {off}\n" in text

@@ -20,6 +20,7 @@ from bncli.report.profile.text import (
     remark_words,
     samples_cell,
 )
+from bncli.report.text import Cell
 from bncli.results.finding import Finding
 from bncli.results.profile import (
     Case,
@@ -42,15 +43,15 @@ def test_memory_below_a_mib_is_in_kib() -> None:
         ([None], "MiB", ["–"]),
     ):
         column = memory_column("peak", values)
-        assert column.header == ("peak", unit)
-        assert [cell for cell, _ in column.cells] == cells
+        assert column.name == f"peak {unit}"
+        assert [cell.main for cell in column.cells] == cells
 
 
 def test_quartiles_are_of_the_samples_and_one_sample_has_no_spread() -> None:
     assert quartiles((1.0, 2.0, 3.0, 4.0, 5.0)) == (2.0, 3.0, 4.0)
-    assert samples_cell((1.0, 2.0, 3.0, 4.0, 5.0)) == ("3.00", "±33%")
-    assert samples_cell((7.0,)) == ("7.00", "")
-    assert samples_cell(()) == ("–", "")
+    assert samples_cell((1.0, 2.0, 3.0, 4.0, 5.0)) == Cell("3.00", "±33%")
+    assert samples_cell((7.0,)) == Cell("7.00")
+    assert samples_cell(()) == Cell("–")
 
 
 def test_a_share_that_rounds_to_nothing_is_not_nothing() -> None:
