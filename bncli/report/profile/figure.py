@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bncli.report.figure import COLOURS, INK, PALE, check_path, rendered
 from bncli.report.files import write_atomically
-from bncli.report.profile.text import cache_words, gb_per_s, grouped, quartiles, shape_words, size_words
+from bncli.report.profile.text import cache_words, case_groups, gb_per_s, grouped, quartiles, shape_words, size_words
 from bncli.report.text import figure
 from bncli.results.profile import STEP_CLASSES, Ceilings, KernelCost, KernelProfile, Profile, StepCost, StepProfile
 
@@ -133,7 +133,7 @@ Panels = dict[str, dict[str, list[Bar]]]  # title -> name beside the bars -> its
 
 def bar_panels(rows: Sequence[KernelCost]) -> Panels:
     """The timed rows: a panel of shapes for each operation, dtype and layout; with too many bars one of their means."""
-    cases = grouped(rows)
+    cases = case_groups(rows)
     if len(rows) > MOST_IN_ALL or any(len(members) > MOST_BARS for members in cases.values()):
         means = {title: _mean_bars(members) for title, members in cases.items()}
         return {"geometric mean over shapes (line: slowest to fastest shape)": means}
@@ -241,7 +241,7 @@ def without_overlap(places: Sequence[float], widths: Sequence[float]) -> list[fl
 def _roofline(axes: Axes, rows: Sequence[KernelCost], ceilings: Ceilings, colours: Mapping[str, str]) -> None:
     """The clusters below the copies by size, and the compute limit where it comes into sight."""
     axes.set_title("roofline: forward and backward together")
-    axes.set_xlabel("arithmetic intensity (flop per byte of the minimum to move)")
+    axes.set_xlabel("arithmetic intensity (flop per byte)")
     axes.set_ylabel("GB/s of the minimum bytes to move")
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -283,17 +283,14 @@ def _limits(axes: Axes, ceilings: Ceilings) -> None:
     low, high = axes.get_xlim()
     bottom, top = axes.get_ylim()
     line = (top / bottom) ** LABEL_SHARE  # the height of a line of text, as a factor
-    near: list[list[tuple[int, float]]] = []  # copies that share a label
-    for size, speed in sorted(ceilings.copies, key=lambda copy: copy[1]):
-        largest = size == ceilings.copies[-1][0]
-        axes.axhline(speed, color=INK if largest else PALE, linewidth=1.3 if largest else 0.9, zorder=1)
-        if not near or speed > near[-1][-1][1] * line:
-            near.append([])
-        near[-1].append((size, speed))
-    for copies in near:
-        colour = INK if ceilings.copies[-1] in copies else PALE
-        label = axes.annotate(copy_words(copies), (low, copies[-1][1]), (4, 3), va="bottom", color=colour, **SMALL)
-        label.set_in_layout(False)
+    labelled: list[float] = []
+    for size, speed in reversed(ceilings.copies):
+        colour, width, order = (PALE, 0.9, 1.0) if labelled else (INK, 1.3, 1.5)
+        axes.axhline(speed, color=colour, linewidth=width, zorder=order)
+        if all(max(speed / other, other / speed) > line for other in labelled):
+            words = f"copy at {size_words(size)}: {figure(speed)} GB/s"
+            axes.annotate(words, (low, speed), (4, 3), va="bottom", color=colour, **SMALL).set_in_layout(False)
+            labelled.append(speed)
     limit = ceilings.gflop_per_s
     if limit and ceilings.copies:
         ridge = limit / ceilings.copy_gb_per_s
@@ -302,16 +299,6 @@ def _limits(axes: Axes, ceilings: Ceilings) -> None:
             axes.plot(xs, ys, color=INK, linewidth=1.3, zorder=1)
         words = f"compute limit: {figure(limit)} GFLOP/s (fp32 multiply-adds), beyond {figure(ridge)} flop per byte"
         axes.annotate(words, (high, top), (-3, -3), ha="right", va="top", **SMALL)
-
-
-def copy_words(copies: Sequence[tuple[int, float]]) -> str:
-    """Each of one or two, (bytes, GB/s) ordered by speed; of more the largest, and how fast the smaller are."""
-    if len(copies) < 3:
-        return "copy: " + ", ".join(f"{figure(speed)} GB/s at {size_words(size)}" for size, speed in copies)
-    (size, speed), *smaller = sorted(copies, reverse=True)
-    speeds = [each for _, each in smaller]
-    span = f"{figure(min(speeds))} to {figure(max(speeds))} at {len(smaller)} smaller sizes"
-    return f"copy: {figure(speed)} GB/s at {size_words(size)}, {span}"
 
 
 def _plain_ticks(axes: Axes) -> None:
@@ -328,12 +315,13 @@ def _plain_ticks(axes: Axes) -> None:
 
 def _steps(picture: Figure, profile: StepProfile) -> bool:
     """A bar for each row that was timed, as long as its median step. False where there is none."""
-    arms = list(dict.fromkeys(row.arm for row in profile.rows))
-    rows = sorted((row for row in profile.rows if row.samples_ms), key=lambda row: arms.index(row.arm))
+    timed = [row for row in profile.rows if row.samples_ms]
+    arms = grouped(timed, lambda row: row.arm, lambda row: row.mode)
+    rows = [row for members in arms.values() for row in members]
     _title(picture, f"{profile.name}: where the time of a step goes", profile)
     if not rows:
         return False
-    heights = [place + 0.4 * arms.index(row.arm) for place, row in enumerate(rows)]  # with a gap between arms
+    heights = [place + 0.4 * list(arms).index(row.arm) for place, row in enumerate(rows)]  # with a gap between arms
     picture.set_size_inches(STEP_WIDTH, STEP_FRAME + STEP_BAR * max(3.0, heights[-1] + 1))
     axes = picture.subplots()
     names = [f"{row.arm}: {', '.join(filter(None, (row.mode, row.kernel)))}" for row in rows]

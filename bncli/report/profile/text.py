@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 
 from bncli.report.text import UNKNOWN, Cell, Column, figure, finding_text, interval_figure
 from bncli.results.profile import (
-    STEP_CLASSES,
     Case,
     Ceilings,
-    Change,
     KernelCost,
-    KernelMean,
     KernelProfile,
     NormLayers,
     NormRemark,
@@ -29,9 +26,9 @@ from bncli.results.profile import (
 
 NATIVE = "native"
 VS_NATIVE = f"vs {NATIVE}"  # header of the speedups
-VERDICT_STYLES = {"ok": "green", "regressed": "bold red", "cannot tell": "yellow"}
-MIB = 2**20
 NAMED_CHANNELS = 4  # of a remark; the others are counted
+MEDIAN = "median of the samples ± half the interquartile range"
+T = TypeVar("T")
 
 
 class Quartiles(NamedTuple):
@@ -39,14 +36,9 @@ class Quartiles(NamedTuple):
     median: float
     high: float
 
-    @property
-    def spread(self) -> float:
-        """Half the distance of the quartiles, as a share of the median."""
-        return (self.high - self.low) / 2 / self.median if self.median else 0.0
-
 
 def quartiles(samples: Sequence[float]) -> Quartiles | None:
-    """None of no samples; a single one stands for all three."""
+    """None without samples; a single one stands for all three."""
     if len(samples) < 2:
         return Quartiles(samples[0], samples[0], samples[0]) if samples else None
     return Quartiles(*statistics.quantiles(samples, n=4, method="inclusive"))
@@ -59,37 +51,45 @@ def gb_per_s(times: Times | None) -> float | None:
 
 
 def of_copy(row: KernelCost, ceilings: Ceilings) -> float | None:
-    """The share that its GB/s, of both directions, have of the largest copy's."""
+    """GB/s of both directions as a share of the largest copy's."""
     found = gb_per_s(row.both)
     return found / ceilings.copy_gb_per_s if found is not None and ceilings.copies else None
+
+
+def samples_per_s(row: StepCost) -> float | None:
+    found = quartiles(row.samples_ms)
+    return 1e3 * row.batch_size / found.median if found and found.median else None
 
 
 # --- cells --------------------------------------------------------------------------------------------------------
 
 
 def samples_cell(samples: Sequence[float]) -> Cell:
-    """`1.23` and `±2%`: the median and half the distance of the quartiles."""
+    """`1.23` and `±2%`: the median and half the interquartile range."""
     found = quartiles(samples)
     if found is None:
         return Cell(UNKNOWN)
-    return Cell(figure(found.median), f"±{found.spread:.0%}" if len(samples) > 1 else "")
+    spread = (found.high - found.low) / 2 / found.median if found.median else 0.0
+    return Cell(figure(found.median), f"±{spread:.0%}" if len(samples) > 1 else "")
+
+
+def ratio_cell(ratio: Speedup) -> Cell:
+    """`2.31x` and `2.25–2.36`."""
+    return Cell(f"{figure(ratio.value)}x", interval_figure(ratio.interval) or "unbounded")
 
 
 def speedup_cell(speedup: Speedup | None, kernel: str | None = None) -> Cell:
-    """`2.31x` and `2.25–2.36`, green where it is surely faster, red where surely slower; native itself is 1."""
+    """Green where the interval is above 1, red where it is below; native itself is 1."""
     if speedup is None:
-        return Cell("1" if kernel == NATIVE else UNKNOWN)
+        return Cell("1x" if kernel == NATIVE else UNKNOWN)
     low, high = speedup.interval.low, speedup.interval.high
     colour = " green" if low is not None and low > 1 else " red" if high is not None and high < 1 else ""
-    return Cell(speedup_figure(speedup.value), interval_figure(speedup.interval) or "unbounded", f"bold{colour}")
+    return ratio_cell(speedup)._replace(style=f"bold{colour}")
 
 
-def speedup_figure(value: float) -> str:
-    return f"{figure(value)}x"
-
-
-def gb_figure(value: float | None) -> str:
-    return figure(value, 3)
+def speedup_legend(reference: str) -> str:
+    words = "the median of the rounds' ratios with its 95% interval; above 1x is faster"
+    return f"{VS_NATIVE}: speedup over {reference}, {words}."
 
 
 def percent(share: float | None) -> str:
@@ -99,187 +99,61 @@ def percent(share: float | None) -> str:
     return "< 1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
+def memory_column(name: str, values_mib: Sequence[float | None], short: str = "") -> Column:
+    """Sizes in MiB; in KiB where none of them has one."""
+    known = [value for value in values_mib if value is not None]
+    unit, factor = ("KiB", 1024) if known and max(known) < 1 else ("MiB", 1)
+    cells = [figure(None if value is None else value * factor) for value in values_mib]
+    return Column(f"{name}\n{unit}", cells, optional=True, short=f"{short or name}\n{unit}")
+
+
+def without_asides(column: Column) -> Column:
+    return replace(column, values=[cell._replace(aside="") for cell in column.cells])
+
+
 def shape_words(shape: Iterable[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def case_words(case: Case) -> str:
-    """All of a case but its shape: what its group of rows is headed by."""
-    words = [case.operation, case.dtype, case.layout, "" if case.training else "evaluation"]
-    words += ["" if case.affine == "wide" else f"affine {case.affine}", "" if case.tracked else "untracked"]
-    return ", ".join(filter(None, words))
-
-
-# --- kernels ------------------------------------------------------------------------------------------------------
-
-
-def grouped(rows: Iterable[KernelCost]) -> dict[str, list[KernelCost]]:
-    """Heading -> its rows, those of a shape together, all in the order in which they first appear."""
-    shapes: dict[str, dict[tuple[int, ...], list[KernelCost]]] = {}
-    for row in rows:
-        shapes.setdefault(case_words(row.case), {}).setdefault(row.case.shape, []).append(row)
-    return {heading: [row for each in found.values() for row in each] for heading, found in shapes.items()}
-
-
-def kernel_columns(rows: Sequence[KernelCost], ceilings: Ceilings, *, spreads: str = "all") -> dict[str, Column]:
-    """A column's key -> its cells, one a row. `spreads`: of all three directions, of both together, or none."""
-
-    def times(direction: str) -> list[Cell]:
-        found = [samples_cell(part.samples_ms if (part := getattr(row, direction)) else ()) for row in rows]
-        return found if spreads in ("all", direction) else [Cell(cell.main) for cell in found]
-
-    return {
-        "shape": Column("shape", [shape_words(row.case.shape) for row in rows], words=True, once=True),
-        "kernel": Column("kernel", [row.kernel for row in rows], words=True),
-        "forward": Column("forward\nms", times("forward"), optional=True, short="fwd\nms"),
-        "backward": Column("backward\nms", times("backward"), optional=True, short="bwd\nms"),
-        "both": Column("both\nms", times("both")),
-        "gb_per_s": Column("GB/s", [gb_figure(gb_per_s(row.both)) for row in rows], optional=True),
-        "of_copy": Column("of\ncopy", [percent(of_copy(row, ceilings)) for row in rows]),
-        "faster": Column(VS_NATIVE, [speedup_cell(row.faster, row.kernel) for row in rows]),
-        "peak": memory_column("peak", [row.peak_memory_mib for row in rows]),
-        "saved": memory_column("saved", [row.saved_mib for row in rows]),
-        "ran": Column("ran", [row.ran or UNKNOWN for row in rows], words=True),
-    }
-
-
-def memory_column(name: str, values_mib: Sequence[float | None]) -> Column:
-    """Sizes in MiB; in KiB where none of them has one."""
-    known = [value for value in values_mib if value is not None]
-    unit, factor = ("KiB", 1024) if known and max(known) < 1 else ("MiB", 1)
-    return Column(f"{name}\n{unit}", [figure(None if v is None else v * factor) for v in values_mib], optional=True)
-
-
-def mean_columns(means: Sequence[KernelMean]) -> list[Column]:
-    """A row a kernel and operation: its geometric mean speedup over its shapes, and its worst shape."""
-    return [
-        Column("operation", [mean.operation for mean in means], words=True, once=True),
-        Column("kernel", [mean.kernel for mean in means], words=True),
-        Column("shapes", [figure(mean.shapes) for mean in means]),
-        Column(VS_NATIVE, [speedup_cell(mean.faster) for mean in means]),
-        Column("worst", [speedup_figure(mean.least) for mean in means]),
-        Column("at", [shape_words(mean.least_shape) for mean in means], words=True),
-    ]
-
-
-def ceilings_words(ceilings: Ceilings) -> str:
-    """What the machine reached in the same run, the largest copy first."""
-    flops = f"multiply-adds {figure(ceilings.gflop_per_s)} GFLOP/s in fp32" if ceilings.gflop_per_s else ""
-    copies = [f"{gb_figure(speed)} GB/s at {size_words(size)}" for size, speed in reversed(ceilings.copies)]
-    words = [f"copy {', '.join(copies)}" if copies else "", flops]
-    return "; ".join(filter(None, words)) or "none measured"
-
-
 def size_words(size_bytes: float) -> str:
-    unit, name = (MIB, "MiB") if size_bytes >= MIB else (2**10, "KiB")
+    unit, name = (2**20, "MiB") if size_bytes >= 2**20 else (2**10, "KiB")
     return f"{figure(size_bytes / unit) if size_bytes % unit else int(size_bytes) // unit} {name}"
-
-
-def kernel_title(profile: KernelProfile) -> str:
-    kernels = dict.fromkeys(row.kernel for row in profile.rows)
-    return f"Batch norm kernels: {', '.join(kernels)}" if kernels else "Batch norm kernels"
-
-
-def measured_words(rows: Sequence[KernelCost | StepCost], planned: int, seconds: float) -> str:
-    """How many rows there are of those planned, and how many of them have figures."""
-    if len(rows) < planned:
-        return f"interrupted: {len(rows)} of {planned} rows were measured, in {figure(seconds)} s"
-    measured = sum(row.error is None for row in rows)
-    of = f" of {len(rows)}" if measured < len(rows) else ""
-    return f"{measured}{of} row{'s' * (len(rows) != 1)} measured in {figure(seconds)} s"
-
-
-def folded(rows: Sequence[KernelCost]) -> tuple[list[KernelCost], list[str]]:
-    """The rows to show, and in a line the cases that nothing was measured of, all kernels for the same reason.
-
-    A wrong result is always shown, and so is everything where there would be nothing else.
-    """
-    reasons: dict[Case, set[str | None]] = {}
-    for row in rows:
-        reasons.setdefault(row.case, set()).add(None if row.wrong else row.error)
-    empty = {case: errors.copy().pop() for case, errors in reasons.items() if len(errors) == 1 and None not in errors}
-    if len(empty) == len(reasons):
-        return list(rows), []
-    counts = Counter(empty.values())
-    lines = [f"{count} of {len(reasons)} cases are left out, {error}" for error, count in counts.items()]
-    return [row for row in rows if row.case not in empty], lines
 
 
 def cache_words(cold: bool) -> str:
     return "cold cache (flushed before each sample)" if cold else "warm cache (not flushed)"
 
 
-# --- gate ---------------------------------------------------------------------------------------------------------
+def measured_words(profile: Profile) -> str:
+    """How many rows there are of those planned, and how many of them have figures."""
+    rows, time = len(profile.rows), f"measured in {figure(profile.seconds)} s"
+    if rows < profile.planned:
+        return f"interrupted: {rows} of {profile.planned} rows {time}"
+    measured = sum(row.error is None for row in profile.rows)
+    of = f" of {rows}" if measured < rows else ""
+    return f"{measured}{of} row{'s' * (rows != 1)} {time}"
 
 
-def gate_columns(changes: Sequence[Change]) -> list[Column]:
-    """A row a change: its speedup over native now and then, and the slowdown."""
-    slower = [speedup_cell(Speedup(change.slower, change.interval)) for change in changes]
-    return [
-        Column("", [", ".join(change.row.words[1:]) for change in changes], words=True),
-        Column("now", [_without_style(speedup_cell(change.now)) for change in changes]),
-        Column("baseline", [_without_style(speedup_cell(change.baseline)) for change in changes]),
-        Column("slowdown", [_without_style(cell) for cell in slower], style="bold"),
-        Column(
-            "verdict", [Cell(change.verdict, style=VERDICT_STYLES[change.verdict]) for change in changes], words=True
-        ),
-    ]
+# --- groups of rows -----------------------------------------------------------------------------------------------
 
 
-def _without_style(cell: Cell) -> Cell:
-    return cell._replace(style="")
+def grouped(rows: Iterable[T], heading: Callable[[T], str], then: Callable[[T], Any]) -> dict[str, list[T]]:
+    """Heading -> its rows, those that `then` calls the same together, all in the order in which they first appear."""
+    groups: dict[str, dict[Any, list[T]]] = {}
+    for row in rows:
+        groups.setdefault(heading(row), {}).setdefault(then(row), []).append(row)
+    return {name: [row for members in parts.values() for row in members] for name, parts in groups.items()}
 
 
-BROKEN = {"normalization": "normal-\nization", "activation": "acti-\nvation", "optimizer": "opti-\nmizer"}
+def case_groups(rows: Iterable[KernelCost]) -> dict[str, list[KernelCost]]:
+    return grouped(rows, lambda row: _case_words(row.case), lambda row: row.case.shape)
 
 
-def samples_per_s(row: StepCost) -> float | None:
-    found = quartiles(row.samples_ms)
-    return 1e3 * row.batch_size / found.median if found and found.median else None
-
-
-def step_columns(rows: Sequence[StepCost]) -> list[Column]:
-    """A row an arm, mode and kernel: how long a step takes."""
-    return [
-        *_step_names(rows),
-        Column("ms/step", [samples_cell(row.samples_ms) for row in rows]),
-        Column("samples/s", [figure(samples_per_s(row)) for row in rows]),
-        Column(VS_NATIVE, [speedup_cell(row.faster, row.kernel) for row in rows]),
-    ]
-
-
-def share_columns(rows: Sequence[StepCost], *, ms: bool = False) -> list[Column]:
-    """The same rows: the share of each class of work in a step, with its milliseconds beside it or not."""
-
-    def cell(row: StepCost, name: str) -> Cell:
-        value, whole = row.shares_ms.get(name), sum(row.shares_ms.values())
-        if value is None or whole <= 0:
-            return Cell(UNKNOWN)
-        return Cell(percent(value / whole), f"{figure(value, 2 if value < 10 else 3)} ms" if ms and value else "")
-
-    headers = {name: name.replace(" ", "\n", 1) for name in STEP_CLASSES}
-    shares = [
-        Column(header, [cell(row, name) for row in rows], short=BROKEN.get(name, ""))
-        for name, header in headers.items()
-    ]
-    return [*_step_names(rows), *shares]
-
-
-def memory_columns(rows: Sequence[StepCost]) -> list[Column]:
-    """The rows that have them: parts of the peak of a step, in MiB or KiB."""
-    parts = [row.memory for row in rows]
-    fields = ("parameters", "gradients", "optimizer", "activations", "peak")
-    return [
-        *_step_names(rows),
-        *(memory_column(name, [getattr(part, f"{name}_mib", None) for part in parts]) for name in fields),
-    ]
-
-
-def _step_names(rows: Sequence[StepCost]) -> list[Column]:
-    return [
-        Column("mode", [row.mode for row in rows], words=True, once=True),
-        Column("kernel", [row.kernel or UNKNOWN for row in rows], words=True),
-    ]
+def _case_words(case: Case) -> str:
+    """All of a case but its shape."""
+    words = [case.operation, case.dtype, case.layout, "" if case.training else "evaluation"]
+    words += ["" if case.affine == "wide" else f"affine {case.affine}", "" if case.tracked else "untracked"]
+    return ", ".join(filter(None, words))
 
 
 # --- notes --------------------------------------------------------------------------------------------------------

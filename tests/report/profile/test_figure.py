@@ -17,7 +17,6 @@ from bncli.report.profile.figure import (
     bar_panels,
     clusters,
     compose,
-    copy_words,
     draw,
     row_heights,
     without_overlap,
@@ -55,14 +54,14 @@ DRAWN = {
     "errors": (with_errors(), {"bn+relu\nfp32\n0.80 flop/B", "bn, bf16, contiguous, evaluation, affine none"}),
     "bars below the roofline": (
         kernel_profile(3, layouts=("contiguous", "channels_last")),
-        {"bn+relu, fp32, channels_last", "copy: 11.9 GB/s at 256 MiB", "copy: 41.2 GB/s at 1 MiB"},
+        {"bn+relu, fp32, channels_last", "copy at 256 MiB: 11.9 GB/s", "copy at 1 MiB: 41.2 GB/s"},
     ),
     "nothing": (nothing_measured(), {"nothing was measured"}),
     "no ceilings": (replace(one_case(), ceilings=Ceilings((), None)), {"native", "256x64x56x56"}),
     "low limits": (
         replace(kernel_profile(1), ceilings=LOW_LIMITS),
         {
-            "copy: 12.1 GB/s at 256 MiB, 12.2 GB/s at 1 MiB",
+            "copy at 256 MiB: 12.1 GB/s",
             "compute limit: 9.00 GFLOP/s (fp32 multiply-adds), beyond 0.744 flop per byte",
         },
     ),
@@ -89,7 +88,7 @@ def test_the_figure_names_kernels_operations_ceilings_and_machine(tmp_path: Path
         draw(one_case(), tmp_path / name)
     svg = (tmp_path / "a.svg").read_text()
     assert svg == (tmp_path / "b.SVG").read_text()
-    words = ("native", "fused", "256x64x56x56", "copy: 11.9 GB/s at 256 MiB", "118 GFLOP/s", "2 threads", "fp32")
+    words = ("native", "fused", "256x64x56x56", "copy at 256 MiB: 11.9 GB/s", "118 GFLOP/s", "2 threads", "fp32")
     for each in (*words, "2026-01-02"):
         assert each in svg
 
@@ -101,12 +100,6 @@ def test_a_png_is_written_for_its_suffix_and_another_is_refused(tmp_path: Path) 
         draw(one_case(), tmp_path / "a.pdf")
     assert refused.value.exit_code == USAGE
     assert not (tmp_path / "a.pdf").exists()
-
-
-def test_many_copies_of_one_speed_share_a_label_that_stays_short() -> None:
-    two = [(2**20, 12.6), (2**28, 13.6)]
-    assert copy_words(two) == "copy: 12.6 GB/s at 1 MiB, 13.6 GB/s at 256 MiB"
-    assert copy_words([*two, (2**24, 15.0)]) == "copy: 13.6 GB/s at 256 MiB, 12.6 to 15.0 at 2 smaller sizes"
 
 
 # --- bars ---------------------------------------------------------------------------------------------------------
