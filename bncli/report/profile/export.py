@@ -52,21 +52,19 @@ KINDS: dict[str, type[KernelProfile] | type[StepProfile]] = {"kernels": KernelPr
 
 
 def to_json(result: Profile, gate: Gate | None = None) -> str:
-    """The whole profile with its raw samples, its kind beside them, and the gate that it was held to."""
+    """The whole profile with its raw samples and its kind, and a comparison with a baseline, whose rows have names."""
     kind = next(name for name, each in KINDS.items() if isinstance(result, each))
     plain = {"format_version": PROFILE_VERSION, "kind": kind, **to_plain(result)}
     if gate is not None:
-        plain["gate"] = {"regressed": gate.regressed, "failed": gate.failed, **to_plain(gate), **_row_names(gate)}
+        plain["gate"] = {
+            "regressed": gate.regressed,
+            "failed": gate.failed,
+            **to_plain(gate),
+            "changes": [{"name": str(change.row), **to_plain(change)} for change in gate.changes],
+            "only_now": [str(row) for row in gate.only_now],
+            "only_baseline": [str(row) for row in gate.only_baseline],
+        }
     return json.dumps(plain, allow_nan=False, indent=1) + "\n"
-
-
-def _row_names(gate: Gate) -> dict[str, Any]:
-    """The gate's rows by name, beside the fields of those that are in both profiles."""
-    return {
-        "changes": [{"name": str(change.row), **to_plain(change)} for change in gate.changes],
-        "only_now": [str(row) for row in gate.only_now],
-        "only_baseline": [str(row) for row in gate.only_baseline],
-    }
 
 
 def load(path: Path) -> Profile:
@@ -90,12 +88,10 @@ def load(path: Path) -> Profile:
         advice = "update bncli" if isinstance(version, int) and version > PROFILE_VERSION else "measure it anew"
         reads = f"its format_version is {json.dumps(version)} and this bncli reads {PROFILE_VERSION}; {advice}"
         raise UsageError(reads, field="baseline", value=path)
-    kind = KINDS[plain.pop("kind")]
-    plain.pop("gate", None)
     if version == 1:
         _drop_sentences(plain)
     try:
-        found: Profile = from_plain(kind, plain)
+        found: Profile = from_plain(KINDS[plain["kind"]], {k: v for k, v in plain.items() if k not in ("kind", "gate")})
     except Mismatch as error:
         raise _refused(path, f"is no profile as bncli writes it: {error}") from error
     if wrong := [row for row in found.rows if row.faster is not None and not _sound(row.faster)]:
