@@ -80,7 +80,7 @@ def gradcheck(
 
 def _run_gradcheck(groups: list[CheckGroup], quiet: bool, **asked: Any) -> Gradcheck:
     """The result of what is asked of `gradcheck.run`, each group put into `groups` as soon as it is finished."""
-    from bncli.report.gradcheck.table import GradcheckProgress
+    from bncli.report.progress import GradcheckProgress
 
     # What a user's kernel prints must not get between the lines of a result.
     with StopSignal(at_once=True), GradcheckProgress(quiet) as progress, contextlib.redirect_stdout(sys.stderr):

@@ -14,7 +14,7 @@ from bncli.results.finding import Finding
 from bncli.results.train import Target
 
 UNKNOWN = "–"
-IN_ASCII = str.maketrans({"–": "-", "─": "-", "±": "+-"})
+IN_ASCII = str.maketrans({"–": "-", "─": "-", "━": "=", "±": "+-"})
 
 
 # --- figures ------------------------------------------------------------------------------------------------------
@@ -32,6 +32,11 @@ def figure(value: float | None, digits: int = 3) -> str:
     if exponent < -4:
         return f"{value:.{digits - 1}e}"
     return f"{value:,.{max(0, digits - 1 - exponent)}f}"
+
+
+def count(number: int, word: str) -> str:
+    """`1 case`, `1,754 cases`."""
+    return f"{number:,} {word}{'s' * (number != 1)}"
 
 
 def metric_figure(value: float | None, metric: str) -> str:
@@ -75,7 +80,7 @@ def target_words(target: Target) -> str:
 
 
 def environment_words(made: Environment) -> str:
-    threads = f"{made.threads} thread{'s' * (made.threads != 1)} a run"
+    threads = f"{count(made.threads, 'thread')} a run"
     driver = [f"driver {made.driver}"] * bool(made.driver) + ["TF32"] * bool(made.tf32)
     versions = [f"torch {made.torch}", f"Python {made.python}", f"bncli {made.bncli}"]
     return ", ".join([f"{made.device} ({made.processor}, {made.platform})", threads, *driver, *versions])

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
-from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from bncli.report.gradcheck.text import (
@@ -16,7 +15,6 @@ from bncli.report.gradcheck.text import (
     OK,
     agreement,
     closing,
-    count,
     derivations,
     evidence_text,
     failure_text,
@@ -25,9 +23,8 @@ from bncli.report.gradcheck.text import (
     shell_lines,
     verdict,
 )
-from bncli.report.progress import _Sink
 from bncli.report.table import AlignedTable, BulletList, Paragraph, ResponsiveTable, Row
-from bncli.report.text import UNKNOWN, Cell, Column, encodable, environment_words, figure
+from bncli.report.text import UNKNOWN, Cell, Column, count, encodable, environment_words, figure
 from bncli.results.gradcheck import BiasStep, CheckGroup, Gradcheck, GradientPaths
 
 STYLES = {OK: "green", FAILED: "bold red", NOT_CHECKED: "yellow"}
@@ -169,25 +166,3 @@ def demo_table(steps: Sequence[BiasStep]) -> ResponsiveTable:
     )
     title = "A learned bias b, then the mean taken off: xhat = u + b - E[u + b]"
     return ResponsiveTable(title, AlignedTable(columns), subtitle="Ioffe & Szegedy 2015, section 2", notes=[note])
-
-
-# --- progress -----------------------------------------------------------------------------------------------------
-
-
-class GradcheckProgress(_Sink):
-    """How many cases are done, the last group, and the time; off a terminal a line now and then."""
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-
-    def __enter__(self) -> GradcheckProgress:
-        super().__enter__()
-        self.groups, self.cases, self.failed = 0, 0, 0
-        self.task = self.bar.add_task("checking", total=None)
-        return self
-
-    def __call__(self, group: CheckGroup) -> None:
-        self.groups, self.cases, self.failed = self.groups + 1, self.cases + group.cases, self.failed + group.failed
-        failed = f", {self.failed:,} failed" if self.failed else ""
-        text = f"{count(self.cases, 'case')} in {count(self.groups, 'group')}{failed}; last: {group.name}"
-        self.bar.update(self.task, description=text)
-        self.line(f"gradcheck: {text}", at_once=bool(group.failed))

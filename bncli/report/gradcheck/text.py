@@ -6,7 +6,7 @@ import math
 import shlex
 from collections.abc import Sequence
 
-from bncli.report.text import UNKNOWN, finding_text
+from bncli.report.text import UNKNOWN, count, finding_text
 from bncli.results.gradcheck import (
     CheckFailure,
     CheckGroup,
@@ -227,10 +227,6 @@ def beyond(paths: Sequence[GradientPaths]) -> list[GradientPaths]:
 
 def names(paths: Sequence[GradientPaths]) -> str:
     return ", ".join(each.case for each in paths)
-
-
-def count(number: int, word: str) -> str:
-    return f"{number:,} {word}{'s' * (number != 1)}"
 
 
 def in_tolerances(error: float | None) -> str:
