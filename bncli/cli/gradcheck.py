@@ -70,10 +70,10 @@ def gradcheck(
     except KeyboardInterrupt as stopped:
         _show_interrupted(groups, kernel, json)
         raise typer.Exit(getattr(stopped, "exit_code", INTERRUPTED)) from None  # Typer would make any of them 130
-    from bncli.report.gradcheck import export, table
+    from bncli.report.gradcheck import table, text
 
     commands = [rerun_command(result, failure) for failure in result.failures]
-    print_result(export.to_json(result, commands) if json else table.GradcheckReport(result, commands))
+    print_result(text.to_json(result, commands) if json else table.GradcheckReport(result, commands))
     if not result.passed:
         raise typer.Exit(CHECK_FAILED)
 
@@ -98,17 +98,17 @@ def _run_gradcheck(groups: list[CheckGroup], quiet: bool, **asked: Any) -> Gradc
 
 
 def _show_interrupted(groups: list[CheckGroup], kernel: str, as_json: bool) -> None:
-    from bncli.report.gradcheck import export, table
+    from bncli.report.gradcheck import table, text
 
-    print_result(export.interrupted_to_json(groups) if as_json else table.interrupted_table(groups, kernel))
+    print_result(text.interrupted_to_json(groups) if as_json else table.interrupted_table(groups, kernel))
 
 
 def _show_demo(as_json: bool) -> None:
     from bncli.measure.gradcheck.chain_rule import bias_demo
-    from bncli.report.gradcheck import export, table
+    from bncli.report.gradcheck import table, text
 
     steps = bias_demo()
-    print_result(export.demo_to_json(steps) if as_json else table.demo_table(steps))
+    print_result(text.demo_to_json(steps) if as_json else table.demo_table(steps))
 
 
 def rerun_command(result: Gradcheck, failure: CheckFailure) -> list[str]:

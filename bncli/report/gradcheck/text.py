@@ -1,13 +1,17 @@
-"""What `bncli gradcheck` says, in words: findings, evidence, tolerances, reasons. No rich here."""
+"""The outcome of `bncli gradcheck` in words, and as JSON with its fields and the words beside them. No rich here."""
 
 from __future__ import annotations
 
 import math
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
+from bncli.report.export import json_text
 from bncli.report.text import UNKNOWN, count, finding_text
+from bncli.results.environment import FORMAT_VERSION
 from bncli.results.gradcheck import (
+    BiasStep,
     CheckFailure,
     CheckGroup,
     Diagnosis,
@@ -18,6 +22,7 @@ from bncli.results.gradcheck import (
     NotChecked,
     ToleranceRule,
 )
+from bncli.results.serialize import to_plain
 
 OK, FAILED, NOT_CHECKED = "ok", "FAILED", "not checked"
 LONGEST = 1e4  # from here on an error in tolerances is written with an exponent
@@ -236,3 +241,34 @@ def in_tolerances(error: float | None) -> str:
     if error < 0.01:
         return "< 0.01"
     return f"{error:.1e}" if LONGEST <= error < math.inf else f"{error:,.2f}"
+
+
+# --- JSON ---------------------------------------------------------------------------------------------------------
+
+
+def to_json(result: Gradcheck, commands: Sequence[Sequence[str]]) -> str:
+    """commands: for each failure, the words of the command that runs it again."""
+    failures = [
+        {**to_plain(failure), "message": failure_text(failure), "reproduce": shlex.join(command)}
+        for failure, command in zip(result.failures, commands, strict=True)
+    ]
+    diagnoses = [{**to_plain(diagnosis), "evidence": evidence_text(diagnosis)} for diagnosis in result.diagnoses]
+    lists = {"groups": [_group(group) for group in result.groups], "failures": failures, "diagnoses": diagnoses}
+    return _versioned({"passed": result.passed, **to_plain(result), **lists})
+
+
+def interrupted_to_json(groups: Sequence[CheckGroup]) -> str:
+    """The groups that were finished before the check was interrupted."""
+    return _versioned({"interrupted": True, "groups": [_group(group) for group in groups]})
+
+
+def _group(group: CheckGroup) -> dict[str, Any]:
+    return {**to_plain(group), "tolerance": tolerance_text(group.rule), "not_checked": not_checked_text(group.skipped)}
+
+
+def demo_to_json(steps: Sequence[BiasStep]) -> str:
+    return _versioned({"steps": [to_plain(step) for step in steps]})
+
+
+def _versioned(plain: dict[str, Any]) -> str:
+    return json_text({"format_version": FORMAT_VERSION, **plain})

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bncli.errors import UsageError
-from bncli.report.export import csv_text, markdown, markdown_table
+from bncli.report.export import csv_text, json_text, markdown, markdown_table
 from bncli.report.profile.notes import error_words, norms_words, note_lines, remark_words
 from bncli.report.profile.text import (
     cache_words,
@@ -58,7 +58,7 @@ def to_json(result: Profile, gate: Gate | None = None) -> str:
     plain = {"format_version": PROFILE_VERSION, "kind": kind, **to_plain(result)}
     if gate is not None:
         plain["gate"] = {"regressed": gate.regressed, "failed": gate.failed, **to_plain(gate), **_row_names(gate)}
-    return json.dumps(plain, allow_nan=False, indent=1) + "\n"
+    return json_text(plain)
 
 
 def _row_names(gate: Gate) -> dict[str, Any]:
