@@ -28,40 +28,49 @@ OK, FAILED, NOT_CHECKED = "ok", "FAILED", "not checked"
 LONGEST = 1e4  # from here on an error in tolerances is written with an exponent
 FEW = 6  # names that are listed; more are counted
 
-_OWN = "what float64 moves by when every number on the way moves by one rounding, plus the output's own rounding"
+_ROUNDING = "how far float64 moves when every number on the way moves by one rounding, plus the output's own rounding"
 _FUSED = "3 half-precision roundings more of y and the gradients where a residual or an activation follows"
 TOLERANCES: dict[ToleranceRule, str] = {
-    "kernel": f"the larger of twice native's own error in the dtype and (log2 m + 4) times {_OWN}",
+    "kernel": f"the larger of twice native's own error in the dtype and (log2 m + 4) times {_ROUNDING}",
     "native": (
-        f"(sqrt m + 32) times {_OWN}; {_FUSED}, in the second derivative, which torch computes in the dtype itself, "
-        "and in dweight of channels_last inputs to its group norm"
+        f"(sqrt m + 32) times {_ROUNDING}; {_FUSED}, in the second derivative, which torch computes in the dtype "
+        "itself, and in dweight of channels_last inputs to its group norm"
     ),
     "own function": (
-        f"the larger of twice native's own error in the dtype and (sqrt m + 32) times {_OWN}, so that sums may be "
-        f"taken in any order; {_FUSED}"
+        f"the larger of twice native's own error in the dtype and (sqrt m + 32) times {_ROUNDING}, so that sums may "
+        f"be taken in any order; {_FUSED}"
     ),
     "finite differences": (
         "relative 0.0001 plus absolute 1e-06: central differences with step 1e-06 are good to step^2 and roundoff / "
         "step, about 1e-9; random directions, random upstream gradient"
     ),
     "central differences of the loss": "the rounding of central differences of the loss in float64",
-    "summed floors": "the sum of the elements' floors",
-    "no error": "none: every bit",
-    "floor of dx": "the floor of dx",
-    "mean floor of y": "the mean floor of y",
-    "floors of running statistics": "their floors",
-    "floors of y, dweight and dbias": "the floors of y, dweight and dbias",
-    "values and their NaN": "as for values: NaN where the definition has NaN, its numbers everywhere else",
+    "summed floors": "the sum of the elements' rounding bounds",
+    "no error": "none: every bit is the same",
+    "floor of dx": "the rounding bound of dx",
+    "mean floor of y": "the mean rounding bound of y",
+    "floors of running statistics": "their rounding bounds",
+    "floors of y, dweight and dbias": "the rounding bounds of y, dweight and dbias",
+    "values and their NaN": "as for values, with NaN exactly where the definition has NaN",
     "variance": (
         "relative error of the float32 variance: 1e-6 at mean/deviation 1e2 and 1e3, 5e-6 at 1e4; twice that of the "
-        "output's, whose own rounding counts too; of a function of yours, twice native's error and "
+        "output's, whose own rounding counts too; of your own function, twice native's error and "
         "sqrt(m) roundings, of a sum in order, where these are larger"
     ),
     "overflowing variance": (
-        "y right, or the bias (an infinite variance), or NaN where the variance overflows; other channels as ever"
+        "y right, or the bias (an infinite variance), or NaN where the variance overflows; other channels as usual"
     ),
     "ValueError": "a ValueError, as torch raises",
     "empty": "an empty output, gradients of 0, running statistics unchanged, as torch",
+}
+NOT_CHECKED_REASONS = {
+    "no fused operations": "the function takes no residual and no activation",
+    "no evaluation": "the function takes no statistics, so it has no evaluation mode",
+    "slow in the interpreter": "Triton's interpreter would take minutes",
+    "no float64 on the device": "Metal has no float64",
+    "refused": "the kernel refuses it: ",
+    "missing inputs": "the kernel takes none of the inputs that it needs",
+    "nothing ran": "no case could run",
 }
 # What stands in a diagnosis; `first` is the failure that shows it, and all that is said of most bugs.
 EVIDENCE = {
@@ -82,30 +91,11 @@ EVIDENCE = {
 }
 
 
-def tolerance_text(rule: ToleranceRule | None) -> str:
-    """How the tolerance is derived."""
-    return "" if rule is None else TOLERANCES[rule]
-
-
 def not_checked_text(skipped: NotChecked | None) -> str | None:
     """Why no case of a group could run; None where some did."""
     if skipped is None:
         return None
-    match skipped.reason:
-        case "no fused operations":
-            return "the function takes no residual and no activation"
-        case "no evaluation":
-            return "the function takes no statistics, so it has no evaluation mode"
-        case "slow in the interpreter":
-            return "Triton's interpreter would take minutes"
-        case "no float64 on the device":
-            return "Metal has no float64"
-        case "refused":
-            return f"the kernel refuses it: {finding_text(skipped.finding) if skipped.finding else ''}"
-        case "missing inputs":
-            return "the kernel takes none of the inputs that it needs"
-        case "nothing ran":
-            return "no case could run"
+    return NOT_CHECKED_REASONS[skipped.reason] + (finding_text(skipped.finding) if skipped.finding else "")
 
 
 def failure_text(failure: CheckFailure) -> str:
@@ -263,7 +253,8 @@ def interrupted_to_json(groups: Sequence[CheckGroup]) -> str:
 
 
 def _group(group: CheckGroup) -> dict[str, Any]:
-    return {**to_plain(group), "tolerance": tolerance_text(group.rule), "not_checked": not_checked_text(group.skipped)}
+    tolerance = TOLERANCES[group.rule] if group.rule else ""
+    return {**to_plain(group), "tolerance": tolerance, "not_checked": not_checked_text(group.skipped)}
 
 
 def demo_to_json(steps: Sequence[BiasStep]) -> str:
