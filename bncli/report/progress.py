@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from time import monotonic
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -85,9 +84,7 @@ class _ProgressSink:
         self.bars.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.bars.stop()
 
     def add(self, name: str, total: float | None, notes: Sequence[str] = (), completed: int = 0) -> TaskID:
