@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Group
 
+from bncli.report.export import json_text
 from bncli.report.table import AlignedTable, Paragraph, ResponsiveTable
 from bncli.report.text import UNKNOWN, Cell, Column, figure, setting
 from bncli.results.compare import Planned, PlannedArm
@@ -54,7 +55,7 @@ def _arms_table(planned: Planned) -> ResponsiveTable:
 
 
 def to_json(planned: Planned) -> str:
-    return json.dumps(to_plain(planned), indent=1, ensure_ascii=False)
+    return json_text(to_plain(planned))
 
 
 def _value(value: Any) -> str:

@@ -1,14 +1,20 @@
-"""Writers of CSV and Markdown tables, shared by the commands."""
+"""Writers of CSV, Markdown and JSON, shared by the commands."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from bncli.report.text import Column
+
+
+def json_text(plain: Any) -> str:
+    """What `results.serialize.to_plain` gave, as JSON."""
+    return json.dumps(plain, allow_nan=False, indent=1) + "\n"
 
 
 def csv_text(rows: Sequence[dict[str, Any]], first: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from bncli.errors import FileError
+from bncli.report.export import json_text
 from bncli.results.compare import BegunComparison, Comparison, RunRecord
 from bncli.results.environment import COMPARISON_VERSION, RUNS_VERSION
 from bncli.results.serialize import Mismatch, from_plain, to_plain
@@ -36,7 +37,7 @@ WHAT: dict[type, str] = {
 def to_json(result: BegunComparison | Comparison | RunRecord | RunResult) -> str:
     """The whole result; of a comparison every run too, so that each table can be made again from this text alone."""
     plain = {"format_version": RUNS_VERSION, **to_plain(result)}  # a comparison has its own
-    return json.dumps(plain, allow_nan=False, indent=1) + "\n"
+    return json_text(plain)
 
 
 def from_json(kind: type[Result], text: str, name: str = "") -> Result:

@@ -1,4 +1,4 @@
-"""Where results are kept: a folder a run, a folder a comparison. Whatever stands in a file was written whole."""
+"""Folders of results: one for each run and one for each comparison. Files are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import TextIO, TypeVar
 
 from bncli.errors import OVERWRITE, BncliError, FileError, UsageError
@@ -23,7 +22,7 @@ T = TypeVar("T")
 
 RESULT, METRICS, RECIPE = "result.json", "metrics.jsonl", "recipe.yaml"
 PLAN, COMPARISON = "plan.json", "comparison.json"
-NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
+TAKEN = f"holds {{}} already; choose another folder or {OVERWRITE}"
 
 
 class RunFolder:
@@ -38,7 +37,7 @@ class RunFolder:
         self._dated, self._overwrite = path is None, overwrite
         self._metrics: TextIO | None = None
         if not self._dated:
-            self._refuse_what_stands()
+            self._refuse_other_files()
 
     def begin(self, recipe_yaml: str) -> None:
         """Make the folder and write what is about to run. Raises UsageError where the folder holds a run already."""
@@ -46,43 +45,37 @@ class RunFolder:
             self.path = _make_dated(self.path)
         else:
             make(self.path)
-            self._refuse_what_stands()
+            self._refuse_other_files()
         self._metrics = self._claim()
         self._metrics.truncate(0)
         (self.path / RESULT).unlink(missing_ok=True)
         write_atomically(self.path / RECIPE, signed(recipe_yaml))
 
-    def _refuse_what_stands(self) -> None:
+    def _refuse_other_files(self) -> None:
         if os.path.lexists(self.path / PLAN):
             raise self._refused("holds a comparison; choose another folder for a run of its own")
         there = [name for name in OWN if os.path.lexists(self.path / name)]
-        for name in there:
-            if not _read(self.path / name, OWN[name]):
+        for file in (self.path / name for name in there):
+            if not _read(file, OWN[file.name]):
                 raise self._refused(
-                    f"{self.path / name} was not written by bncli, or was edited since, and is never written over; "
+                    f"{file} was not written by bncli, or was edited since, and is never written over; "
                     "choose another folder"
                 )
         if there and not self._overwrite:
-            unfinished = "a run" if RESULT in there else "an unfinished run"
-            raise self._taken(f"holds {unfinished} already")
+            raise self._refused(TAKEN.format("a run" if RESULT in there else "an unfinished run"))
 
     def _claim(self) -> TextIO:
         """metrics.jsonl, open and locked: of several runs that want one folder, one gets it."""
-        fresh = 0 if self._overwrite else os.O_EXCL
         try:
-            number = os.open(self.path / METRICS, os.O_WRONLY | os.O_CREAT | fresh | NO_LINK, 0o666)
+            file = _open(self.path / METRICS, 0 if self._overwrite else os.O_EXCL)
         except FileExistsError:
-            raise self._taken("holds a run already") from None
+            raise self._refused(TAKEN.format("a run")) from None
         except OSError as error:
             raise self._refused(f"cannot be written to: {error.strerror}") from error
-        file = os.fdopen(number, "w", encoding="utf-8")
         if not _lock(file):
             file.close()
             raise self._refused("another run is writing there; choose another folder")
         return file
-
-    def _taken(self, why: str) -> UsageError:
-        return self._refused(f"{why}; choose another folder or {OVERWRITE}")
 
     def _refused(self, why: str) -> UsageError:
         return UsageError(why, field="out", value=self.path)
@@ -99,9 +92,7 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._metrics is not None:
             self._metrics.close()
 
@@ -112,21 +103,12 @@ def signed(recipe_yaml: str) -> str:
     return f"# Resolved by bncli, which writes over this file only while it is unedited: sha256 {digest}\n{recipe_yaml}"
 
 
-def _is_signed(text: str) -> bool:
-    return text == signed(text.partition("\n")[2])
-
-
-def _begins_a_run(text: str) -> bool:
-    """Whether this is a metrics.jsonl; it is empty until the first event."""
-    return not text or text.startswith('{"event": "run_started", ')
-
-
-def _is_result(text: str) -> bool:
-    return isinstance(from_json(RunResult, text), RunResult)
-
-
 # The files of a run's folder -> whether their contents are as bncli wrote them.
-OWN: dict[str, Callable[[str], bool]] = {RECIPE: _is_signed, METRICS: _begins_a_run, RESULT: _is_result}
+OWN: dict[str, Callable[[str], bool]] = {
+    RECIPE: lambda text: text == signed(text.partition("\n")[2]),
+    METRICS: lambda text: not text or text.startswith('{"event": "run_started", '),  # empty until the first event
+    RESULT: lambda text: isinstance(from_json(RunResult, text), RunResult),
+}
 
 
 class ComparisonFolder:
@@ -145,10 +127,9 @@ class ComparisonFolder:
     def __enter__(self) -> ComparisonFolder:
         make(self.path)
         try:
-            self._lock = os.fdopen(os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT | NO_LINK, 0o666), "w")
+            self._lock = _open(self.path / ".lock")
         except OSError as error:
-            why = f"cannot be written to: {error.strerror}"
-            raise UsageError(why, field="out", value=self.path) from error
+            raise UsageError(f"cannot be written to: {error.strerror}", field="out", value=self.path) from error
         if not _lock(self._lock):
             self._lock.close()
             raise BncliError(f"{self.path}: another comparison is writing here; wait for it, or choose another folder")
@@ -161,9 +142,7 @@ class ComparisonFolder:
             make(folder)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             self._lock.close()
 
@@ -260,17 +239,23 @@ def make(folder: Path) -> None:
 def _make_dated(parent: Path) -> Path:
     """A new folder named after the time. Whoever makes it has it; the next in the same second takes the next name."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    names = (now + (f"-{number}" if number else "") for number in itertools.count())
+    make(parent)
+    names = (f"{now}-{number}" if number else now for number in itertools.count())
     while True:
         path = parent / next(names)
-        make(parent)
         try:
             path.mkdir()
+            return path
         except FileExistsError:
             continue
         except OSError as error:
             raise FileError(f"{path}: cannot be made: {error.strerror}") from error
-        return path
+
+
+def _open(file: Path, flags: int = 0) -> TextIO:
+    """The file for writing, made where it is missing; a link is not followed."""
+    no_link = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
+    return os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | no_link | flags, 0o666), "w", encoding="utf-8")
 
 
 def _lock(file: TextIO) -> bool:

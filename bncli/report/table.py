@@ -25,14 +25,17 @@ Bar = Callable[[int, int], Text]  # of a row, in so many columns
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Text in characters that the output has."""
+    """Text in characters that the output has, behind a bold label, with every line indented by so many columns."""
 
     text: str
     style: str = ""
+    label: str = ""
+    indent: int = 0
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        text = Text(encodable(self.text, options.encoding), self.style)
-        yield from _beside((), text, 0, options.max_width, console)
+        label, words = encodable(self.label, options.encoding), encodable(self.text, options.encoding)
+        text = Text.assemble((label, "bold"), words, style=self.style)
+        yield from _beside((), text, self.indent, options.max_width, console)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from bncli.results.environment import Environment, Interval
-from bncli.results.finding import Finding
+from bncli.results.finding import Finding, FindingKind
 from bncli.results.train import Target
 
 UNKNOWN = "–"
-IN_ASCII = str.maketrans({"–": "-", "─": "-", "±": "+-"})
+IN_ASCII = str.maketrans({"–": "-", "─": "-", "━": "=", "±": "+-"})
 
 
 # --- figures ------------------------------------------------------------------------------------------------------
@@ -32,6 +32,11 @@ def figure(value: float | None, digits: int = 3) -> str:
     if exponent < -4:
         return f"{value:.{digits - 1}e}"
     return f"{value:,.{max(0, digits - 1 - exponent)}f}"
+
+
+def count(number: int, word: str) -> str:
+    """`1 case`, `1,754 cases`."""
+    return f"{number:,} {word}{'s' * (number != 1)}"
 
 
 def metric_figure(value: float | None, metric: str) -> str:
@@ -75,7 +80,7 @@ def target_words(target: Target) -> str:
 
 
 def environment_words(made: Environment) -> str:
-    threads = f"{made.threads} thread{'s' * (made.threads != 1)} a run"
+    threads = f"{count(made.threads, 'thread')} a run"
     driver = [f"driver {made.driver}"] * bool(made.driver) + ["TF32"] * bool(made.tf32)
     versions = [f"torch {made.torch}", f"Python {made.python}", f"bncli {made.bncli}"]
     return ", ".join([f"{made.device} ({made.processor}, {made.platform})", threads, *driver, *versions])
@@ -124,48 +129,43 @@ class Column:
 
 # --- findings -----------------------------------------------------------------------------------------------------
 
+# Kind of finding -> its words, but for a wrong number's.
+FINDINGS: dict[FindingKind, str] = {
+    "right": "",
+    "not_zero": "{quantity} is not 0",
+    "wrong_type": "{raised}returned a {given}; expected {wanted}",
+    "wrong_shape": "y has shape {given}; expected the input's, {wanted}",
+    "wrong_dtype": "y has dtype {given}; expected the input's, {wanted}",
+    "wrong_device": "y has device {given}; expected the input's, {wanted}",
+    "not_computed": "{quantity} was not computed",
+    "no_gradient": "{quantity} is missing where x needs no gradient",
+    "no_second_derivative": "{raised}the gradients came back without a graph: nothing to differentiate again",
+    "not_derivative": "{quantity} misses central differences of the loss by {relative:.2g} (relative)",
+    "wrong_exception": "{raised}{text}; expected a ValueError",
+    "accepted": "an input {given} has a variance of 0 over one value; expected a ValueError",
+    "input_written": "{names} changed during the call",
+    "running_moved": "{names} changed during the call, in evaluation",
+    "running_moved_by_nothing": "{names} moved",
+    "not_deterministic": "{names} differ between two runs on the same inputs",
+    "raised": "{raised}{text}",
+    "no_memory": "{raised}{text}",
+    "leaf_written": "{raised}{text}",
+    "saved_written": "{raised}{text}",
+}
+# The same where an exception says it; the shapes are then of the statistics, which a kernel returns beside y.
+RAISED: dict[FindingKind, str] = {
+    "wrong_shape": "{raised}returned mean and var of shapes {given}; expected {wanted}",
+    "not_derivative": "{exception}: {text}",
+}
+
 
 def finding_text(finding: Finding) -> str:
     """What is wrong with a kernel's result, in words; empty where it is right."""
-    quantity, names, given, wanted = finding.quantity, ", ".join(finding.names), finding.given, finding.wanted
+    if finding.kind in ("off", "nan_missing", "nan_unexpected"):
+        return _wrong_number(finding)
+    words = {**FINDINGS, **(RAISED if finding.exception else {})}[finding.kind]
     raised = f"raised {finding.exception}: " if finding.exception else ""
-    match finding.kind:
-        case "right":
-            return ""
-        case "off" | "nan_missing" | "nan_unexpected":
-            return _wrong_number(finding)
-        case "not_zero":
-            return f"{quantity} is not 0"
-        case "wrong_type":
-            return f"{raised}returned a {given}; expected {wanted}"
-        case "wrong_shape" if finding.exception:  # of the statistics, which a kernel returns beside y
-            return f"{raised}returned mean and var of shapes {given}; expected {wanted}"
-        case "wrong_shape" | "wrong_dtype" | "wrong_device":
-            return f"y has {finding.kind.removeprefix('wrong_')} {given}; expected the input's, {wanted}"
-        case "not_computed":
-            return f"{quantity} was not computed"
-        case "no_gradient":
-            return f"{quantity} is missing where x needs no gradient"
-        case "no_second_derivative":
-            return f"{raised}the gradients came back without a graph: nothing to differentiate again"
-        case "not_derivative" if finding.exception:
-            return f"{finding.exception}: {finding.text}"
-        case "not_derivative":
-            return f"{quantity} misses central differences of the loss by {finding.relative:.2g} (relative)"
-        case "wrong_exception":
-            return f"{raised}{finding.text}; expected a ValueError"
-        case "accepted":
-            return f"an input {given} has a variance of 0 over one value; expected a ValueError"
-        case "input_written":
-            return f"{names} changed during the call"
-        case "running_moved":
-            return f"{names} changed during the call, in evaluation"
-        case "running_moved_by_nothing":
-            return f"{names} moved"
-        case "not_deterministic":
-            return f"{names} differ between two runs on the same inputs"
-        case "raised" | "no_memory" | "leaf_written" | "saved_written":
-            return f"{raised}{finding.text}"
+    return words.format(**{**vars(finding), "raised": raised, "names": ", ".join(finding.names)})
 
 
 def _wrong_number(finding: Finding) -> str:

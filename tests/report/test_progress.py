@@ -1,19 +1,21 @@
-"""What is shown while work goes on, on a terminal and off it."""
+"""Progress bars on a terminal, and lines off it."""
 
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from bncli.report import progress as module
-from bncli.report.progress import CompareProgress, ProfileProgress, TrainProgress
+from bncli.report.progress import CompareProgress, GradcheckProgress, ProfileProgress, TrainProgress
 from bncli.results.compare import ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
 from bncli.results.profile import Measuring, ProfileStarted, RowDone
 from bncli.results.train import Evaluated, Evaluation, RunResult, RunStarted, StepDone, Target
 from tests.report.conftest import run_result
+from tests.report.gradcheck.made_up_checks import BAD, GROUPS
 from tests.report.made_up_costs import ERROR, failed, one_case
 
 TRAIN = [
@@ -39,13 +41,25 @@ PROFILE = [
 ]
 
 
-def shown(kind: type, events: list, terminal: bool, quiet: bool = False) -> str:
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=120, color_system=None)
+KINDS = [
+    (TrainProgress, TRAIN),
+    (CompareProgress, COMPARE),
+    (ProfileProgress, PROFILE),
+    (GradcheckProgress, [*BAD.groups[:2]]),
+]
+
+
+def shown(
+    kind: type, events: list, terminal: bool, quiet: bool = False, width: int = 120, encoding: str = "utf-8"
+) -> str:
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+    console = Console(file=file, force_terminal=terminal, width=width, color_system=None, legacy_windows=False)
     with kind(quiet, console) as sink:
         for event in events:
             sink(event)
-        sink.bar.refresh()
-        return str(console.file.getvalue())
+        sink.bars.refresh()
+        file.seek(0)
+        return file.read()
 
 
 def test_the_bar_of_a_run_shows_step_loss_metric_speed_and_memory() -> None:
@@ -60,9 +74,19 @@ def test_the_bars_of_a_comparison_show_all_runs_and_what_each_worker_does() -> N
         assert word in screen
 
 
-@pytest.mark.parametrize(
-    ("kind", "events"), [(TrainProgress, TRAIN), (CompareProgress, COMPARE), (ProfileProgress, PROFILE)]
-)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("width", [40, 60, 80])
+@pytest.mark.parametrize(("kind", "events"), KINDS)
+def test_a_narrow_terminal_shows_how_much_is_done_in_its_own_characters(
+    kind: type, events: list, width: int, encoding: str
+) -> None:
+    screen = shown(kind, events, terminal=True, width=width, encoding=encoding)
+    last = [line for line in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen).splitlines() if line.strip()][-1]
+    assert len(last.strip("\r")) < width
+    assert re.search(r"  20/3000|120/3000|50%|0:00:0\d", last)
+
+
+@pytest.mark.parametrize(("kind", "events"), KINDS)
 def test_nothing_is_shown_when_quiet(kind: type, events: list) -> None:
     assert shown(kind, events, terminal=True, quiet=True) == ""
     assert shown(kind, events, terminal=False, quiet=True) == ""
@@ -159,3 +183,18 @@ def test_a_wrong_kernel_is_said_at_once_off_a_terminal() -> None:
         terminal=False,
     )
     assert log.splitlines() == ["kernels: 3 rows to measure", f"1/3 mine:norm: wrong: {ERROR}"]
+
+
+# --- gradient checks ----------------------------------------------------------------------------------------------
+
+
+def test_the_cases_done_are_counted_and_the_last_group_named() -> None:
+    assert "144 cases in 2 groups; last: forward, evaluation" in shown(GradcheckProgress, GROUPS[:2], terminal=True)
+
+
+def test_off_a_terminal_only_a_failed_group_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shown(GradcheckProgress, GROUPS, terminal=False) == ""
+    log = shown(GradcheckProgress, BAD.groups[:2], terminal=False)
+    assert log == "gradcheck: 144 cases in 2 groups, 40 failed; last: dx\n"
+    monkeypatch.setattr(module, "LINE_EVERY_S", 0.0)
+    assert shown(GradcheckProgress, GROUPS, terminal=False).count("\n") == len(GROUPS)

@@ -7,7 +7,6 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bncli.report.compare.labels import Place, dense, name_curves, tag_curves
 from bncli.report.compare.text import (
     LETTERS,
     all_targets,
@@ -40,10 +39,11 @@ def plot(comparison: Comparison, path: Path) -> None:
 
 def render(comparison: Comparison, kind: str, transparent: bool = False) -> bytes:
     """The figure as the bytes of a "svg" or "png" file. Raises FileError without matplotlib."""
-    return rendered(lambda figure: _draw(figure, comparison), kind, 160, transparent)
+    return rendered(lambda picture: draw(picture, comparison), kind, 160, transparent)
 
 
-def _draw(picture: Figure, comparison: Comparison) -> None:
+def draw(picture: Figure, comparison: Comparison) -> None:
+    """Put the curves, the runs and, with several targets, the ratios by target on an empty figure."""
     lines = sum(max(2.6, math.ceil(len(arm.arm) / 18)) for arm in comparison.arms)
     height = max(4.2, 1.6 + 0.19 * lines)
     if _has_ratios_by_target(comparison):
@@ -60,8 +60,8 @@ def _draw(picture: Figure, comparison: Comparison) -> None:
     picture.suptitle(title(comparison), fontsize=12, fontweight="bold", **words)
     notes = "\n".join(textwrap.wrap(f"{subtitle(comparison.plan)}. {_key(comparison)}", 170))
     picture.supxlabel(notes, fontsize=8, **words)
-    tagged = _curves(left, comparison)
-    _steps(right, comparison, tagged)
+    _curves(left, comparison)
+    _steps(right, comparison)
 
 
 def _has_ratios_by_target(comparison: Comparison) -> bool:
@@ -110,15 +110,15 @@ def _look(index: int) -> dict[str, Any]:
 # --- left: curves -------------------------------------------------------------------------------------------------
 
 
-def _curves(axes: Axes, comparison: Comparison) -> bool:
-    """Draw the curves, each with its arm's name; True where names do not fit and letters stand for them."""
+def _curves(axes: Axes, comparison: Comparison) -> None:
+    """The median curves on a log axis of steps, each with its arm's letter, and the target as a dashed line."""
     target, bounds = comparison.plan.target, metric_range(comparison)
-    curves = {index: curve_points(arm) for index, arm in enumerate(comparison.arms) if curve_points(arm)}
+    curves = {index: points for index, arm in enumerate(comparison.arms) if (points := curve_points(arm))}
     axes.set_title(f"held-out {target.metric}")
     axes.set_xlabel("optimizer steps")
     if bounds is None:
         _empty(axes)
-        return False
+        return
     axes.axhline(target.value, color=PALE, linestyle=(0, (5, 4)), linewidth=1, zorder=1)
     for index, points in curves.items():
         steps, medians, lows, highs = zip(*points, strict=True)
@@ -129,17 +129,34 @@ def _curves(axes: Axes, comparison: Comparison) -> bool:
     axes.set_xlim(min(ends), max(*ends, 1.5 * min(ends)) * 1.1)
     axes.set_ylim(bounds[0], bounds[1] + 0.03 * (bounds[1] - bounds[0]))
     _plain_ticks(axes)
+    words: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "color": PALE}
+    axes.annotate(f"target {setting(target.value)}", (0.02, target.value), (0, 3), **words)
+    to_axes = axes.transData - axes.transAxes
+    _letters(
+        axes, {index: [tuple(to_axes.transform(point[:2])) for point in points] for index, points in curves.items()}
+    )
 
-    def place(step: float, value: float) -> Place:
-        x, y = axes.transAxes.inverted().transform(axes.transData.transform((step, value)))
-        return float(x), float(y)
 
-    paths = {index: dense([place(step, median) for step, median, *_ in points]) for index, points in curves.items()}
-    names = [arm.arm for arm in comparison.arms]
-    tagged = not name_curves(axes, names, COLOURS, paths, place(ends[0], target.value)[1], target)
-    if tagged:
-        tag_curves(axes, COLOURS, paths)
-    return tagged
+def _letters(axes: Axes, paths: dict[int, list[tuple[float, float]]]) -> None:
+    """A letter on each curve, away from the other curves and letters. Places are (x, y) in shares of the axes."""
+    taken: list[tuple[float, float]] = []
+    for index, path in paths.items():
+        others = [place for other in paths if other != index for place in paths[other]]
+
+        def clearance(at: tuple[float, float], others: list[tuple[float, float]] = others) -> float:
+            edge = min(at[0], 1 - at[0], at[1], 1 - at[1])
+            curve, letter = (min((math.dist(at, place) for place in places), default=1.0) for places in (others, taken))
+            return min(edge, 0.06) + min(curve, 0.06) + min(letter, 0.12)
+
+        taken.append(max(reversed(path), key=clearance))
+        colour = COLOURS[index % len(COLOURS)]
+        badge = {"boxstyle": "circle,pad=0.2", "facecolor": "white", "edgecolor": colour}
+        style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8, "fontweight": "bold", "bbox": badge}
+        axes.text(*taken[-1], _letter(index), color=colour, transform=axes.transAxes, **style)
+
+
+def _letter(index: int) -> str:
+    return LETTERS[index % len(LETTERS)]
 
 
 def _empty(axes: Axes) -> None:
@@ -160,7 +177,7 @@ def _plain_ticks(axes: Axes) -> None:
 # --- right: steps to target ---------------------------------------------------------------------------------------
 
 
-def _steps(axes: Axes, comparison: Comparison, tagged: bool) -> None:
+def _steps(axes: Axes, comparison: Comparison) -> None:
     arms, most = comparison.arms, comparison.plan.most_steps
     axes.set_title("steps to target")
     axes.set_xlabel("optimizer steps")
@@ -170,8 +187,8 @@ def _steps(axes: Axes, comparison: Comparison, tagged: bool) -> None:
         _average(axes, row, arm, most)
     room = max(0.0, (4 - len(arms)) / 4)  # two arms need not stand at the ends of the picture
     axes.set_ylim(len(arms) - 0.5 + room, -0.5 - room)
-    names = [f"{LETTERS[i % len(LETTERS)]}  {arm.arm}" if tagged else arm.arm for i, arm in enumerate(arms)]
-    axes.set_yticks(range(len(arms)), ["\n".join(textwrap.wrap(name, 25)) for name in names], parse_math=False)
+    names = [textwrap.fill(f"{_letter(index)}  {arm.arm}", 25) for index, arm in enumerate(arms)]
+    axes.set_yticks(range(len(arms)), names, parse_math=False)
     for index, label in enumerate(axes.get_yticklabels()):
         label.set(color=COLOURS[index % len(COLOURS)], fontweight="bold")
     axes.tick_params(axis="y", length=0)

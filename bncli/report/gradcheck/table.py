@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.padding import Padding
-from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from bncli.report.gradcheck.text import (
@@ -16,7 +14,6 @@ from bncli.report.gradcheck.text import (
     OK,
     agreement,
     closing,
-    count,
     derivations,
     evidence_text,
     failure_text,
@@ -25,10 +22,9 @@ from bncli.report.gradcheck.text import (
     shell_lines,
     verdict,
 )
-from bncli.report.progress import _Sink
 from bncli.report.table import AlignedTable, BulletList, Paragraph, ResponsiveTable, Row
-from bncli.report.text import UNKNOWN, Cell, Column, encodable, environment_words, figure
-from bncli.results.gradcheck import BiasStep, CheckGroup, Gradcheck, GradientPaths
+from bncli.report.text import UNKNOWN, Cell, Column, count, environment_words, figure
+from bncli.results.gradcheck import BiasStep, CheckFailure, CheckGroup, Gradcheck, GradientPaths
 
 STYLES = {OK: "green", FAILED: "bold red", NOT_CHECKED: "yellow"}
 
@@ -56,9 +52,12 @@ class GradcheckReport:
         if result.paths:
             yield paths_table(result.paths)
             yield ""
-        for label, words, indent in _failure_lines(result, self.commands, options.max_width):
-            text = Text.assemble((label, "bold"), encodable(words, options.encoding))
-            yield Padding(text, (0, 0, 0, indent), expand=False) if indent else text
+        if result.failures:
+            yield from _first_failure(result.failures[0], self.commands[0], options.max_width)
+        if result.diagnoses:
+            for each in result.diagnoses:
+                yield Paragraph(f"{each.bug}, because {evidence_text(each)}", label="Looks like: ")
+            yield ""
         yield Paragraph(closing(result), STYLES[OK] if result.passed else STYLES[FAILED])
 
 
@@ -72,21 +71,13 @@ def _heading(result: Gradcheck) -> tuple[str, str]:
     )
 
 
-def _failure_lines(result: Gradcheck, commands: Sequence[Sequence[str]], width: int) -> Iterator[tuple[str, str, int]]:
-    """The first failing case with the command that runs it again, then the kinds of bug that the failures look like.
-
-    Each line as its label, the words after it and its indent.
-    """
-    for first, command in list(zip(result.failures, commands, strict=True))[:1]:
-        yield "First failing case: ", first.case, 0
-        yield "", failure_text(first), 2
-        yield "Run it again:", "", 0
-        yield from (("", line, 2) for line in shell_lines(command, width - 2))
-        yield "", "", 0
-    for each in result.diagnoses:
-        yield "Looks like: ", f"{each.bug}, because {evidence_text(each)}", 0
-    if result.diagnoses:
-        yield "", "", 0
+def _first_failure(failure: CheckFailure, command: Sequence[str], width: int) -> Iterator[RenderableType]:
+    """The first failing case with the command that runs it again."""
+    yield Paragraph(failure.case, label="First failing case: ")
+    yield Paragraph(failure_text(failure), indent=2)
+    yield Paragraph("Run it again:", "bold")
+    yield from (Text(f"  {line}") for line in shell_lines(command, width - 2))
+    yield ""
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
@@ -169,25 +160,3 @@ def demo_table(steps: Sequence[BiasStep]) -> ResponsiveTable:
     )
     title = "A learned bias b, then the mean taken off: xhat = u + b - E[u + b]"
     return ResponsiveTable(title, AlignedTable(columns), subtitle="Ioffe & Szegedy 2015, section 2", notes=[note])
-
-
-# --- progress -----------------------------------------------------------------------------------------------------
-
-
-class GradcheckProgress(_Sink):
-    """How many cases are done, the last group, and the time; off a terminal a line now and then."""
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-
-    def __enter__(self) -> GradcheckProgress:
-        super().__enter__()
-        self.groups, self.cases, self.failed = 0, 0, 0
-        self.task = self.bar.add_task("checking", total=None)
-        return self
-
-    def __call__(self, group: CheckGroup) -> None:
-        self.groups, self.cases, self.failed = self.groups + 1, self.cases + group.cases, self.failed + group.failed
-        failed = f", {self.failed:,} failed" if self.failed else ""
-        text = f"{count(self.cases, 'case')} in {count(self.groups, 'group')}{failed}; last: {group.name}"
-        self.bar.update(self.task, description=text)
-        self.line(f"gradcheck: {text}", at_once=bool(group.failed))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bncli.errors import UsageError
-from bncli.report.export import csv_text, markdown, markdown_table
+from bncli.report.export import csv_text, json_text, markdown, markdown_table
 from bncli.report.profile.baseline import gate_columns, gate_words
 from bncli.report.profile.kernels import ceilings_words, kernel_columns, kernel_title, mean_columns, mean_groups
 from bncli.report.profile.steps import memory_columns, share_columns, step_columns
@@ -64,7 +64,7 @@ def to_json(result: Profile, gate: Gate | None = None) -> str:
             "only_now": [str(row) for row in gate.only_now],
             "only_baseline": [str(row) for row in gate.only_baseline],
         }
-    return json.dumps(plain, allow_nan=False, indent=1) + "\n"
+    return json_text(plain)
 
 
 def load(path: Path) -> Profile:

@@ -1,20 +1,17 @@
-"""What `bncli gradcheck` prints at the widths it meets, and the bar that is shown while it checks."""
+"""What `bncli gradcheck` prints at the widths of terminals."""
 
 from __future__ import annotations
 
-import io
 import math
 import shlex
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from bncli.cli.gradcheck import rerun_command
-from bncli.report import progress
 from bncli.report.gradcheck import table
-from bncli.report.gradcheck.table import GradcheckProgress, GradcheckReport
+from bncli.report.gradcheck.table import GradcheckReport
 from bncli.report.gradcheck.text import TOLERANCES, in_tolerances
 from bncli.results.gradcheck import CheckGroup, Gradcheck, NotChecked
 from tests.report.gradcheck.made_up_checks import BAD, GOOD, GROUPS, OTHER_RULE, PATHS, RULE, STEPS
@@ -177,27 +174,3 @@ def test_the_demonstration_shows_the_bias_that_grows_and_the_loss_that_stands_st
     assert "1,000 steps drive b from 0 to 116.8 while the loss stands still at 1.55624" in words(text)
     falling = (STEPS[0], replace(STEPS[1], loss_ignoring=1.2))
     assert "while the loss goes from 1.55624 to 1.20000" in words(show(table.demo_table(falling)))
-
-
-def shown(groups: tuple[CheckGroup, ...], terminal: bool, quiet: bool = False) -> str:
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=120, color_system=None)
-    with GradcheckProgress(quiet, console) as sink:
-        for group in groups:
-            sink(group)
-        sink.bar.refresh()
-        return str(console.file.getvalue())
-
-
-def test_on_a_terminal_the_cases_done_are_counted_and_the_last_group_named() -> None:
-    assert "144 cases in 2 groups; last: forward, evaluation" in shown(GROUPS[:2], terminal=True)
-
-
-def test_off_a_terminal_only_a_failure_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert shown(GROUPS, terminal=False) == ""
-    assert shown(BAD.groups[:2], terminal=False) == "gradcheck: 144 cases in 2 groups, 40 failed; last: dx\n"
-    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
-    assert shown(GROUPS, terminal=False).count("\n") == len(GROUPS)
-
-
-def test_nothing_is_said_when_quiet() -> None:
-    assert shown(BAD.groups, terminal=True, quiet=True) == shown(BAD.groups, terminal=False, quiet=True) == ""

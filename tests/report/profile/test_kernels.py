@@ -207,7 +207,7 @@ def test_cases_without_figures_are_counted_and_wrong_results_are_always_shown(sh
 
 def test_the_lines_around_the_table_say_how_far_it_came_where_and_with_which_cache(show: Show) -> None:
     for profile, parts in (
-        (with_errors(), ("interrupted: 7 of 12 rows measured", "warm cache (not flushed)", "can exceed 100%")),
+        (with_errors(), ("interrupted: 7 of 12 rows measured", "warm cache (not flushed)", "; what fits in a cache")),
         (nothing_measured(), ("interrupted: 0 of 4 rows measured", "Measured ceilings: copy 11.9", "Example CPU")),
         (one_case(), ("\n2 rows measured in 41.3 s\n", "cold cache (flushed", "relative to a copy of 256 MiB.\n")),
     ):
