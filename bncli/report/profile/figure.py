@@ -33,7 +33,6 @@ COLUMN, NAME = 0.2, 0.8  # widths in the roofline: a kernel's column, the name b
 GAP = 0.5  # bars' heights between two shapes
 LEAST_BARS = 10  # whose room a column of panels has, so that few bars are not thick
 MOST_BARS, MOST_IN_ALL = 40, 160  # of a panel, of a figure: with more, shapes are drawn as their geometric mean
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # one for each operation
 LABEL_SHARE = 0.045  # the height of a line of text as a share of the roofline's
 KEY = (
     "Dot: one shape. Large marker: geometric mean over shapes. Line on a bar: quartiles. Columns are moved sideways "
@@ -149,10 +148,15 @@ def bar_panels(rows: Sequence[KernelCost]) -> Panels:
 
 
 def _mean_bars(rows: Sequence[KernelCost]) -> list[Bar]:
+    return [Bar(kernel, min(found), geometric_mean(found), max(found)) for kernel, found in _speeds(rows).items()]
+
+
+def _speeds(rows: Sequence[KernelCost]) -> dict[str, list[float]]:
+    """Kernel -> its GB/s in each of the timed rows."""
     speeds: dict[str, list[float]] = {}
     for row in rows:
         speeds.setdefault(row.kernel, []).append(gb_per_s(row.both) or math.nan)
-    return [Bar(kernel, min(found), geometric_mean(found), max(found)) for kernel, found in speeds.items()]
+    return speeds
 
 
 def row_heights(panels: Panels, across: int) -> list[float]:
@@ -200,25 +204,17 @@ def _panel(axes: Axes, panel: Mapping[str, Sequence[Bar]], least_bars: float, co
 class Cluster(NamedTuple):
     """An operation and dtype: its intensity (flop a byte), and each kernel's speeds over shapes (GB/s)."""
 
-    operation: str
-    dtype: str
+    name: str
     intensity: float
     speeds: dict[str, list[float]]
 
 
 def clusters(rows: Sequence[KernelCost]) -> list[Cluster]:
     """The timed rows, from the least intensity to the most."""
-    found: dict[tuple[str, str], list[KernelCost]] = {}
-    for row in rows:
-        if row.both and row.both.flops > 0:
-            found.setdefault((row.case.operation, row.case.dtype), []).append(row)
     made = []
-    for (operation, dtype), members in found.items():
-        speeds: dict[str, list[float]] = {}
-        for row in members:
-            speeds.setdefault(row.kernel, []).append(gb_per_s(row.both) or math.nan)
+    for name, members in grouped(rows, lambda row: f"{row.case.operation}\n{row.case.dtype}", lambda row: None).items():
         intensity = geometric_mean(row.both.flops / row.both.floor_bytes for row in members if row.both)
-        made.append(Cluster(operation, dtype, intensity, speeds))
+        made.append(Cluster(name, intensity, _speeds(members)))
     return sorted(made, key=lambda cluster: cluster.intensity)
 
 
@@ -257,14 +253,12 @@ def _roofline(axes: Axes, rows: Sequence[KernelCost], ceilings: Ceilings, colour
     speeds += [speed for _, speed in ceilings.copies]
     axes.set_ylim(min(speeds) / 3.2, max(speeds) * 2.0)
     _limits(axes, ceilings)
-    operations = list(dict.fromkeys(row.case.operation for row in rows))
     for cluster, middle in zip(found, middles, strict=True):
-        marker = MARKERS[operations.index(cluster.operation) % len(MARKERS)]
-        _columns(axes, cluster, math.exp(middle), math.exp(COLUMN * inch), marker, colours)
+        _columns(axes, cluster, math.exp(middle), math.exp(COLUMN * inch), colours)
     _plain_ticks(axes)
 
 
-def _columns(axes: Axes, cluster: Cluster, middle: float, step: float, marker: str, colours: Mapping[str, str]) -> None:
+def _columns(axes: Axes, cluster: Cluster, middle: float, step: float, colours: Mapping[str, str]) -> None:
     """A column of dots for each kernel, with their geometric mean, and the name below. `step`: a factor."""
     kernels = [kernel for kernel in colours if kernel in cluster.speeds]
     for place, kernel in enumerate(kernels):
@@ -272,8 +266,8 @@ def _columns(axes: Axes, cluster: Cluster, middle: float, step: float, marker: s
         if len(speeds) > 1:
             axes.plot([x] * len(speeds), speeds, ".", color=colours[kernel], alpha=0.55, markersize=6, mec="none")
         mean: dict[str, Any] = {"color": colours[kernel], "markersize": 7, "mec": "white", "mew": 0.7, "zorder": 3}
-        axes.plot(x, geometric_mean(speeds), marker, **mean)
-    name = f"{cluster.operation}\n{cluster.dtype}\n{figure(cluster.intensity, 2)} flop/B"
+        axes.plot(x, geometric_mean(speeds), "o", **mean)
+    name = f"{cluster.name}\n{figure(cluster.intensity, 2)} flop/B"
     below: dict[str, Any] = {"ha": "center", "linespacing": 1.25, "parse_math": False}
     axes.annotate(name, (middle, axes.get_ylim()[0]), (0, 4), **below, **SMALL)
 
