@@ -283,7 +283,9 @@ def _limits(axes: Axes, ceilings: Ceilings) -> None:
         axes.axhline(speed, color=colour, linewidth=width, zorder=order)
         if all(max(speed / other, other / speed) > line for other in labelled):
             words = f"copy at {size_words(size)}: {figure(speed)} GB/s"
-            axes.annotate(words, (low, speed), (4, 3), va="bottom", color=colour, **SMALL).set_in_layout(False)
+            label = axes.annotate(words, (low, speed), (4, 3), va="bottom", color=colour, **SMALL)
+            label.set_bbox({"facecolor": "white", "linewidth": 0, "pad": 0.5})  # other lines end at it
+            label.set_in_layout(False)
             labelled.append(speed)
     limit = ceilings.gflop_per_s
     if limit and ceilings.copies:
@@ -320,7 +322,7 @@ def _steps(picture: Figure, profile: StepProfile) -> bool:
     axes = picture.subplots()
     names = [f"{row.arm}: {', '.join(filter(None, (row.mode, row.kernel)))}" for row in rows]
     medians = [_stacked_bar(axes, height, row) for height, row in zip(heights, rows, strict=True)]
-    axes.set_xlim(0, 1.18 * max(medians))
+    axes.set_xlim(0, 1.25 * max(medians))
     axes.set_ylim(heights[-1] + 0.5, -0.5)
     axes.set_xlabel("ms per step")
     _bar_axes(axes, heights, names)

@@ -125,18 +125,19 @@ def kernel_columns(rows: Sequence[KernelCost], ceilings: Ceilings) -> dict[str, 
 
 
 def _kernel_tables(groups: Mapping[str, list[KernelCost]], ceilings: Ceilings) -> Iterator[AlignedTable]:
-    """From the widest table, with the spread of each time, to the narrowest."""
+    """From the widest table, with the spread of each time, to the narrowest, with none."""
     rows = [row for members in groups.values() for row in members]
     lines = table_rows(groups, _message)
     columns = kernel_columns(rows, ceilings)
     yield AlignedTable(list(columns.values()), lines)
-    implementations = f"Implementations: {' | '.join(_implementations(rows))}"
-    for hidden, spreads in itertools.product((0, 1, 2, 3, 4, 6), (("both",), ())):
-        plain = {name: without_asides(columns[name]) for name in TIMES if name not in spreads}
-        shown = [column for key, column in (columns | plain).items() if key not in HIDDEN_FIRST[:hidden]]
-        notes = [implementations] * (hidden > 0 and any(row.ran for row in rows))
-        if not hidden:
-            yield AlignedTable(shown, lines)
+    spread = columns | {name: without_asides(columns[name]) for name in ("forward", "backward")}
+    yield AlignedTable(list(spread.values()), lines)
+    plain = spread | {"both": without_asides(columns["both"])}
+    implementations = " | ".join(_implementations(rows))
+    # backward and forward are hidden together.
+    for hidden, found in itertools.product((0, 1, 2, 3, 4, 6), (spread, plain)):
+        shown = [column for name, column in found.items() if name not in HIDDEN_FIRST[:hidden]]
+        notes = [f"Implementations: {implementations}"] * bool(hidden and implementations)
         yield AlignedTable(shown, lines, short_headers=True, notes=notes)
 
 
