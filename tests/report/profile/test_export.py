@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,23 +16,8 @@ from hypothesis import strategies as st
 
 from bncli.errors import USAGE, UsageError
 from bncli.report.profile.export import load, to_csv, to_json, to_markdown
-from bncli.results.environment import Environment, Interval
-from bncli.results.profile import (
-    STEP_CLASSES,
-    Case,
-    Ceilings,
-    KernelCost,
-    KernelProfile,
-    NormLayers,
-    NormRemark,
-    Note,
-    Profile,
-    Speedup,
-    StepCost,
-    StepMemory,
-    StepProfile,
-    Times,
-)
+from bncli.results.finding import Finding
+from bncli.results.profile import KernelProfile, NormRemark, Note, Profile, StepProfile
 from tests.report.made_up_costs import (
     KERNELS,
     kernel_profile,
@@ -50,48 +37,37 @@ def test_the_json_gives_the_same_profile_back(name: str, tmp_path: Path) -> None
     assert load(tmp_path / "profile.json") == PROFILES[name]
 
 
-def some(values: st.SearchStrategy[Any], most: int = 3) -> st.SearchStrategy[tuple[Any, ...]]:
-    return st.lists(values, max_size=most).map(tuple)
+def values_of(hint: Any) -> st.SearchStrategy[Any]:
+    """Values of a result's type, all of its fields drawn; numbers are positive and finite."""
+    if hint in DRAWN:
+        return DRAWN[hint]
+    origin, parts = get_origin(hint), [values_of(part) for part in get_args(hint) if get_origin(hint) is not Literal]
+    if is_dataclass(hint):
+        fields = {name: values_of(part) for name, part in get_type_hints(hint).items() if name != "format_version"}
+        return st.builds(hint, **fields)
+    if origin is Literal:
+        return st.sampled_from(get_args(hint))
+    if origin is tuple:
+        return st.lists(parts[0], max_size=3).map(tuple) if get_args(hint)[-1] is ... else st.tuples(*parts)
+    return st.dictionaries(*parts, max_size=3) if origin is dict else st.one_of(parts)
 
 
-TEXT, COUNT, POSITIVE = st.text(max_size=8), st.integers(0, 99), st.floats(1e-9, 1e12)
-MAYBE = st.none() | POSITIVE
-FASTER = st.none() | st.builds(Speedup, POSITIVE, st.builds(Interval, MAYBE, MAYBE))
-SAMPLES = some(POSITIVE, 4)
-TIMES = st.none() | st.builds(Times, SAMPLES, POSITIVE, POSITIVE)
-MADE = st.builds(Environment, *[TEXT] * 6, st.none() | TEXT, st.integers(1, 99), TEXT)
-CASES = st.builds(
-    Case, some(st.integers(1, 10**6), 5), operation=st.sampled_from(["bn", "bn+relu", "bn+add+relu"]),
-    dtype=st.sampled_from(["bf16", "fp16", "fp32", "fp64"]), training=st.booleans(),
-)  # fmt: skip
-ROWS = st.builds(
-    KernelCost, CASES, TEXT, COUNT, st.none() | TEXT, TIMES, TIMES, TIMES, FASTER, MAYBE, MAYBE, st.none() | TEXT,
-    st.booleans(),
-)  # fmt: skip
-COPIES = st.lists(st.tuples(st.integers(1, 2**40), POSITIVE), min_size=1, max_size=3).map(tuple)
-KINDS = st.sampled_from(["channels sampled", "few rounds", "host bound"])
-KERNEL_NOTES = some(st.builds(Note, KINDS, cases=some(CASES), count=COUNT, of=COUNT))
-KERNEL_PROFILES = st.builds(
-    KernelProfile, MADE, st.booleans(), POSITIVE, st.builds(Ceilings, COPIES, MAYBE), some(ROWS), st.just(()),
-    KERNEL_NOTES, COUNT,
-)  # fmt: skip
-NORMS = st.builds(
-    NormLayers, st.sampled_from(["batch norm", "LayerNorm"]), COUNT, st.sampled_from(["native", "fused"]),
-    st.booleans(), st.sampled_from([(), ((),), (("relu",), ("residual add", "relu"))]),
-)  # fmt: skip
-ENDLESS = {"momentum": 0.0, "half_life_steps": float("inf")}
-REMARKS = some(st.builds(NormRemark, TEXT, st.just("long half-life"), TEXT, COUNT, st.just(ENDLESS)))
-STEP_NOTES = some(st.builds(Note, st.just("memory unknown"), arm=TEXT, reason=TEXT))
-STEP_ROWS = st.builds(
-    StepCost, TEXT, st.none() | TEXT, st.sampled_from(["training", "evaluation"]), st.integers(1, 10**6), SAMPLES,
-    st.dictionaries(st.sampled_from(STEP_CLASSES), POSITIVE),
-    st.none() | st.builds(StepMemory, *[POSITIVE] * 4, MAYBE), FASTER, some(NORMS), st.none() | TEXT,
-)  # fmt: skip
-STEP_PROFILES = st.builds(StepProfile, TEXT, MADE, POSITIVE, some(STEP_ROWS), REMARKS, STEP_NOTES, COUNT)
+DRAWN: dict[Any, st.SearchStrategy[Any]] = {
+    ...: st.nothing(),
+    type(None): st.none(),
+    bool: st.booleans(),
+    int: st.integers(0, 10**6),
+    float: st.floats(1e-9, 1e12),
+    str: st.text(max_size=8),
+    # Words need the fields of their kind.
+    Note: st.sampled_from([*kernel_profile().notes, *step_profile().notes, Note("few rounds", count=6)]),
+    NormRemark: st.just(NormRemark("arm", "long half-life", "1", 2, {"momentum": 0.0, "half_life_steps": math.inf})),
+    Finding: st.just(Finding("off", "dx", 7.0, at=(0, 1), found=1.5, expected=2.0)),
+}
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(profile=KERNEL_PROFILES | STEP_PROFILES)
+@given(profile=values_of(KernelProfile) | values_of(StepProfile))
 def test_any_profile_comes_back_from_its_json_and_has_a_csv_line_a_row(profile: Profile, tmp_path: Path) -> None:
     file = tmp_path / "profile.json"
     file.write_text(to_json(profile), encoding="utf-8")
