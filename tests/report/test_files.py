@@ -121,7 +121,7 @@ def test_what_is_no_result_is_refused(text):
 
 @pytest.mark.parametrize(
     ("version", "advice"),
-    [(COMPARISON_VERSION + 1, "update bncli"), (1, "make it anew"), (0, "make it anew"), ("1", "make it anew")],
+    [(COMPARISON_VERSION + 1, "update bncli"), (1, "create it again"), (0, "create it again"), ("1", "create it again")],
 )
 def test_another_format_version_is_refused_with_what_to_do(examples, version, advice):
     message = refusal(changed(to_json(examples["two arms"]), "format_version", to=version))

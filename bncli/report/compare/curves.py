@@ -1,4 +1,4 @@
-"""The arms' median curves as text: metric against optimizer steps on a log axis, so that a tenth of the steps shows.
+"""Median curves in the terminal: the metric against optimizer steps on a log axis.
 
 Written here because plotext (6.1, tried) needs box-drawing characters, tells braille curves apart by colour alone,
 puts its legend over the curves and its log ticks at odd numbers (21.5, 46.3).
@@ -37,7 +37,7 @@ class Frame:
     rows: int
 
     def column(self, step: float, each: int = 1) -> int:
-        """Of a step, counted from the left in 1/`each` characters."""
+        """The place of a step, counted from the left in 1/`each` characters."""
         low, high = map(math.log, self.steps)
         return round((math.log(step) - low) / (high - low) * (self.columns * each - 1))
 
@@ -47,7 +47,7 @@ class Frame:
 
 
 def sketch(comparison: Comparison, width: int = 80, height: int = 18, encoding: str = "utf-8") -> Text:
-    """The median curves in `width` x `height` characters: the target dashed, an arm's letter along its curve.
+    """The median curves in `width` x `height` characters: the target dashed, each arm's letter along its curve.
 
     Braille where `encoding` has it, ASCII otherwise. Step 0 has no place on a log axis and is left out.
     """
@@ -85,7 +85,7 @@ def _look(index: int) -> tuple[str, str]:
 def _draw(
     cells: Cells, frame: Frame, curve: Sequence[Point], letter: str, style: str, fancy: bool
 ) -> list[tuple[int, int]]:
-    """Straight lines between the points, in braille or in the letter alone; the cells drawn on, from left to right."""
+    """Draw straight lines between the points in braille, or in the letter. Returns the cells, from left to right."""
     wide, tall = (2, 4) if fancy else (1, 1)
     dots: dict[tuple[int, int], int] = {}
     at = [(frame.column(step, wide), frame.row(value, tall)) for step, value in curve]
@@ -103,7 +103,7 @@ def _draw(
 
 
 def _write_letters(cells: Cells, paths: Sequence[Sequence[tuple[int, int]]]) -> None:
-    """At each curve's end and now and then along it; shifted, so that curves on top of each other show both theirs."""
+    """At each curve's end and at intervals along it, shifted so that curves on top of each other show both letters."""
     for index, path in enumerate(paths):
         letter, style = _look(index)
         shift = index * 5 % LETTER_EVERY
@@ -128,7 +128,7 @@ def _with_axes(cells: Cells, frame: Frame, labels: dict[int, str], margin: int, 
 
 
 def _row_labels(frame: Frame, target: float) -> dict[int, str]:
-    """The target's value at its row, and round values that leave a row free beside it and each other."""
+    """The target's value at its row, and round values at least two rows from it and from each other."""
     low, high = frame.values
     rough = (high - low) / max(2, frame.rows / 3)
     power = 10.0 ** math.floor(math.log10(rough))
@@ -142,7 +142,7 @@ def _row_labels(frame: Frame, target: float) -> dict[int, str]:
 
 
 def _step_ticks(frame: Frame) -> list[tuple[int, int]]:
-    """Round numbers of steps and their columns: as many a decade as leave room between labels."""
+    """Round numbers of steps and their columns: three, two or one per decade, as labels have room."""
     low, high = frame.steps
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks: list[tuple[int, int]] = []
