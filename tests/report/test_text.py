@@ -42,7 +42,7 @@ from bncli.results.serialize import from_plain, to_plain
         (None, "–"),
     ],
 )
-def test_a_figure_has_three_digits_or_its_whole_part_and_an_unknown_one_is_a_dash(value, text):
+def test_a_figure_has_three_digits_and_an_unknown_one_is_a_dash(value, text):
     assert figure(value) == text
 
 
@@ -71,7 +71,7 @@ def test_fields_that_end_alike_keep_their_whole_names():
     assert list(names.values()) == ["optimizer.momentum", "norm.momentum", "lr"]
 
 
-def test_text_without_place_in_an_encoding_loses_its_dashes_and_marks_the_rest():
+def test_characters_that_an_encoding_lacks_are_replaced():
     assert encodable("9.81–14.9 naïve", "utf-8") == "9.81–14.9 naïve"
     assert encodable("9.81–14.9 naïve ±2%", "ascii") == "9.81-14.9 na?ve +-2%"
 
