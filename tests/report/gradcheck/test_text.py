@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from bncli.cli.gradcheck import rerun_command
 from bncli.report.gradcheck.text import (
     EVIDENCE,
+    NOT_CHECKED_REASONS,
     TOLERANCES,
     demo_to_json,
     evidence_text,
@@ -22,7 +23,16 @@ from bncli.report.gradcheck.text import (
     to_json,
 )
 from bncli.results.finding import Finding
-from bncli.results.gradcheck import BiasStep, CheckGroup, Diagnosis, Facet, FailureSummary, Gradcheck, NotChecked
+from bncli.results.gradcheck import (
+    BiasStep,
+    CheckGroup,
+    Diagnosis,
+    Facet,
+    FailureSummary,
+    Gradcheck,
+    NotChecked,
+    ToleranceRule,
+)
 from bncli.results.serialize import from_plain
 from tests.report.gradcheck.made_up_checks import BAD, FIRST, GOOD, OFF, RULE, STEPS
 
@@ -94,6 +104,8 @@ def test_a_refusal_quotes_the_kernel() -> None:
         not_checked_text(NotChecked("refused", raised)) == "the kernel refuses it: raised TypeError: no half precision"
     )
     assert not_checked_text(None) is None
+    assert set(NOT_CHECKED_REASONS) == set(get_args(get_type_hints(NotChecked)["reason"]))
+    assert set(TOLERANCES) == set(get_args(ToleranceRule))
 
 
 def test_the_numbers_in_the_words_are_those_that_are_used() -> None:
