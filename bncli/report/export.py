@@ -13,12 +13,12 @@ from bncli.report.text import Column
 
 
 def json_text(plain: Any) -> str:
-    """What `results.serialize.to_plain` gave, as JSON."""
+    """Plain data, as `results.serialize.to_plain` makes it, as JSON."""
     return json.dumps(plain, allow_nan=False, indent=1) + "\n"
 
 
 def csv_text(rows: Sequence[dict[str, Any]], first: str) -> str:
-    """A line a row, below a header with the rows' keys; `first` is the header where there is no row."""
+    """One line per row below a header with the rows' keys; without rows the header is `first`."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else [first], lineterminator="\n")
     writer.writeheader()
@@ -27,7 +27,7 @@ def csv_text(rows: Sequence[dict[str, Any]], first: str) -> str:
 
 
 def markdown_table(columns: Sequence[Column]) -> list[str]:
-    """A table's lines for a GitHub page: words flush left, figures flush right."""
+    """The lines of a GitHub table: words flush left, figures flush right."""
     header = [column.name for column in columns]
     rule = [":--" if column.words else "--:" for column in columns]
     rows = [[cell.line for cell in row] for row in zip(*(column.cells for column in columns), strict=True)]
@@ -36,5 +36,5 @@ def markdown_table(columns: Sequence[Column]) -> list[str]:
 
 
 def markdown(text: str) -> str:
-    """Text that a Markdown page shows as it is, on one line."""
+    """Text escaped so that Markdown shows it as it is, on one line."""
     return re.sub(r"([\\`*_<|\[\]#~$&]|^>)", r"\\\1", " ".join(text.split()))

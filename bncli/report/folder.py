@@ -26,9 +26,9 @@ TAKEN = f"holds {{}} already; choose another folder or {OVERWRITE}"
 
 
 class RunFolder:
-    """One run of `bncli train`: recipe.yaml (resolved), metrics.jsonl (an event a line), result.json.
+    """One run of `bncli train`: recipe.yaml (resolved), metrics.jsonl (one event per line), result.json.
 
-    Nothing is made before `begin`, which takes the folder for this run alone. A file that bncli did not write, or that
+    Nothing is made before `begin`, which locks the folder for this run. A file that bncli did not write, or that
     was edited since, is never written over; bncli's own are with `overwrite`.
     """
 
@@ -65,7 +65,7 @@ class RunFolder:
             raise self._refused(TAKEN.format("a run" if RESULT in there else "an unfinished run"))
 
     def _claim(self) -> TextIO:
-        """metrics.jsonl, open and locked: of several runs that want one folder, one gets it."""
+        """metrics.jsonl, open and locked: only one of several runs gets the folder."""
         try:
             file = _open(self.path / METRICS, 0 if self._overwrite else os.O_EXCL)
         except FileExistsError:
@@ -81,7 +81,7 @@ class RunFolder:
         return UsageError(why, field="out", value=self.path)
 
     def metrics(self, event: Event) -> None:
-        """A sink: the event as a line of metrics.jsonl, there at once for whoever reads along."""
+        """A sink: writes the event as a line of metrics.jsonl and flushes it."""
         assert self._metrics is not None
         self._metrics.write(event_line(event) + "\n")
         self._metrics.flush()
@@ -98,12 +98,12 @@ class RunFolder:
 
 
 def signed(recipe_yaml: str) -> str:
-    """A resolved recipe under a first line by which an edited one is told from one as bncli wrote it."""
+    """A resolved recipe below a first line with its digest, which shows whether it was edited."""
     digest = hashlib.sha256(recipe_yaml.encode()).hexdigest()
     return f"# Resolved by bncli, which writes over this file only while it is unedited: sha256 {digest}\n{recipe_yaml}"
 
 
-# The files of a run's folder -> whether their contents are as bncli wrote them.
+# File of a run's folder -> whether its content is as bncli wrote it.
 OWN: dict[str, Callable[[str], bool]] = {
     RECIPE: lambda text: text == signed(text.partition("\n")[2]),
     METRICS: lambda text: not text or text.startswith('{"event": "run_started", '),  # empty until the first event
@@ -112,11 +112,11 @@ OWN: dict[str, Callable[[str], bool]] = {
 
 
 class ComparisonFolder:
-    """All runs of a comparison, a file each under its key, so that a call that was killed goes on where it stopped.
+    """All runs of a comparison, each in a file under its key, so that a killed call continues where it stopped.
 
-    plan.json: what the last call set out to do. runs/KEY.json: ended runs; with a model of the user's own
-    KEY-CODE.json, so that those of earlier code are kept. failed/KEY.json: runs that died, to be tried again.
-    comparison.json: the answer. One process at a time may write here; a lock that dies with its holder sees to it.
+    plan.json: the plan of the last call. runs/KEY.json: runs that ended; KEY-CODE.json with a model
+    of the user's, so that runs of earlier code are kept. failed/KEY.json: runs that died, to be tried again.
+    comparison.json: the answer. A lock, which ends with its process, lets one process at a time write here.
     A file that does not read as what bncli writes there is never written over or deleted.
     """
 
@@ -147,13 +147,13 @@ class ComparisonFolder:
             self._lock.close()
 
     def begin(self, begun: BegunComparison) -> None:
-        """Write down what is about to be done, and forget the runs that failed before."""
+        """Save the plan, and delete the runs that failed before."""
         for name in self.failed():
             (self.path / "failed" / f"{name}.json").unlink()
         write_atomically(self.path / PLAN, to_json(begun))
 
     def begun(self) -> BegunComparison | None:
-        """What the last call set out to do; None where that is not known."""
+        """The plan of the last call; None where it is not known."""
         return _result(self.path / PLAN, BegunComparison)
 
     def answer(self) -> Comparison | None:
@@ -161,11 +161,11 @@ class ComparisonFolder:
         return _result(self.path / COMPARISON, Comparison)
 
     def finished(self) -> dict[str, RunRecord]:
-        """The runs that ended, by name. A file that cannot be read is as good as none: its run is done again."""
+        """The runs that ended, by name. A run whose file cannot be read is missing and will be done again."""
         return self._records("runs")
 
     def failed(self) -> dict[str, RunRecord]:
-        """The last call's runs that died, by name."""
+        """The failed runs of the last call, by name."""
         return self._records("failed")
 
     def _records(self, folder: str) -> dict[str, RunRecord]:
@@ -180,7 +180,7 @@ class ComparisonFolder:
         write_atomically(file, to_json(record))
 
     def keep_other(self, plan: ComparisonPlan) -> Path | None:
-        """Rename an answer to another plan, before this one's is written. Its new name, if there was one."""
+        """Rename an existing answer to another plan, so that it is kept. Its new name; None where there was none."""
         answer = self.answer()
         if answer is None or to_plain(answer.plan) == to_plain(plan):
             return None
@@ -191,7 +191,7 @@ class ComparisonFolder:
 
 
 def _name(record: RunRecord) -> str:
-    """A run's file name without its ending."""
+    """A run's file name without its suffix."""
     code = hashlib.sha256(json.dumps(record.code, sort_keys=True).encode()).hexdigest()[:8]
     return f"{record.key}-{code}" if record.code else record.key
 
@@ -201,7 +201,7 @@ def _result(file: Path, kind: type[Result]) -> Result | None:
 
 
 def _read(file: Path, parse: Callable[[str], T]) -> T | None:
-    """What a plain file holds; None where it is missing, a link, or not what `parse` reads."""
+    """The parsed content of a plain file; None where it is missing, a link, or not readable by `parse`."""
     with contextlib.suppress(BncliError, OSError, UnicodeDecodeError):
         if file.is_file() and not file.is_symlink():
             return parse(file.read_text(encoding="utf-8"))
@@ -209,7 +209,7 @@ def _read(file: Path, parse: Callable[[str], T]) -> T | None:
 
 
 def _keep_beside(file: Path) -> Path:
-    """Give a file the first of the names NAME-1, NAME-2 and so on that is free."""
+    """Rename a file to the first free one of NAME-1, NAME-2 and so on."""
     names = (file.with_name(f"{file.stem}-{number}{file.suffix}") for number in itertools.count(1))
     return file.rename(next(name for name in names if not os.path.lexists(name)))
 
@@ -237,7 +237,7 @@ def make(folder: Path) -> None:
 
 
 def _make_dated(parent: Path) -> Path:
-    """A new folder named after the time. Whoever makes it has it; the next in the same second takes the next name."""
+    """A new folder named after the time; with a number where a run of the same second has made that one."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     make(parent)
     names = (f"{now}-{number}" if number else now for number in itertools.count())
@@ -253,13 +253,13 @@ def _make_dated(parent: Path) -> Path:
 
 
 def _open(file: Path, flags: int = 0) -> TextIO:
-    """The file for writing, made where it is missing; a link is not followed."""
+    """The file, created where it is missing, for writing; links are not followed."""
     no_link = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
     return os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | no_link | flags, 0o666), "w", encoding="utf-8")
 
 
 def _lock(file: TextIO) -> bool:
-    """Take an open file's lock, which ends with the process that holds it; False where another holds it."""
+    """Lock an open file until this process closes it or ends; False where another process holds the lock."""
     with contextlib.suppress(ImportError):  # no such lock on Windows
         import fcntl
 

@@ -1,4 +1,4 @@
-"""Progress on stderr while work goes on: live bars on a terminal, now and then a line elsewhere."""
+"""Progress on stderr: live bars on a terminal, otherwise a line now and then."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from bncli.results.gradcheck import CheckGroup
 from bncli.results.profile import KernelCost, Measuring, ProfileEvent, ProfileStarted, RowDone
 from bncli.results.train import Evaluated, Event, RunStarted, StepDone
 
-LINE_EVERY_S = 10.0  # off a terminal
-LONGER = 1.1  # times the time that was asked for, from which on it is said
+LINE_EVERY_S = 10.0  # where stderr is no terminal
+LONGER = 1.1  # an estimate above this multiple of the requested time is reported
 LEAST_NAME, LEAST_BAR, LONGEST_BAR = 24, 8, 40  # columns
 
 
 class _Bars(Progress):
     """A line for each task: its name, a bar, how much is done, notes, and the time left.
 
-    Where the terminal is narrow the bar goes first, then the notes from the last to the first; a long name is cut.
+    On a narrow terminal the bar is left out first, then the notes from the last to the first; a long name is cut.
     """
 
     def get_renderables(self) -> Iterator[Text]:
@@ -50,7 +50,7 @@ class _Bars(Progress):
 
 
 def _figures(task: Task, most: int) -> str:
-    """How much of a task is done and the time left, with as many of its notes between them as fit in `most` columns."""
+    """How much is done, as many of the task's notes as fit in `most` columns, and the time left."""
     if task.total is None:
         return str(timedelta(seconds=round(task.elapsed or 0)))
     done = f"{task.percentage:.0f}%" if task.total == 1.0 else f"{task.completed:.0f}/{task.total:.0f}"
@@ -62,7 +62,7 @@ def _figures(task: Task, most: int) -> str:
 
 
 class _ProgressSink:
-    """Takes events. The bars live only on a terminal; rich would take stdout over with them (rich issue 2151)."""
+    """A sink for events. Bars are shown on a terminal only, where stdout stays free (rich issue 2151)."""
 
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
@@ -91,7 +91,7 @@ class _ProgressSink:
         return self.bars.add_task(name, total=total, completed=completed, notes=notes)
 
     def line(self, text: str, at_once: bool = False) -> None:
-        """A plain line off a terminal, and no more than one every ten seconds unless it matters."""
+        """A plain line where there is no terminal, at most one every ten seconds unless it has to be said at once."""
         if self.quiet or self.live or not (at_once or monotonic() - self._said > LINE_EVERY_S):
             return
         self._said = monotonic()
@@ -124,7 +124,7 @@ class TrainProgress(_ProgressSink):
 
 
 class CompareProgress(_ProgressSink):
-    """All runs together, and a line for what each worker is doing."""
+    """One bar for all runs, and one for the current run of each worker."""
 
     def __call__(self, event: ComparisonEvent) -> None:
         if isinstance(event, ComparisonStarted):
@@ -163,7 +163,7 @@ def _outcome(record: RunRecord) -> str:
 
 
 class ProfileProgress(_ProgressSink):
-    """How much of a profile is done, what is measured now, and the time left; off a terminal a row now and then."""
+    """How much of a profile is done, what is measured now, and the time left."""
 
     def __call__(self, event: ProfileEvent) -> None:
         if isinstance(event, ProfileStarted):
@@ -178,7 +178,9 @@ class ProfileProgress(_ProgressSink):
             self.task = self.add(event.what, 1.0)
             self.line(f"{event.what}: {count(event.planned, 'row')} to measure", True)
         elif isinstance(event, Measuring):
-            self.fraction = min(max(event.fraction, self.fraction), 1.0)  # a plan that grows does not turn a bar back
+            self.fraction = min(
+                max(event.fraction, self.fraction), 1.0
+            )  # the bar never moves backwards, though the plan may grow
             before, self.longer = self.longer, self._longer(event.least_s)
             name = f"{self.what}: {event.label}"
             self.bars.update(self.task, completed=self.fraction, description=name, notes=[self.longer])
@@ -193,11 +195,11 @@ class ProfileProgress(_ProgressSink):
                 self.line(f"{self.done}/{self.planned} {row.kernel}: {wrong}{error_words(row)}", True)
 
     def _longer(self, least_s: float) -> str:
-        """How long it takes where that is more than was asked for, beyond what such an estimate is off by."""
+        """The estimated duration where it is clearly longer than what was asked for, else nothing."""
         return f"about {least_s:,.0f} s; asked for {self.wished_s:g}" if least_s > LONGER * self.wished_s else ""
 
     def _left(self) -> str:
-        """In words, as long as what is left takes as long as what was done, share by share."""
+        """The time left, at the speed so far."""
         if not 0 < self.fraction < 1:
             return ""
         seconds = (monotonic() - self._began) * (1 - self.fraction) / self.fraction
@@ -205,7 +207,7 @@ class ProfileProgress(_ProgressSink):
 
 
 class GradcheckProgress(_ProgressSink):
-    """How many cases are done, the last group, and the time; off a terminal a line now and then."""
+    """How many cases are done, the last group, and the elapsed time."""
 
     def __enter__(self) -> GradcheckProgress:
         super().__enter__()

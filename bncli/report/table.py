@@ -6,7 +6,9 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.measure import Measurement
 from rich.text import Text
@@ -196,9 +198,9 @@ class _Drawn:
     right: bool
     wrap: bool
 
-    @property
+    @cached_property
     def width(self) -> int:
-        return max(line.cell_len for text in (*self.header, *self.cells) for line in text.split("\n", allow_blank=True))
+        return max(cell_len(line) for text in (*self.header, *self.cells) for line in text.plain.split("\n"))
 
     @property
     def least(self) -> int:

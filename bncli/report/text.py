@@ -1,4 +1,4 @@
-"""Words and figures that all reports share: numbers, intervals, units, cells of a table. No rich here."""
+"""Numbers, intervals, units, table cells and findings as text, shared by all reports. Does not use rich."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IN_ASCII = str.maketrans({"–": "-", "─": "-", "━": "=", "±": "+-"})
 
 
 def figure(value: float | None, digits: int = 3) -> str:
-    """A number to `digits` significant digits, never fewer than its whole part has; an en dash for an unknown one."""
+    """A number to `digits` significant digits, never fewer than its whole part has; an en dash for None."""
     if value is None:
         return UNKNOWN
     if isinstance(value, int):
@@ -61,7 +61,7 @@ def setting(value: Any) -> str:
 
 
 def encodable(text: str, encoding: str) -> str:
-    """The text in characters that an output of this encoding has: - for a dash, +- for ±, ? for what it lacks."""
+    """The text in characters that the encoding has: - for a dash, +- for ±, ? for any other that it lacks."""
     try:
         text.encode(encoding)
         return text
@@ -90,7 +90,7 @@ def environment_words(made: Environment) -> str:
 
 
 class Cell(NamedTuple):
-    """A figure or words, and an interval, a spread or a remark that stands beside or below."""
+    """A figure or words, and beside or below them an interval, a spread or a remark."""
 
     main: str
     aside: str = ""
@@ -98,24 +98,24 @@ class Cell(NamedTuple):
 
     @property
     def aside_in_line(self) -> str:
-        """The aside as it stands beside the figure: `(9.81–14.9)`, `±2%`."""
+        """The aside as it is written beside the figure: `(9.81–14.9)`, `±2%`."""
         return f"({self.aside})" if self.aside and not self.aside.startswith("±") else self.aside
 
     @property
     def line(self) -> str:
-        """All of it on one line."""
+        """The figure with its aside."""
         return f"{self.main} {self.aside_in_line}".strip()
 
 
 @dataclass(frozen=True)
 class Column:
     header: str  # one line or more
-    values: Sequence[str | Cell]  # one a row
+    values: Sequence[str | Cell]  # one for each row
     words: bool = False  # flush left, and may wrap
-    optional: bool = False  # may be left out where there is no room; a line below the table then says so
-    once: bool = False  # a value that goes on below the same heading is shown once
+    optional: bool = False  # may be hidden where there is no room; a line below the table then names it
+    once: bool = False  # a value that is repeated below the same heading is shown once
     style: str = ""
-    short: str = ""  # the header where there is little room
+    short: str = ""  # header for narrow terminals
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
@@ -129,7 +129,7 @@ class Column:
 
 # --- findings -----------------------------------------------------------------------------------------------------
 
-# Kind of finding -> its words, but for a wrong number's.
+# Kind of finding -> its sentence; wrong numbers have `_wrong_number`.
 FINDINGS: dict[FindingKind, str] = {
     "right": "",
     "not_zero": "{quantity} is not 0",
@@ -152,7 +152,7 @@ FINDINGS: dict[FindingKind, str] = {
     "leaf_written": "{raised}{text}",
     "saved_written": "{raised}{text}",
 }
-# The same where an exception says it; the shapes are then of the statistics, which a kernel returns beside y.
+# The sentence where the kernel raised an exception; the shapes are then those of the statistics, not of y.
 RAISED: dict[FindingKind, str] = {
     "wrong_shape": "{raised}returned mean and var of shapes {given}; expected {wanted}",
     "not_derivative": "{exception}: {text}",
@@ -169,7 +169,7 @@ def finding_text(finding: Finding) -> str:
 
 
 def _wrong_number(finding: Finding) -> str:
-    if finding.found is None:  # of a tensor too large to look for the place
+    if finding.found is None:  # the tensor was too large to search for the place
         return f"{finding.quantity} is not finite everywhere"
     if finding.at is None:
         within = f" within {finding.allowed:.2g}" if finding.allowed is not None else ""

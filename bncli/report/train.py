@@ -1,4 +1,4 @@
-"""One training run for the terminal: its result, a figure a line."""
+"""The result of one training run for the terminal, one figure per line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bncli.results.train import RunResult, most_steps_to_target
 
 
 def run_table(result: RunResult, name: str) -> Group:
-    """One run, for the end of `bncli train`: a figure a line, with its unit."""
+    """The result with units, for the end of `bncli train`."""
     metric = result.target.metric if result.target else "accuracy"
     hit = f"{figure(result.first_hit)} (the first evaluation at or past the target)"
     most = figure(most_steps_to_target(result.budget))

@@ -25,5 +25,5 @@ def test_a_markdown_table_puts_words_left_and_figures_right():
 @pytest.mark.parametrize(
     ("text", "shown"), [("a*b_c", "a\\*b\\_c"), ("> quoted", "\\> quoted"), ("two\nlines", "two lines")]
 )
-def test_markup_is_shown_as_it_is(text, shown):
+def test_markdown_is_escaped(text, shown):
     assert markdown(text) == shown

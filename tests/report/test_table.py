@@ -61,7 +61,7 @@ def test_words_wrap_and_figures_do_not(show):
     assert lines(show(table, 22))[2:] == ["a rectified      1,234", "linear unit"]
 
 
-def test_a_heading_stands_above_its_rows_and_a_repeated_word_is_shown_once(show):
+def test_headings_and_repeated_words_are_shown_once(show):
     names = Column("mode", ["training", "training", "training"], words=True, once=True)
     rows = (Row("plain"), Row(), Row("normed"))
     table = AlignedTable([names, Column("ms", ["1", "2", "3"])], rows)
@@ -93,7 +93,7 @@ def test_bars_stand_behind_rows_with_their_key_where_there_is_room(show):
     assert "#" not in show(table, 40)
 
 
-def test_the_first_table_that_fits_is_shown_and_hidden_columns_are_named(show):
+def test_the_first_fitting_table_names_its_hidden_columns(show):
     memory = Column("memory\nMiB", ["1", "2"], optional=True)
     table = ResponsiveTable("title", AlignedTable([*COLUMNS, memory]), [AlignedTable(COLUMNS)], notes=["a note"])
     wide, narrow = lines(show(table, 60)), lines(show(table, 38))

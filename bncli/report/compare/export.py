@@ -25,7 +25,7 @@ from bncli.results.compare import ArmSummary, AtTarget, Comparison, Cost, Ratio
 
 
 def to_csv(comparison: Comparison) -> str:
-    """One row an arm, all digits; units and meanings in the header; an empty cell is an unknown one."""
+    """One row per arm with all digits; an empty cell is an unknown value."""
     plan, metric = comparison.plan, comparison.plan.target.metric
     rows = [_csv_row(arm, list(plan.grid), metric) for arm in comparison.arms]
     return csv_text(rows, "arm")
@@ -85,7 +85,7 @@ def _csv_target(found: AtTarget) -> dict[str, Any]:
 
 
 def _csv_ratio(name: str, ratio: Ratio | None, of_reference: int | None = 1) -> dict[str, Any]:
-    """The ratio and its interval, under a name with a place for `_low_95` and `_high_95`."""
+    """The ratio and its interval; `name` has a place for the suffixes `_low_95` and `_high_95`."""
     value, low, high = (ratio.value, ratio.interval.low, ratio.interval.high) if ratio else (of_reference, None, None)
     return {name.format(""): value, name.format("_low_95"): low, name.format("_high_95"): high}
 
@@ -151,7 +151,7 @@ TUNING = """<h2>Tuning runs</h2>
 
 
 def to_html(comparison: Comparison) -> str:
-    """One page that needs nothing else: tables, notes, and the figure as inline SVG where matplotlib is installed."""
+    """A self-contained page: tables, notes, and the figure as inline SVG where matplotlib is installed."""
     tuned = tuning_columns(comparison) if comparison.plan.tune_seeds else []
     side = [
         f'<h2>{html.escape(heading)}</h2>\n<div class="wide">{_html_table(columns)}</div>'

@@ -1,4 +1,4 @@
-"""The comparison as a figure: median curves with quartile bands, and every run's steps to target with the intervals."""
+"""Figure of a comparison: median curves with quartile bands, and each run's steps to target with intervals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LINES = ("-", "--", "-.", ":")
-TARGETS_HEIGHT = 2.4  # inches, of the picture of the ratio by target, where there are several
+TARGETS_HEIGHT = 2.4  # inches: the panel with the ratio by target, where there are several
 
 
 def plot(comparison: Comparison, path: Path) -> None:
@@ -70,7 +70,7 @@ def _has_ratios_by_target(comparison: Comparison) -> bool:
 
 
 def _targets(axes: Axes, comparison: Comparison) -> None:
-    """How many times fewer steps at each target of the runs: one target is one point of a curve."""
+    """The ratio at each target of the runs."""
     axes.set_title("fewer steps, by target")
     axes.set_xlabel(f"target: held-out {comparison.plan.target.metric}")
     order = targets_in_order(comparison.plan)
@@ -138,7 +138,7 @@ def _curves(axes: Axes, comparison: Comparison) -> None:
 
 
 def _letters(axes: Axes, paths: dict[int, list[tuple[float, float]]]) -> None:
-    """A letter on each curve, away from the other curves and letters. Places are (x, y) in shares of the axes."""
+    """A letter on each curve, away from the other curves and letters. Places are (x, y) in axes coordinates."""
     taken: list[tuple[float, float]] = []
     for index, path in paths.items():
         others = [place for other in paths if other != index for place in paths[other]]
@@ -185,7 +185,7 @@ def _steps(axes: Axes, comparison: Comparison) -> None:
     for row, arm in enumerate(arms):
         _arm_runs(axes, row, comparison.results_of(arm), most)
         _average(axes, row, arm, most)
-    room = max(0.0, (4 - len(arms)) / 4)  # two arms need not stand at the ends of the picture
+    room = max(0.0, (4 - len(arms)) / 4)  # two arms are not moved to the ends of the axis
     axes.set_ylim(len(arms) - 0.5 + room, -0.5 - room)
     names = [textwrap.fill(f"{_letter(index)}  {arm.arm}", 25) for index, arm in enumerate(arms)]
     axes.set_yticks(range(len(arms)), names, parse_math=False)
@@ -208,7 +208,7 @@ def _steps(axes: Axes, comparison: Comparison) -> None:
 
 
 def _side_column(axes: Axes, left: float, header: str, cells: list[Cell]) -> None:
-    """Words beside the rows, `left` in shares of the axes' width."""
+    """Words beside the rows; `left` is in units of the axes' width."""
     axes.text(left, 1.02, header, transform=axes.transAxes, fontsize=10, va="bottom")
     for row, (main, aside, _) in enumerate(cells):
         place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "linespacing": 1.3}

@@ -1,4 +1,4 @@
-"""The sentence of each note of a comparison: what a reader must know before quoting its table."""
+"""Sentences for the notes of a comparison."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from bncli.results.compare import Note, NoteKind
 
-# Part of a run's identity, as in RunRecord -> what to say of a run in which it was another.
+# Part of a run's identity, as in RunRecord -> why a run in which it differs is not reused.
 CHANGED = {
     "bncli": "bncli's own code has changed since",
     "torch": "torch is another version",
@@ -18,7 +18,7 @@ CHANGED = {
 
 
 def sentence(note: Note) -> str:
-    """The note in words, behind its arm's name."""
+    """The note in words, after the name of its arm."""
     return f"{note.arm}: " * (note.arm is not None) + SENTENCES[note.kind](**note.facts)
 
 
@@ -79,7 +79,7 @@ def _other_threads(runs: int, of: int, had: list[int], asked: int) -> str:
     )
 
 
-# Kind of note -> its sentence from its facts.
+# Kind of note -> the function that makes its sentence from its facts.
 SENTENCES: dict[NoteKind, Callable[..., str]] = {
     "unfinished": lambda done, planned, failed: (
         f"{done} of {planned} runs are done{f', {failed} failed' * bool(failed)}; the figures rest on those"
@@ -120,7 +120,7 @@ SENTENCES: dict[NoteKind, Callable[..., str]] = {
     "not reused": _not_reused,
     "earlier code": lambda runs: (
         f"the model's code was changed meanwhile: {runs} run{'s' * (runs != 1)} by the earlier code left out; "
-        "the same command makes up for it"
+        "run the same command again to repeat them"
     ),
     "earlier answer": lambda file: f"the folder's earlier answer, to another plan, is kept as {file}",
     "other threads": _other_threads,

@@ -1,4 +1,4 @@
-"""A comparison for the terminal: its table, costs, targets, curves and tuning runs below each other."""
+"""Report of `bncli compare` on the terminal: table, costs, targets, curves and tuning runs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from bncli.report.table import AlignedTable, ResponsiveTable
 from bncli.report.text import Column
 from bncli.results.compare import Comparison
 
-SKETCH_WIDTH = 100  # columns at the most
+SKETCH_WIDTH = 100  # at most, in columns
 
 
 @dataclass(frozen=True)
 class ComparisonReport:
-    """All that `bncli compare` shows."""
+    """All tables and curves of a comparison."""
 
     comparison: Comparison
 
@@ -45,7 +45,7 @@ class ComparisonReport:
 
 
 def comparison_table(comparison: Comparison) -> RenderableType:
-    """A row an arm: best grid values, hits, steps to target and their ratio to the reference's, best metric, cost."""
+    """One row per arm: best grid values, hits, steps to target, their ratio to the reference's, best metric, cost."""
     columns = comparison_columns(comparison)
     short, shortest = (
         [column for column in found if not column.optional]

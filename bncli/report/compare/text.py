@@ -1,4 +1,4 @@
-"""What a comparison says, in words and figures: the cells and notes that table, Markdown and HTML share."""
+"""Columns, cells and footnotes of a comparison, shared by the terminal, Markdown, HTML and the figure."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from bncli.results.compare import (
 )
 from bncli.results.train import Target
 
-LETTERS = string.ascii_lowercase + string.ascii_uppercase  # one an arm, where a curve has no room for its name
+LETTERS = string.ascii_lowercase + string.ascii_uppercase  # one for each arm, on its curve
 METHODS = {
     "geometric mean": "Steps to target: steps spent below it; geometric mean over seeds at the best point (jackknife).",
     "median": "median: some runs missed the target (order statistics).",
@@ -49,7 +49,7 @@ METHODS = {
 
 
 def steps_cell(arm: ArmSummary, most_steps: float) -> Cell:
-    """The steps to target; `most_steps`: what the budget can show, which runs that missed took more than."""
+    """The steps to target. `most_steps`: the most that the budget can show; runs that missed took more."""
     return amount_cell(arm, arm.steps, most_steps)
 
 
@@ -88,7 +88,7 @@ def p_figure(value: float | None) -> str:
 
 
 def comparison_columns(comparison: Comparison, grid_below_arm: bool = False) -> list[Column]:
-    """The comparison's table as text, a row an arm; the best grid values in columns or below the arm's name."""
+    """The comparison's table, one row per arm; the best grid values in columns or below the arm's name."""
     plan, arms, metric = comparison.plan, comparison.arms, comparison.plan.target.metric
     grid = [
         Column(name, [best_point_cell(arm, field) for arm in arms]) for field, name in short_names(plan.grid).items()
@@ -116,7 +116,7 @@ def comparison_columns(comparison: Comparison, grid_below_arm: bool = False) -> 
 
 
 def cost_columns(comparison: Comparison) -> list[Column]:
-    """Seconds and examples to target, a row an arm: a step of one arm may cost more, or see more, than another's."""
+    """Seconds and examples to target, one row per arm: steps of different arms may differ in time and batch size."""
     columns = [Column("arm", [arm.arm for arm in comparison.arms], words=True, style="bold")]
     for unit, less in (("seconds", "less\ntime"), ("examples", "fewer\nexamples")):
         found: list[tuple[ArmSummary, Cost | None]] = [(arm, getattr(arm, unit)) for arm in comparison.arms]
@@ -127,7 +127,7 @@ def cost_columns(comparison: Comparison) -> list[Column]:
 
 
 def target_columns(comparison: Comparison) -> list[Column]:
-    """Every target of the runs, the hardest last: each arm's steps, and how many times fewer than the reference's."""
+    """One row per target, the hardest last: each arm's steps, and their ratio to the reference's."""
     plan = comparison.plan
     order = targets_in_order(plan)
     columns = [Column(f"held-out {plan.target.metric}", [setting(each.value) for each in order])]
@@ -148,7 +148,7 @@ def targets_in_order(plan: ComparisonPlan) -> list[Target]:
 
 
 def all_targets(plan: ComparisonPlan, arm: ArmSummary) -> list[AtTarget]:
-    """What an arm did at each target, the plan's own first."""
+    """The results of an arm at each target, the main one first."""
     return [AtTarget(plan.target, arm.hits, arm.runs, arm.steps, arm.ratio), *arm.also]
 
 
@@ -156,7 +156,7 @@ def all_targets(plan: ComparisonPlan, arm: ArmSummary) -> list[AtTarget]:
 
 
 def tuning_columns(comparison: Comparison) -> list[Column]:
-    """Arms down, the values of the grid's longest field across; other fields' values make further rows."""
+    """Rows: arms and values of the other grid fields; columns: values of the field with the most values."""
     plan = comparison.plan
     if not plan.grid:
         return []
@@ -202,7 +202,7 @@ def _tuning_cell(arm: ArmSummary, point: dict[str, Any], reference: ArmSummary |
 
 
 def common_ratio(cell: TuningCell, reference: TuningCell, most_steps: float) -> str:
-    """Times fewer steps at one grid value; unknown where runs missed the target on both sides.
+    """The ratio of steps at one grid value; unknown where runs missed the target on both sides.
 
     On one side a miss counts as the most steps that the budget can show, which is less than it would have taken: the
     ratio is then a bound.
@@ -234,7 +234,7 @@ def tuning_notes(comparison: Comparison) -> list[str]:
 
 
 def choice_words(choice: Choice) -> str:
-    """How many points were kept, and where there are several how clear the choice among them was."""
+    """How many points were kept, and how clear the choice was where there are several."""
     kept = f"{choice.kept} of {choice.points} points"
     if choice.kept < 2 or choice.doubt is None:
         return kept
@@ -257,13 +257,13 @@ def subtitle(plan: ComparisonPlan) -> str:
 
 
 def environments(comparison: Comparison) -> list[str]:
-    """Each machine and set of versions that the runs were made with, once, without the date."""
+    """Each machine and set of versions, once."""
     found = [run.result.environment for run in comparison.runs if run.result is not None]
     return list(dict.fromkeys(environment_words(environment) for environment in found))
 
 
 def footnotes(comparison: Comparison) -> list[str]:
-    """What a reader has to know beside the figures: the comparison's own notes, the marks, the methods, the machine."""
+    """The comparison's notes, then marks, methods and machines."""
     lines = [sentence(note) for note in comparison.notes]
     if any(arm.at_edge for arm in comparison.arms):
         lines.append("*: the best value is at the edge of its grid.")
@@ -296,12 +296,12 @@ def _methods(comparison: Comparison) -> Iterator[str]:
 
 
 def curve_points(arm: ArmSummary) -> list[tuple[float, float, float, float]]:
-    """The curve's (step, median, lower, upper quartile) that a log axis can show: after step 0, and finite."""
+    """The points (step, median, lower, upper quartile) that a log axis can show: finite and after step 0."""
     return [point for point in arm.curve if point[0] > 0 and all(map(math.isfinite, point))]
 
 
 def metric_range(comparison: Comparison) -> tuple[float, float] | None:
-    """What a metric axis shows: all medians and the target, but no loss far above where the arms began."""
+    """The range of the metric's axis: all medians and the target, but no loss far above the arms' first values."""
     curves = [points for points in map(curve_points, comparison.arms) if points]
     if not curves:
         return None

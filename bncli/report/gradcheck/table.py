@@ -1,4 +1,4 @@
-"""The outcome of `bncli gradcheck` on the screen, its progress, and the demonstration of section 2."""
+"""Report of `bncli gradcheck` on the terminal, and the demonstration of the paper's section 2."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STYLES = {OK: "green", FAILED: "bold red", NOT_CHECKED: "yellow"}
 
 @dataclass(frozen=True)
 class GradcheckReport:
-    """All that `bncli gradcheck` shows: groups, the gradient's three parts, what failed and what it looks like."""
+    """Case groups, the gradient's three parts, the first failure and the likely bugs."""
 
     result: Gradcheck
     commands: Sequence[Sequence[str]]  # for each failure, the words of the command that runs it again
@@ -84,7 +84,7 @@ def _first_failure(failure: CheckFailure, command: Sequence[str], width: int) ->
 
 
 def groups_table(groups: Sequence[CheckGroup], title: str, subtitle: str = "") -> ResponsiveTable:
-    """A row a case group, below its section: its cases, its worst error in units of the tolerance, its verdict."""
+    """One row per case group, below its section: cases, worst error in units of the tolerance, verdict."""
     sections = [group.section for group in groups]
     groups = sorted(groups, key=lambda group: sections.index(group.section))
     columns = [
@@ -119,7 +119,7 @@ def interrupted_table(groups: Sequence[CheckGroup], kernel: str) -> RenderableTy
 
 
 def paths_table(paths: Sequence[GradientPaths]) -> ResponsiveTable:
-    """dL/dx case by case in its three parts, the kernel's error with its bound, and what ignoring two parts loses."""
+    """The three parts of dL/dx, the kernel's error with its bound, and what ignoring two parts loses, case by case."""
     failed = ["" if each.passed else STYLES[FAILED] for each in paths]
     columns = [
         Column("case", [each.case for each in paths], words=True),
@@ -142,7 +142,7 @@ def paths_table(paths: Sequence[GradientPaths]) -> ResponsiveTable:
 
 
 def demo_table(steps: Sequence[BiasStep]) -> ResponsiveTable:
-    """Section 2's two descents side by side, and what to see in them."""
+    """The two descents of section 2, with E[x] held constant and with the full gradient."""
     columns = [
         Column("step", [figure(each.step) for each in steps]),
         Column("E[x] held constant\nbias b", [figure(each.bias_ignoring, 4) for each in steps]),

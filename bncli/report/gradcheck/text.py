@@ -1,4 +1,4 @@
-"""The outcome of `bncli gradcheck` in words, and as JSON with its fields and the words beside them. No rich here."""
+"""The outcome of `bncli gradcheck` in sentences and as JSON. Does not use rich."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from bncli.results.gradcheck import (
 from bncli.results.serialize import to_plain
 
 OK, FAILED, NOT_CHECKED = "ok", "FAILED", "not checked"
-LONGEST = 1e4  # from here on an error in tolerances is written with an exponent
-FEW = 6  # names that are listed; more are counted
+LONGEST = 1e4  # larger errors (in tolerances) are written with an exponent
+FEW = 6  # names that are listed; further ones are counted
 
 _ROUNDING = "how far float64 moves when every number on the way moves by one rounding, plus the output's own rounding"
 _FUSED = "3 half-precision roundings more of y and the gradients where a residual or an activation follows"
@@ -72,7 +72,7 @@ NOT_CHECKED_REASONS = {
     "missing inputs": "the kernel takes none of the inputs that it needs",
     "nothing ran": "no case could run",
 }
-# What stands in a diagnosis; `first` is the failure that shows it, and all that is said of most bugs.
+# Bug -> the evidence for it. Most bugs have `{first}` alone: the first failure that shows it.
 EVIDENCE = {
     "it raises": "{alike} of {of} calls; {first}",
     "no second derivative": "dx is right; {first}",
@@ -99,7 +99,7 @@ def not_checked_text(skipped: NotChecked | None) -> str | None:
 
 
 def failure_text(failure: CheckFailure) -> str:
-    """What was found; of the several results at a hard input it is the worst one's, which is named."""
+    """What was found. A case with a hard input has several results: the worst one is named."""
     worst = f"{failure.finding.quantity}: " if failure.section == "hard inputs" and failure.call else ""
     return f"{worst}{finding_text(failure.finding)}"
 
@@ -129,7 +129,7 @@ def evidence_text(diagnosis: Diagnosis) -> str:
 
 
 def _summary_text(summary: FailureSummary) -> str:
-    """What fails and what is clean: what the kernel's author starts from."""
+    """What fails and what does not."""
     parts = []
     if summary.quantities:
         clean = f" (clean: {_listed(summary.clean)})" if summary.clean else ""
@@ -154,7 +154,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def shell_lines(command: Sequence[str], width: int) -> list[str]:
-    """The command in lines no wider than `width` where its words allow, continued as a shell takes them."""
+    """The command in lines of at most `width` columns where its words allow it, with shell continuations."""
     lines = [""]
     for word in command:
         quoted = shlex.quote(word)
@@ -188,14 +188,14 @@ def closing(result: Gradcheck) -> str:
 
 
 def derivations(result: Gradcheck) -> list[str]:
-    """How tolerances are derived, each derivation once: all of a full check, else those of the groups that failed."""
+    """How tolerances are derived, each rule once: all of a full check, else those of the groups that failed."""
     shown = [group for group in result.groups if group.failed or (result.effort == "full" and group.cases)]
     rules = dict.fromkeys(group.rule for group in shown if group.rule)
     return [f"{_whose(each, shown, result.groups)}: {TOLERANCES[each]}" for each in rules]
 
 
 def _whose(rule: ToleranceRule, shown: Sequence[CheckGroup], groups: Sequence[CheckGroup]) -> str:
-    """The names of the groups with that tolerance, or their section's, where it is the whole of one."""
+    """The groups with that rule, or their section where all of its groups have it."""
     members = [group for group in shown if group.rule == rule]
     section = [group for group in groups if group.section == members[0].section and group.cases]
     whole = members == section and len(members) > 1
@@ -237,7 +237,7 @@ def in_tolerances(error: float | None) -> str:
 
 
 def to_json(result: Gradcheck, commands: Sequence[Sequence[str]]) -> str:
-    """commands: for each failure, the words of the command that runs it again."""
+    """The whole result with sentences beside its fields. `commands`: for each failure, the command that repeats it."""
     failures = [
         {**to_plain(failure), "message": failure_text(failure), "reproduce": shlex.join(command)}
         for failure, command in zip(result.failures, commands, strict=True)

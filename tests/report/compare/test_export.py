@@ -75,7 +75,7 @@ def test_markdown_says_what_the_terminal_says(examples):
     )
 
 
-def test_csv_has_seconds_examples_further_targets_and_how_clear_the_choice_was(examples):
+def test_csv_has_seconds_examples_targets_and_choice(examples):
     plain, batch = csv.DictReader(io.StringIO(to_csv(examples["two arms"])))
     assert (plain["times_fewer_seconds"], batch["times_fewer_seconds"]) == ("1", "9.1")
     assert (batch["examples_to_target"], batch["times_fewer_examples"]) == ("4020.0", "12.1")

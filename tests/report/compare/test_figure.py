@@ -35,7 +35,7 @@ def test_every_comparison_can_be_drawn_without_a_warning(example):
     assert b"date" not in svg.lower().replace(b"dejavu", b"")
 
 
-def test_a_user_s_own_matplotlib_settings_change_nothing_and_stay_as_they_were(examples):
+def test_matplotlib_settings_of_the_user_have_no_effect(examples):
     import matplotlib
 
     before = render(examples["six arms"], "svg")
@@ -67,7 +67,7 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch, examples):
     assert refused.value.exit_code == USAGE
 
 
-def test_nothing_of_the_report_loads_matplotlib_or_torch_until_it_is_needed():
+def test_importing_the_report_loads_no_matplotlib_and_no_torch():
     code = (
         "import sys; from bncli.report import export, files, table, text; "
         "from bncli.report.compare import curves, export, figure, table; "
@@ -83,7 +83,7 @@ def test_steps_ratio_and_interval_stand_beside_each_arm(examples):
         assert text in shown
 
 
-def test_every_curve_has_its_arm_s_letter_and_every_arm_s_name_has_it_too(examples):
+def test_every_curve_and_every_name_has_its_arm_s_letter(examples):
     six = words(examples["six arms"])
     assert [six.count(letter) for letter in "abcdef"] == [1] * 6
     assert "b  batch norm" in six

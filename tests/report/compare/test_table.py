@@ -58,13 +58,13 @@ def test_six_arms_with_long_names_keep_every_word_in_80_columns(examples, show):
         assert " ".join(arm.arm.split()) in " ".join(column.split())
 
 
-def test_what_is_not_known_is_a_dash_and_never_a_zero(examples, show):
+def test_an_unknown_value_is_a_dash(examples, show):
     text = show(comparison_table(examples["no runs yet"]))
     (row,) = lines_with(text, "batch norm")
     assert row.split() == ["batch", "norm", "–", "0/0", "–", "–", "–", "–", "–"]
 
 
-def test_several_grid_fields_move_under_the_arm_where_they_have_no_room(examples, show):
+def test_several_grid_fields_move_below_the_arm_on_narrow_terminals(examples, show):
     beside, under = (show(comparison_table(examples["two fields"]), width) for width in (80, 72))
     assert lines_with(beside, "hits")[0].split() == [
         "arm",
@@ -100,7 +100,7 @@ def test_square_brackets_in_names_and_notes_are_text_and_not_markup(examples, sh
     assert "see [bold]this[/bold]" in show(comparison_table(found))
 
 
-def test_the_tuning_table_shows_steps_hits_the_best_and_the_ratio_at_every_value(examples, show):
+def test_the_tuning_table_shows_steps_hits_best_and_ratio(examples, show):
     lines = show(tuning_table(examples["two arms"])).splitlines()
     assert any(
         line.split() == ["arm", *(word for value in ("0.03", "0.1", "0.3", "1", "3") for word in ("lr", value))]

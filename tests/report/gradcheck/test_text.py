@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from bncli.cli.gradcheck import rerun_command
 from bncli.report.gradcheck.text import (
     EVIDENCE,
+    NOT_CHECKED_REASONS,
     TOLERANCES,
     demo_to_json,
     evidence_text,
@@ -22,7 +23,16 @@ from bncli.report.gradcheck.text import (
     to_json,
 )
 from bncli.results.finding import Finding
-from bncli.results.gradcheck import BiasStep, CheckGroup, Diagnosis, Facet, FailureSummary, Gradcheck, NotChecked
+from bncli.results.gradcheck import (
+    BiasStep,
+    CheckGroup,
+    Diagnosis,
+    Facet,
+    FailureSummary,
+    Gradcheck,
+    NotChecked,
+    ToleranceRule,
+)
 from bncli.results.serialize import from_plain
 from tests.report.gradcheck.made_up_checks import BAD, FIRST, GOOD, OFF, RULE, STEPS
 
@@ -82,18 +92,20 @@ def test_the_evidence_in_words(diagnosis: Diagnosis, text: str) -> None:
     assert evidence_text(diagnosis) == text
 
 
-def test_of_the_results_at_a_hard_input_the_worst_is_named() -> None:
+def test_the_worst_result_at_a_hard_input_is_named() -> None:
     assert failure_text(replace(FIRST, section="hard inputs")).startswith("dx: dx[0, 1, 2, 2] is 0.75")
     of_its_own = replace(FIRST, section="hard inputs", call=None, finding=replace(OFF, at=None, allowed=0.1))
     assert failure_text(of_its_own) == "dx is 0.75; expected 0.25 within 0.1"
 
 
-def test_a_refusal_is_told_in_the_kernels_own_words() -> None:
+def test_a_refusal_quotes_the_kernel() -> None:
     raised = Finding("raised", exception="TypeError", text="no half precision")
     assert (
         not_checked_text(NotChecked("refused", raised)) == "the kernel refuses it: raised TypeError: no half precision"
     )
     assert not_checked_text(None) is None
+    assert set(NOT_CHECKED_REASONS) == set(get_args(get_type_hints(NotChecked)["reason"]))
+    assert set(TOLERANCES) == set(get_args(ToleranceRule))
 
 
 def test_the_numbers_in_the_words_are_those_that_are_used() -> None:
@@ -110,7 +122,7 @@ def test_the_numbers_in_the_words_are_those_that_are_used() -> None:
     assert "1e-6 at mean/deviation 1e2 and 1e3, 5e-6 at 1e4" in TOLERANCES["variance"]
 
 
-def test_what_is_said_of_a_bug_belongs_to_one_that_is_named() -> None:
+def test_every_evidence_belongs_to_a_known_bug() -> None:
     import inspect
 
     from bncli.measure.gradcheck import symptoms
@@ -155,7 +167,7 @@ def test_json_says_beside_the_fields_what_the_terminal_shows() -> None:
     assert json.loads(json_of(GOOD))["groups"][3]["not_checked"] == "Metal has no float64"
 
 
-def test_json_of_the_demonstration_and_of_an_interrupted_check_has_a_version_too() -> None:
+def test_json_of_a_demonstration_and_an_interrupted_check() -> None:
     demo = json.loads(demo_to_json(STEPS))
     assert demo["format_version"] == 1
     assert [from_plain(BiasStep, step) for step in demo["steps"]] == list(STEPS)
