@@ -31,8 +31,8 @@ TITLE, PANEL_FRAME, BAR = 0.9, 0.85, 0.17
 STEP_WIDTH, STEP_FRAME, STEP_BAR = 11.0, 1.6, 0.42
 COLUMN, NAME = 0.2, 0.8  # widths in the roofline: a kernel's column, the name below an operation's columns
 GAP = 0.5  # bars' heights between two shapes
-LEAST_BARS = 10  # whose room a column of panels has, so that few bars are not thick
-MOST_BARS, MOST_IN_ALL = 40, 160  # of a panel, of a figure: with more, shapes are drawn as their geometric mean
+LEAST_BARS = 10  # a column of panels has room for so many, so that few bars are not thick
+MOST_BARS, MOST_IN_ALL = 40, 160  # in a panel, in a figure; with more, shapes are drawn as their geometric mean
 LABEL_SHARE = 0.045  # the height of a line of text as a share of the roofline's
 KEY = (
     "Dot: one shape. Large marker: geometric mean over shapes. Line on a bar: quartiles. Columns are moved sideways "

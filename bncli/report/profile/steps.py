@@ -159,7 +159,7 @@ def _arms(rows: Sequence[StepCost]) -> dict[str, list[StepCost]]:
 
 
 def _bars(rows: Sequence[StepCost]) -> Bar:
-    """A step as a bar of its classes' letters; the longest step is as long as the room."""
+    """A step as a bar of its classes' letters; the longest step takes the whole width."""
     medians = [found.median if (found := quartiles(row.samples_ms)) else 0.0 for row in rows]
     longest = max(medians)
 
