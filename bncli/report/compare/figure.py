@@ -76,14 +76,16 @@ def _targets(axes: Axes, comparison: Comparison) -> None:
     order = targets_in_order(comparison.plan)
     axes.set_xticks([target.value for target in order], [setting(target.value) for target in order])
     for index, arm in enumerate(comparison.arms):
-        ratios = {each.target: each.ratio for each in all_targets(comparison.plan, arm)}
-        found = [(t.value, r.value, r.interval) for t in order if (r := ratios[t]) is not None and r.value is not None]
-        if arm.ratio is None or not found:
-            continue
-        axes.plot([at for at, _, _ in found], [value for _, value, _ in found], marker="o", ms=4, **_look(index))
-        for at, value, interval in found:
-            ends = (interval.low or value, interval.high or value)
-            axes.plot([at, at], ends, color=_look(index)["color"], linewidth=1)
+        found = {each.target: each.ratio for each in all_targets(comparison.plan, arm)}
+        points = [
+            (target.value, ratio.value, ratio.interval.low or ratio.value, ratio.interval.high or ratio.value)
+            for target in order
+            if (ratio := found[target]) and ratio.value is not None
+        ]
+        if points:
+            places, values, low, high = zip(*points, strict=True)
+            axes.plot(places, values, marker="o", ms=4, **_look(index))
+            axes.vlines(places, low, high, color=_look(index)["color"], linewidth=1)
     axes.axhline(1, color=PALE, linestyle=(0, (5, 4)), linewidth=1, zorder=1)
     if comparison.plan.target.metric == "loss":
         axes.invert_xaxis()
@@ -230,11 +232,9 @@ def _arm_runs(axes: Axes, row: int, results: list[RunResult], most: float) -> No
 def _average(axes: Axes, row: int, arm: ArmSummary, most: float) -> None:
     if arm.steps.value is None or arm.steps.value <= 0:
         return
-    low, high = arm.steps.interval.low, arm.steps.interval.high
+    value, low, high = arm.steps.value, arm.steps.interval.low, arm.steps.interval.high
     height = row + 0.25
-    ends = (arm.steps.value if low is None else low, most if high is None and low is not None else high)
-    axes.plot([ends[0], ends[1] or arm.steps.value], [height] * 2, color=INK, linewidth=1.4, solid_capstyle="butt")
-    axes.plot(arm.steps.value, height, "D", color=INK, markersize=5)
-    for end in (low, high):
-        if end is not None:
-            axes.plot(end, height, "|", color=INK, markersize=7)
+    axes.hlines(height, low or value, high or (most if low else value), color=INK, linewidth=1.4)
+    axes.plot(value, height, "D", color=INK, markersize=5)
+    ends = [end for end in (low, high) if end is not None]
+    axes.plot(ends, [height] * len(ends), "|", color=INK, markersize=7)
