@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from time import monotonic
 from typing import Any
@@ -64,9 +64,11 @@ def _figures(task: Task, most: int) -> str:
 class _ProgressSink:
     """A sink for events. Bars are shown on a terminal only, where stdout stays free (rich issue 2151)."""
 
-    def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
+    def __init__(
+        self, quiet: bool = False, console: Console | None = None, clock: Callable[[], float] = monotonic
+    ) -> None:
         self.console = console or Console(stderr=True, highlight=False)
-        self.quiet = quiet
+        self.quiet, self.clock = quiet, clock
         # FORCE_COLOR makes rich take any stream for a terminal (briefcase PR 1267), so the stream itself is asked.
         terminal = self.console.file.isatty() if console is None else console.is_terminal
         self.live = not quiet and terminal and not self.console.is_dumb_terminal
@@ -78,7 +80,7 @@ class _ProgressSink:
             redirect_stderr=False,
             refresh_per_second=5,
         )
-        self._said = monotonic()
+        self._said = clock()
 
     def __enter__(self) -> Any:
         self.bars.start()
@@ -92,9 +94,9 @@ class _ProgressSink:
 
     def line(self, text: str, at_once: bool = False) -> None:
         """A plain line where there is no terminal, at most one every ten seconds unless it has to be said at once."""
-        if self.quiet or self.live or not (at_once or monotonic() - self._said > LINE_EVERY_S):
+        if self.quiet or self.live or not (at_once or self.clock() - self._said > LINE_EVERY_S):
             return
-        self._said = monotonic()
+        self._said = self.clock()
         self._print(text)
 
     def _print(self, text: str) -> None:
@@ -167,20 +169,14 @@ class ProfileProgress(_ProgressSink):
 
     def __call__(self, event: ProfileEvent) -> None:
         if isinstance(event, ProfileStarted):
-            self.what, self.planned, self.done, self.fraction, self._began = (
-                event.what,
-                event.planned,
-                0,
-                0.0,
-                monotonic(),
-            )
+            self.what, self.planned, self.done = event.what, event.planned, 0
+            self.fraction, self._began = 0.0, self.clock()
             self.wished_s, self.longer = event.seconds or math.inf, ""
             self.task = self.add(event.what, 1.0)
             self.line(f"{event.what}: {count(event.planned, 'row')} to measure", True)
         elif isinstance(event, Measuring):
-            self.fraction = min(
-                max(event.fraction, self.fraction), 1.0
-            )  # the bar never moves backwards, though the plan may grow
+            # The plan may grow, but the bar never moves backwards.
+            self.fraction = min(max(event.fraction, self.fraction), 1.0)
             before, self.longer = self.longer, self._longer(event.least_s)
             name = f"{self.what}: {event.label}"
             self.bars.update(self.task, completed=self.fraction, description=name, notes=[self.longer])
@@ -202,7 +198,7 @@ class ProfileProgress(_ProgressSink):
         """The time left, at the speed so far."""
         if not 0 < self.fraction < 1:
             return ""
-        seconds = (monotonic() - self._began) * (1 - self.fraction) / self.fraction
+        seconds = (self.clock() - self._began) * (1 - self.fraction) / self.fraction
         return f", about {seconds:,.0f} s left"
 
 
