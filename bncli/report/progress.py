@@ -21,7 +21,7 @@ from bncli.results.train import Evaluated, Event, RunStarted, StepDone
 
 LINE_EVERY_S = 10.0  # where stderr is no terminal
 LONGER = 1.1  # an estimate above this multiple of the requested time is reported
-LEAST_NAME, LEAST_BAR, LONGEST_BAR = 24, 8, 40  # columns
+LEAST_NAME, LEAST_BAR, LONGEST_BAR = 22, 8, 40  # columns
 
 
 class _Bars(Progress):
@@ -34,9 +34,10 @@ class _Bars(Progress):
         if not self.tasks:
             return
         width, encoding = self.console.width - 1, self.console.encoding
-        figures = [encodable(_figures(task, width - LEAST_NAME), encoding) for task in self.tasks]
-        right = max(map(len, figures), default=0)
-        left = min(max((len(task.description) for task in self.tasks), default=0), max(3, width - right - 2))
+        longest = max(len(task.description) for task in self.tasks)
+        figures = [encodable(_figures(task, width - 2 - min(longest, LEAST_NAME)), encoding) for task in self.tasks]
+        right = max(map(len, figures))
+        left = min(longest, max(3, width - right - 2))
         bar_width = min(LONGEST_BAR, width - left - right - 4)
         for task, words in zip(self.tasks, figures, strict=True):
             name = task.description
