@@ -9,7 +9,7 @@ from rich.console import Group
 
 from bncli.report.export import json_text
 from bncli.report.table import AlignedTable, Paragraph, ResponsiveTable
-from bncli.report.text import UNKNOWN, Cell, Column, figure, setting
+from bncli.report.text import UNKNOWN, Cell, Column, count, figure, setting
 from bncli.results.compare import Planned, PlannedArm
 from bncli.results.serialize import to_plain
 
@@ -22,9 +22,10 @@ def render(planned: Planned) -> Group:
         if planned.available_memory_mib is not None:
             lines.append(f"available on this machine (CPU): {_memory(planned.available_memory_mib)}")
     lines += [f"grid: {path} in {', '.join(map(setting, values))}" for path, values in planned.grid.items()]
-    runs = f"{planned.runs:,} run{'s' * (planned.runs != 1)}"
     more = ", more where an arm keeps several points of the grid" if planned.grid else ""
-    lines.append(f"{runs}, {planned.steps_at_most:,} optimizer steps at most{more}. Nothing was trained.")
+    lines.append(
+        f"{count(planned.runs, 'run')}, {planned.steps_at_most:,} optimizer steps at most{more}. Nothing was trained."
+    )
     return Group(_fields_table(planned), _arms_table(planned), *map(Paragraph, lines))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from time import monotonic
 from typing import Any
@@ -21,7 +21,7 @@ from bncli.results.train import Evaluated, Event, RunStarted, StepDone
 
 LINE_EVERY_S = 10.0  # where stderr is no terminal
 LONGER = 1.1  # an estimate above this multiple of the requested time is reported
-LEAST_NAME, LEAST_BAR, LONGEST_BAR = 24, 8, 40  # columns
+LEAST_NAME, LEAST_BAR, LONGEST_BAR = 22, 8, 40  # columns
 
 
 class _Bars(Progress):
@@ -34,9 +34,10 @@ class _Bars(Progress):
         if not self.tasks:
             return
         width, encoding = self.console.width - 1, self.console.encoding
-        figures = [encodable(_figures(task, width - LEAST_NAME), encoding) for task in self.tasks]
-        right = max(map(len, figures), default=0)
-        left = min(max((len(task.description) for task in self.tasks), default=0), max(3, width - right - 2))
+        longest = max(len(task.description) for task in self.tasks)
+        figures = [encodable(_figures(task, width - 2 - min(longest, LEAST_NAME)), encoding) for task in self.tasks]
+        right = max(map(len, figures))
+        left = min(longest, max(3, width - right - 2))
         bar_width = min(LONGEST_BAR, width - left - right - 4)
         for task, words in zip(self.tasks, figures, strict=True):
             name = task.description
@@ -64,9 +65,11 @@ def _figures(task: Task, most: int) -> str:
 class _ProgressSink:
     """A sink for events. Bars are shown on a terminal only, where stdout stays free (rich issue 2151)."""
 
-    def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
+    def __init__(
+        self, quiet: bool = False, console: Console | None = None, clock: Callable[[], float] = monotonic
+    ) -> None:
         self.console = console or Console(stderr=True, highlight=False)
-        self.quiet = quiet
+        self.quiet, self.clock = quiet, clock
         # FORCE_COLOR makes rich take any stream for a terminal (briefcase PR 1267), so the stream itself is asked.
         terminal = self.console.file.isatty() if console is None else console.is_terminal
         self.live = not quiet and terminal and not self.console.is_dumb_terminal
@@ -78,7 +81,7 @@ class _ProgressSink:
             redirect_stderr=False,
             refresh_per_second=5,
         )
-        self._said = monotonic()
+        self._said = clock()
 
     def __enter__(self) -> Any:
         self.bars.start()
@@ -92,9 +95,9 @@ class _ProgressSink:
 
     def line(self, text: str, at_once: bool = False) -> None:
         """A plain line where there is no terminal, at most one every ten seconds unless it has to be said at once."""
-        if self.quiet or self.live or not (at_once or monotonic() - self._said > LINE_EVERY_S):
+        if self.quiet or self.live or not (at_once or self.clock() - self._said > LINE_EVERY_S):
             return
-        self._said = monotonic()
+        self._said = self.clock()
         self._print(text)
 
     def _print(self, text: str) -> None:
@@ -167,20 +170,14 @@ class ProfileProgress(_ProgressSink):
 
     def __call__(self, event: ProfileEvent) -> None:
         if isinstance(event, ProfileStarted):
-            self.what, self.planned, self.done, self.fraction, self._began = (
-                event.what,
-                event.planned,
-                0,
-                0.0,
-                monotonic(),
-            )
+            self.what, self.planned, self.done = event.what, event.planned, 0
+            self.fraction, self._began = 0.0, self.clock()
             self.wished_s, self.longer = event.seconds or math.inf, ""
             self.task = self.add(event.what, 1.0)
             self.line(f"{event.what}: {count(event.planned, 'row')} to measure", True)
         elif isinstance(event, Measuring):
-            self.fraction = min(
-                max(event.fraction, self.fraction), 1.0
-            )  # the bar never moves backwards, though the plan may grow
+            # The plan may grow, but the bar never moves backwards.
+            self.fraction = min(max(event.fraction, self.fraction), 1.0)
             before, self.longer = self.longer, self._longer(event.least_s)
             name = f"{self.what}: {event.label}"
             self.bars.update(self.task, completed=self.fraction, description=name, notes=[self.longer])
@@ -202,7 +199,7 @@ class ProfileProgress(_ProgressSink):
         """The time left, at the speed so far."""
         if not 0 < self.fraction < 1:
             return ""
-        seconds = (monotonic() - self._began) * (1 - self.fraction) / self.fraction
+        seconds = (self.clock() - self._began) * (1 - self.fraction) / self.fraction
         return f", about {seconds:,.0f} s left"
 
 

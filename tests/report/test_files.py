@@ -18,12 +18,7 @@ from bncli.errors import USAGE, BncliError
 from bncli.report.compare.export import to_csv, to_markdown
 from bncli.report.compare.notes import sentence
 from bncli.report.compare.table import ComparisonReport
-from bncli.report.files import (
-    event_line,
-    from_json,
-    to_json,
-    write_atomically,
-)
+from bncli.report.files import event_line, from_json, to_json, write_atomically
 from bncli.results.compare import Comparison, RunRecord
 from bncli.results.environment import COMPARISON_VERSION, RUNS_VERSION
 from bncli.results.train import Evaluated, Evaluation, RunFinished, RunResult, RunStarted, StepDone, Target

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from bncli.report import progress as module
 from bncli.report.progress import CompareProgress, GradcheckProgress, ProfileProgress, TrainProgress
 from bncli.results.compare import ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
 from bncli.results.profile import Measuring, ProfileStarted, RowDone
@@ -50,11 +50,19 @@ KINDS = [
 
 
 def shown(
-    kind: type, events: list, terminal: bool, quiet: bool = False, width: int = 120, encoding: str = "utf-8"
+    kind: type,
+    events: list,
+    terminal: bool,
+    quiet: bool = False,
+    width: int = 120,
+    encoding: str = "utf-8",
+    step_s: float = 0.0,
 ) -> str:
+    """What is written, where each look at the clock is `step_s` later than the one before."""
+    clock = itertools.count(0.0, step_s)
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
     console = Console(file=file, force_terminal=terminal, width=width, color_system=None, legacy_windows=False)
-    with kind(quiet, console) as sink:
+    with kind(quiet, console, lambda: next(clock)) as sink:
         for event in events:
             sink(event)
         sink.bars.refresh()
@@ -90,13 +98,10 @@ def test_nothing_is_shown_when_quiet(kind: type, events: list) -> None:
     assert shown(kind, events, terminal=False, quiet=True) == ""
 
 
-def test_without_a_terminal_there_are_plain_lines_now_and_then(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_a_terminal_there_are_plain_lines_now_and_then() -> None:
     log = shown(TrainProgress, TRAIN, terminal=False)
     assert log == "digits: 27,710 parameters on cpu, 3,000 steps at most\n"  # the rest within the first ten seconds
-    monkeypatch.setattr(module, "LINE_EVERY_S", 0.0)
-    log = shown(TrainProgress, TRAIN, terminal=False)
+    log = shown(TrainProgress, TRAIN, terminal=False, step_s=20.0)
     assert "step 20: held-out accuracy 0.500, loss 1.900" in log
     assert "\x1b" not in log
 
@@ -115,10 +120,9 @@ def test_a_failure_is_logged_at_once() -> None:
         (replace(run_result(None, status="diverged"), reason="the loss is nan at step 7"), "the loss is nan at step 7"),
     ],
 )
-def test_how_a_run_ended_is_logged(monkeypatch: pytest.MonkeyPatch, result: RunResult, words: str) -> None:
-    monkeypatch.setattr(module, "LINE_EVERY_S", 0.0)
+def test_how_a_run_ended_is_logged(result: RunResult, words: str) -> None:
     ended = RunEnded(0, "plain, lr 1, seed 0", 1, 2, RunRecord("a", "plain", {}, 0, "tune", result))
-    log = shown(CompareProgress, [ComparisonStarted("digits", 2, 0, "accuracy"), ended], terminal=False)
+    log = shown(CompareProgress, [ComparisonStarted("digits", 2, 0, "accuracy"), ended], terminal=False, step_s=20.0)
     assert log.splitlines()[1].startswith(f"1/2 plain, lr 1, seed 0: {words}")
 
 
@@ -142,22 +146,19 @@ def test_the_bar_of_a_profile_never_moves_backwards() -> None:
     assert "100%" in shown(ProfileProgress, [*PROFILE, Measuring("end", 1.7)], terminal=True)
 
 
-def test_without_a_terminal_a_profile_has_few_lines_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_a_profile_has_few_lines_with_the_time_left() -> None:
     assert shown(ProfileProgress, PROFILE, terminal=False) == "kernels: 3 rows to measure\n"
-    now = iter(range(0, 10_000, 20))  # each look at the clock is 20 s later
-    monkeypatch.setattr(module, "monotonic", lambda: float(next(now)))
-    log = shown(ProfileProgress, PROFILE, terminal=False)
+    log = shown(ProfileProgress, PROFILE, terminal=False, step_s=20.0)
     assert "0/3 rows, 0%: native bn [fp32] 256x64x56x56" in log
     (line,) = [line for line in log.splitlines() if line.startswith("1/3 rows, 50%")]
     assert "s left: fused bn fp32 256x64x56x56" in line
     assert "\x1b" not in log
 
 
-def test_the_time_left_is_what_the_rest_takes_at_the_speed_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_is_what_the_rest_takes_at_the_speed_so_far() -> None:
     clock = [100.0]
-    monkeypatch.setattr(module, "monotonic", lambda: clock[0])
     console = Console(file=io.StringIO(), force_terminal=False, width=120)
-    with ProfileProgress(False, console) as sink:
+    with ProfileProgress(False, console, lambda: clock[0]) as sink:
         sink(ProfileStarted("kernels", 4))
         clock[0] += 30.0
         sink(Measuring("fused", 0.25))
@@ -190,9 +191,8 @@ def test_the_cases_done_are_counted_and_the_last_group_named() -> None:
     assert "144 cases in 2 groups; last: forward, evaluation" in shown(GradcheckProgress, GROUPS[:2], terminal=True)
 
 
-def test_a_failed_group_is_logged_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_group_is_logged_at_once() -> None:
     assert shown(GradcheckProgress, GROUPS, terminal=False) == ""
     log = shown(GradcheckProgress, BAD.groups[:2], terminal=False)
     assert log == "gradcheck: 144 cases in 2 groups, 40 failed; last: dx\n"
-    monkeypatch.setattr(module, "LINE_EVERY_S", 0.0)
-    assert shown(GradcheckProgress, GROUPS, terminal=False).count("\n") == len(GROUPS)
+    assert shown(GradcheckProgress, GROUPS, terminal=False, step_s=20.0).count("\n") == len(GROUPS)

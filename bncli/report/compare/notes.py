@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from bncli.report.text import count
 from bncli.results.compare import Note, NoteKind
 
 # Part of a run's identity, as in RunRecord -> why a run in which it differs is not reused.
@@ -40,7 +41,7 @@ def _every_second_evaluation(thinned: float, ratio: float) -> str:
 
 def _few_seeds(seeds: int, ratio: float, needed: int | None) -> str:
     more = "" if needed is None else f": at the spread seen here a ratio of {ratio:g} needs {needed}"
-    return f"{seeds} seed{'s' * (seeds > 1)} an arm {'are' if seeds > 1 else 'is'} few{more}"
+    return f"{count(seeds, 'seed')} an arm {'are' if seeds > 1 else 'is'} few{more}"
 
 
 def _not_told_apart(arms: list[str], reference: str, comparisons: int) -> str:
@@ -68,13 +69,13 @@ def _setting(value: Any) -> str:
 
 
 def _not_reused(runs: int, changed: Mapping[str, int]) -> str:
-    reasons = ", ".join(f"{CHANGED[part]} ({count})" for part, count in changed.items())
+    reasons = ", ".join(f"{CHANGED[part]} ({number})" for part, number in changed.items())
     return f"{runs} earlier run{'s are' if runs != 1 else ' is'} not reused: {reasons}"
 
 
 def _other_threads(runs: int, of: int, had: list[int], asked: int) -> str:
     return (
-        f"{runs} of {of} runs were made with {' or '.join(map(str, had))} and not {asked} thread{'s' * (asked != 1)}: "
+        f"{runs} of {of} runs were made with {' or '.join(map(str, had))} and not {count(asked, 'thread')}: "
         "their steps are used, their seconds, samples/s and memory are not"
     )
 
@@ -119,7 +120,7 @@ SENTENCES: dict[NoteKind, Callable[..., str]] = {
     ),
     "not reused": _not_reused,
     "earlier code": lambda runs: (
-        f"the model's code was changed meanwhile: {runs} run{'s' * (runs != 1)} by the earlier code left out; "
+        f"the model's code was changed meanwhile: {count(runs, 'run')} by the earlier code left out; "
         "run the same command again to repeat them"
     ),
     "earlier answer": lambda file: f"the folder's earlier answer, to another plan, is kept as {file}",

@@ -13,6 +13,7 @@ from bncli.report.text import (
     UNKNOWN,
     Cell,
     Column,
+    count,
     environment_words,
     figure,
     interval_figure,
@@ -222,10 +223,10 @@ def common_ratio(cell: TuningCell, reference: TuningCell, most_steps: float) -> 
 
 
 def tuning_notes(comparison: Comparison) -> list[str]:
-    seeds = len(comparison.plan.tune_seeds)
+    seeds = count(len(comparison.plan.tune_seeds), "tuning seed")
     choices = [f"{arm.arm}: {choice_words(arm.choice)}" for arm in comparison.arms if arm.choice]
     return [
-        f"Geometric mean of the steps of the runs that hit, hits/runs over {seeds} tuning seed{'s' * (seeds != 1)};"
+        f"Geometric mean of the steps of the runs that hit, hits/runs over {seeds};"
         f" below it how many times fewer than {comparison.plan.reference} at the same value (no interval).",
         "[ ]: the arm's best, by all of its seeds; ( ): kept beside it with further seeds, since the tuning seeds "
         "could not tell them apart. > and <: bounds, where runs missed.",
@@ -250,7 +251,7 @@ def title(comparison: Comparison) -> str:
 
 def subtitle(plan: ComparisonPlan) -> str:
     tune, more = len(plan.tune_seeds), len(plan.report_seeds)
-    seeds = f"{more} seed{'s' * (more != 1)} an arm"
+    seeds = f"{count(more, 'seed')} an arm"
     if tune:
         seeds = f"{tune} seeds at every point of the grid, {more} more where it may be the best"
     return f"{plan.data}; {seeds}; budget {figure(plan.budget)} steps"
