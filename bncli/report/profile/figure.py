@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from bncli.report.figure import COLOURS, INK, PALE, check_path, rendered
 from bncli.report.files import write_atomically
 from bncli.report.profile.text import cache_words, case_groups, gb_per_s, grouped, quartiles, shape_words, size_words
-from bncli.report.text import figure
+from bncli.report.text import count, figure
 from bncli.results.profile import STEP_CLASSES, Ceilings, KernelCost, KernelProfile, Profile, StepCost, StepProfile
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def _title(picture: Figure, title: str, profile: Profile, *more: str, key: str =
     style: dict[str, Any] = {"ha": "left", "x": 0.008, "parse_math": False}
     picture.suptitle(title, fontsize=12, fontweight="bold", **style)
     made = profile.environment
-    threads = f"{made.threads} thread{'s' * (made.threads != 1)}"
-    words = "; ".join([f"{made.device} ({made.processor})", threads, *more, f"torch {made.torch}", made.date[:10]])
+    machine = [f"{made.device} ({made.processor})", count(made.threads, "thread")]
+    words = "; ".join([*machine, *more, f"torch {made.torch}", made.date[:10]])
     picture.supxlabel("\n".join(filter(None, [*textwrap.wrap(words, 170), key])), fontsize=8, **style)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
-from bncli.report.text import UNKNOWN, Cell, Column, figure, finding_text, interval_figure
+from bncli.report.text import UNKNOWN, Cell, Column, count, figure, finding_text, interval_figure
 from bncli.results.profile import (
     Case,
     Ceilings,
@@ -130,8 +130,7 @@ def measured_words(profile: Profile) -> str:
     if rows < profile.planned:
         return f"interrupted: {rows} of {profile.planned} rows {time}"
     measured = sum(row.error is None for row in profile.rows)
-    of = f" of {rows}" if measured < rows else ""
-    return f"{measured}{of} row{'s' * (rows != 1)} {time}"
+    return f"{f'{measured} of ' * (measured < rows)}{count(rows, 'row')} {time}"
 
 
 # --- groups of rows -----------------------------------------------------------------------------------------------
@@ -239,11 +238,11 @@ def norms_words(norms: Sequence[NormLayers]) -> str:
     batch = [layers for layers in norms if layers.kind == "batch norm"]
     words = [f"{layers.count} {layers.kind}" for layers in norms if layers.kind != "batch norm"]
     if batch:
-        count = sum(layers.count for layers in batch)
+        norms_count = count(sum(layers.count for layers in batch), "batch norm")
         converted = ", ".join(f"{layers.count} {_calls_words(layers)}" for layers in batch if layers.converted)
         others = [layers for layers in batch if not layers.converted and layers.kernel != NATIVE]
         words = [
-            f"{count} batch norm{'s' * (count > 1)}{f' ({converted})' * bool(converted)}",
+            f"{norms_count}{f' ({converted})' * bool(converted)}",
             *(f"{layers.count} on the {layers.kernel} kernel" for layers in others),
             *words,
         ]
