@@ -169,7 +169,7 @@ OPTIONS_OF_OTHER_PROGRAMS = {
     "kernels.fused.build",
     "engine.train.worker",
     "measure.compare.executors.processes",
-    "report.compare.page",
+    "report.compare.export",
 }
 
 # Modules without a test file of their own, and which file tests them, or why none has to.

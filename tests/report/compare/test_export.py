@@ -1,4 +1,4 @@
-"""CSV for programs and Markdown for pages."""
+"""CSV for programs, Markdown for pages, and one HTML page that needs nothing else."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ import csv
 import io
 import re
 from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
 
-from bncli.report.compare.export import to_csv, to_markdown
+import pytest
+
+from bncli.errors import FileError
+from bncli.report.compare import figure
+from bncli.report.compare.export import to_csv, to_html, to_markdown
+from bncli.report.figure import INK, MISSING
+from bncli.results.compare import Note
 
 
 def test_csv_has_a_row_an_arm_and_units_in_the_header(examples):
@@ -58,7 +66,7 @@ def test_markdown_says_what_the_terminal_says(examples):
         "12.1x (9.81–14.9)",
         "| 1 (reference) |",
         "3\\*",
-        "jackknife over seeds, paired",
+        "jackknife over paired seeds",
     ):
         assert words in text
     assert "| 0.9 | 636 (572–700) | 31.2 (28.1–34.3) | 20.4x (18.4–22.4) |" in text
@@ -67,7 +75,7 @@ def test_markdown_says_what_the_terminal_says(examples):
     )
 
 
-def test_csv_has_seconds_examples_further_targets_and_how_clear_the_choice_was(examples):
+def test_csv_has_seconds_examples_targets_and_choice(examples):
     plain, batch = csv.DictReader(io.StringIO(to_csv(examples["two arms"])))
     assert (plain["times_fewer_seconds"], batch["times_fewer_seconds"]) == ("1", "9.1")
     assert (batch["examples_to_target"], batch["times_fewer_examples"]) == ("4020.0", "12.1")
@@ -84,3 +92,98 @@ def test_markdown_escapes_what_would_be_markup(examples):
     hostile = replace(found.arms[1], arm="a|b <script> *x* `y` [z](w)\n# h")
     text = to_markdown(replace(found, arms=(found.arms[0], hostile)))
     assert "a\\|b \\<script> \\*x\\* \\`y\\` \\[z\\](w) \\# h" in text
+
+
+# --- HTML ---------------------------------------------------------------------------------------------------------
+
+VOID = {"meta", "br", "path", "use", "rect"}
+
+
+class Page(HTMLParser):
+    """Notes text and what would be loaded, and sees to it that every tag is closed."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.loaded: list[str] = []
+        self.tags: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.loaded += [value for name, value in attributes if name in ("src", "href") and not value.startswith("#")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture
+def no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_args: Any, **_options: Any) -> bytes:
+        raise FileError(MISSING)
+
+    monkeypatch.setattr(figure, "render", missing)
+
+
+def check_page(html: str) -> Page:
+    """That every tag is closed and nothing is loaded."""
+    page = Page(html)
+    assert page.open == []
+    assert page.loaded == []
+    assert "script" not in page.tags
+    return page
+
+
+def test_the_page_is_well_formed_and_loads_nothing(example, no_figure):
+    check_page(to_html(example))
+
+
+def test_the_page_has_tables_notes_machine_and_figure(examples):
+    html = to_html(examples["six arms"])
+    words = " ".join(check_page(html).words)
+    for text in (
+        "rectified linear units",
+        "12.1x",
+        "> 2,308",
+        "Tuning runs",
+        "worker killed by signal 9",
+        "torch 2.13.0",
+    ):
+        assert text in words
+    assert html.count("<svg") == 1
+    assert "prefers-color-scheme: dark" in html
+    assert INK not in html  # the figure takes the colour of the page's text
+    assert "currentColor" in html
+
+
+def test_without_matplotlib_the_page_says_what_is_missing(examples, no_figure):
+    html = to_html(examples["two arms"])
+    assert "<svg" not in html
+    assert "bncli[plot]" in html
+    assert "12.1x" in html
+
+
+def test_without_a_grid_the_page_has_no_tuning_runs(examples, no_figure):
+    assert "Tuning" not in to_html(examples["no grid"])
+
+
+def test_the_page_escapes_names_and_notes(examples, no_figure):
+    found = examples["two arms"]
+    hostile = replace(found.arms[1], arm="<script>alert(1)</script>")
+    plan = replace(found.plan, name="<b>", data="&amp; <i>")
+    notes = (Note.of("words", words="<img src=x>"),)
+    page = Page(to_html(replace(found, plan=plan, arms=(found.arms[0], hostile), notes=notes)))
+    assert {"script", "img", "b", "i"}.isdisjoint(page.tags)
+    assert "<script>alert(1)</script>" in page.words
+    assert "<img src=x>" in page.words
