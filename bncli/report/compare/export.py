@@ -131,7 +131,7 @@ svg {{ width: 100%; height: auto; margin: 1.5rem 0; }}
 <h1>{title}</h1>
 <p class="quiet">{subtitle}</p>
 <div class="wide">{table}</div>
-{picture}
+{figure}
 {side}
 <ul>{notes}</ul>
 {tuning}
@@ -154,7 +154,7 @@ def to_html(comparison: Comparison) -> str:
         title=html.escape(title(comparison)),
         subtitle=html.escape(subtitle(comparison.plan)),
         table=_html_table(comparison_columns(comparison)),
-        picture=_html_figure(comparison),
+        figure=_html_figure(comparison),
         side="\n".join(side),
         notes=_html_items(footnotes(comparison)),
         tuning=TUNING.format(table=_html_table(tuned), notes=_html_items(tuning_notes(comparison))) if tuned else "",
