@@ -1,4 +1,4 @@
-"""Profiles of every shape that the renderings must bear, built by hand: nothing is measured."""
+"""Handmade profiles for the tests of reports: nothing is measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of results: nothing half written, nothing lost, nothing shared by two writers."""
+"""Folders of results: whole files, nothing lost, one writer at a time."""
 
 from __future__ import annotations
 
@@ -25,18 +25,8 @@ def record(make_result, key: str, failure: str | None = None) -> RunRecord:
     return RunRecord(key, "plain", {}, 0, "report", None if failure else make_result(100.0), failure)
 
 
-PLAN = ComparisonPlan(
-    "small",
-    ("plain", "normed"),
-    {},
-    {"optimizer.lr": (0.1, 1)},
-    "plain",
-    (0,),
-    (1, 2),
-    Target("accuracy", 0.9),
-    100,
-    "",
-)
+GRID = {"optimizer.lr": (0.1, 1)}
+PLAN = ComparisonPlan("small", ("plain", "normed"), {}, GRID, "plain", (0,), (1, 2), Target("accuracy", 0.9), 100, "")
 BEGUN = BegunComparison(PLAN, {"torch": "2.13"}, 1, ("/recipes/small.yaml",))
 
 
@@ -276,20 +266,12 @@ def test_other_files_of_the_folder_stay_as_they_are(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_read_or_shared_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"out .*file/run: cannot be made: Not a directory"):
         RunFolder(tmp_path / "file/run", "name").begin("")
-
-
-def test_a_folder_without_a_comparison_is_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        UsageError, match=r"comparison.json cannot be read: No such file or directory; give a JSON file"
-    ):
+    with pytest.raises(UsageError, match=r"comparison.json cannot be read: No such file or directory; give a JSON"):
         load_comparison(tmp_path)
-
-
-def test_a_run_takes_no_folder_of_a_comparison(tmp_path: Path) -> None:
     with ComparisonFolder(tmp_path) as folder:
         folder.begin(BEGUN)
     with pytest.raises(UsageError, match="holds a comparison; choose another folder"):

@@ -65,7 +65,7 @@ def sketch(comparison: Comparison, width: int = 80, height: int = 18, encoding: 
     cells = {(frame.row(target.value), column): (dash, "dim") for column in range(0, frame.columns, 2)}
     paths = []
     for index, curve in enumerate(curves):
-        letter, style = _look(index)
+        letter, style = _style(index)
         dots = _dots(frame, curve, 2, 4) if braille else _dots(frame, curve, 1, 1)
         for place, bits in dots.items():
             old = ord(cells.get(place, " ")[0][0]) - 0x2800
@@ -88,7 +88,7 @@ def sketch(comparison: Comparison, width: int = 80, height: int = 18, encoding: 
     return Text("\n").join(lines) + Text("\n")
 
 
-def _look(index: int) -> tuple[str, str]:
+def _style(index: int) -> tuple[str, str]:
     """An arm's letter and colour."""
     return LETTERS[index % len(LETTERS)], COLOURS[index % len(COLOURS)]
 
@@ -110,7 +110,7 @@ def _letters(paths: Sequence[Sequence[tuple[int, int]]]) -> dict[tuple[int, int]
     """At each curve's end and at intervals along it, shifted so that curves on top of each other show both letters."""
     cells: dict[tuple[int, int], tuple[str, str]] = {}
     for index, path in enumerate(paths):
-        letter, style = _look(index)
+        letter, style = _style(index)
         shift = index * 5 % LETTER_EVERY
         for place in [*path[-1:], *path[-LETTER_EVERY - shift :: -LETTER_EVERY]]:
             cells.setdefault(place, (letter, f"bold {style}"))
@@ -148,7 +148,7 @@ def _step_ticks(frame: Frame) -> list[tuple[float, int]]:
 def _legend(arms: Sequence[str], width: int) -> list[Text]:
     lines = [Text("optimizer steps (log scale)", "dim")]
     for index, arm in enumerate(arms):
-        letter, style = _look(index)
+        letter, style = _style(index)
         entry = Text(f"{letter} {arm}", f"bold {style}")
         if lines[-1].cell_len + entry.cell_len + 3 > width:
             lines.append(entry)

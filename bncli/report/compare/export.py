@@ -8,10 +8,9 @@ from typing import Any
 from bncli.errors import FileError
 from bncli.report.compare.text import (
     comparison_columns,
-    cost_columns,
     footnotes,
+    side_tables,
     subtitle,
-    target_columns,
     title,
     tuning_columns,
     tuning_notes,
@@ -97,16 +96,10 @@ def to_markdown(comparison: Comparison) -> str:
     """The comparison's table and its notes for a GitHub page."""
     lines = [f"### {markdown(title(comparison))}", "", markdown(subtitle(comparison.plan)), ""]
     lines += [*markdown_table(comparison_columns(comparison)), ""]
-    for heading, columns in _side_tables(comparison):
-        lines += [f"#### {heading}", "", *markdown_table(columns), ""]
+    for heading, columns in side_tables(comparison):
+        lines += [f"#### {heading.capitalize()}", "", *markdown_table(columns), ""]
     lines += [f"- {markdown(note)}" for note in footnotes(comparison)]
     return "\n".join(lines) + "\n"
-
-
-def _side_tables(comparison: Comparison) -> list[tuple[str, list[Column]]]:
-    """The tables below the comparison's own, each with its heading."""
-    found = [("What it costs to reach the target", cost_columns(comparison))]
-    return found + [("Steps to each target", target_columns(comparison))] * bool(comparison.plan.also)
 
 
 # --- HTML ---------------------------------------------------------------------------------------------------------
@@ -138,7 +131,7 @@ svg {{ width: 100%; height: auto; margin: 1.5rem 0; }}
 <h1>{title}</h1>
 <p class="quiet">{subtitle}</p>
 <div class="wide">{table}</div>
-{picture}
+{figure}
 {side}
 <ul>{notes}</ul>
 {tuning}
@@ -154,14 +147,14 @@ def to_html(comparison: Comparison) -> str:
     """A self-contained page: tables, notes, and the figure as inline SVG where matplotlib is installed."""
     tuned = tuning_columns(comparison) if comparison.plan.tune_seeds else []
     side = [
-        f'<h2>{html.escape(heading)}</h2>\n<div class="wide">{_html_table(columns)}</div>'
-        for heading, columns in _side_tables(comparison)
+        f'<h2>{heading.capitalize()}</h2>\n<div class="wide">{_html_table(columns)}</div>'
+        for heading, columns in side_tables(comparison)
     ]
     return PAGE.format(
         title=html.escape(title(comparison)),
         subtitle=html.escape(subtitle(comparison.plan)),
         table=_html_table(comparison_columns(comparison)),
-        picture=_html_figure(comparison),
+        figure=_html_figure(comparison),
         side="\n".join(side),
         notes=_html_items(footnotes(comparison)),
         tuning=TUNING.format(table=_html_table(tuned), notes=_html_items(tuning_notes(comparison))) if tuned else "",

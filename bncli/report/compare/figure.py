@@ -39,27 +39,27 @@ def plot(comparison: Comparison, path: Path) -> None:
 
 def render(comparison: Comparison, kind: str, transparent: bool = False) -> bytes:
     """The figure as the bytes of a "svg" or "png" file. Raises FileError without matplotlib."""
-    return rendered(lambda picture: draw(picture, comparison), kind, 160, transparent)
+    return rendered(lambda figure: draw(figure, comparison), kind, 160, transparent)
 
 
-def draw(picture: Figure, comparison: Comparison) -> None:
+def draw(figure: Figure, comparison: Comparison) -> None:
     """Put the curves, the runs and, with several targets, the ratios by target on an empty figure."""
     lines = sum(max(2.6, math.ceil(len(arm.arm) / 18)) for arm in comparison.arms)
     height = max(4.2, 1.6 + 0.19 * lines)
     if _has_ratios_by_target(comparison):
         height = max(height, 1.0 + 0.19 * lines + TARGETS_HEIGHT) + 1.0
         ratios = height - TARGETS_HEIGHT, TARGETS_HEIGHT
-        picture.set_size_inches(11, height)
-        panels = picture.subplot_mosaic([["left", "right"], ["left", "below"]], height_ratios=ratios)
+        figure.set_size_inches(11, height)
+        panels = figure.subplot_mosaic([["left", "right"], ["left", "below"]], height_ratios=ratios)
         left, right = panels["left"], panels["right"]
         _targets(panels["below"], comparison)
     else:
-        picture.set_size_inches(11, height)
-        left, right = picture.subplots(1, 2)
+        figure.set_size_inches(11, height)
+        left, right = figure.subplots(1, 2)
     words: dict[str, Any] = {"ha": "left", "x": 0.008, "parse_math": False}
-    picture.suptitle(title(comparison), fontsize=12, fontweight="bold", **words)
+    figure.suptitle(title(comparison), fontsize=12, fontweight="bold", **words)
     notes = "\n".join(textwrap.wrap(f"{subtitle(comparison.plan)}. {_key(comparison)}", 170))
-    picture.supxlabel(notes, fontsize=8, **words)
+    figure.supxlabel(notes, fontsize=8, **words)
     _curves(left, comparison)
     _steps(right, comparison)
 
@@ -84,8 +84,8 @@ def _targets(axes: Axes, comparison: Comparison) -> None:
         ]
         if points:
             places, values, low, high = zip(*points, strict=True)
-            axes.plot(places, values, marker="o", ms=4, **_look(index))
-            axes.vlines(places, low, high, color=_look(index)["color"], linewidth=1)
+            axes.plot(places, values, marker="o", ms=4, **_style(index))
+            axes.vlines(places, low, high, color=_style(index)["color"], linewidth=1)
     axes.axhline(1, color=PALE, linestyle=(0, (5, 4)), linewidth=1, zorder=1)
     if comparison.plan.target.metric == "loss":
         axes.invert_xaxis()
@@ -105,7 +105,7 @@ def _key(comparison: Comparison) -> str:
     return " ".join(parts)
 
 
-def _look(index: int) -> dict[str, Any]:
+def _style(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index // len(COLOURS) % len(LINES)]}
 
 
@@ -124,8 +124,8 @@ def _curves(axes: Axes, comparison: Comparison) -> None:
     axes.axhline(target.value, color=PALE, linestyle=(0, (5, 4)), linewidth=1, zorder=1)
     for index, points in curves.items():
         steps, medians, lows, highs = zip(*points, strict=True)
-        axes.fill_between(steps, lows, highs, color=_look(index)["color"], alpha=0.18, linewidth=0)
-        axes.plot(steps, medians, linewidth=1.5, **_look(index))
+        axes.fill_between(steps, lows, highs, color=_style(index)["color"], alpha=0.18, linewidth=0)
+        axes.plot(steps, medians, linewidth=1.5, **_style(index))
     ends = [step for points in curves.values() for step in (points[0][0], points[-1][0])]
     axes.set_xscale("log")
     axes.set_xlim(min(ends), max(*ends, 1.5 * min(ends)) * 1.1)
@@ -187,8 +187,8 @@ def _steps(axes: Axes, comparison: Comparison) -> None:
     for row, arm in enumerate(arms):
         _arm_runs(axes, row, comparison.results_of(arm), most)
         _average(axes, row, arm, most)
-    room = max(0.0, (4 - len(arms)) / 4)  # two arms are not moved to the ends of the axis
-    axes.set_ylim(len(arms) - 0.5 + room, -0.5 - room)
+    margin = max(0.0, (4 - len(arms)) / 4)  # two arms are not moved to the ends of the axis
+    axes.set_ylim(len(arms) - 0.5 + margin, -0.5 - margin)
     names = [textwrap.fill(f"{_letter(index)}  {arm.arm}", 25) for index, arm in enumerate(arms)]
     axes.set_yticks(range(len(arms)), names, parse_math=False)
     for index, label in enumerate(axes.get_yticklabels()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -11,16 +10,14 @@ from rich.text import Text
 from bncli.report.compare.curves import sketch
 from bncli.report.compare.text import (
     comparison_columns,
-    cost_columns,
     footnotes,
+    side_tables,
     subtitle,
-    target_columns,
     title,
     tuning_columns,
     tuning_notes,
 )
 from bncli.report.table import AlignedTable, ResponsiveTable
-from bncli.report.text import Column
 from bncli.results.compare import Comparison
 
 SKETCH_WIDTH = 100  # at most, in columns
@@ -33,12 +30,12 @@ class ComparisonReport:
     comparison: Comparison
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        found, name = self.comparison, self.comparison.plan.name
+        found = self.comparison
         yield comparison_table(found)
         yield ""
-        yield _side_table(f"{name}: what it costs to reach the target", cost_columns(found))
-        if found.plan.also:
-            yield _side_table(f"{name}: steps to each target", target_columns(found))
+        for heading, columns in side_tables(found):
+            narrower = [AlignedTable(columns, asides_below=True, wrap=True)]
+            yield ResponsiveTable(f"{found.plan.name}: {heading}", AlignedTable(columns), narrower)
         yield sketch(found, min(options.max_width, SKETCH_WIDTH), encoding=options.encoding)
         if found.plan.grid and found.plan.tune_seeds:
             yield tuning_table(found)
@@ -59,10 +56,6 @@ def comparison_table(comparison: Comparison) -> RenderableType:
     return ResponsiveTable(
         title(comparison), AlignedTable(columns), narrower, subtitle(comparison.plan), footnotes(comparison)
     )
-
-
-def _side_table(heading: str, columns: Sequence[Column]) -> RenderableType:
-    return ResponsiveTable(heading, AlignedTable(columns), [AlignedTable(columns, asides_below=True, wrap=True)])
 
 
 def tuning_table(comparison: Comparison) -> RenderableType:

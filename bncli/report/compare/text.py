@@ -142,6 +142,12 @@ def target_columns(comparison: Comparison) -> list[Column]:
     return columns
 
 
+def side_tables(comparison: Comparison) -> list[tuple[str, list[Column]]]:
+    """The tables below the comparison's own, each with its heading."""
+    found = [("what it costs to reach the target", cost_columns(comparison))]
+    return found + [("steps to each target", target_columns(comparison))] * bool(comparison.plan.also)
+
+
 def targets_in_order(plan: ComparisonPlan) -> list[Target]:
     """All targets, the easiest first."""
     found = [plan.target, *plan.also]
