@@ -16,11 +16,7 @@ from bncli.engine.convert import blocks, graph
 from bncli.engine.models import norms
 from bncli.errors import UsageError
 
-EXACT: dict[type, Any] = {
-    nn.BatchNorm1d: norms.BatchNorm1d,
-    nn.BatchNorm2d: norms.BatchNorm2d,
-    nn.BatchNorm3d: norms.BatchNorm3d,
-}
+EXACT: dict[type, Any] = {getattr(nn, f"BatchNorm{n}d"): getattr(norms, f"BatchNorm{n}d") for n in (1, 2, 3)}
 
 
 @dataclass(frozen=True)
@@ -72,10 +68,10 @@ def convert(
     changed later (a slope, a module, a hook, a flag) has its effect; what cannot be fused runs as it is written.
 
     With `trace`, torch.fx looks into the other forwards too. The model is converted in place all the same; what is
-    returned is a torch.fx.GraphModule of it that shares its parameters. It has the limits of fx: the Python of the
-    forwards ran while the graph was made, so that configurations, and arguments whose default is None or a bool, are
-    those of that moment; methods other than forward are gone; hooks that are added later fire on modules that the
-    graph calls (torch's own, norms, and those that had hooks), and only these can be exchanged.
+    returned is a torch.fx.GraphModule that shares its modules and has its state_dict. It has the limits of fx: the
+    Python of the forwards that hold norms ran while it was made, so that attributes and configurations are those of
+    that moment; methods other than forward are gone; of modules that are changed later, and of hooks, only those have
+    an effect whose modules the graph calls: norms, activations, and whatever holds no norms or had hooks before.
 
     Convert last, before torch.compile and DistributedDataParallel. Converting a model again starts afresh.
     torch.export, torch.compile and torch.jit.trace take a converted model; torch.jit.script does not.
@@ -121,9 +117,6 @@ def _swap(module: Any, kernel: str | kernels.Kernel) -> str | None:
     """Make a batch norm one of ours, in place; or why it was left as it is."""
     kind, name = type(module), type(module).__name__
     bases = [EXACT[base] for base in kind.__mro__ if base in EXACT]
-    act = getattr(module, "act", nn.Identity())  # of timm's BatchNormAct2d, beside modules that are mostly Identity
-    activation = blocks.activation_name(act)
-    parts = [part for part in module.children() if part is not act or activation is None]
     if "forward" in module.__dict__:
         return "its forward was replaced on this object"
     if isinstance(module, nn.SyncBatchNorm):
@@ -133,11 +126,11 @@ def _swap(module: Any, kernel: str | kernels.Kernel) -> str | None:
     if not isinstance(module, norms.BatchNorm):
         if kind not in EXACT and not (bases and name.startswith("BatchNormAct")):
             return f"{name} is a class with a forward of its own"
-        more = [
-            blocks.describe(part, "") for part in parts if type(part) is not nn.Identity or not blocks.is_plain(part)
-        ]
-        if more:
-            return f"{name} does more than the kernels: {', '.join(more)}"
+        activation = blocks.activation_name(getattr(module, "act", None))
+        for part in module.children():  # of timm's BatchNormAct2d, mostly Identity beside its `act`
+            taken = activation is not None and part is module.act
+            if not taken and (type(part) is not nn.Identity or not blocks.is_plain(part)):
+                return blocks.describe(part, "a part of its own")
         module.__class__, module.activation = bases[0], activation
     module.kernel = kernel
     return None

@@ -105,12 +105,15 @@ def _run(modules: Iterable[Any], x: Tensor) -> tuple[Any, Tensor]:
     """x through modules; and the batch norm that ends them, which is still to be applied, or None."""
     norm = None
     for module in modules:
-        if norm is not None and activation_name(module) is not None:
-            norm, x = None, run_norm(norm, x, module)
+        if norm is not None:
+            name = activation_name(module)
+            x, norm = norm(x, None, name), None
+            if name is not None:
+                continue
+        if is_open_norm(module):
+            norm = module
         else:
-            x = run_norm(norm, x)
-            norm = module if is_open_norm(module) else None
-            x = x if norm is module else module(x)
+            x = module(x)
     return norm, x
 
 

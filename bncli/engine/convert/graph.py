@@ -27,12 +27,6 @@ def in_place(name: str, left: Any, right: Any) -> Any:
     return getattr(operator, name)(left, right)
 
 
-def must_be_none(value: Any, message: str) -> None:
-    """Raises UsageError for an argument that was None when the graph was made."""
-    if value is not None:
-        raise UsageError(message)
-
-
 ADDS = {operator.add, torch.add, "add", "add_", in_place}
 
 
@@ -84,6 +78,11 @@ def trace(model: nn.Module) -> fx.GraphModule:
     try:
         if not blocks.is_plain(model):
             raise TraceError("the model has hooks or a forward of its own, which the graph would lose")
+        for name, argument in inspect.signature(model.forward).parameters.items():
+            if argument.default is None or isinstance(argument.default, bool):
+                raise TraceError(
+                    f"its argument {name} is {argument.default} by default: it may decide what is computed"
+                )
         graph, other = (_trace_once(model, training) for training in (True, False))
         if graph.python_code("self").src != other.python_code("self").src:
             raise TraceError("it goes another way in training than in evaluation (self.training)")
@@ -114,16 +113,9 @@ def trace(model: nn.Module) -> fx.GraphModule:
 def _trace_once(model: nn.Module, training: bool) -> fx.Graph:
     for module in model.modules():
         module.training = training
-    defaults = {name: each.default for name, each in inspect.signature(model.forward).parameters.items()}
-    flags = {name: value for name, value in defaults.items() if value is None or isinstance(value, bool)}
-    graph = _Tracer().trace(model, flags or None)
+    graph = _Tracer().trace(model)
     for node in graph.nodes:
         node.type = None  # an annotation that is a string could not be pickled
-        if getattr(node.target, "__name__", "") == "_assert_is_none":
-            node.target = must_be_none  # fx's own breaks the tracing of all models once it is unpickled
-            node.meta["is_wrapped"] = True
-    for node, name in zip([node for node in graph.nodes if node.op == "placeholder"], defaults, strict=False):
-        node.target = name if name in flags else node.target  # fx gives it another name
     return graph
 
 
