@@ -142,11 +142,12 @@ def sites(model: nn.Module, name: str = "") -> Iterator[Site]:
     for module in [module for module in names if type(module) is not original_class(module)]:
         parts = type(module).bncli_parts(module)
         body, shortcut = _leaves(parts.body), _leaves(parts.shortcut)
-        for norm, follower in [*itertools.zip_longest(body, body[1:]), *itertools.zip_longest(shortcut, shortcut[1:])]:
-            adds = parts.add is not None and follower is None and norm is [*body, *shortcut][-1]
+        called = [*body, *shortcut]
+        for norm, follower in itertools.zip_longest(called, called[1:]):
+            adds = parts.add is not None and follower is None
             adds = adds and (not shortcut or parts.add == "y + r" or is_open_norm(body[-1]))
             follower = parts.activation if adds else follower
-            taken = activation_name(follower)
+            taken = None if follower in shortcut[:1] else activation_name(follower)
             reason = None if taken or (adds and follower is None) else describe(follower, names.get(follower, ""))
             if is_open_norm(norm):
                 yield norm, ("residual add",) * adds + ((taken,) if taken else ()), reason
@@ -182,11 +183,8 @@ def _resnet_parts(block: Any, *more: Any) -> Parts:
     return Parts([block.conv1, block.bn1, block.relu, block.conv2, block.bn2, *more], "y += r", shortcut, block.relu)
 
 
-def _sequential_parts(module: Any) -> Parts:
-    return Parts(module._modules.values())
-
-
-KNOWN: dict[str, Callable[[Any], Parts]] = {
+KNOWN: dict[Any, Callable[[Any], Parts]] = {
+    nn.Sequential.forward: lambda module: Parts(module._modules.values()),
     RESNET_BLOCK.format(middle=SECOND): _resnet_parts,
     RESNET_BLOCK.format(middle=SECOND + THIRD): lambda block: _resnet_parts(block, block.relu, block.conv3, block.bn3),
     INVERTED_RESIDUAL: lambda block: Parts([block.conv], "y + r" if block.use_res_connect else None),
@@ -210,13 +208,13 @@ def _text(function: Any) -> str:
 @functools.cache
 def fused_class(original: Any) -> Any:
     """A subclass of a module's class with a fused forward; that class itself where its forward is not known."""
-    parts: Any = _sequential_parts if original.forward is nn.Sequential.forward else KNOWN.get(_text(original.forward))
+    parts: Any = KNOWN.get(original.forward) or KNOWN.get(_text(original.forward))
     if parts is None:
         return original
 
     class Fused(original):
         bncli_original, bncli_parts = original, staticmethod(parts)
-        forward = _sequential if parts is _sequential_parts else _forward
+        forward = _sequential if original.forward is nn.Sequential.forward else _forward
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             """What pickle and copy ask for. No name leads to this class: it is made anew."""

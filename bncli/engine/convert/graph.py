@@ -46,10 +46,6 @@ for _name in inplace_methods:
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.context = _context()
-
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """A module that holds no norms stays one call, so that its flags and randomness stay its own."""
         holds_norms = any(isinstance(part, _BatchNorm) for part in m.modules())
@@ -60,16 +56,12 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def create_node(self, *arguments: Any, **options: Any) -> fx.Node:
-        if _context() != self.context:
+        autocast = [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
+        drawn = random.getstate(), torch.get_rng_state().tolist()
+        context = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, drawn
+        if vars(self).setdefault("context", context) != context:  # that of the first node, which is an argument
             raise TraceError("it draws random numbers, or computes within no_grad, autocast or the like")
         return super().create_node(*arguments, **options)
-
-
-def _context() -> tuple[Any, ...]:
-    """What the results of torch's functions depend on beside their arguments, and a graph does not hold."""
-    autocast = [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
-    drawn = random.getstate(), torch.get_rng_state().tolist()
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, drawn
 
 
 def trace(model: nn.Module) -> fx.GraphModule:
@@ -83,8 +75,13 @@ def trace(model: nn.Module) -> fx.GraphModule:
                 raise TraceError(
                     f"its argument {name} is {argument.default} by default: it may decide what is computed"
                 )
-        graph, other = (_trace_once(model, training) for training in (True, False))
-        if graph.python_code("self").src != other.python_code("self").src:
+        graphs = {}
+        for training in (True, False):
+            for module in before:
+                module.training = training
+            graph = _Tracer().trace(model)
+            graphs[graph.python_code("self").src] = graph
+        if len(graphs) > 1:
             raise TraceError("it goes another way in training than in evaluation (self.training)")
         for module, attributes in before.items():
             for name, value in vars(module).items():
@@ -101,6 +98,8 @@ def trace(model: nn.Module) -> fx.GraphModule:
         for module, attributes in before.items():
             vars(module).clear()
             vars(module).update(attributes)
+    for node in graph.nodes:
+        node.type = None  # an annotation that is a string could not be pickled
     traced = fx.GraphModule(model, graph, type(model).__name__)
     for name, module in dict(traced.named_modules()).items():  # fx leaves out what is not called, and the order
         original = model.get_submodule(name)
@@ -108,15 +107,6 @@ def trace(model: nn.Module) -> fx.GraphModule:
             copied = getattr(module, kind)
             setattr(module, kind, {key: copied.get(key, value) for key, value in getattr(original, kind).items()})
     return traced
-
-
-def _trace_once(model: nn.Module, training: bool) -> fx.Graph:
-    for module in model.modules():
-        module.training = training
-    graph = _Tracer().trace(model)
-    for node in graph.nodes:
-        node.type = None  # an annotation that is a string could not be pickled
-    return graph
 
 
 def fuse(model: fx.GraphModule) -> Iterator[blocks.Site]:

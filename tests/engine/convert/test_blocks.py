@@ -172,6 +172,14 @@ def test_an_add_in_place_refuses_a_residual_that_would_make_it_larger(trace: boo
             one(numbers(4, 4, 6, 6))
 
 
+def test_an_add_in_place_of_a_shortcut_that_is_smaller_is_broadcast() -> None:
+    model: Any = block(BasicBlock, 4, 8)
+    model.downsample[0].stride = (8, 8)
+    ours = converted(model)
+    assert operations(ours)["downsample.1"] == FUSED_ADD
+    same(model, ours, numbers(4, 4, 6, 6))
+
+
 def test_an_add_out_of_place_is_promoted_and_broadcast() -> None:
     model: Any = InvertedResidual(3, 3, 1, 2)
     model.conv[0][0].stride = (8, 8)

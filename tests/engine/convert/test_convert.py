@@ -83,8 +83,10 @@ def test_how_many_norms_of_a_family_are_fused(
     assert all(isinstance(part, BatchNorm) for part in model.modules() if isinstance(part, nn.BatchNorm2d))
 
 
-def test_a_block_fuses_all_but_the_norm_before_its_shortcuts() -> None:
-    assert operations(converted(ResNet(blocks=(1, 1)))) == {
+def test_a_block_fuses_all_but_the_norm_before_its_shortcut() -> None:
+    model = converted(ResNet(blocks=(1, 1)))
+    assert reason(model, "layer2.0.bn2") == "what follows is layer2.0.downsample.0 (Conv2d)"
+    assert operations(model) == {
         "bn1": "batch norm",
         "layer1.0.bn1": "batch norm + relu",
         "layer1.0.bn2": FUSED_ADD,
