@@ -118,7 +118,10 @@ def _run(modules: Iterable[Any], x: Tensor) -> tuple[Any, Tensor]:
 
 
 def _forward(self: Any, x: Tensor) -> Tensor:
-    body, add, shortcut, activation = type(self).bncli_parts(self)
+    fused = type(self)
+    if fused.bncli_original.forward is not fused.bncli_known:  # it was replaced since
+        return fused.bncli_original.forward(self, x)
+    body, add, shortcut, activation = fused.bncli_parts(self)
     shortcut = _leaves(shortcut)
     norm, y = _run(_leaves(body), x)
     if add is not None and not shortcut:
@@ -213,7 +216,7 @@ def fused_class(original: Any) -> Any:
         return original
 
     class Fused(original):
-        bncli_original, bncli_parts = original, staticmethod(parts)
+        bncli_original, bncli_parts, bncli_known = original, staticmethod(parts), staticmethod(original.forward)
         forward = _sequential if original.forward is nn.Sequential.forward else _forward
 
         def __reduce_ex__(self, protocol: Any) -> Any:

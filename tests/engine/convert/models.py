@@ -269,22 +269,6 @@ class FunctionalBottleneck(Bottleneck):
         return torch.relu(out)
 
 
-class PreActivation(nn.Module):
-    """He et al. 2016 (arXiv 1603.05027): norm and ReLU come before the convolution."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), conv(inputs, outputs)
-        self.bn2, self.conv2 = nn.BatchNorm2d(outputs), conv(outputs, outputs)
-        self.shortcut = conv(inputs, outputs, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(x))
-        residual = self.shortcut(out)
-        out = self.conv2(F.relu(self.bn2(self.conv1(out))))
-        return out + residual
-
-
 class DenseLayer(nn.Module):
     def __init__(self, inputs: int) -> None:
         super().__init__()
@@ -309,22 +293,6 @@ class DenseBlock(nn.Module):
         return self.norm(torch.cat(features, 1))
 
 
-class UNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.down, self.middle, self.up = self.twice(3, 8), self.twice(8, 8), self.twice(16, 8)
-
-    @staticmethod
-    def twice(inputs: int, outputs: int) -> nn.Module:
-        return nn.Sequential(conv(inputs, outputs), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True),
-                             conv(outputs, outputs), nn.BatchNorm2d(outputs), nn.LeakyReLU(inplace=True))  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        skip = self.down(x)
-        below = F.interpolate(self.middle(F.max_pool2d(skip, 2)), scale_factor=2)
-        return self.up(torch.cat([skip, below], 1))
-
-
 def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8, bias=False),
                          nn.BatchNorm1d(8), nn.SiLU(inplace=True), nn.Dropout(0.3), nn.Linear(8, 2))  # fmt: skip
@@ -335,10 +303,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "basic blocks": (small_resnet, IMAGES),
     "bottlenecks": (lambda: small_resnet(Bottleneck), IMAGES),
     "functional bottlenecks": (lambda: small_resnet(FunctionalBottleneck), IMAGES),
-    "pre-activation": (lambda: nn.Sequential(PreActivation(3, 8), PreActivation(8, 4)), IMAGES),
     "inverted residuals": (lambda: nn.Sequential(*(InvertedResidual(3, 3, 1, 4, nn.SiLU) for _ in range(2))), IMAGES),
     "mb convolutions": (lambda: nn.Sequential(*(MBConv(4, 3, 1, 3, 3, 0.3) for _ in range(2))), IMAGES),
     "dense net": (DenseBlock, IMAGES),
-    "u-net": (UNet, IMAGES),
     "mlp": (mlp, numbers(10, 6)),
 }

@@ -143,8 +143,8 @@ def test_checkpoints_load_both_ways() -> None:
 
 
 def test_frozen_and_evaluating_norms_stay_frozen_and_evaluating() -> None:
-    model = small_resnet()
-    frozen = model.layer1[0].bn1.eval().requires_grad_(False)  # type: ignore[index, union-attr, operator]
+    model: Any = small_resnet()
+    frozen = model.layer1[0].bn1.eval().requires_grad_(False)
     convert(model, SEAM)
     model(IMAGES)
     assert not frozen.training
@@ -238,7 +238,7 @@ class Doubled(nn.BatchNorm2d):
 
 def replaced() -> nn.Module:
     norm = nn.BatchNorm2d(3)
-    norm.forward = lambda x: 2 * x  # type: ignore[method-assign]
+    norm.forward = lambda input: 2 * input  # type: ignore[method-assign]
     return norm
 
 

@@ -162,9 +162,9 @@ def test_a_norm_that_the_graph_does_not_call_is_reported_and_keeps_its_place_in_
 
 
 def test_a_module_with_hooks_stays_one_call_and_is_fused_inside() -> None:
-    model = small_resnet()
+    model: Any = small_resnet()
     seen: list[str] = []
-    model.layer1[1].register_forward_hook(lambda *_: seen.append("block"))  # type: ignore[index, union-attr, operator]
+    model.layer1[1].register_forward_hook(lambda *_: seen.append("block"))
     model.relu.register_forward_hook(lambda *_: seen.append("relu"))
     ours = convert(copy.deepcopy(model), SEAM, trace=True)
     assert fused(ours) == fused(traced(small_resnet())) - 1
@@ -314,13 +314,13 @@ class Options(nn.Module):
 
 
 class Optional(Options):
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        return self.block(x) if skip is None else self.block(x) + skip
+    def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+        return self.block(x) if scale is None else self.block(x) * scale
 
 
 class Flagged(Options):
-    def forward(self, x: Tensor, relu: bool = True) -> Tensor:
-        return self.block(x) if relu else self.block(x) * 2
+    def forward(self, x: Tensor, scale: float = True) -> Tensor:
+        return self.block(x) * 2 if scale else self.block(x)
 
 
 def test_an_argument_keeps_its_default_unless_it_may_decide_what_is_computed() -> None:
@@ -328,7 +328,7 @@ def test_an_argument_keeps_its_default_unless_it_may_decide_what_is_computed() -
     ours = traced(model)
     torch.testing.assert_close(ours(IMAGES), model(IMAGES))
     torch.testing.assert_close(ours(IMAGES, scale=3.0), model(IMAGES, scale=3.0))
-    for other, name in ((Optional(), "skip is None"), (Flagged(), "relu is True")):
+    for other, name in ((Optional(), "scale is None"), (Flagged(), "scale is True")):
         with pytest.raises(UsageError, match=f"its argument {name} by default"):
             traced(other)
 
@@ -346,9 +346,7 @@ def test_random_layers_and_flags_inside_modules_without_norms_stay_their_own() -
 
 def test_the_models_own_methods_are_gone_but_its_parameters_are_shared() -> None:
     model = ResNet(blocks=(1,))
-    ours = convert(model, SEAM, trace=True)
+    ours: Any = convert(model, SEAM, trace=True)
     assert not hasattr(ours, "features")
-    with torch.no_grad():
-        model.fc.bias.fill_(7.0)
-    assert torch.equal(ours.fc.bias, torch.full((5,), 7.0))  # type: ignore[union-attr]
-    torch.testing.assert_close(ours(numbers(2, 3, 8, 8)).shape, torch.Size([2, 5]))
+    assert ours.fc.bias is model.fc.bias
+    assert ours(numbers(2, 3, 8, 8)).shape == (2, 5)
