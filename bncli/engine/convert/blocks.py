@@ -10,6 +10,7 @@ import ast
 import functools
 import inspect
 import itertools
+import operator
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,8 @@ from bncli.kernels import native
 from bncli.names import ACTIVATIONS, FUSED_ACTIVATIONS
 
 ACTIVATION_MODULES = {getattr(nn, ACTIVATIONS[name].module): ACTIVATIONS[name] for name in FUSED_ACTIVATIONS}
+# How adds are written. In place they keep the dtype of the left, and refuse a right that would make it larger.
+ADDS = {"y + r": operator.add, "y += r": operator.iadd, "r += y": lambda y, r: operator.iadd(r, y)}
 CLOSED = "it has hooks, which must see its own output, or is called with more than its input"
 Site = tuple[Any, tuple[str, ...], str | None]  # a norm of ours, what it takes along in a call, and why not more
 
@@ -63,7 +66,7 @@ def run_norm(norm: Any, x: Tensor, activation: Any = None, residual: Any = None,
     """activation(norm(x) + residual), in one call where the kernels take it.
 
     norm: a module, or None where x is normalized already. activation: a module, a name of FUSED_ACTIVATIONS or None.
-    add: how the add was written, of y = norm(x) and the residual r: `y + r`, `y += r`, `r += y`; None: there is none.
+    add: one of ADDS, of y = norm(x) and the residual r; None: there is none.
     """
     name = activation_name(activation)
     alike = isinstance(residual, Tensor) and residual.shape == x.shape and residual.dtype == x.dtype
@@ -71,13 +74,7 @@ def run_norm(norm: Any, x: Tensor, activation: Any = None, residual: Any = None,
         y = norm(x, residual, name)
     else:
         y, name = x if norm is None else norm(x), None
-        if add == "y += r":
-            y += residual  # keeps the dtype of y, and refuses a residual that would make it larger
-        elif add == "r += y":
-            residual += y
-            y = residual
-        elif add is not None:
-            y = y + residual
+        y = y if add is None else ADDS[add](y, residual)
     if name is not None or activation is None:
         return y
     return native.ACTIVATIONS[activation](y) if isinstance(activation, str) else activation(y)
@@ -87,7 +84,7 @@ class Parts(NamedTuple):
     """What a forward computes, activation(body(x) + shortcut(x)), by the modules that it has at this moment."""
 
     body: Iterable[Any]  # modules that run one after the other
-    add: str | None = None  # `y + r`, `y += r`, or None where nothing is added
+    add: str | None = None  # one of ADDS, or None where nothing is added
     shortcut: Iterable[Any] = ()  # modules that run after the body; none: x itself is added
     activation: Any = None
 

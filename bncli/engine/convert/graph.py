@@ -72,9 +72,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
             raise TraceError("the model has hooks or a forward of its own, which the graph would lose")
         for name, argument in inspect.signature(model.forward).parameters.items():
             if argument.default is None or isinstance(argument.default, bool):
-                raise TraceError(
-                    f"its argument {name} is {argument.default} by default: it may decide what is computed"
-                )
+                raise TraceError(f"its argument {name} is {argument.default} by default and may choose its way")
         graphs = {}
         for training in (True, False):
             for module in before:
@@ -90,10 +88,8 @@ def trace(model: nn.Module) -> fx.GraphModule:
     except Exception as error:  # the user's code met stand-ins where it expected tensors: anything may be raised
         kind = "" if isinstance(error, TraceError) else f"it raised {type(error).__name__}: "
         reason = kind + next(iter(str(error).strip().splitlines()), "")
-        instead = "leave trace out: Sequential and known residual blocks are fused without it"
-        raise UsageError(
-            f"torch.fx cannot hold the forward of this model ({reason}); {instead}", field="trace"
-        ) from error
+        message = f"torch.fx cannot hold the forward of this model ({reason}); leave trace out: Sequential and known "
+        raise UsageError(f"{message}residual blocks are fused without it", field="trace") from error
     finally:
         for module, attributes in before.items():
             vars(module).clear()
