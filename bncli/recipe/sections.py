@@ -16,6 +16,7 @@ Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Ints = Annotated[tuple[Positive, ...], Strict(False)]  # YAML has lists only; the elements stay strict
 FUNCTION_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+DIGITS = 1797  # examples of scikit-learn's handwritten digits
 ARM_NAME = r"^[A-Za-z0-9][\w+ -]*$"
 
 
@@ -37,7 +38,7 @@ class Digits(Section):
 
     source: Literal["digits"]
     images: bool = described("1x8x8 images for a cnn or resnet, instead of vectors of 64 features", default=False)
-    held_out: Annotated[int, Field(ge=1, lt=1797)] = described("examples kept for evaluation", default=500)
+    held_out: Annotated[int, Field(ge=1, lt=DIGITS)] = described("examples kept for evaluation", default=500)
     split_seed: Count = described("which examples are held out; the same for every run", default=0)
     normalize: Literal["unit", "standard"] = described("unit: 0 to 1; standard: mean 0, deviation 1", default="unit")
 
@@ -191,6 +192,7 @@ class InstanceNorm(Section):
 
 
 class OptimizerSection(Section):
+    kind: str
     lr: Annotated[float, Field(gt=0)] = described("learning rate")
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     weight_decay_on: Literal["all", "weights"] = described(
@@ -224,6 +226,7 @@ class AdamW(OptimizerSection):
 
 
 class ScheduleSection(Section):
+    kind: str
     warmup: Count = described("steps of linear warm-up from 0 to the learning rate", default=0)
 
 
@@ -303,7 +306,10 @@ class Train(Section):
 
 
 class Seeds(Section):
-    """Runs per arm: `tune` at every point of the grid to choose the best, then `report` fresh ones for the figures."""
+    """Runs per arm: `tune` at every point of the grid to choose the best, then `report` fresh ones for the figures.
+
+    Without a grid, or with a single point, there is nothing to choose and no tuning run.
+    """
 
     tune: Annotated[int, Field(ge=1, le=1000)] = 3
     report: Annotated[int, Field(ge=1, le=1000)] = 10
@@ -341,6 +347,9 @@ class RecipeFile(Recipe):
         "dotted field -> values to try, the same for every arm", default={}
     )
     seeds: Seeds = Seeds()
+
+
+KINDS = ("kind", "source")  # the keys that choose among several section models
 
 
 def shorthand_key(section: str) -> str | None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from bncli.errors import RecipeError
-from bncli.recipe.load import MAX_BYTES, Arm, digest, leaves, load, plain, with_values
+from bncli.recipe.load import MAX_BYTES, Arm, digest, load, plain, with_values
+from bncli.recipe.overrides import leaves
 from bncli.recipe.sections import Recipe
 from bncli.recipe.yaml import dump
 from tests.recipe.conftest import BASE, Load, given_fields
@@ -29,7 +30,7 @@ from tests.recipe.conftest import BASE, Load, given_fields
         ("r.yaml", b"# caf\xe9\n", "r.yaml: is not text (byte 5 is not UTF-8); a recipe is a YAML file"),
         ("r.yaml", "a: 1".encode("utf-16"), "r.yaml: is not text (byte 0 is not UTF-8); a recipe is a YAML file"),
         ("r.yaml", b"#" * (MAX_BYTES + 1), "r.yaml: is larger than 1 MiB; a recipe is a short YAML file"),
-        ("dirty.yaml", b"", "r.yaml: there is no such file; expected dirty.yaml"),
+        ("digits.yaml", b"", "r.yaml: there is no such file; expected digits.yaml"),
         ("rr.yaml", b"", "r.yaml: there is no such file; did you mean rr.yaml?"),
         ("r.yml", b"", "r.yaml: there is no such file; did you mean r.yml?"),
         ("notes.txt", b"", "r.yaml: there is no such file"),

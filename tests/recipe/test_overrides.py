@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from bncli.errors import RecipeError
-from bncli.recipe.load import leaves, plain, with_values
+from bncli.recipe.load import plain, with_values
+from bncli.recipe.overrides import leaves
 from tests.recipe.conftest import BASE, NORMS, OWN, SECTIONS, Load, MistakesOf, arm, given_fields, optimizer
 
 # --- shorthands and defaults --------------------------------------------------------------------------------------

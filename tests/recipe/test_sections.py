@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from bncli.recipe.load import plain
-from bncli.recipe.overrides import KINDS, kinds, members
-from bncli.recipe.sections import Recipe, RecipeFile, shorthand_key
+from bncli.recipe.overrides import kinds, members
+from bncli.recipe.sections import KINDS, Recipe, RecipeFile, shorthand_key
 from tests.recipe.examples import EXAMPLES, KINDS_OF_SECTIONS, RUN, models, section_of
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from bncli.recipe.yaml import MAX_DEPTH, MAX_VALUES, dump, parse, parse_value
+from bncli.recipe.yaml import MAX_DEPTH, MAX_VALUES, dump, parse
 
 
 def problems(text: str) -> list[str]:
@@ -272,7 +272,7 @@ def test_all_that_is_refused_in_one_text_is_said() -> None:
 
 
 def test_a_value_stands_where_it_is_told_to() -> None:
-    tree = parse_value("[1, {a: no}]", "--set k.l=[1, {a: no}]", ("k", "l"))
+    tree = parse("[1, {a: no}]", "--set k.l=[1, {a: no}]", ("k", "l"))
     assert tree.root == [1, {"a": "no"}]
     assert set(tree.where) == {("k", "l"), ("k", "l", 0), ("k", "l", 1), ("k", "l", 1, "a")}
     assert set(tree.where.values()) == {"--set k.l=[1, {a: no}]"}
@@ -289,13 +289,13 @@ def test_a_value_stands_where_it_is_told_to() -> None:
     ],
 )
 def test_a_bad_value_is_refused_without_a_line(text: str, message: str) -> None:
-    assert [str(mistake) for mistake in parse_value(text, "--set", ("k",)).mistakes] == [message]
+    assert [str(mistake) for mistake in parse(text, "--set", ("k",)).mistakes] == [message]
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text("01.eE-+~nul[]{},:#&*!|>'\"%@? a_", max_size=12))
 def test_a_value_is_read_as_it_would_be_after_a_key_in_a_file(text: str) -> None:
-    file, value = parse(f"section:\n  key: {text}\n", "r.yaml"), parse_value(text, "--set", ("section", "key"))
+    file, value = parse(f"section:\n  key: {text}\n", "r.yaml"), parse(text, "--set", ("section", "key"))
     assert bool(file.mistakes) == bool(value.mistakes)
     if not file.mistakes:
         assert repr(file.root) == repr({"section": {"key": value.root}})
