@@ -57,8 +57,8 @@ def train(
         name: the run's name in its first event.
         stop: asked after every optimizer step.
 
-    Returns:
-        The events of the run as they happen; the last, a RunFinished, holds the result.
+    Yields:
+        The events of the run as they happen (`bncli.results.train.Event`); the last, a RunFinished, holds the result.
 
     Raises:
         DataError, RecipeError: for what is not there or cannot be built, as the first event is asked for.

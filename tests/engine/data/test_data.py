@@ -10,7 +10,7 @@ import torch
 
 from bncli.engine import data
 from bncli.engine.data import load
-from bncli.engine.data.splits import carve, evaluation_order, order
+from bncli.engine.data.splits import evaluation_order, holdout_split, order
 from bncli.errors import DataError
 from bncli.recipe.sections import Digits, Npz, Synthetic
 
@@ -195,7 +195,7 @@ def test_npz_examples_are_held_out_by_split_seed(byte_images):
     assert (len(images.train), len(images.held_out)) == (30, 10)
     x, y = next(images.held_out_batches(10))
     stored = np.load(byte_images)
-    held_out = carve(40, 10, 0)[1][evaluation_order(10, 0)].numpy()
+    held_out = holdout_split(40, 10, 0)[1][evaluation_order(10, 0)].numpy()
     assert np.array_equal(x.numpy(), stored["x"][held_out].astype(np.float32) / 255)
     assert np.array_equal(y.numpy(), stored["y"][held_out])
 

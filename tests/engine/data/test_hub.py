@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from bncli.engine.data import load
-from bncli.engine.data.hub import open_tables, pictures, reachable
-from bncli.engine.data.lazy_images import Streamed
+from bncli.engine.data.hub import Streamed, image_splits, open_tables, reachable
 from bncli.engine.data.splits import Dataset, evaluation_order, order
 from bncli.errors import USAGE, DataError
 from bncli.recipe.sections import Hub
@@ -261,7 +260,7 @@ def test_labels_must_be_numbers_of_the_recipes_classes(tmp_path, pixels, labels,
 def test_an_empty_split_is_refused(pixels):
     tables = {"train": table(pixels["train"]), "test": table(pixels["test"][:0])}
     with pytest.raises(DataError, match=r"data\.name: birds, split 'test' is empty"):
-        pictures(tables, Hub(source="hub", name="birds", shape=(3, 8, 8), classes=3))
+        image_splits(tables, Hub(source="hub", name="birds", shape=(3, 8, 8), classes=3))
 
 
 def test_a_file_that_is_not_parquet_is_refused(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bncli.engine.data.lazy_images import to_pixels
+from bncli.engine.data.hub import to_pixels
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bncli.engine.data.npz import read_npz
+from bncli.engine.data import read_npz
 from bncli.errors import USAGE, DataError
 
 VECTORS = np.arange(12, dtype=np.float64).reshape(4, 3)

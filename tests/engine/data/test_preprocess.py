@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bncli.engine.data.preprocess import Conversion, byte_counts, byte_statistics, crop_flip, normalisation
+from bncli.engine.data.splits import Conversion, byte_counts, byte_statistics, crop_flip, normalization
 
 
 def bytes_like(*shape: int) -> torch.Tensor:
@@ -12,16 +12,16 @@ def bytes_like(*shape: int) -> torch.Tensor:
 
 def test_unit_brings_bytes_to_0_to_1_and_leaves_floats_as_they_are():
     images, vectors = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1), torch.tensor([[7.0], [-3.0]])
-    mean, std = normalisation(images, "unit")
+    mean, std = normalization(images, "unit")
     assert Conversion(mean, std)(images).flatten().tolist() == pytest.approx([0, 0.2, 1])
-    mean, std = normalisation(vectors, "unit")
+    mean, std = normalization(vectors, "unit")
     assert torch.equal((vectors - mean) / std, vectors)
 
 
 @pytest.mark.parametrize("shape", [(200, 5), (40, 3, 6, 4)], ids=["vectors", "images"])
 def test_standard_gives_each_feature_or_channel_mean_0_and_deviation_1(shape):
     x = 10_000 + torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    mean, std = normalisation(x, "standard")
+    mean, std = normalization(x, "standard")
     around = (0, 2, 3) if x.dim() == 4 else (0,)
     normalised = ((x - mean) / std).double()
     # the mean is rounded once to float32, at 10,000 by at most 2**-11
@@ -31,7 +31,7 @@ def test_standard_gives_each_feature_or_channel_mean_0_and_deviation_1(shape):
 
 def test_the_statistics_of_bytes_are_those_of_the_same_numbers_as_floats():
     x = bytes_like(30, 3, 5, 7)
-    for of_bytes, of_floats in zip(normalisation(x, "standard"), normalisation(x.float(), "standard"), strict=True):
+    for of_bytes, of_floats in zip(normalization(x, "standard"), normalization(x.float(), "standard"), strict=True):
         torch.testing.assert_close(of_bytes, of_floats, rtol=2**-23, atol=0)
 
 
@@ -45,14 +45,14 @@ def test_byte_counts_of_parts_add_up_to_those_of_the_whole():
 def test_a_constant_channel_ends_as_exactly_0(dtype):
     x = bytes_like(37, 2, 3, 3).to(dtype)
     x[:, 1] = 201 if dtype == torch.uint8 else 0.1
-    mean, std = normalisation(x, "standard")
+    mean, std = normalization(x, "standard")
     assert std[1].item() == 1
     assert not ((x.float() - mean) / std)[:, 1].any()
 
 
 def test_a_conversion_gives_float32_in_the_asked_layout():
     x = bytes_like(4, 3, 5, 5)
-    mean, std = normalisation(x, "standard")
+    mean, std = normalization(x, "standard")
     converted = Conversion(mean, std, torch.channels_last)(x)
     assert converted.dtype == torch.float32
     assert converted.is_contiguous(memory_format=torch.channels_last)

@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 import torch
 
-from bncli.engine.data.splits import Dataset, InMemory, carve, chunk_count, evaluation_order, order
+from bncli.engine.data.splits import Dataset, InMemory, chunk_count, evaluation_order, holdout_split, order
 from bncli.errors import DataError
 
 
@@ -49,18 +49,18 @@ def test_a_batch_larger_than_the_training_set_is_refused_at_once():
 
 
 def test_carving_parts_the_examples_and_depends_on_the_split_seed_alone():
-    train, held_out = carve(100, 30, 0)
+    train, held_out = holdout_split(100, 30, 0)
     assert len(held_out) == 30
     assert sorted(train.tolist() + held_out.tolist()) == list(range(100))
-    assert torch.equal(carve(100, 30, 0)[1], held_out)
-    assert not torch.equal(carve(100, 30, 1)[1], held_out)
+    assert torch.equal(holdout_split(100, 30, 0)[1], held_out)
+    assert not torch.equal(holdout_split(100, 30, 1)[1], held_out)
 
 
 def test_holding_everything_out_is_refused():
     with pytest.raises(
         DataError, match=r"data\.held_out: 100 leaves nothing to train on, the data set has 100 examples"
     ):
-        carve(100, 100, 0)
+        holdout_split(100, 100, 0)
 
 
 def test_the_order_of_evaluation_holds_every_example_and_depends_on_its_arguments_alone():
