@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bncli.engine.models.norms import BatchNorm3d as BatchNorm3d
     from bncli.engine.train import train as train
     from bncli.kernels.api import batch_norm as batch_norm
-    from bncli.recipe.load import load as load_recipe
+    from bncli.recipe.load import load as load_recipe  # noqa: F401
 
 # Loaded when first used, so that importing bncli costs nothing: name -> module, and its name there where it differs.
 _PUBLIC = {

@@ -25,12 +25,12 @@ SAME_FOR_ALL_RUNS = (
 
 
 def nearest(word: Any, names: Sequence[Any]) -> list[str]:
-    """The name that a wrong one was probably meant to be, or else those that it begins; empty for none."""
-    texts = [name for name in names if isinstance(name, str)]
+    """At most two names that a wrong one was probably meant to be, or else those that it begins; empty for none."""
     if not isinstance(word, str):
         return []
+    texts = [name for name in names if isinstance(name, str)]
     # Half of a name of two letters is right where one of them is not.
-    near = difflib.get_close_matches(word, texts, n=1, cutoff=0.6 if len(word) > 2 else 0.5)
+    near = difflib.get_close_matches(word, texts, n=2, cutoff=0.5)
     return near or [name for name in texts if len(word) > 1 and name.startswith(word)]
 
 
