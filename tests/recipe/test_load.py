@@ -31,7 +31,7 @@ from tests.recipe.conftest import BASE, Load, given_fields
         ("r.yaml", "a: 1".encode("utf-16"), "r.yaml: is not text (byte 0 is not UTF-8); a recipe is a YAML file"),
         ("r.yaml", b"#" * (MAX_BYTES + 1), "r.yaml: is larger than 1 MiB; a recipe is a short YAML file"),
         ("cifar10.yaml", b"", "r.yaml: there is no such file; did you mean cifar10.yaml?"),
-        ("shapes.yml", b"", "r.yaml: there is no such file; expected shapes.yml"),
+        ("configuration.yml", b"", "r.yaml: there is no such file; expected configuration.yml"),
         ("rr.yaml", b"", "r.yaml: there is no such file; did you mean rr.yaml?"),
         ("r.yml", b"", "r.yaml: there is no such file; did you mean r.yml?"),
         ("notes.txt", b"", "r.yaml: there is no such file"),
