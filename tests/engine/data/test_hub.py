@@ -1,4 +1,4 @@
-"""Every set here is made on the spot; nothing asks the network."""
+"""Image sets from folders and Parquet, and images decoded on demand. Nothing asks the network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bncli.engine.data import load
-from bncli.engine.data.hub import Streamed, image_splits, open_tables, reachable
+from bncli.engine.data.hub import Streamed, image_splits, open_tables, reachable, to_pixels
 from bncli.engine.data.splits import Dataset, evaluation_order, order
 from bncli.errors import USAGE, DataError
 from bncli.recipe.sections import Hub
@@ -220,16 +220,16 @@ def test_a_missing_library_comes_with_the_extra_to_install(folder, monkeypatch):
         ({"held_out_split": "train"}, "data.held_out_split: 'train' is the training split; name another"),
         ({"held_out": 3}, "has a split 'test' to hold out; leave held_out away"),
         ({"held_out": 12, "held_out_split": "none"}, "data.held_out: 12 leaves nothing to train on"),
-        ({"image_column": "img"}, "data.image_column: "),
         ({"image_column": "img"}, "has no column 'img'; it has image (Image), label (ClassLabel)"),
-        ({"label_column": "fine"}, "data.label_column: "),
         ({"label_column": "fine"}, "has no column 'fine'; it has image (Image), label (ClassLabel)"),
         ({"image_column": "label"}, "column 'label' holds no images"),
         ({"label_column": "image"}, "column 'image' does not hold a whole number for each image"),
     ],
 )
 def test_what_the_recipe_says_of_a_set_must_be_so(folder, fields, message):
-    assert message in refused(folder, **fields)
+    found = refused(folder, **fields)
+    assert message in found
+    assert found.startswith("data.")
 
 
 def test_several_label_columns_are_listed(tmp_path, pixels):
@@ -263,15 +263,12 @@ def test_an_empty_split_is_refused(pixels):
         image_splits(tables, Hub(source="hub", name="birds", shape=(3, 8, 8), classes=3))
 
 
-def test_a_file_that_is_not_parquet_is_refused(tmp_path):
+def test_files_and_folders_without_images_are_refused(tmp_path):
+    assert "doesn't contain any data files. Name a Parquet file, or a folder of the form" in refused(tmp_path)
     (tmp_path / "set.parquet").write_bytes(b"something else")
     (tmp_path / "set.tar").write_bytes(b"something else")
     assert "could not be loaded: " in refused(tmp_path / "set.parquet")
     assert "is neither a folder nor a Parquet file. Name a Parquet file, or" in refused(tmp_path / "set.tar")
-
-
-def test_an_empty_folder_is_refused(tmp_path):
-    assert "doesn't contain any data files. Name a Parquet file, or a folder of the form" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["./photos", "~/photos-that-are-not-there", "a/b/c", "missing.parquet", "/none"])
@@ -324,3 +321,43 @@ def test_any_answer_means_reachable_and_a_closed_port_does_not(monkeypatch):
 def test_nothing_is_printed(folder, capfd):
     hub(folder, held_out_split="test", image_column="image", shape=(3, 6, 6))
     assert capfd.readouterr() == ("", "")
+
+
+# --- pixels -------------------------------------------------------------------------------------------------------
+
+
+def image_of(mode: str, *shape: int):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)).convert(mode)
+
+
+def test_an_image_of_the_right_size_and_mode_keeps_its_bytes():
+    grey, colour = image_of("L", 5, 7), image_of("RGB", 5, 7, 3)
+    assert np.array_equal(to_pixels(grey, (1, 5, 7))[0].numpy(), np.asarray(grey))
+    assert np.array_equal(to_pixels(colour, (3, 5, 7)).permute(1, 2, 0).numpy(), np.asarray(colour))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_any_8_bit_mode_becomes_grey_or_rgb(mode, channels):
+    pixels = to_pixels(image_of(mode, 4, 6, 3), (channels, 4, 6))
+    assert (pixels.shape, pixels.dtype) == ((channels, 4, 6), torch.uint8)
+
+
+def test_a_larger_image_is_averaged_down():
+    checks = Image.fromarray((255 * (np.indices((64, 64)).sum(0) % 2)).astype(np.uint8))
+    pixels = to_pixels(checks, (1, 8, 8)).float()
+    # without averaging each pixel would be a check's own 0 or 255
+    assert ((pixels - 127.5).abs() < 3).all()
+
+
+def test_height_and_width_are_not_mixed_up():
+    left = Image.fromarray(np.repeat([[0, 0, 255, 255]], 2, axis=0).astype(np.uint8))
+    pixels = to_pixels(left, (1, 6, 4))[0]
+    assert pixels.shape == (6, 4)
+    assert pixels.tolist() == [[0, 0, 255, 255]] * 6
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_images_of_more_than_8_bits_are_refused_instead_of_clipped(mode):
+    with pytest.raises(ValueError, match=rf"its pixels \(mode {mode}\) have more than 8 bits a channel"):
+        to_pixels(Image.new(mode, (4, 4)), (1, 4, 4))

@@ -200,12 +200,10 @@ def test_batches_that_are_decoded_ahead_count_only_when_they_are_taken(folder: P
     image = pytest.importorskip("PIL.Image")
     pytest.importorskip("datasets")
     random = np.random.default_rng(0)
-    for split in ("train", "test"):
-        for label in ("a", "b"):
-            (folder / split / label).mkdir(parents=True)
-            for number in range(12):
-                pixels = random.integers(0, 256, (8, 8), np.uint8)
-                image.fromarray(pixels).save(folder / split / label / f"{number}.png")
+    for number in range(48):
+        place = folder / ("train", "test")[number % 2] / ("a", "b")[number // 2 % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        image.fromarray(random.integers(0, 256, (8, 8), np.uint8)).save(place / f"{number}.png")
     hub = {"source": "hub", "name": str(folder), "shape": [1, 8, 8], "classes": 2, "in_memory_gib": 0.0, "workers": 1}
     recipe = tiny(data=hub | {"augment": "crop-flip"}, train={"batch_size": 5, "target": None})
     whole = new_state(recipe)
@@ -225,9 +223,9 @@ def test_seconds_and_peaks_of_memory_add_up_over_the_parts_of_a_run(folder: Path
     _, result = trained(second)
     assert result.training_s > part.training_s
     assert result.evaluation_s > part.evaluation_s
-    if part.peak_memory_mib is not None:
-        assert result.peak_memory_mib is not None
-        assert result.peak_memory_mib >= part.peak_memory_mib
+    assert part.peak_memory_mib is not None
+    assert result.peak_memory_mib is not None
+    assert result.peak_memory_mib >= part.peak_memory_mib
 
 
 # --- the examples that initial weights are fitted to ----------------------------------------------------------------
@@ -246,23 +244,19 @@ def test_lsuv_sees_examples_of_every_class_even_of_a_sorted_file(tmp_path: Path)
 # --- the clock ----------------------------------------------------------------------------------------------------
 
 
-def test_throughput_leaves_out_evaluations_and_the_first_interval() -> None:
-    times = iter([0.0, 9.0, 100.0, 102.0, 200.0, 204.0])
-    clock = Clock(batch_size=60, device=CPU, now=lambda: next(times))
-    for step in (10, 20, 30):
+@pytest.mark.parametrize(
+    ("times", "steps", "training_s", "ms_per_step"),
+    [
+        ([0, 9, 100, 102, 200, 204], [10, 20, 30], 9 + 2 + 4, 1e3 * 6 / 20),  # the first interval is warm-up
+        ([0, 1], [4], 1, 250),  # and better than no figure
+        ([], [], 0, None),
+    ],
+)
+def test_throughput_leaves_out_evaluations_and_the_first_interval(
+    times: list[float], steps: list[int], training_s: float, ms_per_step: float | None
+) -> None:
+    clock = Clock(batch_size=60, device=CPU, now=lambda: times.pop(0))
+    for step in steps:
         clock.start()
         clock.pause(step)
-    assert clock.training_s == 9 + 2 + 4
-    assert clock.ms_per_step() == 1e3 * 6 / 20
-
-
-def test_a_single_interval_is_better_than_no_figure() -> None:
-    times = iter([0.0, 1.0])
-    clock = Clock(batch_size=60, device=CPU, now=lambda: next(times))
-    clock.start()
-    clock.pause(4)
-    assert clock.ms_per_step() == 250
-
-
-def test_a_run_without_a_step_has_no_throughput() -> None:
-    assert Clock(batch_size=60, device=CPU).ms_per_step() is None
+    assert (clock.training_s, clock.ms_per_step()) == (training_s, ms_per_step)
