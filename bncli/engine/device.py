@@ -51,9 +51,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin a new peak. On Linux the high-water mark of the resident set is set back (man 5 proc, clear_refs).
+    """Begin a new peak. On Linux the high-water mark of the resident set is reset (man 5 proc, clear_refs).
 
-    psutil can neither set it back nor read it on Linux.
+    psutil can neither reset nor read it on Linux.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -101,7 +101,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 @contextlib.contextmanager
 def tf32_allowed(allowed: bool) -> Iterator[None]:
-    """Whether float32 matrix products and convolutions on an NVIDIA GPU may take their inputs in TF32, here alone.
+    """A context in which float32 matrix products and convolutions on an NVIDIA GPU may, or may not, use TF32.
 
     By default torch allows it for convolutions. `allow_tf32` is set, since setting the newer `fp32_precision` alone
     makes it an error to read the older, as a model of the user's own may do.

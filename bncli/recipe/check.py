@@ -1,4 +1,4 @@
-"""Every check of a recipe in one pass, in the recipe's own words: what was expected, what was found, what was meant."""
+"""Recipe validation: all mistakes in one pass, each with what was expected, found and probably meant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a file to a checked recipe: its base run, its arms, and where each value came from."""
+"""Recipe loading: from a file to its base run, its arms, and the origin of each value."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def digest(data: Any) -> str:
 
 
 def data_state(recipe: Recipe) -> list[Any]:
-    """The files of the recipe's data as they stand: path, size and time of each."""
+    """The path, size and modification time of each file of the recipe's data."""
     named = getattr(recipe.data, "path", None) or getattr(recipe.data, "name", None)
     path = Path(named or "").expanduser()
     if not named or not path.exists():

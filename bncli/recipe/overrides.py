@@ -1,4 +1,4 @@
-"""Recipes as plain trees, before they are checked: shorthands, overrides, arms on top of the base, places of values."""
+"""Recipes as plain trees, before validation: shorthands, overrides, arms on top of the base, origins of values."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def choose(models: Sequence[type[BaseModel]], plain: Any) -> type[BaseModel] | N
     """The one of several section models that the data's kind names."""
     if len(models) == 1:
         return models[0]
-    given = [plain[key] for key in KINDS if key in plain] if isinstance(plain, dict) else []
-    return next((model for kind, model in kinds(models).items() if kind in given), None)
+    named = [plain[key] for key in KINDS if key in plain] if isinstance(plain, dict) else []
+    return next((model for kind, model in kinds(models).items() if kind in named), None)
 
 
 def model_at(keys: Sequence[str | int], plain: Any, root: type[BaseModel]) -> type[BaseModel] | None:
@@ -138,7 +138,7 @@ def _set(tree: Tree, keys: tuple[str, ...], new: Tree) -> None:
     new.root = nested(keys, new.root)
     new.where |= around
     write_out(new)
-    if keys in (("arms",), ("grid",)):  # these are given anew; a section's fields are changed one by one
+    if keys in (("arms",), ("grid",)):  # these are replaced; a section's fields are changed one by one
         merged = tree.root | new.root
     else:
         merged = merge(tree.root, new.root, RecipeFile)
@@ -194,6 +194,6 @@ def arms_of(root: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def fixed_by(root: dict[str, Any], arm: str) -> tuple[str, ...]:
     """The fields of the grid that an arm gives a value to, so that they are not tuned in it."""
-    given = {dotted(keys) for keys, _ in leaves(value_at(root, ("arms", arm), {}))}
+    changed = {dotted(keys) for keys, _ in leaves(value_at(root, ("arms", arm), {}))}
     grid = root.get("grid")
-    return tuple(path for path in grid if path in given) if isinstance(grid, dict) else ()
+    return tuple(path for path in grid if path in changed) if isinstance(grid, dict) else ()

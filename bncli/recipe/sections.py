@@ -1,4 +1,4 @@
-"""What is asked for: the recipe's sections as closed, typed, frozen models, and their JSON Schema. No torch.
+"""Recipe sections as closed, typed, frozen pydantic models. No torch.
 
 Every number states its unit or its meaning in the field's description, which the schema carries into editors.
 """
@@ -282,7 +282,7 @@ class LogSpaced(Section):
     points_per_doubling: Annotated[int, Field(ge=1, le=100)] = described("evaluations while the step doubles")
 
 
-# The tags stand in brackets, as pydantic's own marks in a mistake's place do: they are no part of the recipe.
+# The tags are in brackets, as pydantic's own marks in the location of an error: they are no part of the recipe.
 EvaluateEvery = Annotated[
     Annotated[Positive, Tag("[steps]")] | Annotated[LogSpaced, Tag("[spacing]")],
     Discriminator(lambda value: "[spacing]" if isinstance(value, dict | LogSpaced) else "[steps]"),
@@ -339,7 +339,7 @@ ArmName = Annotated[str, Field(pattern=ARM_NAME, max_length=40)]
 
 
 class RecipeFile(Recipe):
-    """A recipe as it stands in a file: the base run, and what `bncli compare` varies in it."""
+    """A recipe file: the base run, and what `bncli compare` varies in it."""
 
     arms: dict[ArmName, dict[str, Any]] = described("name -> what differs from the base", default={})
     reference: str | None = described("the arm that the others are compared with; the first by default", default=None)

@@ -1,4 +1,4 @@
-"""YAML 1.2's core schema, with the line of every value, and no surprises.
+"""YAML 1.2's core schema, with the line of every value.
 
 Here `3e-4` is a number, `no` is text and `012` is twelve; PyYAML's own resolver follows YAML 1.1, where they are text,
 false and ten (yacs issue 46, LLaMA-Factory issue 4014). Tags are refused; aliases are followed, up to a limit.
@@ -33,7 +33,7 @@ class Mistake(NamedTuple):
 
 @dataclass
 class Tree:
-    """Plain data, where each value stands (`recipes/digits.yaml:12`, `sets lr=1`), and what is wrong so far."""
+    """Plain data, the place of each value (`recipes/digits.yaml:12`, `sets lr=1`), and the mistakes so far."""
 
     source: str
     root: Any = None
@@ -42,7 +42,7 @@ class Tree:
     unread: set[Keys] = field(default_factory=set)  # a mistake has been reported instead of a value
 
     def refuse(self, keys: Keys, text: str) -> None:
-        """Note a mistake at a value; for one that is missing, where the nearest thing around it stands."""
+        """Note a mistake at a value; for one that is missing, at the nearest value around it."""
         if keys not in self.unread:
             places = (self.where[keys[:end]] for end in range(len(keys), -1, -1) if keys[:end] in self.where)
             self.mistakes.append(Mistake(next(places, self.source), f"{dotted(keys)}: {text}"))
@@ -111,7 +111,7 @@ def _limit(values: int, depth: int, too_many: str) -> None:
 def parse(text: str, source: str, keys: Keys | None = None) -> Tree:
     """One YAML document as plain data. Never raises: what is wrong is in the tree's mistakes.
 
-    With `keys` it is a value for that place, read as a file's is after `key: `; what stands in it has no line then.
+    With `keys` the text is a value for that place, read as a file's is after `key: `; its values have no lines.
     """
     reader = _Reader(Tree(source), keys is None)
     line, problem = 0, ""

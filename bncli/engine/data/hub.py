@@ -347,7 +347,7 @@ def _leave_interrupts_to_the_parent(worker: int) -> None:
 
 @dataclass(frozen=True)
 class Streamed:
-    """A split that is larger than memory should hold: as InMemory, but decoded anew for each batch."""
+    """A split that is not held in memory: as InMemory, but decoded for each batch."""
 
     images: EncodedImages
     convert: Conversion

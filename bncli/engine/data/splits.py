@@ -165,7 +165,7 @@ def order(
     """Endless shuffled epochs as index tensors (batch_size,) on `device`, without the first `start` batches.
 
     An epoch's last, incomplete batch is left out: batch norm must not see a stray small one. The permutation is drawn
-    on the CPU, so that the order is the same on every device, and moved once an epoch. The place in the order is the
+    on the CPU, so that the order is the same on every device, and moved once per epoch. The place in the order is the
     number of batches taken: those of past epochs are drawn again and left out. Raises DataError where there are fewer
     examples than a batch takes.
     """

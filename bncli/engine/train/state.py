@@ -29,8 +29,7 @@ LSUV_EXAMPLES = 500
 class TrainState:
     """A run between two steps: its model, optimizer, random streams, place in the data, and what it has found so far.
 
-    A state that is made anew from the same recipe and data, and loaded with `state_dict()` of another, goes on from
-    there bit for bit.
+    A new state of the same recipe and data that loads `state_dict()` of another goes on from there bit for bit.
 
     step: optimizer steps taken. batches: those taken from the data, which are more where the fp16 scaler skipped steps.
     skipped: batches in a row, up to now, whose step was skipped. augmentation: the generator that augmentation draws
@@ -166,7 +165,7 @@ def fuse(model: nn.Module, recipe: Recipe) -> None:
 def begin_training(model: nn.Module) -> None:
     """Call `train` where a class of the user's own does more in it than to set the flag, such as keep norms frozen.
 
-    What was in evaluation mode before, by its maker's will, stays so.
+    Modules that were in evaluation mode before stay in it.
     """
     flags = [(module, module.training) for module in model.modules()]
     for module, training in flags:
