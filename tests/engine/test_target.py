@@ -123,13 +123,13 @@ def test_evaluations_spaced_in_log_step_are_as_many_in_every_doubling() -> None:
 
 
 @pytest.mark.parametrize("target", [0.90, 0.93, 0.95])
-def test_the_ratio_of_the_same_runs_moves_by_less_than_3_percent_between_cadences(target: float) -> None:
+def test_the_ratio_of_the_same_runs_varies_by_less_than_3_percent(target: float) -> None:
     """Simulated runs with a known shape and noise; the centred median of three moves by 13 % at .95."""
     found = ratio_by_cadence(target, noise=0.009, runs=60, seed=1)
     assert (max(found) / min(found)) ** 0.5 - 1 < 0.03
 
 
-def test_a_true_14x_is_read_within_4_percent_with_10_evaluations_in_the_fast_arm() -> None:
+def test_a_true_14x_is_measured_within_4_percent_with_10_evaluations() -> None:
     # 400 runs an arm: the standard error is about 0.8 %
     assert abs(bias_of_14x(noise=0.01, cadence="every 10", runs=400, seed=2)) < 0.04
     assert abs(bias_of_14x(noise=0.01, cadence="log 8", runs=400, seed=2)) < 0.04

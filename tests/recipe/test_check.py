@@ -341,7 +341,7 @@ def test_the_places_hold_every_section_and_level() -> None:
 
 @pytest.mark.parametrize("letters", ["eq_", pytest.param(LETTERS, marks=pytest.mark.slow)], ids=["some letters", "all"])
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: " ".join([*place.path, *place.kind.values()]))
-def test_every_one_letter_typo_of_every_key_is_refused_and_the_key_suggested(
+def test_every_one_letter_typo_of_every_key_has_the_key_suggested(
     mistakes_of: MistakesOf, place: Place, letters: str
 ) -> None:
     for key in place.keys:

@@ -52,9 +52,9 @@ def build(
     """The recipe's model on the CPU with its initial weights, for inputs (N, *shape) and `classes` logits.
 
     The weights of a layer depend on the seed and the layer's name alone, so arms whose shapes agree have equal initial
-    weights; for a model of the user's own see `SeparateDraws`. `examples` gives a batch (N, *shape) when lsuv asks for it. Raises
-    RecipeError for a model of the user's own that cannot be made, Unavailable for a norm's kernel that cannot run on
-    `device`, where the model will be (None: anywhere here).
+    weights; for a model of the user's own see `SeparateDraws`. `examples` gives a batch (N, *shape) when lsuv asks for
+    it. Raises RecipeError for a model of the user's own that cannot be made, Unavailable for a norm's kernel that
+    cannot run on `device`, where the model will be (None: anywhere here).
     """
     norm = factory(recipe.norm, device)
     if isinstance(recipe.model, OwnModel):

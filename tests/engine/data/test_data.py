@@ -38,7 +38,7 @@ def npz(path: str, memory_format: torch.memory_format = torch.contiguous_format,
 # --- splits, as they are loaded -----------------------------------------------------------------------------------
 
 
-def test_float_vectors_are_converted_once_at_load_and_byte_images_batch_by_batch(byte_images):
+def test_float_vectors_are_converted_at_load_and_byte_images_per_batch(byte_images):
     assert digits().train.convert is None
     images = npz(byte_images, held_out=10)
     assert images.train.x.dtype == torch.uint8
@@ -93,7 +93,7 @@ def test_augmentation_changes_training_batches_alone_and_follows_its_generator(b
 
 
 @pytest.mark.parametrize("has_test_set", [False, True])
-def test_held_out_examples_of_a_sorted_file_are_evaluated_in_an_order_of_the_split_seed(tmp_path, has_test_set):
+def test_held_out_examples_of_a_sorted_file_are_evaluated_shuffled(tmp_path, has_test_set):
     arrays = {"x": np.arange(1200.0)[:, None], "y": np.arange(3).repeat(400)}
     test_set = {f"{name}_test": array for name, array in arrays.items()} if has_test_set else {}
     path = save(tmp_path, **arrays, **test_set)

@@ -29,7 +29,7 @@ def seeded(seed: int) -> torch.Generator:
 # --- order and what is held out -----------------------------------------------------------------------------------
 
 
-def test_epochs_are_shuffled_anew_and_hold_every_example_once_but_for_an_incomplete_last_batch():
+def test_epochs_differ_and_hold_every_example_of_their_whole_batches_once():
     indices = order(10, 3, seeded(0))
     epochs = [torch.cat(list(islice(indices, 3))) for _ in range(4)]
     assert all(len(epoch.unique()) == 9 for epoch in epochs)
@@ -37,7 +37,7 @@ def test_epochs_are_shuffled_anew_and_hold_every_example_once_but_for_an_incompl
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 4, 11])
-def test_the_order_follows_from_the_seed_and_goes_on_after_any_number_of_batches(start: int):
+def test_the_order_follows_from_the_seed_and_can_start_at_any_batch(start: int):
     whole, other = (list(islice(order(10, 3, seeded(seed)), 15)) for seed in (5, 6))
     assert all(map(torch.equal, islice(order(10, 3, seeded(5), start=start), 15 - start), whole[start:]))
     assert not all(map(torch.equal, whole, other))
@@ -64,7 +64,7 @@ def test_holding_everything_out_is_refused():
         holdout_split(100, 100, 0)
 
 
-def test_the_order_of_evaluation_holds_every_example_and_depends_on_its_arguments_alone():
+def test_the_order_of_evaluation_follows_from_its_arguments_alone():
     found = evaluation_order(50, 3)
     assert sorted(found.tolist()) == list(range(50))
     assert found.tolist() != list(range(50))
@@ -175,7 +175,7 @@ def moves(image: torch.Tensor, margin: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("height", "width", "margin"), [(8, 8, 1), (16, 12, 2), (7, 9, 0)])
-def test_crop_flip_gives_every_shift_by_an_eighth_of_the_height_and_its_mirror_image(height, width, margin):
+def test_crop_flip_gives_every_shift_by_an_eighth_of_the_height_mirrored_too(height, width, margin):
     image = bytes_like(2, height, width)
     expected = {tuple(move.flatten().tolist()) for move in moves(image, margin)}
     moved = crop_flip(image.expand(2000, -1, -1, -1), seeded(0))  # each by itself

@@ -127,7 +127,7 @@ def test_what_the_users_own_constructor_does_to_its_weights_stays(
     assert torch.equal(built(own_recipe(LAYER.format(line))).weight, expected)
 
 
-def test_orthogonal_weights_of_the_users_own_model_are_orthogonal_and_alike_in_arms(own_recipe: OwnRecipe) -> None:
+def test_orthogonal_weights_of_the_users_own_model_are_alike_in_arms(own_recipe: OwnRecipe) -> None:
     code = (
         "def make(shape, classes, norm):\n"
         "    layer = nn.Sequential(nn.Linear(8, 8, bias=norm is None), nn.Linear(8, 3))\n"

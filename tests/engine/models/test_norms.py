@@ -150,7 +150,7 @@ def test_copies_and_pickles_keep_the_kernel_and_the_activation(kernel: Any) -> N
         torch.testing.assert_close(other.eval()(numbers(4, 3)), copy.deepcopy(mine).eval()(numbers(4, 3)))
 
 
-def test_its_text_tells_the_activation_and_the_kernel_only_where_they_are_not_the_default() -> None:
+def test_repr_has_the_activation_and_the_kernel_where_not_the_default() -> None:
     assert repr(BatchNorm2d(3)) == repr(nn.BatchNorm2d(3))
     text = repr(BatchNorm2d(3, activation="relu", kernel=native.batch_norm))
     assert text.endswith("activation=relu, kernel=bncli.kernels.native:batch_norm)")
@@ -225,7 +225,7 @@ def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
-def test_the_fused_kernel_serves_a_model_on_the_cpu_beside_a_gpu_that_cannot_run_it(
+def test_the_fused_kernel_runs_on_the_cpu_where_the_gpu_cannot_run_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     old_gpu(monkeypatch)
@@ -251,7 +251,7 @@ def test_whether_a_model_on_the_cpu_has_its_kernel_is_asked_of_the_cpu_alone(mon
     bncli.batch_norm(torch.randn(4, 3), None, None, training=True, kernel="fused")
 
 
-def test_a_kernel_that_no_device_here_can_run_is_refused_with_the_reasons_of_each(
+def test_a_kernel_that_no_device_can_run_is_refused_with_each_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     old_gpu(monkeypatch)

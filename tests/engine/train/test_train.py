@@ -132,7 +132,7 @@ def test_vectors_from_a_file_are_refused_by_a_model_for_images(tmp_path: Path) -
 # --- what decides a run -------------------------------------------------------------------------------------------
 
 
-def test_losses_follow_from_the_recipe_and_its_seed_and_not_from_the_global_generators() -> None:
+def test_losses_follow_from_the_recipe_and_not_from_global_generators() -> None:
     torch.manual_seed(1)
     one = losses(tiny())
     torch.manual_seed(2)
@@ -190,7 +190,7 @@ def test_logits_that_are_not_finite_are_wrong_and_not_the_first_class(tmp_path: 
     assert (result.status, result.first_hit) == ("diverged", None)
 
 
-def test_evaluation_by_batch_statistics_does_not_depend_on_the_order_of_the_file(tmp_path: Path) -> None:
+def test_evaluation_by_batch_statistics_ignores_the_order_of_the_file(tmp_path: Path) -> None:
     """A chunk of one class only, whose mean the norm takes away, could not be told from one of another class."""
     random = np.random.default_rng(0)
     y = random.permutation(np.arange(3).repeat(1000))
@@ -213,7 +213,7 @@ def test_a_held_out_set_of_a_batch_and_one_is_evaluated_by_batch_statistics() ->
     assert run(recipe).steps_run == 5
 
 
-def test_what_is_evaluated_at_once_is_a_batch_where_examples_may_depend_on_each_other() -> None:
+def test_a_batch_is_evaluated_at_once_where_examples_depend_on_each_other() -> None:
     own = {"kind": "module", "module": "mine:make"}
     alone, together = {"kind": "batch"}, {"kind": "batch", "track_running_stats": False}
     assert evaluation_size(tiny(norm=together), (64,)) == evaluation_size(tiny(model=own), (64,)) == 20
@@ -306,7 +306,7 @@ def overflowing(noise: float, **train: Any) -> Recipe:
     return tiny(data=large, schedule=schedule, **sections, train=train)
 
 
-def test_a_step_that_the_fp16_scaler_skips_is_no_optimizer_step_and_no_step_of_the_schedule() -> None:
+def test_a_step_that_the_fp16_scaler_skips_is_no_step_of_the_schedule() -> None:
     recipe = overflowing(50.0)
     one = state(recipe)
     rates, weights = [], []

@@ -101,7 +101,7 @@ BUILT = "from torch import nn\ndef make(shape, classes, norm):\n    {}\n    retu
         ("unbuilt", BUILT.format("raise OSError('no weights')"), "unbuilt:make raised OSError: no weights"),
     ],
 )
-def test_a_run_that_raises_is_a_failure_with_its_reason_and_the_worker_goes_on(
+def test_a_run_that_raises_is_a_failure_and_the_worker_goes_on(
     worker: Driver, folder: Path, name: str, code: str, reason: str
 ) -> None:
     failure = worker.outcome("bad", own(folder, name, code))
@@ -110,7 +110,7 @@ def test_a_run_that_raises_is_a_failure_with_its_reason_and_the_worker_goes_on(
     assert worker.outcome("good", tiny())["result"]["status"] == "reached"
 
 
-def test_a_result_names_the_users_files_that_were_loaded_by_the_forward_pass_too(worker: Driver, folder: Path) -> None:
+def test_a_result_names_the_users_files_loaded_by_the_forward_pass_too(worker: Driver, folder: Path) -> None:
     (folder / "late.py").write_text("")
     loaded = worker.outcome("own", own(folder, "importing", OWN.format(act="import late")))["code"]
     assert {"importing.py", "late.py"} <= set(loaded) == {file.name for file in folder.glob("*.py")}
