@@ -1,19 +1,29 @@
-"""Recipes of models of the user's own, and images in a file."""
+"""Recipes of models of the user's own, images in a file, and the steps to target of a whole run."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from bncli.engine.target import StepsToTarget
 from bncli.recipe.sections import Recipe
+from bncli.results.train import Evaluation, Target
 from tests.conftest import tiny
 
 OwnRecipe = Callable[..., Recipe]
+
+
+def steps_to_target(evaluations: Sequence[Evaluation], target: Target) -> tuple[float | None, int | None]:
+    """Steps to target and first hit of a run's evaluations, in order of steps; each None where the run missed it."""
+    count = StepsToTarget(target)
+    for evaluation in evaluations:
+        count.add(evaluation)
+    return count.steps, count.first_hit
 
 
 @pytest.fixture

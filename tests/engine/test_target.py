@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bncli.engine.target import StepsToTarget, evaluation_steps, steps_to_target
+from bncli.engine.target import StepsToTarget, evaluation_steps
 from bncli.recipe.sections import LogSpaced
 from bncli.results.train import Evaluation, Target
 from tests.benchmarks.crossings import bias_of_14x, ratio_by_cadence
+from tests.engine.conftest import steps_to_target
 
 ACCURACY = Target("accuracy", 0.5)
 LOSS = Target("loss", 0.5)

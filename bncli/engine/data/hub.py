@@ -326,7 +326,7 @@ def loaded(images: EncodedImages, order: Iterable[Tensor], workers: int, pin_mem
         images,
         batch_sampler=(index.tolist() for index in order),
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=torch_data.default_convert,  # leaves tensors as they are
         pin_memory=pin_memory,
         worker_init_fn=_leave_interrupts_to_the_parent,
         generator=Generator(),  # its own: the global generator must not depend on where the data lie
@@ -335,10 +335,6 @@ def loaded(images: EncodedImages, order: Iterable[Tensor], workers: int, pin_mem
         if isinstance(batch, DataError):
             raise batch
         yield batch
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def _leave_interrupts_to_the_parent(worker: int) -> None:
@@ -354,10 +350,7 @@ class Streamed:
     device: torch.device
     workers: int
     augment: bool = False
-
-    @property
-    def index_device(self) -> torch.device:
-        return torch.device("cpu")
+    index_device = torch.device("cpu")
 
     def __len__(self) -> int:
         return len(self.images)

@@ -45,9 +45,6 @@ class Dataset:
     shape: tuple[int, ...]
     classes: int
 
-    def held_out_batches(self, size: int) -> Iterator[Batch]:
-        return self.held_out.chunks(size)
-
 
 # --- normalization and augmentation -----------------------------------------------------------------------------------
 

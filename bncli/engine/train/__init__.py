@@ -153,7 +153,7 @@ def evaluate(state: TrainState, train_loss: float | None = None) -> Evaluated:
     state.model.eval()
     right = loss = torch.zeros((), device=state.device)
     count = 0
-    for x, y in state.dataset.held_out_batches(evaluation_size(state.recipe, state.dataset.shape)):
+    for x, y in state.dataset.held_out.chunks(evaluation_size(state.recipe, state.dataset.shape)):
         with autocast(state.device, state.recipe.train.precision):
             logits = state.model(x)
         highest, predicted = logits.max(1)  # NaN where any of an example's logits is

@@ -42,14 +42,14 @@ def test_float_vectors_are_converted_at_load_and_byte_images_per_batch(byte_imag
     assert digits().train.convert is None
     images = npz(byte_images, held_out=10)
     assert images.train.x.dtype == torch.uint8
-    assert next(images.held_out_batches(5))[0].dtype == torch.float32
+    assert next(images.held_out.chunks(5))[0].dtype == torch.float32
 
 
 def test_held_out_batches_hold_every_example_once_in_a_fixed_order(byte_images):
     images = npz(byte_images, held_out=10)
-    chunks = list(images.held_out_batches(4))
+    chunks = list(images.held_out.chunks(4))
     assert [len(y) for _, y in chunks] == [4, 3, 3]
-    whole, labels = next(images.held_out_batches(1000))
+    whole, labels = next(images.held_out.chunks(1000))
     assert torch.equal(torch.cat([x for x, _ in chunks]), whole)
     assert torch.equal(torch.cat([y for _, y in chunks]), labels)
     assert images.train.index_device == CPU
@@ -70,7 +70,7 @@ def test_images_come_in_the_asked_layout_with_the_same_values(byte_images, augme
 
 def test_float_images_come_channels_last_too_and_vectors_do_not_mind():
     spec = Synthetic(source="synthetic", shape=(3, 4, 4), examples=20, held_out=5)
-    x, _ = next(load(spec, CPU, torch.channels_last).held_out_batches(5))
+    x, _ = next(load(spec, CPU, torch.channels_last).held_out.chunks(5))
     assert x.is_contiguous(memory_format=torch.channels_last)
     vectors = load(Digits(source="digits"), CPU, torch.channels_last)
     assert torch.equal(vectors.train.x, digits().train.x)
@@ -86,7 +86,7 @@ def test_augmentation_changes_training_batches_alone_and_follows_its_generator(b
     assert not torch.equal(first, x)
     assert torch.equal(labels, y)
     for ours, theirs in (
-        (augmented.held_out_batches(10), plain.held_out_batches(10)),
+        (augmented.held_out.chunks(10), plain.held_out.chunks(10)),
         (augmented.train.chunks(30), [(x, y)]),
     ):
         assert torch.equal(next(iter(ours))[0], next(iter(theirs))[0])
@@ -177,7 +177,7 @@ def test_npz_examples_are_held_out_by_split_seed(byte_images):
     images = npz(byte_images, held_out=10)
     assert (images.name, images.shape, images.classes) == ("images.npz", (3, 16, 16), 4)
     assert (len(images.train), len(images.held_out)) == (150, 10)
-    x, y = next(images.held_out_batches(10))
+    x, y = next(images.held_out.chunks(10))
     stored = np.load(byte_images)
     held_out = holdout_split(160, 10, 0)[1][evaluation_order(10, 0)].numpy()
     assert np.array_equal(x.numpy(), stored["x"][held_out].astype(np.float32) / 255)

@@ -91,7 +91,7 @@ def test_a_folder_of_class_folders_is_its_images_and_labels(folder, pixels):
     loaded = hub(folder)
     assert (loaded.name, loaded.shape, loaded.classes) == (str(folder), (3, 8, 8), 3)
     assert (len(loaded.train), len(loaded.held_out)) == (12, 6)
-    x, y = next(loaded.held_out_batches(10))
+    x, y = next(loaded.held_out.chunks(10))
     by_class = sorted(range(6), key=lambda number: (number % 3, number))  # the library's order: folder after folder
     by_class = [by_class[place] for place in evaluation_order(6, 0)]
     assert y.tolist() == [number % 3 for number in by_class]
@@ -102,7 +102,7 @@ def test_a_folder_of_parquet_files_has_the_splits_of_their_names(tmp_path, pixel
     for split, images in pixels.items():
         parquet(tmp_path / f"{split}-00000-of-00001.parquet", table(images))
     loaded = hub(tmp_path)
-    x, y = next(loaded.held_out_batches(10))
+    x, y = next(loaded.held_out.chunks(10))
     evaluated = evaluation_order(6, 0)
     assert np.array_equal(x.permute(0, 2, 3, 1).numpy(), pixels["test"][evaluated].astype(np.float32) / 255)
     assert y.tolist() == (evaluated % 3).tolist()
@@ -112,17 +112,17 @@ def test_a_folder_of_parquet_files_has_the_splits_of_their_names(tmp_path, pixel
 def test_a_single_parquet_file_is_the_training_split_to_hold_out_from(tmp_path, pixels):
     path = parquet(tmp_path / "set.parquet", table(pixels["train"]))
     loaded = hub(path, held_out=4)
-    (x, y), (held_out_x, held_out_y) = next(loaded.train.chunks(12)), next(loaded.held_out_batches(12))
+    (x, y), (held_out_x, held_out_y) = next(loaded.train.chunks(12)), next(loaded.held_out.chunks(12))
     assert (len(x), len(held_out_x)) == (8, 4)
     together = {tuple(image) for image in torch.cat([x, held_out_x]).mul(255).round().byte().flatten(1).tolist()}
     assert together == {tuple(image.transpose(2, 0, 1).ravel().tolist()) for image in pixels["train"]}
     assert sorted(torch.cat([y, held_out_y]).tolist()) == [0] * 4 + [1] * 4 + [2] * 4
-    assert same(hub(path, held_out=4).held_out_batches(12), [(held_out_x, held_out_y)])
-    assert not same(hub(path, held_out=4, split_seed=1).held_out_batches(12), [(held_out_x, held_out_y)])
+    assert same(hub(path, held_out=4).held_out.chunks(12), [(held_out_x, held_out_y)])
+    assert not same(hub(path, held_out=4, split_seed=1).held_out.chunks(12), [(held_out_x, held_out_y)])
 
 
 def test_images_are_made_grey_and_resized_as_the_shape_says(folder):
-    x, _ = next(hub(folder, shape=(1, 4, 6)).held_out_batches(10))
+    x, _ = next(hub(folder, shape=(1, 4, 6)).held_out.chunks(10))
     assert x.shape == (6, 1, 4, 6)
 
 
@@ -132,7 +132,7 @@ def test_plain_bytes_and_whole_numbers_will_do_where_the_columns_are_named(tmp_p
     path = parquet(tmp_path / "set.parquet", plain)
     named = hub(path, held_out=3, image_column="png", label_column="kind")
     typed = hub(parquet(tmp_path / "typed.parquet", table(pixels["train"])), held_out=3)
-    assert same(named.held_out_batches(3), typed.held_out_batches(3))
+    assert same(named.held_out.chunks(3), typed.held_out.chunks(3))
     assert "has no columns of type Image; name one of its columns: png (binary), kind (int64)" in refused(
         path, held_out=3
     )
@@ -144,7 +144,7 @@ def test_standard_normalises_by_the_training_images(folder):
     torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(x.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-5, rtol=0)
     unit, _ = next(hub(folder).train.chunks(12))
-    held_out, raw = next(loaded.held_out_batches(6))[0], next(hub(folder).held_out_batches(6))[0]
+    held_out, raw = next(loaded.held_out.chunks(6))[0], next(hub(folder).held_out.chunks(6))[0]
     shift, scale = unit.mean((0, 2, 3), keepdim=True), unit.std((0, 2, 3), correction=0, keepdim=True)
     torch.testing.assert_close(held_out, (raw - shift) / scale, atol=1e-5, rtol=1e-5)
 
@@ -163,13 +163,13 @@ def test_a_set_larger_than_memory_gives_the_same_batches(folder, workers):
         indices = order(12, 5, torch.Generator().manual_seed(1))
         batches.append(list(islice(split.batches(indices, torch.Generator().manual_seed(2)), 5)))
     assert same(*batches)
-    assert same(kept.held_out_batches(4), streamed.held_out_batches(4))
+    assert same(kept.held_out.chunks(4), streamed.held_out.chunks(4))
 
 
 @pytest.mark.parametrize("in_memory_gib", [0.0, 4.0])
 def test_held_out_images_are_evaluated_in_an_order_of_the_split_seed(folder, in_memory_gib):
     one, again, other = (
-        [y for _, y in hub(folder, in_memory_gib=in_memory_gib, split_seed=seed).held_out_batches(5)]
+        [y for _, y in hub(folder, in_memory_gib=in_memory_gib, split_seed=seed).held_out.chunks(5)]
         for seed in (0, 0, 2)
     )
     assert [len(y) for y in one] == [3, 3]
@@ -185,12 +185,12 @@ def test_the_limit_counts_a_byte_for_each_value_of_all_images(folder):
 
 def test_decoding_batch_by_batch_leaves_the_global_generator_alone(folder):
     state = torch.get_rng_state()
-    list(hub(folder, in_memory_gib=0.0).held_out_batches(3))
+    list(hub(folder, in_memory_gib=0.0).held_out.chunks(3))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def read_through(name: str | Path, **fields) -> list:
-    return list(hub(name, **fields).held_out_batches(3))
+    return list(hub(name, **fields).held_out.chunks(3))
 
 
 @pytest.mark.parametrize("fields", [{}, {"in_memory_gib": 0.0}, {"in_memory_gib": 0.0, "workers": 1}])

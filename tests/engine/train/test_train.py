@@ -19,14 +19,13 @@ from bncli.engine import data
 from bncli.engine.data.splits import order
 from bncli.engine.models import build
 from bncli.engine.models.init import stream
-from bncli.engine.target import steps_to_target
 from bncli.engine.train import evaluate, evaluation_size, optimizer_step, train
 from bncli.engine.train.state import TrainState
 from bncli.errors import DataError
 from bncli.recipe.sections import Recipe
 from bncli.results.train import Evaluated, Event, RunFinished, RunResult, RunStarted, StepDone
 from tests.conftest import OWN, tiny
-from tests.engine.conftest import OwnRecipe
+from tests.engine.conftest import OwnRecipe, steps_to_target
 
 CPU = torch.device("cpu")
 
@@ -170,7 +169,7 @@ def test_evaluation_uses_the_running_statistics_and_changes_no_buffer() -> None:
     found = evaluate(one).evaluation
     assert one.model.training
     assert all(torch.equal(value, before[name]) for name, value in one.model.state_dict().items())
-    (x, y), *rest = one.dataset.held_out_batches(1000)
+    (x, y), *rest = one.dataset.held_out.chunks(1000)
     assert not rest
     right = (one.model.eval()(x).argmax(1) == y).float().mean().item()
     assert found.accuracy == pytest.approx(right)
