@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,18 @@ from bncli.engine.train.state import Clock, TrainState, sample
 from bncli.recipe.sections import Recipe
 from bncli.results.train import Evaluated, Evaluation, RunFinished, RunResult, StepDone
 from tests.conftest import tiny
+from tests.engine.conftest import OwnRecipe
 
 CPU = torch.device("cpu")
 STEPS = 20  # of batches of 20, with 6 batches an epoch and an evaluation every 5 steps
 IMAGES = {"source": "synthetic", "shape": [3, 8, 8], "classes": 3, "examples": 120, "held_out": 33, "noise": 0.5}
 
-# A user's own model that draws from each of the global generators in its forward pass.
+# A model of the user's own that draws from each of the global generators in its forward pass.
 NOISY = """
-import random
-import numpy as np
-import torch
-from torch import nn
 class Noisy(nn.Sequential):
     def forward(self, x):
         if self.training:
-            x = x + 0.1 * random.gauss(0, 1) + 0.1 * np.random.standard_normal() + 0.1 * torch.randn_like(x)
+            x = x + 0.1 * random.gauss(0, 1) + 0.1 * numpy.random.standard_normal() + 0.1 * torch.randn_like(x)
         return super().forward(x)
 def make(shape, classes, norm):
     return Noisy(nn.Linear(shape[0], 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, classes))
@@ -59,19 +55,14 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "augmentation": {"data": {"source": "npz", "path": "images.npz", "held_out": 40, "augment": "crop-flip"},
                      "model": {"kind": "cnn", "channels": [8]}},
-    "a model of the user's own": {"model": {"kind": "module", "module": "noisy:make"}, "norm": {"kind": "none"}},
+    "a model of the user's own": {"model": {"kind": "module", "module": "mine:make"}, "norm": {"kind": "none"}},
 }  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the recipes name in the current folder."""
-    random = np.random.default_rng(0)
-    x, y = random.integers(0, 256, (160, 3, 16, 16), np.uint8), random.integers(0, 3, 160)
-    np.savez(tmp_path / "images.npz", x=x, y=y)
-    (tmp_path / "noisy.py").write_text(NOISY)
-    monkeypatch.chdir(tmp_path)
-    sys.modules.pop("noisy", None)
+def folder(tmp_path: Path, byte_images: str, own_recipe: OwnRecipe) -> Path:
+    """The current folder, with images.npz and mine.py, which the recipes name."""
+    own_recipe(NOISY)
     return tmp_path
 
 

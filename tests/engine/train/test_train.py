@@ -78,6 +78,7 @@ def test_a_run_with_several_targets_goes_on_until_the_hardest_is_settled() -> No
     assert (both.also[0].steps, both.also[0].first_hit) == (alone.steps_to_target, alone.first_hit)
     assert both.steps_to_target is not None
     assert both.also[1].steps is not None
+    assert alone.steps_to_target is not None
     assert both.also[1].steps < both.steps_to_target < alone.steps_to_target
     loss = {"metric": "loss", "value": 0.5, "also": [1e-9]}
     never = run(tiny(train={"target": loss, "steps": 40}))
@@ -268,7 +269,8 @@ def test_modules_that_the_user_or_their_own_train_froze_stay_frozen(own_recipe: 
     for _ in range(3):
         evaluate(one)
         optimizer_step(one, *one.next_batch())
-    frozen, norm, fixed, _ = one.model.children()
+    parts: list[Any] = list(one.model.children())
+    frozen, norm, fixed, _ = parts
     training = [part.training for part in (one.model, frozen, *frozen.children(), norm, fixed, fixed[0])]
     assert training == [True, False, False, True, True, True, False]
     for module, batches in ((frozen[0], 0), (norm, 3), (fixed[0], 0)):
