@@ -29,7 +29,7 @@ def nearest(word: Any, names: Sequence[Any]) -> list[str]:
     if not isinstance(word, str):
         return []
     texts = [name for name in names if isinstance(name, str)]
-    # Half of a name of two letters is right where one of them is not.
+    # A name of two letters with one of them wrong is half right.
     near = difflib.get_close_matches(word, texts, n=2, cutoff=0.5)
     return near or [name for name in texts if len(word) > 1 and name.startswith(word)]
 

@@ -13,7 +13,7 @@ from bncli.recipe.load import Arm, load, plain
 from bncli.recipe.schema import json_schema
 from bncli.recipe.sections import Recipe
 from bncli.recipe.yaml import parse
-from tests.recipe.examples import KINDS_OF_SECTIONS, RUN, models, section_of
+from tests.recipe.conftest import KINDS_OF_SECTIONS, RUN, models, section_of
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from bncli.recipe.load import plain
 from bncli.recipe.overrides import kinds, members
 from bncli.recipe.sections import KINDS, Recipe, RecipeFile, shorthand_key
-from tests.recipe.examples import EXAMPLES, KINDS_OF_SECTIONS, RUN, models, section_of
+from tests.recipe.conftest import EXAMPLES, KINDS_OF_SECTIONS, RUN, models, section_of
 
 
 def test_every_kind_of_every_section_has_an_example_here() -> None:

@@ -110,7 +110,7 @@ def reachable(endpoint: str, timeout_s: float = PROBE_TIMEOUT_S) -> bool:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=timeout_s).close()
     except (urllib.error.HTTPError, HTTPException, ValueError):
         return True
-    except OSError as error:  # an unknown certificate is for the library to judge
+    except OSError as error:  # the library judges an unknown certificate
         return isinstance(getattr(error, "reason", error), ssl.SSLError)
     return True
 
@@ -156,7 +156,7 @@ def _library() -> Any:
         ) from None
     for library in (datasets, hub):
         library.disable_progress_bars()
-        library.logging.set_verbosity(logging.CRITICAL)  # what fails comes as an exception
+        library.logging.set_verbosity(logging.CRITICAL)  # failures are raised
     return datasets
 
 

@@ -55,7 +55,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         activation: str | None = None,
         kernel: str | kernels.Kernel = "native",
     ) -> None:
-        without_bias: dict[str, Any] = {} if bias else {"bias": False}  # newer than the oldest torch that serves
+        without_bias: dict[str, Any] = {} if bias else {"bias": False}  # newer than the oldest torch supported
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **without_bias)
         native.check_activation(activation)
         if isinstance(kernel, str):
