@@ -104,7 +104,8 @@ def _synthetic(spec: Synthetic) -> Arrays:
     y = torch.randint(spec.classes, (spec.examples + spec.held_out,), generator=generator)
     x = torch.randn(len(y), *spec.shape, generator=generator).mul_(spec.noise).add_(prototypes[y])
     train, held_out = slice(spec.examples), slice(spec.examples, None)
-    return Arrays(x[train].clone(), y[train], x[held_out], y[held_out], spec.classes)  # a copy, so that the whole is freed
+    # The training examples are a copy, so that the whole is freed.
+    return Arrays(x[train].clone(), y[train], x[held_out], y[held_out], spec.classes)
 
 
 def _npz(spec: Npz) -> Arrays:
