@@ -24,6 +24,9 @@ from bncli.recipe.yaml import dotted
 from bncli.results.train import Evaluation, Target
 
 LSUV_EXAMPLES = 500
+# What is saved of a state as it is, and by its own state_dict.
+NUMBERS = ("step", "batches", "skipped", "train_loss", "evaluation_s")
+PARTS = ("model", "optimizer", "scaler")
 
 
 class TrainState:
@@ -98,17 +101,11 @@ class TrainState:
         a model of the user's own keeps out of its state_dict.
         """
         return {
-            "step": self.step,
-            "batches": self.batches,
-            "skipped": self.skipped,
-            "train_loss": self.train_loss,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            **{name: getattr(self, name) for name in NUMBERS},
+            **{name: getattr(self, name).state_dict() for name in PARTS},
             "augmentation": self.augmentation.get_state(),
             "global generators": global_generators(self.device),
             "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
-            "evaluation_s": self.evaluation_s,
             "intervals": self.clock.so_far(self.step),
             "peak_memory_mib": dict(self.memory.mib),
         }
@@ -119,15 +116,13 @@ class TrainState:
         Python's, numpy's and torch's global generators are set as they were: a model of the user's own may draw from
         them.
         """
-        self.step, self.batches, self.skipped = saved["step"], saved["batches"], saved["skipped"]
-        self.train_loss = saved["train_loss"]
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
+        for name in NUMBERS:
+            setattr(self, name, saved[name])
+        for name in PARTS:
+            getattr(self, name).load_state_dict(saved[name])
         self.evaluations, self.targets = [], _targets(self.recipe)
         for evaluation in saved["evaluations"]:
             self.record(Evaluation(**evaluation))
-        self.evaluation_s = saved["evaluation_s"]
         self.clock = Clock(self.recipe.train.batch_size, self.device, intervals=list(saved["intervals"]))
         self.memory.mib = dict(saved["peak_memory_mib"])
         self.augmentation.set_state(saved["augmentation"])
