@@ -209,10 +209,7 @@ def words(value: Any) -> str:
     return shown if len(shown) <= 60 else f"{shown[:50]} ..."
 
 
-_PATTERNS = {
-    ARM_NAME: "a name of letters, digits, spaces, +, - and _",
-    FUNCTION_PATH: "package.module:function",
-}
+_PATTERNS = {ARM_NAME: "a name of letters, digits, spaces, +, - and _", FUNCTION_PATH: "package.module:function"}
 _EXPECTED = {
     "tuple_type": "a list",
     "dict_type": "a mapping",

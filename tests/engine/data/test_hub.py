@@ -312,7 +312,7 @@ def test_any_answer_means_reachable_and_a_closed_port_does_not(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     with HTTPServer(("127.0.0.1", 0), Refusing) as server:
         Thread(target=server.handle_request).start()
-        assert reachable(f"http://127.0.0.1:{server.server_port}")
+        assert reachable(f"http://127.0.0.1:{server.server_port}", timeout_s=60)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound and not listening: refuses
         assert not reachable(f"http://127.0.0.1:{unused.getsockname()[1]}")

@@ -225,9 +225,7 @@ def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
-def test_the_fused_kernel_runs_on_the_cpu_where_the_gpu_cannot_run_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_fused_kernel_runs_on_the_cpu_where_the_gpu_cannot_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
     old_gpu(monkeypatch)
     assert BatchNorm2d(3, kernel="fused")(torch.randn(4, 3, 5, 5)).shape == (4, 3, 5, 5)
     convert(nn.Sequential(nn.BatchNorm2d(3)), "fused")
@@ -251,9 +249,7 @@ def test_whether_a_model_on_the_cpu_has_its_kernel_is_asked_of_the_cpu_alone(mon
     bncli.batch_norm(torch.randn(4, 3), None, None, training=True, kernel="fused")
 
 
-def test_a_kernel_that_no_device_can_run_is_refused_with_each_reason(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_kernel_that_no_device_can_run_is_refused_with_each_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     old_gpu(monkeypatch)
     monkeypatch.setattr(cpu, "unavailable_reason", lambda: "there is no C compiler")
     with pytest.raises(Unavailable, match=r"cannot run: it .*; on the CPU there is no C compiler\. Nothing else"):

@@ -93,11 +93,7 @@ BUILT = "from torch import nn\ndef make(shape, classes, norm):\n    {}\n    retu
             "raised ValueError: two lines, in {folder}/raising.py:5. It is given batches",
         ),
         ("leaving", OWN.format(act="import sys; sys.exit(0)"), "raised SystemExit: 0, in {folder}/leaving.py:5."),
-        (
-            "misshapen",
-            OWN.format(act="x = x[:, 1:]"),
-            "raised RuntimeError: mat1 and mat2 shapes cannot be multiplied",
-        ),
+        ("misshapen", OWN.format(act="x = x[:, 1:]"), "raised RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
         ("unbuilt", BUILT.format("raise OSError('no weights')"), "unbuilt:make raised OSError: no weights"),
     ],
 )
