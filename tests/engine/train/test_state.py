@@ -14,12 +14,12 @@ from bncli.engine.train import optimizer_step, training_loop
 from bncli.engine.train.state import Clock, TrainState, sample
 from bncli.recipe.sections import Recipe
 from bncli.results.train import Evaluated, Evaluation, RunFinished, RunResult, StepDone
-from tests.conftest import tiny
+from tests.conftest import TINY, tiny
 from tests.engine.conftest import OwnRecipe
 
 CPU = torch.device("cpu")
 STEPS = 20  # of batches of 20, with 6 batches an epoch and an evaluation every 5 steps
-IMAGES = {"source": "synthetic", "shape": [3, 8, 8], "classes": 3, "examples": 120, "held_out": 33, "noise": 0.5}
+IMAGES = {**TINY["data"], "shape": [3, 8, 8], "held_out": 33}
 
 # A model of the user's own that draws from each of the global generators in its forward pass.
 NOISY = """
@@ -41,7 +41,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "bf16": {"train": {"precision": "bf16"}},
     "fp16 with skipped steps": {
-        "data": {**IMAGES, "shape": [8], "noise": 50.0},
+        "data": {**TINY["data"], "noise": 50.0},
         "norm": {"kind": "none"},
         "optimizer": {"kind": "sgd", "lr": 1e-4, "momentum": 0.9},
         "train": {"precision": "fp16"},

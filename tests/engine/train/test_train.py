@@ -24,7 +24,7 @@ from bncli.engine.train.state import TrainState
 from bncli.errors import DataError
 from bncli.recipe.sections import Recipe
 from bncli.results.train import Evaluated, Event, RunFinished, RunResult, RunStarted, StepDone
-from tests.conftest import OWN, tiny
+from tests.conftest import OWN, TINY, tiny
 from tests.engine.conftest import OwnRecipe, steps_to_target
 
 CPU = torch.device("cpu")
@@ -208,8 +208,8 @@ def test_evaluation_by_batch_statistics_ignores_the_order_of_the_file(tmp_path: 
 
 
 def test_a_held_out_set_of_a_batch_and_one_is_evaluated_by_batch_statistics() -> None:
-    held_out = {"source": "synthetic", "shape": [8], "classes": 3, "examples": 120, "held_out": 1001, "noise": 0.5}
-    recipe = tiny(data=held_out, norm={"kind": "batch", "track_running_stats": False}, train={"steps": 5})
+    data = {**TINY["data"], "held_out": 1001}
+    recipe = tiny(data=data, norm={"kind": "batch", "track_running_stats": False}, train={"steps": 5})
     assert run(recipe).steps_run == 5
 
 
@@ -298,13 +298,15 @@ def test_autocast_trains_to_the_target(precision: str) -> None:
     assert run(tiny(train={"precision": precision})).status == "reached"
 
 
-def overflowing(noise: float, **train: Any) -> Recipe:
+def overflowing(noise: float) -> Recipe:
     """In fp16, on examples so large that the gradients times the scaler's first scale, 65,536, are infinite."""
-    large = {"source": "synthetic", "shape": [8], "classes": 3, "examples": 120, "held_out": 60, "noise": noise}
-    sections: dict[str, Any] = {"norm": {"kind": "none"}, "optimizer": {"kind": "sgd", "lr": 1e-4}}
-    schedule = {"kind": "step", "milestones": [3], "gamma": 0.1}
-    train = {"precision": "fp16", "steps": 10, "evaluate_every": 1, "target": None, **train}
-    return tiny(data=large, schedule=schedule, **sections, train=train)
+    return tiny(
+        data={**TINY["data"], "noise": noise},
+        norm={"kind": "none"},
+        optimizer={"kind": "sgd", "lr": 1e-4},
+        schedule={"kind": "step", "milestones": [3], "gamma": 0.1},
+        train={"precision": "fp16", "steps": 10, "evaluate_every": 1, "target": None},
+    )
 
 
 def test_a_step_that_the_fp16_scaler_skips_is_no_step_of_the_schedule() -> None:
@@ -349,21 +351,14 @@ def test_tf32_is_as_the_recipe_says_during_a_run_and_as_before_after_it(wanted: 
     assert allowed() == before
 
 
-def test_channels_last_trains_like_contiguous() -> None:
-    images = {"source": "synthetic", "shape": [2, 6, 6], "classes": 3, "examples": 60, "held_out": 30, "noise": 0.5}
+@pytest.mark.parametrize(
+    "change", [{"memory_format": "channels_last"}, pytest.param({"compile": True}, marks=pytest.mark.slow)]
+)
+def test_channels_last_and_compiled_models_train_as_contiguous_and_eager_ones(change: dict[str, Any]) -> None:
+    images = {**TINY["data"], "shape": [2, 6, 6], "examples": 60, "held_out": 30}
     model = {"kind": "cnn", "channels": [8]}
-    formats = [
-        tiny(data=images, model=model, train={"memory_format": name, "target": None})
-        for name in ("contiguous", "channels_last")
-    ]
-    one, other = (losses(recipe) for recipe in formats)
-    assert one == pytest.approx(other, rel=1e-3)
-
-
-@pytest.mark.slow
-def test_a_compiled_model_trains_like_an_eager_one() -> None:
-    eager, compiled = (losses(tiny(train={"compile": wanted, "target": None})) for wanted in (False, True))
-    assert compiled == pytest.approx(eager, rel=1e-3)
+    one, other = (losses(tiny(data=images, model=model, train={"target": None, **each})) for each in ({}, change))
+    assert other == pytest.approx(one, rel=1e-3)
 
 
 def test_the_schedule_reaches_the_optimizer() -> None:
