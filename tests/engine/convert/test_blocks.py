@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -22,12 +22,12 @@ from tests.engine.convert.models import (
     BasicBlock,
     Bottleneck,
     ConvNormActivation,
-    InvertedResidual,
     ResNet,
     block,
     conv,
     mlp,
     numbers,
+    residual,
     small_resnet,
 )
 
@@ -155,11 +155,28 @@ def test_a_forward_that_is_replaced_in_its_class_has_its_effect(monkeypatch: pyt
     torch.testing.assert_close(converted(BasicBlock(3, 3))(IMAGES), 2 * IMAGES)
 
 
-def test_a_use_of_the_residual_connection_is_asked_for_in_each_call() -> None:
-    model = InvertedResidual(3, 3, 1, 2)
-    ours = converted(model)
-    model.use_res_connect = ours.use_res_connect = False
-    same(model, ours, IMAGES)
+def test_a_forward_of_sequential_that_is_replaced_has_its_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(conv(3, 3), nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
+    blocks = block(BasicBlock, 4, 8)
+    ours, our_blocks = converted(model), converted(blocks)
+    original = nn.Sequential.forward
+    monkeypatch.setattr(nn.Sequential, "forward", lambda self, x: original(self, x) + 1)
+    torch.testing.assert_close(ours(IMAGES), model(IMAGES))
+    torch.testing.assert_close(our_blocks(numbers(4, 4, 6, 6)), blocks(numbers(4, 4, 6, 6)))
+
+
+def test_an_inner_sequential_that_compiles_itself_runs_compiled() -> None:
+    torch.compiler.reset()
+    model: Any = converted(nn.Sequential(conv(3, 3), nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())))
+    compiled = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    model[1].compile(backend=backend)
+    model(IMAGES)
+    assert compiled
 
 
 # --- the add in place (finding 6 of the review) -----------------------------------------------------------------------
@@ -195,12 +212,38 @@ def test_an_add_in_place_of_a_shortcut_that_is_smaller_is_broadcast() -> None:
 
 
 def test_an_add_out_of_place_is_promoted_and_broadcast() -> None:
-    model: Any = InvertedResidual(3, 3, 1, 2)
-    model.conv[0][0].stride = (8, 8)
+    model: Any = residual()
+    model.body[0].stride = (8, 8)
     ours = converted(model)
     same(model, ours, IMAGES)
     with torch.autocast("cpu", torch.bfloat16):
         assert ours(IMAGES).dtype == model(IMAGES).dtype == torch.float32
+
+
+def test_an_add_out_of_place_has_the_layout_of_its_first_operand() -> None:
+    model: Any = residual()
+    model.body[0] = nn.Identity()
+    model.shortcut.append(nn.BatchNorm2d(3))
+    model.body.append(ChannelsLast())
+    ours = converted(model)
+    assert operations(ours)["shortcut.0"] == "batch norm + residual add + silu"
+    assert ours(IMAGES).stride() == model(IMAGES).stride() == (192, 1, 24, 3)
+    same(model, ours, IMAGES)
+
+
+class ChannelsLast(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+def test_a_residual_may_be_added_to_a_number() -> None:
+    class Number(nn.Module):
+        def forward(self, x: Tensor) -> float:
+            return 2.0
+
+    model: Any = residual()
+    model.body.append(Number())
+    torch.testing.assert_close(converted(model)(IMAGES), model(IMAGES))
 
 
 # --- which forwards are known -----------------------------------------------------------------------------------------
@@ -222,6 +265,21 @@ class Renamed(BasicBlock):
         return out  # noqa: RET504
 
 
+class TwoNames(BasicBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x
+        out = self.conv1(x)
+        out = self.bn1(out)
+        out = self.relu(out)
+        out = self.conv2(out)
+        out = self.bn2(out)
+        if self.downsample is not None:
+            residual = self.downsample(x)  # noqa: F841
+        out += identity
+        out = self.relu(out)
+        return out  # noqa: RET504
+
+
 class OtherOrder(BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn1(self.conv1(x))
@@ -239,8 +297,10 @@ class Scripted(BasicBlock):
 
 
 @pytest.mark.parametrize(
-    ("kind", "known"), [(BasicBlock, True), (Renamed, True), (OtherOrder, False), (Decorated, False), (Scripted, False)]
-)
+    ("kind", "known"),
+    [(BasicBlock, True), (Renamed, True), (TwoNames, False), (OtherOrder, False), (Decorated, False),
+     (Scripted, False)],
+)  # fmt: skip
 def test_a_block_is_known_by_its_forward(kind: Any, known: bool) -> None:
     model = kind(3, 3)
     ours = converted(model)
@@ -286,6 +346,18 @@ def test_a_subclass_of_sequential_keeps_its_class_and_constructor() -> None:
     assert type(ours)(3, 5, nn.SiLU)(IMAGES).shape == (4, 5, 8, 8)
 
 
+def test_a_subclass_of_sequential_with_an_order_of_its_own_keeps_it() -> None:
+    class Reversed(nn.Sequential):
+        def __iter__(self) -> Iterator[nn.Module]:
+            return reversed(list(self._modules.values()))
+
+    model = Reversed(nn.ReLU(), nn.BatchNorm2d(3), conv(3, 3))
+    ours = converted(model)
+    assert operations(ours) == {"1": "batch norm + relu"}
+    same(model, ours, IMAGES)
+    same(nn.Sequential(model), converted(nn.Sequential(model)), IMAGES)
+
+
 def test_an_object_made_without_its_constructor_keeps_the_fused_forward() -> None:
     model: Any = converted(small_resnet()).eval()
     replica = model._replicate_for_data_parallel()  # what nn.DataParallel does for each device
@@ -317,6 +389,27 @@ def test_a_parametrization_of_a_block_may_come_and_go() -> None:
     torch.testing.assert_close(copy.deepcopy(model)(IMAGES), expected)
     parametrize.remove_parametrizations(first, "weight")
     torch.testing.assert_close(model(IMAGES), expected)
+
+
+class Scaled(BasicBlock):
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.scale = nn.Parameter(torch.ones(3))
+
+
+def test_a_parametrization_of_the_block_itself_may_come_before_or_after() -> None:
+    before = Scaled()
+    parametrize.register_parametrization(before, "scale", nn.Identity())
+    assert operations(convert(before, SEAM))["bn2"] == "batch norm"
+    parametrize.remove_parametrizations(before, "scale")
+    assert type(before) is Scaled
+    after = convert(Scaled(), SEAM)
+    parametrize.register_parametrization(after, "scale", nn.Identity())
+    assert operations(convert(after, SEAM))["bn2"] == FUSED_ADD  # whose forward is still the fused one
+    parametrize.remove_parametrizations(after, "scale")
+    model = Scaled()
+    model.load_state_dict(after.state_dict())
+    same(model, after, IMAGES)
 
 
 def test_fx_traces_a_converted_model_when_its_norms_are_leaves() -> None:
@@ -360,13 +453,13 @@ def test_a_norm_or_an_activation_with_hooks_is_not_fused(place: int, why: str) -
 
 
 def test_a_sequential_with_hooks_is_not_opened() -> None:
-    model = InvertedResidual(3, 3, 1, 2, nn.SiLU)
+    model = residual()
     fired = []
-    model.conv.register_forward_hook(lambda *_: fired.append(1))
+    model.body.register_forward_hook(lambda *_: fired.append(1))
     convert(model, SEAM)(IMAGES)
     assert fired
-    assert operations(model)["conv.3"] == "batch norm"
-    assert reason(model, "conv.3") == "nothing follows it here"
+    assert operations(model)["body.3"] == "batch norm"
+    assert reason(model, "body.3") == "nothing follows it here"
 
 
 def test_a_hook_on_all_modules_sees_each_of_them() -> None:
