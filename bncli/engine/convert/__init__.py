@@ -89,10 +89,11 @@ def convert(
 
     Raises:
         Unavailable: With the reason, where the kernel cannot run on this machine.
-        UsageError: With the reason, where torch.fx cannot hold the model, or where it is such a graph already.
+        UsageError: With the reason, where torch.fx cannot hold the model, or where it is or has such a graph already.
     """
-    if isinstance(model, fx.GraphModule) and any(node.target is blocks.run_norm for node in model.graph.nodes):
-        raise UsageError("it is a graph that convert made; convert the model itself again", field="model")
+    graphs = [part.graph for part in model.modules() if isinstance(part, fx.GraphModule)]
+    if any(node.target is blocks.run_norm for made in graphs for node in made.nodes):
+        raise UsageError("it is or has a graph that convert made; convert the model itself again", field="model")
     if isinstance(kernel, str):
         kernels.get(kernel)
     traced = graph.trace(model) if fuse and trace else None

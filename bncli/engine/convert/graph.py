@@ -38,8 +38,9 @@ class _Proxy(fx.Proxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """What isinstance asks for. The model must not choose its way by it; torch.fx and torch.nn may ask."""
-        if not sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.fx.", "torch.nn.")):
+        """What isinstance asks for. The model must not choose its way by it; torch may ask of its own arguments."""
+        asked = self.node.op in ("placeholder", "get_attr", "call_module")  # others may be sizes, which operators check
+        if asked and not sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.fx.", "torch.nn.")):
             raise TraceError("it asks whether a value is a tensor")
         return _Proxy
 
@@ -116,6 +117,8 @@ def trace(model: nn.Module) -> fx.GraphModule:
         setattr(traced, kind, dict(getattr(model, kind)))
     if list(traced.state_dict()) != list(model.state_dict()):
         raise _refusal("its state_dict has more than parameters and buffers")
+    if list(inspect.signature(traced.forward).parameters) != list(inspect.signature(model.forward).parameters):
+        raise _refusal("the graph would take its arguments in another order")
     return traced
 
 

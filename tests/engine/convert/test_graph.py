@@ -116,6 +116,7 @@ FORWARDS: dict[str, tuple[Callable[..., Tensor], str, str | None]] = {
     "into the residual": (add_into_the_residual, "batch norm", "what follows is y += x"),
     "a write before the add": (write_before_the_add, "batch norm", "what follows is add"),
     "late residual": (twice_with_a_late_residual, "batch norm", "what follows is add"),
+    "a size": (lambda m, x: F.avg_pool2d(m.relu(m.norm(x)), x.size()[2:]), "batch norm + relu", None),
     "dropout module": (lambda m, x: m.drop(m.relu(m.norm(x))), "batch norm + relu", None),
     "its argument by name": (lambda m, x: m.relu(m.norm(input=x)), "batch norm", "called with more than its input"),
 }  # fmt: skip
@@ -201,9 +202,10 @@ def test_the_graph_shares_the_models_modules_and_can_be_traced_again() -> None:
 def test_a_graph_is_not_converted_again_but_its_model_is() -> None:
     model = small_resnet()
     ours = convert(model, SEAM, trace=True)
-    for options in ({}, {"fuse": False}, {"trace": True}):
-        with pytest.raises(UsageError, match="convert the model itself again"):
-            convert(ours, "native", **options)
+    for graph in (ours, nn.Sequential(ours)):
+        for options in ({}, {"fuse": False}, {"trace": True}):
+            with pytest.raises(UsageError, match="convert the model itself again"):
+                convert(graph, "native", **options)
     assert fused(convert(model, "native", trace=True)) == fused(ours)
 
 
@@ -374,6 +376,11 @@ class Flagged(Options):
         return self.block(x) * 2 if scale else self.block(x)
 
 
+class AnyNumber(Options):
+    def forward(self, *xs: Tensor, scale: float = 2.0) -> Tensor:  # type: ignore[override]
+        return self.block(xs[0]) * scale
+
+
 def test_an_argument_keeps_its_default_unless_it_may_decide_what_is_computed() -> None:
     model = Options().eval()
     ours = traced(model)
@@ -382,6 +389,8 @@ def test_an_argument_keeps_its_default_unless_it_may_decide_what_is_computed() -
     for other, name in ((Optional(), "scale is None"), (Flagged(), "scale is True")):
         with pytest.raises(UsageError, match=f"its argument {name} by default"):
             traced(other)
+    with pytest.raises(UsageError, match="take its arguments in another order"):
+        traced(AnyNumber())
 
 
 def test_random_layers_and_flags_inside_modules_without_norms_stay_their_own() -> None:
