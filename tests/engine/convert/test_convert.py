@@ -265,6 +265,12 @@ class ActivationFirst(BatchNormAct2d):
 
 ActivationFirst.__name__ = "BatchNormAct2d"
 
+
+def hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda *_: None)
+    return module
+
+
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "synchronised": (lambda: nn.SyncBatchNorm(3), "statistics are those of several processes"),
     "lazy": (nn.LazyBatchNorm2d, "no parameters before its first forward"),
@@ -273,6 +279,10 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: ActivationFirst(3, nn.Identity(), nn.ReLU()),
         "BatchNormAct2d is a class with a forward of its own",
     ),
+    "GELU": (lambda: BatchNormAct2d(3, nn.Identity(), nn.GELU()), "GELU"),
+    "dropout": (lambda: BatchNormAct2d(3, nn.Dropout(0.5), nn.ReLU()), "Dropout"),
+    "a slope": (lambda: BatchNormAct2d(3, nn.Identity(), nn.LeakyReLU(0.2)), "LeakyReLU with slope 0.2"),
+    "hooks": (lambda: BatchNormAct2d(3, nn.Identity(), hooked(nn.ReLU())), "has hooks"),
     "replaced": (replaced, "its forward was replaced on this object"),
 }
 
@@ -300,22 +310,6 @@ def test_a_norm_with_an_activation_of_its_own_runs_both_in_one(kernel: Any, act:
     assert operations(convert(ours, kernel)) == {"1": expected}
     same(model, ours, IMAGES)
     same(model, converted(model, kernel, trace=True), IMAGES)
-
-
-def hooked(module: nn.Module) -> nn.Module:
-    module.register_forward_hook(lambda *_: None)
-    return module
-
-
-@pytest.mark.parametrize(
-    ("drop", "act", "why"),
-    [(nn.Identity(), nn.GELU(), "GELU"), (nn.Dropout(0.5), nn.ReLU(), "Dropout"),
-     (nn.Identity(), nn.LeakyReLU(0.2), "LeakyReLU with slope 0.2"), (nn.Identity(), hooked(nn.ReLU()), "has hooks")],
-)  # fmt: skip
-def test_a_norm_whose_own_activation_no_kernel_has_is_left(drop: nn.Module, act: nn.Module, why: str) -> None:
-    model = nn.Sequential(conv(3, 4), BatchNormAct2d(4, drop, act))
-    assert why in reason(convert(model, SEAM), "1")
-    assert type(model[1]) is BatchNormAct2d
 
 
 def test_an_attribute_called_act_of_an_ordinary_norm_is_no_activation() -> None:
