@@ -159,7 +159,8 @@ def test_an_interrupted_check_shows_the_groups_that_were_finished(show: Any) -> 
 
 
 def test_an_output_without_unicode_gets_ascii(show: Any) -> None:
-    assert show(report(BAD), encoding="ascii").isascii()
+    assert "--kernel 'mine:?'" in show(report(replace(BAD, kernel="mine:ü")), encoding="ascii")
+    assert "kernel mine:?: interrupted" in show(table.interrupted_table([], "mine:ü"), encoding="ascii")
     assert show(table.demo_table(STEPS), encoding="ascii").isascii()
 
 
