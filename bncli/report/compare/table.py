@@ -69,7 +69,7 @@ def tuning_table(comparison: Comparison) -> RenderableType:
         """Tables of so many values, one below the other."""
         parts = [values[start : start + size] for start in range(0, len(values), size)]
         tables = [AlignedTable([arms, *part], asides_below=True, wrap=True) for part in parts]
-        return Group(*(each for table in tables for each in (table, "")))
+        return Group(tables[0], *(each for table in tables[1:] for each in ("", table)))
 
     whole = AlignedTable(columns, asides_below=True, wrap=True)
     narrower = [blocks(size) for size in range(len(values) - 1, 0, -1)]

@@ -116,6 +116,7 @@ def test_a_long_grid_goes_on_in_a_second_table(examples, show):
     grid = {"optimizer.lr": tuple(round(0.01 * 1.5**k, 4) for k in range(12))}
     text = show(tuning_table(replace(found, plan=replace(found.plan, grid=grid))))
     assert sum(line.startswith("batch norm") for line in text.splitlines()) == 2
+    assert "\n\n\n" not in text
     for value in grid["optimizer.lr"]:
         assert f"lr {value:g}" in text
 
