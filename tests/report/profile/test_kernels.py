@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -16,6 +15,7 @@ from bncli.report.profile.steps import StepReport
 from bncli.report.profile.text import samples_cell
 from bncli.results.environment import Interval
 from bncli.results.profile import KernelCost, KernelProfile, Speedup
+from tests.report.conftest import Show
 from tests.report.made_up_costs import (
     ERROR,
     KERNELS,
@@ -31,7 +31,6 @@ from tests.report.made_up_costs import (
     with_errors,
 )
 
-Show = Callable[..., str]
 REPORTS = {
     **{name: KernelReport(make()) for name, make in KERNELS.items()},
     "step": StepReport(step_profile()),
