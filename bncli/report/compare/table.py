@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.text import Text
 
 from bncli.report.compare.curves import sketch
 from bncli.report.compare.text import (
@@ -61,8 +60,6 @@ def comparison_table(comparison: Comparison) -> RenderableType:
 def tuning_table(comparison: Comparison) -> RenderableType:
     """Arms down, grid values across: steps and hits over the tuning seeds, and the ratio at the same value below."""
     columns = tuning_columns(comparison)
-    if not columns:
-        return Text("Nothing was tuned: the recipe has no grid.")
     arms, *values = columns
 
     def blocks(size: int) -> Group:

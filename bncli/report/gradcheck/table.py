@@ -156,8 +156,8 @@ def demo_table(steps: Sequence[BiasStep]) -> ResponsiveTable:
     loss = f"stands still at {after}" if before == after else f"goes from {before} to {after}"
     note = (
         f"Ignoring that E[x] contains b, {count(last.step, 'step')} drive b from {figure(first.bias_ignoring, 4)} to "
-        f"{figure(last.bias_ignoring, 4)} while the loss {loss}: the mean takes b off again. "
+        f"{figure(last.bias_ignoring, 4)} while the loss {loss}: subtracting the mean removes b. "
         f"With the full gradient, which is zero but for rounding, b ends at {figure(last.bias_full, 2)}."
     )
-    title = "A learned bias b, then the mean taken off: xhat = u + b - E[u + b]"
+    title = "A learned bias b, then the mean subtracted: xhat = u + b - E[u + b]"
     return ResponsiveTable(title, AlignedTable(columns), subtitle="Ioffe & Szegedy 2015, section 2", notes=[note])
