@@ -102,7 +102,7 @@ class _ProgressSink:
         self._print(text)
 
     def _print(self, text: str) -> None:
-        self.console.print(encodable(text, self.console.encoding), soft_wrap=True, markup=False)
+        self.console.print(Text(encodable(text, self.console.encoding)), soft_wrap=True)
 
 
 class TrainProgress(_ProgressSink):

@@ -182,13 +182,13 @@ def test_a_run_longer_than_asked_for_is_shown_and_logged_once() -> None:
 
 
 def test_a_wrong_kernel_is_logged_at_once() -> None:
-    wrong = failed(ROWS[0].case, "mine:norm", ERROR, wrong=True)
+    wrong = failed(ROWS[0].case, "mine:x", ERROR, wrong=True)  # rich has an emoji for :x:
     log = shown(
         ProfileProgress,
         [PROFILE[0], RowDone(wrong), RowDone(failed(ROWS[0].case, "apex", "is not installed"))],
         terminal=False,
     )
-    assert log.splitlines() == ["kernels: 3 rows to measure", f"1/3 mine:norm: wrong: {ERROR}"]
+    assert log.splitlines() == ["kernels: 3 rows to measure", f"1/3 mine:x: wrong: {ERROR}"]
 
 
 # --- gradient checks ----------------------------------------------------------------------------------------------
