@@ -122,8 +122,8 @@ def _run_comparison(
     loaded: list[Loaded], device: str, jobs: int | None, threads: int, out: Path | None, quiet: bool
 ) -> tuple[Comparison, int]:
     from bncli.measure.compare import reuse
-    from bncli.measure.compare.executors.processes import Processes
     from bncli.measure.compare.plan import collect, planned_runs, study, wanted
+    from bncli.measure.compare.processes import Processes
     from bncli.measure.compare.run import execute
     from bncli.measure.compare.summary import summarise
     from bncli.report.compare.notes import sentence
