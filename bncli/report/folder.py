@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO, TypeVar
 
-from bncli.errors import OVERWRITE, BncliError, FileError, UsageError
+from bncli.errors import BncliError, FileError, UsageError
 from bncli.report.files import Result, event_line, from_json, to_json, write_atomically
 from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, RunRecord
 from bncli.results.serialize import to_plain
@@ -82,10 +82,10 @@ class RunFolder:
         return file
 
     def _taken(self, why: str) -> UsageError:
-        return self._refused(f"{why}; choose another folder or {OVERWRITE}")
+        return self._refused(f"{why}; choose another folder or write over it", permission="overwrite")
 
-    def _refused(self, why: str) -> UsageError:
-        return UsageError(why, field="out", value=self.path)
+    def _refused(self, why: str, permission: str | None = None) -> UsageError:
+        return UsageError(why, field="out", value=self.path, permission=permission)
 
     def metrics(self, event: Event) -> None:
         """A sink: the event as a line of metrics.jsonl, there at once for whoever reads along."""

@@ -157,7 +157,7 @@ class Processes:
         if worker.job is None:
             return None
         last = _tail(worker.log, 1)
-        failure = _cause(code) + (f"; the last line of its log: {last}" if last else "")
+        failure = _cause(code) + (f"; its log ends: {last}" if last else "")
         return Ended(worker.number, worker.job, None, failure, at_a_time=self.limit)
 
     def close(self) -> None:

@@ -93,7 +93,7 @@ def test_workers_get_the_number_of_threads_in_their_environment(tmp_path: Path) 
     [
         (
             "die",
-            "its worker process was killed by SIGKILL, perhaps for lack of memory; the last line of its log: I die",
+            "its worker process was killed by SIGKILL, perhaps for lack of memory; its log ends: I die",
         ),
         ("exit", "its worker process exited with 7"),
         ("fail", "ValueError: no"),
