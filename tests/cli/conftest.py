@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import io
 import json
 import subprocess
@@ -19,10 +20,10 @@ import pytest
 
 from bncli.cli import main
 from bncli.engine.train import train
+from bncli.engine.user_code import LoadedFiles
 from bncli.measure.compare import processes
 from bncli.measure.compare.plan import Job
 from bncli.measure.compare.run import Ended, Started
-from bncli.report.files import to_json
 from bncli.results.serialize import to_plain
 from bncli.results.train import RunFinished
 from tests.measure.compare.conftest import result
@@ -78,9 +79,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield tmp_path
+    forget_modules(tmp_path)
+
+
+def forget_modules(folder: Path) -> None:
+    """Forget what was imported from a folder, as a new process would."""
     for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
+        if str(getattr(module, "__file__", None) or "").startswith(str(folder)):
             del sys.modules[name]
+    importlib.invalidate_caches()
 
 
 @pytest.fixture
@@ -115,13 +122,20 @@ class InThisProcess:
         return Ended(0, job, to_plain(replace(found, ms_per_step=float(self.threads), environment=environment)))
 
 
+@dataclass
 class Training(InThisProcess):
-    """An executor that trains each run in this process."""
+    """An executor that trains each run in this process, and forgets the user's own code before as a new one would."""
+
+    def __post_init__(self) -> None:
+        forget_modules(Path.cwd())
+        self.loaded = LoadedFiles()
 
     def ended(self, job: Job) -> Ended:
         *_, last = train(job.recipe, self.device, threads=self.threads)
         assert isinstance(last, RunFinished)
-        return Ended(0, job, json.loads(to_json(last.result)))
+        self.loaded.note()
+        code = self.loaded.files if job.recipe.model.kind == "module" else {}
+        return Ended(0, job, json.loads(json.dumps(to_plain(last.result))), code=code)
 
 
 @pytest.fixture

@@ -171,8 +171,10 @@ def test_ctrl_c_in_a_comparison_says_how_to_go_on(waiting: tuple[subprocess.Pope
     assert "3 of 8 runs are done" in out
 
 
+@pytest.mark.usefixtures("runs_here")
 def test_a_change_in_a_package_that_an_own_model_imports_is_seen(recipe: str) -> None:
     Path("mine/parts").mkdir(parents=True)
+    Path("mine/__init__.py").touch()
     Path("mine/models.py").write_text(
         "from torch import nn\nfrom mine.parts.block import WIDTH\n"
         "def make(shape, classes, norm):\n"

@@ -241,7 +241,8 @@ def test_a_baseline_without_intervals_is_refused_before_anything_is_measured(mea
 @pytest.mark.parametrize("view", ["kernels", "step"])
 def test_every_ratio_has_six_rounds_or_those_asked_for_however_little_time_there_is(view: str) -> None:
     shapes = ("--shape", "8x4x5x5", "--shape", "8x4x6x6", "--operation", "bn", "--warm")
-    asked = ("profile", *(shapes if view == "kernels" else ("small.yaml",)), "--device", "cpu", "--time", "0.001", "-q")
+    step = ("small.yaml", "--arm", "normed")
+    asked = ("profile", *(shapes if view == "kernels" else step), "--device", "cpu", "--time", "0.001", "-q")
     for least, options in ((6, ()), (9, ("--min-rounds", "9")), (2, ("--min-rounds", "2"))):
         ran = bncli(*asked, *options, "--json")
         assert ran.code == 0
