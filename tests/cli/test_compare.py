@@ -106,6 +106,10 @@ def test_the_report_is_made_again_from_files(copied: Ran) -> None:
     Path("copy.json").write_text(saved)
     copy = bncli("compare", "--from", "copy.json")
     assert (copy.code, copy.out) == (0, copied.out)
+    Path("runs/small/plan.json").write_text(Path("runs/small/plan.json").read_text().replace('"mlp"', '"later"'))
+    unknown = bncli("compare", "--from", "runs/small")
+    assert unknown.code == 2
+    assert "--from runs/small/plan.json: its recipes are not as this bncli has them" in unknown.err
 
 
 @pytest.mark.usefixtures("copied", "runs_here")
@@ -197,7 +201,7 @@ def test_a_change_in_a_package_that_an_own_model_imports_is_seen(recipe: str) ->
     assert "4 of them done already" in err
 
 
-def test_runs_by_code_that_was_changed_meanwhile_are_left_out_and_done_again(recipe: str) -> None:
+def test_runs_by_code_changed_meanwhile_are_left_out_and_done_again(recipe: str) -> None:
     Path("width.py").write_text("WIDTH = 8\n")
     Path("mine.py").write_text(
         "import os, pathlib\nfrom torch import nn\nfrom width import WIDTH\n"
@@ -249,7 +253,7 @@ def test_the_answer_is_written_while_no_other_process_may_write(recipe: str, mon
 
 
 @pytest.mark.usefixtures("made_up_runs")
-def test_an_earlier_answer_is_kept_and_another_comparisons_folder_is_refused(recipe: str) -> None:
+def test_an_earlier_answer_is_kept_and_another_comparison_is_refused(recipe: str) -> None:
     assert bncli("compare", recipe).code == 0
     first = Path("runs/small/comparison.json").read_text()
     second = bncli("compare", recipe, "--set", "seeds.report=3")

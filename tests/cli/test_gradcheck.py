@@ -105,7 +105,7 @@ def test_what_an_own_kernel_prints_stays_out_of_the_result() -> None:
 
 
 @pytest.mark.usefixtures("own_kernels")
-def test_a_kernel_blind_to_its_statistics_fails_with_a_command_that_fails_again() -> None:
+def test_a_blind_kernel_fails_with_a_command_that_fails_again() -> None:
     asked = ("--kernel", "own:blind", "--allow-code")
     ran = bncli("gradcheck", *asked, "--only", f"{CASE}/*")
     assert ran.code == 1

@@ -96,6 +96,8 @@ def test_data_that_changed_on_disk_make_new_runs(tmp_path: Path, monkeypatch: py
         loaded = load("own.yaml")
         return {*keys(study([loaded], identity("cpu", loaded.base)))}
 
+    with pytest.raises(RecipeError, match=r"arm plain: model\.kind: a cnn needs images and the data are vectors"):
+        study([load("own.yaml", ["model={kind: cnn, channels: [4]}"])])
     before = found()
     assert found() == before
     np.savez("mine.npz", x=np.ones((41, 8), np.float32), y=np.arange(41) % 3)

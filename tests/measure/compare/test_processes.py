@@ -68,7 +68,7 @@ def test_a_run_is_started_then_progresses_then_ends(tmp_path: Path) -> None:
     assert [type(event) for event in events if event is not None] == [Started, RunProgressed, Ended]
 
 
-def test_there_are_no_more_cores_than_the_process_may_use_or_the_machine_has() -> None:
+def test_cores_are_those_that_the_process_may_use() -> None:
     process = psutil.Process()
     assert 1 <= cores() <= (psutil.cpu_count(logical=False) or psutil.cpu_count() or 1)
     if not hasattr(process, "cpu_affinity"):
@@ -99,9 +99,7 @@ def test_workers_get_the_number_of_threads_in_their_environment(tmp_path: Path) 
         ("fail", "ValueError: no"),
     ],
 )
-def test_a_run_that_dies_is_reported_with_its_reason_and_the_others_go_on(
-    tmp_path: Path, act: str, reason: str
-) -> None:
+def test_a_run_that_dies_is_reported_and_the_others_go_on(tmp_path: Path, act: str, reason: str) -> None:
     acts = {f"run{n}": "work" for n in range(6)} | {"bad": act}
     _, ended = carry_out(processes(tmp_path), dict(sorted(acts.items())))
     assert ended["bad"].failure == reason
@@ -141,7 +139,7 @@ def test_logs_of_earlier_workers_and_of_others_are_kept(tmp_path: Path) -> None:
     assert sorted(log.name for log in tmp_path.iterdir()) == ["worker-0-1.log", "worker-0-2.log", "worker-0.log"]
 
 
-def test_a_worker_that_can_take_no_run_ends_the_comparison_with_its_exit_code(tmp_path: Path) -> None:
+def test_a_worker_that_refuses_every_run_ends_the_comparison(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="device absent: is not here") as error:
         carry_out(processes(tmp_path, "absent"), {"run": "work"})
     assert error.value.exit_code == 3
@@ -150,7 +148,7 @@ def test_a_worker_that_can_take_no_run_ends_the_comparison_with_its_exit_code(tm
     assert error.value.exit_code == 2
 
 
-def test_a_worker_that_cannot_start_shows_its_log_and_is_not_tried_for_ever(tmp_path: Path) -> None:
+def test_a_worker_that_cannot_start_shows_its_log(tmp_path: Path) -> None:
     with pytest.raises(
         BncliError, match=r"could not start \(exit 1\); its log, .*, ends:\nImportError: no such library"
     ):

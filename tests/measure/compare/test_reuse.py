@@ -166,7 +166,7 @@ def test_runs_of_a_grid_over_a_field_that_does_not_exist_do_not_fit(asked: Study
 # --- threads ------------------------------------------------------------------------------------------------------
 
 
-def test_the_steps_of_runs_with_other_threads_are_used_and_their_cost_is_not(asked: Study) -> None:
+def test_runs_with_other_threads_give_their_steps_and_not_their_cost(asked: Study) -> None:
     found = carried_out(asked, lambda job: 100.0)
     assert not any("thread" in note for note in sentences(summarise(asked.plan, found, 28, 1).notes))
     found = changed(found, lambda one: one.arm == "plain" or one.seed == 10, threads=4, ms_per_step=9.0)

@@ -149,6 +149,7 @@ def test_seconds_and_examples_to_target_have_their_own_ratios(study_of: StudyOf)
         note.startswith("the arms differ in train.batch_size: plain 20, normed 40") for note in notes(asked, found)
     )
     assert summary(asked, changed(found, ms_per_step=None)).arms[1].seconds is None
+    assert summarise(replace(asked.plan, recipes={}), found, 28).arms[1].examples is None
 
 
 def test_seconds_with_other_threads_are_left_out_of_both_arms(asked: Study) -> None:
