@@ -119,7 +119,7 @@ def _run_comparison(
             log(sentence(note), quiet)
         with StopSignal() as stop, CompareProgress(quiet) as progress:
             executor = Processes(device, jobs, threads, folder.path / "logs")
-            for event in execute(asked, folder, executor, records, stop):
+            for event in execute(asked, folder.save, executor, records, stop):
                 progress(event)
         remarks = reuse.not_reused(wanted(asked, records), kept, asked.identity)
         latest = {record.key: record for record in reuse.of_one_code(records.values())}

@@ -46,12 +46,6 @@ class Executor(Protocol):
         ...
 
 
-class Store(Protocol):
-    """Where records are kept: a folder of files, or a dict in a test."""
-
-    def save(self, record: RunRecord) -> None: ...
-
-
 class _OpenRuns:
     """The runs of a study that are not done, in the order in which they are to be handed out.
 
@@ -89,12 +83,12 @@ class _OpenRuns:
 
 def execute(
     study: Study,
-    store: Store,
+    save: Callable[[RunRecord], None],
     executor: Executor,
     records: dict[str, RunRecord],
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[ComparisonEvent]:
-    """Do every run of the study that `records`, by key, does not hold; it is filled as they come.
+    """Do every run of the study that `records`, by key, does not hold; each new record is saved and added to it.
 
     A run that fails is recorded with its reason and not tried again in this call. Raises what the executor raises.
     """
@@ -122,7 +116,7 @@ def execute(
                 identity=study.identity,
                 code=event.code,
             )
-            store.save(record)
+            save(record)
             runs.ended(record)
             done += 1
             yield RunEnded(event.worker, job.label, done, runs.planned, record)

@@ -44,7 +44,7 @@ class Kept(dict[str, RunRecord]):
 def carry_out(asked: Study, store: Kept, executor: Serial, **arguments: Any) -> tuple[list[Any], dict[str, RunRecord]]:
     """The events, and the records after them; runs that failed before are tried again, as in a new call."""
     records = {key: record for key, record in store.items() if record.result is not None}
-    return list(execute(asked, store, executor, records, **arguments)), records
+    return list(execute(asked, store.save, executor, records, **arguments)), records
 
 
 def test_every_planned_run_is_done_and_kept_as_it_ends(asked: Study) -> None:
