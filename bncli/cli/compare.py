@@ -197,7 +197,5 @@ def _show(comparison: Comparison, form: str, plot: Path | None, html: Path | Non
         figure.plot(comparison, plot)
         log(f"Drawn in {plot}", quiet)
     if html:
-        from bncli.report.compare.page import to_html
-
-        files.write_atomically(html, to_html(comparison))
+        files.write_atomically(html, export.to_html(comparison))
         log(f"Written to {html}", quiet)

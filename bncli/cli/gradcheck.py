@@ -61,14 +61,15 @@ def gradcheck(
     (kernel,) = names
     check_kernel(kernel, GRADCHECK_KERNELS, allow_code)
     effort: Effort = "quick" if quick else "full" if full else "default"
-    from bncli.report.gradcheck import export, table
+    from bncli.report.gradcheck import table, text
+    from bncli.report.progress import GradcheckProgress
 
     groups: list[CheckGroup] = []
     try:
         # What a user's kernel prints must not get between the lines of a result.
         with (
             StopSignal(at_once=True),
-            table.GradcheckProgress(quiet) as progress,
+            GradcheckProgress(quiet) as progress,
             contextlib.redirect_stdout(sys.stderr),
         ):
             from bncli.measure.gradcheck import run as checks
@@ -84,20 +85,20 @@ def gradcheck(
                 else:
                     result = found
     except KeyboardInterrupt as stopped:
-        print_result(export.interrupted_to_json(groups) if json else table.interrupted_table(groups, kernel))
+        print_result(text.interrupted_to_json(groups) if json else table.interrupted_table(groups, kernel))
         raise typer.Exit(getattr(stopped, "exit_code", INTERRUPTED)) from None  # Typer would make any of them 130
     commands = [rerun_command(result, failure) for failure in result.failures]
-    print_result(export.to_json(result, commands) if json else table.GradcheckReport(result, commands))
+    print_result(text.to_json(result, commands) if json else table.GradcheckReport(result, commands))
     if not result.passed:
         raise typer.Exit(CHECK_FAILED)
 
 
 def _show_demo(as_json: bool) -> None:
     from bncli.measure.gradcheck.chain_rule import bias_demo
-    from bncli.report.gradcheck import export, table
+    from bncli.report.gradcheck import table, text
 
     steps = bias_demo()
-    print_result(export.demo_to_json(steps) if as_json else table.demo_table(steps))
+    print_result(text.demo_to_json(steps) if as_json else table.demo_table(steps))
 
 
 def rerun_command(result: Gradcheck, failure: CheckFailure) -> list[str]:

@@ -193,7 +193,7 @@ def profile(
 def _profile_kernels(asked: _Asked, **of_cases: Any) -> None:
     """The kernel view. of_cases: those of `measure.profile.run.kernel_run`."""
     from bncli.report.profile.kernels import KernelReport
-    from bncli.report.profile.notes import busy_words
+    from bncli.report.profile.text import busy_words
     from bncli.results.profile import KernelProfile
 
     earlier = _checked_baseline(asked, KernelProfile)
