@@ -270,10 +270,11 @@ def _measure(run: KernelRun | StepRun, quiet: bool) -> int:
 def _finish(
     asked: _Asked, result: Profile, stopped: int, earlier: Profile | None, report: Callable[[Any], object]
 ) -> None:
-    """Compare the result with the baseline, show it, and exit: with 1 for a wrong result or where the gate fails, with
-    3 where nothing but native could run though more was asked for.
+    """Compare the result with the baseline, show it, and exit.
+
+    With 1 for a wrong result or where the gate fails, 3 where only native could run though more was asked for.
     """
-    from bncli.report.profile import export, figure
+    from bncli.report.profile import export
     from bncli.report.profile.baseline import GateReport
 
     gate: Gate | None = None
@@ -294,6 +295,8 @@ def _finish(
     else:
         print_result({"json": export.to_json, "markdown": export.to_markdown}[asked.form](result, gate))
     if asked.plot and result.rows:
+        from bncli.report.profile import figure
+
         figure.draw(result, asked.plot)
         log(f"Drawn in {asked.plot}", asked.quiet)
     if stopped:
