@@ -21,7 +21,7 @@ class BncliError(Exception):
     Args:
         mistakes: what is wrong, what was expected and what to do, a sentence each.
         field: the argument's name in Python, where one is at fault; the command line shows its option instead.
-        value: what was given for it, where the message needs it.
+        value: the argument's value, where the message needs it.
         permission: the argument that would allow it, with which every mistake's sentence ends.
 
     `str(error)` is "shapes tiny: expected one of ..." or "kernel mine:norm: ...; allow it with allow_code=True".

@@ -24,9 +24,7 @@ from bncli.errors import BncliError, RecipeError, Refused, UsageError, UsageErro
          "out: taken; write over it with overwrite=True"),
     ],
 )  # fmt: skip
-def test_the_text_of_an_error_is_its_mistakes_each_behind_the_arguments_name_and_value(
-    error: BncliError, text: str
-) -> None:
+def test_an_error_is_its_mistakes_each_behind_the_arguments_name_and_value(error: BncliError, text: str) -> None:
     assert str(error) == text
 
 
