@@ -12,10 +12,9 @@ from bncli.kernels import Kernel, native
 from bncli.kernels.definition import Forward
 from bncli.measure.reference import case as cases
 from bncli.measure.reference import judge, tolerance
-from bncli.measure.reference.candidate import by_name
+from bncli.measure.reference.candidate import Rule, by_name
 from bncli.measure.reference.case import Inputs
-from bncli.measure.reference.channels import PERTURBED_ELEMENTS, Large, large
-from bncli.measure.reference.judge import Evidence, same_bits
+from bncli.measure.reference.judge import PERTURBED_ELEMENTS, Evidence, Large, large, same_bits
 from bncli.measure.reference.observe import observe
 from bncli.report.text import finding_text
 from bncli.results.finding import Finding
@@ -57,7 +56,7 @@ class Check:
     detail: str = ""
 
 
-def rule(kernel: str) -> tolerance.Rule:
+def rule(kernel: str) -> Rule:
     """Every candidate is held to what bncli's kernels are held to."""
     return "native" if kernel == "native" else "kernel"
 
@@ -71,7 +70,7 @@ def _of(wrong: Finding | None, claim: str, case: Case) -> Check:
     return Check(claim, str(case), wrong is None, "" if wrong is None else f"{wrong.quantity}: {finding_text(wrong)}")
 
 
-def within(case: cases.Case, given: Inputs, found: Values, native_found: Values, by: tolerance.Rule) -> Finding | None:
+def within(case: cases.Case, given: Inputs, found: Values, native_found: Values, by: Rule) -> Finding | None:
     """The first of the results that is not within its tolerance. All on the inputs' device, which has float64."""
     device = given.x.device
     held_to = tolerance.computed(case, given, False, device, PERTURBED_ELEMENTS)

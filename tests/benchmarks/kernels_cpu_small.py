@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import bncli
 from bncli.measure.reference.case import Inputs, timed
-from bncli.measure.reference.channels import large
+from bncli.measure.reference.judge import large
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing import speedup
 from bncli.measure.timing.clock import Deadline, Work

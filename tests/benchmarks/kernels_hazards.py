@@ -16,7 +16,7 @@ from bncli.errors import BncliError
 from bncli.measure.profile import candidates
 from bncli.measure.reference import case as cases
 from bncli.measure.reference.case import Inputs
-from bncli.measure.reference.channels import large
+from bncli.measure.reference.judge import large
 from bncli.report.text import finding_text
 from bncli.results.profile import Case
 from tests.benchmarks.kernels_check import (

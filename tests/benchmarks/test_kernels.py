@@ -16,8 +16,7 @@ from torch import Tensor
 from bncli import errors
 from bncli.kernels import native
 from bncli.measure.reference import case as cases
-from bncli.measure.reference.channels import Large, large
-from bncli.measure.reference.judge import Evidence, judged
+from bncli.measure.reference.judge import Evidence, Large, judged, large
 from bncli.results.finding import Finding
 from bncli.results.profile import Case
 from tests.benchmarks import (
