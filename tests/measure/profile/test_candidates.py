@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def way(shape: tuple[int, int, int], **options: bool) -> str:
-    found = plan(shape, planes=True, itemsize=2, backward=False, processors=H200, **options)
+    found = plan(shape, contiguous=True, itemsize=2, backward=False, processors=H200, **options)
     return candidates.way(found, **options)
 
 
@@ -23,12 +23,12 @@ def test_a_plan_is_told_in_a_word() -> None:
     assert way((32, 512, 49)) == "on-chip"
     assert way((256, 64, 3136)).startswith("cooperative (")
     assert way((32, 512, 49), given=True) == "streaming"
-    one_program = plan((256, 64, 3136), planes=True, itemsize=2, backward=False, processors=Processors(132, False))
+    one_program = plan((256, 64, 3136), contiguous=True, itemsize=2, backward=False, processors=Processors(132, False))
     assert candidates.way(one_program) == "two launches"
 
 
 def test_a_team_that_holds_a_part_says_how_much() -> None:
-    found = plan((4096, 64, 3136), planes=True, itemsize=2, backward=True, processors=H200)
+    found = plan((4096, 64, 3136), contiguous=True, itemsize=2, backward=True, processors=H200)
     if found.barrier == "grid":
         assert found.overflow
         assert "% on-chip" in candidates.way(found)

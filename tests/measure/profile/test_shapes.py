@@ -43,11 +43,11 @@ def test_resnet_50_has_the_shapes_of_table_1_with_the_stride_in_the_3x3() -> Non
 def test_resnet_50s_batch_norms_are_those_of_the_modules_that_a_forward_pass_meets() -> None:
     import torch
 
-    from tests.benchmarks import kernels_resnet
+    from tests.resnet import ResNet
 
     met: list[tuple[int, ...]] = []
     with torch.device("meta"):
-        model = kernels_resnet.ResNet()
+        model = ResNet()
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.register_forward_hook(lambda _, given, __: met.append(tuple(given[0].shape)))
