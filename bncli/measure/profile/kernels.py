@@ -17,11 +17,10 @@ from bncli.measure.profile.candidates import Candidate, Source
 from bncli.measure.profile.kernel_memory import KernelPeaks, tiny
 from bncli.measure.reference import case as cases
 from bncli.measure.reference.candidate import Candidate as Kernel
+from bncli.measure.reference.candidate import rule
 from bncli.measure.reference.case import Inputs, flops
-from bncli.measure.reference.channels import Large, large
-from bncli.measure.reference.judge import CheckContext, compare, refusals
+from bncli.measure.reference.judge import CheckContext, Large, compare, large, refusals
 from bncli.measure.reference.observe import finding_of
-from bncli.measure.reference.tolerance import rule
 from bncli.measure.timing import clock as timing
 from bncli.measure.timing import memory, speedup
 from bncli.measure.timing.ceilings import Ladder
@@ -328,8 +327,7 @@ def wrong_on_cases(kernel: str, source: Source, device: torch.device) -> Wrong |
         return None if found is None else tested(found)
 
     def tested(found: Candidate) -> CheckContext:
-        own, native = rule(kernel) == "own function", rule(kernel) == "native"
-        return CheckContext(Kernel(kernel, "batch", found.on_a_copy, "", own=own, native=native), device)
+        return CheckContext(Kernel(kernel, "batch", found.on_a_copy, "", rule(kernel)), device)
 
     chosen = cases.cases("quick", "batch", fuses=True, evaluates=True)
     first = taken(chosen[0])

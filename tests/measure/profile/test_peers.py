@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from bncli.errors import Unavailable
 from bncli.measure.profile import candidates, kernels, peers
 from bncli.measure.reference.case import Case, timed
-from bncli.measure.reference.channels import large
+from bncli.measure.reference.judge import large
 from bncli.results import profile
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
