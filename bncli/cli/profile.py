@@ -13,7 +13,9 @@ import typer
 from bncli.cli.console import StopSignal, check_outputs, chosen_form, listed, loaded_all, print_result, say
 from bncli.cli.options import AllowCode, Csv, Device, Json, Markdown, Quiet, Set, Threads
 from bncli.errors import CHECK_FAILED, CODE_OF_YOURS, INTERRUPTED, UNAVAILABLE, UsageError
+from bncli.measure.profile.shapes import SETS
 from bncli.names import PROFILE_KERNELS, RECIPE_KERNELS, check_kernel
+from bncli.results.environment import FEWEST_ROUNDS
 
 if TYPE_CHECKING:
     from bncli.measure.profile.kernels import KernelRun
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
 
 SECONDS, QUICK_SECONDS = 45.0, 9.0  # of measuring; the rest is loading torch and checking
 FAIL_ABOVE = 1.10
-FEWEST_ROUNDS = 6  # that of bncli.measure.timing.speedup
-SHAPE_SETS = ("resnet20", "resnet50", "inception", "mlp")  # those of bncli.measure.profile.shapes
 
 
 def profile(
@@ -63,9 +63,7 @@ def profile(
     ] = None,
     shapes: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(
-            metavar="SET", help=f"{', '.join(SHAPE_SETS)}, or a CSV file.  [default: resnet20, on a GPU resnet50]"
-        ),
+        typer.Option(metavar="SET", help=f"{', '.join(SETS)}, or a CSV file.  [default: resnet20, on a GPU resnet50]"),
     ] = None,
     shape: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -138,12 +136,16 @@ def profile(
     _check_kernels(kernels, of_steps, baseline is not None, allow_code)
     _check_model(model, inputs, recipe=recipe, sets=sets, arm=arm, allow_code=allow_code)
     earlier = _check_files(plot, trace, baseline, of_steps)
-    from bncli.measure.profile.kernel_memory import KernelPeaks
+    from bncli.measure.profile import memory
 
     # What a user's code prints is no result.
-    with StopSignal(at_once=True), contextlib.redirect_stdout(sys.stderr), KernelPeaks(allow_code) as peaks:
-        if not of_steps and not device.startswith("cuda"):
-            peaks.start()  # it loads torch while this process does
+    with (
+        StopSignal(at_once=True),
+        contextlib.redirect_stdout(sys.stderr),
+        contextlib.closing(memory.kernel_processes()) as processes,
+    ):
+        if memory.MEASURED and not of_steps and not device.startswith("cuda"):
+            processes.start()  # it loads torch while this process does
         from bncli.measure.profile import run as profile_runs
 
         loaded_all()
@@ -156,8 +158,8 @@ def profile(
             run = profile_runs.model_run(options, model, inputs or "", trace)
         else:
             run = profile_runs.kernel_run(
-                options, operations=listed(operation), dtypes=listed(dtype), layouts=listed(layout), shapes=shapes,
-                own_shapes=shape or (), batch=batch, cold=not warm, peaks=peaks,
+                options, operations=listed(operation), dtypes=listed(dtype), layouts=listed(layout),
+                shape_set=shapes, typed_shapes=shape or (), batch=batch, cold=not warm, processes=processes,
             )  # fmt: skip
         stopped = _measure(run, quiet)
     result = run.result()
@@ -262,7 +264,7 @@ def _check_kernels(kernels: tuple[str, ...], of_steps: bool, compared: bool, all
 
 def _check_recipe(recipe: str | None) -> None:
     """Refuse a set of shapes, a shape or a file of shapes in the place of the recipe."""
-    if recipe in SHAPE_SETS or (recipe or "").endswith(".csv"):
+    if recipe in SETS or (recipe or "").endswith(".csv"):
         raise UsageError(f"{recipe} is no recipe; for its shapes give --shapes {recipe}")
     if recipe and "x" in recipe and recipe.replace("x", "").isdigit():
         raise UsageError(f"{recipe} is no recipe; for that shape give --shape {recipe}")

@@ -368,13 +368,32 @@ class ProfileStarted:
     seconds: float | None = None  # that it may take, by wish
 
 
+Phase = Literal["ceilings", "case", "check", "round", "parts", "norms"]
+LABELS: dict[Phase, str] = {
+    "ceilings": "copies and multiply-adds of the machine",
+    "case": "{subject}",
+    # Of the step view, each of an arm.
+    "check": "{subject}: checking the step of each kernel",
+    "round": "{subject}: {mode}, round {round}",
+    "parts": "{subject}: {mode}, parts of its time and memory",
+    "norms": "{subject}: norm-layer diagnostics",
+}
+
+
 @dataclass(frozen=True)
 class Measuring:
-    """What goes on now, for a bar: `fraction` of the whole is done, which takes at least `least_s` in all, if known."""
+    """What goes on now: `fraction` of the whole is done, which takes at least `least_s` in all, if known."""
 
-    label: str
-    fraction: float
+    subject: str  # a case, or an arm; empty for the machine
+    fraction: float = 0.0
     least_s: float = 0.0
+    phase: Phase = "case"
+    mode: Mode | None = None
+    round: int | None = None
+
+    @property
+    def label(self) -> str:
+        return LABELS[self.phase].format(**vars(self))
 
 
 @dataclass(frozen=True)

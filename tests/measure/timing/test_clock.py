@@ -8,18 +8,10 @@ import pytest
 import torch
 
 from bncli.measure.timing import clock
-from bncli.measure.timing.clock import (
-    CpuClock,
-    CudaClock,
-    Deadline,
-    Spread,
-    Work,
-    interleaved,
-    spread,
-    times_faster,
-    warm_up,
-)
+from bncli.measure.timing.clock import CpuClock, CudaClock, Deadline, LoopClock, Work, interleaved, rounds
+from bncli.measure.timing.speedup import faster
 
+CPU = torch.device("cpu")
 CYCLES_PER_MS = 2_000_000
 
 
@@ -49,9 +41,7 @@ class Machine:
         return Event(self)
 
     def clock(self) -> CudaClock:
-        return CudaClock(
-            torch.device("cpu"), 64, event=self.event, spin=self.spin, synchronize=self.synchronize, now_ns=self.now_ns
-        )
+        return CudaClock(CPU, 64, event=self.event, spin=self.spin, synchronize=self.synchronize, now_ns=self.now_ns)
 
     def work(self, name: str, host_ms: float, device_ms: float, calls: int = 1) -> Work:
         return Work(lambda _: self.enqueue(name, host_ms, device_ms), lambda: self.log.append("prepare"), calls)
@@ -152,18 +142,6 @@ def test_a_deadline_counts_down_and_passes() -> None:
     assert (deadline.left_s, deadline.passed) == (0.0, True)
 
 
-def test_warming_up_does_not_take_a_compilation_for_time_spent_warm() -> None:
-    machine = Machine()
-    calls: list[float] = []
-
-    def run(_: object) -> None:
-        calls.append(500.0 if not calls else 10.0)
-        machine.enqueue("a", 0.01, calls[-1])
-
-    warm_up(machine.clock(), Work(run), least_ms=50.0)
-    assert calls == [500.0, *[10.0] * 5]
-
-
 def test_the_cpus_clock_times_the_run_and_not_its_preparation() -> None:
     machine = Machine()
     work = Work(lambda _: machine.enqueue("a", 3.0, 0.0), lambda: machine.enqueue("prepare", 7.0, 0.0), calls=2)
@@ -173,13 +151,21 @@ def test_the_cpus_clock_times_the_run_and_not_its_preparation() -> None:
     assert host.host_bound == 0
 
 
-def test_a_loop_tells_the_hosts_share_from_the_time_until_all_is_done() -> None:
-    for host_ms, device_ms in ((0.1, 0.02), (0.1, 0.3)):
-        machine = Machine()
-        works = {"a": machine.work("a", host_ms, device_ms)}
-        host, whole = clock.in_a_loop(machine.clock(), works, 3, calls=100, now_ns=machine.now_ns)
-        assert host["a"] == pytest.approx([host_ms] * 3)
-        assert whole["a"] == pytest.approx([max(host_ms, device_ms)] * 3, rel=0.02)
+def test_a_loop_is_timed_until_all_is_done_less_what_prepares_it() -> None:
+    machine = Machine()
+    works = {
+        "host": Work(lambda _: machine.enqueue("a", 3.0, 0.0), lambda: machine.enqueue("prepare", 7.0, 0.0), calls=2),
+        "device": Work(lambda _: machine.enqueue("b", 1.0, 8.0), lambda: machine.enqueue("prepare", 0.0, 50.0)),
+    }
+    loop = LoopClock(CPU, machine.now_ns, machine.synchronize)
+    assert interleaved(loop, works, 3) == {"host": (1.5,) * 3, "device": pytest.approx([9.0] * 3)}
+
+
+def test_rounds_come_one_by_one_so_that_an_interrupted_run_keeps_those_before() -> None:
+    machine = Machine()
+    found = rounds(machine.clock(), {"a": machine.work("a", 0.01, 1.0)}, 5)
+    assert [next(found)["a"], next(found)["a"]] == pytest.approx([1.0, 1.0])
+    assert machine.log.count("a") == 2
 
 
 def test_threads_are_given_back_also_after_an_error() -> None:
@@ -192,28 +178,16 @@ def test_threads_are_given_back_also_after_an_error() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_a_spread_is_the_median_between_its_quartiles() -> None:
-    assert spread([5.0, 1.0, 4.0, 2.0, 3.0]) == Spread(2.0, 3.0, 4.0, 5)
-    assert spread([7.0]) == Spread(7.0, 7.0, 7.0, 1)
-
-
-def test_ratios_are_paired_within_a_round_so_that_a_slow_round_weighs_on_both_sides() -> None:
-    assert times_faster([2.0, 20.0, 4.0], [1.0, 10.0, 2.0]) == Spread(2.0, 2.0, 2.0, 3)
-    with pytest.raises(ValueError, match="longer"):
-        times_faster([1.0], [1.0, 2.0])
-
-
 def test_a_copy_moves_every_byte_twice() -> None:
-    work, moved_bytes = clock.copy_work(4096, torch.device("cpu"))
+    work, moved_bytes = clock.copy_work(4096, CPU)
     assert moved_bytes == 2 * 4096
     target = work.run(None)
     assert isinstance(target, torch.Tensor)
     assert target.eq(1).all()
-    assert clock.gb_per_s(moved_bytes, ms=2.0) == pytest.approx(8192 / 2e-3 / 1e9)
 
 
 def test_a_cpu_gets_the_hosts_clock() -> None:
-    assert isinstance(clock.of(torch.device("cpu")), CpuClock)
+    assert isinstance(clock.of(CPU), CpuClock)
 
 
 @pytest.mark.cuda
@@ -221,8 +195,7 @@ def test_on_a_gpu_a_larger_copy_takes_longer_and_the_host_is_not_in_it() -> None
     device = torch.device("cuda")
     timer = clock.of(device)
     works = {str(mib): clock.copy_work(mib * 2**20, device)[0] for mib in (64, 512)}
-    for work in works.values():
-        warm_up(timer, work)
+    interleaved(timer, works, 5)  # the device's clock frequency rises
     found = interleaved(timer, works, 9)
-    assert 4 < times_faster(found["512"], found["64"]).median < 16
+    assert 4 < faster(found["512"], found["64"]).value < 16
     assert timer.host_bound < timer.samples / 2

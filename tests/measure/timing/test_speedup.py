@@ -1,4 +1,4 @@
-"""How many times faster, and the interval of that: exact where it is arithmetic, simulated where it is a promise."""
+"""Speedups and their intervals: exact where it is arithmetic, simulated where it is a promise."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import statistics
 
 import pytest
 
-from bncli.measure.timing.speedup import FEWEST_ROUNDS, faster, faster_over, interval_rank, of_ratios
-from bncli.results.environment import Interval
+from bncli.measure.timing.speedup import faster, faster_over, interval_rank, of_ratios
+from bncli.results.environment import FEWEST_ROUNDS, Interval
 from bncli.results.profile import Speedup
 
 
