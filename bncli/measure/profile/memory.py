@@ -19,6 +19,7 @@ from bncli.measure.timing.fresh_process import CallFailed, FreshProcesses
 from bncli.results.profile import Case, StepMemory
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from bncli.measure.profile.step_models import StepModel
     from bncli.measure.profile.timed_kernels import Source
     from bncli.measure.reference.case import Inputs
+
+    Values = Tensor | np.ndarray
 
 KERNEL_LIMIT_S, STEP_LIMIT_S = 20.0, 120.0  # of one case, of one model
 STEPS = 2  # the optimizer's state is there from the end of the first on
@@ -104,12 +107,13 @@ def _resident_inputs(case: Case) -> Inputs:
 
 
 def prepare_for_steps() -> None:
-    """In the server: load torch and what models are made of."""
+    """In the server: load torch and all that a child needs. What a child loads itself would be missing in its peak."""
     import torch
 
-    import bncli.measure.profile.step_models  # noqa: F401
+    import bncli.measure.profile.step_models
+    import bncli.measure.timing.memory  # noqa: F401
 
-    torch.set_num_threads(1)  # a thread of the server's would not live on in a child
+    torch.set_num_threads(1)  # a thread of the server would not survive the fork
 
 
 def step_memory(
@@ -121,16 +125,17 @@ def step_memory(
     """
     import torch
 
-    device = batch[0].device
-    if device.type != "cpu":
-        return step_memory_here(model, kernel, *batch, classes)
-    arguments = (model, kernel, *batch, classes, torch.get_num_threads())
+    x, y = batch
+    if x.device.type != "cpu":
+        return step_memory_here(model, kernel, x, y, classes)
+    # As arrays, since a tensor is received with code of torch's that would be missing in the peak.
+    arguments = (model, kernel, x.numpy(), y.numpy(), classes, torch.get_num_threads())
     found: StepMemory = processes.call(step_memory_here, *arguments, limit_s=STEP_LIMIT_S)
     return found
 
 
 def step_memory_here(
-    model: StepModel, kernel: str | None, x: Tensor, y: Tensor, classes: int, threads: int | None = None
+    model: StepModel, kernel: str | None, x: Values, y: Values, classes: int, threads: int | None = None
 ) -> StepMemory:
     """The same in the process that calls this."""
     import torch
@@ -140,12 +145,9 @@ def step_memory_here(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    parts: dict[str, float] = {}
-
-    def train() -> None:
-        parts.update(_train(model, kernel, one_batch(x, y, classes), x.device))
-
-    peak = peak_mib(train, x.device)
+    dataset, parts = one_batch(torch.as_tensor(x), torch.as_tensor(y), classes), dict[str, float]()
+    device = dataset.train.index_device
+    peak = peak_mib(lambda: parts.update(_train(model, kernel, dataset, device)), device)
     return StepMemory(**parts, peak_mib=peak)
 
 
