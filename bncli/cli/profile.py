@@ -158,8 +158,8 @@ def profile(
             run = profile_runs.model_run(options, model, inputs or "", trace)
         else:
             run = profile_runs.kernel_run(
-                options, operations=listed(operation), dtypes=listed(dtype), layouts=listed(layout),
-                shape_set=shapes, typed_shapes=shape or (), batch=batch, cold=not warm, processes=processes,
+                options, operations=listed(operation), dtypes=listed(dtype), layouts=listed(layout), shapes=shapes,
+                own_shapes=shape or (), batch=batch, cold=not warm, processes=processes,
             )  # fmt: skip
         stopped = _measure(run, quiet)
     result = run.result()

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from bncli.engine import device as devices
-from bncli.measure.profile import shapes
 from bncli.measure.profile.kernels import KernelRun, KernelSettings
+from bncli.measure.profile.shapes import chosen, parse
 from bncli.measure.profile.step_models import StepModel, UserModel, recipe_models
 from bncli.measure.profile.steps import StepRun
 from bncli.measure.timing.fresh_process import FreshProcesses
@@ -42,13 +42,13 @@ def kernel_run(
     operations: tuple[str, ...],
     dtypes: tuple[str, ...],
     layouts: tuple[str, ...],
-    shape_set: str | None,
-    typed_shapes: Sequence[str],
+    shapes: str | None,
+    own_shapes: Sequence[str],
     batch: int | None,
     cold: bool,
     processes: FreshProcesses,
 ) -> KernelRun:
-    """Empty dtypes and layouts, and a set of None, stand for the device's own. Raises UsageError and Unavailable."""
+    """Empty dtypes and layouts, and shapes of None, stand for the device's own. Raises UsageError and Unavailable."""
     device = options.resolved()
     if options.device == "auto" and device.type == "mps":
         device = torch.device("cpu")  # no clock times kernels there
@@ -58,7 +58,7 @@ def kernel_run(
         operations=operations,
         dtypes=dtypes or (("bf16",) if cuda else ("fp32",)),
         layouts=layouts or ("contiguous", "channels_last"),
-        shapes=shapes.chosen(shape_set, typed_shapes, batch, cuda=cuda),
+        shapes=chosen(shapes, own_shapes, batch, cuda=cuda),
         cold=cold,
         seconds=options.seconds,
         least_rounds=options.least_rounds,
@@ -81,7 +81,7 @@ def recipe_run(
 
 def model_run(options: Options, model: str, inputs: str, trace: Path | None) -> StepRun:
     """The step of the user's model, package.module:function. Raises UsageError, RunFailed and Unavailable."""
-    models = [UserModel(model, shapes.parse(inputs, "inputs"))]
+    models = [UserModel(model, parse(inputs, "inputs"))]
     return _step_run(model, models, options.resolved(), options, trace)
 
 

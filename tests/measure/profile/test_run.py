@@ -17,7 +17,7 @@ OPTIONS = Options("cpu", None, ("native", "fused"), 1.0, 6, allow_code=False)
 def test_a_mistake_names_the_argument_and_its_value() -> None:
     with pytest.raises(UsageError, match=r"^dtypes fp8: expected some of"):
         kernel_run(
-            OPTIONS, operations=(), dtypes=("fp8",), layouts=(), shape_set=None, typed_shapes=(), batch=None, cold=True,
+            OPTIONS, operations=(), dtypes=("fp8",), layouts=(), shapes=None, own_shapes=(), batch=None, cold=True,
             processes=kernel_processes(),
         )  # fmt: skip
     with pytest.raises(UsageError, match=r"^inputs 3: expected the batch"):
