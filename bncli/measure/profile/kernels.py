@@ -123,7 +123,7 @@ class Budget:
         self.deadline = Deadline(share * whole.left_s, now_s)
 
     def rounds(self, both_s: float) -> tuple[int, int]:
-        """(of both directions together, of each alone), where a round of both takes `both_s`."""
+        """(rounds of both directions together, rounds of each one), where a round of both takes `both_s`."""
         most = max(MOST_ROUNDS, self.least)
         fitting = most if both_s <= 0 else min(most, math.floor(self.deadline.left_s / ((1 + ALONE) * both_s)))
         return (fitting, fitting) if fitting >= self.least else (self.least, self.least_alone)
@@ -278,7 +278,7 @@ class KernelRun:
             try:
                 works[kernel] = timed.works(judged.inputs)
                 both_s += self._first_sample_s(works[kernel]["both"])
-            except Exception as raised:  # right the first time, and then not able to run again
+            except Exception as raised:  # it was right the first time, and cannot run a second time
                 works.pop(kernel, None)
                 judged.refuse(kernel, Wrong(finding_of(raised)), timed)
         self._least_s += budget.least_s(both_s)

@@ -5,11 +5,11 @@ too large is derived:
 - A mean of r deviations leaves an input of unit roundoff u with a rounding of r u deviations. It is remarked on where
   that passes a tenth, and from LARGEST_RATIO on in any case, where a variance by E[x^2] - E[x]^2 in float32 has lost
   six of its seven digits.
-- A channel is constant where its deviation is no more than a few roundings of its own mean.
+- A channel is constant where its deviation is no more than a few roundings of its mean.
 - A running mean is far where it lies a deviation or more off the last batches' mean: evaluation is then shifted by as
   much as the layer lets through. A batch's mean itself errs by its deviation over sqrt(N), so with few examples it
   takes SAMPLING of those. Before HALF_LIVES half-lives nothing is said, and what the average still holds of its start
-  is taken off, so that a fresh model is not blamed for its zeros.
+  is subtracted, so that nothing is said of the zeros that a new model begins with.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from bncli.recipe.load import load
 
 @dataclass(frozen=True)
 class Options:
-    """Options of both views, as they were given. threads: None for torch's choice."""
+    """Options of both views. threads: None for torch's choice."""
 
     device: str
     threads: int | None

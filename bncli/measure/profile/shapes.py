@@ -32,11 +32,11 @@ class Calls(NamedTuple):
 
 
 class ShapeSet(NamedTuple):
-    """The batch norms of a model: a line a shape (C, *S) of one example, with the calls of each operation there."""
+    """The batch norms of a model: the shapes (C, *S) of one example, each with the calls of its operations there."""
 
     batch: int  # of training
     batch_on_cuda: int
-    lines: str
+    table: str
 
 
 SETS = {
@@ -44,54 +44,30 @@ SETS = {
     "resnet20": ShapeSet(
         128,
         128,
-        """16x32x32: bn+relu 4, bn+add+relu 3
-        32x16x16: bn+relu 3, bn 1, bn+add+relu 3
-        64x8x8: bn+relu 3, bn 1, bn+add+relu 3""",
+        "16x32x32: bn+relu 4, bn+add+relu 3; 32x16x16: bn+relu 3, bn 1, bn+add+relu 3; "
+        "64x8x8: bn+relu 3, bn 1, bn+add+relu 3",
     ),
-    # He et al. 2015, table 1, at 224x224, with the stride in the 3x3 convolution as torchvision has it (v1.5).
-    # Batches: section 3.4 has 256.
+    # He et al. 2015, table 1, at 224x224, with the stride in the 3x3 convolution as torchvision has it (v1.5). Its
+    # section 3.4 trains with a batch of 256.
     "resnet50": ShapeSet(
         16,
         256,
-        """64x112x112: bn+relu 1
-        64x56x56: bn+relu 6
-        256x56x56: bn 1, bn+add+relu 3
-        128x56x56: bn+relu 1
-        128x28x28: bn+relu 7
-        512x28x28: bn 1, bn+add+relu 4
-        256x28x28: bn+relu 1
-        256x14x14: bn+relu 11
-        1024x14x14: bn 1, bn+add+relu 6
-        512x14x14: bn+relu 1
-        512x7x7: bn+relu 5
-        2048x7x7: bn 1, bn+add+relu 3""",
+        "64x112x112: bn+relu 1; 64x56x56: bn+relu 6; 256x56x56: bn 1, bn+add+relu 3; 128x56x56: bn+relu 1; "
+        "128x28x28: bn+relu 7; 512x28x28: bn 1, bn+add+relu 4; 256x28x28: bn+relu 1; "
+        "256x14x14: bn+relu 11; 1024x14x14: bn 1, bn+add+relu 6; 512x14x14: bn+relu 1; "
+        "512x7x7: bn+relu 5; 2048x7x7: bn 1, bn+add+relu 3",
     ),
-    # BN-Inception (Ioffe & Szegedy 2015, figure 5) at 224x224. The column of output sizes there gives 4c, 4d and 4e
-    # 576, 576 and 1024 channels, where the filters of figure 5, which count here, add up to 608, 608 and 1056.
+    # BN-Inception (Ioffe & Szegedy 2015, figure 5) at 224x224, with the paper's batch. The figure gives the outputs of
+    # 4c, 4d and 4e 576, 576 and 1024 channels, where its filters, which count here, add up to 608, 608 and 1056.
     "inception": ShapeSet(
         32,
         32,
-        """64x112x112: bn+relu 1
-        64x56x56: bn+relu 1
-        192x56x56: bn+relu 1
-        64x28x28: bn+relu 9
-        96x28x28: bn+relu 6
-        32x28x28: bn+relu 1
-        128x28x28: bn+relu 1
-        160x14x14: bn+relu 6
-        96x14x14: bn+relu 6
-        224x14x14: bn+relu 1
-        64x14x14: bn+relu 1
-        128x14x14: bn+relu 13
-        192x14x14: bn+relu 5
-        192x7x7: bn+relu 4
-        256x14x14: bn+relu 1
-        256x7x7: bn+relu 1
-        352x7x7: bn+relu 2
-        320x7x7: bn+relu 2
-        160x7x7: bn+relu 1
-        224x7x7: bn+relu 4
-        128x7x7: bn+relu 2""",
+        "64x112x112: bn+relu 1; 64x56x56: bn+relu 1; 192x56x56: bn+relu 1; "
+        "64x28x28: bn+relu 9; 96x28x28: bn+relu 6; 32x28x28: bn+relu 1; 128x28x28: bn+relu 1; "
+        "160x14x14: bn+relu 6; 96x14x14: bn+relu 6; 224x14x14: bn+relu 1; 64x14x14: bn+relu 1; "
+        "128x14x14: bn+relu 13; 192x14x14: bn+relu 5; 192x7x7: bn+relu 4; 256x14x14: bn+relu 1; "
+        "256x7x7: bn+relu 1; 352x7x7: bn+relu 2; 320x7x7: bn+relu 2; 160x7x7: bn+relu 1; "
+        "224x7x7: bn+relu 4; 128x7x7: bn+relu 2",
     ),
     # Ioffe & Szegedy 2015, section 4.1: three hidden layers of 100 sigmoids, which no kernel fuses, on 28x28 digits.
     "mlp": ShapeSet(60, 60, "100: bn 3"),
@@ -107,12 +83,12 @@ def shape_set(name: str, *, cuda: bool = False, batch: int | None = None) -> tup
         raise UsageError(f"expected one of {', '.join(SETS)}, or a CSV file", field="shapes", value=name)
     if batch is not None and batch < 1:
         raise UsageError("expected a whole number above 0", field="batch", value=batch)
-    chosen = SETS[name]
-    examples = batch or (chosen.batch_on_cuda if cuda else chosen.batch)
+    model = SETS[name]
+    examples = batch or (model.batch_on_cuda if cuda else model.batch)
     found = []
-    for line in chosen.lines.splitlines():
-        sizes, _, counts = line.partition(": ")
-        pairs = [entry.split() for entry in counts.split(", ")]
+    for entry in model.table.split("; "):
+        sizes, _, counts = entry.partition(": ")
+        pairs = [pair.split() for pair in counts.split(", ")]
         operations = tuple((operation, int(calls)) for operation, calls in pairs)
         found.append(Calls((examples, *map(int, sizes.split("x"))), sum(calls for _, calls in operations), operations))
     return tuple(found)

@@ -1,4 +1,4 @@
-"""Kernels by name: torch's, bncli's, those of other packages, and the user's own function; and what runs behind each.
+"""Kernels by name: torch's, bncli's, those of other packages, and the user's function; and what runs behind each name.
 
 Other packages are imported when they are asked for. One that is not installed, or does not take a case, says why.
 """
@@ -59,7 +59,7 @@ def compiled(call: Forward) -> Forward:
     """The same function, compiled for each shape that it meets, with nothing left outside the graph."""
     import torch._inductor.config
 
-    # Each process picks its own launch settings: those picked while others were at work would be a weaker opponent.
+    # Each process picks its launch settings. Those picked while other programs ran would be a weaker opponent.
     if hasattr(torch._inductor.config, "autotune_local_cache"):
         torch._inductor.config.autotune_local_cache = False
     torch.compiler.reset()  # or a second shape would be compiled as a dynamic one, which is slower

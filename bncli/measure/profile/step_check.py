@@ -6,7 +6,7 @@ since one whose exact value is 0 (the gradient of a bias in front of a batch nor
 Roundings put an element of a ReLU that is close enough to its kink on the other side. In a layer of a thousand values
 one such element changes the gradients by a few per cent, in any right kernel, so a narrow bound can only be held where
 there are none. Hence two checks. A few examples in float64, where an element in 10^14 is that close: up to 4 sqrt(u),
-u the unit roundoff. And a whole batch in the recipe's precision: up to a tenth, or twice the native step's own error
+u the unit roundoff. And a whole batch in the recipe's precision: up to a tenth, or twice the native step's error
 against float64, in one of BATCHES batches, since what is wrong is wrong in each of them.
 """
 

@@ -1,4 +1,4 @@
-"""The step view of `bncli profile`: a whole model's training step and forward pass, native beside other kernels.
+"""The step view of `bncli profile`: a whole model's training step and forward pass, native and other kernels side by side.
 
 Each model is made once for each kernel, with the same initial weights, and these take their steps in rounds,
 interleaved. A training step fetches its batch, as training does. Evaluation is a forward pass of one held-out batch, as
@@ -270,7 +270,7 @@ def prepared(
 ) -> tuple[TimedModel, ...]:
     """The model with each kernel; for one that cannot run, raises, or is wrong, the reason instead.
 
-    Raises DataError and UsageError, which no kernel is to blame for.
+    Raises DataError and UsageError, which are no fault of a kernel.
     """
     return tuple(_prepared(model, name, dataset, device) for name in names)
 
@@ -308,7 +308,7 @@ def reason(error: Exception) -> str:
 def step_of(trainable: Trainable, mode: Mode, marked: bool = False) -> Callable[[], object]:
     """A training step with the fetching of its batch, or a forward pass; the model is put in that mode now.
 
-    marked: for the profiler, which finds the fetching in a range of its own.
+    marked: for the profiler, which finds the fetching in a range.
     """
     trainable.model.train(mode == "training")
     fetching = record_function if marked else contextlib.nullcontext

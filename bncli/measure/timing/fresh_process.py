@@ -1,9 +1,10 @@
 """Function calls in fresh processes: a server that has loaded torch forks a child for each call.
 
 A call starts from the memory of a process that has loaded a module and done next to nothing else, and one that crashes
-or hangs fails alone. multiprocessing's fork server loads modules alone, where one step of batch norm in the server
-saves each child 0.3 s. It also is one for the whole program, shares its standard error, runs its script again in each
-child, and until Python 3.11 has the current folder on its path. No torch here: server and program load it side by side.
+or hangs fails alone. multiprocessing's fork server is not used: it only imports modules, where one step of batch norm
+in the server saves each child 0.3 s; it is one for the whole program, shares its standard error and runs its script
+again in each child; and until Python 3.11 it has the current folder on its path. This module does not import torch, so
+that the server and the program load it at the same time.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from bncli.engine.device import peak_memory_mib, reset_peak_memory, synchronize
 
 MIB = 2**20
 M_MMAP_THRESHOLD = -3  # mallopt's, of glibc
-MAPPED_BYTES = 2**16  # from this size on a tensor has pages of its own, which are given back when it is freed
+MAPPED_BYTES = 2**16  # from this size on a tensor is mapped alone, and its pages are given back when it is freed
 
 
 def saved_mib(run: Callable[[], object], leave_out: Iterable[Tensor] = ()) -> float:
@@ -46,7 +46,7 @@ def peak_mib(run: Callable[[], object], device: torch.device) -> float | None:
 
 
 def give_back_free_pages() -> None:
-    """So that a small tensor takes new pages and not the heap's; glibc alone has such calls."""
+    """Return free pages of the heap, so that a small tensor takes new ones. Only glibc has such calls."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim") and hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)

@@ -20,21 +20,21 @@ TAIL = 0.025  # of each side of a 95 % interval
 
 
 def faster(reference_ms: Sequence[float], ms: Sequence[float]) -> Speedup:
-    """Median of the rounds' ratios reference / own, above 1 is faster, with its 95 % interval.
+    """Median of the rounds' ratios reference / other, above 1 is faster, with its 95 % interval.
 
     Both hold the times of the same rounds in ms. An even number of rounds has the geometric mean of its middle two, so
     that swapping the two sides gives the reciprocal. Under FEWEST_ROUNDS rounds both sides of the interval are open.
     Raises ValueError for no rounds, or for numbers of rounds that differ.
     """
-    return of_ratios([reference / own for reference, own in zip(reference_ms, ms, strict=True)])
+    return of_ratios([reference / other for reference, other in zip(reference_ms, ms, strict=True)])
 
 
 def faster_over(pairs: Iterable[tuple[Sequence[float], Sequence[float]]]) -> Speedup:
-    """The speedup over several cases, each (reference's times, own times) in ms: round k's ratio is the geometric mean.
+    """The speedup over several cases, each (reference's times, the other's) in ms: round k's ratio is the geometric mean.
 
     It has as many rounds as every case has. Raises ValueError for no cases, or for one without rounds.
     """
-    ratios = [[reference / own for reference, own in zip(*pair, strict=True)] for pair in pairs]
+    ratios = [[reference / other for reference, other in zip(*pair, strict=True)] for pair in pairs]
     return of_ratios([geometric_mean(each_round) for each_round in zip(*ratios, strict=False)])
 
 
