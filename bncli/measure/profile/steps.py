@@ -1,4 +1,4 @@
-"""The step view of `bncli profile`: a whole model's training step and forward pass, native and other kernels side by side.
+"""The step view of `bncli profile`: a model's training step and forward pass, native and other kernels side by side.
 
 Each model is made once for each kernel, with the same initial weights, and these take their steps in rounds,
 interleaved. A training step fetches its batch, as training does. Evaluation is a forward pass of one held-out batch, as

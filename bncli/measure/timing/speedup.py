@@ -30,9 +30,10 @@ def faster(reference_ms: Sequence[float], ms: Sequence[float]) -> Speedup:
 
 
 def faster_over(pairs: Iterable[tuple[Sequence[float], Sequence[float]]]) -> Speedup:
-    """The speedup over several cases, each (reference's times, the other's) in ms: round k's ratio is the geometric mean.
+    """The speedup over several cases, each (reference's times, the other's) in ms.
 
-    It has as many rounds as every case has. Raises ValueError for no cases, or for one without rounds.
+    Round k's ratio is the geometric mean of the cases' ratios k, over as many rounds as every case has. Raises
+    ValueError for no cases, or for one without rounds.
     """
     ratios = [[reference / other for reference, other in zip(*pair, strict=True)] for pair in pairs]
     return of_ratios([geometric_mean(each_round) for each_round in zip(*ratios, strict=False)])
