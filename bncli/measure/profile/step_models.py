@@ -29,8 +29,6 @@ from bncli.recipe.load import Loaded, digest, plain, with_values
 from bncli.recipe.sections import Digits, Hub, Npz, Recipe, Synthetic
 from bncli.results.profile import NormLayers, Note
 
-BATCH = "batch norm"
-
 
 @dataclass(frozen=True, eq=False)
 class Trainable:
@@ -81,12 +79,12 @@ def norms_of(model: nn.Module) -> tuple[NormLayers, ...]:
     conversion = getattr(model, "bncli_conversion", None)
     if isinstance(conversion, Conversion):
         batch = Counter(
-            NormLayers(BATCH, 0, conversion.kernel if line.calls else "native", True, line.calls)
+            NormLayers("batch norm", 0, conversion.kernel if line.calls else "native", True, line.calls)
             for line in conversion.norms
         )
     else:
         kernels = [getattr(module, "kernel", "native") for module in model.modules() if isinstance(module, _BatchNorm)]
-        batch = Counter(NormLayers(BATCH, 0, str(kernel)) for kernel in kernels)
+        batch = Counter(NormLayers("batch norm", 0, str(kernel)) for kernel in kernels)
     others = Counter(
         NormLayers(type(module).__name__, 0)
         for module in model.modules()

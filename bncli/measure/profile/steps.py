@@ -130,7 +130,7 @@ class StepRun:
         """What goes on, without how much is done, and the rows that are done."""
         yield Measuring(model.name, phase="check")
         dataset = model.dataset(self._device)
-        timed = prepared(model, self._kernels[place], dataset, self._device)
+        timed = [prepared(model, kernel, dataset, self._device) for kernel in self._kernels[place]]
         self._notes += model.notes
         samples: Samples = {mode: {each.kernel: () for each in timed} for mode in MODES}
         first = len(self._rows)
@@ -265,17 +265,11 @@ class TimedModel:
     difference: StepDifference | None = None  # from the native step, of a wrong one
 
 
-def prepared(
-    model: StepModel, names: Sequence[str | None], dataset: Dataset, device: torch.device
-) -> tuple[TimedModel, ...]:
-    """The model with each kernel; for one that cannot run, raises, or is wrong, the reason instead.
+def prepared(model: StepModel, kernel: str | None, dataset: Dataset, device: torch.device) -> TimedModel:
+    """The model with that kernel, its step checked; for one that cannot run, raises, or is wrong, the reason instead.
 
     Raises DataError and UsageError, which are no fault of a kernel.
     """
-    return tuple(_prepared(model, name, dataset, device) for name in names)
-
-
-def _prepared(model: StepModel, kernel: str | None, dataset: Dataset, device: torch.device) -> TimedModel:
     try:
         if kernel is not None:
             kernels.get(kernel, device)
