@@ -27,7 +27,7 @@ from bncli.engine.device import environment, tf32_allowed
 from bncli.errors import BncliError, DataError, UsageError
 from bncli.measure.profile import memory, norm_diagnostics, step_check, step_time
 from bncli.measure.profile.step_models import StepModel, Trainable, norms_of
-from bncli.measure.timing.clock import Deadline, LoopClock, Work, rounds
+from bncli.measure.timing.clock import Deadline, LoopClock, in_a_row, rounds
 from bncli.measure.timing.fresh_process import FreshProcesses
 from bncli.measure.timing.speedup import faster
 from bncli.names import RECIPE_KERNELS
@@ -163,10 +163,10 @@ class StepRun:
         steps = {each.kernel: step_of(each.trainable, mode) for each in timed if each.trainable is not None}
         if not steps:
             return iter(())
-        once = {kernel: Work(lambda _, step=step: step()) for kernel, step in steps.items()}  # type: ignore[misc]
+        once = {kernel: in_a_row(step, 1) for kernel, step in steps.items()}
         shortest_ms = min(next(rounds(self._clock, once, 1)).values())
         calls = min(MOST_CALLS, max(1, math.ceil(LEAST_SAMPLE_MS / max(shortest_ms, 1e-3))))
-        works = {kernel: _in_a_row(step, calls) for kernel, step in steps.items()} if calls > 1 else once
+        works = {kernel: in_a_row(step, calls) for kernel, step in steps.items()}
         most, fewest = max(MOST_ROUNDS, self._least_rounds), self._least_rounds
         return rounds(self._clock, works, most, deadline=deadline, fewest=fewest, order=self._order)
 
@@ -210,16 +210,6 @@ class StepRun:
         if watched.norms:
             self._notes.append(Note("norms watched", arm=model.name, count=watched.steps, of=watched.wanted))
         self._remarks += norm_diagnostics.remarks(model.name, watched, learner.plan)
-
-
-def _in_a_row(step: Callable[[], object], calls: int) -> Work:
-    """Several steps as one sample, after one more: a short step begins with what the one before left in the caches."""
-
-    def run(_: object) -> None:
-        for _ in range(calls):
-            step()
-
-    return Work(run, step, calls)
 
 
 def _rows(model: StepModel, timed: Sequence[TimedModel], samples: Samples) -> list[StepCost]:

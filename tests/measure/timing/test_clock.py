@@ -161,6 +161,14 @@ def test_a_loop_is_timed_until_all_is_done_less_what_prepares_it() -> None:
     assert interleaved(loop, works, 3) == {"host": (1.5,) * 3, "device": pytest.approx([9.0] * 3)}
 
 
+def test_calls_in_a_row_are_one_sample_after_an_untimed_call() -> None:
+    for calls, made in ((1, 1), (4, 5)):
+        machine = Machine()
+        work = clock.in_a_row(lambda machine=machine: machine.enqueue("a", 3.0, 0.0), calls)  # type: ignore[misc]
+        assert interleaved(LoopClock(CPU, machine.now_ns, machine.synchronize), {"a": work}, 1) == {"a": (3.0,)}
+        assert machine.log.count("a") == made
+
+
 def test_rounds_come_one_by_one_so_that_an_interrupted_run_keeps_those_before() -> None:
     machine = Machine()
     found = rounds(machine.clock(), {"a": machine.work("a", 0.01, 1.0)}, 5)
