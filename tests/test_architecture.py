@@ -1,4 +1,4 @@
-"""The plan of the code, read from its syntax: who may import whom, what loads early, what the README names exists."""
+"""The plan of the code, read from its syntax: who may import whom, and what loads early."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ OPTIONS_OF_OTHER_PROGRAMS = {
     "kernels.fused.build",
     "engine.train.worker",
     "measure.compare.executors.processes",
-    "report.compare.page",
+    "report.compare.export",
 }
 
 # Modules without a test file of their own, and which file tests them, or why none has to.
@@ -216,6 +216,7 @@ def test_every_test_file_has_its_module_or_a_reason() -> None:
 # Test files of more than one module, or of a property of the whole.
 TESTS_OF_SEVERAL = {
     "test_architecture.py": "the plan of the code",
+    "test_documentation.py": "README.md, CONTRIBUTING.md, docs/ and the recipes' headers",
     "benchmarks/test_kernels.py": "the benchmark commands",
     "benchmarks/test_kernels_cpu.py": "the benchmark commands",
     "benchmarks/test_targets.py": "the benchmark commands",
@@ -297,62 +298,3 @@ def test_recipes_are_checked_and_planned_without_torch(arguments: list[str]) -> 
     loaded = modules_after(f"import sys; sys.argv = {['bncli', *arguments]!r}; import bncli.cli; bncli.cli.main()")
     assert "pydantic" in loaded
     assert not loaded & {"torch", "sklearn", "scipy"}
-
-
-# --- the README ---------------------------------------------------------------------------------------------------
-
-README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
-
-
-def commands() -> dict[str, set[str]]:
-    """Command -> its options, as the program itself lists them."""
-    import typer.main
-
-    from bncli.cli import app
-
-    group = typer.main.get_command(app)
-    found = {"": {"--help", "--version", "--install-completion", "--show-completion"}}
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
-        found[name] = {option for parameter in command.params for option in parameter.opts} | {"--help", "-h"}
-    return found
-
-
-def test_every_command_and_option_that_the_readme_names_exists() -> None:
-    known = commands()
-    lines = re.findall(r"\bbncli (?!\w+ is\b)([a-z-]+)((?: [^`\n]*)?)", "\n".join(_code(README)))
-    assert lines
-    for command, rest in lines:
-        if command.startswith("-"):
-            continue
-        assert command in known, f"the README names bncli {command}"
-        for option in re.findall(r"(?<!\S)(--?[a-z][a-z-]*)", rest):
-            assert option in known[command], f"the README names bncli {command} {option}"
-
-
-def _code(text: str) -> list[str]:
-    fenced = [code for language, code in re.findall(r"```(\w*)\n(.*?)```", text, re.S) if language in ("sh", "text")]
-    return fenced + re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
-
-
-def test_every_recipe_and_file_that_the_readme_names_exists_and_every_recipe_is_named() -> None:
-    for name in re.findall(r"\b(?:recipes|tests|docs|\.github|\.ci)/[\w./-]+", README):
-        path = ROOT / name.rstrip(".")
-        assert path.exists() or path.with_suffix(".py").exists(), f"the README names {name}"
-    for recipe in (ROOT / "recipes").glob("*.yaml"):
-        assert f"recipes/{recipe.name}" in README, f"the README does not list {recipe.name}"
-
-
-def test_every_recipe_has_a_header_with_its_purpose_command_and_expected_outcome() -> None:
-    for recipe in (ROOT / "recipes").glob("*.yaml"):
-        header = recipe.read_text().split("\n\n")[0]
-        for word in ("$schema=recipe.schema.json", "Purpose:", "Command:", "Expect:", "Time:"):
-            assert word in header, f"{recipe.name}: its header lacks {word}"
-
-
-def test_a_recipes_header_and_the_readmes_table_give_the_same_time() -> None:
-    table = dict(re.findall(r"^\| `recipes/([\w-]+\.yaml)` \|.*\| ([^|]+) \|$", README, re.M))
-    headers = {
-        recipe.name: re.search(r"^# Time: +(.+?)(?: on 2 CPU cores)?$", recipe.read_text(), re.M)
-        for recipe in (ROOT / "recipes").glob("*.yaml")
-    }
-    assert table == {name: found and found[1] for name, found in headers.items()}

@@ -222,7 +222,7 @@ def _write(comparison: Comparison, plot: Path | None, html: Path | None, quiet: 
         draw(comparison, plot)
         say(f"Drawn in {plot}", quiet)
     if html:
-        from bncli.report.compare.page import to_html
+        from bncli.report.compare.export import to_html
         from bncli.report.files import write_atomically
 
         write_atomically(html, to_html(comparison))

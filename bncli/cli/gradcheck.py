@@ -70,17 +70,17 @@ def gradcheck(
     except KeyboardInterrupt as stopped:
         _show_interrupted(groups, kernel, json)
         raise typer.Exit(getattr(stopped, "exit_code", INTERRUPTED)) from None  # Typer would make any of them 130
-    from bncli.report.gradcheck import export, table
+    from bncli.report.gradcheck import table, text
 
     commands = [rerun_command(result, failure) for failure in result.failures]
-    print_result(export.to_json(result, commands) if json else table.GradcheckReport(result, commands))
+    print_result(text.to_json(result, commands) if json else table.GradcheckReport(result, commands))
     if not result.passed:
         raise typer.Exit(CHECK_FAILED)
 
 
 def _run_gradcheck(groups: list[CheckGroup], quiet: bool, **asked: Any) -> Gradcheck:
     """The result of what is asked of `gradcheck.run`, each group put into `groups` as soon as it is finished."""
-    from bncli.report.gradcheck.table import GradcheckProgress
+    from bncli.report.progress import GradcheckProgress
 
     # What a user's kernel prints must not get between the lines of a result.
     with StopSignal(at_once=True), GradcheckProgress(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
@@ -98,17 +98,17 @@ def _run_gradcheck(groups: list[CheckGroup], quiet: bool, **asked: Any) -> Gradc
 
 
 def _show_interrupted(groups: list[CheckGroup], kernel: str, as_json: bool) -> None:
-    from bncli.report.gradcheck import export, table
+    from bncli.report.gradcheck import table, text
 
-    print_result(export.interrupted_to_json(groups) if as_json else table.interrupted_table(groups, kernel))
+    print_result(text.interrupted_to_json(groups) if as_json else table.interrupted_table(groups, kernel))
 
 
 def _show_demo(as_json: bool) -> None:
     from bncli.measure.gradcheck.chain_rule import bias_demo
-    from bncli.report.gradcheck import export, table
+    from bncli.report.gradcheck import table, text
 
     steps = bias_demo()
-    print_result(export.demo_to_json(steps) if as_json else table.demo_table(steps))
+    print_result(text.demo_to_json(steps) if as_json else table.demo_table(steps))
 
 
 def rerun_command(result: Gradcheck, failure: CheckFailure) -> list[str]:

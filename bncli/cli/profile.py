@@ -225,7 +225,7 @@ def _show(result: Any, gate: Gate | None, earlier: Any, form: str) -> None:
 
 
 def _warn_of_busy_cores(result: KernelProfile | StepProfile, quiet: bool) -> None:
-    from bncli.report.profile.notes import busy_words
+    from bncli.report.profile.text import busy_words
     from bncli.results.profile import KernelProfile
 
     if isinstance(result, KernelProfile) and (busy := busy_words(result)):

@@ -16,10 +16,10 @@ from bncli.errors import FileError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart with any colour vision; black and then line styles serve further curves.
+# Okabe and Ito's palette, distinguishable with any colour vision; then black, and further curves get line styles.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#1b1b1b")
-INK = "#1b1b1b"  # of all text and axes; a page can replace it by its own colour
-PALE = "#8a8a8a"  # of what is not data: readable on white and on black
+INK = "#1b1b1b"  # text and axes; a web page can replace it by its own colour
+PALE = "#8a8a8a"  # what is not data: readable on white and on black
 MISSING = 'plots need matplotlib, which is not installed; install it with: pip install "bncli[plot]"'
 STYLE: Any = {
     "axes.edgecolor": INK,
@@ -40,7 +40,7 @@ STYLE: Any = {
 def check_path(path: Path) -> str:
     """The kind of figure that a file's name asks for: "svg" or "png".
 
-    Raises FileError for another one, or without matplotlib; so it also serves as a check before any work.
+    Raises FileError for another suffix or without matplotlib, so it also serves as a check before any work.
     """
     if path.suffix.lower() not in (".svg", ".png"):
         raise FileError(f"{path}: a plot is written as .svg or .png, chosen by the file's name; give it one of the two")

@@ -1,4 +1,4 @@
-"""Results as files: JSON that gives the same result back, and files written whole or not at all.
+"""Results as JSON and back, and files that are written whole or not at all.
 
 Fields of free content (`point`, `grid`, `recipes`, a note's `facts`) are not checked; lists in them stay lists.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from bncli.errors import FileError
+from bncli.report.export import json_text
 from bncli.results.compare import BegunComparison, Comparison, RunRecord
 from bncli.results.environment import COMPARISON_VERSION, RUNS_VERSION
 from bncli.results.serialize import Mismatch, from_plain, to_plain
@@ -21,7 +22,9 @@ from bncli.results.train import Evaluated, Event, RunFinished, RunResult
 
 Result = TypeVar("Result", BegunComparison, Comparison, RunRecord, RunResult)
 
-VERSIONS: dict[type, tuple[int, ...]] = {Comparison: (2, COMPARISON_VERSION)}  # that can be read; else RUNS_VERSION
+VERSIONS: dict[type, tuple[int, ...]] = {
+    Comparison: (2, COMPARISON_VERSION)
+}  # readable versions; RUNS_VERSION for the others
 WHAT: dict[type, str] = {
     BegunComparison: "comparison's plan",
     Comparison: "comparison",
@@ -34,13 +37,13 @@ WHAT: dict[type, str] = {
 
 
 def to_json(result: BegunComparison | Comparison | RunRecord | RunResult) -> str:
-    """The whole result; of a comparison every run too, so that each table can be made again from this text alone."""
+    """The whole result; a comparison with every run, so that each table can be made again from this text alone."""
     plain = {"format_version": RUNS_VERSION, **to_plain(result)}  # a comparison has its own
-    return json.dumps(plain, allow_nan=False, indent=1) + "\n"
+    return json_text(plain)
 
 
 def from_json(kind: type[Result], text: str, name: str = "") -> Result:
-    """The result that `to_json` wrote. `name` is the file's, for messages. Raises FileError."""
+    """The result that `to_json` wrote. `name`: the file, for messages. Raises FileError."""
     place = f"{name}: " * bool(name)
     try:
         plain = json.loads(text)
@@ -51,7 +54,7 @@ def from_json(kind: type[Result], text: str, name: str = "") -> Result:
     version, readable = plain["format_version"], VERSIONS.get(kind, (RUNS_VERSION,))
     if version not in readable:
         newer = isinstance(version, int) and version > readable[-1]
-        advice = "update bncli" if newer else "make it anew with this version"
+        advice = "update bncli" if newer else "create it again with this version"
         raise FileError(
             f"{place}format_version is {json.dumps(version)} and this bncli reads "
             f"{' and '.join(map(str, readable))}; {advice}"
@@ -66,9 +69,9 @@ def from_json(kind: type[Result], text: str, name: str = "") -> Result:
     try:
         found = from_plain(kind, plain)
     except Mismatch as error:
-        raise FileError(f"{place}this is no {WHAT[kind]} as bncli writes it: {error}; make it anew") from error
+        raise FileError(f"{place}this is not a {WHAT[kind]} as bncli writes it: {error}; create it again") from error
     if isinstance(found, Comparison) and not _sound(found):
-        raise FileError(f"{place}its plan and its runs do not belong together; make it anew")
+        raise FileError(f"{place}its plan and its runs do not belong together; create it again")
     return found
 
 
@@ -80,8 +83,7 @@ def _sound(comparison: Comparison) -> bool:
 
 
 def event_line(event: Event) -> str:
-    """One line of metrics.jsonl. An evaluation's fields stand beside the event's; a finished run has no evaluations,
-    which are the lines above it."""
+    """One line of metrics.jsonl: an evaluation's fields beside the event's, a finished run without its evaluations."""
     plain = to_plain(event)
     if isinstance(event, Evaluated):
         plain = plain.pop("evaluation") | plain
@@ -106,10 +108,10 @@ def check_writable(path: Path) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write `path` whole or leave it as it was, also through a kill or a power cut.
+    """Write `path` whole or leave it as it was, even when the process is killed or the power fails.
 
     A temporary file in the same folder is synced and takes the name's place; it is removed on failure. A link's target
-    is replaced, not the link; what is no plain file (a pipe, /dev/stdout) is written to. Raises FileError where the
+    is replaced, not the link; anything but a plain file (a pipe, /dev/stdout) is written to. Raises FileError where the
     folder is missing or the file may not be written.
     """
     data = content.encode() if isinstance(content, str) else content
@@ -138,6 +140,6 @@ def _replace(path: Path, data: bytes) -> None:
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the new name itself
+            os.fsync(folder)  # makes the new name durable
         finally:
             os.close(folder)

@@ -1,4 +1,4 @@
-"""Where results are kept: a folder a run, a folder a comparison. Whatever stands in a file was written whole."""
+"""Folders of results: one for each run and one for each comparison. Files are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import TextIO, TypeVar
 
 from bncli.errors import OVERWRITE, BncliError, FileError, UsageError
@@ -23,13 +22,13 @@ T = TypeVar("T")
 
 RESULT, METRICS, RECIPE = "result.json", "metrics.jsonl", "recipe.yaml"
 PLAN, COMPARISON = "plan.json", "comparison.json"
-NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
+TAKEN = f"holds {{}} already; choose another folder or {OVERWRITE}"
 
 
 class RunFolder:
-    """One run of `bncli train`: recipe.yaml (resolved), metrics.jsonl (an event a line), result.json.
+    """One run of `bncli train`: recipe.yaml (resolved), metrics.jsonl (one event per line), result.json.
 
-    Nothing is made before `begin`, which takes the folder for this run alone. A file that bncli did not write, or that
+    Nothing is made before `begin`, which locks the folder for this run. A file that bncli did not write, or that
     was edited since, is never written over; bncli's own are with `overwrite`.
     """
 
@@ -38,7 +37,7 @@ class RunFolder:
         self._dated, self._overwrite = path is None, overwrite
         self._metrics: TextIO | None = None
         if not self._dated:
-            self._refuse_what_stands()
+            self._refuse_other_files()
 
     def begin(self, recipe_yaml: str) -> None:
         """Make the folder and write what is about to run. Raises UsageError where the folder holds a run already."""
@@ -46,49 +45,43 @@ class RunFolder:
             self.path = _make_dated(self.path)
         else:
             make(self.path)
-            self._refuse_what_stands()
+            self._refuse_other_files()
         self._metrics = self._claim()
         self._metrics.truncate(0)
         (self.path / RESULT).unlink(missing_ok=True)
         write_atomically(self.path / RECIPE, signed(recipe_yaml))
 
-    def _refuse_what_stands(self) -> None:
+    def _refuse_other_files(self) -> None:
         if os.path.lexists(self.path / PLAN):
             raise self._refused("holds a comparison; choose another folder for a run of its own")
         there = [name for name in OWN if os.path.lexists(self.path / name)]
-        for name in there:
-            if not _read(self.path / name, OWN[name]):
+        for file in (self.path / name for name in there):
+            if not _read(file, OWN[file.name]):
                 raise self._refused(
-                    f"{self.path / name} was not written by bncli, or was edited since, and is never written over; "
+                    f"{file} was not written by bncli, or was edited since, and is never written over; "
                     "choose another folder"
                 )
         if there and not self._overwrite:
-            unfinished = "a run" if RESULT in there else "an unfinished run"
-            raise self._taken(f"holds {unfinished} already")
+            raise self._refused(TAKEN.format("a run" if RESULT in there else "an unfinished run"))
 
     def _claim(self) -> TextIO:
-        """metrics.jsonl, open and locked: of several runs that want one folder, one gets it."""
-        fresh = 0 if self._overwrite else os.O_EXCL
+        """metrics.jsonl, open and locked: only one of several runs gets the folder."""
         try:
-            number = os.open(self.path / METRICS, os.O_WRONLY | os.O_CREAT | fresh | NO_LINK, 0o666)
+            file = _open(self.path / METRICS, 0 if self._overwrite else os.O_EXCL)
         except FileExistsError:
-            raise self._taken("holds a run already") from None
+            raise self._refused(TAKEN.format("a run")) from None
         except OSError as error:
             raise self._refused(f"cannot be written to: {error.strerror}") from error
-        file = os.fdopen(number, "w", encoding="utf-8")
         if not _lock(file):
             file.close()
             raise self._refused("another run is writing there; choose another folder")
         return file
 
-    def _taken(self, why: str) -> UsageError:
-        return self._refused(f"{why}; choose another folder or {OVERWRITE}")
-
     def _refused(self, why: str) -> UsageError:
         return UsageError(why, field="out", value=self.path)
 
     def metrics(self, event: Event) -> None:
-        """A sink: the event as a line of metrics.jsonl, there at once for whoever reads along."""
+        """A sink: writes the event as a line of metrics.jsonl and flushes it."""
         assert self._metrics is not None
         self._metrics.write(event_line(event) + "\n")
         self._metrics.flush()
@@ -99,42 +92,31 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._metrics is not None:
             self._metrics.close()
 
 
 def signed(recipe_yaml: str) -> str:
-    """A resolved recipe under a first line by which an edited one is told from one as bncli wrote it."""
+    """A resolved recipe below a first line with its digest, which shows whether it was edited."""
     digest = hashlib.sha256(recipe_yaml.encode()).hexdigest()
     return f"# Resolved by bncli, which writes over this file only while it is unedited: sha256 {digest}\n{recipe_yaml}"
 
 
-def _is_signed(text: str) -> bool:
-    return text == signed(text.partition("\n")[2])
-
-
-def _begins_a_run(text: str) -> bool:
-    """Whether this is a metrics.jsonl; it is empty until the first event."""
-    return not text or text.startswith('{"event": "run_started", ')
-
-
-def _is_result(text: str) -> bool:
-    return isinstance(from_json(RunResult, text), RunResult)
-
-
-# The files of a run's folder -> whether their contents are as bncli wrote them.
-OWN: dict[str, Callable[[str], bool]] = {RECIPE: _is_signed, METRICS: _begins_a_run, RESULT: _is_result}
+# File of a run's folder -> whether its content is as bncli wrote it.
+OWN: dict[str, Callable[[str], bool]] = {
+    RECIPE: lambda text: text == signed(text.partition("\n")[2]),
+    METRICS: lambda text: not text or text.startswith('{"event": "run_started", '),  # empty until the first event
+    RESULT: lambda text: isinstance(from_json(RunResult, text), RunResult),
+}
 
 
 class ComparisonFolder:
-    """All runs of a comparison, a file each under its key, so that a call that was killed goes on where it stopped.
+    """All runs of a comparison, each in a file under its key, so that a killed call continues where it stopped.
 
-    plan.json: what the last call set out to do. runs/KEY.json: ended runs; with a model of the user's own
-    KEY-CODE.json, so that those of earlier code are kept. failed/KEY.json: runs that died, to be tried again.
-    comparison.json: the answer. One process at a time may write here; a lock that dies with its holder sees to it.
+    plan.json: the plan of the last call. runs/KEY.json: runs that ended; KEY-CODE.json with a model
+    of the user's, so that runs of earlier code are kept. failed/KEY.json: runs that died, to be tried again.
+    comparison.json: the answer. A lock, which ends with its process, lets one process at a time write here.
     A file that does not read as what bncli writes there is never written over or deleted.
     """
 
@@ -145,10 +127,9 @@ class ComparisonFolder:
     def __enter__(self) -> ComparisonFolder:
         make(self.path)
         try:
-            self._lock = os.fdopen(os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT | NO_LINK, 0o666), "w")
+            self._lock = _open(self.path / ".lock")
         except OSError as error:
-            why = f"cannot be written to: {error.strerror}"
-            raise UsageError(why, field="out", value=self.path) from error
+            raise UsageError(f"cannot be written to: {error.strerror}", field="out", value=self.path) from error
         if not _lock(self._lock):
             self._lock.close()
             raise BncliError(f"{self.path}: another comparison is writing here; wait for it, or choose another folder")
@@ -161,20 +142,18 @@ class ComparisonFolder:
             make(folder)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             self._lock.close()
 
     def begin(self, begun: BegunComparison) -> None:
-        """Write down what is about to be done, and forget the runs that failed before."""
+        """Save the plan, and delete the runs that failed before."""
         for name in self.failed():
             (self.path / "failed" / f"{name}.json").unlink()
         write_atomically(self.path / PLAN, to_json(begun))
 
     def begun(self) -> BegunComparison | None:
-        """What the last call set out to do; None where that is not known."""
+        """The plan of the last call; None where it is not known."""
         return _result(self.path / PLAN, BegunComparison)
 
     def answer(self) -> Comparison | None:
@@ -182,11 +161,11 @@ class ComparisonFolder:
         return _result(self.path / COMPARISON, Comparison)
 
     def finished(self) -> dict[str, RunRecord]:
-        """The runs that ended, by name. A file that cannot be read is as good as none: its run is done again."""
+        """The runs that ended, by name. A run whose file cannot be read is missing and will be done again."""
         return self._records("runs")
 
     def failed(self) -> dict[str, RunRecord]:
-        """The last call's runs that died, by name."""
+        """The failed runs of the last call, by name."""
         return self._records("failed")
 
     def _records(self, folder: str) -> dict[str, RunRecord]:
@@ -201,7 +180,7 @@ class ComparisonFolder:
         write_atomically(file, to_json(record))
 
     def keep_other(self, plan: ComparisonPlan) -> Path | None:
-        """Rename an answer to another plan, before this one's is written. Its new name, if there was one."""
+        """Rename an existing answer to another plan, so that it is kept. Its new name; None where there was none."""
         answer = self.answer()
         if answer is None or to_plain(answer.plan) == to_plain(plan):
             return None
@@ -212,7 +191,7 @@ class ComparisonFolder:
 
 
 def _name(record: RunRecord) -> str:
-    """A run's file name without its ending."""
+    """A run's file name without its suffix."""
     code = hashlib.sha256(json.dumps(record.code, sort_keys=True).encode()).hexdigest()[:8]
     return f"{record.key}-{code}" if record.code else record.key
 
@@ -222,7 +201,7 @@ def _result(file: Path, kind: type[Result]) -> Result | None:
 
 
 def _read(file: Path, parse: Callable[[str], T]) -> T | None:
-    """What a plain file holds; None where it is missing, a link, or not what `parse` reads."""
+    """The parsed content of a plain file; None where it is missing, a link, or not readable by `parse`."""
     with contextlib.suppress(BncliError, OSError, UnicodeDecodeError):
         if file.is_file() and not file.is_symlink():
             return parse(file.read_text(encoding="utf-8"))
@@ -230,7 +209,7 @@ def _read(file: Path, parse: Callable[[str], T]) -> T | None:
 
 
 def _keep_beside(file: Path) -> Path:
-    """Give a file the first of the names NAME-1, NAME-2 and so on that is free."""
+    """Rename a file to the first free one of NAME-1, NAME-2 and so on."""
     names = (file.with_name(f"{file.stem}-{number}{file.suffix}") for number in itertools.count(1))
     return file.rename(next(name for name in names if not os.path.lexists(name)))
 
@@ -258,23 +237,29 @@ def make(folder: Path) -> None:
 
 
 def _make_dated(parent: Path) -> Path:
-    """A new folder named after the time. Whoever makes it has it; the next in the same second takes the next name."""
+    """A new folder named after the time; with a number where a run of the same second has made that one."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    names = (now + (f"-{number}" if number else "") for number in itertools.count())
+    make(parent)
+    names = (f"{now}-{number}" if number else now for number in itertools.count())
     while True:
         path = parent / next(names)
-        make(parent)
         try:
             path.mkdir()
+            return path
         except FileExistsError:
             continue
         except OSError as error:
             raise FileError(f"{path}: cannot be made: {error.strerror}") from error
-        return path
+
+
+def _open(file: Path, flags: int = 0) -> TextIO:
+    """The file, created where it is missing, for writing; links are not followed."""
+    no_link = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
+    return os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | no_link | flags, 0o666), "w", encoding="utf-8")
 
 
 def _lock(file: TextIO) -> bool:
-    """Take an open file's lock, which ends with the process that holds it; False where another holds it."""
+    """Lock an open file until this process closes it or ends; False where another process holds the lock."""
     with contextlib.suppress(ImportError):  # no such lock on Windows
         import fcntl
 

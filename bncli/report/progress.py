@@ -1,37 +1,79 @@
-"""What is shown while work goes on: a live bar on a terminal, now and then a line elsewhere. All of it on stderr."""
+"""Progress on stderr: live bars on a terminal, otherwise a line now and then."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from time import monotonic
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, Task, TaskID
+from rich.text import Text
 
-from bncli.report.profile.notes import error_words
+from bncli.report.profile.text import error_words
+from bncli.report.text import count, encodable
 from bncli.results.compare import ComparisonEvent, ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
+from bncli.results.gradcheck import CheckGroup
 from bncli.results.profile import KernelCost, Measuring, ProfileEvent, ProfileStarted, RowDone
 from bncli.results.train import Evaluated, Event, RunStarted, StepDone
 
-LINE_EVERY_S = 10.0  # off a terminal
-LONGER = 1.1  # times the time that was asked for, from which on it is said
+LINE_EVERY_S = 10.0  # where stderr is no terminal
+LONGER = 1.1  # an estimate above this multiple of the requested time is reported
+LEAST_NAME, LEAST_BAR, LONGEST_BAR = 22, 8, 40  # columns
 
 
-class _Sink:
-    """A bar that lives only where somebody can see it. rich would take stdout over with it (rich issue 2151)."""
+class _Bars(Progress):
+    """A line for each task: its name, a bar, how much is done, notes, and the time left.
 
-    columns: tuple[Any, ...] = ()
+    On a narrow terminal the bar is left out first, then the notes from the last to the first; a long name is cut.
+    """
 
-    def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
+    def get_renderables(self) -> Iterator[Text]:
+        if not self.tasks:
+            return
+        width, encoding = self.console.width - 1, self.console.encoding
+        longest = max(len(task.description) for task in self.tasks)
+        figures = [encodable(_figures(task, width - 2 - min(longest, LEAST_NAME)), encoding) for task in self.tasks]
+        right = max(map(len, figures))
+        left = min(longest, max(3, width - right - 2))
+        bar_width = min(LONGEST_BAR, width - left - right - 4)
+        for task, words in zip(self.tasks, figures, strict=True):
+            name = task.description
+            name = encodable(name if len(name) <= left else f"{name[: left - 3]}...", encoding).ljust(left)
+            bar = Text("  ")
+            if bar_width >= LEAST_BAR and task.total:
+                done = round(bar_width * min(1.0, task.completed / task.total))
+                bar.append(encodable("━" * done, encoding), "cyan")
+                bar.append(encodable("─" * (bar_width - done), encoding) + "  ", "dim")
+            yield Text.assemble(name, bar, words, no_wrap=True, overflow="crop")
+
+
+def _figures(task: Task, most: int) -> str:
+    """How much is done, as many of the task's notes as fit in `most` columns, and the time left."""
+    if task.total is None:
+        return str(timedelta(seconds=round(task.elapsed or 0)))
+    done = f"{task.percentage:.0f}%" if task.total == 1.0 else f"{task.completed:.0f}/{task.total:.0f}"
+    left = "" if task.time_remaining is None else str(timedelta(seconds=round(task.time_remaining)))
+    notes = list(task.fields["notes"])
+    while len(words := "  ".join(filter(None, (done, *notes, left)))) > most and notes:
+        notes.pop()
+    return words
+
+
+class _ProgressSink:
+    """A sink for events. Bars are shown on a terminal only, where stdout stays free (rich issue 2151)."""
+
+    def __init__(
+        self, quiet: bool = False, console: Console | None = None, clock: Callable[[], float] = monotonic
+    ) -> None:
         self.console = console or Console(stderr=True, highlight=False)
-        self.quiet = quiet
+        self.quiet, self.clock = quiet, clock
         # FORCE_COLOR makes rich take any stream for a terminal (briefcase PR 1267), so the stream itself is asked.
         terminal = self.console.file.isatty() if console is None else console.is_terminal
         self.live = not quiet and terminal and not self.console.is_dumb_terminal
-        self.bar = Progress(
-            *self.columns,
+        self.bars = _Bars(
             console=self.console,
             disable=not self.live,
             transient=True,
@@ -39,90 +81,76 @@ class _Sink:
             redirect_stderr=False,
             refresh_per_second=5,
         )
-        self._said = monotonic()
+        self._said = clock()
 
     def __enter__(self) -> Any:
-        self.bar.start()
+        self.bars.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def add(self, name: str, total: float | None, notes: Sequence[str] = (), completed: int = 0) -> TaskID:
+        return self.bars.add_task(name, total=total, completed=completed, notes=notes)
 
     def line(self, text: str, at_once: bool = False) -> None:
-        """A plain line off a terminal, and no more than one every ten seconds unless it matters."""
-        if self.quiet or self.live or not (at_once or monotonic() - self._said > LINE_EVERY_S):
+        """A plain line where there is no terminal, at most one every ten seconds unless it has to be said at once."""
+        if self.quiet or self.live or not (at_once or self.clock() - self._said > LINE_EVERY_S):
             return
-        self._said = monotonic()
-        self.console.print(text, soft_wrap=True, markup=False)
+        self._said = self.clock()
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        self.console.print(encodable(text, self.console.encoding), soft_wrap=True, markup=False)
 
 
-class TrainProgress(_Sink):
+class TrainProgress(_ProgressSink):
     """Step, loss, metric, samples/s, memory and the time left of one run."""
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("[dim]loss[/] {task.fields[loss]} [dim]{task.fields[metric]}[/] {task.fields[value]}"),
-        TextColumn("{task.fields[speed]}[dim]{task.fields[memory]}[/]"),
-        TimeRemainingColumn(compact=True),
-    )
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, RunStarted):
             self.metric = event.target.metric if event.target else "accuracy"
-            self.task = self.bar.add_task(
-                event.name, total=event.budget, loss="–", value="–", speed="", memory="", metric=self.metric
-            )
-            self.line(
-                f"{event.name}: {event.parameters:,} parameters on {event.device}, {event.budget:,} steps at most", True
-            )
+            self.loss, self.value, self.speed = "loss –", f"{self.metric} –", [""]
+            self.task = self.add(event.name, event.budget)
+            size = f"{event.parameters:,} parameters on {event.device}, {event.budget:,} steps at most"
+            self.line(f"{event.name}: {size}", True)
         elif isinstance(event, StepDone):
-            memory = f" {event.memory_mib:,.0f} MiB" if event.memory_mib else ""
-            speed = f"{event.samples_per_s:,.0f}/s"
-            self.bar.update(self.task, completed=event.step, loss=f"{event.loss:.3f}", speed=speed, memory=memory)
+            self.loss = f"loss {event.loss:.3f}"
+            self.speed = [f"{event.samples_per_s:,.0f}/s", f"{event.memory_mib:,.0f} MiB" if event.memory_mib else ""]
+            self.bars.update(self.task, completed=event.step)
         elif isinstance(event, Evaluated):
             found = event.evaluation
-            value = f"{found.value(self.metric):.3f}"
-            self.bar.update(self.task, completed=found.step, value=value)
-            self.line(f"step {found.step:,}: held-out {self.metric} {value}, loss {found.loss:.3f}")
+            self.value = f"{self.metric} {found.value(self.metric):.3f}"
+            self.bars.update(self.task, completed=found.step)
+            self.line(f"step {found.step:,}: held-out {self.value}, loss {found.loss:.3f}")
+        self.bars.update(self.task, notes=[self.value, self.loss, *self.speed])
 
 
-class CompareProgress(_Sink):
-    """All runs together, and a line for what each worker is doing."""
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(compact=True),
-    )
+class CompareProgress(_ProgressSink):
+    """One bar for all runs, and one for the current run of each worker."""
 
     def __call__(self, event: ComparisonEvent) -> None:
         if isinstance(event, ComparisonStarted):
             self.metric, self.planned, self.workers = event.metric, event.planned, dict[int, TaskID]()
-            note = f"{event.done} found" if event.done else ""
-            self.all = self.bar.add_task(f"[bold]{event.name}[/]", total=event.planned, completed=event.done, note=note)
+            notes = [f"{event.done} found"] if event.done else []
+            self.all = self.add(event.name, event.planned, notes, event.done)
             found = f", {event.done} of them done already" if event.done else ""
             self.line(f"{event.name}: {event.planned} runs{found}", True)
         elif isinstance(event, RunBegan):
             if event.worker not in self.workers:
-                self.workers[event.worker] = self.bar.add_task("", note="")
-            task = self.workers[event.worker]
-            self.bar.reset(task, description=f"  {event.label}", total=event.budget, note=f"{self.metric} –")
+                self.workers[event.worker] = self.add("", event.budget)
+            task, notes = self.workers[event.worker], [f"{self.metric} –"]
+            self.bars.reset(task, description=f"  {event.label}", total=event.budget, notes=notes)
         elif isinstance(event, RunProgressed) and event.worker in self.workers:
-            note = f"{self.metric} {event.value:.3f}"
-            self.bar.update(self.workers[event.worker], completed=event.step, note=note)
+            notes = [f"{self.metric} {event.value:.3f}"]
+            self.bars.update(self.workers[event.worker], completed=event.step, notes=notes)
         elif isinstance(event, RunEnded):
             self.planned = event.planned
-            self.bar.update(self.all, completed=event.done, total=event.planned, note="")
+            self.bars.update(self.all, completed=event.done, total=event.planned, notes=[])
             failed, outcome = event.record.result is None, _outcome(event.record)
             self.line(f"{event.done}/{self.planned} {event.label}: {outcome}", failed)
             if failed and self.live:
-                self.console.print(f"{event.label}: {outcome}", markup=False, soft_wrap=True)
+                self._print(f"{event.label}: {outcome}")
 
 
 def _outcome(record: RunRecord) -> str:
@@ -137,28 +165,22 @@ def _outcome(record: RunRecord) -> str:
     return result.reason or f"target not reached in {result.steps_run:,} steps"
 
 
-class ProfileProgress(_Sink):
-    """How much of a profile is done, what is measured now, and the time left; off a terminal a row now and then."""
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=None),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[label]}", markup=False, style="dim"),
-        TextColumn("{task.fields[longer]}", style="yellow"),
-        TimeRemainingColumn(compact=True),
-    )
+class ProfileProgress(_ProgressSink):
+    """How much of a profile is done, what is measured now, and the time left."""
 
     def __call__(self, event: ProfileEvent) -> None:
         if isinstance(event, ProfileStarted):
-            self.planned, self.done, self.fraction, self._began = event.planned, 0, 0.0, monotonic()
+            self.what, self.planned, self.done = event.what, event.planned, 0
+            self.fraction, self._began = 0.0, self.clock()
             self.wished_s, self.longer = event.seconds or math.inf, ""
-            self.task = self.bar.add_task(event.what, total=1.0, label="", longer="")
-            self.line(f"{event.what}: {event.planned} row{'s' * (event.planned != 1)} to measure", True)
+            self.task = self.add(event.what, 1.0)
+            self.line(f"{event.what}: {count(event.planned, 'row')} to measure", True)
         elif isinstance(event, Measuring):
-            self.fraction = min(max(event.fraction, self.fraction), 1.0)  # a plan that grows does not turn a bar back
+            # The plan may grow, but the bar never moves backwards.
+            self.fraction = min(max(event.fraction, self.fraction), 1.0)
             before, self.longer = self.longer, self._longer(event.least_s)
-            self.bar.update(self.task, completed=self.fraction, label=event.label, longer=self.longer)
+            name = f"{self.what}: {event.label}"
+            self.bars.update(self.task, completed=self.fraction, description=name, notes=[self.longer])
             if self.longer and not before:
                 self.line(f"{self.longer} s", True)
             self.line(f"{self.done}/{self.planned} rows, {self.fraction:.0%}{self._left()}: {event.label}")
@@ -170,12 +192,29 @@ class ProfileProgress(_Sink):
                 self.line(f"{self.done}/{self.planned} {row.kernel}: {wrong}{error_words(row)}", True)
 
     def _longer(self, least_s: float) -> str:
-        """How long it takes where that is more than was asked for, beyond what such an estimate is off by."""
+        """The estimated duration where it is clearly longer than what was asked for, else nothing."""
         return f"about {least_s:,.0f} s; asked for {self.wished_s:g}" if least_s > LONGER * self.wished_s else ""
 
     def _left(self) -> str:
-        """In words, as long as what is left takes as long as what was done, share by share."""
+        """The time left, at the speed so far."""
         if not 0 < self.fraction < 1:
             return ""
-        seconds = (monotonic() - self._began) * (1 - self.fraction) / self.fraction
+        seconds = (self.clock() - self._began) * (1 - self.fraction) / self.fraction
         return f", about {seconds:,.0f} s left"
+
+
+class GradcheckProgress(_ProgressSink):
+    """How many cases are done, the last group, and the elapsed time."""
+
+    def __enter__(self) -> GradcheckProgress:
+        super().__enter__()
+        self.groups, self.cases, self.failed = 0, 0, 0
+        self.task = self.add("checking", None)
+        return self
+
+    def __call__(self, group: CheckGroup) -> None:
+        self.groups, self.cases, self.failed = self.groups + 1, self.cases + group.cases, self.failed + group.failed
+        failed = f", {self.failed:,} failed" if self.failed else ""
+        text = f"{count(self.cases, 'case')} in {count(self.groups, 'group')}{failed}; last: {group.name}"
+        self.bars.update(self.task, description=text)
+        self.line(f"gradcheck: {text}", at_once=bool(group.failed))

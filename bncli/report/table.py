@@ -1,123 +1,48 @@
-"""Tables for the terminal, each laid out to fit the width that it is given.
-
-`table` and `listing` are rich's own; `Ruled` is a table whose figures stand with their decimal points below each other,
-with headings and messages across columns, which rich's own cannot do. Its look (a rule below a bold header, two blanks
-between columns) is kept.
-"""
+"""Tables and lists for the terminal that fit the width and the encoding of the output."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
-from rich import box
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.measure import Measurement
-from rich.table import Table
 from rich.text import Text
 
-from bncli.report.text import Cell, Column, encodable, header_words, in_encoding
+from bncli.report.text import Cell, Column, encodable
 
 UNBOUNDED = 10_000  # columns: wider than any table
-NAME_WIDTH = 14  # columns that an arm's name is given at the least, where it needs them; the rest wraps
 GAP = "  "
-LEAST_ROOM = 12  # columns for a bar; fewer show nothing
-LONGEST_BAR = 40
-LEAST_MESSAGE = 24  # columns for a message beside its row; with fewer it stands below it
-Layout = Callable[[str], RenderableType]  # given the output's encoding
+LEAST_WORDS = 14  # columns that words get at the least, where they need them; the rest wraps
+LEAST_BESIDE = 20  # columns for a text beside its name; with fewer it stands below it
+LEAST_BAR, LONGEST_BAR = 12, 40  # columns
+# A number whose decimal point stands below the others': its whole part, and the rest.
+NUMBER = re.compile(r"((?:[<>] )?-?[\d,]+)((?:\.\d+)?(?:e[+-]\d+)?[x%*]?)")
 Bar = Callable[[int, int], Text]  # of a row, in so many columns
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """A title, the first of several layouts that fits the width (else the last), and notes below it."""
+class Paragraph:
+    """Text in characters that the output has, behind a bold label, with every line indented by so many columns."""
 
-    title: str
-    subtitle: str
-    layouts: Sequence[Layout]
-    notes: Sequence[str]
+    text: str
+    style: str = ""
+    label: str = ""
+    indent: int = 0
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        encoding = options.encoding
-        yield Text(encodable(self.title, encoding), "bold")
-        if self.subtitle:
-            yield Text(encodable(self.subtitle, encoding), "dim")
-        yield ""
-        for layout in self.layouts:
-            table = layout(encoding)
-            if Measurement.get(console, options.update(max_width=UNBOUNDED), table).minimum <= options.max_width:
-                break
-        yield table
-        yield ""
-        for note in self.notes:
-            yield Text(encodable(note, encoding), "dim")
-
-
-# --- rich's own tables --------------------------------------------------------------------------------------------
-
-
-def table(columns: list[Column], apart: bool, encoding: str, *, wrap: bool = True) -> Table:
-    """A row an arm; `apart` puts a cell's second part on a line of its own; `wrap` lets words, not figures, wrap."""
-    drawn = Table(
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 0, 0, 1),
-        leading=int(apart),
-        header_style="bold",
-    )
-    made = []
-    for column in columns:
-        header = "\n".join(filter(None, column.header)) if apart else header_words(column)
-        cells = [_cell_text(cell, column, apart, encoding) for cell in column.cells]
-        width = max(cell_len(line) for text in (header, *map(str, cells)) for line in text.split("\n"))
-        drawn.add_column(
-            header,
-            justify="left" if column.words else "right",
-            no_wrap=not (wrap and column.words),
-            overflow="fold",
-            min_width=min(width, NAME_WIDTH) if wrap and column.words else width,
-        )
-        made.append(cells)
-    for row in zip(*made, strict=True):
-        drawn.add_row(*row)
-    return drawn
-
-
-def _cell_text(cell: Cell, column: Column, apart: bool, encoding: str) -> Text:
-    text = Text(encodable(cell[0], encoding), "bold" if column.words or column.header[0] == "times" else "")
-    if cell[1]:
-        aside = encodable(cell[1], encoding)
-        text.append(f"\n{aside}" if apart else f" ({aside})", "not bold dim")
-    return text
-
-
-def listing(columns: list[Column], encoding: str) -> Table:
-    """A line a figure, arm after arm: what is left where no table fits."""
-    table = Table.grid(padding=(0, 1))
-    for row in zip(*(column.cells for column in columns), strict=True):
-        for cell, column in zip(row, columns, strict=True):
-            table.add_row(header_words(column), _cell_text(cell, column, False, encoding))
-        table.add_row("", "")
-    return table
-
-
-def stacked(tables: list[Table]) -> Table:
-    """Tables one below the other, as one that measures as wide as the widest."""
-    stack = Table.grid()
-    for index, table in enumerate(tables):
-        stack.add_row("") if index else None
-        stack.add_row(table)
-    return stack
-
-
-# --- figures in line ----------------------------------------------------------------------------------------------
+        label, words = encodable(self.label, options.encoding), encodable(self.text, options.encoding)
+        text = Text.assemble((label, "bold"), words, style=self.style)
+        yield from _beside((), text, self.indent, options.max_width, console)
 
 
 @dataclass(frozen=True)
-class Line:
-    """How a row stands: below a heading, in a style, or with a message in place of its figures."""
+class Row:
+    """What a table's row has besides its cells; a message stands in place of its figures."""
 
     heading: str = ""
     style: str = ""
@@ -125,140 +50,234 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Ruled:
-    """Columns of cells, a Line for each row, styles of cells by (row, column), a bar after each row and its key."""
+class AlignedTable:
+    """A table with decimal points below each other, group headings, messages across columns, and bars after its rows.
+
+    `rows` has one for each row of cells, or none at all. `notes` are shown below it by `ResponsiveTable`.
+    """
 
     columns: Sequence[Column]
-    lines: Sequence[Line]
-    encoding: str
-    styles: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    rows: Sequence[Row] = ()
+    asides_below: bool = False
+    wrap: bool = False  # words, never figures
+    short_headers: bool = False
+    notes: Sequence[str] = ()
     bar: Bar | None = None
-    key: Text | None = None
+    key: Text | None = None  # of the bars
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        width = sum(self._widths()) + len(GAP) * (len(self.columns) - 1)
-        return Measurement(width, width)
+        drawn = self._drawn(options.encoding)
+        gaps = len(GAP) * (len(drawn) - 1)
+        return Measurement(gaps + sum(each.least for each in drawn), gaps + sum(each.width for each in drawn))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        shown, widths = [self._shown(column) for column in self.columns], self._widths()
-        width = self.__rich_measure__(console, options).maximum
-        room = min(LONGEST_BAR, options.max_width - width - len(GAP))
-        for part in range(2):
-            if any(column.header[part] for column in self.columns):
-                yield self._flush(self._header(part, widths), "bold")
-        yield Text(encodable("─", self.encoding).replace("?", "-") * width, no_wrap=True, overflow="ignore")
-        for index, line in enumerate(self.lines):
-            if line.heading:
-                yield "" if index else Text("", end="")
-                yield Text(encodable(line.heading, self.encoding), "bold")
-            if line.message:
-                yield from self._message(index, [cells[index] for cells in shown], widths, console, options)
-            else:
-                text = self._row(index, [cells[index] for cells in shown], widths)
-                if self.bar and room >= LEAST_ROOM:
-                    text = Text.assemble(text, GAP, self.bar(index, room))
-                text.rstrip()
-                yield text
-        if self.bar and self.key and room >= LEAST_ROOM:
-            yield ""
-            yield self.key
+        drawn = self._drawn(options.encoding)
+        widths = _widths(drawn, options.max_width)
+        width = sum(widths) + len(GAP) * (len(widths) - 1)
+        bar_width = min(LONGEST_BAR, options.max_width - width - len(GAP))
+        bar = self.bar if bar_width >= LEAST_BAR else None
+        height = max(len(each.header) for each in drawn)
+        headers = [[Text()] * (height - len(each.header)) + each.header for each in drawn]
+        yield from _joined(drawn, widths, headers, "bold")
+        yield Text(encodable("─", options.encoding) * width, no_wrap=True, overflow="ignore")
+        for index, row in enumerate(_rows(self.columns, self.rows)):
+            if index and (row.heading or self.asides_below):
+                yield ""
+            if row.heading:
+                yield Paragraph(row.heading, "bold")
+            cells = [each.lines(index, width, console) for each, width in zip(drawn, widths, strict=True)]
+            lines = _joined(drawn, widths, cells, row.style)
+            if row.message:
+                # The words in front of the first figure, and the message beside them.
+                words = next((place for place, column in enumerate(self.columns) if not column.words), len(cells))
+                leads = list(_joined(drawn[:words], widths[:words], cells[:words], row.style))
+                indent = sum(widths[:words]) + len(GAP) * words
+                message = Text(encodable(row.message, options.encoding), "red")
+                lines = _beside(leads, message, indent, options.max_width, console)
+            elif bar:
+                first = next(lines)
+                first.pad_right(width - first.cell_len + len(GAP))
+                first.append_text(bar(index, bar_width))
+                first.rstrip()
+                yield first
+            yield from lines
+        if bar and self.key:
+            yield from ("", self.key)
 
-    def _header(self, part: int, widths: Sequence[int]) -> Iterator[str]:
-        """One of the header's two lines: flush left over words and over figures with an aside, else flush right."""
-        for column, width in zip(self.columns, widths, strict=True):
-            left = column.words or any(aside for _, aside in column.cells)
-            words = encodable(column.header[part], self.encoding)
-            yield words.ljust(width) if left else words.rjust(width)
-
-    def _flush(self, parts: Iterator[str], style: str) -> Text:
-        return Text(GAP.join(parts).rstrip(), style, no_wrap=True, overflow="ignore")
-
-    def _row(self, index: int, cells: Sequence[Cell], widths: Sequence[int]) -> Text:
-        text = Text(style=self.lines[index].style, no_wrap=True, overflow="ignore")
-        for place, ((main, aside), width) in enumerate(zip(cells, widths, strict=True)):
-            text.append(GAP if place else "")
-            text.append(main, self.styles.get((index, place), ""))
-            text.append(aside, "not bold dim")
-            text.append(" " * (width - cell_len(main + aside)))
-        return text
-
-    def _message(
-        self, index: int, cells: Sequence[Cell], widths: Sequence[int], console: Console, options: ConsoleOptions
-    ) -> Iterator[Text]:
-        """The row's words, then its message to the end of the output, with further lines below its first."""
-        words = next((place for place, column in enumerate(self.columns) if not column.words), len(self.columns))
-        lead = self._row(index, cells[:words], widths[:words])
-        lead.append(GAP)
-        message = Text(encodable(self.lines[index].message, self.encoding), "red")
-        indent = len(lead)
-        if options.max_width - indent < LEAST_MESSAGE:
-            yield lead
-            lead, indent = Text(GAP * 2), len(GAP) * 2
-        for place, part in enumerate(message.wrap(console, max(1, options.max_width - indent))):
-            part.rstrip()
-            yield Text.assemble(Text(" " * indent) if place else lead, part)
-
-    def _shown(self, column: Column) -> list[Cell]:
-        """Its cells in characters that the output has; figures padded so that points and asides stand in line."""
-        cells = [(in_encoding(main, self.encoding), in_encoding(aside, self.encoding)) for main, aside in column.cells]
-        cells = [
-            ("", "") if line.message and not column.words else cell
-            for cell, line in zip(cells, self.lines, strict=True)
-        ]
-        if column.words:
-            return cells
-        parts = [(whole, point + rest) for whole, point, rest in (main.partition(".") for main, _ in cells)]
-        whole, rest = (max((len(part[side]) for part in parts), default=0) for side in (0, 1))
-        asides = max((len(aside) for _, aside in cells), default=0)
-        mains = [left.rjust(whole) + right.ljust(rest) for left, right in parts]
-        least = 0 if asides else max(len(in_encoding(words, self.encoding)) for words in column.header)
-        return [
-            (main.rjust(least), f" {aside}".ljust(asides + 1) if asides else "")
-            for main, (_, aside) in zip(mains, cells, strict=True)
-        ]
-
-    def _widths(self) -> list[int]:
-        return [
-            max(cell_len(text) for text in (*(encodable(part, self.encoding) for part in column.header), *cells))
-            for column, cells in ((c, [main + aside for main, aside in self._shown(c)]) for c in self.columns)
-        ]
+    def _drawn(self, encoding: str) -> list[_Drawn]:
+        rows = _rows(self.columns, self.rows)
+        return [_draw(self, column, rows, encoding) for column in self.columns]
 
 
 @dataclass(frozen=True)
-class Listing:
-    """The same rows with a line for each figure: what is left where no table fits."""
+class KeyValueList:
+    """The rows of a table with a line for each cell."""
 
     columns: Sequence[Column]
-    lines: Sequence[Line]
-    encoding: str
+    rows: Sequence[Row] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        headers = [header_words(column) for column in self.columns]
-        width = max(map(len, headers))
-        for index, line in enumerate(self.lines):
-            if line.heading:
-                yield Text(encodable(line.heading, self.encoding), "bold")
-            for header, column in zip(headers, self.columns, strict=True):
-                if column.words or not line.message:
-                    words = " ".join(filter(None, column.cells[index]))
-                    yield Text(f"{header.ljust(width)}{GAP}{in_encoding(words, self.encoding)}", line.style)
-            if line.message:
-                yield Text(encodable(line.message, self.encoding), "red")
-            yield ""
+        encoding = options.encoding
+        names = [encodable(column.name, encoding) for column in self.columns]
+        indent = max(map(len, names)) + len(GAP)
+        for index, row in enumerate(_rows(self.columns, self.rows)):
+            if index:
+                yield ""
+            if row.heading:
+                yield Paragraph(row.heading, "bold")
+            for name, column in zip(names, self.columns, strict=True):
+                cell = column.cells[index]
+                if cell.line and (column.words or not row.message):
+                    value = Text(encodable(cell.line, encoding), cell.style or column.style or row.style)
+                    yield from _beside([Text(name, row.style)], value, indent, options.max_width, console)
+            if row.message:
+                yield Paragraph(row.message, "red")
 
 
 @dataclass(frozen=True)
-class Dashed:
-    """A heading with sentences below it, a dash before each; nothing where there are none."""
+class BulletList:
+    """A heading and entries with a dash before each; nothing where there are none."""
 
     heading: str
     entries: Sequence[str]
+    style: str = ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.heading and self.entries:
-            yield Text(encodable(self.heading, options.encoding), "dim")
+            yield Paragraph(self.heading, "dim")
         for entry in self.entries:
-            words = Text(encodable(entry, options.encoding)).wrap(console, max(1, options.max_width - len(GAP)))
-            for place, part in enumerate(words):
-                part.rstrip()
-                yield Text.assemble(" " * len(GAP) if place else "- ", part)
+            text = Text(encodable(entry, options.encoding), self.style)
+            yield from _beside([Text("-", self.style)], text, len("- "), options.max_width, console)
+
+
+@dataclass(frozen=True)
+class ResponsiveTable:
+    """A title, the first of several tables that fits the width, what that one hides, and notes.
+
+    Where none fits it is a list of the first one's rows.
+    """
+
+    title: str
+    table: AlignedTable
+    narrower: Sequence[AlignedTable | Group] = ()
+    subtitle: str = ""
+    notes: Sequence[str] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Paragraph(self.title, "bold")
+        if self.subtitle:
+            yield Paragraph(self.subtitle, "dim")
+        yield ""
+        unbounded = options.update(max_width=UNBOUNDED)
+        fitting = (
+            table
+            for table in (self.table, *self.narrower)
+            if Measurement.get(console, unbounded, table).minimum <= options.max_width
+        )
+        shown = next(fitting, KeyValueList(self.table.columns, self.table.rows))
+        yield shown
+        yield ""
+        if isinstance(shown, AlignedTable):
+            names = [column.name for column in shown.columns]
+            hidden = [each.name for each in self.table.columns if each.optional and each.name not in names]
+            lines = [*shown.notes, *[f"Hidden columns (terminal too narrow): {', '.join(hidden)}"] * bool(hidden)]
+            yield from (Paragraph(line, "dim") for line in lines)
+            yield from [""] * bool(lines)
+        yield from (Paragraph(note, "dim") for note in self.notes)
+
+
+# --- layout -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A column in the characters of an encoding, its figures padded so that their points stand in line."""
+
+    header: list[Text]
+    cells: list[Text]  # with a line break where the aside stands below
+    right: bool
+    wrap: bool
+
+    @cached_property
+    def width(self) -> int:
+        return max(cell_len(line) for text in (*self.header, *self.cells) for line in text.plain.split("\n"))
+
+    @property
+    def least(self) -> int:
+        return min(self.width, LEAST_WORDS) if self.wrap else self.width
+
+    def lines(self, index: int, width: int, console: Console) -> list[Text]:
+        cell = self.cells[index]
+        return list(cell.wrap(console, width) if self.wrap else cell.split("\n", allow_blank=True))
+
+
+def _draw(table: AlignedTable, column: Column, rows: Sequence[Row], encoding: str) -> _Drawn:
+    header = column.short if table.short_headers and column.short else column.header
+    shown = []
+    for index, (cell, row) in enumerate(zip(column.cells, rows, strict=True)):
+        repeated = column.once and index > 0 and not row.heading and cell == column.cells[index - 1]
+        shown.append(Cell("") if repeated or (row.message and not column.words) else cell)
+    mains = [encodable(cell.main, encoding) for cell in shown]
+    cells = []
+    for main, cell in zip(mains if column.words else _aligned(mains), shown, strict=True):
+        text = Text(main, cell.style or column.style)
+        if cell.aside:
+            aside = f"\n{cell.aside}" if table.asides_below else f" {cell.aside_in_line}"
+            text.append(encodable(aside, encoding), "not bold dim")
+        cells.append(text)
+    asides_beside = not table.asides_below and any(cell.aside for cell in shown)
+    lines = [Text(line) for line in encodable(header, encoding).split("\n")]
+    return _Drawn(lines, cells, not column.words and not asides_beside, column.words and table.wrap)
+
+
+def _aligned(figures: Sequence[str]) -> list[str]:
+    """As wide as each other, decimal points below each other; what is no number is flush right."""
+    found = [NUMBER.fullmatch(text) for text in figures]
+    whole, rest = (max((len(each[side]) for each in found if each), default=0) for side in (1, 2))
+    padded = []
+    for text, number in zip(figures, found, strict=True):
+        left, right = (number[1], number[2]) if number else (text, "")
+        padded.append(f"{left:>{whole}}{right:<{rest}}" if len(left) <= whole else text)
+    width = max(map(len, padded), default=0)
+    return [text.rjust(width) for text in padded]
+
+
+def _rows(columns: Sequence[Column], rows: Sequence[Row]) -> Sequence[Row]:
+    return rows or [Row()] * len(columns[0].cells)
+
+
+def _widths(drawn: Sequence[_Drawn], most: int) -> list[int]:
+    """The columns' widths; where they are wider than `most` columns together, the widest words get narrower."""
+    widths = [each.width for each in drawn]
+    excess = sum(widths) + len(GAP) * (len(widths) - 1) - most
+    for _ in range(excess):
+        wide = [place for place, each in enumerate(drawn) if widths[place] > each.least]
+        if wide:
+            widths[max(wide, key=widths.__getitem__)] -= 1
+    return widths
+
+
+def _joined(
+    drawn: Sequence[_Drawn], widths: Sequence[int], cells: Sequence[Sequence[Text]], style: str
+) -> Iterator[Text]:
+    """The lines of a row of cells."""
+    for parts in itertools.zip_longest(*cells, fillvalue=Text()):
+        padded = []
+        for each, width, part in zip(drawn, widths, parts, strict=True):
+            spaces = " " * (width - part.cell_len)
+            padded.append(Text.assemble(spaces, part) if each.right else Text.assemble(part, spaces))
+        line = Text(GAP, style, no_wrap=True, overflow="ignore").join(padded)
+        line.rstrip()
+        yield line
+
+
+def _beside(leads: Sequence[Text], text: Text, indent: int, width: int, console: Console) -> Iterator[Text]:
+    """A text in lines of its own beside its name, or below it where there is little room."""
+    below = 2 * len(GAP)
+    if indent > below and width - indent < min(LEAST_BESIDE, text.cell_len):
+        yield from leads
+        leads, indent = (), below
+    for lead, part in itertools.zip_longest(leads, text.wrap(console, max(1, width - indent)), fillvalue=Text()):
+        line = Text.assemble(lead, " " * (indent - lead.cell_len), part)
+        line.rstrip()
+        yield line

@@ -1,25 +1,27 @@
-"""Words and figures that all reports share: numbers, intervals, units, cells of a table. No rich here."""
+"""Numbers, intervals, units, table cells and findings as text, shared by all reports. Does not use rich."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from bncli.results.environment import Environment, Interval
-from bncli.results.finding import Finding
+from bncli.results.finding import Finding, FindingKind
 from bncli.results.train import Target
 
 UNKNOWN = "–"
+IN_ASCII = str.maketrans({"–": "-", "─": "-", "━": "=", "±": "+-"})
 
 
 # --- figures ------------------------------------------------------------------------------------------------------
 
 
 def figure(value: float | None, digits: int = 3) -> str:
-    """A number to `digits` significant digits, never fewer than its whole part has; an en dash for an unknown one."""
+    """A number to `digits` significant digits, never fewer than its whole part has; an en dash for None."""
     if value is None:
         return UNKNOWN
     if isinstance(value, int):
@@ -30,6 +32,11 @@ def figure(value: float | None, digits: int = 3) -> str:
     if exponent < -4:
         return f"{value:.{digits - 1}e}"
     return f"{value:,.{max(0, digits - 1 - exponent)}f}"
+
+
+def count(number: int, word: str) -> str:
+    """`1 case`, `1,754 cases`."""
+    return f"{number:,} {word}{'s' * (number != 1)}"
 
 
 def metric_figure(value: float | None, metric: str) -> str:
@@ -54,18 +61,12 @@ def setting(value: Any) -> str:
 
 
 def encodable(text: str, encoding: str) -> str:
-    """The text in characters that an output of this encoding can show: a hyphen for a dash, ? for what it lacks."""
+    """The text in characters that the encoding has: - for a dash, +- for ±, ? for any other that it lacks."""
     try:
         text.encode(encoding)
         return text
     except (UnicodeEncodeError, LookupError):
-        return text.replace(UNKNOWN, "-").encode("ascii", "replace").decode()
-
-
-def in_encoding(text: str, encoding: str) -> str:
-    """As `encodable`, with +- for a ± that the output lacks."""
-    shown = encodable(text, encoding)
-    return shown if shown == text else encodable(text.replace("±", "+-"), encoding)
+        return text.translate(IN_ASCII).encode("ascii", "replace").decode()
 
 
 def short_names(fields: Mapping[str, Any] | tuple[str, ...]) -> dict[str, str]:
@@ -79,85 +80,96 @@ def target_words(target: Target) -> str:
 
 
 def environment_words(made: Environment) -> str:
-    threads = f"{made.threads} thread{'s' * (made.threads != 1)} a run"
+    threads = f"{count(made.threads, 'thread')} a run"
     driver = [f"driver {made.driver}"] * bool(made.driver) + ["TF32"] * bool(made.tf32)
     versions = [f"torch {made.torch}", f"Python {made.python}", f"bncli {made.bncli}"]
     return ", ".join([f"{made.device} ({made.processor}, {made.platform})", threads, *driver, *versions])
 
 
-# --- cells: (the figure, what stands under or beside it) ----------------------------------------------------------
+# --- cells and columns of a table ---------------------------------------------------------------------------------
 
-Cell = tuple[str, str]
+
+class Cell(NamedTuple):
+    """A figure or words, and beside or below them an interval, a spread or a remark."""
+
+    main: str
+    aside: str = ""
+    style: str = ""
+
+    @property
+    def aside_in_line(self) -> str:
+        """The aside as it is written beside the figure: `(9.81–14.9)`, `±2%`."""
+        return f"({self.aside})" if self.aside and not self.aside.startswith("±") else self.aside
+
+    @property
+    def line(self) -> str:
+        """The figure with its aside."""
+        return f"{self.main} {self.aside_in_line}".strip()
 
 
 @dataclass(frozen=True)
 class Column:
-    header: Cell
-    cells: tuple[Cell, ...]
+    header: str  # one line or more
+    values: Sequence[str | Cell]  # one for each row
     words: bool = False  # flush left, and may wrap
-    grid: bool = False  # the arm's value of a grid field: may move under the arm's name
-    extra: bool = False  # shown only where there is room
+    optional: bool = False  # may be hidden where there is no room; a line below the table then names it
+    once: bool = False  # a value that is repeated below the same heading is shown once
+    style: str = ""
+    short: str = ""  # header for narrow terminals
 
+    @cached_property
+    def cells(self) -> tuple[Cell, ...]:
+        return tuple(Cell(value) if isinstance(value, str) else value for value in self.values)
 
-def header_words(column: Column) -> str:
-    """A column's header on one line: `steps to target`, `samples/s`."""
-    first, second = column.header
-    return first + second if second.startswith("/") else f"{first} {second}".strip()
-
-
-def joined(cell: Cell) -> str:
-    """A cell on one line, its second part as an aside."""
-    return f"{cell[0]} ({cell[1]})" if cell[1] else cell[0]
+    @property
+    def name(self) -> str:
+        """Its header on one line: `steps to target`, `samples/s`."""
+        return self.header.replace("\n/", "/").replace("\n", " ")
 
 
 # --- findings -----------------------------------------------------------------------------------------------------
 
+# Kind of finding -> its sentence; wrong numbers have `_wrong_number`.
+FINDINGS: dict[FindingKind, str] = {
+    "right": "",
+    "not_zero": "{quantity} is not 0",
+    "wrong_type": "{raised}returned a {given}; expected {wanted}",
+    "wrong_shape": "y has shape {given}; expected the input's, {wanted}",
+    "wrong_dtype": "y has dtype {given}; expected the input's, {wanted}",
+    "wrong_device": "y has device {given}; expected the input's, {wanted}",
+    "not_computed": "{quantity} was not computed",
+    "no_gradient": "{quantity} is missing where x needs no gradient",
+    "no_second_derivative": "{raised}the gradients came back without a graph: nothing to differentiate again",
+    "not_derivative": "{quantity} misses central differences of the loss by {relative:.2g} (relative)",
+    "wrong_exception": "{raised}{text}; expected a ValueError",
+    "accepted": "an input {given} has a variance of 0 over one value; expected a ValueError",
+    "input_written": "{names} changed during the call",
+    "running_moved": "{names} changed during the call, in evaluation",
+    "running_moved_by_nothing": "{names} moved",
+    "not_deterministic": "{names} differ between two runs on the same inputs",
+    "raised": "{raised}{text}",
+    "no_memory": "{raised}{text}",
+    "leaf_written": "{raised}{text}",
+    "saved_written": "{raised}{text}",
+}
+# The sentence where the kernel raised an exception; the shapes are then those of the statistics, not of y.
+RAISED: dict[FindingKind, str] = {
+    "wrong_shape": "{raised}returned mean and var of shapes {given}; expected {wanted}",
+    "not_derivative": "{exception}: {text}",
+}
+
 
 def finding_text(finding: Finding) -> str:
     """What is wrong with a kernel's result, in words; empty where it is right."""
-    quantity, names, given, wanted = finding.quantity, ", ".join(finding.names), finding.given, finding.wanted
+    if finding.kind in ("off", "nan_missing", "nan_unexpected"):
+        return _wrong_number(finding)
+    words = {**FINDINGS, **(RAISED if finding.exception else {})}[finding.kind]
     raised = f"raised {finding.exception}: " if finding.exception else ""
-    match finding.kind:
-        case "right":
-            return ""
-        case "off" | "nan_missing" | "nan_unexpected":
-            return _wrong_number(finding)
-        case "not_zero":
-            return f"{quantity} is not 0"
-        case "wrong_type":
-            return f"{raised}returned a {given}; expected {wanted}"
-        case "wrong_shape" if finding.exception:  # of the statistics, which a kernel returns beside y
-            return f"{raised}returned mean and var of shapes {given}; expected {wanted}"
-        case "wrong_shape" | "wrong_dtype" | "wrong_device":
-            return f"y has {finding.kind.removeprefix('wrong_')} {given}; expected the input's, {wanted}"
-        case "not_computed":
-            return f"{quantity} was not computed"
-        case "no_gradient":
-            return f"{quantity} is missing where x needs no gradient"
-        case "no_second_derivative":
-            return f"{raised}the gradients came back without a graph: nothing to differentiate again"
-        case "not_derivative" if finding.exception:
-            return f"{finding.exception}: {finding.text}"
-        case "not_derivative":
-            return f"{quantity} misses central differences of the loss by {finding.relative:.2g} (relative)"
-        case "wrong_exception":
-            return f"{raised}{finding.text}; expected a ValueError"
-        case "accepted":
-            return f"an input {given} has a variance of 0 over one value; expected a ValueError"
-        case "input_written":
-            return f"{names} changed during the call"
-        case "running_moved":
-            return f"{names} changed during the call, in evaluation"
-        case "running_moved_by_nothing":
-            return f"{names} moved"
-        case "not_deterministic":
-            return f"{names} differ between two runs on the same inputs"
-        case "raised" | "no_memory" | "leaf_written" | "saved_written":
-            return f"{raised}{finding.text}"
+    return words.format(**{**vars(finding), "raised": raised, "names": ", ".join(finding.names)})
 
 
 def _wrong_number(finding: Finding) -> str:
-    if finding.found is None:  # of a tensor too large to look for the place
+    if finding.found is None:  # the tensor was too large to search for the place
         return f"{finding.quantity} is not finite everywhere"
     if finding.at is None:
         within = f" within {finding.allowed:.2g}" if finding.allowed is not None else ""

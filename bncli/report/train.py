@@ -1,18 +1,16 @@
-"""One training run for the terminal: its result, a figure a line."""
+"""The result of one training run for the terminal, one figure per line."""
 
 from __future__ import annotations
 
-from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
+from rich.console import Group
 
-from bncli.report.table import Fitted
-from bncli.report.text import UNKNOWN, encodable, environment_words, figure, metric_figure, setting, target_words
+from bncli.report.table import KeyValueList, Paragraph
+from bncli.report.text import UNKNOWN, Column, environment_words, figure, metric_figure, setting, target_words
 from bncli.results.train import RunResult, most_steps_to_target
 
 
-def run_table(result: RunResult, name: str) -> RenderableType:
-    """One run, for the end of `bncli train`: a figure a line, with its unit."""
+def run_table(result: RunResult, name: str) -> Group:
+    """The result with units, for the end of `bncli train`."""
     metric = result.target.metric if result.target else "accuracy"
     hit = f"{figure(result.first_hit)} (the first evaluation at or past the target)"
     most = figure(most_steps_to_target(result.budget))
@@ -38,15 +36,9 @@ def run_table(result: RunResult, name: str) -> RenderableType:
     if result.target is None:
         rows = [row for row in rows if row[0] not in ("steps to target", "first hit")]
 
-    def layout(encoding: str) -> RenderableType:
-        table = Table.grid(padding=(0, 2))
-        for row in rows:
-            table.add_row(
-                *(Text(encodable(part, encoding), style) for part, style in zip(row, ("", "bold"), strict=True))
-            )
-        return table
-
-    return Fitted(name, "", [layout], [f"Made on {environment_words(result.environment)}."])
+    columns = [Column(name, [words], style="bold") for name, words in rows]
+    made = Paragraph(f"Made on {environment_words(result.environment)}.", "dim")
+    return Group(Paragraph(name, "bold"), "", KeyValueList(columns), "", made)
 
 
 def _memory(result: RunResult) -> str:

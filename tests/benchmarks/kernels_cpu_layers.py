@@ -12,8 +12,7 @@ from bncli.measure.profile.shapes import Calls, shape_set
 from bncli.measure.timing import speedup
 from bncli.measure.timing.ceilings import Ladder
 from bncli.measure.timing.clock import Deadline, gb_per_s
-from bncli.report.profile.notes import note_words
-from bncli.report.profile.text import of_copy
+from bncli.report.profile.text import note_words, of_copy
 from bncli.results.profile import Case, Ceilings, KernelCost, KernelMean, KernelProfile, RowDone, Speedup
 from tests.benchmarks.kernels_check import Check
 from tests.benchmarks.kernels_report import faster, ms

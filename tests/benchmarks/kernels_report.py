@@ -152,7 +152,7 @@ def faster(found: Speedup, unit: str = "x") -> str:
 
 def ms(samples_ms: tuple[float, ...]) -> str:
     """1.23 ms ±2%: the median, and half the distance of the quartiles as a share of it."""
-    value, spread = samples_cell(samples_ms)
+    value, spread, _ = samples_cell(samples_ms)
     return f"{value} ms {spread}".strip()
 
 

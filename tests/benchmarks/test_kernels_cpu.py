@@ -84,7 +84,7 @@ def test_layers_give_a_row_a_case_and_targets_from_the_warm_run_alone(capsys: py
     names = [target.name for _, target in report.targets]
     assert len(names) == len(set(names)) == 3 * (2 * 2 + 1)  # operations; mean and worst of each layout, mean of both
     assert all(target.value is not None and target.value > 0 for _, target in report.targets)
-    assert "no peak of memory" not in printed
+    assert "peak memory" not in printed
     assert {record["cold"] for record in report.records} == {True, False}
 
 

@@ -10,7 +10,8 @@ import pytest
 from bncli.cli.console import OPTIONS, StopAtOnce, StopSignal, chosen_form, listed, print_error, print_result
 from bncli.errors import CODE_OF_YOURS, OVERWRITE, BncliError, RecipeError, RunFailed, UsageError, UsageErrors
 from tests.cli.conftest import bncli
-from tests.test_architecture import MODULES, commands
+from tests.test_architecture import MODULES
+from tests.test_documentation import options as commands
 
 
 def test_several_mistakes_are_counted_and_listed(

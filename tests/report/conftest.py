@@ -1,4 +1,4 @@
-"""Comparisons of every shape that the renderings must bear, built by hand: no training, no statistics."""
+"""Handmade comparisons for the tests of reports: nothing is trained or computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Profiles of every shape that the renderings must bear, built by hand: nothing is measured."""
+"""Handmade profiles for the tests of reports: nothing is measured."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from bncli.results.environment import Environment, Interval
+from bncli.results.environment import Interval
 from bncli.results.profile import (
     STEP_CLASSES,
     Case,
@@ -27,18 +27,9 @@ from bncli.results.profile import (
     StepProfile,
     Times,
 )
+from tests.report import conftest
 
-ENVIRONMENT = Environment(
-    bncli="0.1.0",
-    python="3.12.1",
-    torch="2.13.0",
-    platform="Linux x86_64",
-    processor="Example CPU <4 GHz>",
-    device="cpu",
-    driver=None,
-    threads=2,
-    date="2026-01-02T03:04:05+00:00",
-)
+ENVIRONMENT = replace(conftest.ENVIRONMENT, threads=2)
 CEILINGS = Ceilings(copies=((2**20, 41.2), (2**24, 19.6), (2**28, 11.87)), gflop_per_s=118.4)
 SHAPES = (
     (256, 64, 112, 112), (256, 64, 56, 56), (256, 128, 28, 28), (256, 256, 14, 14), (256, 512, 7, 7),

@@ -35,6 +35,10 @@ def test_fields_arms_and_runs_are_shown(show):
         assert words in text
 
 
+def test_an_ascii_output_gets_ascii(show):
+    assert "plain  nothing" in show(render(PLANNED), 80, "ascii")
+
+
 @pytest.mark.parametrize("field", ["name", "fields", "arms", "grid", "runs", "steps_at_most"])
 def test_json_has_every_field(field):
     assert field in json.loads(to_json(PLANNED))

@@ -1,4 +1,4 @@
-"""Folders of results: nothing half written, nothing lost, nothing shared by two writers."""
+"""Folders of results: whole files, nothing lost, one writer at a time."""
 
 from __future__ import annotations
 
@@ -25,18 +25,8 @@ def record(make_result, key: str, failure: str | None = None) -> RunRecord:
     return RunRecord(key, "plain", {}, 0, "report", None if failure else make_result(100.0), failure)
 
 
-PLAN = ComparisonPlan(
-    "small",
-    ("plain", "normed"),
-    {},
-    {"optimizer.lr": (0.1, 1)},
-    "plain",
-    (0,),
-    (1, 2),
-    Target("accuracy", 0.9),
-    100,
-    "",
-)
+GRID = {"optimizer.lr": (0.1, 1)}
+PLAN = ComparisonPlan("small", ("plain", "normed"), {}, GRID, "plain", (0,), (1, 2), Target("accuracy", 0.9), 100, "")
 BEGUN = BegunComparison(PLAN, {"torch": "2.13"}, 1, ("/recipes/small.yaml",))
 
 
@@ -64,7 +54,7 @@ def test_a_run_whose_file_cannot_be_read_is_done_again(tmp_path: Path, make_resu
         assert set(folder.finished()) == {"good"}
 
 
-def test_a_run_by_other_code_of_the_users_own_is_kept_beside(tmp_path: Path, make_result) -> None:
+def test_runs_of_different_user_code_are_both_kept(tmp_path: Path, make_result) -> None:
     made = [replace(record(make_result, "key"), code={"net.py": digest}) for digest in ("one", "two")]
     with ComparisonFolder(tmp_path) as folder:
         for each in made:
@@ -72,7 +62,7 @@ def test_a_run_by_other_code_of_the_users_own_is_kept_beside(tmp_path: Path, mak
         assert list(folder.finished().values()) in (made, made[::-1])
 
 
-def test_a_strangers_files_in_a_comparisons_folder_stay_as_they_are(tmp_path: Path, make_result) -> None:
+def test_other_files_in_a_comparisons_folder_stay_as_they_are(tmp_path: Path, make_result) -> None:
     good, other = (to_json(record(make_result, key, why)) for key, why in (("good", None), ("other", "it died")))
     mine = {
         "failed/notes.json": '{"mine": 1}',
@@ -99,7 +89,7 @@ def test_a_strangers_files_in_a_comparisons_folder_stay_as_they_are(tmp_path: Pa
 
 @pytest.mark.parametrize("file", ["comparison.json", "plan.json"])
 @pytest.mark.parametrize("content", ["[]", '{"format_version": 99}', "mine"])
-def test_a_strangers_answer_is_refused(tmp_path: Path, file: str, content: str) -> None:
+def test_an_unreadable_answer_or_plan_is_refused(tmp_path: Path, file: str, content: str) -> None:
     (tmp_path / file).write_text(content)
     with pytest.raises(UsageError, match=rf"{file} is not as this bncli writes it and is never written over"):
         ComparisonFolder(tmp_path).__enter__()
@@ -122,7 +112,7 @@ def test_a_link_is_not_followed(tmp_path: Path, make_result, link: str) -> None:
     assert (tmp_path / "precious").read_text() == "mine"
 
 
-def test_an_answer_to_another_plan_is_kept_beside_and_one_to_the_same_is_replaced(tmp_path: Path) -> None:
+def test_an_answer_to_another_plan_is_kept_under_another_name(tmp_path: Path) -> None:
     with ComparisonFolder(tmp_path) as folder:
         assert folder.keep_other(PLAN) is None
         for seeds, name in (((1, 2), None), ((1, 2, 3), "comparison-1.json"), ((1, 2), "comparison-2.json")):
@@ -209,7 +199,7 @@ def test_twenty_runs_that_begin_at_once_get_twenty_folders(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("before", ["nothing", "an empty folder", "an earlier run"])
-def test_of_two_runs_that_want_one_folder_at_once_one_is_refused(tmp_path: Path, before: str) -> None:
+def test_one_of_two_runs_for_the_same_folder_is_refused(tmp_path: Path, before: str) -> None:
     if before == "an earlier run":
         begun_at_once(1, tmp_path, "run")
     elif before == "an empty folder":
@@ -276,20 +266,12 @@ def test_other_files_of_the_folder_stay_as_they_are(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_read_or_shared_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"out .*file/run: cannot be made: Not a directory"):
         RunFolder(tmp_path / "file/run", "name").begin("")
-
-
-def test_a_folder_without_a_comparison_is_said(tmp_path: Path) -> None:
-    with pytest.raises(
-        UsageError, match=r"comparison.json cannot be read: No such file or directory; give a JSON file"
-    ):
+    with pytest.raises(UsageError, match=r"comparison.json cannot be read: No such file or directory; give a JSON"):
         load_comparison(tmp_path)
-
-
-def test_a_run_takes_no_folder_of_a_comparison(tmp_path: Path) -> None:
     with ComparisonFolder(tmp_path) as folder:
         folder.begin(BEGUN)
     with pytest.raises(UsageError, match="holds a comparison; choose another folder"):

@@ -1,19 +1,21 @@
-"""What is shown while work goes on, on a terminal and off it."""
+"""Progress bars on a terminal, and lines off it."""
 
 from __future__ import annotations
 
 import io
+import itertools
+import re
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from bncli.report import progress as module
-from bncli.report.progress import CompareProgress, ProfileProgress, TrainProgress
+from bncli.report.progress import CompareProgress, GradcheckProgress, ProfileProgress, TrainProgress
 from bncli.results.compare import ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
 from bncli.results.profile import Measuring, ProfileStarted, RowDone
 from bncli.results.train import Evaluated, Evaluation, RunResult, RunStarted, StepDone, Target
 from tests.report.conftest import run_result
+from tests.report.gradcheck.made_up_checks import BAD, GROUPS
 from tests.report.made_up_costs import ERROR, failed, one_case
 
 TRAIN = [
@@ -39,13 +41,33 @@ PROFILE = [
 ]
 
 
-def shown(kind: type, events: list, terminal: bool, quiet: bool = False) -> str:
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=120, color_system=None)
-    with kind(quiet, console) as sink:
+KINDS = [
+    (TrainProgress, TRAIN),
+    (CompareProgress, COMPARE),
+    (ProfileProgress, PROFILE),
+    (GradcheckProgress, [*BAD.groups[:2]]),
+]
+
+
+def shown(
+    kind: type,
+    events: list,
+    terminal: bool,
+    quiet: bool = False,
+    width: int = 120,
+    encoding: str = "utf-8",
+    step_s: float = 0.0,
+) -> str:
+    """What is written, where each look at the clock is `step_s` later than the one before."""
+    clock = itertools.count(0.0, step_s)
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+    console = Console(file=file, force_terminal=terminal, width=width, color_system=None, legacy_windows=False)
+    with kind(quiet, console, lambda: next(clock)) as sink:
         for event in events:
             sink(event)
-        sink.bar.refresh()
-        return str(console.file.getvalue())
+        sink.bars.refresh()
+        file.seek(0)
+        return file.read()
 
 
 def test_the_bar_of_a_run_shows_step_loss_metric_speed_and_memory() -> None:
@@ -54,32 +76,37 @@ def test_the_bar_of_a_run_shows_step_loss_metric_speed_and_memory() -> None:
         assert word in screen
 
 
-def test_the_bars_of_a_comparison_show_all_runs_and_what_each_worker_does() -> None:
+def test_the_bars_of_a_comparison_show_all_runs_and_each_worker() -> None:
     screen = shown(CompareProgress, COMPARE, terminal=True)
     for word in ("5/56", "plain, lr 1, seed 0", "120/3000", "accuracy 0.430", "failed: it died"):
         assert word in screen
 
 
-@pytest.mark.parametrize(
-    ("kind", "events"), [(TrainProgress, TRAIN), (CompareProgress, COMPARE), (ProfileProgress, PROFILE)]
-)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("width", [40, 60, 80])
+@pytest.mark.parametrize(("kind", "events"), KINDS)
+def test_a_narrow_or_ascii_terminal_shows_how_much_is_done(kind: type, events: list, width: int, encoding: str) -> None:
+    screen = shown(kind, events, terminal=True, width=width, encoding=encoding)
+    last = [line for line in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen).splitlines() if line.strip()][-1]
+    assert len(last.strip("\r")) < width
+    assert re.search(r"  20/3000|120/3000|50%|0:00:0\d", last)
+
+
+@pytest.mark.parametrize(("kind", "events"), KINDS)
 def test_nothing_is_shown_when_quiet(kind: type, events: list) -> None:
     assert shown(kind, events, terminal=True, quiet=True) == ""
     assert shown(kind, events, terminal=False, quiet=True) == ""
 
 
-def test_off_a_terminal_there_are_plain_lines_now_and_then_and_no_control_characters(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_a_terminal_there_are_plain_lines_now_and_then() -> None:
     log = shown(TrainProgress, TRAIN, terminal=False)
     assert log == "digits: 27,710 parameters on cpu, 3,000 steps at most\n"  # the rest within the first ten seconds
-    monkeypatch.setattr(module, "LINE_EVERY_S", 0.0)
-    log = shown(TrainProgress, TRAIN, terminal=False)
+    log = shown(TrainProgress, TRAIN, terminal=False, step_s=20.0)
     assert "step 20: held-out accuracy 0.500, loss 1.900" in log
     assert "\x1b" not in log
 
 
-def test_a_failure_is_said_at_once_off_a_terminal() -> None:
+def test_a_failure_is_logged_at_once() -> None:
     log = shown(CompareProgress, COMPARE, terminal=False)
     assert log.splitlines() == ["digits: 50 runs, 3 of them done already", "5/56 plain, lr 3, seed 0: failed: it died"]
 
@@ -93,17 +120,16 @@ def test_a_failure_is_said_at_once_off_a_terminal() -> None:
         (replace(run_result(None, status="diverged"), reason="the loss is nan at step 7"), "the loss is nan at step 7"),
     ],
 )
-def test_how_a_run_ended_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch, result: RunResult, words: str) -> None:
-    monkeypatch.setattr(module, "LINE_EVERY_S", 0.0)
+def test_how_a_run_ended_is_logged(result: RunResult, words: str) -> None:
     ended = RunEnded(0, "plain, lr 1, seed 0", 1, 2, RunRecord("a", "plain", {}, 0, "tune", result))
-    log = shown(CompareProgress, [ComparisonStarted("digits", 2, 0, "accuracy"), ended], terminal=False)
+    log = shown(CompareProgress, [ComparisonStarted("digits", 2, 0, "accuracy"), ended], terminal=False, step_s=20.0)
     assert log.splitlines()[1].startswith(f"1/2 plain, lr 1, seed 0: {words}")
 
 
 # --- profiles -----------------------------------------------------------------------------------------------------
 
 
-def test_the_bar_of_a_profile_shows_the_share_that_is_done_and_what_is_measured() -> None:
+def test_the_bar_of_a_profile_shows_percent_and_current_row() -> None:
     screen = shown(ProfileProgress, PROFILE, terminal=True)
     for word in ("kernels", "50%", "fused bn fp32 256x64x56x56"):
         assert word in screen
@@ -113,36 +139,33 @@ def test_a_label_with_brackets_is_shown_as_it_is() -> None:
     assert "native bn [fp32] 256x64x56x56" in shown(ProfileProgress, PROFILE[:2], terminal=True)
 
 
-def test_the_bar_of_a_profile_never_turns_back_and_never_passes_its_end() -> None:
+def test_the_bar_of_a_profile_never_moves_backwards() -> None:
     screen = shown(ProfileProgress, [*PROFILE, Measuring("again", 0.25)], terminal=True)
     assert "again" in screen
     assert "25%" not in screen
     assert "100%" in shown(ProfileProgress, [*PROFILE, Measuring("end", 1.7)], terminal=True)
 
 
-def test_off_a_terminal_a_profile_has_few_plain_lines_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_a_profile_has_few_lines_with_the_time_left() -> None:
     assert shown(ProfileProgress, PROFILE, terminal=False) == "kernels: 3 rows to measure\n"
-    now = iter(range(0, 10_000, 20))  # each look at the clock is 20 s later
-    monkeypatch.setattr(module, "monotonic", lambda: float(next(now)))
-    log = shown(ProfileProgress, PROFILE, terminal=False)
+    log = shown(ProfileProgress, PROFILE, terminal=False, step_s=20.0)
     assert "0/3 rows, 0%: native bn [fp32] 256x64x56x56" in log
     (line,) = [line for line in log.splitlines() if line.startswith("1/3 rows, 50%")]
     assert "s left: fused bn fp32 256x64x56x56" in line
     assert "\x1b" not in log
 
 
-def test_the_time_left_is_what_the_rest_takes_at_the_speed_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_is_what_the_rest_takes_at_the_speed_so_far() -> None:
     clock = [100.0]
-    monkeypatch.setattr(module, "monotonic", lambda: clock[0])
     console = Console(file=io.StringIO(), force_terminal=False, width=120)
-    with ProfileProgress(False, console) as sink:
+    with ProfileProgress(False, console, lambda: clock[0]) as sink:
         sink(ProfileStarted("kernels", 4))
         clock[0] += 30.0
         sink(Measuring("fused", 0.25))
     assert "25%, about 90 s left: fused" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_that_it_takes_longer_than_was_asked_for_is_in_the_bar_and_said_once_off_a_terminal() -> None:
+def test_a_run_longer_than_asked_for_is_shown_and_logged_once() -> None:
     late = [ProfileStarted("kernels", 3, 45.0), Measuring("one", 0.2, 46.0), Measuring("two", 0.5, 70.4)]
     assert "about 70 s; asked for 45" in shown(ProfileProgress, late, terminal=True)
     log = shown(ProfileProgress, [*late, Measuring("three", 0.7, 72.0)], terminal=False)
@@ -151,7 +174,7 @@ def test_that_it_takes_longer_than_was_asked_for_is_in_the_bar_and_said_once_off
     assert "asked for" not in shown(ProfileProgress, [ProfileStarted("kernels", 3), *late[1:]], terminal=True)
 
 
-def test_a_wrong_kernel_is_said_at_once_off_a_terminal() -> None:
+def test_a_wrong_kernel_is_logged_at_once() -> None:
     wrong = failed(ROWS[0].case, "mine:norm", ERROR, wrong=True)
     log = shown(
         ProfileProgress,
@@ -159,3 +182,17 @@ def test_a_wrong_kernel_is_said_at_once_off_a_terminal() -> None:
         terminal=False,
     )
     assert log.splitlines() == ["kernels: 3 rows to measure", f"1/3 mine:norm: wrong: {ERROR}"]
+
+
+# --- gradient checks ----------------------------------------------------------------------------------------------
+
+
+def test_the_cases_done_are_counted_and_the_last_group_named() -> None:
+    assert "144 cases in 2 groups; last: forward, evaluation" in shown(GradcheckProgress, GROUPS[:2], terminal=True)
+
+
+def test_a_failed_group_is_logged_at_once() -> None:
+    assert shown(GradcheckProgress, GROUPS, terminal=False) == ""
+    log = shown(GradcheckProgress, BAD.groups[:2], terminal=False)
+    assert log == "gradcheck: 144 cases in 2 groups, 40 failed; last: dx\n"
+    assert shown(GradcheckProgress, GROUPS, terminal=False, step_s=20.0).count("\n") == len(GROUPS)

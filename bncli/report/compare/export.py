@@ -1,17 +1,30 @@
-"""A comparison for other programs: CSV with all digits, and Markdown for a GitHub page."""
+"""A comparison for other programs: CSV with all digits, Markdown for a GitHub page, and a self-contained HTML page."""
 
 from __future__ import annotations
 
+import html
 from typing import Any
 
-from bncli.report.compare.text import comparison_columns, cost_columns, footnotes, subtitle, target_columns, title
+from bncli.errors import FileError
+from bncli.report.compare.text import (
+    comparison_columns,
+    footnotes,
+    side_tables,
+    subtitle,
+    title,
+    tuning_columns,
+    tuning_notes,
+)
 from bncli.report.export import csv_text, markdown, markdown_table
+from bncli.report.figure import INK
 from bncli.report.text import Column, setting
-from bncli.results.compare import ArmSummary, AtTarget, Comparison, Cost
+from bncli.results.compare import ArmSummary, AtTarget, Comparison, Cost, Ratio
+
+# --- CSV ----------------------------------------------------------------------------------------------------------
 
 
 def to_csv(comparison: Comparison) -> str:
-    """One row an arm, all digits; units and meanings in the header; an empty cell is an unknown one."""
+    """One row per arm with all digits; an empty cell is an unknown value."""
     plan, metric = comparison.plan, comparison.plan.target.metric
     rows = [_csv_row(arm, list(plan.grid), metric) for arm in comparison.arms]
     return csv_text(rows, "arm")
@@ -33,9 +46,7 @@ def _csv_row(arm: ArmSummary, fields: list[str], metric: str) -> dict[str, Any]:
         "steps_high_95": arm.steps.interval.high,
         "steps_method": arm.steps.method,
         "first_hit_steps": arm.first_hit,
-        "times_fewer": ratio.value if ratio else 1,
-        "times_fewer_low_95": ratio.interval.low if ratio else None,
-        "times_fewer_high_95": ratio.interval.high if ratio else None,
+        **_csv_ratio("times_fewer{}", ratio),
         "times_fewer_method": ratio.method if ratio else "reference",
         "p_value": ratio.p_value if ratio else None,
         "holm_p_value": ratio.holm_p_value if ratio else None,
@@ -55,26 +66,30 @@ def _csv_row(arm: ArmSummary, fields: list[str], metric: str) -> dict[str, Any]:
 
 
 def _csv_cost(unit: str, cost: Cost | None) -> dict[str, Any]:
-    ratio = cost.ratio if cost else None
     return {
         f"{unit}_to_target": cost.typical.value if cost else None,
         f"{unit}_low_95": cost.typical.interval.low if cost else None,
         f"{unit}_high_95": cost.typical.interval.high if cost else None,
-        f"times_fewer_{unit}": ratio.value if ratio else 1 if cost else None,
-        f"times_fewer_{unit}_low_95": ratio.interval.low if ratio else None,
-        f"times_fewer_{unit}_high_95": ratio.interval.high if ratio else None,
+        **_csv_ratio(f"times_fewer_{unit}{{}}", cost.ratio if cost else None, 1 if cost else None),
     }
 
 
 def _csv_target(found: AtTarget) -> dict[str, Any]:
-    at, ratio = f"at_{setting(found.target.value)}", found.ratio
+    at = f"at_{setting(found.target.value)}"
     return {
         f"hits_{at}": found.hits,
         f"steps_to_target_{at}": found.steps.value,
-        f"times_fewer_{at}": ratio.value if ratio else 1,
-        f"times_fewer_low_95_{at}": ratio.interval.low if ratio else None,
-        f"times_fewer_high_95_{at}": ratio.interval.high if ratio else None,
+        **_csv_ratio(f"times_fewer{{}}_{at}", found.ratio),
     }
+
+
+def _csv_ratio(name: str, ratio: Ratio | None, of_reference: int | None = 1) -> dict[str, Any]:
+    """The ratio and its interval; `name` has a place for the suffixes `_low_95` and `_high_95`."""
+    value, low, high = (ratio.value, ratio.interval.low, ratio.interval.high) if ratio else (of_reference, None, None)
+    return {name.format(""): value, name.format("_low_95"): low, name.format("_high_95"): high}
+
+
+# --- Markdown -----------------------------------------------------------------------------------------------------
 
 
 def to_markdown(comparison: Comparison) -> str:
@@ -82,12 +97,94 @@ def to_markdown(comparison: Comparison) -> str:
     lines = [f"### {markdown(title(comparison))}", "", markdown(subtitle(comparison.plan)), ""]
     lines += [*markdown_table(comparison_columns(comparison)), ""]
     for heading, columns in side_tables(comparison):
-        lines += [f"#### {heading}", "", *markdown_table(columns), ""]
+        lines += [f"#### {heading.capitalize()}", "", *markdown_table(columns), ""]
     lines += [f"- {markdown(note)}" for note in footnotes(comparison)]
     return "\n".join(lines) + "\n"
 
 
-def side_tables(comparison: Comparison) -> list[tuple[str, list[Column]]]:
-    """The tables below the comparison's own, each with its heading."""
-    found = [("What it costs to reach the target", cost_columns(comparison))]
-    return found + [("Steps to each target", target_columns(comparison))] * bool(comparison.plan.also)
+# --- HTML ---------------------------------------------------------------------------------------------------------
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; --line: #8886; --quiet: #6b6b6b; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --quiet: #a5a5a5; }} }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.4rem; margin: 0; }}
+h2 {{ font-size: 1.1rem; margin: 2rem 0 .5rem; }}
+p.quiet, ul {{ color: var(--quiet); }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .35rem .7rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }}
+th.words, td.words {{ text-align: left; }}
+td, th {{ white-space: nowrap; }}
+td small {{ display: block; color: var(--quiet); white-space: nowrap; }}
+svg {{ width: 100%; height: auto; margin: 1.5rem 0; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p class="quiet">{subtitle}</p>
+<div class="wide">{table}</div>
+{figure}
+{side}
+<ul>{notes}</ul>
+{tuning}
+</body>
+</html>
+"""
+TUNING = """<h2>Tuning runs</h2>
+<div class="wide">{table}</div>
+<ul>{notes}</ul>"""
+
+
+def to_html(comparison: Comparison) -> str:
+    """A self-contained page: tables, notes, and the figure as inline SVG where matplotlib is installed."""
+    tuned = tuning_columns(comparison) if comparison.plan.tune_seeds else []
+    side = [
+        f'<h2>{heading.capitalize()}</h2>\n<div class="wide">{_html_table(columns)}</div>'
+        for heading, columns in side_tables(comparison)
+    ]
+    return PAGE.format(
+        title=html.escape(title(comparison)),
+        subtitle=html.escape(subtitle(comparison.plan)),
+        table=_html_table(comparison_columns(comparison)),
+        figure=_html_figure(comparison),
+        side="\n".join(side),
+        notes=_html_items(footnotes(comparison)),
+        tuning=TUNING.format(table=_html_table(tuned), notes=_html_items(tuning_notes(comparison))) if tuned else "",
+    )
+
+
+def _html_figure(comparison: Comparison) -> str:
+    from bncli.report.compare import figure
+
+    try:
+        svg = figure.render(comparison, "svg", transparent=True).decode()
+    except FileError as error:
+        return f'<p class="quiet">No figure: {html.escape(str(error))}</p>'
+    label = html.escape(f"Figure: {title(comparison)}; its figures are in the table above")
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def _html_items(notes: list[str]) -> str:
+    return "".join(f"<li>{html.escape(note)}</li>\n" for note in notes)
+
+
+def _html_table(columns: list[Column]) -> str:
+    sides = [' class="words"' * column.words for column in columns]
+    head = "".join(f"<th{side}>{html.escape(c.name)}</th>" for c, side in zip(columns, sides, strict=True))
+    rows = []
+    for row in zip(*(column.cells for column in columns), strict=True):
+        cells = [
+            f"<td{side}>{html.escape(main)}{f'<small>{html.escape(aside)}</small>' if aside else ''}</td>"
+            for (main, aside, _), side in zip(row, sides, strict=True)
+        ]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody>\n</table>"

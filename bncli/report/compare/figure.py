@@ -1,4 +1,4 @@
-"""The comparison as a figure: median curves with quartile bands, and every run's steps to target with the intervals."""
+"""Figure of a comparison: median curves with quartile bands, and each run's steps to target with intervals."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bncli.report.compare.labels import Place, dense, name_curves, tag_curves
 from bncli.report.compare.text import (
     LETTERS,
     all_targets,
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LINES = ("-", "--", "-.", ":")
-TARGETS_HEIGHT = 2.4  # inches, of the picture of the ratio by target, where there are several
+TARGETS_HEIGHT = 2.4  # inches: the panel with the ratio by target, where there are several
 
 
 def plot(comparison: Comparison, path: Path) -> None:
@@ -40,28 +39,29 @@ def plot(comparison: Comparison, path: Path) -> None:
 
 def render(comparison: Comparison, kind: str, transparent: bool = False) -> bytes:
     """The figure as the bytes of a "svg" or "png" file. Raises FileError without matplotlib."""
-    return rendered(lambda figure: _draw(figure, comparison), kind, 160, transparent)
+    return rendered(lambda figure: draw(figure, comparison), kind, 160, transparent)
 
 
-def _draw(picture: Figure, comparison: Comparison) -> None:
+def draw(figure: Figure, comparison: Comparison) -> None:
+    """Put the curves, the runs and, with several targets, the ratios by target on an empty figure."""
     lines = sum(max(2.6, math.ceil(len(arm.arm) / 18)) for arm in comparison.arms)
     height = max(4.2, 1.6 + 0.19 * lines)
     if _has_ratios_by_target(comparison):
         height = max(height, 1.0 + 0.19 * lines + TARGETS_HEIGHT) + 1.0
         ratios = height - TARGETS_HEIGHT, TARGETS_HEIGHT
-        picture.set_size_inches(11, height)
-        panels = picture.subplot_mosaic([["left", "right"], ["left", "below"]], height_ratios=ratios)
+        figure.set_size_inches(11, height)
+        panels = figure.subplot_mosaic([["left", "right"], ["left", "below"]], height_ratios=ratios)
         left, right = panels["left"], panels["right"]
         _targets(panels["below"], comparison)
     else:
-        picture.set_size_inches(11, height)
-        left, right = picture.subplots(1, 2)
+        figure.set_size_inches(11, height)
+        left, right = figure.subplots(1, 2)
     words: dict[str, Any] = {"ha": "left", "x": 0.008, "parse_math": False}
-    picture.suptitle(title(comparison), fontsize=12, fontweight="bold", **words)
+    figure.suptitle(title(comparison), fontsize=12, fontweight="bold", **words)
     notes = "\n".join(textwrap.wrap(f"{subtitle(comparison.plan)}. {_key(comparison)}", 170))
-    picture.supxlabel(notes, fontsize=8, **words)
-    tagged = _curves(left, comparison)
-    _steps(right, comparison, tagged)
+    figure.supxlabel(notes, fontsize=8, **words)
+    _curves(left, comparison)
+    _steps(right, comparison)
 
 
 def _has_ratios_by_target(comparison: Comparison) -> bool:
@@ -70,20 +70,22 @@ def _has_ratios_by_target(comparison: Comparison) -> bool:
 
 
 def _targets(axes: Axes, comparison: Comparison) -> None:
-    """How many times fewer steps at each target of the runs: one target is one point of a curve."""
-    axes.set_title("times fewer, by target")
+    """The ratio at each target of the runs."""
+    axes.set_title("fewer steps, by target")
     axes.set_xlabel(f"target: held-out {comparison.plan.target.metric}")
     order = targets_in_order(comparison.plan)
     axes.set_xticks([target.value for target in order], [setting(target.value) for target in order])
     for index, arm in enumerate(comparison.arms):
-        ratios = {each.target: each.ratio for each in all_targets(comparison.plan, arm)}
-        found = [(t.value, r.value, r.interval) for t in order if (r := ratios[t]) is not None and r.value is not None]
-        if arm.ratio is None or not found:
-            continue
-        axes.plot([at for at, _, _ in found], [value for _, value, _ in found], marker="o", ms=4, **_look(index))
-        for at, value, interval in found:
-            ends = (interval.low or value, interval.high or value)
-            axes.plot([at, at], ends, color=_look(index)["color"], linewidth=1)
+        found = {each.target: each.ratio for each in all_targets(comparison.plan, arm)}
+        points = [
+            (target.value, ratio.value, ratio.interval.low or ratio.value, ratio.interval.high or ratio.value)
+            for target in order
+            if (ratio := found[target]) and ratio.value is not None
+        ]
+        if points:
+            places, values, low, high = zip(*points, strict=True)
+            axes.plot(places, values, marker="o", ms=4, **_style(index))
+            axes.vlines(places, low, high, color=_style(index)["color"], linewidth=1)
     axes.axhline(1, color=PALE, linestyle=(0, (5, 4)), linewidth=1, zorder=1)
     if comparison.plan.target.metric == "loss":
         axes.invert_xaxis()
@@ -103,43 +105,60 @@ def _key(comparison: Comparison) -> str:
     return " ".join(parts)
 
 
-def _look(index: int) -> dict[str, Any]:
+def _style(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index // len(COLOURS) % len(LINES)]}
 
 
 # --- left: curves -------------------------------------------------------------------------------------------------
 
 
-def _curves(axes: Axes, comparison: Comparison) -> bool:
-    """Draw the curves, each with its arm's name; True where names do not fit and letters stand for them."""
+def _curves(axes: Axes, comparison: Comparison) -> None:
+    """The median curves on a log axis of steps, each with its arm's letter, and the target as a dashed line."""
     target, bounds = comparison.plan.target, metric_range(comparison)
-    curves = {index: curve_points(arm) for index, arm in enumerate(comparison.arms) if curve_points(arm)}
+    curves = {index: points for index, arm in enumerate(comparison.arms) if (points := curve_points(arm))}
     axes.set_title(f"held-out {target.metric}")
     axes.set_xlabel("optimizer steps")
     if bounds is None:
         _empty(axes)
-        return False
+        return
     axes.axhline(target.value, color=PALE, linestyle=(0, (5, 4)), linewidth=1, zorder=1)
     for index, points in curves.items():
         steps, medians, lows, highs = zip(*points, strict=True)
-        axes.fill_between(steps, lows, highs, color=_look(index)["color"], alpha=0.18, linewidth=0)
-        axes.plot(steps, medians, linewidth=1.5, **_look(index))
+        axes.fill_between(steps, lows, highs, color=_style(index)["color"], alpha=0.18, linewidth=0)
+        axes.plot(steps, medians, linewidth=1.5, **_style(index))
     ends = [step for points in curves.values() for step in (points[0][0], points[-1][0])]
     axes.set_xscale("log")
     axes.set_xlim(min(ends), max(*ends, 1.5 * min(ends)) * 1.1)
     axes.set_ylim(bounds[0], bounds[1] + 0.03 * (bounds[1] - bounds[0]))
     _plain_ticks(axes)
+    words: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "color": PALE}
+    axes.annotate(f"target {setting(target.value)}", (0.02, target.value), (0, 3), **words)
+    to_axes = axes.transData - axes.transAxes
+    _letters(
+        axes, {index: [tuple(to_axes.transform(point[:2])) for point in points] for index, points in curves.items()}
+    )
 
-    def place(step: float, value: float) -> Place:
-        x, y = axes.transAxes.inverted().transform(axes.transData.transform((step, value)))
-        return float(x), float(y)
 
-    paths = {index: dense([place(step, median) for step, median, *_ in points]) for index, points in curves.items()}
-    names = [arm.arm for arm in comparison.arms]
-    tagged = not name_curves(axes, names, COLOURS, paths, place(ends[0], target.value)[1], target)
-    if tagged:
-        tag_curves(axes, COLOURS, paths)
-    return tagged
+def _letters(axes: Axes, paths: dict[int, list[tuple[float, float]]]) -> None:
+    """A letter on each curve, away from the other curves and letters. Places are (x, y) in axes coordinates."""
+    taken: list[tuple[float, float]] = []
+    for index, path in paths.items():
+        others = [place for other in paths if other != index for place in paths[other]]
+
+        def clearance(at: tuple[float, float], others: list[tuple[float, float]] = others) -> float:
+            edge = min(at[0], 1 - at[0], at[1], 1 - at[1])
+            curve, letter = (min((math.dist(at, place) for place in places), default=1.0) for places in (others, taken))
+            return min(edge, 0.06) + min(curve, 0.06) + min(letter, 0.12)
+
+        taken.append(max(reversed(path), key=clearance))
+        colour = COLOURS[index % len(COLOURS)]
+        badge = {"boxstyle": "circle,pad=0.2", "facecolor": "white", "edgecolor": colour}
+        style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8, "fontweight": "bold", "bbox": badge}
+        axes.text(*taken[-1], _letter(index), color=colour, transform=axes.transAxes, **style)
+
+
+def _letter(index: int) -> str:
+    return LETTERS[index % len(LETTERS)]
 
 
 def _empty(axes: Axes) -> None:
@@ -160,7 +179,7 @@ def _plain_ticks(axes: Axes) -> None:
 # --- right: steps to target ---------------------------------------------------------------------------------------
 
 
-def _steps(axes: Axes, comparison: Comparison, tagged: bool) -> None:
+def _steps(axes: Axes, comparison: Comparison) -> None:
     arms, most = comparison.arms, comparison.plan.most_steps
     axes.set_title("steps to target")
     axes.set_xlabel("optimizer steps")
@@ -168,10 +187,10 @@ def _steps(axes: Axes, comparison: Comparison, tagged: bool) -> None:
     for row, arm in enumerate(arms):
         _arm_runs(axes, row, comparison.results_of(arm), most)
         _average(axes, row, arm, most)
-    room = max(0.0, (4 - len(arms)) / 4)  # two arms need not stand at the ends of the picture
-    axes.set_ylim(len(arms) - 0.5 + room, -0.5 - room)
-    names = [f"{LETTERS[i % len(LETTERS)]}  {arm.arm}" if tagged else arm.arm for i, arm in enumerate(arms)]
-    axes.set_yticks(range(len(arms)), ["\n".join(textwrap.wrap(name, 25)) for name in names], parse_math=False)
+    margin = max(0.0, (4 - len(arms)) / 4)  # two arms are not moved to the ends of the axis
+    axes.set_ylim(len(arms) - 0.5 + margin, -0.5 - margin)
+    names = [textwrap.fill(f"{_letter(index)}  {arm.arm}", 25) for index, arm in enumerate(arms)]
+    axes.set_yticks(range(len(arms)), names, parse_math=False)
     for index, label in enumerate(axes.get_yticklabels()):
         label.set(color=COLOURS[index % len(COLOURS)], fontweight="bold")
     axes.tick_params(axis="y", length=0)
@@ -187,13 +206,13 @@ def _steps(axes: Axes, comparison: Comparison, tagged: bool) -> None:
         axes.minorticks_off()
     steps, ratios = [steps_cell(arm, most) for arm in arms], [ratio_cell(arm.ratio) for arm in arms]
     _side_column(axes, 1.03, "steps", steps)
-    _side_column(axes, 1.06 + 0.025 * max(5, *(len(part) for cell in steps for part in cell)), "times fewer", ratios)
+    _side_column(axes, 1.06 + 0.025 * max(5, *(len(part) for cell in steps for part in cell)), "fewer steps", ratios)
 
 
 def _side_column(axes: Axes, left: float, header: str, cells: list[Cell]) -> None:
-    """Words beside the rows, `left` in shares of the axes' width."""
+    """Words beside the rows; `left` is in units of the axes' width."""
     axes.text(left, 1.02, header, transform=axes.transAxes, fontsize=10, va="bottom")
-    for row, (main, aside) in enumerate(cells):
+    for row, (main, aside, _) in enumerate(cells):
         place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "linespacing": 1.3}
         axes.text(left, row, main + "\n" * bool(aside), fontweight="bold", **place)
         axes.text(left, row, "\n" * bool(aside) + aside, fontsize=8, **place)
@@ -213,11 +232,9 @@ def _arm_runs(axes: Axes, row: int, results: list[RunResult], most: float) -> No
 def _average(axes: Axes, row: int, arm: ArmSummary, most: float) -> None:
     if arm.steps.value is None or arm.steps.value <= 0:
         return
-    low, high = arm.steps.interval.low, arm.steps.interval.high
+    value, low, high = arm.steps.value, arm.steps.interval.low, arm.steps.interval.high
     height = row + 0.25
-    ends = (arm.steps.value if low is None else low, most if high is None and low is not None else high)
-    axes.plot([ends[0], ends[1] or arm.steps.value], [height] * 2, color=INK, linewidth=1.4, solid_capstyle="butt")
-    axes.plot(arm.steps.value, height, "D", color=INK, markersize=5)
-    for end in (low, high):
-        if end is not None:
-            axes.plot(end, height, "|", color=INK, markersize=7)
+    axes.hlines(height, low or value, high or (most if low else value), color=INK, linewidth=1.4)
+    axes.plot(value, height, "D", color=INK, markersize=5)
+    ends = [end for end in (low, high) if end is not None]
+    axes.plot(ends, [height] * len(ends), "|", color=INK, markersize=7)

@@ -1,13 +1,14 @@
-"""The sentence of each note of a comparison: what a reader must know before quoting its table."""
+"""Sentences for the notes of a comparison."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from bncli.report.text import count
 from bncli.results.compare import Note, NoteKind
 
-# Part of a run's identity, as in RunRecord -> what to say of a run in which it was another.
+# Part of a run's identity, as in RunRecord -> why a run in which it differs is not reused.
 CHANGED = {
     "bncli": "bncli's own code has changed since",
     "torch": "torch is another version",
@@ -18,7 +19,7 @@ CHANGED = {
 
 
 def sentence(note: Note) -> str:
-    """The note in words, behind its arm's name."""
+    """The note in words, after the name of its arm."""
     return f"{note.arm}: " * (note.arm is not None) + SENTENCES[note.kind](**note.facts)
 
 
@@ -40,7 +41,7 @@ def _every_second_evaluation(thinned: float, ratio: float) -> str:
 
 def _few_seeds(seeds: int, ratio: float, needed: int | None) -> str:
     more = "" if needed is None else f": at the spread seen here a ratio of {ratio:g} needs {needed}"
-    return f"{seeds} seed{'s' * (seeds > 1)} an arm {'are' if seeds > 1 else 'is'} few{more}"
+    return f"{count(seeds, 'seed')} an arm {'are' if seeds > 1 else 'is'} few{more}"
 
 
 def _not_told_apart(arms: list[str], reference: str, comparisons: int) -> str:
@@ -68,18 +69,18 @@ def _setting(value: Any) -> str:
 
 
 def _not_reused(runs: int, changed: Mapping[str, int]) -> str:
-    reasons = ", ".join(f"{CHANGED[part]} ({count})" for part, count in changed.items())
+    reasons = ", ".join(f"{CHANGED[part]} ({number})" for part, number in changed.items())
     return f"{runs} earlier run{'s are' if runs != 1 else ' is'} not reused: {reasons}"
 
 
 def _other_threads(runs: int, of: int, had: list[int], asked: int) -> str:
     return (
-        f"{runs} of {of} runs were made with {' or '.join(map(str, had))} and not {asked} thread{'s' * (asked != 1)}: "
+        f"{runs} of {of} runs were made with {' or '.join(map(str, had))} and not {count(asked, 'thread')}: "
         "their steps are used, their seconds, samples/s and memory are not"
     )
 
 
-# Kind of note -> its sentence from its facts.
+# Kind of note -> the function that makes its sentence from its facts.
 SENTENCES: dict[NoteKind, Callable[..., str]] = {
     "unfinished": lambda done, planned, failed: (
         f"{done} of {planned} runs are done{f', {failed} failed' * bool(failed)}; the figures rest on those"
@@ -119,8 +120,8 @@ SENTENCES: dict[NoteKind, Callable[..., str]] = {
     ),
     "not reused": _not_reused,
     "earlier code": lambda runs: (
-        f"the model's code was changed meanwhile: {runs} run{'s' * (runs != 1)} by the earlier code left out; "
-        "the same command makes up for it"
+        f"the model's code was changed meanwhile: {count(runs, 'run')} by the earlier code left out; "
+        "run the same command again to repeat them"
     ),
     "earlier answer": lambda file: f"the folder's earlier answer, to another plan, is kept as {file}",
     "other threads": _other_threads,

@@ -1,11 +1,11 @@
-"""What a comparison says, in words and figures: the cells and notes that table, Markdown and HTML share."""
+"""Columns, cells and footnotes of a comparison, shared by the terminal, Markdown, HTML and the figure."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from bncli.report.compare.notes import sentence
@@ -13,6 +13,7 @@ from bncli.report.text import (
     UNKNOWN,
     Cell,
     Column,
+    count,
     environment_words,
     figure,
     interval_figure,
@@ -34,14 +35,14 @@ from bncli.results.compare import (
 )
 from bncli.results.train import Target
 
-LETTERS = string.ascii_lowercase + string.ascii_uppercase  # one an arm, where a curve has no room for its name
+LETTERS = string.ascii_lowercase + string.ascii_uppercase  # one for each arm, on its curve
 METHODS = {
     "geometric mean": "Steps to target: steps spent below it; geometric mean over seeds at the best point (jackknife).",
-    "median": "median: with some runs past their budget (order statistics).",
+    "median": "median: some runs missed the target (order statistics).",
     "bound": "> {most}: at least half of the runs missed; a budget of {budget} steps shows up to {most}.",
-    "means": "Times fewer: steps of {reference} over the arm's, by a jackknife over seeds, paired{chosen}.",
-    "medians": "Times fewer where runs missed: ratio of medians (order statistics of both).",
-    "bounded ratio": "Times fewer as > or <: a bound, as at least half of an arm's runs missed.",
+    "means": "Fewer steps: the steps of {reference} divided by the arm's; jackknife over paired seeds{chosen}.",
+    "medians": "Fewer steps where runs missed: ratio of medians (order statistics of both).",
+    "bounded ratio": "Fewer steps as > or <: a bound, because at least half of an arm's runs missed.",
 }
 
 
@@ -49,104 +50,102 @@ METHODS = {
 
 
 def steps_cell(arm: ArmSummary, most_steps: float) -> Cell:
-    """The steps to target; `most_steps`: what the budget can show, which runs that missed took more than."""
+    """The steps to target. `most_steps`: the most that the budget can show; runs that missed took more."""
     return amount_cell(arm, arm.steps, most_steps)
 
 
 def amount_cell(arm: ArmSummary, steps: Steps, most_steps: float | None) -> Cell:
-    """An amount to target, whatever its unit; None for `most_steps` where the budget is none of that unit."""
+    """Steps, seconds or examples to target; None for `most_steps` where the budget is in another unit."""
     if arm.runs == 0:
-        return UNKNOWN, ""
+        return Cell(UNKNOWN)
     if arm.diverged == arm.runs:
-        return "diverged", ""
+        return Cell("diverged")
     span = interval_figure(steps.interval)
     if steps.value is not None:
-        return "median " * (steps.method == "median") + figure(steps.value), span
+        return Cell("median " * (steps.method == "median") + figure(steps.value), span)
     low = steps.interval.low
     if most_steps is None:
-        return span or UNKNOWN, ""
-    return f"> {figure(most_steps)}", span if low is not None and low < 0.999 * most_steps else ""
+        return Cell(span or UNKNOWN)
+    return Cell(f"> {figure(most_steps)}", span if low is not None and low < 0.999 * most_steps else "")
 
 
 def ratio_cell(ratio: Ratio | None) -> Cell:
     if ratio is None:
-        return "1", "reference"
+        return Cell("1", "reference")
     span = interval_figure(ratio.interval)
     if ratio.value is None:
-        return (f"{span}x", "") if span else (UNKNOWN, "")
-    return f"{figure(ratio.value)}x", span
+        return Cell(f"{span}x" if span else UNKNOWN)
+    return Cell(f"{figure(ratio.value)}x", span)
 
 
 def best_point_cell(arm: ArmSummary, field: str) -> Cell:
     if field not in arm.point:
-        return UNKNOWN, ""
-    return setting(arm.point[field]) + "*" * (field in arm.at_edge), "fixed" * (field in arm.fixed)
+        return Cell(UNKNOWN)
+    return Cell(setting(arm.point[field]) + "*" * (field in arm.at_edge), "fixed" * (field in arm.fixed))
 
 
 def p_figure(value: float | None) -> str:
     return "< 0.0001" if value is not None and value < 1e-4 else figure(value, 2)
 
 
-def comparison_columns(comparison: Comparison) -> list[Column]:
-    """The comparison's table as text, column by column: one cell an arm, in the order of `comparison.arms`."""
-    plan, metric = comparison.plan, comparison.plan.target.metric
-
-    def column(first: str, second: str, cell: Callable[[ArmSummary], Cell | str], **flags: bool) -> Column:
-        made = [cell(arm) for arm in comparison.arms]
-        return Column((first, second), tuple(c if isinstance(c, tuple) else (c, "") for c in made), **flags)
-
+def comparison_columns(comparison: Comparison, grid_below_arm: bool = False) -> list[Column]:
+    """The comparison's table, one row per arm; the best grid values in columns or below the arm's name."""
+    plan, arms, metric = comparison.plan, comparison.arms, comparison.plan.target.metric
     grid = [
-        column(name, "", lambda arm, field=field: best_point_cell(arm, field), grid=True)  # type: ignore[misc]
-        for field, name in short_names(plan.grid).items()
+        Column(name, [best_point_cell(arm, field) for arm in arms]) for field, name in short_names(plan.grid).items()
     ]
+    names = [Cell(arm.arm) for arm in arms]
+    if grid_below_arm:
+        for index, arm in enumerate(arms):
+            values = [f"{each.name} {each.cells[index].main} {each.cells[index].aside}".strip() for each in grid]
+            names[index] = Cell(arm.arm, ", ".join(values))
+        grid = []
     return [
-        column("arm", "", lambda arm: arm.arm, words=True),
+        Column("arm", names, words=True, style="bold"),
         *grid,
-        column("hits", "", lambda arm: f"{arm.hits}/{arm.runs}"),
-        column("steps to", "target", lambda arm: steps_cell(arm, plan.most_steps)),
-        column("first hit", "", lambda arm: figure(arm.first_hit), extra=True),
-        column("times", "fewer", lambda arm: ratio_cell(arm.ratio)),
-        column("p", "(Holm)", lambda arm: p_figure(arm.ratio.holm_p_value if arm.ratio else None), extra=True),
-        column("best", metric, lambda arm: metric_figure(arm.best, metric)),
-        column("samples", "/s", lambda arm: figure(arm.samples_per_s)),
-        column("ms/step", "", lambda arm: figure(arm.ms_per_step), extra=True),
-        column("memory", "MiB", lambda arm: figure(arm.peak_memory_mib)),
-        column("parameters", "", lambda arm: figure(arm.parameters), extra=True),
+        Column("hits", [f"{arm.hits}/{arm.runs}" for arm in arms]),
+        Column("steps to\ntarget", [steps_cell(arm, plan.most_steps) for arm in arms]),
+        Column("first hit", [figure(arm.first_hit) for arm in arms], optional=True),
+        Column("fewer\nsteps", [ratio_cell(arm.ratio) for arm in arms], style="bold"),
+        Column("p\n(Holm)", [p_figure(arm.ratio.holm_p_value if arm.ratio else None) for arm in arms], optional=True),
+        Column(f"best\n{metric}", [metric_figure(arm.best, metric) for arm in arms]),
+        Column("samples\n/s", [figure(arm.samples_per_s) for arm in arms]),
+        Column("ms/step", [figure(arm.ms_per_step) for arm in arms], optional=True),
+        Column("memory\nMiB", [figure(arm.peak_memory_mib) for arm in arms]),
+        Column("parameters", [figure(arm.parameters) for arm in arms], optional=True),
     ]
 
 
 def cost_columns(comparison: Comparison) -> list[Column]:
-    """Seconds and examples to target, an arm a row: a step of one arm may cost more, or see more, than another's."""
-
-    def cells(cost: Callable[[ArmSummary], Cost | None]) -> tuple[tuple[Cell, ...], tuple[Cell, ...]]:
-        found = [(arm, cost(arm)) for arm in comparison.arms]
-        amounts = tuple((UNKNOWN, "") if one is None else amount_cell(arm, one.typical, None) for arm, one in found)
-        return amounts, tuple((UNKNOWN, "") if one is None else ratio_cell(one.ratio) for _, one in found)
-
-    seconds, less_time = cells(lambda arm: arm.seconds)
-    examples, fewer = cells(lambda arm: arm.examples)
-    return [
-        Column(("arm", ""), tuple((arm.arm, "") for arm in comparison.arms), words=True),
-        Column(("seconds to", "target"), seconds),
-        Column(("times", "less"), less_time),
-        Column(("examples to", "target"), examples),
-        Column(("times", "fewer"), fewer),
-    ]
+    """Seconds and examples to target, one row per arm: steps of different arms may differ in time and batch size."""
+    columns = [Column("arm", [arm.arm for arm in comparison.arms], words=True, style="bold")]
+    for unit, less in (("seconds", "less\ntime"), ("examples", "fewer\nexamples")):
+        found: list[tuple[ArmSummary, Cost | None]] = [(arm, getattr(arm, unit)) for arm in comparison.arms]
+        amounts = [amount_cell(arm, cost.typical, None) if cost else Cell(UNKNOWN) for arm, cost in found]
+        ratios = [ratio_cell(cost.ratio) if cost else Cell(UNKNOWN) for _, cost in found]
+        columns += [Column(f"{unit} to\ntarget", amounts), Column(less, ratios, style="bold")]
+    return columns
 
 
 def target_columns(comparison: Comparison) -> list[Column]:
-    """Every target of the runs, the hardest last: each arm's steps, and how many times fewer than the reference's."""
+    """One row per target, the hardest last: each arm's steps, and their ratio to the reference's."""
     plan = comparison.plan
     order = targets_in_order(plan)
-    columns = [Column((f"held-out {plan.target.metric}", ""), tuple((setting(each.value), "") for each in order))]
+    columns = [Column(f"held-out {plan.target.metric}", [setting(each.value) for each in order])]
     for arm in comparison.arms:
         found = {each.target: each for each in all_targets(plan, arm)}
         runs = [found[each] for each in order]
-        steps = [amount_cell(arm, each.steps, plan.most_steps) if each.runs else (UNKNOWN, "") for each in runs]
-        columns.append(Column((arm.arm, "steps"), tuple(steps)))
+        steps = [amount_cell(arm, each.steps, plan.most_steps) if each.runs else Cell(UNKNOWN) for each in runs]
+        columns.append(Column(f"{arm.arm}\nsteps", steps))
         if arm.ratio is not None:
-            columns.append(Column(("times", "fewer"), tuple(ratio_cell(found[each].ratio) for each in order)))
+            columns.append(Column("fewer\nsteps", [ratio_cell(each.ratio) for each in runs], style="bold"))
     return columns
+
+
+def side_tables(comparison: Comparison) -> list[tuple[str, list[Column]]]:
+    """The tables below the comparison's own, each with its heading."""
+    found = [("what it costs to reach the target", cost_columns(comparison))]
+    return found + [("steps to each target", target_columns(comparison))] * bool(comparison.plan.also)
 
 
 def targets_in_order(plan: ComparisonPlan) -> list[Target]:
@@ -156,7 +155,7 @@ def targets_in_order(plan: ComparisonPlan) -> list[Target]:
 
 
 def all_targets(plan: ComparisonPlan, arm: ArmSummary) -> list[AtTarget]:
-    """What an arm did at each target, the plan's own first."""
+    """The results of an arm at each target, the main one first."""
     return [AtTarget(plan.target, arm.hits, arm.runs, arm.steps, arm.ratio), *arm.also]
 
 
@@ -164,20 +163,19 @@ def all_targets(plan: ComparisonPlan, arm: ArmSummary) -> list[AtTarget]:
 
 
 def tuning_columns(comparison: Comparison) -> list[Column]:
-    """Arms down, the values of the grid's longest field across; other fields' values make further rows."""
+    """Rows: arms and values of the other grid fields; columns: values of the field with the most values."""
     plan = comparison.plan
     if not plan.grid:
         return []
     across = max(plan.grid, key=lambda field: len(plan.grid[field]))
     rows = [(arm, others) for arm in comparison.arms for others in _other_values(arm, plan, across)]
     reference = next((arm for arm in comparison.arms if arm.arm == plan.reference), None)
-    columns = [
-        Column(("arm", ""), tuple((arm.arm, _words(arm, others, across, plan)) for arm, others in rows), words=True)
-    ]
+    names = [Cell(arm.arm, _row_words(arm, others, across, plan)) for arm, others in rows]
+    columns = [Column("arm", names, words=True, style="bold")]
     for value in plan.grid[across]:
         points = [(arm, {**others, across: value}) for arm, others in rows]
-        cells = tuple(_tuning_cell(arm, point, reference, plan.most_steps) for arm, point in points)
-        columns.append(Column((f"{short_names(plan.grid)[across]} {setting(value)}", ""), cells))
+        cells = [_tuning_cell(arm, point, reference, plan.most_steps) for arm, point in points]
+        columns.append(Column(f"{short_names(plan.grid)[across]} {setting(value)}", cells))
     return columns
 
 
@@ -188,7 +186,7 @@ def _other_values(arm: ArmSummary, plan: ComparisonPlan, across: str) -> list[di
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
 
-def _words(arm: ArmSummary, others: dict[str, Any], across: str, plan: ComparisonPlan) -> str:
+def _row_words(arm: ArmSummary, others: dict[str, Any], across: str, plan: ComparisonPlan) -> str:
     shown = {**others, across: arm.point[across]} if across in arm.fixed and across in arm.point else others
     names = short_names(plan.grid)
     return ", ".join(f"{names[f]} {setting(v)}{' fixed' * (f in arm.fixed)}" for f, v in shown.items())
@@ -203,15 +201,15 @@ def _at(arm: ArmSummary | None, point: dict[str, Any]) -> TuningCell | None:
 def _tuning_cell(arm: ArmSummary, point: dict[str, Any], reference: ArmSummary | None, most_steps: float) -> Cell:
     cell, other = _at(arm, point), _at(reference, point)
     if cell is None or cell.runs == 0:
-        return UNKNOWN, ""
+        return Cell(UNKNOWN)
     words = figure(cell.steps) if cell.hits else "diverged" if cell.diverged == cell.runs else "never"
     best = f"[{words}]" if point == arm.point else f"({words})" if cell.kept else words
     shown = best if words == "diverged" else f"{best} {cell.hits}/{cell.runs}"
-    return shown, "" if other is None or arm is reference else common_ratio(cell, other, most_steps)
+    return Cell(shown, "" if other is None or arm is reference else common_ratio(cell, other, most_steps))
 
 
 def common_ratio(cell: TuningCell, reference: TuningCell, most_steps: float) -> str:
-    """Times fewer steps at one grid value; unknown where runs missed the target on both sides.
+    """The ratio of steps at one grid value; unknown where runs missed the target on both sides.
 
     On one side a miss counts as the most steps that the budget can show, which is less than it would have taken: the
     ratio is then a bound.
@@ -231,10 +229,10 @@ def common_ratio(cell: TuningCell, reference: TuningCell, most_steps: float) -> 
 
 
 def tuning_notes(comparison: Comparison) -> list[str]:
-    seeds = len(comparison.plan.tune_seeds)
+    seeds = count(len(comparison.plan.tune_seeds), "tuning seed")
     choices = [f"{arm.arm}: {choice_words(arm.choice)}" for arm in comparison.arms if arm.choice]
     return [
-        f"Geometric mean of the steps of the runs that hit, hits/runs over {seeds} tuning seed{'s' * (seeds != 1)};"
+        f"Geometric mean of the steps of the runs that hit, hits/runs over {seeds};"
         f" below it how many times fewer than {comparison.plan.reference} at the same value (no interval).",
         "[ ]: the arm's best, by all of its seeds; ( ): kept beside it with further seeds, since the tuning seeds "
         "could not tell them apart. > and <: bounds, where runs missed.",
@@ -243,7 +241,7 @@ def tuning_notes(comparison: Comparison) -> list[str]:
 
 
 def choice_words(choice: Choice) -> str:
-    """How many points were kept, and where there are several how clear the choice among them was."""
+    """How many points were kept, and how clear the choice was where there are several."""
     kept = f"{choice.kept} of {choice.points} points"
     if choice.kept < 2 or choice.doubt is None:
         return kept
@@ -259,20 +257,20 @@ def title(comparison: Comparison) -> str:
 
 def subtitle(plan: ComparisonPlan) -> str:
     tune, more = len(plan.tune_seeds), len(plan.report_seeds)
-    seeds = f"{more} seed{'s' * (more != 1)} an arm"
+    seeds = f"{count(more, 'seed')} an arm"
     if tune:
         seeds = f"{tune} seeds at every point of the grid, {more} more where it may be the best"
     return f"{plan.data}; {seeds}; budget {figure(plan.budget)} steps"
 
 
 def environments(comparison: Comparison) -> list[str]:
-    """Each machine and set of versions that the runs were made with, once, without the date."""
+    """Each machine and set of versions, once."""
     found = [run.result.environment for run in comparison.runs if run.result is not None]
     return list(dict.fromkeys(environment_words(environment) for environment in found))
 
 
 def footnotes(comparison: Comparison) -> list[str]:
-    """What a reader has to know beside the figures: the comparison's own notes, the marks, the methods, the machine."""
+    """The comparison's notes, then marks, methods and machines."""
     lines = [sentence(note) for note in comparison.notes]
     if any(arm.at_edge for arm in comparison.arms):
         lines.append("*: the best value is at the edge of its grid.")
@@ -293,24 +291,24 @@ def _methods(comparison: Comparison) -> Iterator[str]:
     used |= {"bounded ratio" for ratio in ratios if ratio.value is None and interval_figure(ratio.interval)}
     for method, words in METHODS.items():
         if method in used:
-            chosen = ", that repeats the choice of each arm's best point" if plan.tune_seeds else ""
+            chosen = ", repeating the choice of each arm's best point" if plan.tune_seeds else ""
             named = {"budget": figure(plan.budget), "most": figure(plan.most_steps)}
             yield words.format(**named, reference=plan.reference, chosen=chosen)
     best = f"Best {plan.target.metric} (a run may stop at its target) and samples/s"
-    yield f"Intervals are 95%. {best} are medians over seeds; memory is the largest, of the whole process on a CPU."
-    yield "Seconds are of training alone, without evaluations."
+    yield f"Intervals are 95%. {best} are medians over seeds; memory is the maximum, on a CPU of the whole process."
+    yield "Seconds are training time, without evaluations."
 
 
 # --- curves -------------------------------------------------------------------------------------------------------
 
 
 def curve_points(arm: ArmSummary) -> list[tuple[float, float, float, float]]:
-    """The curve's (step, median, lower, upper quartile) that a log axis can show: after step 0, and finite."""
+    """The points (step, median, lower, upper quartile) that a log axis can show: finite and after step 0."""
     return [point for point in arm.curve if point[0] > 0 and all(map(math.isfinite, point))]
 
 
 def metric_range(comparison: Comparison) -> tuple[float, float] | None:
-    """What a metric axis shows: all medians and the target, but no loss far above where the arms began."""
+    """The range of the metric's axis: all medians and the target, but no loss far above the arms' first values."""
     curves = [points for points in map(curve_points, comparison.arms) if points]
     if not curves:
         return None

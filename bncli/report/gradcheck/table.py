@@ -1,16 +1,11 @@
-"""The outcome of `bncli gradcheck` on the screen, its progress, and the demonstration of section 2."""
+"""Report of `bncli gradcheck` on the terminal, and the demonstration of the paper's section 2."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from rich import box
-from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.padding import Padding
-from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
 from bncli.report.gradcheck.text import (
@@ -19,7 +14,6 @@ from bncli.report.gradcheck.text import (
     OK,
     agreement,
     closing,
-    count,
     derivations,
     evidence_text,
     failure_text,
@@ -28,10 +22,9 @@ from bncli.report.gradcheck.text import (
     shell_lines,
     verdict,
 )
-from bncli.report.progress import _Sink
-from bncli.report.table import NAME_WIDTH, Fitted, Layout
-from bncli.report.text import UNKNOWN, encodable, environment_words, figure
-from bncli.results.gradcheck import BiasStep, CheckGroup, Gradcheck, GradientPaths
+from bncli.report.table import AlignedTable, BulletList, Paragraph, ResponsiveTable, Row
+from bncli.report.text import UNKNOWN, Cell, Column, count, environment_words, figure
+from bncli.results.gradcheck import BiasStep, CheckFailure, CheckGroup, Gradcheck, GradientPaths
 
 STYLES = {OK: "green", FAILED: "bold red", NOT_CHECKED: "yellow"}
 
@@ -41,7 +34,7 @@ STYLES = {OK: "green", FAILED: "bold red", NOT_CHECKED: "yellow"}
 
 @dataclass(frozen=True)
 class GradcheckReport:
-    """All that `bncli gradcheck` shows: groups, the gradient's three parts, what failed and what it looks like."""
+    """Case groups, the gradient's three parts, the first failure and the likely bugs."""
 
     result: Gradcheck
     commands: Sequence[Sequence[str]]  # for each failure, the words of the command that runs it again
@@ -49,20 +42,23 @@ class GradcheckReport:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         result = self.result
         yield groups_table(result.groups, *_heading(result))
-        yield Listed("Not checked:", reasons(result.groups))
+        yield BulletList("Not checked:", reasons(result.groups), "dim")
         tolerances = derivations(result)
         more = ". How tolerances are derived:" if tolerances else " (the full effort tells how it is derived)."
-        yield Text(f"Each error is in units of its case's own tolerance: 1 or less passes{more}", "dim")
-        yield Listed("", tolerances)
-        yield Text(encodable(f"Made on {environment_words(result.environment)}.", options.encoding), "dim")
+        yield Paragraph(f"Each error is in units of its case's own tolerance: 1 or less passes{more}", "dim")
+        yield BulletList("", tolerances, "dim")
+        yield Paragraph(f"Made on {environment_words(result.environment)}.", "dim")
         yield ""
         if result.paths:
             yield paths_table(result.paths)
             yield ""
-        for label, words, indent in _failure_lines(result, self.commands, options.max_width):
-            text = Text.assemble((label, "bold"), encodable(words, options.encoding))
-            yield Padding(text, (0, 0, 0, indent), expand=False) if indent else text
-        yield Text(encodable(closing(result), options.encoding), STYLES[OK] if result.passed else STYLES[FAILED])
+        if result.failures:
+            yield from _first_failure(result.failures[0], self.commands[0], options.max_width)
+        if result.diagnoses:
+            for each in result.diagnoses:
+                yield Paragraph(f"{each.bug}, because {evidence_text(each)}", label="Looks like: ")
+            yield ""
+        yield Paragraph(closing(result), STYLES[OK] if result.passed else STYLES[FAILED])
 
 
 def _heading(result: Gradcheck) -> tuple[str, str]:
@@ -75,98 +71,40 @@ def _heading(result: Gradcheck) -> tuple[str, str]:
     )
 
 
-def _failure_lines(result: Gradcheck, commands: Sequence[Sequence[str]], width: int) -> Iterator[tuple[str, str, int]]:
-    """The first failing case with the command that runs it again, then the kinds of bug that the failures look like.
-
-    Each line as its label, the words after it and its indent.
-    """
-    for first, command in list(zip(result.failures, commands, strict=True))[:1]:
-        yield "First failing case: ", first.case, 0
-        yield "", failure_text(first), 2
-        yield "Run it again:", "", 0
-        yield from (("", line, 2) for line in shell_lines(command, width - 2))
-        yield "", "", 0
-    for each in result.diagnoses:
-        yield "Looks like: ", f"{each.bug}, because {evidence_text(each)}", 0
-    if result.diagnoses:
-        yield "", "", 0
+def _first_failure(failure: CheckFailure, command: Sequence[str], width: int) -> Iterator[RenderableType]:
+    """The first failing case with the command that runs it again."""
+    yield Paragraph(failure.case, label="First failing case: ")
+    yield Paragraph(failure_text(failure), indent=2)
+    yield Paragraph("Run it again:", "bold")
+    yield from (Text(f"  {line}") for line in shell_lines(command, width - 2))
+    yield ""
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
 
 
-def groups_table(groups: Sequence[CheckGroup], title: str, subtitle: str = "") -> RenderableType:
-    """A row a case group: its cases, its worst error in units of the tolerance, its verdict."""
+def groups_table(groups: Sequence[CheckGroup], title: str, subtitle: str = "") -> ResponsiveTable:
+    """One row per case group, below its section: cases, worst error in units of the tolerance, verdict."""
     sections = [group.section for group in groups]
     groups = sorted(groups, key=lambda group: sections.index(group.section))
-    beside, below = _group_columns(groups), _group_columns(_with_headings(groups))
-    layouts: list[Layout] = [
-        lambda encoding: _table(beside, encoding),
-        lambda encoding: _table(beside[:-1], encoding),
-        lambda encoding: _table(below[1:-1], encoding),
-        lambda encoding: _table(below[1:-1], encoding, wrap=True),
-        lambda encoding: _list(beside[:-1], encoding),
+    columns = [
+        Column("group", [group.name for group in groups], words=True),
+        Column("cases", [figure(group.cases) if group.cases else UNKNOWN for group in groups]),
+        Column("worst error\nin tolerances", [in_tolerances(group.worst) for group in groups]),
+        Column("verdict", [_verdict_cell(group) for group in groups], words=True),
+        Column("worst case", [group.worst_case or UNKNOWN for group in groups], words=True, optional=True),
     ]
-    return Fitted(title, subtitle, layouts, ())
-
-
-@dataclass(frozen=True)
-class Listed:
-    """A heading with entries below it, a dash before each; nothing where there are none."""
-
-    heading: str
-    entries: Sequence[tuple[str, str]]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if not self.entries:
-            return
-        if self.heading:
-            yield Text(encodable(self.heading, options.encoding), "dim")
-        table = Table.grid(padding=(0, 1, 0, 0))
-        for name, words in self.entries:
-            table.add_row(Text("-", "dim"), Text(encodable(f"{name}: {words}", options.encoding), "dim"))
-        yield table
-
-
-def _with_headings(groups: Sequence[CheckGroup]) -> list[CheckGroup | str]:
-    """The groups with their section above them, where it begins."""
-    rows: list[CheckGroup | str] = []
-    for index, group in enumerate(groups):
-        if index == 0 or group.section != groups[index - 1].section:
-            rows.append(group.section)
-        rows.append(group)
-    return rows
-
-
-def _group_columns(rows: Sequence[CheckGroup | str]) -> list[_Column]:
-    """Section, group, cases, worst error, verdict and worst case; a row that is text is a heading."""
-    headed = any(isinstance(row, str) for row in rows)
-    sections = ["" if isinstance(row, str) else row.section for row in rows]
-    first = ["" if i and section == sections[i - 1] else section for i, section in enumerate(sections)]
-    words = ["" if isinstance(row, str) else verdict(row) for row in rows]
-
-    def cells(text: Callable[[CheckGroup], str]) -> list[str]:
-        return ["" if isinstance(row, str) else text(row) for row in rows]
-
-    return [
-        _Column("section", first, words=True, styles=["bold"] * len(rows)),
-        _Column(
-            "group",
-            [row if isinstance(row, str) else row.name for row in rows],
-            words=True,
-            styles=["bold" if isinstance(row, str) else "" for row in rows],
-            indents=[0 if isinstance(row, str) or not headed else 2 for row in rows],
-        ),
-        _Column("cases", cells(lambda group: figure(group.cases) if group.cases else UNKNOWN)),
-        _Column("worst error\nin tolerances", cells(lambda group: in_tolerances(group.worst))),
-        _Column(
-            "verdict",
-            cells(lambda group: f"{group.failed:,} {FAILED}" if group.failed else verdict(group)),
-            words=True,
-            styles=[STYLES.get(word, "") for word in words],
-        ),
-        _Column("worst case", cells(lambda group: group.worst_case or UNKNOWN), words=True),
+    rows = [
+        Row(heading=group.section if not index or groups[index - 1].section != group.section else "")
+        for index, group in enumerate(groups)
     ]
+    narrower = [AlignedTable(columns[:-1], rows), AlignedTable(columns[:-1], rows, wrap=True)]
+    return ResponsiveTable(title, AlignedTable(columns, rows), narrower, subtitle)
+
+
+def _verdict_cell(group: CheckGroup) -> Cell:
+    found = verdict(group)
+    return Cell(f"{group.failed:,} {FAILED}" if group.failed else found, style=STYLES[found])
 
 
 def interrupted_table(groups: Sequence[CheckGroup], kernel: str) -> RenderableType:
@@ -174,26 +112,24 @@ def interrupted_table(groups: Sequence[CheckGroup], kernel: str) -> RenderableTy
     title = f"Gradients of kernel {kernel}: interrupted"
     if not groups:
         return Text(f"{title} before a group of cases was finished", "bold")
-    worst = [(group.name, group.worst_case or UNKNOWN) for group in groups if group.failed]
+    worst = [f"{group.name}: {group.worst_case or UNKNOWN}" for group in groups if group.failed]
     table = groups_table(groups, title, "The groups that were finished")
-    return Group(table, Listed("Not checked:", reasons(groups)), Listed("Worst cases:", worst))
+    lists = (("Not checked:", reasons(groups)), ("Worst cases:", worst))
+    return Group(table, *(BulletList(heading, entries, "dim") for heading, entries in lists))
 
 
-def paths_table(paths: Sequence[GradientPaths]) -> RenderableType:
-    """dL/dx case by case in its three parts, the kernel's error with its bound, and what ignoring two parts loses."""
+def paths_table(paths: Sequence[GradientPaths]) -> ResponsiveTable:
+    """The three parts of dL/dx, the kernel's error with its bound, and what ignoring two parts loses, case by case."""
+    failed = ["" if each.passed else STYLES[FAILED] for each in paths]
     columns = [
-        _Column("case", [each.case for each in paths], words=True),
-        _Column("direct", [figure(each.direct) for each in paths]),
-        _Column("through\nmean", [figure(each.through_mean) for each in paths]),
-        _Column("through\nvariance", [figure(each.through_variance) for each in paths]),
-        _Column("full", [figure(each.full) for each in paths]),
-        _Column(
-            "error",
-            [f"{each.error:.1e}" for each in paths],
-            styles=["" if each.passed else STYLES[FAILED] for each in paths],
-        ),
-        _Column("its\nbound", [f"{each.bound:.1e}" for each in paths]),
-        _Column("lost by\nignoring", [f"{each.lost:.0%}" for each in paths], styles=["bold"] * len(paths)),
+        Column("case", [each.case for each in paths], words=True),
+        Column("direct", [figure(each.direct) for each in paths]),
+        Column("through\nmean", [figure(each.through_mean) for each in paths]),
+        Column("through\nvariance", [figure(each.through_variance) for each in paths]),
+        Column("full", [figure(each.full) for each in paths]),
+        Column("error", [Cell(f"{each.error:.1e}", style=style) for each, style in zip(paths, failed, strict=True)]),
+        Column("its\nbound", [f"{each.bound:.1e}" for each in paths]),
+        Column("lost by\nignoring", [f"{each.lost:.0%}" for each in paths], style="bold"),
     ]
     span = " to ".join(dict.fromkeys(f"{pick(each.lost for each in paths):.0%}" for pick in (min, max)))
     notes = [
@@ -201,17 +137,18 @@ def paths_table(paths: Sequence[GradientPaths]) -> RenderableType:
         f"two paths (the direct part alone) is off by {span} of the true one's length.",
         f"Error: the kernel's dL/dx against float64 central differences of the loss, relative. {agreement(paths)}",
     ]
-    return Fitted("dL/dx in its three parts (l2 norms)", "", _layouts(columns), notes)
+    narrower = [AlignedTable(columns, wrap=True)]
+    return ResponsiveTable("dL/dx in its three parts (l2 norms)", AlignedTable(columns), narrower, notes=notes)
 
 
-def demo_table(steps: Sequence[BiasStep]) -> RenderableType:
-    """Section 2's two descents side by side, and what to see in them."""
+def demo_table(steps: Sequence[BiasStep]) -> ResponsiveTable:
+    """The two descents of section 2, with E[x] held constant and with the full gradient."""
     columns = [
-        _Column("step", [figure(each.step) for each in steps]),
-        _Column("E[x] held constant\nbias b", [figure(each.bias_ignoring, 4) for each in steps]),
-        _Column("\nloss", [figure(each.loss_ignoring, 6) for each in steps]),
-        _Column("full gradient\nbias b", [figure(each.bias_full, 2) for each in steps]),
-        _Column("\nloss", [figure(each.loss_full, 6) for each in steps]),
+        Column("step", [figure(each.step) for each in steps]),
+        Column("E[x] held constant\nbias b", [figure(each.bias_ignoring, 4) for each in steps]),
+        Column("loss", [figure(each.loss_ignoring, 6) for each in steps]),
+        Column("full gradient\nbias b", [figure(each.bias_full, 2) for each in steps]),
+        Column("loss", [figure(each.loss_full, 6) for each in steps]),
     ]
     first, last = steps[0], steps[-1]
     before, after = (figure(each.loss_ignoring, 6) for each in (first, last))
@@ -222,84 +159,4 @@ def demo_table(steps: Sequence[BiasStep]) -> RenderableType:
         f"With the full gradient, which is zero but for rounding, b ends at {figure(last.bias_full, 2)}."
     )
     title = "A learned bias b, then the mean taken off: xhat = u + b - E[u + b]"
-    return Fitted(title, "Ioffe & Szegedy 2015, section 2", _layouts(columns), [note])
-
-
-# --- layouts ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Column:
-    header: str
-    cells: Sequence[str]
-    words: bool = False  # flush left, and may wrap where there is no room
-    styles: Sequence[str] = ()  # one a cell, or none
-    indents: Sequence[int] = ()  # one a cell, or none
-
-    def cell(self, index: int, encoding: str) -> RenderableType:
-        text = Text(encodable(self.cells[index], encoding), self.styles[index] if self.styles else "")
-        return Padding(text, (0, 0, 0, self.indents[index])) if self.indents else text
-
-    def width(self) -> int:
-        """Of the widest line, with its indent."""
-        indents = self.indents or [0] * len(self.cells)
-        cells = [" " * indent + cell for indent, cell in zip(indents, self.cells, strict=True)]
-        return max(cell_len(line) for text in (self.header, *cells) for line in text.split("\n"))
-
-
-def _table(columns: Sequence[_Column], encoding: str, wrap: bool = False) -> Table:
-    """A row an entry; `wrap` lets words, not figures, wrap. The same box and spacing as the tables of a comparison."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1), header_style="bold")
-    for column in columns:
-        width, wraps = column.width(), wrap and column.words
-        table.add_column(
-            Text(column.header),
-            justify="left" if column.words else "right",
-            no_wrap=not wraps,
-            overflow="fold",
-            min_width=min(width, NAME_WIDTH) if wraps else width,
-        )
-    for index in range(len(columns[0].cells)):
-        table.add_row(*(column.cell(index, encoding) for column in columns))
-    return table
-
-
-def _list(columns: Sequence[_Column], encoding: str) -> Table:
-    """A line a figure, row after row: what is left where no table fits."""
-    table = Table.grid(padding=(0, 1))
-    for index in range(len(columns[0].cells)):
-        for column in columns:
-            if column.cells[index]:
-                table.add_row(Text(" ".join(column.header.split())), column.cell(index, encoding))
-        table.add_row("", "")
-    return table
-
-
-def _layouts(columns: Sequence[_Column]) -> list[Layout]:
-    return [
-        lambda encoding: _table(columns, encoding),
-        lambda encoding: _table(columns, encoding, wrap=True),
-        lambda encoding: _list(columns, encoding),
-    ]
-
-
-# --- progress -----------------------------------------------------------------------------------------------------
-
-
-class GradcheckProgress(_Sink):
-    """How many cases are done, the last group, and the time; off a terminal a line now and then."""
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-
-    def __enter__(self) -> GradcheckProgress:
-        super().__enter__()
-        self.groups, self.cases, self.failed = 0, 0, 0
-        self.task = self.bar.add_task("checking", total=None)
-        return self
-
-    def __call__(self, group: CheckGroup) -> None:
-        self.groups, self.cases, self.failed = self.groups + 1, self.cases + group.cases, self.failed + group.failed
-        failed = f", {self.failed:,} failed" if self.failed else ""
-        text = f"{count(self.cases, 'case')} in {count(self.groups, 'group')}{failed}; last: {group.name}"
-        self.bar.update(self.task, description=text)
-        self.line(f"gradcheck: {text}", at_once=bool(group.failed))
+    return ResponsiveTable(title, AlignedTable(columns), subtitle="Ioffe & Szegedy 2015, section 2", notes=[note])

@@ -1,13 +1,17 @@
-"""What `bncli gradcheck` says, in words: findings, evidence, tolerances, reasons. No rich here."""
+"""The outcome of `bncli gradcheck` in sentences and as JSON. Does not use rich."""
 
 from __future__ import annotations
 
 import math
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
-from bncli.report.text import UNKNOWN, finding_text
+from bncli.report.export import json_text
+from bncli.report.text import UNKNOWN, count, finding_text
+from bncli.results.environment import FORMAT_VERSION
 from bncli.results.gradcheck import (
+    BiasStep,
     CheckFailure,
     CheckGroup,
     Diagnosis,
@@ -18,47 +22,57 @@ from bncli.results.gradcheck import (
     NotChecked,
     ToleranceRule,
 )
+from bncli.results.serialize import to_plain
 
 OK, FAILED, NOT_CHECKED = "ok", "FAILED", "not checked"
-LONGEST = 1e4  # from here on an error in tolerances is written with an exponent
-FEW = 6  # names that are listed; more are counted
+LONGEST = 1e4  # larger errors (in tolerances) are written with an exponent
+FEW = 6  # names that are listed; further ones are counted
 
-_OWN = "what float64 moves by when every number on the way moves by one rounding, plus the output's own rounding"
+_ROUNDING = "how far float64 moves when every number on the way moves by one rounding, plus the output's own rounding"
 _FUSED = "3 half-precision roundings more of y and the gradients where a residual or an activation follows"
 TOLERANCES: dict[ToleranceRule, str] = {
-    "kernel": f"the larger of twice native's own error in the dtype and (log2 m + 4) times {_OWN}",
+    "kernel": f"the larger of twice native's own error in the dtype and (log2 m + 4) times {_ROUNDING}",
     "native": (
-        f"(sqrt m + 32) times {_OWN}; {_FUSED}, in the second derivative, which torch computes in the dtype itself, "
-        "and in dweight of channels_last inputs to its group norm"
+        f"(sqrt m + 32) times {_ROUNDING}; {_FUSED}, in the second derivative, which torch computes in the dtype "
+        "itself, and in dweight of channels_last inputs to its group norm"
     ),
     "own function": (
-        f"the larger of twice native's own error in the dtype and (sqrt m + 32) times {_OWN}, so that sums may be "
-        f"taken in any order; {_FUSED}"
+        f"the larger of twice native's own error in the dtype and (sqrt m + 32) times {_ROUNDING}, so that sums may "
+        f"be taken in any order; {_FUSED}"
     ),
     "finite differences": (
         "relative 0.0001 plus absolute 1e-06: central differences with step 1e-06 are good to step^2 and roundoff / "
         "step, about 1e-9; random directions, random upstream gradient"
     ),
     "central differences of the loss": "the rounding of central differences of the loss in float64",
-    "summed floors": "the sum of the elements' floors",
-    "no error": "none: every bit",
-    "floor of dx": "the floor of dx",
-    "mean floor of y": "the mean floor of y",
-    "floors of running statistics": "their floors",
-    "floors of y, dweight and dbias": "the floors of y, dweight and dbias",
-    "values and their NaN": "as for values: NaN where the definition has NaN, its numbers everywhere else",
+    "summed floors": "the sum of the elements' rounding bounds",
+    "no error": "none: every bit is the same",
+    "floor of dx": "the rounding bound of dx",
+    "mean floor of y": "the mean rounding bound of y",
+    "floors of running statistics": "their rounding bounds",
+    "floors of y, dweight and dbias": "the rounding bounds of y, dweight and dbias",
+    "values and their NaN": "as for values, with NaN exactly where the definition has NaN",
     "variance": (
         "relative error of the float32 variance: 1e-6 at mean/deviation 1e2 and 1e3, 5e-6 at 1e4; twice that of the "
-        "output's, whose own rounding counts too; of a function of yours, twice native's error and "
+        "output's, whose own rounding counts too; of your own function, twice native's error and "
         "sqrt(m) roundings, of a sum in order, where these are larger"
     ),
     "overflowing variance": (
-        "y right, or the bias (an infinite variance), or NaN where the variance overflows; other channels as ever"
+        "y right, or the bias (an infinite variance), or NaN where the variance overflows; other channels as usual"
     ),
     "ValueError": "a ValueError, as torch raises",
     "empty": "an empty output, gradients of 0, running statistics unchanged, as torch",
 }
-# What stands in a diagnosis; `first` is the failure that shows it, and all that is said of most bugs.
+NOT_CHECKED_REASONS = {
+    "no fused operations": "the function takes no residual and no activation",
+    "no evaluation": "the function takes no statistics, so it has no evaluation mode",
+    "slow in the interpreter": "Triton's interpreter would take minutes",
+    "no float64 on the device": "Metal has no float64",
+    "refused": "the kernel refuses it: ",
+    "missing inputs": "the kernel takes none of the inputs that it needs",
+    "nothing ran": "no case could run",
+}
+# Bug -> the evidence for it. Most bugs have `{first}` alone: the first failure that shows it.
 EVIDENCE = {
     "it raises": "{alike} of {of} calls; {first}",
     "no second derivative": "dx is right; {first}",
@@ -77,34 +91,15 @@ EVIDENCE = {
 }
 
 
-def tolerance_text(rule: ToleranceRule | None) -> str:
-    """How the tolerance is derived."""
-    return "" if rule is None else TOLERANCES[rule]
-
-
 def not_checked_text(skipped: NotChecked | None) -> str | None:
     """Why no case of a group could run; None where some did."""
     if skipped is None:
         return None
-    match skipped.reason:
-        case "no fused operations":
-            return "the function takes no residual and no activation"
-        case "no evaluation":
-            return "the function takes no statistics, so it has no evaluation mode"
-        case "slow in the interpreter":
-            return "Triton's interpreter would take minutes"
-        case "no float64 on the device":
-            return "Metal has no float64"
-        case "refused":
-            return f"the kernel refuses it: {finding_text(skipped.finding) if skipped.finding else ''}"
-        case "missing inputs":
-            return "the kernel takes none of the inputs that it needs"
-        case "nothing ran":
-            return "no case could run"
+    return NOT_CHECKED_REASONS[skipped.reason] + (finding_text(skipped.finding) if skipped.finding else "")
 
 
 def failure_text(failure: CheckFailure) -> str:
-    """What was found; of the several results at a hard input it is the worst one's, which is named."""
+    """What was found. A case with a hard input has several results: the worst one is named."""
     worst = f"{failure.finding.quantity}: " if failure.section == "hard inputs" and failure.call else ""
     return f"{worst}{finding_text(failure.finding)}"
 
@@ -134,7 +129,7 @@ def evidence_text(diagnosis: Diagnosis) -> str:
 
 
 def _summary_text(summary: FailureSummary) -> str:
-    """What fails and what is clean: what the kernel's author starts from."""
+    """What fails and what does not."""
     parts = []
     if summary.quantities:
         clean = f" (clean: {_listed(summary.clean)})" if summary.clean else ""
@@ -159,7 +154,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def shell_lines(command: Sequence[str], width: int) -> list[str]:
-    """The command in lines no wider than `width` where its words allow, continued as a shell takes them."""
+    """The command in lines of at most `width` columns where its words allow it, with shell continuations."""
     lines = [""]
     for word in command:
         quoted = shlex.quote(word)
@@ -169,10 +164,10 @@ def shell_lines(command: Sequence[str], width: int) -> list[str]:
     return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
-def reasons(groups: Sequence[CheckGroup]) -> list[tuple[str, str]]:
+def reasons(groups: Sequence[CheckGroup]) -> list[str]:
     """Each group that could not run, and why."""
     return [
-        (group.name, not_checked_text(group.skipped) or "no case ran")
+        f"{group.name}: {not_checked_text(group.skipped) or 'no case ran'}"
         for group in groups
         if group.skipped or not group.cases
     ]
@@ -192,15 +187,15 @@ def closing(result: Gradcheck) -> str:
     return f"All {count(cases, 'case')} passed{left}." if cases > 1 else f"1 case passed{left}."
 
 
-def derivations(result: Gradcheck) -> list[tuple[str, str]]:
-    """In words, each derivation once: all of them for a full check, those of the groups that failed otherwise."""
+def derivations(result: Gradcheck) -> list[str]:
+    """How tolerances are derived, each rule once: all of a full check, else those of the groups that failed."""
     shown = [group for group in result.groups if group.failed or (result.effort == "full" and group.cases)]
     rules = dict.fromkeys(group.rule for group in shown if group.rule)
-    return [(_whose(each, shown, result.groups), TOLERANCES[each]) for each in rules]
+    return [f"{_whose(each, shown, result.groups)}: {TOLERANCES[each]}" for each in rules]
 
 
 def _whose(rule: ToleranceRule, shown: Sequence[CheckGroup], groups: Sequence[CheckGroup]) -> str:
-    """The names of the groups with that tolerance, or their section's, where it is the whole of one."""
+    """The groups with that rule, or their section where all of its groups have it."""
     members = [group for group in shown if group.rule == rule]
     section = [group for group in groups if group.section == members[0].section and group.cases]
     whole = members == section and len(members) > 1
@@ -229,10 +224,6 @@ def names(paths: Sequence[GradientPaths]) -> str:
     return ", ".join(each.case for each in paths)
 
 
-def count(number: int, word: str) -> str:
-    return f"{number:,} {word}{'s' * (number != 1)}"
-
-
 def in_tolerances(error: float | None) -> str:
     """An error in units of its tolerance, to two decimals: 0.31, < 0.01, 1.2e+06."""
     if error is None or error == 0:
@@ -240,3 +231,35 @@ def in_tolerances(error: float | None) -> str:
     if error < 0.01:
         return "< 0.01"
     return f"{error:.1e}" if LONGEST <= error < math.inf else f"{error:,.2f}"
+
+
+# --- JSON ---------------------------------------------------------------------------------------------------------
+
+
+def to_json(result: Gradcheck, commands: Sequence[Sequence[str]]) -> str:
+    """The whole result with sentences beside its fields. `commands`: for each failure, the command that repeats it."""
+    failures = [
+        {**to_plain(failure), "message": failure_text(failure), "reproduce": shlex.join(command)}
+        for failure, command in zip(result.failures, commands, strict=True)
+    ]
+    diagnoses = [{**to_plain(diagnosis), "evidence": evidence_text(diagnosis)} for diagnosis in result.diagnoses]
+    lists = {"groups": [_group(group) for group in result.groups], "failures": failures, "diagnoses": diagnoses}
+    return _versioned({"passed": result.passed, **to_plain(result), **lists})
+
+
+def interrupted_to_json(groups: Sequence[CheckGroup]) -> str:
+    """The groups that were finished before the check was interrupted."""
+    return _versioned({"interrupted": True, "groups": [_group(group) for group in groups]})
+
+
+def _group(group: CheckGroup) -> dict[str, Any]:
+    tolerance = TOLERANCES[group.rule] if group.rule else ""
+    return {**to_plain(group), "tolerance": tolerance, "not_checked": not_checked_text(group.skipped)}
+
+
+def demo_to_json(steps: Sequence[BiasStep]) -> str:
+    return _versioned({"steps": [to_plain(step) for step in steps]})
+
+
+def _versioned(plain: dict[str, Any]) -> str:
+    return json_text({"format_version": FORMAT_VERSION, **plain})

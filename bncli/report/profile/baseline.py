@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.text import Text
 
-from bncli.report.profile.text import gate_columns
-from bncli.report.table import Dashed, Fitted, Layout, Line, Listing, Ruled
-from bncli.report.text import encodable
-from bncli.results.profile import Change, Gate, KernelProfile, Profile
+from bncli.report.profile.text import grouped, ratio_cell, without_asides
+from bncli.report.table import AlignedTable, BulletList, Paragraph, ResponsiveTable, Row
+from bncli.report.text import Cell, Column
+from bncli.results.profile import Change, Gate, KernelProfile, Profile, Speedup
 
 STYLES = {"ok": "green", "regressed": "bold red", "cannot tell": "yellow"}
-NARROWER = "More rounds narrow the intervals: give this run and the baseline more time or more rounds."
+NARROWER = "For narrower intervals measure this run and the baseline for longer, or with more rounds."
 
 
 @dataclass(frozen=True)
@@ -27,15 +26,40 @@ class GateReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         gate = self.gate
-        fails = f"times native in each one's own run; more than {gate.fail_above:g} times slower fails"
-        yield Fitted("Held to the baseline", fails, _layouts(gate.changes), ())
-        yield Dashed("Not in the baseline:", [str(row) for row in gate.only_now])
-        yield Dashed("In the baseline, but without a ratio now:", [str(row) for row in gate.only_baseline])
+        table, *narrower = _tables(gate.changes)
+        yield ResponsiveTable("Comparison with the baseline", table, narrower, gate_words(gate))
+        yield BulletList("Not in the baseline:", [str(row) for row in gate.only_now])
+        yield BulletList("In the baseline, but without a speedup now:", [str(row) for row in gate.only_baseline])
         if self.now and self.baseline:
-            for words in differences(self.now, self.baseline):
-                yield Text(encodable(words, options.encoding), "dim")
-        verdict = "regressed" if gate.failed else "ok"
-        yield Text(encodable(closing(gate), options.encoding), STYLES[verdict])
+            yield from (Paragraph(words, "dim") for words in _differences(self.now, self.baseline))
+        yield Paragraph(closing(gate), STYLES["regressed" if gate.failed else "ok"])
+
+
+def gate_words(gate: Gate) -> str:
+    return f"speedup over native, each in its own run; a slowdown above {gate.fail_above:g}x fails"
+
+
+def gate_columns(changes: Sequence[Change]) -> list[Column]:
+    """A row a change: its speedup over native now and then, and the slowdown."""
+    slowdowns = [ratio_cell(Speedup(change.slower, change.interval)) for change in changes]
+    verdicts = [Cell(change.verdict, style=STYLES[change.verdict]) for change in changes]
+    return [
+        Column("", [", ".join(change.row.words[1:]) for change in changes], words=True),
+        Column("now", [ratio_cell(change.now) for change in changes], optional=True),
+        Column("baseline", [ratio_cell(change.baseline) for change in changes], optional=True),
+        Column("slowdown", slowdowns, style="bold"),
+        Column("verdict", verdicts, words=True),
+    ]
+
+
+def _tables(changes: Sequence[Change]) -> Iterator[AlignedTable]:
+    """From the widest to the narrowest."""
+    groups = grouped(changes, lambda change: change.row.words[0], lambda change: None)
+    rows = [Row(name * (not place)) for name, members in groups.items() for place, _ in enumerate(members)]
+    columns = gate_columns([change for members in groups.values() for change in members])
+    yield AlignedTable(columns, rows)
+    yield AlignedTable([without_asides(column) if column.optional else column for column in columns], rows)
+    yield AlignedTable([column for column in columns if not column.optional], rows)
 
 
 def closing(gate: Gate) -> str:
@@ -49,44 +73,19 @@ def closing(gate: Gate) -> str:
         )
     counts = ", ".join(f"{verdicts.count(word):,} {word}" for word in STYLES if word in verdicts)
     if gate.regressed:
-        return f"{counts}: FAILED, more than {gate.fail_above:g} times slower by the whole interval (exit 1)."
+        return f"{counts}: FAILED, the whole interval of a slowdown is above {gate.fail_above:g}x (exit 1)."
     if gate.failed:
         return f"{counts}: FAILED, {gate.undecided:,} of the baseline's rows are undecided (strict, exit 1). {NARROWER}"
-    unsure = f" What it cannot tell fails a strict comparison only. {NARROWER}" * ("cannot tell" in verdicts)
-    return f"{counts}: passed (exit 0).{unsure}"
+    undecided = f" Undecided rows fail a strict comparison only. {NARROWER}" * ("cannot tell" in verdicts)
+    return f"{counts}: passed (exit 0).{undecided}"
 
 
-def differences(now: Profile, baseline: Profile) -> Iterator[str]:
-    """What differs between the two runs that ratios to native do not wholly take out."""
-    mine, theirs = now.environment, baseline.environment
-    for what, here, there in (
-        ("device", mine.device, theirs.device),
-        ("processor", mine.processor, theirs.processor),
-        ("torch", mine.torch, theirs.torch),
-        ("threads", mine.threads, theirs.threads),
-    ):
+def _differences(now: Profile, baseline: Profile) -> Iterator[str]:
+    """What differs between the two runs that speedups over native do not wholly take out."""
+    for what in ("device", "processor", "torch", "threads"):
+        here, there = (getattr(profile.environment, what) for profile in (now, baseline))
         if here != there:
-            yield f"Another {what} than the baseline's: {here} now, {there} then; only ratios to native are compared."
+            yield f"Different {what}: {here} now, {there} in the baseline; only speedups over native are compared."
     if isinstance(now, KernelProfile) and isinstance(baseline, KernelProfile) and now.cold != baseline.cold:
-        states = [("warm", "cold")[each.cold] for each in (now, baseline)]
-        yield f"Another cache than the baseline's: {states[0]} now, {states[1]} then; measure both alike."
-
-
-def _layouts(changes: Sequence[Change]) -> list[Layout]:
-    headings = [change.row.words[0] for change in changes]
-    order = sorted(range(len(changes)), key=lambda index: headings.index(headings[index]))
-    shown = [changes[index] for index in order]
-    names = [headings[index] for index in order]
-    lines = [Line(heading=name if not i or names[i - 1] != name else "") for i, name in enumerate(names)]
-    columns = gate_columns(shown)
-    narrow = [
-        replace(column, cells=tuple((main, "") for main, _ in column.cells)) if index in (1, 2) else column
-        for index, column in enumerate(columns)
-    ]
-    styles = {(row, 4): STYLES[change.verdict] for row, change in enumerate(shown)}
-    styles |= {(row, 3): "bold" for row in range(len(shown))}
-    return [
-        lambda encoding: Ruled(columns, lines, encoding, styles),
-        lambda encoding: Ruled(narrow, lines, encoding, styles),
-        lambda encoding: Listing(columns, lines, encoding),
-    ]
+        here, there = (("warm", "cold")[profile.cold] for profile in (now, baseline))
+        yield f"Different cache: {here} now, {there} in the baseline; measure both with the same."

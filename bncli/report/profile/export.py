@@ -10,24 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from bncli.errors import UsageError
-from bncli.report.export import csv_text, markdown, markdown_table
-from bncli.report.profile.notes import error_words, norms_words, note_lines, remark_words
+from bncli.report.export import csv_text, json_text, markdown, markdown_table
+from bncli.report.profile.baseline import gate_columns, gate_words
+from bncli.report.profile.kernels import ceilings_words, kernel_columns, kernel_title, mean_columns, mean_groups
+from bncli.report.profile.steps import memory_columns, share_columns, step_columns
 from bncli.report.profile.text import (
     cache_words,
-    ceilings_words,
-    gate_columns,
+    case_groups,
+    error_words,
     gb_per_s,
-    grouped,
-    kernel_columns,
-    kernel_title,
-    mean_columns,
     measured_words,
-    memory_columns,
+    norms_words,
+    note_lines,
     of_copy,
     quartiles,
+    remark_words,
     samples_per_s,
-    share_columns,
-    step_columns,
+    shape_words,
 )
 from bncli.report.text import Column, environment_words
 from bncli.results.environment import PROFILE_VERSION
@@ -53,21 +52,19 @@ KINDS: dict[str, type[KernelProfile] | type[StepProfile]] = {"kernels": KernelPr
 
 
 def to_json(result: Profile, gate: Gate | None = None) -> str:
-    """The whole profile with its raw samples, its kind beside them, and the gate that it was held to."""
+    """The whole profile with its raw samples and its kind, and a comparison with a baseline, whose rows have names."""
     kind = next(name for name, each in KINDS.items() if isinstance(result, each))
     plain = {"format_version": PROFILE_VERSION, "kind": kind, **to_plain(result)}
     if gate is not None:
-        plain["gate"] = {"regressed": gate.regressed, "failed": gate.failed, **to_plain(gate), **_row_names(gate)}
-    return json.dumps(plain, allow_nan=False, indent=1) + "\n"
-
-
-def _row_names(gate: Gate) -> dict[str, Any]:
-    """The gate's rows by name, beside the fields of those that are in both profiles."""
-    return {
-        "changes": [{"name": str(change.row), **to_plain(change)} for change in gate.changes],
-        "only_now": [str(row) for row in gate.only_now],
-        "only_baseline": [str(row) for row in gate.only_baseline],
-    }
+        plain["gate"] = {
+            "regressed": gate.regressed,
+            "failed": gate.failed,
+            **to_plain(gate),
+            "changes": [{"name": str(change.row), **to_plain(change)} for change in gate.changes],
+            "only_now": [str(row) for row in gate.only_now],
+            "only_baseline": [str(row) for row in gate.only_baseline],
+        }
+    return json_text(plain)
 
 
 def load(path: Path) -> Profile:
@@ -91,12 +88,10 @@ def load(path: Path) -> Profile:
         advice = "update bncli" if isinstance(version, int) and version > PROFILE_VERSION else "measure it anew"
         reads = f"its format_version is {json.dumps(version)} and this bncli reads {PROFILE_VERSION}; {advice}"
         raise UsageError(reads, field="baseline", value=path)
-    kind = KINDS[plain.pop("kind")]
-    plain.pop("gate", None)
     if version == 1:
         _drop_sentences(plain)
     try:
-        found: Profile = from_plain(kind, plain)
+        found: Profile = from_plain(KINDS[plain["kind"]], {k: v for k, v in plain.items() if k not in ("kind", "gate")})
     except Mismatch as error:
         raise _refused(path, f"is no profile as bncli writes it: {error}") from error
     if wrong := [row for row in found.rows if row.faster is not None and not _sound(row.faster)]:
@@ -146,7 +141,7 @@ def _kernel_row(row: KernelCost, ceilings: Ceilings) -> dict[str, Any]:
         "mode": "training" if case.training else "evaluation",
         "affine": case.affine,
         "tracked": case.tracked,
-        "shape": "x".join(map(str, case.shape)),
+        "shape": shape_words(case.shape),
         "calls": row.calls,
         "kernel": row.kernel,
         "ran": row.ran,
@@ -211,51 +206,45 @@ def _step_row(row: StepCost) -> dict[str, Any]:
 def to_markdown(result: Profile, gate: Gate | None = None) -> str:
     """The same tables and cells for a GitHub page."""
     lines = _kernels_markdown(result) if isinstance(result, KernelProfile) else _step_markdown(result)
+    notes = [*note_lines(result), f"Made on {environment_words(result.environment)}."]
+    lines += [f"- {markdown(note)}" for note in notes]
     if gate is not None:
-        lines += ["", f"#### Held to the baseline: fails above {gate.fail_above:g} times slower", ""]
-        columns = gate_columns(gate.changes)
-        names = Column(("row", ""), tuple((str(change.row), "") for change in gate.changes), words=True)
-        lines += markdown_table([names, *columns[1:]])
+        names = Column("row", [str(change.row) for change in gate.changes], words=True)
+        lines += _section("Comparison with the baseline", [names, *gate_columns(gate.changes)[1:]])
+        lines += ["", markdown(gate_words(gate))]
     return "\n".join(lines) + "\n"
 
 
 def _kernels_markdown(profile: KernelProfile) -> list[str]:
-    measured = measured_words(profile.rows, profile.planned, profile.seconds)
-    lines = [f"### {markdown(kernel_title(profile))}", "", f"{measured}; {cache_words(profile.cold)}"]
-    for heading, rows in grouped(profile.rows).items():
+    lines = [f"### {markdown(kernel_title(profile))}", "", f"{measured_words(profile)}; {cache_words(profile.cold)}"]
+    for heading, rows in case_groups(profile.rows).items():
         columns = list(kernel_columns(rows, profile.ceilings).values())
-        lines += ["", f"#### {markdown(heading)}", "", *_with_errors(columns, [error_words(row) for row in rows])]
-    for name in dict.fromkeys(f"{mean.dtype}, {mean.layout}" for mean in profile.means):
-        means = [mean for mean in profile.means if f"{mean.dtype}, {mean.layout}" == name]
-        lines += ["", f"#### {markdown(name)}: geometric mean over shapes", "", *markdown_table(mean_columns(means))]
-    notes = [f"Measured ceilings: {ceilings_words(profile.ceilings)}.", *note_lines(profile)]
-    return [*lines, "", *_notes([*notes, f"Made on {environment_words(profile.environment)}."])]
+        lines += _section(heading, columns, [error_words(row) for row in rows])
+    for heading, means in mean_groups(profile.means).items():
+        lines += _section(f"{heading}: geometric mean over shapes", mean_columns(means))
+    return [*lines, "", f"- {markdown(f'Measured ceilings: {ceilings_words(profile.ceilings)}.')}"]
 
 
 def _step_markdown(profile: StepProfile) -> list[str]:
-    measured = measured_words(profile.rows, profile.planned, profile.seconds)
-    lines = [f"### {markdown(profile.name)}: one step of the whole model", "", measured]
+    lines = [f"### {markdown(profile.name)}: one step of the whole model", "", measured_words(profile)]
     shared = [row for row in profile.rows if row.shares_ms]
     split = [row for row in profile.rows if row.memory is not None]
-    for heading, rows, columns, errors in (
-        ("Time", profile.rows, step_columns(profile.rows), [error_words(row) for row in profile.rows]),
-        ("Share of a step", shared, share_columns(shared), []),
-        ("Memory of a training step", split, memory_columns(split), []),
+    for heading, rows, columns in (
+        ("Time", profile.rows, step_columns(profile.rows)),
+        ("Share of a step", shared, share_columns(shared)),
+        ("Memory of a training step", split, memory_columns(split)),
     ):
-        arms = Column(("arm", ""), tuple((row.arm, "") for row in rows), words=True)
         if rows:
-            lines += ["", f"#### {heading}", "", *_with_errors([arms, *columns], errors)]
-    found = [(remark.arm, remark_words(remark)) for remark in profile.remarks]
-    remarks = [f"{arm}, {words.layer}: {words.finding}: {words.advice}" for arm, words in found]
-    return [*lines, "", *_notes([*remarks, *note_lines(profile), f"Made on {environment_words(profile.environment)}."])]
+            arms = Column("arm", [row.arm for row in rows], words=True)
+            errors = [error_words(row) for row in rows] if heading == "Time" else []
+            lines += _section(heading, [arms, *columns], errors)
+    remarks = [(remark.arm, *remark_words(remark)) for remark in profile.remarks]
+    notes = [f"{arm}, {layer}: {finding}: {advice}" for arm, layer, finding, advice in remarks]
+    return [*lines, "", *(f"- {markdown(note)}" for note in notes)]
 
 
-def _with_errors(columns: Sequence[Column], errors: Sequence[str | None]) -> list[str]:
-    """The table, with a column for errors where there are any."""
+def _section(heading: str, columns: Sequence[Column], errors: Sequence[str | None] = ()) -> list[str]:
+    """A table below its heading, with a column for errors where there are any."""
     if any(errors):
-        columns = [*columns, Column(("error", ""), tuple((error or "", "") for error in errors), words=True)]
-    return markdown_table(list(columns))
-
-
-def _notes(notes: Sequence[str]) -> list[str]:
-    return [f"- {markdown(note)}" for note in notes]
+        columns = [*columns, Column("error", [error or "" for error in errors], words=True)]
+    return ["", f"#### {markdown(heading)}", "", *markdown_table(columns)]

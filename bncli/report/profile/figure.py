@@ -1,248 +1,303 @@
-"""Figures of a profile: the roofline beside bars of GB/s for kernels, or a step's time by class of work.
+"""Figures of a profile: a roofline beside bars of GB/s for kernels, stacked bars of a step's time by class of work.
 
-The roofline has bandwidth on its y axis, so that what memory allows is a level line and what arithmetic allows a
-falling one (Williams, Waterman and Patterson 2009 have its product with the intensity there; the figure is the same,
-turned). A batch norm's intensity depends on its operation and dtype alone: each such pair has a column for each kernel,
-moved apart where they would overlap, which changes no height; a dot is a shape, the larger mark their geometric mean.
+The roofline has bandwidth on its y axis, so that the memory limit is a horizontal line and the compute limit a falling
+one (Williams, Waterman and Patterson 2009 have the product of bandwidth and intensity there). A batch norm's intensity
+depends on its operation and dtype alone. Kernels of one intensity stand in columns beside each other.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import fmean, geometric_mean
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bncli.report.figure import COLOURS, INK, PALE, check_path, rendered
 from bncli.report.files import write_atomically
-from bncli.report.profile.bars import draw_facets, facets, facets_height, step_bars, step_height
-from bncli.report.profile.text import cache_words, gb_per_s, size_words
-from bncli.report.text import figure
-from bncli.results.environment import Environment
-from bncli.results.profile import Ceilings, KernelCost, KernelProfile, StepProfile
+from bncli.report.profile.text import cache_words, case_groups, gb_per_s, grouped, quartiles, shape_words, size_words
+from bncli.report.text import count, figure
+from bncli.results.profile import STEP_CLASSES, Ceilings, KernelCost, KernelProfile, Profile, StepCost, StepProfile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
-WIDTH, BESIDE = 13.0, 6.8  # inches; bars higher than that stand below the roofline, not beside it
-ROOF_HEIGHT = 4.8
-KEY = "Dot: a shape; larger mark: geometric mean; line on a bar: quartiles; a column's own intensity stands below it"
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # one an operation
-COLUMN_INCHES, NAME_INCHES = 0.2, 0.8  # a kernel's column, the name below them
-LABEL_SHARE = 0.045  # a line of text, of the roofline's height
-Ends = tuple[float, float]
+# Inches.
+WIDTH, ROOFLINE, MOST_BESIDE = 13.0, 4.8, 6.8  # bars that need more height than that stand below the roofline
+TITLE, PANEL_FRAME, BAR = 0.9, 0.85, 0.17
+STEP_WIDTH, STEP_FRAME, STEP_BAR = 11.0, 1.6, 0.42
+COLUMN, NAME = 0.2, 0.8  # widths in the roofline: a kernel's column, the name below an operation's columns
+GAP = 0.5  # bars' heights between two shapes
+LEAST_BARS = 10  # a column of panels has room for so many, so that few bars are not thick
+MOST_BARS, MOST_IN_ALL = 40, 160  # in a panel, in a figure; with more, shapes are drawn as their geometric mean
+LABEL_SHARE = 0.045  # the height of a line of text as a share of the roofline's
+KEY = (
+    "Dot: one shape. Large marker: geometric mean over shapes. Line on a bar: quartiles. Columns are moved sideways "
+    "where they would overlap; the exact intensity stands below."
+)
+# Normalization stands out; what remains is grey.
+CLASS_COLOURS = dict(
+    zip(STEP_CLASSES, (COLOURS[1], COLOURS[0], COLOURS[4], COLOURS[2], COLOURS[3], "#b5b5b5", "#e3e3e3"), strict=True)
+)
+SMALL: dict[str, Any] = {"fontsize": 8, "textcoords": "offset points"}
 
 
-def draw(profile: KernelProfile | StepProfile, path: Path) -> None:
+def draw(profile: Profile, path: Path) -> None:
     """Write the figure to `path`, an .svg or a .png. Raises FileError for another suffix or without matplotlib."""
-    write_atomically(path, render(profile, check_path(path)))
+    kind = check_path(path)
+    write_atomically(path, rendered(lambda picture: compose(picture, profile), kind, 130))
 
 
-def render(profile: KernelProfile | StepProfile, kind: str) -> bytes:
-    """The figure as the bytes of a "svg" or "png" file, the same for the same profile. Raises FileError."""
-    if isinstance(profile, KernelProfile):
-        return rendered(lambda picture: _draw_kernels(picture, profile), kind, 130)
-    return rendered(lambda picture: _draw_steps(picture, profile), kind, 130)
+def compose(picture: Figure, profile: Profile) -> None:
+    """Draw the profile on an empty figure."""
+    drawn = _kernels(picture, profile) if isinstance(profile, KernelProfile) else _steps(picture, profile)
+    if not drawn:
+        picture.set_size_inches(WIDTH, 2)
+        picture.text(0.5, 0.5, "nothing was measured", ha="center", color=PALE)
 
 
-def _draw_steps(picture: Figure, profile: StepProfile) -> None:
-    picture.set_size_inches(11, step_height(profile))
-    _title(picture, f"{profile.name}: where the time of a step goes", profile.environment, "")
-    step_bars(picture.subplots(), profile)
+def _title(picture: Figure, title: str, profile: Profile, *more: str, key: str = "") -> None:
+    style: dict[str, Any] = {"ha": "left", "x": 0.008, "parse_math": False}
+    picture.suptitle(title, fontsize=12, fontweight="bold", **style)
+    made = profile.environment
+    machine = [f"{made.device} ({made.processor})", count(made.threads, "thread")]
+    words = "; ".join([*machine, *more, f"torch {made.torch}", made.date[:10]])
+    picture.supxlabel("\n".join(filter(None, [*textwrap.wrap(words, 170), key])), fontsize=8, **style)
 
 
-def _draw_kernels(picture: Figure, profile: KernelProfile) -> None:
-    timed = [row for row in profile.rows if gb_per_s(row.both)]
-    kernels = {kernel: index for index, kernel in enumerate(dict.fromkeys(row.kernel for row in profile.rows))}
-    groups = facets(timed)
-    across = 1 if sum(group.bars for group in groups) <= 30 and len(groups) <= 4 else min(3, len(groups))
-    height = facets_height(groups, across)
-    below = height > BESIDE or across > 1
-    picture.set_size_inches(WIDTH, 0.9 + (ROOF_HEIGHT + height if below else max(ROOF_HEIGHT, height)))
-    dtypes = ", ".join(dict.fromkeys(row.case.dtype for row in profile.rows))
-    _title(
-        picture,
-        "Batch norm under the roofs of its machine",
-        profile.environment,
-        f"{dtypes}; {cache_words(profile.cold)}" if dtypes else cache_words(profile.cold),
-        KEY,
-    )
-    parts: Any = (
-        picture.subfigures(2, 1, height_ratios=(ROOF_HEIGHT, height))
-        if below
-        else picture.subfigures(1, 2, width_ratios=(1.0, 1.15))
-    )
-    roofline(parts[0].subplots(), timed, profile.ceilings, kernels)
-    stretch = 1.0 if below else max(1.0, ROOF_HEIGHT / max(height, 1.0))
-    draw_facets(parts[1], groups, across, profile.ceilings, kernels, stretch)
-    _legend(picture, {row.kernel: kernels[row.kernel] for row in timed})
-
-
-def _title(picture: Figure, title: str, made: Environment, more: str, key: str = "") -> None:
-    words: dict[str, Any] = {"ha": "left", "x": 0.008, "parse_math": False}
-    picture.suptitle(title, fontsize=12, fontweight="bold", **words)
-    threads = f"{made.threads} thread{'s' * (made.threads != 1)}"
-    parts = [f"{made.device} ({made.processor}), {threads}", more, f"torch {made.torch}", made.date[:10]]
-    lines = [*textwrap.wrap("; ".join(filter(None, parts)), 170), key]
-    picture.supxlabel("\n".join(filter(None, lines)), fontsize=8, **words)
-
-
-def _legend(picture: Figure, kernels: dict[str, int]) -> None:
+def _legend(picture: Figure, colours: Mapping[str, str], *lines: str, **style: Any) -> None:
+    """Coloured bars by name, then what black lines are."""
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles = [Patch(color=COLOURS[index % len(COLOURS)], label=kernel) for kernel, index in kernels.items()]
-    if handles:
-        style: dict[str, Any] = {"ncols": len(handles), "frameon": False, "handlelength": 1.0, "columnspacing": 1.4}
-        picture.legend(handles=handles, loc="outside upper right", **style)
+    bars = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    handles = [*bars, *(Line2D([], [], color=INK, linewidth=1.3, label=words) for words in lines)]
+    picture.legend(handles=handles, frameon=False, handlelength=1.0, **style)
 
 
-# --- the roofline -----------------------------------------------------------------------------------------------------
+def _bar_axes(axes: Axes, places: Sequence[float], names: Iterable[str], **style: Any) -> None:
+    """Names at the bars' heights in place of an axis, and a grid for their lengths."""
+    axes.set_yticks(places, list(names), parse_math=False, **style)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_axisbelow(True)
+    axes.grid(axis="x", color=PALE, alpha=0.25, linewidth=0.8)
 
 
-@dataclass(frozen=True)
-class Cluster:
+# --- kernels ------------------------------------------------------------------------------------------------------
+
+
+def _kernels(picture: Figure, profile: KernelProfile) -> bool:
+    """False where no row was timed, and nothing is drawn."""
+    timed = [row for row in profile.rows if gb_per_s(row.both)]
+    dtypes = ", ".join(dict.fromkeys(row.case.dtype for row in profile.rows))
+    more = [*filter(None, [dtypes]), cache_words(profile.cold)]
+    _title(picture, "Batch norm kernels and the machine's limits", profile, *more, key=KEY * bool(timed))
+    if not timed:
+        return False
+    colours = dict(zip(dict.fromkeys(row.kernel for row in profile.rows), itertools.cycle(COLOURS), strict=False))
+    panels = bar_panels(timed)
+    beside = sum(row_heights(panels, 1)) <= MOST_BESIDE
+    across = 1 if beside else min(3, len(panels))
+    height = sum(row_heights(panels, across))
+    if beside:
+        picture.set_size_inches(WIDTH, TITLE + max(ROOFLINE, height))
+        parts = picture.subfigures(1, 2, squeeze=False, width_ratios=(1.0, 1.15))
+    else:
+        picture.set_size_inches(WIDTH, TITLE + ROOFLINE + height)
+        parts = picture.subfigures(2, 1, squeeze=False, height_ratios=(ROOFLINE, height))
+    first, second = parts.flat
+    _roofline(first.subplots(), timed, profile.ceilings, colours)
+    _bar_panels(second, panels, across, profile.ceilings, colours)
+    used = {row.kernel: colours[row.kernel] for row in timed}
+    copies = [f"copy at {size_words(size)}: {figure(speed)} GB/s" for size, speed in profile.ceilings.copies[-1:]]
+    _legend(picture, used, *copies, loc="outside upper right", ncols=len(used) + len(copies), columnspacing=1.4)
+    return True
+
+
+class Bar(NamedTuple):
+    """10^9 bytes a second of one kernel, and how far its line reaches down and up."""
+
+    kernel: str
+    low: float
+    value: float
+    high: float
+
+
+Panels = dict[str, dict[str, list[Bar]]]  # title -> name beside the bars -> its bars
+
+
+def bar_panels(rows: Sequence[KernelCost]) -> Panels:
+    """The timed rows: a panel of shapes for each operation, dtype and layout; with too many bars one of their means."""
+    cases = case_groups(rows)
+    if len(rows) > MOST_IN_ALL or any(len(members) > MOST_BARS for members in cases.values()):
+        means = {title: _mean_bars(members) for title, members in cases.items()}
+        return {"geometric mean over shapes (line: slowest to fastest shape)": means}
+    panels: Panels = {}
+    for title, members in cases.items():
+        panel = panels.setdefault(title, {})
+        for row in members:
+            times = row.both and quartiles(row.both.samples_ms)
+            if row.both and times:
+                speeds = (row.both.floor_bytes / ms / 1e6 for ms in (times.high, times.median, times.low))
+                panel.setdefault(shape_words(row.case.shape), []).append(Bar(row.kernel, *speeds))
+    return panels
+
+
+def _mean_bars(rows: Sequence[KernelCost]) -> list[Bar]:
+    return [Bar(kernel, min(found), geometric_mean(found), max(found)) for kernel, found in _speeds(rows).items()]
+
+
+def _speeds(rows: Sequence[KernelCost]) -> dict[str, list[float]]:
+    """Kernel -> its GB/s in each of the timed rows."""
+    speeds: dict[str, list[float]] = {}
+    for row in rows:
+        speeds.setdefault(row.kernel, []).append(gb_per_s(row.both) or math.nan)
+    return speeds
+
+
+def row_heights(panels: Panels, across: int) -> list[float]:
+    """Inches of each row of panels, so many beside each other."""
+    heights = [PANEL_FRAME + BAR * sum(len(bars) + GAP for bars in panel.values()) for panel in panels.values()]
+    return [max(heights[i : i + across]) for i in range(0, len(heights), across)]
+
+
+def _bar_panels(part: SubFigure, panels: Panels, across: int, ceilings: Ceilings, colours: Mapping[str, str]) -> None:
+    """All panels on one scale, with the largest copy as a line."""
+    heights = row_heights(panels, across)
+    grid = list(part.subplots(len(heights), across, squeeze=False, height_ratios=heights).flat)
+    copy = ceilings.copy_gb_per_s if ceilings.copies else 0.0
+    longest = max(bar.high for panel in panels.values() for bars in panel.values() for bar in bars)
+    for index, (axes, (title, panel)) in enumerate(zip(grid, panels.items(), strict=False)):
+        axes.set_title(title, parse_math=False)
+        _panel(axes, panel, LEAST_BARS / len(heights), colours)
+        axes.set_xlim(0, 1.02 * max(longest, copy))
+        if copy:
+            axes.axvline(copy, color=INK, linewidth=1.3, zorder=2)
+        if index >= len(panels) - across:
+            axes.set_xlabel("GB/s of the minimum bytes to move")
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+
+
+def _panel(axes: Axes, panel: Mapping[str, Sequence[Bar]], least_bars: float, colours: Mapping[str, str]) -> None:
+    """Bars of height 1 from the top, with a gap after each shape's."""
+    middles, top = [], 0.0
+    for bars in panel.values():
+        middles.append(top + len(bars) / 2)
+        for place, bar in enumerate(bars):
+            height = top + place + 0.5
+            axes.barh(height, bar.value, 0.86, color=colours[bar.kernel], linewidth=0)
+            axes.plot([bar.low, bar.high], [height] * 2, color=INK, linewidth=0.9, solid_capstyle="butt", zorder=3)
+        top += len(bars) + GAP
+    margin = max(GAP, least_bars - top) / 2
+    axes.set_ylim(top - GAP + margin, -margin)
+    _bar_axes(axes, middles, panel, fontsize=8)
+
+
+# --- the roofline -------------------------------------------------------------------------------------------------
+
+
+class Cluster(NamedTuple):
     """An operation and dtype: its intensity (flop a byte), and each kernel's speeds over shapes (GB/s)."""
 
     name: str
-    marker: str
     intensity: float
     speeds: dict[str, list[float]]
 
 
 def clusters(rows: Sequence[KernelCost]) -> list[Cluster]:
-    """Of the rows that were timed, from the least intensity to the most."""
-    found: dict[tuple[str, str], list[KernelCost]] = {}
-    for row in rows:
-        if row.both and row.both.flops > 0:
-            found.setdefault((row.case.operation, row.case.dtype), []).append(row)
-    operations = list(dict.fromkeys(operation for operation, _ in found))
+    """The timed rows, from the least intensity to the most."""
     made = []
-    for (operation, dtype), members in found.items():
-        speeds: dict[str, list[float]] = {}
-        for row in members:
-            speeds.setdefault(row.kernel, []).append(gb_per_s(row.both) or math.nan)
-        middle = _geometric_mean([row.both.flops / row.both.floor_bytes for row in members if row.both])
-        marker = MARKERS[operations.index(operation) % len(MARKERS)]
-        made.append(Cluster(f"{operation}\n{dtype}\n{figure(middle, 2)} flop/B", marker, middle, speeds))
+    for name, members in grouped(rows, lambda row: f"{row.case.operation}\n{row.case.dtype}", lambda row: None).items():
+        intensity = geometric_mean(row.both.flops / row.both.floor_bytes for row in members if row.both)
+        made.append(Cluster(name, intensity, _speeds(members)))
     return sorted(made, key=lambda cluster: cluster.intensity)
 
 
-def apart(places: Sequence[float], widths: Sequence[float]) -> list[float]:
-    """Rising places moved as little as need be for intervals of those widths around them not to overlap.
+def without_overlap(places: Sequence[float], widths: Sequence[float]) -> list[float]:
+    """Rising places, moved as little as possible (least squares) until intervals of those widths do not overlap.
 
-    Where some would, they stand side by side around the mean of their places.
+    The isotonic regression of the places less the room that is needed before each, by pooling adjacent violators.
     """
-    blocks: list[tuple[list[int], float, float]] = []  # members, middle, width
-    for index, (place, width) in enumerate(zip(places, widths, strict=True)):
-        members, middle, wide = [index], place, width
-        while blocks and blocks[-1][1] + blocks[-1][2] / 2 > middle - wide / 2:
-            others, _, more = blocks.pop()
-            members, wide = [*others, *members], wide + more
-            middle = sum(places[each] for each in members) / len(members)
-        blocks.append((members, middle, wide))
-    moved = [0.0] * len(places)
-    for members, middle, wide in blocks:
-        left = middle - wide / 2
-        for each in members:
-            moved[each] = left + widths[each] / 2
-            left += widths[each]
-    return moved
+    needed = [0.0, *itertools.accumulate((a + b) / 2 for a, b in itertools.pairwise(widths))]
+    blocks: list[list[float]] = []
+    for place, room in zip(places, needed, strict=True):
+        blocks.append([place - room])
+        while len(blocks) > 1 and fmean(blocks[-2]) > fmean(blocks[-1]):
+            last = blocks.pop()
+            blocks[-1] += last
+    means = (fmean(block) for block in blocks for _ in block)
+    return [mean + room for mean, room in zip(means, needed, strict=True)]
 
 
-def roofline(axes: Axes, rows: Sequence[KernelCost], ceilings: Ceilings, kernels: dict[str, int]) -> None:
-    """Draw the clusters under the copies by size, and the multiply-adds where they come into sight."""
+def _roofline(axes: Axes, rows: Sequence[KernelCost], ceilings: Ceilings, colours: Mapping[str, str]) -> None:
+    """The clusters below the copies by size, and the compute limit where it comes into sight."""
     axes.set_title("roofline: forward and backward together")
-    axes.set_xlabel("arithmetic intensity: flop for each byte that must be moved")
-    axes.set_ylabel("GB/s of the bytes that must be moved")
-    found = clusters(rows)
-    if not found:
-        axes.set(xticks=[], yticks=[])
-        axes.text(0.5, 0.5, "nothing was measured", ha="center", transform=axes.transAxes, color=PALE)
-        return
-    inches = 0.9 * axes.figure.bbox.width / axes.figure.dpi
-    middles, column, (low, high) = _across([c.intensity for c in found], [len(c.speeds) for c in found], inches)
-    speeds = [speed for cluster in found for each in cluster.speeds.values() for speed in each]
-    tops = [speed for _, speed in ceilings.copies]
+    axes.set_xlabel("arithmetic intensity (flop per byte)")
+    axes.set_ylabel("GB/s of the minimum bytes to move")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlim(low, high)
-    axes.set_ylim(min([*speeds, *tops]) / 3.2, max([*speeds, *tops]) * 2.0)
-    _ceilings(axes, ceilings)
+    found = clusters(rows)
+    logs = [math.log(cluster.intensity) for cluster in found]
+    inch = (logs[-1] - logs[0] + 1.4) / (0.9 * axes.figure.bbox.width / axes.figure.dpi)  # of the axis, in logs
+    widths = [max(COLUMN * (len(cluster.speeds) + 1), NAME) * inch for cluster in found]
+    middles = without_overlap(logs, widths)
+    low = min(logs[0] - 0.7, middles[0] - widths[0] / 2)
+    high = max(logs[-1] + 0.7, middles[-1] + widths[-1] / 2)
+    axes.set_xlim(math.exp(low), math.exp(high))
+    speeds = [speed for cluster in found for each in cluster.speeds.values() for speed in each]
+    speeds += [speed for _, speed in ceilings.copies]
+    axes.set_ylim(min(speeds) / 3.2, max(speeds) * 2.0)
+    _limits(axes, ceilings)
     for cluster, middle in zip(found, middles, strict=True):
-        _cluster(axes, cluster, middle, column, kernels)
-    _plain(axes)
+        _columns(axes, cluster, math.exp(middle), math.exp(COLUMN * inch), colours)
+    _plain_ticks(axes)
 
 
-def _across(intensities: Sequence[float], columns: Sequence[int], inches: float) -> tuple[list[float], float, Ends]:
-    """Where clusters stand, the factor from a column to the next, and the axis' ends."""
-    logs = [math.log(value) for value in intensities]
-    low, high = logs[0] - 0.7, logs[-1] + 0.7
-    for _ in range(20):  # the columns' width is a share of the axis, and the axis grows with the columns
-        column = COLUMN_INCHES / inches * (high - low)
-        widths = [max(column * (count + 1), NAME_INCHES / inches * (high - low)) for count in columns]
-        middles = apart(logs, widths)
-        ends = middles[0] - widths[0] / 2 - 0.1, middles[-1] + widths[-1] / 2 + 0.1
-        if low <= ends[0] and ends[1] <= high:
-            break
-        low, high = min(low, ends[0]), max(high, ends[1])
-    return [math.exp(middle) for middle in middles], math.exp(column), (math.exp(low), math.exp(high))
-
-
-def _cluster(axes: Axes, cluster: Cluster, middle: float, column: float, kernels: dict[str, int]) -> None:
-    """A column of dots a kernel, with their geometric mean, and the names below."""
-    for place, (kernel, speeds) in enumerate(sorted(cluster.speeds.items(), key=lambda item: kernels[item[0]])):
-        x = middle * column ** (place - (len(cluster.speeds) - 1) / 2)
-        colour = COLOURS[kernels[kernel] % len(COLOURS)]
+def _columns(axes: Axes, cluster: Cluster, middle: float, step: float, colours: Mapping[str, str]) -> None:
+    """A column of dots for each kernel, with their geometric mean, and the name below. `step`: a factor."""
+    kernels = [kernel for kernel in colours if kernel in cluster.speeds]
+    for place, kernel in enumerate(kernels):
+        x, speeds = middle * step ** (place - (len(kernels) - 1) / 2), cluster.speeds[kernel]
         if len(speeds) > 1:
-            axes.plot([x] * len(speeds), speeds, ".", color=colour, alpha=0.55, markersize=6, mec="none")
-        mean: dict[str, Any] = {"color": colour, "markersize": 7, "mec": "white", "mew": 0.7, "zorder": 3}
-        axes.plot(x, _geometric_mean(speeds), cluster.marker, **mean)
-    below: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "linespacing": 1.25}
-    axes.annotate(cluster.name, (middle, axes.get_ylim()[0]), (0, 4), parse_math=False, **below)
+            axes.plot([x] * len(speeds), speeds, ".", color=colours[kernel], alpha=0.55, markersize=6, mec="none")
+        mean: dict[str, Any] = {"color": colours[kernel], "markersize": 7, "mec": "white", "mew": 0.7, "zorder": 3}
+        axes.plot(x, geometric_mean(speeds), "o", **mean)
+    name = f"{cluster.name}\n{figure(cluster.intensity, 2)} flop/B"
+    below: dict[str, Any] = {"ha": "center", "linespacing": 1.25, "parse_math": False}
+    axes.annotate(name, (middle, axes.get_ylim()[0]), (0, 4), **below, **SMALL)
 
 
-def _ceilings(axes: Axes, ceilings: Ceilings) -> None:
-    """Copies as level lines, the largest in ink; multiply-adds as a falling line where it is in sight."""
+def _limits(axes: Axes, ceilings: Ceilings) -> None:
+    """Copies as horizontal lines, the largest in ink; the compute limit as a falling line where it is in sight."""
     low, high = axes.get_xlim()
     bottom, top = axes.get_ylim()
-    line = (top / bottom) ** LABEL_SHARE  # the factor that a line of text is high
-    near: list[list[tuple[int, float]]] = []  # copies too near to each other for a label each
-    for size, speed in sorted(ceilings.copies, key=lambda copy: copy[1]):
-        largest = size == ceilings.copies[-1][0]
-        axes.axhline(speed, color=INK if largest else PALE, linewidth=1.3 if largest else 0.9, zorder=1)
-        if not near or speed > near[-1][-1][1] * line:
-            near.append([])
-        near[-1].append((size, speed))
-    for copies in near:
-        words = copy_words(copies)
-        colour = INK if ceilings.copies[-1] in copies else PALE
-        place: dict[str, Any] = {"textcoords": "offset points", "va": "bottom", "fontsize": 8, "color": colour}
-        axes.annotate(words, (low, copies[-1][1]), (4, 3), **place).set_in_layout(False)
-    roof = ceilings.gflop_per_s
-    if roof and ceilings.copies:
-        ridge = roof / ceilings.copy_gb_per_s
+    line = (top / bottom) ** LABEL_SHARE  # the height of a line of text, as a factor
+    labelled: list[float] = []
+    for size, speed in reversed(ceilings.copies):
+        colour, width, order = (PALE, 0.9, 1.0) if labelled else (INK, 1.3, 1.5)
+        axes.axhline(speed, color=colour, linewidth=width, zorder=order)
+        if all(max(speed / other, other / speed) > line for other in labelled):
+            words = f"copy at {size_words(size)}: {figure(speed)} GB/s"
+            label = axes.annotate(words, (low, speed), (4, 3), va="bottom", color=colour, **SMALL)
+            label.set_bbox({"facecolor": "white", "linewidth": 0, "pad": 0.5})  # other lines end at it
+            label.set_in_layout(False)
+            labelled.append(speed)
+    limit = ceilings.gflop_per_s
+    if limit and ceilings.copies:
+        ridge = limit / ceilings.copy_gb_per_s
         if ridge < high:
-            axes.plot(
-                [max(low, roof / top), high], [min(top, roof / low), roof / high], color=INK, linewidth=1.3, zorder=1
-            )
-        beyond = f"multiply-adds, {figure(roof)} GFLOP/s in fp32: the limit beyond {figure(ridge)} flop a byte"
-        axes.annotate(beyond, (high, top), (-3, -3), textcoords="offset points", ha="right", va="top", fontsize=8)
+            xs, ys = (max(low, limit / top), high), (min(top, limit / low), limit / high)
+            axes.plot(xs, ys, color=INK, linewidth=1.3, zorder=1)
+        words = f"compute limit: {figure(limit)} GFLOP/s (fp32 multiply-adds), beyond {figure(ridge)} flop per byte"
+        axes.annotate(words, (high, top), (-3, -3), ha="right", va="top", **SMALL)
 
 
-def copy_words(copies: Sequence[tuple[int, float]]) -> str:
-    """Each of one or two, (bytes, GB/s) ordered by speed; of more the largest, and how fast the smaller are."""
-    if len(copies) < 3:
-        return "copy: " + ", ".join(f"{figure(speed)} GB/s of {size_words(size)}" for size, speed in copies)
-    (size, speed), *smaller = sorted(copies, reverse=True)
-    speeds = [each for _, each in smaller]
-    span = f"{figure(min(speeds))} to {figure(max(speeds))} of {len(smaller)} smaller sizes"
-    return f"copy: {figure(speed)} GB/s of {size_words(size)}, {span}"
-
-
-def _plain(axes: Axes) -> None:
+def _plain_ticks(axes: Axes) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
@@ -251,5 +306,43 @@ def _plain(axes: Axes) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
-def _geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
+# --- steps --------------------------------------------------------------------------------------------------------
+
+
+def _steps(picture: Figure, profile: StepProfile) -> bool:
+    """A bar for each row that was timed, as long as its median step. False where there is none."""
+    timed = [row for row in profile.rows if row.samples_ms]
+    arms = grouped(timed, lambda row: row.arm, lambda row: row.mode)
+    rows = [row for members in arms.values() for row in members]
+    _title(picture, f"{profile.name}: where the time of a step goes", profile)
+    if not rows:
+        return False
+    heights = [place + 0.4 * list(arms).index(row.arm) for place, row in enumerate(rows)]  # with a gap between arms
+    picture.set_size_inches(STEP_WIDTH, STEP_FRAME + STEP_BAR * max(3.0, heights[-1] + 1))
+    axes = picture.subplots()
+    names = [f"{row.arm}: {', '.join(filter(None, (row.mode, row.kernel)))}" for row in rows]
+    medians = [_stacked_bar(axes, height, row) for height, row in zip(heights, rows, strict=True)]
+    axes.set_xlim(0, 1.25 * max(medians))
+    axes.set_ylim(heights[-1] + 0.5, -0.5)
+    axes.set_xlabel("ms per step")
+    _bar_axes(axes, heights, names)
+    used = [name for name in STEP_CLASSES if any(row.shares_ms.get(name) for row in rows)]
+    if used:
+        _legend(picture, {name: CLASS_COLOURS[name] for name in used}, loc="outside right upper")
+    return True
+
+
+def _stacked_bar(axes: Axes, height: float, row: StepCost) -> float:
+    """Its classes one after the other, scaled to the median step; white where they are unknown. Returns the median."""
+    times = quartiles(row.samples_ms)
+    median, whole = times.median if times else 0.0, sum(row.shares_ms.values())
+    left = 0.0
+    for name in STEP_CLASSES:
+        length = median * row.shares_ms.get(name, 0.0) / whole if whole > 0 else 0.0
+        axes.barh(height, length, 0.72, left=left, color=CLASS_COLOURS[name], edgecolor="white", linewidth=0.6)
+        left += length
+    if whole <= 0:
+        axes.barh(height, median, 0.72, color="white", edgecolor=PALE, linewidth=0.8)
+    speedup = f" ({figure(row.faster.value)}x vs native)" if row.faster else ""
+    axes.annotate(f"{figure(median)} ms{speedup}", (median, height), (4, 0), va="center", **SMALL)
+    return median

@@ -1,49 +1,43 @@
-"""The report of `bncli profile` on kernels: what each costs, shape by shape, beside what the machine can do."""
+"""Report of `bncli profile` on kernels: times, GB/s, speedups and memory shape by shape, and means over shapes."""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
-from rich.console import Console, ConsoleOptions, Group, RenderResult
-from rich.text import Text
+from rich.console import Console, ConsoleOptions, RenderResult
 
-from bncli.report.profile.notes import error_words, note_lines
 from bncli.report.profile.text import (
+    MEDIAN,
     NATIVE,
+    VS_NATIVE,
     cache_words,
-    ceilings_words,
-    folded,
+    case_groups,
+    error_words,
+    gb_per_s,
     grouped,
-    kernel_columns,
-    kernel_title,
-    mean_columns,
     measured_words,
+    memory_column,
+    note_lines,
+    of_copy,
+    percent,
+    samples_cell,
     shape_words,
     size_words,
+    speedup_cell,
+    speedup_legend,
+    without_asides,
 )
-from bncli.report.table import Dashed, Fitted, Layout, Line, Listing, Ruled
-from bncli.report.text import Column, encodable, environment_words, in_encoding
-from bncli.results.profile import Ceilings, KernelCost, KernelMean, KernelProfile, Speedup
+from bncli.report.table import AlignedTable, BulletList, Paragraph, ResponsiveTable, Row
+from bncli.report.text import UNKNOWN, Column, environment_words, figure
+from bncli.results.profile import Case, Ceilings, KernelCost, KernelMean, KernelProfile, StepCost
 
-SHORT = {"forward": "fwd", "backward": "bwd"}
-# What shows the spread of its samples, what is left out, and whether headers are short; the first that fits is taken.
-KERNEL_LAYOUTS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
-    ("all", (), False),
-    ("both", (), False),
-    ("both", (), True),
-    ("both", ("ran",), False),
-    ("both", ("ran",), True),
-    ("none", ("ran",), True),
-    ("none", ("ran", "peak"), True),
-    ("both", ("ran", "peak", "saved"), True),
-    ("none", ("ran", "peak", "saved"), True),
-    ("none", ("ran", "peak", "saved", "gb_per_s"), True),
-    ("both", ("ran", "peak", "saved", "gb_per_s", "forward", "backward"), False),
-    ("none", ("ran", "peak", "saved", "gb_per_s", "forward", "backward"), False),
-)
-LEFT_OUT = {"forward": "forward", "backward": "backward", "gb_per_s": "GB/s", "peak": "peak", "saved": "saved"}
+TIMES = ("forward", "backward", "both")
+HIDDEN_FIRST = ("implementation", "peak", "saved", "gb_per_s", "backward", "forward")
+AnyRow = TypeVar("AnyRow", KernelCost, KernelMean, StepCost)
 
 
 @dataclass(frozen=True)
@@ -54,124 +48,144 @@ class KernelReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         profile = self.profile
-        rows, left_out = folded(profile.rows)
-        words = measured_words(profile.rows, profile.planned, profile.seconds)
-        yield Fitted(kernel_title(profile), words, _kernel_layouts(rows, profile.ceilings) if rows else (_nothing,), ())
+        rows, hidden = without_empty_cases(profile.rows)
+        tables = _kernel_tables(case_groups(rows), profile.ceilings)
+        yield ResponsiveTable(kernel_title(profile), next(tables), list(tables), measured_words(profile))
         if profile.means:
-            yield Fitted("Over all shapes: geometric mean", "", _mean_layouts(profile.means), ())
-        ceilings = encodable(ceilings_words(profile.ceilings), options.encoding)
-        yield Text.assemble(("Measured ceilings: ", "bold"), ceilings)
-        yield Dashed("", (*left_out, *note_lines(profile)))
+            yield ResponsiveTable("Geometric mean over all shapes", *_mean_tables(profile.means))
+        yield Paragraph(f"Measured ceilings: {ceilings_words(profile.ceilings)}")
+        yield BulletList("", (*hidden, *note_lines(profile)))
         made = f"Made on {environment_words(profile.environment)}; {cache_words(profile.cold)}."
-        for line in (made, *kernel_legend(profile)):
-            yield Text(in_encoding(line, options.encoding), "dim")
+        yield from (Paragraph(line, "dim") for line in (made, *_legend(profile)))
 
 
-def kernel_legend(profile: KernelProfile) -> Iterator[str]:
+def _legend(profile: KernelProfile) -> Iterator[str]:
     """How to read the table of kernels, in a few lines."""
     if not profile.rows:
         return
-    yield "ms: median of the samples, ± half the distance of their quartiles; both: forward and backward together."
-    copies = profile.ceilings.copies
-    copy = f" Of copy: its share of the copy at {size_words(copies[-1][0])}" if copies else ""
-    above = "; what fits in a cache may exceed it" if copy and not profile.cold else ""
-    yield (
-        "GB/s: the bytes that both must move at the least (each tensor read or written once) over their time."
-        f"{copy}{above}{'.' * bool(copy)}"
-    )
+    yield f"ms: {MEDIAN}. both: forward and backward together."
+    speed = "GB/s: the fewest bytes that both can move (each tensor read or written once) over their time."
+    if profile.ceilings.copies:
+        above = "" if profile.cold else "; what fits in a cache can exceed 100%"
+        speed += f" % of copy: relative to a copy of {size_words(profile.ceilings.copies[-1][0])}{above}."
+    yield speed
     if any(row.faster for row in profile.rows):
-        yield (
-            "Times native: how many times faster than native, the median of the rounds' ratios with its 95% interval; "
-            "above 1 is faster. Native is the yardstick."
-        )
-    yield "Peak: memory of both, beyond the inputs. Saved: what forward keeps for backward."
+        yield speedup_legend("the native kernel")
+    yield "peak: memory of both, without the inputs. saved: what forward keeps for backward."
 
 
-def speedup_styles(ratios: Iterable[Speedup | None], place: int) -> dict[tuple[int, int], str]:
-    """Bold for each ratio of that column, green where its interval is above 1, red where it is below."""
-    styles = {}
-    for index, faster in enumerate(ratios):
-        if faster is not None:
-            low, high = faster.interval.low, faster.interval.high
-            colour = " green" if low is not None and low > 1 else " red" if high is not None and high < 1 else ""
-            styles[index, place] = f"bold{colour}"
-    return styles
+def kernel_title(profile: KernelProfile) -> str:
+    kernels = ", ".join(dict.fromkeys(row.kernel for row in profile.rows))
+    return "Batch norm kernels" + f": {kernels}" * bool(kernels)
 
 
-def once(column: Column, lines: Sequence[Line]) -> Column:
-    """Each of its words where they begin, and nothing where they go on below the same heading."""
-    cells = [
-        ("", "") if i and cell == column.cells[i - 1] and not lines[i].heading else cell
-        for i, cell in enumerate(column.cells)
-    ]
-    return replace(column, cells=tuple(cells))
+def ceilings_words(ceilings: Ceilings) -> str:
+    """What the machine reached in the same run, the largest copy first."""
+    flops = f"multiply-adds {figure(ceilings.gflop_per_s)} GFLOP/s in fp32" if ceilings.gflop_per_s else ""
+    copies = [f"{figure(speed)} GB/s at {size_words(size)}" for size, speed in reversed(ceilings.copies)]
+    return "; ".join(filter(None, [f"copy {', '.join(copies)}" * bool(copies), flops])) or "none measured"
 
 
-def _nothing(encoding: str) -> Text:
-    return Text("Nothing was measured.")
+def without_empty_cases(rows: Sequence[KernelCost]) -> tuple[list[KernelCost], list[str]]:
+    """The rows to show, and in a line the cases that nothing was measured of, all kernels for the same reason.
+
+    A wrong result is always shown, and so is everything where there would be nothing else.
+    """
+    reasons: dict[Case, set[str | None]] = {}
+    for row in rows:
+        reasons.setdefault(row.case, set()).add(None if row.wrong else row.error)
+    empty = {case: next(iter(errors)) for case, errors in reasons.items() if len(errors) == 1 and None not in errors}
+    if len(empty) == len(reasons):
+        return list(rows), []
+    counts = Counter(empty.values())
+    lines = [f"{count} of {len(reasons)} cases are not shown ({error})" for error, count in counts.items()]
+    return [row for row in rows if row.case not in empty], lines
 
 
-def _kernel_layouts(shown: Sequence[KernelCost], ceilings: Ceilings) -> list[Layout]:
-    groups = grouped(shown)
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def kernel_columns(rows: Sequence[KernelCost], ceilings: Ceilings) -> dict[str, Column]:
+    """A column's key -> its cells, one a row."""
+    samples = {name: [times.samples_ms if (times := getattr(row, name)) else () for row in rows] for name in TIMES}
+    cells = {name: [samples_cell(each) for each in found] for name, found in samples.items()}
+    return {
+        "shape": Column("shape", [shape_words(row.case.shape) for row in rows], words=True, once=True),
+        "kernel": Column("kernel", [row.kernel for row in rows], words=True),
+        "forward": Column("forward\nms", cells["forward"], optional=True, short="fwd\nms"),
+        "backward": Column("backward\nms", cells["backward"], optional=True, short="bwd\nms"),
+        "both": Column("both\nms", cells["both"]),
+        "gb_per_s": Column("GB/s", [figure(gb_per_s(row.both)) for row in rows], optional=True),
+        "of_copy": Column("% of\ncopy", [percent(of_copy(row, ceilings)) for row in rows]),
+        "speedup": Column(VS_NATIVE, [speedup_cell(row.faster, row.kernel) for row in rows]),
+        "peak": memory_column("peak", [row.peak_memory_mib for row in rows]),
+        "saved": memory_column("saved", [row.saved_mib for row in rows]),
+        "implementation": Column("implementation", [row.ran or UNKNOWN for row in rows], words=True),
+    }
+
+
+def _kernel_tables(groups: Mapping[str, list[KernelCost]], ceilings: Ceilings) -> Iterator[AlignedTable]:
+    """From the widest table, with the spread of each time, to the narrowest, with none."""
     rows = [row for members in groups.values() for row in members]
-    first = {id(members[0]): heading for heading, members in groups.items()}
-    lines = [
-        Line(
-            heading=first.get(id(row), ""),
-            style="dim" if row.kernel == NATIVE else "",
-            message=f"{'WRONG: ' * row.wrong}{words}" if (words := error_words(row)) is not None else "",
-        )
-        for row in rows
-    ]
-
-    def layout(spreads: str, without: Sequence[str], short: bool) -> Layout:
-        cells = kernel_columns(rows, ceilings, spreads=spreads)
-        cells["shape"] = once(cells["shape"], lines)
-        if short:
-            cells |= {key: replace(cells[key], header=(word, "ms")) for key, word in SHORT.items()}
-        kept = [key for key in cells if key not in without]
-        styles = speedup_styles((row.faster for row in rows), kept.index("faster"))
-        tail = list(_below(rows, without))
-        return lambda encoding: Group(
-            Ruled([cells[key] for key in kept], lines, encoding, styles),
-            *(Text(encodable(words, encoding), "dim") for words in ["", *tail] if tail),
-        )
-
-    whole = list(kernel_columns(rows, ceilings).values())
-    return [*(layout(*how) for how in KERNEL_LAYOUTS), lambda encoding: Listing(whole, lines, encoding)]
+    lines = table_rows(groups, _message)
+    columns = kernel_columns(rows, ceilings)
+    yield AlignedTable(list(columns.values()), lines)
+    spread = columns | {name: without_asides(columns[name]) for name in ("forward", "backward")}
+    yield AlignedTable(list(spread.values()), lines)
+    plain = spread | {"both": without_asides(columns["both"])}
+    implementations = " | ".join(_implementations(rows))
+    # backward and forward are hidden together.
+    for hidden, found in itertools.product((0, 1, 2, 3, 4, 6), (spread, plain)):
+        shown = [column for name, column in found.items() if name not in HIDDEN_FIRST[:hidden]]
+        notes = [f"Implementations: {implementations}"] * bool(hidden and implementations)
+        yield AlignedTable(shown, lines, short_headers=True, notes=notes)
 
 
-def _below(rows: Sequence[KernelCost], without: Sequence[str]) -> Iterator[str]:
-    """What a narrow table leaves out: what really ran in words, the rest by name."""
-    if "ran" in without and (ran := list(_ran(rows))):
-        yield f"Ran: {' | '.join(ran)}"
-    if names := [words for key, words in LEFT_OUT.items() if key in without]:
-        yield f"Left out for want of room: {', '.join(names)} (a wider output and the CSV have them)"
-
-
-def _ran(rows: Sequence[KernelCost]) -> Iterator[str]:
-    """`fused: in cache; two passes at 8x64x32x32`: what ran most, then what else did and where."""
-    for kernel in dict.fromkeys(row.kernel for row in rows):
-        mine = [row for row in rows if row.kernel == kernel and row.ran]
-        ways = [way for way, _ in Counter(row.ran or "" for row in mine).most_common()]
-        places = {way: dict.fromkeys(shape_words(row.case.shape) for row in mine if row.ran == way) for way in ways}
-        parts = [f"{way} at {', '.join(places[way])}" if way != ways[0] else way for way in ways]
-        if parts:
-            yield f"{kernel}: {'; '.join(parts)}"
-
-
-def _mean_layouts(means: Sequence[KernelMean]) -> list[Layout]:
-    groups: dict[str, list[KernelMean]] = {}
-    operations = [mean.operation for mean in means]
-    for mean in sorted(means, key=lambda mean: operations.index(mean.operation)):
-        groups.setdefault(f"{mean.dtype}, {mean.layout}", []).append(mean)
-    rows = [mean for members in groups.values() for mean in members]
-    first = {id(members[0]): heading for heading, members in groups.items()}
-    lines = [Line(first.get(id(mean), ""), "dim" if mean.kernel == NATIVE else "") for mean in rows]
-    columns = mean_columns(rows)
-    styles = speedup_styles((mean.faster for mean in rows), 3)
-    shown = [once(columns[0], lines), *columns[1:]]
+def table_rows(groups: Mapping[str, list[AnyRow]], message: Callable[[AnyRow], str]) -> list[Row]:
+    """A heading above each group, the native kernel's rows dim, and messages in place of figures."""
     return [
-        lambda encoding: Ruled(shown, lines, encoding, styles),
-        lambda encoding: Listing(columns, lines, encoding),
+        Row(heading if not place else "", "dim" if row.kernel == NATIVE else "", message(row))
+        for heading, members in groups.items()
+        for place, row in enumerate(members)
     ]
+
+
+def _message(row: KernelCost) -> str:
+    words = error_words(row)
+    return "" if words is None else f"{'WRONG: ' * row.wrong}{words}"
+
+
+def _implementations(rows: Sequence[KernelCost]) -> Iterator[str]:
+    """`fused: in cache (two passes at 8x64x32x32)`: what ran most, then what else did and where."""
+    for kernel in dict.fromkeys(row.kernel for row in rows if row.ran):
+        found = [(row.ran, shape_words(row.case.shape)) for row in rows if row.kernel == kernel and row.ran]
+        (most, _), *others = Counter(ran for ran, _ in found).most_common()
+        places = [
+            f"{other} at {', '.join(dict.fromkeys(shape for ran, shape in found if ran == other))}"
+            for other, _ in others
+        ]
+        yield f"{kernel}: {most}" + f" ({'; '.join(places)})" * bool(places)
+
+
+def mean_columns(means: Sequence[KernelMean]) -> list[Column]:
+    """A row a kernel and operation: its geometric mean speedup over its shapes, and its worst shape."""
+    return [
+        Column("operation", [mean.operation for mean in means], words=True, once=True),
+        Column("kernel", [mean.kernel for mean in means], words=True),
+        Column("shapes", [figure(mean.shapes) for mean in means], optional=True),
+        Column(VS_NATIVE, [speedup_cell(mean.faster) for mean in means]),
+        Column("worst", [f"{figure(mean.least)}x" for mean in means]),
+        Column("at shape", [shape_words(mean.least_shape) for mean in means], words=True, optional=True),
+    ]
+
+
+def mean_groups(means: Sequence[KernelMean]) -> dict[str, list[KernelMean]]:
+    return grouped(means, lambda mean: f"{mean.dtype}, {mean.layout}", lambda mean: mean.operation)
+
+
+def _mean_tables(means: Sequence[KernelMean]) -> tuple[AlignedTable, list[AlignedTable]]:
+    groups = mean_groups(means)
+    columns = mean_columns([mean for members in groups.values() for mean in members])
+    rows = table_rows(groups, lambda mean: "")
+    narrow = [column for column in columns if not column.optional]
+    return AlignedTable(columns, rows), [AlignedTable(narrow, rows)]

@@ -1,125 +1,174 @@
-"""The report of `bncli profile` on a training step: how long it takes, where the time and the memory go."""
+"""Report of `bncli profile` on a training step: how long it takes, where time and memory go, norm-layer diagnostics."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.padding import Padding
 from rich.text import Text
 
-from bncli.report.profile.kernels import once, speedup_styles
-from bncli.report.profile.notes import error_words, norms_words, note_lines, remark_words
+from bncli.report.profile.kernels import table_rows
 from bncli.report.profile.text import (
-    NATIVE,
+    MEDIAN,
+    VS_NATIVE,
+    error_words,
+    grouped,
     measured_words,
-    memory_columns,
+    memory_column,
+    norms_words,
+    note_lines,
+    percent,
     quartiles,
-    share_columns,
-    step_columns,
+    remark_words,
+    samples_cell,
+    samples_per_s,
+    speedup_cell,
+    speedup_legend,
+    without_asides,
 )
-from bncli.report.table import Bar, Dashed, Fitted, Layout, Line, Listing, Ruled
-from bncli.report.text import Column, encodable, environment_words, in_encoding
+from bncli.report.table import AlignedTable, Bar, BulletList, Paragraph, ResponsiveTable, Row
+from bncli.report.text import UNKNOWN, Cell, Column, environment_words, figure
 from bncli.results.profile import STEP_CLASSES, NormRemark, StepCost, StepProfile
 
 COLOURS = dict(zip(STEP_CLASSES, ("magenta", "cyan", "yellow", "green", "blue", "", "dim"), strict=True))
 LETTERS = dict(zip(STEP_CLASSES, "NCAOD.-", strict=True))  # of a bar, so that it needs no colour
+SHORT = {
+    "normalization": "normal-\nization",
+    "convolution, linear": "conv,\nlinear",
+    "activation": "acti-\nvation",
+    "optimizer": "opti-\nmizer",
+}
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """All that `bncli profile recipe.yaml` shows: steps, shares, memory, and what the norm layers suffer from."""
+    """All that `bncli profile recipe.yaml` shows: steps, shares, memory, and what to change in the norm layers."""
 
     profile: StepProfile
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        profile, encoding = self.profile, options.encoding
-        words = measured_words(profile.rows, profile.planned, profile.seconds)
-        title = f"{profile.name}: one step of the whole model"
-        yield Fitted(title, words, _step_layouts(profile.rows) if profile.rows else (_nothing,), ())
-        shared = [row for row in profile.rows if row.shares_ms and row.error is None]
-        if shared:
-            yield Fitted("Share of a step", "", _share_layouts(shared), ())
-        split = [row for row in profile.rows if row.memory is not None]
-        if split:
-            yield Fitted("Memory of a training step", "", _layouts(split, memory_columns(split)), ())
-        yield Dashed("Norm layers:", _norms(profile.rows))
-        yield from _remarks(profile.remarks, encoding)
-        yield Dashed("", note_lines(profile))
-        for line in (f"Made on {environment_words(profile.environment)}.", *step_legend(profile)):
-            yield Text(in_encoding(line, encoding), "dim")
+        profile = self.profile
+        rows = [row for members in _arms(profile.rows).values() for row in members]
+        bar = _bars(rows) if any(row.shares_ms for row in rows) else None
+        table = AlignedTable(step_columns(rows), _lines(rows, messages=True), bar=bar, key=_key(rows))
+        yield ResponsiveTable(f"{profile.name}: one step of the whole model", table, subtitle=measured_words(profile))
+        if shared := [row for row in rows if row.shares_ms and row.error is None]:
+            table = AlignedTable(share_columns(shared), _lines(shared))
+            plain = replace(table, columns=[without_asides(column) for column in table.columns])
+            short = replace(plain, short_headers=True)
+            least = replace(short, columns=[column for column in short.columns if not column.optional])
+            yield ResponsiveTable("Share of a step", table, [plain, short, least])
+        if split := [row for row in rows if row.memory is not None]:
+            table = AlignedTable(memory_columns(split), _lines(split))
+            yield ResponsiveTable("Memory of a training step", table, [replace(table, short_headers=True)])
+        yield BulletList("Norm layers:", _norms(rows))
+        yield from _remarks(profile.remarks)
+        yield BulletList("", note_lines(profile))
+        made = f"Made on {environment_words(profile.environment)}."
+        yield from (Paragraph(line, "dim") for line in (made, *_legend(rows)))
 
 
-def step_legend(profile: StepProfile) -> list[str]:
+def _legend(rows: Sequence[StepCost]) -> list[str]:
     """How to read the tables of a step, in a few lines."""
-    lines = ["ms/step: median of the samples, ± half the distance of their quartiles; evaluation: a forward pass."]
-    if any(row.faster for row in profile.rows):
-        lines.append(
-            "Times native: how many times faster than the same arm with the native kernel, the median of the rounds' "
-            "ratios with its 95% interval; above 1 is faster."
-        )
-    if any(row.shares_ms for row in profile.rows):
-        lines.append("Shares are from a profiled pass apart. Gaps: the device waits for the host.")
-    if any(row.memory for row in profile.rows):
-        lines.append(
-            "Activations: tensors saved for backward. Peak: the whole process on a CPU, the allocator on a GPU."
-        )
-    return lines if profile.rows else []
+    lines = [f"ms/step: {MEDIAN}; in evaluation, of a forward pass."] * bool(rows)
+    if any(row.faster for row in rows):
+        lines.append(speedup_legend("the same arm with the native kernel"))
+    if any(row.shares_ms for row in rows):
+        lines.append("Share of a step: from a separate profiled pass. gaps: the device waits for the host.")
+    if any(row.memory for row in rows):
+        lines.append("activations: saved for backward. peak: of the whole process on a CPU, of the allocator on a GPU.")
+    return lines
 
 
-def _nothing(encoding: str) -> Text:
-    return Text("Nothing was measured.")
+def _norms(rows: Sequence[StepCost]) -> list[str]:
+    """What each arm's norm layers are with each kernel, said once for training and evaluation."""
+    found = dict.fromkeys((row.arm, row.kernel or "", norms_words(row.norms)) for row in rows if row.norms)
+    return [f"{', '.join(filter(None, (arm, kernel)))}: {words}" for arm, kernel, words in found]
 
 
-def _lines(rows: Sequence[StepCost], messages: bool) -> list[Line]:
-    arms = [row.arm for row in rows]
+def _remarks(remarks: Sequence[NormRemark]) -> RenderResult:
+    if not remarks:
+        return
+    yield from ("", Paragraph("Norm layers: what to change", "bold"))
+    several = len({remark.arm for remark in remarks}) > 1
+    for remark in remarks:
+        layer, finding, advice = remark_words(remark)
+        yield Paragraph(f"{f'{remark.arm}, ' * several}{layer}: {finding}", "yellow")
+        yield BulletList("", [advice])
+    yield ""
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def step_columns(rows: Sequence[StepCost]) -> list[Column]:
+    """A row an arm, mode and kernel: how long a step takes."""
     return [
-        Line(
-            heading=row.arm if not index or arms[index - 1] != row.arm else "",
-            style="dim" if row.kernel == NATIVE else "",
-            message=(error_words(row) or "") if messages else "",
-        )
-        for index, row in enumerate(rows)
+        *_step_names(rows),
+        Column("ms/step", [samples_cell(row.samples_ms) for row in rows]),
+        Column("samples/s", [figure(samples_per_s(row)) for row in rows]),
+        Column(VS_NATIVE, [speedup_cell(row.faster, row.kernel) for row in rows]),
     ]
 
 
-def _layouts(rows: Sequence[StepCost], *choices: Sequence[Column]) -> list[Layout]:
-    """The first of several sets of columns that fits, below each arm's name; else a line for each figure."""
-    lines = _lines(rows, messages=False)
+def share_columns(rows: Sequence[StepCost]) -> list[Column]:
+    """The same rows: the share of each class of work in a step, and its milliseconds."""
 
-    def layout(columns: Sequence[Column]) -> Layout:
-        return lambda encoding: Ruled([once(columns[0], lines), *columns[1:]], lines, encoding)
+    def cell(row: StepCost, name: str) -> Cell:
+        value, whole = row.shares_ms.get(name), sum(row.shares_ms.values())
+        if value is None or whole <= 0:
+            return Cell(UNKNOWN)
+        return Cell(percent(value / whole), f"{figure(value, 2 if value < 10 else 3)} ms" if value else "")
 
-    return [*map(layout, choices), lambda encoding: Listing(choices[-1], lines, encoding)]
-
-
-def _share_layouts(rows: Sequence[StepCost]) -> list[Layout]:
-    return _layouts(rows, share_columns(rows, ms=True), share_columns(rows), share_columns(rows, short=True))
-
-
-def _step_layouts(rows: Sequence[StepCost]) -> list[Layout]:
-    lines, columns = _lines(rows, messages=True), step_columns(rows)
-    shown = [once(columns[0], lines), *columns[1:]]
-    styles = speedup_styles((row.faster for row in rows), len(columns) - 1)
-    bar = _bars(rows) if any(row.shares_ms for row in rows) else None
-    return [
-        lambda encoding: Ruled(shown, lines, encoding, styles, bar, _key(rows)),
-        lambda encoding: Listing(columns, lines, encoding),
+    shares = [
+        Column(
+            header=name.replace(" ", "\n", 1),
+            values=[cell(row, name) for row in rows],
+            short=SHORT.get(name, ""),
+            optional=name in ("data", "other"),
+        )
+        for name in STEP_CLASSES
     ]
+    return [*_step_names(rows), *shares]
+
+
+def memory_columns(rows: Sequence[StepCost]) -> list[Column]:
+    """The rows that have them: parts of the peak of a step, in MiB or KiB."""
+    parts = {"parameters": "params", "gradients": "grads", "optimizer": "optim", "activations": "activ", "peak": "peak"}
+    columns = [
+        memory_column(name, [getattr(row.memory, f"{name}_mib", None) for row in rows], short)
+        for name, short in parts.items()
+    ]
+    return [*_step_names(rows), *columns]
+
+
+def _step_names(rows: Sequence[StepCost]) -> list[Column]:
+    return [
+        Column("mode", [row.mode for row in rows], words=True, once=True),
+        Column("kernel", [row.kernel or UNKNOWN for row in rows], words=True),
+    ]
+
+
+def _lines(rows: Sequence[StepCost], messages: bool = False) -> list[Row]:
+    return table_rows(_arms(rows), lambda row: (error_words(row) or "") * messages)
+
+
+def _arms(rows: Sequence[StepCost]) -> dict[str, list[StepCost]]:
+    return grouped(rows, lambda row: row.arm, lambda row: row.mode)
 
 
 def _bars(rows: Sequence[StepCost]) -> Bar:
-    """A step as a bar of its classes' letters; the longest step is as long as the room."""
+    """A step as a bar of its classes' letters; the longest step takes the whole width."""
     medians = [found.median if (found := quartiles(row.samples_ms)) else 0.0 for row in rows]
     longest = max(medians)
 
-    def bar(index: int, room: int) -> Text:
+    def bar(index: int, width: int) -> Text:
         row, text, done = rows[index], Text(), 0.0
         whole = sum(row.shares_ms.values())
         if whole <= 0 or longest <= 0:
             return text
-        each = room * medians[index] / longest / whole  # columns a millisecond
+        each = width * medians[index] / longest / whole  # characters for each millisecond
         for name in STEP_CLASSES:
             begin, done = round(done * each), done + row.shares_ms.get(name, 0.0)
             text.append(LETTERS[name] * (round(done * each) - begin), COLOURS[name])
@@ -130,30 +179,6 @@ def _bars(rows: Sequence[StepCost]) -> Bar:
 
 def _key(rows: Sequence[StepCost]) -> Text:
     """What a bar's letters stand for, of the classes that a step has."""
-    key = Text("Bars: ", "dim")
     used = [name for name in STEP_CLASSES if any(row.shares_ms.get(name) for row in rows)]
-    for index, name in enumerate(used):
-        key.append("; " * bool(index))
-        key.append(LETTERS[name], f"not dim {COLOURS[name]}".strip())
-        key.append(f" {name}")
-    return key
-
-
-def _norms(rows: Sequence[StepCost]) -> list[str]:
-    """What each arm's norm layers are with each kernel, said once for training and evaluation."""
-    found = dict.fromkeys((row.arm, row.kernel or "", norms_words(row.norms)) for row in rows if row.norms)
-    return [f"{', '.join(filter(None, (arm, kernel)))}: {words}" for arm, kernel, words in found]
-
-
-def _remarks(remarks: Sequence[NormRemark], encoding: str) -> RenderResult:
-    if not remarks:
-        return
-    yield ""
-    yield Text("What the norm layers suffer from", "bold")
-    several = len({remark.arm for remark in remarks}) > 1
-    for remark in remarks:
-        words = remark_words(remark)
-        where = f"{remark.arm}, {words.layer}" if several else words.layer
-        yield Text.assemble((encodable(where, encoding), "bold yellow"), ": ", encodable(words.finding, encoding))
-        yield Padding(Text(encodable(words.advice, encoding)), (0, 0, 0, 2), expand=False)
-    yield ""
+    names = [Text.assemble((LETTERS[name], f"not dim {COLOURS[name]}".strip()), f" {name}") for name in used]
+    return Text("Bars: ", "dim").append_text(Text("; ").join(names))

@@ -1,4 +1,4 @@
-"""CSV for programs and Markdown for pages."""
+"""CSV for programs, Markdown for pages, and one HTML page that needs nothing else."""
 
 from __future__ import annotations
 
@@ -6,40 +6,50 @@ import csv
 import io
 import re
 from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
 
-from bncli.report.compare.export import to_csv, to_markdown
+import pytest
+
+from bncli.errors import FileError
+from bncli.report.compare import figure
+from bncli.report.compare.export import to_csv, to_html, to_markdown
+from bncli.report.figure import INK, MISSING
+from bncli.results.compare import Note
 
 
-def test_csv_has_a_row_an_arm_and_units_in_the_header(examples):
+@pytest.mark.parametrize(
+    ("name", "row", "cells"),
+    [
+        ("six arms", 0, {"arm": "plain", "times_fewer": "1", "times_fewer_method": "reference"}),
+        (
+            "six arms",
+            4,
+            {"steps_to_target": "", "times_fewer": "", "times_fewer_high_95": "0.29", "times_fewer_method": "bound"},
+        ),
+        ("six arms", 4, {"failed_runs": "1"}),
+        ("six arms", 5, {"diverged_runs": "5", "best_accuracy": ""}),
+        ("two fields", 0, {"optimizer.lr": "1", "optimizer.momentum": "0.9"}),
+        ("two fields", 1, {"fixed": "optimizer.momentum"}),
+        ("no runs yet", 0, {"hits": "0", "runs": "0", "steps_to_target": ""}),
+        ("no runs yet", 1, {"hits": "0", "runs": "0", "steps_to_target": ""}),
+        ("two arms", 0, {"times_fewer_seconds": "1"}),
+        ("two arms", 1, {"times_fewer_seconds": "9.1", "times_fewer_examples": "12.1", "examples_to_target": "4020.0"}),
+        ("two arms", 1, {"hits_at_0.9": "10", "steps_to_target_at_0.9": "31.2", "times_fewer_at_0.9": "20.4"}),
+        ("two arms", 1, {"grid_points": "5", "grid_points_kept": "2", "choice_doubt": "0.12"}),
+    ],
+)
+def test_csv_has_a_row_for_each_arm_and_unknown_cells_are_empty(examples, name, row, cells):
+    rows = list(csv.DictReader(io.StringIO(to_csv(examples[name]))))
+    assert [each["arm"] for each in rows] == [arm.arm for arm in examples[name].arms]
+    assert cells.items() <= rows[row].items()
+
+
+def test_csv_has_every_digit_and_units_in_its_header(examples):
     rows = list(csv.DictReader(io.StringIO(to_csv(examples["six arms"]))))
-    assert [row["arm"] for row in rows] == [arm.arm for arm in examples["six arms"].arms]
+    assert float(rows[0]["steps_to_target"]) == examples["six arms"].arms[0].steps.value
     assert {"steps_to_target", "samples_per_s", "ms_per_step", "peak_memory_mib", "best_accuracy"} <= rows[0].keys()
-
-
-def test_csv_keeps_every_digit_and_leaves_the_unknown_empty(examples):
-    rows = list(csv.DictReader(io.StringIO(to_csv(examples["six arms"]))))
-    arms = examples["six arms"].arms
-    assert float(rows[0]["steps_to_target"]) == arms[0].steps.value
-    assert rows[4]["steps_to_target"] == ""
-    assert (rows[4]["times_fewer"], rows[4]["times_fewer_high_95"], rows[4]["times_fewer_method"]) == (
-        "",
-        "0.29",
-        "bound",
-    )
-    assert (rows[4]["failed_runs"], rows[5]["diverged_runs"], rows[5]["best_accuracy"]) == ("1", "5", "")
-    assert rows[0]["times_fewer_method"] == "reference"
-
-
-def test_csv_has_the_grid_by_its_full_names(examples):
-    rows = list(csv.DictReader(io.StringIO(to_csv(examples["two fields"]))))
-    assert (rows[0]["optimizer.lr"], rows[0]["optimizer.momentum"]) == ("1", "0.9")
-    assert rows[1]["fixed"] == "optimizer.momentum"
     assert "optimizer.lr" not in to_csv(examples["no grid"])
-
-
-def test_csv_before_any_run_is_a_row_an_arm_of_empty_cells(examples):
-    rows = list(csv.DictReader(io.StringIO(to_csv(examples["no runs yet"]))))
-    assert [(row["hits"], row["runs"], row["steps_to_target"]) for row in rows] == [("0", "0", "")] * 2
 
 
 def test_markdown_has_a_table_with_as_many_cells_in_every_row(example):
@@ -58,7 +68,7 @@ def test_markdown_says_what_the_terminal_says(examples):
         "12.1x (9.81–14.9)",
         "| 1 (reference) |",
         "3\\*",
-        "jackknife over seeds, paired",
+        "jackknife over paired seeds",
     ):
         assert words in text
     assert "| 0.9 | 636 (572–700) | 31.2 (28.1–34.3) | 20.4x (18.4–22.4) |" in text
@@ -67,20 +77,103 @@ def test_markdown_says_what_the_terminal_says(examples):
     )
 
 
-def test_csv_has_seconds_examples_further_targets_and_how_clear_the_choice_was(examples):
-    plain, batch = csv.DictReader(io.StringIO(to_csv(examples["two arms"])))
-    assert (plain["times_fewer_seconds"], batch["times_fewer_seconds"]) == ("1", "9.1")
-    assert (batch["examples_to_target"], batch["times_fewer_examples"]) == ("4020.0", "12.1")
-    assert (batch["hits_at_0.9"], batch["steps_to_target_at_0.9"], batch["times_fewer_at_0.9"]) == (
-        "10",
-        "31.2",
-        "20.4",
-    )
-    assert (batch["grid_points"], batch["grid_points_kept"], batch["choice_doubt"]) == ("5", "2", "0.12")
-
-
 def test_markdown_escapes_what_would_be_markup(examples):
     found = examples["two arms"]
     hostile = replace(found.arms[1], arm="a|b <script> *x* `y` [z](w)\n# h")
     text = to_markdown(replace(found, arms=(found.arms[0], hostile)))
     assert "a\\|b \\<script> \\*x\\* \\`y\\` \\[z\\](w) \\# h" in text
+
+
+# --- HTML ---------------------------------------------------------------------------------------------------------
+
+VOID = {"meta", "br", "path", "use", "rect"}
+
+
+class Page(HTMLParser):
+    """Notes text and what would be loaded, and sees to it that every tag is closed."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.loaded: list[str] = []
+        self.tags: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.loaded += [value for name, value in attributes if name in ("src", "href") and not value.startswith("#")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture
+def no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_args: Any, **_options: Any) -> bytes:
+        raise FileError(MISSING)
+
+    monkeypatch.setattr(figure, "render", missing)
+
+
+def check_page(html: str) -> Page:
+    """That every tag is closed and nothing is loaded."""
+    page = Page(html)
+    assert page.open == []
+    assert page.loaded == []
+    assert "script" not in page.tags
+    return page
+
+
+def test_the_page_is_well_formed_and_loads_nothing(example, no_figure):
+    check_page(to_html(example))
+
+
+def test_the_page_has_tables_notes_machine_and_figure(examples):
+    html = to_html(examples["six arms"])
+    words = " ".join(check_page(html).words)
+    for text in (
+        "rectified linear units",
+        "12.1x",
+        "> 2,308",
+        "Tuning runs",
+        "worker killed by signal 9",
+        "torch 2.13.0",
+    ):
+        assert text in words
+    assert html.count("<svg") == 1
+    assert "prefers-color-scheme: dark" in html
+    assert INK not in html  # the figure takes the colour of the page's text
+    assert "currentColor" in html
+
+
+def test_without_matplotlib_the_page_says_what_is_missing(examples, no_figure):
+    html = to_html(examples["two arms"])
+    assert "<svg" not in html
+    assert "bncli[plot]" in html
+    assert "12.1x" in html
+
+
+def test_without_a_grid_the_page_has_no_tuning_runs(examples, no_figure):
+    assert "Tuning" not in to_html(examples["no grid"])
+
+
+def test_the_page_escapes_names_and_notes(examples, no_figure):
+    found = examples["two arms"]
+    hostile = replace(found.arms[1], arm="<script>alert(1)</script>")
+    plan = replace(found.plan, name="<b>", data="&amp; <i>")
+    notes = (Note.of("words", words="<img src=x>"),)
+    page = Page(to_html(replace(found, plan=plan, arms=(found.arms[0], hostile), notes=notes)))
+    assert {"script", "img", "b", "i"}.isdisjoint(page.tags)
+    assert "<script>alert(1)</script>" in page.words
+    assert "<img src=x>" in page.words

@@ -11,7 +11,7 @@ from bncli.report.compare.notes import CHANGED, SENTENCES, sentence
 from bncli.results.compare import Note, NoteKind
 
 
-def test_every_kind_of_note_has_a_sentence_and_every_part_of_an_identity_a_reason():
+def test_every_kind_of_note_has_a_sentence():
     assert set(SENTENCES) == set(get_args(NoteKind))
     assert set(CHANGED) == {*IDENTITY, "code"}
 
@@ -21,10 +21,7 @@ def test_every_kind_of_note_has_a_sentence_and_every_part_of_an_identity_a_reaso
     [
         (Note.of("unfinished", done=3, planned=9, failed=0), "3 of 9 runs are done; the figures rest on those"),
         (Note.of("failed", "plain", failure="it died"), "plain: failed: it died"),
-        (
-            Note.of("few seeds", seeds=1, ratio=1.5, needed=None),
-            "1 seed an arm is few",
-        ),
+        (Note.of("few seeds", seeds=1, ratio=1.5, needed=None), "1 seed an arm is few"),
         (
             Note.of("not told apart", arms=["a", "b"], reference="plain", comparisons=2),
             "not told apart from plain by the 95 % interval (not corrected for 2 comparisons): a, b",

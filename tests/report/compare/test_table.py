@@ -43,12 +43,12 @@ def test_a_wide_output_shows_an_arm_on_one_line_and_more_columns(examples, show)
     assert "12.1x (9.81–14.9)" in row
     assert "27,910" in row
     assert "< 0.0001" in row
-    assert "p (Holm)" in text
+    assert all(header in text for header in ("(Holm)", "first hit", "ms/step", "parameters"))
 
 
 def test_the_reference_row_is_the_one_with_ratio_1(examples, show):
     (row,) = lines_with(show(comparison_table(examples["two arms"]), 160), "plain  ")
-    assert "1 (reference)" in row
+    assert row.split()[6:8] == ["1", "(reference)"]
 
 
 def test_six_arms_with_long_names_keep_every_word_in_80_columns(examples, show):
@@ -58,13 +58,13 @@ def test_six_arms_with_long_names_keep_every_word_in_80_columns(examples, show):
         assert " ".join(arm.arm.split()) in " ".join(column.split())
 
 
-def test_what_is_not_known_is_a_dash_and_never_a_zero(examples, show):
+def test_an_unknown_value_is_a_dash(examples, show):
     text = show(comparison_table(examples["no runs yet"]))
     (row,) = lines_with(text, "batch norm")
     assert row.split() == ["batch", "norm", "–", "0/0", "–", "–", "–", "–", "–"]
 
 
-def test_several_grid_fields_move_under_the_arm_where_they_have_no_room(examples, show):
+def test_several_grid_fields_move_below_the_arm_on_narrow_terminals(examples, show):
     beside, under = (show(comparison_table(examples["two fields"]), width) for width in (80, 72))
     assert lines_with(beside, "hits")[0].split() == [
         "arm",
@@ -72,12 +72,12 @@ def test_several_grid_fields_move_under_the_arm_where_they_have_no_room(examples
         "momentum",
         "hits",
         "target",
-        "fewer",
+        "steps",
         "accuracy",
         "/s",
         "MiB",
     ]
-    assert lines_with(under, "hits")[0].split() == ["arm", "hits", "target", "fewer", "accuracy", "/s", "MiB"]
+    assert lines_with(under, "hits")[0].split() == ["arm", "hits", "target", "steps", "accuracy", "/s", "MiB"]
     assert lines_with(under, "lr 1*, momentum")
 
 
@@ -100,7 +100,7 @@ def test_square_brackets_in_names_and_notes_are_text_and_not_markup(examples, sh
     assert "see [bold]this[/bold]" in show(comparison_table(found))
 
 
-def test_the_tuning_table_shows_steps_hits_the_best_and_the_ratio_at_every_value(examples, show):
+def test_the_tuning_table_shows_steps_hits_best_and_ratio(examples, show):
     lines = show(tuning_table(examples["two arms"])).splitlines()
     assert any(
         line.split() == ["arm", *(word for value in ("0.03", "0.1", "0.3", "1", "3") for word in ("lr", value))]

@@ -1,7 +1,8 @@
-"""What every rendering of a comparison says: cells, tuning runs, footnotes."""
+"""Columns, cells and footnotes of a comparison."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -17,43 +18,35 @@ from bncli.report.compare.text import (
     title,
     tuning_columns,
 )
-from bncli.report.text import UNKNOWN, header_words
+from bncli.report.text import UNKNOWN, Cell
 from bncli.results.compare import Ratio, Steps, TuningCell
 from bncli.results.environment import Interval
 
 
-def test_steps_of_a_censored_arm_are_above_the_budget(examples):
-    plain = examples["censored reference"].arms[0]
-    assert steps_cell(plain, 3000) == ("> 3,000", "")
-
-
-def test_a_lower_bound_below_the_budget_is_shown_beside_it(examples):
-    arm = replace(examples["censored reference"].arms[0], steps=Steps(None, Interval(2104.0, None), "bound"))
-    assert steps_cell(arm, 3000) == ("> 3,000", "> 2,104")
-
-
-def test_steps_of_an_arm_without_runs_are_unknown_and_never_above_the_budget(examples):
-    assert steps_cell(examples["no runs yet"].arms[0], 3000) == (UNKNOWN, "")
-
-
-def test_an_arm_of_which_every_run_diverged_says_so(examples):
-    assert steps_cell(examples["six arms"].arms[5], 3000) == ("diverged", "")
-
-
-def test_a_median_is_marked_as_one(examples):
-    assert steps_cell(examples["six arms"].arms[3], 3000) == ("median 1,911", "> 1,750")
+@pytest.mark.parametrize(
+    ("name", "arm", "changes", "cell"),
+    [
+        ("censored reference", 0, {}, Cell("> 3,000")),
+        ("censored reference", 0, {"steps": Steps(None, Interval(2104.0, None), "bound")}, Cell("> 3,000", "> 2,104")),
+        ("no runs yet", 0, {}, Cell(UNKNOWN)),
+        ("six arms", 5, {}, Cell("diverged")),
+        ("six arms", 3, {}, Cell("median 1,911", "> 1,750")),
+    ],
+)
+def test_steps_are_a_mean_a_median_a_bound_or_unknown(examples, name, arm, changes, cell):
+    assert steps_cell(replace(examples[name].arms[arm], **changes), 3000) == cell
 
 
 @pytest.mark.parametrize(
     ("ratio", "cell"),
     [
-        (None, ("1", "reference")),
-        (Ratio(12.13, Interval(9.81, 14.94), "means", 0.0), ("12.1x", "9.81–14.9")),
-        (Ratio(4.0, Interval(3.1, None), "rank", 0.01), ("4.00x", "> 3.10")),
-        (Ratio(None, Interval(4.1, None), "bound", 0.01), ("> 4.10x", "")),
-        (Ratio(None, Interval(None, 0.29), "bound", 0.01), ("< 0.290x", "")),
-        (Ratio(None, Interval(None, None), "bound", None), (UNKNOWN, "")),
-        (Ratio(None, Interval(None, None), "none", None), (UNKNOWN, "")),
+        (None, Cell("1", "reference")),
+        (Ratio(12.13, Interval(9.81, 14.94), "means", 0.0), Cell("12.1x", "9.81–14.9")),
+        (Ratio(4.0, Interval(3.1, None), "rank", 0.01), Cell("4.00x", "> 3.10")),
+        (Ratio(None, Interval(4.1, None), "bound", 0.01), Cell("> 4.10x")),
+        (Ratio(None, Interval(None, 0.29), "bound", 0.01), Cell("< 0.290x")),
+        (Ratio(None, Interval(None, None), "bound", None), Cell(UNKNOWN)),
+        (Ratio(None, Interval(None, None), "none", None), Cell(UNKNOWN)),
     ],
 )
 def test_a_ratio_is_a_figure_with_its_interval_or_a_bound_or_unknown(ratio, cell):
@@ -61,9 +54,9 @@ def test_a_ratio_is_a_figure_with_its_interval_or_a_bound_or_unknown(ratio, cell
 
 
 def test_the_columns_are_those_of_the_question(examples):
-    headers = [header_words(column) for column in comparison_columns(examples["two fields"]) if not column.extra]
+    headers = [column.name for column in comparison_columns(examples["two fields"]) if not column.optional]
     assert headers == [
-        "arm", "lr", "momentum", "hits", "steps to target", "times fewer", "best accuracy", "samples/s", "memory MiB",
+        "arm", "lr", "momentum", "hits", "steps to target", "fewer steps", "best accuracy", "samples/s", "memory MiB",
     ]  # fmt: skip
 
 
@@ -71,23 +64,19 @@ def test_every_arm_has_a_cell_in_every_column(example):
     assert {len(column.cells) for column in comparison_columns(example)} == {len(example.arms)}
 
 
-def test_fixed_and_edge_values_are_marked_and_the_marks_are_explained(examples):
-    columns = {column.header[0]: column.cells for column in comparison_columns(examples["two fields"])}
-    assert columns["lr"] == (("1*", ""), ("1*", ""))
-    assert columns["momentum"] == (("0.9*", ""), ("0", "fixed"))
+def test_only_marks_in_use_are_explained(examples):
+    columns = {column.header: column.cells for column in comparison_columns(examples["two fields"])}
+    assert columns["lr"] == (Cell("1*"), Cell("1*"))
+    assert columns["momentum"] == (Cell("0.9*"), Cell("0", "fixed"))
     notes = footnotes(examples["two fields"])
     assert any(note.startswith("*:") for note in notes)
     assert any(note.startswith("fixed:") for note in notes)
-
-
-def test_marks_that_do_not_occur_are_not_explained(examples):
-    notes = footnotes(examples["censored reference"])
-    assert not any(note.startswith(("*:", "fixed:")) for note in notes)
+    assert not any(note.startswith(("*:", "fixed:")) for note in footnotes(examples["censored reference"]))
 
 
 def test_the_methods_in_use_are_named_and_no_other(examples):
     two, six = (" ".join(footnotes(examples[name])) for name in ("two arms", "six arms"))
-    assert "repeats the choice of each arm's best point" in two
+    assert "repeating the choice of each arm's best point" in two
     assert "median:" not in two
     assert "order statistics" not in two
     assert "> 2,308: at least half of the runs missed; a budget of 3,000 steps shows up to 2,308" in six
@@ -103,22 +92,16 @@ def test_the_notes_of_the_comparison_come_first(examples):
     ]
 
 
-def test_the_machine_and_the_versions_are_named_once(examples):
-    made = [note for note in footnotes(examples["two arms"]) if note.startswith("Made on")]
-    assert made == [
-        "Made on cpu (Example CPU <4 GHz>, Linux x86_64), 1 thread a run, torch 2.13.0, Python 3.12.1, bncli 0.1.0."
-    ]
-
-
-def test_a_second_machine_is_named_too(examples):
+def test_each_machine_is_named_once_with_its_versions(examples):
     found = examples["two arms"]
+    one = "Made on cpu (Example CPU <4 GHz>, Linux x86_64), 1 thread a run, torch 2.13.0, Python 3.12.1, bncli 0.1.0."
+    assert [note for note in footnotes(found) if note.startswith("Made on")] == [one]
     first = found.runs[0]
-    elsewhere = replace(
-        first.result, environment=replace(first.result.environment, device="cuda", driver="580.1", tf32=True)
-    )
-    notes = footnotes(replace(found, runs=(replace(first, result=elsewhere), *found.runs[1:])))
-    assert sum(note.startswith("Made on") for note in notes) == 2
-    assert any("driver 580.1, TF32, torch" in note for note in notes)
+    gpu = replace(first.result.environment, device="cuda", driver="580.1", tf32=True)
+    runs = (replace(first, result=replace(first.result, environment=gpu)), *found.runs[1:])
+    notes = [note for note in footnotes(replace(found, runs=runs)) if note.startswith("Made on")]
+    assert len(notes) == 2
+    assert "driver 580.1, TF32, torch" in notes[0]
 
 
 def test_the_title_names_data_target_budget_and_seeds(examples):
@@ -131,18 +114,15 @@ def test_the_title_names_data_target_budget_and_seeds(examples):
     assert subtitle(found.plan).startswith("digits, 1,297 training")
 
 
-def test_a_loss_far_above_where_the_arms_began_does_not_stretch_the_axis(examples):
+@pytest.mark.parametrize("point", [(2000.0, 1e9, 1e9, 1e9), (2000.0, float("nan"), 0.0, float("inf"))])
+def test_a_huge_or_infinite_loss_does_not_stretch_the_axis(examples, point):
     found = examples["falling loss"]
-    wild = replace(found.arms[0], curve=(*found.arms[0].curve, (2000.0, 1e9, 1e9, 1e9)))
+    wild = replace(found.arms[0], curve=(*found.arms[0].curve, point))
     low, high = metric_range(replace(found, arms=(wild, found.arms[1])))
     assert low < found.plan.target.value
     assert high < 5
-
-
-def test_a_curve_point_that_is_not_finite_is_left_out(examples):
-    found = examples["falling loss"]
-    broken = replace(found.arms[0], curve=(*found.arms[0].curve, (2000.0, float("nan"), 0.0, float("inf"))))
-    assert metric_range(replace(found, arms=(broken, found.arms[1]))) == metric_range(found)
+    if math.isnan(point[1]):
+        assert (low, high) == metric_range(found)
 
 
 BUDGET = 3000
@@ -152,63 +132,53 @@ def cell(hits: int, steps: float | None, runs: int = 3, diverged: int = 0) -> Tu
     return TuningCell({"optimizer.lr": 0.3}, hits, runs, steps, diverged)
 
 
-def test_two_arms_that_always_hit_have_a_ratio():
-    assert common_ratio(cell(3, 50.0), cell(3, 600.0), BUDGET) == "12.0x"
-
-
 @pytest.mark.parametrize(
     ("arm", "reference", "text"),
     [
+        (cell(3, 50.0), cell(3, 600.0), "12.0x"),
+        # Misses on one side count as the budget and make a bound.
         (cell(3, 300.0), cell(0, None), "> 10.0x"),
         (cell(0, None), cell(3, 300.0), "< 0.100x"),
         (cell(3, 300.0, 3), cell(1, 300.0, 2), "> 3.16x"),  # sqrt(300 * 3000) / 300
         (cell(0, None, diverged=3), cell(3, 1500.0), "< 0.500x"),
+        # Misses on both sides, no runs, or no geometric mean (at the target before training).
+        (cell(1, 300.0), cell(2, 300.0), UNKNOWN),
+        (cell(3, 300.0), cell(0, None, runs=0), UNKNOWN),
+        (cell(3, None), cell(3, 300.0), UNKNOWN),
     ],
 )
-def test_misses_on_one_side_count_as_the_budget_and_make_a_bound(arm, reference, text):
+def test_the_ratio_at_one_grid_value(arm, reference, text):
     assert common_ratio(arm, reference, BUDGET) == text
 
 
-@pytest.mark.parametrize(
-    ("arm", "reference"),
-    [
-        (cell(1, 300.0), cell(2, 300.0)),
-        (cell(3, 300.0), cell(0, None, runs=0)),
-        (cell(3, None), cell(3, 300.0)),  # at the target before training: no geometric mean
-    ],
-)
-def test_misses_on_both_sides_or_no_mean_leave_the_ratio_unknown(arm, reference):
-    assert common_ratio(arm, reference, BUDGET) == UNKNOWN
-
-
 def test_never_and_diverged_are_words(examples):
-    columns = {column.header[0]: column.cells for column in tuning_columns(examples["two arms"])}
-    assert columns["lr 0.03"][0] == ("never 0/3", "")
-    assert columns["lr 3"][1] == ("diverged", "< 0.349x")
+    columns = {column.header: column.cells for column in tuning_columns(examples["two arms"])}
+    assert columns["lr 0.03"][0] == Cell("never 0/3")
+    assert columns["lr 3"][1] == Cell("diverged", "< 0.349x")
 
 
 def test_the_longest_field_goes_across_and_the_others_down(examples):
     columns = tuning_columns(examples["two fields"])
-    assert [column.header[0] for column in columns] == ["arm", "lr 0.1", "lr 0.3", "lr 1"]
+    assert [column.header for column in columns] == ["arm", "lr 0.1", "lr 0.3", "lr 1"]
     assert columns[0].cells == (
-        ("plain", "momentum 0"),
-        ("plain", "momentum 0.9"),
-        ("batch norm", "momentum 0 fixed"),
+        Cell("plain", "momentum 0"),
+        Cell("plain", "momentum 0.9"),
+        Cell("batch norm", "momentum 0 fixed"),
     )
 
 
-def test_an_arm_is_compared_with_the_reference_at_the_same_values_of_all_fields(examples):
-    columns = {column.header[0]: column.cells for column in tuning_columns(examples["two fields"])}
-    assert columns["lr 0.1"][2] == ("98.0 3/3", "27.7x")  # plain took 2711 at momentum 0
+def test_an_arm_is_compared_at_the_same_values_of_all_fields(examples):
+    columns = {column.header: column.cells for column in tuning_columns(examples["two fields"])}
+    assert columns["lr 0.1"][2] == Cell("98.0 3/3", "27.7x")  # plain took 2711 at momentum 0
 
 
 def test_a_value_that_an_arm_fixes_is_named_beside_it(examples):
     columns = tuning_columns(examples["six arms"])
-    assert columns[0].cells[2] == ("batch norm with a learning rate x5", "lr 1.5 fixed")
-    assert all(column.cells[2] == (UNKNOWN, "") for column in columns[1:])
+    assert columns[0].cells[2] == Cell("batch norm with a learning rate x5", "lr 1.5 fixed")
+    assert all(column.cells[2] == Cell(UNKNOWN) for column in columns[1:])
 
 
 def test_a_reference_that_is_not_there_leaves_out_the_ratios(examples):
     found = examples["two arms"]
     without = replace(found, arms=found.arms[1:])
-    assert all(aside == "" for column in tuning_columns(without)[1:] for _, aside in column.cells)
+    assert not any(cell.aside for column in tuning_columns(without)[1:] for cell in column.cells)

@@ -1,4 +1,4 @@
-"""Results of `bncli gradcheck` made by hand: one in which every case passes, one with failures."""
+"""Handmade results of `bncli gradcheck`: one in which every case passes, one with failures."""
 
 from __future__ import annotations
 

@@ -1,23 +1,40 @@
-"""What `bncli gradcheck` says in words of errors, failures, evidence and tolerances."""
+"""The outcome of `bncli gradcheck` in words and as JSON."""
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
+from bncli.cli.gradcheck import rerun_command
 from bncli.report.gradcheck.text import (
     EVIDENCE,
+    NOT_CHECKED_REASONS,
     TOLERANCES,
+    demo_to_json,
     evidence_text,
     failure_text,
     in_tolerances,
+    interrupted_to_json,
     not_checked_text,
+    to_json,
 )
 from bncli.results.finding import Finding
-from bncli.results.gradcheck import Diagnosis, Facet, FailureSummary, NotChecked
-from tests.report.gradcheck.made_up_checks import FIRST, OFF
+from bncli.results.gradcheck import (
+    BiasStep,
+    CheckGroup,
+    Diagnosis,
+    Facet,
+    FailureSummary,
+    Gradcheck,
+    NotChecked,
+    ToleranceRule,
+)
+from bncli.results.serialize import from_plain
+from tests.report.gradcheck.made_up_checks import BAD, FIRST, GOOD, OFF, RULE, STEPS
 
 
 @pytest.mark.parametrize(
@@ -75,18 +92,20 @@ def test_the_evidence_in_words(diagnosis: Diagnosis, text: str) -> None:
     assert evidence_text(diagnosis) == text
 
 
-def test_of_the_results_at_a_hard_input_the_worst_is_named() -> None:
+def test_the_worst_result_at_a_hard_input_is_named() -> None:
     assert failure_text(replace(FIRST, section="hard inputs")).startswith("dx: dx[0, 1, 2, 2] is 0.75")
     of_its_own = replace(FIRST, section="hard inputs", call=None, finding=replace(OFF, at=None, allowed=0.1))
     assert failure_text(of_its_own) == "dx is 0.75; expected 0.25 within 0.1"
 
 
-def test_a_refusal_is_told_in_the_kernels_own_words() -> None:
+def test_a_refusal_quotes_the_kernel() -> None:
     raised = Finding("raised", exception="TypeError", text="no half precision")
     assert (
         not_checked_text(NotChecked("refused", raised)) == "the kernel refuses it: raised TypeError: no half precision"
     )
     assert not_checked_text(None) is None
+    assert set(NOT_CHECKED_REASONS) == set(get_args(get_type_hints(NotChecked)["reason"]))
+    assert set(TOLERANCES) == set(get_args(ToleranceRule))
 
 
 def test_the_numbers_in_the_words_are_those_that_are_used() -> None:
@@ -103,10 +122,56 @@ def test_the_numbers_in_the_words_are_those_that_are_used() -> None:
     assert "1e-6 at mean/deviation 1e2 and 1e3, 5e-6 at 1e4" in TOLERANCES["variance"]
 
 
-def test_what_is_said_of_a_bug_belongs_to_one_that_is_named() -> None:
+def test_every_evidence_belongs_to_a_known_bug() -> None:
     import inspect
 
     from bncli.measure.gradcheck import symptoms
 
     source = inspect.getsource(symptoms)
     assert all(f'"{bug}"' in source for bug in EVIDENCE)
+
+
+# --- JSON ---------------------------------------------------------------------------------------------------------
+
+
+def json_of(result: Gradcheck) -> str:
+    return to_json(result, [rerun_command(result, failure) for failure in result.failures])
+
+
+def facts(plain: dict[str, Any]) -> dict[str, Any]:
+    """JSON without what it says in words beside its fields."""
+    words = {"groups": ("tolerance", "not_checked"), "failures": ("message", "reproduce"), "diagnoses": ("evidence",)}
+    for name, fields in words.items():
+        for each in plain.get(name, ()):
+            for field in fields:
+                each.pop(field)
+    return plain
+
+
+@pytest.mark.parametrize("result", [GOOD, BAD], ids=["good", "bad"])
+def test_json_holds_the_whole_result_infinities_included(result: Gradcheck) -> None:
+    plain = json.loads(json_of(result), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert plain.pop("format_version") == 1
+    assert plain.pop("passed") is (result is GOOD)
+    assert from_plain(Gradcheck, facts(plain)) == result
+
+
+def test_json_says_beside_the_fields_what_the_terminal_shows() -> None:
+    plain = json.loads(json_of(BAD))
+    assert plain["groups"][0]["tolerance"] == TOLERANCES[RULE]
+    assert plain["groups"][0]["not_checked"] is None
+    assert plain["failures"][0]["case"] == "train-float32-4x3x5x5-relu-dx"
+    assert plain["failures"][0]["message"] == "dx[0, 1, 2, 2] is 0.75; expected 0.25; relative error 0.5"
+    assert plain["failures"][0]["reproduce"].endswith("--allow-code --only train-float32-4x3x5x5-relu-dx")
+    assert plain["diagnoses"][0]["evidence"] == evidence_text(BAD.diagnoses[0])
+    assert json.loads(json_of(GOOD))["groups"][3]["not_checked"] == "Metal has no float64"
+
+
+def test_json_of_a_demonstration_and_an_interrupted_check() -> None:
+    demo = json.loads(demo_to_json(STEPS))
+    assert demo["format_version"] == 1
+    assert [from_plain(BiasStep, step) for step in demo["steps"]] == list(STEPS)
+    part = json.loads(interrupted_to_json(BAD.groups))
+    assert part["format_version"] == 1
+    assert part["interrupted"] is True
+    assert [from_plain(CheckGroup, group) for group in facts(part)["groups"]] == list(BAD.groups)

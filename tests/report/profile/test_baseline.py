@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,40 +10,50 @@ import pytest
 from bncli.report.profile.baseline import GateReport, closing
 from tests.report.made_up_costs import made_gate, one_case
 
+Show = Callable[..., str]
 
-@pytest.mark.parametrize("width", [80, 100, 160])
-def test_each_change_has_its_verdict_in_words(width, show):
+
+@pytest.mark.parametrize(("width", "speedups"), [(60, 0), (80, 2), (100, 2), (160, 2)])
+def test_each_change_has_its_slowdown_and_verdict_in_words(width: int, speedups: int, show: Show) -> None:
     text = show(GateReport(made_gate()), width)
-    rows = [line for line in text.splitlines() if line.startswith("256x64x56x56, ")]
-    assert [re.search(r"(ok|regressed|cannot tell)$", line).group() for line in rows] == [
-        "ok",
-        "regressed",
-        "cannot tell",
-        "ok",
-    ]
-    assert all("2.31" in line for line in rows)
+    rows = [line.split() for line in text.splitlines() if line.startswith("256x64x56x56, ")]
+    assert [" ".join(row[-2:]).rpartition(") ")[2] for row in rows] == ["ok", "regressed", "cannot tell", "ok"]
+    for row, slowdown in zip(rows, ("1.00x", "1.36x", "1.10x", "0.924x"), strict=True):
+        assert slowdown in row
+        assert sum(word.endswith("x") for word in row) == speedups + 1
+        assert ("2.31x" in row) == bool(speedups)
 
 
-def test_the_last_lines_count_the_verdicts_and_tell_the_exit_code(show):
-    text = " ".join(show(GateReport(made_gate()), 80).split())
-    assert text.endswith(
-        "2 ok, 1 regressed, 1 cannot tell: FAILED, more than 1.1 times slower by the whole interval (exit 1)."
-    )
+def test_the_last_line_counts_the_verdicts_and_tells_the_exit_code(show: Show) -> None:
+    failed = "2 ok, 1 regressed, 1 cannot tell: FAILED, the whole interval of a slowdown is above 1.1x (exit 1)."
+    assert " ".join(show(GateReport(made_gate()), 80).split()).endswith(failed)
     calm = replace(made_gate(), changes=tuple(each for each in made_gate().changes if each.verdict != "regressed"))
-    assert closing(calm).startswith("2 ok, 1 cannot tell: passed (exit 0). What it cannot tell fails a strict")
-    strict = closing(replace(calm, strict=True))
-    assert strict.startswith("2 ok, 1 cannot tell: FAILED, 2 of the baseline's rows are undecided (strict, exit 1).")
+    disturbed = replace(calm, disturbed=("this run", "the baseline"))
+    for gate, words in (
+        (calm, "2 ok, 1 cannot tell: passed (exit 0). Undecided rows fail a strict comparison only. For narrower"),
+        (
+            replace(calm, strict=True),
+            "2 ok, 1 cannot tell: FAILED, 2 of the baseline's rows are undecided (strict, exit 1).",
+        ),
+        (
+            disturbed,
+            "Other programs used the cores in this run and in the baseline: no row is called regressed. Measure again "
+            "on idle cores (exit 0).",
+        ),
+        (replace(calm, changes=calm.changes[:1]), "1 ok: passed (exit 0)."),
+    ):
+        assert closing(gate).startswith(words)
 
 
-def test_what_only_one_side_has_is_listed(show):
+def test_what_only_one_side_has_is_listed(show: Show) -> None:
     lines = show(GateReport(made_gate()), 100).splitlines()
     assert lines[lines.index("Not in the baseline:") + 1] == "- bn fp32 contiguous, 60x100, fused"
-    assert lines[lines.index("In the baseline, but without a ratio now:") + 1] == "- bn fp32 contiguous, 8x8, fused"
+    assert lines[lines.index("In the baseline, but without a speedup now:") + 1] == "- bn fp32 contiguous, 8x8, fused"
 
 
-def test_another_device_and_another_cache_are_noted(show):
+def test_another_device_and_another_cache_are_noted(show: Show) -> None:
     there = replace(one_case(), cold=False, environment=replace(one_case().environment, device="cuda:0 NVIDIA X"))
     text = show(GateReport(made_gate(), one_case(), there), 160)
-    assert "Another device than the baseline's: cpu now, cuda:0 NVIDIA X then" in text
-    assert "cold now, warm then" in text
-    assert "Another" not in show(GateReport(made_gate(), one_case(), one_case()), 160)
+    assert "Different device: cpu now, cuda:0 NVIDIA X in the baseline" in text
+    assert "Different cache: cold now, warm in the baseline" in text
+    assert "Different" not in show(GateReport(made_gate(), one_case(), one_case()), 160)

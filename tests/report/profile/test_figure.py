@@ -1,20 +1,30 @@
-"""Figures of a profile: every kind can be drawn, and the roofline's columns never overlap."""
+"""Figures of a profile: what is drawn, when means stand for bars, and that columns never overlap."""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from xml.etree import ElementTree
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bncli.errors import USAGE, BncliError
-from bncli.report.profile.figure import apart, clusters, copy_words, draw, render
-from bncli.results.profile import Ceilings
+from bncli.report.profile.figure import (
+    MOST_BARS,
+    bar_panels,
+    clusters,
+    compose,
+    draw,
+    row_heights,
+    without_overlap,
+)
+from bncli.results.profile import Ceilings, Profile
 from tests.report.made_up_costs import (
     CEILINGS,
+    hundred_rows,
     kernel_profile,
     nothing_measured,
     one_case,
@@ -26,49 +36,64 @@ from tests.report.made_up_costs import (
 pytest.importorskip("matplotlib")
 
 
-def test_many_copies_of_one_speed_share_a_label_that_stays_short():
-    two = [(2**20, 12.6), (2**28, 13.6)]
-    assert copy_words(two) == "copy: 12.6 GB/s of 1 MiB, 13.6 GB/s of 256 MiB"
-    assert copy_words([*two, (2**24, 15.0)]) == "copy: 13.6 GB/s of 256 MiB, 12.6 to 15.0 of 2 smaller sizes"
+def texts(profile: Profile) -> set[str]:
+    """What stands in the figure, which is laid out but not rendered; a warning fails."""
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
-
-def words(svg: bytes) -> str:
-    """The figure's text, which an SVG of this kind holds as comments beside the outlines of its letters."""
-    return svg.decode()
-
-
-@pytest.mark.parametrize(
-    "profile",
-    [
-        with_errors(),
-        nothing_measured(),
-        replace(one_case(), ceilings=Ceilings((), None)),
-        replace(kernel_profile(1), ceilings=replace(CEILINGS, copies=((2**20, 12.2), (2**28, 12.1)), gflop_per_s=9.0)),
-        step_profile(),
-        replace(step_profile(), rows=()),
-    ],
-    ids=["errors", "nothing", "no ceilings", "low roofs", "step", "no step"],
-)
-def test_every_profile_can_be_drawn_without_a_warning(profile):
+    figure = Figure(layout="constrained")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ElementTree.fromstring(render(profile, "svg")).tag.endswith("svg")
+        compose(figure, profile)
+        figure.draw_without_rendering()
+    return {artist.get_text() for artist in figure.findobj(Text)}
 
 
-def test_the_picture_names_kernels_operations_ceilings_machine_threads_dtype_and_date():
-    svg = words(render(one_case(), "svg"))
-    for each in ("native", "fused", "256x64x56x56", "copy: 11.9 GB/s of 256 MiB", "118 GFLOP/s", "2 threads", "fp32"):
+LOW_LIMITS = replace(CEILINGS, copies=((2**20, 12.2), (2**28, 12.1)), gflop_per_s=9.0)
+DRAWN = {
+    "errors": (with_errors(), {"bn+relu\nfp32\n0.80 flop/B", "bn, bf16, contiguous, evaluation, affine none"}),
+    "bars below the roofline": (
+        kernel_profile(3, layouts=("contiguous", "channels_last")),
+        {"bn+relu, fp32, channels_last", "copy at 256 MiB: 11.9 GB/s", "copy at 1 MiB: 41.2 GB/s"},
+    ),
+    "nothing": (nothing_measured(), {"nothing was measured"}),
+    "no ceilings": (replace(one_case(), ceilings=Ceilings((), None)), {"native", "256x64x56x56"}),
+    "low limits": (
+        replace(kernel_profile(1), ceilings=LOW_LIMITS),
+        {
+            "copy at 256 MiB: 12.1 GB/s",
+            "compute limit: 9.00 GFLOP/s (fp32 multiply-adds), beyond 0.744 flop per byte",
+        },
+    ),
+    "step": (
+        step_profile(),
+        {"normalization", "convolution, linear", "gaps", "batch norm: training, fused", "83.1 ms (1.23x vs native)"},
+    ),
+    "a step of unknown shares": (
+        replace(step_profile(), rows=(replace(step_profile().rows[0], shares_ms={}),)),
+        {"102 ms"},
+    ),
+    "no step": (replace(step_profile(), rows=()), {"nothing was measured"}),
+}
+
+
+@pytest.mark.parametrize(("profile", "words"), DRAWN.values(), ids=DRAWN)
+def test_every_profile_is_drawn_without_a_warning(profile: Profile, words: set[str]) -> None:
+    assert words <= texts(profile)
+
+
+def test_the_figure_names_kernels_operations_ceilings_and_machine(tmp_path: Path) -> None:
+    """The same profile also gives the same bytes. An SVG holds its text as comments."""
+    for name in ("a.svg", "b.SVG"):
+        draw(one_case(), tmp_path / name)
+    svg = (tmp_path / "a.svg").read_text()
+    assert svg == (tmp_path / "b.SVG").read_text()
+    words = ("native", "fused", "256x64x56x56", "copy at 256 MiB: 11.9 GB/s", "118 GFLOP/s", "2 threads", "fp32")
+    for each in (*words, "2026-01-02"):
         assert each in svg
-    assert "2026-01-02" in svg
 
 
-def test_the_same_profile_gives_the_same_bytes(tmp_path):
-    draw(one_case(), tmp_path / "a.svg")
-    draw(one_case(), tmp_path / "b.SVG")
-    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.SVG").read_bytes()
-
-
-def test_a_png_is_written_for_its_suffix_and_another_is_refused(tmp_path):
+def test_a_png_is_written_for_its_suffix_and_another_is_refused(tmp_path: Path) -> None:
     draw(step_profile(), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(BncliError, match=r"\.svg or \.png") as refused:
@@ -77,23 +102,36 @@ def test_a_png_is_written_for_its_suffix_and_another_is_refused(tmp_path):
     assert not (tmp_path / "a.pdf").exists()
 
 
-def test_a_step_s_picture_has_its_classes_its_times_and_its_ratios():
-    svg = words(render(step_profile(), "svg"))
-    for each in (
-        "normalization",
-        "convolution, linear",
-        "gaps",
-        "batch norm: training, fused",
-        "83.1 ms",
-        "1.23x native",
-    ):
-        assert each in svg
+# --- bars ---------------------------------------------------------------------------------------------------------
 
 
-# --- what is drawn ------------------------------------------------------------------------------------------------
+def test_a_panel_is_an_operation_dtype_and_layout_with_bars_for_each_shape() -> None:
+    panels = bar_panels(resnet().rows)
+    assert list(panels)[:2] == ["bn, bf16, contiguous", "bn+relu, bf16, contiguous"]
+    assert len(panels) == 6
+    shapes = ("256x64x56x56", "256x128x28x28", "256x256x14x14")
+    assert {name: len(bars) for name, bars in panels["bn, bf16, contiguous"].items()} == dict.fromkeys(shapes, 2)
 
 
-def test_the_clusters_have_the_definition_s_flop_for_each_byte():
+def test_a_bar_reaches_from_its_slow_to_its_fast_quartile() -> None:
+    (panel,) = bar_panels(one_case().rows).values()
+    assert all(bar.low < bar.value < bar.high for bars in panel.values() for bar in bars)
+
+
+def test_too_many_bars_become_geometric_means_and_the_figure_stays_small() -> None:
+    rows = kernel_profile(9, kernels=("native", "fused", "compiled", "flaggems", "native")).rows
+    (panel,) = bar_panels(rows).values()
+    assert list(panel) == ["bn, fp32, contiguous", "bn+relu, fp32, contiguous"]
+    assert sum(map(len, panel.values())) <= MOST_BARS
+    panels = bar_panels(hundred_rows().rows)
+    assert sum(len(bars) for panel in panels.values() for bars in panel.values()) == 96
+    assert sum(row_heights(panels, 3)) < 9
+
+
+# --- the roofline -------------------------------------------------------------------------------------------------
+
+
+def test_the_clusters_have_the_definition_s_flop_for_each_byte() -> None:
     found = clusters(resnet().rows)
     assert [cluster.intensity for cluster in found] == pytest.approx([2.6 / 2, 3.0 / 2, 3.2 / 2])
     assert {kernel: len(speeds) for kernel, speeds in found[0].speeds.items()} == {"native": 6, "fused": 6}
@@ -103,14 +141,10 @@ PLACES = st.lists(st.tuples(st.floats(-5, 5), st.floats(0.01, 2)), min_size=1, m
 
 
 @given(PLACES)
-def test_columns_moved_apart_keep_their_order_and_do_not_overlap(columns):
+def test_columns_do_not_overlap_and_stay_where_there_is_room(columns: list[tuple[float, float]]) -> None:
     places, widths = sorted(place for place, _ in columns), [width for _, width in columns]
-    moved = apart(places, widths)
-    for k in range(len(moved) - 1):
-        assert moved[k + 1] - moved[k] >= (widths[k] + widths[k + 1]) / 2 - 1e-9
-
-
-@given(PLACES)
-def test_columns_with_room_stay_where_they_are(columns):
-    places = [3.0 * index for index in range(len(columns))]
-    assert apart(places, [width for _, width in columns]) == pytest.approx(places)
+    needed = [(a + b) / 2 - 1e-9 for a, b in pairwise(widths)]
+    moved = without_overlap(places, widths)
+    assert all(after - before >= room for (before, after), room in zip(pairwise(moved), needed, strict=True))
+    apart = [3.0 * index for index in range(len(columns))]
+    assert without_overlap(apart, widths) == pytest.approx(apart)

@@ -1,0 +1,156 @@
+"""What README.md, CONTRIBUTING.md and docs/ say: commands run; links, files, options, recipes and folders exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from bncli.cli import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text()
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+SET_UP = 2  # the first commands of the README install bncli; .ci/run runs them
+
+
+def fences(text: str, *languages: str) -> list[str]:
+    """The fenced blocks of a page in these languages."""
+    return [code for language, code in re.findall(r"```(\w*)\n(.*?)```", text, re.S) if language in languages]
+
+
+def code(text: str) -> str:
+    """The fenced commands and outputs of a page and its `inline code`, a line each."""
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    return "\n".join([*fences(text, "sh", "text"), *inline])
+
+
+def options() -> dict[str, set[str]]:
+    """Command -> its options, as the program itself lists them."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    return {
+        name: {option for parameter in command.params for option in parameter.opts} | {"--help", "-h"}
+        for name, command in commands.items()
+    }
+
+
+@pytest.fixture(params=PAGES, ids=lambda page: page.name)
+def page(request: pytest.FixtureRequest) -> Path:
+    """Each page in turn."""
+    path: Path = request.param
+    return path
+
+
+def test_the_readme_is_read_in_five_minutes() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+def test_every_link_leads_to_a_file(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    for link in links:
+        if not link.startswith(("http:", "https:")):
+            assert (page.parent / link.partition("#")[0]).exists(), f"{page.name} links to {link}"
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    for path in PAGES[1:]:
+        assert f"({path.relative_to(ROOT).as_posix()})" in README
+
+
+def test_every_command_and_option_exists(page: Path) -> None:
+    known = options()
+    for command, rest in re.findall(r"\bbncli (?!\w+ is\b)([a-z][a-z-]*)((?: [^`\n]*)?)", code(page.read_text())):
+        assert command in known, f"{page.name} names bncli {command}"
+        for option in re.findall(r"(?<!\S)(--?[a-z][a-z-]*)", rest):
+            assert option in known[command], f"{page.name} names bncli {command} {option}"
+
+
+def test_every_file_and_module_exists(page: Path) -> None:
+    text = page.read_text()
+    for name in re.findall(r"(?<![\w/])(?:recipes|tests|docs|\.github|\.ci)/[\w./-]*", text):
+        assert (ROOT / name.rstrip(".")).exists(), f"{page.name} names {name}"
+    for name in re.findall(r"(?<![\w/])(?:engine|kernels|measure|report|cli|recipe|results)/[\w/]+(?:\.\w+)?", text):
+        assert (ROOT / "bncli" / name.rstrip("/")).exists(), f"{page.name} names {name}"
+    for name in re.findall(r"python -m ([\w.]+)", text):
+        if name.partition(".")[0] in ("bncli", "tests"):
+            assert (ROOT / name.replace(".", "/")).with_suffix(".py").exists(), f"{page.name} names {name}"
+
+
+def test_every_recipe_is_in_the_readme_with_the_time_of_its_header() -> None:
+    table = dict(re.findall(r"^\| `recipes/([\w-]+\.yaml)` \|.*\| ([^|]+) \|$", README, re.M))
+    headers = {
+        recipe.name: re.search(r"^# Time: +(.+?)(?: on 2 CPU cores)?$", recipe.read_text(), re.M) for recipe in RECIPES
+    }
+    assert table == {name: found and found[1] for name, found in headers.items()}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_recipe_begins_with_its_purpose_command_and_outcome(recipe: Path) -> None:
+    header = recipe.read_text().split("\n\n")[0]
+    for word in ("$schema=recipe.schema.json", "Purpose:", "Command:", "Expect:", "Time:"):
+        assert word in header, f"{recipe.name}: its header lacks {word}"
+
+
+def test_the_tree_of_contributing_has_a_line_for_each_folder() -> None:
+    (tree,) = [block for block in fences(PAGES[1].read_text(), "text") if block.startswith("bncli/\n")]
+    named, path = set(), [""]
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        path[depth:] = [line.split()[0].rstrip("/")]
+        named.add("/".join(path))
+        assert depth == 0 or len(line.split()) > 1, f"{line.strip()} is not described"
+    assert named == {file.parent.relative_to(ROOT).as_posix() for file in (ROOT / "bncli").rglob("*.py")}
+
+
+def test_the_tree_of_the_readme_has_a_line_for_each_folder() -> None:
+    (tree,) = [block for block in fences(README, "text") if block.startswith("bncli/  ")]
+    named = {line.split()[0].rstrip("/") for line in tree.splitlines()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    folders = {line.partition("/")[0] for line in tracked.splitlines() if "/" in line}
+    assert named == {folder for folder in folders if not folder.startswith(".")}
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+COMMANDS = [line for block in fences(README, "sh")[SET_UP:] for line in block.splitlines() if line.startswith("bncli")]
+# `compare --from` reads what the command before it wrote, so the two are run together.
+SESSIONS = re.findall(r"^bncli .*(?:\nbncli .*--from .*)?$", "\n".join(COMMANDS), re.M)
+# What shortens a command that trains; the scheduled checks run the same commands word for word.
+SHORT = {
+    "train": ["--set", "train.steps=50"],
+    "compare": ["--set", "grid={optimizer.lr: [3]}", "--set", "seeds.report=3", "--set", "train.steps=40"],
+}
+
+
+def run(session: str, folder: Path, shorter: bool) -> None:
+    """Run commands of the README in a folder that has the recipes."""
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    for line in session.splitlines():
+        words = shlex.split(line, comments=True)
+        if shorter and "--from" not in words:
+            words += SHORT.get(words[1], [])
+        done = subprocess.run([sys.executable, "-m", *words], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+
+
+def test_the_sessions_are_all_commands_of_the_readme() -> None:
+    assert len(COMMANDS) >= 4
+    assert "\n".join(SESSIONS) == "\n".join(COMMANDS)
+
+
+@pytest.mark.parametrize("session", SESSIONS)
+def test_a_command_of_the_readme_runs(session: str, tmp_path: Path) -> None:
+    run(session, tmp_path, shorter=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("session", SESSIONS)
+def test_a_command_of_the_readme_runs_word_for_word(session: str, tmp_path: Path) -> None:
+    run(session, tmp_path, shorter=False)
