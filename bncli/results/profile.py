@@ -368,21 +368,23 @@ class ProfileStarted:
     seconds: float | None = None  # that it may take, by wish
 
 
-Phase = Literal["ceilings", "case", "check", "round", "parts", "norms"]
-LABELS: dict[Phase, str] = {
-    "ceilings": "copies and multiply-adds of the machine",
-    "case": "{subject}",
+Phase = Literal[
+    "ceilings",  # the machine's copies and multiply-adds
+    "case",
     # Of the step view, each of an arm.
-    "check": "{subject}: checking the step of each kernel",
-    "round": "{subject}: {mode}, round {round}",
-    "parts": "{subject}: {mode}, parts of its time and memory",
-    "norms": "{subject}: norm-layer diagnostics",
-}
+    "check",  # its models are made, and their steps compared
+    "round",  # mode, round
+    "parts",  # mode: the classes of time and the memory
+    "norms",  # norm-layer diagnostics
+]
 
 
 @dataclass(frozen=True)
 class Measuring:
-    """What goes on now: `fraction` of the whole is done, which takes at least `least_s` in all, if known."""
+    """What goes on now: `fraction` of the whole is done, which takes at least `least_s` in all, if known.
+
+    The fields that its phase names are set.
+    """
 
     subject: str  # a case, or an arm; empty for the machine
     fraction: float = 0.0
@@ -390,10 +392,6 @@ class Measuring:
     phase: Phase = "case"
     mode: Mode | None = None
     round: int | None = None
-
-    @property
-    def label(self) -> str:
-        return LABELS[self.phase].format(**vars(self))
 
 
 @dataclass(frozen=True)

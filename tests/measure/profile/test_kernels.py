@@ -165,10 +165,7 @@ def test_events_say_what_is_planned_what_is_measured_and_each_row() -> None:
     assert events[0] == ProfileStarted("kernels", 2, 40.0)
     measuring = [event for event in events if isinstance(event, Measuring)]
     assert [event.phase for event in measuring] == ["ceilings", "case", "case", "ceilings"]
-    assert [event.label for event in measuring[1:3]] == [
-        "fp32 contiguous bn+relu 4x3x5x7",
-        "fp32 contiguous bn+relu 2x9",
-    ]
+    assert [event.subject for event in measuring[1:3]] == [f"fp32 contiguous bn+relu {s}" for s in ("4x3x5x7", "2x9")]
     fractions = [event.fraction for event in measuring]
     assert fractions == sorted(fractions)
     assert (fractions[0], fractions[-1]) == (0.0, 1.0)

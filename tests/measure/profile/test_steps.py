@@ -197,7 +197,7 @@ def test_the_bar_only_moves_forward_and_each_row_is_reported_once() -> None:
     assert fractions == sorted(fractions)
     assert 0 <= fractions[0] <= fractions[-1] <= 1
     assert {event.subject for event in measuring} == {"one", "two"}
-    assert "two: evaluation, round 1" in {event.label for event in measuring}
+    assert ("two", "evaluation", 1) in {(event.subject, event.mode, event.round) for event in measuring}
     assert tuple(event.row for event in events if isinstance(event, RowDone)) == run.result().rows
 
 
