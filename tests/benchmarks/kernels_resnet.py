@@ -137,7 +137,7 @@ def loss_of(model: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor, autoca
 
 
 def converted(model: nn.Module, candidate: str) -> nn.Module:
-    return bncli.convert(model, kernel=CANDIDATES[candidate])
+    return bncli.convert(model, kernel=CANDIDATES[candidate], trace=True)
 
 
 def gradients_agree(setting: Setting, candidate: str, device: torch.device) -> Check:

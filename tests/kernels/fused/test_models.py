@@ -33,7 +33,7 @@ def test_a_converted_resnet_gives_natives_loss_gradients_and_statistics(channels
     if channels_last:
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)  # type: ignore[call-overload]
     labels = torch.tensor([0, 1, 2], device=kernel.device)
-    converted = bncli.convert(copy.deepcopy(model), kernel.name)
+    converted = bncli.convert(copy.deepcopy(model), kernel.name, trace=True)
     fused = [line.operation for line in converted.bncli_conversion.norms]  # type: ignore[union-attr]
     assert fused.count("batch norm + relu") == 5
     assert fused.count("batch norm + residual add + relu") == 2
