@@ -24,7 +24,7 @@ class BncliError(Exception):
     Args:
         mistakes: what is wrong, what was expected and what to do, a sentence each.
         field: the argument's name in Python, where one is at fault; the command line shows its option instead.
-        value: what was given for it, where the message needs it.
+        value: the argument's value, where the message needs it.
 
     `str(error)` is "shapes tiny: expected one of ...".
     """

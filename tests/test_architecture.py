@@ -212,12 +212,9 @@ def test_every_test_file_has_its_module_or_a_reason() -> None:
 TESTS_OF_SEVERAL = {
     "test_architecture.py": "the plan of the code",
     "test_documentation.py": "README.md, CONTRIBUTING.md, docs/ and the recipes' headers",
-    "benchmarks/test_kernels.py": "the benchmark commands",
-    "benchmarks/test_kernels_cpu.py": "the benchmark commands",
-    "benchmarks/test_targets.py": "the benchmark commands",
+    "benchmarks/test_benchmarks.py": "the benchmark commands",
     "engine/train/test_fused_training.py": "training with the fused kernel, through all its modules",
     "kernels/fused/test_ahead_of_time.py": "the compilation of every kernel without a GPU",
-    "kernels/fused/test_specialisations.py": "the compilation of every kernel without a GPU",
     "kernels/fused/test_models.py": "whole models with the fused kernel",
     "kernels/fused/test_team.py": "programs that share a channel, on a GPU",
     "measure/reference/test_one_standard.py": "profile and gradcheck call the same kernels wrong",

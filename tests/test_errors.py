@@ -22,9 +22,7 @@ from bncli.errors import BncliError, RecipeError, Refused, UsageError, UsageErro
         (UsageError("one", "two", field="sets", value="a=1"), "sets a=1: one\nsets a=1: two"),
     ],
 )
-def test_the_text_of_an_error_is_its_mistakes_each_behind_the_arguments_name_and_value(
-    error: BncliError, text: str
-) -> None:
+def test_an_error_is_its_mistakes_each_behind_the_arguments_name_and_value(error: BncliError, text: str) -> None:
     assert str(error) == text
 
 

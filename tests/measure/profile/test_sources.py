@@ -160,7 +160,7 @@ def test_apexs_module_gets_nhwc_tensors_and_our_parameters(operation: str) -> No
 
 def path(shape: tuple[int, int, int], backward: bool = False, cooperative: bool = True, **options: bool) -> str:
     on = Processors(132, cooperative=cooperative)  # an H200
-    found = plan(shape, planes=True, itemsize=2, backward=backward, processors=on, **options)
+    found = plan(shape, contiguous=True, itemsize=2, backward=backward, processors=on, **options)
     return sources.execution_path(found, *options.values())
 
 

@@ -15,6 +15,7 @@ from bncli.measure.reference.candidate import by_name
 from bncli.measure.reference.case import Case as ReferenceCase
 from bncli.measure.reference.case import timed
 from bncli.measure.reference.channels import large
+from bncli.measure.reference.judge import Evidence, judged
 from bncli.measure.timing import clock
 from bncli.results.profile import Case
 
@@ -143,3 +144,14 @@ def test_a_kernel_is_given_the_upstream_gradient_that_its_judged_channels_are_he
     held = large(ReferenceCase("train", "bfloat16", "contiguous", (4, 9, 16, 16), "relu"), CPU, most_elements=MOST)
     assert torch.equal(held.given.g[:, held.channels].double(), held.part.g)
     assert bool((held.part.g == 0).any())
+
+
+def test_half_precision_is_held_to_twice_natives_own_error() -> None:
+    held = large(timed(Case((8, 4, 28, 28), "bn+add+relu", "bf16")), CPU)
+    expected = held.expected
+    for name in ("forward", "dx"):
+        for times, right in ((1.9, True), (2.1, False)):
+            truth = expected.truth
+            found = truth | {name: truth[name] + times * (held.native[name] - truth[name])}
+            evidence = Evidence(expected.case, held.part, found, truth, expected.floors("kernel"))
+            assert (judged(evidence, {}, held.native).wrong is None) is right
