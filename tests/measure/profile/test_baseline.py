@@ -51,7 +51,7 @@ def test_a_kernel_that_is_slower_by_its_whole_interval_has_regressed():
     assert found.changes[0].slower == pytest.approx(1.5)
 
 
-def test_where_other_programs_used_the_cores_no_row_is_called_regressed():
+def test_where_other_programs_used_the_cores_no_row_regressed():
     slow, good = slowed(kernel_profile(), 1.5), kernel_profile()
     ceilings = replace(good.ceilings, copies=((2**18, 0.01 * good.ceilings.copy_gb_per_s), *good.ceilings.copies[1:]))
     on_cpu = {"environment": replace(good.environment, device="cpu"), "ceilings": ceilings}
@@ -65,13 +65,13 @@ def test_where_other_programs_used_the_cores_no_row_is_called_regressed():
         assert gate(now, before, 1.1, strict=True).failed
 
 
-def test_where_the_interval_holds_the_bound_it_cannot_tell_and_does_not_fail():
+def test_an_interval_around_the_bound_cannot_tell_and_does_not_fail():
     found = gate(slowed(kernel_profile(), 1.1), kernel_profile(), 1.1)  # the intervals are 3 % wide on each side
     assert {each.verdict for each in found.changes} == {"cannot tell"}
     assert not found.regressed
 
 
-def test_strictly_rows_that_it_cannot_tell_and_rows_without_a_speedup_fail_too():
+def test_strictly_undecided_rows_and_rows_without_a_speedup_fail():
     unsure = slowed(kernel_profile(), 1.1)
     assert not gate(unsure, kernel_profile(), 1.1).failed
     assert gate(unsure, kernel_profile(), 1.1, strict=True).failed
@@ -104,7 +104,7 @@ def test_an_open_side_stays_open(now, then, verdict):
 
 
 @given(st.tuples(POSITIVE, POSITIVE, POSITIVE), st.tuples(POSITIVE, POSITIVE, POSITIVE), st.floats(1.001, 10))
-def test_no_pair_of_speedups_within_their_intervals_contradicts_the_verdict(ours, theirs, fail_above):
+def test_no_speedups_within_their_intervals_contradict_the_verdict(ours, theirs, fail_above):
     (a, now, b), (c, then, d) = sorted(ours), sorted(theirs)
     found = change(ROW, ratio(now, a, b), ratio(then, c, d), fail_above)
     extremes = [c / b, c / a, d / b, d / a]
@@ -164,7 +164,7 @@ def test_kernels_are_not_compared_with_a_step():
     assert refused.value.exit_code == USAGE
 
 
-def test_profiles_without_a_common_row_are_refused_with_an_example_of_each():
+def test_profiles_without_a_common_row_are_refused_with_examples():
     with pytest.raises(UsageError, match="no row is in both") as refused:
         gate(one_case(), kernel_profile(dtype="bf16"), 1.1)
     assert "bn fp32 contiguous, 256x64x56x56, fused" in str(refused.value)
@@ -221,7 +221,7 @@ def baseline() -> KernelProfile:
 
 
 @pytest.mark.parametrize("slowed", [1.5, 3.0, 8.0])
-def test_a_kernel_that_became_slower_fails_against_a_quick_baseline(baseline: KernelProfile, slowed: float) -> None:
+def test_a_slower_kernel_fails_against_a_quick_baseline(baseline: KernelProfile, slowed: float) -> None:
     for seed in range(1, 6):
         assert gate(quick(seed, slowed), baseline, 1.1).failed
 

@@ -44,7 +44,7 @@ def test_each_direction_has_its_own_time_and_the_speedup_is_of_both(found: Kerne
     assert rival.faster.interval.low == pytest.approx(5.001 / 2.501)
 
 
-def test_floor_bytes_are_those_of_the_tensors_and_saved_bytes_those_of_the_storages(found: KernelProfile) -> None:
+def test_floor_bytes_count_tensors_and_saved_bytes_count_storages(found: KernelProfile) -> None:
     row, tensor_bytes = found.rows[0], 4 * 3 * 5 * 7 * 4
     assert row.both is not None
     assert row.forward is not None
@@ -75,7 +75,7 @@ def test_a_mean_names_the_worst_shape() -> None:
     assert mean.faster.value == pytest.approx(((4.001 / 2.001) * (4.001 / 9.001)) ** 0.5)
 
 
-def test_without_native_there_are_times_but_no_speedups_and_without_a_peak_a_note() -> None:
+def test_without_native_there_is_no_speedup_and_without_a_peak_a_note() -> None:
     machine = Machine()
     alone = profile(machine, {"rival": machine.takes(1.0, 1.0)}, Processes(None))
     assert alone.rows[0].both is not None
@@ -88,7 +88,7 @@ def test_without_native_there_are_times_but_no_speedups_and_without_a_peak_a_not
 # --- the budget -------------------------------------------------------------------------------------------------------
 
 
-def test_a_case_has_the_rounds_that_fit_in_its_share_between_the_fewest_and_the_most() -> None:
+def test_a_case_has_the_rounds_that_fit_in_its_share_of_the_time() -> None:
     now = [0.0]
     budget = Budget(Deadline(100.0, lambda: now[0]), 0.5, 6, lambda: now[0])
     alone = min(clock.FEWEST_ROUNDS, 6)
@@ -130,7 +130,7 @@ def test_every_case_has_the_fewest_rounds_however_little_time_there_is(least: in
     assert [note.count for note in found.notes if note.kind == "few rounds"] == [6] * (rounds < 6)
 
 
-def test_with_a_little_more_time_there_are_more_rounds_of_both_directions_first() -> None:
+def test_more_time_gives_more_rounds_of_both_directions_first() -> None:
     machine = Machine()
     (row,) = profile(machine, {"native": machine.takes(50.0, 50.0)}, seconds=2.0).rows
     assert row.forward is not None
@@ -173,7 +173,7 @@ def test_events_say_what_is_planned_what_is_measured_and_each_row() -> None:
     assert processes.closed
 
 
-def test_an_interrupted_run_has_the_rows_of_finished_cases_and_leaves_no_process() -> None:
+def test_an_interrupted_run_has_the_rows_of_finished_cases() -> None:
     machine, processes = Machine(), Processes()
 
     def interrupted(case: cases.Case) -> TimedKernel:
@@ -210,7 +210,7 @@ def test_without_operations_each_shape_has_those_that_the_model_does_there() -> 
 LAYOUTS = ("contiguous", "channels_last")
 
 
-def test_operations_dtypes_and_layouts_multiply_and_each_case_is_measured_once() -> None:
+def test_operations_dtypes_and_layouts_multiply_without_repetition() -> None:
     shapes = (*shape_set("mlp"), Calls((2, 3, 4, 4), 5))
     found = cases_of(operations=("bn", "bn+silu"), dtypes=("fp32", "bf16"), layouts=LAYOUTS, shapes=shapes)
     vectors = [case for case in found if case.shape == (60, 100)]

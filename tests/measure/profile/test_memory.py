@@ -74,9 +74,7 @@ def speaks(input, running_mean, running_var, weight, bias, training, momentum, e
 
 
 @linux
-def test_a_users_kernel_that_crashes_or_raises_loses_its_own_figure_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_users_kernel_that_crashes_or_raises_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "users_norms.py").write_text(USERS)
     monkeypatch.syspath_prepend(tmp_path)
     with contextlib.closing(kernel_processes()) as processes:  # which has that path

@@ -23,7 +23,7 @@ def total(name: str) -> int:
     return sum(found.calls for found in shape_set(name))
 
 
-def test_resnet_50_has_53_batch_norms_of_which_16_add_a_shortcut_and_4_stand_in_one() -> None:
+def test_resnet_50_has_53_batch_norms_16_with_an_add_and_4_in_shortcuts() -> None:
     by_operation: dict[str, int] = {}
     for operations in calls_of("resnet50").values():
         for operation, count in operations.items():
@@ -32,7 +32,7 @@ def test_resnet_50_has_53_batch_norms_of_which_16_add_a_shortcut_and_4_stand_in_
     assert total("resnet50") == 53
 
 
-def test_resnet_50_has_the_shapes_of_table_1_with_the_stride_in_the_3x3() -> None:
+def test_resnet_50_has_the_shapes_of_table_1() -> None:
     found = calls_of("resnet50", batch=2)
     assert found[2, 64, 112, 112] == {"bn+relu": 1}
     assert found[2, 64, 56, 56] == {"bn+relu": 6}
@@ -43,7 +43,7 @@ def test_resnet_50_has_the_shapes_of_table_1_with_the_stride_in_the_3x3() -> Non
     assert len(found) == 12
 
 
-def test_resnet_50s_batch_norms_are_those_of_the_modules_that_a_forward_pass_meets() -> None:
+def test_resnet_50s_batch_norms_are_those_of_its_modules() -> None:
     import torch
 
     from tests.resnet import ResNet
@@ -137,7 +137,7 @@ def test_a_choice_that_cannot_be_obeyed_names_the_argument(arguments: tuple[Any,
     assert str(refused.value).startswith(error)
 
 
-def test_shapes_typed_in_come_before_a_set_and_without_either_it_is_the_devices_resnet() -> None:
+def test_typed_shapes_come_before_a_set_and_the_default_is_a_resnet() -> None:
     assert chosen("mlp", ("8x4",), 3, cuda=False) == (Calls((8, 4), 1), *shape_set("mlp", batch=3))
     assert chosen(None, (), None, cuda=True) == shape_set("resnet50", cuda=True)
     assert chosen(None, (), 5, cuda=False) == shape_set("resnet20", batch=5)
@@ -191,7 +191,7 @@ def test_a_mistake_in_a_file_names_file_line_and_what_was_expected(tmp_path: Pat
     assert expected in str(refused.value)
 
 
-def test_many_mistakes_are_cut_short_and_a_missing_file_and_a_binary_one_are_named(tmp_path: Path) -> None:
+def test_many_mistakes_are_cut_short_and_unreadable_files_are_named(tmp_path: Path) -> None:
     file = tmp_path / "shapes.csv"
     file.write_text("shape\n" + "x\n" * 20)
     with pytest.raises(UsageError) as refused:

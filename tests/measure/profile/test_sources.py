@@ -90,7 +90,7 @@ def test_inplace_abn_is_right_for_weights_above_0(operation: str, monkeypatch: p
     assert wrong_on_cases("inplace_abn", source, CPU) is None
 
 
-def test_flag_gems_gets_its_arguments_in_order_and_its_gradients_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flag_gems_gets_arguments_in_order_and_gradients_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(
         input: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, training: bool, momentum: float,
         eps: float,

@@ -76,7 +76,7 @@ def wrong_in_float32(x, *arguments):  # type: ignore[no-untyped-def]
         (wrong_in_float32, "gradient"),
     ],
 )
-def test_a_wrong_kernel_is_told_by_what_is_wrong(
+def test_a_wrong_kernel_is_described_by_what_is_wrong(
     kernel: Any, of: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = checked(kernel, monkeypatch, precision=precision)

@@ -100,7 +100,7 @@ def test_a_module_that_is_not_there_is_the_users_mistake(name: str, says: str) -
         StepRun("own", [UserModel(name, (4, 3, 8, 8))], CPU)
 
 
-def test_norms_are_told_by_kind() -> None:
+def test_norms_are_counted_by_kind() -> None:
     model = nn.Sequential(nn.BatchNorm1d(2), nn.GroupNorm(1, 2), nn.GroupNorm(1, 2), nn.LayerNorm(2))
     assert norms_of(model) == (
         NormLayers("batch norm", 1, "native"), NormLayers("GroupNorm", 2), NormLayers("LayerNorm", 1),

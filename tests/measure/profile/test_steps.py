@@ -150,7 +150,7 @@ def test_the_kernels_have_as_many_rounds_and_as_many_as_fit() -> None:
 
 @pytest.mark.usefixtures("other")
 @pytest.mark.parametrize("least", [6, 8])
-def test_a_step_far_over_the_time_has_the_fewest_rounds_and_its_events_say_how_long(least: int) -> None:
+def test_a_step_far_over_the_time_has_the_fewest_rounds(least: int) -> None:
     fake, least_s, at_s = FakeTime(), dict[Any, float](), dict[Any, float]()
     run = faked_run(Faked(fake, {"native": 60_000.0, "fused": 60_000.0}), seconds=1.0, least_rounds=least)
     for event in run.events():
@@ -204,7 +204,7 @@ def test_the_bar_only_moves_forward_and_each_row_is_reported_once() -> None:
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
-def test_a_kernel_that_is_not_here_has_its_reason_and_the_other_its_times(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unavailable_kernel_has_its_reason_and_the_other_its_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "unavailable_reason", lambda device: "there is no such device")
     model = Faked(FakeTime(), {"native": 8.0})
     profile = finished(faked_run(model))
@@ -272,7 +272,7 @@ def test_a_fused_row_has_its_relus_in_normalization(measured: StepProfile) -> No
     assert rows["fused"].shares_ms["activation"] == 0
 
 
-def test_the_remarks_on_norms_and_the_steps_behind_them_are_in_the_result(measured: StepProfile) -> None:
+def test_remarks_on_norms_and_the_watched_steps_are_in_the_result(measured: StepProfile) -> None:
     assert {remark.kind for remark in measured.remarks} == {"short half-life", "last batch of one"}
     assert [(note.kind, note.count) for note in measured.notes] == [("norms watched", 5)]
 

@@ -174,7 +174,7 @@ def test_a_kernel_that_is_missing_or_raises_leaves_the_other_rows() -> None:
     assert row_of(found, "native").both is not None
 
 
-def test_a_compilation_that_fails_says_why_and_one_that_succeeds_is_in_no_row() -> None:
+def test_a_failed_compilation_says_why_and_a_successful_one_is_in_no_row() -> None:
     machine = Machine()
 
     def compiles(case: cases.Case) -> TimedKernel:

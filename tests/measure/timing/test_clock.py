@@ -68,7 +68,7 @@ def test_a_sample_holds_the_devices_time_and_none_of_the_hosts() -> None:
     assert found["a"] == pytest.approx([0.005] * 3)
 
 
-def test_a_slow_host_is_given_more_lead_until_its_work_is_enqueued_in_time() -> None:
+def test_a_slow_host_gets_more_lead_until_its_work_is_enqueued_in_time() -> None:
     machine = Machine()
     device = machine.clock()
     found = interleaved(device, {"a": machine.work("a", host_ms=1.0, device_ms=0.5)}, 4)["a"]
@@ -91,7 +91,7 @@ def test_a_sample_of_several_calls_gives_the_time_of_one() -> None:
     )
 
 
-def test_a_warm_sample_comes_right_after_the_same_work_and_a_cold_one_after_a_flush() -> None:
+def test_a_warm_sample_follows_the_same_work_and_a_cold_one_a_flush() -> None:
     for cold, before in ((False, ["prepare", "a", "prepare", "spin", "a"]), (True, ["prepare", "spin", "a"])):
         machine = Machine()
         device = machine.clock()
@@ -110,7 +110,7 @@ def test_the_device_is_waited_for_once_a_round_not_once_a_sample() -> None:
     assert machine.log.count("wait") == 5
 
 
-def test_every_round_runs_every_work_once_and_not_always_in_the_same_order() -> None:
+def test_every_round_runs_every_work_once_in_a_new_order() -> None:
     machine = Machine()
     works = {name: machine.work(name, 0.01, device_ms) for name, device_ms in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
     device = machine.clock()
@@ -123,7 +123,7 @@ def test_every_round_runs_every_work_once_and_not_always_in_the_same_order() -> 
     assert {name: round(samples[5], 6) for name, samples in found.items()} == {"a": 1.0, "b": 2.0, "c": 3.0}
 
 
-def test_rounds_end_at_the_deadline_but_never_before_there_is_a_spread() -> None:
+def test_rounds_end_at_the_deadline_but_not_before_the_fewest() -> None:
     machine = Machine()
     work = {"a": machine.work("a", 0.0, 100.0)}
     seconds = lambda: machine.host_ms / 1e3  # noqa: E731
@@ -169,7 +169,7 @@ def test_calls_in_a_row_are_one_sample_after_an_untimed_call() -> None:
         assert machine.log.count("a") == made
 
 
-def test_rounds_come_one_by_one_so_that_an_interrupted_run_keeps_those_before() -> None:
+def test_rounds_come_one_by_one() -> None:
     machine = Machine()
     found = rounds(machine.clock(), {"a": machine.work("a", 0.01, 1.0)}, 5)
     assert [next(found)["a"], next(found)["a"]] == pytest.approx([1.0, 1.0])

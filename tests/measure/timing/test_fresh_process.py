@@ -82,7 +82,7 @@ def test_a_call_returns_what_the_function_returns_whatever_it_prints(processes: 
     assert processes.call(add, 2, 3, limit_s=GENEROUS_S) == 5
 
 
-def test_each_call_has_a_process_of_its_own_forked_from_the_prepared_one(processes: FreshProcesses) -> None:
+def test_each_call_has_its_process_forked_from_the_prepared_one(processes: FreshProcesses) -> None:
     (one, before), (other, after) = (processes.call(pids, limit_s=GENEROUS_S) for _ in range(2))
     assert one != other
     assert before == after == [server_of(processes)]
@@ -114,7 +114,7 @@ def test_an_answer_does_not_wait_for_threads_that_go_on(processes: FreshProcesse
     assert processes.call(add, 1, 1, limit_s=GENEROUS_S) == 2
 
 
-def test_a_module_in_the_current_folder_is_not_taken_for_another_of_its_name(
+def test_a_module_in_the_current_folder_is_not_loaded_by_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("multiprocessing", "pickle", "torch", "bncli"):
@@ -146,7 +146,7 @@ def becomes_true(condition: Callable[[], bool]) -> bool:
     return condition()
 
 
-def test_no_process_is_left_and_a_server_that_was_killed_is_not_started_again() -> None:
+def test_no_process_is_left_and_a_killed_server_is_not_started_again() -> None:
     with contextlib.closing(FreshProcesses(prepare)) as processes:
         group = server_of(processes)
         assert processes_of(group) == [group]
@@ -177,7 +177,7 @@ def test_a_child_that_hangs_ends_with_the_server() -> None:
     assert failed
 
 
-def test_the_server_ends_when_the_program_that_started_it_was_killed() -> None:
+def test_the_server_ends_when_its_program_is_killed() -> None:
     ours, theirs = multiprocessing.Pipe(duplex=False)
     program = multiprocessing.get_context("spawn").Process(target=start_and_wait, args=(theirs,))
     program.start()
