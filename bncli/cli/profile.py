@@ -24,7 +24,9 @@ from bncli.cli.console import (
 )
 from bncli.cli.options import AllowCode, ArmName, Csv, Device, Json, Markdown, Quiet, Set, Threads
 from bncli.errors import CHECK_FAILED, CODE_OF_YOURS, INTERRUPTED, UNAVAILABLE, UsageError
+from bncli.measure.profile.shapes import SETS
 from bncli.names import PROFILE_KERNELS, RECIPE_KERNELS, check_kernel
+from bncli.results.environment import FEWEST_ROUNDS
 
 if TYPE_CHECKING:
     from bncli.measure.profile.kernels import KernelRun
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
 
 SECONDS, QUICK_SECONDS = 45.0, 9.0  # of measuring; the rest is loading torch and checking
 FAIL_ABOVE = 1.10
-FEWEST_ROUNDS = 6  # that of bncli.measure.timing.speedup
-SHAPE_SETS = ("resnet20", "resnet50", "inception", "mlp")  # those of bncli.measure.profile.shapes
 KERNEL_VIEW = ("operations", "dtypes", "layouts", "shapes", "own_shapes", "batch", "warm")  # options of this view alone
 STEP_VIEW = ("sets", "arm", "inputs", "trace")
 
@@ -96,9 +96,7 @@ def profile(
     ] = None,
     shapes: Annotated[
         str | None,
-        typer.Option(
-            metavar="SET", help=f"{', '.join(SHAPE_SETS)}, or a CSV file.  [default: resnet20, on a GPU resnet50]"
-        ),
+        typer.Option(metavar="SET", help=f"{', '.join(SETS)}, or a CSV file.  [default: resnet20, on a GPU resnet50]"),
     ] = None,
     own_shapes: Annotated[
         list[str] | None, typer.Option("--shape", metavar="NxCxHxW", help="Your own shape; may be repeated.")
@@ -198,15 +196,19 @@ def _profile_kernels(asked: _Asked, **of_cases: Any) -> None:
 
     earlier = _checked_baseline(asked, KernelProfile)
     check_outputs(asked.plot)
-    from bncli.measure.profile.kernel_memory import KernelPeaks
+    from bncli.measure.profile import memory
 
     # What a user's code prints is no result.
-    with StopSignal(at_once=True), contextlib.redirect_stdout(sys.stderr), KernelPeaks(asked.allow_code) as peaks:
-        if not asked.device.startswith("cuda"):
-            peaks.start()  # it loads torch while this process does
+    with (
+        StopSignal(at_once=True),
+        contextlib.redirect_stdout(sys.stderr),
+        contextlib.closing(memory.kernel_processes()) as processes,
+    ):
+        if memory.MEASURED and not asked.device.startswith("cuda"):
+            processes.start()  # it loads torch while this process does
         from bncli.measure.profile.run import kernel_run
 
-        run = kernel_run(_run_options(asked), **of_cases, peaks=peaks)
+        run = kernel_run(_run_options(asked), **of_cases, processes=processes)
         stopped = _measure(run, asked.quiet)
     result = run.result()
     if asked.form != "table" and (busy := busy_words(result)):
@@ -315,7 +317,7 @@ def _finish(
 
 def _check_recipe_name(recipe: str | None) -> None:
     """Refuse a set of shapes, a shape or a file of shapes in the place of the recipe."""
-    if recipe in SHAPE_SETS or (recipe or "").endswith(".csv"):
+    if recipe in SETS or (recipe or "").endswith(".csv"):
         raise UsageError(f"{recipe} is no recipe; for its shapes give --shapes {recipe}")
     if recipe and "x" in recipe and recipe.replace("x", "").isdigit():
         raise UsageError(f"{recipe} is no recipe; for that shape give --shape {recipe}")

@@ -14,11 +14,12 @@ import torch
 
 from bncli.cli import profile
 from bncli.kernels import fused
-from bncli.measure.profile import kernel_memory, shapes
+from bncli.measure.profile import memory
 from bncli.measure.profile.steps import StepRun
-from bncli.measure.timing import ceilings, clock, speedup
+from bncli.measure.timing import ceilings, clock
+from bncli.measure.timing.fresh_process import FreshProcesses
 from bncli.report.profile import export
-from bncli.results.profile import Case, Ceilings, KernelProfile, StepMemory, StepProfile
+from bncli.results.profile import Ceilings, KernelProfile, StepMemory, StepProfile
 from tests.cli.conftest import Ran, bncli
 from tests.test_architecture import modules_after
 
@@ -52,13 +53,16 @@ def broken():
 """
 
 
-class NoProcesses(kernel_memory.KernelPeaks):
+class NoProcesses(FreshProcesses):
     """Peaks of memory without the processes that measure them, which have tests of their own."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: None)
 
     def start(self) -> None:
         pass
 
-    def peak_mib(self, case: Case, kernel: str) -> float | None:
+    def call(self, *_: Any, **__: Any) -> float:
         return 7.0
 
 
@@ -70,8 +74,8 @@ def small() -> Iterator[None]:
         patch.setattr(ceilings, "SIZES", (4096,))
         patch.setattr(ceilings, "BEYOND_CACHE", {"cpu": 2**20})
         patch.setattr(ceilings, "MATRIX_SIDE", {"cpu": 16})
-        patch.setattr(kernel_memory, "KernelPeaks", NoProcesses)
-        patch.setitem(StepRun.__init__.__kwdefaults__, "memory", lambda *_: StepMemory(1.0, 1.0, 0.0, 2.0, 30.0))
+        patch.setattr(memory, "kernel_processes", NoProcesses)
+        patch.setitem(StepRun.__init__.__kwdefaults__, "step_memory", lambda *_: StepMemory(1.0, 1.0, 0.0, 2.0, 30.0))
         with clock.threads(1):  # two wait for each other where other tests run beside these
             yield
 
@@ -327,7 +331,7 @@ def test_a_model_of_the_users_own_is_measured_when_that_is_allowed() -> None:
         (["--shape", "1x3"], "--shape 1x3: training needs more than one value a channel, and it has one"),
         (["--shape", "8x4", "--batch", "3"], "--batch: a shape holds its own batch, its first number"),
         (["--batch", "0"], "'--batch': 0 is not in the range"),
-        (["--shapes", "resnet"], "--shapes resnet: expected one of resnet50, resnet20, inception, mlp, or a CSV file"),
+        (["--shapes", "resnet"], "--shapes resnet: expected one of resnet20, resnet50, inception, mlp, or a CSV file"),
         (["--shapes", "none.csv"], "--shapes none.csv: there is no such file"),
         (["--shapes", "bad.csv"], "--shapes bad.csv, line 3: 0x4x4, 1; expected: shape is sizes like 32x64x56x56"),
         (["--shapes", "bad.csv"], "line 4: 8x4x5x5, no"),
@@ -383,11 +387,6 @@ def test_mistakes_leave_with_2_a_message_and_no_traceback(arguments: list[str], 
 def test_an_impossible_kernel_is_refused_before_torch_is_loaded(arguments: list[str]) -> None:
     refuse = f"import sys; sys.argv = {['bncli', 'profile', *arguments]!r}; import bncli.cli; bncli.cli.main()"
     assert "torch" not in modules_after(refuse)
-
-
-def test_the_command_line_knows_every_set_of_shapes_by_name() -> None:
-    assert {*profile.SHAPE_SETS} == {*shapes.SETS}
-    assert profile.FEWEST_ROUNDS == speedup.FEWEST_ROUNDS
 
 
 @pytest.mark.parametrize("view", [[], ["small.yaml"]])

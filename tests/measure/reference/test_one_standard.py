@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bncli.measure.profile import candidates
-from bncli.measure.profile.kernels import enter, wrong_on_cases
+from bncli.measure.profile.sources import sources
+from bncli.measure.profile.timed_kernels import judged_case, wrong_on_cases
 from bncli.results.profile import Case
 from tests.measure.reference import wrong_kernels
 
@@ -26,11 +26,11 @@ GRADCHECK_ALONE = {
 
 def seen_by_profile(name: str) -> bool:
     kernel = f"{HERE}:{name}"
-    (source,) = candidates.sources([kernel], CPU, True).values()
+    (source,) = sources([kernel], CPU, True).values()
     if wrong_on_cases(kernel, source, CPU) is not None:
         return True
-    entry = enter(Case((4, 3, 5, 7), "bn+relu", "fp32"), 1, {kernel: source}, CPU)
-    return any(row.wrong for row in entry.refused.values())
+    judged = judged_case(Case((4, 3, 5, 7), "bn+relu", "fp32"), 1, {kernel: source}, CPU)
+    return any(row.wrong for row in judged.refused.values())
 
 
 @pytest.mark.parametrize("name", wrong_kernels.BUGS)
