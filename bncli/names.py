@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 from bncli.errors import CODE_OF_YOURS, UsageError
 
@@ -71,14 +71,7 @@ class Activation:
 
 # --- the tables -------------------------------------------------------------------------------------------------------
 
-Row = TypeVar("Row", Kernel, Norm, Activation)
-
-
-def _table(*rows: Row) -> dict[str, Row]:
-    return {row.name: row for row in rows}
-
-
-KERNELS = _table(
+_KERNELS = (
     Kernel("native", "torch's own", "bncli.kernels.native", in_recipe=True, in_profile=True),
     Kernel("fused", "ours", "bncli.kernels.fused", ("cpu", "cuda"), in_recipe=True, in_profile=True),
     Kernel("fused-interpreted", "the GPU's, in Triton's interpreter", "bncli.kernels.fused.interpreted", ("cpu",)),
@@ -88,14 +81,14 @@ KERNELS = _table(
     Kernel("flag_gems", "FlagGems' Triton batch norm", devices=("cuda",), in_profile=True),
 )
 
-NORMS = _table(
+_NORMS = (
     Norm("batch", "BatchNorm", over_batch=True, channel_groups="every", has_kernels=True),
     Norm("layer", "LayerNorm", over_batch=False, channel_groups="one"),
     Norm("group", "GroupNorm", over_batch=False, channel_groups="given"),
     Norm("instance", "InstanceNorm", over_batch=False, channel_groups="every"),
 )
 
-ACTIVATIONS = _table(
+_ACTIVATIONS = (
     Activation("sigmoid", "Sigmoid", in_recipe=True),
     Activation("tanh", "Tanh", in_recipe=True),
     Activation("relu", "ReLU", in_recipe=True, fused=True, kinked=True),
@@ -103,6 +96,10 @@ ACTIVATIONS = _table(
     Activation("gelu", "GELU", in_recipe=True),
     Activation("silu", "SiLU", fused=True),
 )
+
+KERNELS = {row.name: row for row in _KERNELS}
+NORMS = {row.name: row for row in _NORMS}
+ACTIVATIONS = {row.name: row for row in _ACTIVATIONS}
 
 RECIPE_KERNELS = tuple(row.name for row in KERNELS.values() if row.in_recipe)
 GRADCHECK_KERNELS = tuple(row.name for row in KERNELS.values() if row.module)
@@ -134,4 +131,4 @@ def check_kernel(name: str, known: Sequence[str], allow_code: bool) -> None:
         hint = f"did you mean {near[0]}?" if near else f"expected {', '.join(known)} or package.module:function"
         raise UsageError(f"there is no such kernel; {hint}", field="kernel", value=name)
     if not allow_code:
-        raise UsageError(f"it is {CODE_OF_YOURS}", field="kernel", value=name)
+        raise UsageError(f"it is {CODE_OF_YOURS}", field="kernel", value=name, permission="allow_code")

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from bncli import kernels
+from bncli.kernels import fused
 from bncli.recipe.sections import Recipe
 
 # Processes that test at the same time share the cores: two threads each would wait for one another.
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
-    # Without a GPU the fused kernel in Triton is tested in its interpreter. Triton settles that when it is first
+    # Without a GPU the fused kernel in Triton is tested in its interpreter. Triton decides that when it is first
     # imported, so this comes before any test does.
-    kernels.get("fused-interpreted", torch.device("cpu"))
+    fused.load_interpreted()
 
 TINY: dict[str, Any] = {
     "data": {"source": "synthetic", "shape": [8], "classes": 3, "examples": 120, "held_out": 60, "noise": 0.5},

@@ -168,7 +168,7 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 OPTIONS_OF_OTHER_PROGRAMS = {
     "kernels.fused.build",
     "engine.train.worker",
-    "measure.compare.executors.processes",
+    "measure.compare.processes",
     "report.compare.export",
 }
 
@@ -177,15 +177,9 @@ TESTED_ELSEWHERE = {
     "__init__": "the public names, tests/engine and tests/kernels use them",
     "__main__": "python -m bncli, run by tests/cli",
     "cli.options": "declarations that every command of tests/cli uses",
-    "engine.convert.alias": "tests/engine/convert/test_convert.py",
-    "engine.convert.graph": "tests/engine/convert/test_convert.py",
-    "engine.convert.guard": "tests/engine/convert/test_convert.py",
-    "engine.convert.patch": "tests/engine/convert/test_convert.py",
-    "engine.convert.tracing": "tests/engine/convert/test_convert.py",
     "kernels.fused.double_backward": "tests/kernels/fused/test_fused.py: second and third derivatives",
     "kernels.fused.interpreted": "tests/kernels/fused/test_fused.py, as one of the implementations",
     "kernels.fused.triton_launch": "tests/kernels/fused/test_triton.py",
-    "measure.compare.executors": "a protocol; its one executor is tested",
     "results.compare": "declarations",
     "results.environment": "declarations",
     "results.finding": "declarations",
@@ -217,12 +211,9 @@ def test_every_test_file_has_its_module_or_a_reason() -> None:
 TESTS_OF_SEVERAL = {
     "test_architecture.py": "the plan of the code",
     "test_documentation.py": "README.md, CONTRIBUTING.md, docs/ and the recipes' headers",
-    "benchmarks/test_kernels.py": "the benchmark commands",
-    "benchmarks/test_kernels_cpu.py": "the benchmark commands",
-    "benchmarks/test_targets.py": "the benchmark commands",
+    "benchmarks/test_benchmarks.py": "the benchmark commands",
     "engine/train/test_fused_training.py": "training with the fused kernel, through all its modules",
     "kernels/fused/test_ahead_of_time.py": "the compilation of every kernel without a GPU",
-    "kernels/fused/test_specialisations.py": "the compilation of every kernel without a GPU",
     "kernels/fused/test_models.py": "whole models with the fused kernel",
     "kernels/fused/test_team.py": "programs that share a channel, on a GPU",
     "measure/reference/test_one_standard.py": "profile and gradcheck call the same kernels wrong",

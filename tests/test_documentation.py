@@ -141,7 +141,8 @@ def run(session: str, folder: Path, shorter: bool) -> None:
 
 
 def test_the_sessions_are_all_commands_of_the_readme() -> None:
-    assert len(COMMANDS) >= 4 and "\n".join(SESSIONS) == "\n".join(COMMANDS)
+    assert len(COMMANDS) >= 4
+    assert "\n".join(SESSIONS) == "\n".join(COMMANDS)
 
 
 @pytest.mark.parametrize("session", SESSIONS)

@@ -1,4 +1,4 @@
-"""Which device a run uses, how much memory it took, and what the machine is."""
+"""Devices: by name, their peak memory, precision (autocast, TF32), and the environment of a result."""
 
 from __future__ import annotations
 
@@ -28,20 +28,18 @@ def resolve(name: str) -> torch.device:
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
-    if name.startswith("cuda") and not cuda:
+    device, reason = torch.device(name), None
+    if device.type == "cuda" and not cuda:
         built = torch.version.cuda is not None
         why = "no NVIDIA GPU is visible to it" if built else "it is built for the CPU only"
-        raise _unavailable(name, f"this torch ({torch.__version__}) cannot use CUDA: {why}. The CPU can be used")
-    if name == "mps" and not mps:
-        raise _unavailable(name, f"this torch ({torch.__version__}) has no Metal device here. The CPU can be used")
-    device = torch.device(name)
-    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        raise _unavailable(name, f"there are {torch.cuda.device_count()} CUDA devices here, counted from 0")
+        reason = f"this torch ({torch.__version__}) cannot use CUDA: {why}. The CPU can be used"
+    elif device.type == "mps" and not mps:
+        reason = f"this torch ({torch.__version__}) has no Metal device here. The CPU can be used"
+    elif device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        reason = f"there are {torch.cuda.device_count()} CUDA devices here, counted from 0"
+    if reason:
+        raise Unavailable(reason, field="device", value=name)
     return device
-
-
-def _unavailable(name: str, why: str) -> Unavailable:
-    return Unavailable(why, field="device", value=name)
 
 
 def synchronize(device: torch.device) -> None:
@@ -53,9 +51,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin a new peak. On Linux the high-water mark of the resident set is set back (man 5 proc, clear_refs).
+    """Begin a new peak. On Linux the high-water mark of the resident set is reset (man 5 proc, clear_refs).
 
-    psutil can neither set it back nor read it on Linux.
+    psutil can neither reset nor read it on Linux.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -103,18 +101,19 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 @contextlib.contextmanager
 def tf32_allowed(allowed: bool) -> Iterator[None]:
-    """Whether float32 matrix products and convolutions on an NVIDIA GPU may take their inputs in TF32, here alone.
+    """A context in which float32 matrix products and convolutions on an NVIDIA GPU may, or may not, use TF32.
 
     By default torch allows it for convolutions. `allow_tf32` is set, since setting the newer `fp32_precision` alone
     makes it an error to read the older, as a model of the user's own may do.
     """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     settings = _tf32_settings()
     before = [setting.fp32_precision for setting in settings]
-    _allow_tf32(allowed, allowed)
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
     try:
         yield
     finally:
-        _allow_tf32(before[0] == "tf32", before[1] == "tf32")
+        matmul.allow_tf32, cudnn.allow_tf32 = before[0] == "tf32", before[1] == "tf32"
         for setting, precision in zip(settings, before, strict=True):
             setting.fp32_precision = precision
 
@@ -127,10 +126,6 @@ def in_tf32(device: torch.device) -> bool:
 def _tf32_settings() -> list[Any]:
     cudnn: Any = torch.backends.cudnn
     return [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]
-
-
-def _allow_tf32(matrix_products: bool, convolutions: bool) -> None:
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matrix_products, convolutions
 
 
 class PeakMemory:

@@ -8,7 +8,7 @@ intervals between evaluations, so its expectation hardly depends on how many the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from bncli.recipe.sections import LogSpaced
 from bncli.results.train import AHEAD, Evaluation, Target
@@ -44,14 +44,6 @@ class StepsToTarget:
             self.steps = self.below if reached else None
         self._last = (evaluation.step, gap)
         return self.steps is not None
-
-
-def steps_to_target(evaluations: Sequence[Evaluation], target: Target) -> tuple[float | None, int | None]:
-    """Steps to target and first hit of a run's evaluations, in order of steps; each None where the run missed it."""
-    count = StepsToTarget(target)
-    for evaluation in evaluations:
-        count.add(evaluation)
-    return count.steps, count.first_hit
 
 
 def _gap(evaluation: Evaluation, target: Target) -> float:

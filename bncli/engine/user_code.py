@@ -1,4 +1,4 @@
-"""Code of the user's own: importing what model.module or a kernel's name says, and which files came with it."""
+"""The user's own code: its import, its errors as one sentence, and the files that a run loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 from bncli.errors import BncliError, RunFailed
 
 HERE = str(Path(__file__).parents[1])  # bncli's own code
-PACKAGES = ("site-packages", "dist-packages")  # names of folders with installed packages, wherever they stand
+PACKAGES = ("site-packages", "dist-packages")  # names of folders with installed packages, anywhere
 
 
 def imported(name: str) -> Any:
@@ -28,7 +28,7 @@ def imported(name: str) -> Any:
     Raises what the import raises, which runs the user's code, and AttributeError where the module has no such name.
     """
     if "" not in sys.path:
-        sys.path.insert(0, "")  # a console script's path lacks the current folder, where the user's code stands
+        sys.path.insert(0, "")  # a console script's path lacks the current folder, where the user's code is
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
 

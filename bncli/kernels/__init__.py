@@ -1,11 +1,11 @@
-"""The batch norm kernels by name: their common contract, and whether one can run on a device. No torch at import.
+"""Batch norm kernels by name: their common signature, and whether one can run on a device. No torch at import.
 
 A kernel is `kernel(x, weight, bias, eps, residual, activation, statistics, running) -> y, mean, var` with x (N, C, *S),
 weight, bias, mean and var (C). y is differentiable in x, weight, bias and residual, and sums are taken in float32 or
 wider. Without `statistics` x is normalized by the batch's own mean and biased variance, and those are returned, without
-gradient; with `statistics`, a pair (mean, var), by that pair, which is a constant (evaluation). `running`, a running
-mean, a running variance (C) and a momentum, is moved in place by the batch's statistics, the variance with m / (m - 1);
-nothing else is written to.
+gradient; with `statistics`, a pair (mean, var), by that pair, which is a constant (evaluation). `running` is a running
+mean and a running variance (C), which are updated in place with the batch's statistics, the variance times m / (m - 1),
+and a momentum, which is the batch's share; nothing else is written to.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def load(name: str) -> Kernel:
 
 
 def adapted(function: Any) -> Kernel:
-    """A function as a kernel: itself, or where it has no `running`, itself and then the running statistics' move."""
+    """A function as a kernel: itself, or where it has no `running`, itself and then the running statistics' update."""
     try:
         if "running" in inspect.signature(function).parameters:
             return function
@@ -71,17 +71,7 @@ def adapted(function: Any) -> Kernel:
     return functools.partial(_run_and_update, function)
 
 
-def _run_and_update(
-    function: Any,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    statistics: tuple[Tensor, Tensor] | None = None,
-    running: tuple[Tensor, Tensor, float] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _run_and_update(function, x, weight, bias, eps, residual=None, activation=None, statistics=None, running=None):  # type: ignore[no-untyped-def]
     from bncli.kernels.native import update_running_stats
 
     given = () if statistics is None else (statistics,)  # a function for training alone need not take them

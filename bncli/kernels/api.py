@@ -1,8 +1,9 @@
-"""`bncli.batch_norm`: torch.nn.functional.batch_norm's signature and meaning, a residual, an activation, a kernel."""
+"""`bncli.batch_norm`: torch.nn.functional.batch_norm with a residual, an activation and a choice of kernels."""
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -27,30 +28,35 @@ def batch_norm(
     activation: str | None = None,
     kernel: str | kernels.Kernel = "native",
 ) -> Tensor:
-    """activation(batch_norm(input) + residual); batch_norm as torch.nn.functional.batch_norm defines it.
+    """Batch normalization, then the addition of a residual, then an activation.
 
-    In training the batch's statistics normalize, and the running ones, if given, move in place: running =
-    (1 - momentum) running + momentum batch, with the variance's m/(m-1) (Ioffe & Szegedy 2015, algorithms 1 and 2).
-    Otherwise the running ones normalize.
+    The normalization is that of torch.nn.functional.batch_norm: y = (x - mean) / sqrt(var + eps) * weight + bias, with
+    the mean and the biased variance of the m = N * S values of each channel. (Ioffe & Szegedy 2015, arXiv 1502.03167:
+    algorithm 1 in training, algorithm 2 in evaluation.)
 
     Args:
-        input: (N, C, *S).
-        running_mean, running_var, weight, bias: (C) or None.
-        training: Whether the batch's statistics normalize.
-        momentum: Weight of the batch in the running statistics.
-        eps: Added to the variance.
-        residual: What torch can add to the result. The kernel adds it where it has the input's shape and dtype, torch
-            after the kernel where it must be broadcast or converted.
-        activation: relu, leaky_relu (slope 0.01), silu or None.
-        kernel: native, fused, fused-interpreted, or a function with the arguments that bncli.kernels describes. One
-            without `running` is followed by a move of the running statistics by those that it returns.
+        input: x, shape (N, C, *S), with up to three positions *S; its dtype is that of the result.
+        running_mean: Shape (C), or None. In training it becomes (1 - momentum) * running_mean + momentum * mean, in
+            place; in evaluation it normalizes instead of the batch's mean.
+        running_var: The same for the variance, which is multiplied by m / (m - 1) before it is averaged.
+        weight: Shape (C), or None for 1.
+        bias: Shape (C), or None for 0.
+        training: Whether the batch's own statistics normalize.
+        momentum: The share of the batch in the running statistics, from 0 to 1.
+        eps: Added to the variance, in units of x squared.
+        residual: Added to y. Any shape and dtype that torch can add to it: the kernel adds one of the input's shape and
+            dtype, torch any other, after the kernel.
+        activation: "relu", "leaky_relu" (with the slope 0.01), "silu" or None; applied last.
+        kernel: "native", "fused", "fused-interpreted", or a function with the arguments that bncli.kernels describes.
+            After a function without `running` the running statistics are updated with what it returns.
 
     Returns:
-        A tensor like input.
+        A tensor of the input's shape and layout, differentiable in input, weight, bias and residual.
 
     Raises:
-        ValueError, RuntimeError: Where torch does (one value per channel in training, no running statistics in
-            evaluation, sizes that disagree, eps out of range), and for an unknown activation.
+        ValueError: For one value per channel in training, for one of the running statistics without the other, for an
+            eps out of range and for an unknown activation.
+        RuntimeError: For sizes that disagree, and for no running statistics in evaluation, as torch does.
         Unavailable: With the reason, where the kernel cannot run.
     """
     if activation is not None:
@@ -58,7 +64,8 @@ def batch_norm(
     if kernel == "native":  # the operator itself: as a kernel it would take the statistics once more, to return them
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return native.finish(y, residual, activation)
-    count = _values_per_channel(input, running_mean, running_var, weight, bias)
+    if input.dim() < 2:
+        raise RuntimeError(f"batch norm takes (N, C, *S), not an input of {input.dim()} dimensions")
     if eps < 0 or (training and eps == 0):
         raise ValueError(f"eps must be positive in training and not negative in evaluation; it is {eps}")
     if residual is not None and not (
@@ -73,7 +80,7 @@ def batch_norm(
         return run(input, weight, bias, eps, residual, activation, (running_mean, running_var))[0]
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must both be given or both be None")
-    if count == 1:
+    if input.size(0) == 1 and math.prod(input.shape[2:]) == 1:
         raise ValueError(f"training needs more than one value per channel; the input has shape {tuple(input.shape)}")
     if running_mean is None or running_var is None or input.numel() == 0:  # an empty batch has no statistics
         return run(input, weight, bias, eps, residual, activation)[0]
@@ -83,33 +90,16 @@ def batch_norm(
 def _find(kernel: str | kernels.Kernel, device: torch.device) -> kernels.Kernel:
     """The kernel of that name, or that function. Raises Unavailable where it cannot run.
 
-    Whether it can, and what a function takes, is found out once; a compiler need not see how.
+    Whether it can, and what arguments a function has, is found out once, and never while torch.compile traces.
     """
     compiling = torch.compiler.is_dynamo_compiling()
     if isinstance(kernel, str):
         if not compiling:
             _check_available(kernel, device)
         return kernels.load(kernel)
-    found: kernels.Kernel = kernels.adapted(kernel) if compiling or not _hashable(kernel) else _adapted(kernel)
-    return found
-
-
-def _hashable(kernel: kernels.Kernel) -> bool:
-    return type(kernel).__hash__ is not None
+    hashable = type(kernel).__hash__ is not None
+    return _adapted(kernel) if hashable and not compiling else kernels.adapted(kernel)
 
 
 _check_available = functools.cache(kernels.get)  # microseconds, which a small batch norm would notice
 _adapted: Any = functools.lru_cache(maxsize=64)(kernels.adapted)
-
-
-def _values_per_channel(input: Tensor, *per_channel: Tensor | None) -> int:
-    """m, the values that one channel's statistics are taken over. Raises RuntimeError for sizes that disagree."""
-    if input.dim() < 2:
-        raise RuntimeError(f"batch norm takes (N, C, *S), not an input of {input.dim()} dimensions")
-    channels = input.size(1)
-    for tensor in per_channel:
-        if tensor is not None and tensor.numel() != channels:
-            names = ("running_mean", "running_var", "weight", "bias")
-            name = next(name for name, each in zip(names, per_channel, strict=True) if each is tensor)
-            raise RuntimeError(f"{name} has {tensor.numel()} values; the input has {channels} channels")
-    return input.numel() // channels if channels else input.size(0)

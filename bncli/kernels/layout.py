@@ -1,4 +1,4 @@
-"""How a tensor (N, C, *S) lies in memory and along its axes, and what follows from it for a kernel."""
+"""Memory layout of a tensor (N, C, *S): contiguous or channels last, and what follows from it for a kernel."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 
-def is_rows(x: Tensor) -> bool:
-    """Whether the channels of a position lie side by side: channels last of any rank, or a batch of vectors.
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a position are neighbours in memory, in any rank; a batch of vectors is so too.
 
-    A single channel lies both ways, and is better taken as planes.
+    A tensor of one channel, which is in both layouts, is taken as contiguous: that is faster.
     """
     if x.size(1) == 1:
         return False
@@ -20,28 +20,20 @@ def is_rows(x: Tensor) -> bool:
     return x.is_contiguous() if x.dim() == 2 else x.movedim(1, -1).is_contiguous()
 
 
-def rows_of_dense(x: Tensor) -> bool:
-    """`is_rows`, for a kernel that follows pointers. Raises ValueError for an x with gaps."""
-    rows = is_rows(x)
-    if not (rows or x.is_contiguous()):
-        refuse_gaps(x)
-    return rows
-
-
 def refuse_gaps(x: Tensor) -> NoReturn:
     raise ValueError(f"x is neither contiguous nor channels last: strides {x.stride()} for {tuple(x.shape)}")
 
 
 def dense(x: Tensor) -> Tensor:
     """x itself where it is contiguous or channels last, without gaps; else a contiguous copy."""
-    return x if x.is_contiguous() or is_rows(x) else x.contiguous()
+    return x if x.is_contiguous() or is_channels_last(x) else x.contiguous()
 
 
 def match_layout(tensor: Tensor, x: Tensor) -> Tensor:
-    """`tensor`, of x's shape, in the layout of a dense x: itself if it lies so, else a copy."""
+    """`tensor`, of x's shape, in the layout of a dense x: itself or a copy."""
     if tensor.stride() == x.stride():
         return tensor
-    return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if is_rows(x) else tensor.contiguous()
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if is_channels_last(x) else tensor.contiguous()
 
 
 def over_channels(x: Tensor) -> list[int]:
@@ -68,7 +60,7 @@ def accumulation(x: Tensor) -> torch.dtype:
 def sign_bytes(x: Tensor) -> int:
     """How many bytes a bit for each element takes, in whole bytes a channel (contiguous) or a row (channels last)."""
     examples, channels, positions = sizes(x)
-    if is_rows(x):
+    if is_channels_last(x):
         return examples * positions * ((channels + 7) // 8)
     return channels * ((examples * positions + 7) // 8)
 
@@ -77,8 +69,8 @@ def unpacked_signs(signs: Tensor, x: Tensor) -> Tensor:
     """Those bits (uint8) as booleans like x."""
     examples, channels, positions = sizes(x)
     bits = ((signs.unsqueeze(-1) >> torch.arange(8, device=signs.device, dtype=torch.uint8)) & 1).bool()
-    if is_rows(x):
-        rows = bits.view(examples * positions, -1)[:, :channels]
-        return rows.reshape(examples, *x.shape[2:], channels).movedim(-1, 1)
-    planes = bits.view(channels, -1)[:, : examples * positions]
-    return planes.reshape(channels, examples, *x.shape[2:]).transpose(0, 1)
+    if is_channels_last(x):
+        bits = bits.view(examples * positions, -1)[:, :channels]
+        return bits.reshape(examples, *x.shape[2:], channels).movedim(-1, 1)
+    bits = bits.view(channels, -1)[:, : examples * positions]
+    return bits.reshape(channels, examples, *x.shape[2:]).transpose(0, 1)

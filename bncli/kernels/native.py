@@ -1,4 +1,4 @@
-"""torch's own batch norm as a kernel, and the moves of running statistics in torch's operators."""
+"""torch's own batch norm as a kernel, and the update of running statistics in torch's operators."""
 
 from __future__ import annotations
 
@@ -30,10 +30,7 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalize each channel over the batch and the positions (Ioffe & Szegedy 2015, algorithm 1).
 
-    x and residual (N, C, *S); weight and bias (C) or None; activation one of ACTIVATIONS or None, applied after the
-    residual is added; statistics a mean and a variance (C) to normalize by instead of the batch's; running a running
-    mean and variance (C) and a momentum, moved in place. Returns y like x, and the mean and variance (C) that were
-    used, without gradient.
+    The arguments and results are those that bncli.kernels describes.
     """
     given_mean, given_var = statistics or (None, None)
     y = F.batch_norm(x, given_mean, given_var, weight, bias, training=statistics is None, momentum=0.0, eps=eps)
@@ -63,7 +60,7 @@ def finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor
 
 
 def update_running_stats(running: tuple[Tensor, Tensor, float], mean: Tensor, var: Tensor, count: int) -> None:
-    """Move a running mean and variance (C) towards a batch's mean and biased variance (C) of `count` values a channel.
+    """In place, with a batch's mean and biased variance (C) of `count` values a channel.
 
     Ioffe & Szegedy 2015, algorithm 2, line 10: the running variance takes the unbiased one, m / (m - 1).
     """

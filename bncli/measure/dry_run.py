@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bncli.errors import RecipeError
 from bncli.recipe.layers import estimated_memory_mib, input_of, layers, shape_contradictions, size
-from bncli.recipe.load import Arm, Loaded, leaves, plain
+from bncli.recipe.load import Arm, Loaded, plain
+from bncli.recipe.overrides import leaves
 from bncli.recipe.sections import Npz, Recipe
 from bncli.recipe.yaml import dotted
 from bncli.results.compare import Planned, PlannedArm

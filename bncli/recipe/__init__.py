@@ -1,1 +1,1 @@
-"""What was asked for: a recipe from its file to a checked, frozen, resolved object. Never torch."""
+"""Recipes: from a YAML file to a checked, frozen, resolved object. No torch."""

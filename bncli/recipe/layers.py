@@ -1,20 +1,22 @@
 """A model as plain data: its layers in order, its parameters, and what it keeps for the backward pass. No torch.
 
-`engine.model` builds modules from the same layers that `size` counts here, so a dry run cannot disagree with a run.
+`engine.models` builds modules from the same layers that `size` counts here, so a dry run cannot disagree with a run.
 Shapes: C channels (or features), H, W height and width.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 from bncli.errors import DataError
 from bncli.names import NORMS
-from bncli.recipe.sections import BatchNorm, Cnn, Digits, Hub, InstanceNorm, Mlp, Npz, Recipe, ResNet, Synthetic
+from bncli.recipe.sections import DIGITS, BatchNorm, Cnn, Digits, InstanceNorm, Mlp, Npz, OwnModel, Recipe, ResNet
 
 Shape = tuple[int, ...]
 
@@ -67,30 +69,32 @@ class Residual:
     """activation(body(x) + shortcut(x)); an empty shortcut is the identity."""
 
     body: Sequence
-    shortcut: Sequence = field(default_factory=lambda: Sequence(()))
+    shortcut: Sequence = Sequence(())
 
 
 Layer = Linear | Conv | Norm | Activation | MaxPool | GlobalAverage | Sequence | Residual
+Parts = list[tuple[str, Layer]]
+Unit = Callable[..., Sequence]  # a linear layer or a convolution -> with the norm and the activation that follow it
 
 
 def layers(recipe: Recipe, shape: Shape, classes: int) -> Sequence | None:
     """The model's layers for inputs of `shape` (C,) or (C, H, W); None for the user's own model."""
-    model = recipe.model
+    model, norm = recipe.model, recipe.norm.kind != "none"
     # Batch and instance norm subtract each channel's mean: a bias before them is dead (paper, section 3.2).
-    bias = not isinstance(recipe.norm, BatchNorm | InstanceNorm)
-    norm = recipe.norm.kind != "none"
+    dead_bias = isinstance(recipe.norm, BatchNorm | InstanceNorm) or (norm and isinstance(model, ResNet))
+    unit = partial(_unit, bias=not dead_bias, norm=norm)
+    if isinstance(model, OwnModel):
+        return None
     if isinstance(model, Mlp):
-        return _mlp(math.prod(shape), model.hidden, classes, bias, norm)
-    if isinstance(model, Cnn):
-        return _cnn(shape, model.channels, classes, bias, norm)
-    if isinstance(model, ResNet):
-        family = _imagenet if model.depth in (18, 34, 50) else _cifar
-        return family(shape[0], model.depth, classes, norm)
-    return None
+        widths = (math.prod(shape), *model.hidden)
+        body: Parts = [(f"hidden{i}", unit(Linear(a, b))) for i, (a, b) in enumerate(pairwise(widths), 1)]
+        return Sequence((*body, ("output", Linear(widths[-1], classes))))
+    body, width = _cnn(shape, model.channels, unit) if isinstance(model, Cnn) else _resnet(shape[0], model.depth, unit)
+    return Sequence((*body, ("average", GlobalAverage()), ("output", Linear(width, classes))))
 
 
-def _unit(weight: Linear | Conv, norm: bool, activation: bool = True) -> Sequence:
-    parts: list[tuple[str, Layer]] = [("linear" if isinstance(weight, Linear) else "conv", weight)]
+def _unit(weight: Linear | Conv, bias: bool, norm: bool, activation: bool = True) -> Sequence:
+    parts: Parts = [("linear" if isinstance(weight, Linear) else "conv", replace(weight, bias=bias))]
     if norm:
         parts.append(("norm", Norm(weight.outputs)))
     if activation:
@@ -98,81 +102,76 @@ def _unit(weight: Linear | Conv, norm: bool, activation: bool = True) -> Sequenc
     return Sequence(tuple(parts))
 
 
-def _mlp(features: int, hidden: tuple[int, ...], classes: int, bias: bool, norm: bool) -> Sequence:
-    widths = (features, *hidden)
-    pairs = zip(widths, hidden, strict=False)
-    body = [(f"hidden{i}", _unit(Linear(a, b, bias), norm)) for i, (a, b) in enumerate(pairs, 1)]
-    return Sequence((*body, ("output", Linear(widths[-1], classes))))
-
-
-def _cnn(shape: Shape, channels: tuple[int, ...], classes: int, bias: bool, norm: bool) -> Sequence:
-    body: list[tuple[str, Layer]] = []
-    inputs, side = shape[0], min(shape[1:])
-    for index, outputs in enumerate(channels, 1):
-        body.append((f"stage{index}", _unit(Conv(inputs, outputs, bias=bias), norm)))
+def _cnn(shape: Shape, channels: tuple[int, ...], unit: Unit) -> tuple[Parts, int]:
+    """The stages and the channels of the last."""
+    body: Parts = []
+    side = min(shape[1:])
+    for index, (inputs, outputs) in enumerate(pairwise((shape[0], *channels)), 1):
+        body.append((f"stage{index}", unit(Conv(inputs, outputs))))
         if side >= 4:  # a map under 4 wide is pooled no further
             body.append((f"pool{index}", MaxPool(2, 2)))
             side //= 2
-        inputs = outputs
-    return Sequence((*body, ("average", GlobalAverage()), ("output", Linear(inputs, classes))))
+    return body, channels[-1]
 
 
-def _basic(inputs: int, outputs: int, stride: int, norm: bool) -> Residual:
-    body = Sequence(
-        (
-            ("first", _unit(Conv(inputs, outputs, stride=stride, bias=not norm), norm)),
-            ("second", _unit(Conv(outputs, outputs, bias=not norm), norm, activation=False)),
-        )
-    )
-    return Residual(body, _shortcut(inputs, outputs, stride, norm))
-
-
-def _bottleneck(inputs: int, width: int, stride: int, norm: bool) -> Residual:
-    # The stride is on the 3x3 convolution, as in torchvision and unlike the paper's 1x1 (known as ResNet v1.5).
-    body = Sequence(
-        (
-            ("reduce", _unit(Conv(inputs, width, kernel=1, bias=not norm), norm)),
-            ("middle", _unit(Conv(width, width, stride=stride, bias=not norm), norm)),
-            ("expand", _unit(Conv(width, 4 * width, kernel=1, bias=not norm), norm, activation=False)),
-        )
-    )
-    return Residual(body, _shortcut(inputs, 4 * width, stride, norm))
-
-
-def _shortcut(inputs: int, outputs: int, stride: int, norm: bool) -> Sequence:
-    """A projection where the shape changes (He et al., option B)."""
-    if stride == 1 and inputs == outputs:
-        return Sequence(())
-    return _unit(Conv(inputs, outputs, kernel=1, stride=stride, bias=not norm), norm, activation=False)
-
-
-def _cifar(channels: int, depth: int, classes: int, norm: bool) -> Sequence:
-    """6n + 2 layers: a 3x3 convolution, three stages of n blocks of 16, 32, 64 channels, and a linear layer."""
-    body: list[tuple[str, Layer]] = [("stem", _unit(Conv(channels, 16, bias=not norm), norm))]
-    inputs = 16
-    for stage, width in enumerate((16, 32, 64), 1):
-        for index in range((depth - 2) // 6):
-            stride = 2 if stage > 1 and index == 0 else 1
-            body.append((f"stage{stage}_{index + 1}", _basic(inputs, width, stride, norm)))
-            inputs = width
-    return Sequence((*body, ("average", GlobalAverage()), ("output", Linear(inputs, classes))))
-
-
-def _imagenet(channels: int, depth: int, classes: int, norm: bool) -> Sequence:
-    blocks = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}[depth]
-    block, expansion = (_bottleneck, 4) if depth == 50 else (_basic, 1)
-    stem = _unit(Conv(channels, 64, kernel=7, stride=2, bias=not norm), norm)
-    body: list[tuple[str, Layer]] = [("stem", stem), ("pool", MaxPool(3, 2, padding=1))]
-    inputs = 64
-    for stage, (count, width) in enumerate(zip(blocks, (64, 128, 256, 512), strict=True), 1):
+def _resnet(channels: int, depth: int, unit: Unit) -> tuple[Parts, int]:
+    """The stem and the blocks, and the channels of the last. Table 1 of He et al., or 6n + 2 layers of section 4.2."""
+    counts = IMAGENET_BLOCKS.get(depth, ((depth - 2) // 6,) * 3)
+    if depth in IMAGENET_BLOCKS:
+        widths = [64, 128, 256, 512]
+        body: Parts = [("stem", unit(Conv(channels, 64, kernel=7, stride=2))), ("pool", MaxPool(3, 2, padding=1))]
+    else:
+        widths, body = [16, 32, 64], [("stem", unit(Conv(channels, 16)))]
+    inputs = widths[0]
+    for stage, (count, width) in enumerate(zip(counts, widths, strict=True), 1):
         for index in range(count):
             stride = 2 if stage > 1 and index == 0 else 1
-            body.append((f"stage{stage}_{index + 1}", block(inputs, width, stride, norm)))
-            inputs = expansion * width
-    return Sequence((*body, ("average", GlobalAverage()), ("output", Linear(inputs, classes))))
+            block, outputs = _block(inputs, width, stride, depth == 50, unit)
+            body.append((f"stage{stage}_{index + 1}", block))
+            inputs = outputs
+    return body, inputs
+
+
+IMAGENET_BLOCKS: dict[int, tuple[int, ...]] = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+
+
+def _block(inputs: int, width: int, stride: int, bottleneck: bool, unit: Unit) -> tuple[Residual, int]:
+    """A residual block and its output channels."""
+    outputs = 4 * width if bottleneck else width
+    if bottleneck:
+        # The stride is on the 3x3 convolution, as in torchvision and unlike the paper's 1x1 (known as ResNet v1.5).
+        *most, last = (
+            ("reduce", Conv(inputs, width, kernel=1)),
+            ("middle", Conv(width, width, stride=stride)),
+            ("expand", Conv(width, outputs, kernel=1)),
+        )
+    else:
+        *most, last = ("first", Conv(inputs, width, stride=stride)), ("second", Conv(width, width))
+    body = [*((name, unit(conv)) for name, conv in most), (last[0], unit(last[1], activation=False))]
+    if stride == 1 and inputs == outputs:
+        return Residual(Sequence(tuple(body))), outputs
+    # A projection where the shape changes (He et al., option B).
+    shortcut = unit(Conv(inputs, outputs, kernel=1, stride=stride), activation=False)
+    return Residual(Sequence(tuple(body)), shortcut), outputs
 
 
 # --- counting -----------------------------------------------------------------------------------------------------
+
+
+def walk(model: Layer, shape: Shape) -> Iterator[tuple[Layer, Shape, Shape]]:
+    """The layers in order, each with its input's and its output's shape for one example; a block after its parts."""
+    if isinstance(model, Sequence):
+        for _, part in model.layers:
+            for layer, before, after in walk(part, shape):
+                yield layer, before, after
+            shape = after
+    elif isinstance(model, Residual):
+        yield from walk(model.shortcut, shape)
+        for layer, before, after in walk(model.body, shape):
+            yield layer, before, after
+        yield model, shape, after
+    else:
+        yield model, shape, _output(model, shape)
 
 
 @dataclass(frozen=True)
@@ -183,24 +182,12 @@ class Size:
 
 def size(model: Layer, shape: Shape, affine: bool = True) -> tuple[Size, Shape]:
     """Parameters, activations per example, and the shape of the output, for one example of `shape`."""
-    if isinstance(model, Sequence):
-        return _chain([layer for _, layer in model.layers], shape, affine)
-    if isinstance(model, Residual):
-        body, after = size(model.body, shape, affine)
-        shortcut, _ = size(model.shortcut, shape, affine)
-        total = body.parameters + shortcut.parameters
-        return Size(total, body.activations + shortcut.activations + 2 * math.prod(after)), after
-    after = _output(model, shape)
-    return Size(_parameters(model, affine), math.prod(after)), after
-
-
-def _chain(parts: list[Layer], shape: Shape, affine: bool) -> tuple[Size, Shape]:
     parameters = activations = 0
-    for part in parts:
-        found, shape = size(part, shape, affine)
-        parameters += found.parameters
-        activations += found.activations
-    return Size(parameters, activations), shape
+    after = shape
+    for layer, _, after in walk(model, shape):
+        parameters += _parameters(layer, affine)
+        activations += math.prod(after) * (2 if isinstance(layer, Residual) else 1)  # the sum and its activation
+    return Size(parameters, activations), after
 
 
 def _parameters(layer: Layer, affine: bool) -> int:
@@ -240,11 +227,11 @@ def estimated_memory_mib(recipe: Recipe, found: Size) -> float:
 def input_of(recipe: Recipe) -> tuple[Shape, int]:
     """The shape of one example and the number of classes. For npz this reads the file's headers and labels."""
     data = recipe.data
+    if isinstance(data, Npz):
+        return _npz_header(data)
     if isinstance(data, Digits):
         return ((1, 8, 8) if data.images else (64,)), 10
-    if isinstance(data, Synthetic | Hub):
-        return tuple(data.shape), data.classes
-    return _npz_header(data)
+    return tuple(data.shape), data.classes
 
 
 def _npz_header(data: Npz) -> tuple[Shape, int]:
@@ -274,24 +261,18 @@ Contradiction = tuple[tuple[str, ...], str]  # the field to change, and why
 
 def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     """What a recipe's sections are wrong about together. Opens no file."""
-    train = recipe.train
+    train, data = recipe.train, recipe.data
     if isinstance(train.evaluate_every, int) and train.evaluate_every > train.steps:
         why = f"is larger than the budget of {train.steps} steps: no evaluation would happen"
         yield ("train", "evaluate_every"), why
     milestones: Any = getattr(recipe.schedule, "milestones", ())
     if list(milestones) != sorted(set(milestones)):
         yield ("schedule", "milestones"), "expected steps in rising order"
-    examples = _training_examples(recipe)
+    examples = DIGITS - data.held_out if isinstance(data, Digits) else getattr(data, "examples", None)
     if examples is not None and train.batch_size > examples:
         yield ("train", "batch_size"), f"is larger than the {examples} training examples"
-    if not isinstance(recipe.data, Npz):
+    if not isinstance(data, Npz):
         yield from shape_contradictions(recipe, *input_of(recipe))
-
-
-def _training_examples(recipe: Recipe) -> int | None:
-    if isinstance(recipe.data, Digits):
-        return 1797 - recipe.data.held_out
-    return recipe.data.examples if isinstance(recipe.data, Synthetic) else None
 
 
 def shape_contradictions(recipe: Recipe, shape: Shape, classes: int) -> Iterator[Contradiction]:
@@ -303,41 +284,21 @@ def shape_contradictions(recipe: Recipe, shape: Shape, classes: int) -> Iterator
     if vectors and recipe.train.memory_format == "channels_last":
         yield ("train", "memory_format"), "channels_last is for images and the data are vectors"
     if vectors and kind in ("cnn", "resnet"):
-        hint = {"digits": "set data.images: true", "npz": "give x as (examples, channels, height, width)"}.get(
-            recipe.data.source, "give data.shape as [channels, height, width]"
-        )
+        hints = {"digits": "set data.images: true", "npz": "give x as (examples, channels, height, width)"}
+        hint = hints.get(recipe.data.source, "give data.shape as [channels, height, width]")
         yield ("model", "kind"), f"a {kind} needs images and the data are vectors; {hint}"
-        return
-    model = layers(recipe, shape, classes)
-    if model is not None:
-        yield from _norm_contradictions(recipe, set(_norm_shapes(model, shape)))
+    elif model := layers(recipe, shape, classes):
+        norm_shapes = {before for layer, before, _ in walk(model, shape) if isinstance(layer, Norm)}
+        yield from islice(_norm_contradictions(recipe, norm_shapes), 1)
 
 
 def _norm_contradictions(recipe: Recipe, shapes: set[Shape]) -> Iterator[Contradiction]:
     """Groups that do not divide the channels, and means over a single value, which leave nothing of the input."""
     kind, groups = recipe.norm.kind, getattr(recipe.norm, "groups", 1)
-    row = NORMS.get(kind)  # none of no norm
     for channels, *sides in sorted(shapes):
+        layer = f"a layer of {channels} channels"
         if channels % groups:
-            yield ("norm", "groups"), f"{groups} groups do not divide a layer of {channels} channels"
-            return
-        if row and row.values_per_mean((recipe.train.batch_size, channels, *sides), groups) == 1:
-            field = ("train", "batch_size") if row.over_batch else ("norm", "kind")
-            yield (
-                field,
-                f"{kind} norm has one value to average over in a layer of {channels} channels, so nothing is left",
-            )
-            return
-
-
-def _norm_shapes(layer: Layer, shape: Shape) -> Iterator[Shape]:
-    """The shapes (C,) or (C, H, W) of one example at each norm."""
-    if isinstance(layer, Norm):
-        yield shape
-    elif isinstance(layer, Residual):
-        yield from _norm_shapes(layer.body, shape)
-        yield from _norm_shapes(layer.shortcut, shape)
-    elif isinstance(layer, Sequence):
-        for _, part in layer.layers:
-            yield from _norm_shapes(part, shape)
-            _, shape = size(part, shape)
+            yield ("norm", "groups"), f"{groups} groups do not divide {layer}"
+        elif NORMS[kind].values_per_mean((recipe.train.batch_size, channels, *sides), groups) == 1:
+            at = ("train", "batch_size") if NORMS[kind].over_batch else ("norm", "kind")
+            yield at, f"{kind} norm has one value to average over in {layer}, so nothing is left"

@@ -1,9 +1,11 @@
-"""From a file to a checked recipe: its base run, its arms, and where each value came from."""
+"""Recipe loading: from a file to its base run, its arms, and the origin of each value."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import operator
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,12 +16,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from bncli.errors import RecipeError, UsageError
-from bncli.recipe.check import check, suggestion, words
-from bncli.recipe.overrides import KINDS, arms_of, base_of, fixed_by, leaves, override, split_path, write_out
+from bncli.recipe.check import check, refuse_code, suggestion, words
+from bncli.recipe.overrides import arms_of, base_of, fixed_by, leaves, override, write_out
 from bncli.recipe.sections import Recipe, RecipeFile
 from bncli.recipe.yaml import Keys, Mistake, dotted, parse
-
-__all__ = ["Arm", "Loaded", "digest", "dotted", "leaves", "load", "plain", "suggestion", "with_values"]
 
 MAX_BYTES = 1 << 20
 
@@ -61,12 +61,9 @@ class Loaded:
         """Every field of an arm's run: its path, its value, and the file's line, the flag or `default`."""
         base = dict(leaves(plain(self.base)))
         for keys, value in leaves(plain(arm.recipe)):
-            own = None if arm.recipe is self.base else self.where.get(("arms", arm.name, *keys))
-            inherited = self.where.get(keys) if base.get(keys, _ABSENT) == value else None
-            yield dotted(keys), value, own or inherited or "default"
-
-
-_ABSENT = object()
+            changed = None if arm.recipe is self.base else self.where.get(("arms", arm.name, *keys))
+            inherited = self.where.get(keys) if keys in base and base[keys] == value else None
+            yield dotted(keys), value, changed or inherited or "default"
 
 
 def load(path: str, sets: Sequence[str] = (), allow_code: bool = False, sets_from: str = "sets") -> Loaded:
@@ -74,25 +71,32 @@ def load(path: str, sets: Sequence[str] = (), allow_code: bool = False, sets_fro
 
     Args:
         path: a YAML file; "-" is standard input.
-        sets: overrides, each "key.path=value", applied in order.
+        sets: overrides, each "key.path=value" as in "optimizer.lr=0.1", applied in order.
         allow_code: accept a recipe that names a model of the user's own, which would be imported and run.
         sets_from: what messages and provenance call the overrides.
+
+    Returns:
+        The recipe: its `base` run and its `arms`, each with the resolved `recipe` that `train` takes.
 
     Raises:
         RecipeError: with every mistake that was found, in the order of the lines.
     """
     source = "standard input" if path == "-" else path
-    tree = parse(read(path), source)
+    tree, permission = parse(read(path), source), None
     if isinstance(tree.root, dict):
         write_out(tree)
         override(tree, sets, sets_from)
-        check(tree, allow_code)
+        check(tree)
+        if not (tree.mistakes or allow_code):
+            refuse_code(tree)
+            permission = "allow_code"
     elif not tree.mistakes:
         sections = "a recipe has the sections data, model, optimizer and train: see recipes/smoke.yaml"
         found = "is empty" if tree.root is None else f"is {words(tree.root)}"
         raise RecipeError(f"{source}: {found}; {sections}")
     if tree.mistakes:
-        raise RecipeError(*dict.fromkeys(map(str, sorted(tree.mistakes, key=lambda mistake: _line(mistake, source)))))
+        lines = sorted(tree.mistakes, key=lambda mistake: _line(mistake, source))
+        raise RecipeError(*dict.fromkeys(map(str, lines)), permission=permission)
     root = tree.root
     arms = [Arm(name, Recipe.model_validate(run), fixed_by(root, name)) for name, run in arms_of(root).items()]
     base = base_of(root)
@@ -116,19 +120,17 @@ def read(path: str) -> str:
         else:
             with open(path, "rb") as stream:
                 raw = stream.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise RecipeError(f"{name}: is larger than 1 MiB; a recipe is a short YAML file")
+        text = raw.decode("utf-8-sig")
     except FileNotFoundError as error:
-        folder = Path(path).parent
-        names = sorted(other.name for other in folder.glob("*.y*ml")) if folder.is_dir() else []
+        names = sorted(other.name for other in Path(path).parent.glob("*.y*ml"))
         hint = f"; {suggestion(Path(path).name, names)}" if names else ""
         raise RecipeError(f"{name}: there is no such file{hint}") from error
     except IsADirectoryError as error:
         raise RecipeError(f"{name}: is a folder; name a recipe file in it") from error
     except OSError as error:
         raise RecipeError(f"{name}: cannot be read: {error.strerror}") from error
-    if len(raw) > MAX_BYTES:
-        raise RecipeError(f"{name}: is larger than 1 MiB; a recipe is a short YAML file")
-    try:
-        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{name}: is not text (byte {error.start} is not UTF-8); a recipe is a YAML file") from error
     if "\0" in text:
@@ -141,13 +143,7 @@ def read(path: str) -> str:
 
 def plain(model: BaseModel) -> dict[str, Any]:
     """A section as plain JSON data, its kind first."""
-    return dict(_kind_first(model.model_dump(mode="json")))
-
-
-def _kind_first(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    return {key: _kind_first(value[key]) for key in sorted(value, key=lambda key: key not in KINDS)}
+    return model.model_dump(mode="json")
 
 
 def digest(data: Any) -> str:
@@ -156,7 +152,7 @@ def digest(data: Any) -> str:
 
 
 def data_state(recipe: Recipe) -> list[Any]:
-    """The files of the recipe's data as they stand: path, size and time of each."""
+    """The path, size and modification time of each file of the recipe's data."""
     named = getattr(recipe.data, "path", None) or getattr(recipe.data, "name", None)
     path = Path(named or "").expanduser()
     if not named or not path.exists():
@@ -172,10 +168,8 @@ def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
     """
     changed = plain(recipe)
     for path, value in values.items():
-        *sections, last = split_path(path)
-        owner = changed
-        for key in sections:
-            owner = owner[key]
+        *sections, last = path.split(".")
+        owner = functools.reduce(operator.getitem, sections, changed)
         if last not in owner:
             raise KeyError(path)
         owner[last] = value

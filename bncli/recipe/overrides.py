@@ -1,4 +1,4 @@
-"""Recipes as plain trees, before they are checked: shorthands, overrides, arms on top of the base, places of values."""
+"""Recipes as plain trees, before validation: shorthands, overrides, arms on top of the base, origins of values."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from bncli.recipe.sections import Recipe, RecipeFile, shorthand_key
-from bncli.recipe.yaml import Keys, Mistake, Tree, dotted, parse_value
+from bncli.recipe.sections import KINDS, Recipe, RecipeFile, shorthand_key
+from bncli.recipe.yaml import Keys, Mistake, Tree, dotted, parse
 
-KINDS = ("kind", "source")  # the keys that choose among several section models
 COMPARISON_KEYS = ("arms", "reference", "grid", "seeds")
 
 # --- sections -----------------------------------------------------------------------------------------------------
@@ -37,34 +36,24 @@ def choose(models: Sequence[type[BaseModel]], plain: Any) -> type[BaseModel] | N
     """The one of several section models that the data's kind names."""
     if len(models) == 1:
         return models[0]
-    given = [plain[key] for key in KINDS if key in plain] if isinstance(plain, dict) else []
-    return next((model for kind, model in kinds(models).items() if kind in given), None)
-
-
-def section(model: type[BaseModel], name: str, plain: Any) -> type[BaseModel] | None:
-    """The section model of a field, given the data in it; None for a field that holds a plain value."""
-    field = model.model_fields.get(name)
-    default = field.get_default() if field else None
-    if plain is None:
-        return type(default) if isinstance(default, BaseModel) else None
-    return choose(members(field.annotation), plain) if field else None
+    named = [plain[key] for key in KINDS if key in plain] if isinstance(plain, dict) else []
+    return next((model for kind, model in kinds(models).items() if kind in named), None)
 
 
 def model_at(keys: Sequence[str | int], plain: Any, root: type[BaseModel]) -> type[BaseModel] | None:
     """The section model that describes the place `keys` of a tree, or None where there is none."""
     model: type[BaseModel] | None = root
     for key in keys:
+        field = model.model_fields.get(str(key)) if model else None
+        if field is None:
+            return None
         plain = plain.get(key) if isinstance(plain, dict) else None
-        model = section(model, str(key), plain) if model else None
+        default = field.get_default()
+        if plain is not None:
+            model = choose(members(field.annotation), plain)
+        else:
+            model = type(default) if isinstance(default, BaseModel) else None
     return model
-
-
-def fields(model: type[BaseModel], plain: Any) -> Iterator[str]:
-    """The dotted fields that a tree's sections have, given or not."""
-    for name in model.model_fields:
-        value = plain.get(name) if isinstance(plain, dict) else None
-        inner = section(model, name, value)
-        yield from [f"{name}.{below}" for below in fields(inner, value)] if inner else [name]
 
 
 # --- values -------------------------------------------------------------------------------------------------------
@@ -124,23 +113,19 @@ def _write_sections(tree: Tree, sections: Any, keys: Keys) -> None:
 
 def override(tree: Tree, sets: Sequence[str], sets_from: str) -> None:
     """Apply each "key.path=value", in order. Values are read exactly as the file's are; their place is `sets_from`."""
-    for given in sets:
-        path, equals, text = given.partition("=")
-        source = f"{sets_from} {given if given.isprintable() else repr(given)}"
+    for text in sets:
+        path, equals, value = text.partition("=")
+        source = f"{sets_from} {text if text.isprintable() else repr(text)}"
         keys = split_path(path.strip())
-        above = [keys[:end] for end in range(1, len(keys)) if _is_plain(value_at(tree.root, keys[:end]))]
+        around = [keys[:end] for end in range(1, len(keys))]
+        full = [at for at in around if not isinstance(value_at(tree.root, at), dict | None)]
         if not equals or "" in keys:
             tree.mistakes.append(Mistake(source, "expected key.path=value, as in optimizer.lr=0.1"))
-        elif above:
-            tree.mistakes.append(
-                Mistake(source, f"{dotted(above[0])} is a value and has no {keys[len(above[0])]} in it")
-            )
+        elif full:
+            within = f"{dotted(full[0])} is a value and has no {keys[len(full[0])]} in it"
+            tree.mistakes.append(Mistake(source, within))
         else:
-            _set(tree, keys, parse_value(text, source, keys))
-
-
-def _is_plain(value: Any) -> bool:
-    return value is not None and not isinstance(value, dict)
+            _set(tree, keys, parse(value, source, keys))
 
 
 def _set(tree: Tree, keys: tuple[str, ...], new: Tree) -> None:
@@ -153,21 +138,17 @@ def _set(tree: Tree, keys: tuple[str, ...], new: Tree) -> None:
     new.root = nested(keys, new.root)
     new.where |= around
     write_out(new)
-    whole = keys in (("arms",), ("grid",))  # these are given anew; a section's fields are changed one by one
-    tree.root = tree.root | new.root if whole else _on_top(tree.root, new.root)
+    if keys in (("arms",), ("grid",)):  # these are replaced; a section's fields are changed one by one
+        merged = tree.root | new.root
+    else:
+        merged = merge(tree.root, new.root, RecipeFile)
+        arms, changes = tree.root.get("arms"), new.root.get("arms")
+        if isinstance(arms, dict) and isinstance(changes, dict):
+            merged["arms"] = arms | {name: merge(arms.get(name, {}), changed) for name, changed in changes.items()}
+    tree.root = merged
     where = around | tree.where | {at: place for at, place in new.where.items() if at not in around}
-    tree.where = {at: place for at, place in where.items() if value_at(tree.root, at, _MISSING) is not _MISSING}
-
-
-_MISSING = object()
-
-
-def _on_top(root: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    merged: dict[str, Any] = merge(root, new, RecipeFile)
-    arms, changes = root.get("arms"), new.get("arms")
-    if isinstance(arms, dict) and isinstance(changes, dict):
-        merged["arms"] = arms | {name: merge(arms.get(name, {}), changed) for name, changed in changes.items()}
-    return merged
+    missing = object()
+    tree.where = {at: place for at, place in where.items() if value_at(tree.root, at, missing) is not missing}
 
 
 def merge(base: Any, changes: Any, model: type[BaseModel] | None = Recipe) -> Any:
@@ -190,13 +171,13 @@ def with_kinds(run: dict[str, Any]) -> dict[str, Any]:
     """A run in which a section that needs no kind has its default's: `schedule: {warmup: 9}` is a constant one."""
     found = dict(run)
     for name, field in Recipe.model_fields.items():
-        default, given = field.get_default(), run.get(name, {})
+        default, section = field.get_default(), run.get(name, {})
         if (
             isinstance(default, BaseModel)
-            and isinstance(given, dict)
-            and given.keys() <= type(default).model_fields.keys()
+            and isinstance(section, dict)
+            and section.keys() <= default.model_dump().keys()
         ):
-            found[name] = {**default.model_dump(include={"kind"}), **given}
+            found[name] = {**default.model_dump(include={"kind"}), **section}
     return found
 
 
@@ -213,6 +194,6 @@ def arms_of(root: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def fixed_by(root: dict[str, Any], arm: str) -> tuple[str, ...]:
     """The fields of the grid that an arm gives a value to, so that they are not tuned in it."""
-    given = {dotted(keys) for keys, _ in leaves(value_at(root, ("arms", arm), {}))}
+    changed = {dotted(keys) for keys, _ in leaves(value_at(root, ("arms", arm), {}))}
     grid = root.get("grid")
-    return tuple(path for path in grid if path in given) if isinstance(grid, dict) else ()
+    return tuple(path for path in grid if path in changed) if isinstance(grid, dict) else ()

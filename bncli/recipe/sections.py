@@ -1,4 +1,4 @@
-"""What is asked for: the recipe's sections as closed, typed, frozen models, and their JSON Schema. No torch.
+"""Recipe sections as closed, typed, frozen pydantic models. No torch.
 
 Every number states its unit or its meaning in the field's description, which the schema carries into editors.
 """
@@ -14,8 +14,12 @@ from bncli.names import KERNELS, RECIPE_KERNELS, RecipeActivation, RecipeKernel
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+AboveZero = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+UpToOne = Annotated[float, Field(gt=0, le=1)]
 Ints = Annotated[tuple[Positive, ...], Strict(False)]  # YAML has lists only; the elements stay strict
 FUNCTION_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+DIGITS = 1797  # examples of scikit-learn's handwritten digits
 ARM_NAME = r"^[A-Za-z0-9][\w+ -]*$"
 
 
@@ -37,7 +41,7 @@ class Digits(Section):
 
     source: Literal["digits"]
     images: bool = described("1x8x8 images for a cnn or resnet, instead of vectors of 64 features", default=False)
-    held_out: Annotated[int, Field(ge=1, lt=1797)] = described("examples kept for evaluation", default=500)
+    held_out: Annotated[int, Field(ge=1, lt=DIGITS)] = described("examples kept for evaluation", default=500)
     split_seed: Count = described("which examples are held out; the same for every run", default=0)
     normalize: Literal["unit", "standard"] = described("unit: 0 to 1; standard: mean 0, deviation 1", default="unit")
 
@@ -50,7 +54,7 @@ class Synthetic(Section):
     classes: Annotated[int, Field(ge=2)] = 10
     examples: Positive = described("training examples", default=2000)
     held_out: Positive = described("examples kept for evaluation", default=500)
-    noise: Annotated[float, Field(ge=0)] = described("deviation of the noise; prototypes have deviation 1", default=1.0)
+    noise: NotNegative = described("deviation of the noise; prototypes have deviation 1", default=1.0)
     split_seed: Count = 0
     normalize: Literal["unit", "standard"] = "unit"
 
@@ -80,7 +84,7 @@ class Hub(Section):
     split_seed: Count = 0
     image_column: str | None = None
     label_column: str | None = None
-    in_memory_gib: Annotated[float, Field(ge=0)] = described("larger sets are decoded batch by batch", default=4.0)
+    in_memory_gib: NotNegative = described("larger sets are decoded batch by batch", default=4.0)
     workers: Count = described("decoding processes for a set that is not held in memory", default=2)
     normalize: Literal["unit", "standard"] = "unit"
     augment: Literal["none", "crop-flip"] = "none"
@@ -93,7 +97,7 @@ class Init(Section):
     """Initial weights; biases start at 0, norm weights at 1."""
 
     kind: Literal["gaussian", "xavier", "he", "orthogonal", "lsuv"] = "he"
-    std: Annotated[float, Field(gt=0)] | None = described("deviation of the gaussian weights", default=None)
+    std: AboveZero | None = described("deviation of the gaussian weights", default=None)
 
     @model_validator(mode="after")
     def std_goes_with_gaussian(self) -> Init:
@@ -147,10 +151,10 @@ class BatchNorm(Section):
     """Ioffe & Szegedy 2015, algorithm 1."""
 
     kind: Literal["batch"]
-    momentum: Annotated[float, Field(gt=0, le=1)] | None = described(
+    momentum: UpToOne | None = described(
         "weight of the new batch in the running statistics, as in PyTorch; null: cumulative average", default=0.1
     )
-    eps: Annotated[float, Field(gt=0)] = 1e-5
+    eps: AboveZero = 1e-5
     affine: bool = True
     track_running_stats: bool = described(
         "evaluation normalizes by running statistics of the training batches; false: by those of the held-out "
@@ -166,7 +170,7 @@ class LayerNorm(Section):
     """Ba et al. 2016: over all of an example's channels and positions."""
 
     kind: Literal["layer"]
-    eps: Annotated[float, Field(gt=0)] = 1e-5
+    eps: AboveZero = 1e-5
     affine: bool = True
 
 
@@ -175,7 +179,7 @@ class GroupNorm(Section):
 
     kind: Literal["group"]
     groups: Positive = 4
-    eps: Annotated[float, Field(gt=0)] = 1e-5
+    eps: AboveZero = 1e-5
     affine: bool = True
 
 
@@ -183,7 +187,7 @@ class InstanceNorm(Section):
     """Ulyanov et al. 2016: over each channel of one example."""
 
     kind: Literal["instance"]
-    eps: Annotated[float, Field(gt=0)] = 1e-5
+    eps: AboveZero = 1e-5
     affine: bool = True
 
 
@@ -191,8 +195,9 @@ class InstanceNorm(Section):
 
 
 class OptimizerSection(Section):
-    lr: Annotated[float, Field(gt=0)] = described("learning rate")
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    kind: str
+    lr: AboveZero = described("learning rate")
+    weight_decay: NotNegative = 0.0
     weight_decay_on: Literal["all", "weights"] = described(
         "weights: norm parameters and biases are left out", default="all"
     )
@@ -213,17 +218,18 @@ class Sgd(OptimizerSection):
 class Adam(OptimizerSection):
     kind: Literal["adam"]
     betas: Annotated[tuple[Fraction, Fraction], Strict(False)] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: AboveZero = 1e-8
 
 
 class AdamW(OptimizerSection):
     kind: Literal["adamw"]
     betas: Annotated[tuple[Fraction, Fraction], Strict(False)] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    eps: AboveZero = 1e-8
+    weight_decay: NotNegative = 0.01
 
 
 class ScheduleSection(Section):
+    kind: str
     warmup: Count = described("steps of linear warm-up from 0 to the learning rate", default=0)
 
 
@@ -235,7 +241,7 @@ class Exponential(ScheduleSection):
     """The learning rate times gamma every `every` steps, continuously."""
 
     kind: Literal["exponential"]
-    gamma: Annotated[float, Field(gt=0, le=1)]
+    gamma: UpToOne
     every: Positive = 1
 
 
@@ -244,7 +250,7 @@ class StepDecay(ScheduleSection):
 
     kind: Literal["step"]
     milestones: Ints = described("optimizer steps", min_length=1)
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    gamma: UpToOne = 0.1
 
 
 class Cosine(ScheduleSection):
@@ -258,8 +264,8 @@ class TargetSection(Section):
     """A value of the held-out metric; steps to target are the optimizer steps that a run spends below it."""
 
     metric: Literal["accuracy", "loss"] = "accuracy"
-    value: Annotated[float, Field(gt=0)]
-    also: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Strict(False)] = described(
+    value: AboveZero
+    also: Annotated[tuple[AboveZero, ...], Strict(False)] = described(
         "further values of the metric to report the steps to; a run goes on until the hardest is settled", default=()
     )
 
@@ -279,7 +285,7 @@ class LogSpaced(Section):
     points_per_doubling: Annotated[int, Field(ge=1, le=100)] = described("evaluations while the step doubles")
 
 
-# The tags stand in brackets, as pydantic's own marks in a mistake's place do: they are no part of the recipe.
+# The tags are in brackets, as pydantic's own marks in the location of an error: they are no part of the recipe.
 EvaluateEvery = Annotated[
     Annotated[Positive, Tag("[steps]")] | Annotated[LogSpaced, Tag("[spacing]")],
     Discriminator(lambda value: "[spacing]" if isinstance(value, dict | LogSpaced) else "[steps]"),
@@ -303,7 +309,10 @@ class Train(Section):
 
 
 class Seeds(Section):
-    """Runs per arm: `tune` at every point of the grid to choose the best, then `report` fresh ones for the figures."""
+    """Runs per arm: `tune` at every point of the grid to choose the best, then `report` fresh ones for the figures.
+
+    Without a grid, or with a single point, there is nothing to choose and no tuning run.
+    """
 
     tune: Annotated[int, Field(ge=1, le=1000)] = 3
     report: Annotated[int, Field(ge=1, le=1000)] = 10
@@ -333,7 +342,7 @@ ArmName = Annotated[str, Field(pattern=ARM_NAME, max_length=40)]
 
 
 class RecipeFile(Recipe):
-    """A recipe as it stands in a file: the base run, and what `bncli compare` varies in it."""
+    """A recipe file: the base run, and what `bncli compare` varies in it."""
 
     arms: dict[ArmName, dict[str, Any]] = described("name -> what differs from the base", default={})
     reference: str | None = described("the arm that the others are compared with; the first by default", default=None)
@@ -341,6 +350,9 @@ class RecipeFile(Recipe):
         "dotted field -> values to try, the same for every arm", default={}
     )
     seeds: Seeds = Seeds()
+
+
+KINDS = ("kind", "source")  # the keys that choose among several section models
 
 
 def shorthand_key(section: str) -> str | None:

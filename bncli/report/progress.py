@@ -166,6 +166,16 @@ def _outcome(record: RunRecord) -> str:
     return result.reason or f"target not reached in {result.steps_run:,} steps"
 
 
+PHASES = {
+    "ceilings": "copies and multiply-adds of the machine",
+    "case": "{subject}",
+    "check": "{subject}: checking the step of each kernel",
+    "round": "{subject}: {mode}, round {round}",
+    "parts": "{subject}: {mode}, parts of its time and memory",
+    "norms": "{subject}: norm-layer diagnostics",
+}
+
+
 class ProfileProgress(_ProgressSink):
     """How much of a profile is done, what is measured now, and the time left."""
 
@@ -180,11 +190,12 @@ class ProfileProgress(_ProgressSink):
             # The plan may grow, but the bar never moves backwards.
             self.fraction = min(max(event.fraction, self.fraction), 1.0)
             before, self.longer = self.longer, self._longer(event.least_s)
-            name = f"{self.what}: {event.label}"
+            label = PHASES[event.phase].format(**vars(event))
+            name = f"{self.what}: {label}"
             self.bars.update(self.task, completed=self.fraction, description=name, notes=[self.longer])
             if self.longer and not before:
                 self.line(f"{self.longer} s", True)
-            self.line(f"{self.done}/{self.planned} rows, {self.fraction:.0%}{self._left()}: {event.label}")
+            self.line(f"{self.done}/{self.planned} rows, {self.fraction:.0%}{self._left()}: {label}")
         elif isinstance(event, RowDone):
             self.done += 1
             if event.row.wrong:

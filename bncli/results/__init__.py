@@ -1,4 +1,4 @@
-"""What was found: events during a run, results after it. Frozen plain data, no torch, readable back from JSON.
+"""Results: events during a run and results after it, as frozen plain data that JSON reads back. No torch.
 
 Units are in the names: `_s` seconds, `_ms` milliseconds, `_mib` mebibytes (2**20 bytes). `None` means unknown or never,
 and is never replaced by a zero.

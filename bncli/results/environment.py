@@ -1,4 +1,4 @@
-"""What every result says: where it was made, and how sure a figure is."""
+"""Environment of a result, confidence intervals, and the versions of the JSON formats."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROFILE_VERSION = 2  # of those of profiles; 2: notes, remarks and norm layers a
 
 @dataclass(frozen=True)
 class Environment:
-    """Where a run was made, so that two figures can be told apart later."""
+    """Where a run was made, so that two figures can be distinguished later."""
 
     bncli: str
     python: str
@@ -24,6 +24,9 @@ class Environment:
     threads: int
     date: str  # ISO 8601, UTC
     tf32: bool | None = None  # float32 convolutions or matrix products may be in TF32; None: not recorded
+
+
+FEWEST_ROUNDS = 6  # of an interval: five samples all lie above their median once in 32 times, more often than in 2.5 %
 
 
 @dataclass(frozen=True)

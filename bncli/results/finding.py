@@ -1,4 +1,4 @@
-"""What was found of one result of a kernel: right, a wrong number at a place, or no result at all."""
+"""Judgement of one result of a kernel: right, a wrong number at a place, or no result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bncli gradcheck`: what was checked, what failed, and what that looks like."""
+"""`bncli gradcheck`: groups of checks, failures, and the bugs that they look like."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class BugMatch:
 
 @dataclass(frozen=True)
 class Facet:
-    """Names of one kind (shapes, dtypes, ...) that fail, where others like them do not."""
+    """Names of one kind (shapes, dtypes, ...) that fail, where others of the kind do not."""
 
     name: str
     failing: tuple[str, ...]
@@ -126,7 +126,7 @@ class FailureSummary:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A kind of bug that the failures look like, with the evidence for it: the fields that the bug has any for."""
+    """A kind of bug that the failures look like, with its evidence; fields without evidence are None."""
 
     bug: str
     match: BugMatch | None = None

@@ -1,4 +1,4 @@
-"""`bncli profile`: what batch norm costs in time and memory, beside what the machine can do.
+"""`bncli profile`: time and memory of batch norm, compared with what the machine reaches.
 
 Samples are kept raw, one a round. A round measures every kernel of a case, so that sample k of two kernels were taken
 side by side, and their ratio is one of round k.
@@ -66,7 +66,7 @@ class Times:
 
 @dataclass(frozen=True)
 class KernelRow:
-    """What makes a row of the kernel view the same row in another run."""
+    """The identity of a row of the kernel view across runs."""
 
     case: Case
     kernel: str
@@ -237,7 +237,7 @@ class StepDifference:
 
 @dataclass(frozen=True)
 class StepRow:
-    """What makes a row of the step view the same row in another run."""
+    """The identity of a row of the step view across runs."""
 
     arm: str
     mode: Mode
@@ -260,7 +260,9 @@ class StepCost:
     mode: Mode
     batch_size: int
     samples_ms: tuple[float, ...]  # a step each; in evaluation a forward pass of one batch
-    shares_ms: dict[str, float]  # one of STEP_CLASSES -> ms of a step, from a profiled pass apart, scaled to the median
+    shares_ms: dict[
+        str, float
+    ]  # one of STEP_CLASSES -> ms of a step, from a separate profiled pass, scaled to the median
     memory: StepMemory | None  # None in evaluation
     faster: Speedup | None  # over the same arm and mode with the native kernel
     norms: tuple[NormLayers, ...]
@@ -321,7 +323,7 @@ Row = KernelRow | StepRow
 
 @dataclass(frozen=True)
 class Change:
-    """A row beside the same row of a baseline, each by its ratio to native in its own run.
+    """A row compared with the same row of a baseline, each by its ratio to native in its own run.
 
     slower: how many times slower than in the baseline, relative to native; its interval from the ends of both.
     """
@@ -365,16 +367,33 @@ class Gate:
 class ProfileStarted:
     what: str
     planned: int  # rows
-    seconds: float | None = None  # that it may take, by wish
+    seconds: float | None = None  # the time budget, if one is set
+
+
+Phase = Literal[
+    "ceilings",  # the machine's copies and multiply-adds
+    "case",
+    # Of the step view, each of an arm.
+    "check",  # its models are made, and their steps compared
+    "round",  # mode, round
+    "parts",  # mode: the classes of time and the memory
+    "norms",  # norm-layer diagnostics
+]
 
 
 @dataclass(frozen=True)
 class Measuring:
-    """What goes on now, for a bar: `fraction` of the whole is done, which takes at least `least_s` in all, if known."""
+    """What goes on now: `fraction` of the whole is done, which takes at least `least_s` in all, if known.
 
-    label: str
-    fraction: float
+    The fields that its phase names are set.
+    """
+
+    subject: str  # a case, or an arm; empty for the machine
+    fraction: float = 0.0
     least_s: float = 0.0
+    phase: Phase = "case"
+    mode: Mode | None = None
+    round: int | None = None
 
 
 @dataclass(frozen=True)

@@ -19,31 +19,32 @@ import csv
 import itertools
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from bncli.kernels.fused.tiling import Plan, Processors, plan
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", type=Path, required=True, metavar="FILE.csv")
     parser.add_argument("--processors", type=int, default=132, help="multiprocessors of the GPU (an H200's)")
     parser.add_argument("--itemsize", type=int, default=2, choices=(2, 4), help="bytes of an element")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     with options.shapes.open() as file:
         lines = list(csv.DictReader(file))
     gpu = Processors(options.processors, cooperative=True)
-    for planes, backward in itertools.product((True, False), (False, True)):
+    for contiguous, backward in itertools.product((True, False), (False, True)):
         calls: Counter[str] = Counter()
         bytes_: Counter[bool] = Counter()
         for line in lines:
             shape = (int(line["n"]), int(line["c"]), math.prod(int(side) for side in line["spatial"].split("x")))
-            found = plan(shape, planes=planes, itemsize=options.itemsize, backward=backward, processors=gpu)
+            found = plan(shape, contiguous=contiguous, itemsize=options.itemsize, backward=backward, processors=gpu)
             calls[way(found)] += int(line["calls"])
             bytes_[found.single_read] += int(line["calls"]) * math.prod(shape) * options.itemsize
         once = calls["alone"] + calls["team"]
         print(
-            f"{'contiguous' if planes else 'channels last':14} {'backward' if backward else 'forward':9} "
+            f"{'contiguous' if contiguous else 'channels last':14} {'backward' if backward else 'forward':9} "
             f"read once {once / calls.total():.1%} of calls, {bytes_[True] / bytes_.total():.1%} of bytes   "
             + ", ".join(f"{name} {count:,}" for name, count in calls.most_common())
         )

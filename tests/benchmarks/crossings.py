@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,7 @@ FEWEST = 10  # evaluations of the fast arm before its target
 
 
 def time_below(ahead: float) -> Estimate:
-    """Steps below the target until the run is 1 + `ahead` times as long; with 0.3 that of `engine.steps`."""
+    """Steps below the target until the run is 1 + `ahead` times as long; with 0.3 that of `bncli.engine.target`."""
 
     def estimate(steps: Floats, values: Floats, target: float) -> float:
         gap = target - values
@@ -289,11 +289,11 @@ def show_simulated(runs: int) -> None:
         print(f"{count:4d}  {bias:+5.1f}", flush=True)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=1000, help="simulated runs an arm")
     parser.add_argument("--only", choices=["real", "simulated"])
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.only != "simulated":
         show_real(real_curves())
     if options.only != "real":

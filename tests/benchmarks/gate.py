@@ -1,7 +1,7 @@
 """Does the gate decide, on a real kernel: `python -m tests.benchmarks.gate` (about five minutes, on a CPU).
 
-A quick baseline of a kernel that is torch's own batch norm, then the same kernel some times, and slowed 1.5, 3 and 8
-times. Every profile is a process of its own, as in CI. Targets: every slowed one fails, the same code passes 19 of 20
+A quick baseline of a kernel that is torch's own batch norm, then the kernel slowed 1.5, 3 and 8 times, and 20 times as
+it was. Every profile is a process of its own, as in CI. Targets: every slowed one fails, the same code passes 19 of 20
 times.
 """
 
@@ -29,7 +29,7 @@ FACTORS = (1.5, 3.0, 8.0)
 
 
 def slowed(work: Callable[[], Any]) -> Any:
-    """Its result, once as many times its own time has passed."""
+    """The result of `work`, returned when SLOWED times its own time has passed."""
     began = time.perf_counter()
     found = work()
     end = began + float(os.environ.get(SLOWED, "1")) * (time.perf_counter() - began)
@@ -69,33 +69,28 @@ def profile(options: Sequence[str], factor: float = 1.0) -> tuple[int, str]:
     return ran.returncode, ran.stdout
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, profile: Callable[..., tuple[int, str]] = profile) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20, help="of the same code")
     parser.add_argument("--time", default=None, help="seconds of each profile, in place of --quick")
     parser.add_argument("--threads", default="1", help="one waits for no other on a busy machine")
     parser.add_argument("--shape", action="append", help="default: 32x32x28x28 and 64x16x14x14")
-    asked = parser.parse_args()
-    shapes = [f"--shape={shape}" for shape in asked.shape or ("32x32x28x28", "64x16x14x14")]
-    options = [
-        *shapes,
-        "--operation=bn",
-        f"--threads={asked.threads}",
-        *(["--quick"] if asked.time is None else [f"--time={asked.time}"]),
-    ]
+    options = parser.parse_args(arguments)
+    given = [f"--shape={shape}" for shape in options.shape or ("32x32x28x28", "64x16x14x14")]
+    given += ["--operation=bn", f"--threads={options.threads}"]
+    given.append("--quick" if options.time is None else f"--time={options.time}")
     with tempfile.TemporaryDirectory() as folder:
         baseline = Path(folder) / "baseline.json"
-        baseline.write_text(profile(options)[1])
+        baseline.write_text(profile(given)[1])
         rounds = {len(row["both"]["samples_ms"]) for row in json.loads(baseline.read_text())["rows"]}
         print(f"baseline: {min(rounds)} to {max(rounds)} rounds a row")
-        for factor in (*FACTORS, *[1.0] * asked.repeats):
-            code, printed = profile([*options, f"--baseline={baseline}"], factor)
-            verdicts = Counter(change["verdict"] for change in json.loads(printed)["gate"]["changes"])
-            slower = [change["slower"] for change in json.loads(printed)["gate"]["changes"]]
+        for factor in (*FACTORS, *[1.0] * options.repeats):
+            code, printed = profile([*given, f"--baseline={baseline}"], factor)
+            changes = json.loads(printed)["gate"]["changes"]
+            verdicts = Counter(change["verdict"] for change in changes)
+            slower = [change["slower"] for change in changes]
             counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
-            print(
-                f"{factor:g}x: exit {code}, {counts}; {min(slower):.2f} to {max(slower):.2f} times slower", flush=True
-            )
+            print(f"{factor:g}x: exit {code}, {counts}; slowdown {min(slower):.2f} to {max(slower):.2f}", flush=True)
 
 
 if __name__ == "__main__":

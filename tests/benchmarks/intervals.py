@@ -74,7 +74,7 @@ class Cell:
         budgets = []
         for cv, missed in zip(self.spreads, (self.missed, 0.3 if self.arm == "late" else 0.0), strict=True):
             budgets.append(_quantile(self.kind, cv, 1 - missed))
-        found = []
+        found: list[tuple[str, bool]] = []
         for _ in range(self.repeats):
             reference = noise(rng, self.kind, self.spreads[0], (1, self.seeds)) + math.log(TRUE_RATIO)
             arm = noise(rng, self.kind, self.spreads[1], (1, self.seeds))
@@ -102,17 +102,13 @@ def _quantile(kind: str, cv: float, share: float) -> float:
     return deviation * (-math.log(1 - share) - math.log(2))
 
 
-def _run(cell: Cell) -> list[tuple[str, bool]]:
-    return cell.run()
-
-
 def misses_and_spreads(repeats: int, pool: ProcessPoolExecutor) -> None:
     print("Coverage with misses and unlike spreads, one point an arm, in %: least over 144 cells (spreads x misses)")
     print("noise    seeds   all   means  medians  bound   (the last three: over all cells together, where printed)")
     for kind in ("normal", "t3", "exponential"):
         for seeds in (4, 5, 10, 20):
             cells = [Cell(kind, seeds, s, m, a, repeats) for s in SPREADS for m in MISSED for a in ARMS]
-            results = list(pool.map(_run, cells, chunksize=8))
+            results = list(pool.map(Cell.run, cells, chunksize=8))
             least = min(1 - sum(miss for _, miss in found) / repeats for found in results)
             together = [each for found in results for each in found]
             columns = []
@@ -207,10 +203,6 @@ class Choice:
         return share * missed, share * blind, float(np.median(widths)), runs / self.repeats, kept / self.repeats
 
 
-def _choose(choice: Choice) -> tuple[float, float, float, float, float]:
-    return choice.run()
-
-
 FLAT = {
     "sharp": (1.5, 0.5, 0.0, 0.45, 1.6),
     "two 3 % apart": (1.0, 0.03, 0.0, 0.8, 2.0),
@@ -239,10 +231,10 @@ def choices(seeds: tuple[int, int], repeats: int) -> Iterator[Choice]:
         arms = (Grid(FLAT["three within 15 %"], 0.2),) * 2
         yield Choice(f"A/A, three within 15 %, shared {correlation:g}", arms, 0.0, seeds, repeats, correlation)
     for missed in (0.1, 0.3, 0.6):
-        for offsets in ("three within 5 %", "sharp"):
+        for name in ("three within 5 %", "sharp"):
             budget = _quantile("normal", 0.2, 1 - missed)
-            arm = Grid(FLAT[offsets], 0.2, budget=budget)
-            yield Choice(f"A/A, {offsets}, {missed:.0%} miss at the best", (arm,) * 2, 0.0, seeds, repeats)
+            arm = Grid(FLAT[name], 0.2, budget=budget)
+            yield Choice(f"A/A, {name}, {missed:.0%} miss at the best", (arm,) * 2, 0.0, seeds, repeats)
     for missed in (0.1, 0.3):
         arm = Grid(FIELDS, 0.2, budget=_quantile("normal", 0.2, 1 - missed))
         yield Choice(f"A/A, 15 points, {missed:.0%} miss at the best", (arm,) * 2, 0.0, seeds, repeats)
@@ -250,15 +242,12 @@ def choices(seeds: tuple[int, int], repeats: int) -> Iterator[Choice]:
         arms = (Grid(EQUAL, cvs[0]), Grid(SHARP, cvs[1]))
         yield Choice(f"hard: five equal against sharp, cv {cvs[0]} {cvs[1]}", arms, 0.0, seeds, repeats)
     rates, logs = real_runs()
-    if logs.size:
-        grids = {"all rates": slice(None), "three": [rates.index(r) for r in (0.1, 0.3, 1.0)]}
-        for name, rows in grids.items():
-            arm = Resampled(logs[rows])
-            yield Choice(f"real, A/A, {name}", (arm,) * 2, 0.0, seeds, repeats)
-        for factor in (1.2, 3, 14):
-            one, other = Resampled(logs[1:3]), Resampled(logs - math.log(factor))
-            truth = float(one.logs.mean(1).min() - other.logs.mean(1).min())
-            yield Choice(f"real, unlike grids, about {factor:g}x", (one, other), truth, seeds, repeats)
+    for name, rows in (("all rates", slice(None)), ("three", [rates.index(rate) for rate in (0.1, 0.3, 1.0)])):
+        yield Choice(f"real, A/A, {name}", (Resampled(logs[rows]),) * 2, 0.0, seeds, repeats)
+    for factor in (1.2, 3, 14):
+        one, other = Resampled(logs[1:3]), Resampled(logs - math.log(factor))
+        truth = float(one.logs.mean(1).min() - other.logs.mean(1).min())
+        yield Choice(f"real, unlike grids, about {factor:g}x", (one, other), truth, seeds, repeats)
 
 
 def the_choice(repeats: int, pool: ProcessPoolExecutor, seeds: Sequence[tuple[int, int]]) -> None:
@@ -269,7 +258,7 @@ def the_choice(repeats: int, pool: ProcessPoolExecutor, seeds: Sequence[tuple[in
         print(f"blind: {report} fresh seeds at the best point by the {tune}, the interval taking the point as given")
         print(f"{'':50s}  missed  blind  half width  runs an arm  points kept")
         asked = list(choices((tune, report), repeats))
-        for choice, found in zip(asked, pool.map(_choose, asked), strict=True):
+        for choice, found in zip(asked, pool.map(Choice.run, asked), strict=True):
             missed, blind, width, runs, kept = found
             print(
                 f"{choice.name:50s}  {missed:5.1f}  {blind:5.1f}  {width:9.3f}  {runs:10.1f}  {kept:10.1f}", flush=True
@@ -284,8 +273,6 @@ REAL_SEEDS = 44
 
 def real_runs() -> tuple[list[float], Floats]:
     """Rates, and log steps (rates, seeds) of the batch norm arm of recipes/digits-small-weights.yaml."""
-    if not RUNS.exists():
-        return [], np.empty((0, 0))
     with RUNS.open() as file:
         rows = [(float(row["lr"]), float(row["steps_to_target"])) for row in csv.DictReader(file)]
     rates = sorted({rate for rate, _ in rows})
@@ -315,13 +302,13 @@ def _real_steps(rate: float, seed: int) -> float:
     raise AssertionError(f"the run at {rate} with seed {seed} missed its target")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=2000)
     parser.add_argument("--seeds", default="5+20,3+10", help="tuning + further seeds of the tables of the choice")
     parser.add_argument("--only", choices=["misses", "choice"])
     parser.add_argument("--make-runs", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     seeds = [(int(one), int(other)) for one, other in (pair.split("+") for pair in options.seeds.split(","))]
     with ProcessPoolExecutor(JOBS) as pool:
         if options.make_runs:

@@ -1,267 +1,242 @@
 """Is the fused batch norm right on this device, and how fast is it? `python -m tests.benchmarks.kernels --device cpu`.
 
-First every claim of correctness, then times, for right cases only, of fused beside native, interleaved, ratios paired
-by round. Bytes are those of the floor, each tensor read and written once, as a share of the copy bandwidth of the same
-run. A run keeps to `--budget-s` and says what it cut off.
+    correctness  `bncli gradcheck`: every case of the definition in float64
+    hazards      on a GPU: CUDA graphs, streams and torch.compile (tests.benchmarks.hazards); more than 2^31 elements
+    layers       `bncli profile` over the shapes of ResNet-20 and ResNet-50 with every operation, warm, then cold
+    small        a call's own cost: microseconds of the function and of the module (tests.benchmarks.small_calls)
+    step         `bncli profile` of a training step: ResNet-20 in fp32, on a GPU ResNet-50 in bf16
+    large        on a CPU: a tensor beyond the last cache, compared with a copy (tests.benchmarks.large_tensor)
 
-On a CPU (the kernel in C): `layers`, every shape of ResNet-20 and ResNet-50 with every operation, measured by
-`bncli profile`'s own run, warm and cold; `small`, a call's own cost; `resnet20`, a training step; `large`, tensors
-beyond the last cache. Intervals are 95 %, of medians.
+The commands run as processes of their own, so that a kernel that hangs or breaks its device ends its section alone.
+Ratios are native's time over the kernel's, above 1 is faster, with 95 % intervals. Exit status: 0 everything is right,
+1 a check failed, 2 a wrong option, 3 the kernel cannot run here.
 
-On a GPU: beside eager native and torch.compile(native), medians with quartiles, cold and warm. `--shapes FILE` adds a
-sweep over a CSV file (n, c, spatial, calls). On a fresh machine, where every kernel is yet to be compiled, give
-`--sections correctness`, `--sections copy,layers` and `--sections copy,small,resnet` a run each. The GPU's sections run
-on a CPU too, on small shapes, where they only show that they work: with `--candidate seam`, native behind the kernels'
-contract, or `fused-interpreted`, the GPU's kernel in Triton's interpreter, which is checked and never timed.
-
-Exits 1 if anything was wrong (or a target missed under --require-targets), 2 for a wrong option, 3 where the kernel
-cannot run.
-
-Notes: not yet run on a GPU (2026-11-23).
+Notes: not yet run on a GPU (2026-11-30).
 """
 
 from __future__ import annotations
 
 import argparse
-import faulthandler
-import os
+import json
+import statistics
+import subprocess
 import sys
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 
 from bncli import errors, kernels
 from bncli.engine import device as devices
-from bncli.measure.profile.shapes import Calls, read_csv
-from bncli.measure.timing import clock as timing
-from bncli.measure.timing.clock import Clock, Deadline
-from bncli.names import GRADCHECK_KERNELS
-from tests.benchmarks import (
-    kernels_correctness,
-    kernels_cpu_large,
-    kernels_cpu_layers,
-    kernels_cpu_small,
-    kernels_cpu_step,
-    kernels_environment,
-    kernels_sections,
-)
-from tests.benchmarks.kernels_pool import Pool
-from tests.benchmarks.kernels_report import Report
-from tests.benchmarks.kernels_sections import Run
-from tests.benchmarks.kernels_sweep import sweep
+from tests.benchmarks import large_tensor, small_calls
 
-# Section -> its share of the time; what one leaves over goes to those after it.
-SHARES = {"correctness": 0.30, "copy": 0.03, "layers": 0.36, "small": 0.06, "resnet": 0.25, "sweep": 0.40}
-# The same for the kernel in C. The last one changes how the C library keeps its memory, which no other is to notice.
-CPU_SHARES = {"correctness": 0.10, "layers": 0.56, "small": 0.04, "resnet20": 0.14, "large": 0.16}
-BUDGET_S = 520.0
-# In full, and quick.
-CPU_BUDGET_S = (345.0, 60.0)
-CANDIDATES = ("fused", "fused-interpreted", "seam")
-ROUNDS, CPU_ROUNDS, DRY_ROUNDS = (15, 7), (30, 9), (3, 3)
-BUSY_CORES = 0.1  # that other programs use, above which times mean less
-GRACE_S = 45.0  # past the budget, after which the run ends itself: a hang in a timed kernel
-CPU_GRACE = 2.0  # times the budget, beyond that: a CPU that others use too takes longer over the fewest rounds
+ROOT = Path(__file__).parents[2]
+OPERATIONS = ("bn", "bn+relu", "bn+add+relu")
+LAYOUTS = ("contiguous", "channels_last")
+RESNET20 = ("128x16x32x32", "128x32x16x16", "128x64x8x8")
+QUICK = ("128x16x32x32", "32x256x14x14", "32x64x56x56")
+LAYERS_S, STEP_S = {True: 40.0, False: 110.0}, {True: 10.0, False: 25.0}  # of each run of profile; True: --quick
+LONGEST_S = 1200.0  # of a command, after which it hangs
+BUSY_PERCENT = 5.0  # of all cores, above which times mean less
+BEYOND_32_BITS = "33x64x1024x1024"  # elements: more than 2^31
+
+Run = Callable[[Sequence[str]], tuple[int, str]]  # a command of Python's -m -> exit status and standard output
+Json = dict[str, Any]
 
 
-def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
-    parser.add_argument(
-        "--sections",
-        default="",
-        help=f"on a CPU some of {','.join(CPU_SHARES)}; on a GPU of {','.join(SHARES)}, sweep with --shapes; all",
-    )
-    parser.add_argument(
-        "--candidate",
-        choices=CANDIDATES,
-        help="what is held to native; seam: native itself",
-    )
-    parser.add_argument("--quick", action="store_true", help="a sample of the cases, fewer rounds")
-    parser.add_argument("--budget-s", type=float, help="time for the whole run, which says what it cut off")
-    parser.add_argument("--jobs", type=int, help="processes that check; 0: this one")
-    parser.add_argument("--rounds", type=int, help="samples of each arm")
-    parser.add_argument("--shapes", type=Path, help="CSV file with the columns n, c, spatial and calls, to sweep")
-    parser.add_argument("--sweep-operation", default="bn", choices=["bn", "bn+relu", "bn+add+relu"])
-    parser.add_argument("--sweep-layout", default="contiguous", choices=["contiguous", "channels_last"])
-    parser.add_argument("--json", type=Path, help="a file for all raw samples")
-    parser.add_argument("--require-targets", action="store_true", help="exit 1 also for a target that is missed")
-    return parser.parse_args(given)
+def run(arguments: Sequence[str]) -> tuple[int, str]:
+    """`python -m ...` in the repository. Raises TimeoutExpired where it hangs."""
+    command = [sys.executable, "-m", *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=LONGEST_S, check=False)
+    return done.returncode, done.stdout
 
 
-def sections_of(options: argparse.Namespace, shares: dict[str, float]) -> list[str]:
-    """In the order of `shares`. Raises RecipeError for one that is not among them, and for a sweep over nothing."""
-    if options.shapes and "sweep" not in shares:
-        raise errors.RecipeError(f"--shapes: on a CPU use bncli profile --shapes {options.shapes}")
-    if not options.sections:
-        return [name for name in shares if name != "sweep" or options.shapes]
-    chosen = options.sections.split(",")
-    unknown = set(chosen) - set(shares)
-    if unknown:
-        raise errors.RecipeError(f"--sections {','.join(sorted(unknown))}: expected some of {', '.join(shares)}")
-    if "sweep" in chosen and not options.shapes:
-        raise errors.RecipeError("--sections sweep: name the file of shapes with --shapes FILE")
-    return [name for name in shares if name in chosen]
+@dataclass
+class Benchmark:
+    """What every section needs; `wrong` collects what failed."""
 
-
-@dataclass(frozen=True)
-class Candidate:
-    name: str
-    interpreted: bool
-
-    def in_c(self, device: torch.device) -> bool:
-        """Whether it is the kernel in C, whose sections a CPU has."""
-        return device.type == "cpu" and self.name == "fused" and not self.interpreted
-
-
-def candidate_of(options: argparse.Namespace, device: torch.device) -> Candidate:
-    """What is held to native. Raises Unavailable where it cannot run, RecipeError for an interpreter on a GPU."""
-    name = options.candidate or "fused"
-    if name in GRADCHECK_KERNELS:
-        kernels.get(name, device)
-    return Candidate(name, name == "fused-interpreted")
-
-
-def clock_of(device: torch.device, in_c: bool) -> Clock:
-    return timing.of(device) if device.type == "cuda" or in_c else timing.CpuClock(flush_bytes=2**20)
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What was asked for, checked."""
-
-    run: Run
-    sections: list[str]
-    shares: dict[str, float]
-    shapes: list[Calls]
-    budget_s: float
-    in_c: bool
+    device: torch.device
+    quick: bool
+    run: Run = run
+    wrong: list[str] = field(default_factory=list)
 
     @property
-    def limit_s(self) -> float:
-        return (CPU_GRACE if self.in_c else 0.0) * self.budget_s + self.budget_s + GRACE_S
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def profile(self, *arguments: str) -> Json:
+        """The result of `bncli profile` of native and fused. A row that is wrong or missing is printed."""
+        given = ("--device", str(self.device), "--kernel", "native,fused", *arguments, "--json")
+        code, out = self.run(("bncli", "profile", *given))
+        if not out:
+            raise RuntimeError(f"bncli profile {' '.join(given)} ended with exit status {code}")
+        found: Json = json.loads(out)
+        for row in found["rows"]:
+            if row["error"] is not None:
+                what = f"{row['kernel']} on {row.get('case') or row.get('arm')}: {row['error']}"
+                print(f"{'WRONG' if row['wrong'] else 'not timed'}  {what}")
+                self.wrong += [what] * row["wrong"]
+        return found
 
 
-def planned(options: argparse.Namespace, report: Report) -> Planned:
-    """Everything that can be wrong with the options is found here, before anything runs."""
-    device = devices.resolve(options.device)
-    if device.type not in ("cpu", "cuda"):
-        raise errors.Unavailable(f"--device {device}: there is no fused kernel for it; use cuda or cpu")
-    candidate = candidate_of(options, device)
-    in_c, cuda = candidate.in_c(device), device.type == "cuda"
-    shares = CPU_SHARES if in_c else SHARES
-    names = sections_of(options, shares)
-    shapes = list(read_csv(options.shapes)) if options.shapes else []
-    if cuda:
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-    jobs = options.jobs if options.jobs is not None else max(1, min(8, (os.cpu_count() or 2) // 2)) if cuda else 0
-    pool = Pool(jobs, kernels_sections.HANG_S, str(device))
-    rounds = options.rounds or (CPU_ROUNDS if in_c else ROUNDS if cuda else DRY_ROUNDS)[options.quick]
-    budget_s = options.budget_s or (CPU_BUDGET_S[options.quick] if in_c else BUDGET_S)
-    clock = clock_of(device, in_c)
-    run = Run(report, device, clock, candidate.name, candidate.interpreted, options.quick, pool, rounds)
-    return Planned(run, names, shares, shapes, budget_s, in_c)
+# --- what is printed ----------------------------------------------------------------------------------------------
 
 
-def end_if_late(limit_s: float, leave: Callable[[int], object] = os._exit) -> threading.Timer:
-    """A watch over this process: a timed kernel that hangs would keep it for ever. Cancel it when all is done."""
-
-    def end() -> None:
-        why = "a timed kernel hangs, or the budget was too small"
-        said = f"\nABORTED: not through after {limit_s:.0f} s: {why}. Where it stood:"
-        print(said, file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(file=sys.__stderr__ or 2)
-        leave(errors.CHECK_FAILED)
-
-    timer = threading.Timer(limit_s, end)
-    timer.daemon = True
-    timer.start()
-    return timer
+def ratio(faster: Json) -> str:
+    """1.80x [1.46, 2.02]: the median and its interval, `unknown` for a side that too few rounds leave open."""
+    low, high = ("unknown" if side is None else f"{side:.2f}" for side in faster["interval"].values())
+    return f"{faster['value']:.2f}x [{low}, {high}]"
 
 
-def main(given: Sequence[str] | None = None) -> int:
-    options = arguments(given)
-    report = Report(options.json)
+def ms(samples: Sequence[float]) -> str:
+    """242 ms ±9%: the median, and half the distance of the quartiles as a share of it."""
+    if len(samples) < 2:
+        return f"{samples[0]:.3g} ms"
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return f"{middle:.3g} ms ±{(high - low) / 2 / middle:.0%}"
+
+
+def heading(text: str) -> None:
+    print(f"\n## {text}", flush=True)
+
+
+def print_environment(device: torch.device) -> None:
+    for name, value in vars(devices.environment(device)).items():
+        print(f"{name:10} {value}")
+    busy = psutil.cpu_percent(interval=0.5)  # while this process sleeps
+    if device.type == "cpu" and busy > BUSY_PERCENT:
+        print(f"WARNING    other programs use {busy:.0f} % of the cores: times and ratios mean less")
+
+
+# --- the sections -------------------------------------------------------------------------------------------------
+
+
+def correctness(benchmark: Benchmark) -> None:
+    heading("Correctness")
+    quick = ["--quick"] if benchmark.quick else []
+    code, out = benchmark.run(("bncli", "gradcheck", "--kernel", "fused", "--device", str(benchmark.device), *quick))
+    print(out, end="")
+    benchmark.wrong += [f"gradcheck ended with exit status {code}"] * (code != 0)
+
+
+def hazards(benchmark: Benchmark) -> None:
+    if not benchmark.cuda:
+        return
+    heading("Hazards: graphs, streams, torch.compile, more than 2^31 elements")
+    device, repeats = str(benchmark.device), "100" if benchmark.quick else "1000"
+    code, out = benchmark.run(("tests.benchmarks.hazards", "--device", device, "--repeats", repeats))
+    print(out, end="")
+    benchmark.wrong += [f"the hazards ended with exit status {code}"] * (code != 0)
+    shape = ("--shape", BEYOND_32_BITS, "--dtype", "bf16", "--layout", "contiguous", "--operation", "bn")
+    found = benchmark.profile(*shape, "--time", "5")
+    right = sum(row["error"] is None for row in found["rows"])
+    print(f"{right} of {len(found['rows'])} kernels are right on {BEYOND_32_BITS}")
+
+
+def layers(benchmark: Benchmark) -> None:
+    """Geometric means over the shapes for each operation and layout, on a GPU also of torch.compile."""
+    shapes = [word for shape in (QUICK if benchmark.quick else RESNET20) for word in ("--shape", shape)]
+    shapes += [] if benchmark.quick else ["--shapes", "resnet50"]
+    kinds = [("bf16", "contiguous"), ("fp16", "channels_last")] if benchmark.cuda else [("fp32", ",".join(LAYOUTS))]
+    for dtype, layouts in kinds:
+        chosen = [*shapes, "--dtype", dtype, "--layout", layouts]
+        if benchmark.cuda:
+            compile_first(benchmark, chosen)
+        peer = ["--kernel", "compiled"] * (dtype == "bf16" and not benchmark.quick)
+        for heat in ("warm", "cold"):
+            heading(f"Layers of ResNet-20 and ResNet-50, {dtype}, training, forward + backward, {heat}")
+            options = ["--operation", ",".join(OPERATIONS), *peer, "--time", str(LAYERS_S[benchmark.quick])]
+            found = benchmark.profile(*chosen, *options, *["--warm"] * (heat == "warm"))
+            for mean in found["means"]:
+                print(
+                    f"{mean['kernel'] + ' ' if peer else ''}{mean['operation']:12} {mean['layout']:14} geometric mean "
+                    f"of {mean['shapes']} shapes {ratio(mean['faster'])}, "
+                    f"worst {mean['least']:.2f}x at {'x'.join(map(str, mean['least_shape']))}"
+                )
+            copies = ", ".join(f"{size / 2**20:g} MiB {speed:.1f}" for size, speed in found["ceilings"]["copies"])
+            print(f"copies, GB/s read and written: {copies}", flush=True)
+
+
+def compile_first(benchmark: Benchmark, cases: Sequence[str]) -> None:
+    """Fill Triton's cache on disk from a process for each operation, so that no timed run waits for the compiler."""
+    once = ("--device", str(benchmark.device), "--kernel", "fused", *cases, "--time", "0.01", "--min-rounds", "1")
+    commands = [("bncli", "profile", *once, "--operation", operation, "--json", "--quiet") for operation in OPERATIONS]
+    with ThreadPoolExecutor(len(commands)) as threads:
+        list(threads.map(benchmark.run, commands))
+
+
+def small(benchmark: Benchmark) -> None:
+    heading("Small tensors, fp32, bn+relu, training: microseconds a call, in a loop")
+    rounds = 9 if benchmark.quick else small_calls.ROUNDS
+    for shape, what, us, faster in small_calls.measure(benchmark.device, rounds=rounds):
+        print(
+            f"{'x'.join(map(str, shape)):10} {what:28} native {us['native']:7.1f} us  fused {us['fused']:7.1f} us "
+            f"a call  {ratio({'value': faster.value, 'interval': vars(faster.interval)})}",
+            flush=True,
+        )
+
+
+def step(benchmark: Benchmark) -> None:
+    """A recipe's model, optimizer and batch, on random images."""
+    depth, side, batch = (50, 224, 256) if benchmark.cuda else (20, 32, 128)
+    precision = "bf16" if benchmark.cuda else "fp32"
+    heading(f"A training step of ResNet-{depth}, {precision}: recipes/cifar10.yaml on random images")
+    data = f"{{source: synthetic, shape: [3, {side}, {side}], examples: {4 * batch}, held_out: {batch}}}"
+    values = {"data": data, "model.depth": depth, "train.batch_size": batch, "train.precision": precision}
+    for layout in LAYOUTS:
+        sets = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+        sets += ["--set", f"train.memory_format={layout}", "--arm", "batch norm"]
+        found = benchmark.profile("recipes/cifar10.yaml", *sets, "--time", str(STEP_S[benchmark.quick]))
+        rows = {row["kernel"]: row for row in found["rows"] if row["mode"] == "training" and row["error"] is None}
+        if len(rows) == 2:
+            times = ", ".join(f"{kernel} {ms(row['samples_ms'])}" for kernel, row in rows.items())
+            print(f"{layout:14} batch {batch}: {times}  {ratio(rows['fused']['faster'])}", flush=True)
+
+
+def large(benchmark: Benchmark) -> None:
+    if benchmark.cuda:
+        return
+    shape = large_tensor.shape_beyond(large_tensor.last_cache_bytes() or large_tensor.UNKNOWN_CACHE_BYTES)
+    heading(f"A tensor {'x'.join(map(str, shape))} beyond the last cache, fp32, bn+relu, forward + backward")
+    for layout in LAYOUTS[: 1 if benchmark.quick else 2]:
+        for memory, share, faults in large_tensor.measure(shape, layout == "channels_last"):
+            print(f"{layout:14} {memory:11} {share:.2f} of a copy's speed, {faults:,} page faults a call", flush=True)
+
+
+SECTIONS: dict[str, Callable[[Benchmark], None]] = {
+    each.__name__: each for each in (correctness, hazards, layers, small, step, large)
+}
+
+
+def main(arguments: Sequence[str] | None = None, run: Run = run) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="some of %(default)s")
+    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
+    options = parser.parse_args(arguments)
+    names = options.sections.split(",")
+    if unknown := set(names) - set(SECTIONS):
+        parser.error(f"--sections {','.join(sorted(unknown))}: expected some of {', '.join(SECTIONS)}")
     try:
-        asked = planned(options, report)
+        device = devices.resolve(options.device)
+        kernels.get("fused", device)
     except errors.BncliError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    run, whole, watch = asked.run, Deadline(asked.budget_s), end_if_late(asked.limit_s)
-    environment = header(run)
-    bodies = bodies_of(asked, options)
-    for k, name in enumerate(asked.sections):
-        if run.interpreted and name != "correctness":
-            report.note(f"{name}: the candidate runs in Triton's interpreter, whose speed says nothing")
-            continue
-        share = asked.shares[name] / sum(asked.shares[later] for later in asked.sections[k:])
-        _section(name, bodies[name], run, Deadline(share * whole.left_s))
-        report.write(environment)
-    run.pool.close()
-    watch.cancel()
-    report.summary()
-    report.write(environment)
-    missed = [target for _, target in report.targets if not target.met]
-    return errors.CHECK_FAILED if report.failed or (options.require_targets and missed) else errors.OK
-
-
-def header(run: Run) -> dict[str, str]:
-    """Where the figures are made, printed and returned; on a CPU with a warning where it is not idle."""
-    environment = kernels_environment.description(run.device)
-    for name, value in environment.items():
-        run.report.line(f"{name:10} {value}")
-    interpreted = " (in Triton's interpreter: checked, not timed)" if run.interpreted else ""
-    at_most = "up to " if not run.cuda else ""
-    run.report.line(
-        f"candidate  {run.candidate}{interpreted}; rounds {at_most}{run.rounds}, processes that check {run.pool.jobs}"
-    )
-    busy = None if run.cuda else kernels_environment.busy_cores()
-    if busy is not None and busy > BUSY_CORES:
-        run.report.line(
-            f"WARNING    other programs use {busy:.1f} of the {os.cpu_count()} cores: threads wait for each other, and "
-            "times and ratios mean less"
-        )
-    return environment
-
-
-def bodies_of(asked: Planned, options: argparse.Namespace) -> dict[str, Callable[[Run, Deadline], None]]:
-    def correctness(run: Run, end: Deadline) -> None:
-        kernels_sections.correctness(run, kernels_correctness.tasks, end)
-
-    if asked.in_c:
-        return {
-            "correctness": correctness,
-            "layers": kernels_cpu_layers.layers,
-            "small": kernels_cpu_small.small,
-            "resnet20": kernels_cpu_step.step,
-            "large": kernels_cpu_large.large,
-        }
-    return {
-        "correctness": correctness,
-        "copy": kernels_sections.copy,
-        "layers": kernels_sections.layers,
-        "small": kernels_sections.small,
-        "resnet": kernels_sections.resnet,
-        "sweep": lambda run, end: sweep(run, asked.shapes, options.sweep_operation, options.sweep_layout, end),
-    }
-
-
-def _section(name: str, body: Callable[[Run, Deadline], None], run: Run, deadline: Deadline) -> None:
-    """A section that breaks is a check that failed; the others still run."""
-    try:
-        body(run, deadline)
-    except Exception as error:
-        import traceback
-
-        from tests.benchmarks.kernels_check import Check
-
-        traceback.print_exc()
-        run.report.check([Check(f"section {name}", "", False, f"{type(error).__name__}: {error}"[:300])])
+    benchmark = Benchmark(device, options.quick, run)
+    print_environment(device)
+    for name in names:
+        try:
+            SECTIONS[name](benchmark)
+        except Exception as error:  # the other sections still run
+            benchmark.wrong.append(f"section {name}: {type(error).__name__}: {error}")
+    heading("Summary")
+    print("\n".join(f"WRONG  {what}" for what in benchmark.wrong) or "everything checked is right")
+    return errors.CHECK_FAILED if benchmark.wrong else errors.OK
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a step of `bncli train` costs beside a plain loop: `python -m tests.benchmarks.step_overhead`.
+"""Cost of a step of `bncli train`, compared with a plain loop: `python -m tests.benchmarks.step_overhead`.
 
 The network of section 4.1 of the paper with batch norm, batches of 60 from tensors, SGD, one thread. Both loops
 evaluate 500 held-out examples every 100 steps; ours has its bar, its metrics file and its target on. A round runs both
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from time import process_time
@@ -121,11 +122,11 @@ def paired_ratios(times: dict[str, list[float]]) -> list[float]:
     return sorted(a / b for a, b in zip(times["bncli train"], times["hand-written"], strict=True))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=1000)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     times = measure(options.rounds, options.steps)
     for name, found in times.items():
         print(f"{name:14} {1e6 * min(found) / options.steps:7.0f} us of CPU a step at least, "

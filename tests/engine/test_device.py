@@ -1,4 +1,4 @@
-"""Devices that are not here are refused with the reason; memory and the machine are told."""
+"""Devices by name, peaks of memory, the environment of a result, and TF32."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ CPU = torch.device("cpu")
 LARGE = 256 * 2**20 // 4  # float32: more than the 64 MiB that malloc may keep for later, which count as in use
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_where_there_is_none_is_refused_with_the_reason() -> None:
-    with pytest.raises(
-        Unavailable, match=r"device cuda: this torch .* cannot use CUDA: .*The CPU can be used"
-    ) as error:
-        resolve("cuda")
+@pytest.mark.parametrize(
+    ("name", "here", "reason"),
+    [
+        ("cuda", torch.cuda.is_available(), r"device cuda: this torch .* cannot use CUDA: .*The CPU can be used"),
+        ("cuda:99", False, "cannot use CUDA|devices here, counted from 0"),
+        ("mps", torch.backends.mps.is_available(), "has no Metal device here"),
+    ],
+)
+def test_a_device_that_is_not_here_is_refused_with_the_reason(name: str, here: bool, reason: str) -> None:
+    if here:
+        assert resolve(name).type == name
+        return
+    with pytest.raises(Unavailable, match=reason) as error:
+        resolve(name)
     assert error.value.exit_code == 3
-
-
-@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is a Metal device")
-def test_mps_where_there_is_none_is_refused_with_the_reason() -> None:
-    with pytest.raises(Unavailable, match="has no Metal device here"):
-        resolve("mps")
 
 
 @pytest.mark.parametrize("name", ["gpu", "cpux", "tpu", "cuda:x", ""])
@@ -56,7 +58,7 @@ def test_peak_memory_counts_from_its_last_reset() -> None:
     assert with_large - after > 32
 
 
-def test_the_peaks_of_phases_that_take_turns_stand_apart() -> None:
+def test_phases_that_take_turns_have_peaks_of_their_own() -> None:
     memory = PeakMemory(CPU)
     memory.end("before")
     for _ in range(2):
@@ -78,7 +80,7 @@ def test_the_environment_names_versions_and_threads() -> None:
     assert found.driver is None
 
 
-def test_tf32_is_told_of_a_gpu_where_it_is_allowed_and_never_of_a_cpu() -> None:
+def test_tf32_is_reported_for_a_gpu_where_it_is_allowed_and_never_for_a_cpu() -> None:
     for allowed in (True, False):
         with tf32_allowed(allowed):
             assert in_tf32(torch.device("cuda")) == allowed

@@ -30,9 +30,7 @@ def sha256(file: str) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
-def test_every_file_of_the_users_own_that_an_import_brings_in_is_noted_and_nothing_else(
-    package: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_file_of_the_users_own_that_is_imported_is_noted(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     loaded = LoadedFiles()
     imported(f"{package}.models:make")
@@ -43,7 +41,7 @@ def test_every_file_of_the_users_own_that_an_import_brings_in_is_noted_and_nothi
     assert all(digest_of(file) == sha256(file) == digest for file, digest in loaded.files.items())
 
 
-def test_what_is_imported_later_is_added_and_what_is_edited_later_keeps_its_digest(package: str) -> None:
+def test_later_imports_are_added_and_edited_files_keep_their_digest(package: str) -> None:
     loaded = LoadedFiles()
     imported(f"{package}.models:make")
     loaded.note()
@@ -54,7 +52,7 @@ def test_what_is_imported_later_is_added_and_what_is_edited_later_keeps_its_dige
     assert loaded.files == {**before, f"{package}/late.py": sha256(f"{package}/late.py")}
 
 
-def test_installed_packages_are_left_out_and_files_elsewhere_go_by_their_whole_path(
+def test_installed_packages_are_left_out_and_files_elsewhere_have_whole_paths(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for folder in ("site-packages", "elsewhere"):

@@ -1,4 +1,4 @@
-"""Kernels by name: which there are, that all have one signature, and what is said of one that cannot run."""
+"""Kernels by name: all have one signature, and one that cannot run is refused with the reason."""
 
 from __future__ import annotations
 
@@ -52,13 +52,14 @@ def test_a_name_that_is_none_is_answered_with_all_that_are(find: Any, name: str)
     assert str(refused.value) == f"kernel {name}: expected one of native, fused, fused-interpreted"
 
 
-def test_a_kernel_that_cannot_run_on_a_device_is_loaded_all_the_same_and_refused_with_its_reason() -> None:
+def test_a_kernel_is_loaded_and_refused_where_it_cannot_run() -> None:
     with pytest.raises(Unavailable) as refused:
         kernels.get("fused", torch.device("mps"))
     assert str(refused.value) == (
         "the fused kernel cannot run: it needs a CPU or an NVIDIA GPU, and was asked to run on mps. "
         "Nothing else is run in its place; the native kernel is torch's own operator and runs everywhere"
     )
+    assert refused.value.exit_code == 3
     assert callable(kernels.load("fused"))
 
 
@@ -70,7 +71,7 @@ def test_whether_it_can_run_is_asked_of_that_device(monkeypatch: pytest.MonkeyPa
     assert asked == [None, CPU]
 
 
-def test_a_function_that_moves_the_running_statistics_is_a_kernel_as_it_stands() -> None:
+def test_a_function_that_updates_running_statistics_is_a_kernel_itself() -> None:
     assert kernels.adapted(native.batch_norm) is native.batch_norm
 
 

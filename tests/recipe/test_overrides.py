@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from bncli.errors import RecipeError
-from bncli.recipe.load import leaves, plain, with_values
+from bncli.recipe.load import plain, with_values
+from bncli.recipe.overrides import leaves
 from tests.recipe.conftest import BASE, NORMS, OWN, SECTIONS, Load, MistakesOf, arm, given_fields, optimizer
 
 # --- shorthands and defaults --------------------------------------------------------------------------------------
@@ -53,7 +54,7 @@ def test_an_arm_that_changes_a_kind_keeps_the_fields_that_both_kinds_have(loaded
     assert optimizer == {"kind": "adam", **expected}
 
 
-def test_an_arm_that_changes_the_initial_weights_drops_the_deviation_of_the_gaussian_ones(loaded: Load) -> None:
+def test_an_arm_that_changes_the_initial_weights_drops_the_gaussian_deviation(loaded: Load) -> None:
     text = BASE.replace("{kind: mlp}", "{kind: mlp, init: {kind: gaussian, std: 0.1}}")
     found = loaded(text + "arms: {a: {model: {init: he}}, b: {model: {init: {std: 0.2}}}}\n")
     assert plain(arm(found, "a"))["model"]["init"] == {"kind": "he", "std": None}
@@ -128,7 +129,7 @@ def test_a_flag_can_set_the_grid_the_seeds_and_the_reference(loaded: Load) -> No
     assert (file.seeds.tune, file.seeds.report, file.reference) == (7, 10, "batch norm")
 
 
-def test_a_flag_that_gives_all_arms_or_the_whole_grid_replaces_those_of_the_file(loaded: Load) -> None:
+def test_a_flag_for_all_arms_or_the_whole_grid_replaces_the_files(loaded: Load) -> None:
     text = BASE + "arms: {a: {norm: batch}, b: }\ngrid: {optimizer.lr: [1, 2]}\n"
     found = loaded(text, "arms={c: {norm: layer}}", "grid={}")
     assert [(arm.name, arm.recipe.norm.kind) for arm in found.arms] == [("c", "layer")]

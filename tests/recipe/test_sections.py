@@ -8,9 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from bncli.recipe.load import plain
-from bncli.recipe.overrides import KINDS, kinds, members
-from bncli.recipe.sections import Recipe, RecipeFile, shorthand_key
-from tests.recipe.examples import EXAMPLES, KINDS_OF_SECTIONS, RUN, models, section_of
+from bncli.recipe.overrides import kinds, members
+from bncli.recipe.sections import KINDS, Recipe, RecipeFile, shorthand_key
+from tests.recipe.conftest import EXAMPLES, KINDS_OF_SECTIONS, RUN, models, section_of
 
 
 def test_every_kind_of_every_section_has_an_example_here() -> None:
@@ -19,20 +19,14 @@ def test_every_kind_of_every_section_has_an_example_here() -> None:
 
 
 @pytest.mark.parametrize(("section", "kind"), KINDS_OF_SECTIONS)
-def test_a_section_needs_no_more_than_its_example(section: str, kind: str) -> None:
-    resolved = plain(Recipe.model_validate({**RUN, section: section_of(section, kind)}))
-    assert {**resolved[section], **section_of(section, kind)} == resolved[section]
-    assert Recipe.model_validate(resolved) == Recipe.model_validate({**RUN, section: section_of(section, kind)})
-
-
-@pytest.mark.parametrize(
-    ("section", "kind", "field"),
-    [(section, kind, field) for section, kind in KINDS_OF_SECTIONS for field in EXAMPLES[section][kind]],
-)
-def test_nothing_in_an_example_can_be_left_out(section: str, kind: str, field: str) -> None:
-    incomplete = {name: value for name, value in section_of(section, kind).items() if name != field}
-    with pytest.raises(ValidationError, match="Field required"):
-        Recipe.model_validate({**RUN, section: incomplete})
+def test_a_section_needs_its_example_and_no_more(section: str, kind: str) -> None:
+    example = section_of(section, kind)
+    resolved = plain(Recipe.model_validate({**RUN, section: example}))
+    assert {**resolved[section], **example} == resolved[section]
+    assert Recipe.model_validate(resolved) == Recipe.model_validate({**RUN, section: example})
+    for field in EXAMPLES[section][kind]:
+        with pytest.raises(ValidationError, match="Field required"):
+            Recipe.model_validate({**RUN, section: {name: value for name, value in example.items() if name != field}})
 
 
 def test_every_section_is_closed_strict_frozen_and_refuses_infinity() -> None:

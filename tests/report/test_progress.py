@@ -146,6 +146,20 @@ def test_a_label_with_brackets_is_shown_as_it_is() -> None:
     assert "native bn [fp32] 256x64x56x56" in shown(ProfileProgress, PROFILE[:2], terminal=True)
 
 
+@pytest.mark.parametrize(
+    ("event", "label"),
+    [
+        (Measuring("", phase="ceilings"), "copies and multiply-adds of the machine"),
+        (Measuring("normed", phase="check"), "normed: checking the step of each kernel"),
+        (Measuring("normed", phase="round", mode="training", round=3), "normed: training, round 3"),
+        (Measuring("normed", phase="parts", mode="training"), "normed: training, parts of its time and memory"),
+        (Measuring("normed", phase="norms"), "normed: norm-layer diagnostics"),
+    ],
+)
+def test_the_bar_of_a_profile_says_what_is_measured(event: Measuring, label: str) -> None:
+    assert label in shown(ProfileProgress, [PROFILE[0], event], terminal=True)
+
+
 def test_the_bar_of_a_profile_never_moves_backwards() -> None:
     screen = shown(ProfileProgress, [*PROFILE, Measuring("again", 0.25)], terminal=True)
     assert "again" in screen

@@ -53,7 +53,7 @@ def test_what_is_written_as_json_reads_back_as_the_same_object(record: Record) -
     assert from_plain(Record, through_json(record)) == record
 
 
-def test_a_float_that_is_not_finite_is_a_text_and_a_number_again_wherever_it_stands() -> None:
+def test_a_float_that_is_not_finite_is_a_text_in_json_and_a_number_again() -> None:
     record = dataclasses.replace(FULL, best=Point(0, math.nan), seconds=math.nan, costs={"a": math.nan})
     plain = through_json(record)
     assert plain["points"][1]["loss"] == "Infinity"

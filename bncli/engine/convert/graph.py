@@ -1,272 +1,182 @@
-"""Which activation and which residual add of a graph go into the batch norm before them, and why the others cannot.
-
-Patterns: norm -> activation, norm -> add -> activation, norm -> add. A step is taken in only when nothing else uses
-what it replaces and when no write into a tensor stands between.
-"""
+"""A whole model's graph by torch.fx, in which a batch norm takes along the add and activation after it."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
-from dataclasses import dataclass
+import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
+from torch.fx.graph import inplace_methods
+from torch.fx.proxy import TraceError
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from bncli.engine.convert import alias
-from bncli.engine.convert.tracing import in_place
+from bncli.engine.convert import blocks
 from bncli.engine.models.norms import BatchNorm
-from bncli.names import ACTIVATIONS, FUSED_ACTIVATIONS, Activation
+from bncli.errors import UsageError
+from bncli.names import ACTIVATIONS, FUSED_ACTIVATIONS
 
-FUSED = [ACTIVATIONS[name] for name in FUSED_ACTIVATIONS]
-ACTIVATION_MODULES: dict[type, Activation] = {getattr(nn, row.module): row for row in FUSED}
-# The functions, in place too, and the names of the methods.
-ACTIVATION_FUNCTIONS: dict[Any, Activation] = {
-    spelled if owner is Tensor else getattr(owner, spelled): row
-    for row in FUSED
-    for spelled in (row.name, f"{row.name}_")
-    for owner in (F, torch, Tensor)
-    if hasattr(owner, spelled)
-}
-OTHER_ACTIVATIONS = {
-    *("celu", "elu", "gelu", "glu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "prelu", "relu6"),
-    *("rrelu", "selu", "sigmoid", "softplus", "softsign", "tanh", "threshold"),
-}
+
+def in_place(name: str, left: Any, right: Any) -> Any:
+    """`left += right` and its kind, by the name in the operator module."""
+    return getattr(operator, name)(left, right)
+
+
 ADDS = {operator.add, torch.add, "add", "add_", in_place}
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def module_activation(module: nn.Module) -> str | None:
-    """The name of the activation that a module is, where kernels apply it; else None."""
-    row = ACTIVATION_MODULES.get(type(module))
-    return row.name if row is not None and getattr(module, "negative_slope", None) == row.slope else None
+class _Proxy(fx.Proxy):
+    """fx's stand-in for a value, which does not take `y += x` for `y = y + x`."""
+
+    def _in_place(self, other: Any, name: str) -> fx.Proxy:
+        proxy = self.tracer.create_proxy("call_function", in_place, (name, self, other), {})
+        proxy.node.meta["is_wrapped"] = True  # it stays a call when fx traces the graph again, as unpickling does
+        return proxy
 
 
-@dataclass(frozen=True)
-class Site:
-    """One call of a batch norm: what it does now, or why it does not do more."""
-
-    target: str  # path of the norm from the graph's module
-    fused: tuple[str, ...] = ()  # of "residual add" and FUSED_ACTIVATIONS
-    reason: str | None = None
-    returned: bool = False  # its output is the module's: whoever calls the module may have more to say
+for _name in inplace_methods:
+    setattr(_Proxy, f"__{_name}__", functools.partialmethod(_Proxy._in_place, name=_name))
 
 
-def has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, kind, None) for kind in HOOKS)
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """A module that holds no norms stays one call, so that its flags and randomness stay its own."""
+        holds_norms = any(isinstance(part, _BatchNorm) for part in m.modules())
+        traced = type(m) is nn.Identity or (holds_norms and not isinstance(m, _BatchNorm))
+        return not traced or not blocks.is_plain(m)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_node(self, *arguments: Any, **options: Any) -> fx.Node:
+        autocast = [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
+        drawn = random.getstate(), torch.get_rng_state().tolist()
+        context = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, drawn
+        if vars(self).setdefault("context", context) != context:  # that of the first node, which is an argument
+            raise TraceError("it draws random numbers, or computes within no_grad, autocast or the like")
+        return super().create_node(*arguments, **options)
 
 
-def targets(graph: fx.Graph) -> set[str]:
-    """The paths of the submodules that a graph calls."""
-    return {str(node.target) for node in graph.nodes if node.op == "call_module"}
+def trace(model: nn.Module) -> fx.GraphModule:
+    """The graph of a model's forward. Raises UsageError, with the reason, for one that fx cannot hold."""
+    before = {module: dict(vars(module)) for module in model.modules()}
+    try:
+        if not blocks.is_plain(model):
+            raise TraceError("the model has hooks or a forward of its own, which the graph would lose")
+        for name, argument in inspect.signature(model.forward).parameters.items():
+            if argument.default is None or isinstance(argument.default, bool):
+                raise TraceError(f"its argument {name} is {argument.default} by default and may choose its way")
+        graphs = {}
+        for training in (True, False):
+            for module in before:
+                module.training = training
+            graph = _Tracer().trace(model)
+            graphs[graph.python_code("self").src] = graph
+        if len(graphs) > 1:
+            raise TraceError("it goes another way in training than in evaluation (self.training)")
+        for module, attributes in before.items():
+            for name, value in vars(module).items():
+                if name != "training" and attributes.get(name, before) is not value:
+                    raise TraceError(f"it sets the attribute {name}, or has a tensor that is no parameter or buffer")
+    except Exception as error:  # the user's code met stand-ins where it expected tensors: anything may be raised
+        kind = "" if isinstance(error, TraceError) else f"it raised {type(error).__name__}: "
+        reason = kind + next(iter(str(error).strip().splitlines()), "")
+        message = f"torch.fx cannot hold the forward of this model ({reason}); leave trace out: Sequential and known "
+        raise UsageError(f"{message}residual blocks are fused without it", field="trace") from error
+    finally:
+        for module, attributes in before.items():
+            vars(module).clear()
+            vars(module).update(attributes)
+    for node in graph.nodes:
+        node.type = None  # an annotation that is a string could not be pickled
+    traced = fx.GraphModule(model, graph, type(model).__name__)
+    for name, module in dict(traced.named_modules()).items():  # fx leaves out what is not called, and the order
+        original = model.get_submodule(name)
+        for kind in ("_modules", "_parameters", "_buffers") if module is not original else ():
+            copied = getattr(module, kind)
+            setattr(module, kind, {key: copied.get(key, value) for key, value in getattr(original, kind).items()})
+    return traced
 
 
-def returned_norm(graph: fx.Graph, root: nn.Module) -> bool:
-    """Whether the graph's result is that of a batch norm which could still take in what follows."""
-    fuser = _Fuser(graph, root)
-    result = next(node for node in graph.nodes if node.op == "output").args[0]
-    return isinstance(result, fx.Node) and len(result.users) == 1 and fuser.norm_before(result) is not None
+def fuse(model: fx.GraphModule) -> Iterator[blocks.Site]:
+    """Join in place each batch norm of ours to what follows it."""
+    for node in list(model.graph.nodes):
+        module = _module(node)
+        if isinstance(module, BatchNorm):
+            yield module, *_fuse(node)
+        elif module is not None:  # called as a whole, for it has hooks
+            yield from blocks.sites(module, str(node.target))
+    model.graph.lint()
+    model.recompile()
 
 
-def fuse(graph: fx.Graph, root: nn.Module, name: str = "") -> list[Site]:
-    """Fuse in place what can be fused in the graph of `root`, whose qualified name is `name`.
+def _fuse(norm: fx.Node) -> tuple[tuple[str, ...], str | None]:
+    """What a norm takes along, now, and why not more."""
+    graph, user = norm.graph, _only_user(norm)
+    if not blocks.is_open_norm(_module(norm)) or len(norm.args) != 1 or norm.kwargs:
+        return (), blocks.CLOSED
+    residual, how = _residual(norm, user) if user and user.target in ADDS else (None, None)
+    add, user = (user, _only_user(user)) if user and how else (None, user)
+    activation = _activation(user)
+    reason = None if activation else " and ".join(map(_describe, (add or norm).users)) or blocks.describe(None, "")
+    if add is None and activation is None:
+        return (), reason
+    with graph.inserting_before(norm):
+        module = graph.get_attr(str(norm.target))
+        follower = graph.get_attr(str(user.target)) if user and activation and _module(user) else activation
+        joined = graph.call_function(blocks.run_norm, (module, norm.args[0], follower, residual, how))
+    joined.meta["is_wrapped"] = True
+    replaced = [node for node in (user if activation else None, add, norm) if node is not None]
+    replaced[0].replace_all_uses_with(joined)
+    for node in replaced:
+        graph.erase_node(node)
+    return ("residual add",) * (add is not None) + ((activation,) if activation else ()), reason
 
-    Returns a Site for every call of a batch norm of ours.
-    """
-    fuser = _Fuser(graph, root, name)
-    calls = [node for node in graph.nodes if fuser.is_norm_call(node)]
-    for node in reversed(list(graph.nodes)):  # the last add of a chain first: it is the one before the activation
-        fuser.take_add(node)
-    for node in calls:
-        fuser.take_activation(node)
-    graph.lint()
-    return [fuser.site(node) for node in calls]
+
+def _residual(norm: fx.Node, add: fx.Node) -> tuple[Any, str | None]:
+    """What an add right behind a norm adds to its output, and how; None where that is not all that it does."""
+    operands = add.args[1:] if add.target is in_place else add.args
+    residual: Any = next((operand for operand in operands if operand is not norm), None)
+    how = "y + r" if add.target not in (in_place, "add_") else "y += r" if operands[0] is norm else "r += y"
+    fits = len(operands) == 2 and isinstance(residual, fx.Node) and not add.kwargs and norm.next is add
+    fits = fits and (add.target is not in_place or add.args[0] == "iadd")
+    if how == "r += y" and fits:  # what else shares the memory of r would miss the sum
+        fits = blocks.is_open_norm(_module(residual)) and _only_user(residual) is add
+    return (residual, how) if fits else (None, None)
 
 
-class _Fuser:
-    def __init__(self, graph: fx.Graph, root: nn.Module, name: str = "") -> None:
-        self.graph, self.root, self.prefix = graph, root, f"{name}." if name else ""
-        self.fused: dict[fx.Node, tuple[str, ...]] = {}
-        self.reasons: dict[fx.Node, str] = {}
+def _module(node: fx.Node) -> Any:
+    owner = node.graph.owning_module
+    return owner.get_submodule(str(node.target)) if node.op == "call_module" and owner else None
 
-    def module(self, node: fx.Node) -> nn.Module | None:
-        return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
-    def is_norm_call(self, node: fx.Node) -> bool:
-        """A plain call of a batch norm of ours that has no activation yet."""
-        module = self.module(node)
-        plain = len(node.args) == 1 and not node.kwargs
-        return isinstance(module, BatchNorm) and module.activation is None and plain
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
-    def norm_before(self, node: Any) -> fx.Node | None:
-        """The norm whose output `node` is, through Identity modules, or None; each output used once."""
-        while isinstance(node, fx.Node) and len(node.users) == 1:
-            module = self.module(node)
-            if self.is_norm_call(node) and node not in self.fused:
-                return None if module is None or has_hooks(module) else node
-            if type(module) is not nn.Identity or has_hooks(module):
-                return None
-            node = node.args[0]
+
+def _activation(node: fx.Node | None) -> str | None:
+    """The kernels' name of the activation that a node is: a module, a function or a method, in place or not."""
+    if node is None or node.op == "call_module":
+        return blocks.activation_name(_module(node)) if node else None
+    spelled = str(getattr(node.target, "__name__", node.target))
+    name = spelled.removesuffix("_")
+    known = node.op == "call_method" or any(getattr(owner, spelled, None) is node.target for owner in (F, torch))
+    if name not in FUSED_ACTIVATIONS or not known:
         return None
+    slope = ACTIVATIONS[name].slope
+    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", slope)
+    return name if slope is None or given == slope else None
 
-    def user(self, node: fx.Node) -> fx.Node | None:
-        """The only user of a node's output, through Identity modules."""
-        while len(node.users) == 1:
-            (node,) = node.users
-            module = self.module(node)
-            if type(module) is not nn.Identity or has_hooks(module):
-                return node
-        return None
 
-    # --- activations --------------------------------------------------------------------------------------------
-
-    def activation(self, node: fx.Node | None) -> str | None:
-        """The kernel's name of the activation that a node is, or None."""
-        if node is None or not node.all_input_nodes:
-            return None
-        module = self.module(node)
-        if module is not None:
-            if has_hooks(module):
-                return None
-            return module_activation(module)
-        row = ACTIVATION_FUNCTIONS.get(node.target) if node.op in ("call_function", "call_method") else None
-        if row is None:
-            return None
-        if row.slope is None:
-            return row.name
-        slope = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", row.slope)
-        return row.name if slope == row.slope else None
-
-    def take_activation(self, norm: fx.Node) -> None:
-        follower = self.user(norm)
-        name = self.activation(follower)
-        module = self.module(norm)
-        if norm in self.fused or name is None or follower is None or module is None or has_hooks(module):
-            return
-        norm.kwargs = {"activation": name}
-        self.fused[norm] = (name,)
-        self._replace(follower, norm)
-
-    # --- residual adds ------------------------------------------------------------------------------------------
-
-    def take_add(self, add: fx.Node) -> None:
-        if add.op not in ("call_function", "call_method") or add.target not in ADDS:
-            return
-        operands = add.args[1:] if add.target is in_place else add.args
-        if len(operands) != 2 or (add.target is in_place and add.args[0] != "iadd"):
-            return
-        left, right = operands
-        norms = {norm: other for node, other in ((left, right), (right, left)) if (norm := self.norm_before(node))}
-        # Of two norms the one on the main branch: after more layers than the shortcut's.
-        for norm in sorted(norms, key=self._depth, reverse=True):
-            residual = norms[norm]
-            reason = self._why_not_add(add, norm, left, residual)
-            if reason is None:
-                assert isinstance(residual, fx.Node)
-                self._take_add(add, norm, residual)
-                for other in norms.keys() - {norm}:
-                    self.reasons[other] = f"it is the residual of {self.prefix}{norm.target}"
-                return
-            self.reasons[norm] = reason
-
-    def _why_not_add(self, add: fx.Node, norm: fx.Node, left: Any, residual: Any) -> str | None:
-        if left is residual and self.norm_before(left) is norm:
-            return "its output is added to itself"
-        if not isinstance(residual, fx.Node):
-            return f"what is added is the constant {residual}"
-        if residual.op == "get_attr":
-            return f"what is added is {self.prefix}{residual.target}, a parameter or a buffer"
-        if set(add.kwargs) - {"alpha"} or add.kwargs.get("alpha", 1) != 1:
-            return "the add scales its operand (alpha)"
-        writes = add.target in (in_place, "add_") and self.norm_before(left) is not norm
-        if writes and not alias.is_own(left, self.root):
-            return "the add writes into its other operand"
-        nodes = list(self.graph.nodes)
-        between = nodes[nodes.index(norm) + 1 : nodes.index(add)]
-        moves = residual in between  # then the norm must wait for its residual
-        if moves and any(node.target == norm.target for node in between):
-            return "it is called again before the residual is known"
-        if alias.may_write(between, norm.args[0] if moves else residual, self.root):
-            return "a tensor that it needs may be written to before the add"
-        return None
-
-    def _take_add(self, add: fx.Node, norm: fx.Node, residual: fx.Node) -> None:
-        nodes = list(self.graph.nodes)
-        if nodes.index(residual) > nodes.index(norm):
-            add.prepend(norm)
-        follower = self.user(add)
-        name = self.activation(follower)
-        norm.kwargs = {"residual": residual} if name is None else {"residual": residual, "activation": name}
-        self.fused[norm] = ("residual add",) if name is None else ("residual add", name)
-        if name is not None and follower is not None:
-            self._replace(follower, add)
-        self._replace(add, norm)
-
-    def _replace(self, last: fx.Node, norm: fx.Node) -> None:
-        """Let `norm` give what `last` gave, and drop `last` and the Identity modules before it."""
-        chain = [last]
-        for node in chain:
-            chain += [source for source in node.all_input_nodes if type(self.module(source)) is nn.Identity]
-        last.replace_all_uses_with(norm, delete_user_cb=lambda user: user is not norm)
-        for node in chain:
-            if not node.users:
-                self.graph.erase_node(node)
-
-    def _depth(self, node: fx.Node) -> int:
-        """The number of nodes on the longest way to this one."""
-        depths: dict[fx.Node, int] = {}
-        for earlier in self.graph.nodes:
-            depths[earlier] = 1 + max((depths[source] for source in earlier.all_input_nodes), default=0)
-            if earlier is node:
-                break
-        return depths[node]
-
-    # --- words --------------------------------------------------------------------------------------------------
-
-    def site(self, norm: fx.Node) -> Site:
-        target = str(norm.target)
-        if norm in self.fused:
-            fused = self.fused[norm]
-            left = None if fused[-1] != "residual add" else self._why_not_activation(norm)
-            return Site(target, fused, left)
-        module = self.module(norm)
-        if module is not None and has_hooks(module):
-            return Site(target, (), "it has hooks, which must see its own output")
-        users = list(norm.users)
-        if len(users) > 1:
-            others = [user for user in users if user.target not in ADDS and self.activation(user) is None] or users[1:]
-            return Site(target, (), f"its output is also used by {', '.join(map(self._name, others))}")
-        if norm in self.reasons:
-            return Site(target, (), self.reasons[norm])
-        follower = self.user(norm)
-        if follower is not None and follower.op == "output":
-            return Site(target, (), None, returned=True)
-        return Site(target, (), self._why_not_activation(norm))
-
-    def _why_not_activation(self, norm: fx.Node) -> str | None:
-        follower = self.user(norm)
-        if follower is None or follower.op == "output":
-            return "its output is not used" if not norm.users else None
-        module = self.module(follower)
-        name = type(module).__name__ if module is not None else self._name(follower)
-        if module is not None and self.activation(follower) is None and has_hooks(module):
-            return f"{self._name(follower)} has hooks, which must see its own input and output"
-        if module is not None and type(module).__module__ == "torch.nn.modules.activation":
-            slope = f" with slope {module.negative_slope}" if isinstance(module, nn.LeakyReLU) else ""
-            return f"the activation is {name}{slope}, which the kernels do not have"
-        if name.rstrip("_") in OTHER_ACTIVATIONS:
-            return f"the activation is {name}, which the kernels do not have"
-        return f"what follows is {self._name(follower)}"
-
-    def _name(self, node: fx.Node) -> str:
-        module = self.module(node)
-        if module is not None:
-            return f"{self.prefix}{node.target} ({type(module).__name__})"
-        if node.op == "output":
-            return "the caller"
-        if node.target is getattr:
-            return f".{node.args[1]}"
-        if node.target is in_place:
-            return str(node.args[0])
-        return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+def _describe(node: fx.Node) -> str:
+    if node.op == "call_module":
+        return blocks.describe(_module(node), str(node.target))
+    name = inplace_methods[str(node.args[0])].format("y", "x") if node.target is in_place else node.name
+    return f"what follows is {'the end of the model' if node.op == 'output' else name}"

@@ -6,6 +6,8 @@ N examples, B examples of a batch, C channels, H height, W width.
 from __future__ import annotations
 
 import importlib.util
+import zipfile
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,9 +15,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from bncli.engine.data.npz import read_npz
-from bncli.engine.data.preprocess import Conversion, normalisation
-from bncli.engine.data.splits import Dataset, InMemory, carve, evaluation_order
+from bncli.engine.data.splits import Conversion, Dataset, InMemory, evaluation_order, holdout_split, normalization
 from bncli.errors import DataError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def load(
     x, shape = arrays.x, tuple(arrays.x.shape[1:])
     if augment and len(shape) != 3:
         raise DataError(f"data.augment: crop-flip needs images, and {name} holds vectors; write augment: none")
-    mean, std = normalisation(x, spec.normalize)
+    mean, std = normalization(x, spec.normalize)
     held_out_x, convert = arrays.held_out_x, None
     if x.is_floating_point() and spec.normalize == "standard":
         x, held_out_x = (x - mean) / std, (held_out_x - mean) / std
@@ -68,15 +68,15 @@ class Arrays(NamedTuple):
     classes: int
 
 
-def _carved(x: Tensor, y: Tensor, spec: Digits | Npz, classes: int) -> Arrays:
-    train, held_out = carve(len(y), spec.held_out or 0, spec.split_seed)
+def _held_out(x: Tensor, y: Tensor, spec: Digits | Npz, classes: int) -> Arrays:
+    train, held_out = holdout_split(len(y), spec.held_out or 0, spec.split_seed)
     return Arrays(x[train], y[train], x[held_out], y[held_out], classes)
 
 
 def _digits(spec: Digits) -> Arrays:
     pixels, labels = read_digits()
     x = torch.from_numpy(pixels).float() / 16
-    return _carved(x.view(-1, 1, 8, 8) if spec.images else x, torch.from_numpy(labels), spec, classes=10)
+    return _held_out(x.view(-1, 1, 8, 8) if spec.images else x, torch.from_numpy(labels), spec, classes=10)
 
 
 def read_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -97,23 +97,118 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
 
 def _synthetic(spec: Synthetic) -> Arrays:
     if len(spec.shape) not in (1, 3):
-        raise DataError(
-            f"data.shape: {list(spec.shape)} is neither [features] for vectors nor [channels, height, width] for images"
-        )
+        kinds = "neither [features] for vectors nor [channels, height, width] for images"
+        raise DataError(f"data.shape: {list(spec.shape)} is {kinds}")
     generator = Generator().manual_seed(spec.split_seed)
     prototypes = torch.randn(spec.classes, *spec.shape, generator=generator)
     y = torch.randint(spec.classes, (spec.examples + spec.held_out,), generator=generator)
     x = torch.randn(len(y), *spec.shape, generator=generator).mul_(spec.noise).add_(prototypes[y])
     train, held_out = slice(spec.examples), slice(spec.examples, None)
-    return Arrays(x[train].clone(), y[train], x[held_out], y[held_out], spec.classes)  # a copy, to let go of the rest
+    # The training examples are a copy, so that the whole is freed.
+    return Arrays(x[train].clone(), y[train], x[held_out], y[held_out], spec.classes)
 
 
 def _npz(spec: Npz) -> Arrays:
     arrays = read_npz(spec.path)
     x, y, classes = arrays["x"], arrays["y"], int(arrays["y"].max()) + 1
-    fixed = "x_test" in arrays
-    if fixed and spec.held_out is not None:
+    if "x_test" not in arrays:
+        if spec.held_out is None:
+            count = f"say how many of its {len(y)} examples to hold out"
+            raise DataError(f"data.held_out: {spec.path} has no x_test; {count}")
+        return _held_out(x, y, spec, classes)
+    if spec.held_out is not None:
         raise DataError(f"data.held_out: {spec.path} has x_test and y_test to hold out; leave held_out away")
-    if not fixed and spec.held_out is None:
-        raise DataError(f"data.held_out: {spec.path} has no x_test; say how many of its {len(y)} examples to hold out")
-    return Arrays(x, y, arrays["x_test"], arrays["y_test"], classes) if fixed else _carved(x, y, spec, classes)
+    return Arrays(x, y, arrays["x_test"], arrays["y_test"], classes)
+
+
+# --- NumPy's .npz files -------------------------------------------------------------------------------------------
+
+KEYS = ("x", "y", "x_test", "y_test")
+
+
+def read_npz(path: str) -> dict[str, Tensor]:
+    """x (N, features) or (N, C, H, W) and y (N,) int64; if the file has a fixed test set, x_test and y_test as well.
+
+    x is float32, and uint8 for images that are stored so; vectors stored as uint8 come as float32 of 0..1. The labels
+    of y are 0 to classes - 1, each at least once. Raises DataError for a file that is not there or not so.
+    """
+    try:
+        found, arrays = _read(Path(path).expanduser())
+        test = [key for key in KEYS[2:] if key in found]
+        if missing := [key for key in (KEYS if test else KEYS[:2]) if key not in found]:
+            raise DataError(
+                f"has no {' and no '.join(missing)}; it holds {', '.join(found) or 'nothing'}. "
+                "Needed are x and y, and for a fixed test set x_test and y_test as well"
+            )
+        tensors = {key: (_examples if key[0] == "x" else _labels)(key, arrays[key]) for key in arrays}
+        _check_classes(tensors["y"])
+        for x, y in (("x", "y"), ("x_test", "y_test"))[: 2 if test else 1]:
+            if len(tensors[x]) != len(tensors[y]):
+                raise DataError(f"has {len(tensors[x])} examples in {x} and {len(tensors[y])} labels in {y}")
+        if test:
+            _check_test_set(arrays, int(tensors["y"].max()))
+    except DataError as error:
+        raise DataError(f"data.path: {path} {error}") from None
+    return tensors
+
+
+def _read(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
+    if not path.is_file():
+        raise DataError(f"is not there; make it with numpy.savez('{path}', x=..., y=...)")
+    if not zipfile.is_zipfile(path):
+        raise DataError(f"is not an .npz archive; make it with numpy.savez('{path}', x=..., y=...)")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return archive.files, {key: archive[key] for key in KEYS if key in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"cannot be read as arrays of numbers ({error}); write it again with numpy.savez") from None
+
+
+def _examples(key: str, x: np.ndarray) -> Tensor:
+    if x.dtype != np.uint8 and x.dtype.kind != "f":
+        raise DataError(f"has {key} of type {x.dtype}; it must be float, or uint8 for 0..255")
+    if x.ndim not in (2, 4) or 0 in x.shape:
+        raise DataError(
+            f"has {key} of shape {x.shape}; it must be (examples, features) or (examples, channels, height, width), "
+            "and not empty"
+        )
+    if x.dtype == np.uint8:
+        return torch.from_numpy(x) if x.ndim == 4 else torch.from_numpy(x) / 255
+    with np.errstate(over="ignore"):
+        tensor = torch.from_numpy(x.astype(np.float32))
+    finite = tensor.isfinite().flatten(1).all(1)
+    if not finite.all():
+        raise DataError(
+            f"has values in {key} that are not finite in float32, in {int((~finite).sum())} of {len(x)} examples, "
+            f"the first at index {int((~finite).nonzero()[0])}; remove or repair them"
+        )
+    return tensor
+
+
+def _labels(key: str, y: np.ndarray) -> Tensor:
+    if y.dtype.kind not in "iu" or y.ndim != 1 or not len(y):
+        raise DataError(f"has {key} of type {y.dtype} and shape {y.shape}; labels are whole numbers, one an example")
+    if y.min() < 0 or y.max() >= 2**31:
+        raise DataError(f"has labels from {y.min()} to {y.max()} in {key}; number the classes from 0 up")
+    return torch.from_numpy(y.astype(np.int64))
+
+
+def _check_classes(y: Tensor) -> None:
+    present = y.unique()
+    if len(present) == 1:
+        raise DataError(f"has label {int(present[0])} alone in y; there must be at least 2 classes, 0 and 1")
+    if len(present) <= present[-1]:
+        absent = int((present != torch.arange(len(present))).nonzero()[0])
+        raise DataError(
+            f"has labels up to {int(present[-1])} in y and none that is {absent}; number them from 0, without gaps"
+        )
+
+
+def _check_test_set(arrays: dict[str, np.ndarray], last_class: int) -> None:
+    x, x_test, y_test = arrays["x"], arrays["x_test"], arrays["y_test"]
+    if x.shape[1:] != x_test.shape[1:]:
+        raise DataError(f"has examples of shape {x.shape[1:]} in x and {x_test.shape[1:]} in x_test")
+    if (x.dtype == np.uint8) != (x_test.dtype == np.uint8):
+        raise DataError(f"has x of type {x.dtype} and x_test of type {x_test.dtype}; store both in one type")
+    if y_test.max() > last_class:
+        raise DataError(f"has label {y_test.max()} in y_test, beyond y's 0 to {last_class}")

@@ -1,4 +1,7 @@
-"""Image classification sets through the `datasets` library: from the Hub, a folder of class folders, or Parquet."""
+"""Image classification sets through the `datasets` library: from the Hub, a folder of class folders, or Parquet.
+
+N examples, B examples of a batch, C channels, H height, W width.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ import logging
 import math
 import multiprocessing
 import re
+import signal
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -20,10 +25,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Generator, Tensor
+from torch.utils import data as torch_data
 
-from bncli.engine.data.lazy_images import Pictures, Streamed, loaded
-from bncli.engine.data.preprocess import Conversion, byte_counts, byte_statistics, normalisation
-from bncli.engine.data.splits import Dataset, InMemory, Split, carve, evaluation_order
+from bncli.engine.data.splits import (
+    Batch,
+    Conversion,
+    Dataset,
+    InMemory,
+    Split,
+    byte_counts,
+    byte_statistics,
+    chunk_count,
+    crop_flip,
+    evaluation_order,
+    holdout_split,
+    normalization,
+)
 from bncli.errors import DataError
 
 if TYPE_CHECKING:
@@ -46,37 +63,37 @@ def load_hub(spec: Hub, device: torch.device, memory_format: torch.memory_format
     """
     if spec.shape[0] not in (1, 3):
         raise DataError(f"data.shape: images have 1 (grey) or 3 (red, green, blue) channels, not {spec.shape[0]}")
-    train, in_order = pictures(open_tables(spec.name, spec.config, spec.train_split), spec)
+    train, in_order = image_splits(open_tables(spec.name, spec.config, spec.train_split), spec)
     held_out = in_order.at(evaluation_order(len(in_order), spec.split_seed))
     workers = 0 if multiprocessing.current_process().daemon else spec.workers  # a daemon may not have children
     augment = spec.augment == "crop-flip"
     splits: tuple[Split, Split]
     if (len(train) + len(held_out)) * math.prod(spec.shape) <= spec.in_memory_gib * 2**30:
         (x, y), (held_out_x, held_out_y) = _decoded(train), _decoded(held_out)
-        mean, std = normalisation(x, spec.normalize)
+        mean, std = normalization(x, spec.normalize)
         convert = Conversion(mean.to(device), std.to(device), memory_format)
         splits = (
             InMemory(x.to(device), y.to(device), convert, augment),
             InMemory(held_out_x.to(device), held_out_y.to(device), convert),
         )
     else:
-        mean, std = _sampled_normalisation(train, spec, workers)
+        mean, std = _sampled_normalization(train, spec, workers)
         convert = Conversion(mean.to(device), std.to(device), memory_format)
         splits = Streamed(train, convert, device, workers, augment), Streamed(held_out, convert, device, workers)
     name = spec.name if spec.config is None else f"{spec.name} ({spec.config})"
     return Dataset(name, splits[0], splits[1], spec.shape, spec.classes)
 
 
-def _decoded(part: Pictures) -> tuple[Tensor, Tensor]:
+def _decoded(part: EncodedImages) -> tuple[Tensor, Tensor]:
     x = torch.empty(len(part), *part.shape, dtype=torch.uint8)
     for index in torch.arange(len(part)).split(DECODED_AT_ONCE):
         x[index] = part.decode(index.tolist())[0]
     return x, part.labels
 
 
-def _sampled_normalisation(train: Pictures, spec: Hub, workers: int) -> tuple[Tensor, Tensor]:
+def _sampled_normalization(train: EncodedImages, spec: Hub, workers: int) -> tuple[Tensor, Tensor]:
     if spec.normalize == "unit":
-        return normalisation(torch.empty(0, *spec.shape, dtype=torch.uint8), "unit")
+        return normalization(torch.empty(0, *spec.shape, dtype=torch.uint8), "unit")
     shuffled = torch.randperm(len(train), generator=Generator().manual_seed(spec.split_seed))
     counts = torch.zeros(spec.shape[0], 256, dtype=torch.int64)
     for x, _ in loaded(train, shuffled[:SAMPLE].sort().values.split(DECODED_AT_ONCE), workers):
@@ -93,7 +110,7 @@ def reachable(endpoint: str, timeout_s: float = PROBE_TIMEOUT_S) -> bool:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=timeout_s).close()
     except (urllib.error.HTTPError, HTTPException, ValueError):
         return True
-    except OSError as error:  # an unknown certificate is for the library to judge
+    except OSError as error:  # the library judges an unknown certificate
         return isinstance(getattr(error, "reason", error), ssl.SSLError)
     return True
 
@@ -139,7 +156,7 @@ def _library() -> Any:
         ) from None
     for library in (datasets, hub):
         library.disable_progress_bars()
-        library.logging.set_verbosity(logging.CRITICAL)  # what fails comes as an exception
+        library.logging.set_verbosity(logging.CRITICAL)  # failures are raised
     return datasets
 
 
@@ -148,8 +165,8 @@ def _tables(name: str, hint: str, load_dataset: Callable[[], Tables]) -> Tables:
         return load_dataset()
     except Exception as error:  # the library documents no common class
         lines = [str(part).strip().splitlines()[-1] for part in (error, error.__cause__) if str(part or "").strip()]
-        told = ": ".join(line.rstrip(".!") for line in lines) or type(error).__name__
-        raise DataError(f"data.name: {name} could not be loaded: {told}. {hint}") from None
+        summary = ": ".join(line.rstrip(".!") for line in lines) or type(error).__name__
+        raise DataError(f"data.name: {name} could not be loaded: {summary}. {hint}") from None
 
 
 @contextmanager
@@ -169,7 +186,7 @@ def _offline() -> Iterator[None]:
 # --- splits, columns, labels --------------------------------------------------------------------------------------
 
 
-def pictures(tables: Tables, spec: Hub) -> tuple[Pictures, Pictures]:
+def image_splits(tables: Tables, spec: Hub) -> tuple[EncodedImages, EncodedImages]:
     """The training and the held-out images, both in the tables' order."""
     if spec.train_split not in tables:
         raise DataError(f"data.train_split: {spec.name} has no split {spec.train_split!r}; it has {', '.join(tables)}")
@@ -182,7 +199,7 @@ def pictures(tables: Tables, spec: Hub) -> tuple[Pictures, Pictures]:
                 f"data.held_out_split: {spec.name} has no split {spec.held_out_split!r}; it has {', '.join(tables)}. "
                 "Name one of these, or say with data.held_out how many training examples to hold out"
             )
-        whole, parts = _part(train, spec.train_split, spec), carve(len(train), spec.held_out, spec.split_seed)
+        whole, parts = _part(train, spec.train_split, spec), holdout_split(len(train), spec.held_out, spec.split_seed)
         return whole.at(parts[0]), whole.at(parts[1])
     if spec.held_out is not None:
         raise DataError(
@@ -191,7 +208,7 @@ def pictures(tables: Tables, spec: Hub) -> tuple[Pictures, Pictures]:
     return _part(train, spec.train_split, spec), _part(tables[spec.held_out_split], spec.held_out_split, spec)
 
 
-def _part(table: Any, split: str, spec: Hub) -> Pictures:
+def _part(table: Any, split: str, spec: Hub) -> EncodedImages:
     from datasets import Image
 
     origin = f"{spec.name}, split {split!r}"
@@ -205,26 +222,26 @@ def _part(table: Any, split: str, spec: Hub) -> Pictures:
     except Exception as error:  # pyarrow's and the library's kinds
         raise DataError(
             f"data.image_column: {origin}: column {image!r} holds no images ({type(error).__name__}); "
-            f"the columns are {_listed(table.features)}"
+            f"the columns are {_columns(table.features)}"
         ) from None
-    return Pictures(undecoded, image, torch.arange(len(table)), labels, spec.shape, origin)
+    return EncodedImages(undecoded, image, torch.arange(len(table)), labels, spec.shape, origin)
 
 
-def _column(features: Mapping[str, Any], given: str | None, kind: str, key: str, origin: str) -> str:
-    if given is not None:
-        if given not in features:
-            raise DataError(f"data.{key}: {origin} has no column {given!r}; it has {_listed(features)}")
-        return given
-    found = [name for name, feature in features.items() if type(feature).__name__ == kind]
+def _column(features: Mapping[str, Any], name: str | None, kind: str, key: str, origin: str) -> str:
+    if name is not None:
+        if name not in features:
+            raise DataError(f"data.{key}: {origin} has no column {name!r}; it has {_columns(features)}")
+        return name
+    found = [column for column, feature in features.items() if type(feature).__name__ == kind]
     if len(found) != 1:
         raise DataError(
             f"data.{key}: {origin} has {len(found) or 'no'} columns of type {kind}; "
-            f"name one of its columns: {_listed(features)}"
+            f"name one of its columns: {_columns(features)}"
         )
     return found[0]
 
 
-def _listed(features: Mapping[str, Any]) -> str:
+def _columns(features: Mapping[str, Any]) -> str:
     kinds = {name: type(feature).__name__ for name, feature in features.items()}
     return ", ".join(f"{name} ({features[name].dtype if kind == 'Value' else kind})" for name, kind in kinds.items())
 
@@ -246,3 +263,106 @@ def _labels(table: Any, column: str, spec: Hub, origin: str) -> Tensor:
             f"{spec.classes - 1}. Where a test split comes without labels, all -1, name a split that has them"
         )
     return torch.from_numpy(y.astype(np.int64))
+
+
+# --- images decoded on demand -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EncodedImages(torch_data.Dataset[Batch]):
+    """N labelled images of a table of the `datasets` library, as the files' own bytes until they are asked for."""
+
+    table: Any  # datasets.Dataset, its image column not decoded
+    column: str
+    rows: Tensor  # (N,) int64, into the table
+    labels: Tensor  # (N,) int64
+    shape: tuple[int, int, int]  # (C, H, W)
+    origin: str  # data set and split, for messages
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def at(self, positions: Tensor) -> EncodedImages:
+        """Those of the positions (M,), in their order."""
+        return replace(self, rows=self.rows[positions], labels=self.labels[positions])
+
+    def decode(self, positions: list[int]) -> Batch:
+        """x (B, C, H, W) uint8 and y (B,) of these positions. Raises DataError for an image that cannot be read."""
+        from datasets import Image
+
+        rows = self.rows[positions].tolist()
+        x = torch.empty(len(rows), *self.shape, dtype=torch.uint8)
+        for place, (row, encoded) in enumerate(zip(rows, self.table[rows][self.column], strict=True)):
+            try:
+                x[place] = to_pixels(Image().decode_example(encoded), self.shape)
+            except Exception as error:  # Pillow raises many kinds for a damaged file
+                raise DataError(f"{self.origin}: image {row} cannot be used: {error}; repair or remove it") from None
+        return x, self.labels[positions]
+
+    def __getitems__(self, positions: list[int]) -> Batch | DataError:
+        """What a worker sends: an error as it is, since one raised there would arrive as the text of a traceback."""
+        try:
+            return self.decode(positions)
+        except DataError as error:
+            return error
+
+
+def to_pixels(image: Any, shape: tuple[int, int, int]) -> Tensor:
+    """A Pillow image as (C, H, W) uint8: grey or RGB, and bilinear, averaging as it shrinks, where its size differs."""
+    from PIL.Image import Resampling
+
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"its pixels (mode {image.mode}) have more than 8 bits a channel")
+    channels, height, width = shape
+    image = image.convert("L" if channels == 1 else "RGB")
+    if image.size != (width, height):
+        image = image.resize((width, height), Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1)
+
+
+def loaded(images: EncodedImages, order: Iterable[Tensor], workers: int, pin_memory: bool = False) -> Iterator[Batch]:
+    """Decoded batches on the CPU in the given order; `workers` processes decode ahead (0: none, in this process)."""
+    loader = torch_data.DataLoader(
+        images,
+        batch_sampler=(index.tolist() for index in order),
+        num_workers=workers,
+        collate_fn=torch_data.default_convert,  # leaves tensors as they are
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_interrupts_to_the_parent,
+        generator=Generator(),  # its own: the global generator must not depend on where the data lie
+    )
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+def _leave_interrupts_to_the_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A split that is not held in memory: as InMemory, but decoded for each batch."""
+
+    images: EncodedImages
+    convert: Conversion
+    device: torch.device
+    workers: int
+    augment: bool = False
+    index_device = torch.device("cpu")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, order: Iterable[Tensor], generator: Generator | None = None) -> Iterator[Batch]:
+        for x, y in self._on_device(order):
+            yield self.convert(crop_flip(x, generator) if self.augment else x), y
+
+    def chunks(self, size: int) -> Iterator[Batch]:
+        for x, y in self._on_device(torch.arange(len(self)).tensor_split(chunk_count(len(self), size))):
+            yield self.convert(x), y
+
+    def _on_device(self, order: Iterable[Tensor]) -> Iterator[Batch]:
+        for x, y in loaded(self.images, order, self.workers, pin_memory=self.device.type == "cuda"):
+            yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from bncli import kernels
-from bncli.engine.models.init import Examples, SeparateDraws, initialise, seed_global_generators, stream_seed
+from bncli.engine.models.init import Examples, SeparateDraws, initialize, seed_global_generators, stream_seed
 from bncli.engine.models.norms import BatchNorm, LayerNormOverChannels
 from bncli.engine.user_code import blame_user_code, imported
 from bncli.errors import RecipeError
@@ -50,10 +51,10 @@ def build(
 ) -> nn.Module:
     """The recipe's model on the CPU with its initial weights, for inputs (N, *shape) and `classes` logits.
 
-    The weights of a layer depend on the seed and the layer's name alone, so arms whose shapes agree begin alike; for a
-    model of the user's own see `SeparateDraws`. `examples` gives a batch (N, *shape) when lsuv asks for it. Raises
-    RecipeError for a model of the user's own that cannot be made, Unavailable for a norm's kernel that cannot run on
-    `device`, where the model will be (None: anywhere here).
+    The weights of a layer depend on the seed and the layer's name alone, so arms whose shapes agree have equal initial
+    weights; for a model of the user's own see `SeparateDraws`. `examples` gives a batch (N, *shape) when lsuv asks for
+    it. Raises RecipeError for a model of the user's own that cannot be made, Unavailable for a norm's kernel that
+    cannot run on `device`, where the model will be (None: anywhere here).
     """
     norm = factory(recipe.norm, device)
     if isinstance(recipe.model, OwnModel):
@@ -64,12 +65,12 @@ def build(
     model = _module(layers, norm, activation)
     if len(shape) == 3 and recipe.model.kind == "mlp":
         model = nn.Sequential(OrderedDict([("flatten", nn.Flatten()), *model.named_children()]))
-    initialise(model, recipe.model.init, recipe.train.seed, examples)
+    initialize(model, recipe.model.init, recipe.train.seed, examples)
     return model
 
 
 def blame_own_model(recipe: Recipe) -> AbstractContextManager[None]:
-    """Where a model of the user's own is called: what it raises becomes RunFailed. Of another model nothing does."""
+    """A context in which what a model of the user's own raises becomes RunFailed; other models' errors pass."""
     if not isinstance(recipe.model, OwnModel):
         return nullcontext()
     contract = "It is given batches (N, *shape) and returns logits (N, classes)"
@@ -78,17 +79,16 @@ def blame_own_model(recipe: Recipe) -> AbstractContextManager[None]:
 
 def factory(norm: NormSection, device: torch.device | None = None) -> NormFactory | None:
     """A maker of norm modules for `channels`, or None for no norm. Raises Unavailable for a kernel that cannot run."""
+    if isinstance(norm, sections.NoNorm):
+        return None
     if isinstance(norm, sections.BatchNorm):
         kernels.get(norm.kernel, device)
-        arguments = norm.model_dump(exclude={"kind"})
-        return lambda channels: BatchNorm(channels, **arguments)
+        return partial(BatchNorm, **norm.model_dump(exclude={"kind"}))
     if isinstance(norm, sections.LayerNorm):
-        return lambda channels: LayerNormOverChannels(channels, norm.eps, norm.affine)
-    if isinstance(norm, sections.GroupNorm):
-        return lambda channels: nn.GroupNorm(norm.groups, channels, norm.eps, norm.affine)
-    if isinstance(norm, sections.InstanceNorm):  # of its own group each channel: one class for any number of positions
-        return lambda channels: nn.GroupNorm(channels, channels, norm.eps, norm.affine)
-    return None
+        return partial(LayerNormOverChannels, eps=norm.eps, affine=norm.affine)
+    # Instance norm has a group per channel: one class for any number of positions.
+    groups = norm.groups if isinstance(norm, sections.GroupNorm) else None
+    return lambda channels: nn.GroupNorm(groups or channels, channels, norm.eps, norm.affine)
 
 
 def _module(layer: plan.Layer, norm: NormFactory | None, activation: Callable[[], nn.Module]) -> nn.Module:

@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -115,29 +116,26 @@ def _drawn_shape(args: tuple[Any, ...]) -> tuple[int, ...]:
     return next(iter([*tensors, *sizes]), ())
 
 
-def initialise(model: nn.Module, init: Init, seed: int, examples: Examples | None = None) -> None:
+def initialize(model: nn.Module, init: Init, seed: int, examples: Examples | None = None) -> None:
     """Set the weights of linear and convolution layers, in place; their biases become 0.
 
     gaussian: N(0, std^2). xavier: uniform, Glorot & Bengio 2010, equation 16. he: N(0, 2 / fan-in), He et al. 2015
     (arXiv 1502.01852). orthogonal: Saxe et al. 2013. lsuv: orthogonal, then unit output variance, Mishkin & Matas 2015.
     """
+    fill: dict[str, Callable[..., Tensor]] = {
+        "gaussian": partial(nn.init.normal_, std=init.std or 0.0),
+        "xavier": nn.init.xavier_uniform_,
+        "he": partial(nn.init.kaiming_normal_, nonlinearity="relu"),
+        "orthogonal": nn.init.orthogonal_,
+        "lsuv": nn.init.orthogonal_,
+    }
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            generator = stream(seed, f"{name}.weight")
-            if init.kind == "gaussian":
-                assert init.std is not None
-                nn.init.normal_(module.weight, 0.0, init.std, generator=generator)
-            elif init.kind == "xavier":
-                nn.init.xavier_uniform_(module.weight, generator=generator)
-            elif init.kind == "he":
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
-            else:
-                nn.init.orthogonal_(module.weight, generator=generator)
+            fill[init.kind](module.weight, generator=stream(seed, f"{name}.weight"))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     if init.kind == "lsuv":
-        if examples is None:
-            raise ValueError("lsuv needs a batch of examples")
+        assert examples is not None
         _unit_variance(model, examples())
 
 

@@ -1,4 +1,4 @@
-"""The normalization modules: parameters, running statistics and their momentum. The arithmetic is a kernel's."""
+"""Normalization modules: parameters, running statistics and their momentum. A kernel computes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,22 @@ def kernel_name(kernel: str | kernels.Kernel) -> str:
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
-    """nn.BatchNorm1d, 2d and 3d in one class for any input (N, C, *S), with their arguments and their state_dict.
+    """Batch norm (Ioffe & Szegedy 2015, algorithm 1) for any input (N, C, *S): nn.BatchNorm1d, 2d and 3d in one class.
 
-    `forward(input, residual, activation)` is activation(batch_norm(input) + residual). `activation` of the constructor
-    (relu, leaky_relu with slope 0.01, silu) is the one of every call that names none. `kernel`: native is torch's own
-    operator; fused, or a function that is called alike, does the whole in one operator.
-    Raises Unavailable, with the reason, for a kernel that cannot run on this machine.
-
+    The state_dict is theirs. `forward(input, residual, activation)` is activation(batch_norm(input) + residual).
     Tools that replace or absorb a batch norm by its parameters alone (SyncBatchNorm.convert_sync_batchnorm, folding
-    into a convolution) do not see `activation`: leave it None for them, and give it with the call or apply it apart.
+    into a convolution) do not see `activation`: leave it None for them, and name it in the call or apply it separately.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as nn.BatchNorm2d's;
+            num_features is C, momentum None a cumulative average.
+        activation: relu, leaky_relu (slope 0.01) or silu, in every call that names none; None for no activation.
+        kernel: native, torch's own operator; fused, which does the whole in one operator; or a function with the
+            signature of `bncli.kernels.Kernel`.
+
+    Raises:
+        Unavailable: with the reason, for a kernel that cannot run on this machine.
+        ValueError: for an activation that kernels do not have.
     """
 
     activation: str | None = None
@@ -48,7 +55,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         activation: str | None = None,
         kernel: str | kernels.Kernel = "native",
     ) -> None:
-        without_bias: dict[str, Any] = {} if bias else {"bias": False}  # newer than the oldest torch that serves
+        without_bias: dict[str, Any] = {} if bias else {"bias": False}  # newer than the oldest torch supported
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **without_bias)
         native.check_activation(activation)
         if isinstance(kernel, str):
@@ -60,7 +67,19 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"batch norm takes (N, C, *S), not an input of {input.dim()} dimensions")
 
     def forward(self, input: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        """(N, C, *S), and a residual of the same shape -> the same shape."""
+        """activation(batch_norm(input) + residual).
+
+        Args:
+            input: (N, C, *S).
+            residual: (N, C, *S); None for no addition.
+            activation: relu, leaky_relu or silu; None for the constructor's.
+
+        Returns:
+            (N, C, *S).
+
+        Raises:
+            ValueError: for an input of other dimensions than the class takes, or one value per channel in training.
+        """
         activation = activation or self.activation
         if self.kernel == "native" and residual is None and activation is None and self.momentum is not None:
             return super().forward(input)
@@ -107,22 +126,17 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         return super().extra_repr() + activation + kernel
 
 
-class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
-    """nn.BatchNorm1d for (N, C) or (N, C, L), and what `BatchNorm` adds."""
-
-    _check_input_dim = nn.BatchNorm1d._check_input_dim
-
-
-class BatchNorm2d(BatchNorm, nn.BatchNorm2d):
-    """nn.BatchNorm2d for (N, C, H, W), and what `BatchNorm` adds."""
-
-    _check_input_dim = nn.BatchNorm2d._check_input_dim
+# torch's class comes first for its check of the input's dimensions, which is all that it defines.
+class BatchNorm1d(nn.BatchNorm1d, BatchNorm):
+    """nn.BatchNorm1d for (N, C) or (N, C, L), with the arguments, results and errors of `BatchNorm`."""
 
 
-class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
-    """nn.BatchNorm3d for (N, C, D, H, W), and what `BatchNorm` adds."""
+class BatchNorm2d(nn.BatchNorm2d, BatchNorm):
+    """nn.BatchNorm2d for (N, C, H, W), with the arguments, results and errors of `BatchNorm`."""
 
-    _check_input_dim = nn.BatchNorm3d._check_input_dim
+
+class BatchNorm3d(nn.BatchNorm3d, BatchNorm):
+    """nn.BatchNorm3d for (N, C, D, H, W), with the arguments, results and errors of `BatchNorm`."""
 
 
 class LayerNormOverChannels(nn.GroupNorm):

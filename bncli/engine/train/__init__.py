@@ -57,8 +57,8 @@ def train(
         name: the run's name in its first event.
         stop: asked after every optimizer step.
 
-    Returns:
-        The events of the run as they happen; the last, a RunFinished, holds the result.
+    Yields:
+        The events of the run as they happen (`bncli.results.train.Event`); the last, a RunFinished, holds the result.
 
     Raises:
         DataError, RecipeError: for what is not there or cannot be built, as the first event is asked for.
@@ -153,7 +153,7 @@ def evaluate(state: TrainState, train_loss: float | None = None) -> Evaluated:
     state.model.eval()
     right = loss = torch.zeros((), device=state.device)
     count = 0
-    for x, y in state.dataset.held_out_batches(evaluation_size(state.recipe, state.dataset.shape)):
+    for x, y in state.dataset.held_out.chunks(evaluation_size(state.recipe, state.dataset.shape)):
         with autocast(state.device, state.recipe.train.precision):
             logits = state.model(x)
         highest, predicted = logits.max(1)  # NaN where any of an example's logits is

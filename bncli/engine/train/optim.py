@@ -32,7 +32,7 @@ def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 def uncompiled(kind: type) -> type:
     """The same optimizer without wrappers that serve only to compile the optimizer itself.
 
-    torch 2.13's import torch._dynamo at the first call, which took 0.75 s beside 1.1 s for torch: `_use_grad` around
+    torch 2.13's import torch._dynamo at the first call, which took 0.75 s (torch: 1.1 s): `_use_grad` around
     step, `_disable_dynamo` around the others. What they wrap is torch's own; step runs without gradients as there.
     """
     plain: dict[str, Any] = {name: inspect.unwrap(getattr(kind, name)) for name in ("add_param_group", "zero_grad")}
@@ -56,7 +56,7 @@ def learning_rate_factor(recipe: Recipe, step: int) -> float:
 def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> None:
     """For the update after `step` earlier ones. A schedule is a function of the step and has no state of its own."""
     if recipe.schedule.kind == "constant" and step > recipe.schedule.warmup:
-        return  # it has its final value; working it out anew takes 0.5 % of the step of a small network
+        return  # it has its final value; computing it takes 0.5 % of the step of a small network
     rate = recipe.optimizer.lr * learning_rate_factor(recipe, step)
     for group in optimizer.param_groups:
         group["lr"] = rate

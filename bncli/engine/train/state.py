@@ -24,13 +24,15 @@ from bncli.recipe.yaml import dotted
 from bncli.results.train import Evaluation, Target
 
 LSUV_EXAMPLES = 500
+# What is saved of a state as it is, and by its own state_dict.
+NUMBERS = ("step", "batches", "skipped", "train_loss", "evaluation_s")
+PARTS = ("model", "optimizer", "scaler")
 
 
 class TrainState:
     """A run between two steps: its model, optimizer, random streams, place in the data, and what it has found so far.
 
-    A state that is made anew from the same recipe and data, and loaded with `state_dict()` of another, goes on from
-    there bit for bit.
+    A new state of the same recipe and data that loads `state_dict()` of another goes on from there bit for bit.
 
     step: optimizer steps taken. batches: those taken from the data, which are more where the fp16 scaler skipped steps.
     skipped: batches in a row, up to now, whose step was skipped. augmentation: the generator that augmentation draws
@@ -99,17 +101,11 @@ class TrainState:
         a model of the user's own keeps out of its state_dict.
         """
         return {
-            "step": self.step,
-            "batches": self.batches,
-            "skipped": self.skipped,
-            "train_loss": self.train_loss,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            **{name: getattr(self, name) for name in NUMBERS},
+            **{name: getattr(self, name).state_dict() for name in PARTS},
             "augmentation": self.augmentation.get_state(),
             "global generators": global_generators(self.device),
             "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
-            "evaluation_s": self.evaluation_s,
             "intervals": self.clock.so_far(self.step),
             "peak_memory_mib": dict(self.memory.mib),
         }
@@ -120,15 +116,13 @@ class TrainState:
         Python's, numpy's and torch's global generators are set as they were: a model of the user's own may draw from
         them.
         """
-        self.step, self.batches, self.skipped = saved["step"], saved["batches"], saved["skipped"]
-        self.train_loss = saved["train_loss"]
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
+        for name in NUMBERS:
+            setattr(self, name, saved[name])
+        for name in PARTS:
+            getattr(self, name).load_state_dict(saved[name])
         self.evaluations, self.targets = [], _targets(self.recipe)
         for evaluation in saved["evaluations"]:
             self.record(Evaluation(**evaluation))
-        self.evaluation_s = saved["evaluation_s"]
         self.clock = Clock(self.recipe.train.batch_size, self.device, intervals=list(saved["intervals"]))
         self.memory.mib = dict(saved["peak_memory_mib"])
         self.augmentation.set_state(saved["augmentation"])
@@ -166,7 +160,7 @@ def fuse(model: nn.Module, recipe: Recipe) -> None:
 def begin_training(model: nn.Module) -> None:
     """Call `train` where a class of the user's own does more in it than to set the flag, such as keep norms frozen.
 
-    What was in evaluation mode before, by its maker's will, stays so.
+    Modules that were in evaluation mode before stay in it.
     """
     flags = [(module, module.training) for module in model.modules()]
     for module, training in flags:

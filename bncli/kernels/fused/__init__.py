@@ -1,15 +1,17 @@
-"""The fused batch norm: custom operators with their fake kernels and gradients, and where they can run.
+"""Fused batch norm: custom operators with their fake kernels and gradients, and where they can run.
 
 Two operators without side effects, so that torch.compile, autocast, DDP and CUDA graphs take them as they take any
-other: `bncli::fused_batch_norm` and `bncli::fused_batch_norm_backward`, the gradient of the first. The second's own
-gradient is composed of torch's operators. Saved for backward: x, mean and var; with a residual and a relu also a bit
-an element, with a residual and silu the residual.
+other: `bncli::fused_batch_norm`, and `bncli::fused_batch_norm_backward` for its gradient, whose own gradient is
+composed of torch's operators. Saved for backward are x, mean and var; with a residual and a ReLU also one bit for each
+element, with a residual and SiLU the residual.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
+import math
 import os
 import sys
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bncli import kernels
+from bncli.errors import Unavailable
 from bncli.kernels.fused import cpu, double_backward
 from bncli.kernels.layout import accumulation, dense, match_layout, sign_bytes
 from bncli.kernels.native import update_running_stats
@@ -26,13 +29,14 @@ from bncli.names import KERNELS, KINKED_ACTIVATIONS
 OLDEST_CAPABILITY = (8, 0)  # Triton's own lower end for bfloat16
 NOTHING = contextlib.nullcontext()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+TRITON_COMPILES = "Triton was loaded in this process to compile; set TRITON_INTERPRET=1 before Python starts"
 WITHOUT_TRITON = "it is written in Triton, which is not installed (pip install triton)"
 
 
 def unavailable_reason(device: torch.device | None) -> str | None:
-    """Why the fused kernel cannot run on `device` (None: on no device of this machine), or None where it can.
+    """Why it cannot run on `device` (None: on no device of this machine), or None where it can.
 
-    On a GPU it is written in Triton, on a CPU in C, which is compiled here if that has not been done yet.
+    On a GPU it is written in Triton, on a CPU in C, which is compiled now if that has not been done before.
     """
     if device is None:
         on_gpu = unavailable_reason(torch.device("cuda")) if torch.cuda.is_available() else ""
@@ -51,21 +55,33 @@ def unavailable_reason(device: torch.device | None) -> str | None:
     if is_interpreting():
         return (
             "Triton interprets in this process and compiles nothing (TRITON_INTERPRET=1 was set, or the "
-            "fused-interpreted kernel was asked for)"
+            "fused-interpreted kernel has run)"
         )
     return None
 
 
 def is_interpreting() -> bool:
-    """Whether Triton's functions are interpreted in this process, or will be: settled when it is first imported."""
+    """Whether Triton interprets its functions in this process, or will: that is decided when it is first imported."""
     language = sys.modules.get("triton.language")
     if language is None:
         return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
     return not isinstance(language.sum, sys.modules["triton"].JITFunction)
 
 
+def load_interpreted() -> None:
+    """Import Triton and the device kernels with its interpreter on, which then holds for the whole process.
+
+    Raises Unavailable where Triton has been imported without it.
+    """
+    if "bncli.kernels.fused.triton" not in sys.modules:
+        os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it at its import
+        if not is_interpreting():
+            raise Unavailable(TRITON_COMPILES)
+        importlib.import_module("bncli.kernels.fused.triton")
+
+
 class Options(NamedTuple):
-    """What one call asks for besides its tensors."""
+    """The options of one call."""
 
     eps: float
     activation: str  # of FUSED_ACTIVATIONS, or "none"
@@ -74,7 +90,9 @@ class Options(NamedTuple):
 
     def launcher(self, x: Tensor) -> Any:
         """The module whose forward and backward run on x: what calls the C file, or what starts Triton's kernels."""
-        if x.is_cpu and not self.interpreted:
+        if self.interpreted:
+            load_interpreted()
+        elif x.is_cpu:
             return cpu
         from bncli.kernels.fused import triton_launch
 
@@ -93,22 +111,20 @@ def batch_norm(
     *,
     interpreted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A kernel as bncli.kernels describes it: y, and the mean and variance (C) that were used, without gradient.
+    """A kernel with the arguments and results that bncli.kernels describes.
 
-    The running statistics move in the kernel itself where the launches of a move would cost as much as a small batch
-    norm. interpreted: on CPU tensors, by the GPU's kernel in Triton's interpreter.
+    interpreted: on CPU tensors, by the GPU's kernel in Triton's interpreter.
 
-    float32, float16, bfloat16 or float64; contiguous or channels last. Other strides are copied to contiguous first,
-    and a residual or a gradient that lies otherwise than x is copied to x's layout. Sums and statistics are float32,
-    of float64 float64. Raises TypeError for another dtype, and ValueError for sizes that disagree or a channel too
-    long to count, and RuntimeError for statistics that require a gradient.
+    x is float32, float16, bfloat16 or float64, contiguous or channels last. Other strides are copied to contiguous
+    first, and a residual or a gradient in another layout than x is copied to x's. Sums and statistics are float32, for
+    float64 float64. Raises TypeError for another dtype, RuntimeError for vectors of another size and for statistics
+    that require a gradient, and ValueError for a residual of another shape and for a channel of too many values.
     """
     if x.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"the fused kernel takes {names}; x is {str(x.dtype).removeprefix('torch.')}")
-    _check(x, weight, bias, residual, (*(statistics or ()), *(running[:2] if running is not None else ())))
-    if not x.is_contiguous():
-        x = dense(x)
+    _check_arguments(x, weight, bias, residual, statistics or (None, None), running or (None, None))
+    x = x if x.is_contiguous() else dense(x)
     if residual is not None:
         residual = match_layout(residual.to(x.dtype), x)
     weight = None if weight is None else weight.contiguous()
@@ -134,7 +150,7 @@ def batch_norm(
             used: list[Tensor] = []
             y = _apply(x, weight, bias, residual, given, options, inside, used)
             mean, var = used
-        else:  # where nothing else would show in a profile, it does so under the operator's name
+        else:  # nothing else would show in torch's profiler, so it is marked with the operator's name
             profiled = torch._C._autograd._profiler_enabled()  # torch.autograd's own name for it is private too
             with torch.profiler.record_function("bncli::fused_batch_norm") if profiled else NOTHING:
                 y, mean, var, _ = options.launcher(x).forward(
@@ -142,7 +158,7 @@ def batch_norm(
                 )
     if statistics is not None:
         return y, *statistics
-    if updated:  # who saved them for a backward of their own must learn that they moved
+    if updated:  # autograd must know that tensors which others may have saved have changed
         assert running is not None
         torch.autograd.graph.increment_version(running[:2])
     elif running is not None and x.numel():
@@ -150,32 +166,29 @@ def batch_norm(
     return y, mean, var
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    constants: tuple[Tensor, ...],
-) -> None:
-    """The kernel follows pointers: what does not fit is refused here. A gradient that it cannot give, too."""
+VECTORS = ("weight", "bias", "mean", "variance", "running_mean", "running_var")
+
+
+def _check_arguments(x, weight, bias, residual, statistics, running) -> None:  # type: ignore[no-untyped-def]
+    """Refuse what does not fit, since the kernel reads by pointers, and a gradient that it does not have."""
     channels = x.size(1)
-    for vector in (weight, bias, *constants):
-        if vector is not None and vector.numel() != channels:
-            raise ValueError(f"a vector of {vector.numel()} values for {channels} channels")
+    vectors = (weight, bias, statistics[0], statistics[1], running[0], running[1])
+    for place, vector in enumerate(vectors):
+        if vector is None:
+            continue
+        if vector.numel() != channels:
+            raise RuntimeError(f"{VECTORS[place]} has {vector.numel()} values; the input has {channels} channels")
+        if place > 1 and vector.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"batch norm is not differentiable in {VECTORS[place]}, which requires a gradient")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"a residual of shape {tuple(residual.shape)} for x of shape {tuple(x.shape)}")
-    for constant in constants:
-        if constant.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                "batch norm is not differentiable in given or running statistics; one requires a gradient"
-            )
 
 
 # torch has no public way to ask for a dispatch mode, a trace or a transform without a Python call for each.
 
 
 def _is_eager(x: Tensor) -> bool:
-    """Whether plain autograd will do, which costs a third of an operator's way through the dispatcher.
+    """Whether plain autograd will do, which takes a third of the time of an operator with its dispatcher.
 
     Not under a compiler, a transform, a trace or a dispatch mode: they must see an operator.
     """
@@ -193,11 +206,14 @@ def _refuse_forward_mode() -> None:
 
 
 def _updates(x: Tensor, running: tuple[Tensor, Tensor, float], interpreted: bool) -> bool:
-    """Whether the kernel can move these: it expects no gaps, counts in float32 on a GPU, and in C in theirs alone."""
+    """Whether the kernel itself can update these; elsewhere torch's operators do, whose launches cost time.
+
+    They must be contiguous. The kernel in Triton computes in float32, that in C in their dtype.
+    """
     mean, var, _ = running
     wide = accumulation(x)
-    counts = wide == torch.float32 if interpreted or x.is_cuda else mean.dtype == var.dtype == wide
-    return counts and mean.is_contiguous() and var.is_contiguous()
+    same = wide == torch.float32 if interpreted or x.is_cuda else mean.dtype == var.dtype == wide
+    return same and mean.is_contiguous() and var.is_contiguous()
 
 
 # --- forward ------------------------------------------------------------------------------------------------------
@@ -216,13 +232,13 @@ def forward_operator(
     keep_signs: bool,
     interpreted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y like x; the batch's mean and variance (C), empty where they are given; the signs in bits, empty unless kept."""
+    """y like x; the batch's mean and variance (C), empty if they are given; the signs in bits, empty unless kept."""
     kernels.get("fused-interpreted" if interpreted else "fused", x.device)
     options = Options(eps, activation, keep_signs, interpreted)
     given = None if given_mean is None or given_var is None else (given_mean, given_var)
     if x.numel() == 0:
         y, mean, var, signs = _fake_forward(x, weight, bias, residual, given_mean, given_var, *options)
-        return y, mean.fill_(float("nan")), var.fill_(float("nan")), signs
+        return y, mean.fill_(math.nan), var.fill_(math.nan), signs
     y, mean, var, signs = options.launcher(x).forward(x, weight, bias, residual, given, eps, activation, keep_signs)
     if given is not None:
         mean, var = mean.new_empty(0), var.new_empty(0)
@@ -230,18 +246,7 @@ def forward_operator(
 
 
 @forward_operator.register_fake
-def _fake_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    given_mean: Tensor | None,
-    given_var: Tensor | None,
-    eps: float,
-    activation: str,
-    keep_signs: bool,
-    interpreted: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_forward(x, weight, bias, residual, given_mean, given_var, eps, activation, keep_signs, interpreted=False):  # type: ignore[no-untyped-def]
     channels = x.size(1) if given_mean is None else 0
     dtype = accumulation(x) if given_mean is None else given_mean.dtype
     mean, var = x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
@@ -255,27 +260,16 @@ def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _save(ctx, x, weight, bias, residual, given, mean, var, signs, Options(*options))
 
 
-def _save(  # type: ignore[no-untyped-def]
-    ctx,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    given: tuple[Tensor, Tensor] | None,
-    mean: Tensor,
-    var: Tensor,
-    signs: Tensor | None,
-    options: Options,
-) -> None:
+def _save(ctx, x, weight, bias, residual, given, mean, var, signs, options) -> None:  # type: ignore[no-untyped-def]
     """What backward needs. The residual only where the pre-activation is computed again, of which no signs are kept."""
     mean, var = given or (mean, var)
-    again = None if options.activation == "none" or options.keep_signs else residual
-    ctx.save_for_backward(x, weight, bias, again, mean, var, signs if options.keep_signs else None)
+    kept_residual = None if options.activation == "none" or options.keep_signs else residual
+    ctx.save_for_backward(x, weight, bias, kept_residual, mean, var, signs if options.keep_signs else None)
     ctx.options, ctx.given, ctx.has_residual = options, given is not None, residual is not None
 
 
-def gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    """Those of x, weight, bias and residual."""
+def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    """The gradients of x, weight, bias and residual."""
     x, weight, bias, residual, mean, var, signs = ctx.saved_tensors
     eps, activation, _, interpreted = options = ctx.options
     wanted = ctx.has_residual and ctx.needs_input_grad[3]
@@ -295,16 +289,16 @@ def gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-
 
 
 def backward(ctx, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    return (*gradients(ctx, dy), *(None,) * 6)
+    return (*_gradients(ctx, dy), *(None,) * 6)
 
 
 forward_operator.register_autograd(backward, setup_context=setup_context)
 
 
 class Eager(torch.autograd.Function):
-    """The same without the dispatcher. Where backward is to be differentiated itself, it is the operator again.
+    """The same without the dispatcher. A backward that is to be differentiated itself is the operator again.
 
-    `used`, a list, takes the mean and variance that were used: as outputs they would cost gradients of their own.
+    The mean and variance that were used are appended to the list `used`: outputs would cost gradients of their own.
     """
 
     @staticmethod
@@ -319,10 +313,10 @@ class Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        return (None,) * 8 if dy is None else (*gradients(ctx, dy), None, None, None, None)
+        return (None,) * 8 if dy is None else (*_gradients(ctx, dy), None, None, None, None)
 
 
-# Function.apply itself, without what it does first for tensors of torch.func: `_is_eager` has seen that there are none.
+# Function.apply without what it does first for tensors of torch.func: `_is_eager` has seen that there are none.
 _apply = super(torch.autograd.Function, Eager).apply
 
 
@@ -345,38 +339,23 @@ def backward_operator(
     residual_gradient: bool,
     interpreted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx like x, dweight and dbias (C), dresidual like x or empty: an operator returns tensors alone."""
+    """dx like x, dweight and dbias (C), dresidual like x or empty, since an operator returns nothing but tensors."""
     if x.numel() == 0:
-        return tuple(
-            each.zero_()
-            for each in _fake_backward(
-                dy, x, weight, bias, residual, mean, var, signs, eps, activation, given, residual_gradient
-            )
+        empty = _fake_backward(
+            dy, x, weight, bias, residual, mean, var, signs, eps, activation, given, residual_gradient
         )
-    dx, dweight, dbias, dresidual = (
-        Options(eps, activation, signs is not None, interpreted)
-        .launcher(x)
-        .backward(dy, x, weight, bias, residual, (mean, var), signs, eps, activation, given, residual_gradient)
+        return tuple(each.zero_() for each in empty)
+    launcher = Options(eps, activation, signs is not None, interpreted).launcher(x)
+    dx, dweight, dbias, dresidual = launcher.backward(
+        dy, x, weight, bias, residual, (mean, var), signs, eps, activation, given, residual_gradient
     )
     return dx, dweight, dbias, x.new_empty(0) if dresidual is None else dresidual
 
 
 @backward_operator.register_fake
-def _fake_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    signs: Tensor | None,
-    eps: float,
-    activation: str,
-    given: bool,
-    residual_gradient: bool,
-    interpreted: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_backward(  # type: ignore[no-untyped-def]
+    dy, x, weight, bias, residual, mean, var, signs, eps, activation, given, residual_gradient, interpreted=False
+):
     channels = x.size(1)
     dweight, dbias = (
         x.new_empty(channels, dtype=accumulation(x) if vector is None else vector.dtype) for vector in (weight, bias)

@@ -1,7 +1,7 @@
-"""A C file compiled on first use by the system's compiler, kept for the next time, and loaded.
+"""Compilation of a C file on first use, by the system's compiler, into a cache of shared libraries.
 
-The result is kept in a folder that only the user can write, under a name made of the source, the flags, the compiler
-and the CPU. It is written beside its place and then moved, so that processes that compile it at once do no harm.
+The cache is a folder that only the user can write. A file's name is a hash of the source, the flags, the compiler and
+the CPU. It is written under another name and then moved, so that processes that compile at once do no harm.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def library(source: Path, *definitions: str) -> ctypes.CDLL:
     text, command = source.read_bytes(), compiler()
     native = [flag for flags in FOR_THIS_CPU for flag in flags]
     parts = [*command, *_identity(command[0]), *OPTIMIZED, *native, *definitions, _processor(), *_openmp()]
-    name = _key(text, *parts)
+    name = hashlib.sha256(repr((text, parts)).encode()).hexdigest()[:24]
     built = _folder() / f"{source.stem}-{'-'.join(definitions).lower()}-{name}.so"
     if not built.exists():
         _compile(command, source, definitions, built)
@@ -62,8 +62,8 @@ def compiler() -> list[str]:
 
 
 def _compile(command: list[str], source: Path, definitions: tuple[str, ...], built: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=built.parent) as apart:
-        unlinked, linked = Path(apart) / "kernel.o", Path(apart) / "kernel.so"
+    with tempfile.TemporaryDirectory(dir=built.parent) as temporary:
+        unlinked, linked = Path(temporary) / "kernel.o", Path(temporary) / "kernel.so"
         macros = [f"-D{name}" for name in definitions]
         compiling = [*command, *OPTIMIZED, *macros, "-c", str(source), "-o", str(unlinked)]
         linking = [*command, "-shared", str(unlinked), "-o", str(linked), "-lm"]
@@ -79,8 +79,7 @@ def _first_that_works(commands: list[list[str]]) -> str:
     """Run one after the other until one succeeds. What went wrong with the last, or nothing."""
     failed = ""
     for command in commands:
-        failed = _run(command)
-        if not failed:
+        if not (failed := _run(command)):
             break
     return failed
 
@@ -90,13 +89,13 @@ def _run(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_S)
     except subprocess.TimeoutExpired:
-        return f"it was not through after {LONGEST_S:.0f} s"
+        return f"it had not finished after {LONGEST_S:.0f} s"
     except OSError as error:
         return str(error)
     if done.returncode == 0:
         return ""
-    said = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
-    return next((line for line in said if "error" in line), said[0])
+    message = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
+    return next((line for line in message if "error" in line), message[0])
 
 
 def _openmp() -> list[str]:
@@ -105,22 +104,14 @@ def _openmp() -> list[str]:
     return [str(file) for pattern in ("libgomp*", "libiomp5*", "libomp*") for file in sorted(folder.glob(pattern))][:1]
 
 
-def _key(*parts: bytes | str) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        data = part if isinstance(part, bytes) else part.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()[:24]
-
-
 def _identity(program: str) -> list[str]:
-    """What changes when the compiler is another one; asking for its version would take longer than all the rest."""
+    """What differs between compilers. To ask for a version would take longer than all the rest."""
     file = os.stat(program)
     return [os.path.realpath(program), str(file.st_size), str(file.st_mtime_ns)]
 
 
 def _processor() -> str:
-    """What `native` means here: the processor's features."""
+    """What `native` stands for here: the processor's features."""
     information = Path("/proc/cpuinfo")
     if information.exists():
         lines = information.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The fused batch norm on a CPU: what calls cpu.c, with the same two functions as triton_launch has for a GPU."""
+"""Fused batch norm on a CPU: calls of cpu.c, by the same two functions as triton_launch has for a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bncli.errors import Unavailable
 from bncli.kernels.fused.build import library
-from bncli.kernels.layout import accumulation, is_rows, refuse_gaps, sign_bytes
+from bncli.kernels.layout import accumulation, is_channels_last, refuse_gaps, sign_bytes
 
 SOURCE = Path(__file__).with_name("cpu.c")
 DEFINITIONS = {torch.float32: "FP32", torch.float64: "FP64", torch.bfloat16: "BF16", torch.float16: "FP16"}
@@ -25,11 +25,11 @@ Run = Callable[[bytes], int]
 
 
 class Compiled(NamedTuple):
-    """The functions of cpu.c for one element type: looking one up in a library takes longer than a small one runs."""
+    """The functions of cpu.c for one element type. (To look one up in a library takes longer than a small one runs.)"""
 
     forward: Run
     backward: Run
-    way: Run
+    division: Run
 
 
 @functools.cache
@@ -44,7 +44,7 @@ def compiled(dtype: torch.dtype) -> Compiled:
 
 @functools.cache
 def unavailable_reason() -> str | None:
-    """Why it cannot run here, or None: it is compiled now if it has not been before."""
+    """Why it cannot run here, or None. It is compiled now if that has not been done before."""
     try:
         compiled(torch.float32)
     except Unavailable as error:
@@ -64,9 +64,9 @@ def forward(
     *,
     running: tuple[Tensor, Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """y like x, the mean and variance (C) that were used, the signs in bits if they are kept. Moves `running`."""
-    wide, rows = accumulation(x), is_rows(x)
-    if not (rows or x.is_contiguous()):
+    """y like x, the mean and variance (C) that were used, the signs in bits if they are kept. Updates `running`."""
+    wide, channels_last = accumulation(x), is_channels_last(x)
+    if not (channels_last or x.is_contiguous()):
         refuse_gaps(x)
     y = torch.empty_like(x)
     if statistics is None:
@@ -82,7 +82,7 @@ def forward(
     if bias is not None and bias.dtype != wide:
         bias = bias.to(wide)
     tensors = (x, residual, None, y, None, None, weight, bias, mean, var, running_mean, running_var, None, None, signs)
-    _call(compiled(x.dtype).forward, tensors, x, rows, activation, statistics is not None, eps, momentum)
+    _call(compiled(x.dtype).forward, tensors, x, channels_last, activation, statistics is not None, eps, momentum)
     return y, mean, var, signs
 
 
@@ -112,7 +112,7 @@ def backward(
     tensors = (
         x, residual, dy, None, dx, dresidual, wide_weight, wide_bias, mean, var, None, None, dweight, dbias, signs
     )  # fmt: skip
-    _call(compiled(x.dtype).backward, tensors, x, is_rows(x), activation, given, eps, 0.0)
+    _call(compiled(x.dtype).backward, tensors, x, is_channels_last(x), activation, given, eps, 0.0)
     if weight is not None and weight.dtype != wide:
         dweight = dweight.to(weight.dtype)
     if bias is not None and bias.dtype != wide:
@@ -124,13 +124,13 @@ def _call(
     run: Run,
     tensors: tuple[Tensor | None, ...],
     x: Tensor,
-    rows: bool,
+    channels_last: bool,
     activation: str,
     given: bool,
     eps: float,
     momentum: float,
 ) -> None:
-    """Call a function of cpu.c. tensors: the pointers of its struct call, in order; rows: x lies channels last."""
+    """Call a function of cpu.c. tensors: those of its struct call, in order."""
     pointers = []
     for tensor in tensors:
         if tensor is None:
@@ -142,13 +142,13 @@ def _call(
     examples, channels = x.size(0), x.size(1)
     positions = x.numel() // (examples * channels)
     code, threads = ACTIVATIONS[activation], torch.get_num_threads()
-    if run(CALL.pack(*pointers, examples, channels, positions, rows, code, given, threads, eps, momentum)):
+    if run(CALL.pack(*pointers, examples, channels, positions, channels_last, code, given, threads, eps, momentum)):
         raise MemoryError("the fused kernel could not allocate its sums")
 
 
 def way(x: Tensor) -> str:
-    """How a dense x (N, C, *S) is cut up, in words. Of a meta tensor too."""
+    """How a dense x (N, C, *S), which may be a meta tensor, is divided between threads, in words."""
     examples, channels = x.size(0), x.size(1)
     sizes = examples, channels, x.numel() // (examples * channels)
-    asked = CALL.pack(*[0] * 15, *sizes, is_rows(x), 0, 0, torch.get_num_threads(), 0.0, 0.0)
-    return ("by channel", "channels in parts", "rows in parts")[compiled(x.dtype).way(asked)]
+    asked = CALL.pack(*[0] * 15, *sizes, is_channels_last(x), 0, 0, torch.get_num_threads(), 0.0, 0.0)
+    return ("by channel", "channels in parts", "rows in parts")[compiled(x.dtype).division(asked)]

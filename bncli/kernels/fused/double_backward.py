@@ -64,14 +64,18 @@ def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def backward(ctx, *upstream):  # type: ignore[no-untyped-def]
-    """The exact second derivative: torch's own, of `composed_backward`; differentiable in turn where that is asked.
+    """The exact second derivative, which torch takes of `composed_backward`, and which may be differentiated in turn.
 
-    Then of views, in which the inputs are apart: dy may itself come from x.
+    For that the inputs are views: dy may itself come from x, and is an input of its own here.
     """
     dy, x, weight, bias, residual, mean, var, signs = ctx.saved_tensors
-    again = torch.is_grad_enabled()
+    create_graph = torch.is_grad_enabled()
     inputs = [
-        None if each is None else each.view_as(each) if again and each.requires_grad else each.detach().requires_grad_()
+        None
+        if each is None
+        else each.view_as(each)
+        if create_graph and each.requires_grad
+        else each.detach().requires_grad_()
         for each in (dy, x, weight, bias, residual)
     ]
     with torch.enable_grad():
@@ -86,7 +90,7 @@ def backward(ctx, *upstream):  # type: ignore[no-untyped-def]
             [each for each in inputs if each is not None],
             [gradient for _, gradient in pairs],
             allow_unused=True,
-            create_graph=again,
+            create_graph=create_graph,
         )
     gradients = iter(found)
     return (*(None if each is None else next(gradients) for each in inputs), *(None,) * 8)

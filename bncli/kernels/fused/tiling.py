@@ -1,7 +1,8 @@
-"""How the fused kernel cuts a shape up: pure arithmetic on sizes, no tensors, no Triton.
+"""Tiling of the fused kernel on a GPU: a plan for each shape, by arithmetic on its sizes alone. No Triton.
 
-A slice (one channel of planes, or a piece of a row's channels) belongs to a team of programs. The plan says how many,
-how much each keeps in registers, and what they wait at: nothing, a barrier in memory, or the end of a launch.
+A slice (one channel of a contiguous tensor, or some channels of one that is channels last) belongs to a team of
+programs. The plan says how many they are, how much each keeps in registers, and what they wait at: nothing, a barrier
+in memory, or the end of a launch.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 Barrier = Literal["none", "grid", "launch"]
 
@@ -52,7 +53,7 @@ NARROW = 1.07  # the price of a 64-byte piece of a row beside a 128-byte one (Da
 
 
 def registers(warps: int) -> int:
-    """What a thread can have. Said to the compiler, which else spills to make room for more programs."""
+    """The most that a thread can have. Without this limit the compiler spills, to let more programs be resident."""
     return min(255, REGISTERS // (warps * THREADS_A_WARP))
 
 
@@ -65,19 +66,43 @@ class Processors:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A cut of (N, C, *S). `str` says it in words; `single_read` is whether each input tensor is read once."""
+class Slicing:
+    """One way to slice the channels of (N, C, S), before the slices are given to programs."""
 
-    planes: bool  # (N, C, S) in memory, or rows (N S, C): channels last
+    contiguous: bool  # (N, C, S) in memory; otherwise rows (N S, C), channels last
     lines: int  # of a slice
-    unit: int  # elements
+    unit: int  # elements of an aligned run
+    columns: int  # channels of a slice: 1 of a contiguous tensor
+    slices: int
+    line_bytes: int  # of a slice's line
+    price: float  # of a byte, 1 for wide accesses
+
+    def tilings(self, streams: int) -> list[tuple[int, int]]:
+        elements = self.unit if self.contiguous else self.columns
+        unit_bytes = self.unit * self.line_bytes // elements
+        return tilings(contiguous=self.contiguous, unit_bytes=unit_bytes, line_bytes=self.line_bytes, streams=streams)
+
+    def most_programs(self, rows: int) -> int:
+        """Of a team: a merge takes a tile's lines at once, and for rows, whose tiles are short, up to eight times."""
+        return rows if self.contiguous else 8 * rows
+
+    def plan(self, *programs: Any) -> Plan:
+        """programs: the fields that Plan adds."""
+        return Plan(*vars(self).values(), *programs)
+
+    def tile_lines(self, warps: int) -> int:
+        return warps * THREADS_A_WARP * ACCESS_BYTES // self.line_bytes
+
+
+@dataclass(frozen=True)
+class Plan(Slicing):
+    """How programs work on the slices. `str` says it in words."""
+
     rows: int  # lines of a tile
-    columns: int  # channels of a slice: 1 for planes
     held: int  # tiles that a program keeps in registers
     warps: int
     team: int  # programs of a slice
     teams: int  # at work at the same time
-    slices: int
     barrier: Barrier
     cost_ns: float
 
@@ -100,6 +125,7 @@ class Plan:
 
     @property
     def single_read(self) -> bool:
+        """Whether each input tensor is read once."""
         return self.barrier != "launch" and not self.overflow
 
     @property
@@ -108,7 +134,7 @@ class Plan:
         return 0.0 if self.barrier == "launch" else min(1.0, self.held * self.team / self.tiles)
 
     def __str__(self) -> str:
-        cut = "a channel" if self.planes else f"{self.columns} channels"
+        cut = "a channel" if self.contiguous else f"{self.columns} channels"
         who = {
             "none": f"{self.slices:,} programs, {cut} each",
             "grid": f"{self.teams} teams of {self.team} programs, {cut} a team, a barrier in memory",
@@ -124,7 +150,7 @@ class Plan:
 def plan(
     shape: tuple[int, int, int],
     *,
-    planes: bool,
+    contiguous: bool,
     itemsize: int,
     backward: bool,
     processors: Processors,
@@ -132,10 +158,10 @@ def plan(
 ) -> Plan:
     """The cheapest plan for x (N, C, S) of `itemsize` bytes an element.
 
-    planes: contiguous; otherwise channels last. backward: x and dy are held. given: the statistics are not the
-    batch's, so nothing waits. Raises ValueError for a channel that is too long to count.
+    contiguous: whether x is; it is channels last otherwise. backward: x and dy are held. given: the statistics are not
+    the batch's, so nothing waits. Raises ValueError for a channel that is too long to count.
     """
-    cuts = _cuts(shape, planes, itemsize)
+    cuts = _cuts(shape, contiguous, itemsize)
     if given:
         return min((_streaming(cut, processors) for cut in cuts), key=lambda found: found.cost_ns)
     streams = 2 if backward else 1
@@ -148,43 +174,18 @@ def plan(
     return min(found, key=lambda candidate: candidate.cost_ns)
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """One way to slice the channels, before it is dealt to programs."""
-
-    planes: bool
-    lines: int
-    unit: int
-    columns: int
-    slices: int
-    line_bytes: int  # of a slice's line
-    price: float  # of a byte, 1 for wide accesses
-
-    def tilings(self, streams: int) -> list[tuple[int, int]]:
-        elements = self.unit if self.planes else self.columns
-        unit_bytes = self.unit * self.line_bytes // elements
-        return tilings(planes=self.planes, unit_bytes=unit_bytes, line_bytes=self.line_bytes, streams=streams)
-
-    def most_programs(self, rows: int) -> int:
-        """Of a team: a merge takes a tile's lines at once, and for rows, whose tiles are short, up to eight times."""
-        return rows if self.planes else 8 * rows
-
-    def rows(self, warps: int) -> int:
-        return warps * THREADS_A_WARP * ACCESS_BYTES // self.line_bytes
-
-
-def _cuts(shape: tuple[int, int, int], planes: bool, itemsize: int) -> list[_Cut]:
+def _cuts(shape: tuple[int, int, int], contiguous: bool, itemsize: int) -> list[Slicing]:
     examples, channels, positions = shape
     widest = ACCESS_BYTES // itemsize
-    if planes:
+    if contiguous:
         unit = math.gcd(positions, widest)
-        cuts = [_Cut(True, examples * positions // unit, unit, 1, channels, unit * itemsize, 1.0)]
+        cuts = [Slicing(True, examples * positions // unit, unit, 1, channels, unit * itemsize, 1.0)]
     else:
         unit = math.gcd(channels, widest)
         enough = max(8, 1 << (channels - 1).bit_length())
         widths = {min(enough, max(8, line_bytes // itemsize)) for line_bytes in (NARROW_BYTES, 2 * NARROW_BYTES)}
         cuts = [
-            _Cut(
+            Slicing(
                 False, examples * positions, unit, columns, -(-channels // columns), columns * itemsize,
                 NARROW if columns * itemsize <= NARROW_BYTES else 1.0,
             )
@@ -198,14 +199,14 @@ def _cuts(shape: tuple[int, int, int], planes: bool, itemsize: int) -> list[_Cut
     return cuts
 
 
-def tilings(*, planes: bool, unit_bytes: int, line_bytes: int, streams: int) -> list[tuple[int, int]]:
+def tilings(*, contiguous: bool, unit_bytes: int, line_bytes: int, streams: int) -> list[tuple[int, int]]:
     """(warps, tiles held of each stream), from small to large.
 
     unit_bytes: of an aligned run, which in a plane is a line. streams: 1 for forward, which holds x, 2 for backward,
     which holds x and dy.
     """
     direction = "forward" if streams == 1 else "backward"
-    if planes:
+    if contiguous:
         found = PLANE_TILINGS[direction][unit_bytes]
     elif unit_bytes < ACCESS_BYTES:
         found = UNALIGNED_ROW_TILINGS
@@ -214,43 +215,43 @@ def tilings(*, planes: bool, unit_bytes: int, line_bytes: int, streams: int) -> 
     return [(warps, held // streams) for warps, held in found]
 
 
-def _alone(cut: _Cut, streams: int, processors: Processors) -> Iterator[Plan]:
+def _alone(cut: Slicing, streams: int, processors: Processors) -> Iterator[Plan]:
     """A program a slice, with the smallest tiling that holds it."""
     for warps, held in cut.tilings(streams):
-        rows = cut.rows(warps)
+        rows = cut.tile_lines(warps)
         if rows * held >= cut.lines:
             resident = processors.count * max(1, 16 // warps)
             waves = -(-cut.slices // resident)
             cost = waves * _transfer_ns(cut, streams, 1, min(cut.slices, resident), processors)
-            yield _plan(cut, rows, held, warps, 1, cut.slices, "none", cost)
+            yield cut.plan(rows, held, warps, 1, cut.slices, "none", cost)
             return
 
 
-def _teams(cut: _Cut, streams: int, processors: Processors) -> Iterator[Plan]:
+def _teams(cut: Slicing, streams: int, processors: Processors) -> Iterator[Plan]:
     """Teams of every size that the device can keep resident, one program a multiprocessor."""
     if not processors.cooperative:
         return
     sizes = cut.tilings(streams)
     for team in range(2, processors.count + 1):
         for warps, held in sizes:
-            rows = cut.rows(warps)
+            rows = cut.tile_lines(warps)
             tiles = -(-cut.lines // rows)
             largest = (warps, held) == sizes[-1] and team == processors.count
             if team > min(tiles, cut.most_programs(rows)) or not (held * team >= tiles or largest):
                 continue
             teams = min(cut.slices, processors.count // team)
-            again = 1 - min(1.0, held * team / tiles)
+            reread = 1 - min(1.0, held * team / tiles)
             rounds = -(-cut.slices // teams)
             once = _transfer_ns(cut, streams, team, teams * team, processors)
-            cost = rounds * (once * (1 + again * streams / (streams + 1)) + BARRIER_NS)
-            yield _plan(cut, rows, held, warps, team, teams, "grid", cost)
+            cost = rounds * (once * (1 + reread * streams / (streams + 1)) + BARRIER_NS)
+            yield cut.plan(rows, held, warps, team, teams, "grid", cost)
             break
 
 
-def _split(cut: _Cut, streams: int, processors: Processors) -> Iterator[Plan]:
+def _split(cut: Slicing, streams: int, processors: Processors) -> Iterator[Plan]:
     """Two launches, of enough programs to fill the device, and no more of a slice than a merge takes in a few steps."""
     for warps, held in SPLIT_TILINGS:
-        rows, each = cut.rows(warps), held // streams
+        rows, each = cut.tile_lines(warps), held // streams
         tiles = -(-cut.lines // rows)
         team = -(-tiles // each)
         if team <= cut.most_programs(rows):
@@ -260,25 +261,19 @@ def _split(cut: _Cut, streams: int, processors: Processors) -> Iterator[Plan]:
     from_memory = max(0.0, 1 - CACHE_BYTES / (total * streams))
     moved = total * cut.price * (streams + 1 + streams * (CACHED + (1 - CACHED) * from_memory))
     cost = moved / (BYTES_A_NS_A_PROCESSOR * processors.count) + LAUNCH_NS
-    yield _plan(cut, rows, each, warps, team, cut.slices, "launch", cost)
+    yield cut.plan(rows, each, warps, team, cut.slices, "launch", cost)
 
 
-def _streaming(cut: _Cut, processors: Processors) -> Plan:
+def _streaming(cut: Slicing, processors: Processors) -> Plan:
     warps, held = STREAMING
-    rows = cut.rows(warps)
+    rows = cut.tile_lines(warps)
     tiles = -(-cut.lines // rows)
     team = -(-tiles // held)
     cost = _transfer_ns(cut, 1, team, cut.slices * team, processors)
-    return _plan(cut, rows, held, warps, team, cut.slices, "none", cost)
+    return cut.plan(rows, held, warps, team, cut.slices, "none", cost)
 
 
-def _transfer_ns(cut: _Cut, streams: int, team: int, at_work: int, processors: Processors) -> float:
+def _transfer_ns(cut: Slicing, streams: int, team: int, at_work: int, processors: Processors) -> float:
     """For a program's share of a slice, in and out, while `at_work` programs draw on the memory."""
     moved = (streams + 1) * cut.lines * cut.line_bytes / team * cut.price
     return moved / (BYTES_A_NS_A_PROCESSOR * min(ALONE, processors.count / at_work))
-
-
-def _plan(cut: _Cut, rows: int, held: int, warps: int, team: int, teams: int, barrier: Barrier, cost_ns: float) -> Plan:
-    return Plan(
-        cut.planes, cut.lines, cut.unit, rows, cut.columns, held, warps, team, teams, cut.slices, barrier, cost_ns
-    )

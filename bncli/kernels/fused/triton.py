@@ -1,4 +1,4 @@
-"""The fused batch norm in Triton: the device kernels. triton_launch starts them; tiling says how a shape is cut up.
+"""Fused batch norm in Triton: the device kernels. triton_launch starts them, by a plan of tiling.
 
 A channel's values are read once and stay in registers between the statistics and the normalization (nvFuser's
 persistent outer reduction, csarofeen/pytorch 1772, is prior art). One source serves both memory layouts:
@@ -42,10 +42,7 @@ def _lines(first, k, R: tl.constexpr):
 
 @triton.jit
 def _channels(slice, channels, units, B: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr):
-    """The slice's channels (1, B), and which of them exist, asked in units:
-
-    a mask by the element would cost wide access.
-    """
+    """The slice's channels (1, B), and which exist, by units: a mask by elements would make access narrow."""
     c = (slice * B + tl.arange(0, B))[None, :]
     if PLANES:
         inside = c < channels
@@ -76,10 +73,7 @@ def _offsets(i, c, units, channels, magic, shift, UNIT: tl.constexpr, PLANES: tl
 
 @triton.jit
 def _sign_offsets(i, c, channels, end, L, R: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr):
-    """Where a tile's bytes of signs are, and which are this program's:
-
-    planes (C, ceil(L UNIT / 8)), rows (M, ceil(C / 8)).
-    """
+    """Offsets of a tile's bytes of signs, planes (C, ceil(L UNIT / 8)) or rows (M, ceil(C / 8)); which exist."""
     if PLANES:
         j = tl.min(i, axis=0) * UNIT // 8 + tl.arange(0, R * UNIT // 8)
         at = j[:, None] + c.to(tl.int64) * ((L * UNIT + 7) // 8)
@@ -113,7 +107,7 @@ def _pick(vector, c, inside, other: tl.constexpr, HAS: tl.constexpr, ACC: tl.con
 
 @triton.jit
 def _fold(tile, PLANES: tl.constexpr):
-    """A tile's part of a running sum, as small as a thread can make it: the UNIT of a line is added up."""
+    """A tile's part of a running sum: the UNIT values of a line are added up, which one thread does."""
     if PLANES:
         tile = tl.sum(tile, axis=1, keep_dims=True)
     return tile
@@ -136,7 +130,7 @@ def _reciprocal_deviation(v, EPS: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _preactivation(tile, m, scale, b):
-    """(x - mean) scale + bias, rounded alike in both directions: a sign that is computed again is the sign that was."""
+    """(x - mean) scale + bias, rounded alike in both directions, so that backward computes the same sign again."""
     d = tile - m
     return tl.fma(d, tl.broadcast_to(scale, d.shape), tl.broadcast_to(b, d.shape))
 
@@ -172,7 +166,7 @@ def _through_activation(dy, z, ACTIVATION: tl.constexpr):
 def _pack_signs(
     z, R: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr, ACTIVATION: tl.constexpr
 ):
-    """A bit an element, 1 where dy passes whole: eight positions of a plane, or eight channels of a row, in a byte."""
+    """One bit an element, 1 where dy passes whole. A byte has eight positions of a plane or eight channels of a row."""
     if ACTIVATION == "relu":
         bits = tl.where(z <= 0, 0, 1)
     else:
@@ -204,9 +198,8 @@ def _unpack_signs(bytes, R: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, P
 def _hold(tile):
     """A tile (R, W) as it is kept: of two-byte types, two elements in a word.
 
-    Left to itself the compiler widens a tile to float32 once and keeps that, twice the size, and spills. Neighbours
-    in a line share a word; where a line is one element, the tile's two halves do, so that a thread finds both in its
-    hands.
+    Without this the compiler widens a tile to float32 once and keeps that, twice the size, and spills. Neighbours in a
+    line share a word; where a line is one element, the tile's two halves do, of which one thread has both.
     """
     R: tl.constexpr = tile.shape[0]
     W: tl.constexpr = tile.shape[1]
@@ -224,7 +217,7 @@ def _hold(tile):
 
 @triton.jit
 def _take(held, nothing, like, W: tl.constexpr, ACC: tl.constexpr):
-    """A kept tile, widened. `nothing` is 0, which the compiler cannot know: each pass begins again from the words."""
+    """A kept tile, widened. `nothing` is 0, which the compiler cannot know: each pass starts from the words again."""
     TYPE: tl.constexpr = like.dtype.element_ty
     if TYPE.primitive_bitwidth == 16:
         words = held ^ nothing
@@ -244,7 +237,7 @@ def _take(held, nothing, like, W: tl.constexpr, ACC: tl.constexpr):
     return tile
 
 
-# --- what a team says to each other -------------------------------------------------------------------------------
+# --- exchange within a team ---------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -259,9 +252,8 @@ def _publish(slot, p, one, two, B: tl.constexpr):
 def _barrier(arrived, p, P):
     """The programs of a team wait here for the last of them; what they wrote before is then visible to all.
 
-    The counter's high bit flips when P >= 2 programs have arrived, and its low bits are 0 again, so that it is never
-    reset (as in cooperative groups' grid.sync). Only under a cooperative launch: all programs must be resident at
-    once.
+    The counter's high bit flips when P >= 2 programs have arrived, and its low bits are 0 again, so that it needs no
+    reset (as in cooperative groups' grid.sync). Only for a cooperative launch, in which all programs are resident.
     """
     tl.debug_barrier()
     before = tl.atomic_add(arrived, tl.where(p == 0, 0x7FFFFFFF - (P - 2), 1), sem="release", scope="gpu")
@@ -273,10 +265,7 @@ def _barrier(arrived, p, P):
 
 @triton.jit
 def _received(slot, start, P, R: tl.constexpr, B: tl.constexpr):
-    """Both vectors (R, B) of programs start, start + 1, ...
-
-    of a team, 0 beyond the last. Past the L1 cache: they are new.
-    """
+    """Both vectors (R, B) of a team's programs start, start + 1, ..., 0 beyond the last. Not from the L1 cache."""
     q = start + tl.arange(0, R)
     at = slot + (q * (2 * B))[:, None] + tl.arange(0, B)[None, :]
     some = (q < P)[:, None]
@@ -286,7 +275,7 @@ def _received(slot, start, P, R: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def _shares(start, P, L, H, WIDTH: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr):
-    """How many values (R, 1) those programs have, 0 beyond the last: P is the first that does not exist."""
+    """The number of values (R, 1) of those programs, 0 beyond the last: P is the first that does not exist."""
     q = tl.minimum(start + tl.arange(0, R), P)
     return (_count(q, L, H, R) * WIDTH).to(ACC)[:, None]
 
@@ -302,9 +291,10 @@ def _publish_moments(slot, p, m, e, m2, B: tl.constexpr):
 
 @triton.jit
 def _received_moments(slot, start, P, first, first_e, R: tl.constexpr, B: tl.constexpr):
-    """Means beside the first program's, and squared deviations (R, B), of programs start, start + 1, ...
+    """Means minus the first program's, and squared deviations (R, B), of programs start, start + 1, ...
 
-    Means of one size differ exactly, and what their rounding left is added after: beside a large mean no digit is lost.
+    The difference of means of one size is exact, and their rounding errors are added after it: however large the mean,
+    no digit is lost.
     """
     q = start + tl.arange(0, R)
     at = slot + (q * (3 * B))[:, None] + tl.arange(0, B)[None, :]
@@ -369,8 +359,8 @@ def _overflow_moments(
 ):  # fmt: skip
     """e and squared deviations of the n resident values, whose mean is m + e, with the tiles beyond K merged in.
 
-    A running mean for each place of a tile (Welford 1962), of what is left beside m, where float32 has digits to spare;
-    then the places, and the resident values, as _merge_moments.
+    A running mean for each place of a tile (Welford 1962), of the values minus m, which float32 holds to more digits;
+    then the places, and the resident values, are merged as in _merge_moments.
     """
     mean = tl.zeros((R, UNIT if PLANES else B), ACC)
     sq = tl.zeros((R, UNIT if PLANES else B), ACC)
@@ -386,11 +376,11 @@ def _overflow_moments(
         mean += d / (j - K + 1)
         sq += d * (tile - mean)
     more = tl.sum(here) * WIDTH
-    apart = _sum(_fold(here * mean, PLANES)) / tl.maximum(more, 1.0)
-    d = mean - apart
-    apart = tl.where(more > 0, apart - e, 0.0)
-    m2 += _sum(_fold(sq + here * d * d, PLANES)) + apart * apart * (n * more / (n + more))
-    return e + apart * (more / (n + more)), m2
+    offset = _sum(_fold(here * mean, PLANES)) / tl.maximum(more, 1.0)
+    d = mean - offset
+    offset = tl.where(more > 0, offset - e, 0.0)
+    m2 += _sum(_fold(sq + here * d * d, PLANES)) + offset * offset * (n * more / (n + more))
+    return e + offset * (more / (n + more)), m2
 
 
 @triton.jit
@@ -558,10 +548,7 @@ def backward(
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, SIGNS: tl.constexpr,
     RESIDUAL_GRADIENT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx, dresidual (like x), dweight and dbias (C).
-
-    Under "given" a program's two sums stay in `partial` (slices, P, 2, B).
-    """
+    """dx, dresidual (like x), dweight and dbias (C). With "given" the sums stay in `partial` (slices, P, 2, B)."""
     WIDTH: tl.constexpr = UNIT if PLANES else 1
     W: tl.constexpr = UNIT if PLANES else B
     GIVEN: tl.constexpr = STAGE == "given"
@@ -654,7 +641,7 @@ def backward(
                 _write_back(g, tile, at, valid, m, scale, g_mean, slope, dx, dr, GIVEN, RESIDUAL_GRADIENT)
 
 
-# Whether these run in Triton's interpreter: settled when Triton was first imported, and this file after it.
+# Whether these run in Triton's interpreter, which was decided when Triton was first imported.
 INTERPRETED = not (isinstance(forward, triton.JITFunction) and isinstance(tl.sum, triton.JITFunction))
-if INTERPRETED:  # by NumPy, which warns where a GPU makes infinity and NaN in silence
+if INTERPRETED:  # by NumPy, which warns of infinity and NaN, as a GPU does not
     warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")

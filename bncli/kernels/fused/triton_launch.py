@@ -1,4 +1,4 @@
-"""The fused batch norm's launchers: tensors and a plan in, device kernels started, tensors out. No autograd here."""
+"""Fused batch norm on a GPU: device kernels started on tensors by a plan. No autograd here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bncli.kernels.fused import triton
 from bncli.kernels.fused.tiling import Plan, Processors, plan
-from bncli.kernels.layout import accumulation, is_rows, rows_of_dense, sign_bytes, sizes
+from bncli.kernels.layout import accumulation, is_channels_last, refuse_gaps, sign_bytes, sizes
 
 HOPPER = (9, 0)  # from here on a team meets at a barrier in memory; before, two launches
 COUNTER_STRIDE = 32  # int32 from one team's counter to the next: 128 bytes, a cache line each
@@ -36,8 +36,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """activation(batch_norm(x) + residual), the mean and variance (C) that were used, and the signs.
 
-    x and residual (N, C, *S), dense, lying alike. Signs: one bit an element if they are kept, else empty. running: a
-    running mean and variance (C), which move in place by a momentum.
+    x and residual (N, C, *S), dense, in the same layout. Signs: one bit an element if they are kept, else empty.
+    running: a running mean and variance (C), which are updated in place, and a momentum.
     """
     given = statistics is not None
     start = prepared(x.shape, x.stride(), x.dtype, x.device, False, given, cut)
@@ -74,8 +74,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight (C), dbias (C), dresidual (empty if not asked for).
 
-    dy, x, residual (N, C, *S), dense, lying alike; residual only where the activation's gradient needs it and there
-    are no signs. given: the statistics are constants.
+    dy, x, residual (N, C, *S), dense, in the same layout; residual only where the activation's gradient needs it and
+    there are no signs. given: the statistics are constants.
     """
     start = prepared(x.shape, x.stride(), x.dtype, x.device, True, given, cut)
     channels, accumulate = x.size(1), start.accumulate
@@ -105,12 +105,12 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor
 
 
-# --- what a launch needs beside its tensors -----------------------------------------------------------------------
+# --- launching -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """All that follows from a tensor's shape, layout, dtype and device, worked out once."""
+class Launch:
+    """The part of a launch that depends on a tensor's shape, layout, dtype and device alone."""
 
     cut: Plan
     stages: tuple[str, ...]
@@ -123,7 +123,7 @@ class Prepared:
     def run(
         self, kernel: Any, x: Tensor, tensors: tuple[Tensor, ...], numbers: tuple[float, ...], **chosen: Any
     ) -> Tensor:
-        """Start the device kernel, once or twice. Returns the programs' vectors."""
+        """Start the device kernel, once or twice. Returns the vectors that its programs left."""
         partial = x.new_empty(self.partial, dtype=self.accumulate)
         arrived = _counters(x.device, self.cut.teams) if self.cut.barrier == "grid" else partial
         grid = (self.cut.teams * self.cut.team,)
@@ -146,23 +146,24 @@ def prepared(
     backward: bool,
     given: bool,
     cut: Plan | None = None,
-) -> Prepared:
-    """For a dense x (N, C, *S). cut: another plan than the best one. Raises ValueError for an x with gaps."""
+) -> Launch:
+    """cut: another plan than the best one. Raises ValueError for an x that is not dense."""
     x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-    rows_of_dense(x)
+    if not (is_channels_last(x) or x.is_contiguous()):
+        refuse_gaps(x)
     _, channels, positions = sizes(x)
     cut = cut or plan_for(x, processors(device), backward=backward, given=given)
-    units = (positions if cut.planes else channels) // cut.unit
+    units = (positions if cut.contiguous else channels) // cut.unit
     accumulate = accumulation(x)
     count = math.prod(shape) // channels
-    return Prepared(
+    return Launch(
         cut=cut,
         stages=("given",) if given else STAGES[cut.barrier],
         runtime=(
             channels, units, *reciprocal(units), 0, cut.lines, cut.tiles_each, cut.team, cut.teams, cut.slices
         ),
         constants={
-            "R": cut.rows, "B": cut.columns, "K": cut.held, "UNIT": cut.unit, "PLANES": cut.planes,
+            "R": cut.rows, "B": cut.columns, "K": cut.held, "UNIT": cut.unit, "PLANES": cut.contiguous,
             "WIDE": math.prod(shape) > MOST_OF_32_BITS, "OVERFLOW": cut.overflow,
             "ACC": triton.TYPES[accumulate],
         },
@@ -175,9 +176,14 @@ def prepared(
 
 
 def plan_for(x: Tensor, on: Processors, *, backward: bool = False, given: bool = False) -> Plan:
-    """How the fused kernel cuts a dense x (N, C, *S) up."""
+    """The best plan for a dense x (N, C, *S)."""
     return plan(
-        sizes(x), planes=not is_rows(x), itemsize=x.element_size(), backward=backward, processors=on, given=given
+        sizes(x),
+        contiguous=not is_channels_last(x),
+        itemsize=x.element_size(),
+        backward=backward,
+        processors=on,
+        given=given,
     )
 
 

@@ -1,3 +1,5 @@
+"""Every data set that a recipe can name but those of the hub, and the reading of .npz files."""
+
 from __future__ import annotations
 
 import subprocess
@@ -9,9 +11,9 @@ import pytest
 import torch
 
 from bncli.engine import data
-from bncli.engine.data import load
-from bncli.engine.data.splits import carve, evaluation_order, order
-from bncli.errors import DataError
+from bncli.engine.data import load, read_npz
+from bncli.engine.data.splits import evaluation_order, holdout_split, order
+from bncli.errors import USAGE, DataError
 from bncli.recipe.sections import Digits, Npz, Synthetic
 
 CPU = torch.device("cpu")
@@ -29,14 +31,6 @@ def synthetic(**fields) -> data.Dataset:
     return load(Synthetic(source="synthetic", **fields), CPU)
 
 
-@pytest.fixture
-def byte_images(tmp_path) -> str:
-    """40 images of 3x8x8 bytes in 4 classes."""
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 3, 8, 8), dtype=np.uint8)
-    np.savez(tmp_path / "images.npz", x=pixels, y=np.arange(40) % 4)
-    return str(tmp_path / "images.npz")
-
-
 def npz(path: str, memory_format: torch.memory_format = torch.contiguous_format, **fields) -> data.Dataset:
     return load(Npz(source="npz", path=path, **fields), CPU, memory_format)
 
@@ -44,18 +38,18 @@ def npz(path: str, memory_format: torch.memory_format = torch.contiguous_format,
 # --- splits, as they are loaded -----------------------------------------------------------------------------------
 
 
-def test_float_vectors_are_converted_once_at_load_and_byte_images_batch_by_batch(byte_images):
+def test_float_vectors_are_converted_at_load_and_byte_images_per_batch(byte_images):
     assert digits().train.convert is None
     images = npz(byte_images, held_out=10)
     assert images.train.x.dtype == torch.uint8
-    assert next(images.held_out_batches(5))[0].dtype == torch.float32
+    assert next(images.held_out.chunks(5))[0].dtype == torch.float32
 
 
 def test_held_out_batches_hold_every_example_once_in_a_fixed_order(byte_images):
     images = npz(byte_images, held_out=10)
-    chunks = list(images.held_out_batches(4))
+    chunks = list(images.held_out.chunks(4))
     assert [len(y) for _, y in chunks] == [4, 3, 3]
-    whole, labels = next(images.held_out_batches(1000))
+    whole, labels = next(images.held_out.chunks(1000))
     assert torch.equal(torch.cat([x for x, _ in chunks]), whole)
     assert torch.equal(torch.cat([y for _, y in chunks]), labels)
     assert images.train.index_device == CPU
@@ -76,7 +70,7 @@ def test_images_come_in_the_asked_layout_with_the_same_values(byte_images, augme
 
 def test_float_images_come_channels_last_too_and_vectors_do_not_mind():
     spec = Synthetic(source="synthetic", shape=(3, 4, 4), examples=20, held_out=5)
-    x, _ = next(load(spec, CPU, torch.channels_last).held_out_batches(5))
+    x, _ = next(load(spec, CPU, torch.channels_last).held_out.chunks(5))
     assert x.is_contiguous(memory_format=torch.channels_last)
     vectors = load(Digits(source="digits"), CPU, torch.channels_last)
     assert torch.equal(vectors.train.x, digits().train.x)
@@ -92,19 +86,19 @@ def test_augmentation_changes_training_batches_alone_and_follows_its_generator(b
     assert not torch.equal(first, x)
     assert torch.equal(labels, y)
     for ours, theirs in (
-        (augmented.held_out_batches(10), plain.held_out_batches(10)),
+        (augmented.held_out.chunks(10), plain.held_out.chunks(10)),
         (augmented.train.chunks(30), [(x, y)]),
     ):
         assert torch.equal(next(iter(ours))[0], next(iter(theirs))[0])
 
 
 @pytest.mark.parametrize("has_test_set", [False, True])
-def test_held_out_examples_of_a_sorted_file_are_evaluated_in_an_order_of_the_split_seed(tmp_path, has_test_set):
+def test_held_out_examples_of_a_sorted_file_are_evaluated_shuffled(tmp_path, has_test_set):
     arrays = {"x": np.arange(1200.0)[:, None], "y": np.arange(3).repeat(400)}
     test_set = {f"{name}_test": array for name, array in arrays.items()} if has_test_set else {}
-    np.savez(tmp_path / "sorted.npz", **arrays, **test_set)
+    path = save(tmp_path, **arrays, **test_set)
     fields = {} if has_test_set else {"held_out": 600}
-    one, again, other = (npz(str(tmp_path / "sorted.npz"), split_seed=seed, **fields).held_out for seed in (1, 1, 2))
+    one, again, other = (npz(path, split_seed=seed, **fields).held_out for seed in (1, 1, 2))
     assert torch.equal(one.x, again.x)
     assert not torch.equal(one.x, other.x)
     # 60 draws from thirds: expected 20 of each class, deviation 3.6
@@ -115,19 +109,13 @@ def test_held_out_examples_of_a_sorted_file_are_evaluated_in_an_order_of_the_spl
 # --- sources ------------------------------------------------------------------------------------------------------
 
 
-def test_digits_are_those_of_scikit_learn():
+def test_digits_are_those_of_scikit_learn_also_where_its_file_has_moved(monkeypatch):
     from sklearn.datasets import load_digits
 
-    x, y = load_digits(return_X_y=True)
-    pixels, labels = data.read_digits()
-    assert np.array_equal(pixels, x)
-    assert np.array_equal(labels, y)
-
-
-def test_digits_come_from_scikit_learn_itself_where_its_file_has_moved(monkeypatch):
-    pixels, labels = data.read_digits()
+    expected = load_digits(return_X_y=True)
+    assert all(map(np.array_equal, data.read_digits(), expected))
     monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
-    assert all(map(np.array_equal, data.read_digits(), (pixels, labels)))
+    assert all(map(np.array_equal, data.read_digits(), expected))
 
 
 def test_digits_do_not_import_scikit_learn():
@@ -135,23 +123,19 @@ def test_digits_do_not_import_scikit_learn():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
-def test_digits_are_64_features_of_0_to_1_in_10_classes():
-    loaded = digits()
+def test_digits_are_64_features_or_8x8_pixels_of_0_to_1_in_10_classes():
+    loaded, images = digits(), digits(images=True)
     assert (loaded.name, loaded.shape, loaded.classes) == ("digits (scikit-learn)", (64,), 10)
     assert (len(loaded.train), len(loaded.held_out)) == (1297, 500)
     assert (loaded.train.x.min(), loaded.train.x.max()) == (0, 1)
-
-
-def test_digits_as_images_are_the_same_pixels():
-    vectors, images = digits(), digits(images=True)
     assert images.shape == (1, 8, 8)
-    assert torch.equal(images.train.x.flatten(1), vectors.train.x)
+    assert torch.equal(images.train.x.flatten(1), loaded.train.x)
 
 
 def test_the_held_out_digits_follow_from_the_split_seed():
-    held_out = [digits(split_seed=seed).held_out.x for seed in (0, 0, 1)]
-    assert torch.equal(held_out[0], held_out[1])
-    assert not torch.equal(held_out[0], held_out[2])
+    one, same, other = (digits(split_seed=seed).held_out.x for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
 
 
 def test_standard_takes_mean_and_deviation_from_the_training_examples_alone():
@@ -191,18 +175,17 @@ def test_a_synthetic_shape_is_that_of_vectors_or_images():
 
 def test_npz_examples_are_held_out_by_split_seed(byte_images):
     images = npz(byte_images, held_out=10)
-    assert (images.name, images.shape, images.classes) == ("images.npz", (3, 8, 8), 4)
-    assert (len(images.train), len(images.held_out)) == (30, 10)
-    x, y = next(images.held_out_batches(10))
+    assert (images.name, images.shape, images.classes) == ("images.npz", (3, 16, 16), 4)
+    assert (len(images.train), len(images.held_out)) == (150, 10)
+    x, y = next(images.held_out.chunks(10))
     stored = np.load(byte_images)
-    held_out = carve(40, 10, 0)[1][evaluation_order(10, 0)].numpy()
+    held_out = holdout_split(160, 10, 0)[1][evaluation_order(10, 0)].numpy()
     assert np.array_equal(x.numpy(), stored["x"][held_out].astype(np.float32) / 255)
     assert np.array_equal(y.numpy(), stored["y"][held_out])
 
 
 def test_an_npz_with_its_own_test_set_keeps_it(tmp_path):
-    path = str(tmp_path / "set.npz")
-    np.savez(path, x=np.eye(4), y=[0, 1, 2, 0], x_test=2 * np.eye(4)[:2], y_test=[1, 0])
+    path = save(tmp_path, x=np.eye(4), y=[0, 1, 2, 0], x_test=2 * np.eye(4)[:2], y_test=[1, 0])
     arrays = npz(path)
     assert (arrays.train.x.tolist(), arrays.held_out.x.tolist()) == (np.eye(4).tolist(), (2 * np.eye(4)[:2]).tolist())
     assert (arrays.held_out.y.tolist(), arrays.classes) == ([1, 0], 3)
@@ -210,21 +193,15 @@ def test_an_npz_with_its_own_test_set_keeps_it(tmp_path):
         npz(path, held_out=2)
 
 
-def test_an_npz_without_a_test_set_needs_held_out(byte_images):
-    with pytest.raises(
-        DataError, match=r"data\.held_out: .* has no x_test; say how many of its 40 examples to hold out"
-    ):
-        npz(byte_images)
-
-
-def test_crop_flip_needs_images(tmp_path):
-    np.savez(tmp_path / "set.npz", x=np.eye(4), y=[0, 1, 0, 1])
+def test_an_npz_without_a_test_set_needs_held_out_and_crop_flip_needs_images(tmp_path):
+    path = save(tmp_path, x=np.eye(4), y=[0, 1, 0, 1])
+    with pytest.raises(DataError, match=r"data\.held_out: .* has no x_test; say how many of its 4 examples to"):
+        npz(path)
     with pytest.raises(DataError, match=r"data\.augment: crop-flip needs images, and set\.npz holds vectors"):
-        npz(str(tmp_path / "set.npz"), held_out=1, augment="crop-flip")
+        npz(path, held_out=1, augment="crop-flip")
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 def test_a_gpu_gets_the_batches_that_the_cpu_gets(byte_images):
     spec = Npz(source="npz", path=byte_images, held_out=10, augment="crop-flip", normalize="standard")
     batches = []
@@ -233,3 +210,108 @@ def test_a_gpu_gets_the_batches_that_the_cpu_gets(byte_images):
         indices = islice(order(len(split), 8, seeded(0), split.index_device), 5)
         batches.append([x.cpu() for x, _ in split.batches(indices, seeded(1))])
     assert all(map(torch.equal, *batches))
+
+
+# --- NumPy's .npz files -------------------------------------------------------------------------------------------
+
+VECTORS = np.arange(12, dtype=np.float64).reshape(4, 3)
+LABELS = np.array([0, 1, 0, 1])
+
+
+def save(folder, **arrays) -> str:
+    np.savez(folder / "set.npz", **arrays)
+    return str(folder / "set.npz")
+
+
+@pytest.mark.parametrize(("x_type", "y_type"), [("f8", "u1"), (">f4", ">i2")])
+def test_arrays_of_either_byte_order_come_back_as_float32_and_int64(tmp_path, x_type, y_type):
+    arrays = read_npz(save(tmp_path, x=VECTORS.astype(x_type), y=LABELS.astype(y_type), unrelated=np.zeros(3)))
+    assert list(arrays) == ["x", "y"]
+    assert (arrays["x"].dtype, arrays["y"].dtype) == (torch.float32, torch.int64)
+    assert (arrays["x"].tolist(), arrays["y"].tolist()) == (VECTORS.tolist(), LABELS.tolist())
+
+
+def test_a_fixed_test_set_comes_with_them(tmp_path):
+    arrays = read_npz(save(tmp_path, x=VECTORS, y=LABELS, x_test=VECTORS[:2] + 1, y_test=LABELS[:2]))
+    assert arrays["x_test"].tolist() == (VECTORS[:2] + 1).tolist()
+    assert arrays["y_test"].tolist() == [0, 1]
+
+
+def test_byte_images_stay_bytes_and_byte_vectors_become_0_to_1(tmp_path):
+    images = np.full((4, 1, 2, 2), 51, dtype=np.uint8)
+    assert read_npz(save(tmp_path, x=images, y=LABELS))["x"].dtype == torch.uint8
+    vectors = read_npz(save(tmp_path, x=images.reshape(4, 4), y=LABELS))["x"]
+    assert vectors.tolist() == torch.full((4, 4), 51 / 255).tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"y": None}, "has no y; it holds x. Needed are x and y"),
+        ({"x": None, "y": None, "images": VECTORS}, "has no x and no y; it holds images."),
+        ({"x": None, "y": None}, "it holds nothing"),
+        ({"x_test": VECTORS}, "has no y_test; it holds x, y, x_test"),
+        ({"x": VECTORS.astype(np.int64)}, "has x of type int64; it must be float, or uint8 for 0..255"),
+        ({"x": VECTORS.astype(str)}, "it must be float, or uint8"),
+        ({"x": VECTORS[0]}, r"has x of shape \(3,\); it must be \(examples, features\) or \(examples, channels"),
+        ({"x": VECTORS[:, :0]}, r"has x of shape \(4, 0\).*not empty"),
+        (
+            {"x": np.where(VECTORS == 5, np.nan, VECTORS)},
+            "not finite in float32, in 1 of 4 examples, the first at index 1",
+        ),
+        ({"x": VECTORS * 1e300}, "not finite in float32, in 4 of 4 examples"),
+        (
+            {"y": LABELS.astype(float)},
+            r"has y of type float64 and shape \(4,\); labels are whole numbers, one an example",
+        ),
+        ({"y": np.eye(4, dtype=int)}, r"has y of type int64 and shape \(4, 4\); labels are"),
+        ({"y": LABELS[:0]}, r"shape \(0,\); labels are"),
+        ({"y": LABELS - 1}, "has labels from -1 to 0 in y; number the classes from 0 up"),
+        ({"y": LABELS.astype(np.uint64) + 2**63}, "has labels from 9223372036854775808 to"),
+        ({"y": LABELS + 1}, "has labels up to 2 in y and none that is 0; number them from 0, without gaps"),
+        ({"y": LABELS * 2}, "has labels up to 2 in y and none that is 1"),
+        ({"y": LABELS * 0}, "has label 0 alone in y; there must be at least 2 classes"),
+        ({"y": LABELS[:3]}, "has 4 examples in x and 3 labels in y"),
+        ({"x_test": VECTORS, "y_test": LABELS[:3]}, "has 4 examples in x_test and 3 labels in y_test"),
+        ({"x_test": VECTORS[:, :2], "y_test": LABELS}, r"has examples of shape \(3,\) in x and \(2,\) in x_test"),
+        ({"x_test": VECTORS.astype(np.uint8), "y_test": LABELS}, "has x of type float64 and x_test of type uint8"),
+        ({"x_test": VECTORS, "y_test": LABELS + 1}, "has label 2 in y_test, beyond y's 0 to 1"),
+        ({"x": np.array([{}, {}])}, "cannot be read as arrays of numbers"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_its_file(tmp_path, changes, message):
+    arrays = {"x": VECTORS, "y": LABELS} | changes
+    path = save(tmp_path, **{key: array for key, array in arrays.items() if array is not None})
+    with pytest.raises(DataError, match=message) as caught:
+        read_npz(path)
+    assert str(caught.value).startswith(f"data.path: {path} ")
+    assert caught.value.exit_code == USAGE
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"set\.npz is not there; make it with numpy\.savez\('.*set\.npz', x=\.\.\."),
+        ("a folder", "is not there"),
+        (b"", r"is not an \.npz archive"),
+        (b"label,pixel\n1,2\n", r"is not an \.npz archive"),
+        (b"\x93NUMPY\x01\x00", r"is not an \.npz archive"),
+    ],
+    ids=["missing", "folder", "empty", "csv", "npy"],
+)
+def test_what_is_no_archive_is_refused(tmp_path, content, message):
+    if isinstance(content, bytes):
+        (tmp_path / "set.npz").write_bytes(content)
+    elif content:
+        (tmp_path / "set.npz").mkdir()
+    with pytest.raises(DataError, match=message):
+        read_npz(str(tmp_path / "set.npz"))
+
+
+def test_a_damaged_archive_is_refused(tmp_path):
+    path = save(tmp_path, x=VECTORS, y=LABELS)
+    content = bytearray((tmp_path / "set.npz").read_bytes())
+    content[200:210] = bytes(10)  # inside x: its checksum no longer holds
+    (tmp_path / "set.npz").write_bytes(content)
+    with pytest.raises(DataError, match="cannot be read as arrays of numbers"):
+        read_npz(path)

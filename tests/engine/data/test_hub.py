@@ -1,4 +1,4 @@
-"""Every set here is made on the spot; nothing asks the network."""
+"""Image sets from folders and Parquet, and images decoded on demand. Nothing asks the network."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from bncli.engine.data import load
-from bncli.engine.data.hub import open_tables, pictures, reachable
-from bncli.engine.data.lazy_images import Streamed
+from bncli.engine.data.hub import Streamed, image_splits, open_tables, reachable, to_pixels
 from bncli.engine.data.splits import Dataset, evaluation_order, order
 from bncli.errors import USAGE, DataError
 from bncli.recipe.sections import Hub
@@ -92,7 +91,7 @@ def test_a_folder_of_class_folders_is_its_images_and_labels(folder, pixels):
     loaded = hub(folder)
     assert (loaded.name, loaded.shape, loaded.classes) == (str(folder), (3, 8, 8), 3)
     assert (len(loaded.train), len(loaded.held_out)) == (12, 6)
-    x, y = next(loaded.held_out_batches(10))
+    x, y = next(loaded.held_out.chunks(10))
     by_class = sorted(range(6), key=lambda number: (number % 3, number))  # the library's order: folder after folder
     by_class = [by_class[place] for place in evaluation_order(6, 0)]
     assert y.tolist() == [number % 3 for number in by_class]
@@ -103,7 +102,7 @@ def test_a_folder_of_parquet_files_has_the_splits_of_their_names(tmp_path, pixel
     for split, images in pixels.items():
         parquet(tmp_path / f"{split}-00000-of-00001.parquet", table(images))
     loaded = hub(tmp_path)
-    x, y = next(loaded.held_out_batches(10))
+    x, y = next(loaded.held_out.chunks(10))
     evaluated = evaluation_order(6, 0)
     assert np.array_equal(x.permute(0, 2, 3, 1).numpy(), pixels["test"][evaluated].astype(np.float32) / 255)
     assert y.tolist() == (evaluated % 3).tolist()
@@ -113,17 +112,17 @@ def test_a_folder_of_parquet_files_has_the_splits_of_their_names(tmp_path, pixel
 def test_a_single_parquet_file_is_the_training_split_to_hold_out_from(tmp_path, pixels):
     path = parquet(tmp_path / "set.parquet", table(pixels["train"]))
     loaded = hub(path, held_out=4)
-    (x, y), (held_out_x, held_out_y) = next(loaded.train.chunks(12)), next(loaded.held_out_batches(12))
+    (x, y), (held_out_x, held_out_y) = next(loaded.train.chunks(12)), next(loaded.held_out.chunks(12))
     assert (len(x), len(held_out_x)) == (8, 4)
     together = {tuple(image) for image in torch.cat([x, held_out_x]).mul(255).round().byte().flatten(1).tolist()}
     assert together == {tuple(image.transpose(2, 0, 1).ravel().tolist()) for image in pixels["train"]}
     assert sorted(torch.cat([y, held_out_y]).tolist()) == [0] * 4 + [1] * 4 + [2] * 4
-    assert same(hub(path, held_out=4).held_out_batches(12), [(held_out_x, held_out_y)])
-    assert not same(hub(path, held_out=4, split_seed=1).held_out_batches(12), [(held_out_x, held_out_y)])
+    assert same(hub(path, held_out=4).held_out.chunks(12), [(held_out_x, held_out_y)])
+    assert not same(hub(path, held_out=4, split_seed=1).held_out.chunks(12), [(held_out_x, held_out_y)])
 
 
 def test_images_are_made_grey_and_resized_as_the_shape_says(folder):
-    x, _ = next(hub(folder, shape=(1, 4, 6)).held_out_batches(10))
+    x, _ = next(hub(folder, shape=(1, 4, 6)).held_out.chunks(10))
     assert x.shape == (6, 1, 4, 6)
 
 
@@ -133,7 +132,7 @@ def test_plain_bytes_and_whole_numbers_will_do_where_the_columns_are_named(tmp_p
     path = parquet(tmp_path / "set.parquet", plain)
     named = hub(path, held_out=3, image_column="png", label_column="kind")
     typed = hub(parquet(tmp_path / "typed.parquet", table(pixels["train"])), held_out=3)
-    assert same(named.held_out_batches(3), typed.held_out_batches(3))
+    assert same(named.held_out.chunks(3), typed.held_out.chunks(3))
     assert "has no columns of type Image; name one of its columns: png (binary), kind (int64)" in refused(
         path, held_out=3
     )
@@ -145,7 +144,7 @@ def test_standard_normalises_by_the_training_images(folder):
     torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(x.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-5, rtol=0)
     unit, _ = next(hub(folder).train.chunks(12))
-    held_out, raw = next(loaded.held_out_batches(6))[0], next(hub(folder).held_out_batches(6))[0]
+    held_out, raw = next(loaded.held_out.chunks(6))[0], next(hub(folder).held_out.chunks(6))[0]
     shift, scale = unit.mean((0, 2, 3), keepdim=True), unit.std((0, 2, 3), correction=0, keepdim=True)
     torch.testing.assert_close(held_out, (raw - shift) / scale, atol=1e-5, rtol=1e-5)
 
@@ -164,13 +163,13 @@ def test_a_set_larger_than_memory_gives_the_same_batches(folder, workers):
         indices = order(12, 5, torch.Generator().manual_seed(1))
         batches.append(list(islice(split.batches(indices, torch.Generator().manual_seed(2)), 5)))
     assert same(*batches)
-    assert same(kept.held_out_batches(4), streamed.held_out_batches(4))
+    assert same(kept.held_out.chunks(4), streamed.held_out.chunks(4))
 
 
 @pytest.mark.parametrize("in_memory_gib", [0.0, 4.0])
 def test_held_out_images_are_evaluated_in_an_order_of_the_split_seed(folder, in_memory_gib):
     one, again, other = (
-        [y for _, y in hub(folder, in_memory_gib=in_memory_gib, split_seed=seed).held_out_batches(5)]
+        [y for _, y in hub(folder, in_memory_gib=in_memory_gib, split_seed=seed).held_out.chunks(5)]
         for seed in (0, 0, 2)
     )
     assert [len(y) for y in one] == [3, 3]
@@ -186,12 +185,12 @@ def test_the_limit_counts_a_byte_for_each_value_of_all_images(folder):
 
 def test_decoding_batch_by_batch_leaves_the_global_generator_alone(folder):
     state = torch.get_rng_state()
-    list(hub(folder, in_memory_gib=0.0).held_out_batches(3))
+    list(hub(folder, in_memory_gib=0.0).held_out.chunks(3))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def read_through(name: str | Path, **fields) -> list:
-    return list(hub(name, **fields).held_out_batches(3))
+    return list(hub(name, **fields).held_out.chunks(3))
 
 
 @pytest.mark.parametrize("fields", [{}, {"in_memory_gib": 0.0}, {"in_memory_gib": 0.0, "workers": 1}])
@@ -221,16 +220,16 @@ def test_a_missing_library_comes_with_the_extra_to_install(folder, monkeypatch):
         ({"held_out_split": "train"}, "data.held_out_split: 'train' is the training split; name another"),
         ({"held_out": 3}, "has a split 'test' to hold out; leave held_out away"),
         ({"held_out": 12, "held_out_split": "none"}, "data.held_out: 12 leaves nothing to train on"),
-        ({"image_column": "img"}, "data.image_column: "),
         ({"image_column": "img"}, "has no column 'img'; it has image (Image), label (ClassLabel)"),
-        ({"label_column": "fine"}, "data.label_column: "),
         ({"label_column": "fine"}, "has no column 'fine'; it has image (Image), label (ClassLabel)"),
         ({"image_column": "label"}, "column 'label' holds no images"),
         ({"label_column": "image"}, "column 'image' does not hold a whole number for each image"),
     ],
 )
 def test_what_the_recipe_says_of_a_set_must_be_so(folder, fields, message):
-    assert message in refused(folder, **fields)
+    found = refused(folder, **fields)
+    assert message in found
+    assert found.startswith("data.")
 
 
 def test_several_label_columns_are_listed(tmp_path, pixels):
@@ -261,18 +260,15 @@ def test_labels_must_be_numbers_of_the_recipes_classes(tmp_path, pixels, labels,
 def test_an_empty_split_is_refused(pixels):
     tables = {"train": table(pixels["train"]), "test": table(pixels["test"][:0])}
     with pytest.raises(DataError, match=r"data\.name: birds, split 'test' is empty"):
-        pictures(tables, Hub(source="hub", name="birds", shape=(3, 8, 8), classes=3))
+        image_splits(tables, Hub(source="hub", name="birds", shape=(3, 8, 8), classes=3))
 
 
-def test_a_file_that_is_not_parquet_is_refused(tmp_path):
+def test_files_and_folders_without_images_are_refused(tmp_path):
+    assert "doesn't contain any data files. Name a Parquet file, or a folder of the form" in refused(tmp_path)
     (tmp_path / "set.parquet").write_bytes(b"something else")
     (tmp_path / "set.tar").write_bytes(b"something else")
     assert "could not be loaded: " in refused(tmp_path / "set.parquet")
     assert "is neither a folder nor a Parquet file. Name a Parquet file, or" in refused(tmp_path / "set.tar")
-
-
-def test_an_empty_folder_is_refused(tmp_path):
-    assert "doesn't contain any data files. Name a Parquet file, or a folder of the form" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["./photos", "~/photos-that-are-not-there", "a/b/c", "missing.parquet", "/none"])
@@ -316,7 +312,7 @@ def test_any_answer_means_reachable_and_a_closed_port_does_not(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     with HTTPServer(("127.0.0.1", 0), Refusing) as server:
         Thread(target=server.handle_request).start()
-        assert reachable(f"http://127.0.0.1:{server.server_port}")
+        assert reachable(f"http://127.0.0.1:{server.server_port}", timeout_s=60)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound and not listening: refuses
         assert not reachable(f"http://127.0.0.1:{unused.getsockname()[1]}")
@@ -325,3 +321,43 @@ def test_any_answer_means_reachable_and_a_closed_port_does_not(monkeypatch):
 def test_nothing_is_printed(folder, capfd):
     hub(folder, held_out_split="test", image_column="image", shape=(3, 6, 6))
     assert capfd.readouterr() == ("", "")
+
+
+# --- pixels -------------------------------------------------------------------------------------------------------
+
+
+def image_of(mode: str, *shape: int):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)).convert(mode)
+
+
+def test_an_image_of_the_right_size_and_mode_keeps_its_bytes():
+    grey, colour = image_of("L", 5, 7), image_of("RGB", 5, 7, 3)
+    assert np.array_equal(to_pixels(grey, (1, 5, 7))[0].numpy(), np.asarray(grey))
+    assert np.array_equal(to_pixels(colour, (3, 5, 7)).permute(1, 2, 0).numpy(), np.asarray(colour))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_any_8_bit_mode_becomes_grey_or_rgb(mode, channels):
+    pixels = to_pixels(image_of(mode, 4, 6, 3), (channels, 4, 6))
+    assert (pixels.shape, pixels.dtype) == ((channels, 4, 6), torch.uint8)
+
+
+def test_a_larger_image_is_averaged_down():
+    checks = Image.fromarray((255 * (np.indices((64, 64)).sum(0) % 2)).astype(np.uint8))
+    pixels = to_pixels(checks, (1, 8, 8)).float()
+    # without averaging each pixel would be a check's own 0 or 255
+    assert ((pixels - 127.5).abs() < 3).all()
+
+
+def test_height_and_width_are_not_mixed_up():
+    left = Image.fromarray(np.repeat([[0, 0, 255, 255]], 2, axis=0).astype(np.uint8))
+    pixels = to_pixels(left, (1, 6, 4))[0]
+    assert pixels.shape == (6, 4)
+    assert pixels.tolist() == [[0, 0, 255, 255]] * 6
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_images_of_more_than_8_bits_are_refused_instead_of_clipped(mode):
+    with pytest.raises(ValueError, match=rf"its pixels \(mode {mode}\) have more than 8 bits a channel"):
+        to_pixels(Image.new(mode, (4, 4)), (1, 4, 4))

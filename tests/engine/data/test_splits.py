@@ -1,4 +1,4 @@
-"""The order of the batches, what is held out, and a split that lies in memory."""
+"""The order of the batches, what is held out, a split in memory, and normalization and augmentation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ from itertools import islice
 import pytest
 import torch
 
-from bncli.engine.data.splits import Dataset, InMemory, carve, chunk_count, evaluation_order, order
+from bncli.engine.data.splits import (
+    Conversion,
+    InMemory,
+    byte_counts,
+    byte_statistics,
+    chunk_count,
+    crop_flip,
+    evaluation_order,
+    holdout_split,
+    normalization,
+    order,
+)
 from bncli.errors import DataError
 
 
@@ -18,28 +29,18 @@ def seeded(seed: int) -> torch.Generator:
 # --- order and what is held out -----------------------------------------------------------------------------------
 
 
-def test_an_epoch_holds_every_example_once_but_for_its_incomplete_last_batch():
+def test_epochs_differ_and_hold_every_example_of_their_whole_batches_once():
     indices = order(10, 3, seeded(0))
-    for _ in range(4):
-        epoch = torch.cat(list(islice(indices, 3)))
-        assert len(epoch.unique()) == 9
-
-
-def test_epochs_are_shuffled_anew():
-    indices = order(20, 20, seeded(0))
-    assert not torch.equal(next(indices), next(indices))
-
-
-def test_the_order_follows_from_the_seed():
-    first, again, other = (list(islice(order(50, 10, seeded(seed)), 12)) for seed in (3, 3, 4))
-    assert all(map(torch.equal, first, again))
-    assert not all(map(torch.equal, first, other))
+    epochs = [torch.cat(list(islice(indices, 3))) for _ in range(4)]
+    assert all(len(epoch.unique()) == 9 for epoch in epochs)
+    assert not torch.equal(epochs[0], epochs[1])
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 4, 11])
-def test_the_order_goes_on_after_any_number_of_batches(start: int):
-    whole = list(islice(order(10, 3, seeded(5)), 15))
+def test_the_order_follows_from_the_seed_and_can_start_at_any_batch(start: int):
+    whole, other = (list(islice(order(10, 3, seeded(seed)), 15)) for seed in (5, 6))
     assert all(map(torch.equal, islice(order(10, 3, seeded(5), start=start), 15 - start), whole[start:]))
+    assert not all(map(torch.equal, whole, other))
 
 
 def test_a_batch_larger_than_the_training_set_is_refused_at_once():
@@ -48,22 +49,22 @@ def test_a_batch_larger_than_the_training_set_is_refused_at_once():
     assert len(next(order(60, 60, seeded(0)))) == 60
 
 
-def test_carving_parts_the_examples_and_depends_on_the_split_seed_alone():
-    train, held_out = carve(100, 30, 0)
+def test_a_holdout_split_parts_the_examples_and_depends_on_its_seed_alone():
+    train, held_out = holdout_split(100, 30, 0)
     assert len(held_out) == 30
     assert sorted(train.tolist() + held_out.tolist()) == list(range(100))
-    assert torch.equal(carve(100, 30, 0)[1], held_out)
-    assert not torch.equal(carve(100, 30, 1)[1], held_out)
+    assert torch.equal(holdout_split(100, 30, 0)[1], held_out)
+    assert not torch.equal(holdout_split(100, 30, 1)[1], held_out)
 
 
 def test_holding_everything_out_is_refused():
     with pytest.raises(
         DataError, match=r"data\.held_out: 100 leaves nothing to train on, the data set has 100 examples"
     ):
-        carve(100, 100, 0)
+        holdout_split(100, 100, 0)
 
 
-def test_the_order_of_evaluation_holds_every_example_and_depends_on_its_arguments_alone():
+def test_the_order_of_evaluation_follows_from_its_arguments_alone():
     found = evaluation_order(50, 3)
     assert sorted(found.tolist()) == list(range(50))
     assert found.tolist() != list(range(50))
@@ -107,9 +108,84 @@ def test_training_batches_alone_are_augmented_and_both_are_converted():
     assert set(batch.unique().tolist()) <= {100.0, *chunk.unique().tolist()}
 
 
-def test_a_data_set_evaluates_its_held_out_examples():
-    train, held_out = InMemory(torch.zeros(4, 2), torch.zeros(4).long()), InMemory(torch.ones(3, 2), torch.arange(3))
-    found = Dataset("made up", train, held_out, (2,), 3)
-    ((x, y),) = found.held_out_batches(10)
-    assert torch.equal(x, held_out.x)
-    assert torch.equal(y, held_out.y)
+# --- normalization ------------------------------------------------------------------------------------------------
+
+
+def bytes_like(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=seeded(0))
+
+
+def test_unit_brings_bytes_to_0_to_1_and_leaves_floats_as_they_are():
+    images, vectors = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1), torch.tensor([[7.0], [-3.0]])
+    mean, std = normalization(images, "unit")
+    assert Conversion(mean, std)(images).flatten().tolist() == pytest.approx([0, 0.2, 1])
+    mean, std = normalization(vectors, "unit")
+    assert torch.equal((vectors - mean) / std, vectors)
+
+
+@pytest.mark.parametrize("shape", [(200, 5), (40, 3, 6, 4)], ids=["vectors", "images"])
+def test_standard_gives_each_feature_or_channel_mean_0_and_deviation_1(shape):
+    x = 10_000 + torch.randn(shape, generator=seeded(1))
+    mean, std = normalization(x, "standard")
+    around = (0, 2, 3) if x.dim() == 4 else (0,)
+    normalised = ((x - mean) / std).double()
+    # the mean is rounded once to float32, at 10,000 by at most 2**-11
+    assert normalised.mean(around).abs().max() < 2**-10
+    torch.testing.assert_close(normalised.std(around, correction=0), torch.ones(x.shape[1]).double(), rtol=1e-5, atol=0)
+
+
+def test_the_statistics_of_bytes_are_those_of_the_same_numbers_as_floats():
+    x = bytes_like(30, 3, 5, 7)
+    for of_bytes, of_floats in zip(normalization(x, "standard"), normalization(x.float(), "standard"), strict=True):
+        torch.testing.assert_close(of_bytes, of_floats, rtol=2**-23, atol=0)
+
+
+def test_byte_counts_of_parts_add_up_to_those_of_the_whole():
+    x = bytes_like(30, 3, 5, 7)
+    assert torch.equal(sum(byte_counts(part) for part in x.split(11)), byte_counts(x))
+    assert byte_statistics(byte_counts(x))[0].shape == (3, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_a_constant_channel_ends_as_exactly_0(dtype):
+    x = bytes_like(37, 2, 3, 3).to(dtype)
+    x[:, 1] = 201 if dtype == torch.uint8 else 0.1
+    mean, std = normalization(x, "standard")
+    assert std[1].item() == 1
+    assert not ((x.float() - mean) / std)[:, 1].any()
+
+
+def test_a_conversion_gives_float32_in_the_asked_layout():
+    x = bytes_like(4, 3, 5, 5)
+    mean, std = normalization(x, "standard")
+    converted = Conversion(mean, std, torch.channels_last)(x)
+    assert converted.dtype == torch.float32
+    assert converted.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(converted, (x.float() - mean) / std)
+
+
+def moves(image: torch.Tensor, margin: int) -> list[torch.Tensor]:
+    """Every result that crop and flip may have for image (C, H, W), one at a time."""
+    channels, height, width = image.shape
+    padded = image.new_zeros(channels, height + 2 * margin, width + 2 * margin)
+    padded[:, margin : margin + height, margin : margin + width] = image
+    places = [(top, left) for top in range(2 * margin + 1) for left in range(2 * margin + 1)]
+    crops = [padded[:, top : top + height, left : left + width] for top, left in places]
+    return crops + [crop.flip(2) for crop in crops]
+
+
+@pytest.mark.parametrize(("height", "width", "margin"), [(8, 8, 1), (16, 12, 2), (7, 9, 0)])
+def test_crop_flip_gives_every_shift_by_an_eighth_of_the_height_mirrored_too(height, width, margin):
+    image = bytes_like(2, height, width)
+    expected = {tuple(move.flatten().tolist()) for move in moves(image, margin)}
+    moved = crop_flip(image.expand(2000, -1, -1, -1), seeded(0))  # each by itself
+    assert {tuple(one) for one in moved.flatten(1).tolist()} == expected
+
+
+def test_crop_flip_draws_from_its_generator_alone():
+    x, state = bytes_like(16, 3, 8, 8), torch.get_rng_state()
+    first, same, other = (crop_flip(x, seeded(seed)) for seed in (5, 5, 6))
+    assert all(any(torch.equal(moved, move) for move in moves(image, 1)) for image, moved in zip(x, first, strict=True))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)

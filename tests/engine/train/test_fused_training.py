@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 
 from bncli.engine.train import train
 from bncli.results.train import Evaluated
-from tests.conftest import tiny
+from tests.conftest import TINY, tiny
 
-IMAGES = {"source": "synthetic", "shape": [3, 8, 8], "classes": 3, "examples": 96, "held_out": 33, "noise": 0.5}
+IMAGES = {**TINY["data"], "shape": [3, 8, 8], "examples": 96, "held_out": 33}
 MODELS: dict[str, dict[str, Any]] = {
     "mlp": {},
     "cnn": {"data": IMAGES, "model": {"kind": "cnn", "channels": [8, 12]}},
@@ -18,13 +19,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "layout"),
-    [
-        ("mlp", "contiguous"),
-        *((name, layout) for name in ("cnn", "resnet") for layout in ("contiguous", "channels_last")),
-    ],
-)
+LAYOUTS = ("contiguous", "channels_last")
+
+
+@pytest.mark.parametrize(("name", "layout"), [("mlp", "contiguous"), *itertools.product(("cnn", "resnet"), LAYOUTS)])
 def test_a_run_with_the_fused_kernel_goes_as_one_with_native(name: str, layout: str) -> None:
     """Native contiguous, that is: channels last, native drifts from itself by as much as half a percent here."""
     losses = {}

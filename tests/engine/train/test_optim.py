@@ -62,7 +62,7 @@ def test_weight_decay_can_leave_out_norms_and_biases() -> None:
 
 
 @pytest.mark.parametrize("schedule", [{"kind": "constant"}, {"kind": "constant", "warmup": 3}, {"kind": "cosine"}])
-def test_the_rate_of_an_update_does_not_depend_on_whether_those_before_it_were_set(schedule: dict[str, Any]) -> None:
+def test_the_rate_of_an_update_does_not_depend_on_earlier_ones(schedule: dict[str, Any]) -> None:
     recipe = tiny(schedule=schedule, train={"steps": 10})
     sgd = optimizer(recipe, nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
     for step in range(10):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,19 @@ from bncli.engine.train import optimizer_step, training_loop
 from bncli.engine.train.state import Clock, TrainState, sample
 from bncli.recipe.sections import Recipe
 from bncli.results.train import Evaluated, Evaluation, RunFinished, RunResult, StepDone
-from tests.conftest import tiny
+from tests.conftest import TINY, tiny
+from tests.engine.conftest import OwnRecipe
 
 CPU = torch.device("cpu")
 STEPS = 20  # of batches of 20, with 6 batches an epoch and an evaluation every 5 steps
-IMAGES = {"source": "synthetic", "shape": [3, 8, 8], "classes": 3, "examples": 120, "held_out": 33, "noise": 0.5}
+IMAGES = {**TINY["data"], "shape": [3, 8, 8], "held_out": 33}
 
-# A user's own model that draws from each of the global generators in its forward pass.
+# A model of the user's own that draws from each of the global generators in its forward pass.
 NOISY = """
-import random
-import numpy as np
-import torch
-from torch import nn
 class Noisy(nn.Sequential):
     def forward(self, x):
         if self.training:
-            x = x + 0.1 * random.gauss(0, 1) + 0.1 * np.random.standard_normal() + 0.1 * torch.randn_like(x)
+            x = x + 0.1 * random.gauss(0, 1) + 0.1 * numpy.random.standard_normal() + 0.1 * torch.randn_like(x)
         return super().forward(x)
 def make(shape, classes, norm):
     return Noisy(nn.Linear(shape[0], 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, classes))
@@ -45,7 +41,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "bf16": {"train": {"precision": "bf16"}},
     "fp16 with skipped steps": {
-        "data": {**IMAGES, "shape": [8], "noise": 50.0},
+        "data": {**TINY["data"], "noise": 50.0},
         "norm": {"kind": "none"},
         "optimizer": {"kind": "sgd", "lr": 1e-4, "momentum": 0.9},
         "train": {"precision": "fp16"},
@@ -59,19 +55,14 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "augmentation": {"data": {"source": "npz", "path": "images.npz", "held_out": 40, "augment": "crop-flip"},
                      "model": {"kind": "cnn", "channels": [8]}},
-    "a model of the user's own": {"model": {"kind": "module", "module": "noisy:make"}, "norm": {"kind": "none"}},
+    "a model of the user's own": {"model": {"kind": "module", "module": "mine:make"}, "norm": {"kind": "none"}},
 }  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the recipes name in the current folder."""
-    random = np.random.default_rng(0)
-    x, y = random.integers(0, 256, (160, 3, 16, 16), np.uint8), random.integers(0, 3, 160)
-    np.savez(tmp_path / "images.npz", x=x, y=y)
-    (tmp_path / "noisy.py").write_text(NOISY)
-    monkeypatch.chdir(tmp_path)
-    sys.modules.pop("noisy", None)
+def folder(tmp_path: Path, byte_images: str, own_recipe: OwnRecipe) -> Path:
+    """The current folder, with images.npz and mine.py, which the recipes name."""
+    own_recipe(NOISY)
     return tmp_path
 
 
@@ -200,12 +191,10 @@ def test_batches_that_are_decoded_ahead_count_only_when_they_are_taken(folder: P
     image = pytest.importorskip("PIL.Image")
     pytest.importorskip("datasets")
     random = np.random.default_rng(0)
-    for split in ("train", "test"):
-        for label in ("a", "b"):
-            (folder / split / label).mkdir(parents=True)
-            for number in range(12):
-                pixels = random.integers(0, 256, (8, 8), np.uint8)
-                image.fromarray(pixels).save(folder / split / label / f"{number}.png")
+    for number in range(48):
+        place = folder / ("train", "test")[number % 2] / ("a", "b")[number // 2 % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        image.fromarray(random.integers(0, 256, (8, 8), np.uint8)).save(place / f"{number}.png")
     hub = {"source": "hub", "name": str(folder), "shape": [1, 8, 8], "classes": 2, "in_memory_gib": 0.0, "workers": 1}
     recipe = tiny(data=hub | {"augment": "crop-flip"}, train={"batch_size": 5, "target": None})
     whole = new_state(recipe)
@@ -225,9 +214,9 @@ def test_seconds_and_peaks_of_memory_add_up_over_the_parts_of_a_run(folder: Path
     _, result = trained(second)
     assert result.training_s > part.training_s
     assert result.evaluation_s > part.evaluation_s
-    if part.peak_memory_mib is not None:
-        assert result.peak_memory_mib is not None
-        assert result.peak_memory_mib >= part.peak_memory_mib
+    assert part.peak_memory_mib is not None
+    assert result.peak_memory_mib is not None
+    assert result.peak_memory_mib >= part.peak_memory_mib
 
 
 # --- the examples that initial weights are fitted to ----------------------------------------------------------------
@@ -246,23 +235,19 @@ def test_lsuv_sees_examples_of_every_class_even_of_a_sorted_file(tmp_path: Path)
 # --- the clock ----------------------------------------------------------------------------------------------------
 
 
-def test_throughput_leaves_out_evaluations_and_the_first_interval() -> None:
-    times = iter([0.0, 9.0, 100.0, 102.0, 200.0, 204.0])
-    clock = Clock(batch_size=60, device=CPU, now=lambda: next(times))
-    for step in (10, 20, 30):
+@pytest.mark.parametrize(
+    ("times", "steps", "training_s", "ms_per_step"),
+    [
+        ([0, 9, 100, 102, 200, 204], [10, 20, 30], 9 + 2 + 4, 1e3 * 6 / 20),  # the first interval is warm-up
+        ([0, 1], [4], 1, 250),  # and better than no figure
+        ([], [], 0, None),
+    ],
+)
+def test_throughput_leaves_out_evaluations_and_the_first_interval(
+    times: list[float], steps: list[int], training_s: float, ms_per_step: float | None
+) -> None:
+    clock = Clock(batch_size=60, device=CPU, now=lambda: times.pop(0))
+    for step in steps:
         clock.start()
         clock.pause(step)
-    assert clock.training_s == 9 + 2 + 4
-    assert clock.ms_per_step() == 1e3 * 6 / 20
-
-
-def test_a_single_interval_is_better_than_no_figure() -> None:
-    times = iter([0.0, 1.0])
-    clock = Clock(batch_size=60, device=CPU, now=lambda: next(times))
-    clock.start()
-    clock.pause(4)
-    assert clock.ms_per_step() == 250
-
-
-def test_a_run_without_a_step_has_no_throughput() -> None:
-    assert Clock(batch_size=60, device=CPU).ms_per_step() is None
+    assert (clock.training_s, clock.ms_per_step()) == (training_s, ms_per_step)

@@ -1,6 +1,9 @@
-"""Hold the machine code of Triton kernels to rules, for GPUs that are not here.
+"""Machine code of the fused kernel, compiled for GPUs that are not here: no spills, and accesses as wide as planned.
 
     python -m tests.kernels.fused.ahead_of_time [--capability 80 90 100] [--sample N | --all] [--match GLOB] [--json]
+
+Triton compiles without a driver, and its wheel has the disassembler. Each compiler is a process of its own: Triton
+compiles nothing where its interpreter is on, as in the tests, and a compiler that crashes ends one result alone.
 
 Exit status: 0 every rule is kept, 1 a rule is broken, 2 a usage error.
 """
@@ -12,248 +15,398 @@ import dataclasses
 import fnmatch
 import itertools
 import json
-import queue
+import os
 import random
+import re
+import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any
+from multiprocessing import get_context
 
-from tests.kernels.fused.compiling import Named, Specialisation, Worker, compile_for, resolve
-from tests.kernels.fused.machine_code import MachineCode, Widths
+from bncli.kernels.fused.tiling import ACCESS_BYTES, SPLIT_TILINGS, STREAMING, THREADS_A_WARP, registers, tilings
 
-__all__ = [
-    "CAPABILITIES",
-    "Finding",
-    "MachineCode",
-    "Named",
-    "Specialisation",
-    "check",
-    "compile_for",
-    "main",
-    "sample",
-]
-
-SOURCE = "tests.kernels.fused.specialisations:specialisations"
 CAPABILITIES = (90,)  # sm_90: H100, H200
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# (activation, residual): what is fused; the residual itself is read back only for silu.
+FUSED = (("none", False), ("relu", False), ("silu", False), ("none", True), ("relu", True), ("silu", True))
+# The kernel's arguments in order, with their types; x stands for x's own.
+ARGUMENTS = {
+    "forward": {
+        "x": "*x", "residual": "*x", "weight": "*fp32", "bias": "*fp32", "y": "*x", "mean": "*fp32", "var": "*fp32",
+        "signs": "*u8", "running_mean": "*fp32", "running_var": "*fp32", "partial": "*fp32", "arrived": "*i32",
+        "momentum": "fp32", "unbiased": "fp32",
+    },
+    "backward": {
+        "dy": "*x", "x": "*x", "residual": "*x", "weight": "*fp32", "bias": "*fp32", "mean": "*fp32", "var": "*fp32",
+        "signs": "*u8", "dx": "*x", "dr": "*x", "dweight": "*fp32", "dbias": "*fp32", "partial": "*fp32",
+        "arrived": "*i32",
+    },
+}  # fmt: skip
+INTEGERS = {"channels": "i32", "units": "i32", "magic": "i64"} | dict.fromkeys(
+    ("shift", "nothing", "L", "H", "P", "teams", "slices"), "i32"
+)
+WIDE_ACCESS = {"forward": ("x", "y"), "backward": ("x", "dy", "dx")}
+
+# --- what is compiled -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What distinguishes one compilation of the kernel from another."""
+
+    direction: str
+    dtype: str
+    contiguous: bool
+    unit: int
+    columns: int
+    warps: int
+    held: int
+    stage: str
+    activation: str
+    residual: bool
+    overflow: bool = False
+    wide: bool = False  # of more than 2**31 elements: 64-bit addresses
+
+    def __str__(self) -> str:
+        layout = f"planes{self.unit}" if self.contiguous else f"rows{self.columns}by{self.unit}"
+        stage = self.stage + ("+overflow" if self.overflow else "") + ("+wide" if self.wide else "")
+        fused = self.activation + ("+residual" if self.residual else "")
+        return f"{self.direction}/{self.dtype}/{layout}/{stage}/{fused}/{self.warps}x{self.held}"
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """Name -> type of the arguments that are no constants, in order."""
+        types = {name: kind.replace("*x", f"*{self.dtype}") for name, kind in ARGUMENTS[self.direction].items()}
+        return types | INTEGERS
+
+    @property
+    def constants(self) -> dict[str, object]:
+        forward = self.direction == "forward"
+        line_bytes = (self.unit if self.contiguous else self.columns) * SIZES[self.dtype]
+        found: dict[str, object] = {
+            "EPS": 1e-5, "R": self.warps * THREADS_A_WARP * ACCESS_BYTES // line_bytes, "B": self.columns,
+            "K": self.held, "UNIT": self.unit, "PLANES": self.contiguous, "WIDE": self.wide, "OVERFLOW": self.overflow,
+            "STAGE": self.stage, "ACTIVATION": self.activation,
+            "RESIDUAL": self.residual and (forward or self.activation == "silu"), "WEIGHT": True, "BIAS": True,
+            "SIGNS": self.residual and self.activation == "relu",
+        }  # fmt: skip
+        if forward:
+            return found | {"TRACK": self.stage in ("alone", "team", "normalize")}
+        return found | {"RESIDUAL_GRADIENT": self.residual and self.activation != "none"}
+
+    @property
+    def least_bits(self) -> dict[str, int]:
+        """Argument -> the least width of an access through it."""
+        wide = [
+            name for name in WIDE_ACCESS[self.direction] if self.stage != "statistics" or name in ("x", "dy")
+        ]  # fmt: skip
+        return dict.fromkeys(wide, self.unit * SIZES[self.dtype] * 8)
+
+
+def choices() -> Iterator[Choice]:
+    """Every compilation that a plan can ask for, in the types and layouts that networks train in.
+
+    Left out as less of the same: no weight, no bias, leaky_relu for relu. Left out because it may spill: float64, which
+    is for checks, and more than 2**31 elements.
+    """
+    for direction, (dtype, size), (activation, residual) in itertools.product(ARGUMENTS, SIZES.items(), FUSED):
+        streams = 2 if direction == "backward" else 1
+        units = [unit for unit in (8, 4, 2, 1) if unit * size <= ACCESS_BYTES]
+        rows = [(unit, line // size) for unit in units for line in (64, 128)]
+        for contiguous, unit, columns in [*((True, unit, 1) for unit in units), *((False, *each) for each in rows)]:
+            kind = (direction, dtype, contiguous, unit, columns)
+            line_bytes = (unit if contiguous else columns) * size
+            sizes = tilings(contiguous=contiguous, unit_bytes=unit * size, line_bytes=line_bytes, streams=streams)
+            for (warps, held), stage in itertools.product(sizes, ("alone", "team")):
+                yield Choice(*kind, warps, held, stage, activation, residual)
+            yield Choice(*kind, *sizes[-1], "team", activation, residual, overflow=True)
+            for (warps, held), stage in itertools.product(SPLIT_TILINGS, ("statistics", "normalize")):
+                yield Choice(*kind, warps, held // streams, stage, activation, residual)
+                if (warps, held) == SPLIT_TILINGS[-1]:
+                    yield Choice(*kind, warps, held // streams, stage, activation, residual, overflow=True)
+            yield Choice(*kind, *STREAMING, "given", activation, residual)
+
+
+def sample(every: Sequence[Choice], n: int) -> list[Choice]:
+    """About n of them, in their order: one of each direction and data type, the rest drawn from a fixed seed."""
+    shuffled = random.Random(0).sample(every, len(every))
+    kinds = {(each.direction, each.dtype): each for each in reversed(shuffled)}
+    chosen = {*[*dict.fromkeys([*kinds.values(), *shuffled])][: max(n, len(kinds))]}
+    return [each for each in every if each in chosen]
+
+
+# --- what it becomes --------------------------------------------------------------------------------------------------
+
+Widths = Mapping[int, int]  # bits of an access by one thread -> how many such instructions
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """One compiled kernel in figures. Counts are of instructions in the text, not of executions."""
+
+    registers: int
+    stack_bytes: int
+    spill_loads: int
+    spill_stores: int
+    loads: Widths  # from global memory, by the machine code
+    stores: Widths
+    loads_by_argument: Mapping[str, Widths]  # by PTX, which still tells where an address comes from
+    stores_by_argument: Mapping[str, Widths]
+    waits: bool  # for other programs: the kernel's only atomics are those of its barrier
+    seconds: float
+
+
+def read(listing: str, ptx: str, arguments: Mapping[str, str], seconds: float = 0.0) -> MachineCode:
+    """listing: of `cuobjdump -sass --dump-resource-usage` (NVIDIA, CUDA Binary Utilities, for the names in it)."""
+    widths: dict[str, Counter[int]] = defaultdict(Counter)
+    for opcode, modifiers in re.findall(r"\b(LDG|STG|LDL|STL)((?:\.\w+)*)", listing):
+        bits = re.search(r"\.[US]?(8|16|64|128|256)(?=\.|$)", modifiers)
+        widths[opcode][int(bits[1]) if bits else 32] += 1
+    resources = dict(re.findall(r"(REG|STACK):(\d+)", listing))
+    loads, stores = by_argument(ptx, arguments)
+    return MachineCode(
+        registers=int(resources["REG"]),
+        stack_bytes=int(resources["STACK"]),
+        spill_loads=widths["LDL"].total(),
+        spill_stores=widths["STL"].total(),
+        loads=widths["LDG"],
+        stores=widths["STG"],
+        loads_by_argument=loads,
+        stores_by_argument=stores,
+        waits="atom." in ptx,
+        seconds=seconds,
+    )
+
+
+_ACCESS = re.compile(r"\b(ld|st)\.(?:[\w:]+\.)*?global((?:(?:\.|::)\w+)*)\s*([^;]*);")
+_LINE = re.compile(r"^\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s+(%?[^;]*);", re.MULTILINE)
+
+
+def by_argument(ptx: str, arguments: Mapping[str, str]) -> tuple[dict[str, Widths], dict[str, Widths]]:
+    """Global loads and stores by the argument that their address is computed from; "x/y" where it may be one of two.
+
+    arguments: name -> Triton type, pointers with a star in front. (NVIDIA, PTX ISA, "ld" and "st".)
+    """
+    names = [name if kind.startswith("*") else "" for name, kind in arguments.items()]
+    sources = _sources(ptx)
+    found: dict[str, dict[str, Counter[int]]] = {"ld": defaultdict(Counter), "st": defaultdict(Counter)}
+    for verb, modifiers, operands in _ACCESS.findall(ptx):
+        base = re.search(r"\[\s*(%[a-z]+\d+)", operands)
+        numbers = _pointers(base[1], sources) if base else set()
+        name = "/".join(names[number] for number in sorted(numbers) if names[number]) or "?"
+        scalar, vector = re.search(r"\.[bufs](\d+)$", modifiers), re.search(r"\.v([248])\b", modifiers)
+        assert scalar, f"an access without a type: {modifiers}"
+        found[verb][name][int(scalar[1]) * (int(vector[1]) if vector else 1)] += 1
+    return dict(found["ld"]), dict(found["st"])
+
+
+def _sources(ptx: str) -> dict[str, set[str]]:
+    """64-bit register -> what its value is computed from: registers, or `#i` for the kernel's argument i.
+
+    Loaded values end a trace: an index read from memory is not the address's argument.
+    """
+    sources: dict[str, set[str]] = defaultdict(set)
+    for name, operands in _LINE.findall(ptx):
+        target, _, rest = operands.partition(",")
+        if name.startswith("ld.param") and (number := re.search(r"_param_(\d+)\]", rest)):
+            sources[target.strip()].add(f"#{number[1]}")
+        elif not name.startswith(("ld.", "st.", "atom.")):
+            sources[target.strip()].update(re.findall(r"%rd\d+", rest))
+    return sources
+
+
+def _pointers(register: str, sources: Mapping[str, set[str]]) -> set[int]:
+    seen, waiting = set[str](), [register]
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting += sources.get(name, ())
+    return {int(name[1:]) for name in seen if name.startswith("#")}
+
+
+# --- the rules --------------------------------------------------------------------------------------------------------
+
+
+def rules_broken(choice: Choice, code: MachineCode) -> list[str]:
+    """Registers that overflow to memory, an access that is too narrow, waiting for a program that may never start."""
+    broken = [f"{code.stack_bytes} bytes of stack"] * bool(code.stack_bytes)
+    if code.spill_loads or code.spill_stores:
+        broken.append(f"{code.spill_loads} spill loads, {code.spill_stores} spill stores")
+    for name, least in choice.least_bits.items():
+        loads, stores = _through(name, code.loads_by_argument), _through(name, code.stores_by_argument)
+        broken += [f"{name} is never accessed"] * (not loads and not stores)
+        for verb, asked, done in (("loaded", loads, code.loads), ("stored", stores, code.stores)):
+            if asked and min(asked) < least:
+                broken.append(f"{name} is {verb} {min(asked)} bits at a time, not {least}")
+            elif asked and max([0, *done]) < least:  # the assembler split what the compiler asked for
+                broken.append(f"{name} is {verb} less than {least} bits at a time in the machine code")
+    if code.waits != (choice.stage == "team"):
+        broken.append("waits without a cooperative launch" if code.waits else "is a team whose programs do not wait")
+    return broken
+
+
+def _through(argument: str, accesses: Mapping[str, Widths]) -> set[int]:
+    """The widths of the accesses whose address may come from that argument."""
+    return {bits for name, widths in accesses.items() if argument in name.split("/") for bits in widths}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one specialisation became on one architecture. Where it does not compile, code is None, broken says why."""
+    """What one choice became on one architecture. Where it does not compile, code is None and broken says why."""
 
     name: str
     capability: int  # 90 for sm_90
     code: MachineCode | None
-    broken: tuple[str, ...]  # the rules it breaks, in words
-    triton: str  # its version, empty where the compiler crashed
-
-    @property
-    def ok(self) -> bool:
-        return not self.broken
+    broken: list[str]
+    triton: str = ""  # its version; unknown where the compiler crashed
 
 
-# --- the rules ------------------------------------------------------------------------------------------------------
+def compiled(choice: Choice, capability: int, maxnreg: int | None = None, aligned: bool = True) -> Finding:
+    """Compile for sm_<capability> in this process, which must not have Triton's interpreter on, and apply the rules.
+
+    maxnreg: registers of a thread, by default those of the plan. aligned: pointers are to multiples of 16 bytes.
+    """
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from bncli.kernels.fused import triton as device_kernels
+
+    constants = choice.constants | {"ACC": tl.float32}
+    signature = choice.arguments | dict.fromkeys(constants, "constexpr")
+    names = list(signature)
+    alignment = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in choice.arguments.items()
+        if aligned and kind.startswith("*")
+    }
+    options = {
+        "num_warps": choice.warps, "maxnreg": maxnreg or registers(choice.warps), "enable_fp_fusion": True,
+        "launch_cooperative_grid": choice.stage == "team",
+    }  # fmt: skip
+    began = time.perf_counter()
+    try:
+        kernel = triton.compile(
+            ASTSource(
+                getattr(device_kernels, choice.direction),
+                signature,
+                {(names.index(name),): value for name, value in constants.items()},
+                alignment,
+            ),
+            target=GPUTarget("cuda", capability, 32),
+            options=options,
+        )
+        seconds = time.perf_counter() - began
+        code = read(_disassembled(kernel.asm["cubin"]), kernel.asm["ptx"], choice.arguments, seconds)
+    except Exception as error:
+        broken = [f"does not compile: {_reason(error)}"]
+        return Finding(str(choice), capability, None, broken, triton.__version__)
+    return Finding(str(choice), capability, code, rules_broken(choice, code), triton.__version__)
 
 
-def rules_broken(specialisation: Specialisation, code: MachineCode) -> tuple[str, ...]:
-    """The rules broken: registers overflow to memory, an access is too narrow, it waits for what may never start."""
-    broken = []
-    if code.stack_bytes:
-        broken.append(f"{code.stack_bytes} bytes of stack")
-    if code.spill_loads or code.spill_stores:
-        broken.append(f"{code.spill_loads} spill loads, {code.spill_stores} spill stores")
-    for argument, least in specialisation.vector_bits.items():
-        broken += _too_narrow(argument, least, code)
-    if specialisation.cooperative and not code.spins:
-        broken.append("is launched cooperatively and waits for nobody")
-    if code.spins and not specialisation.cooperative:
-        broken.append("waits for other programs without a cooperative launch")
-    return tuple(broken)
+def _reason(error: BaseException) -> str:
+    """In one line. Triton quotes the source up to a caret first, and says last what is wrong in it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    message = str(error).rpartition("^")[2].split()
+    return f"{type(error).__name__}: {' '.join(message)}"
 
 
-def _too_narrow(argument: str, least: int, code: MachineCode) -> Iterator[str]:
-    loads, stores = _through(argument, code.loads_by_argument), _through(argument, code.stores_by_argument)
-    if not loads and not stores:
-        yield f"{argument} is never accessed"
-    for verb, accesses, machine in (("loaded", loads, code.global_loads), ("stored", stores, code.global_stores)):
-        if accesses and min(accesses) < least:
-            yield f"{argument} is {verb} {min(accesses)} bits at a time, not {least}"
-        elif accesses and max([0, *machine]) < least:  # the assembler split what the compiler asked for
-            yield f"{argument} is {verb} less than {least} bits at a time in the machine code"
+def _disassembled(cubin: bytes) -> str:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-sass", "--dump-resource-usage", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _through(argument: str, accesses: Mapping[str, Widths]) -> Widths:
-    """The accesses whose address may come from that argument: bits -> how many."""
-    chosen = [widths for name, widths in accesses.items() if argument in name.split("/")]
-    return {bits: sum(widths.get(bits, 0) for widths in chosen) for bits in sorted(set().union(*chosen))}
-
-
-# --- many of them ---------------------------------------------------------------------------------------------------
-
-
-def sample(specialisations: Iterable[Any], n: int, seed: int = 0) -> list[Specialisation]:
-    """About n of them, in their order: one of each kernel and data types, the rest at random; `seed` decides all."""
-    everything = [Specialisation.of(one) for one in specialisations]
-    shuffled = everything.copy()
-    random.Random(seed).shuffle(shuffled)
-    first = {one.stratum: one for one in reversed(shuffled)}
-    chosen = {one.name for one in first.values()}
-    rest = [one.name for one in shuffled if one.name not in chosen]
-    chosen.update(rest[: max(0, n - len(chosen))])
-    return [one for one in everything if one.name in chosen]
+# --- many of them -----------------------------------------------------------------------------------------------------
 
 
 def check(
-    specialisations: Iterable[Any],
+    every: Iterable[Choice],
     capabilities: Sequence[int] = CAPABILITIES,
     jobs: int = 2,
-    progress: Callable[[int], None] | None = None,
-) -> list[Finding]:
-    """Compile each for each architecture, `jobs` at a time, and hold it to the rules. In the order given.
+    compile: Callable[[Choice, int], Finding] = compiled,
+) -> Iterator[Finding]:
+    """A finding for each choice and architecture, in order, from `jobs` processes that compile."""
+    local = threading.local()
 
-    progress is told how many are done. Raises ValueError where two specialisations have one name.
-    """
-    found: dict[int, Finding] = {}
-    for position, finding in _findings(specialisations, capabilities, jobs):
-        found[position] = finding
-        if progress is not None:
-            progress(len(found))
-    return [found[position] for position in sorted(found)]
+    def one(pair: tuple[Choice, int]) -> Finding:
+        if not hasattr(local, "process"):
+            local.process = compiler()
+        try:
+            return local.process.submit(compile, *pair).result()
+        except BrokenProcessPool:
+            del local.process
+            return Finding(str(pair[0]), pair[1], None, ["does not compile: the compiler's process died"])
 
-
-def _findings(specialisations: Iterable[Any], capabilities: Sequence[int], jobs: int) -> Iterator[tuple[int, Finding]]:
-    """(position, finding) as they come in."""
-    every = [Specialisation.of(one) for one in specialisations]
-    names = [one.name for one in every]
-    if len(set(names)) < len(names):
-        raise ValueError(f"two specialisations are called {next(name for name in names if names.count(name) > 1)}")
-    waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    done: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    pairs = list(enumerate(itertools.product(every, capabilities)))
-    for pair in pairs:
-        waiting.put(pair)
-    for _ in range(min(max(jobs, 1), len(pairs))):
-        threading.Thread(target=_drain, args=(waiting, done), daemon=True).start()
-    for _ in pairs:
-        result = done.get()
-        if isinstance(result, BaseException):
-            raise result
-        yield result
+    with ThreadPoolExecutor(jobs) as threads:
+        yield from threads.map(one, itertools.product(every, capabilities))
 
 
-def _drain(waiting: queue.SimpleQueue[Any], done: queue.SimpleQueue[Any]) -> None:
-    worker = Worker()
-    try:
-        while True:
-            position, (specialisation, capability) = waiting.get_nowait()
-            done.put((position, _finding(specialisation, capability, worker)))
-    except queue.Empty:
-        worker.stop()
-    except BaseException as error:
-        done.put(error)
+def compiler() -> ProcessPoolExecutor:
+    """One process, in which Triton compiles and does not interpret."""
+    return ProcessPoolExecutor(1, get_context("spawn"), _compile_not_interpret)
 
 
-def _finding(specialisation: Specialisation, capability: int, worker: Worker) -> Finding:
-    compiled = worker.compile(specialisation, capability)
-    broken = (
-        rules_broken(specialisation, compiled.code) if compiled.code else (f"does not compile: {compiled.failure}",)
-    )
-    return Finding(specialisation.name, capability, compiled.code, broken, compiled.triton)
+def _compile_not_interpret() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
 
 
-# --- the command ----------------------------------------------------------------------------------------------------
-
-HEADINGS = ("specialisation", "sm", "regs", "stack", "spills", "loads", "stores", "bar", "spins", "s", "verdict")
-
-
-def row(finding: Finding) -> tuple[str, ...]:
-    code, verdict = finding.code, "; ".join(finding.broken) or "ok"
+def line(finding: Finding) -> str:
+    verdict, code = "; ".join(finding.broken) or "ok", finding.code
+    name = f"{finding.name:62} sm_{finding.capability:<4}"
     if code is None:
-        return (finding.name, str(finding.capability), *"-" * (len(HEADINGS) - 3), verdict)
+        return name + verdict
+    loads, stores = (" ".join(f"{n}x{bits}" for bits, n in sorted(each.items())) for each in (code.loads, code.stores))
     return (
-        finding.name,
-        str(finding.capability),
-        str(code.registers),
-        str(code.stack_bytes),
-        f"{code.spill_loads}/{code.spill_stores}",
-        _widths(code.global_loads),
-        _widths(code.global_stores),
-        str(code.barriers),
-        str(code.spins),
-        f"{code.seconds:.1f}",
-        verdict,
+        f"{name}{code.registers:3} registers, {code.stack_bytes} stack, spills {code.spill_loads}/{code.spill_stores}, "
+        f"loads {loads}, stores {stores}, {code.seconds:.1f} s  {verdict}"
     )
-
-
-def _widths(widths: Widths) -> str:
-    """Widest first: 12x128 1x32 is twelve accesses of 128 bits and one of 32."""
-    return " ".join(f"{count}x{bits}" for bits, count in sorted(widths.items(), reverse=True)) or "-"
-
-
-def table(found: Sequence[Finding]) -> str:
-    rows = [HEADINGS, *map(row, found)]
-    wide = [max(len(cells[column]) for cells in rows) for column in range(len(HEADINGS))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(cells, wide, strict=True)).rstrip() for cells in rows
-    )
-
-
-def summary(found: Sequence[Finding], seconds: float) -> str:
-    """One line: how many, how many break a rule, with which Triton, in what time."""
-    bad, versions = sum(not one.ok for one in found), sorted({one.triton for one in found} - {""})
-    spilled = sum(one.code is not None and bool(one.code.stack_bytes) for one in found)
-    failed = sum(one.code is None for one in found)
-    return (
-        f"{len(found)} checked, {bad} break a rule ({failed} do not compile, {spilled} use the stack); "
-        f"Triton {', '.join(versions)}; {seconds:.0f} s"
-    )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m tests.kernels.fused.ahead_of_time", description=__doc__.splitlines()[0])
-    parser.add_argument("--source", default=SOURCE, help="module:function that lists the specialisations (%(default)s)")
-    parser.add_argument("--capability", type=int, nargs="+", default=list(CAPABILITIES), help="80 90 100; default 90")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--sample", type=int, default=24, help="about so many, each kernel and data type once (%(default)s)"
-    )
-    which.add_argument("--all", action="store_true", help="all of them")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample")
-    parser.add_argument("--match", default="*", metavar="GLOB", help="only those of such a name")
-    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON instead of a table")
-    return parser
-
-
-def _count(done: int) -> None:
-    print(f"\r{done} compiled", end="\r", file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    try:
-        every = [Specialisation.of(one) for one in resolve(options.source)()]
-    except (ImportError, AttributeError) as error:
-        print(f"--source {options.source}: {error}; expected module:function", file=sys.stderr)
-        return 2
-    chosen = [one for one in every if fnmatch.fnmatchcase(one.name, options.match)]
+    parser = argparse.ArgumentParser("python -m tests.kernels.fused.ahead_of_time", description=__doc__.splitlines()[0])
+    parser.add_argument("--capability", type=int, nargs="+", default=list(CAPABILITIES), help="80 90 100; default 90")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--sample", type=int, default=24, help="about so many, each kind once (%(default)s)")
+    which.add_argument("--all", action="store_true", help="all of them")
+    parser.add_argument("--match", default="*", metavar="GLOB", help="only those of such a name")
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON instead of lines")
+    options = parser.parse_args(arguments)
+    chosen = [each for each in choices() if fnmatch.fnmatchcase(str(each), options.match)]
     if not chosen:
-        print(
-            f"{options.source}: of {len(every)} specialisations none has a name like {options.match}", file=sys.stderr
-        )
-        return 2
-    chosen = chosen if options.all else sample(chosen, options.sample, options.seed)
-    start = time.perf_counter()
-    found = check(chosen, options.capability, options.jobs, _count if sys.stderr.isatty() else None)
+        parser.error(f"--match: none of {len([*choices()])} has a name like {options.match}")
+    chosen = chosen if options.all else sample(chosen, options.sample)
+    began, found = time.perf_counter(), []
+    for finding in check(chosen, options.capability, options.jobs):
+        found.append(finding)
+        if not options.json:
+            print(line(finding), flush=True)
     if options.json:
-        print(json.dumps([dataclasses.asdict(one) for one in found], indent=1))
+        print(json.dumps([dataclasses.asdict(each) for each in found], indent=1))
     else:
-        print(table(found))
-        print(summary(found, time.perf_counter() - start))
-    return 0 if all(one.ok for one in found) else 1
+        broken, failed = sum(bool(each.broken) for each in found), sum(each.code is None for each in found)
+        spilled = sum(each.code is not None and each.code.stack_bytes > 0 for each in found)
+        versions = ", ".join(sorted({each.triton for each in found} - {""}))
+        print(
+            f"{len(found)} checked, {broken} break a rule ({failed} do not compile, {spilled} use the stack); "
+            f"Triton {versions}; {time.perf_counter() - began:.0f} s"
+        )
+    return int(any(each.broken for each in found))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""The implementations of the fused kernel that can run here."""
+"""The implementations of the fused kernel that can run here, and memory that shows what they leave unwritten."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -26,3 +29,21 @@ def kernel(request: pytest.FixtureRequest) -> UnderTest:
         return UnderTest(name, device, kernels.get(name, device))
     except Unavailable as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The device on which the kernel in Triton can run here: a GPU, or the CPU in the interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def unwritten_is_nan() -> Iterator[None]:
+    """Memory that torch.empty gives holds NaN, so that an element that a kernel does not write is seen."""
+    torch.use_deterministic_algorithms(True)
+    switches: Any = torch.utils.deterministic
+    filled = switches.fill_uninitialized_memory
+    switches.fill_uninitialized_memory = True
+    yield
+    switches.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(False)

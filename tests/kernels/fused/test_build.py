@@ -1,11 +1,10 @@
-"""What compiles the CPU's kernel: once, for this processor, kept where nobody else can write, or refused."""
+"""Compilation of a C file: once, for this processor, into a folder that nobody else can write, or refused."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,21 @@ from bncli.errors import Unavailable
 from bncli.kernels.fused.build import library
 
 SOURCE = "int answer(void) { return ANSWER; }\n"
-COMPILED = """
-from pathlib import Path
-from bncli.kernels.fused.build import library
-assert library(Path({0!r}), "ANSWER={1}").answer() == {1}
-"""
+
+
+def compile_and_ask(file: Path) -> None:
+    library.cache_clear()
+    assert library(file, "ANSWER=7").answer() == 7
+
+
+def in_processes(count: int, file: Path) -> list[int | None]:
+    """Exit codes of processes that compile at once."""
+    processes = [get_context("fork").Process(target=compile_and_ask, args=(file,)) for _ in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
 
 
 @pytest.fixture
@@ -29,7 +38,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Callable[[str], Path]:
+def source(tmp_path: Path) -> Callable[..., Path]:
     def write(text: str = SOURCE) -> Path:
         file = tmp_path / "kernel.c"
         file.write_text(text)
@@ -39,9 +48,9 @@ def source(tmp_path: Path) -> Callable[[str], Path]:
 
 
 def test_a_file_is_compiled_once_and_then_found_again_without_a_compiler(
-    cache: Path, source: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    cache: Path, source: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = source(SOURCE)
+    file = source()
     assert library(file, "ANSWER=41").answer() == 41
     (built,) = cache.iterdir()
     written = built.stat().st_mtime_ns
@@ -54,9 +63,9 @@ def test_a_file_is_compiled_once_and_then_found_again_without_a_compiler(
 
 @pytest.mark.parametrize("change", ["definition", "source", "compiler", "processor"])
 def test_another_source_definition_compiler_or_processor_is_another_file(
-    change: str, cache: Path, source: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    change: str, cache: Path, source: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    library(source(SOURCE), "ANSWER=1")
+    library(source(), "ANSWER=1")
     library.cache_clear()
     if change == "compiler":
         other = tmp_path / "other-cc"
@@ -71,16 +80,14 @@ def test_another_source_definition_compiler_or_processor_is_another_file(
     assert len(list(cache.iterdir())) == 2
 
 
-def test_processes_that_compile_at_once_do_each_other_no_harm(cache: Path, source: Callable[[str], Path]) -> None:
-    script = COMPILED.format(str(source(SOURCE)), 7)
-    several = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(3)]
-    assert [process.wait(60) for process in several] == [0, 0, 0]
+def test_processes_that_compile_at_once_do_each_other_no_harm(cache: Path, source: Callable[..., Path]) -> None:
+    assert in_processes(3, source()) == [0, 0, 0]
     assert [path.suffix for path in cache.iterdir()] == [".so"]  # nothing half made is left
 
 
 @pytest.mark.parametrize("refused", ["nothing", "-march=native", "libgomp"])
 def test_the_first_flags_that_work_are_taken(
-    refused: str, cache: Path, source: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    refused: str, cache: Path, source: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """This processor's instructions if the compiler knows them; the OpenMP that torch runs on if it can be linked."""
     log, wrapped = tmp_path / "log", tmp_path / "wrapped-cc"
@@ -88,32 +95,31 @@ def test_the_first_flags_that_work_are_taken(
     wrapped.chmod(0o755)
     monkeypatch.setenv("CC", str(wrapped))
     monkeypatch.setattr("bncli.kernels.fused.build._openmp", lambda: ["-l:libgomp.so.1"])
-    assert library(source(SOURCE), "ANSWER=5").answer() == 5
+    assert library(source(), "ANSWER=5").answer() == 5
     calls = log.read_text().splitlines()
     compiled, linked = ([call for call in calls if (" -c " in call) == wanted] for wanted in (True, False))
     assert len(compiled) >= 2 if refused == "-march=native" else len(compiled) == 1
     assert ["libgomp" in call for call in linked] == ([True, False] if refused == "libgomp" else [True])
 
 
-def test_without_a_compiler_it_says_how_to_get_one(
-    cache: Path, source: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("cc", "told"),
+    [
+        ("", r"no C compiler \(cc, gcc.*apt install gcc.*name yours in CC"),
+        ("nonesuch-cc -m64", "no C compiler nonesuch-cc, which the variable CC names"),
+    ],
+)
+def test_without_a_compiler_it_says_what_to_do(
+    cc: str, told: str, cache: Path, source: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CC", raising=False)
-    with pytest.raises(Unavailable, match=r"no C compiler \(cc, gcc.*apt install gcc.*name yours in CC"):
-        library(source(SOURCE), "ANSWER=1")
-
-
-def test_a_compiler_that_cc_names_and_is_not_there_is_named(
-    cache: Path, source: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CC", "nonesuch-cc -m64")
-    with pytest.raises(Unavailable, match="no C compiler nonesuch-cc, which the variable CC names"):
-        library(source(SOURCE), "ANSWER=1")
+    monkeypatch.setenv("CC", cc)
+    with pytest.raises(Unavailable, match=told):
+        library(source(), "ANSWER=1")
 
 
 def test_what_the_compiler_says_is_passed_on_in_a_line_and_nothing_is_left(
-    cache: Path, source: Callable[[str], Path]
+    cache: Path, source: Callable[..., Path]
 ) -> None:
     with pytest.raises(Unavailable, match=r"could not build it: .*kernel\.c:1:.*error: ") as error:
         library(source("int answer(void) { return nonsense; }\n"))
@@ -121,26 +127,23 @@ def test_what_the_compiler_says_is_passed_on_in_a_line_and_nothing_is_left(
     assert list(cache.iterdir()) == []
 
 
-def test_a_folder_that_others_can_write_is_refused(cache: Path, source: Callable[[str], Path]) -> None:
-    cache.mkdir()
-    cache.chmod(0o777)
-    with pytest.raises(Unavailable, match="can be written by others: chmod 700 it, or name another"):
-        library(source(SOURCE), "ANSWER=1")
-
-
-def test_a_link_to_a_folder_of_someone_elses_is_refused(
-    cache: Path, source: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("foreign", ["mode", "owner"])
+def test_a_folder_that_others_can_write_is_refused(
+    foreign: str, cache: Path, source: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache.mkdir()
-    mine = os.getuid()
-    monkeypatch.setattr(os, "getuid", lambda: mine + 1)
-    with pytest.raises(Unavailable, match="can be written by others"):
-        library(source(SOURCE), "ANSWER=1")
+    cache.mkdir(mode=0o700)
+    if foreign == "mode":
+        cache.chmod(0o777)
+    else:
+        mine = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: mine + 1)
+    with pytest.raises(Unavailable, match="can be written by others: chmod 700 it, or name another"):
+        library(source(), "ANSWER=1")
 
 
-def test_a_damaged_file_is_named_with_what_to_do(cache: Path, source: Callable[[str], Path]) -> None:
-    subprocess.run([sys.executable, "-c", COMPILED.format(str(source(SOURCE)), 3)], check=True)
+def test_a_damaged_file_is_named_with_what_to_do(cache: Path, source: Callable[..., Path]) -> None:
+    assert in_processes(1, source()) == [0]
     (built,) = cache.iterdir()
     built.write_bytes(b"no library")
     with pytest.raises(Unavailable, match="Delete that file to compile it again"):
-        library(source(SOURCE), "ANSWER=3")
+        library(source(), "ANSWER=7")

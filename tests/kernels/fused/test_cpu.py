@@ -27,14 +27,22 @@ def forget_what_is_compiled() -> None:
         cached.cache_clear()
 
 
-def outputs(x: Tensor, activation: str | None, residual: Tensor | None, dy: Tensor) -> list[Tensor]:
+def outputs(
+    x: Tensor, activation: str | None, residual: Tensor | None, dy: Tensor, run: kernels.Kernel = fused.batch_norm
+) -> list[Tensor]:
     """y, mean, var and the gradients of x, a weight, a bias and the residual."""
     channels = x.size(1)
     vector = torch.promote_types(x.dtype, torch.float32)
     weight, bias = torch.linspace(-1.5, 2, channels, dtype=vector), torch.linspace(1, -1, channels, dtype=vector)
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias, residual) if t is not None]
-    y, mean, var = fused.batch_norm(*leaves[:3], EPS, *leaves[3:] or [None], activation)
+    y, mean, var = run(*leaves[:3], EPS, *leaves[3:] or [None], activation)
     return [y.detach(), mean, var, *torch.autograd.grad(y, leaves, dy)]
+
+
+def natives(x: Tensor, activation: str | None, residual: Tensor | None, dy: Tensor) -> list[Tensor]:
+    """The same by torch's own kernel in float64."""
+    added = None if residual is None else residual.double()
+    return outputs(x.double(), activation, added, dy.double(), native.batch_norm)
 
 
 SPLIT = [
@@ -69,7 +77,7 @@ def test_the_number_of_threads_changes_no_bit(
 def test_values_in_many_parts_give_natives_of_float64(shape: tuple[int, ...], channels_last: bool) -> None:
     source = torch.Generator().manual_seed(2)
     x, dy = (lay(torch.randn(shape, generator=source), channels_last) for _ in range(2))
-    ours, exact = outputs(x, "silu", None, dy), outputs(x.double(), "silu", None, dy.double())
+    ours, exact = outputs(x, "silu", None, dy), natives(x, "silu", None, dy)
     for one, two in zip(ours, exact, strict=True):
         many = (x.numel() / x.size(1)) ** 0.5 if one.dim() == 1 else 1.0  # a sum of so many terms of size 1
         assert (one.double() - two).abs().max() <= 1e-6 * max(many, two.abs().max().item())
@@ -117,7 +125,8 @@ def test_values_whose_squares_overflow_become_the_bias_as_in_torch(channels_last
 
 @hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(
-    strategies.lists(strategies.integers(1, 37), min_size=1, max_size=3),
+    strategies.lists(strategies.integers(1, 37), min_size=1, max_size=2)
+    | strategies.lists(strategies.integers(1, 12), min_size=3, max_size=3),
     strategies.integers(1, 70),
     strategies.booleans(),
     strategies.sampled_from([*sorted(native.ACTIVATIONS), None]),
@@ -132,7 +141,7 @@ def test_any_size_gives_natives_of_float64(
     x, residual, dy = (lay(torch.randn(shape, generator=source).to(dtype), channels_last) for _ in range(3))
     held_to = residual if added else None
     ours = outputs(x, activation, held_to, dy)
-    exact = outputs(x.double(), activation, None if held_to is None else held_to.double(), dy.double())
+    exact = natives(x, activation, held_to, dy)
     for k, (one, two) in enumerate(zip(ours, exact, strict=True)):
         scale = max(1.0, two.abs().max().item())
         rounding = 300 if k < 3 or activation in (None, "silu") else 0  # at a kink one side or the other
@@ -159,7 +168,7 @@ def test_other_processors_vectors_give_natives_of_float64_too(
         source = torch.Generator().manual_seed(8)
         x, residual, dy = (lay(torch.randn(shape, generator=source).to(dtype), channels_last) for _ in range(3))
         ours = outputs(x, activation, residual, dy)
-        exact = outputs(x.double(), activation, residual.double(), dy.double())
+        exact = natives(x, activation, residual, dy)
         for k, (one, two) in enumerate(zip(ours, exact, strict=True)):
             many = (x.numel() / x.size(1)) ** 0.5 if one.dim() == 1 else 1.0
             if k < 3 or activation != "relu":  # at a kink one side or the other
@@ -201,7 +210,7 @@ def test_threads_of_python_can_run_it_at_once() -> None:
     assert not wrong
 
 
-def test_a_vector_on_another_device_is_refused_before_its_pointer_is_followed() -> None:
+def test_a_vector_on_another_device_is_refused() -> None:
     with pytest.raises(RuntimeError, match="x is on the CPU; another tensor of the same batch norm is on meta"):
         fused.batch_norm(torch.ones(4, 3), torch.ones(3, device="meta"), None, EPS)
 

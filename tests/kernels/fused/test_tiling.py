@@ -35,15 +35,15 @@ RESNET_50 = [
 ]  # fmt: skip
 
 
-def of(n: int, c: int, s: int, planes: bool = True, backward: bool = False, on: Processors = H200, **more) -> Plan:
-    return plan((n, c, s), planes=planes, itemsize=2, backward=backward, processors=on, **more)
+def of(n: int, c: int, s: int, contiguous: bool = True, backward: bool = False, on: Processors = H200, **more) -> Plan:
+    return plan((n, c, s), contiguous=contiguous, itemsize=2, backward=backward, processors=on, **more)
 
 
-def share_read_once(*, planes: bool, backward: bool) -> float:
+def share_read_once(*, contiguous: bool, backward: bool) -> float:
     """Of the batch norm calls of a ResNet-50."""
     calls: Counter[bool] = Counter()
     for n, c, side, count in RESNET_50:
-        found = of(n, c, side * side, planes, backward)
+        found = of(n, c, side * side, contiguous, backward)
         calls[found.single_read] += count
         assert found.single_read == (found.resident_share == 1)
     return calls[True] / calls.total()
@@ -51,13 +51,13 @@ def share_read_once(*, planes: bool, backward: bool) -> float:
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_nine_of_ten_planes_of_a_resnet_50_are_read_once(backward: bool) -> None:
-    assert share_read_once(planes=True, backward=backward) >= 0.9
+    assert share_read_once(contiguous=True, backward=backward) >= 0.9
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_most_channels_last_calls_of_a_resnet_50_are_read_once_and_the_rest_say_how_much(backward: bool) -> None:
+def test_most_channels_last_calls_of_a_resnet_50_are_read_once(backward: bool) -> None:
     """65 % of them: its large layers do not fit. Of recorded networks' calls 80 % do (tests/benchmarks/coverage.py)."""
-    assert share_read_once(planes=False, backward=backward) >= 0.6
+    assert share_read_once(contiguous=False, backward=backward) >= 0.6
 
 
 def test_a_small_slice_has_one_program_and_no_barrier() -> None:
@@ -71,11 +71,11 @@ def test_few_channels_are_shared_by_teams_that_fill_the_device() -> None:
     assert 0.9 * H200.count <= found.team * found.teams <= H200.count
 
 
-@pytest.mark.parametrize("planes", [True, False])
+@pytest.mark.parametrize("contiguous", [True, False])
 @pytest.mark.parametrize("backward", [False, True])
-def test_without_a_cooperative_launch_no_program_waits_for_another(planes: bool, backward: bool) -> None:
+def test_without_a_cooperative_launch_no_program_waits_for_another(contiguous: bool, backward: bool) -> None:
     for n, c, side, _ in RESNET_50:
-        assert of(n, c, side * side, planes, backward, A100).barrier in ("none", "launch")
+        assert of(n, c, side * side, contiguous, backward, A100).barrier in ("none", "launch")
 
 
 def test_given_statistics_need_no_barrier() -> None:
@@ -104,20 +104,22 @@ sizes = st.integers(1, 4096)
 
 @settings(max_examples=300, deadline=None)
 @given(
-    n=st.integers(1, 300), c=sizes, s=sizes, planes=st.booleans(), itemsize=st.sampled_from([2, 4, 8]),
+    n=st.integers(1, 300), c=sizes, s=sizes, contiguous=st.booleans(), itemsize=st.sampled_from([2, 4, 8]),
     backward=st.booleans(), processors=st.sampled_from([H200, A100, Processors(1, False), Processors(20, True)]),
     evaluate=st.booleans(),
 )  # fmt: skip
 def test_a_plan_covers_every_element_once_within_what_the_device_has(
-    n: int, c: int, s: int, planes: bool, itemsize: int, backward: bool, processors: Processors, evaluate: bool
+    n: int, c: int, s: int, contiguous: bool, itemsize: int, backward: bool, processors: Processors, evaluate: bool
 ) -> None:
-    found = plan((n, c, s), planes=planes, itemsize=itemsize, backward=backward, processors=processors, given=evaluate)
+    found = plan(
+        (n, c, s), contiguous=contiguous, itemsize=itemsize, backward=backward, processors=processors, given=evaluate
+    )
     assert found.tiles_each * found.team >= found.tiles
     assert (found.tiles - 1) * found.rows < found.lines <= found.tiles * found.rows
-    assert found.lines * (found.unit if planes else 1) == n * s
+    assert found.lines * (found.unit if contiguous else 1) == n * s
     assert found.slices * found.columns >= c > (found.slices - 1) * found.columns
-    assert math.gcd(s if planes else c, 16 // itemsize) == found.unit
-    assert evaluate or found.team <= (1 if planes else 8) * found.rows
+    assert math.gcd(s if contiguous else c, 16 // itemsize) == found.unit
+    assert evaluate or found.team <= (1 if contiguous else 8) * found.rows
     if found.barrier == "grid":
         assert processors.cooperative
         assert 2 <= found.team <= found.team * found.teams <= processors.count
@@ -126,10 +128,12 @@ def test_a_plan_covers_every_element_once_within_what_the_device_has(
     if found.barrier == "none" and not evaluate:
         assert found.team == 1
         assert not found.overflow
-    bytes_a_tile = found.rows * (found.unit if planes else found.columns) * itemsize
+    bytes_a_tile = found.rows * (found.unit if contiguous else found.columns) * itemsize
     assert bytes_a_tile == found.warps * 32 * 16
-    line = (found.unit if planes else found.columns) * itemsize
-    of_this_kind = tilings(planes=planes, unit_bytes=found.unit * itemsize, line_bytes=line, streams=1 + backward)
+    line = (found.unit if contiguous else found.columns) * itemsize
+    of_this_kind = tilings(
+        contiguous=contiguous, unit_bytes=found.unit * itemsize, line_bytes=line, streams=1 + backward
+    )
     assert (found.warps, found.held) in {*of_this_kind, *split(1 + backward), STREAMING}
 
 

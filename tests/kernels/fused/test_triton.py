@@ -12,12 +12,14 @@ from torch import Tensor
 from bncli import kernels
 from bncli.kernels import native
 from bncli.kernels.fused.tiling import Plan, Processors, plan
-from bncli.kernels.layout import is_rows, sizes
+from bncli.kernels.layout import is_channels_last, sizes
 from bncli.names import KINKED_ACTIVATIONS
 from tests.kernels.fused.checks import EPS, ROUNDOFF, assert_right, case
 
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+device_kernels = pytest.importorskip("bncli.kernels.fused.triton")
 triton_launch = pytest.importorskip("bncli.kernels.fused.triton_launch")
-share_kernel = pytest.importorskip("tests.kernels.fused.share_kernel")
 
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
@@ -44,10 +46,10 @@ class Form:
 
     def of(self, x: Tensor, *, backward: bool) -> Plan:
         cut = plan(
-            sizes(x), planes=not is_rows(x), itemsize=x.element_size(), backward=backward,
+            sizes(x), contiguous=not is_channels_last(x), itemsize=x.element_size(), backward=backward,
             processors=Processors(1, cooperative=False),
         )  # fmt: skip
-        columns = cut.columns if cut.planes else 8
+        columns = cut.columns if cut.contiguous else 8
         slices = -(-x.size(1) // columns)
         cut = replace(cut, rows=self.rows, held=self.held, columns=columns, slices=slices)
         team = min(self.team, cut.tiles)
@@ -68,7 +70,7 @@ FORMS = {
 
 
 def planned(form: str) -> Any:
-    """The seam's signature over the launchers, by a plan of that form."""
+    """The launchers as a kernel, by a plan of that form."""
 
     def run(
         x: Tensor, weight: Any, bias: Any, eps: float, residual: Any, activation: str | None, statistics: Any
@@ -101,16 +103,18 @@ class Planned(torch.autograd.Function):
         return dx, dweight, dbias, dresidual if added else None, None, None
 
 
-@pytest.mark.parametrize("form", FORMS)
+SIGNS_AND_SILU = [(form, "relu", True) for form in FORMS]
+SIGNS_AND_SILU += [(form, "silu", False) for form in ("overflow", "a team with overflow", "one team for all slices")]
+
+
+@pytest.mark.parametrize(("form", "activation", "residual"), SIGNS_AND_SILU)
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(("activation", "residual"), [("relu", True), ("silu", False)])
 def test_every_plan_gives_the_same(
     form: str, channels_last: bool, activation: str, residual: bool, device: torch.device
 ) -> None:
-    """Rows of 13 channels are two slices."""
-    given = case((5, 13 if channels_last else 3, 2, 4), torch.float32, device, channels_last=channels_last,
-                 activation=activation, residual=residual)  # fmt: skip
-    assert_right(planned(form), given)
+    """13 channels are two slices where they are last."""
+    shape, fused = (5, 13 if channels_last else 3, 2, 4), {"activation": activation, "residual": residual}
+    assert_right(planned(form), case(shape, torch.float32, device, channels_last=channels_last, **fused))  # type: ignore[arg-type]
 
 
 def test_a_team_of_more_programs_than_a_tile_has_rows_merges_in_steps(device: torch.device) -> None:
@@ -121,11 +125,16 @@ def test_a_team_of_more_programs_than_a_tile_has_rows_merges_in_steps(device: to
     torch.testing.assert_close((y, mean, var), (expected, expected_mean, expected_var))
 
 
+@triton.jit
+def write_shares(out, P, L, H, R: tl.constexpr):
+    tl.store(out + tl.arange(0, R)[:, None], device_kernels._shares(0, P, L, H, 1, R, tl.float64))
+
+
 @pytest.mark.parametrize(("lines", "rows", "programs"), [(72_765_788, 4096, 132), (2**30 - 1, 4096, 132), (100, 64, 2)])
 def test_programs_that_do_not_exist_have_no_share(lines: int, rows: int, programs: int, device: torch.device) -> None:
     """Their numbers times a program's lines pass 32 bits, and what is left of that must not look like a share."""
     shares = torch.empty(rows, dtype=torch.float64, device=device)
-    share_kernel.write_shares[(1,)](shares, programs, lines, -(-lines // (rows * programs)), R=rows)
+    write_shares[(1,)](shares, programs, lines, -(-lines // (rows * programs)), R=rows)
     assert shares.sum() == lines
     assert not shares[programs:].any()
 

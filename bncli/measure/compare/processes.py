@@ -1,0 +1,198 @@
+"""Worker processes of a comparison: each serves many runs; a crash loses one run and the worker is restarted."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bncli.errors import BncliError, Refused
+from bncli.measure.compare.plan import Job
+from bncli.measure.compare.run import Ended, Started
+from bncli.recipe.load import plain
+from bncli.results.compare import RunProgressed
+
+POLL_S = 0.1
+MOST_IDLE_DEATHS = 10  # of workers without a run, one after another, before it is given up
+# Without the current folder on the path, which -m and -c put there: a torch.py in it must not be run.
+WORKER = "import sys; sys.path.remove(''); from bncli.engine.train.worker import main; sys.exit(main(sys.argv[1:]))"
+
+
+@dataclass
+class _Worker:
+    number: int
+    process: subprocess.Popen[str]
+    log: Path
+    ready: bool = False
+    job: Job | None = None  # the run in progress
+
+
+@dataclass
+class Processes:
+    """Executor of up to `jobs` workers on one device; None: one per core, or one per GPU where the device is CUDA."""
+
+    device: str
+    jobs: int | None
+    threads: int
+    folder: Path  # for the workers' logs
+    command: Sequence[str] = (sys.executable, "-c", WORKER)
+    _messages: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = field(default_factory=queue.Queue)
+    _workers: list[_Worker] = field(default_factory=list)
+    _gpus: int = 0
+    limit: int = 1  # workers, until the first has said which device it found
+    _greeted: bool = False
+    _idle_deaths: int = 0
+
+    def run(self, wanted: deque[Job], stop: Callable[[], bool]) -> Iterator[Started | RunProgressed | Ended | None]:
+        """As `Executor.run`. Raises Refused when no worker can take any run."""
+        try:
+            self.limit = (self.jobs or cores()) if self.device == "cpu" else 1
+            while not stop():
+                if not wanted and all(worker.job is None for worker in self._workers):
+                    return
+                for worker in [worker for worker in self._workers if worker.ready and worker.job is None]:
+                    if wanted and self._hand_out(worker, wanted[0]):
+                        yield Started(worker.number, wanted.popleft())
+                idle = sum(worker.job is None for worker in self._workers)
+                for _ in range(min(self.limit - len(self._workers), len(wanted) - idle)):
+                    self._start()
+                yield self._next_event()
+        finally:
+            self.close()
+
+    def _start(self) -> None:
+        number = next(n for n in range(len(self._workers) + 1) if n not in {w.number for w in self._workers})
+        environment = dict(os.environ, OMP_NUM_THREADS=str(self.threads), MKL_NUM_THREADS=str(self.threads))
+        if self._gpus > 1 and ":" not in self.device:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            gpu = number % self._gpus
+            environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if len(visible) == self._gpus else str(gpu)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        log = self._free_log(number)
+        with log.open("x") as stderr:
+            process = subprocess.Popen(
+                [*self.command, "--device", self.device, "--threads", str(self.threads)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                encoding="utf-8",
+                bufsize=1,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the driver, which then ends its workers itself
+            )
+        worker = _Worker(number, process, log)
+        self._workers.append(worker)
+        threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
+
+    def _free_log(self, number: int) -> Path:
+        """A name that no file has yet: logs of earlier workers are kept."""
+        names = (f"worker-{number}{f'-{count}' if count else ''}.log" for count in itertools.count())
+        return next(log for name in names if not os.path.lexists(log := self.folder / name))
+
+    def _listen(self, worker: _Worker) -> None:
+        assert worker.process.stdout is not None
+        for line in worker.process.stdout:
+            try:
+                self._messages.put((worker, json.loads(line)))
+            except json.JSONDecodeError:  # a line cut short by the worker's death; the end of the stream says so
+                break
+        self._messages.put((worker, None))
+
+    def _hand_out(self, worker: _Worker, job: Job) -> bool:
+        assert worker.process.stdin is not None
+        try:
+            worker.process.stdin.write(json.dumps({"key": job.key, "recipe": plain(job.recipe)}) + "\n")
+            worker.process.stdin.flush()
+        except (BrokenPipeError, OSError):
+            return False  # it has just died; the end of its stream is on its way
+        worker.job = job
+        return True
+
+    def _next_event(self) -> RunProgressed | Ended | None:
+        try:
+            worker, message = self._messages.get(timeout=POLL_S)
+        except queue.Empty:
+            return None
+        if message is None:
+            return self._died(worker)
+        if "refused" in message:
+            about = {name: message.get(name) for name in ("field", "value")}
+            raise Refused(*message["refused"], exit_code=message["exit_code"], **about)
+        if "hello" in message:
+            worker.ready = True
+            if not self._greeted:  # a later worker sees its own GPU only
+                self._greeted = True
+                named = ":" in self.device or message["hello"] == "mps"
+                self._gpus = 0 if named else message["gpus"]
+                self.limit = self.jobs or self._gpus or (1 if named else cores())
+            return None
+        if "step" in message:
+            return RunProgressed(worker.number, message["step"], message["value"])
+        job, worker.job = worker.job, None
+        assert job is not None
+        self._idle_deaths = 0
+        result, failure, code = message.get("result"), message.get("failure"), message.get("code", {})
+        return Ended(worker.number, job, result, failure, code, self.limit)
+
+    def _died(self, worker: _Worker) -> Ended | None:
+        code = worker.process.wait()
+        self._workers.remove(worker)
+        self._idle_deaths += worker.job is None
+        if not self._greeted or self._idle_deaths > MOST_IDLE_DEATHS:
+            raise BncliError(
+                f"a worker process could not start (exit {code}); its log, {worker.log}, ends:\n{_tail(worker.log)}"
+            )
+        if worker.job is None:
+            return None
+        last = _tail(worker.log, 1)
+        failure = _cause(code) + (f"; its log ends: {last}" if last else "")
+        return Ended(worker.number, worker.job, None, failure, at_a_time=self.limit)
+
+    def close(self) -> None:
+        """End every worker now; a run in progress is lost."""
+        for worker in self._workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker.process.pid, signal.SIGKILL)  # it leads its session: what it started goes with it
+        for worker in self._workers:
+            worker.process.wait()
+            if not worker.log.stat().st_size:
+                worker.log.unlink()
+        self._workers.clear()
+
+
+def cores() -> int:
+    """Physical cores, or the logical ones that this process may use where those are fewer.
+
+    Two runs on the hyperthreads of one core wait for each other's arithmetic.
+    """
+    import psutil  # not loaded where --help or a usage error is all that is asked for
+
+    process = psutil.Process()
+    # macOS has no affinity.
+    allowed = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count()
+    known = [count for count in (allowed, psutil.cpu_count(logical=False)) if count]
+    return min(known, default=1)
+
+
+def _cause(code: int) -> str:
+    if code >= 0:
+        return f"its worker process exited with {code}"
+    name = signal.Signals(-code).name
+    hint = ", perhaps for lack of memory" if name == "SIGKILL" else ""
+    return f"its worker process was killed by {name}{hint}"
+
+
+def _tail(log: Path, lines: int = 12) -> str:
+    return "\n".join(log.read_text(errors="replace").strip().splitlines()[-lines:])
