@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO, TypeVar
 
 from bncli.errors import BncliError, FileError, UsageError
-from bncli.report.files import Result, event_line, from_json, to_json, write_atomically
+from bncli.report.files import Result, event_line, from_json, load, to_json, write_atomically
 from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, RunRecord
 from bncli.results.serialize import to_plain
 from bncli.results.train import Event, RunResult
@@ -216,17 +216,7 @@ def _keep_beside(file: Path) -> Path:
 
 def load_comparison(path: Path) -> Comparison:
     """A comparison saved as JSON, or the one in a comparison's folder. Raises UsageError for anything else."""
-    file = path / COMPARISON if path.is_dir() else path
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not text"
-        message = f"{file} cannot be read: {why}; give a JSON file that compare wrote"
-        raise UsageError(message, field="saved", value=path) from error
-    try:
-        return from_json(Comparison, text)
-    except BncliError as error:
-        raise UsageError(str(error), field="saved", value=file) from error
+    return load(path / COMPARISON if path.is_dir() else path, lambda text: from_json(Comparison, text), "saved")
 
 
 def make(folder: Path) -> None:

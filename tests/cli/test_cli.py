@@ -30,7 +30,7 @@ OWN_MODEL = "model={kind: module, module: mine:make}"
         (["compare", "small.yaml", "--plot", "curve.pdf"], 2, "curve.pdf: a plot is written as .svg or .png"),
         (["compare", "small.yaml", "--device", "cuda:9"], 3, "--device cuda:9"),
         (["compare", "small.yaml", "--set", "train.target=null"], 2, "train.target is missing"),
-        (["compare", "--from", "nothing.json"], 2, "--from nothing.json: nothing.json cannot be read"),
+        (["compare", "--from", "nothing.json"], 2, "--from nothing.json: cannot be read"),
         (["compare", "--from", "small.yaml"], 2, "--from small.yaml: "),
     ],
 )  # fmt: skip

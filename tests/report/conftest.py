@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from bncli.results.compare import (
 from bncli.results.environment import Environment, Interval
 from bncli.results.train import Evaluation, RunResult, Target
 
+Show = Callable[..., str]  # the fixture of that name: a renderable, a width and an encoding
 ENVIRONMENT = Environment(
     bncli="0.1.0",
     python="3.12.1",
@@ -334,7 +335,7 @@ def make_result() -> Any:
 
 
 @pytest.fixture(scope="session")
-def show() -> Any:
+def show() -> Show:
     """Renders as on a pipe: no colour, a fixed width, the given encoding."""
 
     def shown(renderable: Any, width: int = 80, encoding: str = "utf-8") -> str:
