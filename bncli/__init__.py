@@ -8,14 +8,23 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from bncli.engine.convert import convert as convert
-    from bncli.engine.models.norms import BatchNorm as BatchNorm
-    from bncli.engine.models.norms import BatchNorm1d as BatchNorm1d
-    from bncli.engine.models.norms import BatchNorm2d as BatchNorm2d
-    from bncli.engine.models.norms import BatchNorm3d as BatchNorm3d
-    from bncli.engine.train import train as train
-    from bncli.kernels.api import batch_norm as batch_norm
-    from bncli.recipe.load import load as load_recipe  # noqa: F401
+    from bncli.engine.convert import convert
+    from bncli.engine.models.norms import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+    from bncli.engine.train import train
+    from bncli.kernels.api import batch_norm
+    from bncli.recipe.load import load as load_recipe
+
+__all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "__version__",
+    "batch_norm",
+    "convert",
+    "load_recipe",
+    "train",
+]
 
 # Loaded when first used, so that importing bncli costs nothing: name -> module, and its name there where it differs.
 _PUBLIC = {
@@ -28,7 +37,6 @@ _PUBLIC = {
     "load_recipe": "bncli.recipe.load:load",
     "train": "bncli.engine.train",
 }
-__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,10 +12,7 @@ DIVERGED = 4  # the loss stopped being finite
 INTERRUPTED = 130  # Ctrl-C; SIGTERM is 143, as shells count
 
 
-# How a message names the permission to import and run the user's own code; the command line shows its option instead.
-ALLOW_CODE = "allow it with allow_code=True"
-CODE_OF_YOURS = f"code of yours that would run; {ALLOW_CODE}"
-OVERWRITE = "write over it with overwrite=True"  # the same of the permission to write over an earlier run
+CODE_OF_YOURS = "code of yours that would run; allow it"  # with allow_code, the permission of that error
 
 
 class BncliError(Exception):
@@ -25,22 +22,26 @@ class BncliError(Exception):
         mistakes: what is wrong, what was expected and what to do, a sentence each.
         field: the argument's name in Python, where one is at fault; the command line shows its option instead.
         value: the argument's value, where the message needs it.
+        permission: the argument that would allow it, with which every mistake's sentence ends.
 
-    `str(error)` is "shapes tiny: expected one of ...".
+    `str(error)` is "shapes tiny: expected one of ..." or "kernel mine:norm: ...; allow it with allow_code=True".
     """
 
     exit_code = CHECK_FAILED
 
-    def __init__(self, *mistakes: str, field: str | None = None, value: object = None) -> None:
-        self.mistakes, self.field, self.value = mistakes, field, value
-        super().__init__("\n".join(self.lines(field)))
+    def __init__(
+        self, *mistakes: str, field: str | None = None, value: object = None, permission: str | None = None
+    ) -> None:
+        self._sentences, self.field, self.value, self.permission = mistakes, field, value, permission
+        given = permission and f"{permission}=True"
+        self.mistakes = tuple(self.lines(None, given))
+        super().__init__("\n".join(self.lines(field, given)))
 
-    def lines(self, name: str | None) -> list[str]:
-        """The mistakes, each behind the argument's name and value; `name` is how the reader knows the argument."""
-        if name is None:
-            return list(self.mistakes)
-        where = name if self.value is None else f"{name} {self.value}"
-        return [f"{where}: {mistake}" for mistake in self.mistakes]
+    def lines(self, field: str | None, permission: str | None = None) -> list[str]:
+        """The mistakes, each between the argument with its value and the permission, named as the reader knows them."""
+        where = "" if field is None else f"{field}: " if self.value is None else f"{field} {self.value}: "
+        allowed = f" with {permission}" if permission else ""
+        return [f"{where}{sentence}{allowed}" for sentence in self._sentences]
 
     @property
     def errors(self) -> tuple[BncliError, ...]:

@@ -131,4 +131,4 @@ def check_kernel(name: str, known: Sequence[str], allow_code: bool) -> None:
         hint = f"did you mean {near[0]}?" if near else f"expected {', '.join(known)} or package.module:function"
         raise UsageError(f"there is no such kernel; {hint}", field="kernel", value=name)
     if not allow_code:
-        raise UsageError(f"it is {CODE_OF_YOURS}", field="kernel", value=name)
+        raise UsageError(f"it is {CODE_OF_YOURS}", field="kernel", value=name, permission="allow_code")

@@ -168,7 +168,7 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 OPTIONS_OF_OTHER_PROGRAMS = {
     "kernels.fused.build",
     "engine.train.worker",
-    "measure.compare.executors.processes",
+    "measure.compare.processes",
     "report.compare.export",
 }
 
@@ -180,7 +180,6 @@ TESTED_ELSEWHERE = {
     "kernels.fused.double_backward": "tests/kernels/fused/test_fused.py: second and third derivatives",
     "kernels.fused.interpreted": "tests/kernels/fused/test_fused.py, as one of the implementations",
     "kernels.fused.triton_launch": "tests/kernels/fused/test_triton.py",
-    "measure.compare.executors": "a protocol; its one executor is tested",
     "results.compare": "declarations",
     "results.environment": "declarations",
     "results.finding": "declarations",

@@ -20,8 +20,10 @@ from bncli.errors import BncliError, RecipeError, Refused, UsageError, UsageErro
         (UsageError("the value has no name", value="x"), "the value has no name"),
         (RecipeError("r.yaml:3: unknown key", "r.yaml:5: is missing"), "r.yaml:3: unknown key\nr.yaml:5: is missing"),
         (UsageError("one", "two", field="sets", value="a=1"), "sets a=1: one\nsets a=1: two"),
+        (UsageError("taken; write over it", field="out", permission="overwrite"),
+         "out: taken; write over it with overwrite=True"),
     ],
-)
+)  # fmt: skip
 def test_an_error_is_its_mistakes_each_behind_the_arguments_name_and_value(error: BncliError, text: str) -> None:
     assert str(error) == text
 
@@ -29,7 +31,7 @@ def test_an_error_is_its_mistakes_each_behind_the_arguments_name_and_value(error
 def test_its_lines_take_the_name_that_their_reader_knows_the_argument_by() -> None:
     error = UsageError("no such file", "nor folder", field="saved", value="x.json")
     assert error.lines("--from") == ["--from x.json: no such file", "--from x.json: nor folder"]
-    assert error.lines(None) == ["no such file", "nor folder"]
+    assert error.lines(None, "--force") == ["no such file with --force", "nor folder with --force"]
     assert error.mistakes == ("no such file", "nor folder")
 
 

@@ -12,7 +12,7 @@ from bncli import kernels, names
 from bncli.engine.models import factory
 from bncli.kernels.definition import definition
 from bncli.kernels.fused import cpu
-from bncli.measure.profile import peers
+from bncli.measure.profile.sources import PEERS
 from bncli.measure.reference import case as cases
 from bncli.recipe import sections
 
@@ -68,7 +68,7 @@ def test_the_c_kernel_numbers_each_activation_that_kernels_apply() -> None:
 
 def test_each_kernel_is_one_of_bnclis_a_peer_or_the_compiled_native() -> None:
     assert {*names.RECIPE_KERNELS} <= {*names.GRADCHECK_KERNELS}
-    assert {*names.KERNELS} == {*names.GRADCHECK_KERNELS, *peers.PEERS, "compiled"}
+    assert {*names.KERNELS} == {*names.GRADCHECK_KERNELS, *PEERS, "compiled"}
     for name in names.GRADCHECK_KERNELS:
         assert callable(kernels.load(name))
     assert "fused-interpreted" not in {*names.RECIPE_KERNELS, *names.PROFILE_KERNELS}

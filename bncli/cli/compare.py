@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bncli.cli.console import StopSignal, check_outputs, chosen_form, loaded_all, print_result, say, show_plan
-from bncli.cli.options import (
-    MOST_THREADS,
-    AllowCode,
-    Csv,
-    Device,
-    DryRun,
-    Json,
-    Markdown,
-    Quiet,
-    Recipes,
-    RequireTarget,
-    Set,
+from bncli.cli import options
+from bncli.cli.console import (
+    StopSignal,
+    check_outputs,
+    chosen_form,
+    enable_gc,
+    given_options,
+    log,
+    print_result,
+    show_plan,
 )
 from bncli.errors import CHECK_FAILED, BncliError, UsageError
 
@@ -30,66 +27,53 @@ if TYPE_CHECKING:
     from bncli.results.compare import Comparison, RunRecord
 
 
-# Options without effect where nothing is trained, and the parameters that they set.
-FOR_TRAINING = {
-    "--set": "sets",
-    "--dry-run": "dry_run",
-    "--out": "out",
-    "--jobs": "jobs",
-    "--device": "device",
-    "--threads": "threads",
-    "--allow-code": "allow_code",
-}
-
-
 def compare(
     context: typer.Context,
-    recipes: Recipes = None,
-    sets: Set = None,
-    device: Device = "auto",
+    recipes: options.Recipes = None,
+    sets: options.Set = None,
+    device: options.Device = "auto",
     jobs: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(
             "--jobs", "-j", min=1, help="Parallel runs.  [default: one per core or per GPU]", show_default=False
         ),
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads of each run.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=options.MOST_THREADS, help="CPU threads per run.")] = 1,
     out: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            "--out", "-o", help="Where runs are kept and found again.  [default: runs/NAME]", show_default=False
-        ),
+        Path | None,
+        typer.Option("--out", "-o", help="Folder that keeps the runs.  [default: runs/NAME]", show_default=False),
     ] = None,
     saved: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--from", help="Make the report again from a saved JSON or folder; train nothing."),
+        Path | None, typer.Option("--from", help="Report on a saved JSON or folder; train nothing.")
     ] = None,
-    json: Json = False,
-    csv: Csv = False,
-    markdown: Markdown = False,
+    json: options.Json = False,
+    csv: options.Csv = False,
+    markdown: options.Markdown = False,
     plot: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(metavar="FILE.svg|png", help="Draw curves and intervals (needs the extra bncli[plot])."),
+        Path | None, typer.Option(metavar="FILE.svg|png", help="Draw curves and intervals (needs bncli[plot]).")
     ] = None,
-    html: Annotated[Optional[Path], typer.Option(metavar="FILE.html", help="Write a self-contained report.")] = None,  # noqa: UP045
-    quiet: Quiet = False,
-    dry_run: DryRun = False,
-    require_target: RequireTarget = False,
-    allow_code: AllowCode = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a self-contained report.")] = None,
+    quiet: options.Quiet = False,
+    dry_run: options.DryRun = False,
+    require_target: options.RequireTarget = False,
+    allow_code: options.AllowCode = False,
 ) -> None:
-    """Train every arm over learning rates and seeds: how many times fewer steps to the target?
+    """Compare a recipe's arms by their steps to the target.
+
+    Every arm is trained over the grid and several seeds, and compared at its best point of the grid.
 
     Example: bncli compare recipes/digits.yaml --plot digits.svg
     """
     form = chosen_form(json, csv, markdown)
     if bool(recipes) == bool(saved):
         raise UsageError("give a recipe, as in: bncli compare recipes/digits.yaml (or --from a saved comparison)")
-    if saved and (idle := [option for option, name in FOR_TRAINING.items() if _given(context, name)]):
-        raise UsageError(f"{', '.join(idle)}: nothing is trained with --from, so that would have no effect")
+    training = ("sets", "dry_run", "out", "jobs", "device", "threads", "allow_code")
+    if saved and (idle := given_options(context, *training)):
+        raise UsageError(f"{idle}: nothing is trained with --from, so that would have no effect")
     check_outputs(plot, html)
     stopped = 0
     if saved:
-        comparison = _again(saved, quiet)
+        comparison = _saved_comparison(saved, quiet)
     else:
         from bncli.recipe.load import load
 
@@ -102,28 +86,21 @@ def compare(
             show_plan(planned_comparison(loaded), json)
             return
         comparison, stopped = _run_comparison(loaded, device, jobs, threads, out, quiet)
-    _show(comparison, form)
-    _write(comparison, plot, html, quiet)
+    _show(comparison, form, plot, html, quiet)
     if stopped:
         raise typer.Exit(stopped)
-    if any(arm.failures for arm in comparison.arms):
+    missed = require_target and any(arm.hits < arm.runs for arm in comparison.arms)
+    if missed or any(arm.failures for arm in comparison.arms):
         raise typer.Exit(CHECK_FAILED)
-    if require_target and any(arm.hits < arm.runs for arm in comparison.arms):
-        raise typer.Exit(CHECK_FAILED)
-
-
-def _given(context: typer.Context, parameter: str) -> bool:
-    """Whether an option stands on the command line, be it at its default."""
-    source = context.get_parameter_source(parameter)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _run_comparison(
     loaded: list[Loaded], device: str, jobs: int | None, threads: int, out: Path | None, quiet: bool
 ) -> tuple[Comparison, int]:
+    """The comparison, and the exit code of the signal that ended it before its time, or 0."""
     from bncli.measure.compare import reuse
-    from bncli.measure.compare.executors.processes import Processes
     from bncli.measure.compare.plan import collect, planned_runs, study, wanted
+    from bncli.measure.compare.processes import Processes
     from bncli.measure.compare.run import execute
     from bncli.measure.compare.summary import summarise
     from bncli.report.compare.notes import sentence
@@ -131,33 +108,34 @@ def _run_comparison(
     from bncli.report.progress import CompareProgress
     from bncli.results.compare import Note
 
-    asked: Study = study(loaded, reuse.identity(device, loaded[0].base))
+    asked = study(loaded, reuse.identity(device, loaded[0].base))
     folder = ComparisonFolder(out or Path("runs") / asked.plan.name)
-    loaded_all()
+    enable_gc()
     with folder:
         kept = list(folder.finished().values())
         _begin(folder, asked, kept, threads, loaded)
         records = reuse.usable(kept)
         for note in reuse.not_reused(wanted(asked, records), kept, asked.identity):
-            say(sentence(note), quiet)
+            log(sentence(note), quiet)
         with StopSignal() as stop, CompareProgress(quiet) as progress:
             executor = Processes(device, jobs, threads, folder.path / "logs")
-            for event in execute(asked, folder, executor, records, stop):
+            for event in execute(asked, folder.save, executor, records, stop):
                 progress(event)
         remarks = reuse.not_reused(wanted(asked, records), kept, asked.identity)
         latest = {record.key: record for record in reuse.of_one_code(records.values())}
         if left_out := len({record.key for record in collect(asked, records)} - latest.keys()):
             remarks.append(Note.of("earlier code", runs=left_out))
-        if beside := folder.keep_other(asked.plan):
-            remarks.append(Note.of("earlier answer", file=beside.name))
-            say(f"{folder.path}: {sentence(remarks[-1])}", quiet)
+        if earlier := folder.keep_other(asked.plan):
+            remarks.append(Note.of("earlier answer", file=earlier.name))
+            log(f"{folder.path}: {sentence(remarks[-1])}", quiet)
         planned = planned_runs(asked, latest)
         comparison = summarise(asked.plan, collect(asked, latest), planned, threads, tuple(remarks))
         folder.finish(comparison)
-    if stop.number:
-        ended = len({run.key for run in comparison.runs})
-        say(f"Stopped: {ended} of {planned} runs are kept in {folder.path}; the same command goes on from there", False)
-    return comparison, stop.exit_code if stop.number else 0
+    if not stop.number:
+        return comparison, 0
+    ended = len({run.key for run in comparison.runs})
+    log(f"Stopped: {ended} of {planned} runs are kept in {folder.path}; the same command goes on from there")
+    return comparison, stop.exit_code
 
 
 def _begin(folder: ComparisonFolder, asked: Study, kept: list[RunRecord], threads: int, loaded: list[Loaded]) -> None:
@@ -177,7 +155,7 @@ def _begin(folder: ComparisonFolder, asked: Study, kept: list[RunRecord], thread
     folder.begin(BegunComparison(asked.plan, asked.identity, threads, tuple(sources)))
 
 
-def _again(saved: Path, quiet: bool) -> Comparison:
+def _saved_comparison(saved: Path, quiet: bool) -> Comparison:
     """A saved answer, or the one that a folder's plan and runs give where they say more."""
     from bncli.measure.compare.reuse import report_of_runs, says_more
     from bncli.measure.compare.summary import summarise
@@ -188,20 +166,20 @@ def _again(saved: Path, quiet: bool) -> Comparison:
         try:
             made = report_of_runs(begun, folder.finished().values(), folder.failed().values())
         except BncliError as error:
-            raise UsageError(f"--from {saved / PLAN}: {error}") from error
+            raise UsageError(str(error), field="saved", value=saved / PLAN) from error
         answer = folder.answer()
         if answer is None or says_more(made, answer):
             why = "has no comparison.json" if answer is None else "holds runs that its comparison.json does not"
-            say(f"{saved} {why}: the report is made from its plan and runs", quiet)
+            log(f"{saved} {why}: the report is made from its plan and runs", quiet)
             return made
         if begun.plan != answer.plan:
-            say(f"{saved}: the last call had another plan and has come to no run yet that is not in this report", quiet)
+            log(f"{saved}: the last call had another plan and no run of it has ended that this report lacks", quiet)
     found = load_comparison(saved)
     return summarise(found.plan, found.runs, found.planned_runs, found.threads, found.remarks)
 
 
-def _show(comparison: Comparison, form: str) -> None:
-    """The comparison on stdout: tables and curves, or one of the forms for other programs."""
+def _show(comparison: Comparison, form: str, plot: Path | None, html: Path | None, quiet: bool) -> None:
+    """The comparison on stdout, as tables and curves or in a form for other programs, and in the files asked for."""
     from bncli.report import files
     from bncli.report.compare import export
     from bncli.report.compare.table import ComparisonReport
@@ -213,17 +191,11 @@ def _show(comparison: Comparison, form: str) -> None:
         "markdown": export.to_markdown,
     }
     print_result(forms[form](comparison))
-
-
-def _write(comparison: Comparison, plot: Path | None, html: Path | None, quiet: bool) -> None:
     if plot:
-        from bncli.report.compare.figure import plot as draw
+        from bncli.report.compare import figure
 
-        draw(comparison, plot)
-        say(f"Drawn in {plot}", quiet)
+        figure.plot(comparison, plot)
+        log(f"Drawn in {plot}", quiet)
     if html:
-        from bncli.report.compare.export import to_html
-        from bncli.report.files import write_atomically
-
-        write_atomically(html, to_html(comparison))
-        say(f"Written to {html}", quiet)
+        files.write_atomically(html, export.to_html(comparison))
+        log(f"Written to {html}", quiet)

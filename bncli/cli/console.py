@@ -10,15 +10,24 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from bncli.errors import ALLOW_CODE, OVERWRITE, BncliError, UsageError
+from bncli.errors import BncliError, UsageError
 
 if TYPE_CHECKING:
+    import typer
+
     from bncli.results.compare import Planned
 
 
-def listed(given: Sequence[str] | None) -> tuple[str, ...]:
-    """The names of an option that takes several, with a comma between them or one after the other, each once."""
-    return tuple(dict.fromkeys(part.strip() for text in given or () for part in text.split(",") if part.strip()))
+def listed(values: Sequence[str] | None) -> tuple[str, ...]:
+    """The names of an option that takes several, separated by commas or one after the other, each once."""
+    return tuple(dict.fromkeys(part.strip() for text in values or () for part in text.split(",") if part.strip()))
+
+
+def given_options(context: typer.Context, *parameters: str) -> str:
+    """Those of a command's parameters that stand on the command line, as options: "--jobs, --out"."""
+    sources = {name: context.get_parameter_source(name) for name in parameters}
+    options = {each.name: max(each.opts, key=len) for each in context.command.params}
+    return ", ".join(options[name] for name, source in sources.items() if source and source.name == "COMMANDLINE")
 
 
 def chosen_form(json: bool, csv: bool, markdown: bool) -> str:
@@ -47,8 +56,8 @@ def show_plan(planned: Planned, as_json: bool) -> None:
     print_result(dry_run.to_json(planned) if as_json else dry_run.render(planned))
 
 
-def loaded_all() -> None:
-    """From here on garbage is collected; what has been loaded stays and is left out of it."""
+def enable_gc() -> None:
+    """Collect garbage again, which `main` put off; the objects of the modules loaded so far stay and are left out."""
     gc.freeze()
     gc.enable()
 
@@ -63,7 +72,7 @@ def print_result(result: Any) -> None:
     Console(highlight=False).print(result)
 
 
-# Arguments whose options are spelled otherwise; every other one is --its-name.
+# Arguments whose options have another name; every other one is --its-name.
 OPTIONS = {
     "inputs": "--input",
     "sets": "--set",
@@ -73,30 +82,31 @@ OPTIONS = {
     "operations": "--operation",
     "dtypes": "--dtype",
     "layouts": "--layout",
+    "overwrite": "--force",
 }
-# How a message names a permission, and how the command line does.
-PERMISSIONS = {ALLOW_CODE: "allow it with --allow-code", OVERWRITE: "write over it with --force"}
+
+
+def _option(argument: str | None) -> str | None:
+    return argument and OPTIONS.get(argument, "--" + argument.replace("_", "-"))
 
 
 def print_error(error: BncliError) -> None:
     """A user's mistakes, to stderr; an argument is shown as the option that it came from."""
-    options = [each.field and OPTIONS.get(each.field, "--" + each.field.replace("_", "-")) for each in error.errors]
-    lines = [line for each, option in zip(error.errors, options, strict=True) for line in each.lines(option)]
-    for words, option in PERMISSIONS.items():
-        lines = [line.replace(words, option) for line in lines]
+    lines = [line for each in error.errors for line in each.lines(_option(each.field), _option(each.permission))]
     if len(lines) > 1:
         print(f"bncli: {len(lines)} mistakes", file=sys.stderr)
     for line in lines:
         print(f"  {line}" if len(lines) > 1 else f"bncli: {line}", file=sys.stderr)
 
 
-def say(text: str, quiet: bool) -> None:
+def log(text: str, quiet: bool = False) -> None:
+    """A message, to stderr."""
     if not quiet:
         print(text, file=sys.stderr)
 
 
 class StopAtOnce(KeyboardInterrupt):
-    """The second signal. A KeyboardInterrupt, so that nobody takes it for an error of a run's own."""
+    """The second signal. A KeyboardInterrupt, so that nothing takes it for an error of the user's code."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__()
@@ -106,7 +116,7 @@ class StopAtOnce(KeyboardInterrupt):
 class StopSignal:
     """Ctrl-C or SIGTERM: the first asks the work to end at the next step, the second ends it at once.
 
-    With `at_once` the first does so, for work that yields what it has finished.
+    With `at_once` the first ends it at once, for work that yields what it has finished.
     """
 
     number: int = 0
@@ -126,10 +136,10 @@ class StopSignal:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self.number or self.at_once:
-            say("\nStopped at once; what was finished before is kept", False)
+            log("\nStopped at once; what was finished before is kept")
             raise StopAtOnce(128 + number)
         self.number = number
-        say("\nStopping after this step; once more to stop at once", False)
+        log("\nStopping after this step; once more to stop at once")
 
     def __call__(self) -> bool:
         return self.number != 0

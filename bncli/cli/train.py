@@ -5,26 +5,23 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from bncli.cli.console import StopSignal, loaded_all, print_result, say, show_plan
-from bncli.cli.options import AllowCode, Device, DryRun, Json, Quiet, Recipe_, RequireTarget, Set, Threads
+from bncli.cli.console import StopSignal, enable_gc, log, print_result, show_plan
+from bncli.cli.options import AllowCode, ArmName, Device, DryRun, Json, Quiet, Recipe_, RequireTarget, Set, Threads
 from bncli.errors import CHECK_FAILED, DIVERGED
-
-if TYPE_CHECKING:
-    from bncli.recipe.load import Arm, Loaded
 
 
 def train(
     recipe: Recipe_,
     sets: Set = None,
-    arm: Annotated[Optional[str], typer.Option(help="Train this arm of the recipe instead of its base.")] = None,  # noqa: UP045
+    arm: ArmName = None,
     device: Device = "auto",
     threads: Threads = None,
     out: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option("--out", "-o", help="The run's folder.  [default: runs/NAME/DATE-TIME]", show_default=False),
     ] = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Write over an earlier run in --out.")] = False,
@@ -38,20 +35,20 @@ def train(
 
     Example: bncli train recipes/smoke.yaml --set optimizer.lr=0.3
     """
-    from bncli.recipe.load import load
+    from bncli.recipe.load import Arm, load, plain
 
     loaded = load(recipe, sets or (), allow_code=allow_code, sets_from="--set")
-    chosen = chosen_arm(loaded, arm)
+    chosen = Arm(loaded.name, loaded.base) if arm is None else loaded.arm(arm)
     if dry_run:
         from bncli.measure.dry_run import planned_training
 
         show_plan(planned_training(loaded, chosen), json)
         return
-    from bncli.recipe.load import plain
     from bncli.recipe.yaml import dump
     from bncli.report.files import to_json
     from bncli.report.folder import RunFolder
     from bncli.report.progress import TrainProgress
+    from bncli.report.train import run_table
     from bncli.results.train import RunFinished, RunStarted
 
     with RunFolder(out, loaded.name, force) as folder, StopSignal() as stop:
@@ -61,27 +58,18 @@ def train(
         with TrainProgress(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
             for event in engine.train(chosen.recipe, device, threads=threads, name=chosen.name, stop=stop):
                 if isinstance(event, RunStarted):
-                    loaded_all()
+                    enable_gc()
                     folder.begin(dump(plain(chosen.recipe)))
                 folder.metrics(event)
                 progress(event)
                 if isinstance(event, RunFinished):
                     result = event.result
         folder.finish(result)
-    from bncli.report.train import run_table
-
     print_result(to_json(result) if json else run_table(result, chosen.name))
-    say(f"Saved in {folder.path}", quiet)
+    log(f"Saved in {folder.path}", quiet)
     if stop.number:
         raise typer.Exit(stop.exit_code)
     if result.status == "diverged":
         raise typer.Exit(DIVERGED)
     if require_target and result.steps_to_target is None:
         raise typer.Exit(CHECK_FAILED)
-
-
-def chosen_arm(loaded: Loaded, name: str | None) -> Arm:
-    """The run to train: the recipe's base, or one of its arms under the recipe's and its own name."""
-    from bncli.recipe.load import Arm
-
-    return Arm(loaded.name, loaded.base) if name is None else loaded.arm(name)

@@ -48,16 +48,16 @@ def listed(names: Sequence[Any]) -> str:
 # --- the checks ---------------------------------------------------------------------------------------------------
 
 
-def check(tree: Tree, allow_code: bool) -> None:
+def check(tree: Tree) -> None:
     """Note every mistake of a recipe file's tree in it. What an arm inherits from the base is noted once."""
     root: dict[str, Any] = tree.root
     base, arms = base_of(root), arms_of(root)
-    inherited = run_mistakes(base, allow_code)
+    inherited = run_mistakes(base)
     together = [] if mistakes(Recipe, base) else inherited
     for keys, text in mistakes(RecipeFile, root | base) + together:
         tree.refuse(keys, text)
     for name, arm in arms.items():
-        for keys, text in run_mistakes(arm, allow_code):
+        for keys, text in run_mistakes(arm):
             if (keys, text) not in inherited:
                 tree.refuse(("arms", name, *keys), text)
     _check_grid(tree, arms or {"": base})
@@ -67,16 +67,19 @@ def check(tree: Tree, allow_code: bool) -> None:
         tree.refuse(("reference",), f"there is no arm {reference}; {hint}")
 
 
-def run_mistakes(run: dict[str, Any], allow_code: bool = True) -> list[Found]:
+def refuse_code(tree: Tree) -> None:
+    """Note every model of the user's own that a recipe without mistakes names."""
+    base = base_of(tree.root)
+    arms: list[tuple[Keys, dict[str, Any]]] = [(("arms", name), arm) for name, arm in arms_of(tree.root).items()]
+    for keys, run in [((), base), *arms]:
+        module = run["model"].get("module")
+        if module and (run is base or module != base["model"].get("module")):
+            tree.refuse((*keys, "model", "module"), f"{module} is {CODE_OF_YOURS}")
+
+
+def run_mistakes(run: dict[str, Any]) -> list[Found]:
     """What is wrong in the sections of one run, or if nothing is, what they are wrong about together."""
-    found = mistakes(Recipe, run)
-    if found:
-        return found
-    recipe = Recipe.model_validate(run)
-    if recipe.model.kind == "module" and not allow_code:
-        text = f"{recipe.model.module} is {CODE_OF_YOURS}"
-        found.append((("model", "module"), text))
-    return found + list(contradictions(recipe))
+    return mistakes(Recipe, run) or list(contradictions(Recipe.model_validate(run)))
 
 
 def _check_grid(tree: Tree, arms: dict[str, dict[str, Any]]) -> None:

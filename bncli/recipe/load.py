@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from bncli.errors import RecipeError, UsageError
-from bncli.recipe.check import check, suggestion, words
+from bncli.recipe.check import check, refuse_code, suggestion, words
 from bncli.recipe.overrides import arms_of, base_of, fixed_by, leaves, override, write_out
 from bncli.recipe.sections import Recipe, RecipeFile
 from bncli.recipe.yaml import Keys, Mistake, dotted, parse
@@ -82,17 +82,21 @@ def load(path: str, sets: Sequence[str] = (), allow_code: bool = False, sets_fro
         RecipeError: with every mistake that was found, in the order of the lines.
     """
     source = "standard input" if path == "-" else path
-    tree = parse(read(path), source)
+    tree, permission = parse(read(path), source), None
     if isinstance(tree.root, dict):
         write_out(tree)
         override(tree, sets, sets_from)
-        check(tree, allow_code)
+        check(tree)
+        if not (tree.mistakes or allow_code):
+            refuse_code(tree)
+            permission = "allow_code"
     elif not tree.mistakes:
         sections = "a recipe has the sections data, model, optimizer and train: see recipes/smoke.yaml"
         found = "is empty" if tree.root is None else f"is {words(tree.root)}"
         raise RecipeError(f"{source}: {found}; {sections}")
     if tree.mistakes:
-        raise RecipeError(*dict.fromkeys(map(str, sorted(tree.mistakes, key=lambda mistake: _line(mistake, source)))))
+        lines = sorted(tree.mistakes, key=lambda mistake: _line(mistake, source))
+        raise RecipeError(*dict.fromkeys(map(str, lines)), permission=permission)
     root = tree.root
     arms = [Arm(name, Recipe.model_validate(run), fixed_by(root, name)) for name, run in arms_of(root).items()]
     base = base_of(root)

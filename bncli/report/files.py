@@ -10,26 +10,26 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from bncli.errors import FileError
+from bncli.errors import FileError, UsageError
 from bncli.report.export import json_text
 from bncli.results.compare import BegunComparison, Comparison, RunRecord
 from bncli.results.environment import COMPARISON_VERSION, RUNS_VERSION
 from bncli.results.serialize import Mismatch, from_plain, to_plain
 from bncli.results.train import Evaluated, Event, RunFinished, RunResult
 
+T = TypeVar("T")
 Result = TypeVar("Result", BegunComparison, Comparison, RunRecord, RunResult)
 
-VERSIONS: dict[type, tuple[int, ...]] = {
-    Comparison: (2, COMPARISON_VERSION)
-}  # readable versions; RUNS_VERSION for the others
-WHAT: dict[type, str] = {
-    BegunComparison: "comparison's plan",
-    Comparison: "comparison",
-    RunRecord: "run of a comparison",
-    RunResult: "run's result",
+# What each is called in messages, and the format versions that can be read.
+READABLE: dict[type, tuple[str, tuple[int, ...]]] = {
+    BegunComparison: ("comparison's plan", (RUNS_VERSION,)),
+    Comparison: ("comparison", (2, COMPARISON_VERSION)),
+    RunRecord: ("run of a comparison", (RUNS_VERSION,)),
+    RunResult: ("run's result", (RUNS_VERSION,)),
 }
 
 
@@ -42,37 +42,48 @@ def to_json(result: BegunComparison | Comparison | RunRecord | RunResult) -> str
     return json_text(plain)
 
 
-def from_json(kind: type[Result], text: str, name: str = "") -> Result:
-    """The result that `to_json` wrote. `name`: the file, for messages. Raises FileError."""
-    place = f"{name}: " * bool(name)
-    try:
-        plain = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{place}this is not JSON ({error}); give a file that bncli wrote") from error
-    if not isinstance(plain, dict) or "format_version" not in plain:
-        raise FileError(f"{place}this JSON has no format_version; give a {WHAT[kind]} that bncli wrote")
-    version, readable = plain["format_version"], VERSIONS.get(kind, (RUNS_VERSION,))
-    if version not in readable:
-        newer = isinstance(version, int) and version > readable[-1]
-        advice = "update bncli" if newer else "create it again with this version"
-        raise FileError(
-            f"{place}format_version is {json.dumps(version)} and this bncli reads "
-            f"{' and '.join(map(str, readable))}; {advice}"
-        )
+def from_json(kind: type[Result], text: str) -> Result:
+    """The result that `to_json` wrote. Raises FileError."""
+    what, versions = READABLE[kind]
+    plain = json_object(text, what, versions)
     if kind is not Comparison:
         del plain["format_version"]
-    elif version == 2:
+    elif plain["format_version"] == 2:
         plain["format_version"] = COMPARISON_VERSION
         for part in ("notes", "remarks"):
             if isinstance(plain.get(part), list):
                 plain[part] = [{"kind": "words", "facts": {"words": words}} for words in plain[part]]
-    try:
-        found = from_plain(kind, plain)
-    except Mismatch as error:
-        raise FileError(f"{place}this is not a {WHAT[kind]} as bncli writes it: {error}; create it again") from error
+    found = rebuilt(kind, plain, what)
     if isinstance(found, Comparison) and not _sound(found):
-        raise FileError(f"{place}its plan and its runs do not belong together; create it again")
+        raise FileError("its plan and its runs do not belong together; create it again")
     return found
+
+
+def json_object(text: str, what: str, versions: Sequence[int], kinds: Sequence[str] = ()) -> dict[str, Any]:
+    """The fields of a JSON text in one of those format versions and, where there are kinds, of one of them.
+
+    Raises FileError that says what is wrong with it and what to do. `what`: its name in the message.
+    """
+    try:
+        plain = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"is not JSON ({error}); give a {what} that bncli wrote") from error
+    if not isinstance(plain, dict) or "format_version" not in plain or (kinds and plain.get("kind") not in kinds):
+        raise FileError(f"is JSON, but no {what}; give a {what} that bncli wrote")
+    version = plain["format_version"]
+    if version not in versions:
+        advice = "update bncli" if isinstance(version, int) and version > versions[-1] else "create it again"
+        reads = " and ".join(map(str, versions))
+        raise FileError(f"its format_version is {json.dumps(version)} and this bncli reads {reads}; {advice}")
+    return plain
+
+
+def rebuilt(kind: type[T], plain: dict[str, Any], what: str) -> T:
+    """The result with those fields. Raises FileError."""
+    try:
+        return from_plain(kind, plain)
+    except Mismatch as error:
+        raise FileError(f"is no {what} as bncli writes it: {error}; create it again") from error
 
 
 def _sound(comparison: Comparison) -> bool:
@@ -95,6 +106,18 @@ def event_line(event: Event) -> str:
 
 
 # --- files --------------------------------------------------------------------------------------------------------
+
+
+def load(path: Path, parse: Callable[[str], T], field: str) -> T:
+    """What `parse` makes of a file that was named for the argument `field`. Raises UsageError."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        message = f"cannot be read: {why}; give a JSON file that bncli wrote"
+        raise UsageError(message, field=field, value=path) from error
+    except FileError as error:
+        raise UsageError(str(error), field=field, value=path) from error
 
 
 def check_writable(path: Path) -> None:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO, TypeVar
 
-from bncli.errors import OVERWRITE, BncliError, FileError, UsageError
-from bncli.report.files import Result, event_line, from_json, to_json, write_atomically
+from bncli.errors import BncliError, FileError, UsageError
+from bncli.report.files import Result, event_line, from_json, load, to_json, write_atomically
 from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, RunRecord
 from bncli.results.serialize import to_plain
 from bncli.results.train import Event, RunResult
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 RESULT, METRICS, RECIPE = "result.json", "metrics.jsonl", "recipe.yaml"
 PLAN, COMPARISON = "plan.json", "comparison.json"
-TAKEN = f"holds {{}} already; choose another folder or {OVERWRITE}"
+TAKEN = "holds {} already; choose another folder or write over it"
 
 
 class RunFolder:
@@ -62,14 +62,14 @@ class RunFolder:
                     "choose another folder"
                 )
         if there and not self._overwrite:
-            raise self._refused(TAKEN.format("a run" if RESULT in there else "an unfinished run"))
+            raise self._refused(TAKEN.format("a run" if RESULT in there else "an unfinished run"), "overwrite")
 
     def _claim(self) -> TextIO:
         """metrics.jsonl, open and locked: only one of several runs gets the folder."""
         try:
             file = _open(self.path / METRICS, 0 if self._overwrite else os.O_EXCL)
         except FileExistsError:
-            raise self._refused(TAKEN.format("a run")) from None
+            raise self._refused(TAKEN.format("a run"), "overwrite") from None
         except OSError as error:
             raise self._refused(f"cannot be written to: {error.strerror}") from error
         if not _lock(file):
@@ -77,8 +77,8 @@ class RunFolder:
             raise self._refused("another run is writing there; choose another folder")
         return file
 
-    def _refused(self, why: str) -> UsageError:
-        return UsageError(why, field="out", value=self.path)
+    def _refused(self, why: str, permission: str | None = None) -> UsageError:
+        return UsageError(why, field="out", value=self.path, permission=permission)
 
     def metrics(self, event: Event) -> None:
         """A sink: writes the event as a line of metrics.jsonl and flushes it."""
@@ -216,17 +216,7 @@ def _keep_beside(file: Path) -> Path:
 
 def load_comparison(path: Path) -> Comparison:
     """A comparison saved as JSON, or the one in a comparison's folder. Raises UsageError for anything else."""
-    file = path / COMPARISON if path.is_dir() else path
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not text"
-        message = f"{file} cannot be read: {why}; give a JSON file that compare wrote"
-        raise UsageError(message, field="saved", value=path) from error
-    try:
-        return from_json(Comparison, text)
-    except BncliError as error:
-        raise UsageError(str(error), field="saved", value=file) from error
+    return load(path / COMPARISON if path.is_dir() else path, lambda text: from_json(Comparison, text), "saved")
 
 
 def make(folder: Path) -> None:

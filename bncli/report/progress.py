@@ -8,6 +8,7 @@ from datetime import timedelta
 from time import monotonic
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.progress import Progress, Task, TaskID
 from rich.text import Text
@@ -34,14 +35,14 @@ class _Bars(Progress):
         if not self.tasks:
             return
         width, encoding = self.console.width - 1, self.console.encoding
-        longest = max(len(task.description) for task in self.tasks)
+        names = [encodable(task.description, encoding) for task in self.tasks]
+        longest = max(map(cell_len, names))
         figures = [encodable(_figures(task, width - 2 - min(longest, LEAST_NAME)), encoding) for task in self.tasks]
         right = max(map(len, figures))
         left = min(longest, max(3, width - right - 2))
         bar_width = min(LONGEST_BAR, width - left - right - 4)
-        for task, words in zip(self.tasks, figures, strict=True):
-            name = task.description
-            name = encodable(name if len(name) <= left else f"{name[: left - 3]}...", encoding).ljust(left)
+        for task, name, words in zip(self.tasks, names, figures, strict=True):
+            name = set_cell_size(name if cell_len(name) <= left else f"{set_cell_size(name, left - 3)}...", left)
             bar = Text("  ")
             if bar_width >= LEAST_BAR and task.total:
                 done = round(bar_width * min(1.0, task.completed / task.total))
@@ -51,10 +52,10 @@ class _Bars(Progress):
 
 
 def _figures(task: Task, most: int) -> str:
-    """How much is done, as many of the task's notes as fit in `most` columns, and the time left."""
+    """How much is done (a share where the total is 1.0), as many of the task's notes as fit, and the time left."""
     if task.total is None:
         return str(timedelta(seconds=round(task.elapsed or 0)))
-    done = f"{task.percentage:.0f}%" if task.total == 1.0 else f"{task.completed:.0f}/{task.total:.0f}"
+    done = f"{task.percentage:.0f}%" if isinstance(task.total, float) else f"{task.completed:.0f}/{task.total}"
     left = "" if task.time_remaining is None else str(timedelta(seconds=round(task.time_remaining)))
     notes = list(task.fields["notes"])
     while len(words := "  ".join(filter(None, (done, *notes, left)))) > most and notes:
@@ -101,7 +102,7 @@ class _ProgressSink:
         self._print(text)
 
     def _print(self, text: str) -> None:
-        self.console.print(encodable(text, self.console.encoding), soft_wrap=True, markup=False)
+        self.console.print(Text(encodable(text, self.console.encoding)), soft_wrap=True)
 
 
 class TrainProgress(_ProgressSink):
@@ -135,7 +136,7 @@ class CompareProgress(_ProgressSink):
             notes = [f"{event.done} found"] if event.done else []
             self.all = self.add(event.name, event.planned, notes, event.done)
             found = f", {event.done} of them done already" if event.done else ""
-            self.line(f"{event.name}: {event.planned} runs{found}", True)
+            self.line(f"{event.name}: {count(event.planned, 'run')}{found}", True)
         elif isinstance(event, RunBegan):
             if event.worker not in self.workers:
                 self.workers[event.worker] = self.add("", event.budget)
@@ -165,6 +166,16 @@ def _outcome(record: RunRecord) -> str:
     return result.reason or f"target not reached in {result.steps_run:,} steps"
 
 
+PHASES = {
+    "ceilings": "copies and multiply-adds of the machine",
+    "case": "{subject}",
+    "check": "{subject}: checking the step of each kernel",
+    "round": "{subject}: {mode}, round {round}",
+    "parts": "{subject}: {mode}, parts of its time and memory",
+    "norms": "{subject}: norm-layer diagnostics",
+}
+
+
 class ProfileProgress(_ProgressSink):
     """How much of a profile is done, what is measured now, and the time left."""
 
@@ -179,11 +190,12 @@ class ProfileProgress(_ProgressSink):
             # The plan may grow, but the bar never moves backwards.
             self.fraction = min(max(event.fraction, self.fraction), 1.0)
             before, self.longer = self.longer, self._longer(event.least_s)
-            name = f"{self.what}: {event.label}"
+            label = PHASES[event.phase].format(**vars(event))
+            name = f"{self.what}: {label}"
             self.bars.update(self.task, completed=self.fraction, description=name, notes=[self.longer])
             if self.longer and not before:
                 self.line(f"{self.longer} s", True)
-            self.line(f"{self.done}/{self.planned} rows, {self.fraction:.0%}{self._left()}: {event.label}")
+            self.line(f"{self.done}/{self.planned} rows, {self.fraction:.0%}{self._left()}: {label}")
         elif isinstance(event, RowDone):
             self.done += 1
             if event.row.wrong:

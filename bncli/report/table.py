@@ -119,7 +119,7 @@ class KeyValueList:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         encoding = options.encoding
         names = [encodable(column.name, encoding) for column in self.columns]
-        indent = max(map(len, names)) + len(GAP)
+        indent = max(map(cell_len, names)) + len(GAP)
         for index, row in enumerate(_rows(self.columns, self.rows)):
             if index:
                 yield ""
@@ -231,7 +231,10 @@ def _draw(table: AlignedTable, column: Column, rows: Sequence[Row], encoding: st
 
 
 def _aligned(figures: Sequence[str]) -> list[str]:
-    """As wide as each other, decimal points below each other; what is no number is flush right."""
+    """As wide as each other, decimal points below each other.
+
+    What is no number ends where whole numbers do; where it is longer than all of them it is flush right.
+    """
     found = [NUMBER.fullmatch(text) for text in figures]
     whole, rest = (max((len(each[side]) for each in found if each), default=0) for side in (1, 2))
     padded = []
@@ -275,9 +278,15 @@ def _beside(leads: Sequence[Text], text: Text, indent: int, width: int, console:
     """A text in lines of its own beside its name, or below it where there is little room."""
     below = 2 * len(GAP)
     if indent > below and width - indent < min(LEAST_BESIDE, text.cell_len):
-        yield from leads
+        yield from (part for lead in leads for part in _wrapped(lead, width, console))
         leads, indent = (), below
-    for lead, part in itertools.zip_longest(leads, text.wrap(console, max(1, width - indent)), fillvalue=Text()):
+    for lead, part in itertools.zip_longest(leads, _wrapped(text, width - indent, console), fillvalue=Text()):
         line = Text.assemble(lead, " " * (indent - lead.cell_len), part)
+        line.rstrip()
+        yield line
+
+
+def _wrapped(text: Text, width: int, console: Console) -> Iterator[Text]:
+    for line in text.wrap(console, max(1, width)):
         line.rstrip()
         yield line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from bncli.results.finding import Finding, FindingKind
 from bncli.results.train import Target
 
 UNKNOWN = "–"
-IN_ASCII = str.maketrans({"–": "-", "─": "-", "━": "=", "±": "+-"})
+IN_ASCII = {"–": "-", "─": "-", "━": "=", "±": "+-"}
 
 
 # --- figures ------------------------------------------------------------------------------------------------------
@@ -63,10 +64,17 @@ def setting(value: Any) -> str:
 def encodable(text: str, encoding: str) -> str:
     """The text in characters that the encoding has: - for a dash, +- for ±, ? for any other that it lacks."""
     try:
-        text.encode(encoding)
-        return text
-    except (UnicodeEncodeError, LookupError):
-        return text.translate(IN_ASCII).encode("ascii", "replace").decode()
+        return text.encode(encoding, "in ASCII").decode(encoding)
+    except LookupError:
+        return encodable(text, "ascii")
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(IN_ASCII.get(character, "?") for character in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("in ASCII", _in_ascii)
 
 
 def short_names(fields: Mapping[str, Any] | tuple[str, ...]) -> dict[str, str]:

@@ -20,11 +20,14 @@ def run_table(result: RunResult, name: str) -> Group:
         return f"> {most}, as many as the budget can show" if missed else figure(found)
 
     speed = f"{figure(result.samples_per_s)} samples/s, {figure(result.ms_per_step)} ms/step"
+    of_target = [
+        ("steps to target", steps(result.steps_to_target)),
+        ("first hit", hit if result.first_hit is not None else UNKNOWN),
+    ]
     rows = [
         ("status", _status(result)),
         ("steps run", f"{figure(result.steps_run)} of {figure(result.budget)}"),
-        ("steps to target", steps(result.steps_to_target)),
-        ("first hit", hit if result.first_hit is not None else UNKNOWN),
+        *(of_target if result.target else ()),
         *((f"steps to {setting(each.target.value)}", steps(each.steps)) for each in result.also),
         (f"final {metric}", metric_figure(result.final, metric)),
         (f"best {metric}", metric_figure(result.best, metric)),
@@ -33,9 +36,6 @@ def run_table(result: RunResult, name: str) -> Group:
         ("peak memory", _memory(result)),
         ("parameters", figure(result.parameters)),
     ]
-    if result.target is None:
-        rows = [row for row in rows if row[0] not in ("steps to target", "first hit")]
-
     columns = [Column(name, [words], style="bold") for name, words in rows]
     made = Paragraph(f"Made on {environment_words(result.environment)}.", "dim")
     return Group(Paragraph(name, "bold"), "", KeyValueList(columns), "", made)

@@ -30,7 +30,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times fewer steps than the reference arm. `value` is None where the data allow a bound only."""
+    """The reference arm's steps over this arm's. `value` is None where the data allow only a bound."""
 
     value: float | None
     interval: Interval
@@ -71,7 +71,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds or examples to target, by the same rules as steps, and how many times fewer than the reference's."""
+    """Seconds or examples to target, by the same rules as steps, and their ratio to the reference arm's."""
 
     typical: Steps
     ratio: Ratio | None  # None for the reference
@@ -163,7 +163,7 @@ class ComparisonPlan:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The answer to "how many times fewer steps?": the plan, a row an arm, notes, and every run that it rests on."""
+    """The result of a comparison: the plan, a row for each arm, notes, and every run that it rests on."""
 
     plan: ComparisonPlan
     arms: tuple[ArmSummary, ...]

@@ -26,6 +26,9 @@ class Environment:
     tf32: bool | None = None  # float32 convolutions or matrix products may be in TF32; None: not recorded
 
 
+FEWEST_ROUNDS = 6  # of an interval: five samples all lie above their median once in 32 times, more often than in 2.5 %
+
+
 @dataclass(frozen=True)
 class Interval:
     """A 95 % confidence interval. A missing side is open: nothing in the data bounds it."""

@@ -370,13 +370,30 @@ class ProfileStarted:
     seconds: float | None = None  # the time budget, if one is set
 
 
+Phase = Literal[
+    "ceilings",  # the machine's copies and multiply-adds
+    "case",
+    # Of the step view, each of an arm.
+    "check",  # its models are made, and their steps compared
+    "round",  # mode, round
+    "parts",  # mode: the classes of time and the memory
+    "norms",  # norm-layer diagnostics
+]
+
+
 @dataclass(frozen=True)
 class Measuring:
-    """What goes on now, for a bar: `fraction` of the whole is done, which takes at least `least_s` in all, if known."""
+    """What goes on now: `fraction` of the whole is done, which takes at least `least_s` in all, if known.
 
-    label: str
-    fraction: float
+    The fields that its phase names are set.
+    """
+
+    subject: str  # a case, or an arm; empty for the machine
+    fraction: float = 0.0
     least_s: float = 0.0
+    phase: Phase = "case"
+    mode: Mode | None = None
+    round: int | None = None
 
 
 @dataclass(frozen=True)

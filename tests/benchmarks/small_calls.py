@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 import bncli
 from bncli.measure.timing import clock
-from bncli.measure.timing.clock import Work
 from bncli.measure.timing.speedup import faster
 from bncli.results.profile import Speedup
 
@@ -79,9 +78,9 @@ def _forward_and_backward(call: Callable[[], Tensor], leaves: list[Tensor], dy: 
 
 
 def _timed(device: torch.device, calls: dict[str, Call], kernel: str, rounds: int) -> tuple[dict[str, float], Speedup]:
-    timer = clock.of(device)
-    works = {name: Work(lambda _, call=call: call()) for name, call in calls.items()}  # type: ignore[misc]
-    _, first = clock.in_a_loop(timer, works, 2, calls=5)
-    count = max(5, min(MOST_CALLS, round(SAMPLE_MS / max(first["native"][-1], 1e-3))))
-    _, ms = clock.in_a_loop(timer, works, rounds, calls=count)
+    timer = clock.LoopClock(device)
+    few = {name: clock.in_a_row(call, 5) for name, call in calls.items()}
+    first_ms = clock.interleaved(timer, few, 2)["native"][-1]
+    count = max(5, min(MOST_CALLS, round(SAMPLE_MS / max(first_ms, 1e-3))))
+    ms = clock.interleaved(timer, {name: clock.in_a_row(call, count) for name, call in calls.items()}, rounds)
     return {name: 1e3 * statistics.median(samples) for name, samples in ms.items()}, faster(ms["native"], ms[kernel])

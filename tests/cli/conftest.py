@@ -1,15 +1,32 @@
-"""A small recipe in the current folder, and calls of the command line in this process and in one of its own."""
+"""A small recipe and the user's own code in the current folder, and calls of the command line."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import importlib
+import io
+import json
 import subprocess
 import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from bncli.cli import main
+from bncli.engine.train import train
+from bncli.engine.user_code import LoadedFiles
+from bncli.measure.compare import processes
+from bncli.measure.compare.plan import Job
+from bncli.measure.compare.run import Ended, Started
+from bncli.results.serialize import to_plain
+from bncli.results.train import RunFinished
+from tests.measure.compare.conftest import result
 
 RECIPE = """
 data: {source: synthetic, shape: [8], classes: 3, examples: 120, held_out: 60, noise: 0.5}
@@ -24,21 +41,108 @@ seeds: {tune: 3, report: 2}
 """
 
 
-@pytest.fixture
-def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-    (tmp_path / "small.yaml").write_text(RECIPE)
-    return "small.yaml"
+@dataclass(frozen=True)
+class Ran:
+    """What a call of the command line left."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def words(self) -> str:
+        """The output without its line breaks."""
+        return " ".join(self.out.split())
 
 
-def bncli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The exit code of a call in this process."""
-    monkeypatch.setattr(sys, "argv", ["bncli", *arguments])
-    with pytest.raises(SystemExit) as left:
+def bncli(*arguments: str) -> Ran:
+    """A call in this process."""
+    out, err, argv = io.StringIO(), io.StringIO(), mock.patch.object(sys, "argv", ["bncli", *arguments])
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), argv, pytest.raises(SystemExit) as left:
         main()
-    return int(left.value.code or 0)
+    gc.enable()
+    assert "Traceback" not in err.getvalue()
+    return Ran(int(left.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def process(*arguments: str, **options: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", "bncli", *arguments], text=True, **options)
+    """A call in a process of its own."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.Popen([sys.executable, "-m", "bncli", *arguments], text=True, **pipes)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder, with the small recipe; modules of the user's own that are imported from it are forgotten."""
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    forget_modules(tmp_path)
+
+
+def forget_modules(folder: Path) -> None:
+    """Forget what was imported from a folder, as a new process would."""
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None) or "").startswith(str(folder)):
+            del sys.modules[name]
+    importlib.invalidate_caches()
+
+
+@pytest.fixture
+def recipe(folder: Path) -> str:
+    return "small.yaml"
+
+
+# --- comparisons without worker processes -------------------------------------------------------------------------
+
+
+@dataclass
+class InThisProcess:
+    """An executor in the place of the worker processes."""
+
+    device: str
+    jobs: int | None
+    threads: int
+    folder: Path
+
+    def run(self, wanted: deque[Job], stop: Callable[[], bool]) -> Iterator[Started | Ended]:
+        while wanted and not stop():
+            job = wanted.popleft()
+            yield Started(0, job)
+            yield self.ended(job)
+
+    def ended(self, job: Job) -> Ended:
+        """A result that is made up; the arm called deadly fails, the one called late misses its target."""
+        if job.arm == "deadly":
+            return Ended(0, job, None, "its worker process was killed by SIGKILL")
+        found = result(None if job.arm == "late" else 5.0 + job.seed + 50 * (job.recipe.optimizer.lr < 0.5))
+        environment = replace(found.environment, threads=self.threads)
+        return Ended(0, job, to_plain(replace(found, ms_per_step=float(self.threads), environment=environment)))
+
+
+@dataclass
+class Training(InThisProcess):
+    """An executor that trains each run in this process, and forgets the user's own code before as a new one would."""
+
+    def __post_init__(self) -> None:
+        forget_modules(Path.cwd())
+        self.loaded = LoadedFiles()
+
+    def ended(self, job: Job) -> Ended:
+        *_, last = train(job.recipe, self.device, threads=self.threads)
+        assert isinstance(last, RunFinished)
+        self.loaded.note()
+        code = self.loaded.files if job.recipe.model.kind == "module" else {}
+        return Ended(0, job, json.loads(json.dumps(to_plain(last.result))), code=code)
+
+
+@pytest.fixture
+def made_up_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "Processes", InThisProcess)
+
+
+@pytest.fixture
+def runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "Processes", Training)

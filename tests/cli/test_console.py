@@ -8,19 +8,16 @@ import signal
 import pytest
 
 from bncli.cli.console import OPTIONS, StopAtOnce, StopSignal, chosen_form, listed, print_error, print_result
-from bncli.errors import CODE_OF_YOURS, OVERWRITE, BncliError, RecipeError, RunFailed, UsageError, UsageErrors
+from bncli.errors import CODE_OF_YOURS, BncliError, RecipeError, RunFailed, UsageError, UsageErrors
 from tests.cli.conftest import bncli
 from tests.test_architecture import MODULES
 from tests.test_documentation import options as commands
 
 
-def test_several_mistakes_are_counted_and_listed(
-    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert bncli(monkeypatch, "train", recipe, "--set", "train.steps=0", "--set", "nrom=batch") == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "bncli: 2 mistakes"
-    assert len(lines) == 3
+def test_several_mistakes_are_counted_and_listed(recipe: str) -> None:
+    ran = bncli("train", recipe, "--set", "train.steps=0", "--set", "nrom=batch")
+    lines = ran.err.splitlines()
+    assert (ran.code, lines[0], len(lines)) == (2, "bncli: 2 mistakes", 3)
 
 
 # --- messages -----------------------------------------------------------------------------------------------------
@@ -36,9 +33,10 @@ def test_several_mistakes_are_counted_and_listed(
         (UsageError("no shape", field="inputs", value="3"), "bncli: --input 3: no shape"),
         (UsageError("too short", field="seconds", value=0), "bncli: --time 0: too short"),
         (RecipeError("r.yaml:3: unknown key"), "bncli: r.yaml:3: unknown key"),
-        (UsageError(f"it is {CODE_OF_YOURS}", field="kernel", value="a:b"),
+        (UsageError(f"it is {CODE_OF_YOURS}", field="kernel", value="a:b", permission="allow_code"),
          "bncli: --kernel a:b: it is code of yours that would run; allow it with --allow-code"),
-        (BncliError(f"holds a run; {OVERWRITE}"), "bncli: holds a run; write over it with --force"),
+        (BncliError("holds a run; write over it", permission="overwrite"),
+         "bncli: holds a run; write over it with --force"),
         (RunFailed("mine:norm raised ValueError: give allow_code=True or overwrite=True"),
          "bncli: mine:norm raised ValueError: give allow_code=True or overwrite=True"),
         (UsageErrors([UsageError("too small", field="jobs", value=0), UsageError("two mistakes", "in it")]),
@@ -59,7 +57,7 @@ def test_every_argument_that_an_error_names_has_its_option() -> None:
     for file in MODULES.values():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "UsageError":
-                values = [keyword.value for keyword in node.keywords if keyword.arg == "field"]
+                values = [keyword.value for keyword in node.keywords if keyword.arg in ("field", "permission")]
                 fields |= {value.value for value in values if isinstance(value, ast.Constant)}
     assert fields
     assert {OPTIONS.get(field, "--" + field.replace("_", "-")) for field in fields} <= options
@@ -68,7 +66,7 @@ def test_every_argument_that_an_error_names_has_its_option() -> None:
 # --- options and results ------------------------------------------------------------------------------------------
 
 
-def test_several_names_are_given_with_commas_or_one_after_the_other_and_count_once() -> None:
+def test_names_are_separated_by_commas_or_repeated_and_count_once() -> None:
     assert listed(["native, fused", "fused", ",mine:norm,"]) == ("native", "fused", "mine:norm")
     assert listed(None) == listed([]) == listed([""]) == ()
 

@@ -10,7 +10,7 @@ from bncli.errors import RecipeError
 from bncli.measure.compare.plan import planned_comparison
 from bncli.measure.dry_run import planned_training
 from bncli.recipe.load import Loaded, load
-from tests.measure.compare.test_plan import ARMS, BASE
+from tests.measure.compare.conftest import ARMS, BASE
 
 
 def loaded(folder: Path, text: str) -> Loaded:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from bncli.results.compare import (
 from bncli.results.environment import Environment, Interval
 from bncli.results.train import Evaluation, RunResult, Target
 
+Show = Callable[..., str]  # the fixture of that name: a renderable, a width and an encoding
 ENVIRONMENT = Environment(
     bncli="0.1.0",
     python="3.12.1",
@@ -134,7 +136,7 @@ def tuning(*steps: float | str | None, kept: tuple[float, ...] = ()) -> tuple[Tu
     )
 
 
-def report_runs(arm: str, steps: list[float | None], tau: float, status: str = "budget") -> list[RunRecord]:
+def report_runs(arm: str, steps: Sequence[float | None], tau: float, status: str = "budget") -> list[RunRecord]:
     return [
         RunRecord(
             key=f"{arm}-{seed}".replace(" ", "-"),
@@ -220,7 +222,7 @@ def six_arms() -> Comparison:
         + report_runs(names[1], spread(67), 20)
         + report_runs(names[2], spread(45), 14)
         + report_runs(names[3], some, 700)
-        + report_runs(names[4], [None] * 4 + spread(2800, 2), 1500)
+        + report_runs(names[4], [*[None] * 4, *spread(2800, 2)], 1500)
         + report_runs(names[5], [None] * 5, 9000, status="diverged")
     )
     failed = RunRecord("k", names[4], {"optimizer.lr": 0.3}, 106, "report", None, "worker killed by signal 9")
@@ -333,7 +335,7 @@ def make_result() -> Any:
 
 
 @pytest.fixture(scope="session")
-def show() -> Any:
+def show() -> Show:
     """Renders as on a pipe: no colour, a fixed width, the given encoding."""
 
     def shown(renderable: Any, width: int = 80, encoding: str = "utf-8") -> str:

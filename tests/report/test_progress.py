@@ -92,6 +92,13 @@ def test_a_narrow_or_ascii_terminal_shows_how_much_is_done(kind: type, events: l
     assert re.search(r"  20/3000|120/3000|50%|0:00:0\d", last)
 
 
+def test_a_single_run_is_counted_and_wide_names_leave_the_figures_in_sight() -> None:
+    screen = shown(CompareProgress, [ComparisonStarted("批量归一化" * 9, 1, 0, "accuracy")], terminal=True, width=60)
+    assert "...  0/1" in screen
+    log = shown(CompareProgress, [ComparisonStarted("digits", 1, 0, "accuracy")], terminal=False)
+    assert log == "digits: 1 run\n"
+
+
 @pytest.mark.parametrize(("kind", "events"), KINDS)
 def test_nothing_is_shown_when_quiet(kind: type, events: list) -> None:
     assert shown(kind, events, terminal=True, quiet=True) == ""
@@ -139,6 +146,20 @@ def test_a_label_with_brackets_is_shown_as_it_is() -> None:
     assert "native bn [fp32] 256x64x56x56" in shown(ProfileProgress, PROFILE[:2], terminal=True)
 
 
+@pytest.mark.parametrize(
+    ("event", "label"),
+    [
+        (Measuring("", phase="ceilings"), "copies and multiply-adds of the machine"),
+        (Measuring("normed", phase="check"), "normed: checking the step of each kernel"),
+        (Measuring("normed", phase="round", mode="training", round=3), "normed: training, round 3"),
+        (Measuring("normed", phase="parts", mode="training"), "normed: training, parts of its time and memory"),
+        (Measuring("normed", phase="norms"), "normed: norm-layer diagnostics"),
+    ],
+)
+def test_the_bar_of_a_profile_says_what_is_measured(event: Measuring, label: str) -> None:
+    assert label in shown(ProfileProgress, [PROFILE[0], event], terminal=True)
+
+
 def test_the_bar_of_a_profile_never_moves_backwards() -> None:
     screen = shown(ProfileProgress, [*PROFILE, Measuring("again", 0.25)], terminal=True)
     assert "again" in screen
@@ -175,13 +196,13 @@ def test_a_run_longer_than_asked_for_is_shown_and_logged_once() -> None:
 
 
 def test_a_wrong_kernel_is_logged_at_once() -> None:
-    wrong = failed(ROWS[0].case, "mine:norm", ERROR, wrong=True)
+    wrong = failed(ROWS[0].case, "mine:x", ERROR, wrong=True)  # rich has an emoji for :x:
     log = shown(
         ProfileProgress,
         [PROFILE[0], RowDone(wrong), RowDone(failed(ROWS[0].case, "apex", "is not installed"))],
         terminal=False,
     )
-    assert log.splitlines() == ["kernels: 3 rows to measure", f"1/3 mine:norm: wrong: {ERROR}"]
+    assert log.splitlines() == ["kernels: 3 rows to measure", f"1/3 mine:x: wrong: {ERROR}"]
 
 
 # --- gradient checks ----------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def test_asides_stand_below_their_figures_where_asked_for(show):
         (["median 1,911", "67.2"], ["median 1,911", "        67.2"]),
     ],
 )
-def test_numbers_are_aligned_and_anything_else_is_flush_right(show, figures, shown):
+def test_numbers_are_aligned_and_longer_words_are_flush_right(show, figures, shown):
     assert lines(show(AlignedTable([Column("", figures)])))[2:] == shown
 
 
@@ -118,6 +118,12 @@ def test_where_no_table_fits_there_is_a_list_of_all_columns(show):
         "",
     ]
     assert "steps to target\n    815 (733–896)\n" in show(table, 20)
+
+
+def test_a_list_aligns_and_wraps_names_of_any_width(show):
+    columns = [Column("批量 steps", ["815"]), Column("ms", ["1.3"])]
+    assert lines(show(KeyValueList(columns))) == ["批量 steps  815", "ms          1.3"]
+    assert lines(show(KeyValueList(columns), 8)) == ["批量", "steps", "    815", "ms", "    1.3"]
 
 
 def test_a_group_of_tables_may_be_a_narrower_layout(show):

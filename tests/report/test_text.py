@@ -76,6 +76,7 @@ def test_fields_that_end_alike_keep_their_whole_names():
 def test_characters_that_an_encoding_lacks_are_replaced():
     assert encodable("9.81–14.9 naïve", "utf-8") == "9.81–14.9 naïve"
     assert encodable("9.81–14.9 naïve ±2%", "ascii") == "9.81-14.9 na?ve +-2%"
+    assert encodable("9.81–14.9 naïve ±2%", "latin-1") == "9.81-14.9 naïve ±2%"
 
 
 def test_a_cell_and_a_header_on_one_line():

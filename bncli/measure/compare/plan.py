@@ -1,15 +1,16 @@
-"""Arms x grid x seeds: which runs answer "how many times fewer steps?". Pure: plans runs, no torch.
+"""Plan of a comparison: the runs of every arm over the grid and the seeds. No torch.
 
-Every arm gets the same grid and the same seeds. Each point of the grid is run with the tuning seeds; those that these
-cannot tell from the best are kept and get the further seeds too. All of an arm's seeds serve both the choice of its
-best point and the estimate (`measure.statistics`).
+Every arm gets the same grid and the same seeds. Each point of the grid is run with the tuning seeds; the points that
+these cannot tell from the best are kept and get the further seeds too. All of an arm's seeds serve both the choice of
+its best point and the estimate (`measure.compare.stats`).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
@@ -20,7 +21,7 @@ from bncli.recipe.check import SAME_FOR_ALL_RUNS
 from bncli.recipe.layers import input_of, shape_contradictions
 from bncli.recipe.load import Arm, Loaded, digest, plain, with_values
 from bncli.recipe.overrides import value_at
-from bncli.recipe.sections import Digits, Npz, Recipe, TargetSection
+from bncli.recipe.sections import Digits, Npz, Recipe
 from bncli.results.compare import ComparisonPlan, Phase, Planned, RunRecord
 from bncli.results.train import Target
 
@@ -47,12 +48,11 @@ class Job:
 
 def point_and_seed(point: Mapping[str, Any], seed: int) -> str:
     """Which run of an arm: `lr 0.3, seed 5`."""
-
-    def word(value: Any) -> str:
-        return f"{value:g}" if isinstance(value, int | float) else str(value)
-
-    words = [f"{path.rsplit('.', 1)[-1]} {word(value)}" for path, value in point.items()]
-    return ", ".join([*words, f"seed {seed}"])
+    values = {**point, "seed": seed}
+    return ", ".join(
+        f"{path.rsplit('.', 1)[-1]} {f'{value:g}' if isinstance(value, int | float) else value}"
+        for path, value in values.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -88,37 +88,26 @@ class Study:
 def study(recipes: Sequence[Loaded], identity: Mapping[str, str] | None = None) -> Study:
     """The study that one or more recipes ask for. Raises RecipeError for recipes that cannot be compared."""
     first = recipes[0]
-    arms = [replace(arm, name=name) for name, arm in _named_arms(recipes)]
-    _refuse_unlike(recipes, arms)
+    seeds, base, grid = first.file.seeds, first.base.train.seed, first.file.grid
+    tune = seeds.tune if any(len(values) > 1 for values in grid.values()) else 0
+    arms = _named_arms(recipes)
+    if wrong := list(_differences(recipes, arms)):
+        raise RecipeError(*wrong)
+    _check_size(first, len(arms), tune)
     target = arms[0].recipe.train.target
     assert target is not None
-    seeds, base = first.file.seeds, first.base.train.seed
-    tuned = any(len(values) > 1 for values in first.file.grid.values())
-    tune = seeds.tune if tuned else 0
-    if tuned and tune < FEWEST_TUNE_SEEDS:
-        raise RecipeError(
-            f"{first.source}: seeds.tune: {tune} cannot show how sure the choice among the grid's points is; "
-            f"write {FEWEST_TUNE_SEEDS} or more"
-        )
     names = [arm.name for arm in first.arms] or [first.name]  # as the file has them, before any clash
-    points = math.prod(len(values) for values in first.file.grid.values())
-    if (runs := len(arms) * (points * tune + seeds.report)) > MOST_RUNS:
-        raise RecipeError(
-            f"{first.source}: {len(arms)} arms at {points:,} points of the grid make {runs:,} runs; "
-            f"a comparison has at most {MOST_RUNS:,}: shorten the lists of grid"
-        )
-    reference = arms[names.index(first.reference)].name
     plan = ComparisonPlan(
         name=first.name,
         arms=tuple(arm.name for arm in arms),
         fixed={arm.name: arm.fixed for arm in arms},
-        grid={path: tuple(values) for path, values in first.file.grid.items()},
-        reference=reference,
+        grid={path: tuple(values) for path, values in grid.items()},
+        reference=arms[names.index(first.reference)].name,
         tune_seeds=tuple(range(base, base + tune)),
         report_seeds=tuple(range(base + tune, base + tune + seeds.report)),
         target=Target(target.metric, target.value),
         budget=first.base.train.steps,
-        data=describe_data(first.base),
+        data=_data_words(first.base),
         recipes={arm.name: plain(arm.recipe) for arm in arms},
         also=tuple(Target(target.metric, value) for value in target.also),
     )
@@ -127,19 +116,19 @@ def study(recipes: Sequence[Loaded], identity: Mapping[str, str] | None = None) 
 
 def planned_comparison(recipes: Sequence[Loaded]) -> Planned:
     """All runs of a comparison, without training any. Raises RecipeError for recipes that cannot be compared."""
-    asked = study(recipes)
-    first = recipes[0]
-    arms = []
-    for arm in asked.arms:
-        tuning = len(asked.points(arm)) * len(asked.plan.tune_seeds)
-        arms.append(planned_arm(first.base, arm, tuning, len(asked.plan.report_seeds)))
-    runs = planned_runs(asked)
-    fields = tuple(first.provenance(Arm("", first.base)))
-    steps = runs * asked.plan.budget
-    return Planned(first.name, fields, tuple(arms), dict(asked.plan.grid), runs, steps, available_memory_mib())
+    asked, first = study(recipes), recipes[0]
+    plan = asked.plan
+    arms = [
+        planned_arm(first.base, arm, len(asked.points(arm)) * len(plan.tune_seeds), len(plan.report_seeds))
+        for arm in asked.arms
+    ]
+    runs, fields = planned_runs(asked), first.provenance(Arm("", first.base))
+    return Planned(
+        first.name, tuple(fields), tuple(arms), dict(plan.grid), runs, runs * plan.budget, available_memory_mib()
+    )
 
 
-def describe_data(recipe: Recipe) -> str:
+def _data_words(recipe: Recipe) -> str:
     """What the runs are trained on, for titles."""
     data = recipe.data
     if isinstance(data, Digits):
@@ -148,83 +137,86 @@ def describe_data(recipe: Recipe) -> str:
     return f"{data.source} {name}" if name else f"{data.source} data"
 
 
-def _named_arms(recipes: Sequence[Loaded]) -> list[tuple[str, Arm]]:
-    """Every recipe's arms; a recipe without arms is one arm of its own name. A name that clashes gets its file's."""
-    arms = [(loaded, arm) for loaded in recipes for arm in (loaded.arms or (Arm(loaded.name, loaded.base),))]
-    names = [arm.name for _, arm in arms]
-    return [(arm.name if names.count(arm.name) == 1 else f"{loaded.name} {arm.name}", arm) for loaded, arm in arms]
+def _named_arms(recipes: Sequence[Loaded]) -> list[Arm]:
+    """Every recipe's arms; a recipe without arms is one arm. A name that clashes gets its file's name in front."""
+    arms = [(loaded.name, arm) for loaded in recipes for arm in (loaded.arms or (Arm(loaded.name, loaded.base),))]
+    count = Counter(arm.name for _, arm in arms)
+    return [arm if count[arm.name] == 1 else replace(arm, name=f"{file} {arm.name}") for file, arm in arms]
 
 
-def _refuse_unlike(recipes: Sequence[Loaded], arms: Sequence[Arm]) -> None:
-    first = recipes[0]
+def _differences(recipes: Sequence[Loaded], arms: Sequence[Arm]) -> Iterator[str]:
+    """Why the arms cannot be compared."""
+    first, *others = recipes
     if len(arms) < 2:
         raise RecipeError(
             f"{first.source}: has {'one arm' if first.arms else 'no arms'}; a comparison needs two: "
             "add one under arms, or name another recipe"
         )
-    names = [arm.name for arm in arms]
-    twice = {name for name in names if names.count(name) > 1}
+    twice = sorted(name for name, count in Counter(arm.name for arm in arms).items() if count > 1)
     if twice:
-        raise RecipeError(
-            f"two recipes have the same name and arm: {', '.join(sorted(twice))}; rename a file or an arm"
-        )
-    wrong = []
-    for loaded in recipes[1:]:
+        raise RecipeError(f"two recipes have the same name and arm: {', '.join(twice)}; rename a file or an arm")
+    for loaded in others:
         for part in ("grid", "seeds"):
             if getattr(loaded.file, part) != getattr(first.file, part):
-                wrong.append(f"{loaded.source}: {part} differs from {first.source}'s; every arm gets the same {part}")
+                yield f"{loaded.source}: {part} differs from {first.source}'s; every arm gets the same {part}"
     for arm in arms:
         for path in SAME_FOR_ALL_RUNS:
             if attrgetter(path)(arm.recipe) != attrgetter(path)(arms[0].recipe):
-                wrong.append(f"arm {arm.name}: {path} differs from arm {arms[0].name}'s; steps would not be comparable")
+                yield f"arm {arm.name}: {path} differs from arm {arms[0].name}'s; steps would not be comparable"
         if isinstance(arm.recipe.data, Npz):  # what only the file can tell; the rest was checked with the recipe
-            found = shape_contradictions(arm.recipe, *input_of(arm.recipe))
-            wrong += [f"arm {arm.name}: {'.'.join(keys)}: {text}" for keys, text in found]
-    if not isinstance(arms[0].recipe.train.target, TargetSection):
-        wrong.append(f"{first.source}: train.target is missing; a comparison counts the steps to it")
-    if wrong:
-        raise RecipeError(*wrong)
+            for keys, text in shape_contradictions(arm.recipe, *input_of(arm.recipe)):
+                yield f"arm {arm.name}: {'.'.join(keys)}: {text}"
+    if arms[0].recipe.train.target is None:
+        yield f"{first.source}: train.target is missing; a comparison counts the steps to it"
 
 
-# --- what is to be done -------------------------------------------------------------------------------------------
+def _check_size(first: Loaded, arms: int, tune: int) -> None:
+    """Refuse too few seeds for the choice of a point, and too many runs."""
+    if 0 < tune < FEWEST_TUNE_SEEDS:
+        raise RecipeError(
+            f"{first.source}: seeds.tune: {tune} cannot show how sure the choice among the grid's points is; "
+            f"write {FEWEST_TUNE_SEEDS} or more"
+        )
+    points = math.prod(len(values) for values in first.file.grid.values())
+    if (runs := arms * (points * tune + first.file.seeds.report)) > MOST_RUNS:
+        raise RecipeError(
+            f"{first.source}: {arms} arms at {points:,} points of the grid make {runs:,} runs; "
+            f"a comparison has at most {MOST_RUNS:,}: shorten the lists of grid"
+        )
+
+
+# --- the runs to be done ------------------------------------------------------------------------------------------
 
 
 def planned_runs(study: Study, records: Mapping[str, RunRecord] | None = None) -> int:
     """How many runs the comparison rests on in all, each once.
 
-    Of an arm whose tuning is not complete it is not known yet how many points of the grid it keeps: one is counted.
+    For an arm whose tuning is not complete it is not known yet how many points of the grid it keeps: one is counted.
     """
     records = records or {}
-    found = {job.key for job in wanted(study, records)}
-    tuning = [_tuning(study, arm) for arm in study.arms]
-    untuned = {tuple(job.key for job in jobs) for jobs in tuning if not _tuned(jobs, records)}
-    return len(found) + len(untuned) * len(study.plan.report_seeds)
+    named = {job.key for job in wanted(study, records)}
+    untuned = {keys for arm in study.arms if not records.keys() >= set(keys := _tuning_keys(study, arm))}
+    return len(named) + len(untuned) * len(study.plan.report_seeds)
+
+
+def _tuning_keys(study: Study, arm: Arm) -> tuple[str, ...]:
+    return tuple(job.key for job in study.jobs(arm, "tune", study.points(arm)))
 
 
 def wanted(study: Study, records: Mapping[str, RunRecord]) -> list[Job]:
     """The runs that can be named now, done or not: all tuning runs, and an arm's further runs once it is tuned."""
     tuning, report = [], []
     for arm in study.arms:
-        jobs = _tuning(study, arm)
+        points = study.points(arm)
+        jobs = study.jobs(arm, "tune", points)
         tuning += jobs
-        if _tuned(jobs, records):
-            kept = _kept(study, _records(jobs, records)) if jobs else study.points(arm)
-            report += study.jobs(arm, "report", kept)
+        if all(job.key in records for job in jobs):
+            if jobs:
+                from bncli.measure.compare.samples import kept_points  # imports scipy: not before something is tuned
+
+                points = kept_points(study.plan, _records(jobs, records))
+            report += study.jobs(arm, "report", points)
     return report + tuning
-
-
-def _kept(study: Study, tuning: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    from bncli.measure.compare.samples import kept_points  # imports scipy: not before something is tuned
-
-    return kept_points(study.plan, tuning)
-
-
-def _tuning(study: Study, arm: Arm) -> list[Job]:
-    return study.jobs(arm, "tune", study.points(arm))
-
-
-def _tuned(jobs: Sequence[Job], records: Mapping[str, RunRecord]) -> bool:
-    return all(job.key in records for job in jobs)
 
 
 def collect(study: Study, records: Mapping[str, RunRecord]) -> list[RunRecord]:

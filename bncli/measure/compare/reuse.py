@@ -1,4 +1,4 @@
-"""Which runs of earlier calls a comparison may use: what a run depends on besides its recipe, and what has changed."""
+"""Reuse of runs of earlier calls: what a run depends on besides its recipe, and what of it has changed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from bncli import __version__
@@ -19,7 +19,7 @@ from bncli.recipe.sections import Recipe
 from bncli.results.compare import BegunComparison, Comparison, Note, RunRecord
 
 PACKAGE = Path(__file__).parents[2]
-IDENTITY = ("bncli", "torch", "device", "data")
+IDENTITY = ("bncli", "torch", "device", "data")  # the parts of a run's identity, as `identity` gives them
 RUN_BY = ("engine", "kernels", "recipe")  # the parts of bncli that decide what a run does
 
 
@@ -41,31 +41,38 @@ def sources_digest(package: Path) -> str:
 
 
 def usable(kept: Iterable[RunRecord]) -> dict[str, RunRecord]:
-    """By key, the runs whose model's code stands as they loaded it; of several with one key the last that was made."""
-    records = sorted(kept, key=_made)
+    """By key, the runs whose model's code stands as they loaded it; of several with one key the latest."""
+    records = sorted(kept, key=_date)
     now = {file: digest_of(file) for record in records for file in record.code}
-    return {record.key: record for record in records if all(now[file] == found for file, found in record.code.items())}
+    return {record.key: record for record in records if record.code.items() <= now.items()}
 
 
 def not_reused(jobs: Iterable[Job], kept: Iterable[RunRecord], identity: Mapping[str, str]) -> list[Note]:
-    """How many of the jobs were done by earlier runs that cannot be used, and why: a note, if there are any."""
-    earlier = {record.recipe_key: record for record in sorted(kept, key=_made)}
-    keys = usable(kept)
-    again = {job.key: earlier[job.recipe_key] for job in jobs if job.key not in keys and job.recipe_key in earlier}
-    changed = Counter(_changed(record, identity) for record in again.values())
-    return [Note.of("not reused", runs=len(again), changed=dict(changed.most_common()))] if changed else []
+    """A note of how many of the jobs were done by earlier runs that cannot be used, and why, if there are any."""
+    keys, earlier = usable(kept), {record.recipe_key: record for record in sorted(kept, key=_date)}
+    lost = {job.key: earlier[job.recipe_key] for job in jobs if job.key not in keys and job.recipe_key in earlier}
+    changed = Counter(_changed(record, identity) for record in lost.values())
+    return [Note.of("not reused", runs=len(lost), changed=dict(changed.most_common()))] if changed else []
 
 
 def _changed(record: RunRecord, identity: Mapping[str, str]) -> str:
-    """The first part of a run's identity that is another now; code of the user's own is compared file by file."""
+    """The first part of a run's identity that is another now; the user's own code is compared file by file."""
     return next((part for part in IDENTITY if record.identity.get(part) != identity.get(part)), "code")
 
 
-def _made(record: RunRecord) -> str:
+def _date(record: RunRecord) -> str:
     return record.result.environment.date if record.result else ""
 
 
-def fits(study: Study, kept: Sequence[RunRecord]) -> bool:
+def of_one_code(kept: Iterable[RunRecord]) -> list[RunRecord]:
+    """The runs that loaded no file of the user's own in another version than the last run that loaded it."""
+    records, latest = sorted(kept, key=_date), dict[str, str]()
+    for record in records:
+        latest |= record.code
+    return [record for record in records if record.code.items() <= latest.items()]
+
+
+def fits(study: Study, kept: Iterable[RunRecord]) -> bool:
     """Whether any of the runs could be one of this study's, at another point of the grid or seed, or by other code."""
     return any(_fits(arm, record) for record in kept for arm in study.arms)
 
@@ -82,24 +89,15 @@ def report_of_runs(begun: BegunComparison, kept: Iterable[RunRecord], failed: It
     """The answer as far as a comparison's runs have come, without running anything. Raises BncliError."""
     plan = begun.plan
     try:
-        recipes = {name: Recipe.model_validate(recipe) for name, recipe in plan.recipes.items()}
-        arms = tuple(Arm(name, recipes[name], plan.fixed.get(name, ())) for name in plan.arms)
+        arms = [Arm(name, Recipe.model_validate(plan.recipes[name]), plan.fixed.get(name, ())) for name in plan.arms]
     except (KeyError, ValueError) as error:
         raise BncliError("its recipes are not as this bncli has them; run compare again with the recipe") from error
-    study = Study(plan, arms, begun.identity)
-    records = {record.key: record for record in failed} | {record.key: record for record in of_one_code(kept)}
+    study = Study(plan, tuple(arms), begun.identity)
+    records = {record.key: record for record in (*failed, *of_one_code(kept))}
     return summarise(plan, collect(study, records), planned_runs(study, records), begun.threads)
 
 
-def of_one_code(kept: Iterable[RunRecord]) -> list[RunRecord]:
-    """The runs that loaded no file of the user's own in another version than the last run that loaded it."""
-    records, latest = sorted(kept, key=_made), dict[str, str]()
-    for record in records:
-        latest.update(record.code)
-    return [record for record in records if all(latest[file] == found for file, found in record.code.items())]
-
-
 def says_more(made: Comparison, answer: Comparison) -> bool:
-    """Whether there are runs that ended, or were done again by other code, and that the answer does not hold."""
+    """Whether a report holds runs that ended, or were done again by other code, and that the answer does not hold."""
     held = {run.key: run.code for run in answer.runs}
     return any(held.get(run.key) != run.code for run in made.runs if run.result is not None)

@@ -1,25 +1,52 @@
-"""Run of a study: hands its runs to an executor, keeps each record as it comes, leaves out what is done already."""
+"""Run of a comparison: its runs are handed to an executor and recorded as they end; those done already are left out."""
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from bncli.measure.compare.executors import Ended, Executor, Progressed, Started
 from bncli.measure.compare.plan import Job, Study, planned_runs, wanted
 from bncli.results.compare import ComparisonEvent, ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
 from bncli.results.serialize import from_plain
 from bncli.results.train import RunResult
 
 
-class Store(Protocol):
-    """Where records are kept: a folder of files, or a dict in a test."""
+@dataclass(frozen=True)
+class Started:
+    worker: int
+    job: Job
 
-    def save(self, record: RunRecord) -> None: ...
+
+@dataclass(frozen=True)
+class Ended:
+    """A run's result as plain data, or why there is none."""
+
+    worker: int
+    job: Job
+    result: dict[str, Any] | None
+    failure: str | None = None
+    code: dict[str, str] = field(default_factory=dict)  # of the user's own that was loaded: file -> SHA-256
+    at_a_time: int = 1  # runs that may have been in progress at once
 
 
-class OpenRuns:
+class Executor(Protocol):
+    """Carries out a comparison's runs, wherever that may be, and tells what happens.
+
+    The folder of run files is the truth: an executor only moves work, and what it forgets is done again.
+    """
+
+    def run(self, wanted: deque[Job], stop: Callable[[], bool]) -> Iterator[Started | RunProgressed | Ended | None]:
+        """Do the wanted runs until none is left or `stop()` is true.
+
+        A run is taken from the left of `wanted` when it starts; the caller may change what waits there after every
+        event. Yields what happens, and None now and then so that a progress bar can move.
+        """
+        ...
+
+
+class _OpenRuns:
     """The runs of a study that are not done, in the order in which they are to be handed out.
 
     The study is asked again once every named run of an arm has ended, which alone can change its answer; so a run
@@ -28,70 +55,68 @@ class OpenRuns:
 
     def __init__(self, study: Study, records: dict[str, RunRecord]) -> None:
         self.study, self.records = study, records
-        self.jobs: dict[str, Job] = {}
-        self.wanted: deque[Job] = deque()
-        self._running: set[str] = set()
-        self._arms: dict[str, list[str]] = {}  # key of an open run -> the arms that wait for it
-        self._open: Counter[str] = Counter()  # arm -> its open runs
+        self.waiting: deque[Job] = deque()
+        self.running: set[str] = set()
         self._ask()
 
-    def started(self, key: str) -> Job:
-        self._running.add(key)
-        return self.jobs[key]
-
     def ended(self, record: RunRecord) -> None:
-        self._running.discard(record.key)
+        self.running.discard(record.key)
         self.records[record.key] = record
-        arms = self._arms.pop(record.key, [])
-        self._open.subtract(arms)
-        if any(not self._open[arm] for arm in arms):
+        arms = [keys for keys in self._open.values() if record.key in keys]
+        for keys in arms:
+            keys.remove(record.key)
+        if not all(arms):
             self._ask()
 
     def _ask(self) -> None:
+        named = wanted(self.study, self.records)
         self.planned = planned_runs(self.study, self.records)
-        self._arms, self._open = {}, Counter()
-        self.wanted.clear()
-        for job in wanted(self.study, self.records):
-            self.jobs.setdefault(job.key, job)
-            if job.key in self.records:
-                continue
-            arms = self._arms.setdefault(job.key, [])
-            if not arms and job.key not in self._running:
-                self.wanted.append(self.jobs[job.key])
-            if job.arm not in arms:
-                arms.append(job.arm)
-                self._open[job.arm] += 1
+        self.done = len({job.key for job in named} & self.records.keys())
+        self._open: dict[str, set[str]] = {}  # arm -> keys of its runs that are not done
+        self.waiting.clear()
+        for job in named:
+            if job.key not in self.records:
+                if job.key not in self.running and not any(job.key in keys for keys in self._open.values()):
+                    self.waiting.append(job)
+                self._open.setdefault(job.arm, set()).add(job.key)
 
 
 def execute(
     study: Study,
-    store: Store,
+    save: Callable[[RunRecord], None],
     executor: Executor,
     records: dict[str, RunRecord],
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[ComparisonEvent]:
-    """Do every run of the study that `records`, by key, does not hold; it is filled as they come.
+    """Do every run of the study that `records`, by key, does not hold; each new record is saved and added to it.
 
     A run that fails is recorded with its reason and not tried again in this call. Raises what the executor raises.
     """
-    runs, plan = OpenRuns(study, records), study.plan
-    done = sum(key in records for key in runs.jobs)
+    runs, plan = _OpenRuns(study, records), study.plan
+    done = runs.done
     yield ComparisonStarted(plan.name, runs.planned, done, plan.target.metric)
-    for event in executor.run(runs.wanted, stop):
+    for event in executor.run(runs.waiting, stop):
         if isinstance(event, Started):
-            yield RunBegan(event.worker, runs.started(event.key).label, plan.budget)
-        elif isinstance(event, Progressed):
-            yield RunProgressed(event.worker, event.step, event.value)
+            runs.running.add(event.job.key)
+            yield RunBegan(event.worker, event.job.label, plan.budget)
+        elif isinstance(event, RunProgressed):
+            yield event
         elif isinstance(event, Ended):
-            job = runs.jobs[event.key]
-            record = _record(job, study.identity, event)
-            store.save(record)
+            job = event.job
+            record = RunRecord(
+                job.key,
+                job.arm,
+                job.point,
+                job.seed,
+                job.phase,
+                result=from_plain(RunResult, event.result) if event.result is not None else None,
+                failure=event.failure,
+                at_a_time=event.at_a_time,
+                recipe_key=job.recipe_key,
+                identity=study.identity,
+                code=event.code,
+            )
+            save(record)
             runs.ended(record)
             done += 1
             yield RunEnded(event.worker, job.label, done, runs.planned, record)
-
-
-def _record(job: Job, identity: dict[str, str], event: Ended) -> RunRecord:
-    result = from_plain(RunResult, event.result) if event.result is not None else None
-    asked = (job.key, job.arm, job.point, job.seed, job.phase)
-    return RunRecord(*asked, result, event.failure, event.at_a_time, job.recipe_key, identity, event.code)

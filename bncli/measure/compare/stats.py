@@ -1,6 +1,6 @@
-"""Steps to target over seeds and grid points: the best point, ratios of two arms, and how far either can be trusted.
+"""Statistics of steps to target over seeds and grid points: the best point, the ratio of two arms, their intervals.
 
-Everything is computed from log steps, since what is asked is a ratio: so the ratio of two arms is the inverse of the
+Everything is computed from log steps, since the result is a ratio: so the ratio of two arms is the inverse of the
 ratio the other way round, and a unit of steps cancels out. Each limit of an interval leaves 2.5 % beyond it.
 
 The choice of the best grid point is part of the result. All seeds serve both the choice and the estimate; the interval
@@ -31,16 +31,16 @@ Bools = npt.NDArray[np.bool_]
 TAIL = 0.025
 OPEN = Interval(None, None)
 FOLDS = 5
-FEWEST_WITH_A_MISS = 6  # runs an arm: in fewer no order statistic bounds a median at 2.5 % on both sides
+FEWEST_WITH_A_MISS = 6  # runs per arm: in fewer no order statistic bounds a median at 2.5 % on both sides
 
 
 @dataclass(frozen=True)
 class Sample:
     """One arm's runs: a row for each point of the grid, a column for each seed; (points, seeds) throughout.
 
-    logs: log of the steps to target, or of the seconds or examples. Of a run that missed, the log of the most that its
+    logs: log of the steps to target, or of the seconds or examples. For a run that missed, the log of the most that its
     budget can show, which is a lower bound. hit: whether the run reached the target. by: the logs that decide which
-    point is best, where those are not `logs` themselves: seconds and examples are those of the point with the fewest
+    point is best, where those are not `logs` themselves: seconds and examples are taken at the point with the fewest
     steps. chosen: the row of the point that was found best over more seeds than these.
     """
 
@@ -74,15 +74,20 @@ class Sample:
 
     @property
     def half_missed(self) -> bool:
-        return 2 * int(self.hit[self.best].sum()) <= self.hit.shape[1]
+        return 2 * self.hits <= self.hit.shape[1]
+
+    @property
+    def hits(self) -> int:
+        """The runs at the best point that reached the target."""
+        return int(self.hit[self.best].sum()) if self.hit.shape[1] else 0
 
 
 def kept_points(logs: Floats, hit: Bools) -> Bools:
-    """Which points of the grid stay in the race after the tuning seeds, from (points, seeds) as in `Sample`.
+    """Which points of the grid get further seeds after the tuning seeds, from (points, seeds) as in `Sample`.
 
-    Those that a 95 % interval (Student's t, paired by seed) does not tell from the one with the smallest mean. A miss
-    stands at its bound, and a point without a hit is kept only where no point has one; then it is the caller's to
-    choose among them. From 2 seeds. A fixed 2 standard errors drops the best point too often after 3 seeds: with 50
+    Those that a 95 % interval (Student's t, paired by seed) does not tell from the one with the smallest mean; it takes
+    2 seeds or more. A miss stands at its bound. A point without a hit is kept only where no point has one, and the
+    caller then chooses among them. A fixed 2 standard errors drops the best point too often after 3 seeds: with 50
     further ones the interval then missed in 9 % of simulated comparisons of equal arms, 5 % with this.
     """
     logs, seeds = np.maximum(logs, 0.0), logs.shape[1]  # a target held before training counts as a step
@@ -95,13 +100,16 @@ def kept_points(logs: Floats, hit: Bools) -> Bools:
 def typical(sample: Sample) -> Steps:
     """The steps to target of one arm at its best point, with what bounds them.
 
-    Every run there hit: the geometric mean, its interval by the jackknife over seeds that repeats the choice, the upper
-    limit raised by what the choice flatters (open for one seed). More hits than misses: the median, a miss ranking
-    above every hit, between the order statistics that enclose it in 95 % of samples (binomial; from 6 runs on), the
-    upper side open where it falls on a miss. Five runs have no such pair, whatever their values, so their interval is
-    one-sided: the smallest of five exceeds the median in 1 of 32 samples. Fewer have none. Half or more missed: no
-    value; the same interval, which is a lower bound, and stands where misses do if its order statistic is one. A step
-    of 0 (the target held before training) makes the geometric mean 0, without an interval.
+    If every run there hit, the value is the geometric mean. Its interval is a jackknife over seeds that repeats the
+    choice of the point, the upper limit raised by the optimism of that choice; one seed has none. A step of 0 (the
+    target held before training) makes the mean 0, without an interval.
+
+    If more runs hit than missed, the value is the median, a miss ranking above every hit. Its interval lies between the
+    order statistics that enclose the median in 95 % of samples (binomial; from 6 runs on), the upper side open where it
+    falls on a miss. Five runs have no such pair, whatever their values, so their interval is one-sided: the smallest of
+    five exceeds the median in 1 of 32 samples. Fewer runs have no interval.
+
+    If half or more missed, there is no value. The interval is the same, which is then a lower bound.
     """
     if sample.hit.shape[1] == 0:
         return Steps(None, OPEN, "bound")
@@ -120,24 +128,29 @@ def typical(sample: Sample) -> Steps:
 
 
 def ratio(reference: Sample, arm: Sample) -> Ratio:
-    """How many times fewer steps `arm` takes than `reference`, each at its best point; the same seeds in both.
+    """The steps of `reference` over those of `arm`, each at its best point, over the same seeds. By method:
 
-    No miss at either best point: the ratio of geometric means, method "means". Its interval is a jackknife over seeds,
-    paired across the arms since they train on the same batches from the same weights, with Student's t; each arm's
-    optimism widens the limit that it flatters. With one point an arm this is the paired t interval of log steps. Where
-    points differ in hits the choice is repeated among those with the most.
-    Some misses, fewer than half in each arm: the ratio of medians, method "medians", its limits from the order
-    statistics of both, distances added as squares; a miss counts as its budget from below and is open from above. Half
-    or more missed in one arm: the same formula, which then has one side, and no value: method "bound". In both arms: no
-    ratio, and the p-value is Fisher's exact test of their hits: method "hits". With a miss and fewer than 6 runs an arm
-    there is no interval. An arm without runs, or one that held the target before training: method "none".
+    - "means", no miss at either best point: the ratio of geometric means. Its interval is a jackknife over seeds,
+      paired across the arms since they train on the same batches from the same weights, with Student's t; each arm's
+      optimism widens the limit that it would make too narrow. With one point per arm this is the paired t interval of
+      log steps. Where points differ in hits the choice is repeated among those with the most.
+    - "medians", some misses but fewer than half in each arm: the ratio of medians, its limits from the order statistics
+      of both, distances added as squares; a miss counts as its budget from below and is open from above. With fewer
+      than 6 runs per arm there is no interval.
+    - "bound", half or more missed in one arm: the same formula, which then has one side, and no value.
+    - "hits", half or more missed in both arms: no ratio; the p-value is Fisher's exact test of their hits.
+    - "none": an arm has no runs, or held the target before training.
     """
     if reference.hit.shape[1] == 0 or not all(np.isfinite(one.logs[one.best]).all() for one in (reference, arm)):
         return Ratio(None, OPEN, "none", None)
     if reference.complete and arm.complete:
         return _ratio_of_means(_Mean.of(reference), _Mean.of(arm))
     if reference.half_missed and arm.half_missed:
-        return Ratio(None, OPEN, "hits", _same_share_of_hits(reference, arm))
+        from scipy.stats import fisher_exact  # which takes a while to load
+
+        runs = reference.hit.shape[1]
+        p_value = fisher_exact([[one.hits, runs - one.hits] for one in (reference, arm)]).pvalue
+        return Ratio(None, OPEN, "hits", float(p_value))
     return _ratio_of_medians(reference, arm)
 
 
@@ -186,12 +199,12 @@ def _without_each(logs: Floats) -> Floats:
 
 
 def _standard_error(left: Floats) -> float:
-    """The jackknife's, from leave-one-out values (seeds)."""
+    """The jackknife's standard error, from leave-one-out values (seeds)."""
     return math.sqrt((len(left) - 1) / len(left) * float(((left - left.mean()) ** 2).sum()))
 
 
 def _half_width(left: Floats) -> float:
-    """Of the interval of an estimate with these leave-one-out values; infinite below two seeds."""
+    """Half the width of the jackknife's interval; infinite below two seeds."""
     return float(stdtrit(len(left) - 1, 1 - TAIL)) * _standard_error(left) if len(left) > 1 else math.inf
 
 
@@ -212,7 +225,7 @@ def _ratio_of_means(reference: _Mean, arm: _Mean) -> Ratio:
 
 
 def _p_of_one(value: float, left: Floats, of_reference: float, of_arm: float) -> float | None:
-    """Two-sided, of a ratio of 1: under 5 % just where the interval leaves 1 out."""
+    """Two-sided p-value of a ratio of 1: under 5 % just where the interval leaves 1 out."""
     if len(left) < 2:
         return None
     beyond = max(0.0, abs(value) - (of_arm if value > 0 else of_reference))
@@ -239,7 +252,7 @@ def _ratio_of_medians(reference: Sample, arm: Sample) -> Ratio:
 
 
 def _median(logs: Floats, hit: Bools) -> float:
-    """Of runs (seeds), a miss above every hit; where half or more missed, a lower bound of it."""
+    """The median of runs (seeds), a miss ranking above every hit; where half or more missed, a lower bound of it."""
     ranked = float(np.median(np.where(hit, logs, np.inf)))
     return ranked if math.isfinite(ranked) else float(np.median(logs))
 
@@ -262,13 +275,6 @@ def _order_statistics(logs: Floats, hit: Bools) -> tuple[float, float]:
     return low, high
 
 
-def _same_share_of_hits(reference: Sample, arm: Sample) -> float:
-    from scipy.stats import fisher_exact  # which takes a while to load
-
-    hits = [int(one.hit[one.best].sum()) for one in (reference, arm)]
-    return float(fisher_exact([[one, reference.hit.shape[1] - one] for one in hits]).pvalue)
-
-
 def _exp(low: float, high: float) -> Interval:
     """The interval of a ratio from that of its log; a limit that is not finite is open."""
     return Interval(*(math.exp(side) if math.isfinite(side) and side < 700 else None for side in (low, high)))
@@ -280,18 +286,15 @@ def _exp(low: float, high: float) -> Interval:
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """P-values after Holm's step-down correction, in their order; None stays None and is not counted as a test."""
     known = sorted((p_value, k) for k, p_value in enumerate(p_values) if p_value is not None)
-    corrected: list[float | None] = [None] * len(p_values)
-    largest = 0.0
-    for rank, (p_value, k) in enumerate(known):
-        largest = max(largest, min(1.0, (len(known) - rank) * p_value))
-        corrected[k] = largest
-    return corrected
+    steps = itertools.accumulate((min(1.0, (len(known) - rank) * p) for rank, (p, _) in enumerate(known)), max)
+    corrected = {k: p_value for (_, k), p_value in zip(known, steps, strict=True)}
+    return [corrected.get(k) for k in range(len(p_values))]
 
 
 def log_spread(sample: Sample) -> float | None:
     """Standard deviation of log steps at the best point, about their coefficient of variation.
 
-    None for fewer than two runs, for a step of 0, and once a run missed: the hits alone would look too much alike.
+    None for fewer than two runs, for a step of 0, and once a run missed: the hits alone would show too small a spread.
     """
     if sample.hit.shape[1] < 2 or not sample.complete or not np.isfinite(sample.logs[sample.best]).all():
         return None
@@ -299,25 +302,18 @@ def log_spread(sample: Sample) -> float | None:
 
 
 def seeds_needed(cv: float, ratio: float, power: float = 0.8) -> int:
-    """Seeds an arm, at least 2, for Welch's test at 5 % to tell `ratio` from 1 with probability `power`.
+    """Seeds per arm, at least 2, for Welch's test at 5 % to tell `ratio` from 1 with probability `power`.
 
     `cv` is the coefficient of variation of each arm's log-normal steps; arms that share their seeds need fewer where
-    their runs go together. Raises ValueError for a ratio of 1, which no number of seeds tells from 1.
+    their runs are correlated. Raises ValueError for a ratio of 1, which no number of seeds tells from 1.
     """
     if ratio == 1:
         raise ValueError("no number of seeds tells a ratio of 1 from 1: give the ratio that has to be seen")
-    enough = 2
-    while welch_power(enough, cv, ratio) < power:
-        enough *= 2
-    too_few = max(1, enough // 2)
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        too_few, enough = (too_few, middle) if welch_power(middle, cv, ratio) >= power else (middle, enough)
-    return enough
+    return next(seeds for seeds in itertools.count(2) if welch_power(seeds, cv, ratio) >= power)
 
 
 def welch_power(seeds: int, cv: float, ratio: float) -> float:
-    """Probability that Welch's test at 5 % refuses a ratio of 1, with `seeds` runs an arm of equal spread `cv`.
+    """Probability that Welch's test at 5 % rejects a ratio of 1, with `seeds` runs per arm of equal spread `cv`.
 
     Its t is a noncentral Student t with 2 (seeds - 1) degrees of freedom, independent of the share u of one arm in the
     sum of the two sample variances; u is a Beta variable and sets the degrees of freedom of the critical value. The
@@ -330,4 +326,5 @@ def welch_power(seeds: int, cv: float, ratio: float) -> float:
     critical = stdtrit((seeds - 1) / (share**2 + (1 - share) ** 2), 1 - TAIL)
     shift = abs(math.log(ratio)) / (sigma * math.sqrt(2 / seeds))
     freedom = 2 * (seeds - 1)
-    return float(np.mean(1 - nctdtr(freedom, shift, critical) + nctdtr(freedom, shift, -critical)))
+    other_side = np.nan_to_num(nctdtr(freedom, shift, -critical))  # SciPy gives NaN for some tails below 1e-16
+    return float(np.mean(1 - nctdtr(freedom, shift, critical) + other_side))

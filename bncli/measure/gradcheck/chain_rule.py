@@ -17,27 +17,22 @@ import torch
 from torch import Tensor
 
 from bncli.errors import BncliError
+from bncli.kernels.layout import per_channel
 from bncli.measure.gradcheck.invariants import grouped
+from bncli.measure.reference.case import Case
 from bncli.results.gradcheck import BiasStep, GradientPaths
 
 # call(x, weight, bias, eps) -> y: training mode; x and y (N, C, *S), weight and bias (C)
 Call = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 ROUNDOFF = torch.finfo(torch.float64).eps / 2  # u, the largest relative error of one float64 operation
-
-
-class Case(NamedTuple):
-    name: str
-    shape: tuple[int, ...]  # (N, C, *S)
-    eps: float
-
-
-CASES = (
-    Case("vectors", (16, 8), 1e-5),
-    Case("images", (4, 4, 4, 4), 1e-5),
-    Case("large eps", (16, 8), 1.0),
-    Case("small batch", (3, 8), 1e-5),  # of 3 values, mean and variance take 2 degrees of freedom
-)
+CASES = {
+    "vectors": Case("train", "float64", "contiguous", (16, 8), eps=1e-5),
+    "images": Case("train", "float64", "contiguous", (4, 4, 4, 4), eps=1e-5),
+    "large eps": Case("train", "float64", "contiguous", (16, 8), eps=1.0),
+    # of 3 values, mean and variance take 2 degrees of freedom
+    "small batch": Case("train", "float64", "contiguous", (3, 8), eps=1e-5),
+}
 
 
 class Inputs(NamedTuple):
@@ -60,13 +55,14 @@ def paths(call: Call, device: torch.device, norm: str = "batch") -> tuple[Gradie
     L = sum(g * y) with a random g. With g all ones the loss would be the constant sum(bias) times m, its true gradient
     zero, and any kernel's mere rounding would be compared to nothing.
     """
-    sets = {case: sets_of(case.shape, norm) for case in CASES}
-    chosen = [case for case in CASES if sets[case].size(1) > 1]
-    return tuple(_measure(call, device, case, sets[case], seed) for seed, case in enumerate(chosen))
+    chosen = {name: case for name, case in CASES.items() if sets_of(case, norm).size(1) > 1}
+    return tuple(
+        _measure(call, device, name, sets_of(case, norm), seed) for seed, (name, case) in enumerate(chosen.items())
+    )
 
 
-def _measure(call: Call, device: torch.device, case: Case, sets: Tensor, seed: int) -> GradientPaths:
-    inputs = random_inputs(case, seed)
+def _measure(call: Call, device: torch.device, name: str, sets: Tensor, seed: int) -> GradientPaths:
+    inputs = random_inputs(CASES[name], seed)
     rows = as_rows(inputs, sets)
     direct, through_mean, through_variance = three_parts(rows)
     full = direct + through_mean + through_variance
@@ -76,7 +72,7 @@ def _measure(call: Call, device: torch.device, case: Case, sets: Tensor, seed: i
     if found is not None:
         error = float((found.flatten()[sets] - central_differences(rows)).norm()) / size
     return GradientPaths(
-        case=f"{case.name} {'x'.join(map(str, case.shape))}",
+        case=f"{name} {'x'.join(map(str, inputs.x.shape))}",
         direct=float(direct.norm()),
         through_mean=float(through_mean.norm()),
         through_variance=float(through_variance.norm()),
@@ -89,7 +85,6 @@ def _measure(call: Call, device: torch.device, case: Case, sets: Tensor, seed: i
 
 def _gradient_of(call: Call, inputs: Inputs, device: torch.device) -> tuple[Tensor | None, torch.dtype]:
     """The kernel's dL/dx (N, C, *S) on the host, and the precision that it took; None where it gives none."""
-    dtype = torch.float64
     for dtype in (torch.float64, torch.float32):
         try:
             x, weight, bias, upstream = (each.to(device, dtype, copy=True) for each in inputs[:4])
@@ -101,7 +96,7 @@ def _gradient_of(call: Call, inputs: Inputs, device: torch.device) -> tuple[Tens
             raise
         except (Exception, SystemExit):  # the checks of values and derivatives name what a user's kernel raises
             continue
-    return None, dtype
+    return None, torch.float32
 
 
 # --- the case as rows ---------------------------------------------------------------------------------------------
@@ -111,40 +106,39 @@ def random_inputs(case: Case, seed: int) -> Inputs:
     """Values that float32 holds exactly, in float64; the channels' deviations range from 0.3 to 3 about a mean of 1."""
     generator = torch.Generator().manual_seed(seed)
     channels = case.shape[1]
-    deviation = torch.logspace(-0.5, 0.5, channels).view(_a_channel(case.shape))
-    x = 1 + deviation * torch.randn(case.shape, generator=generator)
+    noise = torch.randn(case.shape, generator=generator)
+    x = 1 + per_channel(torch.logspace(-0.5, 0.5, channels), noise) * noise
     weight = 0.5 + torch.rand(channels, generator=generator)
     bias = torch.randn(channels, generator=generator)
     upstream = torch.randn(case.shape, generator=generator)
     return Inputs(x.double(), weight.double(), bias.double(), upstream.double(), case.eps)
 
 
-def sets_of(shape: tuple[int, ...], norm: str) -> Tensor:
+def sets_of(case: Case, norm: str) -> Tensor:
     """Flat indices into (N, C, *S), (sets, m): a row for each set of values that share a mean and a variance."""
-    return grouped(torch.arange(math.prod(shape)).view(shape), norm)
+    return grouped(torch.arange(math.prod(case.shape)).view(case.shape), norm)
 
 
 def as_rows(inputs: Inputs, sets: Tensor) -> Inputs:
     """The same case with a row a set; weight and bias spread over the elements."""
-    shape = inputs.x.shape
-    weight, bias = (each.view(_a_channel(shape)).expand(shape) for each in (inputs.weight, inputs.bias))
-    x, weight, bias, upstream = (each.flatten()[sets] for each in (inputs.x, weight, bias, inputs.upstream))
+    spread = [per_channel(each, inputs.x).expand_as(inputs.x) for each in (inputs.weight, inputs.bias)]
+    x, weight, bias, upstream = (each.flatten()[sets] for each in (inputs.x, *spread, inputs.upstream))
     return Inputs(x, weight, bias, upstream, inputs.eps)
-
-
-def _a_channel(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape (1, C, 1...) that spreads (C) over (N, C, *S)."""
-    return (1, shape[1], *[1] * (len(shape) - 2))
 
 
 # --- the true gradient, its parts and its differences -------------------------------------------------------------
 
 
+def centred_and_variance(rows: Inputs) -> tuple[Tensor, Tensor]:
+    """x less its mean, (sets, m), and v = var + eps, (sets, 1)."""
+    centred = rows.x - rows.x.mean(1, keepdim=True)
+    return centred, centred.square().mean(1, keepdim=True) + rows.eps
+
+
 def normalized(rows: Inputs) -> Tensor:
     """y by the definition (Ioffe & Szegedy 2015, algorithm 1)."""
-    centred = rows.x - rows.x.mean(1, keepdim=True)
-    deviation = (centred.square().mean(1, keepdim=True) + rows.eps).sqrt()
-    return rows.weight * (centred / deviation) + rows.bias
+    centred, v = centred_and_variance(rows)
+    return rows.weight * (centred / v.sqrt()) + rows.bias
 
 
 def three_parts(rows: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,9 +148,8 @@ def three_parts(rows: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     term through the variance is left out: it has the factor sum(x_i - mean), which is zero.
     """
     m = rows.x.size(1)
-    centred = rows.x - rows.x.mean(1, keepdim=True)
-    deviation = (centred.square().mean(1, keepdim=True) + rows.eps).sqrt()
-    to_xhat = rows.upstream * rows.weight
+    centred, v = centred_and_variance(rows)
+    deviation, to_xhat = v.sqrt(), rows.upstream * rows.weight
     to_variance = (to_xhat * centred).sum(1, keepdim=True) * -0.5 * deviation**-3
     to_mean = -(to_xhat / deviation).sum(1, keepdim=True)
     return to_xhat / deviation, (to_mean / m).expand_as(centred), to_variance * 2 * centred / m
@@ -190,9 +183,7 @@ def differences_bound(rows: Inputs) -> float:
     m terms errs by u sqrt(m) (Higham & Mary 2019, doi 10.1137/18M1226312).
     """
     m, step = rows.x.size(1), _step(rows)
-    mean = rows.x.mean(1, keepdim=True)
-    centred = rows.x - mean
-    v = centred.square().mean(1, keepdim=True) + rows.eps
+    centred, v = centred_and_variance(rows)
     to_xhat = rows.upstream * rows.weight
     c, v1, v2 = to_xhat - to_xhat.mean(1, keepdim=True), 2 * centred / m, 2 * (m - 1) / m**2
     second = 0.75 * v**-2.5 * v1**2 - 0.5 * v**-1.5 * v2

@@ -1,22 +1,24 @@
 """Diagnosis: what kind of bug the failures look like, with the evidence.
 
-Two methods. A known bug is a wrong kernel written out in float64: where a failing case's output is much closer to the
-wrong kernel's than to the truth, and nothing that came out right speaks against it, that bug is named. A symptom is
-recognised by which checks failed and which passed.
+There are two methods. A known bug is a wrong kernel written out in float64: where a failing case's output is much
+closer to the wrong kernel's than to the truth, and nothing that came out right speaks against it, that bug is named. A
+symptom is recognised by which checks failed and which passed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from itertools import chain, islice, product, zip_longest
 
 from torch import Tensor
 
 from bncli.measure.gradcheck.known_bugs import KNOWN_BUGS, KnownBug, predicted
-from bncli.measure.gradcheck.symptoms import SYMPTOMS, summary
+from bncli.measure.gradcheck.symptoms import SYMPTOMS, failed
+from bncli.measure.reference.case import Case
 from bncli.measure.reference.judge import Evidence, Verdict
 from bncli.measure.reference.observe import SECOND
 from bncli.measure.reference.tolerance import in_floors
-from bncli.results.gradcheck import BugMatch, Diagnosis
+from bncli.results.gradcheck import BugMatch, Diagnosis, Facet, FailureSummary
 
 SHOWN = 3
 CASES = 24  # failing cases that the known bugs are tried on
@@ -28,11 +30,11 @@ FLOORS = 30  # a difference of fewer floors shows nothing
 
 def diagnose(verdicts: list[Verdict], norm: str) -> tuple[Diagnosis, ...]:
     """The bugs that the failures look like, the best founded first; none where nothing failed."""
-    if not any(verdict.failed for verdict in verdicts):
+    if not failed(verdicts):
         return ()
-    decisive = [found for symptom in SYMPTOMS if symptom.decisive and (found := symptom.recognise(verdicts))]
-    if decisive:
-        return tuple(decisive[:1])
+    for symptom in SYMPTOMS:
+        if symptom.decisive and (decisive := symptom.recognise(verdicts)):
+            return (decisive,)
     likely = _likely(verdicts) if norm == "batch" else []
     others = [symptom for symptom in SYMPTOMS if not symptom.decisive and (symptom.compatible or not likely)]
     symptoms = [found for symptom in others if (found := symptom.recognise(verdicts))]
@@ -41,71 +43,53 @@ def diagnose(verdicts: list[Verdict], norm: str) -> tuple[Diagnosis, ...]:
 
 # --- known bugs -------------------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Failing:
-    """A case that failed, and its quantities that are clearly wrong."""
-
-    identifier: str
-    evidence: Evidence
-    quantities: list[str]
-
-
-@dataclass(frozen=True)
-class Match:
-    """One quantity of one case that a known bug explains."""
-
-    identifier: str
-    quantity: str
-    from_truth: float  # relative l2 distances of what was seen
-    from_wrong: float
+Result = tuple[str, str]  # identifier of a case, and a quantity of it
+Distances = tuple[
+    float, float
+]  # relative l2 distances of what was seen from the wrong kernel's output and from the truth
 
 
 def _likely(verdicts: list[Verdict]) -> list[Diagnosis]:
     """The known bugs that explain most, each of what those before it leave unexplained."""
-    cases = [Failing(identifier, evidence, _failing(evidence)) for identifier, evidence in _spread(verdicts)]
-    matches = {known: _matches(known, cases) for known in KNOWN_BUGS}
+    cases = _spread(verdicts)
+    failing = {identifier: _failing(evidence) for identifier, evidence in cases.items()}
+    matches: dict[KnownBug, dict[Result, Distances]] = {known: {} for known in KNOWN_BUGS}
+    for known, (identifier, evidence) in product(KNOWN_BUGS, cases.items()):
+        explained = _explained(known, evidence, failing[identifier])
+        matches[known] |= {(identifier, quantity): near for quantity, near in explained.items()}
+    count = sum(map(len, failing.values()))
     found: list[Diagnosis] = []
-    explained: set[tuple[str, str]] = set()
-    failing = sum(len(case.quantities) for case in cases)
     while True:
-        left = {
-            known: [match for match in own if (match.identifier, match.quantity) not in explained]
-            for known, own in matches.items()
-        }
-        best = max(left, key=lambda known: (len(left[known]), -KNOWN_BUGS.index(known)))
-        if len(left[best]) < max(2 if found else 1, SHARE * failing):
+        best = max(matches, key=lambda known: len(matches[known]))
+        if len(matches[best]) < max(2 if found else 1, SHARE * count):
             return found
-        explained |= {(match.identifier, match.quantity) for match in matches[best]}
-        found.append(_diagnosis(best, left[best], failing))
+        found.append(_diagnosis(best, matches[best], count))
+        done = matches[best].keys()
+        matches = {
+            known: {result: near for result, near in its.items() if result not in done}
+            for known, its in matches.items()
+        }
 
 
-def _diagnosis(known: KnownBug, matches: list[Match], failing: int) -> Diagnosis:
-    sharpest = min(matches, key=lambda match: match.from_wrong / match.from_truth)
-    match = BugMatch(
-        case=sharpest.identifier,
-        quantity=sharpest.quantity,
-        equals=known.equals,
-        from_wrong=sharpest.from_wrong,
-        from_truth=sharpest.from_truth,
-        alike=len(matches),
-        failing=failing,
+def _diagnosis(known: KnownBug, matches: dict[Result, Distances], failing: int) -> Diagnosis:
+    (case, quantity), (from_wrong, from_truth) = min(matches.items(), key=lambda item: item[1][0] / item[1][1])
+    return Diagnosis(
+        known.bug, BugMatch(case, quantity, known.equals, from_wrong, from_truth, alike=len(matches), failing=failing)
     )
-    return Diagnosis(known.bug, match)
 
 
-def _spread(verdicts: list[Verdict]) -> list[tuple[str, Evidence]]:
+def _spread(verdicts: list[Verdict]) -> dict[str, Evidence]:
     """Failing cases with their evidence, each once, as many rows as possible before a second of any."""
     by_row: dict[tuple[str, str, str], list[tuple[str, Evidence]]] = {}
-    seen: set[int] = set()
+    seen: set[str] = set()
     for verdict in verdicts:
-        evidence = verdict.evidence
-        if verdict.failed and evidence is not None and id(evidence) not in seen and evidence.seen:
-            seen.add(id(evidence))
+        identifier, evidence = verdict.check.identifier, verdict.evidence
+        if verdict.failed and evidence is not None and identifier not in seen and evidence.seen:
+            seen.add(identifier)
             row = (verdict.row, evidence.case.dtype, evidence.case.layout)
-            by_row.setdefault(row, []).append((verdict.check.identifier, evidence))
-    turns = max((len(members) for members in by_row.values()), default=0)
-    return [members[turn] for turn in range(turns) for members in by_row.values() if turn < len(members)][:CASES]
+            by_row.setdefault(row, []).append((identifier, evidence))
+    turns = chain.from_iterable(zip_longest(*by_row.values()))
+    return dict(islice(filter(None, turns), CASES))
 
 
 def _failing(evidence: Evidence) -> list[str]:
@@ -114,25 +98,16 @@ def _failing(evidence: Evidence) -> list[str]:
     return [name for name in names if _distance(evidence.seen[name], evidence.truth[name], evidence.floors[name]) > 1]
 
 
-def _matches(known: KnownBug, cases: list[Failing]) -> list[Match]:
-    found = []
-    for failing in cases:
-        evidence = failing.evidence
-        if not known.applies(evidence.case):
-            continue
-        wrong = predicted(known, evidence)
-        explained = [name for name in failing.quantities if name in wrong and _explains(evidence, name, wrong[name])]
-        right = [
-            name
-            for name in wrong
-            if name in evidence.seen and name not in failing.quantities and name in evidence.floors
-        ]
-        against = [
-            name for name in right if _distance(wrong[name], evidence.truth[name], evidence.floors[name]) > FLOORS
-        ]
-        if not against:
-            found += [_match(failing.identifier, name, evidence, wrong[name]) for name in explained]
-    return found
+def _explained(known: KnownBug, evidence: Evidence, failing: list[str]) -> dict[str, Distances]:
+    """The failing quantities of a case that the bug explains: none where a right one would have been wrong with it."""
+    if not known.applies(evidence.case):
+        return {}
+    wrong = predicted(known, evidence)
+    for name in (wrong.keys() & evidence.seen.keys() & evidence.floors.keys()) - set(failing):
+        if _distance(wrong[name], evidence.truth[name], evidence.floors[name]) > FLOORS:
+            return {}
+    explained = [name for name in failing if name in wrong and _explains(evidence, name, wrong[name])]
+    return {name: _distances(evidence.seen[name], wrong[name], evidence.truth[name]) for name in explained}
 
 
 def _explains(evidence: Evidence, name: str, wrong: Tensor) -> bool:
@@ -143,12 +118,65 @@ def _explains(evidence: Evidence, name: str, wrong: Tensor) -> bool:
     return near or _distance(seen, wrong, floor) <= 1 < _distance(wrong, truth, floor)
 
 
-def _match(identifier: str, name: str, evidence: Evidence, wrong: Tensor) -> Match:
-    seen, truth = evidence.seen[name], evidence.truth[name]
+def _distances(seen: Tensor, wrong: Tensor, truth: Tensor) -> Distances:
     scale = float(truth.norm()) or 1.0
-    return Match(identifier, name, float((seen - truth).norm()) / scale, float((seen - wrong).norm()) / scale)
+    return float((seen - wrong).norm()) / scale, float((seen - truth).norm()) / scale
 
 
 def _distance(one: Tensor, other: Tensor, floor: Tensor) -> float:
     """The largest difference in floors; infinite where only one of the two is finite."""
     return in_floors(one, other, floor) if one.shape == other.shape else float("inf")
+
+
+# --- no known bug -----------------------------------------------------------------------------------------------------
+
+Part = Callable[[Case], str]
+
+
+def _shape(case: Case) -> str:
+    return "x".join(map(str, case.shape))
+
+
+def _layout_and_shape(case: Case) -> str:
+    return f"{case.layout} {_shape(case)}"
+
+
+# A name, and which of them the cases looked at have to share with a failing one: few shapes are run in all dtypes.
+FACETS: tuple[tuple[str, Part, Part], ...] = (
+    ("shape", _shape, lambda case: ""),
+    ("layout", lambda case: case.layout, _shape),
+    ("mode", lambda case: case.mode, _layout_and_shape),
+    ("dtype", lambda case: case.dtype, _layout_and_shape),
+    ("operation", lambda case: case.fusion, _layout_and_shape),
+)
+
+
+def summary(verdicts: list[Verdict]) -> FailureSummary:
+    """Which quantities, modes, dtypes, layouts, shapes and operations fail, and which of them are clean."""
+    values = [verdict for verdict in verdicts if verdict.check.section == "values"]
+    failing = failed(values)
+    quantities = _each(verdict.quantity for verdict in failing)
+    cases, wrong = (
+        [verdict.check.case for verdict in each if verdict.check.case is not None] for each in (values, failing)
+    )
+    facets = [_facet(name, part, shared, wrong, cases) for name, part, shared in FACETS]
+    return FailureSummary(
+        quantities=quantities,
+        clean=_each(verdict.quantity for verdict in values if verdict.quantity not in quantities),
+        failing=len({verdict.check.identifier for verdict in failing}),
+        cases=len({verdict.check.identifier for verdict in values}),
+        facets=tuple(facet for facet in facets if facet.failing and facet.clean),
+        groups=_each(verdict.row for verdict in failed(verdicts) if verdict.check.section != "values"),
+    )
+
+
+def _each(names: Iterable[str]) -> tuple[str, ...]:
+    """Each name once, in their order."""
+    return tuple(dict.fromkeys(names))
+
+
+def _facet(name: str, part: Part, shared: Part, failing: list[Case], cases: list[Case]) -> Facet:
+    """Without clean ones where every one fails: then it makes no difference."""
+    alike, wrong = {shared(case) for case in failing}, _each(map(part, failing))
+    every = _each(part(case) for case in cases if shared(case) in alike)
+    return Facet(name, wrong, tuple(one for one in every if one not in wrong))

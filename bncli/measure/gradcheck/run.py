@@ -1,4 +1,4 @@
-"""The run of `bncli gradcheck`: are a kernel's gradients right, in all of their parts? If not, what bug is it?"""
+"""Gradcheck run: whether a kernel's results and gradients are right in all of their parts; if not, what bug it is."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from torch import Tensor
 
 from bncli.engine import device as devices
 from bncli.errors import UsageError
-from bncli.measure.gradcheck import derivatives, forward_backward, hard_inputs, invariants
+from bncli.measure.gradcheck import derivatives, hard_inputs, invariants
 from bncli.measure.gradcheck.chain_rule import paths
 from bncli.measure.gradcheck.diagnose import diagnose
 from bncli.measure.reference.candidate import Candidate, candidate
-from bncli.measure.reference.case import INTERPRETED_CHANNELS
-from bncli.measure.reference.judge import Check, CheckContext, CheckGroupPlan, Outcome, Verdict, refusals
+from bncli.measure.reference.case import INTERPRETED_CHANNELS, Case, cases
+from bncli.measure.reference.judge import Check, CheckContext, CheckGroupPlan, Outcome, Verdict, compare, refusals
+from bncli.measure.reference.observe import quantities
 from bncli.names import NORMS
 from bncli.results.finding import Finding, FindingKind
 from bncli.results.gradcheck import (
@@ -98,8 +99,28 @@ def run(
 
 
 def _plans(context: CheckContext, refused: Collection[str]) -> list[CheckGroupPlan]:
-    parts = (forward_backward, derivatives, invariants, hard_inputs)
-    return [plan for part in parts for plan in part.plans(context, refused)]
+    parts = (values_plans, derivatives.plans, invariants.plans, hard_inputs.plans)
+    return [plan for part in parts for plan in part(context, refused)]
+
+
+def values_plans(context: CheckContext, refused: Collection[str]) -> Iterator[CheckGroupPlan]:
+    """The values section: a plan for each mode, whose rows are the quantities that are judged."""
+    candidate = context.candidate
+    found = cases(context.effort, candidate.norm, candidate.fuses, candidate.evaluates, candidate.interpreted)
+    for mode in dict.fromkeys(case.mode for case in found):
+        checks = [_value(context, case) for case in found if case.mode == mode and not case.needs & set(refused)]
+        rows = {name: f"{mode} {name}" for check in checks for name in check.quantities}
+        yield CheckGroupPlan("values", checks, candidate.rule, rows)
+
+
+def _value(context: CheckContext, case: Case) -> Check:
+    return Check(
+        "values",
+        case.identifier,
+        lambda: compare(context, *context.fresh(case)),
+        case=case,
+        quantities=quantities(case),
+    )
 
 
 def _selected(context: CheckContext, refused: Collection[str], only: str | None) -> list[CheckGroupPlan]:
@@ -139,7 +160,7 @@ def _not_checked(context: CheckContext, refused: dict[str, NotChecked]) -> Itera
         reasons["residual and activation"] = NotChecked("no fused operations")
     if "eval" in NORMS[checked.norm].modes and not checked.evaluates and "eval" not in refused:
         reasons["evaluation"] = NotChecked("no evaluation")
-    if context.interpreted:
+    if checked.interpreted:
         reasons[f"over {INTERPRETED_CHANNELS} contiguous channels"] = NotChecked("slow in the interpreter")
     for name, reason in {**reasons, **refused}.items():
         yield CheckGroup("values", name, 0, 0, None, None, skipped=reason)
@@ -152,14 +173,14 @@ def _finish(plan: CheckGroupPlan, verdicts: list[Verdict]) -> Iterator[CheckGrou
         outcome = check.run()
         for quantity, finding in outcome.findings.items():
             if quantity in check.quantities:
-                row = plan.rows.get(quantity, plan.row)
+                row = plan.rows[quantity]
                 evidence = outcome.evidence if finding.failed else None
                 verdicts.append(Verdict(check, row, quantity, finding, evidence))
                 found.setdefault(row, []).append(verdicts[-1])
     for row, members in found.items():
         yield _group(plan.section, row, members, plan.rule)
     if not found:
-        for row in filter(None, plan.rows.values() or [plan.row]):
+        for row in plan.rows.values():
             yield CheckGroup(plan.section, row, 0, 0, None, None, plan.rule, NotChecked("missing inputs"))
 
 

@@ -1,6 +1,6 @@
-"""A profile compared with an earlier one: what became slower, what did not, and what the intervals cannot tell.
+"""Comparison of a profile with a baseline: which rows became slower, which did not, and where the intervals overlap.
 
-Times of two machines, or of two days, do not compare. Ratios to the native kernel of the same run do.
+Times of two machines, or of two days, do not compare. Speedups over the native kernel of the same run do.
 """
 
 from __future__ import annotations

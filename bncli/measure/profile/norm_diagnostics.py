@@ -1,15 +1,15 @@
 """Diagnostics of a model's batch norms: hooks watch them for a few training steps, and remarks say what is wrong.
 
-After the steps the model is as it was before. Notation: N examples of a batch, C channels, m values a channel (N times
-the positions). What counts as far, constant or too large is derived:
+Notation: N examples of a batch, C channels, m values a channel (N times the positions). What counts as far, constant or
+too large is derived:
 - A mean of r deviations leaves an input of unit roundoff u with a rounding of r u deviations. It is remarked on where
   that passes a tenth, and from LARGEST_RATIO on in any case, where a variance by E[x^2] - E[x]^2 in float32 has lost
   six of its seven digits.
-- A channel is constant where its deviation is no more than a few roundings of its own mean.
+- A channel is constant where its deviation is no more than a few roundings of its mean.
 - A running mean is far where it lies a deviation or more off the last batches' mean: evaluation is then shifted by as
   much as the layer lets through. A batch's mean itself errs by its deviation over sqrt(N), so with few examples it
   takes SAMPLING of those. Before HALF_LIVES half-lives nothing is said, and what the average still holds of its start
-  is taken off, so that a fresh model is not blamed for its zeros.
+  is subtracted, so that nothing is said of the zeros that a new model begins with.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from bncli.errors import RunFailed
+from bncli.measure.reference.case import unit_roundoff
 from bncli.results.profile import NormRemark
 
 HALF_LIVES = 5  # after which a running average holds 3 % of its start
@@ -44,7 +45,7 @@ Layer = _ConvNd | nn.Linear
 
 @dataclass
 class WatchedNorm:
-    """Of one batch norm in training mode."""
+    """One batch norm in training mode, as its last batches left it."""
 
     name: str  # qualified
     norm: _BatchNorm
@@ -57,9 +58,18 @@ class WatchedNorm:
     dtype: torch.dtype = torch.float32  # of the input
     means: deque[Tensor] = field(default_factory=lambda: deque(maxlen=LAST))  # (C) each, float32 or wider
     variances: deque[Tensor] = field(default_factory=lambda: deque(maxlen=LAST))  # (C) each, biased
-    bias_without_effect: tuple[str, int] | None = (
-        None  # the layer in front whose bias does nothing, and the bias's values
-    )
+    dead_bias: tuple[str, int] | None = None  # the layer in front whose bias does nothing, and the bias's values
+
+    @property
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance (batches, C) of the last batches."""
+        return torch.stack(list(self.means)), torch.stack(list(self.variances))
+
+    @property
+    def constant(self) -> Tensor:
+        """(C), whether a channel was constant in each of the last batches."""
+        means, variances = self.statistics
+        return (variances.sqrt() <= ROUNDINGS * unit_roundoff(self.dtype) * means.abs()).all(0)
 
     @property
     def half_life_steps(self) -> float | None:
@@ -79,18 +89,13 @@ class Watched:
     wanted: int  # steps, after which every running average that can be judged could be
 
 
-def unit_roundoff(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps / 2
-
-
 def watch(
     model: nn.Module, step: Callable[[], object], enough: Callable[[], bool] = lambda: False, most: int = MOST_STEPS
 ) -> Watched:
-    """Run training steps and look on: until every running average has forgotten its start, `most`, or `enough()`.
+    """Watch training steps until every running average has forgotten its start, for `most` steps, or until `enough()`.
 
-    At least one step, unless it is refused because a norm has one value a channel. Native and fused batch norms
-    alike; not those inside a compiled model. `step` may move weights and buffers: parameters, buffers, gradients and
-    training flags are put back. Raises what the step raises.
+    At least one step, unless it is refused because a norm has one value a channel. Native and fused batch norms alike,
+    but none inside a compiled model. The model is new and in training mode. Raises what the step raises.
     """
     modules = dict(model.named_modules())
     norms = {module: WatchedNorm(name, module) for name, module in modules.items() if isinstance(module, _BatchNorm)}
@@ -98,7 +103,7 @@ def watch(
     if not norms:
         return Watched((), 0, 0)
     done, wanted = 0, min(most, max(map(_steps_wanted, norms.values())))
-    with _restored(model), _hooked(norms, layers) as biased:
+    with _hooked(norms, layers) as biased:
         for norm, seen in norms.items():
             seen.start = _running(norm)
         while done < 1 or (done < wanted and not enough()):
@@ -112,12 +117,12 @@ def watch(
         for norm, seen in norms.items():
             seen.end = _running(norm)
             seen.tracked = seen.calls if norm.num_batches_tracked is None else int(norm.num_batches_tracked)
-            seen.bias_without_effect = _bias_without_effect(biased.get(norm), layers, seen.dtype)
+            seen.dead_bias = _dead_bias(biased.get(norm), layers, seen.dtype)
     return Watched(tuple(norms.values()), done, wanted)
 
 
 def _steps_wanted(seen: WatchedNorm) -> int:
-    """Steps after which its running average can be held against the batches."""
+    """Steps after which its running average can be compared with the batches."""
     half_life = seen.half_life_steps
     if half_life is None:
         return CUMULATIVE_STEPS if seen.norm.track_running_stats else LAST
@@ -129,32 +134,12 @@ def _running(norm: _BatchNorm) -> tuple[Tensor, Tensor] | None:
     return None if mean is None or var is None else (mean.clone(), var.clone())
 
 
-def _bias_without_effect(layer: Layer | None, layers: dict[Layer, str], dtype: torch.dtype) -> tuple[str, int] | None:
+def _dead_bias(layer: Layer | None, layers: dict[Layer, str], dtype: torch.dtype) -> tuple[str, int] | None:
     """The layer's name and its bias's values, if that has no gradient to speak of: nothing else used the output."""
     if layer is None or layer.bias is None or layer.bias.grad is None or layer.weight.grad is None:
         return None
     least = DEAD * math.sqrt(unit_roundoff(dtype)) * float(layer.weight.grad.norm())
     return (layers[layer], layer.bias.numel()) if float(layer.bias.grad.norm()) <= least else None
-
-
-@contextlib.contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    tensors, parameters = [*model.parameters(), *model.buffers()], list(model.parameters())
-    values, gradients = [tensor.detach().clone() for tensor in tensors], [p.grad for p in parameters]
-    flags = {module: module.training for module in model.modules()}
-    for parameter in parameters:
-        parameter.grad = None
-    model.train()
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, values, strict=True):
-                tensor.copy_(value)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        for module, flag in flags.items():
-            module.training = flag
 
 
 @contextlib.contextmanager
@@ -205,7 +190,7 @@ def _record_input(seen: WatchedNorm, x: Tensor) -> None:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How the model is trained, as far as its norms care. None where it is unknown."""
+    """How the model is trained, as far as its norms are concerned. None where it is unknown."""
 
     budget: int | None = None  # steps
     last_batch: int | None = None  # examples that an epoch leaves over
@@ -232,12 +217,12 @@ def _remarks(arm: str, seen: WatchedNorm, training: TrainingPlan) -> Iterator[Re
     if seen.values == 1:
         yield 0.0, NormRemark(arm, "one value", seen.name)
         return
-    yield from _of_the_input(arm, seen)
-    yield from _of_the_momentum(arm, seen, training.budget)
+    yield from _input_remarks(arm, seen)
+    yield from _momentum_remarks(arm, seen, training.budget)
     if training.real_data:
-        yield from _of_the_running_mean(arm, seen)
-    if seen.bias_without_effect is not None:
-        layer, parameters = seen.bias_without_effect
+        yield from _running_mean_remarks(arm, seen)
+    if seen.dead_bias is not None:
+        layer, parameters = seen.dead_bias
         figures: dict[str, float] = {"parameters": parameters}
         yield 0.0, NormRemark(arm, "bias without effect", seen.name, figures=figures, source=layer)
     if training.last_batch == 1:
@@ -245,14 +230,13 @@ def _remarks(arm: str, seen: WatchedNorm, training: TrainingPlan) -> Iterator[Re
         yield raises, NormRemark(arm, "last batch of one", seen.name, figures={"raises": raises})
 
 
-def _of_the_input(arm: str, seen: WatchedNorm) -> Iterator[Remark]:
-    means, deviations = torch.stack(list(seen.means)), torch.stack(list(seen.variances)).sqrt()  # (batches, C) each
-    constant = _constant(seen)
+def _input_remarks(arm: str, seen: WatchedNorm) -> Iterator[Remark]:
+    constant, (means, variances) = seen.constant, seen.statistics
     channels: dict[str, float] = {"of_channels": len(constant)}
     if constant.any():
         remark = NormRemark(arm, "constant channels", seen.name, figures={**channels, "eps": seen.norm.eps})
         yield float(constant.sum()) / len(constant), replace(remark, channels=_channels(constant))
-    ratio = torch.where(constant, 0.0, (means.abs() / deviations).nan_to_num(0.0, posinf=0.0).amin(0))
+    ratio = torch.where(constant, 0.0, (means.abs() / variances.sqrt()).nan_to_num(0.0, posinf=0.0).amin(0))
     limit = min(LARGEST_RATIO, ROUNDING_SHARE / unit_roundoff(seen.dtype))
     large, largest = ratio > limit, float(ratio.max())
     if large.any():
@@ -262,14 +246,7 @@ def _of_the_input(arm: str, seen: WatchedNorm) -> Iterator[Remark]:
         yield largest, remark
 
 
-def _constant(seen: WatchedNorm) -> Tensor:
-    """(C), whether a channel was constant in each of the last batches."""
-    rounding = ROUNDINGS * unit_roundoff(seen.dtype)
-    pairs = zip(seen.means, seen.variances, strict=True)
-    return torch.stack([variance.sqrt() <= rounding * mean.abs() for mean, variance in pairs]).all(0)
-
-
-def _of_the_momentum(arm: str, seen: WatchedNorm, budget: int | None) -> Iterator[Remark]:
+def _momentum_remarks(arm: str, seen: WatchedNorm, budget: int | None) -> Iterator[Remark]:
     if not seen.norm.track_running_stats:
         return
     momentum, half_life = seen.norm.momentum, seen.half_life_steps
@@ -285,18 +262,19 @@ def _of_the_momentum(arm: str, seen: WatchedNorm, budget: int | None) -> Iterato
         yield half_life, NormRemark(arm, "long half-life", seen.name, figures=figures)
 
 
-def _of_the_running_mean(arm: str, seen: WatchedNorm) -> Iterator[Remark]:
+def _running_mean_remarks(arm: str, seen: WatchedNorm) -> Iterator[Remark]:
     if seen.start is None or seen.end is None or len(seen.means) < LAST:
         return
     half_life = seen.half_life_steps
     if seen.tracked < (CUMULATIVE_STEPS if half_life is None else HALF_LIVES * half_life):
         return
-    running = seen.end[0].to(seen.means[-1].dtype)
+    means, variances = seen.statistics
+    running = seen.end[0].to(means.dtype)
     if seen.norm.momentum is not None and seen.tracked == seen.calls:  # began at its initial value
         left = (1 - seen.norm.momentum) ** seen.calls
         running = (running - left * seen.start[0]) / (1 - left)
-    mean, deviation = torch.stack(list(seen.means)).mean(0), torch.stack(list(seen.variances)).mean(0).sqrt()
-    distance = torch.where(_constant(seen), 0.0, ((running - mean).abs() / deviation).nan_to_num(0.0, posinf=0.0))
+    deviations = (running - means.mean(0)).abs() / variances.mean(0).sqrt()
+    distance = torch.where(seen.constant, 0.0, deviations.nan_to_num(0.0, posinf=0.0))
     far, largest = distance > max(FAR, SAMPLING / math.sqrt(seen.examples)), float(distance.max())
     if far.any():
         figures: dict[str, float] = {"of_channels": len(far), "steps": seen.tracked, "deviations": largest}

@@ -9,19 +9,17 @@ from pathlib import Path
 import torch
 
 from bncli.engine import device as devices
-from bncli.errors import UsageError
-from bncli.measure.profile.budget import Asked
-from bncli.measure.profile.kernel_memory import KernelPeaks
-from bncli.measure.profile.kernels import KernelRun
-from bncli.measure.profile.shapes import Calls, parse, read_csv, shape_set
+from bncli.measure.profile.kernels import KernelRun, KernelSettings
+from bncli.measure.profile.shapes import chosen, parse
 from bncli.measure.profile.step_models import StepModel, UserModel, recipe_models
 from bncli.measure.profile.steps import StepRun
+from bncli.measure.timing.fresh_process import FreshProcesses
 from bncli.recipe.load import load
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of both views, as they were given. threads: None for torch's choice."""
+    """Options of both views. threads: None for torch's choice."""
 
     device: str
     threads: int | None
@@ -29,6 +27,13 @@ class Options:
     seconds: float
     least_rounds: int
     allow_code: bool
+
+    def resolved(self) -> torch.device:
+        """The device, on which the CPU computes with so many threads. Raises UsageError and Unavailable."""
+        found = devices.resolve(self.device)
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        return found
 
 
 def kernel_run(
@@ -41,25 +46,25 @@ def kernel_run(
     own_shapes: Sequence[str],
     batch: int | None,
     cold: bool,
-    peaks: KernelPeaks,
+    processes: FreshProcesses,
 ) -> KernelRun:
     """Empty dtypes and layouts, and shapes of None, stand for the device's own. Raises UsageError and Unavailable."""
-    device = _device(options)
+    device = options.resolved()
     if options.device == "auto" and device.type == "mps":
         device = torch.device("cpu")  # no clock times kernels there
     cuda = device.type == "cuda"
-    asked = Asked(
+    settings = KernelSettings(
         kernels=options.kernels,
         operations=operations,
         dtypes=dtypes or (("bf16",) if cuda else ("fp32",)),
         layouts=layouts or ("contiguous", "channels_last"),
-        shapes=tuple(_chosen(shapes, own_shapes, batch, cuda=cuda)),
+        shapes=chosen(shapes, own_shapes, batch, cuda=cuda),
         cold=cold,
         seconds=options.seconds,
         least_rounds=options.least_rounds,
         allow_code=options.allow_code,
     )
-    return KernelRun(asked, device, peaks=peaks)
+    return KernelRun(settings, device, processes=processes)
 
 
 def recipe_run(
@@ -69,42 +74,19 @@ def recipe_run(
 
     Raises UsageError and Unavailable.
     """
-    device = _device(options)
+    device = options.resolved()
     loaded = load(recipe, sets, allow_code=options.allow_code, sets_from=sets_from)
-    subjects = recipe_models(loaded, arm)
-    return _step_run(loaded.name, subjects, device, options, trace)
+    return _step_run(loaded.name, recipe_models(loaded, arm), device, options, trace)
 
 
 def model_run(options: Options, model: str, inputs: str, trace: Path | None) -> StepRun:
-    """The step of the user's own model, package.module:function. Raises UsageError, RunFailed and Unavailable."""
-    device = _device(options)
-    subjects = [UserModel(model, parse(inputs, "inputs"))]
-    return _step_run(model, subjects, device, options, trace)
+    """The step of the user's model, package.module:function. Raises UsageError, RunFailed and Unavailable."""
+    models = [UserModel(model, parse(inputs, "inputs"))]
+    return _step_run(model, models, options.resolved(), options, trace)
 
 
 def _step_run(
-    name: str, subjects: Sequence[StepModel], device: torch.device, options: Options, trace: Path | None
+    name: str, models: Sequence[StepModel], device: torch.device, options: Options, trace: Path | None
 ) -> StepRun:
     seconds, least_rounds = options.seconds, options.least_rounds
-    return StepRun(name, subjects, device, options.kernels, seconds=seconds, least_rounds=least_rounds, trace=trace)
-
-
-def _device(options: Options) -> torch.device:
-    found = devices.resolve(options.device)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    return found
-
-
-def _chosen(shapes: str | None, own: Sequence[str], batch: int | None, *, cuda: bool) -> list[Calls]:
-    found = [Calls(parse(text), 1) for text in own]
-    name = shapes or (None if found else "resnet50" if cuda else "resnet20")
-    if name is None:
-        if batch:
-            raise UsageError("a shape holds its own batch, its first number", field="batch")
-        return found
-    if name.endswith(".csv"):
-        if batch:
-            raise UsageError(f"{name} holds its own", field="batch")
-        return [*found, *read_csv(Path(name))]
-    return [*found, *shape_set(name, cuda=cuda, batch=batch)]
+    return StepRun(name, models, device, options.kernels, seconds=seconds, least_rounds=least_rounds, trace=trace)

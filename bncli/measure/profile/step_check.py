@@ -1,17 +1,18 @@
 """Comparison of a training step with native's: loss, gradients and running statistics, after the same batches.
 
-An error is relative, in the 2-norm, of each tensor: beside its own norm a share `bound` of the norm of all tensors of
-its kind, since one whose exact value is 0 (the gradient of a bias in front of a batch norm) holds roundings alone.
+An error is relative, in the 2-norm, of each tensor: to its norm plus a share of the norm of all tensors of its kind,
+since one whose exact value is 0 (the gradient of a bias in front of a batch norm) holds roundings alone.
 
 Roundings put an element of a ReLU that is close enough to its kink on the other side. In a layer of a thousand values
 one such element changes the gradients by a few per cent, in any right kernel, so a narrow bound can only be held where
 there are none. Hence two checks. A few examples in float64, where an element in 10^14 is that close: up to 4 sqrt(u),
-u the unit roundoff. And a whole batch in the recipe's precision: up to a tenth, or twice the native step's own error
+u the unit roundoff. And a whole batch in the recipe's precision: up to a tenth, or twice the native step's error
 against float64, in one of BATCHES batches, since what is wrong is wrong in each of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Literal
 
@@ -31,55 +32,51 @@ Errors = dict[tuple[Kind, str], float]  # (kind, name) -> relative error
 
 
 def difference(
-    subject: StepModel, kernel: str, other: Trainable, dataset: Dataset, device: torch.device
+    model: StepModel, kernel: str, other: Trainable, dataset: Dataset, device: torch.device
 ) -> StepDifference | None:
     """What is wrong with the step of `other`, which has taken none so far; None where nothing is.
 
     It takes up to BATCHES steps here. Raises what a step raises.
     """
-    native = subject.trainable("native", dataset, device)
+    native = model.trainable("native", dataset, device)
     batches = [native.batch() for _ in range(BATCHES)]
-    return _in_float64(subject, kernel, dataset, batches[0]) or _in_own_precision(
-        subject, other, native, dataset, batches
-    )
+    in_float64 = _in_float64(model, kernel, dataset, batches[0])
+    return in_float64 or _in_the_recipes_precision(model, other, native, dataset, batches)
 
 
-def _in_float64(subject: StepModel, kernel: str, dataset: Dataset, batch: Batch) -> StepDifference | None:
+def _in_float64(model: StepModel, kernel: str, dataset: Dataset, batch: Batch) -> StepDifference | None:
     x, y = (each[:EXAMPLES] for each in batch)
-    native = _doubled(subject, "native", dataset, x.device)
+    native = _doubled(model, "native", dataset, x.device)
     try:
         expected = _outcome(native, (x.double(), y))
-    except Exception:  # a model of the user's own need not take float64
+    except Exception:  # a user's model need not take float64
         return None
-    found = _outcome(_doubled(subject, kernel, dataset, x.device), (x.double(), y))
+    found = _outcome(_doubled(model, kernel, dataset, x.device), (x.double(), y))
     wrong = _above(_errors(expected, found, NARROW), {}, NARROW)
     return _largest(wrong, NARROW, in_float64=True) if wrong else None
 
 
-def _in_own_precision(
-    subject: StepModel, other: Trainable, native: Trainable, dataset: Dataset, batches: list[Batch]
+def _in_the_recipes_precision(
+    model: StepModel, other: Trainable, native: Trainable, dataset: Dataset, batches: list[Batch]
 ) -> StepDifference | None:
     exact: Trainable | None = None
     wrong: Errors = {}
     for batch in batches:
         expected, found = _outcome(native, batch), _outcome(other, batch)
         wrong = _above(_errors(expected, found, WIDE), {}, WIDE)
-        if not wrong:
-            return None
-        try:
-            exact = exact or _doubled(subject, "native", dataset, batch[0].device)
-            truth = _outcome(exact, (batch[0].double(), batch[1]))
-        except Exception:
-            continue
-        wrong = _above(_errors(truth, found, WIDE), _errors(truth, expected, WIDE), WIDE)
+        if wrong:
+            with contextlib.suppress(Exception):  # a user's model need not take float64
+                exact = exact or _doubled(model, "native", dataset, batch[0].device)
+                truth = _outcome(exact, (batch[0].double(), batch[1]))
+                wrong = _above(_errors(truth, found, WIDE), _errors(truth, expected, WIDE), WIDE)
         if not wrong:
             return None
     return _largest(wrong, WIDE, in_float64=False)
 
 
-def _doubled(subject: StepModel, kernel: str, dataset: Dataset, device: torch.device) -> Trainable:
-    """In float64, which autocast leaves as it is; its weights stay, as those of the models that it is held against."""
-    made = subject.trainable(kernel, dataset, device)
+def _doubled(model: StepModel, kernel: str, dataset: Dataset, device: torch.device) -> Trainable:
+    """In float64, which autocast leaves as it is; its weights stay, as those of the models that it is compared with."""
+    made = model.trainable(kernel, dataset, device)
     made.model.double()
     return made
 
@@ -88,11 +85,12 @@ def _outcome(trainable: Trainable, batch: Batch) -> Found:
     torch.manual_seed(0)  # of dropout
     loss = trainable.step(*batch)
     parameters, buffers = trainable.model.named_parameters(), trainable.model.named_buffers()
-    running = {name: buffer for name, buffer in buffers if name.rpartition(".")[2].startswith("running_")}
     return {
         "loss": {"": loss.double()},
         "gradient": {name: p.grad.double() for name, p in parameters if p.grad is not None},
-        "running statistic": {name: buffer.double() for name, buffer in running.items()},
+        "running statistic": {
+            name: buffer.double() for name, buffer in buffers if name.rpartition(".")[2].startswith("running_")
+        },
     }
 
 
@@ -102,12 +100,12 @@ def _errors(expected: Found, found: Found, share: float) -> Errors:
     for kind, tensors in expected.items():
         size = math.hypot(*(float(tensor.norm()) for tensor in tensors.values()))
         for name, tensor in tensors.items():
-            own, scale = found[kind].get(name), float(tensor.norm()) + share * size
-            if own is None or own.shape != tensor.shape:
+            other, scale = found[kind].get(name), float(tensor.norm()) + share * size
+            if other is None or other.shape != tensor.shape:
                 errors[kind, name] = math.inf
                 continue
-            difference = float((own - tensor).norm())
-            errors[kind, name] = difference / scale if scale > 0 else (0.0 if difference == 0 else math.inf)
+            distance = float((other - tensor).norm())
+            errors[kind, name] = distance / scale if scale > 0 else (0.0 if distance == 0 else math.inf)
     return errors
 
 

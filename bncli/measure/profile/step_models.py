@@ -1,4 +1,4 @@
-"""Models that the step view measures: the arms of a recipe, or a module of the user's own, each with any kernel."""
+"""Models that the step view measures: the arms of a recipe, or a module of the user's, each with any kernel."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ from bncli.engine.train.optim import uncompiled
 from bncli.engine.train.state import TrainState, check_fit
 from bncli.engine.user_code import blame_user_code, imported
 from bncli.errors import RunFailed, UsageError
+from bncli.measure.profile.norm_diagnostics import TrainingPlan
 from bncli.recipe.load import Loaded, digest, plain, with_values
 from bncli.recipe.sections import Digits, Hub, Npz, Recipe, Synthetic
 from bncli.results.profile import NormLayers, Note
-
-BATCH = "batch norm"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,43 +40,26 @@ class Trainable:
     step: Callable[[Tensor, Tensor], Tensor]  # a batch -> the loss; forward, backward and optimizer
     forward: Callable[[Tensor], object]  # of the model in evaluation mode
     evaluation_x: Tensor  # (B, *shape), held-out examples
-    last_batch: int | None  # examples that an epoch leaves over; None where there is no epoch
-    precision: str = "fp32"
+    plan: TrainingPlan
 
 
 class StepModel(Protocol):
-    """One model and how it is trained. Plain data, so that a fresh process can make it again."""
+    """One model and how it is trained. Plain data, so that a fresh process can make it again.
+
+    has_kernels: whether there is a batch norm, whose kernel can be chosen. tf32: whether float32 may be TF32 on an
+    NVIDIA GPU. notes: what a reader of its figures must know.
+    """
 
     @property
     def name(self) -> str: ...
-
     @property
     def batch_size(self) -> int: ...
-
     @property
-    def has_kernels(self) -> bool:
-        """Whether there is a batch norm, whose kernel can be chosen."""
-        ...
-
+    def has_kernels(self) -> bool: ...
     @property
-    def steps(self) -> int | None:
-        """The training budget, where there is one."""
-        ...
-
+    def tf32(self) -> bool: ...
     @property
-    def real_data(self) -> bool:
-        """Whether the batches are data that the model is for, not random numbers."""
-        ...
-
-    @property
-    def tf32(self) -> bool:
-        """Whether float32 may be TF32 on an NVIDIA GPU."""
-        ...
-
-    @property
-    def notes(self) -> tuple[Note, ...]:
-        """What a reader of its figures must know."""
-        ...
+    def notes(self) -> tuple[Note, ...]: ...
 
     def dataset(self, device: torch.device) -> Dataset: ...
 
@@ -85,14 +67,10 @@ class StepModel(Protocol):
         self, kernel: str | None, dataset: Dataset, device: torch.device, learns: bool = False
     ) -> Trainable: ...
 
-    def single_batch(self, x: Tensor, y: Tensor, classes: int) -> Dataset:
-        """A data set of that one batch."""
-        ...
 
-
-def one_batch(x: Tensor, y: Tensor, classes: int, memory_format: str) -> Dataset:
+def one_batch(x: Tensor, y: Tensor, classes: int) -> Dataset:
     """x (B, *shape) and y (B,) as a data set, both to train on and to evaluate."""
-    split = InMemory(x.contiguous(memory_format=data.MEMORY_FORMATS[memory_format]) if x.dim() == 4 else x, y)
+    split = InMemory(x, y)
     return Dataset("one batch", split, split, tuple(x.shape[1:]), classes)
 
 
@@ -101,12 +79,12 @@ def norms_of(model: nn.Module) -> tuple[NormLayers, ...]:
     conversion = getattr(model, "bncli_conversion", None)
     if isinstance(conversion, Conversion):
         batch = Counter(
-            NormLayers(BATCH, 0, conversion.kernel if line.calls else "native", True, line.calls)
+            NormLayers("batch norm", 0, conversion.kernel if line.calls else "native", True, line.calls)
             for line in conversion.norms
         )
     else:
         kernels = [getattr(module, "kernel", "native") for module in model.modules() if isinstance(module, _BatchNorm)]
-        batch = Counter(NormLayers(BATCH, 0, str(kernel)) for kernel in kernels)
+        batch = Counter(NormLayers("batch norm", 0, str(kernel)) for kernel in kernels)
     others = Counter(
         NormLayers(type(module).__name__, 0)
         for module in model.modules()
@@ -137,21 +115,13 @@ class RecipeModel:
         return self.recipe.norm.kind == "batch"
 
     @property
-    def steps(self) -> int | None:
-        return self.recipe.train.steps
-
-    @property
-    def real_data(self) -> bool:
-        return True
-
-    @property
     def tf32(self) -> bool:
         return self.recipe.train.tf32
 
     @property
     def notes(self) -> tuple[Note, ...]:
-        alike = [Note("same work", arm=self.name, others=self.stands_for)] if self.stands_for else []
-        return (*alike, *[Note("model compiled", arm=self.name)] * self.recipe.train.compile)
+        same_work = [Note("same work", arm=self.name, others=self.stands_for)] if self.stands_for else []
+        return (*same_work, *[Note("model compiled", arm=self.name)] * self.recipe.train.compile)
 
     def dataset(self, device: torch.device) -> Dataset:
         """Raises DataError for data that are not there or do not fit the model."""
@@ -159,20 +129,17 @@ class RecipeModel:
         check_fit(self.recipe, found)
         return found
 
-    def single_batch(self, x: Tensor, y: Tensor, classes: int) -> Dataset:
-        return one_batch(x, y, classes, self.recipe.train.memory_format)
-
     def trainable(self, kernel: str | None, dataset: Dataset, device: torch.device, learns: bool = False) -> Trainable:
         """To be timed: at a learning rate that leaves the weights where they begin, so that every sample is of the same
-        work and no arm can diverge meanwhile. If it `learns`: at the recipe's own, and not compiled.
+        work and no arm can diverge meanwhile. With `learns`: at the recipe's rate, and not compiled.
         """
         values: dict[str, Any] = {"train.compile": False} if learns else {"optimizer.lr": STANDING_LR}
         recipe = with_values(self.recipe, values if kernel is None else {**values, "norm.kernel": kernel})
         with blame_own_model(recipe):
             state = TrainState(recipe, dataset, device)
         held_out = dataset.held_out
-        some = torch.arange(min(self.batch_size, len(held_out)), device=held_out.index_device)
-        x, _ = next(held_out.batches([some]))
+        indices = torch.arange(min(self.batch_size, len(held_out)), device=held_out.index_device)
+        x, _ = next(held_out.batches([indices]))
 
         def step(x: Tensor, y: Tensor) -> Tensor:
             with blame_own_model(recipe):
@@ -182,8 +149,8 @@ class RecipeModel:
             with autocast(device, recipe.train.precision):
                 return state.model(x)
 
-        last = len(dataset.train) % self.batch_size
-        return Trainable(state.model, state.optimizer, state.next_batch, step, forward, x, last, recipe.train.precision)
+        plan = TrainingPlan(recipe.train.steps, len(dataset.train) % self.batch_size)
+        return Trainable(state.model, state.optimizer, state.next_batch, step, forward, x, plan)
 
 
 @functools.lru_cache(maxsize=1)
@@ -201,32 +168,34 @@ def recipe_models(loaded: Loaded, arm: str | None = None) -> tuple[RecipeModel, 
     if arm is not None:
         return (RecipeModel(arm, loaded.arm(arm).recipe),)
     arms = {each.name: each.recipe for each in loaded.arms} or {loaded.name: loaded.base}
-    alike: dict[str, list[str]] = {}
+    same_work: dict[str, list[str]] = {}
     for name, recipe in arms.items():
-        alike.setdefault(digest(step_work(recipe)), []).append(name)
-    return tuple(RecipeModel(first, arms[first], tuple(others)) for first, *others in alike.values())
+        same_work.setdefault(digest(step_work(recipe)), []).append(name)
+    return tuple(RecipeModel(first, arms[first], tuple(others)) for first, *others in same_work.values())
 
 
 def step_work(recipe: Recipe) -> dict[str, Any]:
     """What a recipe's step takes time for, as plain data."""
     found = plain(recipe)
-    found["data"].pop("split_seed", None)
-    found["model"].pop("init", None)
     norm, optimizer, schedule = found["norm"], found["optimizer"], found["schedule"]
-    for figure in ("eps", "kernel"):
-        norm.pop(figure, None)
     if "momentum" in norm:
         norm["momentum"] = norm["momentum"] is not None
-    for figure in ("lr", "betas", "eps"):
-        optimizer.pop(figure, None)
-    for figure in ("momentum", "weight_decay"):
-        optimizer[figure] = optimizer.get(figure, 0) > 0
+    for name in ("momentum", "weight_decay"):
+        optimizer[name] = optimizer.get(name, 0) > 0
     found["schedule"] = schedule["kind"] != "constant" or schedule["warmup"] > 0
-    kept = ("batch_size", "precision", "memory_format", "compile")
-    return found | {"train": {name: found["train"][name] for name in kept}}
+    without_cost = {
+        "data": ("split_seed",),
+        "model": ("init",),
+        "norm": ("eps", "kernel"),
+        "optimizer": ("lr", "betas", "eps"),
+        "train": found["train"].keys() - {"batch_size", "precision", "memory_format", "compile"},
+    }
+    for section, names in without_cost.items():
+        found[section] = {name: value for name, value in found[section].items() if name not in names}
+    return found
 
 
-# --- a module of the user's own ---------------------------------------------------------------------------------------
+# --- a module of the user's -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -235,17 +204,12 @@ class UserModel:
 
     It is trained on random numbers. The loss is the sum over its floating-point outputs of the mean of their squares;
     whole-number outputs are left out. The optimizer is SGD with momentum 0.9 at a learning rate of 0, so that the
-    weights stay. Another kernel comes in by `bncli.convert`, of a model made anew from the same seeds.
+    weights stay. Another kernel is used through `bncli.convert`, in a model made from the same seeds.
     """
 
-    module: str
+    name: str
     shape: tuple[int, ...]  # (B, *shape) of an input
-    precision: str = "fp32"
-    memory_format: str = "contiguous"
-
-    @property
-    def name(self) -> str:
-        return self.module
+    tf32 = False
 
     @property
     def batch_size(self) -> int:
@@ -256,74 +220,56 @@ class UserModel:
         return any(isinstance(module, _BatchNorm) for module in self._model().modules())
 
     @property
-    def steps(self) -> int | None:
-        return None
-
-    @property
-    def real_data(self) -> bool:
-        return False
-
-    @property
-    def tf32(self) -> bool:
-        return False
-
-    @property
     def notes(self) -> tuple[Note, ...]:
         return (Note("random data", arm=self.name),)
 
     def dataset(self, device: torch.device) -> Dataset:
         x = torch.randn(self.shape, generator=torch.Generator().manual_seed(0)).to(device)
-        return self.single_batch(x, torch.zeros(len(x), dtype=torch.int64, device=device), 1)
-
-    def single_batch(self, x: Tensor, y: Tensor, classes: int) -> Dataset:
-        return one_batch(x, y, classes, self.memory_format)
+        return one_batch(x, torch.zeros(len(x), dtype=torch.int64, device=device), 1)
 
     def _model(self) -> nn.Module:
         """Raises UsageError for what is not there or is no module, RunFailed for what the function raises."""
         random.seed(0)
         torch.manual_seed(0)
         try:
-            function = imported(self.module)
+            function = imported(self.name)
         except (ImportError, AttributeError, ValueError) as error:
             where = "it is looked for in the current folder and the environment"
-            raise UsageError(f"{error}; {where}", field="model", value=self.module) from error
-        with blame_user_code(self.module, "It is called without arguments and returns a torch.nn.Module"):
+            raise UsageError(f"{error}; {where}", field="model", value=self.name) from error
+        with blame_user_code(self.name, "It is called without arguments and returns a torch.nn.Module"):
             model = function()
         if not isinstance(model, nn.Module):
             returned = f"it returned a {type(model).__name__}; expected a torch.nn.Module"
-            raise UsageError(returned, field="model", value=self.module)
+            raise UsageError(returned, field="model", value=self.name)
         return model
 
     def trainable(self, kernel: str | None, dataset: Dataset, device: torch.device, learns: bool = False) -> Trainable:
-        model = self._model().to(device, memory_format=data.MEMORY_FORMATS[self.memory_format])  # type: ignore[call-overload]
+        model = self._model().to(device, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         if kernel is not None and kernel != "native":
             convert(model, kernel)
         model.train()
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not learned:
-            raise UsageError("none of its parameters requires a gradient", field="model", value=self.module)
+            raise UsageError("none of its parameters requires a gradient", field="model", value=self.name)
         optimizer = uncompiled(torch.optim.SGD)(learned, lr=0.0, momentum=0.9)
-        scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         batch = next(dataset.train.chunks(self.batch_size))
 
         def forward(x: Tensor) -> object:
-            contract = f"It is given a batch {tuple(x.shape)}"
-            with autocast(device, self.precision), blame_user_code(self.module, contract):
+            with blame_user_code(self.name, f"It is given a batch {tuple(x.shape)}"):
                 return model(x)
 
         def step(x: Tensor, y: Tensor) -> Tensor:
             loss = self._loss(forward(x))
             optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            loss.backward()
+            optimizer.step()
             return loss.detach()
 
-        return Trainable(model, optimizer, lambda: batch, step, forward, batch[0], None, self.precision)
+        return Trainable(model, optimizer, lambda: batch, step, forward, batch[0], TrainingPlan(real_data=False))
 
     def _loss(self, output: object) -> Tensor:
-        floats = [each for each in tree_leaves(output) if isinstance(each, Tensor) and each.is_floating_point()]
-        floats = [each for each in floats if each.requires_grad]
+        tensors = [each for each in tree_leaves(output) if isinstance(each, Tensor) and each.requires_grad]
+        floats = [each for each in tensors if each.is_floating_point()]
         if not floats:
-            raise RunFailed(f"{self.module}: its output holds no floating-point tensor to train on")
+            raise RunFailed(f"{self.name}: its output holds no floating-point tensor to train on")
         return torch.stack([each.float().square().mean() for each in floats]).sum()

@@ -81,11 +81,11 @@ def _operator(name: str) -> str:
 
 
 def fold(events: Iterable[Event], device_time: bool) -> dict[str, float]:
-    """Class -> microseconds; `gaps` holds the steps' own time, and is 0 with device times, which have none."""
+    """Class -> microseconds. `gaps` holds the time of the steps themselves, and is 0 with device times."""
     total = dict.fromkeys(STEP_CLASSES, 0.0)
     for event in events:
         found = _class_around(event)
-        if device_time:  # a range has a kernel of its own name and length beside those that it really launched
+        if device_time:  # a range has a kernel of its name and length besides those that it really launched
             launched = sum(kernel.duration for kernel in event.kernels if kernel.name != event.name)
             total[found if found not in (None, "gaps") else "other"] += launched
         elif found is not None:
@@ -99,9 +99,9 @@ def _class_around(event: Event) -> str | None:
         return "gaps"
     found, above = None, event
     while above is not None and above.name != STEP:
-        own = class_of(above.name)
-        if own in WHOLE or (found is None and own is not None):
-            found = own
+        name = class_of(above.name)
+        if name in WHOLE or (found is None and name is not None):
+            found = name
         above = above.cpu_parent
     return found or (None if above is None else "other")
 

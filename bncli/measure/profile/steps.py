@@ -1,4 +1,4 @@
-"""The step view of `bncli profile`: a whole model's training step and forward pass, native beside other kernels.
+"""The step view of `bncli profile`: a model's training step and forward pass, native and other kernels side by side.
 
 Each model is made once for each kernel, with the same initial weights, and these take their steps in rounds,
 interleaved. A training step fetches its batch, as training does. Evaluation is a forward pass of one held-out batch, as
@@ -8,6 +8,7 @@ time, a model made to measure its memory, and training steps in which the norms 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import statistics
@@ -22,16 +23,15 @@ from torch.profiler import record_function
 
 from bncli import kernels
 from bncli.engine.data.splits import Dataset
-from bncli.engine.device import environment, synchronize, tf32_allowed
+from bncli.engine.device import environment, tf32_allowed
 from bncli.errors import BncliError, DataError, UsageError
-from bncli.measure.profile import norm_diagnostics, step_check, step_memory, step_time
+from bncli.measure.profile import memory, norm_diagnostics, step_check, step_time
 from bncli.measure.profile.step_models import StepModel, Trainable, norms_of
-from bncli.measure.profile.step_time import DATA
-from bncli.measure.timing import clock as clocks
-from bncli.measure.timing.clock import Clock, Deadline, Work
+from bncli.measure.timing.clock import Deadline, LoopClock, in_a_row, rounds
 from bncli.measure.timing.fresh_process import FreshProcesses
-from bncli.measure.timing.speedup import FEWEST_ROUNDS, faster
+from bncli.measure.timing.speedup import faster
 from bncli.names import RECIPE_KERNELS
+from bncli.results.environment import FEWEST_ROUNDS
 from bncli.results.profile import (
     Measuring,
     Mode,
@@ -48,7 +48,7 @@ from bncli.results.profile import (
 )
 
 MODES: tuple[Mode, ...] = ("training", "evaluation")
-WARM_UP_CALLS = 2  # beside the checked step
+WARM_UP_CALLS = 2  # after the checked step
 DEFAULT_S = 40.0
 MOST_ROUNDS = 100
 LEAST_SAMPLE_MS, MOST_CALLS = 20.0, 50  # of a sample, which holds several steps where one is shorter
@@ -64,8 +64,8 @@ class StepRun:
 
     models: of `step_models`. kernels: each model with a batch norm gets all of them. seconds: a wish, beyond which
     every step is still measured `least_rounds` times. trace: where to write the Chrome trace of a training step of each
-    kernel of the first model. clock, now_ns and memory can be faked. Raises UsageError and RunFailed for a module of
-    the user's own that cannot be made.
+    kernel of the first model. now_ns and step_memory can be faked. Raises UsageError and RunFailed for a module of the
+    user's that cannot be made.
     """
 
     def __init__(
@@ -78,16 +78,15 @@ class StepRun:
         seconds: float = DEFAULT_S,
         least_rounds: int = FEWEST_ROUNDS,
         trace: Path | None = None,
-        clock: Clock | None = None,
         now_ns: Callable[[], int] = time.perf_counter_ns,
-        memory: Callable[..., StepMemory] = step_memory.measure,
+        step_memory: Callable[..., StepMemory] = memory.step_memory,
     ) -> None:
         self._name, self._models, self._device = name, tuple(models), device
         self._kernels = [tuple(kernels) if model.has_kernels else (None,) for model in self._models]
         self._seconds, self._least_rounds = seconds, least_rounds
-        self._share_s, self._trace, self._memory = seconds / max(1, len(self._models)), trace, memory
-        self._processes = FreshProcesses(step_memory.warm_up)
-        self._clock, self._now_ns = clock or clocks.of(device), now_ns
+        self._share_s, self._trace, self._step_memory = seconds / max(1, len(self._models)), trace, step_memory
+        self._processes = FreshProcesses(memory.prepare_for_steps)
+        self._clock, self._now_s = LoopClock(device, now_ns), lambda: now_ns() / 1e9
         self._began_s = self._now_s()
         self._order = random.Random(0)
         self._rows: list[StepCost] = []
@@ -103,23 +102,21 @@ class StepRun:
     def events(self) -> Iterator[ProfileEvent]:
         """Measure. Raises DataError and UsageError for what cannot be measured at all."""
         yield ProfileStarted(self._name, self.planned, self._seconds)
-        with self._processes:
+        with contextlib.closing(self._processes):
             for place, model in enumerate(self._models):
                 deadline = Deadline(self._share_s, self._now_s)
                 with tf32_allowed(model.tf32):
                     for event in self._measure(model, place, deadline):
-                        if isinstance(event, str):
+                        if isinstance(event, Measuring):
                             done = (place + min(1.0, 1 - deadline.left_s / self._share_s)) / len(self._models)
-                            yield Measuring(f"{model.name}: {event}", done, self._least_s)
-                        else:
-                            yield event
+                            event = replace(event, fraction=done, least_s=self._least_s)
+                        yield event
 
     def result(self) -> StepProfile:
+        tf32 = self._device.type == "cuda" and any(model.tf32 for model in self._models)
         return StepProfile(
             name=self._name,
-            environment=environment(
-                self._device, self._device.type == "cuda" and any(model.tf32 for model in self._models)
-            ),
+            environment=environment(self._device, tf32),
             seconds=self._now_s() - self._began_s,
             rows=tuple(self._rows),
             remarks=tuple(self._remarks),
@@ -127,68 +124,76 @@ class StepRun:
             planned=self.planned,
         )
 
-    def _now_s(self) -> float:
-        return self._now_ns() / 1e9
-
     # --- one model ------------------------------------------------------------------------------------------------
 
-    def _measure(self, model: StepModel, place: int, deadline: Deadline) -> Iterator[str | RowDone]:
-        """What goes on, in words, and the rows that are done."""
-        yield "models, and whether their steps agree"
+    def _measure(self, model: StepModel, place: int, deadline: Deadline) -> Iterator[Measuring | RowDone]:
+        """What goes on, without how much is done, and the rows that are done."""
+        yield Measuring(model.name, phase="check")
         dataset = model.dataset(self._device)
-        candidates = prepare(model, self._kernels[place], dataset, self._device)
+        timed = [prepared(model, kernel, dataset, self._device) for kernel in self._kernels[place]]
         self._notes += model.notes
-        samples: Samples = {mode: {candidate.kernel: () for candidate in candidates} for mode in MODES}
+        samples: Samples = {mode: {each.kernel: () for each in timed} for mode in MODES}
         first = len(self._rows)
         for mode in MODES:
             until = Deadline(deadline.left_s - (1 - UNTIL[mode]) * self._share_s, self._now_s)
             first_s, later_s = 0.0, (len(self._models) - place - UNTIL[mode]) * self._share_s
-            for rounds, times in enumerate(self._rounds(candidates, mode, until), 1):
+            for done, times in enumerate(self._rounds(timed, mode, until), 1):
                 now_s = self._now_s()
-                first_s = now_s if rounds == 1 else first_s  # its end: how many steps a sample has was found before it
-                round_s = (now_s - first_s) / max(1, rounds - 1)
-                left_s = max(until.left_s, (self._least_rounds - rounds) * round_s)
+                first_s = now_s if done == 1 else first_s  # its end: how many steps a sample has was found before it
+                round_s = (now_s - first_s) / max(1, done - 1)
+                left_s = max(until.left_s, (self._least_rounds - done) * round_s)
                 self._least_s = now_s - self._began_s + left_s + later_s
                 for kernel, ms in times.items():
                     samples[mode][kernel] += (ms,)
-                self._rows[first:] = _rows(model, candidates, samples)
-                yield f"{mode}, round {rounds}"
-        for number, (row, candidate) in enumerate(
-            zip(_rows(model, candidates, samples), candidates * len(MODES), strict=True), first
-        ):
-            yield f"{row.mode}, where the time{' and memory' * (row.mode == 'training')} of {row.kernel or 'it'} goes"
-            self._rows[number:] = [self._with_parts(row, model, candidate, dataset)]
+                self._rows[first:] = _rows(model, timed, samples)
+                yield Measuring(model.name, phase="round", mode=mode, round=done)
+        rows = _rows(model, timed, samples)
+        for number, (row, each) in enumerate(zip(rows, timed * len(MODES), strict=True), first):
+            yield Measuring(model.name, phase="parts", mode=row.mode)
+            self._rows[number:] = [self._with_parts(row, model, each, dataset)]
             yield RowDone(self._rows[number])
         if self._trace is not None and place == 0:
-            self._write_trace(self._trace, model, candidates)
-        del candidates
-        yield "what its norms suffer from"
+            self._write_trace(self._trace, model, timed)
+        del timed
+        yield Measuring(model.name, phase="norms")
         self._watch_norms(model, dataset, Deadline(max(deadline.left_s, WATCHED * self._share_s), self._now_s))
 
-    def _with_parts(self, row: StepCost, model: StepModel, candidate: ModelCandidate, dataset: Dataset) -> StepCost:
+    def _rounds(self, timed: Sequence[TimedModel], mode: Mode, deadline: Deadline) -> Iterator[dict[str | None, float]]:
+        """Milliseconds of a step of every model, a round at a time; a sample is the mean of some steps in a row."""
+        steps = {each.kernel: step_of(each.trainable, mode) for each in timed if each.trainable is not None}
+        if not steps:
+            return iter(())
+        once = {kernel: in_a_row(step, 1) for kernel, step in steps.items()}
+        shortest_ms = min(next(rounds(self._clock, once, 1)).values())
+        calls = min(MOST_CALLS, max(1, math.ceil(LEAST_SAMPLE_MS / max(shortest_ms, 1e-3))))
+        works = {kernel: in_a_row(step, calls) for kernel, step in steps.items()}
+        most, fewest = max(MOST_ROUNDS, self._least_rounds), self._least_rounds
+        return rounds(self._clock, works, most, deadline=deadline, fewest=fewest, order=self._order)
+
+    def _with_parts(self, row: StepCost, model: StepModel, timed: TimedModel, dataset: Dataset) -> StepCost:
         """The row with its classes of time and, for training, its memory."""
-        if candidate.trainable is None:
+        if timed.trainable is None:
             return row
-        step = step_of(candidate.trainable, row.mode, self._device, marked=True)
         median_ms = statistics.median(row.samples_ms)
         steps = min(MOST_PROFILED, max(1, round(PROFILED_MS / max(median_ms, 1e-3))))
-        row = replace(row, shares_ms=step_time.shares_ms(step, steps, median_ms, self._device))
+        step = step_of(timed.trainable, row.mode, marked=True)
+        shares_ms = step_time.shares_ms(step, steps, median_ms, self._device)
+        row = replace(row, shares_ms=shares_ms)
         if row.mode == "evaluation":
             return row
         try:
-            batch = candidate.trainable.batch()
-            return replace(row, memory=self._memory(self._processes, model, candidate.kernel, batch, dataset.classes))
+            batch = timed.trainable.batch()
+            found = self._step_memory(self._processes, model, timed.kernel, batch, dataset.classes)
+            return replace(row, memory=found)
         except RuntimeError as error:
-            self._notes.append(Note("memory unknown", candidate.kernel, arm=model.name, reason=reason(error)))
+            self._notes.append(Note("memory unknown", timed.kernel, arm=model.name, reason=reason(error)))
             return row
 
-    def _write_trace(self, path: Path, model: StepModel, candidates: Sequence[ModelCandidate]) -> None:
+    def _write_trace(self, path: Path, model: StepModel, timed: Sequence[TimedModel]) -> None:
         runs = {
-            f"{model.name}, {candidate.kernel or 'no batch norm'}": step_of(
-                candidate.trainable, "training", self._device, True
-            )
-            for candidate in candidates
-            if candidate.trainable is not None
+            f"{model.name}, {each.kernel or 'no batch norm'}": step_of(each.trainable, "training", marked=True)
+            for each in timed
+            if each.trainable is not None
         }
         if runs:
             step_time.write_trace(path, runs, self._device)
@@ -204,62 +209,33 @@ class StepRun:
             return
         if watched.norms:
             self._notes.append(Note("norms watched", arm=model.name, count=watched.steps, of=watched.wanted))
-        training = norm_diagnostics.TrainingPlan(model.steps, learner.last_batch, model.real_data)
-        self._remarks += norm_diagnostics.remarks(model.name, watched, training)
-
-    # --- times ----------------------------------------------------------------------------------------------------
-
-    def _rounds(
-        self, candidates: Sequence[ModelCandidate], mode: Mode, deadline: Deadline
-    ) -> Iterator[dict[str | None, float]]:
-        """Milliseconds of a step of every candidate, a round at a time; a sample is the mean of some steps in a row."""
-        steps = {
-            candidate.kernel: step_of(candidate.trainable, mode, self._device)
-            for candidate in candidates
-            if candidate.trainable is not None
-        }
-        if not steps:
-            return
-        shortest_ms = min(self._sample_ms(step, 1) for step in steps.values())
-        calls = min(MOST_CALLS, max(1, math.ceil(LEAST_SAMPLE_MS / max(shortest_ms, 1e-3))))
-        for done in range(max(MOST_ROUNDS, self._least_rounds)):
-            if deadline.passed and done >= self._least_rounds:
-                return
-            yield {kernel: self._sample_ms(steps[kernel], calls) for kernel in self._order.sample([*steps], len(steps))}
-
-    def _sample_ms(self, step: Callable[[], object], calls: int) -> float:
-        if calls > 1:  # a short step begins with what the one before it left in the caches
-            step()
-        work = Work(lambda _: step())
-        _, whole = clocks.in_a_loop(self._clock, {"step": work}, 1, calls=calls, now_ns=self._now_ns)
-        return whole["step"][0]
+        self._remarks += norm_diagnostics.remarks(model.name, watched, learner.plan)
 
 
-def _rows(model: StepModel, candidates: Sequence[ModelCandidate], samples: Samples) -> list[StepCost]:
-    """Of every candidate in every mode that has times, or an error instead."""
+def _rows(model: StepModel, timed: Sequence[TimedModel], samples: Samples) -> list[StepCost]:
+    """A row for each kernel in every mode that has times, or an error instead."""
     rows = []
     for mode in MODES:
-        for candidate in candidates:
-            own, native = samples[mode][candidate.kernel], samples[mode].get("native", ())
-            if not own and candidate.error is None:
+        native = samples[mode].get("native", ())
+        for each in timed:
+            samples_ms = samples[mode][each.kernel]
+            if not samples_ms and each.error is None:
                 continue
-            batch = (
-                candidate.trainable.evaluation_x if candidate.trainable is not None and mode == "evaluation" else None
-            )
+            evaluated = each.trainable.evaluation_x if each.trainable is not None and mode == "evaluation" else None
             rows.append(
                 StepCost(
                     arm=model.name,
-                    kernel=candidate.kernel,
+                    kernel=each.kernel,
                     mode=mode,
-                    batch_size=model.batch_size if batch is None else len(batch),
-                    samples_ms=own,
+                    batch_size=model.batch_size if evaluated is None else len(evaluated),
+                    samples_ms=samples_ms,
                     shares_ms={},
                     memory=None,
-                    faster=faster(native, own) if own and native and candidate.kernel != "native" else None,
-                    norms=candidate.norms,
-                    error=candidate.error,
-                    wrong=candidate.wrong,
-                    difference=candidate.difference,
+                    faster=faster(native, samples_ms) if samples_ms and native and each.kernel != "native" else None,
+                    norms=each.norms,
+                    error=each.error,
+                    wrong=each.difference is not None,
+                    difference=each.difference,
                 )
             )
     return rows
@@ -269,7 +245,7 @@ def _rows(model: StepModel, candidates: Sequence[ModelCandidate], samples: Sampl
 
 
 @dataclass
-class ModelCandidate:
+class TimedModel:
     """A model with one kernel. There is no trainable where `error` tells why."""
 
     kernel: str | None
@@ -278,22 +254,12 @@ class ModelCandidate:
     error: str | None = None
     difference: StepDifference | None = None  # from the native step, of a wrong one
 
-    @property
-    def wrong(self) -> bool:
-        return self.difference is not None
 
+def prepared(model: StepModel, kernel: str | None, dataset: Dataset, device: torch.device) -> TimedModel:
+    """The model with that kernel, its step checked; for one that cannot run, raises, or is wrong, the reason instead.
 
-def prepare(
-    model: StepModel, names: Sequence[str | None], dataset: Dataset, device: torch.device
-) -> tuple[ModelCandidate, ...]:
-    """A candidate for each kernel; one that cannot run, raises, or is wrong has the reason instead of a model.
-
-    Raises DataError and UsageError, which no kernel is to blame for.
+    Raises DataError and UsageError, which are no fault of a kernel.
     """
-    return tuple(_prepare(model, name, dataset, device) for name in names)
-
-
-def _prepare(model: StepModel, kernel: str | None, dataset: Dataset, device: torch.device) -> ModelCandidate:
     try:
         if kernel is not None:
             kernels.get(kernel, device)
@@ -302,16 +268,16 @@ def _prepare(model: StepModel, kernel: str | None, dataset: Dataset, device: tor
         if kernel is not None and kernel != "native":
             difference = step_check.difference(model, kernel, trainable, dataset, device)
             if difference is not None:
-                return ModelCandidate(kernel, norms=norms, error="wrong result", difference=difference)
+                return TimedModel(kernel, norms=norms, error="wrong result", difference=difference)
         for mode in MODES:
-            step = step_of(trainable, mode, device)
+            step = step_of(trainable, mode)
             for _ in range(WARM_UP_CALLS):
                 step()
     except (DataError, UsageError):
         raise
     except Exception as error:  # a kernel that does not compile, a model that does not fit: the others go on
-        return ModelCandidate(kernel, error=reason(error))
-    return ModelCandidate(kernel, trainable, norms)
+        return TimedModel(kernel, error=reason(error))
+    return TimedModel(kernel, trainable, norms)
 
 
 def reason(error: Exception) -> str:
@@ -323,19 +289,16 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" + (f", in {frames[-1].filename}:{frames[-1].lineno}" if frames else "")
 
 
-def step_of(trainable: Trainable, mode: Mode, device: torch.device, marked: bool = False) -> Callable[[], object]:
+def step_of(trainable: Trainable, mode: Mode, marked: bool = False) -> Callable[[], object]:
     """A training step with the fetching of its batch, or a forward pass; the model is put in that mode now.
 
-    marked: for the profiler, which finds the fetching in a range of its own.
+    marked: for the profiler, which finds the fetching in a range.
     """
     trainable.model.train(mode == "training")
+    fetching = record_function if marked else contextlib.nullcontext
 
     def train() -> None:
-        x, y = trainable.batch()
-        trainable.step(x, y)
-
-    def train_marked() -> None:
-        with record_function(DATA):
+        with fetching(step_time.DATA):
             x, y = trainable.batch()
         trainable.step(x, y)
 
@@ -343,12 +306,4 @@ def step_of(trainable: Trainable, mode: Mode, device: torch.device, marked: bool
         with torch.inference_mode():
             trainable.forward(trainable.evaluation_x)
 
-    chosen = evaluate if mode == "evaluation" else train_marked if marked else train
-    if device.type in ("cpu", "cuda"):  # whose clock waits
-        return chosen
-
-    def waited_for() -> None:
-        chosen()
-        synchronize(device)
-
-    return waited_for
+    return train if mode == "training" else evaluate

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,16 @@ from bncli.names import CHECKED_GROUPS, GRADCHECK_KERNELS, NORMS, check_kernel
 from bncli.recipe import sections
 from bncli.results.finding import Finding
 
+# How large an error may be: of bncli's kernels, of torch's own operator, or of a function of the user's.
+Rule = Literal["kernel", "native", "own function"]  # of results.gradcheck.ToleranceRule, those for values
+
+
+def rule(kernel: str) -> Rule:
+    """The rule for a kernel of that name."""
+    if kernel == "native":
+        return "native"
+    return "kernel" if kernel in GRADCHECK_KERNELS else "own function"
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -31,11 +41,14 @@ class Candidate:
     norm: str
     call: Forward
     ran: str  # what really runs, in words
-    interpreted: bool = False  # by Triton's interpreter, which truncates to bfloat16 and takes long
+    rule: Rule
     fuses: bool = True  # takes a residual and an activation
     evaluates: bool = True  # has an evaluation mode
-    own: bool = False  # the user's function, named package.module:function
-    native: bool = False  # torch's own operator
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether Triton's interpreter runs it in place of a GPU: it truncates to bfloat16 and takes long."""
+        return self.name == "fused-interpreted"
 
     @property
     def tracks(self) -> bool:
@@ -60,13 +73,12 @@ def candidate(kernel: str, norm: str, device: torch.device, allow_code: bool) ->
         if kernel != "native":
             raise UsageError(f"has the native kernel alone; {kernel} is a batch norm", field="norm", value=norm)
         called, ran = _module(norm), "torch's own operator"
-        return Candidate(f"native {norm} norm", norm, called, ran, fuses=False, evaluates=False, native=True)
+        return Candidate(f"native {norm} norm", norm, called, ran, "native", fuses=False, evaluates=False)
     check_kernel(kernel, GRADCHECK_KERNELS, allow_code)
     if ":" in kernel:
-        return _own(kernel)
+        return _user_function(kernel)
     kernels.get(kernel, device)
-    ran, interpreted = _what_runs(kernel, device), kernel == "fused-interpreted"
-    return Candidate(kernel, norm, by_name(kernel), ran, interpreted, native=kernel == "native")
+    return Candidate(kernel, norm, by_name(kernel), _what_runs(kernel, device), rule(kernel))
 
 
 def _what_runs(kernel: str, device: torch.device) -> str:
@@ -101,6 +113,9 @@ def by_name(kernel: str | kernels.Kernel) -> Forward:
     return call
 
 
+NATIVE = by_name("native")  # torch's own batch norm, whose error in a dtype sets what another kernel's may be
+
+
 def _module(norm: str) -> Forward:
     """The norm modules of bncli.engine.models.norms, with the weight and the bias that each call is given."""
     groups = {"groups": CHECKED_GROUPS} if NORMS[norm].channel_groups == "given" else {}
@@ -110,8 +125,8 @@ def _module(norm: str) -> Forward:
         x, _, _, weight, bias, _, _, eps, _, _ = arguments
         make = factory(section.model_copy(update={"eps": eps, "affine": weight is not None}))
         assert make is not None
-        given = {} if weight is None else {"weight": weight, "bias": torch.zeros_like(weight) if bias is None else bias}
-        y: Tensor = torch.func.functional_call(make(x.size(1)), given, (x,))
+        vectors = {} if weight is None else {"weight": weight, "bias": bias}
+        y: Tensor = torch.func.functional_call(make(x.size(1)), vectors, (x,))
         return y
 
     return call
@@ -120,17 +135,16 @@ def _module(norm: str) -> Forward:
 # --- the user's own function ------------------------------------------------------------------------------------------
 
 
-def _own(kernel: str) -> Candidate:
+def _user_function(kernel: str) -> Candidate:
     function = _load(kernel)
     names = _parameter_names(function)
     if set(F_NAMES) <= names:
         fuses = {"residual", "activation"} <= names
         called, ran = _like_torch(function, fuses), f"your function {kernel}"
-        return Candidate(kernel, "batch", called, ran, fuses=fuses, own=True)
+        return Candidate(kernel, "batch", called, ran, rule(kernel), fuses)
     if set(KERNEL_NAMES) <= names:
-        ran = f"your function {kernel}, called as bncli's kernels are"
-        kernel_of_yours = _as_a_kernel(function, names)
-        return Candidate(kernel, "batch", by_name(kernel_of_yours), ran, evaluates="statistics" in names, own=True)
+        called, ran = by_name(_as_a_kernel(function, names)), f"your function {kernel}, called as bncli's kernels are"
+        return Candidate(kernel, "batch", called, ran, rule(kernel), evaluates="statistics" in names)
     raise UsageError(
         f"its parameters are ({', '.join(sorted(names))}). Expected those of torch.nn.functional.batch_norm, "
         f"{F_SIGNATURE} -> y, or those of bncli's kernels, {KERNEL_SIGNATURE} -> (y, mean, var)",
@@ -172,9 +186,9 @@ def _parameter_names(function: Callable[..., Any]) -> set[str]:
 
 def _like_torch(function: Callable[..., Any], fuses: bool) -> Forward:
     def call(*arguments: Any) -> Tensor:
-        *own, residual, activation = arguments
-        more = {"residual": residual, "activation": activation} if fuses else {}
-        y: Tensor = function(**dict(zip(F_NAMES, own, strict=True)), **more)
+        *plain, residual, activation = arguments
+        fused = {"residual": residual, "activation": activation} if fuses else {}
+        y: Tensor = function(**dict(zip(F_NAMES, plain, strict=True)), **fused)
         return y
 
     return call
@@ -212,8 +226,3 @@ def _kind(value: object) -> str:
     if isinstance(value, tuple):
         return f"tuple of {len(value)}: {', '.join(type(part).__name__ for part in value)}"
     return type(value).__name__
-
-
-def native_in_the_same_dtype() -> Forward:
-    """torch's own batch norm, whose error in a dtype sets what another kernel's may be."""
-    return by_name("native")

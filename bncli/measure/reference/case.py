@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -23,17 +23,18 @@ from bncli.results.gradcheck import Effort
 from bncli.results.profile import Direction
 
 CPU = torch.device("cpu")
+Shape = tuple[str, int, tuple[int, ...]]  # layout, C, shape without channels
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
 FUSIONS = ("plain", *FUSED_ACTIVATIONS, "residual", *(f"{name}+residual" for name in FUSED_ACTIVATIONS))
 
-# (layout, shape without channels): each layout has its shape; sizes are odd and prime, so that no tile fits.
+# (layout, C, shape without channels). Sizes are odd and prime, so that no tile fits.
 SHAPES = (
-    ("contiguous", (4, 5, 7)),
-    ("channels_last", (4, 5, 7)),
-    ("contiguous", (11,)),
-    ("contiguous", (5, 7)),
-    ("contiguous", (2, 3, 5, 2)),
-    ("channels_last", (2, 3, 5, 2)),
+    ("contiguous", 3, (4, 5, 7)),
+    ("channels_last", 3, (4, 5, 7)),
+    ("contiguous", 3, (11,)),
+    ("contiguous", 3, (5, 7)),
+    ("contiguous", 3, (2, 3, 5, 2)),
+    ("channels_last", 3, (2, 3, 5, 2)),
 )
 MORE_SHAPES = (
     ("contiguous", 1, (5, 3, 3)),  # C = 1
@@ -148,6 +149,11 @@ class Inputs:
         found = {"dx": self.x, "dweight": self.weight, "dbias": self.bias, "dresidual": self.residual}
         return {name: t.requires_grad_() for name, t in found.items() if t is not None}
 
+    def for_one_call(self) -> Inputs:
+        """The same tensors, with copies of the running statistics, which a call in training moves."""
+        copies = [None if running is None else running.clone() for running in (self.running_mean, self.running_var)]
+        return replace(self, running_mean=copies[0], running_var=copies[1])
+
     def each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
         """With every tensor changed by that function."""
         changed: dict[str, Any] = {name: None if t is None else change(t) for name, t in vars(self).items()}
@@ -176,37 +182,32 @@ def cases(effort: Effort, norm: str, fuses: bool, evaluates: bool, interpreted: 
     """
     modes = NORMS[norm].modes if evaluates else ("train",)
     fusions = FUSIONS if fuses else FUSIONS[:1]
-    channels = divisible(3, norm)
-    found = []
-    for turn, (mode, dtype, (layout, shape)) in enumerate(product(modes, DTYPES, SHAPES)):
-        for fusion in _fusions(effort, fusions, len(shape), turn):
-            found.append(Case(mode, dtype, layout, (shape[0], channels, *shape[1:]), fusion, norm=norm))
-    odd = MORE_SHAPES if effort != "quick" else MORE_SHAPES[:4]
-    dtypes = tuple(DTYPES) if effort == "full" else ("float32",)
-    for turn, (mode, dtype, (layout, c, shape)) in enumerate(product(modes, dtypes, odd)):
-        c = divisible(c, norm)
-        for fusion in _fusions("full" if effort == "full" else "quick", fusions, len(shape), turn):
-            found.append(Case(mode, dtype, layout, (shape[0], c, *shape[1:]), fusion, norm=norm))
-    found = [case for case in found if case.m > 1]
-    if effort == "full":
+
+    def product_of(dtypes: Sequence[str], shapes: Sequence[Shape], operations: Effort) -> list[Case]:
+        found = []
+        for turn, (mode, dtype, (layout, c, (n, *positions))) in enumerate(product(modes, dtypes, shapes)):
+            shape = (n, divisible(c, norm), *positions)
+            for fusion in _fusions(operations, fusions, len(positions) + 1, turn):
+                found.append(Case(mode, dtype, layout, shape, fusion, norm=norm))
+        return [case for case in found if case.m > 1]
+
+    full = effort == "full"
+    found = product_of(tuple(DTYPES), SHAPES, effort)
+    more_shapes = MORE_SHAPES[:4] if effort == "quick" else MORE_SHAPES
+    found += product_of(tuple(DTYPES) if full else ("float32",), more_shapes, "full" if full else "quick")
+    if full:
         found += [replace(case, repeat=repeat) for repeat in (2, 3) for case in found]
-    return found + _large(effort, modes, fusions, norm, interpreted)
-
-
-def _large(
-    effort: Effort, modes: tuple[str, ...], fusions: tuple[str, ...], norm: str, interpreted: bool
-) -> list[Case]:
     dtypes = {"quick": ("float32",), "default": ("float32", "bfloat16"), "full": tuple(DTYPES)}[effort]
-    found = []
-    shapes = LARGE_SHAPES[:3] if effort == "quick" else LARGE_SHAPES
-    for turn, (mode, dtype, (layout, c, shape)) in enumerate(product(modes, dtypes, shapes)):
-        overflows = dtype == "float16" and shape == MOST_VALUES
-        if overflows or (interpreted and layout == "contiguous" and c > INTERPRETED_CHANNELS):
-            continue
-        c = divisible(c, norm)
-        for fusion in _fusions("quick", fusions, len(shape), turn):
-            found.append(Case(mode, dtype, layout, (shape[0], c, *shape[1:]), fusion, norm=norm))
-    return found
+    large = product_of(dtypes, LARGE_SHAPES[:3] if effort == "quick" else LARGE_SHAPES, "quick")
+    return found + [case for case in large if not (_overflows(case) or (interpreted and _takes_minutes(case)))]
+
+
+def _overflows(case: Case) -> bool:
+    return case.dtype == "float16" and (case.shape[0], *case.shape[2:]) == MOST_VALUES
+
+
+def _takes_minutes(case: Case) -> bool:
+    return case.layout == "contiguous" and case.shape[1] > INTERPRETED_CHANNELS
 
 
 def _fusions(effort: Effort, fusions: tuple[str, ...], spatial: int, turn: int) -> tuple[str, ...]:
@@ -278,9 +279,8 @@ def with_positive_weight(given: Inputs, case: Case) -> Inputs:
 
 def preactivation(given: Inputs, case: Case) -> Tensor:
     """What the activation is applied to, in float64."""
-    running = [None if r is None else r.clone() for r in (given.running_mean, given.running_var)]
-    given = replace(given, running_mean=running[0], running_var=running[1])
-    return definition(case.norm)(*arguments(replace(case, fusion="residual" if case.adds else "plain"), given))
+    plain = replace(case, fusion="residual" if case.adds else "plain")
+    return definition(case.norm)(*arguments(plain, given.for_one_call()))
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

@@ -1,21 +1,38 @@
-"""The judge: each quantity of a kernel's run against the definition in float64; checks and their verdicts."""
+"""Judge of a kernel's results, each against the definition in float64; checks and their verdicts."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from bncli.kernels.definition import Forward
 from bncli.measure.reference import tolerance as tolerances
-from bncli.measure.reference.candidate import Candidate, native_in_the_same_dtype
-from bncli.measure.reference.case import DTYPES, Case, Inputs, inputs
-from bncli.measure.reference.observe import SECOND, Observation, observe, poisoned, quantities
+from bncli.measure.reference.candidate import NATIVE, Candidate, Rule
+from bncli.measure.reference.case import (
+    CPU,
+    DTYPES,
+    Case,
+    Inputs,
+    away_from_the_kink,
+    channels_of,
+    inputs,
+    timed_inputs,
+)
+from bncli.measure.reference.observe import SECOND, finding_of, observe, poisoned, quantities
+from bncli.measure.reference.tolerance import Expected
 from bncli.names import FUSED_ACTIVATIONS
 from bncli.results.finding import Finding, FindingKind
 from bncli.results.gradcheck import CheckedCall, CheckFailure, Effort, NotChecked, ToleranceRule
+
+MOST_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}  # of a large case, judged in float64, in some 20 passes over them
+PERTURBED_ELEMENTS = 2**15  # of these, in some 200 passes
+FEWEST_CHANNELS = 3  # of a large case: the first, one within, and the last
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of an element -> integers of that size
 
 
 @dataclass(frozen=True)
@@ -26,25 +43,9 @@ class CheckContext:
     device: torch.device
     effort: Effort = "quick"
 
-    @property
-    def native(self) -> bool:
-        """Whether torch's own operator is the one under test, and so no yardstick for itself."""
-        return self.candidate.native
-
-    @property
-    def interpreted(self) -> bool:
-        """Whether Triton's interpreter runs in place of a GPU."""
-        return self.candidate.interpreted
-
-    @property
-    def rule(self) -> tolerances.Rule:
-        """How large an error of a value may be."""
-        return "native" if self.native else "own function" if self.candidate.own else "kernel"
-
-    def floors(self, case: Case, given: Inputs, truth: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The error that rounding alone explains in such a candidate, of the quantities in `truth`."""
-        found = tolerances.expected(case, given).floors(self.rule, self.interpreted)
-        return {name: found[name] for name in truth}
+    def floors(self, held_to: Expected) -> dict[str, Tensor]:
+        """The error that rounding alone explains in such a candidate."""
+        return held_to.floors(self.candidate.rule, self.candidate.interpreted)
 
     def fresh(self, case: Case) -> tuple[Case, Inputs]:
         """The case of the candidate's norm, with the inputs that its identifier stands for."""
@@ -81,17 +82,15 @@ class Outcome:
 
 def compare(context: CheckContext, case: Case, given: Inputs, second: bool = True) -> Outcome:
     """Every quantity of the candidate on these inputs against the definition in float64."""
-    expected = tolerances.expected(case, given, second)
-    yardstick = Observation()
-    if not context.native:
-        yardstick = observe(native_in_the_same_dtype(), case, given, second)
-    native = yardstick.wide()
+    held_to = tolerances.expected(case, given, second)
+    # torch's own operator is no yardstick for itself
+    native = {} if context.candidate.rule == "native" else tolerances.native_results(case, given, second)
     wide = given.wide()  # before a kernel that writes into its input
     with poisoned():
         seen = observe(context.candidate.call, case, given, second)
     if changed := written(given, wide):
         seen.problems["forward"] = Finding("input_written", names=changed)
-    evidence = Evidence(case, wide, seen.wide(), expected.truth, expected.floors(context.rule, context.interpreted))
+    evidence = Evidence(case, wide, seen.wide(), held_to.truth, context.floors(held_to))
     return judged(evidence, seen.problems, native)
 
 
@@ -111,10 +110,9 @@ def _judge(quantity: str, evidence: Evidence, native: dict[str, Tensor]) -> Find
         if name not in evidence.seen:
             return Finding("not_computed", name)
         found, exact, floor = evidence.seen[name], evidence.truth[name], evidence.floors[name]
-        error = tolerances.in_tolerances(found, exact, floor, native.get(name))
+        error, of_native = tolerances.in_tolerances(found, exact, floor, native.get(name))
         if error > 1 and error > worst.error:
-            of_native = tolerances.of_native(found, exact, floor, native.get(name))
-            worst = difference(name, found, exact, error, None if math.isnan(of_native) else of_native)
+            worst = difference(name, found, exact, error, of_native)
         elif error > worst.error:
             worst = replace(worst, error=error)
     return worst
@@ -127,17 +125,9 @@ def difference(name: str, found: Tensor, exact: Tensor, error: float, of_native:
     at = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
     scale = float(exact[exact.isfinite()].norm())
     relative = float(gap.norm()) / scale if scale and gap.isfinite().all() else None
-    value, expected = float(found[at]), float(exact[at])
-    return Finding(
-        number_kind(value, expected),
-        name,
-        error,
-        at=at,
-        found=value,
-        expected=expected,
-        relative=relative,
-        of_native=of_native,
-    )
+    value, right = float(found[at]), float(exact[at])
+    kind = number_kind(value, right)
+    return Finding(kind, name, error, at, value, right, relative=relative, of_native=of_native)
 
 
 def number_kind(found: float, expected: float) -> FindingKind:
@@ -162,6 +152,87 @@ def same_bits(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+# --- a large case -----------------------------------------------------------------------------------------------------
+# Batch norm treats each channel by itself, so the definition in float64 of some channels needs those alone. The kernel
+# runs on the whole tensor, with the tiles, the threads and the cache misses that it is timed with.
+
+
+@dataclass(frozen=True)
+class Large:
+    """The inputs of a case, and what the results of its judged channels are held to."""
+
+    case: Case
+    given: Inputs  # of all channels
+    channels: Tensor  # (k) int64, those that are judged
+    part: Inputs  # of those channels, in float64
+    expected: Expected
+    native: dict[str, Tensor]  # what torch's own kernel gives there in the case's dtype, in float64
+
+    def judge(self, call: Forward, rule: Rule, *, poison: bool = True) -> Outcome:
+        """Every quantity of the judged channels; those of the other channels must be finite.
+
+        poison: what the kernel leaves unwritten is NaN; not for a compiled function, which would be compiled once more.
+        """
+        before = _checksums(self.given)
+        with poisoned() if poison else contextlib.nullcontext():
+            seen = observe(call, self.case, self.given, second=False)
+        changed = written(self.given.of_channels(self.channels, self.case.layout), self.part)
+        changed = changed or tuple(name for name, bits in _checksums(self.given).items() if bits != before[name])
+        problems = {name: Finding("nan_unexpected", name) for name, t in seen.values.items() if not _finite(t)}
+        problems |= seen.problems
+        if changed:
+            problems["forward"] = Finding("input_written", names=changed)
+        device = self.part.x.device
+        values = {name: channels_of(t.detach(), self.channels).to(device).double() for name, t in seen.values.items()}
+        floors = self.expected.floors(rule)
+        evidence = Evidence(self.expected.case, self.part, values, self.expected.truth, floors)
+        # Of torch's own kernel too no more is asked here: the error of its sums may grow as m, by their order.
+        return judged(evidence, problems, self.native)
+
+
+def large(
+    case: Case, device: torch.device, *, seed: int = 0, positive_weight: bool = False, most_elements: int | None = None
+) -> Large:
+    """Inputs of a case and what up to `most_elements` of its results, in whole channels, are held to."""
+    given = timed_inputs(case, device, seed)
+    if positive_weight and given.weight is not None:
+        given = replace(given, weight=given.weight.abs())
+    most = most_elements if most_elements is not None else MOST_ELEMENTS[device.type]
+    channels = _spread_out(case.shape[1], max(FEWEST_CHANNELS, most // case.m), device)
+    wide_on = device if device.type == "cuda" else CPU
+    small = replace(case, shape=(case.shape[0], len(channels), *case.shape[2:]))
+    part = away_from_the_kink(given.of_channels(channels, case.layout), small, wide_on)
+    given.g.index_copy_(1, channels, part.g)
+    native = observe(NATIVE, case, given, second=False)  # on all channels and threads it adds in another order
+    values = {name: channels_of(t, channels) for name, t in native.values.items()}
+    if native.problems:  # it may find no room where another kernel does
+        values = observe(NATIVE, small, part, second=False).values
+    held_to = tolerances.computed(small, part, False, wide_on, PERTURBED_ELEMENTS)
+    wide = {name: t.to(wide_on, torch.float64) for name, t in values.items()}
+    return Large(case, given, channels, part.wide(wide_on), held_to, wide)
+
+
+def _spread_out(channels: int, count: int, device: torch.device) -> Tensor:
+    if count >= channels:
+        return torch.arange(channels, device=device)
+    return torch.linspace(0, channels - 1, count, dtype=torch.float64, device=device).round().long()
+
+
+def _checksums(given: Inputs) -> dict[str, int]:
+    """The sum of each tensor's bits, as integers that wrap around: exact in any order, without another such tensor."""
+    found = {}
+    for name, t in vars(given).items():
+        if t is not None and not name.startswith("running"):  # of which every call is handed copies
+            integers = BITS[t.element_size()]
+            found[name] = int(t.detach().view(integers).sum(dtype=integers))
+    return found
+
+
+def _finite(t: Tensor) -> bool:
+    """By its sum, which takes no other tensor of its size."""
+    return math.isfinite(float(t.detach().sum(dtype=torch.float64 if t.dtype == torch.float64 else torch.float32)))
 
 
 # --- what a kernel refuses --------------------------------------------------------------------------------------------
@@ -221,15 +292,23 @@ class Check:
         return f"{self.identifier}/{quantity}" if quantity else self.identifier
 
 
+def single(context: CheckContext, case: Case, judge: Callable[[CheckContext, Case, Inputs], Finding]) -> Outcome:
+    """A check that has one result, on the inputs of its case. What the kernel raises is its finding."""
+    try:
+        finding = judge(context, *context.fresh(case))
+    except (Exception, SystemExit) as error:  # the kernel's own, which may be anything
+        finding = finding_of(error)
+    return Outcome({"": finding})
+
+
 @dataclass(frozen=True)
 class CheckGroupPlan:
-    """Checks that finish together the rows of their quantities; `rows` gives a quantity's row, `row` all others'."""
+    """Checks that finish together the rows of the table."""
 
     section: str
     checks: list[Check]
     rule: ToleranceRule
-    row: str = ""
-    rows: dict[str, str] = field(default_factory=dict)
+    rows: dict[str, str]  # quantity -> row
 
 
 @dataclass(frozen=True)

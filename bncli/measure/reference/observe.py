@@ -56,20 +56,11 @@ def poisoned() -> Iterator[None]:
         torch.set_deterministic_debug_mode(before)
 
 
-def leaf(tensor: Tensor | None) -> Tensor | None:
-    """The same memory and strides as a leaf that wants a gradient."""
-    return None if tensor is None else tensor.detach().requires_grad_()
-
-
 def observe(call: Forward, case: Case, given: Inputs, second: bool = True) -> Observation:
     """The forward pass, the backward pass as a training step runs it, and the backward pass of the backward pass."""
     seen = Observation()
-    x, weight, bias, residual = (leaf(t) for t in (given.x, given.weight, given.bias, given.residual))
-    running = [None if r is None else r.clone() for r in (given.running_mean, given.running_var)]
-    assert x is not None
-    taken = Inputs(x, weight, bias, running[0], running[1], residual, given.g)
-    leaves = {"dx": x, "dweight": weight, "dbias": bias, "dresidual": residual}
-    wanted = {name: tensor for name, tensor in leaves.items() if tensor is not None}
+    taken = given.for_one_call().each(Tensor.detach)  # the same memory and strides
+    wanted = taken.leaves()
     try:
         y = call(*arguments(case, taken))
     except (Exception, SystemExit) as error:  # the kernel may be anyone's code
@@ -78,30 +69,23 @@ def observe(call: Forward, case: Case, given: Inputs, second: bool = True) -> Ob
         seen.problems = dict.fromkeys(quantities(case), wrong)
         return seen
     seen.values["forward"] = y.detach()
-    if not case.training and (moved := _moved(running, given)):
+    running = {name: getattr(taken, name) for name in RUNNING if getattr(taken, name) is not None}
+    moved = tuple(name for name, value in running.items() if not torch.equal(value, getattr(given, name)))
+    if not case.training and moved:
         seen.problems["forward"] = Finding("running_moved", names=moved)
     if case.training and NORMS[case.norm].over_batch:
-        for name, value in zip(RUNNING, running, strict=True):
-            if value is not None:
-                seen.values[name] = value
+        seen.values |= running
     try:
         first = torch.autograd.grad(y, list(wanted.values()), given.g, retain_graph=second, allow_unused=True)
     except (Exception, SystemExit) as error:
         return _failed(seen, [*wanted, "double backward"], error)
-    for (name, tensor), gradient in zip(wanted.items(), first, strict=True):
-        seen.values[name] = torch.zeros_like(tensor) if gradient is None else gradient
+    seen.values |= {name: _or_zero(t, wanted[name]) for name, t in zip(wanted, first, strict=True)}
     if second:
         try:
             seen.values.update(_second(y, wanted, given))
         except (Exception, SystemExit) as error:
             return _failed(seen, ["double backward"], error)
     return seen
-
-
-def _moved(running: list[Tensor | None], given: Inputs) -> tuple[str, ...]:
-    """The running statistics that are no longer what they were."""
-    pairs = zip(RUNNING, running, strict=True)
-    return tuple(name for name, now in pairs if now is not None and not torch.equal(now, getattr(given, name)))
 
 
 def _second(y: Tensor, wanted: dict[str, Tensor], given: Inputs) -> dict[str, Tensor]:
@@ -121,13 +105,14 @@ def _second(y: Tensor, wanted: dict[str, Tensor], given: Inputs) -> dict[str, Te
         [gradient for gradient, _ in pairs], into, [v.to(gradient) for gradient, v in pairs], allow_unused=True
     )
     names = SECOND if "dweight" in wanted else (SECOND[0], SECOND[2])
-    values = {
-        name: torch.zeros_like(tensor) if gradient is None else gradient
-        for name, tensor, gradient in zip(names, into, found, strict=True)
-    }
+    values = {name: _or_zero(*pair) for name, *pair in zip(names, found, into, strict=True)}
     if given.smooth is not None:  # on a kink either side's value is right
         values[SECOND[2]] = values[SECOND[2]] * given.smooth
     return values
+
+
+def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if gradient is None else gradient
 
 
 def unlike(y: object, x: Tensor) -> Finding | None:

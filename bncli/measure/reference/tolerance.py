@@ -1,4 +1,4 @@
-"""How large an error may be: derived from roundings, or twice the native kernel's own.
+"""Tolerances of a kernel's errors: derived from roundings, or twice the native kernel's own error.
 
 The floor of a quantity is what its definition in float64 moves by when every number on the way moves by one rounding. A
 kernel that adds its m terms in a tree loses about log2(m) such moves; one that adds them one after the other about
@@ -8,45 +8,33 @@ right. bncli's own kernels are held to the tree, torch's operator and the user's
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from bncli.kernels.definition import definition
 from bncli.kernels.layout import over_channels, per_channel
+from bncli.measure.reference.candidate import NATIVE, Rule
 from bncli.measure.reference.case import CPU, Case, Inputs, generator, unit_roundoff
 from bncli.measure.reference.observe import observe
-from bncli.names import GRADCHECK_KERNELS, NORMS
+from bncli.names import NORMS
 
 PERTURBATIONS = 6
 REMEMBERED = 512  # cases, of some 100 KiB each
 SHIFTS = 4  # roundings of a mean about a value of x: of the differences, their sum's start, and the value added again
 FEWEST_VALUES = 512  # of a channel of a large case, that are perturbed
 ROUNDINGS = 4  # of each number on its way, besides those of the sums
-ROUNDINGS_ANY = (
-    32  # of an algorithm that is not known: torch's differs between devices, its group norm sums g x uncentred
-)
+# Of an algorithm that is not known: torch's differs between devices, and its group norm sums g x without centering.
+ROUNDINGS_ANY = 32
 INTERMEDIATE = 3  # roundings to half precision between an unfused norm, addition and activation
 
 Values = dict[str, Tensor]
-Rule = Literal["kernel", "native", "own function"]  # of results.gradcheck.ToleranceRule, those for values
-
-
-def rule(kernel: str) -> Rule:
-    """How a kernel of that name is judged: as one of bncli's, as torch's own operator, or as anyone's function."""
-    if kernel == "native":
-        return "native"
-    return "kernel" if kernel in GRADCHECK_KERNELS else "own function"
-
-
-def reference(case: Case, given: Inputs) -> Values:
-    """Every quantity of the case by the definition, in float64 on the CPU from the same, rounded inputs."""
-    return expected(case, given).truth
 
 
 # --- what results are held to -----------------------------------------------------------------------------------------
@@ -96,51 +84,63 @@ class Expected:
 SMALLEST = torch.finfo(torch.float64).smallest_normal  # keeps 0 / 0 out of a channel that an activation cuts off
 
 
-def expected(case: Case, given: Inputs, second: bool = True, device: torch.device = CPU) -> Expected:
-    """By the definition in float64 on the device, from the same, rounded inputs. The last ones are remembered.
-
-    second: with the second derivative.
-    """
-    return _expected(_Question(case, second, device, _digest(given), given))
-
-
 @dataclass(frozen=True)
 class _Question:
-    """A case with inputs that are told apart by a digest of their bytes, so that the answer can be remembered."""
+    """A case and its inputs, told apart by a digest of their bytes, so that an answer can be remembered."""
 
     case: Case
     second: bool
-    device: torch.device
     digest: bytes
     given: Inputs = field(compare=False, repr=False)
 
 
-def _digest(given: Inputs) -> bytes:
-    found = hashlib.blake2b(digest_size=16)
+def _question(case: Case, given: Inputs, second: bool) -> _Question:
+    digest = hashlib.blake2b(digest_size=16)
     for name, tensor in vars(given).items():
         if tensor is not None:
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.digest()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return _Question(case, second, digest.digest(), given)
+
+
+def expected(case: Case, given: Inputs, second: bool = True) -> Expected:
+    """What the results of these inputs are held to, in float64 on the CPU. The last ones are remembered.
+
+    second: with the second derivative.
+    """
+    return _expected(_question(case, given, second))
 
 
 @functools.lru_cache(maxsize=REMEMBERED)
 def _expected(question: _Question) -> Expected:
-    case, given, second = question.case, question.given, question.second
-    return computed(case, given, second, question.device)
+    return computed(question.case, question.given, question.second, CPU)
 
 
-def computed(case: Case, given: Inputs, second: bool, device: torch.device, most: int | None = None) -> Expected:
-    """`expected`, not remembered. most: elements of x that the perturbations are made on, a sample of every channel."""
+def native_results(case: Case, given: Inputs, second: bool = True) -> Values:
+    """What torch's own kernel gives of these inputs in their dtype and on their device, in float64; remembered."""
+    places = tuple((t.device, t.stride()) for t in vars(given).values() if t is not None)
+    return _native_results(_question(case, given, second), places)
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _native_results(question: _Question, places: tuple[object, ...]) -> Values:
+    return observe(NATIVE, question.case, question.given, question.second).wide()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """For many short operators, which threads that wait for each other would slow down."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of many short operators, which threads that wait for each other would slow down
+    torch.set_num_threads(1)
     try:
-        return _computed(case, given, second, device, most)
+        yield
     finally:
         torch.set_num_threads(threads)
 
 
-def _computed(case: Case, given: Inputs, second: bool, device: torch.device, most: int | None) -> Expected:
+@_one_thread()
+def computed(case: Case, given: Inputs, second: bool, device: torch.device, most: int | None = None) -> Expected:
+    """`expected` on a device, not remembered. most: elements of x that are perturbed, a sample of every channel."""
     wide = given.wide(device)
     truth = observe(definition(case.norm), case, wide, second).wide(device)
     draw = generator(case.identifier + "/rounding", device)
@@ -251,22 +251,21 @@ def in_floors(found: Tensor, exact: Tensor, floor: Tensor) -> float:
     return float(torch.where(found.isfinite() | exact.isfinite(), error, 0.0).max())
 
 
-def in_tolerances(found: Tensor, exact: Tensor, floor: Tensor, native: Tensor | None) -> float:
-    """The error in units of the tolerance: the floor, or twice the native kernel's error where that is larger.
+def in_tolerances(found: Tensor, exact: Tensor, floor: Tensor, native: Tensor | None) -> tuple[float, float | None]:
+    """The error in units of the tolerance, and over the native kernel's own error where that is known and not 0.
 
-    That error is taken in floors, but of y and what is like it no more than it is anywhere in the channel: where native
-    cancels, its error is many floors of a small number, and not of the others.
+    The tolerance is the floor, or twice the native kernel's error where that is larger. That error is taken in floors,
+    but of y and what is like it no more than it is anywhere in the channel: where native cancels, its error is many
+    floors of a small number, and not of the others.
     """
-    own = in_floors(native, exact, floor) if native is not None else 0.0
-    if native is None or not own > 0.5 or not math.isfinite(own):
-        return in_floors(found, exact, floor)
-    allowed = 2 * own * floor
-    if exact.dim() > 1:
-        allowed = torch.minimum(allowed, 2 * largest(native - exact))
-    return in_floors(found, exact, torch.maximum(floor, allowed))
-
-
-def of_native(found: Tensor, exact: Tensor, floor: Tensor, native: Tensor | None) -> float:
-    """The error over the native kernel's own; NaN where that is not known or none."""
-    own = in_floors(native, exact, floor) if native is not None else 0.0
-    return in_floors(found, exact, floor) / own if own > 0 else math.nan
+    error = in_floors(found, exact, floor)
+    of_native = in_floors(native, exact, floor) if native is not None else 0.0
+    if native is None or not 0 < of_native < math.inf:
+        return error, None
+    times = error / of_native
+    if of_native > 0.5:
+        allowed = 2 * of_native * floor
+        if exact.dim() > 1:
+            allowed = torch.minimum(allowed, 2 * largest(native - exact))
+        error = in_floors(found, exact, torch.maximum(floor, allowed))
+    return error, times

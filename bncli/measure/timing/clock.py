@@ -1,4 +1,4 @@
-"""Times of short pieces of work on a device: raw samples, cold or warm cache, arms interleaved and paired by round.
+"""Times of short pieces of work on a device: raw samples, cold or warm cache, interleaved and paired by round.
 
 A sample of a CUDA device is the time between two of its events. So that it holds the device's time alone, the device is
 kept busy (it spins) until the host has enqueued all of the work; a sample for which that failed is counted in
@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import random
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from bncli.engine import device as devices
+
 FLUSH_TIMES_L2 = 4  # a buffer this many times the last cache leaves nothing of what was there before
 LEAST_FLUSH_BYTES = 64 * 2**20
 FIRST_LEAD_MS, LEAST_LEAD_MS = 0.1, 0.02  # of spinning before a sample, then twice what the host took last time
 LONGEST_LEAD_MS = 5.0  # work that takes the host longer than this is bound by it
-FEWEST_ROUNDS = 3  # however late it is: two samples have no quartiles worth the name
+FEWEST_ROUNDS = 3  # however late it is: two samples have no useful quartiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +34,22 @@ class Work:
     calls: int = 1
 
 
+def in_a_row(call: Callable[[], object], calls: int) -> Work:
+    """Several calls as one sample, after an untimed one: a short call begins with what the last left in the caches."""
+
+    def run(_: object) -> None:
+        for _ in range(calls):
+            call()
+
+    return Work(run, call if calls > 1 else lambda: None, calls)
+
+
 class Clock(Protocol):
     host_bound: int  # samples so far in which the device waited for the host
     samples: int  # so far
 
     def sample(self, work: Work, cold: bool) -> Callable[[], float]:
-        """Run it once; what is returned gives milliseconds per call, once `wait` has been called."""
+        """Run the work once. The function returned gives milliseconds per call, after a call of `wait`."""
         ...
 
     def wait(self) -> None: ...
@@ -54,10 +65,7 @@ class CpuClock:
 
     def sample(self, work: Work, cold: bool) -> Callable[[], float]:
         self.samples += 1
-        _settle(work, self._flush if cold else None)
-        state = work.prepare()
-        if cold:
-            _overwrite(self._flush)
+        state = _prepared(work, self._flush if cold else None)
         began = self._now_ns()
         work.run(state)
         elapsed_ms = (self._now_ns() - began) / 1e6 / work.calls
@@ -81,7 +89,7 @@ class CudaClock:
         *,
         event: Callable[[], Any] = lambda: torch.cuda.Event(enable_timing=True),
         spin: Callable[[int], None] = lambda cycles: torch.cuda._sleep(cycles),
-        synchronize: Callable[[torch.device], None] = lambda device: torch.cuda.synchronize(device),
+        synchronize: Callable[[torch.device], None] = devices.synchronize,
         now_ns: Callable[[], int] = time.perf_counter_ns,
     ) -> None:
         if flush_bytes is None:
@@ -95,7 +103,7 @@ class CudaClock:
         self.host_bound = self.samples = 0
 
     def _calibrate(self) -> float:
-        """Cycles that the device spins through in a millisecond; the first time around is for its clock to rise."""
+        """Cycles that the device spins through in a millisecond. Its clock frequency rises during the first pass."""
         cycles = 20_000_000
         for _ in range(2):
             start, end = self._event(), self._event()
@@ -107,10 +115,7 @@ class CudaClock:
 
     def sample(self, work: Work, cold: bool) -> Callable[[], float]:
         self.samples += 1
-        _settle(work, self._flush if cold else None)
-        state = work.prepare()
-        if cold:
-            _overwrite(self._flush)
+        state = _prepared(work, self._flush if cold else None)
         lead_ms = self._lead_ms.get(work, FIRST_LEAD_MS)
         start, end = self._event(), self._event()
         self._spin(int(lead_ms * self._cycles_per_ms))
@@ -119,7 +124,7 @@ class CudaClock:
         work.run(state)
         end.record()
         host_ms = (self._now_ns() - began) / 1e6
-        late = start.query()  # the device had begun before the host was through: part of the time is the host's
+        late = start.query()  # the device began before the host had enqueued it all: part of the time is the host's
         self.host_bound += late
         self._lead_ms[work] = min(LONGEST_LEAD_MS, 2 * max(host_ms, lead_ms if late else LEAST_LEAD_MS))
         return lambda: start.elapsed_time(end) / work.calls
@@ -128,16 +133,41 @@ class CudaClock:
         self._synchronize(self._device)
 
 
-def _settle(work: Work, flush: torch.Tensor | None) -> None:
-    """Warm: the same work runs untimed just before, whatever ran before that."""
+def _prepared(work: Work, flush: torch.Tensor | None) -> Any:
+    """What the work takes. Without a buffer to flush the cache with, the same work runs untimed just before."""
     if flush is None:
         work.run(work.prepare())
+    state = work.prepare()
+    if flush is not None:
+        flush.add_(1.0)
+        flush.sum()  # read after it was written, so that what stays in the cache need not be written back later
+    return state
 
 
-def _overwrite(flush: torch.Tensor) -> None:
-    """Evict the last cache: written, then read, so that what stays in it need not be written back by the work timed."""
-    flush.add_(1.0)
-    flush.sum()
+class LoopClock:
+    """Wall time from an idle device until all is done, as a training loop sees it. Warm and cold are the same."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        now_ns: Callable[[], int] = time.perf_counter_ns,
+        synchronize: Callable[[torch.device], None] = devices.synchronize,
+    ) -> None:
+        self._device, self._now_ns, self._synchronize = device, now_ns, synchronize
+        self.host_bound = self.samples = 0
+
+    def sample(self, work: Work, cold: bool) -> Callable[[], float]:
+        self.samples += 1
+        state = work.prepare()
+        self.wait()
+        began = self._now_ns()
+        work.run(state)
+        self.wait()
+        elapsed_ms = (self._now_ns() - began) / 1e6 / work.calls
+        return lambda: elapsed_ms
+
+    def wait(self) -> None:
+        self._synchronize(self._device)
 
 
 def of(device: torch.device) -> Clock:
@@ -172,102 +202,34 @@ class Deadline:
         return self.left_s == 0
 
 
-def interleaved(
+def rounds(
     clock: Clock,
-    works: Mapping[str, Work],
-    rounds: int,
+    works: Mapping[Any, Work],
+    most: int,
     *,
     cold: bool = True,
     deadline: Deadline | None = None,
     fewest: int = FEWEST_ROUNDS,
     order: random.Random | None = None,
-) -> dict[str, tuple[float, ...]]:
-    """Milliseconds per call, a sample a round of every work, whose order is drawn anew each round.
+) -> Iterator[dict[Any, float]]:
+    """Milliseconds per call of every work, a round at a time; each round draws their order anew.
 
-    Fewer rounds than asked for, but at least `fewest` of them, once `deadline` has passed. Warm up before: the first
-    call of a kernel may compile it.
+    Fewer rounds than `most`, but at least `fewest`, once `deadline` has passed. Warm up before: the first call of a
+    kernel may compile it.
     """
     order = order or random.Random(0)
-    found: dict[str, list[float]] = {name: [] for name in works}
-    for done in range(rounds):
+    for done in range(most):
         if deadline is not None and deadline.passed and done >= fewest:
-            break
+            return
         read = {name: clock.sample(works[name], cold) for name in order.sample(list(works), len(works))}
         clock.wait()
-        for name in works:
-            found[name].append(read[name]())
-    return {name: tuple(samples) for name, samples in found.items()}
+        yield {name: read[name]() for name in works}
 
 
-def warm_up(clock: Clock, work: Work, least_ms: float = 50.0, most_calls: int = 50) -> None:
-    """Run it three times, and on until `least_ms` of its own time have passed: compiled, allocated, clocks up."""
-    passed_ms = 0.0
-    for done in range(most_calls):
-        read = clock.sample(work, cold=True)
-        clock.wait()
-        if done > 0:  # the first may hold a compilation
-            passed_ms += read() * work.calls
-        if done >= 2 and passed_ms >= least_ms:
-            return
-
-
-def in_a_loop(
-    clock: Clock,
-    works: Mapping[str, Work],
-    rounds: int,
-    *,
-    calls: int = 50,
-    now_ns: Callable[[], int] = time.perf_counter_ns,
-) -> tuple[dict[str, tuple[float, ...]], dict[str, tuple[float, ...]]]:
-    """Milliseconds per call of the host alone, to enqueue `calls` of them on an idle device, and until they are done.
-
-    The second is what a training loop sees: the larger of the host's time and the device's. Keep calls times kernels a
-    call under about 1,000, where the queue of a CUDA device is full and the host waits.
-    """
-    host: dict[str, list[float]] = {name: [] for name in works}
-    whole: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(rounds):
-        for name, work in works.items():
-            clock.wait()
-            began = now_ns()
-            for _ in range(calls):
-                work.run(work.prepare())
-            enqueued = now_ns()
-            clock.wait()
-            host[name].append((enqueued - began) / 1e6 / calls / work.calls)
-            whole[name].append((now_ns() - began) / 1e6 / calls / work.calls)
-    return {name: tuple(ms) for name, ms in host.items()}, {name: tuple(ms) for name, ms in whole.items()}
-
-
-# --- what the samples say -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The median of some samples between their quartiles."""
-
-    low: float
-    median: float
-    high: float
-    count: int
-
-
-def spread(samples: Sequence[float]) -> Spread:
-    """Of one or more samples; a single one has no spread to show and stands for all three."""
-    if len(samples) == 1:
-        return Spread(samples[0], samples[0], samples[0], 1)
-    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return Spread(low, middle, high, len(samples))
-
-
-def times_faster(reference_ms: Sequence[float], ms: Sequence[float]) -> Spread:
-    """How many times faster than the reference, each ratio within one round; above 1: faster."""
-    return spread([base / own for base, own in zip(reference_ms, ms, strict=True)])
-
-
-def gb_per_s(moved_bytes: float, ms: float) -> float:
-    """10^9 bytes a second."""
-    return moved_bytes / ms / 1e6
+def interleaved(clock: Clock, works: Mapping[str, Work], most: int, **options: Any) -> dict[str, tuple[float, ...]]:
+    """The samples of `rounds`, by work."""
+    found = list(rounds(clock, works, most, **options))
+    return {name: tuple(each[name] for each in found) for name in works}
 
 
 def copy_work(size_bytes: int, device: torch.device) -> tuple[Work, int]:

@@ -3,55 +3,50 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from bncli.engine import device as devices
+from bncli.engine.device import peak_memory_mib, reset_peak_memory, synchronize
 
 MIB = 2**20
 M_MMAP_THRESHOLD = -3  # mallopt's, of glibc
-MAPPED_BYTES = 2**16  # from this size on a tensor has pages of its own, which are given back when it is freed
+MAPPED_BYTES = 2**16  # from this size on a tensor is mapped alone, and its pages are given back when it is freed
 
 
-def saved_bytes(run: Callable[[], object]) -> int:
-    """Bytes of the storages that the operators in `run` save for backward, each storage counted once."""
-    storages: dict[int, tuple[int, Tensor]] = {}  # the tensors are held, or a later one could take an address over
+def saved_mib(run: Callable[[], object], leave_out: Iterable[Tensor] = ()) -> float:
+    """MiB of the storages that the operators in `run` save for backward, each storage counted once."""
+    left_out = {tensor.untyped_storage().data_ptr() for tensor in leave_out}
+    saved: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        storages[storage.data_ptr()] = (storage.nbytes(), t)
+        saved[storage.data_ptr()] = storage.nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = run()
+        result = run()  # kept: what it saved stays where it is, and no later tensor takes its address
     del result
-    return sum(size for size, _ in storages.values())
+    return sum(size for address, size in saved.items() if address not in left_out) / MIB
 
 
-def cuda_peak_mib(step: Callable[[], object], device: torch.device) -> float:
-    """The allocator's peak of a step beyond what is allocated before it, in MiB."""
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    torch.cuda.synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - before) / MIB
+def peak_mib(run: Callable[[], object], device: torch.device) -> float | None:
+    """The peak of `run` beyond what is in use before it, in MiB: the allocator's on CUDA, else of resident memory.
 
-
-def resident_peak_mib(step: Callable[[], object]) -> float | None:
-    """The peak of this process's resident memory in a step beyond what is resident before it, in MiB."""
-    cpu = torch.device("cpu")
-    devices.reset_peak_memory(cpu)
-    before = devices.peak_memory_mib(cpu)
-    step()
-    after = devices.peak_memory_mib(cpu)
+    None where the device has neither.
+    """
+    synchronize(device)
+    reset_peak_memory(device)
+    before = peak_memory_mib(device)
+    run()
+    synchronize(device)
+    after = peak_memory_mib(device)
     return None if before is None or after is None else after - before
 
 
 def give_back_free_pages() -> None:
-    """So that a small tensor takes new pages and not the heap's; glibc alone has such calls."""
+    """Return free pages of the heap, so that a small tensor takes new ones. Only glibc has such calls."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim") and hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)

@@ -59,7 +59,7 @@ def sketch(comparison: Comparison, width: int = 80, height: int = 18, encoding: 
     rows = max(height - 3 - len(legend), 4)
     labels = _row_labels(values, rows, target.value)
     margin = max(6, *map(len, labels.values())) + 2
-    frame = Frame((min(steps), max(*steps, 1.1 * min(steps))), values, max(width - margin, 20), rows)
+    frame = Frame((min(steps), max(*steps, 1.1 * min(steps))), values, max(width - margin, 8), rows)
 
     # Cells by (row, column): a character and its style. Later ones cover earlier ones.
     cells = {(frame.row(target.value), column): (dash, "dim") for column in range(0, frame.columns, 2)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.text import Text
 
 from bncli.report.compare.curves import sketch
 from bncli.report.compare.text import (
@@ -61,15 +60,13 @@ def comparison_table(comparison: Comparison) -> RenderableType:
 def tuning_table(comparison: Comparison) -> RenderableType:
     """Arms down, grid values across: steps and hits over the tuning seeds, and the ratio at the same value below."""
     columns = tuning_columns(comparison)
-    if not columns:
-        return Text("Nothing was tuned: the recipe has no grid.")
     arms, *values = columns
 
     def blocks(size: int) -> Group:
         """Tables of so many values, one below the other."""
         parts = [values[start : start + size] for start in range(0, len(values), size)]
         tables = [AlignedTable([arms, *part], asides_below=True, wrap=True) for part in parts]
-        return Group(*(each for table in tables for each in (table, "")))
+        return Group(tables[0], *(each for table in tables[1:] for each in ("", table)))
 
     whole = AlignedTable(columns, asides_below=True, wrap=True)
     narrower = [blocks(size) for size in range(len(values) - 1, 0, -1)]

@@ -233,7 +233,7 @@ def tuning_notes(comparison: Comparison) -> list[str]:
     choices = [f"{arm.arm}: {choice_words(arm.choice)}" for arm in comparison.arms if arm.choice]
     return [
         f"Geometric mean of the steps of the runs that hit, hits/runs over {seeds};"
-        f" below it how many times fewer than {comparison.plan.reference} at the same value (no interval).",
+        f" below it the steps of {comparison.plan.reference} at the same value divided by these (no interval).",
         "[ ]: the arm's best, by all of its seeds; ( ): kept beside it with further seeds, since the tuning seeds "
         "could not tell them apart. > and <: bounds, where runs missed.",
         *([f"Kept: {'; '.join(choices)}."] if choices else []),
@@ -259,7 +259,7 @@ def subtitle(plan: ComparisonPlan) -> str:
     tune, more = len(plan.tune_seeds), len(plan.report_seeds)
     seeds = f"{count(more, 'seed')} an arm"
     if tune:
-        seeds = f"{tune} seeds at every point of the grid, {more} more where it may be the best"
+        seeds = f"{count(tune, 'seed')} at every point of the grid, {more} more where it may be the best"
     return f"{plan.data}; {seeds}; budget {figure(plan.budget)} steps"
 
 

@@ -23,7 +23,7 @@ from bncli.report.gradcheck.text import (
     verdict,
 )
 from bncli.report.table import AlignedTable, BulletList, Paragraph, ResponsiveTable, Row
-from bncli.report.text import UNKNOWN, Cell, Column, count, environment_words, figure
+from bncli.report.text import UNKNOWN, Cell, Column, count, encodable, environment_words, figure
 from bncli.results.gradcheck import BiasStep, CheckFailure, CheckGroup, Gradcheck, GradientPaths
 
 STYLES = {OK: "green", FAILED: "bold red", NOT_CHECKED: "yellow"}
@@ -53,7 +53,7 @@ class GradcheckReport:
             yield paths_table(result.paths)
             yield ""
         if result.failures:
-            yield from _first_failure(result.failures[0], self.commands[0], options.max_width)
+            yield from _first_failure(result.failures[0], self.commands[0], options)
         if result.diagnoses:
             for each in result.diagnoses:
                 yield Paragraph(f"{each.bug}, because {evidence_text(each)}", label="Looks like: ")
@@ -71,12 +71,13 @@ def _heading(result: Gradcheck) -> tuple[str, str]:
     )
 
 
-def _first_failure(failure: CheckFailure, command: Sequence[str], width: int) -> Iterator[RenderableType]:
+def _first_failure(failure: CheckFailure, command: Sequence[str], options: ConsoleOptions) -> Iterator[RenderableType]:
     """The first failing case with the command that runs it again."""
     yield Paragraph(failure.case, label="First failing case: ")
     yield Paragraph(failure_text(failure), indent=2)
     yield Paragraph("Run it again:", "bold")
-    yield from (Text(f"  {line}") for line in shell_lines(command, width - 2))
+    lines = shell_lines(command, options.max_width - 2)
+    yield from (Text(encodable(f"  {line}", options.encoding)) for line in lines)
     yield ""
 
 
@@ -111,7 +112,7 @@ def interrupted_table(groups: Sequence[CheckGroup], kernel: str) -> RenderableTy
     """The groups that were finished before the check was interrupted."""
     title = f"Gradients of kernel {kernel}: interrupted"
     if not groups:
-        return Text(f"{title} before a group of cases was finished", "bold")
+        return Paragraph(f"{title} before a group of cases was finished", "bold")
     worst = [f"{group.name}: {group.worst_case or UNKNOWN}" for group in groups if group.failed]
     table = groups_table(groups, title, "The groups that were finished")
     lists = (("Not checked:", reasons(groups)), ("Worst cases:", worst))
@@ -155,8 +156,8 @@ def demo_table(steps: Sequence[BiasStep]) -> ResponsiveTable:
     loss = f"stands still at {after}" if before == after else f"goes from {before} to {after}"
     note = (
         f"Ignoring that E[x] contains b, {count(last.step, 'step')} drive b from {figure(first.bias_ignoring, 4)} to "
-        f"{figure(last.bias_ignoring, 4)} while the loss {loss}: the mean takes b off again. "
+        f"{figure(last.bias_ignoring, 4)} while the loss {loss}: subtracting the mean removes b. "
         f"With the full gradient, which is zero but for rounding, b ends at {figure(last.bias_full, 2)}."
     )
-    title = "A learned bias b, then the mean taken off: xhat = u + b - E[u + b]"
+    title = "A learned bias b, then the mean subtracted: xhat = u + b - E[u + b]"
     return ResponsiveTable(title, AlignedTable(columns), subtitle="Ioffe & Szegedy 2015, section 2", notes=[note])

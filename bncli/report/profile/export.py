@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from bncli.errors import UsageError
+from bncli.errors import FileError
+from bncli.report import files
 from bncli.report.export import csv_text, json_text, markdown, markdown_table
 from bncli.report.profile.baseline import gate_columns, gate_words
 from bncli.report.profile.kernels import ceilings_words, kernel_columns, kernel_title, mean_columns, mean_groups
@@ -43,7 +43,7 @@ from bncli.results.profile import (
     StepProfile,
     Times,
 )
-from bncli.results.serialize import Mismatch, from_plain, to_plain
+from bncli.results.serialize import to_plain
 
 KINDS: dict[str, type[KernelProfile] | type[StepProfile]] = {"kernels": KernelProfile, "step": StepProfile}
 
@@ -68,34 +68,19 @@ def to_json(result: Profile, gate: Gate | None = None) -> str:
 
 
 def load(path: Path) -> Profile:
-    """The profile that `to_json` wrote to a file, in this version of bncli or an earlier one.
+    """The profile that `to_json` wrote to a file, in this version of bncli or an earlier one. Raises UsageError."""
+    return files.load(path, _from_json, "baseline")
 
-    Raises UsageError that says what is wrong with it and what to do.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise _refused(path, f"cannot be read: {why}") from error
-    try:
-        plain = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _refused(path, f"is not JSON ({error})") from error
-    if not isinstance(plain, dict) or plain.get("kind") not in (*KINDS,) or "format_version" not in plain:
-        raise _refused(path, "is JSON, but no profile")
-    version = plain["format_version"]
-    if version not in (1, PROFILE_VERSION):
-        advice = "update bncli" if isinstance(version, int) and version > PROFILE_VERSION else "measure it anew"
-        reads = f"its format_version is {json.dumps(version)} and this bncli reads {PROFILE_VERSION}; {advice}"
-        raise UsageError(reads, field="baseline", value=path)
-    if version == 1:
+
+def _from_json(text: str) -> Profile:
+    plain = files.json_object(text, "profile", (1, PROFILE_VERSION), list(KINDS))
+    plain.pop("gate", None)
+    kind = KINDS[plain.pop("kind")]
+    if plain["format_version"] == 1:
         _drop_sentences(plain)
-    try:
-        found: Profile = from_plain(KINDS[plain["kind"]], {k: v for k, v in plain.items() if k not in ("kind", "gate")})
-    except Mismatch as error:
-        raise _refused(path, f"is no profile as bncli writes it: {error}") from error
+    found: Profile = files.rebuilt(kind, plain, "profile")
     if wrong := [row for row in found.rows if row.faster is not None and not _sound(row.faster)]:
-        raise _refused(path, f"has a ratio that is no positive number (of kernel {wrong[0].kernel})")
+        raise FileError(f"has a ratio that is no positive number (of kernel {wrong[0].kernel}); measure again")
     return found
 
 
@@ -105,10 +90,6 @@ def _drop_sentences(plain: dict[str, Any]) -> None:
     for row in plain["rows"] if isinstance(plain.get("rows"), list) else ():
         if isinstance(row, dict) and "norms" in row:
             row["norms"] = []
-
-
-def _refused(path: Path, what: str) -> UsageError:
-    return UsageError(f"{what}; give a profile that bncli wrote as JSON", field="baseline", value=path)
 
 
 def _sound(speedup: Speedup) -> bool:

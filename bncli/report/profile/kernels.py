@@ -32,7 +32,7 @@ from bncli.report.profile.text import (
     without_asides,
 )
 from bncli.report.table import AlignedTable, BulletList, Paragraph, ResponsiveTable, Row
-from bncli.report.text import UNKNOWN, Column, environment_words, figure
+from bncli.report.text import UNKNOWN, Column, count, environment_words, figure
 from bncli.results.profile import Case, Ceilings, KernelCost, KernelMean, KernelProfile, StepCost
 
 TIMES = ("forward", "backward", "both")
@@ -93,12 +93,12 @@ def without_empty_cases(rows: Sequence[KernelCost]) -> tuple[list[KernelCost], l
     """
     reasons: dict[Case, set[str | None]] = {}
     for row in rows:
-        reasons.setdefault(row.case, set()).add(None if row.wrong else row.error)
+        reasons.setdefault(row.case, set()).add(None if row.wrong else error_words(row))
     empty = {case: next(iter(errors)) for case, errors in reasons.items() if len(errors) == 1 and None not in errors}
     if len(empty) == len(reasons):
         return list(rows), []
     counts = Counter(empty.values())
-    lines = [f"{count} of {len(reasons)} cases are not shown ({error})" for error, count in counts.items()]
+    lines = [f"{number} of {count(len(reasons), 'case')} not shown ({error})" for error, number in counts.items()]
     return [row for row in rows if row.case not in empty], lines
 
 

@@ -206,7 +206,7 @@ def _note_words(note: Note) -> str:
             return f"{note.arm}: the norm layers could not be observed: {note.reason}"
         case "norms watched":
             judged = f"; running statistics are judged after {note.of}" if (note.count or 0) < (note.of or 0) else ""
-            return f"{note.arm}: the norm layers were observed for {note.count} training steps{judged}"
+            return f"{note.arm}: the norm layers were observed for {count(note.count or 0, 'training step')}{judged}"
 
 
 # --- errors of rows -----------------------------------------------------------------------------------------------

@@ -204,8 +204,7 @@ def by_argument(ptx: str, arguments: Mapping[str, str]) -> tuple[dict[str, Width
         scalar, vector = re.search(r"\.[bufs](\d+)$", modifiers), re.search(r"\.v([248])\b", modifiers)
         assert scalar, f"an access without a type: {modifiers}"
         found[verb][name][int(scalar[1]) * (int(vector[1]) if vector else 1)] += 1
-    loads, stores = ({name: dict(widths) for name, widths in each.items()} for each in found.values())
-    return loads, stores
+    return dict(found["ld"]), dict(found["st"])
 
 
 def _sources(ptx: str) -> dict[str, set[str]]:

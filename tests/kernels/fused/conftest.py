@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -40,8 +41,9 @@ def device() -> torch.device:
 def unwritten_is_nan() -> Iterator[None]:
     """Memory that torch.empty gives holds NaN, so that an element that a kernel does not write is seen."""
     torch.use_deterministic_algorithms(True)
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    switches: Any = torch.utils.deterministic
+    filled = switches.fill_uninitialized_memory
+    switches.fill_uninitialized_memory = True
     yield
-    torch.utils.deterministic.fill_uninitialized_memory = filled
+    switches.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(False)

@@ -27,7 +27,7 @@ def main() -> None:
         key, act = job["key"], job["recipe"]["act"]
         say(key=key, step=1, value=0.5)
         if act == "die":
-            print("last words", file=sys.stderr, flush=True)
+            print("I die", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         if act == "exit":
             os._exit(7)
@@ -35,7 +35,7 @@ def main() -> None:
             say(key=key, failure="ValueError: no")
             continue
         if act == "sleep":
-            time.sleep(60)
+            time.sleep(3600)  # until the worker is killed
         if act == "refuse":
             say(refused=["data.path: there is no file"], exit_code=2)
             return

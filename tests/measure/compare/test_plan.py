@@ -2,97 +2,39 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from bncli.errors import RecipeError
-from bncli.measure.compare.plan import Job, Study, collect, planned_runs, study, wanted
+from bncli.measure.compare.plan import Job, Study, planned_runs, study, wanted
 from bncli.measure.compare.reuse import identity
 from bncli.recipe.load import load
-from bncli.report.compare.notes import sentence
-from bncli.results.compare import Note, RunRecord
-from bncli.results.environment import Environment
-from bncli.results.train import Evaluation, RunResult, Status, Target
-
-BASE = """
-data: {source: synthetic, shape: [8], classes: 3, examples: 200, held_out: 50}
-model: {kind: mlp, hidden: [8]}
-optimizer: {kind: sgd, lr: 1.0}
-train: {steps: 1000, batch_size: 20, evaluate_every: 5, target: {value: 0.9}, seed: 7}
-"""
-ARMS = """
-arms:
-  plain:
-  normed: {norm: batch}
-grid: {optimizer.lr: [0.1, 1, 10]}
-seeds: {tune: 3, report: 5}
-"""
-
-HERE = Environment("0", "3", "2", "Linux", "a processor", "cpu", None, 1, "2026-01-01T00:00:00+00:00")
+from tests.measure.compare.conftest import ARMS, BASE, UNTUNED, StudyOf, carried_out, record
 
 
-def study_of(folder: Path, text: str, *more: str, sets: Sequence[str] = ()) -> Study:
-    loaded = []
-    for number, content in enumerate((text, *more)):
-        file = folder / f"recipe{number}.yaml"
-        file.write_text(content)
-        loaded.append(load(str(file), sets))
-    return study(loaded)
+def of_arm(name: str, jobs: list[Job]) -> list[Job]:
+    return [job for job in jobs if job.arm == name]
 
 
-def sentences(notes: Iterable[Note]) -> list[str]:
-    return [sentence(note) for note in notes]
+def keys(asked: Study) -> list[str]:
+    return [job.key for job in wanted(asked, {})]
 
 
-def result(
-    steps: float | None, status: Status | None = None, best: float = 0.95, processor: str = "a", every: int = 5
-) -> RunResult:
-    """A run at 0.1 up to its steps to target and at `best` from there on; a step takes a millisecond."""
-    status = status or ("budget" if steps is None else "reached")
-    run = 1000 if steps is None else every * math.ceil(1.3 * steps / every)
-    at = range(0, run + 1, every)
-    evaluations = tuple(Evaluation(s, 0.1 if s < (steps or run) else best, 2.3, None) for s in at)
-    return RunResult(
-        status, run, 1000, Target("accuracy", 0.9), steps, None if steps is None else math.ceil(steps), best, best,
-        evaluations, 1.0, 60_000.0, 1.0, 0.1, 300.0, 99, replace(HERE, processor=processor),
-    )  # fmt: skip
-
-
-def record(job: Job, steps: float | None, **changes: Any) -> RunRecord:
-    return RunRecord(job.key, job.arm, job.point, job.seed, job.phase, result(steps, **changes))
-
-
-def carried_out(asked: Study, steps: Any) -> list[RunRecord]:
-    """Every run of a study done, `steps(job)` giving its steps to target."""
-    records: dict[str, RunRecord] = {}
-    while to_do := [job for job in wanted(asked, records) if job.key not in records]:
-        records.update({job.key: record(job, steps(job)) for job in to_do})
-    return collect(asked, records)
-
-
-# --- planning -----------------------------------------------------------------------------------------------------
-
-
-def test_every_arm_gets_the_same_grid_and_the_same_seeds_and_the_further_runs_get_others(tmp_path: Path) -> None:
-    asked = study_of(tmp_path, BASE + ARMS)
+def test_every_arm_gets_the_same_grid_and_seeds_and_then_further_ones(asked: Study) -> None:
     assert asked.plan.tune_seeds == (7, 8, 9)
     assert asked.plan.report_seeds == (10, 11, 12, 13, 14)
     jobs = wanted(asked, {})
     for arm in ("plain", "normed"):
-        mine = [(job.point["optimizer.lr"], job.seed) for job in jobs if job.arm == arm]
-        assert sorted(mine) == [(lr, seed) for lr in (0.1, 1, 10) for seed in (7, 8, 9)]
+        points = [(job.point["optimizer.lr"], job.seed) for job in of_arm(arm, jobs)]
+        assert sorted(points) == [(lr, seed) for lr in (0.1, 1, 10) for seed in (7, 8, 9)]
     assert planned_runs(asked) == 2 * 3 * 3 + 2 * 5
 
 
-def test_further_seeds_are_named_once_an_arm_is_tuned_and_not_before(tmp_path: Path) -> None:
-    asked = study_of(tmp_path, BASE + ARMS)
-    tuning = [job for job in wanted(asked, {}) if job.arm == "plain"]
+def test_further_seeds_are_named_once_an_arm_is_tuned(asked: Study) -> None:
+    tuning = of_arm("plain", wanted(asked, {}))
     records = {job.key: record(job, 100 * (1 + job.point["optimizer.lr"])) for job in tuning[:-1]}
     assert {job.phase for job in wanted(asked, records)} == {"tune"}
     assert planned_runs(asked, records) == 28
@@ -103,8 +45,7 @@ def test_further_seeds_are_named_once_an_arm_is_tuned_and_not_before(tmp_path: P
     ]
 
 
-def test_every_point_that_the_tuning_cannot_tell_from_the_best_gets_the_further_seeds(tmp_path: Path) -> None:
-    asked = study_of(tmp_path, BASE + ARMS)
+def test_every_point_as_good_as_the_best_gets_the_further_seeds(asked: Study) -> None:
     steps = {(0.1, 7): 100, (0.1, 8): 120, (0.1, 9): 110, (1, 7): 112, (1, 8): 115, (1, 9): 108}
     records = {job.key: record(job, steps.get((job.point["optimizer.lr"], job.seed), 700)) for job in wanted(asked, {})}
     report = [(job.seed, job.point["optimizer.lr"]) for job in wanted(asked, records) if job.phase == "report"]
@@ -113,36 +54,35 @@ def test_every_point_that_the_tuning_cannot_tell_from_the_best_gets_the_further_
     assert planned_runs(asked, records) == 18 + 20
 
 
-def test_an_arm_that_fixes_a_field_of_the_grid_is_not_tuned_in_it(tmp_path: Path) -> None:
-    asked = study_of(tmp_path, BASE + ARMS.replace("normed:", "slow: {optimizer: {lr: 0.01}}\n  normed:"))
-    slow = [job for job in wanted(asked, {}) if job.arm == "slow"]
+def test_an_arm_that_fixes_a_field_of_the_grid_is_not_tuned_in_it(study_of: StudyOf) -> None:
+    asked = study_of(BASE + ARMS.replace("normed:", "slow: {optimizer: {lr: 0.01}}\n  normed:"))
+    slow = of_arm("slow", wanted(asked, {}))
     assert [job.seed for job in slow] == [7, 8, 9]  # as many seeds as the others, further ones once these have ended
     records = {job.key: record(job, None) for job in slow}
-    further = [job for job in wanted(asked, records) if job.arm == "slow" and job.phase == "report"]
+    further = [job for job in of_arm("slow", wanted(asked, records)) if job.phase == "report"]
     assert [job.seed for job in further] == [10, 11, 12, 13, 14]
     assert {job.point["optimizer.lr"] for job in [*slow, *further]} == {0.01}
     assert {job.recipe.optimizer.lr for job in slow} == {0.01}
     assert asked.plan.fixed["slow"] == ("optimizer.lr",)
 
 
-def test_several_grid_fields_make_every_combination(tmp_path: Path) -> None:
+def test_several_grid_fields_make_every_combination(study_of: StudyOf) -> None:
     grid = ARMS.replace("[0.1, 1, 10]}", "[0.1, 1], train.batch_size: [10, 20]}")
-    jobs = [job for job in wanted(study_of(tmp_path, BASE + grid), {}) if job.arm == "plain"]
+    jobs = of_arm("plain", wanted(study_of(BASE + grid), {}))
     assert len({tuple(job.point.values()) for job in jobs}) == 4
 
 
-def test_without_a_grid_nothing_is_tuned(tmp_path: Path) -> None:
-    asked = study_of(tmp_path, BASE + "arms: {plain: , normed: {norm: batch}}\nseeds: {report: 4}")
+def test_without_a_grid_nothing_is_tuned(study_of: StudyOf) -> None:
+    asked = study_of(BASE + UNTUNED.replace("5", "4"))
     assert {job.phase for job in wanted(asked, {})} == {"report"}
     assert planned_runs(asked) == 8
 
 
-def test_a_key_depends_on_the_recipe_and_the_identity_and_not_on_the_arms_name(tmp_path: Path) -> None:
-    asked = study_of(tmp_path, BASE + ARMS)
-    renamed = study_of(tmp_path, BASE + ARMS.replace("normed", "other name"))
-    assert [job.key for job in wanted(asked, {})] == [job.key for job in wanted(renamed, {})]
+def test_a_key_depends_on_recipe_and_identity_and_not_on_the_arms_name(asked: Study, study_of: StudyOf) -> None:
+    renamed = study_of(BASE + ARMS.replace("normed", "other name"))
+    assert keys(asked) == keys(renamed)
     elsewhere = replace(asked, identity={"torch": "another"}, _jobs={})
-    assert not {job.key for job in wanted(asked, {})} & {job.key for job in wanted(elsewhere, {})}
+    assert not {*keys(asked)} & {*keys(elsewhere)}
 
 
 def test_data_that_changed_on_disk_make_new_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,31 +92,32 @@ def test_data_that_changed_on_disk_make_new_runs(tmp_path: Path, monkeypatch: py
     data = "data: {source: npz, path: mine.npz, held_out: 5}\n"
     (tmp_path / "own.yaml").write_text(f"{data}model: {{kind: mlp, hidden: [8]}}\n{base}")
 
-    def keys() -> set[str]:
+    def found() -> set[str]:
         loaded = load("own.yaml")
-        return {job.key for job in wanted(study([loaded], identity("cpu", loaded.base)), {})}
+        return {*keys(study([loaded], identity("cpu", loaded.base)))}
 
-    before = keys()
-    assert keys() == before
+    with pytest.raises(RecipeError, match=r"arm plain: model\.kind: a cnn needs images and the data are vectors"):
+        study([load("own.yaml", ["model={kind: cnn, channels: [4]}"])])
+    before = found()
+    assert found() == before
     np.savez("mine.npz", x=np.ones((41, 8), np.float32), y=np.arange(41) % 3)
-    assert not keys() & before
+    assert not found() & before
 
 
-def test_an_added_arm_costs_only_its_own_runs(tmp_path: Path) -> None:
-    before = carried_out(study_of(tmp_path, BASE + ARMS), lambda job: 100.0)
-    records = {one.key: one for one in before}
-    more = study_of(tmp_path, BASE + ARMS.replace("normed:", "layer: {norm: layer}\n  normed:"))
+def test_an_added_arm_costs_only_its_own_runs(asked: Study, study_of: StudyOf) -> None:
+    records = {one.key: one for one in carried_out(asked, lambda job: 100.0)}
+    more = study_of(BASE + ARMS.replace("normed:", "layer: {norm: layer}\n  normed:"))
     assert {job.arm for job in wanted(more, records) if job.key not in records} == {"layer"}
 
 
-def test_recipes_without_arms_are_arms_of_their_files_names(tmp_path: Path) -> None:
-    asked = study_of(tmp_path, BASE, BASE + "norm: batch")
+def test_recipes_without_arms_are_arms_of_their_files_names(study_of: StudyOf) -> None:
+    asked = study_of(BASE, BASE + "norm: batch")
     assert asked.plan.arms == ("recipe0", "recipe1")
     assert asked.plan.reference == "recipe0"
 
 
-def test_arms_of_two_files_that_share_a_name_get_their_files_name(tmp_path: Path) -> None:
-    asked = study_of(tmp_path, BASE + ARMS, BASE + ARMS.replace("normed", "layered").replace("batch}", "layer}"))
+def test_arms_of_two_files_that_share_a_name_get_their_files_name(study_of: StudyOf) -> None:
+    asked = study_of(BASE + ARMS, BASE + ARMS.replace("normed", "layered").replace("batch}", "layer}"))
     assert asked.plan.arms == ("recipe0 plain", "normed", "recipe1 plain", "layered")
     assert asked.plan.reference == "recipe0 plain"
 
@@ -202,6 +143,6 @@ def test_arms_of_two_files_that_share_a_name_get_their_files_name(tmp_path: Path
          "arm recipe1: train.evaluate_every differs"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_compared_is_refused_with_the_reason(tmp_path: Path, texts: list[str], message: str) -> None:
+def test_what_cannot_be_compared_is_refused_with_the_reason(study_of: StudyOf, texts: list[str], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        study_of(tmp_path, *texts)
+        study_of(*texts)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,16 +22,28 @@ from bncli.measure.compare.reuse import (
     usable,
 )
 from bncli.measure.compare.summary import summarise
-from bncli.results.compare import BegunComparison, RunRecord
+from bncli.results.compare import BegunComparison, Comparison, RunRecord
 from bncli.results.serialize import to_plain
 from tests.conftest import tiny
-from tests.measure.compare.test_plan import ARMS, BASE, record, sentences, study_of
+from tests.measure.compare.conftest import ARMS, BASE, StudyOf, carried_out, changed, failed, record, sentences
 
 IDENTITY = {"bncli": "0 one", "torch": "2", "device": "cpu", "data": "d"}
 
 
-def asked(folder: Path, arms: str = ARMS, **changes: str) -> Study:
-    return replace(study_of(folder, BASE + arms), identity=IDENTITY | changes, _jobs={})
+@pytest.fixture
+def asked(asked: Study) -> Study:
+    return of(asked)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def of(study: Study, **changes: str) -> Study:
+    """The same study under another identity."""
+    return replace(study, identity=IDENTITY | changes, _jobs={})
 
 
 def done(study: Study, **code: str) -> list[RunRecord]:
@@ -58,17 +68,16 @@ def done(study: Study, **code: str) -> list[RunRecord]:
         ("engine/train.pyc", False),
     ],
 )
-def test_a_change_of_the_engine_the_kernels_or_the_recipe_makes_other_runs(
-    tmp_path: Path, file: str, changes: bool
-) -> None:
-    for name in ("engine/train.py", "kernels/fused/cpu.c", "recipe/sections.py", "report/table.py"):
+def test_a_change_of_engine_kernels_or_recipe_makes_other_runs(tmp_path: Path, file: str, changes: bool) -> None:
+    def write(name: str, text: str) -> str:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("old")
-    before = sources_digest(tmp_path)
+        (tmp_path / name).write_text(text)
+        return sources_digest(tmp_path)
+
+    for name in ("engine/train.py", "kernels/fused/cpu.c", "recipe/sections.py", "report/table.py"):
+        before = write(name, "old")
     assert sources_digest(tmp_path) == before
-    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / file).write_text("new")
-    assert (sources_digest(tmp_path) != before) == changes
+    assert (write(file, "new") != before) == changes
 
 
 def test_bnclis_own_code_is_part_of_a_runs_identity() -> None:
@@ -78,10 +87,10 @@ def test_bnclis_own_code_is_part_of_a_runs_identity() -> None:
 
 
 @pytest.mark.parametrize("part", IDENTITY)
-def test_a_change_of_anything_in_the_identity_makes_other_keys(tmp_path: Path, part: str) -> None:
-    before, after = asked(tmp_path), asked(tmp_path, **{part: "another"})
-    assert not {job.key for job in wanted(before, {})} & {job.key for job in wanted(after, {})}
-    assert [job.recipe_key for job in wanted(before, {})] == [job.recipe_key for job in wanted(after, {})]
+def test_a_change_of_anything_in_the_identity_makes_other_keys(asked: Study, part: str) -> None:
+    before, after = wanted(asked, {}), wanted(of(asked, **{part: "another"}), {})
+    assert not {job.key for job in before} & {job.key for job in after}
+    assert [job.recipe_key for job in before] == [job.recipe_key for job in after]
 
 
 # --- what may be used ---------------------------------------------------------------------------------------------
@@ -93,58 +102,44 @@ def net(folder: Path, text: str) -> dict[str, str]:
     return {"net.py": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def test_a_run_is_used_while_all_code_that_it_loaded_stands_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    study = asked(tmp_path)
-    old = done(study, **net(tmp_path, "old"))
+def test_a_run_is_used_while_all_code_that_it_loaded_stands_as_it_was(asked: Study, here: Path) -> None:
+    old = done(asked, **net(here, "old"))
     assert list(usable(old).values()) == old
-    new = done(study, **net(tmp_path, "new"))
+    new = done(asked, **net(here, "new"))
     assert usable(old) == {}
     assert list(usable([*new, *old]).values()) == new
-    (tmp_path / "net.py").unlink()
+    (here / "net.py").unlink()
     assert usable([*new, *old]) == {}
 
 
-CHANGES: dict[str, Callable[[Path], tuple[Study, str]]] = {
-    "bncli": lambda folder: (asked(folder, bncli="0 two"), "bncli's own code has changed since (18)"),
-    "torch": lambda folder: (asked(folder, torch="3"), "torch is another version (18)"),
-    "device": lambda folder: (asked(folder, device="cuda"), "they ran on another device (18)"),
-    "data": lambda folder: (asked(folder, data="e"), "the data have changed (18)"),
-    "code": lambda folder: (net(folder, "new") and asked(folder), "the model's code has changed (18)"),  # type: ignore[dict-item]
-}
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ("bncli", "bncli's own code has changed since"),
+        ("torch", "torch is another version"),
+        ("device", "they ran on another device"),
+        ("data", "the data have changed"),
+        ("code", "the model's code has changed"),
+    ],
+)
+def test_runs_that_are_not_used_are_counted_with_the_reason(asked: Study, here: Path, part: str, reason: str) -> None:
+    kept = done(asked, **net(here, "old"))
+    assert not_reused(wanted(asked, {}), kept, IDENTITY) == []
+    if part == "code":
+        net(here, "new")
+    study = asked if part == "code" else of(asked, **{part: "another"})
+    jobs = wanted(study, {})
+    for count, runs in ((18, "18 earlier runs are"), (1, "1 earlier run is")):
+        said = sentences(not_reused(jobs, kept[:count], study.identity))
+        assert said == [f"{runs} not reused: {reason} ({count})"]
+    assert not_reused(jobs, [*kept, *done(study)], study.identity) == []
 
 
-@pytest.mark.parametrize("part", CHANGES)
-def test_runs_that_are_not_used_are_counted_with_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    kept = done(asked(tmp_path), **net(tmp_path, "old"))
-    assert not_reused(wanted(asked(tmp_path), {}), kept, IDENTITY) == []
-    study, reason = CHANGES[part](tmp_path)
-    said = sentences(not_reused(wanted(study, {}), kept, study.identity))
-    assert said == [f"18 earlier runs are not reused: {reason}"]
-    again = done(study)
-    assert not_reused(wanted(study, {}), [*kept, *again], study.identity) == []
-
-
-def test_several_reasons_are_counted_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    study = asked(tmp_path)
-    kept = [*done(asked(tmp_path, bncli="0 zero"))[:8], *done(study, **net(tmp_path, "old"))[8:12], *done(study)[12:]]
-    net(tmp_path, "new")
-    assert sentences(not_reused(wanted(study, {}), kept, study.identity)) == [
+def test_several_reasons_are_each_counted(asked: Study, here: Path) -> None:
+    kept = [*done(of(asked, bncli="0 zero"))[:8], *done(asked, **net(here, "old"))[8:12], *done(asked)[12:]]
+    net(here, "new")
+    assert sentences(not_reused(wanted(asked, {}), kept, asked.identity)) == [
         "12 earlier runs are not reused: bncli's own code has changed since (8), the model's code has changed (4)"
-    ]
-
-
-def test_one_run_is_said_as_one(tmp_path: Path) -> None:
-    kept = done(asked(tmp_path, torch="1"))[:1]
-    study = asked(tmp_path)
-    assert sentences(not_reused(wanted(study, {}), kept, study.identity)) == [
-        "1 earlier run is not reused: torch is another version (1)"
     ]
 
 
@@ -159,37 +154,23 @@ def test_one_run_is_said_as_one(tmp_path: Path) -> None:
         (ARMS.replace("plain:", "plain: {norm: group}").replace("norm: batch", "norm: layer"), False),
     ],
 )
-def test_runs_fit_a_study_that_shares_an_arm_with_theirs(tmp_path: Path, arms: str, fit: bool) -> None:
-    kept = done(asked(tmp_path, bncli="0 zero"))
-    assert fits(asked(tmp_path, arms), kept) is fit
+def test_runs_fit_a_study_that_shares_an_arm_with_theirs(asked: Study, study_of: StudyOf, arms: str, fit: bool) -> None:
+    kept = done(of(asked, bncli="0 zero"))
+    assert fits(of(study_of(BASE + arms)), kept) is fit
 
 
-def test_runs_of_a_grid_over_a_field_that_there_is_not_do_not_fit(tmp_path: Path) -> None:
-    kept = [replace(each, point={"optimizer.betas": [0.9]}) for each in done(asked(tmp_path))]
-    assert not fits(asked(tmp_path), kept)
+def test_runs_of_a_grid_over_a_field_that_does_not_exist_do_not_fit(asked: Study) -> None:
+    assert not fits(asked, [replace(each, point={"optimizer.betas": [0.9]}) for each in done(asked)])
 
 
 # --- threads ------------------------------------------------------------------------------------------------------
 
 
-def with_threads(one: RunRecord, threads: int) -> RunRecord:
-    assert one.result
-    return replace(
-        one, result=replace(one.result, environment=replace(one.result.environment, threads=threads), ms_per_step=9.0)
-    )
-
-
-def finished(study: Study) -> list[RunRecord]:
-    records: dict[str, RunRecord] = {}
-    while to_do := [job for job in wanted(study, records) if job.key not in records]:
-        records.update({job.key: record(job, 100.0) for job in to_do})
-    return collect(study, records)
-
-
-def test_the_steps_of_runs_with_other_threads_are_used_and_their_cost_is_not(tmp_path: Path) -> None:
-    study = asked(tmp_path)
-    found = [with_threads(one, 4) if one.arm == "plain" or one.seed == 10 else one for one in finished(study)]
-    plain, normed = (made := summarise(study.plan, found, 28, 1)).arms
+def test_runs_with_other_threads_give_their_steps_and_not_their_cost(asked: Study) -> None:
+    found = carried_out(asked, lambda job: 100.0)
+    assert not any("thread" in note for note in sentences(summarise(asked.plan, found, 28, 1).notes))
+    found = changed(found, lambda one: one.arm == "plain" or one.seed == 10, threads=4, ms_per_step=9.0)
+    plain, normed = (made := summarise(asked.plan, found, 28, 1)).arms
     assert (plain.hits, plain.steps.value) == (8, pytest.approx(100))
     assert plain.seconds is None
     assert (plain.samples_per_s, plain.ms_per_step, plain.peak_memory_mib) == (None, None, None)
@@ -199,12 +180,7 @@ def test_the_steps_of_runs_with_other_threads_are_used_and_their_cost_is_not(tmp
         "are not"
     )
     assert summarise(made.plan, made.runs, 28, made.threads) == made
-    assert summarise(study.plan, found, 28).arms[0].ms_per_step == 9.0
-
-
-def test_runs_with_the_threads_that_are_asked_for_are_not_mentioned(tmp_path: Path) -> None:
-    study = asked(tmp_path)
-    assert not any("thread" in note for note in sentences(summarise(study.plan, finished(study), 28, 1).notes))
+    assert summarise(asked.plan, found, 28).arms[0].ms_per_step == 9.0
 
 
 # --- the report of a comparison that was killed -------------------------------------------------------------------
@@ -214,43 +190,47 @@ def begun(study: Study) -> BegunComparison:
     return BegunComparison(study.plan, study.identity, 1, ("small.yaml",))
 
 
+@pytest.fixture
+def finished(asked: Study) -> list[RunRecord]:
+    return carried_out(asked, lambda job: 100.0)
+
+
 @pytest.mark.parametrize("count", [0, 5, 20, 28])
-def test_the_report_of_a_plan_and_its_runs_is_the_one_that_the_call_would_have_given(
-    tmp_path: Path, count: int
+def test_the_report_of_a_plan_and_its_runs_is_that_of_the_call(
+    asked: Study, finished: list[RunRecord], count: int
 ) -> None:
-    study = asked(tmp_path)
-    records = {one.key: one for one in finished(study)[:count]}
-    expected = summarise(study.plan, collect(study, records), planned_runs(study, records), 1)
-    failed = [replace(one, result=None, failure="it died") for one in finished(study)[:2]]
-    again = report_of_runs(begun(study), records.values(), failed if count > 2 else [])
-    assert to_plain(again) == to_plain(expected)
+    records = {one.key: one for one in finished[:count]}
+    expected = summarise(asked.plan, collect(asked, records), planned_runs(asked, records), 1)
+    report = report_of_runs(begun(asked), records.values(), failed(finished[:2]) if count > 2 else [])
+    assert to_plain(report) == to_plain(expected)
 
 
-def test_failed_runs_are_part_of_the_report(tmp_path: Path) -> None:
-    study = asked(tmp_path)
-    failed = [replace(one, result=None, failure="it died") for one in finished(study)[-2:]]
-    assert sentences(report_of_runs(begun(study), [], failed).notes)[0].startswith("0 of 28 runs are done, 2 failed")
+def test_failed_runs_are_part_of_the_report(asked: Study, finished: list[RunRecord]) -> None:
+    said = sentences(report_of_runs(begun(asked), [], failed(finished[-2:])).notes)
+    assert said[0].startswith("0 of 28 runs are done, 2 failed")
 
 
-def test_runs_by_earlier_code_are_left_out(tmp_path: Path) -> None:
+def test_runs_by_earlier_code_are_left_out(asked: Study, finished: list[RunRecord]) -> None:
     def dated(one: RunRecord, date: str, **code: str) -> RunRecord:
-        assert one.result
         made = replace(one.result, environment=replace(one.result.environment, date=date))
         return replace(one, result=made, code={**code, "common.py": "same"})
 
-    runs = finished(asked(tmp_path))[-3:]
+    runs = finished[-3:]
     kept = [dated(runs[0], "2026-02", net="new"), dated(runs[1], "2026-01", net="old"), dated(runs[2], "2026-01")]
     assert sorted(one.key for one in of_one_code(kept)) == sorted(one.key for one in (runs[0], runs[2]))
-    report = report_of_runs(begun(asked(tmp_path)), kept, [])
-    assert {run.key for run in report.runs} == {runs[0].key, runs[2].key}
-    answer = report_of_runs(begun(asked(tmp_path)), [dated(one, "2026-01", net="old") for one in runs], [])
-    assert says_more(report, answer)
+
+    def report(kept: list[RunRecord]) -> Comparison:
+        return report_of_runs(begun(asked), kept, [])
+
+    now = report(kept)
+    assert {run.key for run in now.runs} == {runs[0].key, runs[2].key}
+    answer = report([dated(one, "2026-01", net="old") for one in runs])
+    assert says_more(now, answer)
     assert not says_more(answer, answer)
-    assert not says_more(report_of_runs(begun(asked(tmp_path)), kept[2:], []), replace(answer, runs=tuple(kept)))
+    assert not says_more(report(kept[2:]), replace(answer, runs=tuple(kept)))
 
 
-def test_a_plan_whose_recipes_this_bncli_does_not_know_is_said(tmp_path: Path) -> None:
-    study = asked(tmp_path)
-    recipes: dict[str, Any] = {**study.plan.recipes, "normed": {"norm": "of another kind"}}
+def test_a_plan_whose_recipes_this_bncli_does_not_know_is_refused(asked: Study) -> None:
+    recipes = {**asked.plan.recipes, "normed": {"norm": "of another kind"}}
     with pytest.raises(BncliError, match="its recipes are not as this bncli has them; run compare again"):
-        report_of_runs(replace(begun(study), plan=replace(study.plan, recipes=recipes)), [], [])
+        report_of_runs(replace(begun(asked), plan=replace(asked.plan, recipes=recipes)), [], [])

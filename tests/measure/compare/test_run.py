@@ -4,63 +4,53 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bncli.measure.compare import run as execute_module
-from bncli.measure.compare.executors import Ended, Progressed, Started
+from bncli.measure.compare import run
 from bncli.measure.compare.plan import Job, Study, collect, planned_runs, wanted
-from bncli.measure.compare.run import execute
+from bncli.measure.compare.run import Ended, Started, execute
 from bncli.measure.compare.summary import summarise
 from bncli.results.compare import ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
 from bncli.results.serialize import to_plain
-from tests.measure.compare.test_plan import ARMS, BASE, result, sentences, study_of
+from tests.measure.compare.conftest import ARMS, BASE, UNTUNED, StudyOf, result, sentences
 
 
 class Serial:
-    """An executor that answers every run at once."""
+    """An executor that answers every run at once, with its steps to target or the reason of its failure."""
 
-    def __init__(self, answer: Callable[[str], float | str | None]) -> None:
+    def __init__(self, answer: Callable[[Job], float | str | None] = lambda job: 100.0) -> None:
         self.answer, self.ran = answer, list[str]()
 
-    def run(self, wanted: deque[Job], stop: Callable[[], bool]) -> Iterator[Started | Progressed | Ended | None]:
+    def run(self, wanted: deque[Job], stop: Callable[[], bool]) -> Iterator[Started | RunProgressed | Ended | None]:
         while wanted and not stop():
-            key = wanted.popleft().key
-            self.ran.append(key)
-            yield Started(0, key)
+            job = wanted.popleft()
+            self.ran.append(job.key)
+            yield Started(0, job)
             yield None
-            yield Progressed(0, key, 5, 0.5)
-            steps = self.answer(key)
-            if isinstance(steps, str):
-                yield Ended(0, key, None, steps)
-            else:
-                yield Ended(0, key, to_plain(result(steps)), None)
+            yield RunProgressed(0, 5, 0.5)
+            steps = self.answer(job)
+            yield Ended(0, job, None, steps) if isinstance(steps, str) else Ended(0, job, to_plain(result(steps)))
 
 
-class Kept:
+class Kept(dict[str, RunRecord]):
     """A store in memory."""
 
-    def __init__(self) -> None:
-        self.records: dict[str, RunRecord] = {}
-
-    def finished(self) -> dict[str, RunRecord]:
-        return {key: record for key, record in self.records.items() if record.result is not None}
-
     def save(self, record: RunRecord) -> None:
-        self.records[record.key] = record
+        self[record.key] = record
 
 
 def carry_out(asked: Study, store: Kept, executor: Serial, **arguments: Any) -> tuple[list[Any], dict[str, RunRecord]]:
-    records = store.finished()
-    return list(execute(asked, store, executor, records, **arguments)), records
+    """The events, and the records after them; runs that failed before are tried again, as in a new call."""
+    records = {key: record for key, record in store.items() if record.result is not None}
+    return list(execute(asked, store.save, executor, records, **arguments)), records
 
 
-def test_every_planned_run_is_done_and_kept_as_it_ends(tmp_path: Path) -> None:
+def test_every_planned_run_is_done_and_kept_as_it_ends(asked: Study) -> None:
     store = Kept()
-    events, records = carry_out(study_of(tmp_path, BASE + ARMS), store, Serial(lambda key: 100.0))
-    assert records == store.records
+    events, records = carry_out(asked, store, Serial())
+    assert records == store
     assert len(records) == 48
     assert events[0] == ComparisonStarted("recipe0", 28, 0, "accuracy")
     assert [type(event) for event in events[1:4]] == [RunBegan, RunProgressed, RunEnded]
@@ -71,72 +61,67 @@ def test_every_planned_run_is_done_and_kept_as_it_ends(tmp_path: Path) -> None:
     assert (events[-1].done, events[-1].record.result) == (48, result(100.0))
 
 
-def test_a_second_call_does_nothing_again(tmp_path: Path) -> None:
-    store, asked = Kept(), study_of(tmp_path, BASE + ARMS)
-    carry_out(asked, store, Serial(lambda key: 100.0))
-    executor = Serial(lambda key: 100.0)
+def test_a_second_call_does_nothing_again(asked: Study) -> None:
+    store, executor = Kept(), Serial()
+    carry_out(asked, store, Serial())
     events, records = carry_out(asked, store, executor)
     assert executor.ran == []
     assert events == [ComparisonStarted("recipe0", 48, 48, "accuracy")]
     assert len(records) == 48
 
 
-def test_a_run_that_fails_is_kept_with_its_reason_not_tried_twice_and_tried_again_by_the_next_call(
-    tmp_path: Path,
-) -> None:
-    store, asked = Kept(), study_of(tmp_path, BASE + "arms: {plain: , normed: {norm: batch}}\nseeds: {report: 4}")
-    executor = Serial(lambda key: "it died")
+def test_a_failed_run_is_kept_with_its_reason_and_tried_once_in_each_call(study_of: StudyOf) -> None:
+    store, asked, executor = Kept(), study_of(BASE + UNTUNED.replace("5", "4")), Serial(lambda job: "it died")
     events, records = carry_out(asked, store, executor)
     assert len(executor.ran) == len(set(executor.ran)) == 8
     assert {record.failure for record in records.values()} == {"it died"}
     assert (events[-1].record.result, events[-1].record.failure) == (None, "it died")
-    again = Serial(lambda key: None)
-    events, _ = carry_out(asked, store, again)
-    assert len(again.ran) == 8
+    executor = Serial(lambda job: None)
+    events, _ = carry_out(asked, store, executor)
+    assert len(executor.ran) == 8
     assert events[-1].record.result == result(None)
 
 
-def test_stop_leaves_the_rest_for_later(tmp_path: Path) -> None:
-    store, asked = Kept(), study_of(tmp_path, BASE + ARMS)
-    carry_out(asked, store, Serial(lambda key: 100.0), stop=lambda: len(store.records) >= 5)
-    assert len(store.records) == 5
-    executor = Serial(lambda key: 100.0)
+def test_stop_leaves_the_rest_for_later(asked: Study) -> None:
+    store, executor = Kept(), Serial()
+    carry_out(asked, store, Serial(), stop=lambda: len(store) >= 5)
+    assert len(store) == 5
     carry_out(asked, store, executor)
     assert len(executor.ran) == 43
 
 
-def test_runs_that_arms_share_are_done_and_counted_once(tmp_path: Path) -> None:
-    store, executor = Kept(), Serial(lambda key: 100.0)
-    asked = study_of(tmp_path, BASE + ARMS.replace("normed:", "again:\n  normed:"))
+def test_runs_that_arms_share_are_done_and_counted_once(study_of: StudyOf) -> None:
+    store, executor = Kept(), Serial()
+    asked = study_of(BASE + ARMS.replace("normed:", "again:\n  normed:"))
     events, _ = carry_out(asked, store, executor)
     assert len(executor.ran) == 48
     assert events[0] == ComparisonStarted("recipe0", 28, 0, "accuracy")
     assert (events[-1].done, events[-1].planned) == (48, 48)
-    again, _ = carry_out(asked, store, executor)
-    assert again == [ComparisonStarted("recipe0", 48, 48, "accuracy")]
-    found = summarise(asked.plan, collect(asked, store.records), planned_runs(asked, store.records))
+    events, _ = carry_out(asked, store, executor)
+    assert events == [ComparisonStarted("recipe0", 48, 48, "accuracy")]
+    found = summarise(asked.plan, collect(asked, store), planned_runs(asked, store))
     assert [arm.runs for arm in found.arms] == [8, 8, 8]
     assert not any("runs are done" in note for note in sentences(found.notes))
 
 
-def test_runs_that_an_arm_shares_with_one_point_of_anothers_grid_are_planned_once_when_that_is_known(
-    tmp_path: Path,
+@pytest.mark.parametrize(("best", "runs"), [(0.1, 33), (1, 28)])
+def test_runs_shared_with_a_point_of_another_arms_grid_are_planned_once(
+    study_of: StudyOf, best: float, runs: int
 ) -> None:
-    asked = study_of(tmp_path, BASE + ARMS.replace("normed:", "fixed: {optimizer: {lr: 1}}\n  normed:"))
-    for best, runs in ((0.1, 33), (1, 28)):
-        fast = {job.key for job in wanted(asked, {}) if job.point["optimizer.lr"] == best}
-        executor = Serial(lambda key, fast=fast: 100.0 if key in fast else 200.0)  # type: ignore[misc]
-        events, _ = carry_out(asked, Kept(), executor)
-        assert (events[0].planned, events[-1].done, events[-1].planned, len(executor.ran)) == (33, runs, runs, runs)
+    asked = study_of(BASE + ARMS.replace("normed:", "fixed: {optimizer: {lr: 1}}\n  normed:"))
+    executor = Serial(lambda job: 100.0 if job.point["optimizer.lr"] == best else 200.0)
+    events, _ = carry_out(asked, Kept(), executor)
+    assert (events[0].planned, events[-1].done, events[-1].planned, len(executor.ran)) == (33, runs, runs, runs)
 
 
-def test_the_study_is_asked_no_more_often_than_arms_are_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seeds", [5, 25])
+def test_the_study_is_asked_no_more_often_than_arms_are_tuned(
+    study_of: StudyOf, monkeypatch: pytest.MonkeyPatch, seeds: int
+) -> None:
     """However many runs are open: asking takes as long as they are many."""
     asked: list[int] = []
-    monkeypatch.setattr(execute_module, "wanted", lambda *given: asked.append(1) or wanted(*given))  # type: ignore[func-returns-value]
-    for seeds in (5, 50):
-        asked.clear()
-        executor = Serial(lambda key: 100.0)
-        carry_out(study_of(tmp_path, BASE + ARMS.replace("report: 5", f"report: {seeds}")), Kept(), executor)
-        assert len(set(executor.ran)) == len(executor.ran) == 18 + 2 * 3 * seeds
-        assert len(asked) == 5  # at the beginning, then for each arm once it is tuned and once it is through
+    monkeypatch.setattr(run, "wanted", lambda *given: asked.append(1) or wanted(*given))  # type: ignore[func-returns-value]
+    executor = Serial()
+    carry_out(study_of(BASE + ARMS.replace("report: 5", f"report: {seeds}")), Kept(), executor)
+    assert len(set(executor.ran)) == len(executor.ran) == 18 + 2 * 3 * seeds
+    assert len(asked) == 5  # at the beginning, then for each arm once it is tuned and once it is through

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from bncli.measure.compare.plan import Study, wanted
 from bncli.measure.compare.samples import kept_points
 from bncli.results.compare import RunRecord
-from tests.measure.compare.test_plan import ARMS, BASE, record, study_of
+from tests.measure.compare.conftest import failed, record
 
 
 def tuning(
@@ -29,28 +27,22 @@ def kept(asked: Study, found: Sequence[RunRecord]) -> list[float]:
     return [point["optimizer.lr"] for point in kept_points(asked.plan, found)]
 
 
-def test_a_miss_stands_at_the_most_that_the_budget_can_show(tmp_path: Path) -> None:
-    asked = study_of(tmp_path, BASE + ARMS)  # a budget of 1,000 shows up to 769 steps
-    assert asked.plan.most_steps == pytest.approx(1000 / 1.3)
+def test_a_miss_stands_at_the_most_that_the_budget_can_show(asked: Study) -> None:
+    assert asked.plan.most_steps == pytest.approx(1000 / 1.3)  # 769
     assert kept(asked, tuning(asked, {0.1: [700, 720, 710], 1: [700, 710, None], 10: [600, 620, 605]})) == [10]
     assert kept(asked, tuning(asked, {0.1: [700, 760, 740], 1: [750, 740, None], 10: [None] * 3})) == [0.1, 1]
 
 
-def test_without_a_hit_the_best_metric_decides(tmp_path: Path) -> None:
-    asked = study_of(tmp_path, BASE + ARMS)
+def test_without_a_hit_the_best_metric_decides(asked: Study) -> None:
     never: list[float | None] = [None, None, None]
     assert kept(asked, tuning(asked, {0.1: never, 1: never, 10: never}, {0.1: 0.3, 1: 0.5, 10: 0.8})) == [10]
 
 
-def test_a_failed_run_costs_its_seed_and_a_point_where_most_runs_fail_is_not_kept(tmp_path: Path) -> None:
-    asked = study_of(tmp_path, BASE + ARMS)
+def test_a_failed_run_costs_its_seed_and_a_mostly_failed_point_is_dropped(asked: Study) -> None:
     found = tuning(asked, {0.1: [100, 110, 105], 1: [300, 290, 310], 10: [400, 400, 410]})
 
     def without(*lost: tuple[float, int]) -> list[RunRecord]:
-        return [
-            replace(one, result=None, failure="out of memory") if (one.point["optimizer.lr"], one.seed) in lost else one
-            for one in found
-        ]
+        return failed(found, lambda one: (one.point["optimizer.lr"], one.seed) in lost)
 
     assert kept(asked, found) == kept(asked, without((0.1, 8))) == [0.1]
     assert kept(asked, without((0.1, 8), (0.1, 9))) == [1]

@@ -62,45 +62,38 @@ def test_the_interval_of_a_geometric_mean_uses_the_printed_t_table(seeds: int, q
     steps = typical(runs(np.exp(logs).tolist()))
     assert (steps.method, steps.value) == ("geometric mean", near(math.exp(logs.mean())))
     standard_error = logs.std(ddof=1) / math.sqrt(seeds)
-    assert steps.interval.low is not None
-    assert steps.interval.high is not None
     assert (logs.mean() - math.log(steps.interval.low)) / standard_error == near(quantile, abs=6e-4)
     assert (math.log(steps.interval.high) - logs.mean()) / standard_error == near(quantile, abs=6e-4)
 
 
-def test_one_run_has_steps_and_no_interval() -> None:
-    assert typical(runs([250.0])) == Steps(near(250), OPEN, "geometric mean")
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ([250.0], Steps(near(250), OPEN, "geometric mean")),  # one run has no interval
+        # A miss makes it the median between order statistics. binomial(10, 1/2): at most 1 in 0.0107 of samples, at
+        # most 2 in 0.0547, so the 2nd from either end. An upper side that falls on a miss is open.
+        ([900, None, 100, 200, 300, 400, 500, 600, 700, 800],
+         Steps(near(math.sqrt(500 * 600)), Interval(near(200), near(900)), "median")),
+        ([100, 200, 300, 400, 500, None], Steps(near(math.sqrt(300 * 400)), Interval(near(100), None), "median")),
+        ([100, 200, 300, 400, 500, 600, 700, 800, None, None],
+         Steps(near(math.sqrt(500 * 600)), Interval(near(200), None), "median")),
+        # Five runs with a miss have a lower side, and four have none.
+        ([100, 200, 300, 400, None], Steps(near(300), Interval(near(100), None), "median")),
+        ([100, 200, 300, None], Steps(near(math.sqrt(200 * 300)), OPEN, "median")),
+        # Half or more missed: a bound and no value, which stands where misses do only where enough runs missed.
+        ([100, None, 300, None, 500, None], Steps(None, Interval(near(100), None), "bound")),
+        ([100, *[None] * 8], Steps(None, Interval(near(1000), None), "bound")),
+        ([None] * 5, Steps(None, Interval(near(1000), None), "bound")),
+        ([None] * 4, Steps(None, OPEN, "bound")),
+        ([], Steps(None, OPEN, "bound")),
+        ([0.0, 100.0], Steps(0.0, OPEN, "geometric mean")),  # a target held before training
+    ],
+)  # fmt: skip
+def test_typical_steps_of_runs_with_and_without_misses(steps: Runs, expected: Steps) -> None:
+    assert typical(runs(steps)) == expected
 
 
-def test_a_miss_makes_it_the_median_between_order_statistics() -> None:
-    # binomial(10, 1/2): at most 1 in 0.0107 of samples, at most 2 in 0.0547, so the 2nd from either end
-    steps = typical(runs([900, None, 100, 200, 300, 400, 500, 600, 700, 800]))
-    assert steps == Steps(near(math.sqrt(500 * 600)), Interval(near(200), near(900)), "median")
-
-
-def test_an_upper_side_that_falls_on_a_miss_is_open() -> None:
-    assert about(typical(runs([100, 200, 300, 400, 500, None])).interval, 100, None)
-    assert about(typical(runs([100, 200, 300, 400, 500, 600, 700, 800, None, None])).interval, 200, None)
-
-
-def test_five_runs_with_a_miss_have_a_lower_side_and_four_have_none() -> None:
-    assert typical(runs([100, 200, 300, 400, None])) == Steps(near(300), Interval(near(100), None), "median")
-    assert typical(runs([100, 200, 300, None])) == Steps(near(math.sqrt(200 * 300)), OPEN, "median")
-
-
-def test_half_or_more_missed_has_a_bound_and_no_value() -> None:
-    assert typical(runs([100, None, 300, None, 500, None])) == Steps(None, Interval(near(100), None), "bound")
-    assert typical(runs([100, *[None] * 8])) == Steps(None, Interval(near(1000), None), "bound")
-
-
-def test_a_bound_is_where_misses_stand_only_where_enough_runs_missed() -> None:
-    assert typical(runs([None] * 5)) == Steps(None, Interval(near(1000), None), "bound")
-    assert typical(runs([None] * 4)) == Steps(None, OPEN, "bound")
-    assert typical(runs([])) == Steps(None, OPEN, "bound")
-
-
-def test_a_target_held_before_training_is_zero_steps_and_no_ratio() -> None:
-    assert typical(runs([0.0, 100.0])) == Steps(0.0, OPEN, "geometric mean")
+def test_a_target_held_before_training_gives_no_ratio() -> None:
     assert ratio(runs([100.0, 100.0]), runs([0.0, 100.0])) == Ratio(None, OPEN, "none", None)
 
 
@@ -129,13 +122,13 @@ def test_a_point_is_kept_until_a_paired_interval_tells_it_from_the_best() -> Non
     assert kept(runs(exp(*best), exp(*(b + 0.2 for b in best)))) == [True, False]
 
 
-def test_a_miss_stands_at_its_bound_and_a_point_without_a_hit_is_kept_only_where_none_has_one() -> None:
+def test_points_without_a_hit_are_kept_only_where_none_has_one() -> None:
     assert kept(runs([500, 600, 400], [300, None, 350], [None] * 3)) == [True, True, False]
     assert kept(runs([900, None, None], [None] * 3)) == [True, False]
     assert kept(runs([None] * 3, [None] * 3)) == [True, True]
 
 
-def test_doubt_is_the_share_of_leave_one_out_samples_that_choose_otherwise() -> None:
+def test_doubt_is_the_share_of_leave_one_out_samples_that_disagree() -> None:
     # sums 9 and 10: without the fourth seed they are 9 and 6, without another 8 and 9 or less
     assert doubt(runs(exp(3, 3, 3, 0), exp(2, 2, 2, 4))) == 0.25
     assert doubt(runs([100, 200], [50, 60])) == 0
@@ -184,7 +177,7 @@ def by_definition(reference: np.ndarray, arm: np.ndarray, quantile: float) -> tu
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_over_a_grid_the_jackknife_repeats_the_choice_and_optimism_widens_each_limit(seed: int) -> None:
+def test_over_a_grid_the_jackknife_repeats_the_choice(seed: int) -> None:
     rng = np.random.default_rng(seed)
     reference, arm = rng.normal(5, 0.2, (3, 10)), rng.normal(3, 0.2, (4, 10))
     result = ratio(*(Sample(logs, np.ones_like(logs, dtype=bool)) for logs in (reference, arm)))
@@ -204,7 +197,7 @@ def test_seconds_and_examples_are_those_of_the_point_with_the_fewest_steps() -> 
 # -- The ratio with misses -------------------------------------------------------------------------------------------
 
 
-def test_misses_give_the_ratio_of_medians_with_both_arms_distances_added_as_squares() -> None:
+def test_misses_give_the_ratio_of_medians() -> None:
     # six runs: the 1st and the 6th bound a median; the reference's 6th is a miss, so the ratio is open above
     result = ratio(runs([800, 820, 840, 860, 880, None]), runs([80, 82, 84, 86, 88, 90]))
     middle = math.log(math.sqrt(840 * 860) / math.sqrt(84 * 86))
@@ -234,7 +227,7 @@ def test_with_a_miss_and_fewer_than_six_runs_there_is_no_interval() -> None:
     assert ratio(runs([None] * 5), runs([10.0] * 5)) == Ratio(None, OPEN, "bound", None)
 
 
-def test_half_missed_in_both_arms_compares_their_hits_by_fishers_exact_test() -> None:
+def test_half_missed_in_both_arms_compares_their_hits() -> None:
     result = ratio(runs([None] * 20), runs([*[100.0] * 9, *[None] * 11]))
     assert result == Ratio(None, OPEN, "hits", near(0.0012, abs=5e-5))
     assert ratio(runs([]), runs([])) == Ratio(None, OPEN, "none", None)
@@ -293,7 +286,7 @@ def test_the_order_of_the_seeds_does_not_matter(pairs: list[tuple[float | None, 
 
 
 @given(some_points, some_points)
-def test_a_p_value_is_under_five_percent_just_where_the_interval_leaves_one_out(
+def test_p_is_under_5_percent_just_where_the_interval_excludes_one(
     reference: list[list[float]], arm: list[list[float]]
 ) -> None:
     seeds = min(len(reference[0]), len(arm[0]))
@@ -328,15 +321,10 @@ def test_the_spread_is_that_of_log_steps_and_unknown_once_a_run_missed() -> None
 @pytest.mark.parametrize(
     ("seeds", "cv", "true_ratio", "power"),
     [
-        (5, 0.05, 1.1, 0.71),
-        (10, 0.05, 1.1, 0.98),
-        (3, 0.10, 1.5, 0.90),
-        (5, 0.10, 1.25, 0.85),
-        (10, 0.10, 1.1, 0.52),
-        (5, 0.20, 1.5, 0.79),
-        (10, 0.20, 1.25, 0.65),
+        (5, 0.05, 1.1, 0.71), (10, 0.05, 1.1, 0.98), (3, 0.10, 1.5, 0.90), (5, 0.10, 1.25, 0.85),
+        (10, 0.10, 1.1, 0.52), (5, 0.20, 1.5, 0.79), (10, 0.20, 1.25, 0.65),
     ],
-)
+)  # fmt: skip
 def test_the_power_is_the_one_simulated_before(seeds: int, cv: float, true_ratio: float, power: float) -> None:
     # those figures came from 1,500 repeats or more and are rounded: two standard errors are 0.025
     assert welch_power(seeds, cv, true_ratio) == near(power, abs=0.03)
@@ -346,15 +334,10 @@ def test_the_power_is_the_one_simulated_before(seeds: int, cv: float, true_ratio
 @pytest.mark.parametrize(
     ("cv", "true_ratio", "seeds"),
     [
-        (0.05, 1.25, 3),
-        (0.05, 1.1, 6),
-        (0.10, 1.5, 3),
-        (0.10, 1.25, 5),
-        (0.10, 1.1, 19),
-        (0.20, 1.5, 6),
+        (0.05, 1.25, 3), (0.05, 1.1, 6), (0.10, 1.5, 3), (0.10, 1.25, 5), (0.10, 1.1, 19), (0.20, 1.5, 6),
         (0.20, 1.25, 14),
     ],
-)
+)  # fmt: skip
 def test_seeds_needed_is_the_first_number_with_the_power(cv: float, true_ratio: float, seeds: int) -> None:
     assert seeds_needed(cv, true_ratio) == seeds
     assert welch_power(seeds - 1, cv, true_ratio) < 0.8 <= welch_power(seeds, cv, true_ratio)
@@ -374,7 +357,7 @@ def test_without_a_difference_the_power_is_the_level_of_the_test() -> None:
 # -- Coverage: a sample of `python -m tests.benchmarks.intervals` -----------------------------------------------------
 
 
-def test_the_interval_holds_the_ratio_where_spreads_are_unlike_and_most_of_the_reference_missed() -> None:
+def test_the_interval_covers_where_spreads_differ_and_most_runs_miss() -> None:
     """600 repeats: the standard error is 0.9 %. Gehan's rank test, inverted, held it in 6 % here."""
     found = Cell("normal", 20, (0.60, 0.05), 0.6, "none", 600).run()
     assert sum(missed for _, missed in found) / 600 <= 0.07
@@ -399,7 +382,7 @@ def test_equal_arms_that_are_tuned_alike_seldom_differ(name: str, seeds: tuple[i
     assert blind > missed + 3
 
 
-def test_the_choice_among_15_points_of_two_fields_a_third_of_which_never_hit_is_in_the_interval() -> None:
+def test_the_interval_covers_the_choice_among_15_points() -> None:
     missed, _, _, _, kept_of_15 = Choice("A/A", (Grid(FIELDS, 0.2, budget=3.0),) * 2, 0.0, (5, 20), 400).run()
     assert missed <= 8.5
     assert 2 < kept_of_15 < 8

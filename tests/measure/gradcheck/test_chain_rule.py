@@ -14,16 +14,16 @@ from torch.nn import functional as F
 from bncli.errors import Unavailable
 from bncli.measure.gradcheck import chain_rule
 from bncli.measure.gradcheck.chain_rule import CASES, Call, Inputs, as_rows, bias_demo, paths, random_inputs, sets_of
-from bncli.results.gradcheck import GradientPaths
+from bncli.measure.reference.case import Case
+from tests.measure.gradcheck.conftest import CPU, context_of
 
-CPU = torch.device("cpu")
 VALID = [
-    pytest.param(case, norm, id=f"{case.name}, {norm}")
-    for case in CASES
+    pytest.param(case, norm, id=f"{name}, {norm}")
+    for name, case in CASES.items()
     for norm in ("batch", "layer", "group", "instance")
-    if sets_of(case.shape, norm).size(1) > 1
+    if sets_of(case, norm).size(1) > 1
 ]
-EACH_CASE = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+EACH_CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def native(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -42,8 +42,8 @@ NORMS: dict[str, Call] = {
 }
 
 
-def rows_of(case: chain_rule.Case, seed: int = 0, norm: str = "batch") -> Inputs:
-    return as_rows(random_inputs(case, seed), sets_of(case.shape, norm))
+def rows_of(case: Case, seed: int = 0, norm: str = "batch") -> Inputs:
+    return as_rows(random_inputs(case, seed), sets_of(case, norm))
 
 
 def true_gradient(rows: Inputs, upstream: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def true_gradient(rows: Inputs, upstream: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("case", "norm"), VALID)
-def test_the_three_parts_sum_to_the_gradient_that_autograd_finds(case: chain_rule.Case, norm: str) -> None:
+def test_the_three_parts_sum_to_the_gradient_that_autograd_finds(case: Case, norm: str) -> None:
     rows = rows_of(case, norm=norm)
     parts = chain_rule.three_parts(rows)
     whole = true_gradient(rows, rows.upstream)
@@ -67,7 +67,7 @@ def test_the_three_parts_sum_to_the_gradient_that_autograd_finds(case: chain_rul
 
 
 @EACH_CASE
-def test_each_part_is_the_derivative_along_its_own_path_alone(case: chain_rule.Case) -> None:
+def test_each_part_is_the_derivative_along_its_own_path_alone(case: Case) -> None:
     rows = rows_of(case)
     mean, centred = rows.x.mean(1, keepdim=True), rows.x - rows.x.mean(1, keepdim=True)
     variance = centred.square().mean(1, keepdim=True)
@@ -88,7 +88,7 @@ def test_each_part_is_the_derivative_along_its_own_path_alone(case: chain_rule.C
 
 
 @EACH_CASE
-def test_an_upstream_gradient_of_ones_leaves_nothing_to_compare(case: chain_rule.Case) -> None:
+def test_an_upstream_gradient_of_ones_leaves_nothing_to_compare(case: Case) -> None:
     rows = rows_of(case)
     ones = rows._replace(upstream=torch.ones_like(rows.upstream))
     direct = chain_rule.three_parts(ones)[0]
@@ -98,10 +98,8 @@ def test_an_upstream_gradient_of_ones_leaves_nothing_to_compare(case: chain_rule
 
 
 @pytest.mark.parametrize(("case", "norm"), VALID)
-def test_sets_hold_every_value_once_and_share_the_statistics_that_the_norm_takes(
-    case: chain_rule.Case, norm: str
-) -> None:
-    sets = sets_of(case.shape, norm)
+def test_sets_hold_every_value_once_and_share_the_statistics_that_the_norm_takes(case: Case, norm: str) -> None:
+    sets = sets_of(case, norm)
     assert sorted(sets.flatten().tolist()) == list(range(math.prod(case.shape)))
     inputs = random_inputs(case, 0)
     y = NORMS[norm](inputs.x, inputs.weight, inputs.bias, case.eps)
@@ -113,9 +111,7 @@ def test_sets_hold_every_value_once_and_share_the_statistics_that_the_norm_takes
 
 @EACH_CASE
 @pytest.mark.parametrize("norm", ["batch", "layer", "group"])
-def test_differences_of_the_true_loss_stay_within_their_bound_and_come_near_it(
-    case: chain_rule.Case, norm: str
-) -> None:
+def test_differences_of_the_true_loss_stay_within_their_bound_and_come_near_it(case: Case, norm: str) -> None:
     shares = []
     for seed in range(30):
         rows = rows_of(case, seed, norm)
@@ -130,7 +126,7 @@ def test_the_truncation_is_the_third_derivative_of_the_loss(monkeypatch: pytest.
     """With a step a thousand times as long truncation is all there is, and the bound is its exact size."""
     step = chain_rule._step
     monkeypatch.setattr(chain_rule, "_step", lambda rows: 1000 * step(rows))
-    for case in CASES:
+    for case in CASES.values():
         rows = rows_of(case)
         error = (chain_rule.central_differences(rows) - true_gradient(rows, rows.upstream)).norm()
         assert float(error) == pytest.approx(chain_rule.differences_bound(rows), rel=1e-3)
@@ -149,50 +145,37 @@ def test_torchs_own_norms_are_within_the_bound_in_every_case(norm: str) -> None:
 
 def test_what_is_lost_is_the_parts_that_are_ignored() -> None:
     """At eps << var the parts are projections: direct**2 = full**2 + mean**2 + variance**2, lost = the rest / full."""
-    for case, each in zip(CASES, paths(native, CPU), strict=True):
-        if case.eps < 1e-3:
+    found = dict(zip(CASES, paths(native, CPU), strict=True))
+    for name, each in found.items():
+        if CASES[name].eps < 1e-3:
             rest = math.hypot(each.through_mean, each.through_variance)
             assert each.direct == pytest.approx(math.hypot(each.full, rest), rel=1e-3)
             assert each.lost == pytest.approx(rest / each.full, rel=1e-3)
-    by_name = {case.name: each.lost for case, each in zip(CASES, paths(native, CPU), strict=True)}
-    assert by_name["small batch"] > 2 * by_name["vectors"]  # 2 of 3 degrees of freedom against 2 of 16
-    assert by_name["large eps"] < by_name["vectors"]
+    # 2 of 3 degrees of freedom against 2 of 16
+    assert found["small batch"].lost > 2 * found["vectors"].lost > 2 * found["large eps"].lost
 
 
-def statistics_as_constants(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    dims = [0, *range(2, x.dim())]
-    var, mean = torch.var_mean(x.detach(), dim=dims, correction=0)
-    return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
-
-
-def variance_as_a_constant(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    dims = [0, *range(2, x.dim())]
-    var = x.detach().var(dim=dims, correction=0)
-    shape = [1, -1, *[1] * (x.dim() - 2)]
-    y = (x - x.mean(dim=dims, keepdim=True)) / (var + eps).sqrt().view(shape)
-    return weight.view(shape) * y + bias.view(shape)
-
-
-def eps_outside_the_root(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    dims, shape = [0, *range(2, x.dim())], [1, -1, *[1] * (x.dim() - 2)]
-    var, mean = torch.var_mean(x, dim=dims, correction=0, keepdim=True)
-    return weight.view(shape) * (x - mean) / (var.sqrt() + eps) + bias.view(shape)
+def by_name(kernel: str) -> Call:
+    """One of the wrong kernels."""
+    call = context_of(kernel).candidate.call
+    return lambda x, weight, bias, eps: call(x, None, None, weight, bias, True, 0.1, eps, None, None)
 
 
 def secretly_float32(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return native(x.float(), weight.float(), bias.float(), eps).to(x.dtype)
 
 
-@pytest.mark.parametrize(
-    "wrong", [statistics_as_constants, variance_as_a_constant, eps_outside_the_root, secretly_float32]
-)
+WRONG = {name: by_name(name) for name in ("statistics_constant", "variance_constant", "eps_outside_the_root")}
+
+
+@pytest.mark.parametrize("wrong", [*WRONG.values(), secretly_float32], ids=[*WRONG, "secretly_float32"])
 def test_a_wrong_gradient_is_beyond_its_bound_in_every_case(wrong: Call) -> None:
     for each in paths(wrong, CPU):
         assert each.error > 10 * each.bound
 
 
 def test_a_gradient_that_ignores_the_statistics_is_off_by_what_is_lost() -> None:
-    for each in paths(statistics_as_constants, CPU):
+    for each in paths(WRONG["statistics_constant"], CPU):
         assert each.error == pytest.approx(each.lost, rel=1e-6)
 
 
@@ -214,19 +197,14 @@ def test_a_kernel_without_float64_is_measured_in_float32_with_a_bound_to_match(k
         assert replace(each, error=0, bound=0) == replace(exact, error=0, bound=0)  # the truth is the same
 
 
-def broken(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    raise RuntimeError("no")
+NO_GRADIENT = {
+    "raises": by_name("raises"),
+    "not differentiable": lambda *given: native(*given).detach(),
+    "not a number": lambda *given: native(*given) * math.nan,
+}
 
 
-def not_differentiable(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return native(x, weight, bias, eps).detach()
-
-
-def not_a_number(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return native(x, weight, bias, eps) * math.nan
-
-
-@pytest.mark.parametrize("kernel", [broken, not_differentiable, not_a_number])
+@pytest.mark.parametrize("kernel", NO_GRADIENT.values(), ids=NO_GRADIENT)
 def test_a_kernel_that_gives_no_gradient_is_infinitely_wrong_and_stops_nothing(kernel: Call) -> None:
     found = paths(kernel, CPU)
     assert [each.error for each in found] == [math.inf] * len(CASES)
@@ -247,7 +225,7 @@ def test_the_kernels_arguments_are_copies_and_the_result_is_the_same_each_time()
         weight.zero_()
         return y
 
-    once: tuple[GradientPaths, ...] = paths(native, CPU)
+    once = paths(native, CPU)
     paths(writes, CPU)
     assert paths(native, CPU) == once
 

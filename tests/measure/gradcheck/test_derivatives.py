@@ -6,29 +6,21 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from bncli.kernels.definition import definition
 from bncli.measure.gradcheck import derivatives
-from bncli.measure.reference.candidate import candidate
 from bncli.measure.reference.judge import CheckContext
 from bncli.results.finding import Finding
-from bncli.results.gradcheck import Effort
+from tests.measure.gradcheck.conftest import context_of
 
-CPU = torch.device("cpu")
-HERE = "tests.measure.reference.wrong_kernels"
 ROWS = ("train gradcheck", "train gradgradcheck", "eval gradcheck", "eval gradgradcheck")
-
-
-def context_of(kernel: str, effort: Effort = "quick") -> CheckContext:
-    return CheckContext(candidate(f"{HERE}:{kernel}", "batch", CPU, allow_code=True), CPU, effort)
 
 
 def found(context: CheckContext, *refused: str) -> dict[str, list[Finding]]:
     """Row -> what each of its checks found."""
     plans = derivatives.plans(context, refused)
-    return {plan.row: [check.run().findings[""] for check in plan.checks] for plan in plans}
+    return {plan.rows[""]: [check.run().findings[""] for check in plan.checks] for plan in plans}
 
 
 @pytest.mark.parametrize("kernel", ["right", "right_by_the_seam"])
@@ -58,31 +50,24 @@ def test_a_wrong_derivative_is_seen_in_its_own_order_and_mode(kernel: str, wrong
     assert {finding.kind for findings in failed.values() for finding in findings} == {"not_derivative"}
 
 
-def test_what_the_kernel_raises_is_told_in_its_own_words() -> None:
+def test_an_exception_keeps_its_words_and_a_wrong_result_its_finding() -> None:
     (finding,) = found(context_of("raises"))["train gradcheck"]
     assert (finding.kind, finding.quantity, finding.exception) == ("not_derivative", "derivative", "KeyError")
     assert "no such thing" in str(finding.text)
     (finding,) = found(context_of("exits"))["train gradcheck"]
     assert finding.exception == "SystemExit"
-
-
-def test_a_result_of_another_kind_keeps_its_finding() -> None:
     for finding in found(context_of("returns_y_alone"))["train gradcheck"]:
         assert (finding.kind, finding.quantity) == ("wrong_type", "derivative")
 
 
-def test_what_is_refused_is_left_out() -> None:
+def test_a_mode_a_dtype_or_an_operation_that_is_refused_is_left_out() -> None:
     assert found(context_of("right"), "float64") == {}
-    checks = [
-        [check.case for plan in derivatives.plans(context_of("right_by_the_seam"), refused) for check in plan.checks]
-        for refused in ((), ("silu",))
-    ]
-    assert [{case.fusion for case in cases if case} for cases in checks] == [{"plain", "silu+residual"}, {"plain"}]
-    assert all(case and case.dtype == "float64" for cases in checks for case in cases)
-
-
-def test_a_function_without_an_evaluation_is_differentiated_in_training_alone() -> None:
     assert tuple(found(context_of("right_without_evaluation"))) == ROWS[:2]
+    context = context_of("right_by_the_seam")
+    for refused, fusions in (((), {"plain", "silu+residual"}), (("silu",), {"plain"})):
+        cases = [check.case for plan in derivatives.plans(context, refused) for check in plan.checks]
+        assert {case.fusion for case in cases if case} == fusions
+        assert all(case and case.dtype == "float64" for case in cases)
 
 
 def test_no_activation_is_differentiated_across_its_kink(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +82,7 @@ def test_no_activation_is_differentiated_across_its_kink(monkeypatch: pytest.Mon
             nearest.append((arguments[8] is not None, float(z.detach().abs().min())))
         return definition("batch")(*arguments)
 
-    context = context_of("right_by_the_seam", "default")
+    context = context_of("right_by_the_seam", effort="default")
     context = replace(context, candidate=replace(context.candidate, call=call))
     assert all(finding.kind == "right" for row in found(context).values() for finding in row)
     assert {moved for moved, _ in nearest} == {True, False}  # the residual, and without one the bias

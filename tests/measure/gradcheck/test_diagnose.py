@@ -10,31 +10,13 @@ import torch
 
 from bncli.measure.gradcheck.diagnose import NEAR, SHOWN, UNKNOWN, diagnose
 from bncli.measure.gradcheck.known_bugs import KNOWN_BUGS, KnownBug, Values, predicted
-from bncli.measure.reference import tolerance as tolerances
-from bncli.measure.reference.case import Case, inputs
 from bncli.measure.reference.judge import Check, Evidence, Outcome, Verdict, judged
 from bncli.results.finding import Finding
+from tests.measure.gradcheck.conftest import BUG_CASES, evidence_of
 
-CPU = torch.device("cpu")
 BY_NAME = {known.bug: known for known in KNOWN_BUGS}
-CASES = [
-    Case("train", "float64", "contiguous", (4, 3, 5)),
-    Case("train", "bfloat16", "contiguous", (4, 3, 5, 7)),
-    Case("train", "float32", "channels_last", (4, 3, 5, 7), "relu+residual"),
-    Case("eval", "float32", "channels_last", (4, 3, 5, 7), "relu+residual"),
-    Case("eval", "float64", "contiguous", (4, 3, 5)),
-]
 CONSTANTS = BY_NAME["statistics treated as constants"]
-
-
-def right(case: Case) -> Evidence:
-    """What a run of the case gives where every quantity is the truth."""
-    given = inputs(case, CPU)
-    held_to = tolerances.expected(case, given, second=False)
-    return Evidence(case, given.wide(), held_to.truth, held_to.truth, held_to.floors("native"))
-
-
-TRUTH = [right(case) for case in CASES]
+TRUTH = [evidence_of(case) for case in BUG_CASES]
 
 
 def with_bug(*bugs: KnownBug, truth: Sequence[Evidence] = TRUTH) -> list[Evidence]:
@@ -152,15 +134,8 @@ def test_what_explains_a_whole_call_leaves_nothing_to_guess() -> None:
 
 def test_no_more_bugs_are_named_than_are_read() -> None:
     """Four that have nothing to do with each other."""
-    several = [
-        BY_NAME[name]
-        for name in (
-            "biased running variance",
-            "dweight and dbias swapped",
-            "the residual's gradient is missing",
-            "evaluation uses the batch's statistics",
-        )
-    ]
+    names = ("biased running variance", "dweight and dbias swapped", "the residual's gradient is missing")
+    several = [BY_NAME[name] for name in (*names, "evaluation uses the batch's statistics")]
     found = bugs(with_bug(*several))
     assert len(found) == SHOWN
     assert set(found) < {known.bug for known in several}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,36 +11,22 @@ from torch import Tensor
 
 from bncli.measure.gradcheck import hard_inputs
 from bncli.measure.gradcheck.hard_inputs import FOR_ANY_NORM, NOT_FINITE, ROWS, STRIDED_G, STRIDED_X, Input
-from bncli.measure.reference.candidate import Candidate, by_name, candidate
-from bncli.measure.reference.case import Case, Inputs, inputs
+from bncli.measure.reference.candidate import NATIVE
+from bncli.measure.reference.case import Inputs, inputs
 from bncli.measure.reference.judge import Check, CheckContext
 from bncli.names import NORMS
 from bncli.results.finding import Finding
-from bncli.results.gradcheck import Effort
-
-CPU = torch.device("cpu")
-HERE = "tests.measure.reference.wrong_kernels"
-NATIVE = by_name("native")
+from tests.measure.gradcheck.conftest import CPU, context_of, context_with
 
 
 def member(row: str, name: str) -> Input:
-    found = [each for each in ROWS[row] if each.name == name]
-    return found[0]
+    return next(each for each in ROWS[row] if each.name == name)
 
 
 def made(each: Input, mode: str = "train", dtype: str | None = None) -> tuple[Inputs, Inputs]:
     """The plain inputs of its case, and the hard ones."""
-    case = Case(mode, dtype or each.dtypes[0], each.layout, each.shape, each.fusion, each.eps, each.momentum)
-    plain = inputs(case, CPU)
-    return plain, each.change(inputs(case, CPU), case)
-
-
-def context_of(kernel: str = "native", norm: str = "batch", effort: Effort = "default") -> CheckContext:
-    return CheckContext(candidate(kernel, norm, CPU, allow_code=True), CPU, effort)
-
-
-def context_with(call: Callable[..., Tensor]) -> CheckContext:
-    return CheckContext(Candidate("a test's", "batch", call, "a function of a test's", own=True), CPU, "quick")
+    case = each.case(mode, dtype or each.dtypes[0])
+    return inputs(case, CPU), each.of(inputs(case, CPU))
 
 
 def checks(context: CheckContext, *refused: str) -> dict[str, Check]:
@@ -65,12 +49,9 @@ def test_the_names_in_a_row_tell_its_inputs_apart(row: str) -> None:
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize(
-    ("name", "ratio", "dtype"),
-    [("100", 1e2, "float32"), ("1000", 1e3, "float32"), ("10000", 1e4, "float32"), ("100", 1e2, "bfloat16")],
-)
-def test_far_from_zero_every_channel_has_that_mean_over_its_deviation(name: str, ratio: float, dtype: str) -> None:
-    _, given = made(member("large mean over deviation", name), dtype=dtype)
+@pytest.mark.parametrize(("ratio", "dtype"), [(1e2, "float32"), (1e3, "float32"), (1e4, "float32"), (1e2, "bfloat16")])
+def test_far_from_zero_every_channel_has_that_mean_over_its_deviation(ratio: float, dtype: str) -> None:
+    _, given = made(member("large mean over deviation", f"{ratio:g}"), dtype=dtype)
     deviation, mean = torch.std_mean(given.x.double(), (0, 2, 3), correction=0)
     assert (mean / deviation).tolist() == pytest.approx([ratio] * 3, rel=0.05)
     assert mean.tolist() == pytest.approx([ratio] * 3, rel=1e-3)
@@ -84,11 +65,9 @@ def test_one_channel_is_constant_and_the_others_are_not() -> None:
 
 
 def test_tiny_values_have_a_variance_below_eps_and_huge_ones_a_square_far_above() -> None:
-    for name in ("1e-20", "1e-4"):
-        each = member("tiny values", name)
+    for each in ROWS["tiny values"]:
         _, given = made(each)
-        variance = given.x.double().var((0, 2, 3))
-        assert 0 < float(variance.max()) < 10 * each.eps
+        assert 0 < float(given.x.double().var((0, 2, 3)).max()) < 10 * each.eps
         assert bool((given.x != 0).all())
     smallest = made(member("tiny values", "1e-20"))[1].x
     assert float(smallest.abs().max() ** 2) < torch.finfo(torch.float32).tiny  # a square is no normal number
@@ -98,8 +77,8 @@ def test_tiny_values_have_a_variance_below_eps_and_huge_ones_a_square_far_above(
 
 
 def test_squares_and_sums_past_float16_come_of_values_that_it_holds() -> None:
-    for name in ("300-1000", "-60000-60000"):
-        x = made(member("squares past float16", name))[1].x
+    for each in ROWS["squares past float16"]:
+        x = made(each)[1].x
         assert x.dtype == torch.float16
         assert bool(x.isfinite().all())
         assert float(x.square().isinf().float().mean()) > 0.9
@@ -148,28 +127,27 @@ def test_a_broadcast_tensor_has_strides_of_zero() -> None:
     assert given.x.is_contiguous()
 
 
-def test_vectors_have_gaps() -> None:
-    plain, given = made(member(STRIDED_X, "vectors"))
-    for vector, before in ((given.weight, plain.weight), (given.bias, plain.bias)):
-        assert vector is not None
-        assert before is not None
-        assert vector.stride() == (2,)
-        assert torch.equal(vector, before)
-
-
 @pytest.mark.parametrize("name", ["channels_last-for-contiguous", "contiguous-for-channels_last"])
-def test_the_upstream_gradient_lies_otherwise_than_x(name: str) -> None:
+def test_the_upstream_gradient_has_another_layout_than_x(name: str) -> None:
     _, given = made(member(STRIDED_G, name))
     layouts = [tensor.is_contiguous() for tensor in (given.x, given.g)]
     assert layouts == [name.endswith("contiguous"), not name.endswith("contiguous")]
 
 
+def test_vectors_have_gaps() -> None:
+    plain, given = made(member(STRIDED_X, "vectors"))
+    for name in ("weight", "bias"):
+        assert getattr(given, name).stride() == (2,)
+        assert torch.equal(getattr(given, name), getattr(plain, name))
+
+
+VECTORS = ("weight", "bias", "running_mean", "running_var")
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_all_vectors_are_in_half_precision(dtype: str) -> None:
     _, given = made(member("half-precision x and vectors", "all-half"), dtype=dtype)
-    for vector in (given.weight, given.bias, given.running_mean, given.running_var):
-        assert vector is not None
-        assert vector.dtype == given.x.dtype == getattr(torch, dtype)
+    assert {getattr(given, name).dtype for name in ("x", *VECTORS)} == {getattr(torch, dtype)}
 
 
 @pytest.mark.parametrize(
@@ -184,8 +162,7 @@ def test_all_vectors_are_in_half_precision(dtype: str) -> None:
 def test_what_is_left_out_is_what_the_name_says(name: str, missing: set[str]) -> None:
     each = member("no weight, no bias", name)
     _, given = made(each)
-    fields = ("weight", "bias", "running_mean", "running_var")
-    assert {field for field in fields if getattr(given, field) is None} == missing
+    assert {field for field in VECTORS if getattr(given, field) is None} == missing
     assert "running_mean" not in missing or each.modes == ("train",)  # evaluation cannot do without
 
 
@@ -193,11 +170,11 @@ def test_what_is_left_out_is_what_the_name_says(name: str, missing: set[str]) ->
 
 
 def test_identifiers_are_unique_and_what_is_refused_or_not_offered_is_in_none() -> None:
-    plans = list(hard_inputs.plans(context_of(), ()))
+    plans = list(hard_inputs.plans(context_of(effort="default"), ()))
     identifiers = [check.identifier for plan in plans for check in plan.checks]
     assert len(set(identifiers)) == len(identifiers)
-    assert [plan.row for plan in plans][: len(ROWS)] == list(ROWS)
-    left = checks(context_of(), "float16", "silu", "eval")
+    assert [plan.rows[""] for plan in plans][: len(ROWS)] == list(ROWS)
+    left = checks(context_of(effort="default"), "float16", "silu", "eval")
     assert left.keys() < set(identifiers)
     assert not [name for name in left if "float16/" in name + "/" and "bfloat16" not in name]
     cases = [check.case for check in left.values() if check.case]
@@ -206,16 +183,16 @@ def test_identifiers_are_unique_and_what_is_refused_or_not_offered_is_in_none() 
 
 def test_other_norms_have_the_rows_that_do_not_ask_for_channels() -> None:
     for norm in set(NORMS) - {"batch"}:
-        plans = list(hard_inputs.plans(context_of(norm=norm), ()))
-        assert [plan.row for plan in plans] == [row for row in ROWS if row in FOR_ANY_NORM]
+        plans = list(hard_inputs.plans(context_of(norm=norm, effort="default"), ()))
+        assert [plan.rows[""] for plan in plans] == [row for row in ROWS if row in FOR_ANY_NORM]
         assert all(check.case and check.case.mode == "train" for plan in plans for check in plan.checks)
 
 
 def test_without_an_evaluation_or_fused_operations_there_is_none_of_either() -> None:
-    training = checks(context_of(f"{HERE}:right_without_evaluation")).values()
+    training = checks(context_of("right_without_evaluation", effort="default")).values()
     assert {check.case.mode for check in training if check.case} == {"train"}
     assert "hard/empty/eval" not in {check.identifier for check in training}
-    plain = checks(context_of(f"{HERE}:right")).values()
+    plain = checks(context_of("right", effort="default")).values()
     assert {check.case.fusion for check in plain if check.case} == {"plain"}
 
 
@@ -260,7 +237,7 @@ def test_what_is_right_where_a_channel_is_no_number_has_that_channel_no_number(v
         return NATIVE(given[0].nan_to_num(0.0, 0.0, 0.0), *given[1:])
 
     name = "nan" if math.isnan(value) else "inf"
-    context = replace(context_with(swallows), effort="default")
+    context = context_with(swallows, effort="default")
     for finding in found(context, f"hard/NaN-and-infinity-stay-in-their-channel/{name}/").values():
         assert finding.failed
 
@@ -280,7 +257,9 @@ def test_the_worst_of_an_inputs_quantities_is_told() -> None:
 
 
 def test_the_variance_of_one_pass_is_wrong_by_the_square_of_the_ratio() -> None:
-    right, wrong = (found(context_of(f"{HERE}:{name}"), "hard/variance/") for name in ("right", "one_pass_variance"))
+    right, wrong = (
+        found(context_of(name, effort="default"), "hard/variance/") for name in ("right", "one_pass_variance")
+    )
     assert not any(finding.failed for finding in right.values())
     assert all(finding.failed for finding in wrong.values())
     relative = [finding.relative for finding in wrong.values()]
@@ -295,17 +274,19 @@ def test_where_the_variance_overflows_the_other_channels_stay_right() -> None:
         hole = torch.where(x.abs().amax((0, 2, 3), keepdim=True) > 1e20, math.nan, 0.0)
         return NATIVE(x, *others) + hole
 
-    assert not found(context_of(), "hard/huge/")["hard/huge/1e30"].failed
-    assert not found(context_with(overflows), "hard/huge/")["hard/huge/1e30"].failed
-    spread = context_with(lambda *given: NATIVE(*given) + 0 * given[0].square().sum())  # 0 times infinity, everywhere
-    assert found(spread, "hard/huge/")["hard/huge/1e30"].failed
+    def spreads(x: Tensor, *others: Any) -> Tensor:
+        """0 times infinity, everywhere."""
+        return NATIVE(x, *others) + 0 * x.square().sum()
+
+    for context, fails in ((context_of(), False), (context_with(overflows), False), (context_with(spreads), True)):
+        assert found(context, "hard/huge/")["hard/huge/1e30"].failed is fails
 
 
 def test_one_value_per_channel_has_to_be_a_value_error() -> None:
     def refuses(*given: Any) -> Tensor:
         raise RuntimeError("no")
 
-    accepted = found(context_of(f"{HERE}:one_value_taken"), "hard/one-value/")
+    accepted = found(context_of("one_value_taken"), "hard/one-value/")
     assert {(finding.kind, finding.failed) for finding in accepted.values()} == {("accepted", True)}
     for finding in found(context_with(refuses), "hard/one-value/").values():
         assert (finding.kind, finding.exception) == ("wrong_exception", "RuntimeError")

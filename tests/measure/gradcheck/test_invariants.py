@@ -12,24 +12,12 @@ from torch import Tensor
 
 from bncli.measure.gradcheck import invariants
 from bncli.measure.gradcheck.invariants import ROWS, grouped, judge, statistics
-from bncli.measure.reference.candidate import Candidate, KernelFailed, by_name, candidate
+from bncli.measure.reference.candidate import NATIVE, KernelFailed
 from bncli.measure.reference.case import Case, inputs
 from bncli.measure.reference.judge import Check, CheckContext
 from bncli.names import CHECKED_GROUPS, NORMS
 from bncli.results.finding import Finding
-from bncli.results.gradcheck import Effort
-
-CPU = torch.device("cpu")
-HERE = "tests.measure.reference.wrong_kernels"
-NATIVE = by_name("native")
-
-
-def context_of(kernel: str = "native", norm: str = "batch", effort: Effort = "quick") -> CheckContext:
-    return CheckContext(candidate(kernel, norm, CPU, allow_code=True), CPU, effort)
-
-
-def context_with(call: Callable[..., Tensor]) -> CheckContext:
-    return CheckContext(Candidate("a test's", "batch", call, "a function of a test's", own=True), CPU)
+from tests.measure.gradcheck.conftest import CPU, context_of, context_with
 
 
 def checks(context: CheckContext, *refused: str) -> list[Check]:
@@ -53,18 +41,15 @@ def failed(context: CheckContext) -> dict[str, Finding]:
 def test_torchs_own_operator_in_float64_has_each(norm: str) -> None:
     context = context_of(norm=norm)
     for row in ROWS:
-        if norm in row.norms:
-            channels = 4
-            shape = tuple(size or channels for size in row.shapes[0])
-            for mode in row.modes:
-                case, given = context.fresh(Case(mode, "float64", "contiguous", shape, eps=row.eps[0]))
-                finding = row.check(context, case, given)
-                assert finding.kind == "right", row.slug
+        shape = tuple(size or 4 for size in row.shapes[0])
+        for mode in row.modes if norm in row.norms else ():
+            plain = context.fresh(Case(mode, "float64", "contiguous", shape, eps=row.eps[0]))
+            assert row.check(context, *plain).kind == "right", row.slug
 
 
 def test_bnclis_own_kernel_and_a_right_function_have_all() -> None:
     assert failed(context_of("fused")) == {}
-    assert failed(context_of(f"{HERE}:right_by_the_seam")) == {}
+    assert failed(context_of("right_by_the_seam")) == {}
 
 
 # --- what is broken lacks them ----------------------------------------------------------------------------------------
@@ -87,20 +72,15 @@ def with_dx(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     return lambda x, *others: NATIVE(Backward.apply(x, change), *others)
 
 
-def fixed_eps(*given: Any) -> Tensor:
-    return NATIVE(*given[:7], 0.1, *given[8:])
-
-
-def with_mean_of_the_output_moved(*given: Any) -> Tensor:
-    return NATIVE(*given) + 0.01
-
-
 # What a wrong kernel breaks, and all else that follows from the same mistake.
 BROKEN = {
     # a constant is in no sum with xhat, which is centred, and in evaluation the whole gradient is known
     "dx moved by a constant": (with_dx(lambda dx: dx + 0.1), {"sum-dx", "ones", "scale", "eval-gradient"}),
-    "output moved": (with_mean_of_the_output_moved, {"moments", "no-grad"}),
-    "eps of its own": (fixed_eps, {"sum-xhat-dx", "scale", "moments", "eval-gradient", "no-grad"}),
+    "output moved": (lambda *given: NATIVE(*given) + 0.01, {"moments", "no-grad"}),
+    "eps of its own": (
+        lambda *given: NATIVE(*given[:7], 0.1, *given[8:]),
+        {"sum-xhat-dx", "scale", "moments", "eval-gradient", "no-grad"},
+    ),
 }
 BROKEN_BY_NAME = {
     # both gradients still scale as 1/a; without the variance's path dx still adds up to 0
@@ -126,7 +106,7 @@ def test_a_kernel_that_is_broken_on_purpose_lacks_what_it_breaks(name: str) -> N
 
 @pytest.mark.parametrize("name", BROKEN_BY_NAME)
 def test_a_wrong_kernel_lacks_the_invariants_of_its_bug_and_no_other(name: str) -> None:
-    assert failed(context_of(f"{HERE}:{name}")).keys() == BROKEN_BY_NAME[name]
+    assert failed(context_of(name)).keys() == BROKEN_BY_NAME[name]
 
 
 def test_each_invariant_is_lacked_by_some_wrong_kernel() -> None:
@@ -135,23 +115,23 @@ def test_each_invariant_is_lacked_by_some_wrong_kernel() -> None:
 
 
 def test_what_was_found_names_the_inputs_and_the_results_it_is_about() -> None:
-    assert failed(context_of(f"{HERE}:writes_into_its_input"))["unwritten"] == Finding("input_written", names=("x",))
-    finding = failed(context_of(f"{HERE}:not_deterministic"))["same-bits"]
+    assert failed(context_of("writes_into_its_input"))["unwritten"] == Finding("input_written", names=("x",))
+    finding = failed(context_of("not_deterministic"))["same-bits"]
     assert (finding.kind, finding.names[0]) == ("not_deterministic", "forward")
-    finding = failed(context_of(f"{HERE}:drops_gradients_of_a_frozen_input"))["no-grad"]
+    finding = failed(context_of("drops_gradients_of_a_frozen_input"))["no-grad"]
     assert (finding.kind, finding.quantity) == ("no_gradient", "dweight")
-    finding = failed(context_of(f"{HERE}:running_never_updated"))["running"]
+    finding = failed(context_of("running_never_updated"))["running"]
     assert finding.quantity in ("running_mean with momentum 1", "running_var with momentum 1")
 
 
 def test_what_a_kernel_raises_fails_the_check_and_ends_none() -> None:
-    found = failed(context_of(f"{HERE}:exits"))
+    found = failed(context_of("exits"))
     assert found.keys() == {row.slug for row in ROWS}
     assert {finding.exception for finding in found.values()} == {"SystemExit"}
 
 
 def test_what_is_no_result_is_no_run() -> None:
-    context = context_of(f"{HERE}:returns_a_list")
+    context = context_of("returns_a_list")
     case, given = context.fresh(Case("train", "float32", "contiguous", (4, 3)))
     with pytest.raises(KernelFailed) as caught:
         invariants.run(context, case, given)
@@ -197,21 +177,21 @@ def test_each_element_has_its_own_allowance_and_the_worst_is_told() -> None:
 # --- as checks --------------------------------------------------------------------------------------------------------
 
 
-def test_identifiers_are_unique() -> None:
-    for effort in ("quick", "default", "full"):
-        names = [check.identifier for check in checks(context_of(effort=effort))]
-        assert len(set(names)) == len(names)
+@pytest.mark.parametrize("effort", ["quick", "default", "full"])
+def test_identifiers_are_unique(effort: Any) -> None:
+    names = [check.identifier for check in checks(context_of(effort=effort))]
+    assert len(set(names)) == len(names)
 
 
-def test_a_norm_has_the_invariants_that_are_its_own() -> None:
-    for norm in NORMS:
-        plans = list(invariants.plans(context_of(norm=norm), ()))
-        assert [plan.row for plan in plans] == [row.name for row in ROWS if norm in row.norms]
-    assert "moments" not in {check.name for check in checks(context_of(norm="layer"))}
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_norm_has_the_invariants_that_are_its_own(norm: str) -> None:
+    plans = list(invariants.plans(context_of(norm=norm), ()))
+    assert [plan.rows[""] for plan in plans] == [row.name for row in ROWS if norm in row.norms]
+    assert ("moments" in {check.name for plan in plans for check in plan.checks}) is (norm == "batch")
 
 
 def test_what_is_refused_or_not_offered_is_left_out() -> None:
-    context = context_of(f"{HERE}:right_without_evaluation", effort="default")
+    context = context_of("right_without_evaluation", effort="default")
     assert "eval-gradient" not in {check.name for check in checks(context)}
     cases = [check.case for check in checks(context_of(effort="default"), "bfloat16", "relu", "eval")]
     assert cases
@@ -222,6 +202,6 @@ def test_what_is_refused_or_not_offered_is_left_out() -> None:
 
 def test_triton_is_interpreted_on_the_small_shape_alone_for_two_runs() -> None:
     context = context_of(effort="default")
-    interpreted = replace(context, candidate=replace(context.candidate, interpreted=True))
+    interpreted = replace(context, candidate=replace(context.candidate, name="fused-interpreted"))
     for each, shapes in ((context, {(4, 3, 5, 7), (8, 3, 33, 35)}), (interpreted, {(4, 3, 5, 7)})):
         assert {check.case.shape for check in checks(each) if check.case and check.name == "same-bits"} == shapes

@@ -10,32 +10,15 @@ import torch
 
 from bncli.measure.gradcheck.diagnose import FLOORS
 from bncli.measure.gradcheck.known_bugs import KNOWN_BUGS, KnownBug, Values, back_in_memory, memory_of, predicted
-from bncli.measure.reference import tolerance as tolerances
-from bncli.measure.reference.candidate import candidate
-from bncli.measure.reference.case import Case, inputs
-from bncli.measure.reference.judge import Evidence
+from bncli.measure.reference.case import Case
 from bncli.measure.reference.observe import GRADIENTS, RUNNING, observe
+from bncli.measure.reference.tolerance import in_floors
+from tests.measure.gradcheck.conftest import BUG_CASES, context_of, evidence_of
 from tests.measure.reference import wrong_kernels
 
-CPU = torch.device("cpu")
 BY_NAME = {known.bug: known for known in KNOWN_BUGS}
-CASES = [
-    Case("train", "float64", "contiguous", (4, 3, 5)),
-    Case("train", "bfloat16", "contiguous", (4, 3, 5, 7)),
-    Case("train", "float32", "channels_last", (4, 3, 5, 7), "relu+residual"),
-    Case("eval", "float32", "channels_last", (4, 3, 5, 7), "relu+residual"),
-]
+EVIDENCE = [evidence_of(case) for case in BUG_CASES]
 EACH_BUG = pytest.mark.parametrize("known", KNOWN_BUGS, ids=lambda known: known.bug)
-
-
-def evidence_of(case: Case) -> Evidence:
-    """Of a kernel that gives the truth."""
-    given = inputs(case, CPU)
-    held_to = tolerances.expected(case, given, second=False)
-    return Evidence(case, given.wide(), held_to.truth, held_to.truth, held_to.floors("native"))
-
-
-EVIDENCE = [evidence_of(case) for case in CASES]
 
 
 def predictions(known: KnownBug) -> dict[Case, Values]:
@@ -57,7 +40,7 @@ def test_a_bug_gives_something_else_than_the_truth_by_far_and_gives_every_number
         assert wrong
         for name, value in wrong.items():
             assert value.isfinite().all()
-            furthest = max(furthest, tolerances.in_floors(value, evidence.truth[name], evidence.floors[name]))
+            furthest = max(furthest, in_floors(value, evidence.truth[name], evidence.floors[name]))
     assert furthest > 5 * FLOORS
 
 
@@ -86,8 +69,8 @@ WRITTEN_OUT = {
 def test_the_prediction_is_what_a_kernel_with_the_bug_computes(kernel: str) -> None:
     """By kernels that were written for themselves, in float64, on each case's own numbers."""
     known = BY_NAME[WRITTEN_OUT[kernel]]
-    written = candidate(f"{wrong_kernels.__name__}:{kernel}", "batch", CPU, allow_code=True)
-    cases = [case if written.fuses else replace(case, fusion="plain") for case in CASES]
+    written = context_of(kernel).candidate
+    cases = [case if written.fuses else replace(case, fusion="plain") for case in BUG_CASES]
     cases = [case for case in cases if known.applies(case)]
     assert cases
     for case in cases:
@@ -120,18 +103,24 @@ def test_where_a_wrong_kernel_has_no_result_nothing_is_predicted() -> None:
     assert predicted(BY_NAME["training uses the running statistics"], evidence_of(case)) == {}
 
 
+def case_of(
+    mode: str = "train", layout: str = "contiguous", shape: tuple[int, ...] = (4, 3, 5), fusion: str = "plain"
+) -> Case:
+    return Case(mode, "float32", layout, shape, fusion)
+
+
 @pytest.mark.parametrize(
     ("bug", "case", "applies"),
     [
-        ("channels_last memory taken for contiguous", Case("eval", "float32", "channels_last", (4, 3, 5, 7)), True),
-        ("channels_last memory taken for contiguous", Case("eval", "float32", "channels_last", (4, 3)), False),
-        ("channels_last memory taken for contiguous", Case("eval", "float32", "contiguous", (4, 3, 5, 7)), False),
-        ("each example normalized by itself", Case("train", "float32", "contiguous", (4, 3)), False),
-        ("evaluation takes training's gradient", Case("train", "float32", "contiguous", (4, 3, 5)), False),
-        ("biased running variance", Case("eval", "float32", "contiguous", (4, 3, 5)), False),
-        ("the residual's gradient is missing", Case("train", "float32", "contiguous", (4, 3, 5), "relu"), False),
-        ("the activation's gradient is ignored", Case("train", "float32", "contiguous", (4, 3, 5), "relu"), True),
-        ("the residual is added after the activation", Case("train", "float32", "contiguous", (4, 3), "relu"), False),
+        ("channels_last memory taken for contiguous", case_of("eval", "channels_last", (4, 3, 5, 7)), True),
+        ("channels_last memory taken for contiguous", case_of("eval", "channels_last", (4, 3)), False),
+        ("channels_last memory taken for contiguous", case_of("eval", shape=(4, 3, 5, 7)), False),
+        ("each example normalized by itself", case_of(shape=(4, 3)), False),
+        ("evaluation takes training's gradient", case_of(), False),
+        ("biased running variance", case_of("eval"), False),
+        ("the residual's gradient is missing", case_of(fusion="relu"), False),
+        ("the activation's gradient is ignored", case_of(fusion="relu"), True),
+        ("the residual is added after the activation", case_of(fusion="relu"), False),
     ],
 )
 def test_a_bug_applies_where_its_step_is_taken(bug: str, case: Case, applies: bool) -> None:
@@ -141,10 +130,8 @@ def test_a_bug_applies_where_its_step_is_taken(bug: str, case: Case, applies: bo
 def test_memory_is_read_in_the_order_of_a_contiguous_tensor_and_back() -> None:
     x = torch.arange(2 * 3 * 2 * 2).reshape(2, 3, 2, 2).contiguous(memory_format=torch.channels_last)
     read = memory_of(x)
-    assert read is not None
     assert read.flatten().tolist() == x.permute(0, 2, 3, 1).flatten().tolist()
     assert not torch.equal(read, x)
     assert torch.equal(back_in_memory(read), x)
     vector = torch.arange(3)
     assert memory_of(vector) is vector
-    assert memory_of(None) is None

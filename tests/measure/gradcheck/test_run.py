@@ -1,5 +1,8 @@
+"""Whole runs of gradcheck: what is right passes, what is wrong is caught and named, what is left out is said."""
+
 from __future__ import annotations
 
+import functools
 import itertools
 import shlex
 from pathlib import Path
@@ -9,19 +12,20 @@ import torch
 
 from bncli.cli.gradcheck import rerun_command
 from bncli.errors import Unavailable, UsageError
-from bncli.measure.gradcheck.run import run
-from bncli.names import GRADCHECK_KERNELS
+from bncli.measure.gradcheck.run import run, values_plans
+from bncli.measure.reference.judge import CheckGroupPlan
+from bncli.measure.reference.observe import GRADIENTS, RUNNING, quantities
+from bncli.names import NORMS
 from bncli.report.gradcheck.text import evidence_text, failure_text, not_checked_text
-from bncli.results.gradcheck import CheckGroup, Gradcheck
+from bncli.results.gradcheck import CheckGroup, Effort, Gradcheck
+from tests.measure.gradcheck.conftest import context_of, named
 from tests.measure.reference import wrong_kernels
 
-HERE = "tests.measure.reference.wrong_kernels"
 
-
-def result(kernel: str = "native", **options) -> Gradcheck:
-    """The last of what a run yields; the user's functions are those of wrong_kernels."""
-    own = kernel not in GRADCHECK_KERNELS
-    *groups, last = run(kernel=f"{HERE}:{kernel}" if own else kernel, device="cpu", allow_code=own, **options)
+@functools.cache  # several tests look at the same run
+def result(kernel: str = "native", effort: Effort = "quick", norm: str = "batch", only: str | None = None) -> Gradcheck:
+    """The last of what a run yields."""
+    *groups, last = run(named(kernel), norm, "cpu", effort, only, allow_code=True)
     assert isinstance(last, Gradcheck)
     assert list(last.groups) == groups
     return last
@@ -31,29 +35,89 @@ def told(found: Gradcheck) -> str:
     return "; ".join(f"{failure.case}: {failure_text(failure)}" for failure in found.failures)
 
 
+def failing(found: Gradcheck) -> list[str]:
+    return [group.name for group in found.groups if group.failed]
+
+
+# --- the values section -----------------------------------------------------------------------------------------------
+
+
+def plans(*refused: str, kernel: str = "native", norm: str = "batch", effort: Effort = "quick") -> list[CheckGroupPlan]:
+    return list(values_plans(context_of(kernel, norm, effort), refused))
+
+
+def test_each_mode_has_a_row_for_each_quantity_that_the_candidate_has() -> None:
+    everything = ("forward", *RUNNING, *GRADIENTS, "double backward")
+    train, evaluation = plans()
+    assert train.rows == {name: f"train {name}" for name in everything}
+    assert evaluation.rows == {name: f"eval {name}" for name in everything if name not in RUNNING}
+    assert {plan.section for plan in (train, evaluation)} == {"values"}
+    (train,) = plans(kernel="right_without_evaluation")
+    assert "dresidual" in train.rows
+    assert "dresidual" not in plans(kernel="right")[0].rows
+    (layer,) = plans(norm="layer")
+    assert list(layer.rows) == ["forward", *GRADIENTS[:3], "double backward"]
+
+
+def test_a_check_is_a_case_and_is_asked_for_by_the_cases_identifier() -> None:
+    checks = [check for plan in plans(effort="default") for check in plan.checks]
+    for check in checks:
+        assert check.case is not None
+        assert check.identifier == check.case.identifier
+        assert check.quantities == quantities(check.case)
+    assert len({check.identifier for check in checks}) == len(checks)
+
+
+def test_what_a_kernel_refuses_is_in_no_case() -> None:
+    every, left = (
+        [check.case for plan in plans(*refused, effort="default") for check in plan.checks]
+        for refused in ((), ("float16", "silu"))
+    )
+    assert left == [case for case in every if case and case.dtype != "float16" and "silu" not in case.fusion.split("+")]
+    assert 0 < len(left) < len(every)
+    (train,) = [plan for plan in plans("eval") if plan.checks]
+    assert {check.case.mode for check in train.checks if check.case} == {"train"}
+
+
+@pytest.mark.parametrize(("kernel", "rule"), [("native", "native"), ("fused", "kernel"), ("right", "own function")])
+def test_errors_are_held_to_the_rule_of_the_candidate(kernel: str, rule: str) -> None:
+    assert {plan.rule for plan in plans(kernel=kernel)} == {rule}
+
+
+@pytest.mark.parametrize(("kernel", "wrong"), [("right", []), ("mean_constant", ["dx", "double backward"])])
+def test_a_check_that_is_run_judges_each_of_its_quantities(kernel: str, wrong: list[str]) -> None:
+    checks = plans(kernel=kernel)[0].checks
+    check = next(check for check in checks if check.identifier.startswith("train/float32/contiguous/5x3x7/"))
+    findings = check.run().findings
+    assert tuple(findings) == check.quantities
+    assert [name for name, finding in findings.items() if finding.failed] == wrong
+
+
 # --- what is right passes ---------------------------------------------------------------------------------------------
 
-
-SLOW_DEFAULT = pytest.param("default", marks=pytest.mark.slow)
+RIGHT = (*wrong_kernels.RIGHT, *wrong_kernels.RIGHT_BUT_ROUNDED_OTHERWISE)
+RIGHT_RUNS: list[tuple[str, str, Effort]] = [
+    ("native", "batch", "default"),
+    *(("native", norm, "quick") for norm in NORMS),
+    *((kernel, "batch", "quick") for kernel in ("fused", *RIGHT)),
+]
+LONG_RIGHT_RUNS: list[tuple[str, str, Effort]] = [
+    *(("native", norm, "default") for norm in NORMS if norm != "batch"),
+    *((kernel, "batch", "default") for kernel in ("fused", *RIGHT)),
+    *((kernel, "batch", "full") for kernel in ("native", *wrong_kernels.RIGHT)),
+]
 
 
 @pytest.mark.parametrize(
-    ("norm", "effort"),
-    [("batch", "default"), *((norm, "quick") for norm in ("batch", "layer", "group", "instance"))],
+    ("kernel", "norm", "effort"),
+    [*RIGHT_RUNS, *(pytest.param(*each, marks=pytest.mark.slow) for each in LONG_RIGHT_RUNS)],
 )
-def test_the_native_kernel_passes(norm: str, effort: str) -> None:
-    found = result(norm=norm, effort=effort)
+def test_a_correct_kernel_passes(kernel: str, norm: str, effort: Effort) -> None:
+    found = result(kernel, effort, norm)
     assert found.passed, told(found)
     assert not found.diagnoses
     assert not found.failures
     assert found.paths
-
-
-@pytest.mark.parametrize("effort", ["quick", SLOW_DEFAULT])
-def test_the_fused_kernel_passes_in_c(effort: str) -> None:
-    found = result("fused", effort=effort)
-    assert found.passed, told(found)
-    assert found.ran.startswith("C, compiled for this CPU")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is compiling for the GPU in this process")
@@ -64,43 +128,10 @@ def test_the_gpus_kernel_is_checked_in_the_interpreter() -> None:
     assert "Triton's interpreter" in found.ran
 
 
-@pytest.mark.parametrize("effort", ["quick", SLOW_DEFAULT])
-@pytest.mark.parametrize("kernel", wrong_kernels.RIGHT)
-def test_a_correct_function_of_the_users_own_passes(kernel: str, effort: str) -> None:
-    found = result(kernel, effort=effort)
-    assert found.passed, told(found)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("norm", ["layer", "group", "instance"])
-def test_the_other_norms_pass_the_default_run(norm: str) -> None:
-    assert result(norm=norm).passed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["native", *wrong_kernels.RIGHT])
-def test_correct_kernels_pass_every_case_of_every_seed(kernel: str) -> None:
-    found = result(kernel, effort="full")
-    assert found.passed, told(found)
-
-
-@pytest.mark.parametrize("kernel", wrong_kernels.RIGHT_BUT_ROUNDED_OTHERWISE)
-def test_a_correct_function_that_rounds_otherwise_passes(kernel: str) -> None:
-    found = result(kernel, effort="quick")
-    assert found.passed, told(found)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kernel", wrong_kernels.RIGHT_BUT_ROUNDED_OTHERWISE)
-def test_a_correct_function_that_rounds_otherwise_passes_the_default_run(kernel: str) -> None:
-    found = result(kernel)
-    assert found.passed, told(found)
-
-
 @pytest.mark.parametrize("kernel", wrong_kernels.LESS_ACCURATE)
 def test_a_variance_taken_in_order_is_called_less_accurate_and_no_bug(kernel: str) -> None:
-    found = result(kernel, effort="quick")
-    assert [group.name for group in found.groups if group.failed] == ["variance far from zero"]
+    found = result(kernel)
+    assert failing(found) == ["variance far from zero"]
     assert [diagnosis.bug for diagnosis in found.diagnoses] == ["less accurate than native"]
     assert "times native's error" in evidence_text(found.diagnoses[0])
 
@@ -117,20 +148,20 @@ def test_torchs_own_function_is_taken_by_name() -> None:
 
 
 def test_a_kernel_that_exits_fails_and_does_not_end_the_check() -> None:
-    found = result("exits", effort="quick")
+    found = result("exits")
     assert not found.passed
     assert "SystemExit" in failure_text(found.failures[0])
 
 
 @pytest.mark.parametrize("kernel", ["wrong_without_gradients", "drops_gradients_of_a_frozen_input"])
 def test_another_way_where_no_gradient_is_asked_for_is_checked_too(kernel: str) -> None:
-    found = result(kernel, effort="quick")
-    assert [group.name for group in found.groups if group.failed] == ["the same without gradients, and with x frozen"]
+    found = result(kernel)
+    assert failing(found) == ["the same without gradients, and with x frozen"]
 
 
 @pytest.mark.parametrize("kernel", wrong_kernels.BUGS)
 def test_every_wrong_kernel_is_caught_by_the_quick_run_and_named_first(kernel: str) -> None:
-    found = result(kernel, effort="quick")
+    found = result(kernel)
     assert not found.passed
     assert found.failures
     assert wrong_kernels.BUGS[kernel] in found.diagnoses[0].bug
@@ -140,12 +171,12 @@ def test_every_wrong_kernel_is_caught_by_the_quick_run_and_named_first(kernel: s
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", wrong_kernels.BUGS)
 def test_every_wrong_kernel_is_named_by_the_default_run(kernel: str) -> None:
-    assert wrong_kernels.BUGS[kernel] in result(kernel).diagnoses[0].bug
+    assert wrong_kernels.BUGS[kernel] in result(kernel, "default").diagnoses[0].bug
 
 
 @pytest.mark.parametrize("kernel", wrong_kernels.UNKNOWN)
 def test_a_bug_without_a_name_is_caught_and_told_by_what_fails_and_what_is_clean(kernel: str) -> None:
-    found = result(kernel, effort="quick")
+    found = result(kernel)
     assert not found.passed
     assert [diagnosis.bug for diagnosis in found.diagnoses] == ["no bug that is known here"]
     for words in wrong_kernels.UNKNOWN[kernel]:
@@ -158,13 +189,13 @@ def test_an_input_that_one_operation_alone_writes_to_is_found_in_its_own_case() 
 
 
 def test_statistics_that_an_evaluation_moves_are_found() -> None:
-    found = result("moved_in_evaluation", effort="quick")
+    found = result("moved_in_evaluation")
     assert "an input is written to" in found.diagnoses[0].bug
     assert "running_mean changed during the call, in evaluation" in evidence_text(found.diagnoses[0])
 
 
 def test_the_evidence_holds_the_distances_to_the_wrong_kernel_and_to_the_truth() -> None:
-    evidence = evidence_text(result("statistics_constant", effort="quick").diagnoses[0])
+    evidence = evidence_text(result("statistics_constant").diagnoses[0])
     assert "equals the direct part alone to" in evidence
     assert "misses the true one by" in evidence
 
@@ -177,24 +208,24 @@ def skipped(found: Gradcheck) -> dict[str, str]:
 
 
 def test_a_dtype_that_is_refused_is_a_group_with_the_reason_and_not_a_failure() -> None:
-    found = result("full_precision_only", effort="quick")
+    found = result("full_precision_only")
     assert found.passed, told(found)
     assert "half precision is not supported" in skipped(found)["float16"]
     assert "bfloat16" in skipped(found)
 
 
 def test_a_seam_without_statistics_is_not_checked_in_evaluation() -> None:
-    found = result("right_without_evaluation", effort="quick")
+    found = result("right_without_evaluation")
     assert "no evaluation mode" in skipped(found)["evaluation"]
     assert not any(group.name.startswith("eval ") for group in found.groups)
 
 
 def test_a_mode_or_an_operation_that_is_not_implemented_is_told_and_left_out() -> None:
-    found = result("training_alone", effort="quick")
+    found = result("training_alone")
     assert found.passed, told(found)
     assert "fold the statistics" in skipped(found)["eval"]
     assert all(group.name for group in found.groups)
-    found = result("no_silu", effort="quick")
+    found = result("no_silu")
     assert found.passed, told(found)
     assert "no silu" in skipped(found)["silu"]
 
@@ -203,37 +234,31 @@ def test_a_mode_or_an_operation_that_is_not_implemented_is_told_and_left_out() -
 
 
 def test_a_failures_command_runs_that_case_alone_and_fails_again() -> None:
-    found = result("statistics_constant", effort="quick")
+    found = result("statistics_constant")
     failure = found.failures[0]
-    assert shlex.join(rerun_command(found, failure)) == (
-        f"bncli gradcheck --kernel {HERE}:statistics_constant --device cpu --allow-code --only {failure.case}"
-    )
-    again = result("statistics_constant", only=failure.case)
+    options = f"--kernel {named('statistics_constant')} --device cpu --allow-code --only {failure.case}"
+    assert shlex.join(rerun_command(found, failure)) == f"bncli gradcheck {options}"
+    again = result("statistics_constant", "default", only=failure.case)
     assert [group.cases for group in again.groups] == [1]
     assert again.failures[0] == failure
     assert "statistics treated as constants" in again.diagnoses[0].bug
 
 
 def test_an_identifier_without_its_quantity_runs_all_of_them() -> None:
-    found = result(only="train/bfloat16/channels_last/4x3x5x7/relu+residual")
-    assert {group.name for group in found.groups} == {
-        f"train {name}"
-        for name in (
-            *("forward", "running_mean", "running_var", "dx", "dweight", "dbias", "dresidual"),
-            "double backward",
-        )
-    }
+    found = result(effort="default", only="train/bfloat16/channels_last/4x3x5x7/relu+residual")
+    everything = ("forward", *RUNNING, *GRADIENTS, "double backward")
+    assert [group.name for group in found.groups] == [f"train {name}" for name in everything]
     assert all(group.cases == 1 for group in found.groups)
 
 
 def test_a_glob_runs_what_it_matches() -> None:
-    found = result(only="eval/float32/*/dx", effort="quick")
+    found = result(only="eval/float32/*/dx")
     assert [group.name for group in found.groups] == ["eval dx"]
     assert found.groups[0].cases > 1
 
 
 def test_a_case_of_the_full_run_is_found_by_its_identifier_alone() -> None:
-    assert result(only="train/float16/contiguous/4x3x5x7/silu~3", effort="quick").passed
+    assert result(only="train/float16/contiguous/4x3x5x7/silu~3").passed
 
 
 def test_a_name_that_matches_nothing_is_refused_with_the_nearest() -> None:
@@ -243,11 +268,8 @@ def test_a_name_that_matches_nothing_is_refused_with_the_nearest() -> None:
 
 
 def test_two_runs_find_the_same() -> None:
-    def figures() -> list[tuple]:
-        groups = result("half_precision_statistics", effort="quick", only="train/*").groups
-        return [(group.name, group.cases, group.failed, group.worst, group.worst_case) for group in groups]
-
-    assert figures() == figures()
+    first, second = (result.__wrapped__("half_precision_statistics", only="train/*").groups for _ in range(2))
+    assert first == second
 
 
 # --- the user's own function ------------------------------------------------------------------------------------------
@@ -271,8 +293,6 @@ def test_a_device_that_is_none_is_refused() -> None:
 
 
 def test_a_device_that_is_not_here_is_unavailable() -> None:
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     with pytest.raises(Unavailable):

@@ -1,115 +1,34 @@
-"""The kernel view against a machine whose times are known exactly, and kernels of which some are wrong."""
+"""The kernel view against a machine whose times are known exactly."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from bncli.errors import Unavailable, UsageError
-from bncli.measure.profile.budget import Asked, planned
-from bncli.measure.profile.candidates import Candidate, Source
-from bncli.measure.profile.kernels import KernelRun
+from bncli.measure.profile.kernels import MOST_ROUNDS, Budget, KernelRun, KernelSettings
 from bncli.measure.profile.shapes import Calls, shape_set
+from bncli.measure.profile.timed_kernels import TimedKernel
 from bncli.measure.reference import case as cases
-from bncli.measure.reference.candidate import by_name
-from bncli.measure.reference.case import EPS
-from bncli.measure.timing.ceilings import Ladder
-from bncli.measure.timing.clock import CpuClock
+from bncli.measure.timing import clock
+from bncli.measure.timing.ceilings import CeilingBenchmark
+from bncli.measure.timing.clock import CpuClock, Deadline
 from bncli.results.profile import Case, KernelCost, KernelProfile, Measuring, Note, ProfileStarted, RowDone
-
-CPU = torch.device("cpu")
-SMALL = ((4, 3, 5, 7), 2)
-TICK_NS = 1000  # that reading the clock takes
-OVERHEAD_MS = TICK_NS / 1e6
-
-
-class Machine:
-    """A host whose clock moves when it is read, and when a kernel says so; all times in ms."""
-
-    def __init__(self) -> None:
-        self.passed_ns = 0
-
-    def now_ns(self) -> int:
-        self.passed_ns += TICK_NS
-        return self.passed_ns
-
-    def now_s(self) -> float:
-        return self.passed_ns / 1e9
-
-    def takes(self, forward_ms: float, backward_ms: float) -> Source:
-        """Native's kernel, for that long on the cases that are timed."""
-
-        def source(case: cases.Case) -> Candidate:
-            if case.eps != EPS:
-                return Candidate(case, NATIVE)
-            return Candidate(case, lambda *given: Spent.apply(NATIVE(*given), self, forward_ms, backward_ms), "a fake")
-
-        return source
-
-
-NATIVE = by_name("native")
-
-
-class Spent(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, machine: Machine, forward_ms: float, backward_ms: float) -> Tensor:
-        machine.passed_ns += round(forward_ms * 1e6)
-        ctx.machine, ctx.backward_ms = machine, backward_ms
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.machine.passed_ns += round(ctx.backward_ms * 1e6)
-        return gradients[0], None, None, None
-
-
-class Peaks:
-    """Stands in for fresh processes."""
-
-    def __init__(self, mib: float | None = 1.5) -> None:
-        self.mib, self.log = mib, list[str]()
-        self.failure = None if mib is not None else "it hung"
-
-    def start(self) -> None:
-        self.log.append("start")
-
-    def peak_mib(self, case: Case, kernel: str) -> float | None:
-        self.log.append(f"{kernel} {case}")
-        return self.mib
-
-    def close(self) -> None:
-        self.log.append("close")
-
-
-def run_of(machine: Machine, sources: dict[str, Source], peaks: Peaks | None = None, **asked: Any) -> KernelRun:
-    clock = CpuClock(flush_bytes=64, now_ns=machine.now_ns)
-    ladder = Ladder(clock, CPU, cold=True, sizes=(4096, 8192), matrix_side=4)
-    given = Asked(**{"kernels": tuple(sources), "operations": ("bn+relu",), "shapes": (SMALL,), **asked})
-    return KernelRun(given, CPU, clock, peaks=peaks or Peaks(), sources=sources, ladder=ladder, now_s=machine.now_s)
-
-
-def profile(machine: Machine, sources: dict[str, Source], peaks: Peaks | None = None, **asked: Any) -> KernelProfile:
-    run = run_of(machine, sources, peaks, **asked)
-    for _ in run.events():
-        pass
-    return run.result()
-
-
-def row_of(found: KernelProfile, kernel: str) -> KernelCost:
-    return next(row for row in found.rows if row.kernel == kernel)
-
+from tests.measure.profile.fake_machine import CPU, OVERHEAD_MS, SMALL, TICK_NS, Machine, Processes, profile, run_of
 
 # --- times ------------------------------------------------------------------------------------------------------------
 
 
-def test_each_direction_has_its_own_time_and_the_ratio_is_of_both() -> None:
+@pytest.fixture(scope="module")
+def found() -> KernelProfile:
     machine = Machine()
-    found = profile(machine, {"native": machine.takes(2.0, 3.0), "rival": machine.takes(1.0, 1.5)})
+    return profile(machine, {"native": machine.takes(2.0, 3.0), "rival": machine.takes(1.0, 1.5)})
+
+
+def test_each_direction_has_its_own_time_and_the_speedup_is_of_both(found: KernelProfile) -> None:
     native, rival = found.rows
     for row, forward_ms, backward_ms in ((native, 2.0, 3.0), (rival, 1.0, 1.5)):
         assert row.forward is not None
@@ -125,10 +44,8 @@ def test_each_direction_has_its_own_time_and_the_ratio_is_of_both() -> None:
     assert rival.faster.interval.low == pytest.approx(5.001 / 2.501)
 
 
-def test_bytes_are_those_of_the_floor_and_saved_ones_those_of_the_storages() -> None:
-    machine = Machine()
-    (row,) = profile(machine, {"native": machine.takes(1.0, 1.0)}).rows
-    tensor_bytes = 4 * 3 * 5 * 7 * 4
+def test_floor_bytes_count_tensors_and_saved_bytes_count_storages(found: KernelProfile) -> None:
+    row, tensor_bytes = found.rows[0], 4 * 3 * 5 * 7 * 4
     assert row.both is not None
     assert row.forward is not None
     assert row.forward.floor_bytes == 2 * tensor_bytes
@@ -138,10 +55,16 @@ def test_bytes_are_those_of_the_floor_and_saved_ones_those_of_the_storages() -> 
     assert 2 * tensor_bytes < row.saved_mib * 2**20 < 2 * tensor_bytes + 200  # x and y, and vectors of 3
 
 
+def test_copies_are_medians_of_the_same_run(found: KernelProfile) -> None:
+    ceilings = found.ceilings
+    assert ceilings.copies == ((4096, pytest.approx(2 * 4096 / TICK_NS)), (8192, pytest.approx(2 * 8192 / TICK_NS)))
+    assert ceilings.gflop_per_s == pytest.approx(2 * 4**3 / TICK_NS)
+
+
 def test_a_mean_names_the_worst_shape() -> None:
     machine = Machine()
 
-    def slow_on_many_channels(case: cases.Case) -> Candidate:
+    def slow_on_many_channels(case: cases.Case) -> TimedKernel:
         return machine.takes(8.0 if case.shape[1] > 5 else 1.0, 1.0)(case)
 
     shapes = ((4, 3, 5, 7), 1), ((4, 6, 5, 7), 9)
@@ -152,266 +75,38 @@ def test_a_mean_names_the_worst_shape() -> None:
     assert mean.faster.value == pytest.approx(((4.001 / 2.001) * (4.001 / 9.001)) ** 0.5)
 
 
-def test_without_native_in_the_run_there_are_times_and_no_ratios() -> None:
+def test_without_native_there_is_no_speedup_and_without_a_peak_a_note() -> None:
     machine = Machine()
-    found = profile(machine, {"rival": machine.takes(1.0, 1.0)})
-    assert found.rows[0].both is not None
-    assert found.rows[0].faster is None
-    assert found.means == ()
-
-
-def test_copies_are_medians_of_the_same_run() -> None:
-    machine = Machine()
-    ceilings = profile(machine, {"native": machine.takes(1.0, 1.0)}).ceilings
-    assert ceilings.copies == ((4096, pytest.approx(2 * 4096 / TICK_NS)), (8192, pytest.approx(2 * 8192 / TICK_NS)))
-    assert ceilings.gflop_per_s == pytest.approx(2 * 4**3 / TICK_NS)
-
-
-# --- correctness first ------------------------------------------------------------------------------------------------
-
-
-Spoil = Callable[[tuple[Any, ...], Tensor], Tensor]
-
-
-def broken(spoil: Spoil, *, everywhere: bool = False) -> Source:
-    """Native's kernel, whose result is spoilt; on the cases that are timed alone, or on small ones too."""
-
-    def source(case: cases.Case) -> Candidate:
-        if case.eps != EPS and not everywhere:
-            return Candidate(case, NATIVE)
-        return Candidate(case, lambda *given: spoil(given, NATIVE(*given)), "broken")
-
-    return source
-
-
-def in_the_gradient(given: tuple[Any, ...], y: Tensor) -> Tensor:
-    y.register_hook(lambda dy: dy * 1.01)
-    return y
-
-
-def in_the_last_channel(given: tuple[Any, ...], y: Tensor) -> Tensor:
-    return torch.cat([y[:, :-1], y[:, -1:] * 1.01], dim=1)
-
-
-def in_one_element(given: tuple[Any, ...], y: Tensor) -> Tensor:
-    hole = torch.zeros_like(y)
-    hole[1, 1, 0, 0] = float("nan")
-    return y + hole
-
-
-def in_running_var(given: tuple[Any, ...], y: Tensor) -> Tensor:
-    given[2].data.mul_(1.01)
-    return y
-
-
-def without_the_last_element(given: tuple[Any, ...], y: Tensor) -> Tensor:
-    """A tail that is never written, as a wrong mask leaves it."""
-    keep = torch.ones_like(y, dtype=torch.bool)
-    keep.view(-1)[-1] = False
-    return torch.where(keep, y, torch.empty_like(y).detach())
-
-
-def into_x(given: tuple[Any, ...], y: Tensor) -> Tensor:
-    given[0].data[-1, -1].mul_(2)
-    return y
-
-
-WRONG: list[tuple[Spoil, str, str]] = [  # the kind of the finding and its quantity, empty for the call as a whole
-    (lambda given, y: y * 1.01, "off", "forward"),
-    (in_the_gradient, "off", "dx"),
-    (in_the_last_channel, "off", "forward"),
-    (in_one_element, "nan_unexpected", "forward"),
-    (in_running_var, "off", "running_var"),
-    (without_the_last_element, "nan_unexpected", "forward"),
-    (lambda given, y: y.double(), "wrong_dtype", ""),
-    (lambda given, y: y.flatten(2), "wrong_shape", ""),
-    (into_x, "input_written", ""),
-]
-
-
-@pytest.mark.parametrize(("spoil", "kind", "quantity"), WRONG)
-def test_a_wrong_kernel_gets_its_finding_and_no_time(spoil: Spoil, kind: str, quantity: str) -> None:
-    machine = Machine()
-    found = profile(machine, {"native": machine.takes(1.0, 1.0), "mine": broken(spoil)})
-    mine = row_of(found, "mine")
-    assert mine.wrong
-    assert mine.error == "wrong result"
-    assert mine.finding is not None
-    assert mine.finding.kind == kind
-    assert mine.finding.quantity == quantity
-    assert mine.wrong_case is None
-    assert (mine.forward, mine.backward, mine.both, mine.faster, mine.saved_mib) == (None,) * 5
-    assert row_of(found, "native").both is not None
-
-
-def test_a_kernel_that_is_wrong_on_a_small_case_alone_gets_rows_that_name_it_and_is_judged_there_once() -> None:
-    machine = Machine()
-    made: list[cases.Case] = []
-
-    def wrong_in_half_precision(case: cases.Case) -> Candidate:
-        made.append(case)
-        call: Any = (lambda *given: NATIVE(*given) * 1.25) if case.dtype == "float16" else NATIVE
-        return Candidate(case, call)
-
-    shapes = (SMALL, ((2, 9), 1))
-    found = profile(machine, {"native": machine.takes(1.0, 1.0), "mine": wrong_in_half_precision}, shapes=shapes)
-    rows = [row for row in found.rows if row.kernel == "mine"]
-    assert len(rows) == 2
-    for row in rows:
-        assert (row.wrong, row.both) == (True, None)
-        assert row.wrong_case is not None
-        assert row.wrong_case.startswith("train/float16/")
-        assert row.finding is not None
-        assert row.finding.quantity == "forward"
-    counts = [made.count(case) for case in made if case.dtype == "float16"]
-    assert max(counts) <= 2  # its forward pass, and all of it
-    assert not any(case.shape == (2, 9) for case in made)
-
-
-def test_what_a_kernel_refuses_in_a_small_case_is_no_wrong_result() -> None:
-    machine = Machine()
-
-    def picky(case: cases.Case) -> Candidate:
-        def call(*given: Any) -> Tensor:
-            if case.stored == torch.bfloat16:
-                raise TypeError("no bfloat16")
-            if case.activation == "silu":
-                raise NotImplementedError("no silu")
-            return NATIVE(*given)
-
-        if case.mode == "eval":
-            raise Unavailable("training alone")
-        return Candidate(case, call)
-
-    found = profile(machine, {"native": machine.takes(1.0, 1.0), "mine": picky})
-    assert row_of(found, "mine").error is None
-    assert row_of(found, "mine").judged_on_cases
-
-
-def test_a_large_case_is_run_whole_and_judged_from_the_first_channel_to_the_last() -> None:
-    machine = Machine()
-    large = ((2, 5, 512, 128), 1)  # 131,072 values a channel: three channels are judged
-    sources = {"native": machine.takes(1.0, 1.0), "last": broken(in_the_last_channel), "one": broken(in_one_element)}
-    found = profile(machine, sources, shapes=(large,))
-    assert [row.wrong for row in found.rows] == [False, True, True]
-    assert [note.kind for note in found.notes if note.cases] == ["channels sampled"]
-
-
-def test_what_is_missing_is_an_error_and_not_a_wrong_result() -> None:
-    machine = Machine()
-
-    def missing(case: cases.Case) -> Candidate:
-        raise Unavailable("not installed (pip install rival)")
-
-    found = profile(machine, {"native": machine.takes(1.0, 1.0), "rival": missing})
-    rival = row_of(found, "rival")
-    assert (rival.error, rival.wrong, rival.both) == ("not installed (pip install rival)", False, None)
-
-
-def test_a_kernel_that_raises_is_wrong_and_the_others_rows_stand() -> None:
-    machine = Machine()
-
-    def raises(*given: Any) -> Tensor:
-        raise ValueError("of mine\nin detail")
-
-    found = profile(machine, {"mine": lambda case: Candidate(case, raises), "native": machine.takes(1.0, 1.0)})
-    assert (row_of(found, "mine").error, row_of(found, "mine").wrong) == ("ValueError: of mine", True)
-    assert row_of(found, "native").both is not None
-
-
-def test_a_kernel_that_is_right_once_and_then_raises_has_no_time() -> None:
-    machine = Machine()
-
-    def source(case: cases.Case) -> Candidate:
-        calls = itertools.count()
-
-        def call(*given: Any) -> Tensor:
-            if next(calls) >= 2:  # it is judged, and what it saves is counted
-                raise RuntimeError("tired")
-            return NATIVE(*given)
-
-        return Candidate(case, call)
-
-    found = profile(machine, {"native": machine.takes(1.0, 1.0), "mine": source})
-    assert (row_of(found, "mine").error, row_of(found, "mine").both) == ("RuntimeError: tired", None)
-    assert row_of(found, "native").both is not None
-
-
-def test_what_cannot_be_compiled_says_why_and_compilation_is_in_no_row() -> None:
-    machine = Machine()
-
-    def refuses(*given: Any) -> Tensor:
-        raise RuntimeError("no compiler")
-
-    def bad(case: cases.Case) -> Candidate:
-        return Candidate(case, refuses, compiles=True)
-
-    def compiles(case: cases.Case) -> Candidate:
-        calls = itertools.count()
-
-        def call(*given: Any) -> Tensor:
-            machine.passed_ns += 0 if next(calls) else 7_000_000_000
-            return NATIVE(*given)
-
-        return Candidate(case, call, compiles=True)
-
-    sources = {"native": machine.takes(1.0, 1.0), "bad": bad, "good": compiles}
-    found = profile(machine, sources)
-    assert (row_of(found, "bad").error, row_of(found, "bad").wrong) == (
-        "torch.compile: RuntimeError: no compiler",
-        False,
-    )
-    good = row_of(found, "good")
-    assert good.both is not None
-    assert not good.judged_on_cases
-    assert max(good.both.samples_ms) == pytest.approx(OVERHEAD_MS)
-    assert good.peak_memory_mib is None
-    assert Note("compilation", "good", seconds=7.0) in found.notes
-    assert Note("peak needs compilation", "good") in found.notes
-
-
-def test_what_is_asked_for_is_compiled_however_late_it_is() -> None:
-    machine = Machine()
-
-    def refuses(*given: Any) -> Tensor:
-        raise RuntimeError("no compiler")
-
-    late: Source = lambda case: Candidate(case, refuses, compiles=True)  # noqa: E731
-    sources = {"native": machine.takes(400.0, 400.0), "late": late}
-    shapes = tuple(((4, 3, 5, side), 1) for side in range(2, 6))
-    found = profile(machine, sources, shapes=shapes, seconds=4.0)
-    said = [str(row.error).split(":")[0] for row in found.rows if row.kernel == "late"]
-    assert said == ["torch.compile"] * 4
-    assert not any(row.wrong for row in found.rows)
-
-
-def test_a_kernel_that_writes_over_its_input_gets_a_copy_each_time() -> None:
-    machine = Machine()
-
-    def in_place(case: cases.Case) -> Candidate:
-        def call(x: Tensor, *others: Any) -> Tensor:
-            y = NATIVE(x.clone(), *others)
-            x.data.zero_()
-            return y
-
-        return Candidate(case, call, overwrites=True)
-
-    found = profile(machine, {"native": machine.takes(1.0, 1.0), "in place": in_place}, operations=("bn",))
-    assert [row.error for row in found.rows] == [None, None]
-    run = run_of(machine, {"in place": in_place, "native": machine.takes(1.0, 1.0)}, operations=("bn",))
-    assert [event.row.error for event in run.events() if isinstance(event, RowDone)] == [None, None]
+    alone = profile(machine, {"rival": machine.takes(1.0, 1.0)}, Processes(None))
+    assert alone.rows[0].both is not None
+    assert alone.rows[0].faster is None
+    assert alone.means == ()
+    assert alone.rows[0].peak_memory_mib is None
+    assert Note("peak unknown", "rival", (Case(SMALL[0], "bn+relu", "fp32"),), reason="it hung") in alone.notes
 
 
 # --- the budget -------------------------------------------------------------------------------------------------------
 
 
-def test_rounds_fill_the_time_and_no_more() -> None:
-    for seconds, cases_count in ((10.0, 1), (10.0, 4)):
-        machine = Machine()
-        shapes = tuple(((4, 3, 5, side), 1) for side in range(2, 2 + cases_count))
-        found = profile(machine, {"native": machine.takes(20.0, 20.0)}, shapes=shapes, seconds=seconds)
-        assert 0.6 * seconds < found.seconds <= seconds or all(_rounds(row) == 40 for row in found.rows)
-        assert all(_rounds(row) >= 6 for row in found.rows)
+def test_a_case_has_the_rounds_that_fit_in_its_share_of_the_time() -> None:
+    now = [0.0]
+    budget = Budget(Deadline(100.0, lambda: now[0]), 0.5, 6, lambda: now[0])
+    alone = min(clock.FEWEST_ROUNDS, 6)
+    assert budget.rounds(1.0) == (20, 20)  # 50 s, and a round of each direction alone takes half as long again
+    assert budget.rounds(0.0) == budget.rounds(1e-6) == (MOST_ROUNDS, MOST_ROUNDS)
+    assert budget.rounds(30.0) == (6, alone)
+    now[0] = 10.0
+    assert budget.rounds(1.0) == (16, 16)
+    assert budget.least_s(2.0) == 10.0 + (6 + 1.5 * alone) * 2.0
+
+
+@pytest.mark.parametrize("shapes", [1, 4])
+def test_rounds_fill_the_time_and_no_more(shapes: int) -> None:
+    machine = Machine()
+    asked = tuple(((4, 3, 5, side), 1) for side in range(2, 2 + shapes))
+    found = profile(machine, {"native": machine.takes(20.0, 20.0)}, shapes=asked, seconds=10.0)
+    assert 6.0 < found.seconds <= 10.0 or all(_rounds(row) == 40 for row in found.rows)
+    assert all(_rounds(row) >= 6 for row in found.rows)
 
 
 def _rounds(row: KernelCost) -> int:
@@ -419,12 +114,14 @@ def _rounds(row: KernelCost) -> int:
     return len(row.both.samples_ms)
 
 
+THREE = ((4, 3, 5, 7), 1), ((4, 4, 5, 7), 1), ((4, 5, 5, 7), 1)
+
+
 @pytest.mark.parametrize(("least", "rounds", "alone"), [(6, 6, 3), (9, 9, 3), (50, 50, 3), (2, 2, 2)])
 def test_every_case_has_the_fewest_rounds_however_little_time_there_is(least: int, rounds: int, alone: int) -> None:
     machine = Machine()
-    shapes = ((4, 3, 5, 7), 1), ((4, 4, 5, 7), 1), ((4, 5, 5, 7), 1)
     sources = {"native": machine.takes(500.0, 500.0), "rival": machine.takes(500.0, 500.0)}
-    found = profile(machine, sources, shapes=shapes, seconds=1.0, least_rounds=least)
+    found = profile(machine, sources, shapes=THREE, seconds=1.0, least_rounds=least)
     assert [row.error for row in found.rows] == [None] * 6
     assert {_rounds(row) for row in found.rows} == {rounds}
     assert {len(row.forward.samples_ms) for row in found.rows if row.forward} == {alone}
@@ -433,94 +130,89 @@ def test_every_case_has_the_fewest_rounds_however_little_time_there_is(least: in
     assert [note.count for note in found.notes if note.kind == "few rounds"] == [6] * (rounds < 6)
 
 
-def test_with_a_little_more_time_there_are_more_rounds_of_both_directions_first() -> None:
+def test_more_time_gives_more_rounds_of_both_directions_first() -> None:
     machine = Machine()
     (row,) = profile(machine, {"native": machine.takes(50.0, 50.0)}, seconds=2.0).rows
     assert row.forward is not None
     assert 6 <= _rounds(row) == len(row.forward.samples_ms) < 40
 
 
-def test_how_long_it_takes_at_the_least_is_told_after_the_first_case() -> None:
-    for seconds in (1.0, 100.0):
-        machine = Machine()
-        shapes = ((4, 3, 5, 7), 1), ((4, 4, 5, 7), 1), ((4, 5, 5, 7), 1)
-        run = run_of(machine, {"native": machine.takes(500.0, 500.0)}, shapes=shapes, seconds=seconds)
-        events = list(run.events())
-        started, _, *least_s = [event for event in events if isinstance(event, (ProfileStarted, Measuring))]
-        assert isinstance(started, ProfileStarted)
-        assert started.seconds == seconds
-        told = [event.least_s for event in least_s[1:-1] if isinstance(event, Measuring)]
-        assert len(told) == 2  # of the first case nothing is known
-        if seconds == 1.0:
-            assert told == pytest.approx([run.result().seconds] * 2, rel=0.1)
-        else:
-            assert max(told) < run.result().seconds <= seconds
+@pytest.mark.parametrize("seconds", [1.0, 100.0])
+def test_the_least_time_that_it_takes_is_known_after_the_first_case(seconds: float) -> None:
+    machine = Machine()
+    run = run_of(machine, {"native": machine.takes(500.0, 500.0)}, shapes=THREE, seconds=seconds)
+    events = list(run.events())
+    assert isinstance(events[0], ProfileStarted)
+    assert events[0].seconds == seconds
+    # Of the first case nothing is known when it begins.
+    _, *later = [event.least_s for event in events if isinstance(event, Measuring) and event.phase == "case"]
+    assert len(later) == 2
+    if seconds == 1.0:
+        assert later == pytest.approx([run.result().seconds] * 2, rel=0.1)
+    else:
+        assert max(later) < run.result().seconds <= seconds
 
 
 # --- events, and an interruption --------------------------------------------------------------------------------------
 
 
-def test_events_tell_what_is_planned_what_goes_on_and_each_row() -> None:
-    machine, peaks = Machine(), Peaks()
-    run = run_of(machine, {"native": machine.takes(1.0, 1.0)}, peaks, shapes=(SMALL, ((2, 9), 1)))
+def test_events_say_what_is_planned_what_is_measured_and_each_row() -> None:
+    machine, processes = Machine(), Processes()
+    run = run_of(machine, {"native": machine.takes(1.0, 1.0)}, processes, shapes=(SMALL, ((2, 9), 1)))
+    before = run.result()
+    assert (before.rows, before.means, before.ceilings.copies, before.planned) == ((), (), (), 2)
     events = list(run.events())
     assert events[0] == ProfileStarted("kernels", 2, 40.0)
-    fractions = [event.fraction for event in events if isinstance(event, Measuring)]
+    measuring = [event for event in events if isinstance(event, Measuring)]
+    assert [event.phase for event in measuring] == ["ceilings", "case", "case", "ceilings"]
+    assert [event.subject for event in measuring[1:3]] == [f"fp32 contiguous bn+relu {s}" for s in ("4x3x5x7", "2x9")]
+    fractions = [event.fraction for event in measuring]
     assert fractions == sorted(fractions)
     assert (fractions[0], fractions[-1]) == (0.0, 1.0)
     assert [event.row for event in events if isinstance(event, RowDone)] == list(run.result().rows)
-    assert peaks.log[0] == "start"
-    assert peaks.log[-1] == "close"
+    assert processes.closed
 
 
-def test_an_interrupted_run_has_the_rows_of_finished_cases_and_leaves_no_process() -> None:
-    machine, peaks = Machine(), Peaks()
+def test_an_interrupted_run_has_the_rows_of_finished_cases() -> None:
+    machine, processes = Machine(), Processes()
 
-    def interrupted(case: cases.Case) -> Candidate:
+    def interrupted(case: cases.Case) -> TimedKernel:
         if case.shape == (2, 9):
             raise KeyboardInterrupt
         return machine.takes(1.0, 1.0)(case)
 
     sources = {"native": machine.takes(1.0, 1.0), "rival": interrupted}
-    run = run_of(machine, sources, peaks, shapes=(SMALL, ((2, 9), 1)))
+    run = run_of(machine, sources, processes, shapes=(SMALL, ((2, 9), 1)))
     with pytest.raises(KeyboardInterrupt):
         list(run.events())
     found = run.result()
     assert [row.kernel for row in found.rows] == ["native", "rival"]
     assert (found.planned, len(found.ceilings.copies), len(found.means)) == (4, 2, 1)
-    assert peaks.log[-1] == "close"
+    assert processes.closed
 
 
-def test_a_run_that_never_began_has_an_empty_result() -> None:
-    machine = Machine()
-    found = run_of(machine, {"native": machine.takes(1.0, 1.0)}).result()
-    assert (found.rows, found.means, found.ceilings.copies, found.planned) == ((), (), (), 1)
+# --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_peak_that_could_not_be_had_is_unknown_and_noted() -> None:
-    machine = Machine()
-    found = profile(machine, {"native": machine.takes(1.0, 1.0)}, Peaks(None))
-    assert found.rows[0].peak_memory_mib is None
-    assert found.rows[0].both is not None
-    cases = (Case((4, 3, 5, 7), "bn+relu", "fp32"),)
-    assert Note("peak unknown", "native", cases, reason="it hung") in found.notes
-
-
-# --- what is asked ----------------------------------------------------------------------------------------------------
+def cases_of(**settings: Any) -> dict[Case, int]:
+    return dict(KernelSettings(**settings).cases())
 
 
 def test_without_operations_each_shape_has_those_that_the_model_does_there() -> None:
-    found = dict(planned(Asked(shapes=shape_set("resnet50"))))
+    found = cases_of(shapes=shape_set("resnet50"))
     assert len(found) == 16
     assert sum(found.values()) == 53
     assert found[Case((16, 2048, 7, 7), "bn+add+relu", "fp32")] == 3
-    typed = planned(Asked(shapes=(((2, 3, 4), 1),)))
-    assert [case.operation for case, _ in typed] == ["bn", "bn+relu", "bn+add+relu"]
+    typed = cases_of(shapes=(((2, 3, 4), 1),))
+    assert [case.operation for case in typed] == ["bn", "bn+relu", "bn+add+relu"]
 
 
-def test_operations_dtypes_and_layouts_multiply_and_each_case_is_measured_once() -> None:
+LAYOUTS = ("contiguous", "channels_last")
+
+
+def test_operations_dtypes_and_layouts_multiply_without_repetition() -> None:
     shapes = (*shape_set("mlp"), Calls((2, 3, 4, 4), 5))
-    found = dict(planned(Asked(operations=("bn", "bn+silu"), dtypes=("fp32", "bf16"), layouts=LAYOUTS, shapes=shapes)))
+    found = cases_of(operations=("bn", "bn+silu"), dtypes=("fp32", "bf16"), layouts=LAYOUTS, shapes=shapes)
     vectors = [case for case in found if case.shape == (60, 100)]
     assert {case.layout for case in vectors} == {"contiguous"}  # which has no channels last
     assert (len(vectors), len(found)) == (4, 4 + 8)
@@ -528,11 +220,8 @@ def test_operations_dtypes_and_layouts_multiply_and_each_case_is_measured_once()
     assert found[Case((60, 100), "bn+silu", "fp32")] == 0  # what the model does not do
 
 
-LAYOUTS = ("contiguous", "channels_last")
-
-
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("settings", "said"),
     [
         ({"operations": ("bn+tanh",)}, "operations bn+tanh: expected some of bn, bn+relu"),
         ({"dtypes": ("fp8",)}, "dtypes fp8: expected some of bf16"),
@@ -548,22 +237,40 @@ LAYOUTS = ("contiguous", "channels_last")
         ({"shapes": (((1, 8), 1),)}, "shape 1x8: training needs more than one value a channel"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_anything_runs(asked: dict[str, Any], said: str) -> None:
+def test_what_cannot_be_measured_is_refused_before_anything_runs(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError) as refused:
-        KernelRun(Asked(**{"kernels": ("native",), "shapes": (SMALL,), **asked}), CPU)
+        KernelRun(KernelSettings(**{"kernels": ("native",), "shapes": (SMALL,), **settings}), CPU)
     assert said in str(refused.value)
+
+
+def test_all_mistakes_are_found_at_once_each_with_its_argument() -> None:
+    shapes = (((1, 8), 1), ((2, 8), 1))
+    with pytest.raises(UsageError) as refused:
+        cases_of(operations=("bn", "relu"), dtypes=("fp8",), layouts=("nhwc",), shapes=shapes)
+    assert [(error.field, error.value) for error in refused.value.errors] == [
+        ("operations", "relu"), ("dtypes", "fp8"), ("layouts", "nhwc"), ("shape", "1x8"),
+    ]  # fmt: skip
+    assert len(cases_of(operations=("bn",), shapes=shapes[:1], training=False)) == 1  # which takes one value a channel
 
 
 def test_a_device_without_a_clock_is_refused() -> None:
     with pytest.raises(Unavailable, match="mps"):
-        KernelRun(Asked(shapes=(SMALL,)), torch.device("mps"))
+        KernelRun(KernelSettings(shapes=(SMALL,)), torch.device("mps"))
 
 
-def real_rows(*kernels: str, **asked: Any) -> Iterator[KernelCost]:
-    clock = CpuClock(flush_bytes=64)
-    ladder = Ladder(clock, CPU, cold=True, sizes=(4096,), matrix_side=4)
-    given = Asked(**{"kernels": kernels, "shapes": (SMALL,), "seconds": 0.5, "allow_code": True, **asked})
-    run = KernelRun(given, CPU, clock, peaks=Peaks(), ladder=ladder)
+# --- real kernels -----------------------------------------------------------------------------------------------------
+
+
+def real_rows(*kernels: str, **settings: Any) -> Iterator[KernelCost]:
+    timer, processes = CpuClock(flush_bytes=64), Processes()
+    run = KernelRun(
+        KernelSettings(**{"kernels": kernels, "shapes": (SMALL,), "seconds": 0.01, "allow_code": True, **settings}),
+        CPU,
+        timer,
+        processes=processes,  # type: ignore[arg-type]
+        peak_mib=processes.peak_mib,
+        ceilings=CeilingBenchmark(timer, CPU, cold=True, sizes=(4096,), matrix_side=4),
+    )
     for event in run.events():
         if isinstance(event, RowDone):
             yield event.row
@@ -577,10 +284,9 @@ def test_the_users_own_function_is_measured_also_where_it_fuses_nothing() -> Non
         assert (row.ran == "ATen") == (row.kernel == "native")
 
 
-def test_all_dtypes_layouts_and_operations_of_native_are_right_in_training_and_evaluation() -> None:
-    layouts, dtypes = (*LAYOUTS, "strided"), tuple(cases.DTYPE_NAMES)
-    for training in (True, False):
-        asked = {"operations": tuple(cases.OPERATIONS), "dtypes": dtypes, "layouts": layouts, "training": training}
-        rows = list(real_rows("native", seconds=60.0, **asked))
-        assert len(rows) == 5 * 4 * 3
-        assert [str(row.case) for row in rows if row.error is not None] == []
+@pytest.mark.parametrize("training", [True, False])
+def test_native_is_right_in_all_dtypes_layouts_and_operations(training: bool) -> None:
+    settings = {"operations": tuple(cases.OPERATIONS), "dtypes": tuple(cases.DTYPE_NAMES), "training": training}
+    rows = list(real_rows("native", layouts=(*LAYOUTS, "strided"), least_rounds=1, **settings))
+    assert len(rows) == 5 * 4 * 3
+    assert [str(row.case) for row in rows if row.error is not None] == []

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bncli.errors import UsageError
-from bncli.measure.profile.shapes import BLOCKS, SETS, Calls, convolutions, parse, read_csv, shape_set
+from bncli.measure.profile.shapes import SETS, Calls, chosen, parse, read_csv, shape_set
 
 
 def calls_of(name: str, **options: int) -> dict[tuple[int, ...], dict[str, int]]:
@@ -20,7 +23,7 @@ def total(name: str) -> int:
     return sum(found.calls for found in shape_set(name))
 
 
-def test_resnet_50_has_53_batch_norms_of_which_16_add_a_shortcut_and_4_stand_in_one() -> None:
+def test_resnet_50_has_53_batch_norms_16_with_an_add_and_4_in_shortcuts() -> None:
     by_operation: dict[str, int] = {}
     for operations in calls_of("resnet50").values():
         for operation, count in operations.items():
@@ -29,7 +32,7 @@ def test_resnet_50_has_53_batch_norms_of_which_16_add_a_shortcut_and_4_stand_in_
     assert total("resnet50") == 53
 
 
-def test_resnet_50_has_the_shapes_of_table_1_with_the_stride_in_the_3x3() -> None:
+def test_resnet_50_has_the_shapes_of_table_1() -> None:
     found = calls_of("resnet50", batch=2)
     assert found[2, 64, 112, 112] == {"bn+relu": 1}
     assert found[2, 64, 56, 56] == {"bn+relu": 6}
@@ -40,7 +43,7 @@ def test_resnet_50_has_the_shapes_of_table_1_with_the_stride_in_the_3x3() -> Non
     assert len(found) == 12
 
 
-def test_resnet_50s_batch_norms_are_those_of_the_modules_that_a_forward_pass_meets() -> None:
+def test_resnet_50s_batch_norms_are_those_of_its_modules() -> None:
     import torch
 
     from tests.resnet import ResNet
@@ -65,28 +68,46 @@ def test_resnet_20_has_a_batch_norm_a_convolution_and_two_projections() -> None:
     assert total("resnet20") == 19 + 2
 
 
-def test_bn_inception_has_69_batch_norms_and_the_parameters_of_figure_5() -> None:
+# BN-Inception's blocks in figure 5 of arXiv 1502.03167: the filters of the 1x1, of the 3x3 and of the 1x1 before it, of
+# the two 3x3 and of the 1x1 before them, and of the 1x1 after the pool; without that the block has stride 2.
+BLOCKS = (
+    (64, 64, 64, 64, 96, 32),
+    (64, 64, 96, 64, 96, 64),
+    (0, 128, 160, 64, 96, 0),
+    (224, 64, 96, 96, 128, 128),
+    (192, 96, 128, 96, 128, 128),
+    (160, 128, 160, 128, 160, 128),
+    (96, 128, 192, 160, 192, 128),
+    (0, 128, 192, 192, 256, 0),
+    (352, 192, 320, 160, 224, 128),
+    (352, 192, 320, 192, 224, 128),
+)
+
+
+def convolutions() -> Iterator[tuple[int, int, int, int]]:
+    """(inputs, outputs, kernel size, side of the output) of BN-Inception's convolutions at 224x224."""
+    yield from ((3, 64, 7, 112), (64, 64, 1, 56), (64, 192, 3, 56))
+    inputs, side = 192, 28
+    for single, reduce, three, double_reduce, double, projection in BLOCKS:
+        after = side if projection else side // 2
+        if single:
+            yield inputs, single, 1, side
+        yield from ((inputs, reduce, 1, side), (reduce, three, 3, after), (inputs, double_reduce, 1, side))
+        yield from ((double_reduce, double, 3, side), (double, double, 3, after))
+        if projection:
+            yield inputs, projection, 1, side
+        inputs, side = single + three + double + (projection or inputs), after
+
+
+def test_bn_inception_is_the_network_of_figure_5() -> None:
     found = list(convolutions())
-    assert len(found) == total("inception") == 3 + 8 * 7 + 2 * 5
-    weights = sum(one.inputs * one.outputs * one.kernel**2 for one in found)
-    vectors = 3 * sum(one.outputs for one in found)  # the convolution's bias, and batch norm's two
+    weights = sum(inputs * outputs * kernel**2 for inputs, outputs, kernel, _ in found)
+    vectors = 3 * sum(outputs for _, outputs, _, _ in found)  # the convolution's bias, and batch norm's two
     assert weights + vectors + 1024 * 1000 + 1000 == 11_295_240  # as the published Caffe model of that network has
-
-
-def test_bn_inceptions_blocks_have_the_output_depths_that_their_filters_add_up_to() -> None:
-    depths, inputs = [], 192
-    for block in BLOCKS.values():
-        inputs = block.outputs(inputs)
-        depths.append(inputs)
-    assert depths == [256, 320, 576, 576, 576, 608, 608, 1056, 1024, 1024]
-
-
-def test_bn_inception_is_all_batch_norm_and_relu_at_the_sides_of_figure_5() -> None:
-    found = calls_of("inception")
-    assert all(set(operations) == {"bn+relu"} for operations in found.values())
-    assert {shape[2] for shape in found} == {112, 56, 28, 14, 7}
-    assert found[32, 64, 112, 112] == {"bn+relu": 1}
-    assert found[32, 352, 7, 7] == {"bn+relu": 2}
+    assert len(found) == total("inception") == 3 + 8 * 7 + 2 * 5
+    counts = Counter((32, outputs, side, side) for _, outputs, _, side in found)
+    assert calls_of("inception") == {shape: {"bn+relu": calls} for shape, calls in counts.items()}
+    assert [shape for shape, *_ in shape_set("inception")] == list(counts)
 
 
 def test_the_mlp_is_the_papers_three_hidden_layers_of_100() -> None:
@@ -101,9 +122,26 @@ def test_the_batch_is_the_papers_or_the_users() -> None:
         shape_set("mlp", batch=0)
 
 
-def test_an_unknown_set_names_the_known_ones() -> None:
-    with pytest.raises(UsageError, match=r"^shapes resnet51: expected one of resnet50, resnet20, inception, mlp"):
-        shape_set("resnet51")
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("resnet51", (), None), "shapes resnet51: expected one of resnet20, resnet50, inception, mlp, or a CSV file"),
+        ((None, ("8x4",), 3), "batch: a shape holds its own batch, its first number"),
+        (("mine.csv", (), 3), "batch: mine.csv holds its own"),
+        ((None, ("8",), None), "shape 8: expected the batch, the channels"),
+    ],
+)
+def test_a_choice_that_cannot_be_obeyed_names_the_argument(arguments: tuple[Any, ...], error: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        chosen(*arguments, cuda=False)
+    assert str(refused.value).startswith(error)
+
+
+def test_typed_shapes_come_before_a_set_and_the_default_is_a_resnet() -> None:
+    assert chosen("mlp", ("8x4",), 3, cuda=False) == (Calls((8, 4), 1), *shape_set("mlp", batch=3))
+    assert chosen(None, (), None, cuda=True) == shape_set("resnet50", cuda=True)
+    assert chosen(None, (), 5, cuda=False) == shape_set("resnet20", batch=5)
+    assert chosen(None, ("8x4",), None, cuda=False) == (Calls((8, 4), 1),)
 
 
 def test_a_shape_is_read_as_it_is_written() -> None:
@@ -137,6 +175,7 @@ def test_a_file_may_have_whole_shapes_other_columns_and_no_calls(tmp_path: Path)
         ("n,c,spatial,calls\n32,64,7x7,3\n8,0,,9\n", "line 3: 8, 0, , 9; expected: n, c and calls are whole numbers"),
         ("n,c,spatial,calls\n8,3,7y7,9\n", "line 2: 8, 3, 7y7, 9; expected"),
         ("n,c,spatial,calls\n8,3,7x7\n", "line 2: 8, 3, 7x7, ; expected"),
+        ("n,c,spatial\n,3,7x7\n", "line 2: , 3, 7x7; expected"),
         ("shape,calls\n8x3,0\n", "line 2: 8x3, 0; expected: shape is sizes like 32x64x56x56, and calls a whole number"),
         ("n,c\n1,2\n", "line 1: it lacks the columns spatial; expected n, c, spatial and calls, or shape and calls"),
         ("", "line 1: it lacks the columns n, c, spatial"),
@@ -152,7 +191,7 @@ def test_a_mistake_in_a_file_names_file_line_and_what_was_expected(tmp_path: Pat
     assert expected in str(refused.value)
 
 
-def test_many_mistakes_are_cut_short_and_a_missing_file_and_a_binary_one_are_named(tmp_path: Path) -> None:
+def test_many_mistakes_are_cut_short_and_unreadable_files_are_named(tmp_path: Path) -> None:
     file = tmp_path / "shapes.csv"
     file.write_text("shape\n" + "x\n" * 20)
     with pytest.raises(UsageError) as refused:

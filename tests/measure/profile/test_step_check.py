@@ -11,9 +11,7 @@ from bncli import kernels
 from bncli.kernels import fused, native
 from bncli.measure.profile.step_check import difference
 from bncli.measure.profile.step_models import RecipeModel
-from bncli.results.profile import (
-    StepDifference,
-)
+from bncli.results.profile import StepDifference
 from tests.conftest import tiny
 from tests.measure.reference import wrong_kernels
 
@@ -41,9 +39,9 @@ def checked(kernel: Any, monkeypatch: pytest.MonkeyPatch, model: Any = CNN, **tr
     monkeypatch.setattr(fused, "batch_norm", kernels.adapted(kernel))
     monkeypatch.setattr(fused, "unavailable_reason", lambda device: None)
     recipe = tiny(data=IMAGES, model=model, train={"batch_size": 8, **train})
-    subject = RecipeModel("resnet", recipe)
-    dataset = subject.dataset(CPU)
-    return difference(subject, "fused", subject.trainable("fused", dataset, CPU), dataset, CPU)
+    step_model = RecipeModel("resnet", recipe)
+    dataset = step_model.dataset(CPU)
+    return difference(step_model, "fused", step_model.trainable("fused", dataset, CPU), dataset, CPU)
 
 
 def constant_statistics(x, weight, bias, eps, residual=None, activation=None, statistics=None):  # type: ignore[no-untyped-def]
@@ -78,7 +76,7 @@ def wrong_in_float32(x, *arguments):  # type: ignore[no-untyped-def]
         (wrong_in_float32, "gradient"),
     ],
 )
-def test_a_wrong_kernel_is_told_by_what_is_wrong(
+def test_a_wrong_kernel_is_described_by_what_is_wrong(
     kernel: Any, of: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = checked(kernel, monkeypatch, precision=precision)

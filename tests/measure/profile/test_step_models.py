@@ -12,18 +12,15 @@ from bncli.errors import UsageError
 from bncli.measure.profile.step_models import RecipeModel, UserModel, norms_of, recipe_models
 from bncli.measure.profile.steps import StepRun
 from bncli.recipe.load import load
-from bncli.results.profile import (
-    NormLayers,
-    Note,
-)
+from bncli.results.profile import NormLayers, Note
 from tests.conftest import tiny
 
 CPU = torch.device("cpu")
 
 
 def test_the_weights_stay_while_a_recipes_step_is_timed() -> None:
-    subject = RecipeModel("tiny", tiny(optimizer={"kind": "adam", "lr": 0.1}))
-    trainable = subject.trainable("native", subject.dataset(CPU), CPU)
+    model = RecipeModel("tiny", tiny(optimizer={"kind": "adam", "lr": 0.1}))
+    trainable = model.trainable("native", model.dataset(CPU), CPU)
     before = [parameter.clone() for parameter in trainable.model.parameters()]
     for _ in range(20):
         trainable.step(*trainable.batch())
@@ -32,8 +29,8 @@ def test_the_weights_stay_while_a_recipes_step_is_timed() -> None:
 
 
 def test_a_learner_trains_at_the_recipes_own_rate() -> None:
-    subject = RecipeModel("tiny", tiny())
-    trainable = subject.trainable("native", subject.dataset(CPU), CPU, learns=True)
+    model = RecipeModel("tiny", tiny())
+    trainable = model.trainable("native", model.dataset(CPU), CPU, learns=True)
     losses = [float(trainable.step(*trainable.batch())) for _ in range(40)]
     assert losses[-1] < losses[0] / 2
 
@@ -63,24 +60,24 @@ def arms(tmp_path: Path) -> str:
 
 @pytest.mark.usefixtures("other")
 def test_arms_whose_steps_take_the_same_work_are_one(arms: str) -> None:
-    subjects = recipe_models(load(arms))
-    assert [subject.name for subject in subjects] == ["plain", "without momentum", "normed", "cumulative", "large"]
-    assert subjects[0].stands_for == ("faster", "other start")
-    assert subjects[2].stands_for == ("fused",)
-    assert subjects[0].notes == (Note("same work", arm="plain", others=("faster", "other start")),)
+    models = recipe_models(load(arms))
+    assert [model.name for model in models] == ["plain", "without momentum", "normed", "cumulative", "large"]
+    assert models[0].stands_for == ("faster", "other start")
+    assert models[2].stands_for == ("fused",)
+    assert models[0].notes == (Note("same work", arm="plain", others=("faster", "other start")),)
 
 
 @pytest.mark.usefixtures("other")
 def test_one_arm_can_be_asked_for_by_name(arms: str) -> None:
-    (subject,) = recipe_models(load(arms), "faster")
-    assert (subject.name, subject.recipe.optimizer.lr) == ("faster", 1.0)
+    (model,) = recipe_models(load(arms), "faster")
+    assert (model.name, model.recipe.optimizer.lr) == ("faster", 1.0)
     with pytest.raises(UsageError, match="did you mean faster"):
         recipe_models(load(arms), "fastr")
 
 
 def test_the_step_of_a_users_module_leaves_its_weights() -> None:
-    subject = UserModel("tests.measure.profile.own_models:healthy", (4, 3, 8, 8))
-    trainable = subject.trainable("native", subject.dataset(CPU), CPU)
+    model = UserModel("tests.measure.profile.user_models:small", (4, 3, 8, 8))
+    trainable = model.trainable("native", model.dataset(CPU), CPU)
     before = [parameter.clone() for parameter in trainable.model.parameters()]
     loss = trainable.step(*trainable.batch())
     assert all(torch.equal(*pair) for pair in zip(trainable.model.parameters(), before, strict=True))
@@ -91,11 +88,11 @@ def test_the_step_of_a_users_module_leaves_its_weights() -> None:
     ("name", "says"),
     [
         (
-            "tests.measure.profile.own_models:missing",
+            "tests.measure.profile.user_models:missing",
             "has no attribute 'missing'; it is looked for in the current folder",
         ),
         ("tests.no_such_module:make", "No module named"),
-        ("tests.measure.profile.own_models:no_module", "returned a Tensor; expected a torch.nn.Module"),
+        ("tests.measure.profile.user_models:no_module", "returned a Tensor; expected a torch.nn.Module"),
     ],
 )
 def test_a_module_that_is_not_there_is_the_users_mistake(name: str, says: str) -> None:
@@ -103,7 +100,7 @@ def test_a_module_that_is_not_there_is_the_users_mistake(name: str, says: str) -
         StepRun("own", [UserModel(name, (4, 3, 8, 8))], CPU)
 
 
-def test_norms_are_told_by_kind() -> None:
+def test_norms_are_counted_by_kind() -> None:
     model = nn.Sequential(nn.BatchNorm1d(2), nn.GroupNorm(1, 2), nn.GroupNorm(1, 2), nn.LayerNorm(2))
     assert norms_of(model) == (
         NormLayers("batch norm", 1, "native"), NormLayers("GroupNorm", 2), NormLayers("LayerNorm", 1),

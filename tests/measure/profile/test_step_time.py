@@ -112,7 +112,7 @@ def test_on_a_device_its_kernels_count_and_not_the_hosts_time() -> None:
     assert sum(found.values()) == 30
 
 
-def test_on_a_cpu_all_classes_are_scaled_so_that_they_sum_to_the_median() -> None:
+def test_on_a_cpu_the_classes_are_scaled_to_sum_to_the_median() -> None:
     total = {**dict.fromkeys(STEP_CLASSES, 0.0), "normalization": 3000.0, "gaps": 1000.0}
     found = scaled(total, steps=2, median_ms=1.0, device_time=False)
     assert found["normalization"] == pytest.approx(0.75)

@@ -336,7 +336,7 @@ def backward_with(change: Callable[..., tuple[Tensor | None, ...]], again: bool 
             return (*change(dy, x, *gradients, *mode), None, None, None, None)
 
     if not again:
-        Changed.backward = staticmethod(once_differentiable(Changed.backward))
+        Changed.backward = staticmethod(once_differentiable(Changed.backward))  # type: ignore[method-assign]
 
     def kernel(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
         if input.numel() == 0:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bncli.measure.timing.ceilings import BEYOND_CACHE, MATRIX_SIDE, SIZES, Ladder
+from bncli.measure.timing.ceilings import BEYOND_CACHE, MATRIX_SIDE, SIZES, CeilingBenchmark
 from bncli.measure.timing.clock import Work
 from bncli.results.profile import Ceilings
 
@@ -35,13 +35,13 @@ class Scripted:
         return
 
 
-def ladder(clock: Scripted, cold: bool = True) -> Ladder:
-    return Ladder(clock, CPU, cold=cold, sizes=(4096, 8192), matrix_side=SIDE)
+def benchmark(clock: Scripted, cold: bool = True) -> CeilingBenchmark:
+    return CeilingBenchmark(clock, CPU, cold=cold, sizes=(4096, 8192), matrix_side=SIDE)
 
 
 def test_copies_are_medians_and_the_arithmetic_is_the_fastest() -> None:
-    found = ladder(Scripted(1.0, 2.0, 9.0, 4.0, 5.0, 6.0, 3.0, 2.0, 8.0))
-    found.climb(3)
+    found = benchmark(Scripted(1.0, 2.0, 9.0, 4.0, 5.0, 6.0, 3.0, 2.0, 8.0))
+    found.measure(3)
     ceilings = found.ceilings()
     # read once and written once; bytes a millisecond / 1e6 are GB/s
     assert ceilings.copies == ((4096, pytest.approx(2 * 4096 / 2.0 / 1e6)), (8192, pytest.approx(2 * 8192 / 5.0 / 1e6)))
@@ -49,24 +49,24 @@ def test_copies_are_medians_and_the_arithmetic_is_the_fastest() -> None:
     assert ceilings.gflop_per_s == pytest.approx(2 * SIDE**3 / 2.0 / 1e6)
 
 
-def test_the_samples_of_every_climb_count() -> None:
-    found = ladder(Scripted(1.0, 1.0, 1.0, 3.0, 3.0, 0.5))
-    found.climb(1)
+def test_the_samples_of_every_measurement_count() -> None:
+    found = benchmark(Scripted(1.0, 1.0, 1.0, 3.0, 3.0, 0.5))
+    found.measure(1)
     assert found.ceilings().gflop_per_s == pytest.approx(2 * SIDE**3 / 1.0 / 1e6)
-    found.climb(1)
+    found.measure(1)
     ceilings = found.ceilings()
     assert [rate for _, rate in ceilings.copies] == pytest.approx([2 * 4096 / 2.0 / 1e6, 2 * 8192 / 2.0 / 1e6])
     assert ceilings.gflop_per_s == pytest.approx(2 * SIDE**3 / 0.5 / 1e6)
 
 
-def test_before_the_first_climb_nothing_is_known() -> None:
-    assert ladder(Scripted()).ceilings() == Ceilings((), None)
+def test_before_the_first_measurement_nothing_is_known() -> None:
+    assert benchmark(Scripted()).ceilings() == Ceilings((), None)
 
 
 @pytest.mark.parametrize("cold", [True, False])
 def test_copies_are_as_cold_as_the_kernels_and_the_matrices_are_warm(cold: bool) -> None:
     clock = Scripted(1.0, 1.0, 1.0)
-    ladder(clock, cold).climb(1)
+    benchmark(clock, cold).measure(1)
     assert [(result.nbytes, was_cold) for result, was_cold in clock.seen] == [
         (4096, cold),
         (8192, cold),

@@ -8,18 +8,10 @@ import pytest
 import torch
 
 from bncli.measure.timing import clock
-from bncli.measure.timing.clock import (
-    CpuClock,
-    CudaClock,
-    Deadline,
-    Spread,
-    Work,
-    interleaved,
-    spread,
-    times_faster,
-    warm_up,
-)
+from bncli.measure.timing.clock import CpuClock, CudaClock, Deadline, LoopClock, Work, interleaved, rounds
+from bncli.measure.timing.speedup import faster
 
+CPU = torch.device("cpu")
 CYCLES_PER_MS = 2_000_000
 
 
@@ -49,9 +41,7 @@ class Machine:
         return Event(self)
 
     def clock(self) -> CudaClock:
-        return CudaClock(
-            torch.device("cpu"), 64, event=self.event, spin=self.spin, synchronize=self.synchronize, now_ns=self.now_ns
-        )
+        return CudaClock(CPU, 64, event=self.event, spin=self.spin, synchronize=self.synchronize, now_ns=self.now_ns)
 
     def work(self, name: str, host_ms: float, device_ms: float, calls: int = 1) -> Work:
         return Work(lambda _: self.enqueue(name, host_ms, device_ms), lambda: self.log.append("prepare"), calls)
@@ -78,7 +68,7 @@ def test_a_sample_holds_the_devices_time_and_none_of_the_hosts() -> None:
     assert found["a"] == pytest.approx([0.005] * 3)
 
 
-def test_a_slow_host_is_given_more_lead_until_its_work_is_enqueued_in_time() -> None:
+def test_a_slow_host_gets_more_lead_until_its_work_is_enqueued_in_time() -> None:
     machine = Machine()
     device = machine.clock()
     found = interleaved(device, {"a": machine.work("a", host_ms=1.0, device_ms=0.5)}, 4)["a"]
@@ -101,7 +91,7 @@ def test_a_sample_of_several_calls_gives_the_time_of_one() -> None:
     )
 
 
-def test_a_warm_sample_comes_right_after_the_same_work_and_a_cold_one_after_a_flush() -> None:
+def test_a_warm_sample_follows_the_same_work_and_a_cold_one_a_flush() -> None:
     for cold, before in ((False, ["prepare", "a", "prepare", "spin", "a"]), (True, ["prepare", "spin", "a"])):
         machine = Machine()
         device = machine.clock()
@@ -120,7 +110,7 @@ def test_the_device_is_waited_for_once_a_round_not_once_a_sample() -> None:
     assert machine.log.count("wait") == 5
 
 
-def test_every_round_runs_every_work_once_and_not_always_in_the_same_order() -> None:
+def test_every_round_runs_every_work_once_in_a_new_order() -> None:
     machine = Machine()
     works = {name: machine.work(name, 0.01, device_ms) for name, device_ms in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
     device = machine.clock()
@@ -133,7 +123,7 @@ def test_every_round_runs_every_work_once_and_not_always_in_the_same_order() -> 
     assert {name: round(samples[5], 6) for name, samples in found.items()} == {"a": 1.0, "b": 2.0, "c": 3.0}
 
 
-def test_rounds_end_at_the_deadline_but_never_before_there_is_a_spread() -> None:
+def test_rounds_end_at_the_deadline_but_not_before_the_fewest() -> None:
     machine = Machine()
     work = {"a": machine.work("a", 0.0, 100.0)}
     seconds = lambda: machine.host_ms / 1e3  # noqa: E731
@@ -152,18 +142,6 @@ def test_a_deadline_counts_down_and_passes() -> None:
     assert (deadline.left_s, deadline.passed) == (0.0, True)
 
 
-def test_warming_up_does_not_take_a_compilation_for_time_spent_warm() -> None:
-    machine = Machine()
-    calls: list[float] = []
-
-    def run(_: object) -> None:
-        calls.append(500.0 if not calls else 10.0)
-        machine.enqueue("a", 0.01, calls[-1])
-
-    warm_up(machine.clock(), Work(run), least_ms=50.0)
-    assert calls == [500.0, *[10.0] * 5]
-
-
 def test_the_cpus_clock_times_the_run_and_not_its_preparation() -> None:
     machine = Machine()
     work = Work(lambda _: machine.enqueue("a", 3.0, 0.0), lambda: machine.enqueue("prepare", 7.0, 0.0), calls=2)
@@ -173,13 +151,29 @@ def test_the_cpus_clock_times_the_run_and_not_its_preparation() -> None:
     assert host.host_bound == 0
 
 
-def test_a_loop_tells_the_hosts_share_from_the_time_until_all_is_done() -> None:
-    for host_ms, device_ms in ((0.1, 0.02), (0.1, 0.3)):
+def test_a_loop_is_timed_until_all_is_done_less_what_prepares_it() -> None:
+    machine = Machine()
+    works = {
+        "host": Work(lambda _: machine.enqueue("a", 3.0, 0.0), lambda: machine.enqueue("prepare", 7.0, 0.0), calls=2),
+        "device": Work(lambda _: machine.enqueue("b", 1.0, 8.0), lambda: machine.enqueue("prepare", 0.0, 50.0)),
+    }
+    loop = LoopClock(CPU, machine.now_ns, machine.synchronize)
+    assert interleaved(loop, works, 3) == {"host": (1.5,) * 3, "device": pytest.approx([9.0] * 3)}
+
+
+def test_calls_in_a_row_are_one_sample_after_an_untimed_call() -> None:
+    for calls, made in ((1, 1), (4, 5)):
         machine = Machine()
-        works = {"a": machine.work("a", host_ms, device_ms)}
-        host, whole = clock.in_a_loop(machine.clock(), works, 3, calls=100, now_ns=machine.now_ns)
-        assert host["a"] == pytest.approx([host_ms] * 3)
-        assert whole["a"] == pytest.approx([max(host_ms, device_ms)] * 3, rel=0.02)
+        work = clock.in_a_row(lambda machine=machine: machine.enqueue("a", 3.0, 0.0), calls)  # type: ignore[misc]
+        assert interleaved(LoopClock(CPU, machine.now_ns, machine.synchronize), {"a": work}, 1) == {"a": (3.0,)}
+        assert machine.log.count("a") == made
+
+
+def test_rounds_come_one_by_one() -> None:
+    machine = Machine()
+    found = rounds(machine.clock(), {"a": machine.work("a", 0.01, 1.0)}, 5)
+    assert [next(found)["a"], next(found)["a"]] == pytest.approx([1.0, 1.0])
+    assert machine.log.count("a") == 2
 
 
 def test_threads_are_given_back_also_after_an_error() -> None:
@@ -192,28 +186,16 @@ def test_threads_are_given_back_also_after_an_error() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_a_spread_is_the_median_between_its_quartiles() -> None:
-    assert spread([5.0, 1.0, 4.0, 2.0, 3.0]) == Spread(2.0, 3.0, 4.0, 5)
-    assert spread([7.0]) == Spread(7.0, 7.0, 7.0, 1)
-
-
-def test_ratios_are_paired_within_a_round_so_that_a_slow_round_weighs_on_both_sides() -> None:
-    assert times_faster([2.0, 20.0, 4.0], [1.0, 10.0, 2.0]) == Spread(2.0, 2.0, 2.0, 3)
-    with pytest.raises(ValueError, match="longer"):
-        times_faster([1.0], [1.0, 2.0])
-
-
 def test_a_copy_moves_every_byte_twice() -> None:
-    work, moved_bytes = clock.copy_work(4096, torch.device("cpu"))
+    work, moved_bytes = clock.copy_work(4096, CPU)
     assert moved_bytes == 2 * 4096
     target = work.run(None)
     assert isinstance(target, torch.Tensor)
     assert target.eq(1).all()
-    assert clock.gb_per_s(moved_bytes, ms=2.0) == pytest.approx(8192 / 2e-3 / 1e9)
 
 
 def test_a_cpu_gets_the_hosts_clock() -> None:
-    assert isinstance(clock.of(torch.device("cpu")), CpuClock)
+    assert isinstance(clock.of(CPU), CpuClock)
 
 
 @pytest.mark.cuda
@@ -221,8 +203,7 @@ def test_on_a_gpu_a_larger_copy_takes_longer_and_the_host_is_not_in_it() -> None
     device = torch.device("cuda")
     timer = clock.of(device)
     works = {str(mib): clock.copy_work(mib * 2**20, device)[0] for mib in (64, 512)}
-    for work in works.values():
-        warm_up(timer, work)
+    interleaved(timer, works, 5)  # the device's clock frequency rises
     found = interleaved(timer, works, 9)
-    assert 4 < times_faster(found["512"], found["64"]).median < 16
+    assert 4 < faster(found["512"], found["64"]).value < 16
     assert timer.host_bound < timer.samples / 2

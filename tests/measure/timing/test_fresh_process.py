@@ -1,4 +1,4 @@
-"""Calls in fresh processes: what they return, how they fail, and that nothing of them is left."""
+"""Calls in fresh processes: what they return, how they fail, and that no process stays behind."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from bncli.errors import Unavailable
-from bncli.measure.timing import fresh_process
-from bncli.measure.timing.fresh_process import CallFailed, FreshProcesses, ServerGone
+from bncli.measure.timing.fresh_process import CallFailed, FreshProcesses
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
 
+GENEROUS_S = 60.0
 prepared: list[int] = []
 
 
@@ -66,20 +67,25 @@ def return_what_cannot_be_sent() -> threading.Lock:
     return threading.Lock()  # type: ignore[return-value]
 
 
+def answer_and_leave_a_thread() -> int:
+    threading.Thread(target=hang).start()
+    return 7
+
+
 @pytest.fixture(scope="module")
 def processes() -> Iterator[FreshProcesses]:
-    with FreshProcesses(prepare) as found:
+    with contextlib.closing(FreshProcesses(prepare)) as found:
         yield found
 
 
 def test_a_call_returns_what_the_function_returns_whatever_it_prints(processes: FreshProcesses) -> None:
-    assert processes.call(add, 2, 3, limit_s=60.0) == 5
+    assert processes.call(add, 2, 3, limit_s=GENEROUS_S) == 5
 
 
-def test_each_call_has_a_process_of_its_own_forked_from_the_prepared_one(processes: FreshProcesses) -> None:
-    (one, before), (other, again) = (processes.call(pids, limit_s=60.0) for _ in range(2))
+def test_each_call_has_its_process_forked_from_the_prepared_one(processes: FreshProcesses) -> None:
+    (one, before), (other, after) = (processes.call(pids, limit_s=GENEROUS_S) for _ in range(2))
     assert one != other
-    assert before == again == [processes.server_pid]
+    assert before == after == [server_of(processes)]
 
 
 @pytest.mark.parametrize(
@@ -93,23 +99,35 @@ def test_each_call_has_a_process_of_its_own_forked_from_the_prepared_one(process
         (return_what_cannot_be_sent, "its process ended with exit code 1"),
     ],
 )
-def test_a_call_that_does_not_come_through_says_why_and_the_next_one_does(
+def test_a_call_that_fails_says_why_and_the_next_one_succeeds(
     processes: FreshProcesses, function: Callable[[], None], says: str
 ) -> None:
     with pytest.raises(CallFailed) as failed:
-        processes.call(function, limit_s=0.5 if function is hang else 60.0)
+        processes.call(function, limit_s=0.5 if function is hang else GENEROUS_S)
     assert str(failed.value) == says
-    assert processes.call(add, 1, 1, limit_s=60.0) == 2
+    assert processes.call(add, 1, 1, limit_s=GENEROUS_S) == 2
+    assert processes_of(server_of(processes)) == [server_of(processes)]
 
 
-def test_a_module_in_the_current_folder_is_not_taken_for_another_of_its_name(
+def test_an_answer_does_not_wait_for_threads_that_go_on(processes: FreshProcesses) -> None:
+    assert processes.call(answer_and_leave_a_thread, limit_s=GENEROUS_S) == 7
+    assert processes.call(add, 1, 1, limit_s=GENEROUS_S) == 2
+
+
+def test_a_module_in_the_current_folder_is_not_loaded_by_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("multiprocessing", "pickle", "torch", "bncli"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit(5)")
     monkeypatch.chdir(tmp_path)
-    with FreshProcesses(prepare) as processes:
-        assert "multiprocessing.connection" in processes.call(modules, limit_s=60.0)
+    with contextlib.closing(FreshProcesses(prepare)) as processes:
+        assert "multiprocessing.connection" in processes.call(modules, limit_s=GENEROUS_S)
+
+
+def server_of(processes: FreshProcesses) -> int:
+    """The server's process, which leads the process group of its children; it is the one that has prepared."""
+    (server,) = processes.call(pids, limit_s=GENEROUS_S)[1]
+    return server
 
 
 def processes_of(group: int) -> list[int]:
@@ -121,31 +139,27 @@ def processes_of(group: int) -> list[int]:
     return found
 
 
-def wait_for_none(group: int) -> bool:
-    end_s = time.monotonic() + 5.0
-    while processes_of(group) and time.monotonic() < end_s:
+def becomes_true(condition: Callable[[], bool]) -> bool:
+    end_s = time.monotonic() + GENEROUS_S
+    while not condition() and time.monotonic() < end_s:
         time.sleep(0.02)
-    return not processes_of(group)
+    return condition()
 
 
-def test_no_process_is_left_after_the_context_nor_after_a_server_that_was_killed() -> None:
-    with FreshProcesses(prepare) as processes:
-        assert processes.call(add, 2, 3, limit_s=60.0) == 5
-        group = processes.server_pid
-        assert group is not None
+def test_no_process_is_left_and_a_killed_server_is_not_started_again() -> None:
+    with contextlib.closing(FreshProcesses(prepare)) as processes:
+        group = server_of(processes)
         assert processes_of(group) == [group]
         os.kill(group, signal.SIGKILL)
-        for _ in range(2):  # it is not started again
-            with pytest.raises(ServerGone, match="the process that measures memory ended"):
-                processes.call(add, 2, 3, limit_s=60.0)
-    assert wait_for_none(group)
+        for _ in range(2):
+            with pytest.raises(CallFailed, match="the process that measures memory ended"):
+                processes.call(add, 2, 3, limit_s=GENEROUS_S)
+    assert becomes_true(lambda: not processes_of(group))
 
 
 def test_a_child_that_hangs_ends_with_the_server() -> None:
     processes = FreshProcesses(prepare)
-    processes.start()
-    group = processes.server_pid
-    assert group is not None
+    group = server_of(processes)
     failed: list[BaseException] = []
 
     def call() -> None:
@@ -156,36 +170,34 @@ def test_a_child_that_hangs_ends_with_the_server() -> None:
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
-    end_s = time.monotonic() + 60.0
-    while len(processes_of(group)) < 2 and time.monotonic() < end_s:
-        time.sleep(0.02)
-    assert len(processes_of(group)) == 2
+    assert becomes_true(lambda: len(processes_of(group)) == 2)
     processes.close()
-    thread.join(60.0)
-    assert wait_for_none(group)
+    thread.join(GENEROUS_S)
+    assert becomes_true(lambda: not processes_of(group))
     assert failed
 
 
-def test_the_server_ends_when_the_program_that_started_it_was_killed() -> None:
+def test_the_server_ends_when_its_program_is_killed() -> None:
     ours, theirs = multiprocessing.Pipe(duplex=False)
     program = multiprocessing.get_context("spawn").Process(target=start_and_wait, args=(theirs,))
     program.start()
-    assert ours.poll(60.0)
+    assert ours.poll(GENEROUS_S)
     group = ours.recv()
     assert processes_of(group) == [group]
     program.kill()
     program.join()
-    assert wait_for_none(group)
+    assert becomes_true(lambda: not processes_of(group))
 
 
 def start_and_wait(connection: Connection) -> None:
-    processes = FreshProcesses(prepare)
-    processes.call(add, 2, 3, limit_s=60.0)
-    connection.send(processes.server_pid)
+    connection.send(server_of(FreshProcesses(prepare)))
     time.sleep(600)
 
 
-def test_a_server_that_cannot_start_is_a_failed_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fresh_process, "SERVER", "raise SystemExit(3)")
-    with FreshProcesses(prepare) as processes, pytest.raises(ServerGone):
-        processes.call(add, 2, 3, limit_s=60.0)
+@pytest.mark.parametrize("failing", [{"command": "raise SystemExit(3)"}, {"prepare": raise_it}])
+def test_a_server_that_cannot_start_is_a_failed_call(failing: dict[str, Any]) -> None:
+    with (
+        contextlib.closing(FreshProcesses(**{"prepare": prepare, **failing})) as processes,
+        pytest.raises(CallFailed, match="the process that measures memory ended"),
+    ):
+        processes.call(add, 2, 3, limit_s=GENEROUS_S)

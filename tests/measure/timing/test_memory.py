@@ -11,7 +11,7 @@ from torch import Tensor
 from bncli.measure.reference import case as cases
 from bncli.measure.reference.candidate import by_name
 from bncli.measure.timing import memory
-from bncli.measure.timing.memory import saved_bytes
+from bncli.measure.timing.memory import saved_mib
 from bncli.results.profile import Case
 
 
@@ -30,11 +30,12 @@ class KeepsTwice(torch.autograd.Function):
 
 def test_a_storage_counts_once_however_often_it_is_saved() -> None:
     x = torch.ones(10, 10, requires_grad=True)
-    assert saved_bytes(lambda: KeepsTwice.apply(x)) == 2 * 400
+    assert saved_mib(lambda: KeepsTwice.apply(x)) == 2 * 400 / memory.MIB
+    assert saved_mib(lambda: KeepsTwice.apply(x), leave_out=[x]) == 400 / memory.MIB
 
 
 def test_nothing_is_saved_where_nothing_is_differentiated() -> None:
-    assert saved_bytes(lambda: torch.ones(10).square()) == 0
+    assert saved_mib(lambda: torch.ones(10).square()) == 0
 
 
 def test_batch_norm_saves_its_input_and_relu_its_output() -> None:
@@ -43,18 +44,18 @@ def test_batch_norm_saves_its_input_and_relu_its_output() -> None:
         inputs = cases.timed_inputs(cases.timed(case), torch.device("cpu"))
         inputs.leaves()
         given = cases.arguments(cases.timed(case), inputs)
-        saved = saved_bytes(lambda given=given: by_name("native")(*given))  # type: ignore[misc]
+        saved = memory.MIB * saved_mib(lambda given=given: by_name("native")(*given))  # type: ignore[misc]
         vectors = saved - tensors * case.tensor_bytes
         assert 0 < vectors <= 8 * 16 * 4  # weight, running statistics, the batch's mean and deviation
 
 
 @pytest.mark.cuda
 def test_on_a_gpu_the_peak_is_the_allocators() -> None:
-    from bncli.measure.profile.candidates import Candidate
+    from bncli.measure.profile.timed_kernels import TimedKernel
 
     device = torch.device("cuda")
     case = Case((64, 64, 56, 56), "bn", "fp32")
     timed = cases.timed(case)
-    step = Candidate(timed, by_name("native")).step(cases.timed_inputs(timed, device))
-    peak = memory.cuda_peak_mib(step, device)
+    step = TimedKernel(timed, by_name("native")).step(cases.timed_inputs(timed, device))
+    peak = memory.peak_mib(step, device)
     assert peak == pytest.approx(2 * case.tensor_bytes / 2**20, rel=0.1)

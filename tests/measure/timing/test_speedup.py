@@ -1,4 +1,4 @@
-"""How many times faster, and the interval of that: exact where it is arithmetic, simulated where it is a promise."""
+"""Speedups and their intervals: exact where it is arithmetic, simulated where it is a promise."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import statistics
 
 import pytest
 
-from bncli.measure.timing.speedup import FEWEST_ROUNDS, faster, faster_over, interval_rank, of_ratios
-from bncli.results.environment import Interval
+from bncli.measure.timing.speedup import faster, faster_over, interval_rank, of_ratios
+from bncli.results.environment import FEWEST_ROUNDS, Interval
 from bncli.results.profile import Speedup
 
 
-def test_it_is_the_median_of_the_rounds_ratios_and_not_the_ratio_of_medians() -> None:
+def test_it_is_the_median_of_ratios_and_not_the_ratio_of_medians() -> None:
     found = faster([2.0, 30.0, 8.0], [1.0, 10.0, 2.0])
     assert found == Speedup(3.0, Interval(None, None))
 
@@ -23,7 +23,7 @@ def test_a_round_that_is_slow_for_both_changes_nothing() -> None:
     assert faster([2.0, 2.0, 200.0, *[2.0] * 6], [1.0, 1.0, 100.0, *[1.0] * 6]) == quiet
 
 
-def test_the_interval_lies_between_the_order_statistics_of_the_exact_binomial() -> None:
+def test_the_interval_lies_between_order_statistics() -> None:
     ratios = [float(k) for k in range(1, 16)]
     random.Random(3).shuffle(ratios)
     assert of_ratios(ratios) == Speedup(8.0, Interval(4.0, 12.0))  # 15 samples: the 4th from either end (1.8 % a side)
@@ -31,7 +31,7 @@ def test_the_interval_lies_between_the_order_statistics_of_the_exact_binomial() 
 
 
 @pytest.mark.parametrize("count", [*range(1, 60), 200, 1001])
-def test_the_rank_is_the_last_one_whose_tail_holds_at_most_a_fortieth(count: int) -> None:
+def test_the_rank_is_the_last_whose_tail_holds_at_most_a_fortieth(count: int) -> None:
     def tail(rank: int) -> float:
         """P(fewer than `rank` of the samples lie below the median)."""
         return sum(math.comb(count, k) for k in range(rank)) / 2**count
@@ -56,7 +56,7 @@ def test_swapping_the_sides_gives_the_reciprocal() -> None:
             assert there.interval.low == pytest.approx(1 / (back.interval.high or 0))
 
 
-def test_the_interval_holds_the_true_ratio_in_at_least_95_percent_of_skewed_samples() -> None:
+def test_the_interval_holds_the_true_ratio_of_skewed_samples() -> None:
     """Log-normal rounds with rare outliers; a coverage of 0.95 within three deviations of 4,000 trials."""
     source = random.Random(20)
     for rounds in (6, 9, 20):

@@ -88,6 +88,10 @@ def test_steps_between_two_round_numbers_are_marked_at_the_ends(examples):
     assert rows(replace(found, arms=(arm,)))[-2].split() == ["11", "19"]
 
 
+def test_a_narrow_terminal_gets_a_narrow_sketch(examples):
+    assert max(map(len, rows(examples["two arms"], width=20)[1:-3])) <= 20
+
+
 def test_long_axis_values_widen_the_margin_and_not_the_sketch(examples):
     found = examples["falling loss"]
     small = replace(found, plan=replace(found.plan, target=replace(found.plan.target, value=0.000123456)))

@@ -19,8 +19,7 @@ def lines_with(text: str, word: str) -> list[str]:
 
 @pytest.mark.parametrize("width", [80, 100, 200])
 def test_no_line_is_wider_than_the_output(example, show, width):
-    for table in (comparison_table(example), tuning_table(example), ComparisonReport(example)):
-        assert max(map(len, show(table, width).splitlines())) <= width
+    assert max(map(len, show(ComparisonReport(example), width).splitlines())) <= width
 
 
 @pytest.mark.parametrize("width", [30, 45, 60, 80, 120, 200])
@@ -116,12 +115,9 @@ def test_a_long_grid_goes_on_in_a_second_table(examples, show):
     grid = {"optimizer.lr": tuple(round(0.01 * 1.5**k, 4) for k in range(12))}
     text = show(tuning_table(replace(found, plan=replace(found.plan, grid=grid))))
     assert sum(line.startswith("batch norm") for line in text.splitlines()) == 2
+    assert "\n\n\n" not in text
     for value in grid["optimizer.lr"]:
         assert f"lr {value:g}" in text
-
-
-def test_without_a_grid_the_tuning_table_is_a_sentence(examples, show):
-    assert "no grid" in show(tuning_table(examples["no grid"]))
 
 
 def test_the_report_has_table_sketch_and_tuning_in_this_order(examples, show):

@@ -110,6 +110,7 @@ def test_the_title_names_data_target_budget_and_seeds(examples):
     assert subtitle(found.plan).endswith(
         "; 3 seeds at every point of the grid, 10 more where it may be the best; budget 3,000 steps"
     )
+    assert "; 1 seed at every point of the grid" in subtitle(replace(found.plan, tune_seeds=(0,)))
     assert subtitle(replace(found.plan, tune_seeds=())).endswith("; 10 seeds an arm; budget 3,000 steps")
     assert subtitle(found.plan).startswith("digits, 1,297 training")
 

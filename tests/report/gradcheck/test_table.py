@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shlex
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -14,6 +13,7 @@ from bncli.report.gradcheck import table
 from bncli.report.gradcheck.table import GradcheckReport
 from bncli.report.gradcheck.text import TOLERANCES, in_tolerances
 from bncli.results.gradcheck import CheckGroup, Gradcheck, NotChecked
+from tests.report.conftest import Show
 from tests.report.gradcheck.made_up_checks import BAD, GOOD, GROUPS, OTHER_RULE, PATHS, RULE, STEPS
 
 COMMAND_ON_A_DEVICE = "bncli gradcheck --kernel mine.kernels:batch_norm --device 'a b' --allow-code"
@@ -34,7 +34,7 @@ def row(text: str, start: str) -> list[str]:
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
 @pytest.mark.parametrize("result", [GOOD, BAD], ids=["good", "bad"])
-def test_no_line_is_wider_than_the_output_and_no_figure_is_cut(result: Gradcheck, width: int, show: Any) -> None:
+def test_no_line_is_wider_than_the_output_and_no_figure_is_cut(result: Gradcheck, width: int, show: Show) -> None:
     text = show(report(result), width)
     assert max(map(len, text.splitlines())) <= width
     for group in result.groups:
@@ -43,7 +43,7 @@ def test_no_line_is_wider_than_the_output_and_no_figure_is_cut(result: Gradcheck
         assert figure in text
 
 
-def test_the_header_says_what_was_checked_and_what_really_ran(show: Any) -> None:
+def test_the_header_says_what_was_checked_and_what_really_ran(show: Show) -> None:
     lines = show(report(GOOD)).splitlines()
     assert lines[:3] == [
         "Gradients of batch norm, kernel native",
@@ -52,14 +52,14 @@ def test_the_header_says_what_was_checked_and_what_really_ran(show: Any) -> None
     ]
 
 
-def test_a_group_has_a_row_with_cases_worst_error_and_verdict(show: Any) -> None:
+def test_a_group_has_a_row_with_cases_worst_error_and_verdict(show: Show) -> None:
     text = show(report(GOOD))
     assert row(text, "forward, training") == ["96", "0.31", "ok"]
     assert row(text, "forward, evaluation") == ["48", "0.52", "ok"]
     assert text.splitlines().count("values") == 1  # a section is named once, though its groups stand apart
 
 
-def test_sections_are_headings_and_long_names_wrap(show: Any) -> None:
+def test_sections_are_headings_and_long_names_wrap(show: Show) -> None:
     named = replace(GROUPS[0], name="running statistics move by momentum, variance by m/(m-1)")
     lines = show(table.groups_table((*GROUPS[2:3], named, *GROUPS[3:]), "title"), 70).splitlines()
     heading = lines.index("values")
@@ -69,24 +69,24 @@ def test_sections_are_headings_and_long_names_wrap(show: Any) -> None:
     assert lines.index("derivatives") < heading < lines.index("hard inputs")
 
 
-def test_a_group_in_which_no_case_could_run_says_why(show: Any) -> None:
+def test_a_group_in_which_no_case_could_run_says_why(show: Show) -> None:
     group = CheckGroup("values", "anything at all", 1, 1, None, None, skipped=NotChecked("nothing ran"))
     assert "Not checked:\n- anything at all: no case could run" in show(report(replace(GOOD, groups=(group,))))
 
 
-def test_a_group_that_could_not_run_has_its_reason_below(show: Any) -> None:
+def test_a_group_that_could_not_run_has_its_reason_below(show: Show) -> None:
     text = show(report(GOOD))
     assert row(text, "channels_last_3d in half precision  ") == ["–", "–", "not", "checked"]
     assert "Not checked:\n- channels_last_3d in half precision: Metal has no float64" in text
     assert text.splitlines()[-1] == "All 174 cases passed; 1 group not checked."
 
 
-def test_a_wide_output_names_each_groups_worst_case(show: Any) -> None:
+def test_a_wide_output_names_each_groups_worst_case(show: Show) -> None:
     assert "train-float64-4x3-double" not in show(report(GOOD), 80)
     assert row(show(report(GOOD), 120), "double backward")[-1] == "train-float64-4x3-double"
 
 
-def test_the_paths_table_has_parts_error_bound_and_loss(show: Any) -> None:
+def test_the_paths_table_has_parts_error_bound_and_loss(show: Show) -> None:
     text = show(report(GOOD))
     assert row(text, "small batch 3x8") == ["16.9", "11.2", "11.3", "5.79", "9.1e-10", "2.4e-09", "275%"]
     assert "is off by 28% to 275% of the true one's length" in words(text)
@@ -94,7 +94,7 @@ def test_the_paths_table_has_parts_error_bound_and_loss(show: Any) -> None:
     assert "is off by 28% of the true one's length" in words(show(table.paths_table(PATHS[:1])))
 
 
-def test_a_gradient_beyond_its_bound_fails_though_every_group_passed(show: Any) -> None:
+def test_a_gradient_beyond_its_bound_fails_though_every_group_passed(show: Show) -> None:
     result = replace(GOOD, paths=(PATHS[0], replace(PATHS[1], error=math.inf)))
     assert not result.passed
     assert GOOD.passed
@@ -103,7 +103,7 @@ def test_a_gradient_beyond_its_bound_fails_though_every_group_passed(show: Any) 
     assert text.endswith("174 cases passed, but dL/dx is beyond its bound in small batch 3x8; 1 group not checked.")
 
 
-def test_a_failed_check_shows_its_first_case_command_and_diagnosis(show: Any) -> None:
+def test_a_failed_check_shows_its_first_case_command_and_diagnosis(show: Show) -> None:
     text = show(report(BAD))
     assert row(text, "dx  ") == ["48", "1.2e+06", "40", "FAILED"]
     assert row(text, "double backward  ") == ["24", "inf", "24", "FAILED"]
@@ -119,7 +119,7 @@ def test_a_failed_check_shows_its_first_case_command_and_diagnosis(show: Any) ->
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
-def test_the_command_that_runs_a_case_again_still_pastes_into_a_shell(width: int, show: Any) -> None:
+def test_the_command_that_runs_a_case_again_still_pastes_into_a_shell(width: int, show: Show) -> None:
     result = replace(BAD, device="a b")
     command = f"{COMMAND_ON_A_DEVICE} --only train-float32-4x3x5x5-relu-dx"
     lines = show(report(result), width).splitlines()
@@ -127,7 +127,7 @@ def test_the_command_that_runs_a_case_again_still_pastes_into_a_shell(width: int
     assert shlex.split("\n".join(lines[start : lines.index("", start)]).replace("\\\n", "")) == shlex.split(command)
 
 
-def test_tolerances_are_explained_for_failed_groups_or_full_effort(show: Any) -> None:
+def test_tolerances_are_explained_for_failed_groups_or_full_effort(show: Show) -> None:
     default, failed, full = (words(show(report(r))) for r in (GOOD, BAD, replace(GOOD, effort="full")))
     rule, other = TOLERANCES[RULE], TOLERANCES[OTHER_RULE]
     unit = "Each error is in units of its case's own tolerance: 1 or less passes"
@@ -139,7 +139,7 @@ def test_tolerances_are_explained_for_failed_groups_or_full_effort(show: Any) ->
     assert f"- all values: {rule} - double backward: {other}" in alike
 
 
-def test_an_error_equal_to_the_ignored_paths_is_named(show: Any) -> None:
+def test_an_error_equal_to_the_ignored_paths_is_named(show: Show) -> None:
     ignoring = [replace(each, error=each.lost) for each in PATHS]
     assert "It is NOT the true gradient in any case, and off by just what ignoring those two paths loses." in words(
         show(table.paths_table(ignoring))
@@ -149,7 +149,7 @@ def test_an_error_equal_to_the_ignored_paths_is_named(show: Any) -> None:
     assert text.endswith("It is NOT the true gradient in small batch 3x8.")
 
 
-def test_an_interrupted_check_shows_the_groups_that_were_finished(show: Any) -> None:
+def test_an_interrupted_check_shows_the_groups_that_were_finished(show: Show) -> None:
     text = show(table.interrupted_table(BAD.groups[:2], "mine:norm"))
     assert text.startswith("Gradients of kernel mine:norm: interrupted\nThe groups that were finished\n")
     assert row(text, "forward, training") == ["96", "0.31", "ok"]
@@ -158,17 +158,18 @@ def test_an_interrupted_check_shows_the_groups_that_were_finished(show: Any) -> 
     assert text == "Gradients of kernel native: interrupted before a group of cases was finished\n"
 
 
-def test_an_output_without_unicode_gets_ascii(show: Any) -> None:
-    assert show(report(BAD), encoding="ascii").isascii()
+def test_an_output_without_unicode_gets_ascii(show: Show) -> None:
+    assert "--kernel 'mine:?'" in show(report(replace(BAD, kernel="mine:ü")), encoding="ascii")
+    assert "kernel mine:?: interrupted" in show(table.interrupted_table([], "mine:ü"), encoding="ascii")
     assert show(table.demo_table(STEPS), encoding="ascii").isascii()
 
 
-def test_markup_in_the_name_of_a_case_is_text(show: Any) -> None:
+def test_markup_in_the_name_of_a_case_is_text(show: Show) -> None:
     group = replace(GROUPS[0], name="dx [bold]x[/]")
     assert "dx [bold]x[/]" in show(table.groups_table([group], "interrupted"))
 
 
-def test_the_demonstration_shows_a_growing_bias_and_a_constant_loss(show: Any) -> None:
+def test_the_demonstration_shows_a_growing_bias_and_a_constant_loss(show: Show) -> None:
     text = show(table.demo_table(STEPS))
     assert row(text, "1,000  ") == ["116.8", "1.55624", "-4.8e-17", "1.55624"]
     assert "1,000 steps drive b from 0 to 116.8 while the loss stands still at 1.55624" in words(text)

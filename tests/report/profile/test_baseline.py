@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from bncli.report.profile.baseline import GateReport, closing
+from tests.report.conftest import Show
 from tests.report.made_up_costs import made_gate, one_case
-
-Show = Callable[..., str]
 
 
 @pytest.mark.parametrize(("width", "speedups"), [(60, 0), (80, 2), (100, 2), (160, 2)])

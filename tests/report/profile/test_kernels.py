@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -16,6 +15,7 @@ from bncli.report.profile.steps import StepReport
 from bncli.report.profile.text import samples_cell
 from bncli.results.environment import Interval
 from bncli.results.profile import KernelCost, KernelProfile, Speedup
+from tests.report.conftest import Show
 from tests.report.made_up_costs import (
     ERROR,
     KERNELS,
@@ -31,7 +31,6 @@ from tests.report.made_up_costs import (
     with_errors,
 )
 
-Show = Callable[..., str]
 REPORTS = {
     **{name: KernelReport(make()) for name, make in KERNELS.items()},
     "step": StepReport(step_profile()),
@@ -188,13 +187,13 @@ def test_cases_without_figures_are_counted_and_wrong_results_are_always_shown(sh
         return show(KernelReport(replace(one_case(), rows=rows, planned=len(rows))), 160)
 
     first, *_ = one_case().rows
-    late = "not measured: the time is up"
+    late, two_lines = "not measured: the time is up", "not measured:\n  the time is up"
     wide, tall = (replace(first.case, shape=shape) for shape in ((7, 64, 9, 9), (7, 64, 8, 8)))
-    unmeasured = [failed(wide, kernel, late) for kernel in ("native", "fused")]
+    unmeasured = [failed(wide, kernel, two_lines) for kernel in ("native", "fused")]
     rows = [*one_case().rows, *unmeasured]
     text = shown(*rows)
     assert f"{len(rows) - 2} of {len(rows)} rows measured" in text
-    assert f"1 of 2 cases are not shown ({late})" in text
+    assert f"1 of 2 cases not shown ({late})" in text
     assert "7x64x9x9" not in text
     text = shown(*rows, failed(tall, "native", ERROR, wrong=True))
     assert "7x64x8x8" in text

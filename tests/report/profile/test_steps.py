@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from bncli.report.profile.steps import StepReport
+from tests.report.conftest import Show
 from tests.report.made_up_costs import step_profile
 
-Show = Callable[..., str]
 SHARES, MEMORY, NORMS, REMARKS = (
     "Share of a step", "Memory of a training step", "Norm layers:", "Norm layers: what to change",
 )  # fmt: skip

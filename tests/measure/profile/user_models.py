@@ -1,4 +1,4 @@
-"""Models as a user would hand them over: functions without arguments, in good health and in bad."""
+"""Models of a user: functions without arguments that return a module, some of which cannot be trained."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-def healthy() -> nn.Module:
+def small() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         nn.Linear(8, 4),
@@ -18,7 +18,7 @@ class TwoOutputs(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = healthy()
+        self.body = small()
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         y = self.body(x)

@@ -1,4 +1,4 @@
-"""Worker processes: each serves many runs; a crash loses one run and the worker is restarted."""
+"""Worker processes of a comparison: each serves many runs; a crash loses one run and the worker is restarted."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from bncli.errors import BncliError, Refused
-from bncli.measure.compare.executors import Ended, Progressed, Started
 from bncli.measure.compare.plan import Job
+from bncli.measure.compare.run import Ended, Started
 from bncli.recipe.load import plain
+from bncli.results.compare import RunProgressed
 
 POLL_S = 0.1
 MOST_IDLE_DEATHS = 10  # of workers without a run, one after another, before it is given up
@@ -34,7 +35,7 @@ class _Worker:
     process: subprocess.Popen[str]
     log: Path
     ready: bool = False
-    key: str | None = None
+    job: Job | None = None  # the run in progress
 
 
 @dataclass
@@ -53,17 +54,17 @@ class Processes:
     _greeted: bool = False
     _idle_deaths: int = 0
 
-    def run(self, wanted: deque[Job], stop: Callable[[], bool]) -> Iterator[Started | Progressed | Ended | None]:
+    def run(self, wanted: deque[Job], stop: Callable[[], bool]) -> Iterator[Started | RunProgressed | Ended | None]:
         """As `Executor.run`. Raises Refused when no worker can take any run."""
         try:
             self.limit = (self.jobs or cores()) if self.device == "cpu" else 1
             while not stop():
-                if not wanted and all(worker.key is None for worker in self._workers):
+                if not wanted and all(worker.job is None for worker in self._workers):
                     return
-                for worker in [worker for worker in self._workers if worker.ready and worker.key is None]:
+                for worker in [worker for worker in self._workers if worker.ready and worker.job is None]:
                     if wanted and self._hand_out(worker, wanted[0]):
-                        yield Started(worker.number, wanted.popleft().key)
-                idle = sum(worker.key is None for worker in self._workers)
+                        yield Started(worker.number, wanted.popleft())
+                idle = sum(worker.job is None for worker in self._workers)
                 for _ in range(min(self.limit - len(self._workers), len(wanted) - idle)):
                     self._start()
                 yield self._next_event()
@@ -97,7 +98,7 @@ class Processes:
 
     def _free_log(self, number: int) -> Path:
         """A name that no file has yet: logs of earlier workers are kept."""
-        names = (f"worker-{number}{f'-{again}' if again else ''}.log" for again in itertools.count())
+        names = (f"worker-{number}{f'-{count}' if count else ''}.log" for count in itertools.count())
         return next(log for name in names if not os.path.lexists(log := self.folder / name))
 
     def _listen(self, worker: _Worker) -> None:
@@ -116,10 +117,10 @@ class Processes:
             worker.process.stdin.flush()
         except (BrokenPipeError, OSError):
             return False  # it has just died; the end of its stream is on its way
-        worker.key = job.key
+        worker.job = job
         return True
 
-    def _next_event(self) -> Progressed | Ended | None:
+    def _next_event(self) -> RunProgressed | Ended | None:
         try:
             worker, message = self._messages.get(timeout=POLL_S)
         except queue.Empty:
@@ -138,25 +139,26 @@ class Processes:
                 self.limit = self.jobs or self._gpus or (1 if named else cores())
             return None
         if "step" in message:
-            return Progressed(worker.number, message["key"], message["step"], message["value"])
-        worker.key = None
+            return RunProgressed(worker.number, message["step"], message["value"])
+        job, worker.job = worker.job, None
+        assert job is not None
         self._idle_deaths = 0
         result, failure, code = message.get("result"), message.get("failure"), message.get("code", {})
-        return Ended(worker.number, message["key"], result, failure, code, self.limit)
+        return Ended(worker.number, job, result, failure, code, self.limit)
 
     def _died(self, worker: _Worker) -> Ended | None:
         code = worker.process.wait()
         self._workers.remove(worker)
-        self._idle_deaths += worker.key is None
+        self._idle_deaths += worker.job is None
         if not self._greeted or self._idle_deaths > MOST_IDLE_DEATHS:
             raise BncliError(
                 f"a worker process could not start (exit {code}); its log, {worker.log}, ends:\n{_tail(worker.log)}"
             )
-        if worker.key is None:
+        if worker.job is None:
             return None
         last = _tail(worker.log, 1)
-        failure = _cause(code) + (f"; its last words: {last}" if last else "")
-        return Ended(worker.number, worker.key, None, failure, at_a_time=self.limit)
+        failure = _cause(code) + (f"; its log ends: {last}" if last else "")
+        return Ended(worker.number, worker.job, None, failure, at_a_time=self.limit)
 
     def close(self) -> None:
         """End every worker now; a run in progress is lost."""
