@@ -231,7 +231,7 @@ def _text(function: Any) -> str:
 def fused_class(original: Any) -> Any:
     """A subclass of a module's class with a fused forward; that class itself where its forward is not known."""
     parts: Any = KNOWN.get(original.forward) or KNOWN.get(_text(original.forward))
-    if parts is None:
+    if parts is None or original.__new__ is not object.__new__:  # as FSDP's, which counts the bases of its objects
         return original
 
     class Fused(original):

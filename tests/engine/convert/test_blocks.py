@@ -368,6 +368,20 @@ def test_a_parametrization_of_a_block_may_come_and_go() -> None:
     torch.testing.assert_close(model(IMAGES), expected)
 
 
+class Sharded(BasicBlock):
+    """A class made as FSDP2 makes them: its objects are those of the class below it."""
+
+    def __new__(cls, *args: Any) -> Any:
+        return cls.__mro__[1](*args)
+
+
+def test_a_class_that_makes_its_objects_in_its_own_way_is_left() -> None:
+    model = BasicBlock(3, 3)
+    model.__class__ = Sharded
+    assert operations(convert(model, SEAM)) == {"bn1": "batch norm", "bn2": "batch norm"}
+    assert type(model) is Sharded
+
+
 class Scaled(BasicBlock):
     def __init__(self) -> None:
         super().__init__(3, 3)

@@ -202,7 +202,7 @@ def test_the_graph_shares_the_models_modules_and_can_be_traced_again() -> None:
     assert type(ours).__name__ == "ResNet"
     assert isinstance(model.bn1, BatchNorm2d)
     assert ours.bn1 is model.bn1
-    assert ours.fc.bias is model.fc.bias
+    assert ours.get_parameter("fc.bias") is model.fc.bias
     assert not hasattr(ours, "features")  # methods other than forward are gone
     again = fx.GraphModule(ours, LeafNorms().trace(ours)).eval()
     torch.testing.assert_close(again(IMAGES), model.eval()(IMAGES))
