@@ -42,6 +42,7 @@ class FreshProcesses:
         self._prepare, self._command = prepare, command
         self._server: subprocess.Popen[bytes] | None = None
         self._connection, self._theirs = multiprocessing.Pipe()
+        self._ended = ""  # how the server ended by itself
 
     def start(self) -> None:
         """Let the server load and prepare, and return. Without it, the first call takes longer."""
@@ -72,7 +73,8 @@ class FreshProcesses:
             result, failure = self._connection.recv()
         except (OSError, EOFError) as error:
             self.close()  # it is not started again
-            raise CallFailed(f"the process that measures memory ended: {error or type(error).__name__}") from None
+            self._ended = self._ended or f"the process that measures memory ended: {error or type(error).__name__}"
+            raise CallFailed(self._ended) from None
         if failure is not None:
             raise CallFailed(failure)
         return result
