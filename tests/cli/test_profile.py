@@ -40,6 +40,12 @@ def right(input, running_mean, running_var, weight, bias, training, momentum, ep
 def wrong(input, running_mean, running_var, weight, bias, training, momentum, eps):
     return 1.01 * right(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
+def catches_all(input, running_mean, running_var, weight, bias, training, momentum, eps):
+    try:
+        return interrupted(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    except:
+        return right(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
 def interrupted(input, running_mean, running_var, weight, bias, training, momentum, eps):
     if input.shape[-1] == 9:  # which none of the cases that a kernel is judged on first has
         os.kill(os.getpid(), signal.SIGINT)
@@ -184,6 +190,13 @@ def test_ctrl_c_prints_what_is_measured_so_far() -> None:
     assert "4x3x5x5" in ran.out
     assert "4x3x9x9" not in ran.out
     assert "Stopped at once" in ran.err
+
+
+def test_ctrl_c_ends_it_after_the_case_when_code_drops_the_exception() -> None:
+    shapes = ("--shape", "4x3x9x9", "--shape", "4x3x5x5", "--operation", "bn", "--layout", "contiguous")
+    ran = bncli("profile", *shapes, "--kernel", "native,mine:catches_all", "--allow-code", "--warm", *CPU)
+    assert ran.code == 130
+    assert "4x3x5x5" not in ran.out
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------
