@@ -233,6 +233,8 @@ def _profile_steps(
         raise UsageError(f"--kernel {', '.join(others)}: models are trained with {' and '.join(RECIPE_KERNELS)} alone")
     if model is not None:
         _check_model(model, recipe, sets, arm, inputs, asked.allow_code)
+    elif inputs is not None:
+        raise UsageError(f"--input {inputs}: it belongs to --model; a recipe's data have a shape")
     earlier = _checked_baseline(asked, StepProfile)
     check_outputs(asked.plot, trace)
     with StopSignal(at_once=True) as stop, contextlib.redirect_stdout(sys.stderr):

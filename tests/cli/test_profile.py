@@ -379,6 +379,7 @@ def test_a_model_of_the_users_own_is_measured_when_that_is_allowed() -> None:
         (["8x4x5x5"], "8x4x5x5 is no recipe; for that shape give --shape 8x4x5x5"),
         (["small.yaml", "--arm", "norm"], "--arm norm: did you mean normed?"),
         (["small.yaml", "--set", "nrom=batch"], "--set nrom=batch: nrom: unknown key; did you mean norm"),
+        (["small.yaml", "--input", "4x8"], "--input 4x8: it belongs to --model; a recipe's data have a shape"),
         (["small.yaml", "--model", "mine:make"], "small.yaml and --model mine:make: give one of them"),
         (["--model", "mine:make", "--arm", "a"], "--set and --arm change a recipe; with --model there is none"),
         (["--model", "mine:make"], "--model mine:make: give its input's shape too, as in --input 32x3x224x224"),
