@@ -279,7 +279,7 @@ def test_byte_images_stay_bytes_and_byte_vectors_become_0_to_1(tmp_path):
         ({"x": np.array([{}, {}])}, "cannot be read as arrays of numbers"),
     ],
 )
-def test_what_does_not_fit_is_named_with_its_file(tmp_path, changes, message):
+def test_unsuitable_arrays_are_named_with_their_file(tmp_path, changes, message):
     arrays = {"x": VECTORS, "y": LABELS} | changes
     path = save(tmp_path, **{key: array for key, array in arrays.items() if array is not None})
     with pytest.raises(DataError, match=message) as caught:

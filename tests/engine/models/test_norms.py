@@ -200,7 +200,7 @@ def test_the_other_norms_are_torchs(norm: LayerNorm | InstanceNorm, theirs: nn.M
 
 
 @pytest.mark.parametrize("norm", [LayerNorm(kind="layer"), GroupNorm(kind="group", groups=2)])
-def test_norms_without_a_batch_give_an_example_the_same_alone(norm: LayerNorm | GroupNorm) -> None:
+def test_other_norms_do_not_depend_on_the_batch(norm: LayerNorm | GroupNorm) -> None:
     make = factory(norm)
     assert make is not None
     x = torch.randn(5, 4, 6, 6)
