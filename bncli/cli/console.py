@@ -135,10 +135,10 @@ class StopSignal:
             signal.signal(each, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if self.number or self.at_once:
+        second, self.number = self.number != 0, number
+        if second or self.at_once:
             log("\nStopped at once; what was finished before is kept")
             raise StopAtOnce(128 + number)
-        self.number = number
         log("\nStopping after this step; once more to stop at once")
 
     def __call__(self) -> bool:

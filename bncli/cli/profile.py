@@ -200,7 +200,7 @@ def _profile_kernels(asked: _Asked, **of_cases: Any) -> None:
 
     # What a user's code prints is no result.
     with (
-        StopSignal(at_once=True),
+        StopSignal(at_once=True) as stop,
         contextlib.redirect_stdout(sys.stderr),
         contextlib.closing(memory.kernel_processes()) as processes,
     ):
@@ -209,7 +209,7 @@ def _profile_kernels(asked: _Asked, **of_cases: Any) -> None:
         from bncli.measure.profile.run import kernel_run
 
         run = kernel_run(_run_options(asked), **of_cases, processes=processes)
-        stopped = _measure(run, asked.quiet)
+        stopped = _measure(run, stop, asked.quiet)
     result = run.result()
     if asked.form != "table" and (busy := busy_words(result)):
         log(f"{busy}; do not keep this for a baseline", asked.quiet)
@@ -233,9 +233,11 @@ def _profile_steps(
         raise UsageError(f"--kernel {', '.join(others)}: models are trained with {' and '.join(RECIPE_KERNELS)} alone")
     if model is not None:
         _check_model(model, recipe, sets, arm, inputs, asked.allow_code)
+    elif inputs is not None:
+        raise UsageError(f"--input {inputs}: it belongs to --model; a recipe's data have a shape")
     earlier = _checked_baseline(asked, StepProfile)
     check_outputs(asked.plot, trace)
-    with StopSignal(at_once=True), contextlib.redirect_stdout(sys.stderr):
+    with StopSignal(at_once=True) as stop, contextlib.redirect_stdout(sys.stderr):
         from bncli.measure.profile.run import model_run, recipe_run
 
         options = _run_options(asked)
@@ -243,7 +245,7 @@ def _profile_steps(
             run = recipe_run(options, recipe, sets, arm, trace, sets_from="--set")
         else:
             run = model_run(options, model or "", inputs or "", trace)
-        stopped = _measure(run, asked.quiet)
+        stopped = _measure(run, stop, asked.quiet)
     if trace and trace.exists():
         log(f"Traced in {trace}: open it at https://ui.perfetto.dev", asked.quiet)
     _finish(asked, run.result(), stopped, earlier, StepReport)
@@ -256,14 +258,19 @@ def _run_options(asked: _Asked) -> Options:
     return Options(asked.device, asked.threads, asked.kernels, asked.seconds, asked.min_rounds, asked.allow_code)
 
 
-def _measure(run: KernelRun | StepRun, quiet: bool) -> int:
-    """Run it, showing the progress. The exit code of a signal that ended it before its time, or 0."""
+def _measure(run: KernelRun | StepRun, stop: StopSignal, quiet: bool) -> int:
+    """Run it, showing the progress. The exit code of a signal that ended it before its time, or 0.
+
+    Code that a signal interrupts can drop its exception, as torch does while it loads: hence `stop` is looked at too.
+    """
     from bncli.report.progress import ProfileProgress
 
     try:
         with ProfileProgress(quiet) as progress:
             for event in run.events():
                 progress(event)
+                if stop():
+                    return stop.exit_code
     except KeyboardInterrupt as stopped:
         return getattr(stopped, "exit_code", INTERRUPTED)
     return 0

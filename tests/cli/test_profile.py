@@ -40,6 +40,12 @@ def right(input, running_mean, running_var, weight, bias, training, momentum, ep
 def wrong(input, running_mean, running_var, weight, bias, training, momentum, eps):
     return 1.01 * right(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
+def catches_all(input, running_mean, running_var, weight, bias, training, momentum, eps):
+    try:
+        return interrupted(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    except:
+        return right(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
 def interrupted(input, running_mean, running_var, weight, bias, training, momentum, eps):
     if input.shape[-1] == 9:  # which none of the cases that a kernel is judged on first has
         os.kill(os.getpid(), signal.SIGINT)
@@ -184,6 +190,13 @@ def test_ctrl_c_prints_what_is_measured_so_far() -> None:
     assert "4x3x5x5" in ran.out
     assert "4x3x9x9" not in ran.out
     assert "Stopped at once" in ran.err
+
+
+def test_ctrl_c_ends_it_after_the_case_when_code_drops_the_exception() -> None:
+    shapes = ("--shape", "4x3x9x9", "--shape", "4x3x5x5", "--operation", "bn", "--layout", "contiguous")
+    ran = bncli("profile", *shapes, "--kernel", "native,mine:catches_all", "--allow-code", "--warm", *CPU)
+    assert ran.code == 130
+    assert "4x3x5x5" not in ran.out
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------
@@ -366,6 +379,7 @@ def test_a_model_of_the_users_own_is_measured_when_that_is_allowed() -> None:
         (["8x4x5x5"], "8x4x5x5 is no recipe; for that shape give --shape 8x4x5x5"),
         (["small.yaml", "--arm", "norm"], "--arm norm: did you mean normed?"),
         (["small.yaml", "--set", "nrom=batch"], "--set nrom=batch: nrom: unknown key; did you mean norm"),
+        (["small.yaml", "--input", "4x8"], "--input 4x8: it belongs to --model; a recipe's data have a shape"),
         (["small.yaml", "--model", "mine:make"], "small.yaml and --model mine:make: give one of them"),
         (["--model", "mine:make", "--arm", "a"], "--set and --arm change a recipe; with --model there is none"),
         (["--model", "mine:make"], "--model mine:make: give its input's shape too, as in --input 32x3x224x224"),

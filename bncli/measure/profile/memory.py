@@ -20,7 +20,6 @@ from bncli.results.profile import Case, StepMemory
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from torch import Tensor
 
     from bncli.engine.data.splits import Batch, Dataset
@@ -128,14 +127,21 @@ def step_memory(
     x, y = batch
     if x.device.type != "cpu":
         return step_memory_here(model, kernel, x, y, classes)
-    # As arrays, since a tensor is received with code of torch's that would be missing in the peak.
-    arguments = (model, kernel, x.numpy(), y.numpy(), classes, torch.get_num_threads())
+    # As arrays, which lose strides, since a tensor is received with code of torch's that would be missing in the peak.
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    arguments = (model, kernel, x.numpy(), y.numpy(), classes, torch.get_num_threads(), channels_last)
     found: StepMemory = processes.call(step_memory_here, *arguments, limit_s=STEP_LIMIT_S)
     return found
 
 
 def step_memory_here(
-    model: StepModel, kernel: str | None, x: Values, y: Values, classes: int, threads: int | None = None
+    model: StepModel,
+    kernel: str | None,
+    x: Values,
+    y: Values,
+    classes: int,
+    threads: int | None = None,
+    channels_last: bool = False,
 ) -> StepMemory:
     """`step_memory` in the current process."""
     import torch
@@ -145,13 +151,16 @@ def step_memory_here(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    dataset, parts = one_batch(torch.as_tensor(x), torch.as_tensor(y), classes), dict[str, float]()
-    device = dataset.train.index_device
-    peak = peak_mib(lambda: parts.update(_train(model, kernel, dataset, device)), device)
+    x = torch.as_tensor(x)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    batch, parts = (x, torch.as_tensor(y)), dict[str, float]()
+    dataset = one_batch(*batch, classes)
+    peak = peak_mib(lambda: parts.update(_train(model, kernel, dataset, batch)), x.device)
     return StepMemory(**parts, peak_mib=peak)
 
 
-def _train(model: StepModel, kernel: str | None, dataset: Dataset, device: torch.device) -> dict[str, float]:
+def _train(model: StepModel, kernel: str | None, dataset: Dataset, batch: Batch) -> dict[str, float]:
     """The parts of StepMemory, in MiB, after STEPS steps of a new model.
 
     Activations are the storages of tensors that autograd saved for backward and that are no parameters: the input among
@@ -159,8 +168,7 @@ def _train(model: StepModel, kernel: str | None, dataset: Dataset, device: torch
     """
     from bncli.measure.timing.memory import MIB, saved_mib
 
-    trainable = model.trainable(kernel, dataset, device)
-    batch = trainable.batch()
+    trainable = model.trainable(kernel, dataset, batch[0].device)
     for _ in range(STEPS - 1):
         trainable.step(*batch)
     parameters = list(trainable.model.parameters())

@@ -147,10 +147,10 @@ class StepRun:
                     samples[mode][kernel] += (ms,)
                 self._rows[first:] = _rows(model, timed, samples)
                 yield Measuring(model.name, phase="round", mode=mode, round=done)
-        rows = _rows(model, timed, samples)
-        for number, (row, each) in enumerate(zip(rows, timed * len(MODES), strict=True), first):
+        self._rows[first:] = _rows(model, timed, samples)
+        for number, (row, each) in enumerate(zip(self._rows[first:], timed * len(MODES), strict=True), first):
             yield Measuring(model.name, phase="parts", mode=row.mode)
-            self._rows[number:] = [self._with_parts(row, model, each, dataset)]
+            self._rows[number] = self._with_parts(row, model, each, dataset)
             yield RowDone(self._rows[number])
         if self._trace is not None and place == 0:
             self._write_trace(self._trace, model, timed)

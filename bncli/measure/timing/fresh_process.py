@@ -42,6 +42,7 @@ class FreshProcesses:
         self._prepare, self._command = prepare, command
         self._server: subprocess.Popen[bytes] | None = None
         self._connection, self._theirs = multiprocessing.Pipe()
+        self._ended = ""  # how the server ended by itself
 
     def start(self) -> None:
         """Start the server in the background. Otherwise the first call starts it."""
@@ -72,7 +73,8 @@ class FreshProcesses:
             result, failure = self._connection.recv()
         except (OSError, EOFError) as error:
             self.close()  # the server is not restarted
-            raise CallFailed(f"the process that measures memory ended: {error or type(error).__name__}") from None
+            self._ended = self._ended or f"the process that measures memory ended: {error or type(error).__name__}"
+            raise CallFailed(self._ended) from None
         if failure is not None:
             raise CallFailed(failure)
         return result

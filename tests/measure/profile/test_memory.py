@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor
 
 from bncli.measure.profile.memory import (
     kernel_peak_here,
@@ -118,3 +122,34 @@ def test_the_peak_of_a_step_in_a_fresh_process_holds_the_parts() -> None:
     assert found.parameters_mib > 8
     assert found.peak_mib is not None
     assert parts * 0.9 < found.peak_mib < 5 * parts + 100
+
+
+class Copying:
+    """Calls in this process, with arguments pickled as for a fresh one."""
+
+    def call(self, function: Callable[..., Any], *arguments: Any, limit_s: float) -> Any:
+        return function(*pickle.loads(pickle.dumps(arguments)))
+
+
+trained: list[Tensor] = []
+
+
+class Recording:
+    """A model whose steps only record their examples."""
+
+    def trainable(self, *arguments: Any) -> SimpleNamespace:
+        def step(x: Tensor, y: Tensor) -> None:
+            trained.append(x)
+
+        model = torch.nn.Linear(2, 2)
+        return SimpleNamespace(model=model, optimizer=torch.optim.SGD(model.parameters()), step=step)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_step_is_measured_in_the_memory_format_of_training(memory_format: torch.memory_format) -> None:
+    trained.clear()
+    x = torch.randn(4, 3, 5, 6).contiguous(memory_format=memory_format)
+    step_memory(cast(Any, Copying()), cast(Any, Recording()), "native", (x, torch.zeros(4)), 3)
+    assert len(trained) == 2
+    assert torch.equal(trained[0], x)
+    assert trained[0].stride() == trained[1].stride() == x.stride()

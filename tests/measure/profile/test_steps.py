@@ -187,6 +187,18 @@ def test_an_interrupted_run_has_the_rounds_that_were_finished() -> None:
 
 
 @pytest.mark.usefixtures("other")
+def test_a_run_that_is_interrupted_after_the_rounds_has_all_times() -> None:
+    run = faked_run(Faked(FakeTime(), {"native": 8.0, "fused": 4.0}))
+    events = run.events()
+    assert any(isinstance(event, RowDone) for event in events)  # the first, with its classes of time
+    events.close()  # type: ignore[attr-defined]
+    rows = run.result().rows
+    assert len(rows) == 4
+    assert all(row.samples_ms for row in rows)
+    assert [bool(row.shares_ms) for row in rows] == [True, False, False, False]
+
+
+@pytest.mark.usefixtures("other")
 def test_the_bar_only_moves_forward_and_each_row_is_reported_once() -> None:
     fake = FakeTime()
     run = faked_run(*(Faked(fake, {"native": 80.0, "fused": 40.0}, name=name) for name in ("one", "two")))
