@@ -1,4 +1,4 @@
-"""Devices: by name, their peak memory, precision (autocast, TF32), and the environment of a result."""
+"""Devices: lookup by name, peak memory, precision (autocast, TF32), and the environment of a result."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from bncli.results.environment import Environment
 
 
 def resolve(name: str) -> torch.device:
-    """The device of that name; `auto` is the first of cuda, mps, cpu that is here. Raises Unavailable with the reason.
+    """The device of that name; `auto` is the first available of cuda, mps, cpu. Raises Unavailable with the reason.
 
-    Raises UsageError for what is no device's name.
+    Raises UsageError for an invalid name.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name):
         raise UsageError("expected one of auto, cpu, cuda, cuda:N, mps", field="device", value=name)
@@ -43,7 +43,7 @@ def resolve(name: str) -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the work queued on the device, so that a host clock read next means something."""
+    """Wait for the work queued on the device, before the host's clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -51,7 +51,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin a new peak. On Linux the high-water mark of the resident set is reset (man 5 proc, clear_refs).
+    """Reset the peak. On Linux the high-water mark of the resident set is reset (man 5 proc, clear_refs).
 
     psutil can neither reset nor read it on Linux.
     """
@@ -72,14 +72,14 @@ def peak_memory_mib(device: torch.device) -> float | None:
     if device.type == "mps":
         return None
     if sys.platform == "linux":
-        with open("/proc/self/status", "rb", buffering=0) as file:  # as bytes: read twice an evaluation
+        with open("/proc/self/status", "rb", buffering=0) as file:  # bytes for speed: read twice per evaluation
             found = re.search(rb"VmHWM:\s+(\d+) kB", file.read())
         return int(found[1]) / 1024 if found else None
     if sys.platform == "win32":
         import psutil
 
         return float(psutil.Process().memory_info().peak_wset) / 2**20
-    import resource  # since psutil has no peak here
+    import resource  # psutil has no peak here
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 1024)
@@ -87,13 +87,13 @@ def peak_memory_mib(device: torch.device) -> float | None:
 
 def resident_mib() -> float:
     """Resident memory of this process now."""
-    import psutil  # 10 ms that a training run need not take
+    import psutil  # 10 ms that a training run can save
 
     return float(psutil.Process().memory_info().rss) / 2**20
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """The context in which operators compute in that precision: fp32, bf16 or fp16."""
+    """A context in which operators compute in that precision: fp32, bf16 or fp16."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
@@ -103,8 +103,8 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def tf32_allowed(allowed: bool) -> Iterator[None]:
     """A context in which float32 matrix products and convolutions on an NVIDIA GPU may, or may not, use TF32.
 
-    By default torch allows it for convolutions. `allow_tf32` is set, since setting the newer `fp32_precision` alone
-    makes it an error to read the older, as a model of the user's own may do.
+    By default torch allows it for convolutions. `allow_tf32` is set too, since after setting only the newer
+    `fp32_precision`, reading the older one raises, which a user's model may do.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     settings = _tf32_settings()
@@ -119,7 +119,7 @@ def tf32_allowed(allowed: bool) -> Iterator[None]:
 
 
 def in_tf32(device: torch.device) -> bool:
-    """Whether float32 convolutions or matrix products on that device may be in TF32 now."""
+    """Whether float32 convolutions or matrix products on that device may use TF32 now."""
     return device.type == "cuda" and any(setting.fp32_precision == "tf32" for setting in _tf32_settings())
 
 
@@ -129,21 +129,21 @@ def _tf32_settings() -> list[Any]:
 
 
 class PeakMemory:
-    """The peaks of phases that take turns, such as training and evaluation, in MiB; None where they are not known."""
+    """The peak memory of alternating phases such as training and evaluation, in MiB; None if unknown."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.mib: dict[str, float | None] = {}
 
     def end(self, phase: str) -> None:
-        """What was in use since the last call was in use in `phase`."""
+        """Attribute the peak since the last call to `phase`."""
         peaks = (self.mib.get(phase), peak_memory_mib(self.device))
         self.mib[phase] = max((peak for peak in peaks if peak is not None), default=None)
         reset_peak_memory(self.device)
 
 
 def environment(device: torch.device, tf32: bool | None = None) -> Environment:
-    """The machine and the versions that a figure belongs to, and whether it was made in TF32."""
+    """The machine and the versions that a result depends on, and whether TF32 was on."""
     cuda = device.type == "cuda"
     return Environment(
         bncli=bncli.__version__,

@@ -1,8 +1,8 @@
-"""Steps to target: how many steps a run spends below its target, counted as its evaluations come in.
+"""Steps to target: the number of steps that a run spends below its target, updated at each evaluation.
 
-The first evaluation at or past the target, and every crossing of a smoothed curve, depend on how often one evaluates:
+The first evaluation at or past the target, and every crossing of a smoothed curve, depend on the evaluation interval:
 more evaluations give a noisy curve more chances to cross early. The number of steps below the target is a sum over all
-intervals between evaluations, so its expectation hardly depends on how many they are (`tests/benchmarks/crossings.py`).
+intervals between evaluations, so its expectation hardly depends on their number (`tests/benchmarks/crossings.py`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from bncli.results.train import AHEAD, Evaluation, Target
 class StepsToTarget:
     """The steps to one target of one run.
 
-    They are the optimizer steps that the run spends below its target, the metric on a straight line between
-    evaluations, counted until the run is 1 + AHEAD times as long: a run has to go on for 30 % of its steps to target,
-    and a budget of B steps shows those up to B / 1.3. NaN ranks as the worst value.
+    They are the optimizer steps that the run spends below its target, with linear interpolation of the metric between
+    evaluations. They are final once the run is 1 + AHEAD times as long: a run has to continue for 30 % of its steps to
+    target, and a budget of B steps can show at most B / 1.3. NaN ranks as the worst value.
 
-    steps: None until they are settled. below: the steps below the target so far. first_hit: the first evaluation at or
-    past the target, as it is.
+    steps: None until they are final. below: the steps below the target so far. first_hit: the step of the first
+    evaluation at or past the target.
     """
 
     def __init__(self, target: Target) -> None:
@@ -30,10 +30,10 @@ class StepsToTarget:
         self.steps: float | None = None
         self.first_hit: int | None = None
         self.below = 0.0
-        self._last: tuple[int, float] | None = None  # step, and how far the metric was from the target
+        self._last: tuple[int, float] | None = None  # step and gap
 
     def add(self, evaluation: Evaluation) -> bool:
-        """Take the next evaluation in order of steps; True once the steps are settled, and from then on."""
+        """Add the next evaluation, in order of steps. Returns whether the steps are final."""
         gap = _gap(evaluation, self.target)
         if gap <= 0 and self.first_hit is None:
             self.first_hit = evaluation.step
@@ -47,7 +47,7 @@ class StepsToTarget:
 
 
 def _gap(evaluation: Evaluation, target: Target) -> float:
-    """How far the metric is from the target; 0 or less where it is reached."""
+    """The distance of the metric to the target; 0 or less if it is reached."""
     value = evaluation.value(target.metric)
     if math.isnan(value):
         return math.inf
@@ -55,9 +55,9 @@ def _gap(evaluation: Evaluation, target: Target) -> float:
 
 
 def _share_below(before: float, after: float) -> float:
-    """The share of the straight line between two gaps that lies above 0, which is below the target."""
+    """The fraction of an interval below the target (gap above 0), by linear interpolation of the gap."""
     low, high = min(before, after), max(before, after)
-    if low > 0 or high == math.inf:  # no line leads to an infinite loss: all of the interval counts
+    if low > 0 or high == math.inf:  # an infinite loss cannot be interpolated: the whole interval counts
         return 1.0
     return 0.0 if high <= 0 else high / (high - low)
 
@@ -65,7 +65,7 @@ def _share_below(before: float, after: float) -> float:
 def evaluation_steps(every: int | LogSpaced, budget: int) -> Iterator[int]:
     """The optimizer steps after which a run is evaluated, ascending, from above 0 to the budget, always the last.
 
-    A number is the interval between them. LogSpaced: the whole steps nearest to 2 ** (k / points_per_doubling).
+    An int is the interval between them. LogSpaced: the integers nearest to 2 ** (k / points_per_doubling).
     """
     if isinstance(every, int):
         yield from range(every, budget, every)

@@ -23,9 +23,9 @@ PACKAGES = ("site-packages", "dist-packages")  # names of folders with installed
 
 
 def imported(name: str) -> Any:
-    """What package.module:function names, from the current folder or the environment.
+    """The object package.module:function, from the current folder or the environment.
 
-    Raises what the import raises, which runs the user's code, and AttributeError where the module has no such name.
+    Raises what the import raises, which runs the user's code, and AttributeError if the module has no such name.
     """
     if "" not in sys.path:
         sys.path.insert(0, "")  # a console script's path lacks the current folder, where the user's code is
@@ -35,10 +35,10 @@ def imported(name: str) -> Any:
 
 @contextlib.contextmanager
 def blame_user_code(name: str, contract: str, kind: type[BncliError] = RunFailed) -> Iterator[None]:
-    """Turn what the user's code raises into one sentence with the line that raised it. Raises an error of that kind.
+    """Convert an exception of the user's code to an error of that kind: one sentence with the line that raised it.
 
-    name: what was called, as the user names it. contract: how it is called and what it has to return. Errors of
-    bncli's own, which say what to do, go through as they are.
+    name: the user's name of the called object. contract: how it is called and what it has to return. Errors of bncli
+    itself pass unchanged.
     """
     try:
         yield
@@ -54,10 +54,10 @@ def blame_user_code(name: str, contract: str, kind: type[BncliError] = RunFailed
 
 
 class LoadedFiles:
-    """The files of modules that are neither installed, Python's nor bncli's: file -> SHA-256.
+    """The files of modules that are neither installed nor part of Python or bncli: file -> SHA-256.
 
-    Modules that are there when this is made are left out. A file in the current folder goes by its path in it, and
-    keeps the digest with which it was first noted, so `note` is to be called soon after each import.
+    Modules that were imported before are left out. Files in the current folder have relative paths. A file keeps the
+    digest of its first `note`, so call `note` soon after each import.
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class LoadedFiles:
 
 
 def digest_of(file: str) -> str | None:
-    """The SHA-256 of a file's contents; None where there is none."""
+    """The SHA-256 of a file's contents; None if it cannot be read."""
     try:
         return hashlib.sha256(Path(file).read_bytes()).hexdigest()
     except OSError:

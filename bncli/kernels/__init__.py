@@ -1,11 +1,11 @@
-"""Batch norm kernels by name: their common signature, and whether one can run on a device. No torch at import.
+"""Registry of batch norm kernels: their common signature and their availability on a device. No torch at import.
 
 A kernel is `kernel(x, weight, bias, eps, residual, activation, statistics, running) -> y, mean, var` with x (N, C, *S),
 weight, bias, mean and var (C). y is differentiable in x, weight, bias and residual, and sums are taken in float32 or
-wider. Without `statistics` x is normalized by the batch's own mean and biased variance, and those are returned, without
-gradient; with `statistics`, a pair (mean, var), by that pair, which is a constant (evaluation). `running` is a running
-mean and a running variance (C), which are updated in place with the batch's statistics, the variance times m / (m - 1),
-and a momentum, which is the batch's share; nothing else is written to.
+wider. Without `statistics`, x is normalized by the mean and biased variance of the batch, which are returned without
+a gradient. With `statistics`, a pair (mean, var) of constants (evaluation), x is normalized by that pair. `running` is
+(running_mean, running_var, momentum): both (C) are updated in place with the statistics of the batch, the variance
+times m / (m - 1); momentum is the weight of the batch. A kernel writes to no other argument.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def get(name: str, device: torch.device | None = None) -> Kernel:
     if reason is not None:
         raise Unavailable(
             f"the {name} kernel cannot run: {reason}. "
-            "Nothing else is run in its place; the native kernel is torch's own operator and runs everywhere"
+            "No other kernel replaces it; the native kernel is torch's own operator and runs everywhere"
         )
     return kernel
 
 
 def load(name: str) -> Kernel:
-    """The kernel of that name, whether or not it can run here. Raises Unavailable for a name that is none."""
+    """The kernel of that name, whether or not it can run here. Raises Unavailable for an unknown name."""
     if name not in GRADCHECK_KERNELS:
         raise Unavailable(f"kernel {name}: expected one of {', '.join(GRADCHECK_KERNELS)}")
     module = KERNELS[name].module
@@ -62,7 +62,7 @@ def load(name: str) -> Kernel:
 
 
 def adapted(function: Any) -> Kernel:
-    """A function as a kernel: itself, or where it has no `running`, itself and then the running statistics' update."""
+    """A function as a kernel. Without a parameter `running`, the running statistics are updated after each call."""
     try:
         if "running" in inspect.signature(function).parameters:
             return function
@@ -74,8 +74,8 @@ def adapted(function: Any) -> Kernel:
 def _run_and_update(function, x, weight, bias, eps, residual=None, activation=None, statistics=None, running=None):  # type: ignore[no-untyped-def]
     from bncli.kernels.native import update_running_stats
 
-    given = () if statistics is None else (statistics,)  # a function for training alone need not take them
-    y, mean, var = function(x, weight, bias, eps, residual, activation, *given)
+    extra = () if statistics is None else (statistics,)  # optional for a function that only trains
+    y, mean, var = function(x, weight, bias, eps, residual, activation, *extra)
     if running is not None:
         update_running_stats(running, mean, var, x.numel() // x.size(1))
     return y, mean, var

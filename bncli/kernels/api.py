@@ -41,27 +41,27 @@ def batch_norm(
         running_var: The same for the variance, which is multiplied by m / (m - 1) before it is averaged.
         weight: Shape (C), or None for 1.
         bias: Shape (C), or None for 0.
-        training: Whether the batch's own statistics normalize.
+        training: Whether to normalize by the statistics of the batch.
         momentum: The share of the batch in the running statistics, from 0 to 1.
         eps: Added to the variance, in units of x squared.
         residual: Added to y. Any shape and dtype that torch can add to it: the kernel adds one of the input's shape and
             dtype, torch any other, after the kernel.
         activation: "relu", "leaky_relu" (with the slope 0.01), "silu" or None; applied last.
         kernel: "native", "fused", "fused-interpreted", or a function with the arguments that bncli.kernels describes.
-            After a function without `running` the running statistics are updated with what it returns.
+            For a function without `running`, the running statistics are updated with the statistics that it returns.
 
     Returns:
         A tensor of the input's shape and layout, differentiable in input, weight, bias and residual.
 
     Raises:
-        ValueError: For one value per channel in training, for one of the running statistics without the other, for an
-            eps out of range and for an unknown activation.
-        RuntimeError: For sizes that disagree, and for no running statistics in evaluation, as torch does.
+        ValueError: If training has one value per channel, if only one of the running statistics is passed, if eps is
+            out of range, or if the activation is unknown.
+        RuntimeError: If sizes disagree, or if evaluation has no running statistics, as in torch.
         Unavailable: With the reason, where the kernel cannot run.
     """
     if activation is not None:
         native.check_activation(activation)
-    if kernel == "native":  # the operator itself: as a kernel it would take the statistics once more, to return them
+    if kernel == "native":  # torch's operator directly: the kernel computes the statistics twice, to return them
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return native.finish(y, residual, activation)
     if input.dim() < 2:
@@ -79,7 +79,7 @@ def batch_norm(
             raise RuntimeError("evaluation normalizes by running_mean and running_var; one of them is None")
         return run(input, weight, bias, eps, residual, activation, (running_mean, running_var))[0]
     if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must both be given or both be None")
+        raise ValueError("running_mean and running_var must both be tensors or both be None")
     if input.size(0) == 1 and math.prod(input.shape[2:]) == 1:
         raise ValueError(f"training needs more than one value per channel; the input has shape {tuple(input.shape)}")
     if running_mean is None or running_var is None or input.numel() == 0:  # an empty batch has no statistics
@@ -90,7 +90,7 @@ def batch_norm(
 def _find(kernel: str | kernels.Kernel, device: torch.device) -> kernels.Kernel:
     """The kernel of that name, or that function. Raises Unavailable where it cannot run.
 
-    Whether it can, and what arguments a function has, is found out once, and never while torch.compile traces.
+    Availability and signatures are cached, and are not inspected while torch.compile traces.
     """
     compiling = torch.compiler.is_dynamo_compiling()
     if isinstance(kernel, str):

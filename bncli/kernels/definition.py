@@ -1,8 +1,7 @@
-"""Definition of batch, layer, group and instance norm in plain torch operators: short, slow, and the reference that
-every kernel is held to in float64. It uses no other kernel file, so that a mistake in one of those cannot be in both.
+"""Definition of batch, layer, group and instance norm in plain torch operators: the float64 reference of every kernel.
 
-The parameters of `batch_norm` are the mistakes that kernels make, so that a diagnosis can compute a wrong kernel's
-results.
+It imports no other kernel module, so that they share no bug. A `Mutation` of `batch_norm` reproduces a bug that
+kernels have, so that a diagnosis can compute the results of a wrong kernel.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from bncli import names
 
 Change = Callable[[Tensor], Tensor]
 # (x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation) -> y, by position: the
-# meaning of bncli.batch_norm; the running statistics move in place in training.
+# meaning of bncli.batch_norm; the running statistics are updated in place in training.
 Forward = Callable[..., Tensor]
 
 
@@ -30,9 +29,9 @@ def same(tensor: Tensor) -> Tensor:
 class Mutation:
     """Departures from batch norm's definition; the defaults are none."""
 
-    mean: Change = same  # of the mean (C) that normalizes, in training
-    var: Change = same  # of the variance (C) that normalizes, in training
-    bessel: bool = False  # normalizes by the unbiased variance, m/(m-1)
+    mean: Change = same  # applied to the mean (C) that normalizes in training
+    var: Change = same  # applied to the variance (C) that normalizes in training
+    bessel: bool = False  # normalize by the unbiased variance, m/(m-1)
     inverse_deviation: Callable[[Tensor, float], Tensor] = lambda var, eps: (var + eps).rsqrt()
     batch_in_evaluation: bool = False
     running_in_training: bool = False
@@ -42,7 +41,7 @@ class Mutation:
     mean_path_in_evaluation: bool = False  # the gradient goes through the batch's mean though the output does not
     variance_path_in_evaluation: bool = False
     output: Change = same
-    rounding: Change = same  # of every intermediate, and so of its gradient
+    rounding: Change = same  # applied to every intermediate, and so to its gradient
     move_mean: Callable[[Tensor, Tensor, float], Tensor] = torch.lerp  # running, batch, momentum
     move_var: Callable[[Tensor, Tensor, float, int], Tensor] = lambda running, var, momentum, m: running.lerp(
         var * (m / (m - 1)), momentum
@@ -50,7 +49,7 @@ class Mutation:
 
 
 def batch_norm(mutation: Mutation | None = None) -> Forward:
-    """Ioffe & Szegedy 2015, algorithms 1 and 2, written out; mutated, a wrong kernel."""
+    """Ioffe & Szegedy 2015, algorithms 1 and 2. With a mutation, a wrong kernel."""
     mutation = mutation or Mutation()
 
     def call(x: Tensor, /, *others: Any) -> Tensor:
@@ -73,8 +72,8 @@ def batch_norm(mutation: Mutation | None = None) -> Forward:
             if mutation.mean_path_in_evaluation:
                 mean = mean + x.mean(over) - x.mean(over).detach()
             if mutation.variance_path_in_evaluation:
-                around = (x - per_channel(running_mean, x)).square().mean(over)
-                var = var + around - around.detach()
+                squares = (x - per_channel(running_mean, x)).square().mean(over)
+                var = var + squares - squares.detach()
         inverse_deviation = rounding(mutation.inverse_deviation(var, eps))
         xhat = rounding(rounding(x - per_channel(mean, x)) * per_channel(inverse_deviation, x))
         y = rounding(affine(xhat, weight, bias))
@@ -96,13 +95,13 @@ def per_channel(values: Tensor, x: Tensor) -> Tensor:
 
 
 def affine(xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """weight xhat + bias, a pair for each channel."""
+    """weight xhat + bias, per channel."""
     y = xhat if weight is None else xhat * per_channel(weight, xhat)
     return y if bias is None else y + per_channel(bias, y)
 
 
 def finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
-    """activation(y + residual), each step only if it is asked for."""
+    """activation(y + residual); None skips a step."""
     z = y if residual is None else y + residual
     if activation is None:
         return z
@@ -111,9 +110,9 @@ def finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor
 
 
 def over_groups(row: names.Norm, rounding: Change = same) -> Forward:
-    """A norm whose means are those of an example's groups of channels (Wu & He 2018, section 3.1).
+    """Group norm: statistics of each group of channels of each example (Wu & He 2018, section 3.1).
 
-    With one group it is layer norm of (C, *S), with a group for every channel instance norm.
+    With one group it is layer norm over (C, *S), with one group per channel instance norm.
     """
 
     def call(x: Tensor, /, *others: Any) -> Tensor:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of a position are neighbours in memory, in any rank; a batch of vectors is so too.
+    """Whether the channels of a position are adjacent in memory, for any rank; true for (N, C).
 
-    A tensor of one channel, which is in both layouts, is taken as contiguous: that is faster.
+    A tensor with one channel has both layouts and counts as contiguous, which is faster.
     """
     if x.size(1) == 1:
         return False
@@ -25,7 +25,7 @@ def refuse_gaps(x: Tensor) -> NoReturn:
 
 
 def dense(x: Tensor) -> Tensor:
-    """x itself where it is contiguous or channels last, without gaps; else a contiguous copy."""
+    """x itself if it is contiguous or channels last without gaps, else a contiguous copy."""
     return x if x.is_contiguous() or is_channels_last(x) else x.contiguous()
 
 
@@ -41,24 +41,24 @@ def over_channels(x: Tensor) -> list[int]:
     return [0, *range(2, x.dim())]
 
 
-def per_channel(values: Tensor, like: Tensor) -> Tensor:
-    """(C) -> (1, C, 1, ...) of `like`'s dimensions."""
-    return values.reshape(1, -1, *[1] * (like.dim() - 2))
+def per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """(C) -> (1, C, 1, ...) with the dimensions of x."""
+    return values.reshape(1, -1, *[1] * (x.dim() - 2))
 
 
 def sizes(x: Tensor) -> tuple[int, int, int]:
-    """(N, C, S), S the number of positions."""
+    """(N, C, S), where S is the number of positions."""
     examples, channels = x.shape[:2]
     return examples, channels, x.numel() // max(examples * channels, 1)
 
 
 def accumulation(x: Tensor) -> torch.dtype:
-    """The dtype of statistics and sums: float32, of float64 itself."""
+    """The dtype of statistics and sums: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def sign_bytes(x: Tensor) -> int:
-    """How many bytes a bit for each element takes, in whole bytes a channel (contiguous) or a row (channels last)."""
+    """Bytes of a sign mask: one bit per element, whole bytes per channel (contiguous) or per row (channels last)."""
     examples, channels, positions = sizes(x)
     if is_channels_last(x):
         return examples * positions * ((channels + 7) // 8)
@@ -66,7 +66,7 @@ def sign_bytes(x: Tensor) -> int:
 
 
 def unpacked_signs(signs: Tensor, x: Tensor) -> Tensor:
-    """Those bits (uint8) as booleans like x."""
+    """A sign mask in bits (uint8) as booleans of x's shape."""
     examples, channels, positions = sizes(x)
     bits = ((signs.unsqueeze(-1) >> torch.arange(8, device=signs.device, dtype=torch.uint8)) & 1).bool()
     if is_channels_last(x):

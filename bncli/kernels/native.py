@@ -15,7 +15,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {name: getattr(F, name) for
 
 
 def unavailable_reason(device: torch.device | None) -> None:
-    """It runs wherever torch does."""
+    """None: it runs wherever torch does."""
 
 
 def batch_norm(
@@ -32,12 +32,12 @@ def batch_norm(
 
     The arguments and results are those that bncli.kernels describes.
     """
-    given_mean, given_var = statistics or (None, None)
-    y = F.batch_norm(x, given_mean, given_var, weight, bias, training=statistics is None, momentum=0.0, eps=eps)
+    mean, var = statistics or (None, None)
+    y = F.batch_norm(x, mean, var, weight, bias, training=statistics is None, momentum=0.0, eps=eps)
     y = finish(y, residual, activation)
     if statistics is not None:
         return y, *statistics
-    if x.numel() == 0:  # nothing to take statistics of, and torch would warn
+    if x.numel() == 0:  # no statistics exist, and torch would warn
         return y, *x.new_full((2, x.size(1)), float("nan"), dtype=accumulation(x))
     with torch.no_grad():
         var, mean = torch.var_mean(x.to(accumulation(x)), dim=over_channels(x), correction=0)
@@ -47,20 +47,20 @@ def batch_norm(
 
 
 def check_activation(activation: str | None) -> None:
-    """Raises ValueError for one that is neither of ACTIVATIONS nor None."""
+    """Raises ValueError for an activation that is neither in ACTIVATIONS nor None."""
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r}: expected one of {', '.join(ACTIVATIONS)}, or None")
 
 
 def finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
-    """activation(y + residual), each step only if asked for."""
+    """activation(y + residual); None skips a step."""
     if residual is not None:
         y = y + residual
     return y if activation is None else ACTIVATIONS[activation](y)
 
 
 def update_running_stats(running: tuple[Tensor, Tensor, float], mean: Tensor, var: Tensor, count: int) -> None:
-    """In place, with a batch's mean and biased variance (C) of `count` values a channel.
+    """Update in place with the mean and biased variance (C) of a batch with `count` values per channel.
 
     Ioffe & Szegedy 2015, algorithm 2, line 10: the running variance takes the unbiased one, m / (m - 1).
     """

@@ -1,4 +1,4 @@
-"""What training would do, without doing it: the resolved recipe and its size. No torch, no data read."""
+"""Dry run: the resolved recipe and its size, without training. No torch, no data read."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def planned_training(loaded: Loaded, arm: Arm) -> Planned:
 
 
 def available_memory_mib() -> float:
-    """Memory of this machine that programs can take without swapping."""
-    import psutil  # as late as that, since commands that do not plan need not load it
+    """Memory of this machine that is available without swapping."""
+    import psutil  # here, since other commands do not need it
 
     return float(psutil.virtual_memory().available) / 2**20
 

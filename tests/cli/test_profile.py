@@ -328,7 +328,7 @@ def test_a_model_of_the_users_own_is_measured_when_that_is_allowed() -> None:
         (["--kernel", ",", "--shape", "8x4"], "--kernel: name at least one"),
         (["small.yaml", "--kernel", "native,compiled"], "--kernel compiled: models are trained with native and fused"),
         (["--shape", "8"], "--shape 8: expected the batch, the channels and up to three sides"),
-        (["--shape", "1x3"], "--shape 1x3: training needs more than one value a channel, and it has one"),
+        (["--shape", "1x3"], "--shape 1x3: training needs more than one value per channel, and it has one"),
         (["--shape", "8x4", "--batch", "3"], "--batch: a shape holds its own batch, its first number"),
         (["--batch", "0"], "'--batch': 0 is not in the range"),
         (["--shapes", "resnet"], "--shapes resnet: expected one of resnet20, resnet50, inception, mlp, or a CSV file"),

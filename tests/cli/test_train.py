@@ -99,7 +99,7 @@ def test_a_kernel_that_cannot_run_is_refused_and_not_replaced(recipe: str, monke
     monkeypatch.setattr(fused, "unavailable_reason", lambda device: f"there is no compiler for {device}")
     ran = bncli("train", recipe, "--set", "norm={kind: batch, kernel: fused}", "--device", "cpu")
     assert (ran.code, ran.out) == (3, "")
-    reason = "the fused kernel cannot run: there is no compiler for cpu. Nothing else is run in its place"
+    reason = "the fused kernel cannot run: there is no compiler for cpu. No other kernel replaces it"
     assert f"bncli: {reason}" in ran.err
     assert not Path("runs").exists()
 

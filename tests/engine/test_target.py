@@ -77,7 +77,7 @@ def test_one_at_a_time_says_after_every_evaluation_what_the_whole_says(values: l
 
 
 @given(finite_curves, finite_curves, targets)
-def test_settled_steps_are_not_changed_by_what_comes_later(
+def test_final_steps_do_not_change_with_later_evaluations(
     values: list[float], later: list[float], target: Target
 ) -> None:
     steps, first_hit = steps_to_target(curve(values), target)
@@ -86,7 +86,7 @@ def test_settled_steps_are_not_changed_by_what_comes_later(
 
 
 @given(finite_curves)
-def test_a_loss_that_mirrors_an_accuracy_takes_as_many_steps(values: list[float]) -> None:
+def test_a_mirrored_loss_takes_as_many_steps_as_the_accuracy(values: list[float]) -> None:
     mirrored = [1 - value for value in values]
     steps, first_hit = steps_to_target(curve(mirrored), LOSS)
     other_steps, other_first_hit = steps_to_target(curve([1 - value for value in mirrored]), ACCURACY)

@@ -232,7 +232,7 @@ def test_any_callable_is_a_kernel(kernel: Any) -> None:
     assert mean.any()
 
 
-def test_what_a_function_takes_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_functions_signature_is_inspected_once(monkeypatch: pytest.MonkeyPatch) -> None:
     looked_at = []
     monkeypatch.setattr("inspect.signature", lambda f, signature=inspect.signature: looked_at.append(f) or signature(f))
 
@@ -271,7 +271,7 @@ def test_a_kernel_that_cannot_run_is_refused_and_not_replaced() -> None:
         batch_norm(numbers(4, 3), None, None, training=True, kernel="fused")
 
 
-def test_it_is_public() -> None:
+def test_batch_norm_is_public() -> None:
     assert bncli.batch_norm is batch_norm
 
 

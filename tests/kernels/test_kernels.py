@@ -46,7 +46,7 @@ def test_the_native_kernel_runs_on_every_device() -> None:
 
 @pytest.mark.parametrize("name", ["nativ", "compiled", ""])  # profile alone knows the kernel compiled
 @pytest.mark.parametrize("find", [kernels.get, kernels.load])
-def test_a_name_that_is_none_is_answered_with_all_that_are(find: Any, name: str) -> None:
+def test_an_unknown_name_is_answered_with_the_known_ones(find: Any, name: str) -> None:
     with pytest.raises(Unavailable) as refused:
         find(name)
     assert str(refused.value) == f"kernel {name}: expected one of native, fused, fused-interpreted"
@@ -57,13 +57,13 @@ def test_a_kernel_is_loaded_and_refused_where_it_cannot_run() -> None:
         kernels.get("fused", torch.device("mps"))
     assert str(refused.value) == (
         "the fused kernel cannot run: it needs a CPU or an NVIDIA GPU, and was asked to run on mps. "
-        "Nothing else is run in its place; the native kernel is torch's own operator and runs everywhere"
+        "No other kernel replaces it; the native kernel is torch's own operator and runs everywhere"
     )
     assert refused.value.exit_code == 3
     assert callable(kernels.load("fused"))
 
 
-def test_whether_it_can_run_is_asked_of_that_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_availability_is_checked_for_that_device(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(native, "unavailable_reason", asked.append)
     kernels.get("native")
@@ -75,7 +75,7 @@ def test_a_function_that_updates_running_statistics_is_a_kernel_itself() -> None
     assert kernels.adapted(native.batch_norm) is native.batch_norm
 
 
-def test_a_function_that_does_not_gets_them_moved_after_it() -> None:
+def test_running_statistics_are_updated_after_a_function_that_does_not() -> None:
     def function(x, weight, bias, eps, residual, activation):  # type: ignore[no-untyped-def]
         return native.batch_norm(x, weight, bias, eps, residual, activation)
 

@@ -1,6 +1,6 @@
-"""The data sets that a recipe can name, read and put on the device.
+"""Data sets of a recipe: loading, checking, and the transfer to the device.
 
-N examples, B examples of a batch, C channels, H height, W width.
+Letters: N examples, B batch size, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def load(
     device: torch.device,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Dataset:
-    """The data set that a recipe's `data` section names. Raises DataError for what is missing or does not fit."""
+    """The data set that a recipe's `data` section names. Raises DataError for missing or unsuitable data."""
     if spec.source == "hub":
         from bncli.engine.data.hub import load_hub
 
@@ -41,7 +41,7 @@ def load(
         name, arrays, augment = "digits (scikit-learn)", _digits(spec), False
     x, shape = arrays.x, tuple(arrays.x.shape[1:])
     if augment and len(shape) != 3:
-        raise DataError(f"data.augment: crop-flip needs images, and {name} holds vectors; write augment: none")
+        raise DataError(f"data.augment: crop-flip needs images, and {name} holds vectors; set augment: none")
     mean, std = normalization(x, spec.normalize)
     held_out_x, convert = arrays.held_out_x, None
     if x.is_floating_point() and spec.normalize == "standard":
@@ -58,7 +58,7 @@ def load(
 
 
 class Arrays(NamedTuple):
-    """On the CPU; x float32, or uint8 for images that are still bytes."""
+    """Arrays on the CPU; x is float32, or uint8 for images that are still bytes."""
 
     x: Tensor
     y: Tensor
@@ -81,7 +81,7 @@ def _digits(spec: Digits) -> Arrays:
 def read_digits() -> tuple[np.ndarray, np.ndarray]:
     """scikit-learn's digits: x (1797, 64) uint8 of 0..16, y (1797,) int64.
 
-    Read from its file, since importing scikit-learn takes a second; by `load_digits` where the file has moved.
+    They are read from scikit-learn's file, since its import takes a second; if that is missing, by `load_digits`.
     """
     package = importlib.util.find_spec("sklearn")
     path = Path((package and package.origin) or "").parent / "datasets" / "data" / "digits.csv.gz"
@@ -112,11 +112,11 @@ def _npz(spec: Npz) -> Arrays:
     x, y, classes = arrays["x"], arrays["y"], int(arrays["y"].max()) + 1
     if "x_test" not in arrays:
         if spec.held_out is None:
-            count = f"say how many of its {len(y)} examples to hold out"
+            count = f"set how many of its {len(y)} examples to hold out"
             raise DataError(f"data.held_out: {spec.path} has no x_test; {count}")
         return _held_out(x, y, spec, classes)
     if spec.held_out is not None:
-        raise DataError(f"data.held_out: {spec.path} has x_test and y_test to hold out; leave held_out away")
+        raise DataError(f"data.held_out: {spec.path} has x_test and y_test to hold out; remove held_out")
     return Arrays(x, y, arrays["x_test"], arrays["y_test"], classes)
 
 
@@ -128,8 +128,8 @@ KEYS = ("x", "y", "x_test", "y_test")
 def read_npz(path: str) -> dict[str, Tensor]:
     """x (N, features) or (N, C, H, W) and y (N,) int64; if the file has a fixed test set, x_test and y_test as well.
 
-    x is float32, and uint8 for images that are stored so; vectors stored as uint8 come as float32 of 0..1. The labels
-    of y are 0 to classes - 1, each at least once. Raises DataError for a file that is not there or not so.
+    x is float32, or uint8 for images stored as uint8; vectors stored as uint8 become float32 in 0..1. The labels of y
+    are 0 to classes - 1, each at least once. Raises DataError for a missing file or other contents.
     """
     try:
         found, arrays = _read(Path(path).expanduser())
@@ -137,7 +137,7 @@ def read_npz(path: str) -> dict[str, Tensor]:
         if missing := [key for key in (KEYS if test else KEYS[:2]) if key not in found]:
             raise DataError(
                 f"has no {' and no '.join(missing)}; it holds {', '.join(found) or 'nothing'}. "
-                "Needed are x and y, and for a fixed test set x_test and y_test as well"
+                "Required are x and y, and for a fixed test set x_test and y_test as well"
             )
         tensors = {key: (_examples if key[0] == "x" else _labels)(key, arrays[key]) for key in arrays}
         _check_classes(tensors["y"])
@@ -153,9 +153,9 @@ def read_npz(path: str) -> dict[str, Tensor]:
 
 def _read(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
     if not path.is_file():
-        raise DataError(f"is not there; make it with numpy.savez('{path}', x=..., y=...)")
+        raise DataError(f"does not exist; create it with numpy.savez('{path}', x=..., y=...)")
     if not zipfile.is_zipfile(path):
-        raise DataError(f"is not an .npz archive; make it with numpy.savez('{path}', x=..., y=...)")
+        raise DataError(f"is not an .npz archive; create it with numpy.savez('{path}', x=..., y=...)")
     try:
         with np.load(path, allow_pickle=False) as archive:
             # What is no array in the archive comes as bytes.
@@ -187,20 +187,20 @@ def _examples(key: str, x: np.ndarray) -> Tensor:
 
 def _labels(key: str, y: np.ndarray) -> Tensor:
     if y.dtype.kind not in "iu" or y.ndim != 1 or not len(y):
-        raise DataError(f"has {key} of type {y.dtype} and shape {y.shape}; labels are whole numbers, one an example")
+        raise DataError(f"has {key} of type {y.dtype} and shape {y.shape}; labels must be integers, one per example")
     if y.min() < 0 or y.max() >= 2**31:
-        raise DataError(f"has labels from {y.min()} to {y.max()} in {key}; number the classes from 0 up")
+        raise DataError(f"has labels from {y.min()} to {y.max()} in {key}; number the classes from 0")
     return torch.from_numpy(y.astype(np.int64))
 
 
 def _check_classes(y: Tensor) -> None:
     present = y.unique()
     if len(present) == 1:
-        raise DataError(f"has label {int(present[0])} alone in y; there must be at least 2 classes, 0 and 1")
+        raise DataError(f"has only label {int(present[0])} in y; there must be at least 2 classes, 0 and 1")
     if len(present) <= present[-1]:
         absent = int((present != torch.arange(len(present))).nonzero()[0])
         raise DataError(
-            f"has labels up to {int(present[-1])} in y and none that is {absent}; number them from 0, without gaps"
+            f"has labels up to {int(present[-1])} in y but no label {absent}; number them from 0, without gaps"
         )
 
 
@@ -209,6 +209,6 @@ def _check_test_set(arrays: dict[str, np.ndarray], last_class: int) -> None:
     if x.shape[1:] != x_test.shape[1:]:
         raise DataError(f"has examples of shape {x.shape[1:]} in x and {x_test.shape[1:]} in x_test")
     if (x.dtype == np.uint8) != (x_test.dtype == np.uint8):
-        raise DataError(f"has x of type {x.dtype} and x_test of type {x_test.dtype}; store both in one type")
+        raise DataError(f"has x of type {x.dtype} and x_test of type {x_test.dtype}; store both as the same type")
     if y_test.max() > last_class:
         raise DataError(f"has label {y_test.max()} in y_test, beyond y's 0 to {last_class}")

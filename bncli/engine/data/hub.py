@@ -1,6 +1,6 @@
-"""Image classification sets through the `datasets` library: from the Hub, a folder of class folders, or Parquet.
+"""Image classification data sets through the `datasets` library: from the Hub, a folder of class folders, or Parquet.
 
-N examples, B examples of a batch, C channels, H height, W width.
+Letters: N examples, B batch size, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ if TYPE_CHECKING:
 
 Tables = Mapping[str, Any]  # split -> datasets.Dataset
 
-PROBE_TIMEOUT_S = 5.0  # the libraries' own retries take half a minute to find that there is no internet
-DECODED_AT_ONCE = 256  # images
+PROBE_TIMEOUT_S = 5.0  # without internet, the retries of the libraries take half a minute
+DECODED_AT_ONCE = 256  # images per call
 SAMPLE = 4096  # training images for the mean and deviation of a set that is not held in memory
 
 
 def load_hub(spec: Hub, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> Dataset:
-    """The image set that `spec` names, its images as (C, H, W) of `spec.shape`.
+    """The image data set that `spec` names, its images as (C, H, W) of `spec.shape`.
 
-    Images are made grey (C = 1) or RGB (C = 3), and where their size differs resized to H x W by Pillow's bilinear
-    filter, which averages as it shrinks; the aspect ratio is not kept. The mean and deviation of `standard` are over
-    all training images, and over a seeded sample of 4,096 where the set is not held in memory. Raises DataError for
-    a library, a set, a split or a column that is not there or not as `spec` says.
+    Images are converted to grey (C = 1) or RGB (C = 3) and resized to H x W if their size differs, by Pillow's bilinear
+    filter, which averages when it shrinks; the aspect ratio is not kept. The mean and deviation of `standard` are over
+    all training images, or over a seeded sample of 4,096 if the set is not held in memory. Raises DataError for a
+    library, a data set, a split or a column that is missing or contradicts `spec`.
     """
     if spec.shape[0] not in (1, 3):
         raise DataError(f"data.shape: images have 1 (grey) or 3 (red, green, blue) channels, not {spec.shape[0]}")
@@ -105,12 +105,12 @@ def _sampled_normalization(train: EncodedImages, spec: Hub, workers: int) -> tup
 
 
 def reachable(endpoint: str, timeout_s: float = PROBE_TIMEOUT_S) -> bool:
-    """Whether anything answers at the address, by way of the system's proxy if it has one."""
+    """Whether the address answers, through the system's proxy if there is one."""
     try:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=timeout_s).close()
     except (urllib.error.HTTPError, HTTPException, ValueError):
         return True
-    except OSError as error:  # the library judges an unknown certificate
+    except OSError as error:  # an unknown certificate is left to the library
         return isinstance(getattr(error, "reason", error), ssl.SSLError)
     return True
 
@@ -118,10 +118,10 @@ def reachable(endpoint: str, timeout_s: float = PROBE_TIMEOUT_S) -> bool:
 def open_tables(
     name: str, config: str | None, train_split: str, is_reachable: Callable[[str], bool] = reachable
 ) -> Tables:
-    """The splits of the data set. What `name` is the name of here is taken from here, anything else from the Hub.
+    """The splits of the data set: a local file or folder of that name, else a data set of the Hub.
 
-    A single Parquet file is the training split. Where the Hub cannot be reached, a set in the library's cache will do.
-    Raises DataError where there is none, and for any exception of the library, with its last line.
+    A single Parquet file is the training split. If the Hub cannot be reached, the library's cache is used. Raises
+    DataError if there is no such data set, and for any exception of the library, with its last line.
     """
     library, path = _library(), Path(name).expanduser()
     if path.is_dir():
@@ -131,7 +131,7 @@ def open_tables(
     if path.exists():
         raise DataError(f"data.name: {name} is neither a folder nor a Parquet file. {LOCAL}")
     if path.suffix == ".parquet" or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise DataError(f"data.name: {name} is not there. {LOCAL}")
+        raise DataError(f"data.name: {name} does not exist. {LOCAL}")
     if name in getattr(library.packaged_modules, "_PACKAGED_DATASETS_MODULES", ()):  # would read all below the cwd
         raise DataError(f"data.name: {name} is a file format, not a data set. {LOCAL}")
     constants = importlib.import_module("huggingface_hub.constants")
@@ -171,7 +171,7 @@ def _tables(name: str, hint: str, load_dataset: Callable[[], Tables]) -> Tables:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """The library's offline mode. It reads its environment variable once, at import, and keeps it in its modules."""
+    """The library's offline mode. The library reads its environment variable only at import, so its modules are set."""
     import datasets.config
     from huggingface_hub import constants
 
@@ -187,7 +187,7 @@ def _offline() -> Iterator[None]:
 
 
 def image_splits(tables: Tables, spec: Hub) -> tuple[EncodedImages, EncodedImages]:
-    """The training and the held-out images, both in the tables' order."""
+    """The training and the held-out images, both in the order of the tables."""
     if spec.train_split not in tables:
         raise DataError(f"data.train_split: {spec.name} has no split {spec.train_split!r}; it has {', '.join(tables)}")
     if spec.held_out_split == spec.train_split:
@@ -197,14 +197,12 @@ def image_splits(tables: Tables, spec: Hub) -> tuple[EncodedImages, EncodedImage
         if spec.held_out is None:
             raise DataError(
                 f"data.held_out_split: {spec.name} has no split {spec.held_out_split!r}; it has {', '.join(tables)}. "
-                "Name one of these, or say with data.held_out how many training examples to hold out"
+                "Name one of these, or set data.held_out to the number of training examples to hold out"
             )
         whole, parts = _part(train, spec.train_split, spec), holdout_split(len(train), spec.held_out, spec.split_seed)
         return whole.at(parts[0]), whole.at(parts[1])
     if spec.held_out is not None:
-        raise DataError(
-            f"data.held_out: {spec.name} has a split {spec.held_out_split!r} to hold out; leave held_out away"
-        )
+        raise DataError(f"data.held_out: {spec.name} has a split {spec.held_out_split!r} to hold out; remove held_out")
     return _part(train, spec.train_split, spec), _part(tables[spec.held_out_split], spec.held_out_split, spec)
 
 
@@ -219,7 +217,7 @@ def _part(table: Any, split: str, spec: Hub) -> EncodedImages:
     labels = _labels(table, label, spec, origin)
     try:
         undecoded = table.select_columns([image]).cast_column(image, Image(decode=False))
-    except Exception as error:  # pyarrow's and the library's kinds
+    except Exception as error:  # classes of pyarrow and of the library
         raise DataError(
             f"data.image_column: {origin}: column {image!r} holds no images ({type(error).__name__}); "
             f"the columns are {_columns(table.features)}"
@@ -260,7 +258,7 @@ def _labels(table: Any, column: str, spec: Hub, origin: str) -> Tensor:
     if y.min() < 0 or y.max() >= spec.classes:
         raise DataError(
             f"data.classes: {origin} has labels from {y.min()} to {y.max()}, the recipe's go from 0 to "
-            f"{spec.classes - 1}. Where a test split comes without labels, all -1, name a split that has them"
+            f"{spec.classes - 1}. If all labels of a test split are -1, name a split that has labels"
         )
     return torch.from_numpy(y.astype(np.int64))
 
@@ -270,11 +268,11 @@ def _labels(table: Any, column: str, spec: Hub, origin: str) -> Tensor:
 
 @dataclass(frozen=True)
 class EncodedImages(torch_data.Dataset[Batch]):
-    """N labelled images of a table of the `datasets` library, as the files' own bytes until they are asked for."""
+    """N labelled images of a table of the `datasets` library, kept as encoded bytes until they are decoded."""
 
     table: Any  # datasets.Dataset, its image column not decoded
     column: str
-    rows: Tensor  # (N,) int64, into the table
+    rows: Tensor  # (N,) int64, row numbers in the table
     labels: Tensor  # (N,) int64
     shape: tuple[int, int, int]  # (C, H, W)
     origin: str  # data set and split, for messages
@@ -283,11 +281,11 @@ class EncodedImages(torch_data.Dataset[Batch]):
         return len(self.rows)
 
     def at(self, positions: Tensor) -> EncodedImages:
-        """Those of the positions (M,), in their order."""
+        """The images at the positions (M,), in that order."""
         return replace(self, rows=self.rows[positions], labels=self.labels[positions])
 
     def decode(self, positions: list[int]) -> Batch:
-        """x (B, C, H, W) uint8 and y (B,) of these positions. Raises DataError for an image that cannot be read."""
+        """x (B, C, H, W) uint8 and y (B,) at these positions. Raises DataError for an image that cannot be read."""
         from datasets import Image
 
         rows = self.rows[positions].tolist()
@@ -295,12 +293,12 @@ class EncodedImages(torch_data.Dataset[Batch]):
         for place, (row, encoded) in enumerate(zip(rows, self.table[rows][self.column], strict=True)):
             try:
                 x[place] = to_pixels(Image().decode_example(encoded), self.shape)
-            except Exception as error:  # Pillow raises many kinds for a damaged file
+            except Exception as error:  # Pillow raises many classes for a damaged file
                 raise DataError(f"{self.origin}: image {row} cannot be used: {error}; repair or remove it") from None
         return x, self.labels[positions]
 
     def __getitems__(self, positions: list[int]) -> Batch | DataError:
-        """What a worker sends: an error as it is, since one raised there would arrive as the text of a traceback."""
+        """For a DataLoader worker. Errors are returned, since a raised one would arrive as the text of a traceback."""
         try:
             return self.decode(positions)
         except DataError as error:
@@ -308,11 +306,11 @@ class EncodedImages(torch_data.Dataset[Batch]):
 
 
 def to_pixels(image: Any, shape: tuple[int, int, int]) -> Tensor:
-    """A Pillow image as (C, H, W) uint8: grey or RGB, and bilinear, averaging as it shrinks, where its size differs."""
+    """A Pillow image as (C, H, W) uint8, converted to grey or RGB and resized if its size differs."""
     from PIL.Image import Resampling
 
     if image.mode.startswith(("I", "F")):
-        raise ValueError(f"its pixels (mode {image.mode}) have more than 8 bits a channel")
+        raise ValueError(f"its pixels (mode {image.mode}) have more than 8 bits per channel")
     channels, height, width = shape
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
@@ -321,7 +319,7 @@ def to_pixels(image: Any, shape: tuple[int, int, int]) -> Tensor:
 
 
 def loaded(images: EncodedImages, order: Iterable[Tensor], workers: int, pin_memory: bool = False) -> Iterator[Batch]:
-    """Decoded batches on the CPU in the given order; `workers` processes decode ahead (0: none, in this process)."""
+    """Decoded batches on the CPU in that order; `workers` processes decode ahead (0: this process decodes)."""
     loader = torch_data.DataLoader(
         images,
         batch_sampler=(index.tolist() for index in order),
@@ -329,7 +327,7 @@ def loaded(images: EncodedImages, order: Iterable[Tensor], workers: int, pin_mem
         collate_fn=torch_data.default_convert,  # leaves tensors as they are
         pin_memory=pin_memory,
         worker_init_fn=_leave_interrupts_to_the_parent,
-        generator=Generator(),  # its own: the global generator must not depend on where the data lie
+        generator=Generator(),  # so that the global generator does not depend on where the data are stored
     )
     for batch in loader:
         if isinstance(batch, DataError):
@@ -343,7 +341,7 @@ def _leave_interrupts_to_the_parent(worker: int) -> None:
 
 @dataclass(frozen=True)
 class Streamed:
-    """A split that is not held in memory: as InMemory, but decoded for each batch."""
+    """A split that is decoded batch by batch instead of being held in memory."""
 
     images: EncodedImages
     convert: Conversion

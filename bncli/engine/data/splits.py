@@ -1,6 +1,6 @@
-"""Splits of a data set: their order, what is held out, and the normalization and augmentation of their batches.
+"""Splits of a data set: hold-out, order, normalization and augmentation of batches.
 
-N examples, B examples of a batch, C channels, H height, W width.
+Letters: N examples, B batch size, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Batch = tuple[Tensor, Tensor]  # x (B, *shape) float32, y (B,) int64
 
 
 class Split(Protocol):
-    """The training or the held-out examples. Index tensors for `batches` are best made on `index_device`."""
+    """The training or the held-out examples. Create index tensors for `batches` on `index_device`."""
 
     @property
     def index_device(self) -> torch.device: ...
@@ -27,7 +27,7 @@ class Split(Protocol):
     def __len__(self) -> int: ...
 
     def batches(self, order: Iterable[Tensor], generator: Generator | None = None) -> Iterator[Batch]:
-        """A batch for each tensor of indices; `generator` draws the augmentation and should not be the order's own."""
+        """A batch for each tensor of indices; `generator` draws the augmentation, and must not be that of the order."""
         ...
 
     def chunks(self, size: int) -> Iterator[Batch]:
@@ -37,7 +37,7 @@ class Split(Protocol):
 
 @dataclass(frozen=True)
 class Dataset:
-    """What `load` returns; `shape` is that of one example, (features,) or (C, H, W)."""
+    """The result of `load`; `shape` is that of one example, (features,) or (C, H, W)."""
 
     name: str
     train: Split
@@ -51,7 +51,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Conversion:
-    """From stored examples to what a model takes: bytes become float32 by (x - mean) / std, images get their layout."""
+    """Conversion of stored examples to model input: bytes become float32, (x - mean) / std; images get their layout."""
 
     mean: Tensor  # (C, 1, 1), in units of the stored values
     std: Tensor
@@ -64,10 +64,10 @@ class Conversion:
 
 
 def normalization(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Mean and deviation by which (x - mean) / std is the normalized x: (C, 1, 1) for images, (features,) for vectors.
+    """Mean and deviation for the normalization (x - mean) / std: (C, 1, 1) for images, (features,) for vectors.
 
-    `unit` brings bytes to 0..1 and leaves floats as they are. `standard` is over the examples of x and, in images, the
-    positions; the deviation of a constant feature is 1, so that it ends as 0.
+    `unit` maps bytes to 0..1 and leaves floats unchanged. `standard` is over the examples of x and, for images, the
+    positions; the deviation of a constant feature is 1, so that it becomes 0.
     """
     size = (x.shape[1], 1, 1) if x.dim() == 4 else (x.shape[1],)
     if kind == "unit":
@@ -83,12 +83,12 @@ def normalization(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def byte_counts(x: Tensor) -> Tensor:
-    """How often each value occurs in each channel of x (N, C, H, W) uint8: (C, 256) int64. Counts of parts add up."""
+    """Histogram of each channel of x (N, C, H, W) uint8: (C, 256) int64."""
     return torch.stack([torch.bincount(x[:, channel].flatten(), minlength=256) for channel in range(x.shape[1])])
 
 
 def byte_statistics(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (C, 1, 1) of the bytes counted in (C, 256); the deviation of a constant channel is 1."""
+    """Mean and deviation (C, 1, 1) from the histograms (C, 256); the deviation of a constant channel is 1."""
     values, share = torch.arange(256.0, dtype=torch.float64), counts.double() / counts.sum(1, keepdim=True)
     mean = (share * values).sum(1, keepdim=True)
     std = (share * (values - mean) ** 2).sum(1, keepdim=True).sqrt()
@@ -97,9 +97,9 @@ def byte_statistics(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def crop_flip(x: Tensor, generator: Generator | None) -> Tensor:
-    """Each image of x (B, C, H, W) moved by up to H // 8 pixels each way, zeros moving in, and mirrored by a coin.
+    """Random crop with H // 8 pixels of zero padding and random horizontal flip of each image of x (B, C, H, W).
 
-    He et al. 2015 (arXiv 1512.03385), section 4.2. One draw for the batch, from `generator` on its own device.
+    He et al. 2015 (arXiv 1512.03385), section 4.2. One draw per batch, from `generator` on its device.
     """
     batch, _, height, width = x.shape
     margin, origin = height // 8, torch.device("cpu") if generator is None else generator.device
@@ -115,7 +115,7 @@ def crop_flip(x: Tensor, generator: Generator | None) -> Tensor:
 
 
 def send(x: Tensor, device: torch.device | str) -> Tensor:
-    """x on the device; to a GPU by way of pinned memory, so that the host does not wait for the copy."""
+    """x on the device; to a GPU through pinned memory, so that the host does not wait for the copy."""
     if torch.device(device).type == "cuda" and not x.is_cuda:
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
@@ -126,7 +126,7 @@ def send(x: Tensor, device: torch.device | str) -> Tensor:
 
 @dataclass(frozen=True)
 class InMemory:
-    """A split held whole on the device; without a conversion its batches are index lookups."""
+    """A split that is held on the device; without a conversion, batches are index lookups."""
 
     x: Tensor  # (N, *shape), float32 or (images only) uint8
     y: Tensor  # (N,) int64
@@ -161,15 +161,15 @@ def order(
 ) -> Iterator[Tensor]:
     """Endless shuffled epochs as index tensors (batch_size,) on `device`, without the first `start` batches.
 
-    An epoch's last, incomplete batch is left out: batch norm must not see a stray small one. The permutation is drawn
-    on the CPU, so that the order is the same on every device, and moved once per epoch. The place in the order is the
-    number of batches taken: those of past epochs are drawn again and left out. Raises DataError where there are fewer
-    examples than a batch takes.
+    The last, incomplete batch of an epoch is dropped, since batch norm must not see a small batch. The permutation is
+    drawn on the CPU, so that the order is the same on every device, and copied once per epoch. The position is the
+    number of batches taken; past epochs are redrawn and skipped. Raises DataError if there are fewer examples
+    than the batch size.
     """
     if batch_size > examples:
         raise DataError(
             f"train.batch_size: {batch_size} is more than the {examples} training examples; "
-            f"write {examples} or fewer, or hold fewer examples out"
+            f"set {examples} or fewer, or hold out fewer examples"
         )
 
     def epochs() -> Iterator[Tensor]:
@@ -185,28 +185,28 @@ def order(
 
 
 def evaluation_order(examples: int, split_seed: int) -> Tensor:
-    """The order in which held-out examples are evaluated, (examples,) int64; it depends on the arguments alone.
+    """The order in which held-out examples are evaluated, (examples,) int64; a function of the arguments.
 
-    Files are often sorted by class, and a norm without running statistics takes those of the chunk.
+    Files are often sorted by class, and a norm without running statistics uses those of the chunk.
     """
     return torch.randperm(examples, generator=Generator().manual_seed(split_seed))
 
 
 def chunk_count(examples: int, size: int) -> int:
-    """How many chunks of at most `size` to cut examples into; Tensor.tensor_split's differ by one example at most.
+    """The number of chunks of at most `size` for Tensor.tensor_split, whose chunks differ by one example at most.
 
-    Two or more examples are never cut into chunks of one, whose batch statistics would be undefined: there a chunk may
+    Two or more examples are never split into chunks of one, whose batch statistics would be undefined; a chunk may then
     be larger than `size`.
     """
     return max(1, min(-(-examples // size), examples // 2))
 
 
 def holdout_split(examples: int, held_out: int, split_seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the training and of the held-out examples, both ascending; they depend on the arguments alone."""
+    """Indices of the training and of the held-out examples, both ascending; a function of the arguments."""
     if held_out >= examples:
         raise DataError(
             f"data.held_out: {held_out} leaves nothing to train on, the data set has {examples} examples; "
-            f"write {max(examples - 1, 0)} or fewer"
+            f"set {max(examples - 1, 0)} or fewer"
         )
     permutation = torch.randperm(examples, generator=Generator().manual_seed(split_seed))
     return permutation[held_out:].sort().values, permutation[:held_out].sort().values

@@ -51,10 +51,10 @@ def build(
 ) -> nn.Module:
     """The recipe's model on the CPU with its initial weights, for inputs (N, *shape) and `classes` logits.
 
-    The weights of a layer depend on the seed and the layer's name alone, so arms whose shapes agree have equal initial
-    weights; for a model of the user's own see `SeparateDraws`. `examples` gives a batch (N, *shape) when lsuv asks for
-    it. Raises RecipeError for a model of the user's own that cannot be made, Unavailable for a norm's kernel that
-    cannot run on `device`, where the model will be (None: anywhere here).
+    The weights of a layer depend only on the seed and the layer's name, so arms whose shapes agree have equal initial
+    weights; for a user's model see `SeparateDraws`. `examples` returns a batch (N, *shape) for lsuv. Raises RecipeError
+    if a user's model cannot be built, Unavailable if the norm's kernel cannot run on `device`, where the model will be
+    (None: on any device here).
     """
     norm = factory(recipe.norm, device)
     if isinstance(recipe.model, OwnModel):
@@ -70,10 +70,10 @@ def build(
 
 
 def blame_own_model(recipe: Recipe) -> AbstractContextManager[None]:
-    """A context in which what a model of the user's own raises becomes RunFailed; other models' errors pass."""
+    """A context in which an exception of a user's model becomes RunFailed; those of other models pass unchanged."""
     if not isinstance(recipe.model, OwnModel):
         return nullcontext()
-    contract = "It is given batches (N, *shape) and returns logits (N, classes)"
+    contract = "It takes batches (N, *shape) and returns logits (N, classes)"
     return blame_user_code(f"model.module: {recipe.model.module}", contract)
 
 
@@ -86,7 +86,7 @@ def factory(norm: NormSection, device: torch.device | None = None) -> NormFactor
         return partial(BatchNorm, **norm.model_dump(exclude={"kind"}))
     if isinstance(norm, sections.LayerNorm):
         return partial(LayerNormOverChannels, eps=norm.eps, affine=norm.affine)
-    # Instance norm has a group per channel: one class for any number of positions.
+    # Instance norm is group norm with one group per channel.
     groups = norm.groups if isinstance(norm, sections.GroupNorm) else None
     return lambda channels: nn.GroupNorm(groups or channels, channels, norm.eps, norm.affine)
 
@@ -115,9 +115,9 @@ def _own(section: OwnModel, shape: tuple[int, ...], classes: int, norm: NormFact
     try:
         function = imported(section.module)
     except (ImportError, AttributeError) as error:
-        raise RecipeError(f"{where}: {error}; it is looked for in the current folder and the environment") from error
+        raise RecipeError(f"{where}: {error}; the current folder and the environment were searched") from error
     contract = (
-        f"It is called with shape={shape}, classes={classes}, norm= a function of the channels that makes the norm "
+        f"It is called with shape={shape}, classes={classes}, norm= a function of the channels that returns the norm "
         "module (or None), and model.arguments"
     )
     seed_global_generators(stream_seed(seed, "own model"))

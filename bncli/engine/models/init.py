@@ -1,4 +1,4 @@
-"""Initial weights of a model, and the streams of random numbers that they are drawn from."""
+"""Initial weights of a model, and the random streams that they are drawn from."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def stream(seed: int, name: str) -> torch.Generator:
 
 
 def seed_global_generators(seed: int) -> None:
-    """Those that a model of the user's own may draw from: torch's, numpy's (of 32 bits) and Python's."""
+    """Seed the global generators of torch, numpy (32 bits) and Python, which a user's model may draw from."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
 def global_generators(device: torch.device) -> dict[str, Any]:
-    """The states of the generators above and of the device's, as tensors and numbers."""
+    """The states of those generators and of the device's, as tensors and numbers."""
     _, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -48,7 +48,7 @@ def global_generators(device: torch.device) -> dict[str, Any]:
 
 
 def restore_global_generators(states: dict[str, Any], device: torch.device) -> None:
-    """Set them as they were when `global_generators` was called."""
+    """Restore the states that `global_generators` returned."""
     keys, *rest = states["numpy"]
     random.setstate(states["python"])
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
@@ -60,13 +60,13 @@ def restore_global_generators(states: dict[str, Any], device: torch.device) -> N
 
 
 class SeparateDraws(TorchDispatchMode):
-    """A context in which each of torch's random draws is seeded for itself, so that none shifts those after it.
+    """A context in which each random draw of torch has its own seed, so that no draw shifts the later ones.
 
-    The seed of a draw is that of the run, the drawn shape, and how many draws of that shape came before. For a vector,
-    mostly a bias, it is the last draw of more dimensions, mostly its weight, and the vectors of that shape since. So
-    arms that draw their weights of each shape in the same order begin alike, also where one leaves out a bias or adds a
-    norm. What a constructor does with the numbers, and what it takes from elsewhere (a file, a generator of its own,
-    numpy, torch after a torch.manual_seed of its own), is left alone.
+    The seed of a draw depends on the seed of the run, the shape, and the number of earlier draws of that shape. For a
+    vector (usually a bias) it depends on the last draw with more dimensions (usually its weight) and on the vectors of
+    that shape since. Arms that draw the weights of each shape in the same order thus start with equal weights, even if
+    one omits a bias or adds a norm. Other sources of a constructor (a file, its own generator, numpy, torch after its
+    own torch.manual_seed) are unchanged.
     """
 
     def __init__(self, seed: int) -> None:
@@ -75,17 +75,17 @@ class SeparateDraws(TorchDispatchMode):
         self._drawn: Counter[str] = Counter()
         self._weight = ""
 
-    # What torch asks of a mode, so that a constructor may do all that it may do outside one.
+    # Settings that torch reads, so that a constructor may do everything that it may do outside the mode.
     supports_higher_order_operators = True
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """A compiled function that the constructor runs is compiled."""
+        """Functions that the constructor compiles stay compiled."""
         return True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """The wrapper that a True would add imports torch._dynamo, which takes a second."""
+        """False: the wrapper for True would import torch._dynamo, which takes a second."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -110,7 +110,7 @@ class SeparateDraws(TorchDispatchMode):
 
 
 def _drawn_shape(args: tuple[Any, ...]) -> tuple[int, ...]:
-    """The shape that a random operator of these arguments draws: a tensor's, or the size given."""
+    """The shape that a random operator draws with these arguments: that of a tensor, or a size."""
     tensors = [tuple(each.shape) for each in args if isinstance(each, Tensor)]
     sizes = [tuple(each) for each in args if isinstance(each, list | tuple)]
     return next(iter([*tensors, *sizes]), ())
@@ -154,5 +154,5 @@ def _unit_variance(model: nn.Module, examples: Tensor, tolerance: float = 0.1, m
                 break
             layer.weight.div_(deviation)
         hook.remove()
-    for name, buffer in model.named_buffers():  # the passes above must not count as batches
+    for name, buffer in model.named_buffers():  # undo the updates of running statistics above
         buffer.copy_(state[name])

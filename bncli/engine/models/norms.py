@@ -1,4 +1,4 @@
-"""Normalization modules: parameters, running statistics and their momentum. A kernel computes."""
+"""Normalization modules: parameters and running statistics. The computation is delegated to a kernel."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def kernel_name(kernel: str | kernels.Kernel) -> str:
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm (Ioffe & Szegedy 2015, algorithm 1) for any input (N, C, *S): nn.BatchNorm1d, 2d and 3d in one class.
 
-    The state_dict is theirs. `forward(input, residual, activation)` is activation(batch_norm(input) + residual).
+    The state_dict is the same. `forward(input, residual, activation)` is activation(batch_norm(input) + residual).
     Tools that replace or absorb a batch norm by its parameters alone (SyncBatchNorm.convert_sync_batchnorm, folding
     into a convolution) do not see `activation`: leave it None for them, and name it in the call or apply it separately.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as nn.BatchNorm2d's;
             num_features is C, momentum None a cumulative average.
-        activation: relu, leaky_relu (slope 0.01) or silu, in every call that names none; None for no activation.
-        kernel: native, torch's own operator; fused, which does the whole in one operator; or a function with the
-            signature of `bncli.kernels.Kernel`.
+        activation: relu, leaky_relu (slope 0.01) or silu, the default of every call; None for no activation.
+        kernel: native, torch's own operator; fused, one operator for everything; or a function with the signature of
+            `bncli.kernels.Kernel`.
 
     Raises:
         Unavailable: with the reason, for a kernel that cannot run on this machine.
@@ -85,14 +85,14 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         self._check_input_dim(input)
         mean, var, momentum = self.running_mean, self.running_var, self.momentum or 0.0
-        average = None  # the running mean and variance, where they are averages over all batches
+        average = None  # running mean and variance of a cumulative average
         if self.training and (not self.track_running_stats or mean is None or var is None):
             mean = var = None
         elif self.training and mean is not None and var is not None and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 average = mean, var
-                mean, var, momentum = torch.zeros_like(mean), torch.zeros_like(var), 1.0  # become the batch's
+                mean, var, momentum = torch.zeros_like(mean), torch.zeros_like(var), 1.0  # will hold the batch's
         y = batch_norm(
             input,
             mean,
@@ -111,7 +111,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         return y
 
     def _average(self, running: tuple[Tensor, Tensor], batch: tuple[Tensor | None, Tensor | None]) -> None:
-        """Move each running statistic by 1 / batches, which stays on the device: no step waits to read it."""
+        """Update each running statistic with momentum 1 / batches, which stays on the device, without a host sync."""
         assert self.num_batches_tracked is not None
         wide = torch.promote_types(running[0].dtype, torch.float32)
         share = self.num_batches_tracked.to(wide).reciprocal()
@@ -126,7 +126,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         return super().extra_repr() + activation + kernel
 
 
-# torch's class comes first for its check of the input's dimensions, which is all that it defines.
+# torch's class comes first for its check of the input's dimensions, the only method that it defines.
 class BatchNorm1d(nn.BatchNorm1d, BatchNorm):
     """nn.BatchNorm1d for (N, C) or (N, C, L), with the arguments, results and errors of `BatchNorm`."""
 
@@ -140,7 +140,7 @@ class BatchNorm3d(nn.BatchNorm3d, BatchNorm):
 
 
 class LayerNormOverChannels(nn.GroupNorm):
-    """Layer norm of (N, C, *S) over C and S with a weight a channel: group norm with one group (Wu & He 2018)."""
+    """Layer norm of (N, C, *S) over C and S with one weight per channel: group norm with one group (Wu & He 2018)."""
 
     def __init__(self, channels: int, eps: float, affine: bool) -> None:
         super().__init__(1, channels, eps, affine)

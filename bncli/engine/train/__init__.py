@@ -1,4 +1,4 @@
-"""The training loop: a recipe in, events out. No printing, no hooks, no callbacks."""
+"""Training loop: a generator of events. No printing, no hooks, no callbacks."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from bncli.results.train import (
     TargetReached,
 )
 
-EVALUATED_VALUES = 2**17  # of the examples evaluated at once, 512 KiB of float32
-SKIPPED_AT_MOST = 50  # fp16 steps in a row; each halves the scale of the loss, which begins at 2^16
-LOG_EVERY = 20  # steps at most between two looks at the loss; each is a host sync
+EVALUATED_VALUES = 2**17  # input values of one evaluation chunk, 512 KiB of float32
+SKIPPED_AT_MOST = 50  # consecutive fp16 steps; each halves the loss scale, which starts at 2^16
+LOG_EVERY = 20  # steps between two readings of the loss, at most; each is a host sync
 
 
 def train(
@@ -52,17 +52,17 @@ def train(
     Args:
         recipe: what to train, from `load_recipe`.
         device: auto, cpu, cuda, cuda:N or mps.
-        dataset: the recipe's data where they are loaded already, on that device.
-        threads: of a CPU; None leaves torch's choice, which is one per core.
+        dataset: the recipe's data if they are already loaded on that device.
+        threads: CPU threads; None for torch's default, one per core.
         name: the run's name in its first event.
-        stop: asked after every optimizer step.
+        stop: called after every optimizer step; True ends the run.
 
     Yields:
         The events of the run as they happen (`bncli.results.train.Event`); the last, a RunFinished, holds the result.
 
     Raises:
-        DataError, RecipeError: for what is not there or cannot be built, as the first event is asked for.
-        RunFailed: for what the user's own model raises.
+        DataError, RecipeError: for missing data or a model that cannot be built, at the first event.
+        RunFailed: for an exception of the user's model.
         Unavailable: for a device or a kernel that cannot run here.
     """
     on = resolve(device)
@@ -77,7 +77,7 @@ def train(
 
 
 def training_loop(state: TrainState, name: str = "run", stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
-    """Train from the state's step on, until what ends a run; see `train`."""
+    """Train from the state's step until the run ends; see `train`."""
     options, budget = state.recipe.train, state.recipe.train.steps
     last = state.evaluations[-1].step if state.evaluations else 0
     to_evaluate = (step for step in evaluation_steps(options.evaluate_every, budget) if step > last)
@@ -127,9 +127,9 @@ def training_loop(state: TrainState, name: str = "run", stop: Callable[[], bool]
 
 
 def optimizer_step(state: TrainState, x: Tensor, y: Tensor) -> Tensor:
-    """Update the weights by one batch, x (B, *shape) and y (B,), and return its loss, which is still on the device.
+    """Update the weights by one batch, x (B, *shape) and y (B,), and return its loss, on the device.
 
-    An update that the fp16 scaler skips, for gradients that are not finite, counts neither for the budget nor for the
+    An update that the fp16 scaler skips because of non-finite gradients counts neither for the budget nor for the
     schedule. `bncli profile` times this function.
     """
     optimizer, scaler = state.optimizer, state.scaler
@@ -144,9 +144,9 @@ def optimizer_step(state: TrainState, x: Tensor, y: Tensor) -> Tensor:
     return loss.detach()
 
 
-@torch.no_grad()  # not inference_mode: what a model keeps from its first pass may have to serve in training
+@torch.no_grad()  # not inference_mode: a model may cache tensors of its first pass for training
 def evaluate(state: TrainState, train_loss: float | None = None) -> Evaluated:
-    """All held-out examples in evaluation mode. NaN or +inf among the logits is wrong; -inf may mask a class."""
+    """Evaluate all held-out examples. A NaN or +inf among the logits counts as wrong; -inf may mask a class."""
     began = perf_counter()
     state.memory.end("training" if state.step else "preparation")
     flags = [(module, module.training) for module in state.model.modules()]
@@ -161,7 +161,7 @@ def evaluate(state: TrainState, train_loss: float | None = None) -> Evaluated:
         loss = loss + F.cross_entropy(logits.float(), y, reduction="sum")
         count += len(y)
     found = Evaluation(state.step, right.item() / count, loss.item() / count, train_loss)
-    for module, training in flags:  # parents come first; a class may do more in `train` than to set the flag
+    for module, training in flags:  # parents come first; a class may override `train`
         if module.training != training:
             module.train(training)
     state.memory.end("evaluation")
@@ -171,10 +171,10 @@ def evaluate(state: TrainState, train_loss: float | None = None) -> Evaluated:
 
 
 def evaluation_size(recipe: Recipe, shape: tuple[int, ...]) -> int:
-    """How many held-out examples of that shape are evaluated at once: about a training batch.
+    """The number of held-out examples of that shape per evaluation chunk: about a training batch.
 
-    Where no example's logits depend on the others', and that is known, small examples come in larger numbers: a tiny
-    net's pass over 60 takes half as long as one over 500.
+    If the logits of an example are known not to depend on other examples, small examples come in larger chunks: for a
+    tiny net, a pass over 60 takes half as long as one over 500.
     """
     norm = recipe.norm
     by_batch = isinstance(norm, BatchNorm) and not norm.track_running_stats
@@ -184,7 +184,7 @@ def evaluation_size(recipe: Recipe, shape: tuple[int, ...]) -> int:
 
 
 def result(state: TrainState, status: Status, reason: str | None, parameters: int, machine: Environment) -> RunResult:
-    """What a run that has ended found."""
+    """The result of a run that has ended."""
     if state.step > state.evaluations[-1].step:
         state.memory.end("training")
     reached = [TargetReached(each.target, each.steps, each.first_hit) for each in state.targets]

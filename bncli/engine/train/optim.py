@@ -14,7 +14,7 @@ from bncli.recipe.sections import Adam, AdamW, Cosine, Exponential, Recipe, Sgd,
 
 
 def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """torch's optimizer over two groups: what weight decay applies to, and what it leaves out."""
+    """torch's optimizer with two parameter groups: with and without weight decay."""
     section = recipe.optimizer
     everything = section.weight_decay_on == "all"
     decayed = [p for p in model.parameters() if everything or p.dim() > 1]
@@ -30,17 +30,17 @@ def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 
 @functools.cache
 def uncompiled(kind: type) -> type:
-    """The same optimizer without wrappers that serve only to compile the optimizer itself.
+    """The same optimizer class without the wrappers that only serve to compile the optimizer itself.
 
     torch 2.13's import torch._dynamo at the first call, which took 0.75 s (torch: 1.1 s): `_use_grad` around
-    step, `_disable_dynamo` around the others. What they wrap is torch's own; step runs without gradients as there.
+    step, `_disable_dynamo` around the others. The wrapped methods are torch's; step runs under no_grad as in torch.
     """
     plain: dict[str, Any] = {name: inspect.unwrap(getattr(kind, name)) for name in ("add_param_group", "zero_grad")}
     return type(kind.__name__, (kind,), {**plain, "step": torch.no_grad()(inspect.unwrap(getattr(kind, "step")))})  # noqa: B009
 
 
 def learning_rate_factor(recipe: Recipe, step: int) -> float:
-    """What the learning rate is multiplied by for the update after `step` earlier ones."""
+    """The factor of the learning rate for the update after `step` earlier ones."""
     schedule = recipe.schedule
     factor = min(1.0, (step + 1) / (schedule.warmup + 1))
     if isinstance(schedule, Exponential):
@@ -54,9 +54,9 @@ def learning_rate_factor(recipe: Recipe, step: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> None:
-    """For the update after `step` earlier ones. A schedule is a function of the step and has no state of its own."""
+    """Set the rate for the update after `step` earlier ones. A schedule is a function of the step, without state."""
     if recipe.schedule.kind == "constant" and step > recipe.schedule.warmup:
-        return  # it has its final value; computing it takes 0.5 % of the step of a small network
+        return  # it is final; computing it takes 0.5 % of a step of a small network
     rate = recipe.optimizer.lr * learning_rate_factor(recipe, step)
     for group in optimizer.param_groups:
         group["lr"] = rate

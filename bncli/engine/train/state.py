@@ -1,4 +1,4 @@
-"""The state of training: all that changes while a run trains, to be saved and loaded whole."""
+"""Training state: everything that changes while a run trains, saved and loaded as a whole."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from bncli.recipe.yaml import dotted
 from bncli.results.train import Evaluation, Target
 
 LSUV_EXAMPLES = 500
-# What is saved of a state as it is, and by its own state_dict.
+# Attributes that are saved as they are, and by their state_dict.
 NUMBERS = ("step", "batches", "skipped", "train_loss", "evaluation_s")
 PARTS = ("model", "optimizer", "scaler")
 
 
 class TrainState:
-    """A run between two steps: its model, optimizer, random streams, place in the data, and what it has found so far.
+    """A run between two steps: its model, optimizer, random streams, position in the data, and results so far.
 
-    A new state of the same recipe and data that loads `state_dict()` of another goes on from there bit for bit.
+    A new state of the same recipe and data that loads `state_dict()` of another continues bit for bit.
 
-    step: optimizer steps taken. batches: those taken from the data, which are more where the fp16 scaler skipped steps.
-    skipped: batches in a row, up to now, whose step was skipped. augmentation: the generator that augmentation draws
-    from. train_loss: of the last batch whose loss was looked at. evaluation_s: seconds spent in evaluations.
+    step: optimizer steps taken. batches: batches taken from the data; more than steps if the fp16 scaler skipped some.
+    skipped: consecutive batches, up to now, whose step was skipped. augmentation: the generator of the augmentation.
+    train_loss: of the last batch whose loss was read. evaluation_s: seconds spent in evaluations.
     """
 
     def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device) -> None:
@@ -54,11 +54,11 @@ class TrainState:
         self.model: nn.Module = model.to(device, memory_format=data.MEMORY_FORMATS[train.memory_format])  # type: ignore[call-overload]
         self.optimizer = optimizer(recipe, self.model)
         set_learning_rate(self.optimizer, recipe, 0)
-        # Whether the fp16 scaler skipped an update is known without waiting for the device by this hook alone.
+        # The hook counts updates that the fp16 scaler did not skip, without a host sync.
         self.optimizer.register_step_post_hook(self._count_update)
         self.scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
         if train.compile:
-            torch.compiler.reset()  # past runs of this process count towards a limit, beyond which a model runs eager
+            torch.compiler.reset()  # earlier runs of this process count towards the recompile limit
             self.model.compile()
         begin_training(self.model)
         self.evaluations: list[Evaluation] = []
@@ -66,7 +66,7 @@ class TrainState:
         self.train_loss: float | None = None
         self.evaluation_s = 0.0
         self.clock = Clock(train.batch_size, device)
-        self.memory = PeakMemory(device)  # read in evaluations, which are outside the throughput
+        self.memory = PeakMemory(device)  # read in evaluations, which do not count for the throughput
 
     def next_batch(self) -> Batch:
         """x (B, *shape) float32 and y (B,) int64, augmented, on the device."""
@@ -84,21 +84,21 @@ class TrainState:
 
     @property
     def learning_rate(self) -> float:
-        """That of the last update, or of the first to come."""
+        """The rate of the last update, or of the first one if there was none."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     @property
     def reached(self) -> bool:
-        """Whether the steps to every target are settled."""
+        """Whether the steps to every target are final."""
         return bool(self.targets) and all(target.steps is not None for target in self.targets)
 
     # --- saved and loaded -----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes in training as tensors, numbers and text, for torch.save and torch.load(weights_only=True).
+        """All that changes in training, as tensors, numbers and text, for torch.save and torch.load(weights_only=True).
 
-        As in torch, the tensors are the state's own: save or copy them before the next step. Not in it are buffers that
-        a model of the user's own keeps out of its state_dict.
+        As in torch, the tensors are not copies: save or copy them before the next step. Buffers that a user's model
+        keeps out of its state_dict are not included.
         """
         return {
             **{name: getattr(self, name) for name in NUMBERS},
@@ -111,10 +111,9 @@ class TrainState:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from a `state_dict()` of the same recipe, data and device.
+        """Continue from a `state_dict()` of the same recipe, data and device.
 
-        Python's, numpy's and torch's global generators are set as they were: a model of the user's own may draw from
-        them.
+        The global generators of Python, numpy and torch are restored too, since a user's model may draw from them.
         """
         for name in NUMBERS:
             setattr(self, name, saved[name])
@@ -137,20 +136,20 @@ class TrainState:
 
 
 def check_fit(recipe: Recipe, dataset: Dataset) -> None:
-    """Raises DataError for what only the data's file could tell; the rest of a recipe is checked before."""
+    """Raises DataError for contradictions that only the loaded data reveal; the rest of a recipe is checked before."""
     for keys, text in shape_contradictions(recipe, dataset.shape, dataset.classes):
         raise DataError(f"{dotted(keys)}: {text}")
 
 
 def sample(dataset: Dataset, seed: int, count: int) -> Tensor:
-    """Some training examples (count, *shape) of every kind, on the CPU: a file may hold them sorted by class."""
+    """Random training examples (count, *shape) on the CPU; a file may be sorted by class."""
     split = dataset.train
     some = torch.randperm(len(split), generator=stream(seed, "sample"))[:count].to(split.index_device)
     return next(split.batches(iter([some]), stream(seed, "sample augment")))[0].cpu()
 
 
 def fuse(model: nn.Module, recipe: Recipe) -> None:
-    """Join to the kernel of a recipe's own batch norms the activations and residual adds that follow them."""
+    """Fuse activations and residual adds into the kernels of the batch norms of a recipe's model."""
     if isinstance(recipe.norm, BatchNorm) and recipe.norm.kernel != "native" and not isinstance(recipe.model, OwnModel):
         from bncli.engine.convert import convert  # which loads torch.fx
 
@@ -158,9 +157,9 @@ def fuse(model: nn.Module, recipe: Recipe) -> None:
 
 
 def begin_training(model: nn.Module) -> None:
-    """Call `train` where a class of the user's own does more in it than to set the flag, such as keep norms frozen.
+    """Call `train` where a user's class overrides it, for example to keep norms frozen.
 
-    Modules that were in evaluation mode before stay in it.
+    Modules that are in evaluation mode stay in it.
     """
     flags = [(module, module.training) for module in model.modules()]
     for module, training in flags:
@@ -172,7 +171,7 @@ def begin_training(model: nn.Module) -> None:
 
 
 def _targets(recipe: Recipe) -> list[StepsToTarget]:
-    """The recipe's target and the further ones, without an evaluation."""
+    """The recipe's target and its further targets, before the first evaluation."""
     target = recipe.train.target
     values = () if target is None else (target.value, *target.also)
     return [StepsToTarget(Target(target.metric, value)) for value in values if target]
@@ -196,7 +195,7 @@ class Clock:
         self._started = None
 
     def so_far(self, step: int) -> list[tuple[int, float]]:
-        """The intervals, with the one that is open up to that step."""
+        """The intervals, including the open one up to that step."""
         steps = step - self._measured_steps
         if self._started is None or not steps:
             return list(self.intervals)
@@ -217,6 +216,6 @@ class Clock:
         return 1e3 * sum(seconds for _, seconds in measured) / steps if steps else None
 
     def samples_per_s(self, step: int) -> float:
-        """Of the interval that is open, for the bar."""
+        """Throughput of the open interval, for the progress bar."""
         seconds = self.now() - self._started if self._started is not None else 0.0
         return (step - self._measured_steps) * self.batch_size / seconds if seconds > 0 else 0.0

@@ -1,9 +1,9 @@
-"""A process that loads torch once and takes many runs: `python -m bncli.engine.train.worker --device cpu --threads 1`.
+"""Worker process that serves many training runs: `python -m bncli.engine.train.worker --device cpu --threads 1`.
 
-One JSON object a line. In: {"key", "recipe"}. Out: {"hello"} once, then {"key", "step", "value"} at evaluations and
-{"key", "result", "code"} or {"key", "failure"} for each run, with the files of the user's own that the process loaded;
-{"refused": mistakes, "field", "value", "exit_code"} when no run can succeed (a missing file, an absent device). When
-standard input ends, the process ends at once: it must not outlive the one that started it.
+One JSON object per line. In: {"key", "recipe"}. Out: {"hello"} once, then {"key", "step", "value"} at evaluations and
+{"key", "result", "code"} or {"key", "failure"} for each run, with the user's files that the process loaded;
+{"refused": mistakes, "field", "value", "exit_code"} when no run can succeed (a missing file, an absent device). The
+process exits when standard input ends, so that it does not outlive its parent.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def main(arguments: list[str]) -> int:
     """Serve runs until standard input ends."""
     options = dict(zip(arguments[::2], arguments[1::2], strict=True))
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a user's model may print: not into the protocol
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that output of a user's model does not enter the protocol
     jobs: queue.Queue[dict[str, Any]] = queue.Queue()
-    # Not by sys.stdin: a child process that loads data would wait for ever for the lock that its reader holds.
+    # sys.stdin is not used: a forked data loader would wait forever for the lock that its reader holds.
     orders = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     threading.Thread(target=_listen, args=(orders, jobs), daemon=True).start()
@@ -51,8 +51,8 @@ def _listen(orders: int, jobs: queue.Queue[dict[str, Any]]) -> None:
 
 
 def serve(jobs: queue.Queue[dict[str, Any]], out: TextIO, device_name: str, threads: int) -> None:
-    """Take runs from the queue for ever. Raises BncliError for what would make every run fail."""
-    gc.disable()  # while modules load there is no garbage, and looking for it is an eighth of importing torch
+    """Serve runs from the queue forever. Raises BncliError for errors that would make every run fail."""
+    gc.disable()  # imports create no garbage, and collection takes an eighth of the import of torch
     import torch
 
     from bncli.engine import data
@@ -70,30 +70,30 @@ def serve(jobs: queue.Queue[dict[str, Any]], out: TextIO, device_name: str, thre
     device = resolve(device_name)
     _say(out, hello=device.type, gpus=torch.cuda.device_count() if device.type == "cuda" else 0)
     loaded: dict[str, Dataset] = {}
-    own = LoadedFiles()
+    user_files = LoadedFiles()
     while True:
         job = jobs.get()
         key, recipe = job["key"], Recipe.model_validate(job["recipe"])
         source = recipe.data.model_dump_json() + recipe.train.memory_format
         if source not in loaded:
             loaded = {source: data.load(recipe.data, device, data.MEMORY_FORMATS[recipe.train.memory_format])}
-        gc.collect()  # the last run's model, where a cycle keeps it
-        said = 0.0
+        gc.collect()  # the last run's model may be in a reference cycle
+        last_report = 0.0
         try:
             for event in train(recipe, device_name, dataset=loaded[source], name=key):
                 if isinstance(event, RunStarted | RunFinished):  # a forward pass may import as well
-                    own.note()
-                if isinstance(event, Evaluated) and monotonic() - said > REPORT_EVERY_S:
-                    said = monotonic()
+                    user_files.note()
+                if isinstance(event, Evaluated) and monotonic() - last_report > REPORT_EVERY_S:
+                    last_report = monotonic()
                     metric = recipe.train.target.metric if recipe.train.target else "accuracy"
                     _say(out, key=key, step=event.evaluation.step, value=event.evaluation.value(metric))
                 elif isinstance(event, RunFinished):
-                    code = own.files if isinstance(recipe.model, OwnModel) else {}
+                    code = user_files.files if isinstance(recipe.model, OwnModel) else {}
                     _say(out, key=key, result=to_plain(event.result), code=code)
         except (DataError, Unavailable):
             raise
         except (Exception, SystemExit) as error:
-            traceback.print_exc()  # into the worker's log; the reason alone goes into the report
+            traceback.print_exc()  # into the worker's log; only the reason goes into the report
             name = "" if isinstance(error, BncliError) else f"{type(error).__name__}: "
             _say(out, key=key, failure=name + " ".join((str(error) or "no message").split()))
 

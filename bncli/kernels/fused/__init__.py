@@ -1,9 +1,9 @@
-"""Fused batch norm: custom operators with their fake kernels and gradients, and where they can run.
+"""Fused batch norm: custom operators with their fake kernels and gradients, and their availability.
 
-Two operators without side effects, so that torch.compile, autocast, DDP and CUDA graphs take them as they take any
-other: `bncli::fused_batch_norm`, and `bncli::fused_batch_norm_backward` for its gradient, whose own gradient is
-composed of torch's operators. Saved for backward are x, mean and var; with a residual and a ReLU also one bit for each
-element, with a residual and SiLU the residual.
+`bncli::fused_batch_norm` and `bncli::fused_batch_norm_backward` have no side effects, so that torch.compile, autocast,
+DDP and CUDA graphs handle them like any other operator. The double backward is composed of torch operators. Saved for
+backward are x, mean and var; with a residual and a ReLU also one bit per element, with a residual and SiLU the
+residual.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bncli.kernels.layout import accumulation, dense, match_layout, sign_bytes
 from bncli.kernels.native import update_running_stats
 from bncli.names import KERNELS, KINKED_ACTIVATIONS
 
-OLDEST_CAPABILITY = (8, 0)  # Triton's own lower end for bfloat16
+OLDEST_CAPABILITY = (8, 0)  # the oldest for which Triton supports bfloat16
 NOTHING = contextlib.nullcontext()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 TRITON_COMPILES = "Triton was loaded in this process to compile; set TRITON_INTERPRET=1 before Python starts"
@@ -34,9 +34,9 @@ WITHOUT_TRITON = "it is written in Triton, which is not installed (pip install t
 
 
 def unavailable_reason(device: torch.device | None) -> str | None:
-    """Why it cannot run on `device` (None: on no device of this machine), or None where it can.
+    """Why the kernel cannot run on `device` (None: on any device of this machine), or None if it can.
 
-    On a GPU it is written in Triton, on a CPU in C, which is compiled now if that has not been done before.
+    On a GPU it is written in Triton, on a CPU in C. The C code is compiled by this call unless it is cached.
     """
     if device is None:
         on_gpu = unavailable_reason(torch.device("cuda")) if torch.cuda.is_available() else ""
@@ -54,14 +54,14 @@ def unavailable_reason(device: torch.device | None) -> str | None:
         return f"it needs compute capability 8.0 or later, and {name} has {major}.{minor}"
     if is_interpreting():
         return (
-            "Triton interprets in this process and compiles nothing (TRITON_INTERPRET=1 was set, or the "
+            "Triton's interpreter is on in this process, so it cannot compile (TRITON_INTERPRET=1 was set, or the "
             "fused-interpreted kernel has run)"
         )
     return None
 
 
 def is_interpreting() -> bool:
-    """Whether Triton interprets its functions in this process, or will: that is decided when it is first imported."""
+    """Whether Triton interprets its functions in this process. It decides that when it is first imported."""
     language = sys.modules.get("triton.language")
     if language is None:
         return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
@@ -69,9 +69,9 @@ def is_interpreting() -> bool:
 
 
 def load_interpreted() -> None:
-    """Import Triton and the device kernels with its interpreter on, which then holds for the whole process.
+    """Import Triton and the device kernels with its interpreter on, for the whole process.
 
-    Raises Unavailable where Triton has been imported without it.
+    Raises Unavailable if Triton has been imported with the interpreter off.
     """
     if "bncli.kernels.fused.triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it at its import
@@ -84,12 +84,12 @@ class Options(NamedTuple):
     """The options of one call."""
 
     eps: float
-    activation: str  # of FUSED_ACTIVATIONS, or "none"
-    keep_signs: bool  # the signs of the pre-activation are saved, a bit each, and not the residual
-    interpreted: bool  # on the CPU by Triton's interpreter, not in C
+    activation: str  # one of FUSED_ACTIVATIONS, or "none"
+    keep_signs: bool  # save one sign bit per pre-activation instead of the residual
+    interpreted: bool  # on the CPU by Triton's interpreter instead of in C
 
     def launcher(self, x: Tensor) -> Any:
-        """The module whose forward and backward run on x: what calls the C file, or what starts Triton's kernels."""
+        """The module whose forward and backward run on x: `cpu` (C) or `triton_launch`."""
         if self.interpreted:
             load_interpreted()
         elif x.is_cpu:
@@ -113,7 +113,7 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A kernel with the arguments and results that bncli.kernels describes.
 
-    interpreted: on CPU tensors, by the GPU's kernel in Triton's interpreter.
+    interpreted: run the GPU kernel on CPU tensors in Triton's interpreter.
 
     x is float32, float16, bfloat16 or float64, contiguous or channels last. Other strides are copied to contiguous
     first, and a residual or a gradient in another layout than x is copied to x's. Sums and statistics are float32, for
@@ -129,7 +129,7 @@ def batch_norm(
         residual = match_layout(residual.to(x.dtype), x)
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    given = None if statistics is None else (statistics[0].contiguous(), statistics[1].contiguous())
+    frozen = None if statistics is None else (statistics[0].contiguous(), statistics[1].contiguous())
     differentiable = torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
@@ -141,24 +141,24 @@ def batch_norm(
     updated = False
     if not _is_eager(x):
         _refuse_forward_mode()
-        y, mean, var, _ = forward_operator(x, weight, bias, residual, *(given or (None, None)), *options)
+        y, mean, var, _ = forward_operator(x, weight, bias, residual, *(frozen or (None, None)), *options)
         mean, var = mean.detach(), var.detach()
     else:
         updated = running is not None and _updates(x, running, interpreted)
         inside = running if updated else None
         if differentiable:
             used: list[Tensor] = []
-            y = _apply(x, weight, bias, residual, given, options, inside, used)
+            y = _apply(x, weight, bias, residual, frozen, options, inside, used)
             mean, var = used
-        else:  # nothing else would show in torch's profiler, so it is marked with the operator's name
-            profiled = torch._C._autograd._profiler_enabled()  # torch.autograd's own name for it is private too
+        else:  # mark the call for torch's profiler, which would not show it otherwise
+            profiled = torch._C._autograd._profiler_enabled()  # torch has no public name for it
             with torch.profiler.record_function("bncli::fused_batch_norm") if profiled else NOTHING:
                 y, mean, var, _ = options.launcher(x).forward(
-                    x, weight, bias, residual, given, options.eps, options.activation, keep_signs, running=inside
+                    x, weight, bias, residual, frozen, options.eps, options.activation, keep_signs, running=inside
                 )
     if statistics is not None:
         return y, *statistics
-    if updated:  # autograd must know that tensors which others may have saved have changed
+    if updated:  # autograd must know that tensors changed which other operators may have saved
         assert running is not None
         torch.autograd.graph.increment_version(running[:2])
     elif running is not None and x.numel():
@@ -170,7 +170,7 @@ VECTORS = ("weight", "bias", "mean", "variance", "running_mean", "running_var")
 
 
 def _check_arguments(x, weight, bias, residual, statistics, running) -> None:  # type: ignore[no-untyped-def]
-    """Refuse what does not fit, since the kernel reads by pointers, and a gradient that it does not have."""
+    """Reject wrong sizes, since the kernel reads raw pointers, and gradients that are not implemented."""
     channels = x.size(1)
     vectors = (weight, bias, statistics[0], statistics[1], running[0], running[1])
     for place, vector in enumerate(vectors):
@@ -184,13 +184,13 @@ def _check_arguments(x, weight, bias, residual, statistics, running) -> None:  #
         raise ValueError(f"a residual of shape {tuple(residual.shape)} for x of shape {tuple(x.shape)}")
 
 
-# torch has no public way to ask for a dispatch mode, a trace or a transform without a Python call for each.
+# The public tests for a dispatch mode, a trace or a transform cost one Python call each, so private ones are used.
 
 
 def _is_eager(x: Tensor) -> bool:
-    """Whether plain autograd will do, which takes a third of the time of an operator with its dispatcher.
+    """Whether a plain autograd.Function can be used, which takes a third of the time of a dispatched operator.
 
-    Not under a compiler, a transform, a trace or a dispatch mode: they must see an operator.
+    False under a compiler, a transform, a trace or a dispatch mode, which must see the operator.
     """
     if type(x) not in (Tensor, torch.nn.Parameter) or x.numel() == 0 or torch.compiler.is_dynamo_compiling():
         return False
@@ -206,9 +206,9 @@ def _refuse_forward_mode() -> None:
 
 
 def _updates(x: Tensor, running: tuple[Tensor, Tensor, float], interpreted: bool) -> bool:
-    """Whether the kernel itself can update these; elsewhere torch's operators do, whose launches cost time.
+    """Whether the kernel itself can update the running statistics, which saves the launches of torch's operators.
 
-    They must be contiguous. The kernel in Triton computes in float32, that in C in their dtype.
+    They must be contiguous. The Triton kernel computes in float32, the C kernel in their dtype.
     """
     mean, var, _ = running
     wide = accumulation(x)
@@ -225,47 +225,47 @@ def forward_operator(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    given_mean: Tensor | None,
-    given_var: Tensor | None,
+    frozen_mean: Tensor | None,
+    frozen_var: Tensor | None,
     eps: float,
     activation: str,
     keep_signs: bool,
     interpreted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y like x; the batch's mean and variance (C), empty if they are given; the signs in bits, empty unless kept."""
+    """y like x; the batch's mean and variance (C), empty for frozen statistics; the sign bits, empty unless kept."""
     kernels.get("fused-interpreted" if interpreted else "fused", x.device)
     options = Options(eps, activation, keep_signs, interpreted)
-    given = None if given_mean is None or given_var is None else (given_mean, given_var)
+    frozen = None if frozen_mean is None or frozen_var is None else (frozen_mean, frozen_var)
     if x.numel() == 0:
-        y, mean, var, signs = _fake_forward(x, weight, bias, residual, given_mean, given_var, *options)
+        y, mean, var, signs = _fake_forward(x, weight, bias, residual, frozen_mean, frozen_var, *options)
         return y, mean.fill_(math.nan), var.fill_(math.nan), signs
-    y, mean, var, signs = options.launcher(x).forward(x, weight, bias, residual, given, eps, activation, keep_signs)
-    if given is not None:
+    y, mean, var, signs = options.launcher(x).forward(x, weight, bias, residual, frozen, eps, activation, keep_signs)
+    if frozen is not None:
         mean, var = mean.new_empty(0), var.new_empty(0)
     return y, mean, var, x.new_empty(0, dtype=torch.uint8) if signs is None else signs
 
 
 @forward_operator.register_fake
-def _fake_forward(x, weight, bias, residual, given_mean, given_var, eps, activation, keep_signs, interpreted=False):  # type: ignore[no-untyped-def]
-    channels = x.size(1) if given_mean is None else 0
-    dtype = accumulation(x) if given_mean is None else given_mean.dtype
+def _fake_forward(x, weight, bias, residual, frozen_mean, frozen_var, eps, activation, keep_signs, interpreted=False):  # type: ignore[no-untyped-def]
+    channels = x.size(1) if frozen_mean is None else 0
+    dtype = accumulation(x) if frozen_mean is None else frozen_mean.dtype
     mean, var = x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
     return torch.empty_like(x), mean, var, x.new_empty(sign_bytes(x) if keep_signs else 0, dtype=torch.uint8)
 
 
 def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, bias, residual, given_mean, given_var, *options = inputs
+    x, weight, bias, residual, frozen_mean, frozen_var, *options = inputs
     _, mean, var, signs = output
-    given = None if given_mean is None else (given_mean, given_var)
-    _save(ctx, x, weight, bias, residual, given, mean, var, signs, Options(*options))
+    frozen = None if frozen_mean is None else (frozen_mean, frozen_var)
+    _save(ctx, x, weight, bias, residual, frozen, mean, var, signs, Options(*options))
 
 
-def _save(ctx, x, weight, bias, residual, given, mean, var, signs, options) -> None:  # type: ignore[no-untyped-def]
-    """What backward needs. The residual only where the pre-activation is computed again, of which no signs are kept."""
-    mean, var = given or (mean, var)
+def _save(ctx, x, weight, bias, residual, frozen, mean, var, signs, options) -> None:  # type: ignore[no-untyped-def]
+    """Save what backward needs. The residual is saved only if the pre-activation must be recomputed."""
+    mean, var = frozen or (mean, var)
     kept_residual = None if options.activation == "none" or options.keep_signs else residual
     ctx.save_for_backward(x, weight, bias, kept_residual, mean, var, signs if options.keep_signs else None)
-    ctx.options, ctx.given, ctx.has_residual = options, given is not None, residual is not None
+    ctx.options, ctx.frozen, ctx.has_residual = options, frozen is not None, residual is not None
 
 
 def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
@@ -277,11 +277,11 @@ def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no
     dy = match_layout(dy, x)
     if torch.is_grad_enabled() or not _is_eager(dy):
         dx, dweight, dbias, dresidual = backward_operator(
-            dy, x, weight, bias, residual, mean, var, signs, eps, activation, ctx.given, through, interpreted
+            dy, x, weight, bias, residual, mean, var, signs, eps, activation, ctx.frozen, through, interpreted
         )
     else:
         dx, dweight, dbias, dresidual = options.launcher(x).backward(
-            dy, x, weight, bias, residual, (mean, var), signs, eps, activation, ctx.given, through
+            dy, x, weight, bias, residual, (mean, var), signs, eps, activation, ctx.frozen, through
         )
     if activation == "none":
         dresidual = dy
@@ -296,17 +296,17 @@ forward_operator.register_autograd(backward, setup_context=setup_context)
 
 
 class Eager(torch.autograd.Function):
-    """The same without the dispatcher. A backward that is to be differentiated itself is the operator again.
+    """The operator without the dispatcher; a backward pass with create_graph still calls the backward operator.
 
-    The mean and variance that were used are appended to the list `used`: outputs would cost gradients of their own.
+    The mean and variance are appended to the list `used`: as outputs they would cost gradients.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, given, options, running, used):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, bias, residual, frozen, options, running, used):  # type: ignore[no-untyped-def]
         y, mean, var, signs = options.launcher(x).forward(
-            x, weight, bias, residual, given, options.eps, options.activation, options.keep_signs, running=running
+            x, weight, bias, residual, frozen, options.eps, options.activation, options.keep_signs, running=running
         )
-        _save(ctx, x, weight, bias, residual, given, mean, var, signs, options)
+        _save(ctx, x, weight, bias, residual, frozen, mean, var, signs, options)
         ctx.set_materialize_grads(False)
         used += mean, var
         return y
@@ -316,7 +316,7 @@ class Eager(torch.autograd.Function):
         return (None,) * 8 if dy is None else (*_gradients(ctx, dy), None, None, None, None)
 
 
-# Function.apply without what it does first for tensors of torch.func: `_is_eager` has seen that there are none.
+# Function.apply without its handling of torch.func tensors, which `_is_eager` has excluded.
 _apply = super(torch.autograd.Function, Eager).apply
 
 
@@ -335,26 +335,26 @@ def backward_operator(
     signs: Tensor | None,
     eps: float,
     activation: str,
-    given: bool,
+    frozen: bool,
     residual_gradient: bool,
     interpreted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx like x, dweight and dbias (C), dresidual like x or empty, since an operator returns nothing but tensors."""
+    """dx like x, dweight and dbias (C), dresidual like x or empty (an operator cannot return None)."""
     if x.numel() == 0:
         empty = _fake_backward(
-            dy, x, weight, bias, residual, mean, var, signs, eps, activation, given, residual_gradient
+            dy, x, weight, bias, residual, mean, var, signs, eps, activation, frozen, residual_gradient
         )
         return tuple(each.zero_() for each in empty)
     launcher = Options(eps, activation, signs is not None, interpreted).launcher(x)
     dx, dweight, dbias, dresidual = launcher.backward(
-        dy, x, weight, bias, residual, (mean, var), signs, eps, activation, given, residual_gradient
+        dy, x, weight, bias, residual, (mean, var), signs, eps, activation, frozen, residual_gradient
     )
     return dx, dweight, dbias, x.new_empty(0) if dresidual is None else dresidual
 
 
 @backward_operator.register_fake
 def _fake_backward(  # type: ignore[no-untyped-def]
-    dy, x, weight, bias, residual, mean, var, signs, eps, activation, given, residual_gradient, interpreted=False
+    dy, x, weight, bias, residual, mean, var, signs, eps, activation, frozen, residual_gradient, interpreted=False
 ):
     channels = x.size(1)
     dweight, dbias = (

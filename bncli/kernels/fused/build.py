@@ -1,7 +1,7 @@
-"""Compilation of a C file on first use, by the system's compiler, into a cache of shared libraries.
+"""Compilation of a C file on first use, with the system's compiler, into a cache of shared libraries.
 
 The cache is a folder that only the user can write. A file's name is a hash of the source, the flags, the compiler and
-the CPU. It is written under another name and then moved, so that processes that compile at once do no harm.
+the CPU. It is written under a temporary name and then renamed, so that processes may compile at the same time.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ import torch
 from bncli.errors import Unavailable
 
 OPTIMIZED = ("-std=gnu11", "-O2", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
-FOR_THIS_CPU = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler takes
+FOR_THIS_CPU = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler accepts is used
 HOW_TO_GET_ONE = "Install one (Debian, Ubuntu: apt install gcc; Fedora: dnf install gcc; macOS: xcode-select --install)"
 LONGEST_S = 120.0
 
 
 @functools.cache
 def library(source: Path, *definitions: str) -> ctypes.CDLL:
-    """The shared library of that source with those macros defined, compiled if it is not there yet.
+    """The shared library of that source with those macros defined, compiled unless it is cached.
 
-    Raises Unavailable, with the reason and what to do, where there is no compiler or it fails.
+    Raises Unavailable, with the reason and a remedy, if there is no compiler or it fails.
     """
     text, command = source.read_bytes(), compiler()
     native = [flag for flags in FOR_THIS_CPU for flag in flags]
@@ -55,7 +55,7 @@ def compiler() -> list[str]:
         if found:
             return [found, *command[1:]]
     if asked:
-        raise Unavailable(f"there is no C compiler {asked[0]}, which the variable CC names. Unset it, or correct it")
+        raise Unavailable(f"there is no C compiler {asked[0]}, which the variable CC names. Unset or correct CC")
     raise Unavailable(
         f"there is no C compiler (cc, gcc or clang) to build it with. {HOW_TO_GET_ONE}, or name yours in CC"
     )
@@ -76,7 +76,7 @@ def _compile(command: list[str], source: Path, definitions: tuple[str, ...], bui
 
 
 def _first_that_works(commands: list[list[str]]) -> str:
-    """Run one after the other until one succeeds. What went wrong with the last, or nothing."""
+    """Run the commands until one succeeds. Returns the last one's error, or an empty string."""
     failed = ""
     for command in commands:
         if not (failed := _run(command)):
@@ -85,7 +85,7 @@ def _first_that_works(commands: list[list[str]]) -> str:
 
 
 def _run(command: list[str]) -> str:
-    """What went wrong, in a line; empty if nothing did."""
+    """The error in one line; empty if there is none."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_S)
     except subprocess.TimeoutExpired:
@@ -99,19 +99,19 @@ def _run(command: list[str]) -> str:
 
 
 def _openmp() -> list[str]:
-    """The OpenMP runtime that torch has loaded: with another two sets of threads would wait for each other's cores."""
+    """The OpenMP runtime that torch has loaded: threads of a second runtime would compete for the same cores."""
     folder = Path(torch.__file__).parent / "lib"
     return [str(file) for pattern in ("libgomp*", "libiomp5*", "libomp*") for file in sorted(folder.glob(pattern))][:1]
 
 
 def _identity(program: str) -> list[str]:
-    """What differs between compilers. To ask for a version would take longer than all the rest."""
+    """Path, size and time of the compiler. Asking for its version would take longer than everything else here."""
     file = os.stat(program)
     return [os.path.realpath(program), str(file.st_size), str(file.st_mtime_ns)]
 
 
 def _processor() -> str:
-    """What `native` stands for here: the processor's features."""
+    """The processor's features, on which -march=native depends."""
     information = Path("/proc/cpuinfo")
     if information.exists():
         lines = information.read_text().splitlines()
@@ -121,7 +121,7 @@ def _processor() -> str:
 
 
 def _folder() -> Path:
-    """Where compiled kernels are kept. Raises Unavailable if others could put a file there for us to run."""
+    """The cache folder. Raises Unavailable if other users could put a file there."""
     caches = os.environ.get("XDG_CACHE_HOME")
     home = Path(caches) if caches else Path.home() / ".cache"
     named = os.environ.get("BNCLI_CACHE")

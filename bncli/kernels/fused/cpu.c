@@ -254,11 +254,11 @@ typedef struct {
     const element *x, *residual, *dy;
     element *y, *dx, *dresidual;
     const wide *weight, *bias; /* (C), or null: 1 and 0 */
-    wide *mean, *var;          /* (C); given: read, else written forward and read backward */
+    wide *mean, *var;          /* (C); frozen: read, else written forward and read backward */
     wide *running_mean, *running_var;
     wide *dweight, *dbias;
     uint8_t *signs; /* where dy passes an activation whole, or null */
-    int64_t examples, channels, positions, rows, activation, given, threads;
+    int64_t examples, channels, positions, rows, activation, frozen, threads;
     double eps, momentum;
 } call;
 
@@ -301,7 +301,7 @@ INLINE channel prepared(const call *c, int64_t k) {
 }
 
 static channel settled(const call *c, int64_t k, moments found) { /* what forward says and needs of a channel */
-    if (!c->given) {
+    if (!c->frozen) {
         double var = found.squares / found.count;
         c->mean[k] = (wide)found.mean;
         c->var[k] = (wide)var;
@@ -320,7 +320,7 @@ typedef struct { /* of a channel: of dz, and of dz (x - mean) */
 
 static channel prepared_backward(const call *c, int64_t k, sums found) {
     channel p = prepared(c, k);
-    if (!c->given) {
+    if (!c->frozen) {
         const double m = (double)(c->examples * c->positions);
         p.constant = (wide)(p.scale * found.g / m);
         p.slope = (wide)(p.scale * found.g_apart / m / ((double)c->var[k] + c->eps));
@@ -489,7 +489,7 @@ INLINE void plane_backward(const int activation, const call *c, int64_t k, int64
             lanes g = LOAD(dy + j);
             g = UPSTREAM(g, BEFORE_ACTIVATION(apart));
             if (dresidual) STORE(dresidual + j, g);
-            STORE(dx + j, c->given ? g * scale : g * scale - apart * slope - constant); /* a NaN times 0 is one */
+            STORE(dx + j, c->frozen ? g * scale : g * scale - apart * slope - constant); /* a NaN times 0 is one */
         })
     }
 }
@@ -545,7 +545,7 @@ static void planes_forward(const call *c, moments *partial) {
 #pragma omp for schedule(static) nowait
         for (int64_t k = 0; k < c->channels; k++) {
             moments found = {0, 0, 0};
-            for (int64_t part = 0; part < parts && !c->given; part++)
+            for (int64_t part = 0; part < parts && !c->frozen; part++)
                 found = join(found, plane_moments(c, k, part * PART, smaller(m, (part + 1) * PART)));
             const channel p = settled(c, k, found);
             for (int64_t part = parts - 1; part >= 0; part--) /* what was read last is still in the cache */
@@ -553,7 +553,7 @@ static void planes_forward(const call *c, moments *partial) {
         }
         return;
     }
-    if (!c->given) {
+    if (!c->frozen) {
 #pragma omp for schedule(static)
         for (int64_t job = 0; job < c->channels * parts; job++) {
             int64_t k = job / parts, from = job % parts * PART;
@@ -563,7 +563,7 @@ static void planes_forward(const call *c, moments *partial) {
 #pragma omp single
     for (int64_t k = 0; k < c->channels; k++) {
         moments found = {0, 0, 0};
-        for (int64_t part = 0; part < parts && !c->given; part++) found = join(found, partial[k * parts + part]);
+        for (int64_t part = 0; part < parts && !c->frozen; part++) found = join(found, partial[k * parts + part]);
         settled(c, k, found);
     }
 #pragma omp for schedule(static) nowait
@@ -784,12 +784,12 @@ static void rows_settle(const call *c, const table *t, int64_t from, int64_t to)
     const double m = (double)(c->examples * c->positions), old = 1 - c->momentum;
     double before = (double)t->lines, *mean = t->sums, *squares = mean + t->width;
     const int64_t last = line_length(c, t, t->lines - 1);
-    for (int64_t j = c->channels; j < t->width && !c->given; j += c->channels) {
+    for (int64_t j = c->channels; j < t->width && !c->frozen; j += c->channels) {
         double count = (double)(t->lines - (j >= last));
         columns_join(from, to, t->width, before, count, t->sums, t->sums + j);
         before += count;
     }
-    for (int64_t k = from; k < to && !c->given; k++) {
+    for (int64_t k = from; k < to && !c->frozen; k++) {
         c->mean[k] = (wide)mean[k];
         c->var[k] = (wide)(squares[k] / m);
     }
@@ -802,7 +802,7 @@ static void rows_settle(const call *c, const table *t, int64_t from, int64_t to)
 }
 
 static void rows_settle_backward(const call *c, const table *t, int64_t from, int64_t to) {
-    const double part = c->given ? 0 : 1 / (double)(c->examples * c->positions);
+    const double part = c->frozen ? 0 : 1 / (double)(c->examples * c->positions);
     double *g = t->sums, *g_apart = g + t->width;
     for (int64_t j = c->channels; j < t->width; j += c->channels)
         for (int64_t k = from; k < to; k++) {
@@ -896,7 +896,7 @@ INLINE void part_backward(const int activation, const call *c, const table *t, i
             g = UPSTREAM(g, BEFORE_ACTIVATION(apart));
             if (dresidual) STORE(dresidual + j, g);
             const lanes slope = load_wide(t->slope + j), constant = load_wide(t->constant + j);
-            STORE(dx + j, c->given ? g * scale : g * scale - apart * slope - constant);
+            STORE(dx + j, c->frozen ? g * scale : g * scale - apart * slope - constant);
         })
     }
 }
@@ -918,11 +918,11 @@ INLINE int64_t mine(const table *t, int64_t thread, int64_t threads) { return t-
 
 static void rows_forward(const call *c, const table *t, wide *scratch, int64_t thread, int64_t threads) {
     const int64_t from = mine(t, thread, threads), to = mine(t, thread + 1, threads);
-    for (int64_t part = from; part < to && !c->given; part++) rows_moments(c, t, part, scratch);
+    for (int64_t part = from; part < to && !c->frozen; part++) rows_moments(c, t, part, scratch);
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t j = 0; j < t->width; j += COLUMNS)
-        if (!c->given) columns_joined(c, t, j, smaller(t->width, j + COLUMNS));
+        if (!c->frozen) columns_joined(c, t, j, smaller(t->width, j + COLUMNS));
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < c->channels; k += COLUMNS) rows_settle(c, t, k, smaller(c->channels, k + COLUMNS));
     for (int64_t part = to - 1; part >= from; part--) forward_part(c, t, part);
@@ -1002,7 +1002,7 @@ static int team(const call *c, int backward) { /* 0, or 1 for lack of memory */
 }
 
 /* How a call is cut: 0 whole channels, 1 channels in parts, 2 rows in parts. */
-int way(const call *c) { return c->rows ? 2 : whole_channels(c) ? 0 : 1; }
+int division(const call *c) { return c->rows ? 2 : whole_channels(c) ? 0 : 1; }
 
 int forward(const call *c) { return team(c, 0); }
 int backward(const call *c) { return team(c, 1); }

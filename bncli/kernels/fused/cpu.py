@@ -1,4 +1,4 @@
-"""Fused batch norm on a CPU: calls of cpu.c, by the same two functions as triton_launch has for a GPU."""
+"""Fused batch norm on a CPU: forward and backward, implemented in cpu.c, with the signatures of triton_launch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Run = Callable[[bytes], int]
 
 
 class Compiled(NamedTuple):
-    """The functions of cpu.c for one element type. (To look one up in a library takes longer than a small one runs.)"""
+    """The functions of cpu.c for one element type, looked up once since that takes longer than a small call."""
 
     forward: Run
     backward: Run
@@ -34,9 +34,9 @@ class Compiled(NamedTuple):
 
 @functools.cache
 def compiled(dtype: torch.dtype) -> Compiled:
-    """cpu.c for that element type. Raises Unavailable where it cannot be compiled."""
+    """cpu.c compiled for that element type. Raises Unavailable if it cannot be compiled."""
     found = library(SOURCE, DEFINITIONS[dtype])
-    functions = Compiled(found.forward, found.backward, found.way)
+    functions = Compiled(found.forward, found.backward, found.division)
     for function in functions:
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int  # type: ignore[attr-defined]
     return functions
@@ -44,7 +44,7 @@ def compiled(dtype: torch.dtype) -> Compiled:
 
 @functools.cache
 def unavailable_reason() -> str | None:
-    """Why it cannot run here, or None. It is compiled now if that has not been done before."""
+    """Why the kernel cannot run here, or None. It is compiled by this call unless it is cached."""
     try:
         compiled(torch.float32)
     except Unavailable as error:
@@ -64,7 +64,7 @@ def forward(
     *,
     running: tuple[Tensor, Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """y like x, the mean and variance (C) that were used, the signs in bits if they are kept. Updates `running`."""
+    """y like x, the mean and variance (C) that normalized, the sign bits if `keep_signs`. Updates `running`."""
     wide, channels_last = accumulation(x), is_channels_last(x)
     if not (channels_last or x.is_contiguous()):
         refuse_gaps(x)
@@ -77,7 +77,7 @@ def forward(
             mean, var = mean.to(wide), var.to(wide)
     signs = x.new_empty(sign_bytes(x), dtype=torch.uint8) if keep_signs else None
     running_mean, running_var, momentum = running or (None, None, 0.0)
-    if weight is not None and weight.dtype != wide:  # a conversion that changes nothing takes half a microsecond
+    if weight is not None and weight.dtype != wide:  # a conversion to the same dtype takes half a microsecond
         weight = weight.to(wide)
     if bias is not None and bias.dtype != wide:
         bias = bias.to(wide)
@@ -96,10 +96,10 @@ def backward(
     signs: Tensor | None,
     eps: float,
     activation: str,
-    given: bool,
+    frozen: bool,
     residual_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dx like x, dweight and dbias (C) in their own dtypes, dresidual like x if it is asked for."""
+    """dx like x, dweight and dbias (C) in the dtypes of weight and bias, dresidual like x if `residual_gradient`."""
     wide = accumulation(x)
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if residual_gradient else None
@@ -112,7 +112,7 @@ def backward(
     tensors = (
         x, residual, dy, None, dx, dresidual, wide_weight, wide_bias, mean, var, None, None, dweight, dbias, signs
     )  # fmt: skip
-    _call(compiled(x.dtype).backward, tensors, x, is_channels_last(x), activation, given, eps, 0.0)
+    _call(compiled(x.dtype).backward, tensors, x, is_channels_last(x), activation, frozen, eps, 0.0)
     if weight is not None and weight.dtype != wide:
         dweight = dweight.to(weight.dtype)
     if bias is not None and bias.dtype != wide:
@@ -126,11 +126,11 @@ def _call(
     x: Tensor,
     channels_last: bool,
     activation: str,
-    given: bool,
+    frozen: bool,
     eps: float,
     momentum: float,
 ) -> None:
-    """Call a function of cpu.c. tensors: those of its struct call, in order."""
+    """Call a function of cpu.c. tensors: in the order of its struct call."""
     pointers = []
     for tensor in tensors:
         if tensor is None:
@@ -142,12 +142,12 @@ def _call(
     examples, channels = x.size(0), x.size(1)
     positions = x.numel() // (examples * channels)
     code, threads = ACTIVATIONS[activation], torch.get_num_threads()
-    if run(CALL.pack(*pointers, examples, channels, positions, channels_last, code, given, threads, eps, momentum)):
+    if run(CALL.pack(*pointers, examples, channels, positions, channels_last, code, frozen, threads, eps, momentum)):
         raise MemoryError("the fused kernel could not allocate its sums")
 
 
-def way(x: Tensor) -> str:
-    """How a dense x (N, C, *S), which may be a meta tensor, is divided between threads, in words."""
+def thread_division(x: Tensor) -> str:
+    """How the work on a dense x (N, C, *S), which may be a meta tensor, is divided between threads, in words."""
     examples, channels = x.size(0), x.size(1)
     sizes = examples, channels, x.numel() // (examples * channels)
     asked = CALL.pack(*[0] * 15, *sizes, is_channels_last(x), 0, 0, torch.get_num_threads(), 0.0, 0.0)

@@ -15,15 +15,15 @@ def composed_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    given: tuple[Tensor, Tensor] | None,
+    frozen: tuple[Tensor, Tensor] | None,
     signs: Tensor | None,
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias, dresidual from differentiable operators (Ioffe & Szegedy 2015, section 3).
 
-    Shapes as the operator's, all in the accumulation dtype. `signs` tells where dy passes the activation whole
-    where the residual was not kept. `given`: mean and variance that are constants.
+    Shapes are the operator's, dtypes the accumulation dtype. `signs` replaces a residual that was not saved: it says
+    where the activation's derivative is 1. `frozen`: constant mean and variance.
     """
     wide = accumulation(x)
     dy, x = dy.to(wide), x.to(wide)
@@ -32,10 +32,10 @@ def composed_backward(
         torch.full((), value, dtype=wide, device=x.device) if vector is None else per_channel(vector.to(wide), x)
         for vector, value in ((weight, 1.0), (bias, 0.0))
     )
-    if given is None:
+    if frozen is None:
         var, mean = torch.var_mean(x, around, correction=0, keepdim=True)
     else:
-        mean, var = (per_channel(each.to(wide), x) for each in given)
+        mean, var = (per_channel(each.to(wide), x) for each in frozen)
     reciprocal = torch.rsqrt(var + eps)
     xhat = (x - mean) * reciprocal
     z = xhat * scale + shift if residual is None else xhat * scale + shift + residual.to(wide)
@@ -51,8 +51,8 @@ def composed_backward(
         g = dy
     dweight, dbias = (g * xhat).sum(around), g.sum(around)
     dx = g
-    if given is None:
-        # Centred before it is projected: with 2 or 3 values per channel the error is half of that of other orders.
+    if frozen is None:
+        # Center before projecting: with 2 or 3 values per channel this halves the error.
         centred = g - g.mean(around, keepdim=True)
         dx = centred - xhat * (centred * xhat).mean(around, keepdim=True)
     dx = dx * (scale * reciprocal)
@@ -60,15 +60,15 @@ def composed_backward(
 
 
 def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    dy, x, weight, bias, residual, mean, var, signs, eps, activation, given, *_ = inputs
+    dy, x, weight, bias, residual, mean, var, signs, eps, activation, frozen, *_ = inputs
     ctx.save_for_backward(dy, x, weight, bias, residual, mean, var, signs)
-    ctx.eps, ctx.activation, ctx.given = eps, activation, given
+    ctx.eps, ctx.activation, ctx.frozen = eps, activation, frozen
 
 
 def backward(ctx, *upstream):  # type: ignore[no-untyped-def]
-    """The exact second derivative, which torch takes of `composed_backward`, and which may be differentiated in turn.
+    """The exact second derivative: torch's derivative of `composed_backward`, differentiable in turn.
 
-    For that the inputs are views: dy may itself come from x, and is an input of its own here.
+    The inputs are views, since dy may depend on x but is an independent input here.
     """
     dy, x, weight, bias, residual, mean, var, signs = ctx.saved_tensors
     create_graph = torch.is_grad_enabled()
@@ -81,7 +81,7 @@ def backward(ctx, *upstream):  # type: ignore[no-untyped-def]
         for each in (dy, x, weight, bias, residual)
     ]
     with torch.enable_grad():
-        outputs = composed_backward(*inputs, (mean, var) if ctx.given else None, signs, ctx.eps, ctx.activation)
+        outputs = composed_backward(*inputs, (mean, var) if ctx.frozen else None, signs, ctx.eps, ctx.activation)
         pairs = [
             (output, gradient.to(output.dtype))
             for output, gradient in zip(outputs, upstream, strict=True)

@@ -1,7 +1,7 @@
-"""The GPU's fused kernel on CPU tensors, in Triton's interpreter: for checking it without a GPU, never for speed.
+"""The fused GPU kernel on CPU tensors, in Triton's interpreter: to check it without a GPU, not for speed.
 
-Triton decides at its import, for the whole process, whether its functions are compiled or interpreted. The first call
-turns the interpreter on (`fused.load_interpreted`), after which the process can compile none for a GPU.
+Triton decides at import, for the whole process, whether its functions are compiled or interpreted. The first call
+turns the interpreter on (`fused.load_interpreted`); after that the process cannot compile for a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ batch_norm = functools.partial(fused.batch_norm, interpreted=True)
 
 
 def unavailable_reason(device: torch.device | None) -> str | None:
-    """Why it cannot run on `device` (None: on no device), or None where it can."""
+    """Why the kernel cannot run on `device` (None: on any device), or None if it can."""
     if device is not None and device.type != "cpu":
         return f"Triton's interpreter runs on the CPU, and it was asked to run on {device.type}"
     if importlib.util.find_spec("triton") is None:

@@ -1,8 +1,8 @@
-"""Tiling of the fused kernel on a GPU: a plan for each shape, by arithmetic on its sizes alone. No Triton.
+"""Tiling of the fused kernel on a GPU: a plan for each shape, computed from its sizes alone. No Triton.
 
 A slice (one channel of a contiguous tensor, or some channels of one that is channels last) belongs to a team of
-programs. The plan says how many they are, how much each keeps in registers, and what they wait at: nothing, a barrier
-in memory, or the end of a launch.
+programs. The plan gives their number, how much each keeps in registers, and how they synchronize: not at all, at a
+barrier in memory, or at the end of a launch.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 Barrier = Literal["none", "grid", "launch"]
 
-ACCESS_BYTES = 16  # of one thread, at its widest
-THREADS_A_WARP = 32
-REGISTERS = 65_536  # of a multiprocessor, from sm_80 to sm_100
-MOST_LINES = 2**30  # of a slice; the device counts lines in 32 bits and doubles them once
-MOST_VALUES = 2**31 - 2**26  # of a channel, whose last program may reach past its end by a few million
+ACCESS_BYTES = 16  # the widest access of one thread
+THREADS_PER_WARP = 32
+REGISTERS = 65_536  # per multiprocessor, from sm_80 to sm_100
+MOST_LINES = 2**30  # per slice; the device counts lines in 32 bits and doubles them once
+MOST_VALUES = 2**31 - 2**26  # per channel; the last program may reach past the end by a few million
 
 # (warps, tiles held), from small to large: 4 to 96 KiB of registers a program, as far as compiles without spills, but
 # for a few of the largest (python -m tests.kernels.fused.ahead_of_time --all). A tile is 16 bytes a thread. Planes by
@@ -33,28 +33,28 @@ PLANE_TILINGS = {
     "backward": {16: TILINGS, 8: TILINGS[:-1], 4: TILINGS[:-1], 2: (*SMALL, (8, 4), (8, 8), (8, 12))},
 }
 EIGHT_WARPS = (*SMALL, (8, 4), (8, 8), (8, 12), (8, 16))
-ROW_TILINGS = {  # of 64 bytes, and of 128
+ROW_TILINGS = {  # for lines of 64 bytes and of 128
     "forward": ((*EIGHT_WARPS, (8, 22)), (*EIGHT_WARPS, (8, 22))),
     "backward": ((*EIGHT_WARPS, (8, 24)), (*EIGHT_WARPS, (8, 20))),
 }
-UNALIGNED_ROW_TILINGS = EIGHT_WARPS[:-1]  # whose channels are no multiple of 16 bytes: to 48 KiB
-SPLIT_TILINGS = ((4, 2), (4, 4), (8, 4))  # of two launches, which hold nothing from one to the other
-STREAMING = (4, 2)  # of given statistics
+UNALIGNED_ROW_TILINGS = EIGHT_WARPS[:-1]  # for channels that are no multiple of 16 bytes: up to 48 KiB
+SPLIT_TILINGS = ((4, 2), (4, 4), (8, 4))  # for two launches, which keep no registers in between
+STREAMING = (4, 2)  # for frozen statistics
 
-# Of an H200, where they decide; a plan needs only their order of magnitude.
-BYTES_A_NS_A_PROCESSOR = 32.0  # 4.3 TB/s of copying over 132 processors
-ALONE = 2.0  # what one processor can draw of that share when others are idle
+# Measured on an H200. A plan needs only their order of magnitude.
+BYTES_PER_NS_PER_PROCESSOR = 32.0  # 4.3 TB/s of copying over 132 processors
+SINGLE_PROCESSOR_SHARE = 2.0  # how many such shares one processor can use when others are idle
 BARRIER_NS = 1_200.0  # a grid barrier (te42kyfo/gpu-benches measured 1.04 to 1.31 us on an H200)
-LAUNCH_NS = 5_000.0  # starting a second kernel from Python: 2.4 us of the stream's, the rest the interpreter's
-CACHE_BYTES = 24 * 2**20  # of its cache that a second read can count on: 40 MB of 60, and writes pass through it too
-CACHED = 0.4  # the time of a read from that cache, in reads from memory (9.5 against 3.9 TB/s, the same source)
-NARROW_BYTES = 64  # of a row's piece; a wide one has twice that
-NARROW = 1.07  # the price of a 64-byte piece of a row beside a 128-byte one (Dao-AILab/quack: 5 to 7 %)
+LAUNCH_NS = 5_000.0  # a second launch from Python: 2.4 us on the stream, the rest in the interpreter
+CACHE_BYTES = 24 * 2**20  # cache available to a second read: 40 MB of 60, which writes share
+CACHED = 0.4  # time of a read from that cache relative to one from memory (9.5 and 3.9 TB/s, same source)
+NARROW_BYTES = 64  # a narrow piece of a row; a wide one has twice that
+NARROW = 1.07  # cost of a byte in 64-byte pieces relative to 128-byte pieces (Dao-AILab/quack: 5 to 7 %)
 
 
 def registers(warps: int) -> int:
-    """The most that a thread can have. Without this limit the compiler spills, to let more programs be resident."""
-    return min(255, REGISTERS // (warps * THREADS_A_WARP))
+    """The maximum per thread. Without this limit the compiler spills, to make more programs resident."""
+    return min(255, REGISTERS // (warps * THREADS_PER_WARP))
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,15 @@ class Processors:
 
 @dataclass(frozen=True)
 class Slicing:
-    """One way to slice the channels of (N, C, S), before the slices are given to programs."""
+    """One way to slice the channels of (N, C, S), before the slices are assigned to programs."""
 
     contiguous: bool  # (N, C, S) in memory; otherwise rows (N S, C), channels last
-    lines: int  # of a slice
+    lines: int  # per slice
     unit: int  # elements of an aligned run
-    columns: int  # channels of a slice: 1 of a contiguous tensor
+    columns: int  # channels per slice: 1 for a contiguous tensor
     slices: int
-    line_bytes: int  # of a slice's line
-    price: float  # of a byte, 1 for wide accesses
+    line_bytes: int
+    price: float  # cost of a byte, 1 for wide accesses
 
     def tilings(self, streams: int) -> list[tuple[int, int]]:
         elements = self.unit if self.contiguous else self.columns
@@ -83,7 +83,7 @@ class Slicing:
         return tilings(contiguous=self.contiguous, unit_bytes=unit_bytes, line_bytes=self.line_bytes, streams=streams)
 
     def most_programs(self, rows: int) -> int:
-        """Of a team: a merge takes a tile's lines at once, and for rows, whose tiles are short, up to eight times."""
+        """The largest team: a merge reads the lines of one tile, or up to eight times that for rows."""
         return rows if self.contiguous else 8 * rows
 
     def plan(self, *programs: Any) -> Plan:
@@ -91,18 +91,18 @@ class Slicing:
         return Plan(*vars(self).values(), *programs)
 
     def tile_lines(self, warps: int) -> int:
-        return warps * THREADS_A_WARP * ACCESS_BYTES // self.line_bytes
+        return warps * THREADS_PER_WARP * ACCESS_BYTES // self.line_bytes
 
 
 @dataclass(frozen=True)
 class Plan(Slicing):
-    """How programs work on the slices. `str` says it in words."""
+    """How programs work on the slices. `str` describes it in words."""
 
-    rows: int  # lines of a tile
+    rows: int  # lines per tile
     held: int  # tiles that a program keeps in registers
     warps: int
-    team: int  # programs of a slice
-    teams: int  # at work at the same time
+    team: int  # programs per slice
+    teams: int  # that work at the same time
     barrier: Barrier
     cost_ns: float
 
@@ -116,7 +116,7 @@ class Plan(Slicing):
 
     @property
     def tiles_each(self) -> int:
-        """How many a program has; the last one of a team may have fewer."""
+        """Tiles per program; the last program of a team may have fewer."""
         return -(-self.tiles // self.team)
 
     @property
@@ -134,11 +134,11 @@ class Plan(Slicing):
         return 0.0 if self.barrier == "launch" else min(1.0, self.held * self.team / self.tiles)
 
     def __str__(self) -> str:
-        cut = "a channel" if self.contiguous else f"{self.columns} channels"
+        share = "a channel" if self.contiguous else f"{self.columns} channels"
         who = {
-            "none": f"{self.slices:,} programs, {cut} each",
-            "grid": f"{self.teams} teams of {self.team} programs, {cut} a team, a barrier in memory",
-            "launch": f"{self.slices * self.team:,} programs, {cut} to {self.team} of them, two launches",
+            "none": f"{self.slices:,} programs, {share} each",
+            "grid": f"{self.teams} teams of {self.team} programs, {share} a team, a barrier in memory",
+            "launch": f"{self.slices * self.team:,} programs, {share} to {self.team} of them, two launches",
         }[self.barrier]
         read = "read once" if self.single_read else "read twice"
         if self.barrier == "grid" and self.overflow:
@@ -154,49 +154,49 @@ def plan(
     itemsize: int,
     backward: bool,
     processors: Processors,
-    given: bool = False,
+    frozen: bool = False,
 ) -> Plan:
     """The cheapest plan for x (N, C, S) of `itemsize` bytes an element.
 
-    contiguous: whether x is; it is channels last otherwise. backward: x and dy are held. given: the statistics are not
-    the batch's, so nothing waits. Raises ValueError for a channel that is too long to count.
+    contiguous: whether x is; it is channels last otherwise. backward: x and dy are held. frozen: the statistics are
+    constants, so no program waits. Raises ValueError for a channel with too many values.
     """
-    cuts = _cuts(shape, contiguous, itemsize)
-    if given:
-        return min((_streaming(cut, processors) for cut in cuts), key=lambda found: found.cost_ns)
+    slicings = _slicings(shape, contiguous, itemsize)
+    if frozen:
+        return min((_streaming(slicing, processors) for slicing in slicings), key=lambda found: found.cost_ns)
     streams = 2 if backward else 1
     found = [
         candidate
-        for cut in cuts
-        for candidates in (_alone, _teams, _split)
-        for candidate in candidates(cut, streams, processors)
+        for slicing in slicings
+        for candidates in (_one_program_each, _teams, _split)
+        for candidate in candidates(slicing, streams, processors)
     ]
     return min(found, key=lambda candidate: candidate.cost_ns)
 
 
-def _cuts(shape: tuple[int, int, int], contiguous: bool, itemsize: int) -> list[Slicing]:
+def _slicings(shape: tuple[int, int, int], contiguous: bool, itemsize: int) -> list[Slicing]:
     examples, channels, positions = shape
     widest = ACCESS_BYTES // itemsize
     if contiguous:
         unit = math.gcd(positions, widest)
-        cuts = [Slicing(True, examples * positions // unit, unit, 1, channels, unit * itemsize, 1.0)]
+        slicings = [Slicing(True, examples * positions // unit, unit, 1, channels, unit * itemsize, 1.0)]
     else:
         unit = math.gcd(channels, widest)
         enough = max(8, 1 << (channels - 1).bit_length())
         widths = {min(enough, max(8, line_bytes // itemsize)) for line_bytes in (NARROW_BYTES, 2 * NARROW_BYTES)}
-        cuts = [
+        slicings = [
             Slicing(
                 False, examples * positions, unit, columns, -(-channels // columns), columns * itemsize,
                 NARROW if columns * itemsize <= NARROW_BYTES else 1.0,
             )
             for columns in sorted(widths)
         ]  # fmt: skip
-    if cuts[0].lines > MOST_LINES or examples * positions > MOST_VALUES:
+    if slicings[0].lines > MOST_LINES or examples * positions > MOST_VALUES:
         raise ValueError(
-            f"the fused kernel takes up to {MOST_VALUES:,} values a channel, in up to 2**30 aligned runs; "
-            f"x {shape} has {examples * positions:,} in {cuts[0].lines:,}"
+            f"the fused kernel takes up to {MOST_VALUES:,} values per channel, in up to 2**30 aligned runs; "
+            f"x {shape} has {examples * positions:,} in {slicings[0].lines:,}"
         )
-    return cuts
+    return slicings
 
 
 def tilings(*, contiguous: bool, unit_bytes: int, line_bytes: int, streams: int) -> list[tuple[int, int]]:
@@ -215,65 +215,65 @@ def tilings(*, contiguous: bool, unit_bytes: int, line_bytes: int, streams: int)
     return [(warps, held // streams) for warps, held in found]
 
 
-def _alone(cut: Slicing, streams: int, processors: Processors) -> Iterator[Plan]:
-    """A program a slice, with the smallest tiling that holds it."""
-    for warps, held in cut.tilings(streams):
-        rows = cut.tile_lines(warps)
-        if rows * held >= cut.lines:
+def _one_program_each(slicing: Slicing, streams: int, processors: Processors) -> Iterator[Plan]:
+    """One program per slice, with the smallest tiling that holds it."""
+    for warps, held in slicing.tilings(streams):
+        rows = slicing.tile_lines(warps)
+        if rows * held >= slicing.lines:
             resident = processors.count * max(1, 16 // warps)
-            waves = -(-cut.slices // resident)
-            cost = waves * _transfer_ns(cut, streams, 1, min(cut.slices, resident), processors)
-            yield cut.plan(rows, held, warps, 1, cut.slices, "none", cost)
+            waves = -(-slicing.slices // resident)
+            cost = waves * _transfer_ns(slicing, streams, 1, min(slicing.slices, resident), processors)
+            yield slicing.plan(rows, held, warps, 1, slicing.slices, "none", cost)
             return
 
 
-def _teams(cut: Slicing, streams: int, processors: Processors) -> Iterator[Plan]:
-    """Teams of every size that the device can keep resident, one program a multiprocessor."""
+def _teams(slicing: Slicing, streams: int, processors: Processors) -> Iterator[Plan]:
+    """Teams of every size that the device can keep resident, with one program per multiprocessor."""
     if not processors.cooperative:
         return
-    sizes = cut.tilings(streams)
+    sizes = slicing.tilings(streams)
     for team in range(2, processors.count + 1):
         for warps, held in sizes:
-            rows = cut.tile_lines(warps)
-            tiles = -(-cut.lines // rows)
+            rows = slicing.tile_lines(warps)
+            tiles = -(-slicing.lines // rows)
             largest = (warps, held) == sizes[-1] and team == processors.count
-            if team > min(tiles, cut.most_programs(rows)) or not (held * team >= tiles or largest):
+            if team > min(tiles, slicing.most_programs(rows)) or not (held * team >= tiles or largest):
                 continue
-            teams = min(cut.slices, processors.count // team)
+            teams = min(slicing.slices, processors.count // team)
             reread = 1 - min(1.0, held * team / tiles)
-            rounds = -(-cut.slices // teams)
-            once = _transfer_ns(cut, streams, team, teams * team, processors)
+            rounds = -(-slicing.slices // teams)
+            once = _transfer_ns(slicing, streams, team, teams * team, processors)
             cost = rounds * (once * (1 + reread * streams / (streams + 1)) + BARRIER_NS)
-            yield cut.plan(rows, held, warps, team, teams, "grid", cost)
+            yield slicing.plan(rows, held, warps, team, teams, "grid", cost)
             break
 
 
-def _split(cut: Slicing, streams: int, processors: Processors) -> Iterator[Plan]:
-    """Two launches, of enough programs to fill the device, and no more of a slice than a merge takes in a few steps."""
+def _split(slicing: Slicing, streams: int, processors: Processors) -> Iterator[Plan]:
+    """Two launches with enough programs to fill the device, and no more per slice than a merge reads in a few steps."""
     for warps, held in SPLIT_TILINGS:
-        rows, each = cut.tile_lines(warps), held // streams
-        tiles = -(-cut.lines // rows)
+        rows, each = slicing.tile_lines(warps), held // streams
+        tiles = -(-slicing.lines // rows)
         team = -(-tiles // each)
-        if team <= cut.most_programs(rows):
+        if team <= slicing.most_programs(rows):
             break
-    team = min(team, cut.most_programs(rows))
-    total = cut.lines * cut.line_bytes * cut.slices
+    team = min(team, slicing.most_programs(rows))
+    total = slicing.lines * slicing.line_bytes * slicing.slices
     from_memory = max(0.0, 1 - CACHE_BYTES / (total * streams))
-    moved = total * cut.price * (streams + 1 + streams * (CACHED + (1 - CACHED) * from_memory))
-    cost = moved / (BYTES_A_NS_A_PROCESSOR * processors.count) + LAUNCH_NS
-    yield cut.plan(rows, each, warps, team, cut.slices, "launch", cost)
+    moved = total * slicing.price * (streams + 1 + streams * (CACHED + (1 - CACHED) * from_memory))
+    cost = moved / (BYTES_PER_NS_PER_PROCESSOR * processors.count) + LAUNCH_NS
+    yield slicing.plan(rows, each, warps, team, slicing.slices, "launch", cost)
 
 
-def _streaming(cut: Slicing, processors: Processors) -> Plan:
+def _streaming(slicing: Slicing, processors: Processors) -> Plan:
     warps, held = STREAMING
-    rows = cut.tile_lines(warps)
-    tiles = -(-cut.lines // rows)
+    rows = slicing.tile_lines(warps)
+    tiles = -(-slicing.lines // rows)
     team = -(-tiles // held)
-    cost = _transfer_ns(cut, 1, team, cut.slices * team, processors)
-    return cut.plan(rows, held, warps, team, cut.slices, "none", cost)
+    cost = _transfer_ns(slicing, 1, team, slicing.slices * team, processors)
+    return slicing.plan(rows, held, warps, team, slicing.slices, "none", cost)
 
 
-def _transfer_ns(cut: Slicing, streams: int, team: int, at_work: int, processors: Processors) -> float:
-    """For a program's share of a slice, in and out, while `at_work` programs draw on the memory."""
-    moved = (streams + 1) * cut.lines * cut.line_bytes / team * cut.price
-    return moved / (BYTES_A_NS_A_PROCESSOR * min(ALONE, processors.count / at_work))
+def _transfer_ns(slicing: Slicing, streams: int, team: int, at_work: int, processors: Processors) -> float:
+    """Time to read and write a program's part of a slice while `at_work` programs share the memory bandwidth."""
+    moved = (streams + 1) * slicing.lines * slicing.line_bytes / team * slicing.price
+    return moved / (BYTES_PER_NS_PER_PROCESSOR * min(SINGLE_PROCESSOR_SHARE, processors.count / at_work))

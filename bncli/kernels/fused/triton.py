@@ -1,4 +1,4 @@
-"""Fused batch norm in Triton: the device kernels. triton_launch starts them, by a plan of tiling.
+"""Fused batch norm in Triton: the device kernels, which triton_launch starts according to a tiling plan.
 
 A channel's values are read once and stay in registers between the statistics and the normalization (nvFuser's
 persistent outer reduction, csarofeen/pytorch 1772, is prior art). One source serves both memory layouts:
@@ -6,14 +6,14 @@ persistent outer reduction, csarofeen/pytorch 1772, is prior art). One source se
     planes  x (N, C, S): a slice is one channel; a line is UNIT consecutive positions, and a tile (R lines, UNIT)
     rows    x (M, C), channels last: a slice is B channels; a line is one row's piece of it, and a tile (R lines, B)
 
-and every stage between one launch and two:
+and every kind of stage:
 
-    alone                  one program (CTA) has the whole slice
+    alone                  one program (CTA) processes the whole slice
     team                   P programs share it and meet at a barrier in memory, under a cooperative launch
-    statistics, normalize  the same with the end of a launch for a barrier; the tensors are read a second time
-    given                  the statistics are given (evaluation): nothing to wait for
+    statistics, normalize  as team, but two launches replace the barrier; the tensors are read a second time
+    frozen                 running statistics normalize (evaluation): no program waits
 
-Legend: L lines of a slice; P programs of a team, p this one; H tiles in a row for each, of which the first K stay in
+Legend: L lines of a slice; P programs of a team, p this one; H consecutive tiles for each, of which the first K stay in
 registers; m v the mean and biased variance; z the pre-activation; g the loss's gradient in it. Vectors over a slice's
 channels are (1, 1) for planes and (1, B) for rows.
 """
@@ -26,8 +26,8 @@ import torch
 import triton
 import triton.language as tl
 
-# Arguments that change from shape to shape without another compilation.
-RUNTIME = ("channels", "units", "magic", "shift", "nothing", "L", "H", "P", "teams", "slices")
+# Arguments that differ between shapes without a recompilation.
+RUNTIME = ("channels", "units", "magic", "shift", "opaque_zero", "L", "H", "P", "teams", "slices")
 
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -42,7 +42,7 @@ def _lines(first, k, R: tl.constexpr):
 
 @triton.jit
 def _channels(slice, channels, units, B: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr):
-    """The slice's channels (1, B), and which exist, by units: a mask by elements would make access narrow."""
+    """The slice's channels (1, B), and which exist, in units: a mask by elements would make accesses narrow."""
     c = (slice * B + tl.arange(0, B))[None, :]
     if PLANES:
         inside = c < channels
@@ -88,7 +88,7 @@ def _sign_offsets(i, c, channels, end, L, R: tl.constexpr, B: tl.constexpr, UNIT
 
 @triton.jit
 def _count(p, L, H, R: tl.constexpr):
-    """How many lines program p of a team has."""
+    """The number of lines of program p of a team."""
     return tl.maximum(tl.minimum(L - p * (H * R), H * R), 0)
 
 
@@ -107,7 +107,7 @@ def _pick(vector, c, inside, other: tl.constexpr, HAS: tl.constexpr, ACC: tl.con
 
 @triton.jit
 def _fold(tile, PLANES: tl.constexpr):
-    """A tile's part of a running sum: the UNIT values of a line are added up, which one thread does."""
+    """A tile's part of a running sum: one thread adds up the UNIT values of a line."""
     if PLANES:
         tile = tl.sum(tile, axis=1, keep_dims=True)
     return tile
@@ -115,7 +115,7 @@ def _fold(tile, PLANES: tl.constexpr):
 
 @triton.jit
 def _sum(folded):
-    """The total over the lines of what _fold left."""
+    """The total over the lines of the result of _fold."""
     return tl.sum(folded, axis=0, keep_dims=True)
 
 
@@ -130,7 +130,7 @@ def _reciprocal_deviation(v, EPS: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _preactivation(tile, m, scale, b):
-    """(x - mean) scale + bias, rounded alike in both directions, so that backward computes the same sign again."""
+    """(x - mean) scale + bias, rounded the same way in both directions, so that backward recomputes the same sign."""
     d = tile - m
     return tl.fma(d, tl.broadcast_to(scale, d.shape), tl.broadcast_to(b, d.shape))
 
@@ -166,7 +166,7 @@ def _through_activation(dy, z, ACTIVATION: tl.constexpr):
 def _pack_signs(
     z, R: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr, ACTIVATION: tl.constexpr
 ):
-    """One bit an element, 1 where dy passes whole. A byte has eight positions of a plane or eight channels of a row."""
+    """One bit per element, 1 where dy passes unchanged. A byte holds 8 positions of a plane or channels of a row."""
     if ACTIVATION == "relu":
         bits = tl.where(z <= 0, 0, 1)
     else:
@@ -196,10 +196,10 @@ def _unpack_signs(bytes, R: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, P
 
 @triton.jit
 def _hold(tile):
-    """A tile (R, W) as it is kept: of two-byte types, two elements in a word.
+    """A tile (R, W) as it is kept in registers: two-byte types are packed into words of two elements.
 
-    Without this the compiler widens a tile to float32 once and keeps that, twice the size, and spills. Neighbours in a
-    line share a word; where a line is one element, the tile's two halves do, of which one thread has both.
+    Otherwise the compiler keeps the tile widened to float32, twice the size, and spills. Neighbours in a
+    line share a word; where a line is one element, the tile's two halves do, since one thread has both.
     """
     R: tl.constexpr = tile.shape[0]
     W: tl.constexpr = tile.shape[1]
@@ -216,11 +216,11 @@ def _hold(tile):
 
 
 @triton.jit
-def _take(held, nothing, like, W: tl.constexpr, ACC: tl.constexpr):
-    """A kept tile, widened. `nothing` is 0, which the compiler cannot know: each pass starts from the words again."""
+def _take(held, opaque_zero, like, W: tl.constexpr, ACC: tl.constexpr):
+    """A kept tile, widened. `opaque_zero` is 0, unknown to the compiler, so each pass unpacks the words anew."""
     TYPE: tl.constexpr = like.dtype.element_ty
     if TYPE.primitive_bitwidth == 16:
-        words = held ^ nothing
+        words = held ^ opaque_zero
         if TYPE == tl.bfloat16:
             low = (words << 16).to(tl.float32, bitcast=True)
             high = (words & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -242,7 +242,7 @@ def _take(held, nothing, like, W: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _publish(slot, p, one, two, B: tl.constexpr):
-    """This program's pair of vectors into its place of the slice's slot (P, 2, B)."""
+    """Store this program's pair of vectors in the slice's slot (P, 2, B)."""
     at = slot + p * (2 * B) + tl.arange(0, B)[None, :]
     tl.store(at, one)
     tl.store(at + B, two)
@@ -250,10 +250,10 @@ def _publish(slot, p, one, two, B: tl.constexpr):
 
 @triton.jit
 def _barrier(arrived, p, P):
-    """The programs of a team wait here for the last of them; what they wrote before is then visible to all.
+    """Barrier of a team; earlier stores are visible to all its programs after it.
 
-    The counter's high bit flips when P >= 2 programs have arrived, and its low bits are 0 again, so that it needs no
-    reset (as in cooperative groups' grid.sync). Only for a cooperative launch, in which all programs are resident.
+    The counter's high bit flips when P >= 2 programs have arrived, and its low bits return to 0, so that it needs no
+    reset (as in cooperative groups' grid.sync). Needs a cooperative launch, in which all programs are resident.
     """
     tl.debug_barrier()
     before = tl.atomic_add(arrived, tl.where(p == 0, 0x7FFFFFFF - (P - 2), 1), sem="release", scope="gpu")
@@ -265,7 +265,7 @@ def _barrier(arrived, p, P):
 
 @triton.jit
 def _received(slot, start, P, R: tl.constexpr, B: tl.constexpr):
-    """Both vectors (R, B) of a team's programs start, start + 1, ..., 0 beyond the last. Not from the L1 cache."""
+    """Both vectors (R, B) of a team's programs start, start + 1, ..., 0 beyond the last. Bypasses the L1 cache."""
     q = start + tl.arange(0, R)
     at = slot + (q * (2 * B))[:, None] + tl.arange(0, B)[None, :]
     some = (q < P)[:, None]
@@ -282,7 +282,7 @@ def _shares(start, P, L, H, WIDTH: tl.constexpr, R: tl.constexpr, ACC: tl.conste
 
 @triton.jit
 def _publish_moments(slot, p, m, e, m2, B: tl.constexpr):
-    """This program's mean, as m and the small e that m's rounding left, and its squared deviations: (P, 3, B)."""
+    """Store this program's mean, as m plus the rounding error e of m, and its squared deviations: (P, 3, B)."""
     at = slot + p * (3 * B) + tl.arange(0, B)[None, :]
     tl.store(at, m)
     tl.store(at + B, e)
@@ -293,8 +293,8 @@ def _publish_moments(slot, p, m, e, m2, B: tl.constexpr):
 def _received_moments(slot, start, P, first, first_e, R: tl.constexpr, B: tl.constexpr):
     """Means minus the first program's, and squared deviations (R, B), of programs start, start + 1, ...
 
-    The difference of means of one size is exact, and their rounding errors are added after it: however large the mean,
-    no digit is lost.
+    The difference of means of similar size is exact, and their rounding errors are added afterwards, so that no digit
+    is lost for large means.
     """
     q = start + tl.arange(0, R)
     at = slot + (q * (3 * B))[:, None] + tl.arange(0, B)[None, :]
@@ -318,7 +318,7 @@ def _merge_moments(
     d, m2 = _received_moments(slot, 0, P, first, first_e, R, B)
     n = _shares(0, P, L, H, WIDTH, R, ACC)
     moved = tl.sum(n * d, axis=0)[None, :]
-    if not PLANES:  # whose tiles have more lines than a team has programs
+    if not PLANES:  # for planes a tile has more lines than a team has programs
         for start in range(R, P, R):
             far, _ = _received_moments(slot, start, P, first, first_e, R, B)
             moved += tl.sum(_shares(start, P, L, H, WIDTH, R, ACC) * far, axis=0)[None, :]
@@ -340,7 +340,7 @@ def _merge_sums(slot, P, R: tl.constexpr, B: tl.constexpr, PLANES: tl.constexpr)
     one, two = _received(slot, 0, P, R, B)
     one = tl.sum(one, axis=0)[None, :]
     two = tl.sum(two, axis=0)[None, :]
-    if not PLANES:  # whose tiles have more lines than a team has programs
+    if not PLANES:  # for planes a tile has more lines than a team has programs
         for start in range(R, P, R):
             more, and_more = _received(slot, start, P, R, B)
             one += tl.sum(more, axis=0)[None, :]
@@ -357,10 +357,10 @@ def _overflow_moments(
     WIDTH: tl.constexpr, R: tl.constexpr, B: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr,
     WIDE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """e and squared deviations of the n resident values, whose mean is m + e, with the tiles beyond K merged in.
+    """e and squared deviations of the n resident values, whose mean is m + e, merged with the tiles beyond K.
 
-    A running mean for each place of a tile (Welford 1962), of the values minus m, which float32 holds to more digits;
-    then the places, and the resident values, are merged as in _merge_moments.
+    Each position of a tile keeps a running mean (Welford 1962) of the values minus m, which float32 holds to more
+    digits; then the positions and the resident values are merged as in _merge_moments.
     """
     mean = tl.zeros((R, UNIT if PLANES else B), ACC)
     sq = tl.zeros((R, UNIT if PLANES else B), ACC)
@@ -384,7 +384,7 @@ def _overflow_moments(
 
 
 @triton.jit
-def _move(running, batch, momentum, mask, ACC: tl.constexpr):
+def _update_running(running, batch, momentum, mask, ACC: tl.constexpr):
     """running = (1 - momentum) running + momentum batch, in place."""
     old = tl.load(running, mask=mask, other=0.0).to(ACC)
     tl.store(running, ((1.0 - momentum) * old + momentum * batch).to(running.dtype.element_ty), mask=mask)
@@ -411,25 +411,25 @@ def _write(
 @triton.jit(do_not_specialize=RUNTIME)
 def forward(
     x, residual, weight, bias, y, mean, var, signs, running_mean, running_var, partial, arrived, momentum, unbiased,
-    channels, units, magic, shift, nothing, L, H, P, teams, slices,
+    channels, units, magic, shift, opaque_zero, L, H, P, teams, slices,
     EPS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr,
     PLANES: tl.constexpr, WIDE: tl.constexpr, OVERFLOW: tl.constexpr, STAGE: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, SIGNS: tl.constexpr,
     TRACK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y = activation((x - mean) / sqrt(var + eps) weight + bias + residual); mean and var (C) are written, or given.
+    """y = activation((x - mean) / sqrt(var + eps) weight + bias + residual); mean and var (C) are written, or read.
 
-    TRACK: running_mean and running_var move by `momentum`, the variance times `unbiased`, m / (m - 1).
+    TRACK: running_mean and running_var are updated by `momentum`, the variance times `unbiased`, m / (m - 1).
     """
     WIDTH: tl.constexpr = UNIT if PLANES else 1
     W: tl.constexpr = UNIT if PLANES else B
     program = tl.program_id(0)
-    if STAGE == "normalize":  # begin with what the launch before read last: it is still in the cache
+    if STAGE == "normalize":  # begin with what the previous launch read last: it is still in the cache
         program = teams * P - 1 - program
     p = program % P
     for slice in range(program // P, slices, teams):
-        # Seen to depend on the slice, or the compiler computes every line's address before the loop, and spills.
-        first = p * (H * R) + slice * nothing
+        # `first` depends on the slice, or the compiler would compute all addresses before the loop, and spill.
+        first = p * (H * R) + slice * opaque_zero
         end = tl.minimum(first + H * R, L)
         c, inside = _channels(slice, channels, units, B, UNIT, PLANES)
         slot = partial + slice * P * (3 * B)
@@ -438,7 +438,7 @@ def forward(
             i = _lines(first, k, R)
             at = _offsets(i, c, units, channels, magic, shift, UNIT, PLANES, WIDE)
             held = held + (_hold(tl.load(x + at, mask=(i < end)[:, None] & inside, other=0.0)),)
-        if STAGE == "given":
+        if STAGE == "frozen":
             m = tl.load(mean + c, mask=inside, other=0.0).to(ACC)
             v = tl.load(var + c, mask=inside, other=0.0).to(ACC)
         else:
@@ -453,8 +453,8 @@ def forward(
                 d1 = tl.zeros(total.shape, ACC)
                 d2 = tl.zeros(total.shape, ACC)
                 for k in tl.static_range(K):
-                    mine = (_lines(first + nothing, k, R) < end)[:, None]
-                    d = tl.where(mine, _take(held[k], nothing, x, W, ACC) - m, 0.0)
+                    mine = (_lines(first + opaque_zero, k, R) < end)[:, None]
+                    d = tl.where(mine, _take(held[k], opaque_zero, x, W, ACC) - m, 0.0)
                     d1 += _fold(d, PLANES)
                     d2 += _fold(d * d, PLANES)
                 s = _sum(d1)
@@ -481,8 +481,8 @@ def forward(
                 tl.store(mean + c, m, mask=one)
                 tl.store(var + c, v, mask=one)
                 if TRACK:
-                    _move(running_mean + c, m, momentum, one, ACC)
-                    _move(running_var + c, v * unbiased, momentum, one, ACC)
+                    _update_running(running_mean + c, m, momentum, one, ACC)
+                    _update_running(running_var + c, v * unbiased, momentum, one, ACC)
         if STAGE != "statistics":
             scale = _reciprocal_deviation(v, EPS, ACC) * _pick(weight, c, inside, 1.0, WEIGHT, ACC)
             b = _pick(bias, c, inside, 0.0, BIAS, ACC)
@@ -498,7 +498,8 @@ def forward(
                     )  # fmt: skip
             for k in tl.static_range(K):
                 _write(
-                    _take(held[k], nothing + nothing, x, W, ACC), _lines(first + nothing + nothing, k, R),
+                    _take(held[k], opaque_zero + opaque_zero, x, W, ACC),
+                    _lines(first + opaque_zero + opaque_zero, k, R),
                     c, inside, m, scale, b, residual, y, signs, end, L, channels, units, magic, shift,
                     R, B, UNIT, PLANES, WIDE, ACTIVATION, RESIDUAL, SIGNS, ACC,
                 )  # fmt: skip
@@ -513,7 +514,7 @@ def _gradient(
     R: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr, WIDE: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, SIGNS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dy taken back through the activation. The pre-activation is computed again, or its sign read."""
+    """A tile of dy times the activation's derivative. The pre-activation is recomputed, or its sign read."""
     if ACTIVATION != "none":
         if SIGNS:
             where, exist = _sign_offsets(i, c, channels, end, L, R, B, UNIT, PLANES)
@@ -529,12 +530,12 @@ def _gradient(
 
 @triton.jit
 def _write_back(
-    g, tile, at, valid, m, scale, g_mean, slope, dx, dr, GIVEN: tl.constexpr, RESIDUAL_GRADIENT: tl.constexpr
+    g, tile, at, valid, m, scale, g_mean, slope, dx, dr, FROZEN: tl.constexpr, RESIDUAL_GRADIENT: tl.constexpr
 ):  # fmt: skip
     """dx = (g - mean(g) - xhat mean(g xhat)) scale (Ioffe & Szegedy 2015, section 3), and dresidual = g."""
     if RESIDUAL_GRADIENT:
         tl.store(dr + at, g.to(dr.dtype.element_ty), mask=valid)
-    if not GIVEN:
+    if not FROZEN:
         g = g - g_mean - (tile - m) * slope
     tl.store(dx + at, (g * scale).to(dx.dtype.element_ty), mask=valid)
 
@@ -542,23 +543,23 @@ def _write_back(
 @triton.jit(do_not_specialize=RUNTIME)
 def backward(
     dy, x, residual, weight, bias, mean, var, signs, dx, dr, dweight, dbias, partial, arrived,
-    channels, units, magic, shift, nothing, L, H, P, teams, slices,
+    channels, units, magic, shift, opaque_zero, L, H, P, teams, slices,
     EPS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr,
     PLANES: tl.constexpr, WIDE: tl.constexpr, OVERFLOW: tl.constexpr, STAGE: tl.constexpr,
     ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, SIGNS: tl.constexpr,
     RESIDUAL_GRADIENT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx, dresidual (like x), dweight and dbias (C). With "given" the sums stay in `partial` (slices, P, 2, B)."""
+    """dx, dresidual (like x), dweight and dbias (C). With "frozen" the sums stay in `partial` (slices, P, 2, B)."""
     WIDTH: tl.constexpr = UNIT if PLANES else 1
     W: tl.constexpr = UNIT if PLANES else B
-    GIVEN: tl.constexpr = STAGE == "given"
+    FROZEN: tl.constexpr = STAGE == "frozen"
     program = tl.program_id(0)
     if STAGE == "normalize":
         program = teams * P - 1 - program
     p = program % P
     for slice in range(program // P, slices, teams):
-        # Seen to depend on the slice, or the compiler computes every line's address before the loop, and spills.
-        first = p * (H * R) + slice * nothing
+        # `first` depends on the slice, or the compiler would compute all addresses before the loop, and spill.
+        first = p * (H * R) + slice * opaque_zero
         end = tl.minimum(first + H * R, L)
         c, inside = _channels(slice, channels, units, B, UNIT, PLANES)
         slot = partial + slice * P * (2 * B)
@@ -605,7 +606,7 @@ def backward(
             one = _sum(s1)
             two = _sum(s2)
             if STAGE != "alone":
-                _publish(slot, p, one, two * r if GIVEN else two, B)
+                _publish(slot, p, one, two * r if FROZEN else two, B)
         if STAGE == "team":
             _barrier(arrived + (program // P) * 32, p, P)
         if STAGE == "team" or STAGE == "normalize":
@@ -627,21 +628,21 @@ def backward(
                         i, c, inside, m, scale, b, residual, signs, end, L, channels, units, magic, shift,
                         R, B, UNIT, PLANES, WIDE, ACTIVATION, RESIDUAL, SIGNS, ACC,
                     )  # fmt: skip
-                    _write_back(g, tile, at, valid, m, scale, g_mean, slope, dx, dr, GIVEN, RESIDUAL_GRADIENT)
+                    _write_back(g, tile, at, valid, m, scale, g_mean, slope, dx, dr, FROZEN, RESIDUAL_GRADIENT)
             for k in tl.static_range(K):
-                i = _lines(first + nothing, k, R)
-                tile = _take(held_x[k], nothing, x, W, ACC)
+                i = _lines(first + opaque_zero, k, R)
+                tile = _take(held_x[k], opaque_zero, x, W, ACC)
                 g = _gradient(
-                    _take(held_dy[k], nothing, x, W, ACC), tile, i, c, inside, m, scale, b, residual, signs,
+                    _take(held_dy[k], opaque_zero, x, W, ACC), tile, i, c, inside, m, scale, b, residual, signs,
                     end, L, channels, units, magic, shift,
                     R, B, UNIT, PLANES, WIDE, ACTIVATION, RESIDUAL, SIGNS, ACC,
                 )  # fmt: skip
                 at = _offsets(i, c, units, channels, magic, shift, UNIT, PLANES, WIDE)
                 valid = (i < end)[:, None] & inside
-                _write_back(g, tile, at, valid, m, scale, g_mean, slope, dx, dr, GIVEN, RESIDUAL_GRADIENT)
+                _write_back(g, tile, at, valid, m, scale, g_mean, slope, dx, dr, FROZEN, RESIDUAL_GRADIENT)
 
 
-# Whether these run in Triton's interpreter, which was decided when Triton was first imported.
+# Whether these run in Triton's interpreter. Triton decided that when it was first imported.
 INTERPRETED = not (isinstance(forward, triton.JITFunction) and isinstance(tl.sum, triton.JITFunction))
-if INTERPRETED:  # by NumPy, which warns of infinity and NaN, as a GPU does not
+if INTERPRETED:  # NumPy warns of infinity and NaN, unlike a GPU
     warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")

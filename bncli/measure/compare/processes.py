@@ -118,7 +118,7 @@ class Processes:
             worker.process.stdin.write(json.dumps({"key": job.key, "recipe": plain(job.recipe)}) + "\n")
             worker.process.stdin.flush()
         except (BrokenPipeError, OSError):
-            return False  # it has just died; the end of its stream is on its way
+            return False  # it has just died; the end of its stream will be read next
         worker.job = job
         return True
 

@@ -1,4 +1,4 @@
-"""Reuse of runs of earlier calls: what a run depends on besides its recipe, and what of it has changed."""
+"""Reuse of runs of earlier calls: the identity that a run depends on besides its recipe, and its changes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RUN_BY = ("engine", "kernels", "recipe")  # the parts of bncli that decide what 
 
 
 def identity(device: str, recipe: Recipe) -> dict[str, str]:
-    """What a run's key depends on besides its recipe: a change in any of it makes it another run."""
+    """What a run's key depends on besides its recipe: a change of any part makes a new run."""
     torch = importlib.metadata.version("torch")
     without_gpu = torch.endswith("+cpu") or (sys.platform == "linux" and not list(Path("/dev").glob("nvidia[0-9]*")))
     kind = "cpu" if device == "auto" and without_gpu else device.partition(":")[0]
@@ -41,7 +41,7 @@ def sources_digest(package: Path) -> str:
 
 
 def usable(kept: Iterable[RunRecord]) -> dict[str, RunRecord]:
-    """By key, the runs whose model's code stands as they loaded it; of several with one key the latest."""
+    """Key -> the latest run with that key whose model code on disk is unchanged."""
     records = sorted(kept, key=_date)
     now = {file: digest_of(file) for record in records for file in record.code}
     return {record.key: record for record in records if record.code.items() <= now.items()}
@@ -65,7 +65,7 @@ def _date(record: RunRecord) -> str:
 
 
 def of_one_code(kept: Iterable[RunRecord]) -> list[RunRecord]:
-    """The runs that loaded no file of the user's own in another version than the last run that loaded it."""
+    """The runs that loaded the same versions of the user's files as the latest runs that loaded them."""
     records, latest = sorted(kept, key=_date), dict[str, str]()
     for record in records:
         latest |= record.code
@@ -86,7 +86,7 @@ def _fits(arm: Arm, record: RunRecord) -> bool:
 
 
 def report_of_runs(begun: BegunComparison, kept: Iterable[RunRecord], failed: Iterable[RunRecord]) -> Comparison:
-    """The answer as far as a comparison's runs have come, without running anything. Raises BncliError."""
+    """The result from the runs that exist so far, without running anything. Raises BncliError."""
     plan = begun.plan
     try:
         arms = [Arm(name, Recipe.model_validate(plan.recipes[name]), plan.fixed.get(name, ())) for name in plan.arms]

@@ -1,4 +1,4 @@
-"""Run of a comparison: its runs are handed to an executor and recorded as they end; those done already are left out."""
+"""Execution of a comparison: runs go to an executor and are recorded as they end; finished ones are skipped."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ class Ended:
 
 
 class Executor(Protocol):
-    """Carries out a comparison's runs, wherever that may be, and tells what happens.
+    """Executes the runs of a comparison and reports events.
 
-    The folder of run files is the truth: an executor only moves work, and what it forgets is done again.
+    The folder of run files is authoritative: an executor only distributes work, and a lost run is repeated.
     """
 
     def run(self, wanted: deque[Job], stop: Callable[[], bool]) -> Iterator[Started | RunProgressed | Ended | None]:
-        """Do the wanted runs until none is left or `stop()` is true.
+        """Execute the wanted runs until none is left or `stop()` is true.
 
-        A run is taken from the left of `wanted` when it starts; the caller may change what waits there after every
-        event. Yields what happens, and None now and then so that a progress bar can move.
+        A run is taken from the left of `wanted` when it starts; the caller may change the waiting runs after every
+        event. Yields events, and None now and then so that a progress bar can be updated.
         """
         ...
 

@@ -57,7 +57,7 @@ class ArmRuns:
         return found
 
     def seeds(self, measure: Measure) -> set[int]:
-        """The seeds that have run at every point, and of which the measure is known there."""
+        """The seeds that have run at every point, and for which the measure is known there."""
         known = [
             {seed for seed, result in results.items() if measure(self, point, result) is not None}
             for point, results in self.results
@@ -135,7 +135,7 @@ def points_of(records: Sequence[RunRecord]) -> list[Point]:
 
 # --- measures -----------------------------------------------------------------------------------------------------
 
-# Log of what a run cost, and whether it hit; None where that is not known.
+# Log of the cost of a run, and whether it hit; None if unknown.
 Measure = Callable[[ArmRuns, Point, RunResult], tuple[float, bool] | None]
 
 
@@ -153,7 +153,7 @@ def steps(target: Target) -> Callable[[ArmRuns, Point, RunResult], tuple[float, 
 
 
 def seconds(arm: ArmRuns, point: Point, result: RunResult) -> tuple[float, bool] | None:
-    """Log of the seconds of training to the target, by the run's own time a step."""
+    """Log of the seconds of training to the target, by the run's time per step."""
     if not result.ms_per_step:
         return None
     taken, hit = steps(arm.plan.target)(arm, point, result)

@@ -40,9 +40,9 @@ def summarise(
     threads: int | None = None,
     remarks: tuple[Note, ...] = (),
 ) -> Comparison:
-    """The whole answer from the runs' records alone.
+    """The result of a comparison, from the runs' records alone.
 
-    With `threads`, what runs cost is taken from those that had as many. `remarks` are added to the notes.
+    With `threads`, costs are taken only from runs with that many threads. `remarks` are added to the notes.
     """
     records = sorted(records, key=lambda record: _place(plan, record))
     shown = [_without_other_costs(record, threads) for record in records]
@@ -217,7 +217,7 @@ def _thinned(arm: ArmRuns, reference: ArmRuns) -> float | None:
 
 
 def _notes(comparison: Comparison, arms: Mapping[str, ArmRuns]) -> Iterator[Note]:
-    """What a reader must know before quoting the table, the most important first."""
+    """Caveats for a reader of the table, the most important first."""
     plan, records = comparison.plan, comparison.runs
     keys = {record.key: record for record in records}
     done = sum(record.result is not None and record.result.status != "interrupted" for record in keys.values())

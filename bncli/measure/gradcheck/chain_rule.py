@@ -1,10 +1,10 @@
-"""The gradient of a norm in its three parts, and what becomes of a training that ignores two of them.
+"""Gradient of a norm in three parts (direct, through the mean, through the variance), and the effect of ignoring two.
 
-A normalized value depends on its own x_i and, through mean and variance, on the whole set X that they are taken over:
-xhat_i = Norm(x_i, X). So dL/dx_i is a direct part, dNorm/dx_i, and parts through the mean and through the variance,
-which together are dNorm/dX.
+A normalized value depends on x_i directly and, through mean and variance, on the set X that they are computed from:
+xhat_i = Norm(x_i, X). So dL/dx_i is the sum of a direct part, dNorm/dx_i, and of the parts through the mean and the
+variance, which together are dNorm/dX.
 
-Here a set is a row: tensors are (sets, m), m the values that share a mean and a variance.
+A set is a row here: tensors are (sets, m), with m values that share a mean and a variance.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CASES = {
     "vectors": Case("train", "float64", "contiguous", (16, 8), eps=1e-5),
     "images": Case("train", "float64", "contiguous", (4, 4, 4, 4), eps=1e-5),
     "large eps": Case("train", "float64", "contiguous", (16, 8), eps=1.0),
-    # of 3 values, mean and variance take 2 degrees of freedom
+    # Mean and variance take 2 of 3 degrees of freedom.
     "small batch": Case("train", "float64", "contiguous", (3, 8), eps=1e-5),
 }
 
@@ -46,14 +46,14 @@ class Inputs(NamedTuple):
 
 
 def paths(call: Call, device: torch.device, norm: str = "batch") -> tuple[GradientPaths, ...]:
-    """Each case's dL/dx in three parts, and the kernel's own against central differences of the true loss.
+    """dL/dx of each case in three parts, and the error of the kernel's dL/dx against central differences of the loss.
 
-    `call` is the kernel's training-mode forward, differentiable. It is given float64, or float32 where it refuses
-    that, with a bound to match; `error` is infinite where it fails in both or returns NaN. Raises what bncli itself
-    refuses with (BncliError).
+    `call` is the kernel's training-mode forward, differentiable. It is called in float64, or in float32 if it
+    refuses float64, with a bound to match; `error` is infinite if both fail or return NaN. Raises only errors of bncli
+    itself (BncliError).
 
-    L = sum(g * y) with a random g. With g all ones the loss would be the constant sum(bias) times m, its true gradient
-    zero, and any kernel's mere rounding would be compared to nothing.
+    L = sum(g * y) with a random g. With g all ones the loss would be the constant m sum(bias) with a zero gradient, and
+    a relative error would compare rounding errors with zero.
     """
     chosen = {name: case for name, case in CASES.items() if sets_of(case, norm).size(1) > 1}
     return tuple(
@@ -84,7 +84,7 @@ def _measure(call: Call, device: torch.device, name: str, sets: Tensor, seed: in
 
 
 def _gradient_of(call: Call, inputs: Inputs, device: torch.device) -> tuple[Tensor | None, torch.dtype]:
-    """The kernel's dL/dx (N, C, *S) on the host, and the precision that it took; None where it gives none."""
+    """The kernel's dL/dx (N, C, *S) on the host, or None if it has none, and the dtype that it accepted."""
     for dtype in (torch.float64, torch.float32):
         try:
             x, weight, bias, upstream = (each.to(device, dtype, copy=True) for each in inputs[:4])
@@ -94,7 +94,7 @@ def _gradient_of(call: Call, inputs: Inputs, device: torch.device) -> tuple[Tens
                 return found.detach().cpu().double(), dtype
         except BncliError:
             raise
-        except (Exception, SystemExit):  # the checks of values and derivatives name what a user's kernel raises
+        except (Exception, SystemExit):  # other checks report what a user's kernel raises
             continue
     return None, torch.float32
 
@@ -103,7 +103,7 @@ def _gradient_of(call: Call, inputs: Inputs, device: torch.device) -> tuple[Tens
 
 
 def random_inputs(case: Case, seed: int) -> Inputs:
-    """Values that float32 holds exactly, in float64; the channels' deviations range from 0.3 to 3 about a mean of 1."""
+    """float64 values that float32 represents exactly; channels have deviations of 0.3 to 3 and a mean of 1."""
     generator = torch.Generator().manual_seed(seed)
     channels = case.shape[1]
     noise = torch.randn(case.shape, generator=generator)
@@ -120,7 +120,7 @@ def sets_of(case: Case, norm: str) -> Tensor:
 
 
 def as_rows(inputs: Inputs, sets: Tensor) -> Inputs:
-    """The same case with a row a set; weight and bias spread over the elements."""
+    """The inputs with one row per set; weight and bias are expanded to the elements."""
     spread = [per_channel(each, inputs.x).expand_as(inputs.x) for each in (inputs.weight, inputs.bias)]
     x, weight, bias, upstream = (each.flatten()[sets] for each in (inputs.x, *spread, inputs.upstream))
     return Inputs(x, weight, bias, upstream, inputs.eps)
@@ -130,7 +130,7 @@ def as_rows(inputs: Inputs, sets: Tensor) -> Inputs:
 
 
 def centred_and_variance(rows: Inputs) -> tuple[Tensor, Tensor]:
-    """x less its mean, (sets, m), and v = var + eps, (sets, 1)."""
+    """x minus its mean, (sets, m), and v = var + eps, (sets, 1)."""
     centred = rows.x - rows.x.mean(1, keepdim=True)
     return centred, centred.square().mean(1, keepdim=True) + rows.eps
 
@@ -156,7 +156,7 @@ def three_parts(rows: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def central_differences(rows: Inputs) -> Tensor:
-    """(L(x + h) - L(x - h)) / 2h for each x_i, (sets, m). The sum over y's differences rounds next to nothing."""
+    """(L(x + h) - L(x - h)) / 2h for each x_i, (sets, m). Differences of y round little."""
     step, slopes = _step(rows), torch.empty_like(rows.x)
     for i in range(rows.x.size(1)):
         above, below = rows.x.clone(), rows.x.clone()
@@ -168,19 +168,19 @@ def central_differences(rows: Inputs) -> Tensor:
 
 
 def _step(rows: Inputs) -> Tensor:
-    """h, (sets, 1): truncation ~ h**2 and rounding ~ u/h are alike near cube root of u, in units of x's deviation."""
+    """h, (sets, 1): truncation ~ h**2 and rounding ~ u/h balance at cbrt(u) deviations of x."""
     return ROUNDOFF ** (1 / 3) * (rows.x.var(1, correction=0, keepdim=True) + rows.eps).sqrt()
 
 
 def differences_bound(rows: Inputs) -> float:
-    """What central differences may be off, as an l2 norm over all x_i: truncation and rounding.
+    """Error bound of central differences, as an l2 norm over all x_i: truncation and rounding.
 
     Truncation is h**2/6 times L's third derivative, exact: along x_i, L = (a + c t) / sqrt(v + v1 t + v2 t**2 / 2) with
     a = sum(dL/dxhat * centred), c = dL/dxhat_i less its mean, v = var + eps, v1 = 2 centred_i / m and
     v2 = 2 (m - 1) / m**2.
 
-    Rounding: each operation errs by at most u, independently of the others, so that errors add in squares and a sum of
-    m terms errs by u sqrt(m) (Higham & Mary 2019, doi 10.1137/18M1226312).
+    Rounding: each operation has an independent error of at most u, so squared errors add up and a sum of m terms has an
+    error of u sqrt(m) (Higham & Mary 2019, doi 10.1137/18M1226312).
     """
     m, step = rows.x.size(1), _step(rows)
     centred, v = centred_and_variance(rows)
@@ -200,9 +200,9 @@ def differences_bound(rows: Inputs) -> float:
 
 
 def arithmetic_bound(rows: Inputs, dtype: torch.dtype) -> float:
-    """What a right kernel's dL/dx may be off by its own rounding in `dtype`, as an l2 norm over all x_i.
+    """Error bound of a correct kernel's dL/dx from rounding in `dtype`, as an l2 norm over all x_i.
 
-    Each part is a handful of operations and sums of m terms (u sqrt(m), as above); the mean's own error counts against
+    Each part is a few operations and sums of m terms (u sqrt(m), as above); the error of the mean counts relative to
     the deviation.
     """
     roundoff, m = torch.finfo(dtype).eps / 2, rows.x.size(1)
@@ -215,11 +215,11 @@ def arithmetic_bound(rows: Inputs, dtype: torch.dtype) -> float:
 
 
 def bias_demo(steps: int = 1000, rate: float = 0.1, values: int = 64, seed: int = 0) -> tuple[BiasStep, ...]:
-    """Ioffe & Szegedy 2015, section 2: a layer adds a learned bias b to u and takes off the mean of the sum.
+    """Ioffe & Szegedy 2015, section 2: a layer adds a learned bias b to u and subtracts the mean of the sum.
 
-    xhat = u + b - E[u + b], L = mean((xhat - t)**2) / 2 with targets t whose mean is not zero. Two descents from b = 0:
-    one takes E[x] for a constant, the other differentiates it too. b cancels out of xhat, so L never changes; only the
-    first does not know. Reported: step 0, the powers of ten, and the last.
+    xhat = u + b - E[u + b], L = mean((xhat - t)**2) / 2 with targets t whose mean is not zero. Gradient
+    descent from b = 0, once with E[x] treated as a constant and once differentiated. b cancels out of xhat, so L never
+    changes, but the first b grows without bound. Reported: step 0, the powers of ten, and the last step.
     """
     generator = torch.Generator().manual_seed(seed)
     u = torch.randn(values, generator=generator, dtype=torch.float64)

@@ -18,13 +18,13 @@ from bncli.measure.reference.observe import finding_of
 from bncli.results.finding import Finding
 
 RELATIVE, ABSOLUTE, STEP = 1e-4, 1e-6, 1e-6
-KINK = 1e-3  # no activation's input closer to 0 than this: a difference across the kink is no derivative
+KINK = 1e-3  # minimum distance of activation inputs from 0, since differences across the kink are no derivatives
 
-SHAPES = ((4, 2, 3), (3, 2, 2, 2), (5, 4))  # the quick run has the first
+SHAPES = ((4, 2, 3), (3, 2, 2, 2), (5, 4))  # the quick run uses the first
 
 
 def plans(context: CheckContext, refused: Collection[str]) -> Iterator[CheckGroupPlan]:
-    """A row for each mode and order of derivative."""
+    """One row per mode and order of derivative."""
     if "float64" in refused:
         return
     for mode in ("train", "eval") if context.candidate.evaluates else ("train",):
@@ -67,7 +67,7 @@ def _differences(second: bool, context: CheckContext, case: Case, given: Inputs)
             torch.autograd.gradcheck(function, leaves, **how)
     except KernelFailed as failed:
         return replace(failed.finding, quantity="derivative")
-    except (Exception, SystemExit) as error:  # a mismatch, or whatever the kernel raises
+    except (Exception, SystemExit) as error:  # a mismatch, or an exception of the kernel
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         kind, text = finding_of(error).kind, " ".join(lines[:4])[:300]
         kind = "not_derivative" if kind == "raised" else kind
@@ -76,7 +76,7 @@ def _differences(second: bool, context: CheckContext, case: Case, given: Inputs)
 
 
 def _off_the_kink(case: Case, given: Inputs) -> Inputs:
-    """The inputs, with the residual or the bias moved until no activation's input is near 0."""
+    """The inputs, with the residual or the bias shifted so that no activation input is near 0."""
     if case.activation is None:
         return given
     z = preactivation(given.wide(), case)
@@ -86,7 +86,7 @@ def _off_the_kink(case: Case, given: Inputs) -> Inputs:
         return replace(given, residual=given.residual + push.to(given.residual))
     assert given.bias is not None
     bias = given.bias.clone()
-    for channel in range(case.shape[1]):  # at most as many trials as there are values to step over
+    for channel in range(case.shape[1]):  # at most one step per value
         values = z[:, channel]
         steps = (4 * KINK * k for k in range(values.numel() + 1))
         bias[channel] += next(step for step in steps if float((values + step).abs().min()) > KINK)

@@ -1,8 +1,8 @@
-"""Diagnosis: what kind of bug the failures look like, with the evidence.
+"""Diagnosis: the bugs that explain the failures of a gradcheck, with the evidence.
 
-There are two methods. A known bug is a wrong kernel written out in float64: where a failing case's output is much
-closer to the wrong kernel's than to the truth, and nothing that came out right speaks against it, that bug is named. A
-symptom is recognised by which checks failed and which passed.
+There are two methods. A known bug is a wrong kernel, computed in float64. It is named if the output of a failing case
+is much closer to that kernel's than to the correct one, and no correct output contradicts it. A symptom is recognised
+by which checks failed and which passed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from bncli.results.gradcheck import BugMatch, Diagnosis, Facet, FailureSummary
 
 SHOWN = 3
 CASES = 24  # failing cases that the known bugs are tried on
-NEAR = 0.02  # of the distance to the truth: how near the wrong kernel's output has to be
-SHARE = 0.05  # of the failing results looked at, which a bug has to explain
-UNKNOWN = "no bug that is known here"
-FLOORS = 30  # a difference of fewer floors shows nothing
+NEAR = 0.02  # largest distance to the wrong kernel's output, relative to the distance to the truth
+SHARE = 0.05  # smallest fraction of the failing results that a bug has to explain
+UNKNOWN = "unknown bug"
+FLOORS = 30  # smaller differences, in floors, are no evidence
 
 
 def diagnose(verdicts: list[Verdict], norm: str) -> tuple[Diagnosis, ...]:
-    """The bugs that the failures look like, the best founded first; none where nothing failed."""
+    """The most likely bugs, best supported first; empty if nothing failed."""
     if not failed(verdicts):
         return ()
     for symptom in SYMPTOMS:
@@ -43,14 +43,14 @@ def diagnose(verdicts: list[Verdict], norm: str) -> tuple[Diagnosis, ...]:
 
 # --- known bugs -------------------------------------------------------------------------------------------------------
 
-Result = tuple[str, str]  # identifier of a case, and a quantity of it
+Result = tuple[str, str]  # identifier of a case, quantity
 Distances = tuple[
     float, float
 ]  # relative l2 distances of what was seen from the wrong kernel's output and from the truth
 
 
 def _likely(verdicts: list[Verdict]) -> list[Diagnosis]:
-    """The known bugs that explain most, each of what those before it leave unexplained."""
+    """Known bugs chosen greedily: each explains most of the results that the earlier ones leave unexplained."""
     cases = _spread(verdicts)
     failing = {identifier: _failing(evidence) for identifier, evidence in cases.items()}
     matches: dict[KnownBug, dict[Result, Distances]] = {known: {} for known in KNOWN_BUGS}
@@ -79,7 +79,7 @@ def _diagnosis(known: KnownBug, matches: dict[Result, Distances], failing: int) 
 
 
 def _spread(verdicts: list[Verdict]) -> dict[str, Evidence]:
-    """Failing cases with their evidence, each once, as many rows as possible before a second of any."""
+    """Up to CASES failing cases with their evidence, taken from the rows in turn."""
     by_row: dict[tuple[str, str, str], list[tuple[str, Evidence]]] = {}
     seen: set[str] = set()
     for verdict in verdicts:
@@ -93,13 +93,13 @@ def _spread(verdicts: list[Verdict]) -> dict[str, Evidence]:
 
 
 def _failing(evidence: Evidence) -> list[str]:
-    """The quantities that are clearly wrong; the second derivative follows the first and is left to the symptoms."""
+    """The wrong first-order quantities; second derivatives are left to the symptoms."""
     names = [name for name in evidence.truth if name not in SECOND and name in evidence.seen]
     return [name for name in names if _distance(evidence.seen[name], evidence.truth[name], evidence.floors[name]) > 1]
 
 
 def _explained(known: KnownBug, evidence: Evidence, failing: list[str]) -> dict[str, Distances]:
-    """The failing quantities of a case that the bug explains: none where a right one would have been wrong with it."""
+    """The failing quantities of a case that the bug explains; none if it contradicts a correct quantity."""
     if not known.applies(evidence.case):
         return {}
     wrong = predicted(known, evidence)
@@ -124,7 +124,7 @@ def _distances(seen: Tensor, wrong: Tensor, truth: Tensor) -> Distances:
 
 
 def _distance(one: Tensor, other: Tensor, floor: Tensor) -> float:
-    """The largest difference in floors; infinite where only one of the two is finite."""
+    """The largest difference in floors; infinite if only one of the two is finite."""
     return in_floors(one, other, floor) if one.shape == other.shape else float("inf")
 
 
@@ -141,7 +141,7 @@ def _layout_and_shape(case: Case) -> str:
     return f"{case.layout} {_shape(case)}"
 
 
-# A name, and which of them the cases looked at have to share with a failing one: few shapes are run in all dtypes.
+# Name, value of a case, and what a compared case must share with a failing one, since few shapes run in all dtypes.
 FACETS: tuple[tuple[str, Part, Part], ...] = (
     ("shape", _shape, lambda case: ""),
     ("layout", lambda case: case.layout, _shape),
@@ -152,7 +152,7 @@ FACETS: tuple[tuple[str, Part, Part], ...] = (
 
 
 def summary(verdicts: list[Verdict]) -> FailureSummary:
-    """Which quantities, modes, dtypes, layouts, shapes and operations fail, and which of them are clean."""
+    """The quantities, modes, dtypes, layouts, shapes and operations that fail, and those that pass."""
     values = [verdict for verdict in verdicts if verdict.check.section == "values"]
     failing = failed(values)
     quantities = _each(verdict.quantity for verdict in failing)
@@ -171,12 +171,12 @@ def summary(verdicts: list[Verdict]) -> FailureSummary:
 
 
 def _each(names: Iterable[str]) -> tuple[str, ...]:
-    """Each name once, in their order."""
+    """The distinct names, in order."""
     return tuple(dict.fromkeys(names))
 
 
 def _facet(name: str, part: Part, shared: Part, failing: list[Case], cases: list[Case]) -> Facet:
-    """Without clean ones where every one fails: then it makes no difference."""
+    """The failing and the passing values; no passing ones if every value fails."""
     alike, wrong = {shared(case) for case in failing}, _each(map(part, failing))
     every = _each(part(case) for case in cases if shared(case) in alike)
     return Facet(name, wrong, tuple(one for one in every if one not in wrong))

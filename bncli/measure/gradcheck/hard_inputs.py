@@ -1,7 +1,7 @@
 """Numerically hard inputs: large means, constant channels, NaN, odd strides, missing vectors, an empty batch.
 
-Most are judged like any case, against the definition; the variance far from zero, values of 1e30, one value per channel
-and an empty batch have rules of their own.
+Most are compared with the definition like any case; large means, values of 1e30, one value per channel and an empty
+batch have special rules.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ HALF = ("float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Input:
-    """One hard input: the changes of a plain case's tensors, and what the case's identifier ends in."""
+    """A hard input: the changes to the tensors of a plain case, and the end of the case's identifier."""
 
     name: str
-    changes: Mapping[str, Change] = field(default_factory=dict)  # of the tensors of those names, where there are any
+    changes: Mapping[str, Change] = field(default_factory=dict)  # by name of the tensor
     modes: tuple[str, ...] = ("train",)
     dtypes: tuple[str, ...] = ("float32",)
     fusion: str = "plain"
@@ -59,12 +59,12 @@ class Input:
 
 
 def precisely(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """In float64 on the CPU, and rounded back."""
+    """The change computed in float64 on the CPU, and rounded back."""
     return lambda x: change(x.cpu().double()).to(x)
 
 
 def far_from_zero(ratio: float) -> Callable[[Tensor], Tensor]:
-    """Every channel with deviation 1 and a mean of `ratio`."""
+    """Every channel gets deviation 1 and mean `ratio`."""
 
     @precisely
     def change(x: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def scaled(by: float) -> Change:
 
 
 def between(low: float, high: float) -> Change:
-    """Spread evenly over [low, high], in no order."""
+    """Values spread evenly over [low, high], in the order of the original values."""
 
     @precisely
     def change(x: Tensor) -> Tensor:
@@ -98,12 +98,12 @@ def between(low: float, high: float) -> Change:
 
 
 def transposed(tensor: Tensor) -> Tensor:
-    """The same numbers, the last dimension outermost in memory."""
+    """The same values, with the last dimension outermost in memory."""
     return tensor.movedim(-1, 0).contiguous().movedim(0, -1)
 
 
 def stepped(tensor: Tensor) -> Tensor:
-    """The same numbers, every other place of a larger memory."""
+    """The same values, at every second position of a larger tensor."""
     wide = tensor.new_full([2 * size for size in tensor.shape], math.nan)
     part = wide[tuple(slice(None, None, 2) for _ in tensor.shape)]
     return part.copy_(tensor)
@@ -114,16 +114,16 @@ def channels_last(tensor: Tensor) -> Tensor:
 
 
 def like_the_first(*dims: int) -> Change:
-    """Those dimensions of stride 0."""
+    """A tensor broadcast along those dimensions (stride 0)."""
     return lambda t: t[tuple(slice(1) if d in dims else slice(None) for d in range(t.dim()))].expand(t.shape)
 
 
 def missing(tensor: Tensor) -> None:
-    """No tensor."""
+    return None
 
 
 def one_value(value: float) -> Change:
-    """One value of one channel, whose other values then have statistics that are finite."""
+    """Replace one value of one channel; the statistics of other channels stay finite."""
 
     def change(tensor: Tensor) -> Tensor:
         tensor = tensor.clone()
@@ -134,7 +134,7 @@ def one_value(value: float) -> Change:
 
 
 def nan_before(fusion: str, name: str = "x", layout: str = "contiguous") -> Input:
-    """A NaN for the activation, whose derivative there is torch's too."""
+    """A NaN at the input of an activation, whose derivative must be torch's."""
     of = fusion if name == "x" else f"{fusion}-in-{name}"
     words = f"nan+{of}" + ("-channels_last" if layout == "channels_last" else "")
     return Input(words, {name: one_value(math.nan)}, BOTH, fusion=fusion, layout=layout)
@@ -181,7 +181,7 @@ ROWS: dict[str, tuple[Input, ...]] = {
         Input("channels_last-for-contiguous", {"g": channels_last}, BOTH),
         Input("contiguous-for-channels_last", {"g": Tensor.contiguous}, BOTH, layout="channels_last"),
     ),
-    # weight, bias and running statistics too, as after model.half()
+    # Weight, bias and running statistics too, as after model.half().
     "half-precision x and vectors": (Input("all-half", modes=BOTH, dtypes=HALF, affine="same"),),
     "no weight, no bias": (
         Input("no-weight", {"weight": missing}, BOTH),
@@ -203,7 +203,7 @@ FOR_ANY_NORM = ("constant channel", "tiny values", "huge values", "squares past 
 
 
 def plans(context: CheckContext, refused: Collection[str]) -> Iterator[CheckGroupPlan]:
-    """A row for each kind of hard input."""
+    """One row per kind of hard input."""
     batch = context.candidate.tracks
     for row, members in ROWS.items():
         if batch or row in FOR_ANY_NORM:
@@ -249,7 +249,7 @@ def _worst_quantity(context: CheckContext, case: Case, member: Input) -> Outcome
 
 
 def _special(context: CheckContext, name: str, case: Case, judge: Judge, parameter: float | None = None) -> Check:
-    """A check by a rule of its own."""
+    """A check with a special rule."""
     run = partial(single, context, case, judge)
     return Check("hard inputs", f"hard/{name}", run, name.partition("/")[0], parameter=parameter)
 
@@ -260,7 +260,7 @@ LIMITS = {1e2: 1e-6, 1e3: 1e-6, 1e4: 5e-6}  # relative error of the float32 vari
 
 
 def _variance(ratio: float, context: CheckContext, case: Case, given: Inputs) -> Finding:
-    """The worse of the two variances that a kernel gives away: its running one and that of its output."""
+    """The worse of two variances that reveal the kernel's: running_var and the variance of y."""
     given = replace(given, x=far_from_zero(ratio)(given.x))
     seen = observe(context.candidate.call, case, given, second=False)
     if seen.problem:
@@ -287,7 +287,7 @@ def _variance(ratio: float, context: CheckContext, case: Case, given: Inputs) ->
 
 
 def _rounding_of_variances(context: CheckContext, case: Case, given: Inputs, exact: Variances) -> Variances:
-    """What a sum in order moves the variance by; and y = s x + t, with t large, is right but moves that of y."""
+    """Rounding errors of the variance for sequential sums, and of the variance of y = s x + t with a large t."""
     floor = context.floors(tolerances.expected(case, given))["forward"]
     roundings = math.sqrt(case.m) * unit_roundoff(torch.float32)
     of_y = 2 * exact["the variance of y"].sqrt() * grouped(floor, "batch").mean(1)
@@ -300,7 +300,7 @@ def _variances(seen: dict[str, Tensor]) -> Variances:
 
 
 def _exact_variances(given: Inputs, case: Case) -> Variances:
-    """What they should be with a momentum of 1."""
+    """The correct variances for a momentum of 1."""
     assert given.weight is not None
     over = [0, 2, 3]
     var = given.x.var(over, correction=0)
@@ -309,7 +309,7 @@ def _exact_variances(given: Inputs, case: Case) -> Variances:
 
 
 def _huge(context: CheckContext, case: Case, given: Inputs) -> Finding:
-    """y is right, or the bias (an infinite variance), or NaN where the variance overflows; other channels as ever."""
+    """y is right, or the bias (infinite variance), or NaN (the variance overflows); other channels must be right."""
     x = given.x.clone()
     x[:, 1] *= 1e30
     found = observed(context, case, replace(given, x=x))

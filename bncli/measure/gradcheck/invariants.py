@@ -1,7 +1,6 @@
-"""Invariants of every normalization, whatever the numbers, from Ioffe & Szegedy 2015 and the chain rule.
+"""Invariants of normalization that hold for all inputs, from Ioffe & Szegedy 2015 and the chain rule.
 
-Each is judged against the floors of the quantities in it: what rounding explains of y or dx is allowed, summed as the
-invariant sums them.
+The tolerance of each is derived from the rounding errors (floors) of y or dx, summed as the invariant sums them.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from bncli.results.gradcheck import ToleranceRule
 
 
 def run(context: CheckContext, case: Case, given: Inputs) -> Evidence:
-    """One run without the second derivative. Raises KernelFailed with the first problem."""
+    """One forward and backward pass. Raises KernelFailed with the first problem."""
     held_to = tolerances.expected(case, given)
     wide = given.wide()  # before a kernel that writes into its input
     seen = observe(context.candidate.call, case, given, second=False)
@@ -46,7 +45,7 @@ def run(context: CheckContext, case: Case, given: Inputs) -> Evidence:
 
 
 def judge(quantity: str, found: Tensor, expected: Tensor, allowed: Tensor) -> Finding:
-    """`found` against `expected`, each element with its own allowance."""
+    """Compare `found` with `expected`, with a tolerance per element."""
     error = tolerances.in_floors(found, expected, allowed)
     if error <= 1:
         return Finding("right", quantity, error)
@@ -56,7 +55,7 @@ def judge(quantity: str, found: Tensor, expected: Tensor, allowed: Tensor) -> Fi
 
 
 def grouped(values: Tensor, norm: str) -> Tensor:
-    """(N, C, *S) -> (groups, m): a row for each mean and variance that the norm takes."""
+    """(N, C, *S) -> (groups, m): one row per mean and variance of the norm."""
     if NORMS[norm].over_batch:
         return values.transpose(0, 1).reshape(values.size(1), -1)
     return values.reshape(values.size(0) * NORMS[norm].groups(values.size(1), CHECKED_GROUPS), -1)
@@ -80,7 +79,7 @@ def upstream(given: Inputs, case: Case) -> Tensor:
 
 
 def sum_of_dx(context: CheckContext, case: Case, given: Inputs) -> Finding:
-    """A common shift of x changes nothing, so the gradients of a group add up to 0."""
+    """A constant added to x does not change y, so the gradients of a group sum to 0."""
     found = run(context, case, given)
     dx, floor = grouped(found.seen["dx"], case.norm), grouped(found.floors["dx"], case.norm)
     return judge("the sum of dx", dx.sum(1), torch.zeros(len(dx), dtype=dx.dtype), floor.sum(1))
@@ -161,7 +160,7 @@ def running_statistics(context: CheckContext, case: Case, given: Inputs) -> Find
 
 
 def inputs_unwritten(context: CheckContext, case: Case, given: Inputs) -> Finding:
-    """No argument is written to, but the running statistics in training."""
+    """No argument is modified, except the running statistics in training."""
     before = given.wide()
     seen = observe(context.candidate.call, case, given, second=False)
     if changed := written(given, before):
@@ -179,9 +178,9 @@ def repeatable(context: CheckContext, case: Case, given: Inputs) -> Finding:
 
 
 def without_gradients(context: CheckContext, case: Case, given: Inputs) -> Finding:
-    """y is the same where no gradient is asked for, and the vectors' gradients are where x asks for none.
+    """y is the same under no_grad, and dweight and dbias are the same if x requires no gradient.
 
-    Kernels take other ways there: nothing to save, nothing to return.
+    Kernels may take other code paths there.
     """
     held_to = tolerances.expected(case, given)
     truth, floors = held_to.truth, context.floors(held_to)
@@ -216,7 +215,7 @@ class Row:
     dtypes: tuple[str, ...] = ("float32", "float64")
     eps: tuple[float, ...] = (1e-3,)
     shapes: tuple[tuple[int, ...], ...] = ((4, 0, 5, 7),)  # 0: the norm's usual number of channels
-    fused: bool = False  # with a residual and an activation, where the candidate has them
+    fused: bool = False  # with a residual and an activation, if the candidate supports them
 
 
 ROWS = (
@@ -272,7 +271,7 @@ ROWS = (
 
 
 def plans(context: CheckContext, refused: Collection[str]) -> Iterator[CheckGroupPlan]:
-    """A row for each invariant that the norm has."""
+    """One row per invariant of the norm."""
     candidate = context.candidate
     for row in ROWS:
         modes = [mode for mode in row.modes if mode == "train" or candidate.evaluates]

@@ -26,7 +26,7 @@ def any_case(case: Case) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class KnownBug:
-    """A bug, and what its kernel gives: `bug` names it, `equals` says what the failing quantity then equals."""
+    """A bug and the results of a kernel with it. `bug`: its name. `equals`: what the failing quantity then equals."""
 
     bug: str
     equals: str
@@ -37,7 +37,7 @@ class KnownBug:
 
 
 def predicted(known: KnownBug, evidence: Evidence) -> Values:
-    """Every first-order quantity of the case by a kernel with the bug, in float64; empty where it has no result."""
+    """The first-order quantities of the case from a kernel with the bug, in float64; empty if it has no result."""
     case = evidence.case
     if known.forward is None:
         return known.results(evidence.truth, case)
@@ -49,7 +49,7 @@ def predicted(known: KnownBug, evidence: Evidence) -> Values:
 
 
 def mutated(**changes: Any) -> Kernel:
-    """Batch norm with these fields of `Mutation`."""
+    """Batch norm with a `Mutation` of these fields."""
     return lambda case: batch_norm(Mutation(**changes))
 
 
@@ -58,7 +58,7 @@ def right(case: Case) -> Forward:
 
 
 def half_statistics(case: Case) -> Forward:
-    """Mean and variance rounded to the case's dtype, before the running statistics too."""
+    """Mean and variance rounded to the case's dtype, also for the update of the running statistics."""
 
     def rounded(tensor: Tensor) -> Tensor:
         return tensor + (tensor.to(case.stored).double() - tensor).detach()
@@ -73,7 +73,7 @@ def half_statistics(case: Case) -> Forward:
 
 
 def moving(how: Callable[[Tensor, Tensor, float], Tensor], mean: bool = True, var: bool = True) -> Kernel:
-    """The running statistics move by `how`, of (running, batch, momentum), in place of their definition."""
+    """The running statistics are updated by `how(running, batch, momentum)`."""
 
     def move_var(running: Tensor, var: Tensor, momentum: float, m: int) -> Tensor:
         return how(running, var * (m / (m - 1)), momentum)
@@ -93,7 +93,7 @@ def without_eps(var: Tensor, eps: float) -> Tensor:
 
 
 def only(*names: str) -> Results:
-    """These quantities: the mistake leaves the others as they are."""
+    """Only these quantities, if the bug does not affect the others."""
     return lambda values, case: {name: value for name, value in values.items() if name in names}
 
 
@@ -168,10 +168,13 @@ KNOWN_BUGS = (
         "statistics treated as constants", "the direct part alone", mutated(mean=DETACHED, var=DETACHED), training
     ),
     KnownBug(
-        "the mean's path is missing", "the gradient without its path through the mean", mutated(mean=DETACHED), training
+        "gradient through the mean is missing",
+        "the gradient without its path through the mean",
+        mutated(mean=DETACHED),
+        training,
     ),
     KnownBug(
-        "the variance's path is missing",
+        "gradient through the variance is missing",
         "the gradient without its path through the variance",
         mutated(var=DETACHED),
         training,
@@ -190,10 +193,13 @@ KNOWN_BUGS = (
         training,
     ),
     KnownBug(
-        "no running update", "its value before the call", moving(lambda running, batch, momentum: running), training
+        "running statistics not updated",
+        "its value before the call",
+        moving(lambda running, batch, momentum: running),
+        training,
     ),
     KnownBug(
-        "the running statistics move twice",
+        "running statistics updated twice",
         "what two moves give",
         moving(lambda running, batch, momentum: running.lerp(batch, momentum).lerp(batch, momentum)),
         training,
@@ -209,13 +215,13 @@ KNOWN_BUGS = (
         training,
     ),
     KnownBug(
-        "the deviation stored as the running variance",
+        "standard deviation stored as the running variance",
         "the moving average of the deviation",
         moving(lambda running, batch, momentum: running.lerp(batch.sqrt(), momentum), mean=False),
         training,
     ),
     KnownBug(
-        "eps outside the root",
+        "eps added outside the square root",
         "what 1/(sqrt(var) + eps) gives",
         mutated(inverse_deviation=lambda var, eps: 1 / (torch.where(var > 0, var, 1e-60).sqrt() + eps)),
     ),
@@ -228,25 +234,25 @@ KNOWN_BUGS = (
     ),
     KnownBug("half-precision statistics", "what statistics rounded to half precision give", half_statistics, half),
     KnownBug(
-        "evaluation uses the batch's statistics",
+        "evaluation uses batch statistics",
         "what the batch's own statistics give",
         mutated(batch_in_evaluation=True),
         evaluation,
     ),
     KnownBug(
-        "evaluation differentiates through the batch's mean",
+        "evaluation differentiates through the batch mean",
         "the gradient with its path through the mean, which evaluation has not,",
         mutated(mean_path_in_evaluation=True),
         evaluation,
     ),
     KnownBug(
-        "evaluation takes training's gradient",
+        "evaluation uses the training gradient",
         "the gradient with its paths through the mean and the variance, which evaluation has not,",
         mutated(mean_path_in_evaluation=True, variance_path_in_evaluation=True),
         evaluation,
     ),
     KnownBug(
-        "each example normalized by itself",
+        "each example normalized separately, as in instance norm",
         "what instance norm gives",
         lambda case: definition("instance"),
         lambda case: case.training and several_positions(case),
@@ -260,23 +266,23 @@ KNOWN_BUGS = (
     ),
     KnownBug("dweight and dbias swapped", "the other of the two", results=swapped),
     KnownBug(
-        "a mean in place of a sum in dweight and dbias",
+        "dweight and dbias averaged instead of summed",
         "the true one divided by m",
         results=divided_by(m, "dweight", "dbias"),
     ),
     KnownBug(
-        "a mean in place of a sum in dbias",
+        "dbias averaged instead of summed",
         "the true one divided by the number of positions",
         applies=several_positions,
         results=divided_by(positions, "dbias"),
     ),
     KnownBug(
-        "a mean in place of a sum in dweight",
+        "dweight averaged instead of summed",
         "the true one divided by the number of positions",
         applies=several_positions,
         results=divided_by(positions, "dweight"),
     ),
-    KnownBug("the residual's gradient is missing", "zero", mutated(residual=DETACHED), adds),
+    KnownBug("the gradient of the residual is missing", "zero", mutated(residual=DETACHED), adds),
     KnownBug(
         "the activation's gradient is ignored",
         "what an activation's derivative of 1 gives",
@@ -290,7 +296,7 @@ KNOWN_BUGS = (
         lambda case: adds(case) and activates(case),
     ),
     KnownBug(
-        "channels_last memory taken for contiguous",
+        "channels_last memory read as contiguous",
         "what the memory gives when it is read in the order of a contiguous tensor",
         right,
         channels_last,
@@ -298,7 +304,7 @@ KNOWN_BUGS = (
         all_misread,
     ),
     KnownBug(
-        "the upstream gradient taken for contiguous",
+        "upstream gradient read as contiguous",
         "what the upstream gradient's memory gives when it is read in the order of a contiguous tensor",
         right,
         channels_last,

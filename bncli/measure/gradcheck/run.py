@@ -1,4 +1,4 @@
-"""Gradcheck run: whether a kernel's results and gradients are right in all of their parts; if not, what bug it is."""
+"""Gradcheck run: checks of a kernel's output, gradients and running statistics, and the diagnosis of failures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from bncli.results.gradcheck import (
     ToleranceRule,
 )
 
-SHOWN = 8  # failures kept, one a row of the table
+SHOWN = 8  # failures kept, one per row of the table
 PATHS = "train dx in its three parts"
 
 
@@ -45,13 +45,13 @@ def run(
     only: str | None = None,
     allow_code: bool = False,
 ) -> Iterator[CheckGroup | Gradcheck]:
-    """Check a kernel's output, gradients and running statistics; yields each group when finished, the result last.
+    """Check a kernel's output, gradients and running statistics; yields finished groups, then the result.
 
     kernel: native, fused, or the user's package.module:function (with allow_code). norm: batch, layer, group, instance.
-    only: an identifier or a shell glob; just the cases that match it are run.
+    only: an identifier or a shell glob; only the cases that match it are run.
 
-    Raises UsageError for a name that is none or an `only` that matches nothing, and Unavailable, with the reason,
-    where the device or the kernel cannot run here. What the kernel itself does wrong is a failure in the result.
+    Raises UsageError for an unknown name or an `only` that matches nothing, and Unavailable, with the reason, if the
+    device or the kernel cannot be used here. Errors of the kernel itself are failures in the result.
     """
     began = time.perf_counter()
     place = devices.resolve(device)
@@ -140,7 +140,7 @@ def _selected(context: CheckContext, refused: Collection[str], only: str | None)
 
 
 def _matching(checks: list[Check], only: str) -> list[Check]:
-    """The checks that a glob names as a whole, and those of which it names some quantities, with only these."""
+    """The checks that a glob matches; where it matches only some quantities, the check is restricted to these."""
     kept = []
     for check in checks:
         names = check.quantities
@@ -167,7 +167,7 @@ def _not_checked(context: CheckContext, refused: dict[str, NotChecked]) -> Itera
 
 
 def _finish(plan: CheckGroupPlan, verdicts: list[Verdict]) -> Iterator[CheckGroup]:
-    """Run the plan's checks; its rows, in the order of their first case."""
+    """Run the checks of the plan and yield its rows, in the order of their first case."""
     found: dict[str, list[Verdict]] = {}
     for check in plan.checks:
         outcome = check.run()
@@ -185,7 +185,7 @@ def _finish(plan: CheckGroupPlan, verdicts: list[Verdict]) -> Iterator[CheckGrou
 
 
 def _group(section: str, row: str, members: list[Verdict], rule: ToleranceRule, named: bool = True) -> CheckGroup:
-    """named: its worst case can be asked for by its identifier."""
+    """named: the worst case can be selected by its identifier."""
     worst = max(members, key=lambda verdict: verdict.finding.error)
     failed = sum(verdict.failed for verdict in members)
     identifier = worst.identifier if named else None

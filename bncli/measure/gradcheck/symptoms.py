@@ -21,12 +21,12 @@ SOMETHING_ELSE: tuple[FindingKind, ...] = ("wrong_type", "wrong_shape", "wrong_d
 
 @dataclass(frozen=True)
 class Symptom:
-    """A bug, and the failures that show it: none where they look like something else."""
+    """A bug and the failures that indicate it; `shown_by` returns none if they indicate something else."""
 
     bug: str
     shown_by: Callable[[Verdicts], Verdicts]
-    decisive: bool = False  # it explains all other failures, so that nothing else is guessed
-    compatible: bool = False  # worth naming beside a known bug that explains failures: it does not follow from one
+    decisive: bool = False  # it explains all other failures, so no other bug is named
+    compatible: bool = False  # named in addition to known bugs, since it does not follow from one
     numbers: Callable[[Verdicts, Verdicts], dict[str, Any]] = lambda verdicts, found: {}  # fields of the diagnosis
 
     def recognise(self, verdicts: Verdicts) -> Diagnosis | None:
@@ -51,12 +51,12 @@ def of_check(name: str) -> Callable[[Verdicts], Verdicts]:
 
 
 def whole_calls(verdicts: Verdicts) -> Verdicts:
-    """Of each call in the values section one verdict: on its output, which a failure of the whole call fails too."""
+    """One verdict per call in the values section, that on its output, which fails if the whole call fails."""
     return [verdict for verdict in verdicts if verdict.quantity == "forward"]
 
 
 def something_else(verdicts: Verdicts) -> Verdicts:
-    """A result of another kind, shape, dtype or device."""
+    """An output of a wrong type, shape, dtype or device."""
     return of_kind(*SOMETHING_ELSE)(whole_calls(verdicts))
 
 
@@ -69,13 +69,13 @@ def raising(verdicts: Verdicts) -> Verdicts:
 
 
 def mostly_raising(verdicts: Verdicts) -> Verdicts:
-    """Most of the calls that fail raise."""
+    """The calls that raise, if they are most of the failing ones."""
     found = raising(verdicts)
     return found if 2 * len(found) > len(failed(whole_calls(verdicts))) else []
 
 
 def raising_too(verdicts: Verdicts) -> Verdicts:
-    """Some calls raise, beside others that give wrong numbers."""
+    """The calls that raise, if most failing calls return wrong numbers."""
     return [] if mostly_raising(verdicts) else raising(verdicts)
 
 
@@ -87,7 +87,7 @@ def how_many(verdicts: Verdicts, found: Verdicts) -> dict[str, Any]:
 
 
 def second_alone(verdicts: Verdicts) -> Verdicts:
-    """The second derivative fails where the first is right; a wrong first one would explain it."""
+    """Second derivatives that fail while the first derivatives are right."""
     wrong = failed(verdicts)
     wrong_first = {v.check.identifier for v in wrong if v.quantity in ("forward", "dx", "dweight", "dbias")}
     found = [v for v in wrong if v.quantity == "double backward" and v.check.identifier not in wrong_first]
@@ -97,7 +97,7 @@ def second_alone(verdicts: Verdicts) -> Verdicts:
 
 
 def _is_missing(verdict: Verdict) -> bool:
-    """Whether there is no second derivative, or one that is zero."""
+    """Whether the second derivative is missing or zero."""
     if verdict.finding.kind in (*RAISED, "no_second_derivative"):
         return True
     seen = {} if verdict.evidence is None else verdict.evidence.seen
@@ -122,7 +122,7 @@ LINEAR = 1e-6  # relative error of the variance, times mean/deviation, of an upd
 
 
 def variances(verdicts: Verdicts) -> dict[float | None, Verdict]:
-    """Mean over deviation -> the verdict on the variance there."""
+    """Mean over deviation -> the verdict on the variance."""
     return {v.check.parameter: v for v in verdicts if v.check.name == "variance"}
 
 
@@ -135,10 +135,10 @@ def relative_errors(verdicts: Verdicts, found: Verdicts) -> dict[str, Any]:
 
 
 def one_pass_variance(verdicts: Verdicts) -> Verdicts:
-    """float32 is right near zero, and wrong by (mean/deviation)^2 roundings farther away, until nothing is left of it.
+    """float32 is right for small means and has an error of (mean/deviation)^2 roundings for large means.
 
-    E[x^2] - E[x]^2 is the difference of two numbers that large (Chan, Golub & LeVeque 1983); the error of an update
-    taken in order grows as mean/deviation.
+    E[x^2] - E[x]^2 is the difference of two numbers of that size (Chan, Golub & LeVeque 1983); the error of a
+    sequential update grows as mean/deviation.
     """
     far = variances(verdicts)
     near, farther = far.get(100), far.get(1000)
@@ -157,7 +157,7 @@ def _or(number: float | None, otherwise: float) -> float:
 
 
 def less_accurate(verdicts: Verdicts) -> Verdicts:
-    """Rounding alone: a few tolerances everywhere, and a variance that is the worse the farther from zero."""
+    """Only rounding: errors of a few tolerances everywhere, and of the variance growing with the mean."""
     far = list(variances(verdicts).values())
     wrong = sorted(failed(verdicts), key=lambda v: -v.finding.error)
     little = all(v.finding.error <= _most(v) for v in wrong if v.check.name != "variance")
@@ -167,7 +167,7 @@ def less_accurate(verdicts: Verdicts) -> Verdicts:
 
 
 def _most(verdict: Verdict) -> float:
-    """Tolerances that a case may miss by and be called less accurate. Those of half precision are wide as they are."""
+    """The largest error, in tolerances, that counts as less accurate; half precision has wide tolerances already."""
     return 2.0 if verdict.check.case and verdict.check.case.dtype in HALF else 20.0
 
 
@@ -177,7 +177,7 @@ def times_native(verdicts: Verdicts, found: Verdicts) -> dict[str, Any]:
 
 
 def half_precision(verdicts: Verdicts) -> Verdicts:
-    """Every failure is in half precision, the running statistics among them."""
+    """The failing running statistics, if every failure is in half precision."""
     wrong = failed(verdicts)
     in_half = all(v.check.case and v.check.case.dtype in HALF for v in wrong)
     return [v for v in wrong if v.quantity in RUNNING] if in_half else []
@@ -187,7 +187,7 @@ def half_precision(verdicts: Verdicts) -> Verdicts:
 
 
 def beside_nan(verdicts: Verdicts) -> Verdicts:
-    """The failures at inputs with a NaN or an infinity, if there is none anywhere else."""
+    """The failures at inputs with a NaN or an infinity, if there are no others."""
     wrong = failed(verdicts)
     return wrong if all(v.row == NOT_FINITE for v in wrong) else []
 
@@ -201,7 +201,7 @@ def nan_leaks(verdicts: Verdicts) -> Verdicts:
 
 
 def derivative_at_nan(verdicts: Verdicts) -> Verdicts:
-    """Numbers that are wrong beside a NaN, where an activation with a kink follows, and nothing else."""
+    """Wrong finite gradients at a NaN before an activation with a kink, if there are no other failures."""
     found = beside_nan(verdicts)
     kinked = all(v.check.case and v.check.case.activation in KINKED_ACTIVATIONS for v in found)
     finite = all(v.finding.kind == "off" and isfinite(_or(v.finding.expected, nan)) for v in found)
@@ -210,17 +210,17 @@ def derivative_at_nan(verdicts: Verdicts) -> Verdicts:
 
 # --- strides ----------------------------------------------------------------------------------------------------------
 
-GROSS = 1000.0  # tolerances: numbers read from the wrong place are not nearly right
+GROSS = 1000.0  # smallest error, in tolerances, of values read from the wrong address
 
 
 def _gross(verdicts: Verdicts, there: Callable[[Verdict], bool]) -> Verdicts:
-    """Gross failures there, where nothing fails elsewhere but what is in channels_last."""
+    """Gross failures in `there`, if other failures are all in channels_last."""
     wrong = failed(verdicts)
     elsewhere = [v for v in wrong if not there(v)]
     if not all(_in_channels_last(v) for v in elsewhere):
         return []
     found = [v for v in wrong if there(v) and v.finding.error > GROSS]
-    if elsewhere:  # channels_last is wrong by itself, and so is no evidence of strides
+    if elsewhere:  # channels_last itself is wrong, so it is no evidence
         found = [v for v in found if not _in_channels_last(v)]
     return found
 
@@ -235,7 +235,7 @@ def _broadcast_g(verdict: Verdict) -> bool:
 
 
 def upstream_layout(verdicts: Verdicts) -> Verdicts:
-    """Gradients alone are wrong, and only where the upstream gradient's strides are not those of a contiguous one."""
+    """Only gradients are wrong, and only if the upstream gradient is not contiguous."""
     found = _gross(verdicts, _broadcast_g)
     return found if all(verdict.finding.quantity in GRADIENTS for verdict in found) else []
 
@@ -246,22 +246,22 @@ def strided_input(verdicts: Verdicts) -> Verdicts:
 
 
 SYMPTOMS = (
-    Symptom("the function returns something else", something_else, decisive=True),
-    Symptom("an input is written to", written, decisive=True),
-    Symptom("a tensor saved for the backward pass is written to", of_kind("saved_written"), decisive=True),
-    Symptom("it raises", mostly_raising, decisive=True, numbers=how_many),
+    Symptom("the output has a wrong type, shape, dtype or device", something_else, decisive=True),
+    Symptom("an input is modified", written, decisive=True),
+    Symptom("a tensor saved for the backward pass is modified", of_kind("saved_written"), decisive=True),
+    Symptom("the kernel raises an exception", mostly_raising, decisive=True, numbers=how_many),
     Symptom("one-pass variance, E[x^2] - E[x]^2", one_pass_variance, numbers=relative_errors),
     Symptom("less accurate than native", less_accurate, numbers=times_native),
     Symptom("half-precision statistics", half_precision),
     Symptom("no second derivative", second_missing, compatible=True),
     Symptom("a wrong second derivative", second_wrong, compatible=True),
-    Symptom("NaN swallowed", nan_swallowed),
+    Symptom("NaN disappears", nan_swallowed),
     Symptom("NaN leaks into other channels", nan_leaks),
     Symptom("the activation's derivative at NaN is not torch's", derivative_at_nan),
-    Symptom("the upstream gradient taken for contiguous", upstream_layout),
+    Symptom("upstream gradient read as contiguous", upstream_layout),
     Symptom("an input's strides are ignored", strided_input),
-    Symptom("it raises", raising_too, compatible=True, numbers=how_many),
+    Symptom("the kernel raises an exception", raising_too, compatible=True, numbers=how_many),
     Symptom("not deterministic", of_kind("not_deterministic"), compatible=True),
     Symptom("one value per channel accepted", of_check("one-value"), compatible=True),
-    Symptom("an empty batch is not handled as torch does", of_check("empty"), compatible=True),
+    Symptom("an empty batch is not handled as in torch", of_check("empty"), compatible=True),
 )

@@ -1,6 +1,6 @@
-"""Comparison of a profile with a baseline: which rows became slower, which did not, and where the intervals overlap.
+"""Comparison of a profile with a baseline: slower rows, unchanged rows, and undecided ones.
 
-Times of two machines, or of two days, do not compare. Speedups over the native kernel of the same run do.
+Times of different machines or days are not comparable. Speedups over the native kernel of the same run are.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ VIEWS: dict[type, str] = {KernelProfile: "kernels", StepProfile: "a step"}
 def gate(now: Profile, baseline: Profile, fail_above: float, strict: bool = False) -> Gate:
     """Each row that both have with a ratio to native, and whether it is more than `fail_above` times slower.
 
-    strict: what the intervals cannot tell fails too, and so does a row of the baseline that came to no ratio now. Where
-    other programs used the cores in either run, no row is called regressed.
+    strict: undecided rows fail too, and so do rows of the baseline without a ratio now. If other programs used the
+    cores in either run, no row counts as regressed.
 
     Raises UsageError for a bound that is not above 1, for profiles of two kinds, and where no row is in both.
     """

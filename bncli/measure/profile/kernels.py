@@ -42,14 +42,14 @@ from bncli.results.profile import (
 
 NATIVE = "native"
 LAYOUTS = ("contiguous", "channels_last", "strided")
-OPERATIONS = ("bn", "bn+relu", "bn+add+relu")  # of shapes of which nothing says what the model does there
+OPERATIONS = ("bn", "bn+relu", "bn+add+relu")  # for shapes whose operations in the model are unknown
 DIRECTIONS: tuple[Direction, ...] = ("both", "forward", "backward")
 MOST_ROUNDS = 40
-ALONE = 1.5  # rounds of both directions that one of forward and one of backward, whose forward is untimed, take
+ALONE = 1.5  # cost of one forward and one backward round (with an untimed forward), in rounds of both directions
 CEILING_ROUNDS = 5  # before the cases, and again after them
-CASE_BYTES = 8 * 2**20  # what a case costs whatever its size, in bytes of a tensor
+CASE_BYTES = 8 * 2**20  # fixed cost of a case, as bytes of a tensor
 
-Samples = dict[Direction, dict[str, tuple[float, ...]]]  # kernel -> ms a call, a sample a round
+Samples = dict[Direction, dict[str, tuple[float, ...]]]  # kernel -> ms per call, one sample per round
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -59,9 +59,9 @@ Samples = dict[Direction, dict[str, tuple[float, ...]]]  # kernel -> ms a call, 
 class KernelSettings:
     """What to measure: every kernel on every operation, dtype, layout and shape.
 
-    operations: empty for those that the model does on each shape, or OPERATIONS where nothing says which. shapes:
-    (shape, calls) pairs, or `shapes.Calls`. seconds: for all of it, compilations included; a wish, beyond which every
-    case is still measured. least_rounds: of both directions together, whatever the time.
+    operations: empty for those of the model on each shape, or OPERATIONS if these are unknown. shapes:
+    (shape, calls) pairs, or `shapes.Calls`. seconds: target for the whole run with compilations; every case is
+    measured even if it takes longer. least_rounds: minimum rounds of both directions together.
     """
 
     kernels: tuple[str, ...] = RECIPE_KERNELS
@@ -76,9 +76,9 @@ class KernelSettings:
     allow_code: bool = False
 
     def cases(self) -> tuple[tuple[Case, int], ...]:
-        """The cases and how often the model calls each, shape by shape; 0: it does another operation there.
+        """The cases and how often the model calls each, shape by shape; 0: the model has another operation there.
 
-        Raises UsageError for what is not known, and where there is nothing to measure.
+        Raises UsageError for unknown names, and if there is nothing to measure.
         """
         self._check()
         found: dict[Case, int] = {}
@@ -88,7 +88,7 @@ class KernelSettings:
                 for dtype in self.dtypes:
                     for layout in self.layouts:
                         if layout == "channels_last" and len(calls.shape) not in (4, 5):
-                            layout = "contiguous"  # which vectors and lines are
+                            layout = "contiguous"  # 2-D and 3-D inputs
                         case = Case(calls.shape, operation, dtype, layout, self.training)
                         found.setdefault(case, done.get(operation, 0) if done else calls.calls)
         return tuple(found.items())
@@ -108,14 +108,14 @@ class KernelSettings:
             errors += [UsageError(expected, field=field, value=name) for name in names if name not in known]
         for shape, *_ in self.shapes:
             if self.training and math.prod(shape) == shape[1]:
-                needs = "training needs more than one value a channel, and it has one"
+                needs = "training needs more than one value per channel, and it has one"
                 errors.append(UsageError(needs, field="shape", value="x".join(map(str, shape))))
         if errors:
             raise UsageErrors(errors)
 
 
 class Budget:
-    """One case's time: its `share` (of 1) of what is left of the whole when it begins."""
+    """The time budget of one case: a fraction `share` of the time left when it starts."""
 
     def __init__(self, whole: Deadline, share: float, least_rounds: int, now_s: Callable[[], float]) -> None:
         self.least, self.least_alone = least_rounds, min(timing.FEWEST_ROUNDS, least_rounds)
@@ -129,7 +129,7 @@ class Budget:
         return (fitting, fitting) if fitting >= self.least else (self.least, self.least_alone)
 
     def least_s(self, both_s: float) -> float:
-        """What the case takes with the fewest rounds, judging it included. To be asked before the rounds."""
+        """Time of the case with the fewest rounds, including its checks. Call it before the rounds."""
         return self._now_s() - self._began_s + (self.least + ALONE * self.least_alone) * both_s
 
 
@@ -137,11 +137,11 @@ class Budget:
 
 
 class KernelRun:
-    """One kernel view: iterate over `events`, then ask for `result`, also after an interruption.
+    """A run of the kernel view: iterate over `events`, then call `result`, also after an interruption.
 
-    clock, peak_mib, sources, ceilings and now_s stand in for the device's clock, the peak in one of the fresh
-    processes, the kernels by name, the machine's ceilings and the host's clock. Raises UsageError for what cannot be
-    measured as set, and Unavailable for a device without a clock.
+    clock, peak_mib, sources_of, ceilings and now_s replace the device's clock, the peak measurement in a fresh process,
+    the kernels by name, the machine's ceilings and the host's clock. Raises UsageError for settings that cannot be
+    measured, and Unavailable for a device without a clock.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class KernelRun:
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         if device.type not in ("cpu", "cuda"):
-            raise Unavailable(f"device {device}: kernels are timed on cpu and cuda alone")
+            raise Unavailable(f"device {device}: kernels are timed only on cpu and cuda")
         self._settings, self._device, self._now_s = settings, device, now_s
         self._cases = settings.cases()
         self._sources = sources_of or sources.sources(settings.kernels, device, settings.allow_code)
@@ -200,7 +200,7 @@ class KernelRun:
             self._processes.close()
 
     def result(self) -> KernelProfile:
-        """What is finished so far. Before the first case it may have no ceilings either."""
+        """The finished part of the result. Before the first case it may lack ceilings too."""
         return KernelProfile(
             environment=devices.environment(self._device),
             cold=self._settings.cold,
@@ -217,7 +217,7 @@ class KernelRun:
         return len(self._cases) * len(self._sources)
 
     def _load(self) -> None:
-        """Whatever loads or compiles on first use, on a tiny case, so that no case's time pays for it."""
+        """Run a tiny case, so that loading and compiling on first use is not timed."""
         small = tiny(self._cases[0][0])
         judged_case(small, 0, self._sources, self._device, may_compile=False)
         found = {kernel: wrong_on_cases(kernel, source, self._device) for kernel, source in self._sources.items()}
@@ -240,7 +240,7 @@ class KernelRun:
         return [(rows | judged.refused)[kernel] for kernel in self._sources]
 
     def _untimed(self, judged: JudgedCase, kernel: str, timed: TimedKernel) -> KernelCost:
-        """A row without times: what it saves for backward, and its peak."""
+        """A row without times, with the memory saved for backward and the peak."""
         inputs = judged.inputs
         assert inputs is not None
         inputs.leaves()
@@ -270,7 +270,7 @@ class KernelRun:
             return None
 
     def _sampled(self, judged: JudgedCase, budget: Budget) -> Samples:
-        """Samples in as many rounds as the case's share of the time takes, or the fewest."""
+        """Samples in as many rounds as fit in the case's budget, or the minimum."""
         works: dict[str, dict[Direction, Work]] = {}
         both_s = 0.0
         for kernel, timed in list(judged.correct.items()):
@@ -299,7 +299,7 @@ class KernelRun:
         }
 
     def _first_sample_s(self, work: Work) -> float:
-        """How long a sample takes, with its preparation. It is not counted: it allocates memory that stays."""
+        """Seconds of a sample with its preparation. It is discarded, since it allocates memory that is reused."""
         assert self._clock is not None
         began_s = self._now_s()
         interleaved(self._clock, {"": work}, 1, cold=self._settings.cold)

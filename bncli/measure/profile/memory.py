@@ -78,7 +78,7 @@ def kernel_peak_here(case: Case, kernel: str, allow_code: bool) -> float | None:
 
 
 def _run_tiny(case: Case, kernel: str, allow_code: bool) -> Source:
-    """Load and compile what a kernel needs, by one step; its source."""
+    """Run one step, which loads and compiles what the kernel needs. Returns its source."""
     import torch
 
     from bncli.measure.profile.sources import sources
@@ -137,7 +137,7 @@ def step_memory(
 def step_memory_here(
     model: StepModel, kernel: str | None, x: Values, y: Values, classes: int, threads: int | None = None
 ) -> StepMemory:
-    """The same in the process that calls this."""
+    """`step_memory` in the current process."""
     import torch
 
     from bncli.measure.profile.step_models import one_batch

@@ -253,7 +253,7 @@ def _fused_on_cuda(case: Case, device: torch.device) -> str | None:
         x = with_layout(x, "contiguous" if case.layout == "strided" else case.layout)
         on, frozen_stats = processors(device), not case.training
         forward, backward = (
-            execution_path(plan_for(x, on, backward=backward, given=frozen_stats), frozen_stats)
+            execution_path(plan_for(x, on, backward=backward, frozen=frozen_stats), frozen_stats)
             for backward in (False, True)
         )
     except (ImportError, ValueError):  # no Triton, or no plan for the case
@@ -264,4 +264,4 @@ def _fused_on_cuda(case: Case, device: torch.device) -> str | None:
 
 def _fused_on_cpu(case: Case) -> str:
     x = with_layout(torch.empty(case.shape, dtype=case.stored, device="meta"), case.layout)
-    return ("C, copied, " if case.layout == "strided" else "C, ") + cpu.way(dense(x))
+    return ("C, copied, " if case.layout == "strided" else "C, ") + cpu.thread_division(dense(x))

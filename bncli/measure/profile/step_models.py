@@ -47,7 +47,7 @@ class StepModel(Protocol):
     """One model and how it is trained. Plain data, so that a fresh process can make it again.
 
     has_kernels: whether there is a batch norm, whose kernel can be chosen. tf32: whether float32 may be TF32 on an
-    NVIDIA GPU. notes: what a reader of its figures must know.
+    NVIDIA GPU. notes: caveats for its results.
     """
 
     @property
@@ -95,7 +95,7 @@ def norms_of(model: nn.Module) -> tuple[NormLayers, ...]:
 
 # --- the runs of a recipe ---------------------------------------------------------------------------------------------
 
-STANDING_LR = 1e-12  # moves no weight of normal size in float32, and its products stay far from denormal numbers
+STANDING_LR = 1e-12  # does not change weights of normal size in float32, and its products are not denormal
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class UserModel:
         try:
             function = imported(self.name)
         except (ImportError, AttributeError, ValueError) as error:
-            where = "it is looked for in the current folder and the environment"
+            where = "the current folder and the environment were searched"
             raise UsageError(f"{error}; {where}", field="model", value=self.name) from error
         with blame_user_code(self.name, "It is called without arguments and returns a torch.nn.Module"):
             model = function()
@@ -255,7 +255,7 @@ class UserModel:
         batch = next(dataset.train.chunks(self.batch_size))
 
         def forward(x: Tensor) -> object:
-            with blame_user_code(self.name, f"It is given a batch {tuple(x.shape)}"):
+            with blame_user_code(self.name, f"It takes a batch {tuple(x.shape)}"):
                 return model(x)
 
         def step(x: Tensor, y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where a step's time goes: the events of torch.profiler, folded to STEP_CLASSES.
+"""Breakdown of a step's time: the events of torch.profiler, summed into STEP_CLASSES.
 
 An operator counts with its self time, so that nothing counts twice: on a CPU its wall time less that of the operators
 inside it, on a GPU the time of the device's kernels that it launched itself. It belongs to the innermost operator

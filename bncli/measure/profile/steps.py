@@ -62,10 +62,10 @@ Samples = dict[Mode, dict[str | None, tuple[float, ...]]]  # ms of a step, by mo
 class StepRun:
     """One run of the step view. `result()` holds at any time what is finished so far.
 
-    models: of `step_models`. kernels: each model with a batch norm gets all of them. seconds: a wish, beyond which
-    every step is still measured `least_rounds` times. trace: where to write the Chrome trace of a training step of each
-    kernel of the first model. now_ns and step_memory can be faked. Raises UsageError and RunFailed for a module of the
-    user's that cannot be made.
+    models: of `step_models`. kernels: each model with a batch norm gets all of them. seconds: a target; every step is
+    measured `least_rounds` times even if it takes longer. trace: where to write the Chrome trace of a training step
+    of each kernel of the first model. now_ns and step_memory can be replaced in tests. Raises UsageError and RunFailed
+    if a user's module cannot be built.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class StepRun:
     # --- one model ------------------------------------------------------------------------------------------------
 
     def _measure(self, model: StepModel, place: int, deadline: Deadline) -> Iterator[Measuring | RowDone]:
-        """What goes on, without how much is done, and the rows that are done."""
+        """Progress without its fraction, and finished rows."""
         yield Measuring(model.name, phase="check")
         dataset = model.dataset(self._device)
         timed = [prepared(model, kernel, dataset, self._device) for kernel in self._kernels[place]]
@@ -246,7 +246,7 @@ def _rows(model: StepModel, timed: Sequence[TimedModel], samples: Samples) -> li
 
 @dataclass
 class TimedModel:
-    """A model with one kernel. There is no trainable where `error` tells why."""
+    """A model with one kernel. `trainable` is None if `error` is set."""
 
     kernel: str | None
     trainable: Trainable | None = None
@@ -281,7 +281,7 @@ def prepared(model: StepModel, kernel: str | None, dataset: Dataset, device: tor
 
 
 def reason(error: Exception) -> str:
-    """In one line, with the place it was raised at if it is not one of ours, whose text says what to do."""
+    """The error in one line, with the place where it was raised unless it is bncli's own."""
     text = " ".join(str(error).split()) or "no message"
     if isinstance(error, BncliError):
         return text

@@ -1,4 +1,4 @@
-"""Kernels under test in the kernel view: called alike, and judged before they are timed."""
+"""Kernels under test in the kernel view: a common signature, and checks before the timing."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from bncli.results.profile import Case, Direction, KernelCost
 
 @dataclass(frozen=True)
 class TimedKernel:
-    """One kernel on one case. ran: the implementation behind it, None where unknown."""
+    """One kernel on one case. ran: its implementation, None if unknown."""
 
     case: cases.Case
     call: Forward
     ran: str | None = None
-    overwrites: bool = False  # x, so that each call needs a copy of it
-    positive_weight: bool = False  # where a weight is not above 0 it means another operation
+    overwrites: bool = False  # it overwrites x, so each call needs a copy
+    positive_weight: bool = False  # it is batch norm only for weights above 0
     compiles: bool = False  # on its first call
 
     def arguments(self, inputs: Inputs) -> tuple[Any, ...]:
@@ -40,7 +40,7 @@ class TimedKernel:
         return (x.clone() if self.overwrites else x, *others)
 
     def on_a_copy(self, x: Tensor, *others: Any) -> Tensor:
-        """The same call, which leaves x as it is."""
+        """The call on a copy of x, if it overwrites x."""
         return self.call(x.clone() if self.overwrites else x, *others)
 
     def step(self, inputs: Inputs) -> Callable[[], object]:
@@ -134,7 +134,7 @@ class JudgedCase:
     judged_channels: int = 0
 
     def refuse(self, kernel: str, reason: Unavailable | Wrong, timed: TimedKernel | None = None) -> None:
-        """Give it a row with the reason. A kernel that raises is wrong, unless it lacks memory or is not compiled."""
+        """Add a row with the reason. A kernel that raises is wrong, except for lack of memory or failed compilation."""
         self.correct.pop(kernel, None)
         row = KernelCost(self.case, kernel, self.calls, None if timed is None else timed.ran)
         if isinstance(reason, Unavailable):
@@ -163,7 +163,7 @@ def judged_case(
     wrong: Mapping[str, Wrong] | None = None,
     now_s: Callable[[], float] = time.monotonic,
 ) -> JudgedCase:
-    """Run each kernel once, forward and backward, and judge what it gives.
+    """Run each kernel once, forward and backward, and judge its results.
 
     wrong: the kernels that are known to be wrong, which are not run.
     """

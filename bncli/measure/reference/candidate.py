@@ -1,4 +1,4 @@
-"""Candidate: a kernel by name, a norm module, or the user's own function, all called alike."""
+"""Candidate: a kernel by name, a norm module, or a user's function, with one common signature."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bncli.names import CHECKED_GROUPS, GRADCHECK_KERNELS, NORMS, check_kernel
 from bncli.recipe import sections
 from bncli.results.finding import Finding
 
-# How large an error may be: of bncli's kernels, of torch's own operator, or of a function of the user's.
+# The tolerance rule: for bncli's kernels, for torch's operator, or for a user's function.
 Rule = Literal["kernel", "native", "own function"]  # of results.gradcheck.ToleranceRule, those for values
 
 
@@ -35,24 +35,24 @@ def rule(kernel: str) -> Rule:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One kernel or module under test, and what it offers besides a training-mode forward pass."""
+    """A kernel or module under test, and what it supports besides a forward pass in training mode."""
 
     name: str
     norm: str
     call: Forward
-    ran: str  # what really runs, in words
+    ran: str  # the implementation that runs, in words
     rule: Rule
     fuses: bool = True  # takes a residual and an activation
     evaluates: bool = True  # has an evaluation mode
 
     @property
     def interpreted(self) -> bool:
-        """Whether Triton's interpreter runs it in place of a GPU: it truncates to bfloat16 and takes long."""
+        """Whether Triton's interpreter runs it instead of a GPU: it truncates to bfloat16 and is slow."""
         return self.name == "fused-interpreted"
 
     @property
     def tracks(self) -> bool:
-        """Whether it is a batch norm, with running statistics."""
+        """Whether it is a batch norm and so has running statistics."""
         return NORMS[self.norm].over_batch
 
 
@@ -71,7 +71,7 @@ def candidate(kernel: str, norm: str, device: torch.device, allow_code: bool) ->
         raise UsageError(f"expected one of {', '.join(NORMS)}", field="norm", value=norm)
     if not NORMS[norm].has_kernels:
         if kernel != "native":
-            raise UsageError(f"has the native kernel alone; {kernel} is a batch norm", field="norm", value=norm)
+            raise UsageError(f"has only the native kernel; {kernel} is a batch norm", field="norm", value=norm)
         called, ran = _module(norm), "torch's own operator"
         return Candidate(f"native {norm} norm", norm, called, ran, "native", fuses=False, evaluates=False)
     check_kernel(kernel, GRADCHECK_KERNELS, allow_code)
@@ -113,11 +113,11 @@ def by_name(kernel: str | kernels.Kernel) -> Forward:
     return call
 
 
-NATIVE = by_name("native")  # torch's own batch norm, whose error in a dtype sets what another kernel's may be
+NATIVE = by_name("native")  # torch's batch norm, whose error in a dtype bounds the tolerance of other kernels
 
 
 def _module(norm: str) -> Forward:
-    """The norm modules of bncli.engine.models.norms, with the weight and the bias that each call is given."""
+    """The norm modules of bncli.engine.models.norms, with the weight and the bias of each call."""
     groups = {"groups": CHECKED_GROUPS} if NORMS[norm].channel_groups == "given" else {}
     section = getattr(sections, NORMS[norm].section)(kind=norm, **groups)
 
@@ -168,7 +168,7 @@ def _load(kernel: str) -> Callable[..., Any]:
         function: Callable[..., Any] = imported(kernel)
     except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything
         raise UsageError(
-            f"{type(error).__name__}: {error}; it is looked for in the current folder and the environment",
+            f"{type(error).__name__}: {error}; the current folder and the environment were searched",
             field="kernel",
             value=kernel,
         ) from error
@@ -195,7 +195,7 @@ def _like_torch(function: Callable[..., Any], fuses: bool) -> Forward:
 
 
 class KernelFailed(Exception):
-    """The kernel under test gave no result that can be judged."""
+    """The kernel under test returned no valid result."""
 
     def __init__(self, finding: Finding) -> None:
         self.finding = finding
@@ -203,9 +203,9 @@ class KernelFailed(Exception):
 
 
 def _as_a_kernel(function: Callable[..., Any], names: set[str]) -> kernels.Kernel:
-    """The function, called by its parameters' names, with what it returns checked; `kernels.adapted` does the rest."""
+    """The function, called by parameter name, with its result checked. See also `kernels.adapted`."""
 
-    @functools.wraps(function)  # by whose signature it is adapted, where it does not take `running`
+    @functools.wraps(function)  # `kernels.adapted` reads its signature
     def kernel(*positional: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
         asked: dict[str, Any] = dict(zip((*KERNEL_NAMES, "statistics", "running"), positional, strict=False)) | named
         result: Any = function(**{name: value for name, value in asked.items() if name in names})

@@ -1,4 +1,4 @@
-"""The cases that a kernel is judged on, their inputs, and the bytes and operations that a case takes.
+"""Test cases of a kernel, their inputs, and the bytes and operations of a case.
 
 Letters: N examples, C channels, S positions, m = N prod(S) values per channel; g the gradient of the loss in y.
 """
@@ -27,7 +27,7 @@ Shape = tuple[str, int, tuple[int, ...]]  # layout, C, shape without channels
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
 FUSIONS = ("plain", *FUSED_ACTIVATIONS, "residual", *(f"{name}+residual" for name in FUSED_ACTIVATIONS))
 
-# (layout, C, shape without channels). Sizes are odd and prime, so that no tile fits.
+# (layout, C, shape without channels). Sizes are odd or prime, so that tiles do not divide them.
 SHAPES = (
     ("contiguous", 3, (4, 5, 7)),
     ("channels_last", 3, (4, 5, 7)),
@@ -47,7 +47,7 @@ MORE_SHAPES = (
     ("contiguous", 2, (2, 31, 33)),  # m = 2046
 )
 MOST_VALUES = (1, 141, 143)  # m = 20163; not in float16, in which torch sums its second derivative and overflows
-# More channels than one block of a kernel takes, and more values than one pass; the first ones in the quick run too.
+# More channels than one block of a kernel, and more values than one pass; the quick run uses the first three.
 LARGE_SHAPES = (
     ("channels_last", 67, (2, 5, 3)),
     ("contiguous", 2, (1, 71, 71)),  # m = 5041
@@ -58,12 +58,12 @@ LARGE_SHAPES = (
     ("contiguous", 2, (257, 3)),  # many examples
     ("contiguous", 2, MOST_VALUES),
 )
-INTERPRETED_CHANNELS = 64  # a contiguous channel is a program of its own, which Triton's interpreter takes long over
+INTERPRETED_CHANNELS = 64  # each contiguous channel is one program, which is slow in Triton's interpreter
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a kernel. Its identifier is a path, and the seed of its inputs."""
+    """One call of a kernel. Its identifier is also the seed of its inputs."""
 
     mode: str
     dtype: str
@@ -108,20 +108,20 @@ class Case:
 
     @property
     def needs(self) -> set[str]:
-        """What a kernel has to take for this case: its mode, dtype and fused operations."""
+        """What a kernel has to support for this case: mode, dtype and fused operations."""
         return {self.mode, self.dtype, *self.fusion.split("+")}
 
     @property
     def m(self) -> int:
-        """Values that one mean is taken over."""
+        """Values per mean."""
         return NORMS[self.norm].values_per_mean(self.shape, CHECKED_GROUPS)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a kernel is called with. g, and the directions v of the second derivative, belong to y and to (dx, ...).
+    """Inputs of a kernel, the gradient g of the loss in y, and the directions v of the second derivative.
 
-    Those of a shape that is timed have no v: its second derivative is not asked for.
+    Timed shapes have no v, since their second derivative is not checked.
     """
 
     x: Tensor
@@ -141,27 +141,27 @@ class Inputs:
         return self.each(lambda t: t.detach().to(device).to(torch.float64, copy=True))
 
     def of_channels(self, channels: Tensor, layout: str) -> Inputs:
-        """Those channels of every tensor, (k) indices, in that layout."""
+        """Every tensor restricted to the channels, (k) indices, in that layout."""
         return self.each(lambda t: with_layout(channels_of(t, channels), layout))
 
     def leaves(self) -> dict[str, Tensor]:
-        """What gradients are asked for, made to require them."""
+        """The tensors to differentiate, with requires_grad set."""
         found = {"dx": self.x, "dweight": self.weight, "dbias": self.bias, "dresidual": self.residual}
         return {name: t.requires_grad_() for name, t in found.items() if t is not None}
 
     def for_one_call(self) -> Inputs:
-        """The same tensors, with copies of the running statistics, which a call in training moves."""
+        """The same tensors, with copies of the running statistics, which training updates."""
         copies = [None if running is None else running.clone() for running in (self.running_mean, self.running_var)]
         return replace(self, running_mean=copies[0], running_var=copies[1])
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
-        """With every tensor changed by that function."""
+        """The inputs with `change` applied to every tensor."""
         changed: dict[str, Any] = {name: None if t is None else change(t) for name, t in vars(self).items()}
         return replace(self, **changed)
 
 
 def arguments(case: Case, given: Inputs) -> tuple[Any, ...]:
-    """What a kernel is called with, by position, in the order of bncli.batch_norm's parameters."""
+    """The positional arguments of a kernel, in the order of bncli.batch_norm's parameters."""
     return (
         *(given.x, given.running_mean, given.running_var, given.weight, given.bias),
         *(case.training, case.momentum, case.eps, given.residual, case.activation),
@@ -169,7 +169,7 @@ def arguments(case: Case, given: Inputs) -> tuple[Any, ...]:
 
 
 def divisible(channels: int, norm: str) -> int:
-    """So many channels, or one more where the norm's groups are of one example and would not divide them."""
+    """The number of channels, increased until the groups of the norm divide it."""
     return channels if NORMS[norm].over_batch else channels + channels % CHECKED_GROUPS
 
 
@@ -214,7 +214,7 @@ def _fusions(effort: Effort, fusions: tuple[str, ...], spatial: int, turn: int) 
     if effort == "full" or (effort == "default" and spatial == 3):
         return fusions
     count = 1 if effort == "quick" else 2
-    # A stride of 3 visits all eight; the row's own offset keeps a dtype from always meeting the same operations.
+    # A stride of 3 visits all eight; the offset per row varies the operations of a dtype.
     return tuple(dict.fromkeys(fusions[(3 * (turn + turn // 6) + 5 * k) % len(fusions)] for k in range(count)))
 
 
@@ -253,19 +253,18 @@ def inputs(case: Case, device: torch.device) -> Inputs:
         v_bias=normal(c).to(vectors),
         smooth=torch.ones(case.shape, dtype=dtype),
     )
-    settled = away_from_the_kink(found, case)
-    return settled.each(lambda t: with_layout(t.to(device), case.layout))
+    return away_from_the_kink(found, case).each(lambda t: with_layout(t.to(device), case.layout))
 
 
 def away_from_the_kink(given: Inputs, case: Case, device: torch.device = CPU) -> Inputs:
-    """g = 0 where the activation's input is within rounding of 0: there either side's derivative is right.
+    """Set g = 0 where the activation's input is within rounding of 0, since either derivative is right there.
 
-    At NaN it is the one that torch takes: 1 for relu, the slope for leaky_relu. device: where that input is computed.
+    At NaN g is kept; torch's derivative is 1 for relu and the slope for leaky_relu. device: for that computation.
     """
     if case.activation not in KINKED_ACTIVATIONS:
         return given
     z = preactivation(given.wide(device), case)
-    # more than any sum, in whatever order, or store is off by
+    # An upper bound of the error of a sum in any order, and of a store.
     rounding = 8 * max(unit_roundoff(case.stored), (32 + math.sqrt(case.m)) * unit_roundoff(case.working))
     margin = rounding * (1 + torch.nan_to_num(z, 0.0, 0.0, 0.0).abs().max())
     smooth = (~(z.abs() <= margin)).to(given.g)
@@ -273,12 +272,12 @@ def away_from_the_kink(given: Inputs, case: Case, device: torch.device = CPU) ->
 
 
 def with_positive_weight(given: Inputs, case: Case) -> Inputs:
-    """The magnitudes of the weights, and g for the activation's input that they give."""
+    """The inputs with the magnitudes of the weights, and g adapted to them."""
     return given if given.weight is None else away_from_the_kink(replace(given, weight=given.weight.abs()), case)
 
 
 def preactivation(given: Inputs, case: Case) -> Tensor:
-    """What the activation is applied to, in float64."""
+    """The input of the activation, in float64."""
     plain = replace(case, fusion="residual" if case.adds else "plain")
     return definition(case.norm)(*arguments(plain, given.for_one_call()))
 
@@ -294,7 +293,7 @@ def channels_of(t: Tensor, channels: Tensor) -> Tensor:
 
 
 def with_layout(t: Tensor, layout: str) -> Tensor:
-    """The same values, contiguous, channels_last where the rank has it, or strided: every second place of a memory."""
+    """The same values, contiguous, channels_last where the rank has it, or strided: every second position in memory."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     if layout == "strided" and t.dim() > 1:
         return torch.stack([t, t], dim=-1).flatten(-2)[..., ::2]
@@ -318,7 +317,7 @@ EPS, MOMENTUM = 1e-5, 0.1
 
 
 def timed(case: profile.Case) -> Case:
-    """The same batch norm as a case that kernels are judged on."""
+    """The test case of a timed shape."""
     added, activation = OPERATIONS[case.operation]
     fusion = "+".join(name for name in (activation, "residual" if added else None) if name) or "plain"
     mode, dtype = "train" if case.training else "eval", DTYPE_NAMES[case.dtype]
@@ -356,10 +355,10 @@ def timed_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
 
 
 def floor_bytes(case: profile.Case, direction: Direction) -> float:
-    """The fewest bytes to move with each tensor read once: the floor of one on-chip pass (C-sized vectors ignored).
+    """The minimum memory traffic in bytes, with each tensor read once (C-sized vectors ignored).
 
-    Forward: x, y; backward: x, dy, dx. With the residual a tensor more in each direction, and one bit an element that
-    says where ReLU was open.
+    Forward: x, y; backward: x, dy, dx. A residual adds one tensor in each direction, and one bit per element for the
+    sign of the ReLU's input.
     """
     added = OPERATIONS[case.operation][0]
     bits = case.elements / 8 if added else 0.0
@@ -367,7 +366,7 @@ def floor_bytes(case: profile.Case, direction: Direction) -> float:
     return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
 
 
-# An element's operations (an addition, a multiplication, a comparison, an exponential or a division: 1 each).
+# Operations per element (an addition, a multiplication, a comparison, an exponential or a division: 1 each).
 STATISTICS = 4  # the sum; the deviation from the mean, its square, their sum
 NORMALIZE = 2  # the deviation, over the standard deviation
 AFFINE = 2  # times weight, plus bias
@@ -378,7 +377,7 @@ DERIVATIVE = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 9}  # silu: the sigmo
 
 
 def flops(case: profile.Case, direction: Direction) -> float:
-    """The arithmetic of the definition in one call; a kernel may do more. Backward computes xhat anew."""
+    """The operations of the definition in one call; a kernel may do more. Backward recomputes xhat."""
     added, activation = OPERATIONS[case.operation]
     affine = AFFINE if case.affine != "none" else 0
     forward = (STATISTICS if case.training else 0) + NORMALIZE + affine + added + ACTIVATION[activation]

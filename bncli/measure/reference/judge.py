@@ -1,4 +1,4 @@
-"""Judge of a kernel's results, each against the definition in float64; checks and their verdicts."""
+"""Comparison of a kernel's results with the definition in float64; checks and their verdicts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class CheckContext:
     effort: Effort = "quick"
 
     def floors(self, held_to: Expected) -> dict[str, Tensor]:
-        """The error that rounding alone explains in such a candidate."""
+        """The error that rounding explains, by the candidate's rule."""
         return held_to.floors(self.candidate.rule, self.candidate.interpreted)
 
     def fresh(self, case: Case) -> tuple[Case, Inputs]:
@@ -58,7 +58,7 @@ class CheckContext:
 
 @dataclass(frozen=True)
 class Evidence:
-    """One case in full, for the diagnosis: what went in, what came out and what should have, in float64."""
+    """Inputs, results, and correct results of a case in float64, for the diagnosis."""
 
     case: Case
     given: Inputs
@@ -69,7 +69,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check found of each of its quantities; "" for the single result of a check that has one."""
+    """The finding for each quantity of a check; the quantity of a check with one result is ""."""
 
     findings: dict[str, Finding]
     evidence: Evidence | None = None
@@ -83,7 +83,7 @@ class Outcome:
 def compare(context: CheckContext, case: Case, given: Inputs, second: bool = True) -> Outcome:
     """Every quantity of the candidate on these inputs against the definition in float64."""
     held_to = tolerances.expected(case, given, second)
-    # torch's own operator is no yardstick for itself
+    # The tolerance of torch's operator does not depend on its own error.
     native = {} if context.candidate.rule == "native" else tolerances.native_results(case, given, second)
     wide = given.wide()  # before a kernel that writes into its input
     with poisoned():
@@ -102,7 +102,7 @@ def judged(evidence: Evidence, problems: dict[str, Finding], native: dict[str, T
 
 
 def _judge(quantity: str, evidence: Evidence, native: dict[str, Tensor]) -> Finding:
-    """The worst of the tensors of that name; of a double backward there are several."""
+    """The finding for a quantity: the worst of its tensors, of which a double backward has several."""
     worst = Finding("right", quantity, 0.0)
     for name in SECOND if quantity == "double backward" else (quantity,):
         if name not in evidence.truth:
@@ -138,9 +138,9 @@ def number_kind(found: float, expected: float) -> FindingKind:
 
 
 def written(given: Inputs, before: Inputs) -> tuple[str, ...]:
-    """Which inputs are no longer what they were, `before` being a copy in float64.
+    """The inputs that differ from `before`, a copy in float64.
 
-    The running statistics are left out: a call is handed copies of them, which `observe` looks at.
+    Running statistics are left out: a call gets copies of them, which `observe` checks.
     """
     names = [name for name in vars(given) if name not in ("smooth", "running_mean", "running_var")]
     now = given.wide(before.x.device)
@@ -156,24 +156,24 @@ def same_bits(one: Tensor | None, other: Tensor | None) -> bool:
 
 # --- a large case -----------------------------------------------------------------------------------------------------
 # Batch norm treats each channel by itself, so the definition in float64 of some channels needs those alone. The kernel
-# runs on the whole tensor, with the tiles, the threads and the cache misses that it is timed with.
+# runs on the whole tensor, with the same tiles, threads and cache misses as in the timing.
 
 
 @dataclass(frozen=True)
 class Large:
-    """The inputs of a case, and what the results of its judged channels are held to."""
+    """The inputs of a large case, and the expected results of its judged channels."""
 
     case: Case
     given: Inputs  # of all channels
     channels: Tensor  # (k) int64, those that are judged
     part: Inputs  # of those channels, in float64
     expected: Expected
-    native: dict[str, Tensor]  # what torch's own kernel gives there in the case's dtype, in float64
+    native: dict[str, Tensor]  # results of torch's kernel in the case's dtype, as float64
 
     def judge(self, call: Forward, rule: Rule, *, poison: bool = True) -> Outcome:
         """Every quantity of the judged channels; those of the other channels must be finite.
 
-        poison: what the kernel leaves unwritten is NaN; not for a compiled function, which would be compiled once more.
+        poison: fill uninitialized memory with NaN; not for a compiled function, which would be recompiled.
         """
         before = _checksums(self.given)
         with poisoned() if poison else contextlib.nullcontext():
@@ -188,14 +188,14 @@ class Large:
         values = {name: channels_of(t.detach(), self.channels).to(device).double() for name, t in seen.values.items()}
         floors = self.expected.floors(rule)
         evidence = Evidence(self.expected.case, self.part, values, self.expected.truth, floors)
-        # Of torch's own kernel too no more is asked here: the error of its sums may grow as m, by their order.
+        # Torch's kernel gets the same tolerance here: the error of its sums may grow as m, depending on their order.
         return judged(evidence, problems, self.native)
 
 
 def large(
     case: Case, device: torch.device, *, seed: int = 0, positive_weight: bool = False, most_elements: int | None = None
 ) -> Large:
-    """Inputs of a case and what up to `most_elements` of its results, in whole channels, are held to."""
+    """Inputs of a case and the expected results of up to `most_elements` elements, in whole channels."""
     given = timed_inputs(case, device, seed)
     if positive_weight and given.weight is not None:
         given = replace(given, weight=given.weight.abs())
@@ -205,9 +205,9 @@ def large(
     small = replace(case, shape=(case.shape[0], len(channels), *case.shape[2:]))
     part = away_from_the_kink(given.of_channels(channels, case.layout), small, wide_on)
     given.g.index_copy_(1, channels, part.g)
-    native = observe(NATIVE, case, given, second=False)  # on all channels and threads it adds in another order
+    native = observe(NATIVE, case, given, second=False)  # on all channels: the size sets the order of its sums
     values = {name: channels_of(t, channels) for name, t in native.values.items()}
-    if native.problems:  # it may find no room where another kernel does
+    if native.problems:  # it may run out of memory where another kernel does not
         values = observe(NATIVE, small, part, second=False).values
     held_to = tolerances.computed(small, part, False, wide_on, PERTURBED_ELEMENTS)
     wide = {name: t.to(wide_on, torch.float64) for name, t in values.items()}
@@ -224,14 +224,14 @@ def _checksums(given: Inputs) -> dict[str, int]:
     """The sum of each tensor's bits, as integers that wrap around: exact in any order, without another such tensor."""
     found = {}
     for name, t in vars(given).items():
-        if t is not None and not name.startswith("running"):  # of which every call is handed copies
+        if t is not None and not name.startswith("running"):  # every call gets copies of these
             integers = BITS[t.element_size()]
             found[name] = int(t.detach().view(integers).sum(dtype=integers))
     return found
 
 
 def _finite(t: Tensor) -> bool:
-    """By its sum, which takes no other tensor of its size."""
+    """Whether all values are finite, by their sum, without a temporary tensor of that size."""
     return math.isfinite(float(t.detach().sum(dtype=torch.float64 if t.dtype == torch.float64 else torch.float32)))
 
 
@@ -241,10 +241,10 @@ PROBE = Case("train", "float32", "contiguous", (4, 4, 3))
 
 
 def refusals(context_of: Callable[[Case], CheckContext | None]) -> dict[str, NotChecked]:
-    """What a kernel refuses by raising, though it takes a plain float32 input: name -> its reason.
+    """What a kernel refuses by raising, although it accepts a plain float32 input: name -> reason.
 
-    The name of a dtype: any exception counts. Of a fused operation, or `eval`: NotImplementedError alone, which says
-    that it was never offered; any other is a bug. context_of: a kernel for each case, None where it does not take it.
+    For a dtype any exception counts. For a fused operation or `eval` only NotImplementedError counts, which means that
+    it is not supported; any other is a bug. context_of: the context of a case, None if the kernel does not accept it.
     """
     reasons: dict[str, NotChecked] = {}
     context = context_of(PROBE)
@@ -266,7 +266,7 @@ def refusals(context_of: Callable[[Case], CheckContext | None]) -> dict[str, Not
 
 
 def _raised(context: CheckContext, case: Case) -> Finding | None:
-    """What the forward pass of a plain case raised."""
+    """The exception of the forward pass of a plain case."""
     case, given = context.fresh(case)
     problem = observe(context.candidate.call, case, given, second=False).problems.get("forward")
     return problem if problem and problem.exception else None
@@ -277,13 +277,13 @@ def _raised(context: CheckContext, case: Case) -> Finding | None:
 
 @dataclass(frozen=True)
 class Check:
-    """What can be asked for by its identifier. `run` judges each of the quantities."""
+    """A check that can be selected by its identifier. `run` judges each of the quantities."""
 
     section: str
     identifier: str  # made of the fields, for people
     run: Callable[[], Outcome]
     name: str = ""  # gradcheck, same-bits, variance, ...; empty in the values section
-    case: Case | None = None  # None: inputs of the check's own
+    case: Case | None = None  # None: the check makes its own inputs
     parameter: float | None = None  # mean over deviation, where the check varies that
     variant: str = ""  # of a hard input: nan+relu, transposed, ...
     quantities: tuple[str, ...] = ("",)
@@ -293,17 +293,17 @@ class Check:
 
 
 def single(context: CheckContext, case: Case, judge: Callable[[CheckContext, Case, Inputs], Finding]) -> Outcome:
-    """A check that has one result, on the inputs of its case. What the kernel raises is its finding."""
+    """A check with one result, on the inputs of its case. An exception of the kernel is a finding."""
     try:
         finding = judge(context, *context.fresh(case))
-    except (Exception, SystemExit) as error:  # the kernel's own, which may be anything
+    except (Exception, SystemExit) as error:  # a kernel may raise anything
         finding = finding_of(error)
     return Outcome({"": finding})
 
 
 @dataclass(frozen=True)
 class CheckGroupPlan:
-    """Checks that finish together the rows of the table."""
+    """Checks that run together, and the table rows that they fill."""
 
     section: str
     checks: list[Check]
@@ -313,7 +313,7 @@ class CheckGroupPlan:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found of one quantity of a check, and the row of the table that counts it."""
+    """The finding for one quantity of a check, and the table row that counts it."""
 
     check: Check
     row: str

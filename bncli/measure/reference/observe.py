@@ -24,30 +24,30 @@ SECOND = ("double backward in x", "double backward in weight", "double backward 
 
 @dataclass
 class Observation:
-    """Quantity -> tensor. What an exception or an impossible result kept from being computed is in `problems`."""
+    """Results of a run: quantity -> tensor. Quantities that could not be computed are in `problems`."""
 
     values: dict[str, Tensor] = field(default_factory=dict)
     problems: dict[str, Finding] = field(default_factory=dict)
 
     @property
     def problem(self) -> Finding | None:
-        """The first of them."""
+        """The first problem."""
         return next(iter(self.problems.values()), None)
 
     def wide(self, device: torch.device = CPU) -> dict[str, Tensor]:
-        """In float64 on the device."""
+        """The values in float64 on the device."""
         return {name: value.detach().to(device).double() for name, value in self.values.items()}
 
 
 def quantities(case: Case) -> tuple[str, ...]:
-    """What a run of the case is judged by, in the order in which it is computed."""
+    """The quantities of a case that are checked, in the order of computation."""
     running = RUNNING if case.training and NORMS[case.norm].over_batch else ()
     return ("forward", *running, *(GRADIENTS if case.adds else GRADIENTS[:3]), "double backward")
 
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Every tensor made without a value is NaN inside (torch.utils.deterministic.fill_uninitialized_memory)."""
+    """A context that fills uninitialized tensors with NaN (torch.utils.deterministic.fill_uninitialized_memory)."""
     before = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import the compiler for it: 1 s
     try:
@@ -63,7 +63,7 @@ def observe(call: Forward, case: Case, given: Inputs, second: bool = True) -> Ob
     wanted = taken.leaves()
     try:
         y = call(*arguments(case, taken))
-    except (Exception, SystemExit) as error:  # the kernel may be anyone's code
+    except (Exception, SystemExit) as error:  # a kernel may raise anything
         return _failed(seen, quantities(case), error)
     if wrong := unlike(y, given.x):
         seen.problems = dict.fromkeys(quantities(case), wrong)
@@ -106,7 +106,7 @@ def _second(y: Tensor, wanted: dict[str, Tensor], given: Inputs) -> dict[str, Te
     )
     names = SECOND if "dweight" in wanted else (SECOND[0], SECOND[2])
     values = {name: _or_zero(*pair) for name, *pair in zip(names, found, into, strict=True)}
-    if given.smooth is not None:  # on a kink either side's value is right
+    if given.smooth is not None:  # at a kink either one-sided value is right
         values[SECOND[2]] = values[SECOND[2]] * given.smooth
     return values
 
@@ -116,7 +116,7 @@ def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
 
 
 def unlike(y: object, x: Tensor) -> Finding | None:
-    """What is impossible about a kernel's output for that input, or None."""
+    """What is wrong with the type, shape, dtype or device of a kernel's output, or None."""
     if not isinstance(y, Tensor):
         return Finding("wrong_type", given=type(y).__name__, wanted="a tensor")
     pairs: tuple[tuple[FindingKind, object, object], ...] = (
@@ -131,7 +131,7 @@ def unlike(y: object, x: Tensor) -> Finding | None:
 
 
 def finding_of(error: BaseException) -> Finding:
-    """What a kernel raised, or autograd in its backward pass, which says by its text alone what it refuses."""
+    """The finding for an exception of a kernel or of autograd, whose errors are recognised by their text."""
     if isinstance(error, KernelFailed):
         return error.finding
     text = str(error)

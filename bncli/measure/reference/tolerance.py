@@ -1,9 +1,9 @@
-"""Tolerances of a kernel's errors: derived from roundings, or twice the native kernel's own error.
+"""Tolerances of a kernel's errors: rounding errors, or twice the error of the native kernel.
 
-The floor of a quantity is what its definition in float64 moves by when every number on the way moves by one rounding. A
-kernel that adds its m terms in a tree loses about log2(m) such moves; one that adds them one after the other about
-sqrt(m), with a probability that grows fast with the factor before it (Higham & Mary 2019, theorem 2.4), and is no less
-right. bncli's own kernels are held to the tree, torch's operator and the user's functions to any order.
+The floor of a quantity is the change of its float64 definition when every intermediate value changes by one rounding. A
+kernel that adds its m terms in a tree has an error of about log2(m) such changes; a sequential sum has about sqrt(m),
+with a probability that grows fast with the factor before it (Higham & Mary 2019, theorem 2.4), and is just as correct.
+bncli's kernels must meet the bound of tree sums, torch's operator and user functions that of sequential sums.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Values = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Expected:
-    """The exact results of a case in float64, and how far rounding moves them; the same for every kernel."""
+    """The exact results of a case in float64, and how much rounding changes them; the same for every kernel."""
 
     case: Case
     truth: Values
@@ -86,7 +86,7 @@ SMALLEST = torch.finfo(torch.float64).smallest_normal  # keeps 0 / 0 out of a ch
 
 @dataclass(frozen=True)
 class _Question:
-    """A case and its inputs, told apart by a digest of their bytes, so that an answer can be remembered."""
+    """A case and its inputs as a cache key: the inputs are compared by a digest of their bytes."""
 
     case: Case
     second: bool
@@ -104,7 +104,7 @@ def _question(case: Case, given: Inputs, second: bool) -> _Question:
 
 
 def expected(case: Case, given: Inputs, second: bool = True) -> Expected:
-    """What the results of these inputs are held to, in float64 on the CPU. The last ones are remembered.
+    """The expected results for these inputs, in float64 on the CPU; cached.
 
     second: with the second derivative.
     """
@@ -117,7 +117,7 @@ def _expected(question: _Question) -> Expected:
 
 
 def native_results(case: Case, given: Inputs, second: bool = True) -> Values:
-    """What torch's own kernel gives of these inputs in their dtype and on their device, in float64; remembered."""
+    """The results of torch's kernel for these inputs in their dtype on their device, as float64; cached."""
     places = tuple((t.device, t.stride()) for t in vars(given).values() if t is not None)
     return _native_results(_question(case, given, second), places)
 
@@ -129,7 +129,7 @@ def _native_results(question: _Question, places: tuple[object, ...]) -> Values:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """For many short operators, which threads that wait for each other would slow down."""
+    """One CPU thread, for many short operators, which thread synchronization would slow down."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -140,7 +140,7 @@ def _one_thread() -> Iterator[None]:
 
 @_one_thread()
 def computed(case: Case, given: Inputs, second: bool, device: torch.device, most: int | None = None) -> Expected:
-    """`expected` on a device, not remembered. most: elements of x that are perturbed, a sample of every channel."""
+    """`expected` on a device, not cached. most: elements of x that are perturbed, a sample of every channel."""
     wide = given.wide(device)
     truth = observe(definition(case.norm), case, wide, second).wide(device)
     draw = generator(case.identifier + "/rounding", device)
@@ -175,7 +175,7 @@ def _sampled(case: Case, wide: Inputs, most: int) -> tuple[Case, Inputs]:
 
 
 def _like(moved: Tensor, exact: Tensor) -> Tensor:
-    """A magnitude of each channel, (C) or (1, C), in the dimensions of the exact values."""
+    """A value per channel, (C) or (1, C), reshaped to the dimensions of the exact values."""
     return moved if exact.dim() < 2 else per_channel(moved.flatten(), exact)
 
 
@@ -201,10 +201,10 @@ def _moves(
     second: bool,
     still: tuple[str, ...] = (),
 ) -> Values:
-    """How far each channel moves, root mean square over perturbations, when all numbers move by a relative N(0, by^2).
+    """Root-mean-square change of each channel when all values are perturbed by a relative N(0, by^2).
 
-    All inputs but those that stand still, and all intermediates with their gradients (Parker 1997, Monte Carlo
-    arithmetic): the cancellation inside an algorithm counts as much as the condition of its result.
+    All inputs except `still`, and all intermediates and their gradients, are perturbed (Parker 1997, Monte Carlo
+    arithmetic), so that cancellation inside the algorithm counts as well as the condition of the result.
     """
 
     step = max(by, 2.0**-24)  # float64 itself must not round the step away
@@ -216,7 +216,7 @@ def _moves(
         return drawn.to(torch.float64).mul_(step)
 
     def rounding(tensor: Tensor) -> Tensor:
-        """The number and its gradient move apart: a consistent function would keep its cancellations exact."""
+        """Perturb the value and its gradient independently: a consistent change would preserve exact cancellations."""
         value, gradient = noise(tensor), noise(tensor)
         return tensor * (1 + gradient) + (tensor * (value - gradient)).detach()
 
@@ -233,7 +233,7 @@ def _moves(
 
 
 def largest(values: Tensor) -> Tensor:
-    """The largest finite magnitude in each channel, (1, C, 1, ...); of a vector (C), its own."""
+    """The largest finite magnitude per channel, (1, C, 1, ...); for a vector (C), its magnitudes."""
     finite = torch.nan_to_num(values, 0.0, 0.0, 0.0).abs()
     if values.dim() < 2 or not values.numel():
         return finite
@@ -241,9 +241,9 @@ def largest(values: Tensor) -> Tensor:
 
 
 def in_floors(found: Tensor, exact: Tensor, floor: Tensor) -> float:
-    """The largest error in units of its floor; infinite where one of the two is a number and the other is not.
+    """The largest error in units of its floor; infinite where only one of the two is finite.
 
-    Where neither is a number, NaN and infinity count as the same: which of them a sum gives depends on its order.
+    NaN and infinity count as equal, since which of them a sum gives depends on its order.
     """
     if not found.numel():
         return 0.0
@@ -252,11 +252,11 @@ def in_floors(found: Tensor, exact: Tensor, floor: Tensor) -> float:
 
 
 def in_tolerances(found: Tensor, exact: Tensor, floor: Tensor, native: Tensor | None) -> tuple[float, float | None]:
-    """The error in units of the tolerance, and over the native kernel's own error where that is known and not 0.
+    """The error in units of the tolerance, and relative to the native kernel's error if that is known and not 0.
 
-    The tolerance is the floor, or twice the native kernel's error where that is larger. That error is taken in floors,
-    but of y and what is like it no more than it is anywhere in the channel: where native cancels, its error is many
-    floors of a small number, and not of the others.
+    The tolerance is the floor, or twice the native kernel's error where that is larger. That error is taken in floors.
+    For tensors like y it is limited to its maximum in the channel: where native cancels, its error is many floors of a
+    small value, which must not apply to the others.
     """
     error = in_floors(found, exact, floor)
     of_native = in_floors(native, exact, floor) if native is not None else 0.0

@@ -1,4 +1,4 @@
-"""Ceilings of the machine, measured in the same run: copies of several sizes, and multiply-adds in float32."""
+"""Performance ceilings of the machine, measured in the same run: copy bandwidth by size, and float32 FLOP/s."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}
 
 
 class CeilingBenchmark:
-    """Copies of every size, up to a large one, and torch.mm of one size. The samples of every `measure` count."""
+    """Copies of every size, up to a large one, and torch.mm of one size. Samples of all `measure` calls count."""
 
     def __init__(
         self,
@@ -41,13 +41,13 @@ class CeilingBenchmark:
         self._mm_ms += self._samples(Work(lambda _: torch.mm(a, b, out=out)), rounds, cold=False)
 
     def _samples(self, work: Work, rounds: int, cold: bool) -> tuple[float, ...]:
-        work.run(None)  # its pages are there
+        work.run(None)  # allocate its pages
         return interleaved(self._clock, {"": work}, rounds, cold=cold)[""]
 
     def ceilings(self) -> Ceilings:
-        """Copies by the median of their samples, as kernels are, and the fastest multiply-adds, so far."""
+        """The median of the copies' samples, as for kernels, and the fastest multiply-adds, so far."""
         if not self._mm_ms:
             return Ceilings((), None)
-        # A copy reads and writes each byte once; bytes a millisecond / 10^6 are GB/s.
+        # A copy reads and writes each byte once; bytes per millisecond / 10^6 are GB/s.
         copies = tuple((size, 2 * size / statistics.median(ms) / 1e6) for size, ms in self._copy_ms.items())
         return Ceilings(copies, 2 * self._side**3 / min(self._mm_ms) / 1e6)

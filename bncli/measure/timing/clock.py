@@ -1,4 +1,4 @@
-"""Times of short pieces of work on a device: raw samples, cold or warm cache, interleaved and paired by round.
+"""Timing of short workloads on a device: raw samples, cold or warm cache, interleaved and paired by round.
 
 A sample of a CUDA device is the time between two of its events. So that it holds the device's time alone, the device is
 kept busy (it spins) until the host has enqueued all of the work; a sample for which that failed is counted in
@@ -22,12 +22,12 @@ FLUSH_TIMES_L2 = 4  # a buffer this many times the last cache leaves nothing of 
 LEAST_FLUSH_BYTES = 64 * 2**20
 FIRST_LEAD_MS, LEAST_LEAD_MS = 0.1, 0.02  # of spinning before a sample, then twice what the host took last time
 LONGEST_LEAD_MS = 5.0  # work that takes the host longer than this is bound by it
-FEWEST_ROUNDS = 3  # however late it is: two samples have no useful quartiles
+FEWEST_ROUNDS = 3  # even after the deadline: two samples have no useful quartiles
 
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What a sample runs: `run`, timed, takes what `prepare`, untimed, made. It holds `calls` of what is measured."""
+    """A timed workload: `run` is timed with the result of the untimed `prepare`, and makes `calls` calls."""
 
     run: Callable[[Any], object]
     prepare: Callable[[], Any] = lambda: None
@@ -35,7 +35,7 @@ class Work:
 
 
 def in_a_row(call: Callable[[], object], calls: int) -> Work:
-    """Several calls as one sample, after an untimed one: a short call begins with what the last left in the caches."""
+    """Several calls as one sample, after an untimed call that warms the caches."""
 
     def run(_: object) -> None:
         for _ in range(calls):
@@ -56,7 +56,7 @@ class Clock(Protocol):
 
 
 class CpuClock:
-    """Wall time. Cold: a buffer larger than the last cache is written before."""
+    """Wall time. Cold: a buffer larger than the last-level cache is written before each sample."""
 
     def __init__(self, flush_bytes: int = LEAST_FLUSH_BYTES, now_ns: Callable[[], int] = time.perf_counter_ns) -> None:
         self._now_ns = now_ns
@@ -134,7 +134,7 @@ class CudaClock:
 
 
 def _prepared(work: Work, flush: torch.Tensor | None) -> Any:
-    """What the work takes. Without a buffer to flush the cache with, the same work runs untimed just before."""
+    """The argument of `work.run`, after flushing the cache, or without `flush` after an untimed run of the work."""
     if flush is None:
         work.run(work.prepare())
     state = work.prepare()
@@ -171,13 +171,13 @@ class LoopClock:
 
 
 def of(device: torch.device) -> Clock:
-    """The clock of that device."""
+    """The clock for a device."""
     return CudaClock(device) if device.type == "cuda" else CpuClock()
 
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Let torch compute on so many CPU threads inside."""
+    """A context in which torch uses that many CPU threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -187,7 +187,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 class Deadline:
-    """A time to be done by, `seconds` from its making."""
+    """A deadline `seconds` after its creation."""
 
     def __init__(self, seconds: float, now_s: Callable[[], float] = time.monotonic) -> None:
         self._now_s = now_s
@@ -212,7 +212,7 @@ def rounds(
     fewest: int = FEWEST_ROUNDS,
     order: random.Random | None = None,
 ) -> Iterator[dict[Any, float]]:
-    """Milliseconds per call of every work, a round at a time; each round draws their order anew.
+    """Milliseconds per call of every work, one round at a time; the order within a round is random.
 
     Fewer rounds than `most`, but at least `fewest`, once `deadline` has passed. Warm up before: the first call of a
     kernel may compile it.

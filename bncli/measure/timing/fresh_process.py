@@ -1,9 +1,9 @@
 """Function calls in fresh processes: a server that has loaded torch forks a child for each call.
 
-A call starts from the memory of a process that has loaded a module and done next to nothing else, and one that crashes
-or hangs fails alone. multiprocessing's fork server is not used: it only imports modules, where one step of batch norm
-in the server saves each child 0.3 s; it is one for the whole program, shares its standard error and runs its script
-again in each child; and until Python 3.11 it has the current folder on its path. This module does not import torch, so
+A call starts from the memory of a process that has loaded a module and done almost nothing else, and a crash or hang
+affects only that call. multiprocessing's fork server is not used: it only imports modules, while one step of batch norm
+in the server saves each child 0.3 s; it is shared by the whole program with its standard error, and reruns the main
+script in each child; and until Python 3.11 it has the current folder on its path. This module does not import torch, so
 that the server and the program load it at the same time.
 """
 
@@ -28,14 +28,14 @@ SERVER = (
 
 
 class CallFailed(RuntimeError):
-    """A call without a result: what it raised, how its process ended, or that it took too long."""
+    """A call without a result: its exception, how its process ended, or a timeout."""
 
 
 class FreshProcesses:
     """A server for calls in fresh processes, which `close` ends together with its children.
 
-    prepare: a module's function without arguments, which the server runs first. What it imports, and the module it is
-    in, is there in every child. The server has one thread and no GPU, since neither survives a fork.
+    prepare: a module's function without arguments, which the server runs first. What it imports, and its own
+    module, is loaded in every child. The server has one thread and no GPU, since neither survives a fork.
     """
 
     def __init__(self, prepare: Callable[[], object], command: str = SERVER) -> None:
@@ -44,7 +44,7 @@ class FreshProcesses:
         self._connection, self._theirs = multiprocessing.Pipe()
 
     def start(self) -> None:
-        """Let the server load and prepare, and return. Without it, the first call takes longer."""
+        """Start the server in the background. Otherwise the first call starts it."""
         if self._server is not None:
             return
         if not hasattr(os, "fork"):
@@ -59,7 +59,7 @@ class FreshProcesses:
                 env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": _path()},
                 start_new_session=True,  # Ctrl-C is for the program, which then ends the server
             )
-        with contextlib.suppress(OSError):  # of a server that has ended at once, which the first call finds out
+        with contextlib.suppress(OSError):  # if the server has ended already, the first call reports it
             self._connection.send(self._prepare)
 
     def call(self, function: Callable[..., Any], *arguments: Any, limit_s: float) -> Any:
@@ -71,14 +71,14 @@ class FreshProcesses:
                 raise OSError("no answer")
             result, failure = self._connection.recv()
         except (OSError, EOFError) as error:
-            self.close()  # it is not started again
+            self.close()  # the server is not restarted
             raise CallFailed(f"the process that measures memory ended: {error or type(error).__name__}") from None
         if failure is not None:
             raise CallFailed(failure)
         return result
 
     def close(self) -> None:
-        """End the server and what it has forked."""
+        """End the server and its children."""
         self._connection.close()
         self._theirs.close()
         if self._server is not None and self._server.returncode is None:

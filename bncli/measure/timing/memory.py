@@ -12,7 +12,7 @@ from bncli.engine.device import peak_memory_mib, reset_peak_memory, synchronize
 
 MIB = 2**20
 M_MMAP_THRESHOLD = -3  # mallopt's, of glibc
-MAPPED_BYTES = 2**16  # from this size on a tensor is mapped alone, and its pages are given back when it is freed
+MAPPED_BYTES = 2**16  # tensors of this size or more get their own mapping, which is returned when they are freed
 
 
 def saved_mib(run: Callable[[], object], leave_out: Iterable[Tensor] = ()) -> float:
@@ -26,15 +26,15 @@ def saved_mib(run: Callable[[], object], leave_out: Iterable[Tensor] = ()) -> fl
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = run()  # kept: what it saved stays where it is, and no later tensor takes its address
+        result = run()  # kept alive, so that no later tensor reuses the address of a saved one
     del result
     return sum(size for address, size in saved.items() if address not in left_out) / MIB
 
 
 def peak_mib(run: Callable[[], object], device: torch.device) -> float | None:
-    """The peak of `run` beyond what is in use before it, in MiB: the allocator's on CUDA, else of resident memory.
+    """The peak memory of `run` above that in use before it, in MiB: the allocator's on CUDA, else resident memory.
 
-    None where the device has neither.
+    None if the device has neither.
     """
     synchronize(device)
     reset_peak_memory(device)
@@ -46,7 +46,7 @@ def peak_mib(run: Callable[[], object], device: torch.device) -> float | None:
 
 
 def give_back_free_pages() -> None:
-    """Return free pages of the heap, so that a small tensor takes new ones. Only glibc has such calls."""
+    """Return free pages of the heap, so that a small tensor uses new ones. Only with glibc."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim") and hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)

@@ -1,8 +1,8 @@
 """Speedup from samples paired by round, with its 95 % interval. No torch.
 
-Sample k of two kernels was taken in round k, side by side, so what slows a round down cancels in its ratio. The
+Sample k of two kernels was taken in the same round k, so a slowdown of the whole round cancels in its ratio. The
 interval is that of the median between two order statistics, whose coverage is binomial whatever the distribution
-(Thompson 1936; David & Nagaraja, Order Statistics, section 7.1); it supposes that the rounds are independent.
+(Thompson 1936; David & Nagaraja, Order Statistics, section 7.1); it assumes independent rounds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from statistics import geometric_mean
 from bncli.results.environment import Interval
 from bncli.results.profile import Speedup
 
-TAIL = 0.025  # of each side of a 95 % interval
+TAIL = 0.025  # probability in each tail of a 95 % interval
 
 
 def faster(reference_ms: Sequence[float], ms: Sequence[float]) -> Speedup:

@@ -74,7 +74,7 @@ NOT_CHECKED_REASONS = {
 }
 # Bug -> the evidence for it. Most bugs have `{first}` alone: the first failure that shows it.
 EVIDENCE = {
-    "it raises": "{alike} of {of} calls; {first}",
+    "the kernel raises an exception": "{alike} of {of} calls; {first}",
     "no second derivative": "dx is right; {first}",
     "a wrong second derivative": "dx is right; {first}",
     "one-pass variance, E[x^2] - E[x]^2": "relative errors by mean/deviation: {errors}; {message}",
@@ -83,7 +83,7 @@ EVIDENCE = {
         "variance taken in order can lose as much"
     ),
     "half-precision statistics": "float32 and float64 pass; {first}",
-    "NaN swallowed": "a number stands where torch has NaN: {first}",
+    "NaN disappears": "a number stands where torch has NaN: {first}",
     "the activation's derivative at NaN is not torch's": (
         "torch takes 1 for relu, whose result is not <= 0, and the slope for leaky_relu, whose input is not > 0; "
         "{first}"

@@ -370,7 +370,7 @@ def test_the_report_of_a_kernel_says_when_torch_adds_the_residual() -> None:
     assert "residual of another" not in str(report(converted(mlp())))
 
 
-def test_it_is_public() -> None:
+def test_batch_norm_is_public() -> None:
     assert bncli.convert is convert
 
 

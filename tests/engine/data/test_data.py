@@ -190,13 +190,13 @@ def test_an_npz_with_its_own_test_set_keeps_it(tmp_path):
     arrays = npz(path)
     assert (arrays.train.x.tolist(), arrays.held_out.x.tolist()) == (np.eye(4).tolist(), (2 * np.eye(4)[:2]).tolist())
     assert (arrays.held_out.y.tolist(), arrays.classes) == ([1, 0], 3)
-    with pytest.raises(DataError, match=r"data\.held_out: .*set\.npz has x_test and y_test .*leave held_out away"):
+    with pytest.raises(DataError, match=r"data\.held_out: .*set\.npz has x_test and y_test .*remove held_out"):
         npz(path, held_out=2)
 
 
 def test_an_npz_without_a_test_set_needs_held_out_and_crop_flip_needs_images(tmp_path):
     path = save(tmp_path, x=np.eye(4), y=[0, 1, 0, 1])
-    with pytest.raises(DataError, match=r"data\.held_out: .* has no x_test; say how many of its 4 examples to"):
+    with pytest.raises(DataError, match=r"data\.held_out: .* has no x_test; set how many of its 4 examples to"):
         npz(path)
     with pytest.raises(DataError, match=r"data\.augment: crop-flip needs images, and set\.npz holds vectors"):
         npz(path, held_out=1, augment="crop-flip")
@@ -248,7 +248,7 @@ def test_byte_images_stay_bytes_and_byte_vectors_become_0_to_1(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"y": None}, "has no y; it holds x. Needed are x and y"),
+        ({"y": None}, "has no y; it holds x. Required are x and y"),
         ({"x": None, "y": None, "images": VECTORS}, "has no x and no y; it holds images."),
         ({"x": None, "y": None}, "it holds nothing"),
         ({"x_test": VECTORS}, "has no y_test; it holds x, y, x_test"),
@@ -263,15 +263,15 @@ def test_byte_images_stay_bytes_and_byte_vectors_become_0_to_1(tmp_path):
         ({"x": VECTORS * 1e300}, "not finite in float32, in 4 of 4 examples"),
         (
             {"y": LABELS.astype(float)},
-            r"has y of type float64 and shape \(4,\); labels are whole numbers, one an example",
+            r"has y of type float64 and shape \(4,\); labels must be integers, one per example",
         ),
-        ({"y": np.eye(4, dtype=int)}, r"has y of type int64 and shape \(4, 4\); labels are"),
-        ({"y": LABELS[:0]}, r"shape \(0,\); labels are"),
-        ({"y": LABELS - 1}, "has labels from -1 to 0 in y; number the classes from 0 up"),
+        ({"y": np.eye(4, dtype=int)}, r"has y of type int64 and shape \(4, 4\); labels must be"),
+        ({"y": LABELS[:0]}, r"shape \(0,\); labels must be"),
+        ({"y": LABELS - 1}, "has labels from -1 to 0 in y; number the classes from 0"),
         ({"y": LABELS.astype(np.uint64) + 2**63}, "has labels from 9223372036854775808 to"),
-        ({"y": LABELS + 1}, "has labels up to 2 in y and none that is 0; number them from 0, without gaps"),
-        ({"y": LABELS * 2}, "has labels up to 2 in y and none that is 1"),
-        ({"y": LABELS * 0}, "has label 0 alone in y; there must be at least 2 classes"),
+        ({"y": LABELS + 1}, "has labels up to 2 in y but no label 0; number them from 0, without gaps"),
+        ({"y": LABELS * 2}, "has labels up to 2 in y but no label 1"),
+        ({"y": LABELS * 0}, "has only label 0 in y; there must be at least 2 classes"),
         ({"y": LABELS[:3]}, "has 4 examples in x and 3 labels in y"),
         ({"x_test": VECTORS, "y_test": LABELS[:3]}, "has 4 examples in x_test and 3 labels in y_test"),
         ({"x_test": VECTORS[:, :2], "y_test": LABELS}, r"has examples of shape \(3,\) in x and \(2,\) in x_test"),
@@ -280,7 +280,7 @@ def test_byte_images_stay_bytes_and_byte_vectors_become_0_to_1(tmp_path):
         ({"x": np.array([{}, {}])}, "cannot be read as arrays of numbers"),
     ],
 )
-def test_what_does_not_fit_is_named_with_its_file(tmp_path, changes, message):
+def test_unsuitable_arrays_are_named_with_their_file(tmp_path, changes, message):
     arrays = {"x": VECTORS, "y": LABELS} | changes
     path = save(tmp_path, **{key: array for key, array in arrays.items() if array is not None})
     with pytest.raises(DataError, match=message) as caught:
@@ -292,8 +292,8 @@ def test_what_does_not_fit_is_named_with_its_file(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"set\.npz is not there; make it with numpy\.savez\('.*set\.npz', x=\.\.\."),
-        ("a folder", "is not there"),
+        (None, r"set\.npz does not exist; create it with numpy\.savez\('.*set\.npz', x=\.\.\."),
+        ("a folder", "does not exist"),
         (b"", r"is not an \.npz archive"),
         (b"label,pixel\n1,2\n", r"is not an \.npz archive"),
         (b"\x93NUMPY\x01\x00", r"is not an \.npz archive"),

@@ -216,9 +216,9 @@ def test_a_missing_library_comes_with_the_extra_to_install(folder, monkeypatch):
         ({"shape": (2, 8, 8)}, "data.shape: images have 1 (grey) or 3 (red, green, blue) channels, not 2"),
         ({"classes": 10}, "split 'train' has 3 classes (cat, dog, eel), the recipe says 10"),
         ({"train_split": "training"}, "has no split 'training'; it has train, test"),
-        ({"held_out_split": "validation"}, "has no split 'validation'; it has train, test. Name one of these, or say"),
+        ({"held_out_split": "validation"}, "has no split 'validation'; it has train, test. Name one of these, or set"),
         ({"held_out_split": "train"}, "data.held_out_split: 'train' is the training split; name another"),
-        ({"held_out": 3}, "has a split 'test' to hold out; leave held_out away"),
+        ({"held_out": 3}, "has a split 'test' to hold out; remove held_out"),
         ({"held_out": 12, "held_out_split": "none"}, "data.held_out: 12 leaves nothing to train on"),
         ({"image_column": "img"}, "has no column 'img'; it has image (Image), label (ClassLabel)"),
         ({"label_column": "fine"}, "has no column 'fine'; it has image (Image), label (ClassLabel)"),
@@ -246,7 +246,7 @@ def test_several_label_columns_are_listed(tmp_path, pixels):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([-1] * 12, "has labels from -1 to -1, the recipe's go from 0 to 2. Where a test split comes without labels"),
+        ([-1] * 12, "has labels from -1 to -1, the recipe's go from 0 to 2. If all labels of a test split are -1"),
         ([n % 4 for n in range(12)], "has labels from 0 to 3, the recipe's go from 0 to 2"),
         ([None, *range(11)], "does not hold a whole number for each image"),
         (["cat"] * 12, "does not hold a whole number for each image"),
@@ -273,7 +273,7 @@ def test_files_and_folders_without_images_are_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["./photos", "~/photos-that-are-not-there", "a/b/c", "missing.parquet", "/none"])
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(name):
-    assert f"data.name: {name} is not there. Name a Parquet file, or a folder" in refused(name)
+    assert f"data.name: {name} does not exist. Name a Parquet file, or a folder" in refused(name)
 
 
 def test_the_name_of_a_file_format_does_not_read_the_working_directory():
@@ -359,5 +359,5 @@ def test_height_and_width_are_not_mixed_up():
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
 def test_images_of_more_than_8_bits_are_refused_instead_of_clipped(mode):
-    with pytest.raises(ValueError, match=rf"its pixels \(mode {mode}\) have more than 8 bits a channel"):
+    with pytest.raises(ValueError, match=rf"its pixels \(mode {mode}\) have more than 8 bits per channel"):
         to_pixels(Image.new(mode, (4, 4)), (1, 4, 4))

@@ -44,7 +44,7 @@ def test_the_order_follows_from_the_seed_and_can_start_at_any_batch(start: int):
 
 
 def test_a_batch_larger_than_the_training_set_is_refused_at_once():
-    with pytest.raises(DataError, match=r"train\.batch_size: 60 is more than the 59 training examples; write 59"):
+    with pytest.raises(DataError, match=r"train\.batch_size: 60 is more than the 59 training examples; set 59"):
         order(59, 60, seeded(0))
     assert len(next(order(60, 60, seeded(0)))) == 60
 

@@ -121,9 +121,7 @@ SEVEN = torch.randn(3, 8, generator=torch.Generator().manual_seed(7))
         ("nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(7))", SEVEN),
     ],
 )
-def test_what_the_users_own_constructor_does_to_its_weights_stays(
-    own_recipe: OwnRecipe, line: str, expected: torch.Tensor
-) -> None:
+def test_weights_set_by_the_users_constructor_stay(own_recipe: OwnRecipe, line: str, expected: torch.Tensor) -> None:
     assert torch.equal(built(own_recipe(LAYER.format(line))).weight, expected)
 
 

@@ -200,7 +200,7 @@ def test_the_other_norms_are_torchs(norm: LayerNorm | InstanceNorm, theirs: nn.M
 
 
 @pytest.mark.parametrize("norm", [LayerNorm(kind="layer"), GroupNorm(kind="group", groups=2)])
-def test_norms_without_a_batch_give_an_example_the_same_alone(norm: LayerNorm | GroupNorm) -> None:
+def test_other_norms_do_not_depend_on_the_batch(norm: LayerNorm | GroupNorm) -> None:
     make = factory(norm)
     assert make is not None
     x = torch.randn(5, 4, 6, 6)
@@ -252,7 +252,7 @@ def test_whether_a_model_on_the_cpu_has_its_kernel_is_asked_of_the_cpu_alone(mon
 def test_a_kernel_that_no_device_can_run_is_refused_with_each_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     old_gpu(monkeypatch)
     monkeypatch.setattr(cpu, "unavailable_reason", lambda: "there is no C compiler")
-    with pytest.raises(Unavailable, match=r"cannot run: it .*; on the CPU there is no C compiler\. Nothing else"):
+    with pytest.raises(Unavailable, match=r"cannot run: it .*; on the CPU there is no C compiler\. No other kernel"):
         BatchNorm2d(3, kernel="fused")
 
 

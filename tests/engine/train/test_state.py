@@ -175,7 +175,7 @@ def test_the_time_since_the_last_evaluation_is_saved_too() -> None:
     assert second.intervals == [(10, 5.0), (3, 3.0)]
 
 
-def test_the_runs_above_take_what_they_are_named_after() -> None:
+def test_the_runs_above_use_the_features_in_their_names() -> None:
     skipping, drawing = new_state(recipe_of("fp16 with skipped steps")), new_state(recipe_of("augmentation"))
     began = drawing.augmentation.get_state()
     for state in (skipping, drawing):

@@ -62,7 +62,7 @@ def test_a_run_starts_evaluates_steps_and_finishes_in_that_order() -> None:
     assert (last.result.status, last.result.steps_to_target) == ("budget", None)
 
 
-def test_a_run_stops_at_the_first_evaluation_that_settles_its_steps_to_target() -> None:
+def test_a_run_stops_once_its_steps_to_target_are_final() -> None:
     result = run(tiny())
     assert result.status == "reached"
     assert result.target is not None
@@ -71,7 +71,7 @@ def test_a_run_stops_at_the_first_evaluation_that_settles_its_steps_to_target() 
     assert result.steps_run < result.budget
 
 
-def test_a_run_with_several_targets_goes_on_until_the_hardest_is_settled() -> None:
+def test_a_run_with_several_targets_continues_to_the_hardest() -> None:
     alone, both = run(tiny()), run(tiny(train={"target": {"value": 0.8, "also": [0.9, 0.7]}}))
     assert both.evaluations == alone.evaluations
     assert [each.target.value for each in both.also] == [0.9, 0.7]
@@ -260,11 +260,11 @@ def make(shape, classes, norm):
 """
 
 
-def test_a_model_may_keep_what_it_makes_in_its_first_evaluation(own_recipe: OwnRecipe) -> None:
+def test_a_model_may_cache_tensors_of_its_first_evaluation(own_recipe: OwnRecipe) -> None:
     assert run(own_recipe(CACHING)).steps_run > 0
 
 
-def test_modules_that_the_user_or_their_own_train_froze_stay_frozen(own_recipe: OwnRecipe) -> None:
+def test_frozen_modules_stay_frozen(own_recipe: OwnRecipe) -> None:
     one = state(own_recipe(FROZEN))
     for _ in range(3):
         evaluate(one)

@@ -90,7 +90,7 @@ BUILT = "from torch import nn\ndef make(shape, classes, norm):\n    {}\n    retu
         (
             "raising",
             OWN.format(act="raise ValueError('two\\nlines')"),
-            "raised ValueError: two lines, in {folder}/raising.py:5. It is given batches",
+            "raised ValueError: two lines, in {folder}/raising.py:5. It takes batches",
         ),
         ("leaving", OWN.format(act="import sys; sys.exit(0)"), "raised SystemExit: 0, in {folder}/leaving.py:5."),
         ("misshapen", OWN.format(act="x = x[:, 1:]"), "raised RuntimeError: mat1 and mat2 shapes cannot be multiplied"),

@@ -30,7 +30,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 
-from bncli.kernels.fused.tiling import ACCESS_BYTES, SPLIT_TILINGS, STREAMING, THREADS_A_WARP, registers, tilings
+from bncli.kernels.fused.tiling import ACCESS_BYTES, SPLIT_TILINGS, STREAMING, THREADS_PER_WARP, registers, tilings
 
 CAPABILITIES = (90,)  # sm_90: H100, H200
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -50,7 +50,7 @@ ARGUMENTS = {
     },
 }  # fmt: skip
 INTEGERS = {"channels": "i32", "units": "i32", "magic": "i64"} | dict.fromkeys(
-    ("shift", "nothing", "L", "H", "P", "teams", "slices"), "i32"
+    ("shift", "opaque_zero", "L", "H", "P", "teams", "slices"), "i32"
 )
 WIDE_ACCESS = {"forward": ("x", "y"), "backward": ("x", "dy", "dx")}
 
@@ -91,7 +91,7 @@ class Choice:
         forward = self.direction == "forward"
         line_bytes = (self.unit if self.contiguous else self.columns) * SIZES[self.dtype]
         found: dict[str, object] = {
-            "EPS": 1e-5, "R": self.warps * THREADS_A_WARP * ACCESS_BYTES // line_bytes, "B": self.columns,
+            "EPS": 1e-5, "R": self.warps * THREADS_PER_WARP * ACCESS_BYTES // line_bytes, "B": self.columns,
             "K": self.held, "UNIT": self.unit, "PLANES": self.contiguous, "WIDE": self.wide, "OVERFLOW": self.overflow,
             "STAGE": self.stage, "ACTIVATION": self.activation,
             "RESIDUAL": self.residual and (forward or self.activation == "silu"), "WEIGHT": True, "BIAS": True,
@@ -131,7 +131,7 @@ def choices() -> Iterator[Choice]:
                 yield Choice(*kind, warps, held // streams, stage, activation, residual)
                 if (warps, held) == SPLIT_TILINGS[-1]:
                     yield Choice(*kind, warps, held // streams, stage, activation, residual, overflow=True)
-            yield Choice(*kind, *STREAMING, "given", activation, residual)
+            yield Choice(*kind, *STREAMING, "frozen", activation, residual)
 
 
 def sample(every: Sequence[Choice], n: int) -> list[Choice]:

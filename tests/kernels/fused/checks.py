@@ -62,7 +62,7 @@ def case(
     channels_last: bool = False,
     activation: str | None = None,
     residual: bool = False,
-    given: bool = False,
+    frozen: bool = False,
     affine: bool = True,
     seed: int = 0,
 ) -> Case:
@@ -79,7 +79,7 @@ def case(
         weight,
         bias,
         lay(normal(*shape).to(device, dtype), channels_last) if residual else None,
-        (normal(channels).to(device, vector), (0.5 + normal(channels).abs()).to(device, vector)) if given else None,
+        (normal(channels).to(device, vector), (0.5 + normal(channels).abs()).to(device, vector)) if frozen else None,
         lay(normal(*shape).to(device, dtype), channels_last),
         activation,
     )

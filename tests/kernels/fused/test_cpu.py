@@ -186,9 +186,9 @@ def test_other_processors_vectors_give_natives_of_float64_too(
         ((60, 100), 2, "rows in parts"),
     ],
 )
-def test_it_says_how_a_tensor_is_cut(shape: tuple[int, ...], threads: int, words: str) -> None:
+def test_the_division_between_threads_is_described(shape: tuple[int, ...], threads: int, words: str) -> None:
     with clock.threads(threads):
-        assert cpu.way(torch.empty(shape, device="meta")) == words
+        assert cpu.thread_division(torch.empty(shape, device="meta")) == words
 
 
 def test_threads_of_python_can_run_it_at_once() -> None:
@@ -230,7 +230,7 @@ def test_without_a_compiler_it_is_refused_with_the_reason(monkeypatch: pytest.Mo
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
     forget_what_is_compiled()
-    with pytest.raises(Unavailable, match=r"the fused kernel cannot run: there is no C compiler.*Nothing else is run"):
+    with pytest.raises(Unavailable, match=r"the fused kernel cannot run: there is no C compiler.*No other kernel"):
         kernels.get("fused", devices.resolve("cpu"))
     forget_what_is_compiled()
 

@@ -30,8 +30,8 @@ pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 # --- every shape, layout, dtype, mode and fusion ------------------------------------------------------------------
 
 ALL = [
-    (shape, channels_last, dtype, activation, residual, given)
-    for shape, channels_last, dtype, (activation, residual), given in itertools.product(
+    (shape, channels_last, dtype, activation, residual, frozen)
+    for shape, channels_last, dtype, (activation, residual), frozen in itertools.product(
         SHAPES, (False, True), ROUNDOFF, FUSED, (False, True)
     )
     if len(shape) > 2 or not channels_last
@@ -40,12 +40,12 @@ ALL = [
 CASES = [pytest.param(*each, marks=() if i % 23 == 0 else pytest.mark.slow) for i, each in enumerate(ALL)]
 
 
-@pytest.mark.parametrize(("shape", "channels_last", "dtype", "activation", "residual", "given"), CASES)
+@pytest.mark.parametrize(("shape", "channels_last", "dtype", "activation", "residual", "frozen"), CASES)
 def test_forward_and_all_gradients_are_natives_of_float64(
     shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype, activation: str | None, residual: bool,
-    given: bool, kernel: UnderTest,
+    frozen: bool, kernel: UnderTest,
 ) -> None:  # fmt: skip
-    asked: dict[str, Any] = {"activation": activation, "residual": residual, "given": given}
+    asked: dict[str, Any] = {"activation": activation, "residual": residual, "frozen": frozen}
     assert_right(kernel.run, case(shape, dtype, kernel.device, channels_last=channels_last, **asked))
 
 
@@ -67,12 +67,12 @@ def test_nan_and_infinity_pass_as_in_torch_and_stay_in_their_channel(
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu"])
 @pytest.mark.parametrize(("poisoned", "added"), [("x", False), ("x", True), ("residual", True)])
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
 def test_gradients_beside_a_nan_are_torchs(
-    channels_last: bool, activation: str, poisoned: str, added: bool, given: bool, kernel: UnderTest
+    channels_last: bool, activation: str, poisoned: str, added: bool, frozen: bool, kernel: UnderTest
 ) -> None:
     """Its relu lets dy pass at a NaN, its leaky_relu scales it: computed again, kept as bits, differentiated twice."""
-    asked: dict[str, Any] = {"activation": activation, "residual": added, "given": given}
+    asked: dict[str, Any] = {"activation": activation, "residual": added, "frozen": frozen}
     shape = (3, 9 if channels_last else 2, 2, 4)  # nine channels are two slices where they are last
     inputs = case(shape, torch.float32, kernel.device, channels_last=channels_last, **asked)
     getattr(inputs, poisoned)[1, 1, 0, 3] = float("nan")
@@ -146,7 +146,7 @@ def test_nothing_is_written_into_an_input(kernel: UnderTest) -> None:
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_results_lie_as_the_input_does(channels_last: bool, kernel: UnderTest) -> None:
+def test_results_have_the_layout_of_the_input(channels_last: bool, kernel: UnderTest) -> None:
     given = case((4, 3, 2, 5), torch.float32, kernel.device, channels_last=channels_last)
     x = given.x.requires_grad_()
     y = kernel.run(x, None, None, EPS)[0]
@@ -194,7 +194,7 @@ def test_an_empty_batch_gives_empty_results(kernel: UnderTest) -> None:
 
 
 @pytest.mark.parametrize(
-    ("activation", "residual", "given"),
+    ("activation", "residual", "frozen"),
     [
         (None, False, False),
         ("silu", True, False),
@@ -203,9 +203,9 @@ def test_an_empty_batch_gives_empty_results(kernel: UnderTest) -> None:
     ],
 )
 def test_first_and_second_derivatives_are_those_of_finite_differences(
-    activation: str | None, residual: bool, given: bool, kernel: UnderTest
+    activation: str | None, residual: bool, frozen: bool, kernel: UnderTest
 ) -> None:
-    made = case((3, 2, 2), torch.float64, kernel.device, residual=residual, given=given, seed=1)
+    made = case((3, 2, 2), torch.float64, kernel.device, residual=residual, frozen=frozen, seed=1)
     inputs = [each for each in made.inputs() if each is not None]
 
     def run(x: Tensor, weight: Tensor, bias: Tensor, *added: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ def test_the_operators_keep_the_rules_of_custom_operators(kernel: UnderTest) -> 
     assert set(found.values()) == {"SUCCESS"}
 
 
-def test_torch_compile_takes_it_whole(kernel: UnderTest) -> None:
+def test_torch_compile_has_no_graph_break(kernel: UnderTest) -> None:
     given = case((4, 3, 5), torch.float32, kernel.device, residual=True)
 
     def step(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
@@ -300,7 +300,7 @@ def test_half_precision_activations_take_float32_weights(kernel: UnderTest) -> N
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_before_a_pointer_is_followed(
+def test_wrong_sizes_are_refused_before_memory_is_read(
     wrong: dict[str, Any], error: type[Exception], words: str, kernel: UnderTest
 ) -> None:
     arguments: dict[str, Any] = {"weight": None, "bias": None, "eps": EPS}
@@ -314,7 +314,7 @@ def test_the_operator_refuses_an_input_with_gaps(kernel: UnderTest) -> None:
         torch.ops.bncli.fused_batch_norm(x, None, None, None, None, None, EPS, "none", False, kernel.interpreted)
 
 
-def test_whoever_saved_running_statistics_learns_that_they_moved(kernel: UnderTest) -> None:
+def test_updates_of_running_statistics_increment_their_version(kernel: UnderTest) -> None:
     x, mean, var = case((6, 3), torch.float32, kernel.device).x.requires_grad_(), torch.zeros(3), torch.ones(3)
     mean, var = mean.to(kernel.device), var.to(kernel.device)
     y = bncli.batch_norm(x, mean, var, kernel=kernel.name)
@@ -379,7 +379,7 @@ def test_the_interpreted_kernel_is_for_the_cpu_alone() -> None:
         (
             "x = torch.ones(3, 2); kernels.get('fused-interpreted')(x, None, None, 1.0); "
             "kernels.get('fused', torch.device('cuda'))",
-            "Triton interprets in this process",
+            "Triton's interpreter is on in this process",
         ),
     ],
 )
@@ -392,7 +392,7 @@ def test_one_process_either_compiles_triton_or_interprets_it(script: str, refuse
     assert refused in found.stderr.splitlines()[-1]
 
 
-def test_the_environment_puts_no_other_kernel_in_the_place_of_the_one_in_c(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_does_not_replace_the_c_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     options = fused.Options(EPS, "none", False, interpreted=False)
     assert options.launcher(torch.zeros(2, 3)) is cpu

@@ -32,9 +32,9 @@ def planned(x: Tensor, team: int, *, backward: bool, held: int | None = None) ->
 
 
 def both(x: Tensor, dy: Tensor, forward: Plan, backward: Plan) -> tuple[Tensor, ...]:
-    y, mean, var, _ = triton_launch.forward(x, None, None, None, None, EPS, "relu", False, cut=forward)
+    y, mean, var, _ = triton_launch.forward(x, None, None, None, None, EPS, "relu", False, plan=forward)
     dx, dweight, dbias, _ = triton_launch.backward(
-        dy, x, None, None, None, (mean, var), None, EPS, "relu", False, False, cut=backward
+        dy, x, None, None, None, (mean, var), None, EPS, "relu", False, False, plan=backward
     )
     return y, mean, var, dx, dweight, dbias
 

@@ -78,18 +78,18 @@ def test_without_a_cooperative_launch_no_program_waits_for_another(contiguous: b
         assert of(n, c, side * side, contiguous, backward, A100).barrier in ("none", "launch")
 
 
-def test_given_statistics_need_no_barrier() -> None:
-    assert of(256, 64, 56 * 56, given=True).barrier == "none"
+def test_frozen_statistics_need_no_barrier() -> None:
+    assert of(256, 64, 56 * 56, frozen=True).barrier == "none"
 
 
 def test_a_slice_too_long_to_count_is_refused() -> None:
     for n, s in ((MOST_LINES, 3), (MOST_VALUES + 8, 1), (2**20, 2**11)):
-        with pytest.raises(ValueError, match="takes up to 2,080,374,784 values a channel"):
+        with pytest.raises(ValueError, match="takes up to 2,080,374,784 values per channel"):
             of(n, 2, s)
     assert of(2**20, 2, 2**11 - 64).lines == 2**20 * (2**11 - 64) / 8
 
 
-def test_a_plan_says_itself_in_words() -> None:
+def test_a_plan_is_described_in_words() -> None:
     assert str(of(256, 64, 56 * 56)) == (
         "6 teams of 19 programs, a channel a team, a barrier in memory, read once; 16 warps, 12 tiles in registers"
     )
@@ -112,7 +112,7 @@ def test_a_plan_covers_every_element_once_within_what_the_device_has(
     n: int, c: int, s: int, contiguous: bool, itemsize: int, backward: bool, processors: Processors, evaluate: bool
 ) -> None:
     found = plan(
-        (n, c, s), contiguous=contiguous, itemsize=itemsize, backward=backward, processors=processors, given=evaluate
+        (n, c, s), contiguous=contiguous, itemsize=itemsize, backward=backward, processors=processors, frozen=evaluate
     )
     assert found.tiles_each * found.team >= found.tiles
     assert (found.tiles - 1) * found.rows < found.lines <= found.tiles * found.rows

@@ -85,7 +85,7 @@ class Planned(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, activation: str, form: str) -> Any:
         keep = residual is not None and activation in KINKED_ACTIVATIONS
         y, mean, var, signs = triton_launch.forward(
-            x, weight, bias, residual, None, EPS, activation, keep, cut=FORMS[form].of(x, backward=False)
+            x, weight, bias, residual, None, EPS, activation, keep, plan=FORMS[form].of(x, backward=False)
         )
         ctx.save_for_backward(x, weight, bias, residual if activation == "silu" else None, mean, var, signs)
         ctx.rest = (activation, form, keep, residual is not None)
@@ -98,7 +98,7 @@ class Planned(torch.autograd.Function):
         activation, form, keep, added = ctx.rest
         dx, dweight, dbias, dresidual = triton_launch.backward(
             dy, x, weight, bias, residual, (mean, var), signs if keep else None, EPS, activation, False, added,
-            cut=FORMS[form].of(x, backward=True),
+            plan=FORMS[form].of(x, backward=True),
         )  # fmt: skip
         return dx, dweight, dbias, dresidual if added else None, None, None
 
@@ -120,7 +120,7 @@ def test_every_plan_gives_the_same(
 def test_a_team_of_more_programs_than_a_tile_has_rows_merges_in_steps(device: torch.device) -> None:
     x = case((40, 8), torch.float32, device).x
     cut = replace(FORMS["a team"].of(x, backward=False), rows=2, held=1, team=7, barrier="launch")
-    y, mean, var, _ = triton_launch.forward(x, None, None, None, None, EPS, "none", False, cut=cut)
+    y, mean, var, _ = triton_launch.forward(x, None, None, None, None, EPS, "none", False, plan=cut)
     expected, expected_mean, expected_var = native.batch_norm(x, None, None, EPS)
     torch.testing.assert_close((y, mean, var), (expected, expected_mean, expected_var))
 
@@ -151,10 +151,10 @@ def test_64_bit_addresses_give_the_same(
 ) -> None:
     """As tensors of more than 2**31 elements need them."""
     monkeypatch.setattr(triton_launch, "MOST_OF_32_BITS", 0)
-    triton_launch.prepared.cache_clear()
+    triton_launch.launch_for.cache_clear()
     given = case((4, 3, 2, 4), torch.float32, device, channels_last=channels_last, activation="relu", residual=True)
     assert_right(fused(device), given)
-    triton_launch.prepared.cache_clear()
+    triton_launch.launch_for.cache_clear()
 
 
 # --- numerics -----------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def test_every_planned_run_is_done_and_kept_as_it_ends(asked: Study) -> None:
     assert (events[-1].done, events[-1].record.result) == (48, result(100.0))
 
 
-def test_a_second_call_does_nothing_again(asked: Study) -> None:
+def test_a_second_call_repeats_no_run(asked: Study) -> None:
     store, executor = Kept(), Serial()
     carry_out(asked, store, Serial())
     events, records = carry_out(asked, store, executor)

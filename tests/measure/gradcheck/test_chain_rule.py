@@ -143,7 +143,7 @@ def test_torchs_own_norms_are_within_the_bound_in_every_case(norm: str) -> None:
         assert 0 < each.error <= each.bound < 1e-8
 
 
-def test_what_is_lost_is_the_parts_that_are_ignored() -> None:
+def test_lost_is_the_norm_of_the_ignored_parts() -> None:
     """At eps << var the parts are projections: direct**2 = full**2 + mean**2 + variance**2, lost = the rest / full."""
     found = dict(zip(CASES, paths(native, CPU), strict=True))
     for name, each in found.items():
@@ -233,7 +233,7 @@ def test_the_kernels_arguments_are_copies_and_the_result_is_the_same_each_time()
 # --- section 2 ----------------------------------------------------------------------------------------------------
 
 
-def test_ignoring_the_mean_drives_the_bias_on_by_the_same_amount_each_step_and_the_loss_stands_still() -> None:
+def test_ignoring_the_mean_makes_the_bias_drift_at_constant_loss() -> None:
     first, *steps = bias_demo()
     assert [step.step for step in steps] == [1, 10, 100, 1000]
     assert (first.step, first.bias_ignoring, first.bias_full) == (0, 0.0, 0.0)

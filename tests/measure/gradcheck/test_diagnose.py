@@ -52,7 +52,7 @@ def changed(evidence: Evidence, **values: torch.Tensor) -> Evidence:
     return replace(evidence, seen={**evidence.seen, **values})
 
 
-def test_what_is_right_is_no_bug() -> None:
+def test_a_right_kernel_has_no_diagnosis() -> None:
     assert bugs(TRUTH) == []
 
 
@@ -86,7 +86,7 @@ def test_a_result_has_to_be_much_nearer_to_the_wrong_kernels_than_to_the_truth(a
     assert bugs(runs) == [CONSTANTS.bug if named else UNKNOWN]
 
 
-def test_what_came_out_right_though_the_bug_would_have_changed_it_speaks_against_the_bug() -> None:
+def test_a_right_result_contradicts_a_bug_that_would_change_it() -> None:
     known = BY_NAME["unbiased normalization"]
     (run,) = with_bug(known, truth=TRUTH[:1])
     assert bugs([run]) == [known.bug]
@@ -98,7 +98,7 @@ def test_two_bugs_at_once_are_both_named() -> None:
     assert set(bugs(with_bug(*both))) == {known.bug for known in both}
 
 
-def test_a_bug_without_a_name_is_told_by_its_summary() -> None:
+def test_an_unknown_bug_has_a_summary() -> None:
     (diagnosis,) = diagnose(verdicts([changed(e, dx=1.5 * e.truth["dx"]) for e in TRUTH]), "batch")
     assert (diagnosis.bug, diagnosis.match) == (UNKNOWN, None)
     assert diagnosis.summary is not None
@@ -124,18 +124,18 @@ def test_known_bugs_are_those_of_batch_norm() -> None:
     assert bugs(runs, "layer") == [UNKNOWN]
 
 
-def test_what_explains_a_whole_call_leaves_nothing_to_guess() -> None:
+def test_a_decisive_symptom_is_the_only_diagnosis() -> None:
     found = verdicts(with_bug(CONSTANTS))
     raised = [
         replace(v, finding=Finding("input_written", names=("x",))) if v.quantity == "forward" else v for v in found
     ]
-    assert [diagnosis.bug for diagnosis in diagnose(raised, "batch")] == ["an input is written to"]
+    assert [diagnosis.bug for diagnosis in diagnose(raised, "batch")] == ["an input is modified"]
 
 
-def test_no_more_bugs_are_named_than_are_read() -> None:
+def test_at_most_three_bugs_are_named() -> None:
     """Four that have nothing to do with each other."""
-    names = ("biased running variance", "dweight and dbias swapped", "the residual's gradient is missing")
-    several = [BY_NAME[name] for name in (*names, "evaluation uses the batch's statistics")]
+    names = ("biased running variance", "dweight and dbias swapped", "the gradient of the residual is missing")
+    several = [BY_NAME[name] for name in (*names, "evaluation uses batch statistics")]
     found = bugs(with_bug(*several))
     assert len(found) == SHOWN
     assert set(found) < {known.bug for known in several}

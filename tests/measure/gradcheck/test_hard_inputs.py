@@ -76,7 +76,7 @@ def test_tiny_values_have_a_variance_below_eps_and_huge_ones_a_square_far_above(
     assert bool(huge.square().sum().isfinite())
 
 
-def test_squares_and_sums_past_float16_come_of_values_that_it_holds() -> None:
+def test_float16_values_have_squares_and_sums_that_overflow() -> None:
     for each in ROWS["squares past float16"]:
         x = made(each)[1].x
         assert x.dtype == torch.float16
@@ -86,7 +86,7 @@ def test_squares_and_sums_past_float16_come_of_values_that_it_holds() -> None:
 
 
 @pytest.mark.parametrize("each", ROWS[NOT_FINITE], ids=lambda each: each.name)
-def test_one_value_of_one_channel_is_no_number(each: Input) -> None:
+def test_one_value_of_one_channel_is_nan_or_infinite(each: Input) -> None:
     plain, given = made(each)
     name = "residual" if each.name.partition("-in-")[2].startswith("residual") else "x"
     for field in ("x", "residual"):
@@ -230,7 +230,7 @@ def test_a_kernel_that_breaks_on_an_input_fails_there(call: Any, beginning: str,
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_right_where_a_channel_is_no_number_has_that_channel_no_number(value: float) -> None:
+def test_a_channel_with_nan_must_be_nan(value: float) -> None:
     """A kernel that gives numbers there, where the definition has none, is wrong."""
 
     def swallows(*given: Any) -> Tensor:
@@ -242,7 +242,7 @@ def test_what_is_right_where_a_channel_is_no_number_has_that_channel_no_number(v
         assert finding.failed
 
 
-def test_the_worst_of_an_inputs_quantities_is_told() -> None:
+def test_the_worst_quantity_of_an_input_is_reported() -> None:
     def wrong_gradient(*given: Any) -> Tensor:
         y = NATIVE(*given)
         y.register_hook(lambda g: 1.5 * g)

@@ -38,7 +38,7 @@ def failed(context: CheckContext) -> dict[str, Finding]:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_torchs_own_operator_in_float64_has_each(norm: str) -> None:
+def test_torchs_operator_in_float64_has_each_invariant(norm: str) -> None:
     context = context_of(norm=norm)
     for row in ROWS:
         shape = tuple(size or 4 for size in row.shapes[0])
@@ -47,7 +47,7 @@ def test_torchs_own_operator_in_float64_has_each(norm: str) -> None:
             assert row.check(context, *plain).kind == "right", row.slug
 
 
-def test_bnclis_own_kernel_and_a_right_function_have_all() -> None:
+def test_the_fused_kernel_and_a_right_function_have_all_invariants() -> None:
     assert failed(context_of("fused")) == {}
     assert failed(context_of("right_by_the_seam")) == {}
 
@@ -114,7 +114,7 @@ def test_each_invariant_is_lacked_by_some_wrong_kernel() -> None:
     assert lacked == {row.slug for row in ROWS}
 
 
-def test_what_was_found_names_the_inputs_and_the_results_it_is_about() -> None:
+def test_findings_name_their_inputs_and_results() -> None:
     assert failed(context_of("writes_into_its_input"))["unwritten"] == Finding("input_written", names=("x",))
     finding = failed(context_of("not_deterministic"))["same-bits"]
     assert (finding.kind, finding.names[0]) == ("not_deterministic", "forward")
@@ -130,7 +130,7 @@ def test_what_a_kernel_raises_fails_the_check_and_ends_none() -> None:
     assert {finding.exception for finding in found.values()} == {"SystemExit"}
 
 
-def test_what_is_no_result_is_no_run() -> None:
+def test_an_invalid_result_ends_the_run() -> None:
     context = context_of("returns_a_list")
     case, given = context.fresh(Case("train", "float32", "contiguous", (4, 3)))
     with pytest.raises(KernelFailed) as caught:
@@ -159,7 +159,7 @@ def test_normalized_values_have_mean_zero_and_a_variance_below_one(norm: str) ->
     torch.testing.assert_close(xhat.var(1, correction=0), (var / (var + case.eps)).squeeze(1))
 
 
-def test_each_element_has_its_own_allowance_and_the_worst_is_told() -> None:
+def test_tolerances_are_per_element_and_the_worst_is_reported() -> None:
     expected, allowed = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.1, 1.0, 0.5])
     assert judge("dx", expected + allowed, expected, 1.001 * allowed).kind == "right"
     finding = judge("dx", torch.tensor([1.25, 3.5, 3.25]), expected, allowed)
@@ -184,7 +184,7 @@ def test_identifiers_are_unique(effort: Any) -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_norm_has_the_invariants_that_are_its_own(norm: str) -> None:
+def test_each_norm_has_its_invariants(norm: str) -> None:
     plans = list(invariants.plans(context_of(norm=norm), ()))
     assert [plan.rows[""] for plan in plans] == [row.name for row in ROWS if norm in row.norms]
     assert ("moments" in {check.name for plan in plans for check in plan.checks}) is (norm == "batch")

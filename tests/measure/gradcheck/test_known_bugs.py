@@ -25,7 +25,7 @@ def predictions(known: KnownBug) -> dict[Case, Values]:
     return {each.case: predicted(known, each) for each in EVIDENCE if known.applies(each.case)}
 
 
-def test_a_name_stands_for_one_bug() -> None:
+def test_names_of_bugs_are_unique() -> None:
     assert len(BY_NAME) == len(KNOWN_BUGS)
 
 
@@ -44,7 +44,7 @@ def test_a_bug_gives_something_else_than_the_truth_by_far_and_gives_every_number
     assert furthest > 5 * FLOORS
 
 
-def test_two_bugs_are_told_apart_by_some_case() -> None:
+def test_some_case_distinguishes_any_two_bugs() -> None:
     found = {known.bug: predictions(known) for known in KNOWN_BUGS}
     for (one, its), (other, others) in itertools.combinations(found.items(), 2):
         shared = its.keys() & others.keys()
@@ -94,7 +94,7 @@ def test_statistics_in_half_precision_are_those_that_the_dtype_holds() -> None:
 def test_a_bug_of_the_backward_pass_says_nothing_of_the_output() -> None:
     known = BY_NAME["eps ignored in the gradient"]
     assert set(predicted(known, EVIDENCE[0])) == set(GRADIENTS[:3])
-    instance = predicted(BY_NAME["each example normalized by itself"], EVIDENCE[0])
+    instance = predicted(BY_NAME["each example normalized separately, as in instance norm"], EVIDENCE[0])
     assert not instance.keys() & set(RUNNING)
 
 
@@ -112,13 +112,13 @@ def case_of(
 @pytest.mark.parametrize(
     ("bug", "case", "applies"),
     [
-        ("channels_last memory taken for contiguous", case_of("eval", "channels_last", (4, 3, 5, 7)), True),
-        ("channels_last memory taken for contiguous", case_of("eval", "channels_last", (4, 3)), False),
-        ("channels_last memory taken for contiguous", case_of("eval", shape=(4, 3, 5, 7)), False),
-        ("each example normalized by itself", case_of(shape=(4, 3)), False),
-        ("evaluation takes training's gradient", case_of(), False),
+        ("channels_last memory read as contiguous", case_of("eval", "channels_last", (4, 3, 5, 7)), True),
+        ("channels_last memory read as contiguous", case_of("eval", "channels_last", (4, 3)), False),
+        ("channels_last memory read as contiguous", case_of("eval", shape=(4, 3, 5, 7)), False),
+        ("each example normalized separately, as in instance norm", case_of(shape=(4, 3)), False),
+        ("evaluation uses the training gradient", case_of(), False),
         ("biased running variance", case_of("eval"), False),
-        ("the residual's gradient is missing", case_of(fusion="relu"), False),
+        ("the gradient of the residual is missing", case_of(fusion="relu"), False),
         ("the activation's gradient is ignored", case_of(fusion="relu"), True),
         ("the residual is added after the activation", case_of(fusion="relu"), False),
     ],

@@ -80,7 +80,7 @@ def test_what_a_kernel_refuses_is_in_no_case() -> None:
 
 
 @pytest.mark.parametrize(("kernel", "rule"), [("native", "native"), ("fused", "kernel"), ("right", "own function")])
-def test_errors_are_held_to_the_rule_of_the_candidate(kernel: str, rule: str) -> None:
+def test_the_tolerance_rule_is_that_of_the_candidate(kernel: str, rule: str) -> None:
     assert {plan.rule for plan in plans(kernel=kernel)} == {rule}
 
 
@@ -154,7 +154,7 @@ def test_a_kernel_that_exits_fails_and_does_not_end_the_check() -> None:
 
 
 @pytest.mark.parametrize("kernel", ["wrong_without_gradients", "drops_gradients_of_a_frozen_input"])
-def test_another_way_where_no_gradient_is_asked_for_is_checked_too(kernel: str) -> None:
+def test_the_code_path_without_gradients_is_checked_too(kernel: str) -> None:
     found = result(kernel)
     assert failing(found) == ["the same without gradients, and with x frozen"]
 
@@ -175,10 +175,10 @@ def test_every_wrong_kernel_is_named_by_the_default_run(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", wrong_kernels.UNKNOWN)
-def test_a_bug_without_a_name_is_caught_and_told_by_what_fails_and_what_is_clean(kernel: str) -> None:
+def test_an_unknown_bug_is_caught_and_summarised(kernel: str) -> None:
     found = result(kernel)
     assert not found.passed
-    assert [diagnosis.bug for diagnosis in found.diagnoses] == ["no bug that is known here"]
+    assert [diagnosis.bug for diagnosis in found.diagnoses] == ["unknown bug"]
     for words in wrong_kernels.UNKNOWN[kernel]:
         assert words in evidence_text(found.diagnoses[0])
 
@@ -190,7 +190,7 @@ def test_an_input_that_one_operation_alone_writes_to_is_found_in_its_own_case() 
 
 def test_statistics_that_an_evaluation_moves_are_found() -> None:
     found = result("moved_in_evaluation")
-    assert "an input is written to" in found.diagnoses[0].bug
+    assert "an input is modified" in found.diagnoses[0].bug
     assert "running_mean changed during the call, in evaluation" in evidence_text(found.diagnoses[0])
 
 
@@ -214,13 +214,13 @@ def test_a_dtype_that_is_refused_is_a_group_with_the_reason_and_not_a_failure() 
     assert "bfloat16" in skipped(found)
 
 
-def test_a_seam_without_statistics_is_not_checked_in_evaluation() -> None:
+def test_a_kernel_without_statistics_is_not_checked_in_evaluation() -> None:
     found = result("right_without_evaluation")
     assert "no evaluation mode" in skipped(found)["evaluation"]
     assert not any(group.name.startswith("eval ") for group in found.groups)
 
 
-def test_a_mode_or_an_operation_that_is_not_implemented_is_told_and_left_out() -> None:
+def test_unimplemented_modes_and_operations_are_reported_and_skipped() -> None:
     found = result("training_alone")
     assert found.passed, told(found)
     assert "fold the statistics" in skipped(found)["eval"]

@@ -56,13 +56,13 @@ def test_where_nothing_fails_nothing_is_diagnosed() -> None:
 @pytest.mark.parametrize(
     ("kind", "bug"),
     [
-        ("wrong_type", "the function returns something else"),
-        ("wrong_device", "the function returns something else"),
-        ("input_written", "an input is written to"),
-        ("running_moved", "an input is written to"),
-        ("leaf_written", "an input is written to"),
-        ("saved_written", "a tensor saved for the backward pass is written to"),
-        ("raised", "it raises"),
+        ("wrong_type", "the output has a wrong type, shape, dtype or device"),
+        ("wrong_device", "the output has a wrong type, shape, dtype or device"),
+        ("input_written", "an input is modified"),
+        ("running_moved", "an input is modified"),
+        ("leaf_written", "an input is modified"),
+        ("saved_written", "a tensor saved for the backward pass is modified"),
+        ("raised", "the kernel raises an exception"),
     ],
 )
 def test_what_is_wrong_with_whole_calls_explains_all_other_failures(kind: FindingKind, bug: str) -> None:
@@ -70,12 +70,12 @@ def test_what_is_wrong_with_whole_calls_explains_all_other_failures(kind: Findin
     assert bugs(verdict(Finding(kind), "forward"), noise) == [bug]
 
 
-def test_a_few_calls_that_raise_are_told_beside_wrong_numbers() -> None:
+def test_calls_that_raise_are_reported_besides_wrong_numbers() -> None:
     raised = verdict(Finding("raised", exception="ValueError", text="no"), "forward")
     off = [verdict(Finding("off", "forward", 1e5), "forward", case=replace(CASE, shape=(4, 3, k))) for k in (2, 3)]
-    found = symptom("it raises").recognise([raised, *off, verdict(RIGHT, "forward")])
+    found = symptom("the kernel raises an exception").recognise([raised, *off, verdict(RIGHT, "forward")])
     assert found is not None
-    assert (found.bug, found.alike, found.of) == ("it raises", 1, 4)
+    assert (found.bug, found.alike, found.of) == ("the kernel raises an exception", 1, 4)
     assert found.first == raised.failure()
     assert not any(each.decisive and each.recognise([raised, *off]) for each in SYMPTOMS)
 
@@ -125,25 +125,25 @@ def test_failures_in_half_precision_alone_are_statistics_kept_in_it() -> None:
     assert symptom("half-precision statistics").recognise([half, verdict(Finding("off", "dx"), "dx")]) is None
 
 
-def test_beside_a_nan_the_kind_of_the_number_tells_the_bug() -> None:
+def test_the_kind_of_a_wrong_number_near_a_nan_names_the_bug() -> None:
     relu = replace(CASE, fusion="relu")
     swallowed = hard("nan_missing", NOT_FINITE, found=1.0, expected=math.nan)
     leaks = hard("nan_unexpected", NOT_FINITE, found=math.nan, expected=1.0)
     derivative = hard("off", NOT_FINITE, relu, found=0.0, expected=1.0)
-    assert bugs(swallowed) == ["NaN swallowed"]
+    assert bugs(swallowed) == ["NaN disappears"]
     assert bugs(leaks) == ["NaN leaks into other channels"]
     assert bugs(derivative) == ["the activation's derivative at NaN is not torch's"]
-    assert "NaN swallowed" not in bugs(swallowed, verdict(Finding("off", "dx", 1e5), "dx"))
+    assert "NaN disappears" not in bugs(swallowed, verdict(Finding("off", "dx", 1e5), "dx"))
     infinite = hard("off", NOT_FINITE, relu, found=0.0, expected=math.inf)
     assert symptom("the activation's derivative at NaN is not torch's").recognise([infinite]) is None
 
 
-def test_gross_failures_where_strides_are_odd_are_told_by_whose_strides() -> None:
+def test_gross_failures_with_odd_strides_name_the_strided_tensor() -> None:
     gradient = hard("off", STRIDED_G, variant="expanded")
     both = hard("off", STRIDED_X, variant="broadcast")
     x = hard("off", STRIDED_X, variant="transposed")
-    assert bugs(gradient) == ["the upstream gradient taken for contiguous"]
-    assert bugs(gradient, both)[0] == "the upstream gradient taken for contiguous"
+    assert bugs(gradient) == ["upstream gradient read as contiguous"]
+    assert bugs(gradient, both)[0] == "upstream gradient read as contiguous"
     assert bugs(x, gradient) == ["an input's strides are ignored"]
     small = replace(x, finding=replace(x.finding, error=20.0))
     assert symptom("an input's strides are ignored").recognise([small]) is None
@@ -158,7 +158,7 @@ def test_a_second_derivative_that_fails_alone_is_missing_or_wrong() -> None:
     assert "second derivative" not in " ".join(bugs(wrong, first))
 
 
-def test_without_a_known_bug_it_is_told_what_fails_and_what_is_clean() -> None:
+def test_an_unknown_bug_lists_what_fails_and_what_passes() -> None:
     large = replace(CASE, shape=(1, 2, 71, 71))
     verdicts = [
         verdict(RIGHT, "forward"),
@@ -168,7 +168,7 @@ def test_without_a_known_bug_it_is_told_what_fails_and_what_is_clean() -> None:
         verdict(Finding("off", "the sum of dx", 1e6), section="invariants", name="sum-dx", row="sum of dx is 0"),
     ]
     (diagnosis,) = diagnose(verdicts, "layer")
-    assert diagnosis.bug == "no bug that is known here"
+    assert diagnosis.bug == "unknown bug"
     summary = diagnosis.summary
     assert summary is not None
     assert (summary.quantities, summary.clean) == (("dx",), ("forward",))

@@ -234,7 +234,7 @@ def test_operations_dtypes_and_layouts_multiply_without_repetition() -> None:
         ),
         ({"kernels": ("nobodys:norm",), "allow_code": True}, "No module named 'nobodys'"),
         ({"shapes": ()}, "shapes: name a set of shapes"),
-        ({"shapes": (((1, 8), 1),)}, "shape 1x8: training needs more than one value a channel"),
+        ({"shapes": (((1, 8), 1),)}, "shape 1x8: training needs more than one value per channel"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_runs(settings: dict[str, Any], said: str) -> None:

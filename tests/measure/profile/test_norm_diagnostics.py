@@ -57,7 +57,7 @@ def test_a_model_with_nothing_wrong_has_no_remarks(kind: str) -> None:
     assert remarks_on(model, normal(32, 6), lr=0.01) == ()
 
 
-def test_no_hook_stays_even_where_a_step_raises() -> None:
+def test_hooks_are_removed_even_if_a_step_raises() -> None:
     model = mlp()
 
     def step() -> None:

@@ -164,10 +164,10 @@ def path(shape: tuple[int, int, int], backward: bool = False, cooperative: bool 
     return sources.execution_path(found, *options.values())
 
 
-def test_a_plan_is_said_in_a_word() -> None:
+def test_the_execution_path_of_a_plan() -> None:
     assert path((32, 512, 49)) == "on-chip"
     assert path((256, 64, 3136)).startswith("cooperative (")
-    assert path((32, 512, 49), given=True) == "streaming"
+    assert path((32, 512, 49), frozen=True) == "streaming"
     assert path((256, 64, 3136), cooperative=False) == "two launches"
     assert "% on-chip" in path((4096, 64, 3136), backward=True)  # a team that holds a part
 
@@ -179,7 +179,7 @@ def test_torch_is_asked_which_of_its_batch_norms_runs(affine: str) -> None:
     assert sources.ran(case, "native", CPU) == "ATen"
 
 
-def test_what_is_not_known_stays_unknown() -> None:
+def test_an_unknown_implementation_is_none() -> None:
     assert sources.native_backend(timed(profile.Case((4, 8, 6, 6), affine="none")), CPU) == "unknown"
     assert sources.ran(CASE, "mine:norm", CPU) is None
 

@@ -89,7 +89,7 @@ def test_the_step_of_a_users_module_leaves_its_weights() -> None:
     [
         (
             "tests.measure.profile.user_models:missing",
-            "has no attribute 'missing'; it is looked for in the current folder",
+            "has no attribute 'missing'; the current folder",
         ),
         ("tests.no_such_module:make", "No module named"),
         ("tests.measure.profile.user_models:no_module", "returned a Tensor; expected a torch.nn.Module"),

@@ -296,7 +296,7 @@ def test_a_function_and_a_class_are_measured_on_every_kernel(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "says"),
     [
-        ("Raising", (4, 3), f"raised RuntimeError: no such luck, in {USER_MODELS}:38. It is given a batch (4, 3)"),
+        ("Raising", (4, 3), f"raised RuntimeError: no such luck, in {USER_MODELS}:38. It takes a batch (4, 3)"),
         ("OnlyWholeNumbers", (4, 3, 8, 8), "holds no floating-point tensor"),
         ("one_value_a_channel", (1, 4), "Expected more than 1 value per channel"),
     ],

@@ -60,7 +60,7 @@ def a_kernel_that_moves(x, weight, bias, eps, residual=None, activation=None, ru
     return y, mean, var
 
 
-def test_running_statistics_are_moved_by_the_kernel_where_it_takes_them_and_else_by_what_it_returns() -> None:
+def test_running_statistics_are_updated_by_the_kernel_or_after_it() -> None:
     case = Case("train", "float64", "contiguous", (4, 3, 5))
     moves = candidate(f"{__name__}:a_kernel_that_moves", "batch", CPU, allow_code=True)
     assert not moves.evaluates
@@ -85,9 +85,7 @@ def swapped_statistics(x, weight, bias, eps, residual=None, activation=None):  #
         (f"{__name__}:swapped_statistics", "wrong_shape", "(1, 3) and (3,)"),
     ],
 )
-def test_a_kernel_that_does_not_return_three_tensors_with_statistics_of_each_channel_has_failed(
-    kernel: str, kind: str, given: str
-) -> None:
+def test_a_kernel_must_return_three_tensors_with_channel_statistics(kernel: str, kind: str, given: str) -> None:
     with pytest.raises(KernelFailed) as caught:
         result(candidate(kernel, "batch", CPU, allow_code=True).call, Case("train", "float32", "contiguous", (4, 3, 5)))
     assert (caught.value.finding.kind, caught.value.finding.given) == (kind, given)
@@ -114,7 +112,7 @@ def test_the_other_norms_are_modules_with_the_calls_own_weight_bias_and_eps(norm
     torch.testing.assert_close(y, module(given.x))
 
 
-def test_it_is_said_what_really_runs() -> None:
+def test_the_implementation_that_runs_is_reported() -> None:
     assert candidate("native", "batch", CPU, allow_code=False).ran == "torch's own operator"
     assert candidate("fused", "batch", CPU, allow_code=False).ran.startswith("C, compiled for this CPU")
     assert own("right").ran == f"your function {HERE}:right"
@@ -135,7 +133,7 @@ def test_a_function_itself_is_called_like_a_kernel_by_name() -> None:
     [
         ("native", "spectral", "norm spectral: expected one of batch, layer, group, instance"),
         ("quick", "batch", "kernel quick: there is no such kernel; expected native, fused, fused-interpreted"),
-        ("fused", "layer", "norm layer: has the native kernel alone; fused is a batch norm"),
+        ("fused", "layer", "norm layer: has only the native kernel; fused is a batch norm"),
     ],
 )
 def test_a_name_that_is_none_is_refused(kernel: str, norm: str, message: str) -> None:
@@ -149,7 +147,7 @@ def test_a_file_or_half_a_name_is_refused_with_how_to_write_it(name: str) -> Non
         candidate(name, "batch", CPU, allow_code=True)
 
 
-def test_own_code_is_not_imported_without_leave() -> None:
+def test_user_code_needs_allow_code() -> None:
     with pytest.raises(UsageError, match="allow_code"):
         candidate("no.such.module:function", "batch", CPU, allow_code=False)
 

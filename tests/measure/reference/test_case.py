@@ -62,7 +62,7 @@ def test_many_channels_and_many_values_are_in_every_run() -> None:
     assert any(case.m > 20_000 for case in found)
 
 
-def test_the_interpreter_is_spared_many_contiguous_channels_alone() -> None:
+def test_the_interpreter_skips_many_contiguous_channels_only() -> None:
     every, spared = (cases("default", "batch", True, True, interpreted) for interpreted in (False, True))
     left_out = [case for case in every if case not in spared]
     assert left_out
@@ -174,7 +174,7 @@ def test_a_smooth_activation_keeps_every_upstream_gradient() -> None:
     assert away_from_the_kink(given, case) is given
 
 
-def test_at_a_kept_place_the_activations_input_keeps_its_sign_in_the_cases_own_dtype() -> None:
+def test_where_g_is_kept_the_activations_input_keeps_its_sign() -> None:
     """The rule of the kink: a kernel that rounds otherwise takes the same side wherever a gradient comes in."""
     case = Case("eval", "bfloat16", "contiguous", (8, 3, 16, 16), "relu")
     given = inputs(case, CPU)
@@ -186,7 +186,7 @@ def test_at_a_kept_place_the_activations_input_keeps_its_sign_in_the_cases_own_d
     assert torch.equal(kept, (given.smooth != 0) & (given.g != 0))
 
 
-def test_of_positive_weights_the_kink_is_found_anew() -> None:
+def test_the_kink_is_recomputed_for_positive_weights() -> None:
     case = Case("train", "bfloat16", "contiguous", (8, 3, 16, 16), "relu")
     given = inputs(case, CPU)
     assert given.weight is not None

@@ -52,7 +52,7 @@ def test_a_wrong_number_has_a_kind(found: float, expected: float, kind: str) -> 
     assert number_kind(found, expected) == kind
 
 
-def test_the_place_of_the_largest_difference_is_found_past_the_places_where_neither_is_a_number() -> None:
+def test_the_largest_difference_ignores_places_where_both_are_nan() -> None:
     exact = torch.tensor([[0.0, math.nan], [3.0, 4.0]])
     found = torch.tensor([[0.5, math.nan], [3.0, 6.0]])
     assert difference("dx", found, exact, 7.0) == Finding(
@@ -84,7 +84,7 @@ def test_an_input_that_is_written_to_is_named() -> None:
     assert judged("writes_into_its_input").findings["forward"] == Finding("input_written", names=("x",))
 
 
-def test_statistics_of_a_wrong_shape_are_told_with_both_shapes() -> None:
+def test_statistics_of_a_wrong_shape_are_reported_with_both_shapes() -> None:
     finding = judged("returns_y_alone").findings["dx"]
     assert (finding.kind, finding.given) == ("wrong_type", "Tensor")
 
@@ -107,7 +107,7 @@ def test_native_is_right_however_many_threads_and_channels_it_adds_over() -> Non
         assert not large(case, CPU).judge(NATIVE, "native").wrong
 
 
-def test_where_native_finds_no_room_for_all_channels_others_are_judged_by_some(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_native_lacks_memory_it_runs_on_the_judged_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     case = timed(profile.Case((2, 5, 512, 128), "bn", "fp32"))
 
     def no_room(x: Tensor, *others: Any) -> Tensor:
@@ -173,7 +173,7 @@ def test_one_wrong_number_in_the_last_position_of_a_judged_channel_is_seen(held:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_number_that_is_none_is_seen_in_a_channel_that_is_not_judged(held: Large, value: float) -> None:
+def test_a_nan_is_found_in_a_channel_that_is_not_judged(held: Large, value: float) -> None:
     wrong = held.judge(spoilt(UNJUDGED, value), "own function").wrong
     assert wrong is not None
     assert (wrong.kind, wrong.quantity) == ("nan_unexpected", "forward")
@@ -216,14 +216,14 @@ def test_the_weights_are_positive_where_that_is_asked_for() -> None:
     assert not torch.equal(other.x, plain.x)
 
 
-def test_a_kernel_is_given_the_upstream_gradient_that_its_judged_channels_are_held_to() -> None:
+def test_the_kernel_gets_the_upstream_gradient_of_the_judged_channels() -> None:
     """Zero at the activation's kink."""
     held = large(Case("train", "bfloat16", "contiguous", (4, 9, 16, 16), "relu"), CPU, most_elements=MOST)
     assert torch.equal(held.given.g[:, held.channels].double(), held.part.g)
     assert bool((held.part.g == 0).any())
 
 
-def test_half_precision_is_held_to_twice_natives_own_error() -> None:
+def test_half_precision_allows_twice_the_native_error() -> None:
     held = large(timed(profile.Case((8, 4, 28, 28), "bn+add+relu", "bf16")), CPU)
     expected = held.expected
     for name in ("forward", "dx"):

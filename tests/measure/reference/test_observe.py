@@ -56,7 +56,7 @@ class NoRoom(MemoryError):
     "error",
     [MemoryError(), NoRoom("for 9 GiB"), RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 9")],
 )
-def test_a_machine_without_room_is_no_kernels_fault(error: Exception) -> None:
+def test_lack_of_memory_is_not_a_kernels_error(error: Exception) -> None:
     assert finding_of(error).kind == "no_memory"
 
 

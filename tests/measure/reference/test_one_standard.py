@@ -34,7 +34,7 @@ def seen_by_profile(name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", wrong_kernels.BUGS)
-def test_what_gradcheck_calls_wrong_profile_calls_wrong_but_for_those_that_are_named(name: str) -> None:
+def test_profile_finds_the_kernels_that_gradcheck_finds(name: str) -> None:
     """That gradcheck calls each of them wrong is its own test's subject: tests/measure/gradcheck/test_run.py."""
     assert seen_by_profile(name) is (name not in GRADCHECK_ALONE)
 

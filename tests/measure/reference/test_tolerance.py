@@ -93,7 +93,7 @@ def test_a_mean_near_0_may_be_taken_about_a_value_of_x() -> None:
     assert tolerances.in_floors(truth + 100 * 3.0 * 2.0**-24, truth, floor) > 1
 
 
-def test_what_results_are_held_to_is_remembered_by_the_inputs_values() -> None:
+def test_expected_results_are_cached_by_the_inputs_values() -> None:
     case = Case("train", "float32", "contiguous", (4, 3, 5, 7))
     given = inputs(case, CPU)
     for remembered in (tolerances.expected, tolerances.native_results):
@@ -111,7 +111,7 @@ def test_what_results_are_held_to_is_remembered_by_the_inputs_values() -> None:
     assert tolerances.native_results(case, strided) is not tolerances.native_results(case, given)
 
 
-def test_the_native_kernels_error_is_allowed_twice_and_told() -> None:
+def test_twice_the_native_error_is_allowed_and_reported() -> None:
     exact, floor = torch.tensor([[1.0], [2.0]]), torch.full((2, 1), 0.1)
     native = exact + torch.tensor([[0.2], [0.0]])
     assert tolerances.in_tolerances(exact + 0.3, exact, floor, None) == (pytest.approx(3.0), None)

@@ -176,7 +176,7 @@ def test_rounds_come_one_by_one() -> None:
     assert machine.log.count("a") == 2
 
 
-def test_threads_are_given_back_also_after_an_error() -> None:
+def test_the_number_of_threads_is_restored_after_an_error() -> None:
     before = torch.get_num_threads()
     with clock.threads(before + 1):
         assert torch.get_num_threads() == before + 1

@@ -53,7 +53,7 @@ SHOWN = "train-float32-4x3x5x5-relu-dx: dx[0, 1, 2, 2] is 0.75; expected 0.25; r
     ("diagnosis", "text"),
     [
         (Diagnosis("NaN leaks into other channels", first=FIRST), SHOWN),
-        (Diagnosis("it raises", first=FIRST, alike=3, of=9), f"3 of 9 calls; {SHOWN}"),
+        (Diagnosis("the kernel raises an exception", first=FIRST, alike=3, of=9), f"3 of 9 calls; {SHOWN}"),
         (
             Diagnosis("one-pass variance, E[x^2] - E[x]^2", first=FIRST, relative_errors={"100": 1e-5, "1000": 0.063}),
             "relative errors by mean/deviation: 1e-05 at 100, 0.063 at 1000; "
@@ -66,7 +66,7 @@ SHOWN = "train-float32-4x3x5x5-relu-dx: dx[0, 1, 2, 2] is 0.75; expected 0.25; r
         ),
         (
             Diagnosis(
-                "no bug that is known here",
+                "unknown bug",
                 summary=FailureSummary(
                     quantities=("dx",),
                     clean=("forward",),
@@ -83,7 +83,7 @@ SHOWN = "train-float32-4x3x5x5-relu-dx: dx[0, 1, 2, 2] is 0.75; expected 0.25; r
             "besides: group 0, group 1, group 2, group 3, group 4, group 5 and 2 more",
         ),
         (
-            Diagnosis("no bug that is known here", summary=FailureSummary((), (), 0, 40, (), ("empty batch",))),
+            Diagnosis("unknown bug", summary=FailureSummary((), (), 0, 40, (), ("empty batch",))),
             "what fails, every plain case being right: empty batch",
         ),
     ],
