@@ -15,6 +15,7 @@ from bncli.recipe.overrides import arms_of, base_of, fixed_by, kinds, members, m
 from bncli.recipe.sections import ARM_NAME, FUNCTION_PATH, KINDS, Recipe, RecipeFile
 from bncli.recipe.yaml import Keys, Tree, dotted
 
+MARKS = ("[key]", "[steps]", "[spacing]")  # that pydantic appends: for a mapping's key, and for the tag of a union
 Found = tuple[Keys, str]  # where a mistake is, and the sentence about it
 SAME_FOR_ALL_RUNS = (
     "data",
@@ -29,8 +30,8 @@ def nearest(word: Any, names: Sequence[Any]) -> list[str]:
     if not isinstance(word, str):
         return []
     texts = [name for name in names if isinstance(name, str)]
-    # A name of two letters with one of them wrong is half right.
-    near = difflib.get_close_matches(word, texts, n=2, cutoff=0.5)
+    cutoff = 0.6 if len(word) > 2 else 0.5  # a name of two letters with one of them wrong is half right
+    near = difflib.get_close_matches(word, texts, n=2, cutoff=cutoff)
     return near or [name for name in texts if len(word) > 1 and name.startswith(word)]
 
 
@@ -143,7 +144,8 @@ def mistakes(model: type[BaseModel], plain: dict[str, Any]) -> list[Found]:
 def _keys(location: tuple[Any, ...], model: type[BaseModel]) -> Keys:
     """pydantic names the chosen member of a union in a location; the recipe has no such level."""
     member = location[1:2] if len(_choices(model, location[:1])) > 1 else ()
-    return tuple(key for key in location[:1] + location[1 + len(member) :] if not str(key).startswith("["))
+    keys = location[:1] + location[1 + len(member) :]
+    return keys[:2] + keys[3:] if keys[2:3] and keys[2] in MARKS else keys
 
 
 def _choices(model: type[BaseModel], keys: Keys) -> list[type[BaseModel]]:
@@ -184,7 +186,8 @@ def _sentence(error: Any, model: type[BaseModel], plain: Any, keys: Keys) -> str
         return str(context["error"])
     if kind == "literal_error" and owner:
         return _not_among(value, get_args(owner.model_fields[str(keys[-1])].annotation))
-    choice = kinds(_choices(model, keys))
+    field = owner.model_fields.get(str(keys[-1])) if owner and keys else None
+    choice = kinds(members(field.annotation)) if field else {}
     if choice and kind in ("model_type", "model_attributes_type"):
         return f"expected {', '.join(choice)} or a mapping, found {words(value)}"
     expected = _PATTERNS[context["pattern"]] if "pattern" in context else _EXPECTED.get(kind, "").format(**context)

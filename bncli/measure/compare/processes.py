@@ -36,6 +36,7 @@ class _Worker:
     log: Path
     ready: bool = False
     job: Job | None = None  # the run in progress
+    logged: int = 0  # bytes of the log before that run
 
 
 @dataclass
@@ -112,6 +113,7 @@ class Processes:
 
     def _hand_out(self, worker: _Worker, job: Job) -> bool:
         assert worker.process.stdin is not None
+        worker.logged = worker.log.stat().st_size
         try:
             worker.process.stdin.write(json.dumps({"key": job.key, "recipe": plain(job.recipe)}) + "\n")
             worker.process.stdin.flush()
@@ -156,7 +158,7 @@ class Processes:
             )
         if worker.job is None:
             return None
-        last = _tail(worker.log, 1)
+        last = _tail(worker.log, 1, worker.logged)
         failure = _cause(code) + (f"; its log ends: {last}" if last else "")
         return Ended(worker.number, worker.job, None, failure, at_a_time=self.limit)
 
@@ -194,5 +196,5 @@ def _cause(code: int) -> str:
     return f"its worker process was killed by {name}{hint}"
 
 
-def _tail(log: Path, lines: int = 12) -> str:
-    return "\n".join(log.read_text(errors="replace").strip().splitlines()[-lines:])
+def _tail(log: Path, lines: int = 12, start: int = 0) -> str:
+    return "\n".join(log.read_bytes()[start:].decode(errors="replace").strip().splitlines()[-lines:])

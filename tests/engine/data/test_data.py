@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zipfile
 from itertools import islice
 
 import numpy as np
@@ -304,6 +305,17 @@ def test_what_is_no_archive_is_refused(tmp_path, content, message):
         (tmp_path / "set.npz").write_bytes(content)
     elif content:
         (tmp_path / "set.npz").mkdir()
+    with pytest.raises(DataError, match=message):
+        read_npz(str(tmp_path / "set.npz"))
+
+
+@pytest.mark.parametrize(
+    ("x", "message"), [(b"junk", r"has x of type \|S4"), (b"\x93NUMPY\x01\x00\x02\x00{(", "cannot be read as arrays")]
+)
+def test_an_archive_of_no_arrays_is_refused(tmp_path, x, message):
+    with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:
+        archive.writestr("x.npy", x)
+        archive.writestr("y.npy", b"junk")
     with pytest.raises(DataError, match=message):
         read_npz(str(tmp_path / "set.npz"))
 

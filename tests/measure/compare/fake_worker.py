@@ -32,6 +32,7 @@ def main() -> None:
         if act == "exit":
             os._exit(7)
         if act == "fail":
+            print("ValueError: no", file=sys.stderr, flush=True)
             say(key=key, failure="ValueError: no")
             continue
         if act == "sleep":

@@ -107,6 +107,11 @@ def test_a_run_that_dies_is_reported_and_the_others_go_on(tmp_path: Path, act: s
     assert sum(event.failure is None for event in ended.values()) == 6
 
 
+def test_the_log_of_an_earlier_run_is_not_blamed_for_a_death(tmp_path: Path) -> None:
+    _, ended = carry_out(processes(tmp_path, jobs=1), {"earlier": "fail", "later": "exit"})
+    assert ended["later"].failure == "its worker process exited with 7"
+
+
 def test_every_run_dying_still_ends(tmp_path: Path) -> None:
     _, ended = carry_out(processes(tmp_path), {f"run{n}": "die" for n in range(4)})
     assert len(ended) == 4
