@@ -327,6 +327,8 @@ def test_a_forward_mode_derivative_is_refused_and_not_zero(kernel: UnderTest) ->
     x = torch.randn(4, 3, device=kernel.device)
     with pytest.raises(RuntimeError, match="no forward-mode derivative"):
         torch.func.jvp(lambda x: kernel.run(x, None, None, EPS)[0], (x,), (x,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        kernel.run(torch.autograd.forward_ad.make_dual(x, x), None, None, EPS)
 
 
 def test_a_dispatch_mode_sees_the_operator(kernel: UnderTest) -> None:
