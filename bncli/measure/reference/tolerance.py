@@ -125,7 +125,7 @@ def native_results(case: Case, given: Inputs, second: bool = True) -> Values:
 @functools.lru_cache(maxsize=REMEMBERED)
 def _native_results(question: _Question, places: tuple[object, ...]) -> Values:
     seen = observe(NATIVE, question.case, question.given, question.second).wide()
-    return {name: value.clone() for name, value in seen.items()}  # dresidual may be g itself, which a kernel may write to
+    return {name: value.clone() for name, value in seen.items()}  # dresidual may be g, which a kernel may write to
 
 
 @contextlib.contextmanager
