@@ -66,6 +66,11 @@ def batch_norm(
         return native.finish(y, residual, activation)
     if input.dim() < 2:
         raise RuntimeError(f"batch norm takes (N, C, *S), not an input of {input.dim()} dimensions")
+    if not isinstance(kernel, str):  # a function may broadcast what does not fit; the kernels with names refuse it
+        vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+        for name, vector in vectors.items():
+            if vector is not None and vector.numel() != input.size(1):
+                raise RuntimeError(f"{name} has {vector.numel()} values; the input has {input.size(1)} channels")
     if eps < 0 or (training and eps == 0):
         raise ValueError(f"eps must be positive in training and not negative in evaluation; it is {eps}")
     if residual is not None and not (

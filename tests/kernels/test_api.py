@@ -22,6 +22,12 @@ def without_running(x, weight, bias, eps, residual=None, activation=None, statis
     return native.batch_norm(x, weight, bias, eps, residual, activation, statistics)
 
 
+def broadcasting(x, weight, bias, eps, residual=None, activation=None, statistics=None):  # type: ignore[no-untyped-def]
+    """A user's kernel whose operators would take vectors of one value for all channels."""
+    mean, var = statistics or (x.mean(0), x.var(0, correction=0))
+    return (x - mean) * (var + eps).rsqrt() * weight + bias, mean, var
+
+
 ROUTES = pytest.mark.parametrize("kernel", ["native", native.batch_norm, without_running])
 SHAPES = [(5, 3), (4, 3, 7), (2, 3, 5, 2), (2, 3, 2, 3, 2), (1, 3, 2), (2, 3)]
 
@@ -132,12 +138,17 @@ WRONG: dict[str, dict[str, Any]] = {
     "other channels in training": {"input": torch.ones(4, 5), "training": True},
     "a weight of another size": {"weight": torch.ones(4)},
     "a bias of another size": {"bias": torch.ones(4), "training": True},
+    "one weight for all channels": {"weight": torch.ones(1)},
+    "one bias for all channels": {"bias": torch.ones(1), "training": True},
+    "one running mean for all channels": {"running_mean": torch.zeros(1)},
+    "one running variance for all channels": {"running_var": torch.ones(1)},
+    "one channel for vectors of three": {"input": torch.ones(4, 1), "training": True},
     "no channels": {"input": torch.ones(3)},
     "no momentum": {"momentum": None, "training": True},
 }
 
 
-@ROUTES
+@pytest.mark.parametrize("kernel", ["native", native.batch_norm, without_running, broadcasting])
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_what_torch_refuses_is_refused_with_the_same_kind_of_error(kernel: Any, wrong: dict[str, Any]) -> None:
     given = {"input": numbers(4, 3), **arguments((True, True)), **wrong}

@@ -124,6 +124,7 @@ def batch_norm(
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"the fused kernel takes {names}; x is {str(x.dtype).removeprefix('torch.')}")
     _check_arguments(x, weight, bias, residual, statistics or (None, None), running or (None, None))
+    _refuse_forward_mode()
     x = x if x.is_contiguous() else dense(x)
     if residual is not None:
         residual = match_layout(residual.to(x.dtype), x)
@@ -140,7 +141,6 @@ def batch_norm(
     options = Options(float(eps), activation or "none", keep_signs, interpreted)
     updated = False
     if not _is_eager(x):
-        _refuse_forward_mode()
         y, mean, var, _ = forward_operator(x, weight, bias, residual, *(frozen or (None, None)), *options)
         mean, var = mean.detach(), var.detach()
     else:
@@ -199,10 +199,9 @@ def _is_eager(x: Tensor) -> bool:
 
 
 def _refuse_forward_mode() -> None:
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        levels = torch._C._functorch.get_interpreter_stack() or ()
-        if any(level.key() == torch._C._functorch.TransformType.Jvp for level in levels):
-            raise RuntimeError("the fused kernel has no forward-mode derivative (torch.func.jvp); the native one has")
+    """Refuse torch.func.jvp and torch.autograd.forward_ad, whose derivative would be dropped as if it were zero."""
+    if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
+        raise RuntimeError("the fused kernel has no forward-mode derivative (torch.func.jvp); the native one has")
 
 
 def _updates(x: Tensor, running: tuple[Tensor, Tensor, float], interpreted: bool) -> bool:

@@ -33,11 +33,15 @@ def composed_backward(
         for vector, value in ((weight, 1.0), (bias, 0.0))
     )
     if frozen is None:
-        var, mean = torch.var_mean(x, around, correction=0, keepdim=True)
+        # The mean's rounding, which with few values far from zero is large beside their deviation, is taken out again.
+        centred_x = x - x.mean(around, keepdim=True)
+        centred_x = centred_x - centred_x.mean(around, keepdim=True)
+        var = centred_x.square().mean(around, keepdim=True)
     else:
         mean, var = (per_channel(each.to(wide), x) for each in frozen)
+        centred_x = x - mean
     reciprocal = torch.rsqrt(var + eps)
-    xhat = (x - mean) * reciprocal
+    xhat = centred_x * reciprocal
     z = xhat * scale + shift if residual is None else xhat * scale + shift + residual.to(wide)
     if activation in KINKED_ACTIVATIONS:
         relu, slope = activation == "relu", ACTIVATIONS[activation].slope

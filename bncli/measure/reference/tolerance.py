@@ -124,7 +124,8 @@ def native_results(case: Case, given: Inputs, second: bool = True) -> Values:
 
 @functools.lru_cache(maxsize=REMEMBERED)
 def _native_results(question: _Question, places: tuple[object, ...]) -> Values:
-    return observe(NATIVE, question.case, question.given, question.second).wide()
+    seen = observe(NATIVE, question.case, question.given, question.second).wide()
+    return {name: value.clone() for name, value in seen.items()}  # dresidual may be g, which a kernel may write to
 
 
 @contextlib.contextmanager

@@ -111,6 +111,14 @@ def test_expected_results_are_cached_by_the_inputs_values() -> None:
     assert tolerances.native_results(case, strided) is not tolerances.native_results(case, given)
 
 
+def test_a_kernel_that_writes_to_g_does_not_change_what_is_remembered() -> None:
+    case = Case("train", "float64", "contiguous", (4, 3, 5, 7), "residual")
+    given = inputs(case, CPU)
+    tolerances.native_results(case, given)
+    given.g.zero_()
+    assert torch.equal(tolerances.native_results(case, inputs(case, CPU))["dresidual"], inputs(case, CPU).g)
+
+
 def test_twice_the_native_error_is_allowed_and_reported() -> None:
     exact, floor = torch.tensor([[1.0], [2.0]]), torch.full((2, 1), 0.1)
     native = exact + torch.tensor([[0.2], [0.0]])
