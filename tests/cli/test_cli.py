@@ -27,7 +27,7 @@ OWN_MODEL = "model={kind: module, module: mine:make}"
          "arms.own.model.module: mine:make is code of yours that would run; allow it with --allow-code"),
         (["compare"], 2, "bncli: give a recipe, as in: bncli compare recipes/digits.yaml"),
         (["compare", "small.yaml", "--json", "--csv"], 2, "--json, --csv and --markdown: choose one"),
-        (["compare", "small.yaml", "--plot", "curve.pdf"], 2, "curve.pdf: a plot is written as .svg or .png"),
+        (["compare", "small.yaml", "--plot", "curve.pdf"], 2, "curve.pdf: a plot's file name must end in .svg or .png"),
         (["compare", "small.yaml", "--device", "cuda:9"], 3, "--device cuda:9"),
         (["compare", "small.yaml", "--set", "train.target=null"], 2, "train.target is missing"),
         (["compare", "--from", "nothing.json"], 2, "--from nothing.json: cannot be read"),

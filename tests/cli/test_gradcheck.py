@@ -53,7 +53,7 @@ def test_a_device_that_is_not_here_is_no_failed_check() -> None:
 def test_the_demonstration_is_a_table_or_json() -> None:
     ran = bncli("gradcheck", "--demo")
     assert (ran.code, ran.err) == (0, "")
-    assert "loss stands still" in ran.words
+    assert "the loss stays at" in ran.words
     ran = bncli("gradcheck", "--demo", "--json")
     assert ran.code == 0
     demo = json.loads(ran.out)
