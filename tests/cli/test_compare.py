@@ -171,7 +171,7 @@ def test_ctrl_c_in_a_comparison_says_how_to_go_on(waiting: tuple[subprocess.Pope
     started.send_signal(signal.SIGINT)
     out, err = started.communicate(timeout=600)
     assert started.returncode == 130
-    assert "3 of 8 runs are kept in runs/small; the same command goes on from there" in err
+    assert "3 of 8 runs are kept in runs/small; the same command continues from there" in err
     assert "3 of 8 runs are done" in out
 
 
@@ -275,7 +275,9 @@ def test_an_earlier_answer_is_kept_and_another_comparison_is_refused(recipe: str
     before = {file: file.read_bytes() for file in Path("runs/small").rglob("*.json")}
     refused = bncli("compare", "other/small.yaml")
     assert refused.code == 2
-    assert f"runs/small: holds 32 runs of another comparison of {Path(recipe).resolve()}, none of which" in refused.err
+    assert (
+        f"runs/small: contains 32 runs of another comparison of {Path(recipe).resolve()}, none of which" in refused.err
+    )
     assert "choose another folder with --out" in refused.err
     assert {file: file.read_bytes() for file in Path("runs/small").rglob("*.json")} == before
     Path("other/small.yaml").write_text(RECIPE.replace("seeds: {tune: 3, report: 2}", "seeds: {tune: 3, report: 1}"))

@@ -112,7 +112,7 @@ SENTENCES: dict[NoteKind, Callable[..., str]] = {
     "arms differ": _arms_differ,
     "machines": lambda: "the runs come from different machines: compare their steps, not their seconds",
     "runs at a time": lambda most: (
-        f"seconds and samples/s were measured with up to {most} runs in parallel; run one at a time for undisturbed times"
+        f"seconds and samples/s were measured with up to {most} runs at once; make one at a time for clean times"
     ),
     "paper": lambda: (
         "these are this task's figures; the paper's 14x is BN-x5 on ImageNet with seven changes, "

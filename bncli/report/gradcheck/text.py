@@ -81,7 +81,7 @@ EVIDENCE = {
     "a wrong second derivative": "dx is right; {first}",
     "one-pass variance, E[x^2] - E[x]^2": "relative errors by mean/deviation: {errors}; {message}",
     "less accurate than native": (
-        "{alike} of {of} cases exceed their tolerance slightly{by}; the worst, {tolerances:.2g} tolerances, is {first}. "
+        "{alike} of {of} cases barely exceed their tolerance{by}; the worst, {tolerances:.2g} tolerances, is {first}. "
         "A sequential sum or variance can lose as much"
     ),
     "half-precision statistics": "float32 and float64 pass; {first}",

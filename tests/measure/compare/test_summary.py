@@ -310,7 +310,7 @@ def test_other_machines_and_runs_at_a_time_are_noted(asked: Study) -> None:
     found[0] = replace(found[0], result=result(100.0, processor="another"), at_a_time=2)
     said = notes(asked, found)
     assert any("different machines" in note for note in said)
-    words = "seconds and samples/s were measured with up to 2 runs in parallel; run one at a time for undisturbed times"
+    words = "seconds and samples/s were measured with up to 2 runs at once; make one at a time for clean times"
     assert words in said
 
 

@@ -61,8 +61,8 @@ SHOWN = "train-float32-4x3x5x5-relu-dx: dx[0, 1, 2, 2] is 0.75; expected 0.25; r
         ),
         (
             Diagnosis("less accurate than native", first=FIRST, alike=2, of=7, of_native=3.14),
-            "2 of 7 cases exceed their tolerance slightly, up to 3.1 times native's error; the worst, 1.2e+06 tolerances, "
-            f"is {SHOWN}. A sequential sum or variance can lose as much",
+            "2 of 7 cases barely exceed their tolerance, up to 3.1 times native's error; the worst, 1.2e+06 "
+            f"tolerances, is {SHOWN}. A sequential sum or variance can lose as much",
         ),
         (
             Diagnosis(
