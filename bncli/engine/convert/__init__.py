@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
 
 from bncli import kernels
 from bncli.engine.convert import blocks, graph
@@ -63,9 +64,9 @@ def convert(
     and checkpoints still serve. SyncBatchNorm, lazy ones and classes with a forward of their own are left.
 
     A norm takes along what follows it in an nn.Sequential (ReLU, LeakyReLU with slope 0.01, SiLU) and in residual
-    blocks whose forward is, word for word, that of torchvision's BasicBlock, Bottleneck or InvertedResidual. These
-    modules become objects of a subclass of their class. Each call looks at their modules anew, so that whatever is
-    changed later (a slope, a module, a hook, a flag) has its effect; what cannot be fused runs as it is written.
+    blocks whose forward is, word for word, that of torchvision's BasicBlock or Bottleneck. These modules become objects
+    of a subclass of their class. Each call looks at their modules anew, so that whatever is changed later (a slope, a
+    module, a hook, a flag) has its effect; what cannot be fused runs as it is written.
 
     With `trace`, torch.fx looks into the other forwards too. The model is converted in place all the same; what is
     returned is a torch.fx.GraphModule that shares its modules and has its state_dict. It has the limits of fx: the
@@ -88,19 +89,21 @@ def convert(
 
     Raises:
         Unavailable: With the reason, where the kernel cannot run on this machine.
-        UsageError: With the reason, where torch.fx cannot hold the model, or where it is such a graph already.
+        UsageError: With the reason, where torch.fx cannot hold the model, or where it is or has such a graph already.
     """
-    if isinstance(model, fx.GraphModule) and any(node.target is blocks.run_norm for node in model.graph.nodes):
-        raise UsageError("it is a graph that convert made; convert the model itself again", field="model")
+    graphs = [part.graph for part in model.modules() if isinstance(part, fx.GraphModule)]
+    if any(node.target is blocks.run_norm for made in graphs for node in made.nodes):
+        raise UsageError("it is or has a graph that convert made; convert the model itself again", field="model")
     if isinstance(kernel, str):
         kernels.get(kernel)
+    traced = graph.trace(model) if fuse and trace else None
     modules = dict(model.named_modules())
     for module in modules.values():
         module.__class__ = blocks.original_class(module)
-    traced = graph.trace(model) if fuse and trace else None
     found = [(name, each, _swap(each, kernel)) for name, each in modules.items() if isinstance(each, _BatchNorm)]
     for module in modules.values():
-        if fuse and any(isinstance(part, norms.BatchNorm) for part in module.modules()):
+        holds_norms = any(isinstance(part, norms.BatchNorm) for part in module.modules())
+        if fuse and holds_norms and not parametrize.is_parametrized(module):  # whose class comes and goes
             module.__class__ = blocks.fused_class(module.__class__)
     unseen = "the forward that calls it is none that convert knows; trace=True looks into it" if fuse else None
     report = _report(kernel, found, blocks.sites(model), unseen)
@@ -116,7 +119,7 @@ def convert(
 def _swap(module: Any, kernel: str | kernels.Kernel) -> str | None:
     """Make a batch norm one of ours, in place; or why it was left as it is."""
     kind, name = type(module), type(module).__name__
-    bases = [EXACT[base] for base in kind.__mro__ if base in EXACT]
+    has_activation = kind.__module__.startswith("timm.") and name == "BatchNormAct2d"
     if "forward" in module.__dict__:
         return "its forward was replaced on this object"
     if isinstance(module, nn.SyncBatchNorm):
@@ -124,14 +127,14 @@ def _swap(module: Any, kernel: str | kernels.Kernel) -> str | None:
     if isinstance(module, LazyModuleMixin):
         return f"{name}: it has no parameters before its first forward; convert the model after it"
     if not isinstance(module, norms.BatchNorm):
-        if kind not in EXACT and not (bases and name.startswith("BatchNormAct")):
+        if kind not in EXACT and not has_activation:
             return f"{name} is a class with a forward of its own"
-        activation = blocks.activation_name(getattr(module, "act", None))
-        for part in module.children():  # of timm's BatchNormAct2d, mostly Identity beside its `act`
+        activation = blocks.activation_name(module.act) if has_activation else None
+        for part in module.children() if has_activation else ():  # besides `act` mostly Identity
             taken = activation is not None and part is module.act
             if not taken and (type(part) is not nn.Identity or not blocks.is_plain(part)):
                 return blocks.describe(part, "a part of its own")
-        module.__class__, module.activation = bases[0], activation
+        module.__class__, module.activation = EXACT[nn.BatchNorm2d if has_activation else kind], activation
     module.kernel = kernel
     return None
 

@@ -11,7 +11,6 @@ import functools
 import inspect
 import itertools
 import operator
-import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -25,7 +24,12 @@ from bncli.names import ACTIVATIONS, FUSED_ACTIVATIONS
 
 ACTIVATION_MODULES = {getattr(nn, ACTIVATIONS[name].module): ACTIVATIONS[name] for name in FUSED_ACTIVATIONS}
 # How adds are written. In place they keep the dtype of the left, and refuse a right that would make it larger.
-ADDS = {"y + r": operator.add, "y += r": operator.iadd, "r += y": lambda y, r: operator.iadd(r, y)}
+ADDS: dict[str, Callable[[Any, Any], Any]] = {
+    "y + r": operator.add,
+    "r + y": lambda y, r: r + y,
+    "y += r": operator.iadd,
+    "r += y": lambda y, r: operator.iadd(r, y),
+}
 CLOSED = "it has hooks, which must see its own output, or is called with more than its input"
 Site = tuple[Any, tuple[str, ...], str | None]  # a norm of ours, what it takes along in a call, and why not more
 
@@ -33,7 +37,8 @@ Site = tuple[Any, tuple[str, ...], str | None]  # a norm of ours, what it takes 
 def is_plain(module: nn.Module) -> bool:
     """Whether a call of the module is its class's forward and nothing more: no hooks, no forward of its own."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks) and "forward" not in module.__dict__ and not _has_any_global_hook()
+    replaced = "forward" in module.__dict__ or module._compiled_call_impl is not None  # by module.compile()
+    return not any(hooks) and not replaced and not _has_any_global_hook()
 
 
 def is_open_norm(module: Any) -> bool:
@@ -69,8 +74,7 @@ def run_norm(norm: Any, x: Tensor, activation: Any = None, residual: Any = None,
     add: one of ADDS, of y = norm(x) and the residual r; None: there is none.
     """
     name = activation_name(activation)
-    alike = isinstance(residual, Tensor) and residual.shape == x.shape and residual.dtype == x.dtype
-    if is_open_norm(norm) and (alike or add is None):
+    if is_open_norm(norm) and (add is None or _alike(x, residual, add)):
         y = norm(x, residual, name)
     else:
         y, name = x if norm is None else norm(x), None
@@ -78,6 +82,12 @@ def run_norm(norm: Any, x: Tensor, activation: Any = None, residual: Any = None,
     if name is not None or activation is None:
         return y
     return native.ACTIVATIONS[activation](y) if isinstance(activation, str) else activation(y)
+
+
+def _alike(x: Tensor, residual: Any, add: str) -> bool:
+    """Whether the kernels' sum is that of the add: of one shape and dtype, in the layout of its first operand."""
+    alike = isinstance(residual, Tensor) and residual.shape == x.shape and residual.dtype == x.dtype
+    return alike and (add != "r + y" or residual.stride() == x.stride())
 
 
 class Parts(NamedTuple):
@@ -93,8 +103,10 @@ def _leaves(modules: Iterable[Any]) -> list[Any]:
     """The modules in the order of their calls, those of an inner Sequential in its place."""
     found: list[Any] = []
     for module in modules:
-        sequential = isinstance(module, nn.Sequential) and type(module).forward in (nn.Sequential.forward, _sequential)
-        found += _leaves(module._modules.values()) if sequential and is_plain(module) else [module]
+        kind: Any = type(module)
+        forward = getattr(kind, "forward", None)  # there is none where a function is called in place of a module
+        forward = kind.bncli_original.forward if forward is _sequential else forward
+        found += _leaves(module) if forward is SEQUENTIAL and is_plain(module) else [module]
     return found
 
 
@@ -114,21 +126,28 @@ def _run(modules: Iterable[Any], x: Tensor) -> tuple[Any, Tensor]:
     return norm, x
 
 
+def _parts(module: Any) -> Parts | None:
+    """The parts of a module with a fused forward; None for others, and where the forward was replaced since."""
+    kind = type(module)
+    known = getattr(kind, "bncli_known", None)
+    return kind.bncli_parts(module) if known is not None and kind.bncli_original.forward is known else None
+
+
 def _forward(self: Any, x: Tensor) -> Tensor:
-    fused = type(self)
-    if fused.bncli_original.forward is not fused.bncli_known:  # it was replaced since
-        return fused.bncli_original.forward(self, x)
-    body, add, shortcut, activation = fused.bncli_parts(self)
-    shortcut = _leaves(shortcut)
+    parts = _parts(self)
+    if parts is None:
+        return type(self).bncli_original.forward(self, x)
+    body, add, shortcut, activation = parts
     norm, y = _run(_leaves(body), x)
-    if add is not None and not shortcut:
+    if add is None:
+        return run_norm(norm, y)
+    shortcut = _leaves(shortcut)
+    if not shortcut:
         return run_norm(norm, y, activation, x, add)
     is_new, y = norm is not None, run_norm(norm, y)
-    if add is None:
-        return y
     norm, residual = _run(shortcut, x)
     if norm is not None and (is_new or add == "y + r"):  # where y is new, the add writes into nothing that is seen
-        return run_norm(norm, residual, activation, y, "y + r" if add == "y + r" else "r += y")
+        return run_norm(norm, residual, activation, y, "r + y" if add == "y + r" else "r += y")
     return run_norm(None, y, activation, run_norm(norm, residual), add)
 
 
@@ -139,8 +158,7 @@ def _sequential(self: Any, input: Tensor) -> Tensor:
 def sites(model: nn.Module, name: str = "") -> Iterator[Site]:
     """Where the fused forwards of a model's modules call norms, those of outer modules first; `name` is the model's."""
     names: dict[Any, str] = {module: path for path, module in model.named_modules(prefix=name)}
-    for module in [module for module in names if type(module) is not original_class(module)]:
-        parts = type(module).bncli_parts(module)
+    for parts in filter(None, map(_parts, names)):
         body, shortcut = _leaves(parts.body), _leaves(parts.shortcut)
         called = [*body, *shortcut]
         for norm, follower in itertools.zip_longest(called, called[1:]):
@@ -148,52 +166,56 @@ def sites(model: nn.Module, name: str = "") -> Iterator[Site]:
             adds = adds and (not shortcut or parts.add == "y + r" or is_open_norm(body[-1]))
             follower = parts.activation if adds else follower
             taken = None if follower in shortcut[:1] else activation_name(follower)
-            reason = None if taken or (adds and follower is None) else describe(follower, names.get(follower, ""))
             if is_open_norm(norm):
+                reason = None if taken else describe(follower, names.get(follower, ""))
                 yield norm, ("residual add",) * adds + ((taken,) if taken else ()), reason
             elif isinstance(norm, BatchNorm):
                 yield norm, (), CLOSED
 
 
-# The forwards of torchvision's ResNet and MobileNetV2 and of bncli.engine.models, as `_text` gives them.
+# The forwards of torchvision's ResNet and of bncli.engine.models, as `_text` gives them.
 RESNET_BLOCK = """def forward(self, x):
-    residual = x
+    {residual} = x
     out = self.conv1(x)
     out = self.bn1(out)
-    out = self.relu(out){middle}
+    out = self.relu(out)
+    out = self.conv2(out)
+    out = self.bn2(out){third}
     if self.downsample is not None:
-        residual = self.downsample(x)
-    out += residual
+        {residual} = self.downsample(x)
+    out += {residual}
     out = self.relu(out)
     return out"""
-SECOND = "\n    out = self.conv2(out)\n    out = self.bn2(out)"
-THIRD = "\n    out = self.relu(out)\n    out = self.conv3(out)\n    out = self.bn3(out)"
-INVERTED_RESIDUAL = """def forward(self, x):
-    if self.use_res_connect:
-        return x + self.conv(x)
-    else:
-        return self.conv(x)"""
+THIRD = """
+    out = self.relu(out)
+    out = self.conv3(out)
+    out = self.bn3(out)"""
 OWN_RESIDUAL = """def forward(self, x):
     y: Tensor = self.activation(self.body(x) + self.shortcut(x))
     return y"""
 
 
-def _resnet_parts(block: Any, *more: Any) -> Parts:
+def _basic_block(block: Any, *more: Any) -> Parts:
     shortcut = [] if block.downsample is None else [block.downsample]
     return Parts([block.conv1, block.bn1, block.relu, block.conv2, block.bn2, *more], "y += r", shortcut, block.relu)
 
 
+def _bottleneck(block: Any) -> Parts:
+    return _basic_block(block, block.relu, block.conv3, block.bn3)
+
+
+SEQUENTIAL = nn.Sequential.forward
 KNOWN: dict[Any, Callable[[Any], Parts]] = {
-    nn.Sequential.forward: lambda module: Parts(module._modules.values()),
-    RESNET_BLOCK.format(middle=SECOND): _resnet_parts,
-    RESNET_BLOCK.format(middle=SECOND + THIRD): lambda block: _resnet_parts(block, block.relu, block.conv3, block.bn3),
-    INVERTED_RESIDUAL: lambda block: Parts([block.conv], "y + r" if block.use_res_connect else None),
+    SEQUENTIAL: Parts,
     OWN_RESIDUAL: lambda block: Parts([block.body], "y + r", [block.shortcut], block.activation),
 }
+for _name in ("identity", "residual"):  # its name in torchvision, and before 0.3
+    KNOWN[RESNET_BLOCK.format(residual=_name, third="")] = _basic_block
+    KNOWN[RESNET_BLOCK.format(residual=_name, third=THIRD)] = _bottleneck
 
 
 def _text(function: Any) -> str:
-    """A function's code without docstring, annotations and comments, or nothing; `identity` is called residual."""
+    """A function's code without docstring, annotations and comments, or nothing."""
     try:
         tree: Any = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
         tree.body = tree.body[ast.get_docstring(tree) is not None :]
@@ -202,19 +224,19 @@ def _text(function: Any) -> str:
     for annotated in tree.args.args:
         annotated.annotation = None
     tree.returns = None
-    return "" if hasattr(function, "__wrapped__") else re.sub(r"(?<!\.)\bidentity\b", "residual", ast.unparse(tree))
+    return "" if hasattr(function, "__wrapped__") else ast.unparse(tree)
 
 
 @functools.cache
 def fused_class(original: Any) -> Any:
     """A subclass of a module's class with a fused forward; that class itself where its forward is not known."""
     parts: Any = KNOWN.get(original.forward) or KNOWN.get(_text(original.forward))
-    if parts is None:
+    if parts is None or original.__new__ is not object.__new__:  # as FSDP's, which counts the bases of its objects
         return original
 
     class Fused(original):
         bncli_original, bncli_parts, bncli_known = original, staticmethod(parts), staticmethod(original.forward)
-        forward = _sequential if original.forward is nn.Sequential.forward else _forward
+        forward = _sequential if original.forward is SEQUENTIAL else _forward
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             """What pickle and copy ask for. No name leads to this class: it is made anew."""

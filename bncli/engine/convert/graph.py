@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import operator
 import random
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,11 +29,20 @@ def in_place(name: str, left: Any, right: Any) -> Any:
     return getattr(operator, name)(left, right)
 
 
+CONTAINERS = (list, dict, set)
 ADDS = {operator.add, torch.add, "add", "add_", in_place}
 
 
 class _Proxy(fx.Proxy):
-    """fx's stand-in for a value, which does not take `y += x` for `y = y + x`."""
+    """fx's stand-in for a value. It does not take `y += x` for `y = y + x`, nor itself for no tensor."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """What isinstance asks for. The model must not choose its way by it; torch may ask of its own arguments."""
+        asked = self.node.op in ("placeholder", "get_attr", "call_module")  # others may be sizes, which operators check
+        if asked and not sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.fx.", "torch.nn.")):
+            raise TraceError("it asks whether a value is a tensor")
+        return _Proxy
 
     def _in_place(self, other: Any, name: str) -> fx.Proxy:
         proxy = self.tracer.create_proxy("call_function", in_place, (name, self, other), {})
@@ -58,21 +69,26 @@ class _Tracer(fx.Tracer):
     def create_node(self, *arguments: Any, **options: Any) -> fx.Node:
         autocast = [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
         drawn = random.getstate(), torch.get_rng_state().tolist()
-        context = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, drawn
+        saved = torch._C._autograd._top_saved_tensors_default_hooks(True)  # of torch.utils.checkpoint
+        context = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), saved, autocast, drawn
         if vars(self).setdefault("context", context) != context:  # that of the first node, which is an argument
-            raise TraceError("it draws random numbers, or computes within no_grad, autocast or the like")
+            raise TraceError("it draws random numbers, or computes within no_grad, autocast, checkpoint or the like")
         return super().create_node(*arguments, **options)
 
 
 def trace(model: nn.Module) -> fx.GraphModule:
     """The graph of a model's forward. Raises UsageError, with the reason, for one that fx cannot hold."""
-    before = {module: dict(vars(module)) for module in model.modules()}
+    before = {module: (type(module), dict(vars(module))) for module in model.modules()}
     try:
         if not blocks.is_plain(model):
             raise TraceError("the model has hooks or a forward of its own, which the graph would lose")
         for name, argument in inspect.signature(model.forward).parameters.items():
             if argument.default is None or isinstance(argument.default, bool):
                 raise TraceError(f"its argument {name} is {argument.default} by default and may choose its way")
+        for module, (_, attributes) in before.items():  # what the forward appends to a list is seen, and forgotten
+            module.__class__ = blocks.original_class(module)
+            held = {name: copy.copy(value) for name, value in attributes.items() if isinstance(value, CONTAINERS)}
+            vars(module).update(held)
         graphs = {}
         for training in (True, False):
             for module in before:
@@ -81,28 +97,34 @@ def trace(model: nn.Module) -> fx.GraphModule:
             graphs[graph.python_code("self").src] = graph
         if len(graphs) > 1:
             raise TraceError("it goes another way in training than in evaluation (self.training)")
-        for module, attributes in before.items():
+        for module, (_, attributes) in before.items():
             for name, value in vars(module).items():
-                if name != "training" and attributes.get(name, before) is not value:
-                    raise TraceError(f"it sets the attribute {name}, or has a tensor that is no parameter or buffer")
+                old = attributes.get(name, fx.Proxy)
+                if name != "training" and old is not value and not (isinstance(old, CONTAINERS) and old == value):
+                    raise TraceError(f"it changes the attribute {name}, or has a tensor that is no parameter or buffer")
     except Exception as error:  # the user's code met stand-ins where it expected tensors: anything may be raised
-        kind = "" if isinstance(error, TraceError) else f"it raised {type(error).__name__}: "
-        reason = kind + next(iter(str(error).strip().splitlines()), "")
-        message = f"torch.fx cannot hold the forward of this model ({reason}); leave trace out: Sequential and known "
-        raise UsageError(f"{message}residual blocks are fused without it", field="trace") from error
+        raised = "" if isinstance(error, TraceError) else f"it raised {type(error).__name__}: "
+        raise _refusal(raised + next(iter(str(error).strip().splitlines()), "")) from error
     finally:
-        for module, attributes in before.items():
+        for module, (original, attributes) in before.items():
+            module.__class__ = original
             vars(module).clear()
             vars(module).update(attributes)
     for node in graph.nodes:
         node.type = None  # an annotation that is a string could not be pickled
     traced = fx.GraphModule(model, graph, type(model).__name__)
-    for name, module in dict(traced.named_modules()).items():  # fx leaves out what is not called, and the order
-        original = model.get_submodule(name)
-        for kind in ("_modules", "_parameters", "_buffers") if module is not original else ():
-            copied = getattr(module, kind)
-            setattr(module, kind, {key: copied.get(key, value) for key, value in getattr(original, kind).items()})
+    for kind in ("_modules", "_parameters", "_buffers"):  # also those that are not called, in their order
+        setattr(traced, kind, dict(getattr(model, kind)))
+    if list(traced.state_dict()) != list(model.state_dict()):
+        raise _refusal("its state_dict has more than parameters and buffers")
+    if list(inspect.signature(traced.forward).parameters) != list(inspect.signature(model.forward).parameters):
+        raise _refusal("the graph would take its arguments in another order")
     return traced
+
+
+def _refusal(reason: str) -> UsageError:
+    message = f"torch.fx cannot hold the forward of this model ({reason}); leave trace out: Sequential and known "
+    return UsageError(f"{message}residual blocks are fused without it", field="trace")
 
 
 def fuse(model: fx.GraphModule) -> Iterator[blocks.Site]:
@@ -144,7 +166,8 @@ def _residual(norm: fx.Node, add: fx.Node) -> tuple[Any, str | None]:
     """What an add right behind a norm adds to its output, and how; None where that is not all that it does."""
     operands = add.args[1:] if add.target is in_place else add.args
     residual: Any = next((operand for operand in operands if operand is not norm), None)
-    how = "y + r" if add.target not in (in_place, "add_") else "y += r" if operands[0] is norm else "r += y"
+    sign = "+=" if add.target in (in_place, "add_") else "+"
+    how = f"y {sign} r" if operands[0] is norm else f"r {sign} y"
     fits = len(operands) == 2 and isinstance(residual, fx.Node) and not add.kwargs and norm.next is add
     fits = fits and (add.target is not in_place or add.args[0] == "iadd")
     if how == "r += y" and fits:  # what else shares the memory of r would miss the sum

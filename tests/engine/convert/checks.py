@@ -1,14 +1,16 @@
-"""What the tests of convert share: a converted copy, its report, and its equality to the original."""
+"""What the tests of convert share: a converted copy, its report, changes to both, and their equality."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bncli.engine.convert import Conversion, convert
+from bncli.engine.models.norms import BatchNorm, BatchNorm2d
 from bncli.kernels import native
 
 SEAM: Any = native.batch_norm  # native as a function, which takes the way of every other kernel
@@ -62,3 +64,28 @@ def same(one: nn.Module, other: nn.Module, *inputs: Any, steps: int = 3) -> None
         results.append(model.eval()(*inputs))
     torch.testing.assert_close(results[1], results[0])
     one.train(), other.train()
+
+
+class LeafNorms(fx.Tracer):
+    """A user's own tracer, to which batch norms are leaves."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+
+
+def replace_the_forward_of_the_norm(m: Any) -> None:
+    m.norm.forward = lambda x: 2 * x
+
+
+# Changes to a model whose `norm`, of 3 channels, is followed by `act`, a LeakyReLU.
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "another activation": lambda m: setattr(m, "act", nn.Tanh()),
+    "another LeakyReLU": lambda m: setattr(m, "act", nn.LeakyReLU(0.5)),  # finding 5 of the review
+    "another slope": lambda m: setattr(m.act, "negative_slope", 0.5),
+    "a norm with an activation": lambda m: setattr(m, "norm", BatchNorm2d(3, activation="silu")),
+    "no norm": lambda m: setattr(m, "norm", nn.Identity()),
+    "the norm's forward": replace_the_forward_of_the_norm,
+    "evaluation": lambda m: m.norm.eval(),
+    "a hook on the norm": lambda m: m.norm.register_forward_hook(lambda module, inputs, output: output - 1),
+    "a hook on the activation": lambda m: m.act.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,)),
+}

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bncli.engine.models import Residual
+
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -138,6 +140,12 @@ class ResNet(nn.Module):
 def small_resnet(kind: type[BasicBlock] | type[Bottleneck] = BasicBlock) -> ResNet:
     """Three blocks, one of them with a projection."""
     return ResNet(kind, (2, 1))
+
+
+def residual(inner: nn.Module | None = None) -> Residual:
+    """A block of bncli's own models, of 3 channels."""
+    body = nn.Sequential(conv(3, 3), nn.BatchNorm2d(3), inner or nn.ReLU(), nn.BatchNorm2d(3))
+    return Residual(body, nn.Sequential(), nn.SiLU())
 
 
 # --- MobileNetV2 (arXiv 1801.04381) -----------------------------------------------------------------------------------
@@ -303,6 +311,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "basic blocks": (small_resnet, IMAGES),
     "bottlenecks": (lambda: small_resnet(Bottleneck), IMAGES),
     "functional bottlenecks": (lambda: small_resnet(FunctionalBottleneck), IMAGES),
+    "own residuals": (lambda: nn.Sequential(residual(), residual()), IMAGES),
     "inverted residuals": (lambda: nn.Sequential(*(InvertedResidual(3, 3, 1, 4, nn.SiLU) for _ in range(2))), IMAGES),
     "mb convolutions": (lambda: nn.Sequential(*(MBConv(4, 3, 1, 3, 3, 0.3) for _ in range(2))), IMAGES),
     "dense net": (DenseBlock, IMAGES),

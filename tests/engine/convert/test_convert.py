@@ -29,12 +29,12 @@ from tests.engine.convert.models import (
     DenseBlock,
     EfficientNet,
     FunctionalBottleneck,
-    InvertedResidual,
     MobileNetV2,
     ResNet,
     conv,
     mlp,
     numbers,
+    residual,
     small_resnet,
 )
 
@@ -64,7 +64,7 @@ def test_so_it_has_in_float64_and_channels_last(name: str) -> None:
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, int, int]] = {
     "ResNet-18": (ResNet, 20, 16, 17),
     "ResNet-50": (lambda: ResNet(Bottleneck, (3, 4, 6, 3)), 53, 48, 49),
-    "MobileNetV2": (MobileNetV2, 52, 10, 10),
+    "MobileNetV2": (MobileNetV2, 52, 0, 10),
     "EfficientNet-B0": (EfficientNet, 49, 33, 33),
     "ResNet of functions": (lambda: ResNet(FunctionalBottleneck, (3, 4, 6, 3)), 53, 0, 49),
     "dense block": (DenseBlock, 7, 0, 6),
@@ -97,10 +97,9 @@ def test_a_block_fuses_all_but_the_norm_before_its_shortcut() -> None:
 
 
 def test_the_report_says_what_stands_in_the_way() -> None:
-    model = converted(nn.Sequential(InvertedResidual(3, 4, 1, 2, nn.SiLU), nn.BatchNorm2d(4), nn.LeakyReLU(0.2)))
-    assert operations(model)["0.conv.0.1"] == "batch norm + silu"
-    assert reason(model, "0.conv.3") == "nothing follows it here"
-    assert reason(model, "1") == "what follows is 2 (LeakyReLU with slope 0.2)"
+    model = converted(nn.Sequential(nn.BatchNorm2d(4), nn.LeakyReLU(0.2), nn.BatchNorm2d(4)))
+    assert reason(model, "0") == "what follows is 1 (LeakyReLU with slope 0.2)"
+    assert reason(model, "2") == "nothing follows it here"
     assert reason(converted(DenseBlock()), "norm") == (
         "the forward that calls it is none that convert knows; trace=True looks into it"
     )
@@ -242,10 +241,48 @@ def replaced() -> nn.Module:
     return norm
 
 
+class BatchNormAct2d(nn.BatchNorm2d):
+    """The shape of timm's: a norm with its own dropout and activation."""
+
+    __module__ = "timm.layers.norm_act"
+
+    def __init__(self, channels: int, drop: nn.Module, act: nn.Module) -> None:
+        super().__init__(channels)
+        self.drop, self.act = drop, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+class ActivationFirst(BatchNormAct2d):
+    """Another's class of that name."""
+
+    __module__ = __name__
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.BatchNorm2d.forward(self, self.act(x))
+
+
+ActivationFirst.__name__ = "BatchNormAct2d"
+
+
+def hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda *_: None)
+    return module
+
+
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "synchronised": (lambda: nn.SyncBatchNorm(3), "statistics are those of several processes"),
     "lazy": (nn.LazyBatchNorm2d, "no parameters before its first forward"),
     "a subclass": (lambda: Doubled(3), "Doubled is a class with a forward of its own"),
+    "not timm's": (
+        lambda: ActivationFirst(3, nn.Identity(), nn.ReLU()),
+        "BatchNormAct2d is a class with a forward of its own",
+    ),
+    "GELU": (lambda: BatchNormAct2d(3, nn.Identity(), nn.GELU()), "GELU"),
+    "dropout": (lambda: BatchNormAct2d(3, nn.Dropout(0.5), nn.ReLU()), "Dropout"),
+    "a slope": (lambda: BatchNormAct2d(3, nn.Identity(), nn.LeakyReLU(0.2)), "LeakyReLU with slope 0.2"),
+    "hooks": (lambda: BatchNormAct2d(3, nn.Identity(), hooked(nn.ReLU())), "has hooks"),
     "replaced": (replaced, "its forward was replaced on this object"),
 }
 
@@ -258,17 +295,6 @@ def test_norms_that_are_more_than_batch_norm_are_left_with_the_reason(make: Call
     assert type(model[0]) is kind
     assert operations(model) == {"0": None}
     assert why in reason(model, "0")
-
-
-class BatchNormAct2d(nn.BatchNorm2d):
-    """The shape of timm's: a norm with its own dropout and activation."""
-
-    def __init__(self, channels: int, drop: nn.Module, act: nn.Module) -> None:
-        super().__init__(channels)
-        self.drop, self.act = drop, act
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(super().forward(x)))
 
 
 @BY_ROUTE
@@ -286,20 +312,14 @@ def test_a_norm_with_an_activation_of_its_own_runs_both_in_one(kernel: Any, act:
     same(model, converted(model, kernel, trace=True), IMAGES)
 
 
-def hooked(module: nn.Module) -> nn.Module:
-    module.register_forward_hook(lambda *_: None)
-    return module
-
-
-@pytest.mark.parametrize(
-    ("drop", "act", "why"),
-    [(nn.Identity(), nn.GELU(), "GELU"), (nn.Dropout(0.5), nn.ReLU(), "Dropout"),
-     (nn.Identity(), nn.LeakyReLU(0.2), "LeakyReLU with slope 0.2"), (nn.Identity(), hooked(nn.ReLU()), "has hooks")],
-)  # fmt: skip
-def test_a_norm_whose_own_activation_no_kernel_has_is_left(drop: nn.Module, act: nn.Module, why: str) -> None:
-    model = nn.Sequential(conv(3, 4), BatchNormAct2d(4, drop, act))
-    assert why in reason(convert(model, SEAM), "1")
-    assert type(model[1]) is BatchNormAct2d
+def test_an_attribute_called_act_of_an_ordinary_norm_is_no_activation() -> None:
+    for act in ("relu", nn.ReLU()):
+        norm: Any = nn.BatchNorm2d(3)
+        norm.act = act
+        model = nn.Sequential(conv(3, 3), norm)
+        ours = converted(model)
+        assert operations(ours) == {"1": "batch norm"}
+        same(model, ours, IMAGES)
 
 
 def test_a_model_that_is_a_batch_norm_becomes_ours() -> None:
@@ -335,17 +355,17 @@ def test_a_shared_norm_keeps_one_state_over_all_its_calls() -> None:
 
 
 def test_the_report_is_a_table_of_plain_text() -> None:
-    lines = str(report(converted(InvertedResidual(3, 3, 1, 4), "native"))).splitlines()
-    assert lines[0] == "3 of 3 batch norms on kernel native, 1 of them merged with what follows"
+    lines = str(report(converted(residual(nn.ReLU6()), "native"))).splitlines()
+    assert lines[0] == "2 of 2 batch norms on kernel native, 1 of them merged with what follows"
     assert lines[1].split() == ["batch", "norm", "runs", "as", "why", "not", "more"]
-    assert lines[2] == "conv.0.1    batch norm                 what follows is conv.0.2 (ReLU6)"
-    assert lines[4] == "conv.3      batch norm + residual add"
-    assert lines[5] == "Each is one call; native runs its operations one after the other."
+    assert lines[2] == "body.1      batch norm                        what follows is body.2 (ReLU6)"
+    assert lines[3] == "body.3      batch norm + residual add + silu"
+    assert lines[4] == "Each is one call; native runs its operations one after the other."
 
 
 def test_the_report_of_a_kernel_says_when_torch_adds_the_residual() -> None:
-    text = str(report(converted(InvertedResidual(3, 3, 1, 4))))
-    assert "1 of them fused" in text
+    text = str(report(converted(residual())))
+    assert "2 of them fused" in text
     assert "A residual of another shape or dtype is added after the kernel" in text
     assert "residual of another" not in str(report(converted(mlp())))
 

@@ -12,13 +12,25 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from bncli.engine.convert import convert
 from bncli.engine.models.norms import BatchNorm2d
 from bncli.errors import UsageError
-from tests.engine.convert.checks import FUSED_ADD, SEAM, converted, fused, operations, reason, same
-from tests.engine.convert.models import IMAGES, BasicBlock, ResNet, conv, numbers, small_resnet
+from tests.engine.convert.checks import (
+    CHANGES,
+    FUSED_ADD,
+    SEAM,
+    LeafNorms,
+    converted,
+    fused,
+    operations,
+    reason,
+    report,
+    same,
+)
+from tests.engine.convert.models import IMAGES, BasicBlock, conv, small_resnet
 
 
 class One(nn.Module):
@@ -30,6 +42,7 @@ class One(nn.Module):
             nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.5))  # fmt: skip
         self.scale = nn.Parameter(torch.full((3, 1, 1), 0.7))
         self.register_buffer("offset", torch.full((3, 1, 1), 0.3))
+        self.outputs: list[Tensor] = []
         self.run = run
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,6 +127,7 @@ FORWARDS: dict[str, tuple[Callable[..., Tensor], str, str | None]] = {
     "into the residual": (add_into_the_residual, "batch norm", "what follows is y += x"),
     "a write before the add": (write_before_the_add, "batch norm", "what follows is add"),
     "late residual": (twice_with_a_late_residual, "batch norm", "what follows is add"),
+    "a size": (lambda m, x: F.avg_pool2d(m.relu(m.norm(x)), x.size()[2:]), "batch norm + relu", None),
     "dropout module": (lambda m, x: m.drop(m.relu(m.norm(x))), "batch norm + relu", None),
     "its argument by name": (lambda m, x: m.relu(m.norm(input=x)), "batch norm", "called with more than its input"),
 }  # fmt: skip
@@ -148,6 +162,13 @@ def test_writes_by_augmented_assignment_reach_every_name_of_the_tensor() -> None
     same(model, pickle.loads(pickle.dumps(ours)), IMAGES)
 
 
+def test_an_add_has_the_layout_of_its_first_operand() -> None:
+    model = One(lambda m, x: x.contiguous(memory_format=torch.channels_last) + m.norm(x))
+    ours = traced(model)
+    assert operations(ours)["norm"] == "batch norm + residual add"
+    assert ours(IMAGES).stride() == model(IMAGES).stride() == (192, 1, 24, 3)
+
+
 def test_an_identity_between_is_passed_through() -> None:
     model = nn.Sequential(conv(3, 3), nn.BatchNorm2d(3), nn.Identity(), nn.ReLU())
     assert operations(traced(model)) == {"1": "batch norm + relu"}
@@ -175,40 +196,29 @@ def test_a_module_with_hooks_stays_one_call_and_is_fused_inside() -> None:
 
 
 def test_the_graph_shares_the_models_modules_and_can_be_traced_again() -> None:
-    class Tracer(fx.Tracer):
-        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-            return isinstance(m, BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
-
-    model = small_resnet()
+    model: Any = small_resnet()
     ours: Any = convert(model, SEAM, trace=True)
     assert isinstance(ours, fx.GraphModule)
     assert type(ours).__name__ == "ResNet"
     assert isinstance(model.bn1, BatchNorm2d)
     assert ours.bn1 is model.bn1
-    again = fx.GraphModule(ours, Tracer().trace(ours)).eval()
+    assert ours.get_parameter("fc.bias") is model.fc.bias
+    assert not hasattr(ours, "features")  # methods other than forward are gone
+    again = fx.GraphModule(ours, LeafNorms().trace(ours)).eval()
     torch.testing.assert_close(again(IMAGES), model.eval()(IMAGES))
 
 
 def test_a_graph_is_not_converted_again_but_its_model_is() -> None:
     model = small_resnet()
     ours = convert(model, SEAM, trace=True)
-    for options in ({}, {"fuse": False}, {"trace": True}):
-        with pytest.raises(UsageError, match="convert the model itself again"):
-            convert(ours, "native", **options)
+    for graph in (ours, nn.Sequential(ours)):
+        for options in ({}, {"fuse": False}, {"trace": True}):
+            with pytest.raises(UsageError, match="convert the model itself again"):
+                convert(graph, "native", **options)
     assert fused(convert(model, "native", trace=True)) == fused(ours)
 
 
 # --- changes afterwards -----------------------------------------------------------------------------------------------
-
-CHANGES: dict[str, Callable[[Any], Any]] = {
-    "another slope": lambda m: setattr(m.act, "negative_slope", 0.5),
-    "another activation": lambda m: setattr(m, "act", nn.Tanh()),
-    "a hook on the activation": lambda m: m.act.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,)),
-    "a hook on the norm": lambda m: m.norm.register_forward_hook(lambda module, inputs, output: output - 1),
-    "another norm": lambda m: setattr(m, "norm", BatchNorm2d(3, activation="silu")),
-    "no norm": lambda m: setattr(m, "norm", nn.Identity()),
-    "evaluation": lambda m: m.norm.eval(),
-}
 
 
 class Leaky(nn.Module):
@@ -257,6 +267,16 @@ def remember(m: Any, x: Tensor) -> Tensor:
     return m.seen
 
 
+def remember_in_a_list(m: Any, x: Tensor) -> Tensor:
+    m.outputs.append(m.relu(m.norm(x)))
+    return m.outputs[-1]
+
+
+def under_checkpoint(m: Any, x: Tensor) -> Tensor:
+    with saved_tensors_hooks(lambda x: x, lambda x: x):  # what torch.utils.checkpoint does
+        return m.relu(m.norm(x))
+
+
 def assign_an_item(m: Any, x: Tensor) -> Tensor:
     y = m.relu(m.norm(x))
     y[0] = 0
@@ -270,12 +290,16 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
     "training": (lambda m, x: F.dropout(m.relu(m.norm(x)), training=m.training), "in training than in evaluation"),
     "other way": (lambda m, x: m.relu(m.norm(x)) if m.training else m.norm(x), "in training than in evaluation"),
     "the norm's flag": (lambda m, x: m.norm(x) if m.norm.training else x, "in training than in evaluation"),
-    "decorated": (decorated, "no_grad, autocast or the like"),
-    "autocast": (under_autocast, "no_grad, autocast or the like"),
+    "decorated": (decorated, "no_grad, autocast, checkpoint or the like"),
+    "autocast": (under_autocast, "no_grad, autocast, checkpoint or the like"),
     "random": (lambda m, x: m.relu(m.norm(x)) if random.random() < 2 else m.norm(x), "draws random numbers"),
     "torch.rand": (lambda m, x: m.relu(m.norm(x)) * torch.rand(1), "draws random numbers"),
     "a constant": (lambda m, x: m.relu(m.norm(x)) * CONSTANT, "a tensor that is no parameter or buffer"),
-    "an attribute": (remember, "sets the attribute seen"),
+    "an attribute": (remember, "changes the attribute seen"),
+    "a list": (remember_in_a_list, "changes the attribute outputs"),
+    "checkpoint": (under_checkpoint, "no_grad, autocast, checkpoint or the like"),
+    "a type": (lambda m, x: m.norm(x if isinstance(x, Tensor) else x[0]), "asks whether a value is a tensor"),
+    "is_tensor": (lambda m, x: m.norm(x if torch.is_tensor(x) else x[0]), "asks whether a value is a tensor"),
     "an item": (assign_an_item, "TypeError"),
     "a loop": (lambda m, x: torch.stack([m.norm(each[None]) for each in x]), "iterated"),
 }  # fmt: skip
@@ -294,6 +318,7 @@ def test_what_a_graph_cannot_hold_is_refused_with_the_reason_and_what_to_do(
     assert "leave trace out" in str(caught.value)
     assert type(model[1].norm) is nn.BatchNorm2d
     assert all(vars(module) == before for module, before in attributes.items())
+    assert model[1].outputs == []
     torch.set_rng_state(random_state)
 
 
@@ -302,6 +327,33 @@ def test_a_model_with_hooks_of_its_own_is_refused() -> None:
     model.register_forward_hook(lambda *_: None)
     with pytest.raises(UsageError, match="the model has hooks"):
         convert(model, SEAM, trace=True)
+
+
+def test_a_refusal_leaves_a_converted_model_as_it_was() -> None:
+    model: Any = convert(nn.Sequential(nn.Sequential(conv(3, 3), nn.BatchNorm2d(3), nn.ReLU()), One(decorated)), SEAM)
+    kinds, before = [type(module) for module in model.modules()], report(model)
+    with pytest.raises(UsageError, match="no_grad"):
+        convert(model, "native", trace=True)
+    assert [type(module) for module in model.modules()] == kinds
+    assert report(model) is before
+    assert model[0][1].kernel is SEAM
+
+
+class Stateful(nn.Sequential):
+    def get_extra_state(self) -> int:
+        return 1
+
+    def set_extra_state(self, state: int) -> None: ...
+
+
+def test_extra_state_is_kept_of_parts_and_refused_of_the_model() -> None:
+    model = Stateful(conv(3, 3), nn.BatchNorm2d(3), nn.ReLU())
+    outer = nn.Sequential(model)
+    ours = traced(outer)
+    for copied in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert list(copied.state_dict()) == list(outer.state_dict())
+    with pytest.raises(UsageError, match="its state_dict has more"):
+        traced(model)
 
 
 class Options(nn.Module):
@@ -323,6 +375,11 @@ class Flagged(Options):
         return self.block(x) * 2 if scale else self.block(x)
 
 
+class AnyNumber(Options):
+    def forward(self, *xs: Tensor, scale: float = 2.0) -> Tensor:  # type: ignore[override]
+        return self.block(xs[0]) * scale
+
+
 def test_an_argument_keeps_its_default_unless_it_may_decide_what_is_computed() -> None:
     model = Options().eval()
     ours = traced(model)
@@ -331,6 +388,8 @@ def test_an_argument_keeps_its_default_unless_it_may_decide_what_is_computed() -
     for other, name in ((Optional(), "scale is None"), (Flagged(), "scale is True")):
         with pytest.raises(UsageError, match=f"its argument {name} by default"):
             traced(other)
+    with pytest.raises(UsageError, match="take its arguments in another order"):
+        traced(AnyNumber())
 
 
 def test_random_layers_and_flags_inside_modules_without_norms_stay_their_own() -> None:
@@ -342,11 +401,3 @@ def test_random_layers_and_flags_inside_modules_without_norms_stay_their_own() -
     ours = traced(model)
     same(model, ours, IMAGES)
     assert not torch.equal(ours(IMAGES), ours(IMAGES))
-
-
-def test_the_models_own_methods_are_gone_but_its_parameters_are_shared() -> None:
-    model = ResNet(blocks=(1,))
-    ours: Any = convert(model, SEAM, trace=True)
-    assert not hasattr(ours, "features")
-    assert ours.fc.bias is model.fc.bias
-    assert ours(numbers(2, 3, 8, 8)).shape == (2, 5)
