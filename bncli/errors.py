@@ -12,7 +12,7 @@ DIVERGED = 4  # the loss stopped being finite
 INTERRUPTED = 130  # Ctrl-C; SIGTERM is 143, as shells count
 
 
-CODE_OF_YOURS = "code of yours that would run; allow it"  # with allow_code, the permission of that error
+CODE_OF_YOURS = "your own code, which would be executed; allow it"  # with allow_code, the permission of that error
 
 
 class BncliError(Exception):

@@ -17,7 +17,7 @@ from bncli.errors import CHECK_FAILED, INTERRUPTED, BncliError
 app = typer.Typer(
     name="bncli",
     help="How many training steps does batch normalization save, what does it cost, are its gradients right?",
-    epilog="Exit codes: 0 fine; 1 a check or a run failed; 2 a mistake in a recipe, an option or the data; "
+    epilog="Exit codes: 0 success; 1 a check or a run failed; 2 a mistake in a recipe, an option or the data; "
     "3 a device or kernel is not available; 4 diverged; 130 interrupted (143 by SIGTERM).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

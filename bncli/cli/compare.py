@@ -134,7 +134,7 @@ def _run_comparison(
     if not stop.number:
         return comparison, 0
     ended = len({run.key for run in comparison.runs})
-    log(f"Stopped: {ended} of {planned} runs are kept in {folder.path}; the same command goes on from there")
+    log(f"Stopped: {ended} of {planned} runs are kept in {folder.path}; the same command continues from there")
     return comparison, stop.exit_code
 
 
@@ -149,7 +149,7 @@ def _begin(folder: ComparisonFolder, asked: Study, kept: list[RunRecord], thread
     if known and not (before and set(sources) & set(before.sources)) and not fits(asked, known):
         of = f" of {', '.join(before.sources)}" if before and before.sources else ""
         raise UsageError(
-            f"{folder.path}: holds {len(known)} runs of another comparison{of}, none of which fits this one; choose "
+            f"{folder.path}: contains {len(known)} runs of another comparison{of}, none of which fits this one; choose "
             "another folder with --out"
         )
     folder.begin(BegunComparison(asked.plan, asked.identity, threads, tuple(sources)))
@@ -169,7 +169,7 @@ def _saved_comparison(saved: Path, quiet: bool) -> Comparison:
             raise UsageError(str(error), field="saved", value=saved / PLAN) from error
         answer = folder.answer()
         if answer is None or says_more(made, answer):
-            why = "has no comparison.json" if answer is None else "holds runs that its comparison.json does not"
+            why = "has no comparison.json" if answer is None else "contains runs that its comparison.json does not"
             log(f"{saved} {why}: the report is made from its plan and runs", quiet)
             return made
         if begun.plan != answer.plan:
@@ -195,7 +195,7 @@ def _show(comparison: Comparison, form: str, plot: Path | None, html: Path | Non
         from bncli.report.compare import figure
 
         figure.plot(comparison, plot)
-        log(f"Drawn in {plot}", quiet)
+        log(f"Plot written to {plot}", quiet)
     if html:
         files.write_atomically(html, export.to_html(comparison))
         log(f"Written to {html}", quiet)

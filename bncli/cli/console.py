@@ -139,7 +139,7 @@ class StopSignal:
         if second or self.at_once:
             log("\nStopped at once; what was finished before is kept")
             raise StopAtOnce(128 + number)
-        log("\nStopping after this step; once more to stop at once")
+        log("\nStopping after this step; a second signal stops at once")
 
     def __call__(self) -> bool:
         return self.number != 0

@@ -28,4 +28,6 @@ Threads = Annotated[
     int | None,
     typer.Option(min=1, max=MOST_THREADS, help="CPU threads.  [default: torch's choice]", show_default=False),
 ]
-RequireTarget = Annotated[bool, typer.Option("--require-target", help="Exit with 1 if a run misses its target.")]
+RequireTarget = Annotated[
+    bool, typer.Option("--require-target", help="Exit with 1 if a run does not reach its target.")
+]

@@ -120,7 +120,7 @@ def profile(
     min_rounds: Annotated[
         int,
         typer.Option(
-            min=1, metavar="N", help=f"Rounds per ratio, whatever the time; no interval below {FEWEST_ROUNDS}."
+            min=1, metavar="N", help=f"Fewest rounds per ratio, whatever the time; an interval needs {FEWEST_ROUNDS}."
         ),
     ] = FEWEST_ROUNDS,
     plot: Annotated[
@@ -142,7 +142,7 @@ def profile(
         typer.Option(metavar="RATIO", help="With --baseline: the slowdown above which a row is a regression."),
     ] = FAIL_ABOVE,
     strict: Annotated[
-        bool, typer.Option("--strict", help="With --baseline: exit 1 also where the intervals cannot tell.")
+        bool, typer.Option("--strict", help="With --baseline: exit 1 also where the intervals are inconclusive.")
     ] = False,
     quiet: Quiet = False,
     allow_code: AllowCode = False,
@@ -157,7 +157,7 @@ def profile(
     of_steps = recipe is not None or model is not None
     _check_recipe_name(recipe)
     if idle := given_options(context, *(KERNEL_VIEW if of_steps else STEP_VIEW)):
-        view = "the kernel view: leave the recipe or --model away" if of_steps else "the step view: give a recipe"
+        view = "the kernel view: omit the recipe or --model" if of_steps else "the step view: give a recipe"
         raise UsageError(f"{idle} {'belong' if ',' in idle else 'belongs'} to {view}")
     form = chosen_form(json, csv, markdown)
     _check_times(seconds, quick, min_rounds, baseline)
@@ -212,7 +212,7 @@ def _profile_kernels(asked: _Asked, **of_cases: Any) -> None:
         stopped = _measure(run, stop, asked.quiet)
     result = run.result()
     if asked.form != "table" and (busy := busy_words(result)):
-        log(f"{busy}; do not keep this for a baseline", asked.quiet)
+        log(f"{busy}; do not use this as a baseline", asked.quiet)
     _finish(asked, result, stopped, earlier, KernelReport)
 
 
@@ -230,7 +230,9 @@ def _profile_steps(
     from bncli.results.profile import StepProfile
 
     if others := [name for name in asked.kernels if name not in RECIPE_KERNELS]:
-        raise UsageError(f"--kernel {', '.join(others)}: models are trained with {' and '.join(RECIPE_KERNELS)} alone")
+        raise UsageError(
+            f"--kernel {', '.join(others)}: models can only be trained with {' and '.join(RECIPE_KERNELS)}"
+        )
     if model is not None:
         _check_model(model, recipe, sets, arm, inputs, asked.allow_code)
     elif inputs is not None:
@@ -247,7 +249,7 @@ def _profile_steps(
             run = model_run(options, model or "", inputs or "", trace)
         stopped = _measure(run, stop, asked.quiet)
     if trace and trace.exists():
-        log(f"Traced in {trace}: open it at https://ui.perfetto.dev", asked.quiet)
+        log(f"Trace written to {trace}: open it at https://ui.perfetto.dev", asked.quiet)
     _finish(asked, run.result(), stopped, earlier, StepReport)
 
 
@@ -307,7 +309,7 @@ def _finish(
         from bncli.report.profile import figure
 
         figure.draw(result, asked.plot)
-        log(f"Drawn in {asked.plot}", asked.quiet)
+        log(f"Plot written to {asked.plot}", asked.quiet)
     if stopped:
         raise typer.Exit(stopped)
     if incomparable:
@@ -354,7 +356,7 @@ def _check_times(seconds: float | None, quick: bool, min_rounds: int, baseline: 
         raise UsageError("--time and --quick: choose one; both say how long to measure")
     if baseline and min_rounds < FEWEST_ROUNDS:
         raise UsageError(
-            f"--min-rounds {min_rounds} with --baseline: a verdict needs intervals, and those at least "
+            f"--min-rounds {min_rounds} with --baseline: a verdict needs intervals, which take at least "
             f"{FEWEST_ROUNDS} rounds"
         )
 
@@ -375,7 +377,7 @@ def _checked_baseline(asked: _Asked, view: type[Profile]) -> Profile | None:
     if asked.baseline is None:
         return None
     if "native" not in asked.kernels or len(asked.kernels) < 2:
-        raise UsageError("--baseline: ratios to native are compared; name native and another with --kernel")
+        raise UsageError("--baseline: speedups over native are compared; name native and another kernel with --kernel")
     from bncli.measure.profile.baseline import check_view
     from bncli.report.profile.export import load
 
@@ -385,6 +387,6 @@ def _checked_baseline(asked: _Asked, view: type[Profile]) -> Profile | None:
     if unbounded := sum(None in (ratio.interval.low, ratio.interval.high) for ratio in ratios):
         raise UsageError(
             f"--baseline {asked.baseline}: {unbounded} of its {len(ratios)} ratios to native come from too few rounds "
-            f"for an interval, so nothing can be held to them; measure it anew, with {FEWEST_ROUNDS} rounds or more"
+            f"for an interval, so nothing can be compared with them; measure it with {FEWEST_ROUNDS} rounds or more"
         )
     return earlier

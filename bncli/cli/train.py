@@ -24,7 +24,7 @@ def train(
         Path | None,
         typer.Option("--out", "-o", help="The run's folder.  [default: runs/NAME/DATE-TIME]", show_default=False),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Write over an earlier run in --out.")] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Overwrite an earlier run in --out.")] = False,
     json: Json = False,
     quiet: Quiet = False,
     dry_run: DryRun = False,

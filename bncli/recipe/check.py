@@ -96,7 +96,7 @@ def _check_grid(tree: Tree, arms: dict[str, dict[str, Any]]) -> None:
             tree.refuse(("grid", path, *keys), of + text)
         for index, value in enumerate(values):
             if value in values[:index]:
-                tree.refuse(("grid", path, index), f"{words(value)} is there twice")
+                tree.refuse(("grid", path, index), f"{words(value)} appears twice")
 
 
 def _grid_mistakes(path: str, values: Sequence[Any], run: dict[str, Any]) -> Iterator[Found]:
@@ -107,7 +107,7 @@ def _grid_mistakes(path: str, values: Sequence[Any], run: dict[str, Any]) -> Ite
     if any(path == same or path.startswith(f"{same}.") for same in SAME_FOR_ALL_RUNS):
         yield (), "is the same for every run of a comparison, so it cannot be tuned"
     elif model_at(keys, run, Recipe) or keys[-1] in KINDS:
-        yield (), "chooses a whole section; make an arm of each choice"
+        yield (), "chooses a whole section; make each choice an arm"
     elif not known:
         found = [text for at, text in mistakes(Recipe, merge(run, nested(keys, None))) if at == keys[: len(at)]]
         yield (), found[0] if found else "is not in the recipe"

@@ -267,7 +267,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
         yield ("train", "evaluate_every"), why
     milestones: Any = getattr(recipe.schedule, "milestones", ())
     if list(milestones) != sorted(set(milestones)):
-        yield ("schedule", "milestones"), "expected steps in rising order"
+        yield ("schedule", "milestones"), "expected steps in increasing order"
     examples = DIGITS - data.held_out if isinstance(data, Digits) else getattr(data, "examples", None)
     if examples is not None and train.batch_size > examples:
         yield ("train", "batch_size"), f"is larger than the {examples} training examples"
@@ -301,4 +301,7 @@ def _norm_contradictions(recipe: Recipe, shapes: set[Shape]) -> Iterator[Contrad
             yield ("norm", "groups"), f"{groups} groups do not divide {layer}"
         elif NORMS[kind].values_per_mean((recipe.train.batch_size, channels, *sides), groups) == 1:
             at = ("train", "batch_size") if NORMS[kind].over_batch else ("norm", "kind")
-            yield at, f"{kind} norm has one value to average over in {layer}, so nothing is left"
+            yield (
+                at,
+                f"{kind} norm has one value to average over in {layer}: constant output",
+            )

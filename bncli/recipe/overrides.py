@@ -122,7 +122,7 @@ def override(tree: Tree, sets: Sequence[str], sets_from: str) -> None:
         if not equals or "" in keys:
             tree.mistakes.append(Mistake(source, "expected key.path=value, as in optimizer.lr=0.1"))
         elif full:
-            within = f"{dotted(full[0])} is a value and has no {keys[len(full[0])]} in it"
+            within = f"{dotted(full[0])} is a value and has no field {keys[len(full[0])]}"
             tree.mistakes.append(Mistake(source, within))
         else:
             _set(tree, keys, parse(value, source, keys))

@@ -155,7 +155,7 @@ class _Reader:
         _limit(self.values, len(self.around) + 1, too_many)
         self.tree.where[keys] = place or self._place(node)
         if node in self.around:
-            return self._unread(keys, "an alias of what it stands in")
+            return self._unread(keys, "an alias of a value that contains it")
         if _tagged(node):
             return self._unread(keys, f"the tag {node.tag.replace(TAGS, '!!')} is not allowed; write the plain value")
         if isinstance(node, yaml.ScalarNode):
@@ -186,7 +186,7 @@ class _Reader:
                 self.tree.mistakes.append(Mistake(place, f"{dotted(keys)}: a key must be a plain word"))
             elif key_node.value in found:
                 first = f"; the first is in {self.tree.where[below]}" if self.numbered else ""
-                self.tree.mistakes.append(Mistake(place, f"{dotted(below)}: is there twice{first}"))
+                self.tree.mistakes.append(Mistake(place, f"{dotted(below)}: appears twice{first}"))
             else:
                 found[key_node.value] = self.plain(value_node, below, place)
         return found

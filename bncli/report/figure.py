@@ -43,7 +43,7 @@ def check_path(path: Path) -> str:
     Raises FileError for another suffix or without matplotlib, so it also serves as a check before any work.
     """
     if path.suffix.lower() not in (".svg", ".png"):
-        raise FileError(f"{path}: a plot is written as .svg or .png, chosen by the file's name; give it one of the two")
+        raise FileError(f"{path}: a plot's file name must end in .svg or .png")
     if importlib.util.find_spec("matplotlib") is None:
         raise FileError(MISSING)
     return path.suffix.lower().lstrip(".")

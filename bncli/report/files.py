@@ -55,7 +55,7 @@ def from_json(kind: type[Result], text: str) -> Result:
                 plain[part] = [{"kind": "words", "facts": {"words": words}} for words in plain[part]]
     found = rebuilt(kind, plain, what)
     if isinstance(found, Comparison) and not _sound(found):
-        raise FileError("its plan and its runs do not belong together; create it again")
+        raise FileError("its plan and its runs do not match; create it again")
     return found
 
 
@@ -69,7 +69,7 @@ def json_object(text: str, what: str, versions: Sequence[int], kinds: Sequence[s
     except (ValueError, RecursionError) as error:
         raise FileError(f"is not JSON ({error}); give a {what} that bncli wrote") from error
     if not isinstance(plain, dict) or "format_version" not in plain or (kinds and plain.get("kind") not in kinds):
-        raise FileError(f"is JSON, but no {what}; give a {what} that bncli wrote")
+        raise FileError(f"is JSON, but not a {what}; give a {what} that bncli wrote")
     version = plain["format_version"]
     if version not in versions:
         advice = "update bncli" if isinstance(version, int) and version > versions[-1] else "create it again"
@@ -83,7 +83,7 @@ def rebuilt(kind: type[T], plain: dict[str, Any], what: str) -> T:
     try:
         return from_plain(kind, plain)
     except Mismatch as error:
-        raise FileError(f"is no {what} as bncli writes it: {error}; create it again") from error
+        raise FileError(f"is not a valid {what}: {error}; create it again") from error
 
 
 def _sound(comparison: Comparison) -> bool:
@@ -144,7 +144,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         else:
             _replace(Path(os.path.realpath(path)), data)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        raise FileError(f"{path}: cannot be written ({error.strerror}); give a file in a folder of yours") from error
+        raise FileError(
+            f"{path}: cannot be written ({error.strerror}); choose a folder that you can write to"
+        ) from error
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 RESULT, METRICS, RECIPE = "result.json", "metrics.jsonl", "recipe.yaml"
 PLAN, COMPARISON = "plan.json", "comparison.json"
-TAKEN = "holds {} already; choose another folder or write over it"
+TAKEN = "already contains {}; choose another folder, or overwrite it"
 
 
 class RunFolder:
@@ -53,12 +53,12 @@ class RunFolder:
 
     def _refuse_other_files(self) -> None:
         if os.path.lexists(self.path / PLAN):
-            raise self._refused("holds a comparison; choose another folder for a run of its own")
+            raise self._refused("contains a comparison; choose another folder for a single run")
         there = [name for name in OWN if os.path.lexists(self.path / name)]
         for file in (self.path / name for name in there):
             if not _read(file, OWN[file.name]):
                 raise self._refused(
-                    f"{file} was not written by bncli, or was edited since, and is never written over; "
+                    f"{file} was not written by bncli, or was edited since, and is never overwritten; "
                     "choose another folder"
                 )
         if there and not self._overwrite:
@@ -136,7 +136,7 @@ class ComparisonFolder:
         for file, read in ((PLAN, self.begun), (COMPARISON, self.answer)):
             if os.path.lexists(self.path / file) and read() is None:
                 self._lock.close()
-                why = f"{self.path / file} is not as this bncli writes it and is never written over"
+                why = f"{self.path / file} was not written by this version of bncli and is never overwritten"
                 raise UsageError(f"{why}; choose another folder", field="out", value=self.path)
         for folder in (self.path / "runs", self.path / "failed"):
             make(folder)
@@ -223,7 +223,7 @@ def make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot be made: {error.strerror}", field="out", value=folder) from error
+        raise UsageError(f"cannot be created: {error.strerror}", field="out", value=folder) from error
 
 
 def _make_dated(parent: Path) -> Path:
@@ -239,7 +239,7 @@ def _make_dated(parent: Path) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise FileError(f"{path}: cannot be made: {error.strerror}") from error
+            raise FileError(f"{path}: cannot be created: {error.strerror}") from error
 
 
 def _open(file: Path, flags: int = 0) -> TextIO:

@@ -133,9 +133,9 @@ class CompareProgress(_ProgressSink):
     def __call__(self, event: ComparisonEvent) -> None:
         if isinstance(event, ComparisonStarted):
             self.metric, self.planned, self.workers = event.metric, event.planned, dict[int, TaskID]()
-            notes = [f"{event.done} found"] if event.done else []
+            notes = [f"{event.done} already done"] if event.done else []
             self.all = self.add(event.name, event.planned, notes, event.done)
-            found = f", {event.done} of them done already" if event.done else ""
+            found = f", {event.done} of them already done" if event.done else ""
             self.line(f"{event.name}: {count(event.planned, 'run')}{found}", True)
         elif isinstance(event, RunBegan):
             if event.worker not in self.workers:
@@ -162,16 +162,16 @@ def _outcome(record: RunRecord) -> str:
     if result.steps_to_target is not None:
         return f"target after {result.steps_to_target:,.0f} steps"
     if result.first_hit is not None and result.reason is None:
-        return f"at the target at step {result.first_hit:,}, not settled in {result.steps_run:,} steps"
+        return f"first at the target at step {result.first_hit:,}, not settled after {result.steps_run:,} steps"
     return result.reason or f"target not reached in {result.steps_run:,} steps"
 
 
 PHASES = {
-    "ceilings": "copies and multiply-adds of the machine",
+    "ceilings": "the machine's ceilings, by copies and multiply-adds",
     "case": "{subject}",
     "check": "{subject}: checking the step of each kernel",
     "round": "{subject}: {mode}, round {round}",
-    "parts": "{subject}: {mode}, parts of its time and memory",
+    "parts": "{subject}: {mode}, breakdown of time and memory",
     "norms": "{subject}: norm-layer diagnostics",
 }
 

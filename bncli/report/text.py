@@ -88,7 +88,7 @@ def target_words(target: Target) -> str:
 
 
 def environment_words(made: Environment) -> str:
-    threads = f"{count(made.threads, 'thread')} a run"
+    threads = f"{count(made.threads, 'thread')} per run"
     driver = [f"driver {made.driver}"] * bool(made.driver) + ["TF32"] * bool(made.tf32)
     versions = [f"torch {made.torch}", f"Python {made.python}", f"bncli {made.bncli}"]
     return ", ".join([f"{made.device} ({made.processor}, {made.platform})", threads, *driver, *versions])
@@ -146,14 +146,14 @@ FINDINGS: dict[FindingKind, str] = {
     "wrong_dtype": "y has dtype {given}; expected the input's, {wanted}",
     "wrong_device": "y has device {given}; expected the input's, {wanted}",
     "not_computed": "{quantity} was not computed",
-    "no_gradient": "{quantity} is missing where x needs no gradient",
-    "no_second_derivative": "{raised}the gradients came back without a graph: nothing to differentiate again",
-    "not_derivative": "{quantity} misses central differences of the loss by {relative:.2g} (relative)",
+    "no_gradient": "{quantity} is missing when x does not require a gradient",
+    "no_second_derivative": "{raised}the gradients were returned without a graph: no second derivative",
+    "not_derivative": "{quantity} differs from central differences of the loss by {relative:.2g} (relative)",
     "wrong_exception": "{raised}{text}; expected a ValueError",
-    "accepted": "an input {given} has a variance of 0 over one value; expected a ValueError",
+    "accepted": "accepted an input {given}, whose variance is 0 over one value; expected a ValueError",
     "input_written": "{names} changed during the call",
-    "running_moved": "{names} changed during the call, in evaluation",
-    "running_moved_by_nothing": "{names} moved",
+    "running_moved": "{names} changed during the call in evaluation mode",
+    "running_moved_by_nothing": "{names} changed on an empty batch",
     "not_deterministic": "{names} differ between two runs on the same inputs",
     "raised": "{raised}{text}",
     "no_memory": "{raised}{text}",

@@ -17,7 +17,7 @@ def run_table(result: RunResult, name: str) -> Group:
 
     def steps(found: float | None) -> str:
         missed = found is None and result.status == "budget"
-        return f"> {most}, as many as the budget can show" if missed else figure(found)
+        return f"> {most}, the most that the budget can show" if missed else figure(found)
 
     speed = f"{figure(result.samples_per_s)} samples/s, {figure(result.ms_per_step)} ms/step"
     of_target = [
@@ -31,7 +31,7 @@ def run_table(result: RunResult, name: str) -> Group:
         *((f"steps to {setting(each.target.value)}", steps(each.steps)) for each in result.also),
         (f"final {metric}", metric_figure(result.final, metric)),
         (f"best {metric}", metric_figure(result.best, metric)),
-        ("throughput", f"{speed} (training alone)"),
+        ("throughput", f"{speed} (training only)"),
         ("time", f"{figure(result.training_s)} s training, {figure(result.evaluation_s)} s evaluating"),
         ("peak memory", _memory(result)),
         ("parameters", figure(result.parameters)),
@@ -50,7 +50,7 @@ def _status(result: RunResult) -> str:
     if result.status == "diverged":
         return f"diverged: {result.reason or 'the loss stopped being finite'}"
     if result.status == "interrupted":
-        return "interrupted before its end"
+        return "interrupted before it was finished"
     target = f"its target {target_words(result.target)}" if result.target else "no target set"
     if result.status == "reached":
         return f"reached {target}"

@@ -72,7 +72,7 @@ def _rebuilt_dataclass(kind: type, plain: Any, path: str) -> Any:
     values = {}
     unknown = sorted(plain.keys() - hints.keys())
     if unknown:
-        raise Mismatch(f"{path}{'.' * bool(path)}{unknown[0]} is no field of it")
+        raise Mismatch(f"{path}{'.' * bool(path)}{unknown[0]} is not a known field")
     for field in dataclasses.fields(kind):
         place = f"{path}.{field.name}".lstrip(".")
         if field.name in plain:

@@ -21,13 +21,13 @@ OWN_MODEL = "model={kind: module, module: mine:make}"
         (["train", "small.yaml", "--device", "gpu"], 2, "--device gpu: expected one of auto, cpu, cuda, cuda:N, mps"),
         (["train", "small.yaml", "--set", "data={source: npz, path: a.npz, held_out: 3}"], 2, "a.npz"),
         (["train", "small.yaml", "--set", OWN_MODEL], 2,
-         "bncli: --set " + OWN_MODEL + ": model.module: mine:make is code of yours that would run; "
+         "bncli: --set " + OWN_MODEL + ": model.module: mine:make is your own code, which would be executed; "
          "allow it with --allow-code"),
         (["train", "small.yaml", "--set", "arms.own.model={kind: module, module: mine:make}"], 2,
-         "arms.own.model.module: mine:make is code of yours that would run; allow it with --allow-code"),
+         "arms.own.model.module: mine:make is your own code, which would be executed; allow it with --allow-code"),
         (["compare"], 2, "bncli: give a recipe, as in: bncli compare recipes/digits.yaml"),
         (["compare", "small.yaml", "--json", "--csv"], 2, "--json, --csv and --markdown: choose one"),
-        (["compare", "small.yaml", "--plot", "curve.pdf"], 2, "curve.pdf: a plot is written as .svg or .png"),
+        (["compare", "small.yaml", "--plot", "curve.pdf"], 2, "curve.pdf: a plot's file name must end in .svg or .png"),
         (["compare", "small.yaml", "--device", "cuda:9"], 3, "--device cuda:9"),
         (["compare", "small.yaml", "--set", "train.target=null"], 2, "train.target is missing"),
         (["compare", "--from", "nothing.json"], 2, "--from nothing.json: cannot be read"),

@@ -90,7 +90,7 @@ def test_compare_answers_and_keeps_every_run(copied: Ran) -> None:
     assert len(runs) == 16
 
     again = bncli("compare", "small.yaml")  # all runs are found again
-    assert "16 of them done already" in again.err
+    assert "16 of them already done" in again.err
     assert (again.code, again.out) == (0, copied.out)
     assert {file: file.stat().st_mtime_ns for file in runs} == runs
 
@@ -156,12 +156,12 @@ def test_a_comparison_that_is_killed_goes_on_where_it_stopped(
     assert len(kept) == 3
     report = bncli("compare", "--from", "runs/small")
     assert report.code == 0
-    assert "3 of 8 runs are done; the figures rest on those" in report.words
+    assert "3 of 8 runs are done; the figures are based on those" in report.words
     assert "runs/small has no comparison.json: the report is made from its plan and runs" in report.err
     Path("go").touch()
     ended = bncli(*command)
     assert ended.code == 0
-    assert "3 of them done already" in ended.err
+    assert "3 of them already done" in ended.err
     assert "4/4" in ended.out
     assert {file: file.read_text() for file in kept} == kept
 
@@ -171,7 +171,7 @@ def test_ctrl_c_in_a_comparison_says_how_to_go_on(waiting: tuple[subprocess.Pope
     started.send_signal(signal.SIGINT)
     out, err = started.communicate(timeout=600)
     assert started.returncode == 130
-    assert "3 of 8 runs are kept in runs/small; the same command goes on from there" in err
+    assert "3 of 8 runs are kept in runs/small; the same command continues from there" in err
     assert "3 of 8 runs are done" in out
 
 
@@ -198,7 +198,7 @@ def test_a_change_in_a_package_that_an_own_model_imports_is_seen(recipe: str) ->
     assert "4 earlier runs are not reused: the model's code has changed (4)" in err
     found, err = parameters(8)
     assert found == 99
-    assert "4 of them done already" in err
+    assert "4 of them already done" in err
 
 
 def test_runs_by_code_changed_meanwhile_are_left_out_and_done_again(recipe: str) -> None:
@@ -223,7 +223,7 @@ def test_runs_by_code_changed_meanwhile_are_left_out_and_done_again(recipe: str)
     assert found["notes"][-1] == found["remarks"][0]
     ran = bncli("compare", recipe, *OWN_MODEL, "--json")
     assert ran.code == 0
-    assert "2 of them done already" in ran.err
+    assert "2 of them already done" in ran.err
     assert [arm["runs"] for arm in json.loads(ran.out)["arms"]] == [2, 2]
 
 
@@ -258,8 +258,8 @@ def test_an_earlier_answer_is_kept_and_another_comparison_is_refused(recipe: str
     first = Path("runs/small/comparison.json").read_text()
     second = bncli("compare", recipe, "--set", "seeds.report=3")
     assert second.code == 0
-    assert "18 runs, 16 of them done already" in second.err
-    words = "the folder's earlier answer, to another plan, is kept as comparison-1.json"
+    assert "18 runs, 16 of them already done" in second.err
+    words = "the folder's earlier result, of another plan, is kept as comparison-1.json"
     assert f"runs/small: {words}" in second.err
     assert words in second.words
     assert Path("runs/small/comparison-1.json").read_text() == first
@@ -275,7 +275,9 @@ def test_an_earlier_answer_is_kept_and_another_comparison_is_refused(recipe: str
     before = {file: file.read_bytes() for file in Path("runs/small").rglob("*.json")}
     refused = bncli("compare", "other/small.yaml")
     assert refused.code == 2
-    assert f"runs/small: holds 32 runs of another comparison of {Path(recipe).resolve()}, none of which" in refused.err
+    assert (
+        f"runs/small: contains 32 runs of another comparison of {Path(recipe).resolve()}, none of which" in refused.err
+    )
     assert "choose another folder with --out" in refused.err
     assert {file: file.read_bytes() for file in Path("runs/small").rglob("*.json")} == before
     Path("other/small.yaml").write_text(RECIPE.replace("seeds: {tune: 3, report: 2}", "seeds: {tune: 3, report: 1}"))
@@ -299,7 +301,7 @@ def test_a_change_of_bnclis_own_code_makes_new_runs_and_is_reported(
     assert len(list(Path("runs/small/runs").glob("*.json"))) == 32
     ran = bncli("compare", recipe)
     assert ran.code == 0
-    assert "16 of them done already" in ran.err
+    assert "16 of them already done" in ran.err
     assert "not reused" not in ran.out + ran.err
 
 
@@ -308,7 +310,7 @@ def test_runs_with_other_threads_give_their_steps_and_not_their_cost(recipe: str
     assert bncli("compare", recipe).code == 0
     ran = bncli("compare", recipe, "--threads", "2", "--set", "seeds.report=3", "--json")
     assert ran.code == 0
-    assert "18 runs, 16 of them done already" in ran.err
+    assert "18 runs, 16 of them already done" in ran.err
     found = json.loads(ran.out)
     assert [arm["runs"] for arm in found["arms"]] == [6, 6]
     assert {run["seed"]: run["result"]["ms_per_step"] for run in found["runs"]} == {**dict.fromkeys(range(5), 1), 5: 2}

@@ -34,9 +34,9 @@ def test_several_mistakes_are_counted_and_listed(recipe: str) -> None:
         (UsageError("too short", field="seconds", value=0), "bncli: --time 0: too short"),
         (RecipeError("r.yaml:3: unknown key"), "bncli: r.yaml:3: unknown key"),
         (UsageError(f"it is {CODE_OF_YOURS}", field="kernel", value="a:b", permission="allow_code"),
-         "bncli: --kernel a:b: it is code of yours that would run; allow it with --allow-code"),
-        (BncliError("holds a run; write over it", permission="overwrite"),
-         "bncli: holds a run; write over it with --force"),
+         "bncli: --kernel a:b: it is your own code, which would be executed; allow it with --allow-code"),
+        (BncliError("contains a run; overwrite it", permission="overwrite"),
+         "bncli: contains a run; overwrite it with --force"),
         (RunFailed("mine:norm raised ValueError: give allow_code=True or overwrite=True"),
          "bncli: mine:norm raised ValueError: give allow_code=True or overwrite=True"),
         (UsageErrors([UsageError("too small", field="jobs", value=0), UsageError("two mistakes", "in it")]),
@@ -98,7 +98,7 @@ def test_the_first_signal_asks_to_stop_and_the_second_stops_at_once(
         signal.raise_signal(number)
         assert stop()
         assert stop.exit_code == code
-        assert "once more to stop at once" in capsys.readouterr().err
+        assert "a second signal stops at once" in capsys.readouterr().err
         with pytest.raises(StopAtOnce) as stopped:
             signal.raise_signal(number)
     assert stopped.value.exit_code == code

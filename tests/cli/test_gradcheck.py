@@ -23,7 +23,7 @@ from tests.test_architecture import modules_after
         (["--kernel", "cuda"],
          "--kernel cuda: there is no such kernel; expected native, fused, fused-interpreted or pa"),
         (["--kernel", "mine:norm"],
-         "--kernel mine:norm: it is code of yours that would run; allow it with --allow-code"),
+         "--kernel mine:norm: it is your own code, which would be executed; allow it with --allow-code"),
         (["--kernel", ""], "--kernel : one kernel is checked at a time"),
         (["--kernel", "fused", "--kernel", "native"], "--kernel fused, native: one kernel is checked at a time; run"),
         (["--demo", "--quick", "--kernel", "fused"], "--kernel, --quick: nothing is checked with --demo"),
@@ -53,7 +53,7 @@ def test_a_device_that_is_not_here_is_no_failed_check() -> None:
 def test_the_demonstration_is_a_table_or_json() -> None:
     ran = bncli("gradcheck", "--demo")
     assert (ran.code, ran.err) == (0, "")
-    assert "loss stands still" in ran.words
+    assert "the loss stays at" in ran.words
     ran = bncli("gradcheck", "--demo", "--json")
     assert ran.code == 0
     demo = json.loads(ran.out)

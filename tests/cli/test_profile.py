@@ -131,7 +131,7 @@ def test_json_is_read_back_and_csv_and_markdown_have_the_same_rows(
     monkeypatch.setattr(Ceilings, "cores_shared", True)  # as where other programs run
     ran = bncli("profile", *TINY[:-1], "--csv")  # not --quiet
     assert [row["kernel"] for row in csv.DictReader(io.StringIO(ran.out))] == ["native", "fused"]
-    assert "do not keep this for a baseline" in ran.err
+    assert "do not use this as a baseline" in ran.err
     assert "| fused" in bncli("profile", *TINY, "--markdown").out
 
 
@@ -139,7 +139,7 @@ def test_the_plot_is_written() -> None:
     pytest.importorskip("matplotlib")
     ran = bncli("profile", *TINY[:-1], "--plot", "costs.svg")
     assert ran.code == 0
-    assert "Drawn in costs.svg" in ran.err
+    assert "Plot written to costs.svg" in ran.err
     assert Path("costs.svg").read_text().startswith("<?xml")
 
 
@@ -253,7 +253,7 @@ def test_a_baseline_without_intervals_is_refused_at_once(measured: Ran) -> None:
     ran = bncli("profile", *TINY, *BASELINE)
     assert (ran.code, ran.out) == (2, "")
     assert "baseline.json: 1 of its 1 ratios to native come from too few rounds for an interval" in ran.err
-    assert "measure it anew, with 6 rounds or more" in ran.err
+    assert "measure it with 6 rounds or more" in ran.err
 
 
 # --- how long, and how much -------------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ def test_the_step_view_of_a_recipe_shows_every_arm_and_writes_a_trace() -> None:
     assert ran.code == 0
     for word in ("normed", "training", "evaluation", "native", "fused", "Share of a step", "Memory of a training step"):
         assert word in ran.out
-    assert "normed, fused: 1 batch norm (1 with relu)" in ran.out
+    assert "normed, fused: 1 batch norm (1 fused with relu)" in ran.out
     assert json.loads(Path("step.json").read_text())["traceEvents"]
 
     ran = bncli("profile", *STEP, "--json")
@@ -337,9 +337,10 @@ def test_a_model_of_the_users_own_is_measured_when_that_is_allowed() -> None:
     [
         (["--kernel", "natve"], "--kernel natve: there is no such kernel; did you mean native?"),
         (["--kernel", "mine:right"],
-         "--kernel mine:right: it is code of yours that would run; allow it with --allow-code"),
+         "--kernel mine:right: it is your own code, which would be executed; allow it with --allow-code"),
         (["--kernel", ",", "--shape", "8x4"], "--kernel: name at least one"),
-        (["small.yaml", "--kernel", "native,compiled"], "--kernel compiled: models are trained with native and fused"),
+        (["small.yaml", "--kernel", "native,compiled"], "--kernel compiled: models can "
+                                                        "only be trained with native and fused"),
         (["--shape", "8"], "--shape 8: expected the batch, the channels and up to three sides"),
         (["--shape", "1x3"], "--shape 1x3: training needs more than one value per channel, and it has one"),
         (["--shape", "8x4", "--batch", "3"], "--batch: a shape holds its own batch, its first number"),
@@ -364,15 +365,16 @@ def test_a_model_of_the_users_own_is_measured_when_that_is_allowed() -> None:
         (["--fail-above", "0.5"], "--fail-above 0.5: expected more than 1, as in 1.10 for a tenth slower"),
         (["--json", "--csv"], "--json, --csv and --markdown: choose one"),
         (["--csv", "--baseline", "other.json"], "--csv with --baseline: the verdicts have no place in the CSV"),
-        (["--baseline", "other.json"], "--baseline other.json: is JSON, but no profile"),
+        (["--baseline", "other.json"], "--baseline other.json: is JSON, but not a profile"),
         (["--baseline", "small.yaml"], "--baseline small.yaml: is not JSON"),
         (["--baseline", "none.json"], "--baseline none.json: cannot be read"),
-        (["--baseline", "other.json", "--kernel", "fused"], "--baseline: ratios to native are compared; name native"),
-        (["--plot", "x.pdf"], "x.pdf: a plot is written as .svg or .png"),
+        (["--baseline", "other.json", "--kernel", "fused"], "--baseline: speedups over "
+                                                            "native are compared; name native"),
+        (["--plot", "x.pdf"], "x.pdf: a plot's file name must end in .svg or .png"),
         (["--plot", "nowhere/x.svg"], "nowhere/x.svg: its folder nowhere does not exist"),
         (["small.yaml", "--trace", "nowhere/t.json"], "nowhere/t.json: its folder nowhere does not exist"),
         (["--trace", "t.json"], "--trace belongs to the step view: give a recipe"),
-        (["small.yaml", "--warm", "--shape", "8x4"], "--shape, --warm belong to the kernel view: leave the recipe"),
+        (["small.yaml", "--warm", "--shape", "8x4"], "--shape, --warm belong to the kernel view: omit the recipe"),
         (["nothing.yaml"], "nothing.yaml: there is no such file"),
         (["resnet50"], "resnet50 is no recipe; for its shapes give --shapes resnet50"),
         (["bad.csv"], "bad.csv is no recipe; for its shapes give --shapes bad.csv"),
@@ -384,7 +386,7 @@ def test_a_model_of_the_users_own_is_measured_when_that_is_allowed() -> None:
         (["--model", "mine:make", "--arm", "a"], "--set and --arm change a recipe; with --model there is none"),
         (["--model", "mine:make"], "--model mine:make: give its input's shape too, as in --input 32x3x224x224"),
         (["--model", "mine:make", "--input", "4x3x8x8"],
-         "--model mine:make: it is code of yours that would run; allow it with --allow-code"),
+         "--model mine:make: it is your own code, which would be executed; allow it with --allow-code"),
         (["--model", "mine", "--input", "2x3"], "--model mine: expected package.module:function"),
         (["--model", "mine:make", "--input", "2x", "--allow-code"], "--input 2x: expected the batch, the channels"),
         (["--device", "gpu"], "--device gpu: expected one of auto, cpu, cuda"),

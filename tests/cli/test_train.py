@@ -45,7 +45,7 @@ def test_a_folder_with_a_run_is_not_written_over_unless_forced(recipe: str) -> N
     assert bncli(*asked).code == 0
     refused = bncli(*asked)
     assert refused.code == 2
-    assert "--out run: holds a run already; choose another folder or write over it with --force" in refused.err
+    assert "--out run: already contains a run; choose another folder, or overwrite it with --force" in refused.err
     assert bncli(*asked, "--force").code == 0
 
 
@@ -81,7 +81,7 @@ def test_a_missed_target_is_an_error_only_when_it_is_required(recipe: str) -> No
     missed = ("train", recipe, "--set", "train.steps=5")
     ran = bncli(*missed)
     assert ran.code == 0
-    assert "> 3.85, as many as the" in ran.out
+    assert "> 3.85, the most that" in ran.out
     assert bncli(*missed, "--require-target").code == 1
 
 

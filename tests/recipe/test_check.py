@@ -38,8 +38,8 @@ ONE_MISTAKE = [
     ("", " is empty; a recipe has the sections data, model, optimizer and train: see recipes/smoke.yaml"),
     ("- 1\n", " is a list; a recipe has the sections data, model, optimizer and train: see recipes/smoke.yaml"),
     ("digits\n", ' is "digits"; a recipe has the sections data, model, optimizer and train: see recipes/smoke.yaml'),
-    (BASE + "train: {steps: 5}\n", "5: train: is there twice; the first is in r.yaml:4"),
-    (ARMS + "  a: {}\n", "8: arms.a: is there twice; the first is in r.yaml:6"),
+    (BASE + "train: {steps: 5}\n", "5: train: appears twice; the first is in r.yaml:4"),
+    (ARMS + "  a: {}\n", "8: arms.a: appears twice; the first is in r.yaml:6"),
     # unknown keys
     (BASE + "modle: mlp\n", "5: modle: unknown key; did you mean model?"),
     (optimizer("kind: sgd, lr: 0.1, momentun: 0.9"), "3: optimizer.momentun: unknown key; did you mean momentum?"),
@@ -108,7 +108,7 @@ ONE_MISTAKE = [
     (train("steps: 100, target: {value: 95}"), "4: train.target: accuracy is a share of 1: write 0.95 for 95 %"),
     (model("kind: module, module: mine"), '2: model.module: expected package.module:function, found "mine"'),
     (model("kind: module, module: my.net:make"),
-     "2: model.module: my.net:make is code of yours that would run; allow it with allow_code=True"),
+     "2: model.module: my.net:make is your own code, which would be executed; allow it with allow_code=True"),
     # sections that do not go together
     (model("kind: cnn"),
      "2: model.kind: a cnn needs images and the data are vectors; give data.shape as [channels, height, width]"),
@@ -116,13 +116,14 @@ ONE_MISTAKE = [
      "2: model.kind: a resnet needs images and the data are vectors; set data.images: true"),
     (SMALL + "norm: {kind: group, groups: 4}\n", "5: norm.groups: 4 groups do not divide a layer of 10 channels"),
     (BASE + "norm: instance\n",
-     "5: norm.kind: instance norm has one value to average over in a layer of 100 channels, so nothing is left"),
+     "5: norm.kind: instance norm has one value to average over in a layer of 100 channels: constant output"),
     (train("steps: 100, evaluate_every: 101"),
      "4: train.evaluate_every: is larger than the budget of 100 steps: no evaluation would happen"),
     (train("steps: 100, batch_size: 2001"), "4: train.batch_size: is larger than the 2000 training examples"),
     (train("steps: 100, batch_size: 1") + "norm: batch\n",
-     "4: train.batch_size: batch norm has one value to average over in a layer of 100 channels, so nothing is left"),
-    (BASE + "schedule: {kind: step, milestones: [30, 20]}\n", "5: schedule.milestones: expected steps in rising order"),
+     "4: train.batch_size: batch norm has one value to average over in a layer of 100 channels: constant output"),
+    (BASE + "schedule: {kind: step, milestones: [30, 20]}\n", "5: schedule.milestones: "
+                                                              "expected steps in increasing order"),
     (BASE.replace("synthetic", "synthetic, shape: [8, 8]"),
      "1: data.shape: expected [features] or [channels, height, width]"),
     (train("steps: 100, memory_format: channels_last"),
@@ -159,7 +160,7 @@ ONE_MISTAKE = [
     (ARMS + "grid: {optimizer.lr: []}\n", "8: grid.optimizer.lr: expected a list of at least 1, found an empty list"),
     (ARMS + "grid: {optimizer.lr: [1, -2]}\n", "8: grid.optimizer.lr.1: expected a number above 0, found -2"),
     (ARMS + "grid: {model.hidden: [[9], [9, 0]]}\n", "8: grid.model.hidden.1.1: expected at least 1, found 0"),
-    (ARMS + "grid: {optimizer.lr: [1, 2, 1.0]}\n", "8: grid.optimizer.lr.2: 1.0 is there twice"),
+    (ARMS + "grid: {optimizer.lr: [1, 2, 1.0]}\n", "8: grid.optimizer.lr.2: 1.0 appears twice"),
     (ARMS + "grid: {optimizer.nesterov: [false, true]}\n",
      "8: grid.optimizer.nesterov.1: in optimizer: nesterov needs a momentum above 0"),
     (ARMS + "grid: {train.batch_size: [10, 3000]}\n",
@@ -168,9 +169,9 @@ ONE_MISTAKE = [
      "6: grid.model.hidden.1: in norm.groups: 2 groups do not divide a layer of 5 channels"),
     (SMALL + "norm: {kind: group, groups: 2}\narms:\n  a:\n  b: {model: {hidden: [8]}}\ngrid: {norm.groups: [2, 4]}\n",
      "9: grid.norm.groups.1: in arm a: 4 groups do not divide a layer of 10 channels"),
-    (ARMS + "grid: {norm: [batch, layer]}\n", "8: grid.norm: chooses a whole section; make an arm of each choice"),
+    (ARMS + "grid: {norm: [batch, layer]}\n", "8: grid.norm: chooses a whole section; make each choice an arm"),
     (ARMS + "grid: {norm.kind: [batch, layer]}\n",
-     "8: grid.norm.kind: chooses a whole section; make an arm of each choice"),
+     "8: grid.norm.kind: chooses a whole section; make each choice an arm"),
     (ARMS + "grid: {train.seed: [1, 2]}\n",
      "8: grid.train.seed: is the same for every run of a comparison, so it cannot be tuned"),
     (ARMS + "grid: {data.noise: [1, 2]}\n",
@@ -231,10 +232,10 @@ SEVERAL = [
         "3: optimizer.momentun: unknown key; did you mean momentum?",
     ]),
     (BASE + "norm: instance\narms: {a: , b: {optimizer: adam}}\n", [
-        "5: norm.kind: instance norm has one value to average over in a layer of 100 channels, so nothing is left",
+        "5: norm.kind: instance norm has one value to average over in a layer of 100 channels: constant output",
     ]),
     (model("kind: module, module: a:b") + "arms: {a: , b: {norm: batch}}\n", [
-        "2: model.module: a:b is code of yours that would run; allow it with allow_code=True",
+        "2: model.module: a:b is your own code, which would be executed; allow it with allow_code=True",
     ]),
     # also where every arm repairs it
     (optimizer("kind: sgd, lr: -1") + "arms: {a: {optimizer: {lr: 1}}}\n", [
@@ -257,9 +258,9 @@ SEVERAL = [
         "7: optimizer.lr: expected a number above 0, found -1",
         '9: train.steps: expected a whole number, found "many"',
         "12: arms.twice.optimizer.momentum: expected a number below 1, found 2",
-        "13: arms.twice: is there twice; the first is in r.yaml:12",
+        "13: arms.twice: appears twice; the first is in r.yaml:12",
         "14: reference: there is no arm plan; did you mean plain?",
-        "16: grid.optimizer.lr.1: 1 is there twice",
+        "16: grid.optimizer.lr.1: 1 appears twice",
     ]),
 ]  # fmt: skip
 
@@ -273,7 +274,7 @@ def test_all_mistakes_are_found_in_one_pass_and_named_in_order(
 
 def test_mistakes_of_flags_come_after_those_of_the_file(mistakes_of: MistakesOf) -> None:
     *_, last, of_flag = mistakes_of(EIGHT, "seeds.tune=0")
-    assert last == "r.yaml:16: grid.optimizer.lr.1: 1 is there twice"
+    assert last == "r.yaml:16: grid.optimizer.lr.1: 1 appears twice"
     assert of_flag == "sets seeds.tune=0: seeds.tune: expected at least 1, found 0"
 
 

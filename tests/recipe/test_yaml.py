@@ -160,8 +160,8 @@ NO_TAG = "is not allowed; write the plain value"
         ("a: 1\n---\na: 2\n", "2: not YAML: expected a single document in the stream from line 1, "
          "but found another document"),
         ("%YAML 2.0\n---\na: 1\n", "1: not YAML: found incompatible YAML document (version 1.* is required)"),
-        ("a: 1\nb: 2\na: 3\n", "3: a: is there twice; the first is in r.yaml:1"),
-        ("a: {b: 1, b: 2}\n", "1: a.b: is there twice; the first is in r.yaml:1"),
+        ("a: 1\nb: 2\na: 3\n", "3: a: appears twice; the first is in r.yaml:1"),
+        ("a: {b: 1, b: 2}\n", "1: a.b: appears twice; the first is in r.yaml:1"),
         ("? [1, 2]\n: 3\n", "1: the recipe: a key must be a plain word"),
         ("a:\n  !x b: 3\n", "2: a: a key must be a plain word"),
         ("a: !!int abc\n", f"1: a: the tag !!int {NO_TAG}"),
@@ -171,8 +171,8 @@ NO_TAG = "is not allowed; write the plain value"
         ("a: !!python/object/apply:os.system [ls]\n", f"1: a: the tag !!python/object/apply:os.system {NO_TAG}"),
         ("a: 9223372036854775808\n", "1: a: a whole number of more than 64 bits"),
         (f"a: {'9' * 5000}\n", "1: a: a whole number of more than 64 bits"),
-        ("a: &x [*x]\n", "1: a.0: an alias of what it stands in"),
-        ("a: &x\n  b:\n    c: *x\n", "3: a.b.c: an alias of what it stands in"),
+        ("a: &x [*x]\n", "1: a.0: an alias of a value that contains it"),
+        ("a: &x\n  b:\n    c: *x\n", "3: a.b.c: an alias of a value that contains it"),
     ],
     ids=range(21),
 )  # fmt: skip
@@ -229,7 +229,7 @@ def test_a_value_stands_where_it_is_told_to() -> None:
         ("b: c", "--set: not YAML: mapping values are not allowed here"),
         ("[1", "--set: not YAML: while parsing a flow sequence, expected ',' or ']', but got '<stream end>'"),
         ("!!x 3", "--set: k: the tag !!x is not allowed; write the plain value"),
-        ("{a: 1, a: 2}", "--set: k.a: is there twice"),
+        ("{a: 1, a: 2}", "--set: k.a: appears twice"),
     ],
 )
 def test_a_bad_value_is_refused_without_a_line(text: str, message: str) -> None:

@@ -19,7 +19,7 @@ def test_the_suffix_is_the_kind(name, kind):
 
 @pytest.mark.parametrize("name", ["curves.pdf", "curves", "svg"])
 def test_another_suffix_is_refused_with_the_two_that_there_are(name):
-    with pytest.raises(FileError, match=rf"{name}: a plot is written as \.svg or \.png") as refused:
+    with pytest.raises(FileError, match=rf"{name}: a plot's file name must end in \.svg or \.png") as refused:
         check_path(Path(name))
     assert refused.value.exit_code == USAGE
 

@@ -142,7 +142,7 @@ def test_another_format_version_is_refused_with_what_to_do(examples, version, ad
         (("arms", 1, "ratio"), [], "arms[1].ratio: expected an object"),
         (("plan", "grid"), 3, "plan.grid: expected an object"),
         (("plan", "grid", "optimizer.lr"), 0.3, "plan.grid.optimizer.lr: expected a list"),
-        (("plan", "colour"), "red", "plan.colour is no field"),
+        (("plan", "colour"), "red", "plan.colour is not a known field"),
     ],
 )
 def test_a_value_of_another_kind_is_refused_with_its_place(examples, path, value, words):

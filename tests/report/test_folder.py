@@ -91,7 +91,7 @@ def test_other_files_in_a_comparisons_folder_stay_as_they_are(tmp_path: Path, ma
 @pytest.mark.parametrize("content", ["[]", '{"format_version": 99}', "mine"])
 def test_an_unreadable_answer_or_plan_is_refused(tmp_path: Path, file: str, content: str) -> None:
     (tmp_path / file).write_text(content)
-    with pytest.raises(UsageError, match=rf"{file} is not as this bncli writes it and is never written over"):
+    with pytest.raises(UsageError, match=rf"{file} was not written by this version of bncli and is never overwritten"):
         ComparisonFolder(tmp_path).__enter__()
     assert sorted(each.name for each in tmp_path.iterdir()) == [".lock", file]
     assert (tmp_path / file).read_text() == content
@@ -218,7 +218,8 @@ def begin(path: Path, overwrite: bool = False, recipe: str = "train: {}\n") -> N
 def test_a_run_that_was_killed_is_written_over_only_when_forced(tmp_path: Path, make_result) -> None:
     begin(tmp_path)
     with pytest.raises(
-        UsageError, match=r"holds an unfinished run already; choose another folder or write over it with overwrite=True"
+        UsageError,
+        match=r"already contains an unfinished run; choose another folder, or overwrite it with overwrite=True",
     ):
         RunFolder(tmp_path, "name")
     begin(tmp_path, overwrite=True, recipe="train: {seed: 1}\n")
@@ -226,7 +227,7 @@ def test_a_run_that_was_killed_is_written_over_only_when_forced(tmp_path: Path, 
     with RunFolder(tmp_path, "name", overwrite=True) as folder:
         folder.begin("")
         folder.finish(make_result(100.0))
-    with pytest.raises(UsageError, match="holds a run already"):
+    with pytest.raises(UsageError, match="already contains a run"):
         RunFolder(tmp_path, "name")
 
 
@@ -254,7 +255,7 @@ STRANGERS: dict[str, Callable[[Path], object]] = {
 def test_a_file_that_bncli_did_not_write_is_never_written_over(tmp_path: Path, stranger: str, overwrite: bool) -> None:
     STRANGERS[stranger](tmp_path)
     before = {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
-    with pytest.raises(UsageError, match="was not written by bncli, or was edited since, and is never written over"):
+    with pytest.raises(UsageError, match="was not written by bncli, or was edited since, and is never overwritten"):
         begin(tmp_path, overwrite)
     assert {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
 
@@ -268,11 +269,11 @@ def test_other_files_of_the_folder_stay_as_they_are(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_read_or_shared_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"out .*file/run: cannot be made: Not a directory"):
+    with pytest.raises(UsageError, match=r"out .*file/run: cannot be created: Not a directory"):
         RunFolder(tmp_path / "file/run", "name").begin("")
     with pytest.raises(UsageError, match=r"comparison.json: cannot be read: No such file or directory; give a JSON"):
         load_comparison(tmp_path)
     with ComparisonFolder(tmp_path) as folder:
         folder.begin(BEGUN)
-    with pytest.raises(UsageError, match="holds a comparison; choose another folder"):
+    with pytest.raises(UsageError, match="contains a comparison; choose another folder"):
         RunFolder(tmp_path, "small", overwrite=True).begin("data: {}")

@@ -115,14 +115,17 @@ def test_without_a_terminal_there_are_plain_lines_now_and_then() -> None:
 
 def test_a_failure_is_logged_at_once() -> None:
     log = shown(CompareProgress, COMPARE, terminal=False)
-    assert log.splitlines() == ["digits: 50 runs, 3 of them done already", "5/56 plain, lr 3, seed 0: failed: it died"]
+    assert log.splitlines() == ["digits: 50 runs, 3 of them already done", "5/56 plain, lr 3, seed 0: failed: it died"]
 
 
 @pytest.mark.parametrize(
     ("result", "words"),
     [
         (run_result(961.8), "target after 962 steps"),
-        (replace(run_result(None, status="budget"), first_hit=2900), "at the target at step 2,900, not settled in"),
+        (
+            replace(run_result(None, status="budget"), first_hit=2900),
+            "first at the target at step 2,900, not settled after",
+        ),
         (run_result(None, status="budget"), "target not reached in 3,000 steps"),
         (replace(run_result(None, status="diverged"), reason="the loss is nan at step 7"), "the loss is nan at step 7"),
     ],
@@ -149,10 +152,10 @@ def test_a_label_with_brackets_is_shown_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("event", "label"),
     [
-        (Measuring("", phase="ceilings"), "copies and multiply-adds of the machine"),
+        (Measuring("", phase="ceilings"), "the machine's ceilings, by copies and multiply-adds"),
         (Measuring("normed", phase="check"), "normed: checking the step of each kernel"),
         (Measuring("normed", phase="round", mode="training", round=3), "normed: training, round 3"),
-        (Measuring("normed", phase="parts", mode="training"), "normed: training, parts of its time and memory"),
+        (Measuring("normed", phase="parts", mode="training"), "normed: training, breakdown of time and memory"),
         (Measuring("normed", phase="norms"), "normed: norm-layer diagnostics"),
     ],
 )

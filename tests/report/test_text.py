@@ -117,19 +117,23 @@ FINDINGS = {
     ),
     "y has device cpu; expected the input's, cuda:0": Finding("wrong_device", given="cpu", wanted="cuda:0"),
     "double backward in x was not computed": Finding("not_computed", "double backward in x"),
-    "dweight is missing where x needs no gradient": Finding("no_gradient", "dweight"),
+    "dweight is missing when x does not require a gradient": Finding("no_gradient", "dweight"),
     "raised ValueError: no": Finding("raised", exception="ValueError", text="no"),
     "raised RuntimeError: modified": Finding("saved_written", exception="RuntimeError", text="modified"),
-    "raised NoSecondDerivative: the gradients came back without a graph: nothing to differentiate again": Finding(
+    "raised NoSecondDerivative: the gradients were returned without a graph: no second derivative": Finding(
         "no_second_derivative", exception="NoSecondDerivative"
     ),
     "GradcheckError: Jacobian": Finding("not_derivative", exception="GradcheckError", text="Jacobian"),
-    "dx misses central differences of the loss by 0.27 (relative)": Finding("not_derivative", "dx", relative=0.27),
+    "dx differs from central differences of the loss by 0.27 (relative)": Finding(
+        "not_derivative", "dx", relative=0.27
+    ),
     "raised TypeError: no; expected a ValueError": Finding("wrong_exception", exception="TypeError", text="no"),
-    "an input (1, 3) has a variance of 0 over one value; expected a ValueError": Finding("accepted", given="(1, 3)"),
+    "accepted an input (1, 3), whose variance is 0 over one value; expected a ValueError": Finding(
+        "accepted", given="(1, 3)"
+    ),
     "x, weight changed during the call": Finding("input_written", names=("x", "weight")),
-    "running_mean changed during the call, in evaluation": Finding("running_moved", names=("running_mean",)),
-    "running_var moved": Finding("running_moved_by_nothing", names=("running_var",)),
+    "running_mean changed during the call in evaluation mode": Finding("running_moved", names=("running_mean",)),
+    "running_var changed on an empty batch": Finding("running_moved_by_nothing", names=("running_var",)),
     "dx, dweight differ between two runs on the same inputs": Finding("not_deterministic", names=("dx", "dweight")),
 }
 

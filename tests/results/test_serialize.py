@@ -81,8 +81,8 @@ def test_a_field_with_a_default_may_be_missing_as_in_files_of_before() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"extra": 1}, "extra is no field of it"),
-        ({"best": {"step": 1, "loss": 1.0, "speed": 2}}, "best.speed is no field of it"),
+        ({"extra": 1}, "extra is not a known field"),
+        ({"best": {"step": 1, "loss": 1.0, "speed": 2}}, "best.speed is not a known field"),
         ({"best": {"step": 1}}, "best.loss is missing"),
         ({"points": [{"step": 1, "loss": 1.0}, {"step": "1", "loss": 1.0}]},
          'points[1].step: expected a whole number, found "1"'),

@@ -11,7 +11,7 @@ from bncli.results.compare import Note, NoteKind
 # Part of a run's identity, as in RunRecord -> why a run in which it differs is not reused.
 CHANGED = {
     "bncli": "bncli's own code has changed since",
-    "torch": "torch is another version",
+    "torch": "torch has another version",
     "device": "they ran on another device",
     "data": "the data have changed",
     "code": "the model's code has changed",
@@ -33,32 +33,32 @@ def _few_evaluations(fewest: int, evaluate_every: int | None) -> str:
 
 def _every_second_evaluation(thinned: float, ratio: float) -> str:
     return (
-        f"from every second evaluation the ratio is {thinned:.3g}, {abs(thinned / ratio - 1):.0%} "
+        f"computed from every second evaluation, the ratio is {thinned:.3g}, {abs(thinned / ratio - 1):.0%} "
         f"{'more' if thinned > ratio else 'less'}: evaluate more often, hold more examples out, or choose an easier "
         "target"
     )
 
 
 def _few_seeds(seeds: int, ratio: float, needed: int | None) -> str:
-    more = "" if needed is None else f": at the spread seen here a ratio of {ratio:g} needs {needed}"
-    return f"{count(seeds, 'seed')} an arm {'are' if seeds > 1 else 'is'} few{more}"
+    more = "" if needed is None else f": with the spread seen here, telling a ratio of {ratio:g} from 1 needs {needed}"
+    return f"{count(seeds, 'seed')} per arm {'are' if seeds > 1 else 'is'} few{more}"
 
 
 def _not_told_apart(arms: list[str], reference: str, comparisons: int) -> str:
     several = f" (not corrected for {comparisons} comparisons)" if comparisons > 1 else ""
-    return f"not told apart from {reference} by the 95 % interval{several}: {', '.join(arms)}"
+    return f"not distinguishable from {reference} by the 95 % interval{several}: {', '.join(arms)}"
 
 
 def _hits(hits: int, reference_hits: int, runs: int, reference: str, p_value: float) -> str:
     return (
-        f"{hits} of {runs} runs hit, {reference_hits} of {runs} of {reference}; if both hit alike, a difference as "
-        f"large has probability {p_value:.2g} (Fisher's exact test)"
+        f"{hits} of {runs} runs hit the target, {reference_hits} of {runs} for {reference}; if both hit it equally "
+        f"often, a difference this large has probability {p_value:.2g} (Fisher's exact test)"
     )
 
 
 def _arms_differ(field: str, values: Mapping[str, Any]) -> str:
     found = ", ".join(f"{arm} {_setting(value)}" for arm, value in values.items())
-    work = ": a step sees another number of examples" if field == "train.batch_size" else ""
+    work = ": a step processes a different number of examples" if field == "train.batch_size" else ""
     return f"the arms differ in {field}: {found}{work}"
 
 
@@ -83,7 +83,7 @@ def _other_threads(runs: int, of: int, had: list[int], asked: int) -> str:
 # Kind of note -> the function that makes its sentence from its facts.
 SENTENCES: dict[NoteKind, Callable[..., str]] = {
     "unfinished": lambda done, planned, failed: (
-        f"{done} of {planned} runs are done{f', {failed} failed' * bool(failed)}; the figures rest on those"
+        f"{done} of {planned} runs are done{f', {failed} failed' * bool(failed)}; the figures are based on those"
     ),
     "no hit": lambda most_steps: (
         f"no point of the grid reached the target within the {most_steps:,.0f} steps the budget can show"
@@ -101,10 +101,10 @@ SENTENCES: dict[NoteKind, Callable[..., str]] = {
     "every second evaluation": _every_second_evaluation,
     "few seeds": _few_seeds,
     "same recipe": lambda arms, reference: (
-        f"{', '.join(arms)}: the same recipe as {reference} under another name, so the ratio is 1 by itself"
+        f"{', '.join(arms)}: the same recipe as {reference} under another name, so the ratio is 1 by construction"
     ),
     "not told apart": _not_told_apart,
-    "common seeds": lambda seeds, reference: f"its ratio rests on the {seeds} seeds that {reference} has too",
+    "common seeds": lambda seeds, reference: f"its ratio uses only the {seeds} seeds that {reference} has too",
     "no interval": lambda seeds, needed, missed: (
         f"no interval from {seeds} seeds{' and a miss' * missed}; it needs {needed}"
     ),
@@ -112,7 +112,7 @@ SENTENCES: dict[NoteKind, Callable[..., str]] = {
     "arms differ": _arms_differ,
     "machines": lambda: "the runs come from different machines: compare their steps, not their seconds",
     "runs at a time": lambda most: (
-        f"seconds and samples/s were measured with up to {most} runs at a time; one at a time, each is measured alone"
+        f"seconds and samples/s were measured with up to {most} runs at once; make one at a time for clean times"
     ),
     "paper": lambda: (
         "these are this task's figures; the paper's 14x is BN-x5 on ImageNet with seven changes, "
@@ -120,10 +120,10 @@ SENTENCES: dict[NoteKind, Callable[..., str]] = {
     ),
     "not reused": _not_reused,
     "earlier code": lambda runs: (
-        f"the model's code was changed meanwhile: {count(runs, 'run')} by the earlier code left out; "
+        f"the model's code was changed meanwhile: {count(runs, 'run')} with the earlier code left out; "
         "run the same command again to repeat them"
     ),
-    "earlier answer": lambda file: f"the folder's earlier answer, to another plan, is kept as {file}",
+    "earlier answer": lambda file: f"the folder's earlier result, of another plan, is kept as {file}",
     "other threads": _other_threads,
     "words": lambda words: str(words),
 }

@@ -39,7 +39,7 @@ LETTERS = string.ascii_lowercase + string.ascii_uppercase  # one for each arm, o
 METHODS = {
     "geometric mean": "Steps to target: steps spent below it; geometric mean over seeds at the best point (jackknife).",
     "median": "median: some runs missed the target (order statistics).",
-    "bound": "> {most}: at least half of the runs missed; a budget of {budget} steps shows up to {most}.",
+    "bound": "> {most}: at least half of the runs missed the target; a budget of {budget} steps shows up to {most}.",
     "means": "Fewer steps: the steps of {reference} divided by the arm's; jackknife over paired seeds{chosen}.",
     "medians": "Fewer steps where runs missed: ratio of medians (order statistics of both).",
     "bounded ratio": "Fewer steps as > or <: a bound, because at least half of an arm's runs missed.",
@@ -232,10 +232,10 @@ def tuning_notes(comparison: Comparison) -> list[str]:
     seeds = count(len(comparison.plan.tune_seeds), "tuning seed")
     choices = [f"{arm.arm}: {choice_words(arm.choice)}" for arm in comparison.arms if arm.choice]
     return [
-        f"Geometric mean of the steps of the runs that hit, hits/runs over {seeds};"
+        f"Geometric mean of the steps of the runs that hit the target, hits/runs over {seeds};"
         f" below it the steps of {comparison.plan.reference} at the same value divided by these (no interval).",
-        "[ ]: the arm's best, by all of its seeds; ( ): kept beside it with further seeds, since the tuning seeds "
-        "could not tell them apart. > and <: bounds, where runs missed.",
+        "[ ]: the arm's best point over all of its seeds; ( ): trained with further seeds too, since the tuning seeds "
+        "could not distinguish it from the best. > and <: bounds, where runs missed.",
         *([f"Kept: {'; '.join(choices)}."] if choices else []),
     ]
 
@@ -257,9 +257,9 @@ def title(comparison: Comparison) -> str:
 
 def subtitle(plan: ComparisonPlan) -> str:
     tune, more = len(plan.tune_seeds), len(plan.report_seeds)
-    seeds = f"{count(more, 'seed')} an arm"
+    seeds = f"{count(more, 'seed')} per arm"
     if tune:
-        seeds = f"{count(tune, 'seed')} at every point of the grid, {more} more where it may be the best"
+        seeds = f"{count(tune, 'seed')} at every point of the grid, {more} more at points that may be the best"
     return f"{plan.data}; {seeds}; budget {figure(plan.budget)} steps"
 
 

@@ -44,8 +44,10 @@ class GradcheckReport:
         yield groups_table(result.groups, *_heading(result))
         yield BulletList("Not checked:", reasons(result.groups), "dim")
         tolerances = derivations(result)
-        more = ". How tolerances are derived:" if tolerances else " (the full effort tells how it is derived)."
-        yield Paragraph(f"Each error is in units of its case's own tolerance: 1 or less passes{more}", "dim")
+        more = (
+            ". How tolerances are derived:" if tolerances else " (a check with effort full explains how it is derived)."
+        )
+        yield Paragraph(f"Errors are in units of each case's tolerance: 1 or less passes{more}", "dim")
         yield BulletList("", tolerances, "dim")
         yield Paragraph(f"Made on {environment_words(result.environment)}.", "dim")
         yield ""
@@ -130,12 +132,12 @@ def paths_table(paths: Sequence[GradientPaths]) -> ResponsiveTable:
         Column("full", [figure(each.full) for each in paths]),
         Column("error", [Cell(f"{each.error:.1e}", style=style) for each, style in zip(paths, failed, strict=True)]),
         Column("its\nbound", [f"{each.bound:.1e}" for each in paths]),
-        Column("lost by\nignoring", [f"{each.lost:.0%}" for each in paths], style="bold"),
+        Column("error if\nignored", [f"{each.lost:.0%}" for each in paths], style="bold"),
     ]
     span = " to ".join(dict.fromkeys(f"{pick(each.lost for each in paths):.0%}" for pick in (min, max)))
     notes = [
-        "Each value moves the others of its set too, through their mean and variance: a gradient that ignores those "
-        f"two paths (the direct part alone) is off by {span} of the true one's length.",
+        "Each value also affects the others that share its mean and variance: a gradient that ignores those two "
+        f"paths (only the direct part) differs from the true one by {span} of its norm.",
         f"Error: the kernel's dL/dx against float64 central differences of the loss, relative. {agreement(paths)}",
     ]
     narrower = [AlignedTable(columns, wrap=True)]
@@ -153,7 +155,7 @@ def demo_table(steps: Sequence[BiasStep]) -> ResponsiveTable:
     ]
     first, last = steps[0], steps[-1]
     before, after = (figure(each.loss_ignoring, 6) for each in (first, last))
-    loss = f"stands still at {after}" if before == after else f"goes from {before} to {after}"
+    loss = f"stays at {after}" if before == after else f"goes from {before} to {after}"
     note = (
         f"Ignoring that E[x] contains b, {count(last.step, 'step')} drive b from {figure(first.bias_ignoring, 4)} to "
         f"{figure(last.bias_ignoring, 4)} while the loss {loss}: subtracting the mean removes b. "

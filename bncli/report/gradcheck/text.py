@@ -28,8 +28,10 @@ OK, FAILED, NOT_CHECKED = "ok", "FAILED", "not checked"
 LONGEST = 1e4  # larger errors (in tolerances) are written with an exponent
 FEW = 6  # names that are listed; further ones are counted
 
-_ROUNDING = "how far float64 moves when every number on the way moves by one rounding, plus the output's own rounding"
-_FUSED = "3 half-precision roundings more of y and the gradients where a residual or an activation follows"
+_ROUNDING = (
+    "the change of the float64 result when every intermediate value changes by one rounding, plus the output's rounding"
+)
+_FUSED = "3 half-precision roundings in addition for y and the gradients where a residual or an activation follows"
 TOLERANCES: dict[ToleranceRule, str] = {
     "kernel": f"the larger of twice native's own error in the dtype and (log2 m + 4) times {_ROUNDING}",
     "native": (
@@ -69,7 +71,7 @@ NOT_CHECKED_REASONS = {
     "slow in the interpreter": "Triton's interpreter would take minutes",
     "no float64 on the device": "Metal has no float64",
     "refused": "the kernel refuses it: ",
-    "missing inputs": "the kernel takes none of the inputs that it needs",
+    "missing inputs": "the kernel takes none of the inputs that these cases need",
     "nothing ran": "no case could run",
 }
 # Bug -> the evidence for it. Most bugs have `{first}` alone: the first failure that shows it.
@@ -79,11 +81,11 @@ EVIDENCE = {
     "a wrong second derivative": "dx is right; {first}",
     "one-pass variance, E[x^2] - E[x]^2": "relative errors by mean/deviation: {errors}; {message}",
     "less accurate than native": (
-        "{alike} of {of} cases miss by little{by}; the worst, {tolerances:.2g} tolerances, is {first}. Sums or a "
-        "variance taken in order can lose as much"
+        "{alike} of {of} cases barely exceed their tolerance{by}; the worst, {tolerances:.2g} tolerances, is {first}. "
+        "A sequential sum or variance can lose as much"
     ),
     "half-precision statistics": "float32 and float64 pass; {first}",
-    "NaN disappears": "a number stands where torch has NaN: {first}",
+    "NaN disappears": "a number where torch has NaN: {first}",
     "the activation's derivative at NaN is not torch's": (
         "torch takes 1 for relu, whose result is not <= 0, and the slope for leaky_relu, whose input is not > 0; "
         "{first}"
@@ -110,9 +112,9 @@ def evidence_text(diagnosis: Diagnosis) -> str:
         return _summary_text(diagnosis.summary)
     if match := diagnosis.match:
         return (
-            f"{match.quantity} of {match.case} equals {match.equals} to {match.from_wrong:.1g} and misses the true "
-            f"one by {match.from_truth:.2g} (relative); {match.alike} of {match.failing} failing results looked at "
-            "are alike"
+            f"{match.quantity} of {match.case} equals {match.equals} to {match.from_wrong:.1g} and differs from "
+            f"the true one by {match.from_truth:.2g} (relative); the bug explains {match.alike} of {match.failing} "
+            "failing results that were examined"
         )
     assert diagnosis.first
     errors = (diagnosis.relative_errors or {}).items()
@@ -137,15 +139,15 @@ def _summary_text(summary: FailureSummary) -> str:
         parts.append(f"{summary.failing} of {summary.cases} plain cases")
         parts += map(_facet_text, summary.facets)
     if summary.groups:
-        head = "besides" if summary.quantities else "what fails, every plain case being right"
+        head = "what else fails" if summary.quantities else "every plain case passes; what fails"
         parts.append(f"{head}: {_listed(summary.groups)}")
     return "; ".join(parts)
 
 
 def _facet_text(facet: Facet) -> str:
     if len(facet.failing) <= len(facet.clean):
-        return f"{facet.name} {_listed(facet.failing)} alone"
-    return f"every {facet.name} but {_listed(facet.clean)}"
+        return f"only {facet.name} {_listed(facet.failing)}"
+    return f"every {facet.name} except {_listed(facet.clean)}"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -208,7 +210,7 @@ def agreement(paths: Sequence[GradientPaths]) -> str:
         return "It is within its bound in every case."
     direct = all(math.isclose(each.error, each.lost, rel_tol=1e-3) for each in wrong)
     place = "any case" if len(wrong) == len(paths) > 1 else names(wrong)
-    loss = ", and off by just what ignoring those two paths loses" if direct else ""
+    loss = ", and its error is exactly that of ignoring those two paths" if direct else ""
     return f"It is NOT the true gradient in {place}{loss}."
 
 

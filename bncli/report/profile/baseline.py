@@ -36,7 +36,7 @@ class GateReport:
 
 
 def gate_words(gate: Gate) -> str:
-    return f"speedup over native, each in its own run; a slowdown above {gate.fail_above:g}x fails"
+    return f"speedup over native, each measured within its own run; a slowdown above {gate.fail_above:g}x fails"
 
 
 def gate_columns(changes: Sequence[Change]) -> list[Column]:

@@ -36,7 +36,7 @@ MOST_BARS, MOST_IN_ALL = 40, 160  # in a panel, in a figure; with more, shapes a
 LABEL_SHARE = 0.045  # the height of a line of text as a share of the roofline's
 KEY = (
     "Dot: one shape. Large marker: geometric mean over shapes. Line on a bar: quartiles. Columns are moved sideways "
-    "where they would overlap; the exact intensity stands below."
+    "where they would overlap; the exact intensity is written below."
 )
 # Normalization stands out; what remains is grey.
 CLASS_COLOURS = dict(

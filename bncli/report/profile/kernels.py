@@ -64,14 +64,14 @@ def _legend(profile: KernelProfile) -> Iterator[str]:
     if not profile.rows:
         return
     yield f"ms: {MEDIAN}. both: forward and backward together."
-    speed = "GB/s: the fewest bytes that both can move (each tensor read or written once) over their time."
+    speed = "GB/s: the minimum bytes of both (each tensor read or written once) divided by their time."
     if profile.ceilings.copies:
         above = "" if profile.cold else "; what fits in a cache can exceed 100%"
         speed += f" % of copy: relative to a copy of {size_words(profile.ceilings.copies[-1][0])}{above}."
     yield speed
     if any(row.faster for row in profile.rows):
         yield speedup_legend("the native kernel")
-    yield "peak: memory of both, without the inputs. saved: what forward keeps for backward."
+    yield "peak: memory of forward and backward, without the inputs. saved: what forward keeps for backward."
 
 
 def kernel_title(profile: KernelProfile) -> str:

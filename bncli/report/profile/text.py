@@ -195,7 +195,7 @@ def _note_words(note: Note) -> str:
         case "host bound":
             return f"the device waited for the host in {note.count} of {note.of} samples"
         case "same work":
-            return f"{note.arm} stands for {', '.join(note.others)} as well: their steps do the same work"
+            return f"{note.arm} also represents {', '.join(note.others)}, whose steps do the same work"
         case "model compiled":
             return f"{note.arm} is compiled: everything that torch.compile fused counts as other"
         case "random data":
@@ -234,7 +234,7 @@ def _difference_words(found: StepDifference) -> str:
 
 
 def norms_words(norms: Sequence[NormLayers]) -> str:
-    """`2 batch norms (1 with relu, 1 alone), 3 LayerNorm`; empty without any."""
+    """`2 batch norms (1 fused with relu, 1 not fused), 3 LayerNorm`; empty without any."""
     batch = [layers for layers in norms if layers.kind == "batch norm"]
     words = [f"{layers.count} {layers.kind}" for layers in norms if layers.kind != "batch norm"]
     if batch:
@@ -250,9 +250,9 @@ def norms_words(norms: Sequence[NormLayers]) -> str:
 
 
 def _calls_words(layers: NormLayers) -> str:
-    """What a converted norm is one call with."""
-    calls = [f"with {' + '.join(operations)}" if operations else "alone" for operations in layers.calls]
-    return ", ".join(calls) or "unchanged"
+    """What a norm is fused with."""
+    calls = [f"fused with {' + '.join(operations)}" if operations else "not fused" for operations in layers.calls]
+    return " or ".join(calls) + ", depending on the call" * (len(calls) > 1) or "not converted"
 
 
 class RemarkWords(NamedTuple):
@@ -272,7 +272,7 @@ def _finding_and_advice(remark: NormRemark) -> tuple[str, str]:
     match remark.kind:
         case "one value":
             return (
-                "one value per channel: a batch of 1 without positions",
+                "one value per channel: a batch of 1 without spatial positions",
                 "the output does not depend on the input, and torch raises in training: use batches of 2 or more, or a "
                 "norm that averages over channels",
             )
@@ -315,7 +315,7 @@ def _finding_and_advice(remark: NormRemark) -> tuple[str, str]:
             return (
                 f"after {figures['steps']:,.0f} steps the running mean is {figures['deviations']:.2g} standard "
                 f"deviations off the batches' in {_channels_words(remark)}",
-                "evaluation sees other inputs than training: raise the momentum, lower the learning rate, or "
+                "evaluation normalizes differently from training: raise the momentum, lower the learning rate, or "
                 "estimate the statistics again over some batches before evaluation",
             )
         case "bias without effect":

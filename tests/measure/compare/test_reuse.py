@@ -116,7 +116,7 @@ def test_a_run_is_used_while_all_code_that_it_loaded_stands_as_it_was(asked: Stu
     ("part", "reason"),
     [
         ("bncli", "bncli's own code has changed since"),
-        ("torch", "torch is another version"),
+        ("torch", "torch has another version"),
         ("device", "they ran on another device"),
         ("data", "the data have changed"),
         ("code", "the model's code has changed"),

@@ -112,8 +112,8 @@ def test_arms_of_one_recipe_have_a_ratio_of_one_and_a_note(study_of: StudyOf) ->
     ratio = summary(asked, found).arms[1].ratio
     assert (ratio.value, ratio.interval, ratio.method) == (1.0, Interval(1.0, 1.0), "same recipe")
     said = notes(asked, found)
-    assert "again: the same recipe as plain under another name, so the ratio is 1 by itself" in said
-    assert not any("told apart" in note and "again" in note for note in said)
+    assert "again: the same recipe as plain under another name, so the ratio is 1 by construction" in said
+    assert not any("distinguishable" in note and "again" in note for note in said)
 
 
 def test_a_ratio_rests_on_the_seeds_of_both_arms_at_their_best_points(asked: Study) -> None:
@@ -130,7 +130,7 @@ def test_a_ratio_rests_on_the_seeds_of_both_arms_at_their_best_points(asked: Stu
     plain, normed = summary(asked, found).arms
     assert (plain.point, plain.runs, normed.runs) == ({"optimizer.lr": 0.1}, 8, 5)
     assert normed.ratio.value == pytest.approx((305**2 * 345**3) ** 0.2 / 33)
-    assert "normed: its ratio rests on the 5 seeds that plain has too" in notes(asked, found)
+    assert "normed: its ratio uses only the 5 seeds that plain has too" in notes(asked, found)
 
 
 # --- costs --------------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_a_tuned_batch_size_is_noted_and_counts_in_examples(study_of: StudyOf) -
     arms = ARMS.replace("optimizer.lr: [0.1, 1, 10]", "train.batch_size: [10, 20, 40]")
     asked = study_of(BASE + arms.replace("{norm: batch}", "{norm: batch, train: {batch_size: 40}}"))
     found = carried_out(asked, lambda job: 100.0 + abs(job.point["train.batch_size"] - 20) + job.seed)
-    words = "the arms differ in train.batch_size: plain 20, normed 40: a step sees another number of examples"
+    words = "the arms differ in train.batch_size: plain 20, normed 40: a step processes a different number of examples"
     assert words in notes(asked, found)
     normed = summary(asked, found).arms[1]
     assert normed.examples.typical.value == pytest.approx(40 * normed.steps.value)
@@ -201,7 +201,7 @@ def test_every_second_evaluation_that_moves_the_ratio_is_noted(asked: Study) -> 
         return replace(one, result=replace(one.result, evaluations=tuple(evaluations))) if normed(one) else one
 
     said = notes(asked, [spiked(one) for one in found])
-    assert any(note.startswith("normed: from every second evaluation the ratio is ") for note in said)
+    assert any(note.startswith("normed: computed from every second evaluation, the ratio is ") for note in said)
 
 
 @pytest.mark.parametrize(("best", "word"), [(0.1, "smaller"), (10, "larger")])
@@ -241,19 +241,19 @@ def test_half_missed_in_both_arms_compares_their_hits(study_of: StudyOf) -> None
     found = carried_out(asked, lambda job: 100.0 if job.arm == "normed" and job.seed < 16 else None)
     said = notes(asked, found)
     assert (
-        "normed: 9 of 20 runs hit, 0 of 20 of plain; if both hit alike, a difference as large has probability 0.0012 "
-        "(Fisher's exact test)"
+        "normed: 9 of 20 runs hit the target, 0 of 20 for plain; if both hit it equally often, a difference this "
+        "large has probability 0.0012 (Fisher's exact test)"
     ) in said
-    assert not any("told apart" in note for note in said)
+    assert not any("distinguishable" in note for note in said)
     said = notes(asked, failed(found, lambda one: (one.arm, one.seed) == ("plain", 7)))
-    assert any(note.startswith("normed: 8 of 19 runs hit, 0 of 19 of plain; ") for note in said)
+    assert any(note.startswith("normed: 8 of 19 runs hit the target, 0 of 19 for plain; ") for note in said)
 
 
 def test_an_arm_without_an_interval_says_how_many_seeds_it_needs(study_of: StudyOf) -> None:
     asked = study_of(BASE + UNTUNED)
     said = notes(asked, carried_out(asked, lambda job: None if job.arm == "plain" and job.seed == 7 else 100.0))
     assert "normed: no interval from 5 seeds and a miss; it needs 6" in said
-    assert not any("told apart" in note for note in said)
+    assert not any("distinguishable" in note for note in said)
 
 
 def test_too_coarse_evaluations_are_noted_with_what_to_set(asked: Study, study_of: StudyOf) -> None:
@@ -269,7 +269,7 @@ def test_too_coarse_evaluations_are_noted_with_what_to_set(asked: Study, study_o
 def test_too_few_seeds_are_noted_with_how_many_would_do(study_of: StudyOf) -> None:
     asked = study_of(BASE + UNTUNED.replace("5", "3"))
     said = notes(asked, carried_out(asked, lambda job: {7: 100.0, 8: 150.0, 9: 220.0}[job.seed]))
-    start = "3 seeds an arm are few: at the spread seen here a ratio of 1.5 needs "
+    start = "3 seeds per arm are few: with the spread seen here, telling a ratio of 1.5 from 1 needs "
     assert any(note.startswith(start) for note in said)
 
 
@@ -283,7 +283,7 @@ def test_arms_that_cannot_be_told_apart_are_named(asked: Study) -> None:
         return 300 * math.exp(random.Random(f"{job.arm} {job.point} {job.seed}").gauss(0, 0.2))
 
     said = notes(asked, carried_out(asked, steps))
-    assert "not told apart from plain by the 95 % interval: normed" in said
+    assert "not distinguishable from plain by the 95 % interval: normed" in said
 
 
 def test_diverged_runs_are_misses_and_are_counted(asked: Study) -> None:
@@ -301,7 +301,7 @@ def test_failed_runs_are_named_and_not_counted_as_misses(asked: Study) -> None:
     comparison = summarise(asked.plan, found, 28)
     assert comparison.arms[0].runs == 7
     assert comparison.arms[0].failures == ("lr 1, seed 11: it died",)
-    assert "26 of 28 runs are done, 2 failed; the figures rest on those" in sentences(comparison.notes)
+    assert "26 of 28 runs are done, 2 failed; the figures are based on those" in sentences(comparison.notes)
 
 
 def test_other_machines_and_runs_at_a_time_are_noted(asked: Study) -> None:
@@ -310,7 +310,7 @@ def test_other_machines_and_runs_at_a_time_are_noted(asked: Study) -> None:
     found[0] = replace(found[0], result=result(100.0, processor="another"), at_a_time=2)
     said = notes(asked, found)
     assert any("different machines" in note for note in said)
-    words = "seconds and samples/s were measured with up to 2 runs at a time; one at a time, each is measured alone"
+    words = "seconds and samples/s were measured with up to 2 runs at once; make one at a time for clean times"
     assert words in said
 
 
@@ -335,7 +335,7 @@ def test_arms_that_differ_in_precision_or_schedule_are_noted(study_of: StudyOf, 
 def test_a_comparison_that_has_only_begun_has_rows_without_figures(asked: Study) -> None:
     comparison = summarise(asked.plan, [], 28)
     assert [arm.steps.value for arm in comparison.arms] == [None, None]
-    assert sentences(comparison.notes)[0] == "0 of 28 runs are done; the figures rest on those"
+    assert sentences(comparison.notes)[0] == "0 of 28 runs are done; the figures are based on those"
 
 
 def test_no_best_value_is_named_before_the_tuning_is_complete(asked: Study) -> None:

@@ -191,13 +191,13 @@ def test_an_input_that_one_operation_alone_writes_to_is_found_in_its_own_case() 
 def test_statistics_that_an_evaluation_moves_are_found() -> None:
     found = result("moved_in_evaluation")
     assert "an input is modified" in found.diagnoses[0].bug
-    assert "running_mean changed during the call, in evaluation" in evidence_text(found.diagnoses[0])
+    assert "running_mean changed during the call in evaluation mode" in evidence_text(found.diagnoses[0])
 
 
 def test_the_evidence_holds_the_distances_to_the_wrong_kernel_and_to_the_truth() -> None:
     evidence = evidence_text(result("statistics_constant").diagnoses[0])
     assert "equals the direct part alone to" in evidence
-    assert "misses the true one by" in evidence
+    assert "differs from the true one by" in evidence
 
 
 # --- what could not be checked is said --------------------------------------------------------------------------------

@@ -230,7 +230,7 @@ def test_operations_dtypes_and_layouts_multiply_without_repetition() -> None:
         ({"kernels": ("nativ",)}, "kernel nativ: there is no such kernel; did you mean native"),
         (
             {"kernels": ("mine:norm",)},
-            "kernel mine:norm: it is code of yours that would run; allow it with allow_code=True",
+            "kernel mine:norm: it is your own code, which would be executed; allow it with allow_code=True",
         ),
         ({"kernels": ("nobodys:norm",), "allow_code": True}, "No module named 'nobodys'"),
         ({"shapes": ()}, "shapes: name a set of shapes"),

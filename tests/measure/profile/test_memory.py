@@ -91,7 +91,7 @@ def test_a_users_kernel_that_crashes_or_raises_fails_alone(tmp_path: Path, monke
 
 @linux
 def test_a_users_kernel_needs_allow_code(processes: FreshProcesses) -> None:
-    with pytest.raises(CallFailed, match="code of yours that would run"):
+    with pytest.raises(CallFailed, match="your own code, which would be executed"):
         peak_mib(processes, FOUR_MIB, "bncli.kernels.native:batch_norm")
 
 

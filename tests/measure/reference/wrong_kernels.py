@@ -547,8 +547,8 @@ LESS_ACCURATE = ("summed_in_order", "updated_in_order", "merged_in_order")
 # Bugs that have no name: what the facts have to say of them.
 UNKNOWN = {
     "many_channels": ("what fails: dx, double backward", "2x67x5x3"),
-    "many_values_a_channel": ("what fails: dx, double backward", "shape 1x2x71x71 alone"),
-    "wrong_in_channels_last": ("layout channels_last alone", "clean: forward, running_mean, running_var"),
+    "many_values_a_channel": ("what fails: dx, double backward", "only shape 1x2x71x71"),
+    "wrong_in_channels_last": ("only layout channels_last", "clean: forward, running_mean, running_var"),
 }
 
 

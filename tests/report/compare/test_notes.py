@@ -19,12 +19,12 @@ def test_every_kind_of_note_has_a_sentence():
 @pytest.mark.parametrize(
     ("note", "words"),
     [
-        (Note.of("unfinished", done=3, planned=9, failed=0), "3 of 9 runs are done; the figures rest on those"),
+        (Note.of("unfinished", done=3, planned=9, failed=0), "3 of 9 runs are done; the figures are based on those"),
         (Note.of("failed", "plain", failure="it died"), "plain: failed: it died"),
-        (Note.of("few seeds", seeds=1, ratio=1.5, needed=None), "1 seed an arm is few"),
+        (Note.of("few seeds", seeds=1, ratio=1.5, needed=None), "1 seed per arm is few"),
         (
             Note.of("not told apart", arms=["a", "b"], reference="plain", comparisons=2),
-            "not told apart from plain by the 95 % interval (not corrected for 2 comparisons): a, b",
+            "not distinguishable from plain by the 95 % interval (not corrected for 2 comparisons): a, b",
         ),
         (
             Note.of("few evaluations", "plain", fewest=10, evaluate_every=1),
@@ -32,11 +32,11 @@ def test_every_kind_of_note_has_a_sentence():
         ),
         (
             Note.of("not reused", runs=3, changed={"torch": 2, "code": 1}),
-            "3 earlier runs are not reused: torch is another version (2), the model's code has changed (1)",
+            "3 earlier runs are not reused: torch has another version (2), the model's code has changed (1)",
         ),
         (
             Note.of("earlier answer", file="comparison-1.json"),
-            "the folder's earlier answer, to another plan, is kept as comparison-1.json",
+            "the folder's earlier result, of another plan, is kept as comparison-1.json",
         ),
     ],
 )

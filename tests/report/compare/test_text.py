@@ -79,14 +79,14 @@ def test_the_methods_in_use_are_named_and_no_other(examples):
     assert "repeating the choice of each arm's best point" in two
     assert "median:" not in two
     assert "order statistics" not in two
-    assert "> 2,308: at least half of the runs missed; a budget of 3,000 steps shows up to 2,308" in six
+    assert "> 2,308: at least half of the runs missed the target; a budget of 3,000 steps shows up to 2,308" in six
     assert "ratio of medians (order statistics of both)" in six
     assert "as > or <: a bound" in six
 
 
 def test_the_notes_of_the_comparison_come_first(examples):
     assert footnotes(examples["six arms"])[:3] == [
-        "52 of 56 runs are done, 1 failed; the figures rest on those",
+        "52 of 56 runs are done, 1 failed; the figures are based on those",
         "careful xavier initialization: failed: seed 106: worker killed by signal 9",
         "small learning rate: 5 of 5 runs diverged and count as misses",
     ]
@@ -94,7 +94,7 @@ def test_the_notes_of_the_comparison_come_first(examples):
 
 def test_each_machine_is_named_once_with_its_versions(examples):
     found = examples["two arms"]
-    one = "Made on cpu (Example CPU <4 GHz>, Linux x86_64), 1 thread a run, torch 2.13.0, Python 3.12.1, bncli 0.1.0."
+    one = "Made on cpu (Example CPU <4 GHz>, Linux x86_64), 1 thread per run, torch 2.13.0, Python 3.12.1, bncli 0.1.0."
     assert [note for note in footnotes(found) if note.startswith("Made on")] == [one]
     first = found.runs[0]
     gpu = replace(first.result.environment, device="cuda", driver="580.1", tf32=True)
@@ -108,10 +108,10 @@ def test_the_title_names_data_target_budget_and_seeds(examples):
     found = examples["falling loss"]
     assert title(found) == "digits: optimizer steps to held-out loss 0.1"
     assert subtitle(found.plan).endswith(
-        "; 3 seeds at every point of the grid, 10 more where it may be the best; budget 3,000 steps"
+        "; 3 seeds at every point of the grid, 10 more at points that may be the best; budget 3,000 steps"
     )
     assert "; 1 seed at every point of the grid" in subtitle(replace(found.plan, tune_seeds=(0,)))
-    assert subtitle(replace(found.plan, tune_seeds=())).endswith("; 10 seeds an arm; budget 3,000 steps")
+    assert subtitle(replace(found.plan, tune_seeds=())).endswith("; 10 seeds per arm; budget 3,000 steps")
     assert subtitle(found.plan).startswith("digits, 1,297 training")
 
 

@@ -89,9 +89,9 @@ def test_a_wide_output_names_each_groups_worst_case(show: Show) -> None:
 def test_the_paths_table_has_parts_error_bound_and_loss(show: Show) -> None:
     text = show(report(GOOD))
     assert row(text, "small batch 3x8") == ["16.9", "11.2", "11.3", "5.79", "9.1e-10", "2.4e-09", "275%"]
-    assert "is off by 28% to 275% of the true one's length" in words(text)
+    assert "differs from the true one by 28% to 275% of its norm" in words(text)
     assert "It is within its bound in every case." in words(text)
-    assert "is off by 28% of the true one's length" in words(show(table.paths_table(PATHS[:1])))
+    assert "differs from the true one by 28% of its norm" in words(show(table.paths_table(PATHS[:1])))
 
 
 def test_a_gradient_beyond_its_bound_fails_though_every_group_passed(show: Show) -> None:
@@ -112,7 +112,8 @@ def test_a_failed_check_shows_its_first_case_command_and_diagnosis(show: Show) -
     assert "nan" not in text
     looks = (
         "Looks like: statistics treated as constants, because dx of train-float32-4x3x5x5-relu equals the direct path "
-        "alone to 1e-09 and misses the true one by 0.27 (relative); 18 of 20 failing results looked at are alike"
+        "alone to 1e-09 and differs from the true one by 0.27 (relative); the bug explains 18 of 20 failing results "
+        "that were examined"
     )
     assert looks in words(text)
     assert text.splitlines()[-1] == "64 of 168 cases FAILED."
@@ -130,8 +131,8 @@ def test_the_command_that_runs_a_case_again_still_pastes_into_a_shell(width: int
 def test_tolerances_are_explained_for_failed_groups_or_full_effort(show: Show) -> None:
     default, failed, full = (words(show(report(r))) for r in (GOOD, BAD, replace(GOOD, effort="full")))
     rule, other = TOLERANCES[RULE], TOLERANCES[OTHER_RULE]
-    unit = "Each error is in units of its case's own tolerance: 1 or less passes"
-    assert f"{unit} (the full effort tells how it is derived)." in default
+    unit = "Errors are in units of each case's tolerance: 1 or less passes"
+    assert f"{unit} (a check with effort full explains how it is derived)." in default
     assert rule not in default
     assert f"{unit}. How tolerances are derived: - dx: {rule} - double backward: {other} Made on" in failed
     assert f"- forward, training, forward, evaluation, mean far from zero: {rule} - double" in full
@@ -141,8 +142,9 @@ def test_tolerances_are_explained_for_failed_groups_or_full_effort(show: Show) -
 
 def test_an_error_equal_to_the_ignored_paths_is_named(show: Show) -> None:
     ignoring = [replace(each, error=each.lost) for each in PATHS]
-    assert "It is NOT the true gradient in any case, and off by just what ignoring those two paths loses." in words(
-        show(table.paths_table(ignoring))
+    assert (
+        "It is NOT the true gradient in any case, and its error is exactly that of ignoring those two paths."
+        in words(show(table.paths_table(ignoring)))
     )
     otherwise = [PATHS[0], replace(PATHS[1], error=0.1)]
     text = words(show(table.paths_table(otherwise)))
@@ -172,6 +174,6 @@ def test_markup_in_the_name_of_a_case_is_text(show: Show) -> None:
 def test_the_demonstration_shows_a_growing_bias_and_a_constant_loss(show: Show) -> None:
     text = show(table.demo_table(STEPS))
     assert row(text, "1,000  ") == ["116.8", "1.55624", "-4.8e-17", "1.55624"]
-    assert "1,000 steps drive b from 0 to 116.8 while the loss stands still at 1.55624" in words(text)
+    assert "1,000 steps drive b from 0 to 116.8 while the loss stays at 1.55624" in words(text)
     falling = (STEPS[0], replace(STEPS[1], loss_ignoring=1.2))
     assert "while the loss goes from 1.55624 to 1.20000" in words(show(table.demo_table(falling)))

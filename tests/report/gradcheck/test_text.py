@@ -61,8 +61,8 @@ SHOWN = "train-float32-4x3x5x5-relu-dx: dx[0, 1, 2, 2] is 0.75; expected 0.25; r
         ),
         (
             Diagnosis("less accurate than native", first=FIRST, alike=2, of=7, of_native=3.14),
-            "2 of 7 cases miss by little, up to 3.1 times native's error; the worst, 1.2e+06 tolerances, is "
-            f"{SHOWN}. Sums or a variance taken in order can lose as much",
+            "2 of 7 cases barely exceed their tolerance, up to 3.1 times native's error; the worst, 1.2e+06 "
+            f"tolerances, is {SHOWN}. A sequential sum or variance can lose as much",
         ),
         (
             Diagnosis(
@@ -79,12 +79,12 @@ SHOWN = "train-float32-4x3x5x5-relu-dx: dx[0, 1, 2, 2] is 0.75; expected 0.25; r
                     groups=tuple(f"group {k}" for k in range(8)),
                 ),
             ),
-            "what fails: dx (clean: forward); 2 of 40 plain cases; shape 1x2x71x71 alone; every dtype but float64; "
-            "besides: group 0, group 1, group 2, group 3, group 4, group 5 and 2 more",
+            "what fails: dx (clean: forward); 2 of 40 plain cases; only shape 1x2x71x71; every dtype except float64; "
+            "what else fails: group 0, group 1, group 2, group 3, group 4, group 5 and 2 more",
         ),
         (
             Diagnosis("unknown bug", summary=FailureSummary((), (), 0, 40, (), ("empty batch",))),
-            "what fails, every plain case being right: empty batch",
+            "every plain case passes; what fails: empty batch",
         ),
     ],
 )

@@ -67,7 +67,7 @@ NOTES = {
     Note("few rounds", count=6): "fewer than the 6 rounds",
     Note("compilation", "good", seconds=7.04): "good: 7.0 s of compilation",
     Note("host bound", count=3, of=40): "waited for the host in 3 of 40 samples",
-    Note("same work", arm="plain", others=("faster", "other start")): "plain stands for faster, other start",
+    Note("same work", arm="plain", others=("faster", "other start")): "plain also represents faster, other start",
     Note("model compiled", arm="plain"): "plain is compiled|counts as other",
     Note("random data", arm="mine:make"): "mine:make is trained on random inputs",
     Note("memory unknown", "fused", arm="plain", reason="exit code -9"): "plain, fused: memory unknown: exit code -9",
@@ -140,10 +140,10 @@ def test_norm_layers_are_counted_with_what_each_is_one_call_with() -> None:
     twice = NormLayers("batch norm", 1, "fused", True, (("relu",), ()))
     others = (NormLayers("GroupNorm", 2), NormLayers("LayerNorm", 1))
     for norms, words in (
-        (FUSED_NORMS, "19 batch norms (9 with relu, 9 with residual add + relu, 1 alone)"),
+        (FUSED_NORMS, "19 batch norms (9 fused with relu, 9 fused with residual add + relu, 1 not fused)"),
         ((native,), "1 batch norm"),
         ((NormLayers("batch norm", 2, "fused"),), "2 batch norms, 2 on the fused kernel"),
-        ((unchanged, twice), "3 batch norms (2 unchanged, 1 with relu, alone)"),
+        ((unchanged, twice), "3 batch norms (2 not converted, 1 fused with relu or not fused, depending on the call)"),
         ((native, *others), "1 batch norm, 2 GroupNorm, 1 LayerNorm"),
         (others, "2 GroupNorm, 1 LayerNorm"),
         ((), ""),
