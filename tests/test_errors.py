@@ -76,7 +76,7 @@ def test_the_exit_codes_are_those_that_the_command_line_documents() -> None:
     from bncli.cli import app
 
     words = {
-        errors.OK: "fine",
+        errors.OK: "success",
         errors.CHECK_FAILED: "a check or a run failed",
         errors.USAGE: "a mistake in a recipe, an option or the data",
         errors.UNAVAILABLE: "a device or kernel is not available",
