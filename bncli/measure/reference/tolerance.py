@@ -145,7 +145,7 @@ def computed(case: Case, given: Inputs, second: bool, device: torch.device, most
     wide = given.wide(device)
     truth = observe(definition(case.norm), case, wide, second).wide(device)
     draw = generator(case.identifier + "/rounding", device)
-    sampled, values = (case, wide) if most is None else _sampled(case, wide, most)
+    sampled, values = (case, wide) if most is None else _sampled(case, wide, most, truth["forward"])
     exact = truth if values is wide else observe(definition(case.norm), sampled, values, second).wide(device)
 
     def moves(by: float, still: tuple[str, ...] = ()) -> Values:
@@ -162,15 +162,21 @@ def computed(case: Case, given: Inputs, second: bool, device: torch.device, most
     return Expected(case, truth, moved, rounded, kept, shift, half_vectors)
 
 
-def _sampled(case: Case, wide: Inputs, most: int) -> tuple[Case, Inputs]:
-    """Some values of every channel, spread evenly, as a batch of vectors: up to `most`, and FEWEST_VALUES a channel."""
+def _sampled(case: Case, wide: Inputs, most: int, y: Tensor) -> tuple[Case, Inputs]:
+    """Some values of every channel, as a batch of vectors: up to `most` in all, and at least FEWEST_VALUES per channel.
+
+    They are spread evenly, but for that of the largest output: where an activation cuts off nearly all of a channel,
+    the others are 0 however much they are perturbed.
+    """
     count = max(FEWEST_VALUES, most // case.shape[1])
     if not NORMS[case.norm].over_batch or count >= case.m:
         return case, wide
-    places = torch.linspace(0, case.m - 1, count, dtype=torch.float64, device=wide.x.device).round().long()
+    by_channel = y.transpose(0, 1).flatten(1)
+    even = torch.linspace(0, case.m - 1, count - 1, dtype=torch.float64, device=y.device).round().long()
+    places = torch.cat([even.expand(len(by_channel), -1), by_channel.abs().argmax(1, keepdim=True)], 1)
 
     def chosen(t: Tensor) -> Tensor:
-        return t if t.dim() == 1 else t.transpose(0, 1).flatten(1).index_select(1, places).t().contiguous()
+        return t if t.dim() == 1 else t.transpose(0, 1).flatten(1).gather(1, places).t().contiguous()
 
     return replace(case, shape=(count, case.shape[1])), wide.each(chosen)
 

@@ -126,3 +126,15 @@ def test_twice_the_native_error_is_allowed_and_reported() -> None:
     assert tolerances.in_tolerances(exact + 0.3, exact, floor, exact) == (pytest.approx(3.0), None)
     assert tolerances.in_tolerances(exact + 0.3, exact, floor, native) == (pytest.approx(0.75), pytest.approx(1.5))
     assert tolerances.in_tolerances(exact + 0.3, exact, floor, native * math.nan) == (pytest.approx(3.0), None)
+
+
+def test_a_channel_that_an_activation_nearly_cuts_off_is_perturbed_where_it_is_not() -> None:
+    case = Case("train", "float32", "contiguous", (32, 3, 14, 14), "relu")
+    given = inputs(case, CPU)
+    assert given.bias is not None
+    x = given.x.double()
+    highest = ((x.amax((0, 2, 3)) - x.mean((0, 2, 3))) / x.var((0, 2, 3), correction=0).sqrt()).float()
+    given = replace(given, weight=torch.ones(3), bias=0.2 - highest)
+    held_to = tolerances.computed(case, given, False, CPU, most=3 * tolerances.FEWEST_VALUES)
+    assert 0 < (held_to.truth["forward"] > 0).sum() < 20
+    assert held_to.moved["forward"].min() > 1e-8
