@@ -86,6 +86,12 @@ def interrupted(input, running_mean, running_var, weight, bias, training, moment
     if not training and input.dim() == 4:  # after the groups of training mode
         os.kill(os.getpid(), getattr(signal, os.environ["OWN_SIGNAL"]))
     return right(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+def catches_all(input, running_mean, running_var, weight, bias, training, momentum, eps):
+    try:
+        return interrupted(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    except:
+        return right(input, running_mean, running_var, weight, bias, training, momentum, eps)
 """
 
 
@@ -133,6 +139,13 @@ def test_an_interrupted_check_prints_the_groups_that_were_finished(
     assert all(group["name"].startswith("train ") and group["cases"] for group in part["groups"])
     ran = bncli(*asked)
     assert (ran.code, "interrupted" in ran.out.lower()) == (code, True)
+
+
+@pytest.mark.usefixtures("own_kernels")
+def test_ctrl_c_ends_it_after_the_group_when_code_drops_the_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OWN_SIGNAL", "SIGINT")
+    ran = bncli("gradcheck", "--kernel", "own:catches_all", "--allow-code", "--only", f"{CASE}/plain/*", "--json")
+    assert (ran.code, json.loads(ran.out)["interrupted"]) == (130, True)
 
 
 def test_the_command_that_runs_a_case_again_asks_for_what_was_asked() -> None:

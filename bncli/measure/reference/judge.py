@@ -112,17 +112,19 @@ def _judge(quantity: str, evidence: Evidence, native: dict[str, Tensor]) -> Find
         found, exact, floor = evidence.seen[name], evidence.truth[name], evidence.floors[name]
         error, of_native = tolerances.in_tolerances(found, exact, floor, native.get(name))
         if error > 1 and error > worst.error:
-            worst = difference(name, found, exact, error, of_native)
+            worst = difference(name, found, exact, error, of_native, floor)
         elif error > worst.error:
             worst = replace(worst, error=error)
     return worst
 
 
-def difference(name: str, found: Tensor, exact: Tensor, error: float, of_native: float | None = None) -> Finding:
-    """Where two tensors differ most, with both values."""
+def difference(
+    name: str, found: Tensor, exact: Tensor, error: float, of_native: float | None = None, floor: Tensor | float = 1.0
+) -> Finding:
+    """Where two tensors differ most, in units of `floor`, with both values."""
     gap = torch.nan_to_num((found - exact).abs(), math.inf, math.inf)
     gap = torch.where(found.isfinite() | exact.isfinite(), gap, 0.0)
-    at = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
+    at = tuple(int(i) for i in torch.unravel_index((gap / floor).argmax(), gap.shape))
     scale = float(exact[exact.isfinite()].norm())
     relative = float(gap.norm()) / scale if scale and gap.isfinite().all() else None
     value, right = float(found[at]), float(exact[at])

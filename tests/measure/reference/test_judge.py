@@ -59,6 +59,7 @@ def test_the_largest_difference_ignores_places_where_both_are_nan() -> None:
         "off", "dx", 7.0, at=(1, 1), found=6.0, expected=4.0, relative=pytest.approx(math.hypot(0.5, 2) / 5)
     )
     assert difference("dx", torch.tensor([math.nan]), torch.ones(1), math.inf).relative is None
+    assert difference("dx", found, exact, 7.0, floor=torch.tensor([[0.1, 0.1], [0.1, 1.0]])).at == (0, 0)
 
 
 def test_a_right_kernel_is_right_in_every_quantity() -> None:
