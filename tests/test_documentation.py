@@ -121,10 +121,11 @@ def test_the_tree_of_the_readme_has_a_line_for_each_folder() -> None:
 COMMANDS = [line for block in fences(README, "sh")[SET_UP:] for line in block.splitlines() if line.startswith("bncli")]
 # `compare --from` reads what the command before it wrote, so the two are run together.
 SESSIONS = re.findall(r"^bncli .*(?:\nbncli .*--from .*)?$", "\n".join(COMMANDS), re.M)
-# What shortens a command that trains; the scheduled checks run the same commands word for word.
+# What shortens a command that trains or measures; the scheduled checks run the same commands word for word.
 SHORT = {
     "train": ["--set", "train.steps=50"],
     "compare": ["--set", "grid={optimizer.lr: [3]}", "--set", "seeds.report=3", "--set", "train.steps=40"],
+    "profile": ["--time", "1", "--min-rounds", "1"],
 }
 
 
