@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bncli.errors import BncliError, UsageError
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import typer
 
     from bncli.results.compare import Planned
+
+T = TypeVar("T")
 
 
 def listed(values: Sequence[str] | None) -> tuple[str, ...]:
@@ -143,6 +145,16 @@ class StopSignal:
 
     def __call__(self) -> bool:
         return self.number != 0
+
+    def until(self, events: Iterable[T]) -> Iterator[T]:
+        """The events up to a signal, for `at_once`.
+
+        Code that a signal interrupts can drop its exception, as torch does while it loads: hence it is raised again.
+        """
+        for event in events:
+            yield event
+            if self.number:
+                raise StopAtOnce(self.exit_code)
 
     @property
     def exit_code(self) -> int:

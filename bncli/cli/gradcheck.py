@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bncli.cli.console import StopAtOnce, StopSignal, enable_gc, given_options, listed, print_result
+from bncli.cli.console import StopSignal, enable_gc, given_options, listed, print_result
 from bncli.cli.options import AllowCode, Device, Json, Quiet
 from bncli.errors import CHECK_FAILED, INTERRUPTED, UsageError
 from bncli.names import GRADCHECK_KERNELS, NormName, check_kernel
@@ -76,16 +76,14 @@ def gradcheck(
             from bncli.results.gradcheck import CheckGroup
 
             enable_gc()
-            for found in checks.run(
-                kernel=kernel, norm=norm, device=device, effort=effort, only=only, allow_code=allow_code
+            for found in stop.until(
+                checks.run(kernel=kernel, norm=norm, device=device, effort=effort, only=only, allow_code=allow_code)
             ):
                 if isinstance(found, CheckGroup):
                     groups.append(found)
                     progress(found)
                 else:
                     result = found
-                if stop():  # code that drops the exception of a signal, as torch does while it loads
-                    raise StopAtOnce(stop.exit_code)
     except KeyboardInterrupt as stopped:
         print_result(text.interrupted_to_json(groups) if json else table.interrupted_table(groups, kernel))
         raise typer.Exit(getattr(stopped, "exit_code", INTERRUPTED)) from None  # Typer would make any of them 130

@@ -261,18 +261,13 @@ def _run_options(asked: _Asked) -> Options:
 
 
 def _measure(run: KernelRun | StepRun, stop: StopSignal, quiet: bool) -> int:
-    """Run it, showing the progress. The exit code of a signal that ended it before its time, or 0.
-
-    Code that a signal interrupts can drop its exception, as torch does while it loads: hence `stop` is looked at too.
-    """
+    """Run it, showing the progress. The exit code of a signal that ended it before its time, or 0."""
     from bncli.report.progress import ProfileProgress
 
     try:
         with ProfileProgress(quiet) as progress:
-            for event in run.events():
+            for event in stop.until(run.events()):
                 progress(event)
-                if stop():
-                    return stop.exit_code
     except KeyboardInterrupt as stopped:
         return getattr(stopped, "exit_code", INTERRUPTED)
     return 0
