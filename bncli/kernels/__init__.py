@@ -71,7 +71,17 @@ def adapted(function: Any) -> Kernel:
     return functools.partial(_run_and_update, function)
 
 
-def _run_and_update(function, x, weight, bias, eps, residual=None, activation=None, statistics=None, running=None):  # type: ignore[no-untyped-def]
+def _run_and_update(
+    function: Any,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    statistics: tuple[Tensor, Tensor] | None = None,
+    running: tuple[Tensor, Tensor, float] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     from bncli.kernels.native import update_running_stats
 
     extra = () if statistics is None else (statistics,)  # optional for a function that only trains

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,8 +51,19 @@ def batch_norm(mutation: Mutation | None = None) -> Forward:
     """Ioffe & Szegedy 2015, algorithms 1 and 2. With a mutation, a wrong kernel."""
     mutation = mutation or Mutation()
 
-    def call(x: Tensor, /, *others: Any) -> Tensor:
-        running_mean, running_var, weight, bias, training, momentum, eps, residual, activation = others
+    def call(
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        residual: Tensor | None,
+        activation: str | None,
+        /,
+    ) -> Tensor:
         m = x.numel() // x.size(1)
         over, rounding = [0, *range(2, x.dim())], mutation.rounding
         mean = rounding(x.mean(over))
@@ -68,6 +78,8 @@ def batch_norm(mutation: Mutation | None = None) -> Forward:
         elif training or mutation.batch_in_evaluation:
             mean, var = mutation.mean(mean), mutation.var(var) * (m / (m - 1) if mutation.bessel else 1)
         else:
+            assert running_mean is not None
+            assert running_var is not None
             mean, var = running_mean, running_var
             if mutation.mean_path_in_evaluation:
                 mean = mean + x.mean(over) - x.mean(over).detach()
@@ -115,8 +127,19 @@ def over_groups(row: names.Norm, rounding: Change = same) -> Forward:
     With one group it is layer norm over (C, *S), with one group per channel instance norm.
     """
 
-    def call(x: Tensor, /, *others: Any) -> Tensor:
-        _, _, weight, bias, _, _, eps, residual, activation = others
+    def call(
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        residual: Tensor | None,
+        activation: str | None,
+        /,
+    ) -> Tensor:
         grouped = x.reshape(x.size(0), row.groups(x.size(1), names.CHECKED_GROUPS), -1)
         centred = grouped - rounding(grouped.mean(-1, keepdim=True))
         var = rounding(rounding(centred.square()).mean(-1, keepdim=True))
