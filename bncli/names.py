@@ -1,5 +1,5 @@
-"""Names of kernels, norms and activations: one table each, from which the recipe's schema, the command line's choices,
-the modules and the checks are read. No torch.
+"""Names of kernels, norms, activations, probes and measures: one table each, from which the recipe's schema, the
+command line's choices, the modules and the checks are read. No torch.
 """
 
 from __future__ import annotations
@@ -69,6 +69,26 @@ class Activation:
     slope: float | None = None  # of negative inputs, where it is a parameter; kernels take this one alone
 
 
+# --- probes and measures ----------------------------------------------------------------------------------------------
+
+Compared = Literal["ratio", "difference"]  # how two arms are compared; a value that can be zero takes the difference
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number of a run that a claim can be about. A probe's value is named `probe.value`."""
+
+    name: str
+    help: str
+    compared: Compared = "ratio"
+    per_layer: bool = False  # measured at each layer; a claim takes the mean over layers where it names none
+
+    @property
+    def probe(self) -> str | None:
+        """The probe that measures it, or None for a measure that every run has."""
+        return self.name.split(".")[0] if "." in self.name else None
+
+
 # --- the tables -------------------------------------------------------------------------------------------------------
 
 _KERNELS = (
@@ -97,9 +117,49 @@ _ACTIVATIONS = (
     Activation("silu", "SiLU", fused=True),
 )
 
+_MEASURES = (
+    Measure("steps_to_target", "optimizer steps spent below the target"),
+    Measure("seconds_to_target", "seconds of training to the target"),
+    Measure("examples_to_target", "training examples seen on the way to the target"),
+    Measure("final", "the target's metric at the end: median of the last evaluations", "difference"),
+    Measure("best", "best value of the target's metric", "difference"),
+    Measure("largest_learning_rate", "largest rate at which the arm trains, and at the rates below it too"),
+    Measure(
+        "inputs.drift", "Wasserstein-1 distance of a unit's inputs to the last point, in deviations", per_layer=True
+    ),
+    Measure("inputs.drift_from_start", "the same to the inputs before training", per_layer=True),
+    Measure("inputs.location", "change of the mean since the last point, in deviations", per_layer=True),
+    Measure("inputs.scale", "change of the deviation since the last point, in deviations", per_layer=True),
+    Measure("inputs.shape", "the drift that is left with mean and deviation equal", per_layer=True),
+    Measure("saturation.share", "outputs with a derivative under 5 % of its maximum", "difference", per_layer=True),
+    Measure("saturation.dead", "units with a zero derivative on all examples", "difference", per_layer=True),
+    Measure("gradients.norm", "norm of a layer's weight gradient", per_layer=True),
+    Measure("gradients.first_over_last", "norm of the first layer's weight gradient over the last's"),
+    Measure("gradients.noise", "share of the gradient's mean square that varies between batches", per_layer=True),
+    Measure("shift.distance", "internal covariate shift: norm of G - G' over the norm of G", per_layer=True),
+    Measure("shift.cosine", "cosine of G and G'", "difference", per_layer=True),
+    Measure("landscape.loss_range", "largest less smallest loss along the gradient"),
+    Measure("landscape.predictiveness", "largest distance of a gradient along the step to the gradient before it"),
+    Measure("landscape.smoothness", "effective beta-smoothness: the largest such distance over the step's length"),
+    Measure("regularization.logit_variance", "variance of an example's logits over random batches, in training mode"),
+    Measure("regularization.gap", "held-out loss less training loss, in evaluation mode", "difference"),
+    Measure("regularization.held_out_loss", "held-out loss, in evaluation mode"),
+    Measure("regularization.training_loss", "loss of training examples, in evaluation mode"),
+    Measure(
+        "whitening.diagonal", "covariance less identity: diagonal part, Frobenius norm per feature", per_layer=True
+    ),
+    Measure("whitening.off_diagonal", "covariance less identity: the other part", per_layer=True),
+    Measure("scale.norm", "norm of a layer's weight", per_layer=True),
+    Measure(
+        "scale.effective_learning_rate", "learning rate over the squared norm of a normalized weight", per_layer=True
+    ),
+)
+
 KERNELS = {row.name: row for row in _KERNELS}
 NORMS = {row.name: row for row in _NORMS}
 ACTIVATIONS = {row.name: row for row in _ACTIVATIONS}
+MEASURES = {row.name: row for row in _MEASURES}
+PROBES = tuple(dict.fromkeys(row.probe for row in _MEASURES if row.probe))
 
 RECIPE_KERNELS = tuple(row.name for row in KERNELS.values() if row.in_recipe)
 GRADCHECK_KERNELS = tuple(row.name for row in KERNELS.values() if row.module)
@@ -114,10 +174,14 @@ if TYPE_CHECKING:
     RecipeKernel = str
     RecipeActivation = str
     NormName = str
+    ProbeName = str
+    MeasureName = str
 else:
     RecipeKernel = Literal[RECIPE_KERNELS]
     RecipeActivation = Literal[RECIPE_ACTIVATIONS]
     NormName = Literal[tuple(NORMS)]
+    ProbeName = Literal[PROBES]
+    MeasureName = Literal[tuple(MEASURES)]
 
 
 def check_kernel(name: str, known: Sequence[str], allow_code: bool) -> None:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from bncli.recipe.sections import KINDS, Recipe, RecipeFile, shorthand_key
 from bncli.recipe.yaml import Keys, Mistake, Tree, dotted, parse
 
-COMPARISON_KEYS = ("arms", "reference", "grid", "seeds")
+COMPARISON_KEYS = ("arms", "reference", "grid", "seeds", "claims", "largest_learning_rate")
 
 # --- sections -----------------------------------------------------------------------------------------------------
 

@@ -36,11 +36,12 @@ def json_schema() -> dict[str, Any]:
 
 def _section(name: str, field: dict[str, Any], definitions: dict[str, Any], complete: bool = False) -> dict[str, Any]:
     """What a section may be: the bare name of a kind, or the fields of one; `complete`: with those that it needs."""
-    references = [member["$ref"] for member in field.get("oneOf", [field])]
-    choices: list[dict[str, Any]] = []
+    members = field.get("oneOf", field.get("anyOf", [field]))
+    references = [member["$ref"] for member in members if "$ref" in member]
+    choices = [member for member in members if member == {"type": "null"}]
     if key := shorthand_key(name):
         properties = [definitions[_last(reference)]["properties"][key] for reference in references]
-        choices = [{"enum": [kind for each in properties for kind in each.get("enum", [each.get("const")])]}]
+        choices += [{"enum": [kind for each in properties for kind in each.get("enum", [each.get("const")])]}]
     for reference in references:
         required = definitions[_last(reference)].get("required") if complete else None
         choices.append({"$ref": reference, "required": required} if required else {"$ref": reference})

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Strict, Tag, model_validator
 
-from bncli.names import KERNELS, RECIPE_KERNELS, RecipeActivation, RecipeKernel
+from bncli.names import KERNELS, RECIPE_KERNELS, MeasureName, ProbeName, RecipeActivation, RecipeKernel
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -308,6 +308,54 @@ class Train(Section):
     compile: bool = described("torch.compile the model", default=False)
 
 
+class Probes(Section):
+    """What is measured inside the network while it trains, without changing the run (`bncli.engine.train.probes`)."""
+
+    measure: Literal["all"] | Annotated[tuple[ProbeName, ...], Strict(False), Field(min_length=1)] = "all"
+    at: EvaluateEvery = described(
+        "optimizer steps between measurements, or {points_per_doubling: 1}: spaced evenly in the step's logarithm; "
+        "before the first step and at the last as well",
+        default=LogSpaced(points_per_doubling=1),
+    )
+
+
+class LargestLearningRate(Section):
+    """The search for the largest learning rate at which an arm trains; it is made where a claim is about it."""
+
+    steps: Positive = described("budget of each of its runs, in optimizer steps")
+    accuracy: Annotated[float, Field(gt=0, lt=1)] | None = described(
+        "held-out accuracy at the end from which a run counts as trained; null: better than the best constant guess",
+        default=None,
+    )
+    factor: Annotated[float, Field(gt=1, le=2)] = described("between the rate found and one that fails", default=1.2)
+
+
+class Claim(Section):
+    """A statement about two arms that is written down before the runs and judged after them."""
+
+    say: Annotated[str, Field(min_length=1, max_length=120)] = described("the claim in words, for the table")
+    measure: MeasureName
+    arm: str
+    over: str = described("the arm that it is compared with: the ratio arm / over or the difference arm - over")
+    at_least: float | None = described("bound of that ratio or difference", default=None)
+    at_most: float | None = described("bound of that ratio or difference", default=None)
+    expect: Literal["more", "less"] | None = described(
+        "instead of a bound: a ratio above or below 1, or a difference above or below 0", default=None
+    )
+    when: Literal["mean", "end", "equal loss"] = described(
+        "of a probe's values: mean over the log of the step, the last, or the mean at equal training losses of the "
+        "two runs",
+        default="mean",
+    )
+    layer: str | None = described("of a probe: one layer; the mean over layers by default", default=None)
+
+    @model_validator(mode="after")
+    def has_one_bound(self) -> Claim:
+        if sum(each is not None for each in (self.at_least, self.at_most, self.expect)) != 1:
+            raise ValueError("needs one of at_least, at_most and expect")
+        return self
+
+
 class Seeds(Section):
     """Runs per arm: `tune` at every point of the grid to choose the best, then `report` fresh ones for the figures.
 
@@ -336,6 +384,7 @@ class Recipe(Section):
     optimizer: AnyOptimizer
     schedule: AnySchedule = Constant()
     train: Train
+    probes: Probes | None = described("off where it is left out", default=None)
 
 
 ArmName = Annotated[str, Field(pattern=ARM_NAME, max_length=40)]
@@ -350,6 +399,8 @@ class RecipeFile(Recipe):
         "dotted field -> values to try, the same for every arm", default={}
     )
     seeds: Seeds = Seeds()
+    claims: Annotated[tuple[Claim, ...], Strict(False)] = described("judged after the runs", default=())
+    largest_learning_rate: LargestLearningRate | None = None
 
 
 KINDS = ("kind", "source")  # the keys that choose among several section models

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from bncli.results.environment import COMPARISON_VERSION, Interval
 from bncli.results.train import RunResult, Target, most_steps_to_target
 
-Phase = Literal["tune", "report"]
+Phase = Literal["tune", "report", "rate"]  # rate: of the search for the largest learning rate
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,41 @@ class ArmSummary:
     thinned: float | None = None  # the ratio from every second evaluation, a mean of both halves
 
 
+@dataclass(frozen=True)
+class Claim:
+    """A statement about two arms, as the recipe has it."""
+
+    say: str
+    measure: str  # of names.MEASURES
+    arm: str
+    over: str
+    bound: float  # of the ratio arm / over, or of the difference arm - over
+    side: Literal["at least", "at most"]
+    bounded: bool  # whether the recipe states the bound; else it is that of no difference
+    when: str
+    layer: str | None
+
+
+Verdict = Literal["shown", "refuted", "cannot tell"]
+
+
+@dataclass(frozen=True)
+class JudgedClaim:
+    """A claim and what the report seeds' runs say of it."""
+
+    claim: Claim
+    compared: Literal["ratio", "difference"]
+    value: float | None
+    interval: Interval  # at `level`
+    level: float  # 1 - 0.05 / number of claims
+    p_value: float | None  # two-sided, of the bound itself; not corrected
+    verdict: Verdict
+    seeds: int  # pairs of runs
+    seeds_needed: int | None = None  # that would decide it with probability 0.8, for a claim that cannot be told
+    of_arm: float | None = None  # typical value of each arm: geometric mean of a ratio's, else mean
+    of_over: float | None = None
+
+
 NoteKind = Literal[
     "unfinished", "no hit", "at edge", "held before training", "few steps", "few evaluations", "failed", "diverged",
     "every second evaluation", "few seeds", "same recipe", "not told apart", "common seeds", "no interval", "hits",
@@ -154,6 +189,8 @@ class ComparisonPlan:
     data: str
     recipes: dict[str, Any] = field(default_factory=dict)  # arm -> its resolved recipe, as plain data
     also: tuple[Target, ...] = ()
+    claims: tuple[Claim, ...] = ()
+    largest_learning_rate: dict[str, Any] | None = None  # the recipe's section, as plain data
 
     @property
     def most_steps(self) -> float:
@@ -173,6 +210,7 @@ class Comparison:
     format_version: int = COMPARISON_VERSION
     threads: int | None = None  # with which the cost columns were made; None: whatever each run had
     remarks: tuple[Note, ...] = ()  # those of the notes that say how it was made, which its runs do not tell
+    claims: tuple[JudgedClaim, ...] = ()
 
     def results_of(self, arm: ArmSummary) -> list[RunResult]:
         """The runs that an arm's row rests on: those at its best point that ended by themselves."""

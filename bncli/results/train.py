@@ -66,6 +66,25 @@ class StepDone:
 
 
 @dataclass(frozen=True)
+class ProbePoint:
+    """The values of one probe after `step` optimizer steps (names.MEASURES without the probe's name, and more).
+
+    layer: of the model's module, as in its state_dict; None for the whole network.
+    """
+
+    measure: str
+    layer: str | None
+    step: int
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Probed:
+    points: tuple[ProbePoint, ...]
+    seconds: float  # that measuring them took
+
+
+@dataclass(frozen=True)
 class Evaluated:
     evaluation: Evaluation
     learning_rate: float
@@ -94,6 +113,9 @@ class RunResult:
     reason: str | None = None  # for `diverged`: what was not finite, and where
     also: tuple[TargetReached, ...] = ()  # further targets of the same run, in the recipe's order
     evaluation_peak_memory_mib: float | None = None
+    probes: tuple[ProbePoint, ...] = ()
+    probes_s: float = 0.0
+    constant_guess: float | None = None  # held-out accuracy of always naming the most frequent class
 
 
 @dataclass(frozen=True)
@@ -101,4 +123,4 @@ class RunFinished:
     result: RunResult
 
 
-Event = RunStarted | StepDone | Evaluated | RunFinished
+Event = RunStarted | StepDone | Evaluated | Probed | RunFinished

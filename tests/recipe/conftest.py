@@ -23,7 +23,7 @@ train: {steps: 100}
 OWN = BASE.replace("{kind: mlp}", "{kind: module, module: a:b, arguments: {width: 3, depth: 2}}")
 
 NORMS = "none, batch, layer, group or instance"
-SECTIONS = "data, model, norm, optimizer, schedule or train"
+SECTIONS = "data, model, norm, optimizer, schedule, train or probes"
 
 Load = Callable[..., Loaded]
 

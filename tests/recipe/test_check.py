@@ -46,9 +46,10 @@ ONE_MISTAKE = [
     (optimizer("kind: sgd, lr: 0.1, qqqqqq: 0.9"),
      "3: optimizer.qqqqqq: unknown key; expected kind, lr, weight_decay, weight_decay_on, momentum or nesterov"),
     (BASE + "'[x]': 1\n", "5: [x]: unknown key; expected data, model, norm, optimizer, schedule, train, "
-     "arms, reference, grid or seeds"),
+     "arms, reference, grid, seeds, claims or "
+     "largest_learning_rate"),
     (BASE + "arms: {a: {'[x]': 1}}\n",
-     "5: arms.a.[x]: unknown key; expected data, model, norm, optimizer, schedule or train"),
+     "5: arms.a.[x]: unknown key; expected data, model, norm, optimizer, schedule, train or probes"),
     (train("steps: 100, eval: 5"), "4: train.eval: unknown key; did you mean evaluate_every?"),
     (optimizer("kind: adam, lr: 0.1, momentum: 0.9"),
      "3: optimizer.momentum: unknown key; it belongs to sgd, not to adam"),
