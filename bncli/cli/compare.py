@@ -192,10 +192,12 @@ def _show(comparison: Comparison, form: str, plot: Path | None, html: Path | Non
     }
     print_result(forms[form](comparison))
     if plot:
-        from bncli.report.compare import figure
+        from bncli.report.compare import figure, layers
 
         figure.plot(comparison, plot)
         log(f"Plot written to {plot}", quiet)
+        if layers.has_layers(comparison):
+            log(f"Plot of the layers written to {layers.plot(comparison, plot)}", quiet)
     if html:
         files.write_atomically(html, export.to_html(comparison))
         log(f"Written to {html}", quiet)

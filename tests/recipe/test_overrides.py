@@ -173,7 +173,11 @@ def test_a_flag_reads_its_value_exactly_as_the_file_does(loaded: Load, text: str
         ("optimizer.lr=0.1=2", 'optimizer.lr: expected a number, found "0.1=2"'),
         ("optimizer.lrr=3", "optimizer.lrr: unknown key; did you mean lr?"),
         ("optimiser.lr=3", "optimiser: unknown key; did you mean optimizer?"),
-        ("foo.bar.baz=3", f"foo: unknown key; expected {SECTIONS.replace(' or', ',')}, arms, reference, grid, seeds, claims or largest_learning_rate"),
+        (
+            "foo.bar.baz=3",
+            f"foo: unknown key; expected {SECTIONS.replace(' or', ',')}, arms, reference, grid, seeds, claims or "
+            "largest_learning_rate",
+        ),
         ("optimizer.lr.x=3", "optimizer.lr is a value and has no field x"),
         ("model.kind.x.y=3", "model.kind is a value and has no field x"),
         ("model.hidden.0=3", "model.hidden: expected a list, found a mapping"),

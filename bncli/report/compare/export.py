@@ -154,23 +154,31 @@ def to_html(comparison: Comparison) -> str:
         title=html.escape(title(comparison)),
         subtitle=html.escape(subtitle(comparison.plan)),
         table=_html_table(comparison_columns(comparison)),
-        figure=_html_figure(comparison),
+        figure=_html_figures(comparison),
         side="\n".join(side),
         notes=_html_items(footnotes(comparison)),
         tuning=TUNING.format(table=_html_table(tuned), notes=_html_items(tuning_notes(comparison))) if tuned else "",
     )
 
 
-def _html_figure(comparison: Comparison) -> str:
-    from bncli.report.compare import figure
+def _html_figures(comparison: Comparison) -> str:
+    from bncli.report.compare import figure, layers
 
     try:
-        svg = figure.render(comparison, "svg", transparent=True).decode()
+        found = [_inline(figure.render(comparison, "svg", transparent=True), f"Figure: {title(comparison)}")]
+        if layers.has_layers(comparison):
+            label = f"Figure: inside the layers of {comparison.plan.name}"
+            found.append(_inline(layers.render(comparison, "svg", transparent=True), label))
     except FileError as error:
         return f'<p class="quiet">No figure: {html.escape(str(error))}</p>'
-    label = html.escape(f"Figure: {title(comparison)}; its figures are in the table above")
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    return "\n".join(found)
+
+
+def _inline(svg: bytes, label: str) -> str:
+    """A figure as an element of the page, in the page's own text colour."""
+    text = svg.decode()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
 
 
 def _html_items(notes: list[str]) -> str:

@@ -26,6 +26,7 @@ from bncli.results.train import RunResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 LINES = ("-", "--", "-.", ":")
@@ -84,8 +85,8 @@ def _targets(axes: Axes, comparison: Comparison) -> None:
         ]
         if points:
             places, values, low, high = zip(*points, strict=True)
-            axes.plot(places, values, marker="o", ms=4, **_style(index))
-            axes.vlines(places, low, high, color=_style(index)["color"], linewidth=1)
+            axes.plot(places, values, marker="o", ms=4, **style(index))
+            axes.vlines(places, low, high, color=style(index)["color"], linewidth=1)
     axes.axhline(1, color=PALE, linestyle=(0, (5, 4)), linewidth=1, zorder=1)
     if comparison.plan.target.metric == "loss":
         axes.invert_xaxis()
@@ -105,7 +106,8 @@ def _key(comparison: Comparison) -> str:
     return " ".join(parts)
 
 
-def _style(index: int) -> dict[str, Any]:
+def style(index: int) -> dict[str, Any]:
+    """The line of an arm, by its place in the comparison."""
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index // len(COLOURS) % len(LINES)]}
 
 
@@ -124,13 +126,13 @@ def _curves(axes: Axes, comparison: Comparison) -> None:
     axes.axhline(target.value, color=PALE, linestyle=(0, (5, 4)), linewidth=1, zorder=1)
     for index, points in curves.items():
         steps, medians, lows, highs = zip(*points, strict=True)
-        axes.fill_between(steps, lows, highs, color=_style(index)["color"], alpha=0.18, linewidth=0)
-        axes.plot(steps, medians, linewidth=1.5, **_style(index))
+        axes.fill_between(steps, lows, highs, color=style(index)["color"], alpha=0.18, linewidth=0)
+        axes.plot(steps, medians, linewidth=1.5, **style(index))
     ends = [step for points in curves.values() for step in (points[0][0], points[-1][0])]
     axes.set_xscale("log")
     axes.set_xlim(min(ends), max(*ends, 1.5 * min(ends)) * 1.1)
     axes.set_ylim(bounds[0], bounds[1] + 0.03 * (bounds[1] - bounds[0]))
-    _plain_ticks(axes)
+    plain_ticks(axes)
     words: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "color": PALE}
     axes.annotate(f"target {setting(target.value)}", (0.02, target.value), (0, 3), **words)
     to_axes = axes.transData - axes.transAxes
@@ -166,14 +168,21 @@ def _empty(axes: Axes) -> None:
     axes.text(0.5, 0.5, "no run has been evaluated yet", ha="center", transform=axes.transAxes, color=PALE)
 
 
-def _plain_ticks(axes: Axes) -> None:
+def plain_ticks(axes: Axes, finest: int = 3) -> None:
+    """Round numbers of steps on a logarithmic axis; see `plain_numbers`."""
+    plain_numbers(axes.xaxis, *axes.get_xlim(), finest)
+
+
+def plain_numbers(axis: Axis, low: float, high: float, finest: int = 3) -> None:
+    """Round numbers on a logarithmic axis without powers of ten: at most 3, 2 or 1 (`finest`) in a decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    low, high = axes.get_xlim()
-    factors = (1.0, 2.0, 5.0) if math.log10(high / low) < 2.2 else (1.0, 3.0) if high / low < 3e4 else (1.0,)
-    axes.xaxis.set_major_locator(LogLocator(subs=factors))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    decades = math.log10(high / low)
+    each = min(finest, 3 if decades < 2.2 else 2 if decades < 4.5 else 1)
+    factors = {3: (1.0, 2.0, 5.0), 2: (1.0, 3.0), 1: (1.0,)}[each]
+    axis.set_major_locator(LogLocator(subs=factors))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 # --- right: steps to target ---------------------------------------------------------------------------------------
@@ -200,7 +209,7 @@ def _steps(axes: Axes, comparison: Comparison) -> None:
     if any(arm.runs for arm in arms):
         low, high = axes.get_xlim()
         axes.set_xlim(low / 1.1, max(high * 1.1, low * 2))
-        _plain_ticks(axes)
+        plain_ticks(axes)
     else:
         axes.set_xticks([])
         axes.minorticks_off()

@@ -1,0 +1,231 @@
+"""Figure of what the probes measured: a row of panels for each layer, with the arms as curves over the steps."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import quantiles
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bncli.report.compare.figure import plain_numbers, plain_ticks, style
+from bncli.report.figure import INK, PALE, check_path, rendered
+from bncli.report.files import write_atomically
+from bncli.report.text import count
+from bncli.results.compare import Comparison
+from bncli.results.train import RunResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_ROWS, MOST_BANDS = 6, 3  # layers, and arms whose percentiles are drawn
+# Measure, its value, the panel's title, and whether its axis is logarithmic.
+CURVES = (
+    ("saturation", "share", "saturated outputs (share)", False),
+    ("saturation", "dead", "dead units (share)", False),
+    ("gradients", "norm", "norm of the weight gradient", True),
+    ("shift", "distance", "shift  |G − G′| / |G|", True),
+)
+
+Series = list[tuple[int, float]]  # step, value
+
+
+class Arm(NamedTuple):
+    place: int  # in the comparison, for its colour
+    name: str
+    seeds: list[int]
+    runs: list[RunResult]  # that were probed, at the arm's best point
+
+
+class Column(NamedTuple):
+    """A column of panels: the percentiles of one arm's inputs, or one value of a measure for all arms."""
+
+    title: str
+    arm: Arm | None  # whose percentiles it shows; None: a curve for each arm
+    arms: Sequence[Arm] = ()
+    measure: str = "inputs"
+    value: str = "unit_p50"
+    log: bool = False
+
+
+def has_layers(comparison: Comparison) -> bool:
+    """Whether there is something to draw."""
+    arms = _arms(comparison)
+    return bool(_columns(arms) and _rows(arms))
+
+
+def plot(comparison: Comparison, path: Path) -> Path:
+    """Write the figure beside `path`, as NAME-layers.svg or .png, and return where it is. Raises FileError."""
+    beside = path.with_name(f"{path.stem}-layers{path.suffix}")
+    write_atomically(beside, render(comparison, check_path(path)))
+    return beside
+
+
+def render(comparison: Comparison, kind: str, transparent: bool = False) -> bytes:
+    """The figure as the bytes of a "svg" or "png" file. Raises FileError without matplotlib."""
+    return rendered(lambda figure: draw(figure, comparison), kind, 160, transparent)
+
+
+def draw(figure: Figure, comparison: Comparison) -> None:
+    """Put a row of panels for each layer on an empty figure: percentiles of inputs, saturation, gradients, shift."""
+    arms = _arms(comparison)
+    rows, columns = _rows(arms), _columns(arms)
+    height = 1.25 + 1.55 * len(rows) + 0.35
+    figure.set_size_inches(11, height)
+    panels = figure.subplots(len(rows), len(columns), sharex=True, squeeze=False)
+    words: dict[str, Any] = {"ha": "left", "x": 0.008, "parse_math": False}
+    figure.suptitle(f"{comparison.plan.name}: inside the layers", fontsize=12, fontweight="bold", **words)
+    figure.supxlabel("\n".join(textwrap.wrap(_key(columns, arms, rows), 170)), fontsize=8, **words)
+    for at, row in enumerate(rows):
+        drawn = [_drawn(panel, column, row) for panel, column in zip(panels[at], columns, strict=True)]
+        _share_range([panel for panel, column in zip(drawn, columns, strict=True) if panel and column.arm])
+        panels[at][0].set_ylabel(row, fontweight="bold", parse_math=False)
+    for column, (top, *_), each in zip(columns, panels.T[:, :1], panels.T, strict=True):
+        colour = INK if column.arm is None else style(column.arm.place)["color"]
+        lines = textwrap.wrap(column.title, 120 // len(columns))
+        top.set_title("\n".join(lines), fontsize=9, color=colour, parse_math=False)
+        lowest = [panel for panel in each if panel.lines][-1]
+        lowest.set_xlabel("optimizer steps")
+        lowest.tick_params(labelbottom=True)
+        plain_ticks(lowest, 1 if len(columns) > 3 else 3)
+    figure.align_ylabels(panels[:, 0])
+    if any(column.arm is None for column in columns):
+        _legend(figure, arms)
+
+
+# --- what there is to draw ----------------------------------------------------------------------------------------
+
+
+def _arms(comparison: Comparison) -> list[Arm]:
+    """The arms with probed runs, the reference first."""
+    found = []
+    for index, arm in enumerate(comparison.arms):
+        runs = [
+            (run.seed, run.result)
+            for run in comparison.runs
+            if run.arm == arm.arm and run.point == arm.point and run.result is not None and run.result.probes
+        ]
+        if runs:
+            found.append(Arm(index, arm.arm, [seed for seed, _ in runs], [result for _, result in runs]))
+    return sorted(found, key=lambda arm: arm.name != comparison.plan.reference)
+
+
+def _columns(arms: Sequence[Arm]) -> list[Column]:
+    known = {(point.measure, name) for arm in arms for point in arm.runs[0].probes for name in point.values}
+    bands = [
+        Column(f"inputs of one unit: {arm.name}", arm) for arm in arms[:MOST_BANDS] if ("inputs", "unit_p50") in known
+    ]
+    curves = [Column(title, None, arms, measure, value, log) for measure, value, title, log in CURVES]
+    return [*bands, *(each for each in curves if (each.measure, each.value) in known)]
+
+
+def _rows(arms: Sequence[Arm]) -> list[str]:
+    """The layers in their order, by the name of the module that holds a weight and the activation that follows it."""
+    measures = {"inputs", *(measure for measure, *_ in CURVES)}
+    points = (point for arm in arms for point in arm.runs[0].probes if point.measure in measures)
+    found = list(dict.fromkeys(_row_of(point.layer) for point in points if point.layer))
+    if len(found) <= MOST_ROWS:
+        return found
+    return [found[round(k * (len(found) - 1) / (MOST_ROWS - 1))] for k in range(MOST_ROWS)]
+
+
+def _row_of(layer: str) -> str:
+    return layer.rpartition(".")[0] or layer
+
+
+def _series(run: RunResult, measure: str, value: str, row: str) -> Series:
+    """The steps after the first and the values there that are finite."""
+    return [
+        (point.step, point.values[value])
+        for point in run.probes
+        if point.measure == measure and point.layer and _row_of(point.layer) == row and point.step > 0
+        if math.isfinite(point.values.get(value, math.nan))
+    ]
+
+
+# --- panels -------------------------------------------------------------------------------------------------------
+
+
+def _drawn(axes: Axes, column: Column, row: str) -> Axes | None:
+    """The panel of a layer, or None where nothing was measured there: it is then left empty."""
+    if column.arm is None:
+        _curves(axes, column, row)
+    else:
+        _percentiles(axes, column.arm, row)
+    if axes.lines:
+        axes.set_xscale("log")
+        axes.grid(axis="y", color=PALE, alpha=0.25, linewidth=0.8)
+        return axes
+    axes.spines[:].set_visible(False)
+    axes.tick_params(which="both", length=0, labelleft=False, labelbottom=False)
+    return None
+
+
+def _percentiles(axes: Axes, arm: Arm, row: str) -> None:
+    """The inputs of one unit in the arm's first run."""
+    low, middle, high = (_series(arm.runs[0], "inputs", f"unit_{part}", row) for part in ("p15", "p50", "p85"))
+    if not middle:
+        return
+    steps, colour = [step for step, _ in middle], style(arm.place)["color"]
+    axes.fill_between(steps, [v for _, v in low], [v for _, v in high], color=colour, alpha=0.18, linewidth=0)
+    for series, width in ((low, 0.9), (middle, 1.6), (high, 0.9)):
+        axes.plot(steps, [value for _, value in series], color=colour, linewidth=width)
+
+
+def _curves(axes: Axes, column: Column, row: str) -> None:
+    """Median and quartiles over the seeds of each arm, at the steps that at least half of its runs have."""
+    for arm in column.arms:
+        at: dict[int, list[float]] = {}
+        for run in arm.runs:
+            for step, value in _series(run, column.measure, column.value, row):
+                if value > 0 or not column.log:
+                    at.setdefault(step, []).append(value)
+        steps = sorted(step for step, values in at.items() if 2 * len(values) >= len(arm.runs))
+        if steps:
+            parts = [
+                quantiles(at[step], n=4, method="inclusive") if len(at[step]) > 1 else at[step] * 3 for step in steps
+            ]
+            lows, middles, highs = zip(*parts, strict=True)
+            axes.fill_between(steps, lows, highs, color=style(arm.place)["color"], alpha=0.18, linewidth=0)
+            axes.plot(steps, middles, linewidth=1.4, **style(arm.place))
+    if axes.lines and column.log:
+        axes.set_yscale("log")
+        plain_numbers(axes.yaxis, *axes.get_ylim())
+    elif axes.lines:
+        axes.set_ylim(-0.03, 1.03)
+
+
+def _share_range(panels: Sequence[Axes]) -> None:
+    """One range for the percentiles of a layer, so that the arms can be compared by eye."""
+    for panel in panels:
+        panel.set_ylim(*(pick(each.get_ylim()[k] for each in panels) for k, pick in ((0, min), (1, max))))
+
+
+# --- words --------------------------------------------------------------------------------------------------------
+
+
+def _key(columns: Sequence[Column], arms: Sequence[Arm], rows: Sequence[str]) -> str:
+    parts = []
+    if any(column.arm for column in columns):
+        unit = (
+            "Inputs of one unit: 15th, 50th and 85th percentile over a fixed sample of training examples, in training"
+        )
+        parts.append(f"{unit} mode; the first unit of the layer, seed {arms[0].seeds[0]}.")
+    if any(column.arm is None for column in columns):
+        parts.append(f"Curves: median over {count(max(len(arm.runs) for arm in arms), 'seed')}, band: quartiles.")
+    total = {_row_of(point.layer) for arm in arms for point in arm.runs[0].probes if point.layer}
+    if len(rows) < len(total):
+        parts.append(f"{len(rows)} of the layers.")
+    return " ".join(parts)
+
+
+def _legend(figure: Figure, arms: Sequence[Arm]) -> None:
+    from matplotlib.lines import Line2D
+
+    lines = [Line2D([], [], linewidth=2, **style(arm.place)) for arm in arms]
+    names = [arm.name for arm in arms]
+    shown = figure.legend(lines, names, loc="outside upper right", ncols=min(len(arms), 6), frameon=False, fontsize=9)
+    for text in shown.get_texts():
+        text.set_parse_math(False)
