@@ -94,13 +94,13 @@ def _sound(comparison: Comparison) -> bool:
 
 
 def event_line(event: Event) -> str:
-    """One line of metrics.jsonl: an evaluation's fields beside the event's, a finished run without its evaluations."""
+    """One line of metrics.jsonl: an evaluation's fields beside the event's, a finished run without its curves."""
     plain = to_plain(event)
     if isinstance(event, Evaluated):
         plain = plain.pop("evaluation") | plain
     elif isinstance(event, RunFinished):
         plain = plain["result"]
-        del plain["evaluations"]
+        del plain["evaluations"], plain["probes"]
     name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
     return json.dumps({"event": name, **plain}, allow_nan=False)
 

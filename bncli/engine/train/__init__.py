@@ -17,6 +17,7 @@ from bncli.engine.device import autocast, environment, in_tf32, resolve, tf32_al
 from bncli.engine.models import blame_own_model
 from bncli.engine.target import evaluation_steps
 from bncli.engine.train.optim import set_learning_rate
+from bncli.engine.train.probes import probe, probe_steps
 from bncli.engine.train.state import TrainState
 from bncli.recipe.sections import BatchNorm, OwnModel, Recipe
 from bncli.results.environment import Environment
@@ -91,6 +92,11 @@ def training_loop(state: TrainState, name: str = "run", stop: Callable[[], bool]
     elif last < state.step == next_evaluation:  # the state was saved between an update and its evaluation
         yield evaluate(state, state.train_loss)
         next_evaluation = next(to_evaluate, budget)
+    to_probe = probe_steps(state)
+    next_probe = next(to_probe, None)
+    if next_probe == state.step:
+        yield probe(state)
+        next_probe = next(to_probe, None)
     status: Status = "reached" if options.stop_at_target and state.reached else "budget"
     reason = None
     state.clock.start()
@@ -111,10 +117,14 @@ def training_loop(state: TrainState, name: str = "run", stop: Callable[[], bool]
                 break
             peak_mib = state.memory.mib.get("training")
             yield StepDone(step, value, state.learning_rate, state.clock.samples_per_s(step), peak_mib)
-        if due:
+        if due or step == next_probe:
             state.clock.pause(step)
-            yield evaluate(state, value)
-            next_evaluation = next(to_evaluate, budget)
+            if due:
+                yield evaluate(state, value)
+                next_evaluation = next(to_evaluate, budget)
+            if step == next_probe:
+                yield probe(state)
+                next_probe = next(to_probe, None)
             if options.stop_at_target and state.reached:
                 status = "reached"
                 break
@@ -123,6 +133,8 @@ def training_loop(state: TrainState, name: str = "run", stop: Callable[[], bool]
             status = "interrupted"
             break
     state.clock.pause(state.step)
+    if state.probes and state.probes.last_step < state.step and status != "interrupted":
+        yield probe(state)
     yield RunFinished(result(state, status, reason, parameters, machine))
 
 
@@ -212,4 +224,6 @@ def result(state: TrainState, status: Status, reason: str | None, parameters: in
         reason=reason,
         also=tuple(reached[1:]),
         evaluation_peak_memory_mib=state.memory.mib.get("evaluation"),
+        probes=tuple(state.probes.points) if state.probes else (),
+        probes_s=state.probes.seconds if state.probes else 0.0,
     )

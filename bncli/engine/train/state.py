@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
@@ -18,10 +19,11 @@ from bncli.engine.models.init import global_generators, restore_global_generator
 from bncli.engine.target import StepsToTarget
 from bncli.engine.train.optim import optimizer, set_learning_rate
 from bncli.errors import DataError
+from bncli.names import PROBES
 from bncli.recipe.layers import shape_contradictions
 from bncli.recipe.sections import BatchNorm, OwnModel, Recipe
 from bncli.recipe.yaml import dotted
-from bncli.results.train import Evaluation, Target
+from bncli.results.train import Evaluation, ProbePoint, Target
 
 LSUV_EXAMPLES = 500
 # Attributes that are saved as they are, and by their state_dict.
@@ -50,6 +52,7 @@ class TrainState:
         model = build(
             recipe, dataset.shape, dataset.classes, lambda: sample(dataset, train.seed, LSUV_EXAMPLES), device
         )
+        self.probes = Probes(recipe, model, device) if recipe.probes else None
         fuse(model, recipe)
         self.model: nn.Module = model.to(device, memory_format=data.MEMORY_FORMATS[train.memory_format])  # type: ignore[call-overload]
         self.optimizer = optimizer(recipe, self.model)
@@ -108,6 +111,7 @@ class TrainState:
             "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
             "intervals": self.clock.so_far(self.step),
             "peak_memory_mib": dict(self.memory.mib),
+            "probes": self.probes and self.probes.state_dict(),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -124,6 +128,8 @@ class TrainState:
             self.record(Evaluation(**evaluation))
         self.clock = Clock(self.recipe.train.batch_size, self.device, intervals=list(saved["intervals"]))
         self.memory.mib = dict(saved["peak_memory_mib"])
+        if self.probes:
+            self.probes.load_state_dict(saved["probes"])
         self.augmentation.set_state(saved["augmentation"])
         self._coming = self._batches_to_come()
         restore_global_generators(saved["global generators"], self.device)
@@ -175,6 +181,44 @@ def _targets(recipe: Recipe) -> list[StepsToTarget]:
     target = recipe.train.target
     values = () if target is None else (target.value, *target.also)
     return [StepsToTarget(Target(target.metric, value)) for value in values if target]
+
+
+class Probes:
+    """What a run keeps for its probes, saved and loaded with its state.
+
+    points: all so far. seconds: spent on them. first, last: sorted inputs (units, m) of each nonlinearity at the first
+    and at the last of its probings.
+    """
+
+    def __init__(self, recipe: Recipe, model: nn.Module, device: torch.device) -> None:
+        """model: as built, before activations and residual adds are fused into its norms."""
+        assert recipe.probes is not None
+        self.section = recipe.probes
+        self.copy: nn.Module | None = None  # a user's model may change while it trains; it is copied each time
+        if not isinstance(recipe.model, OwnModel):
+            memory_format = data.MEMORY_FORMATS[recipe.train.memory_format]
+            self.copy = copy.deepcopy(model).to(device, memory_format=memory_format)  # type: ignore[call-overload]
+        self.points: list[ProbePoint] = []
+        self.seconds = 0.0
+        self.first: dict[str, Tensor] = {}
+        self.last: dict[str, Tensor] = {}
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        return PROBES if self.section.measure == "all" else self.section.measure
+
+    @property
+    def last_step(self) -> int:
+        """The step of the last probing, -1 before the first."""
+        return self.points[-1].step if self.points else -1
+
+    def state_dict(self) -> dict[str, Any]:
+        points = [asdict(point) for point in self.points]
+        return {"points": points, "probes_s": self.seconds, "first": dict(self.first), "last": dict(self.last)}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.points = [ProbePoint(**point) for point in saved["points"]]
+        self.seconds, self.first, self.last = saved["probes_s"], dict(saved["first"]), dict(saved["last"])
 
 
 @dataclass

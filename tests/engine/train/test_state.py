@@ -40,6 +40,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "schedule": {"kind": "cosine", "warmup": 3, "final": 0.1},
     },
     "bf16": {"train": {"precision": "bf16"}},
+    "probes": {"probes": {"at": 3}},
     "fp16 with skipped steps": {
         "data": {**TINY["data"], "noise": 50.0},
         "norm": {"kind": "none"},
@@ -98,7 +99,7 @@ def assert_same_bits(one: Any, other: Any, where: str = "state") -> None:
         assert one.numpy().tobytes() == other.numpy().tobytes(), where
     elif isinstance(one, dict):
         assert one.keys() == other.keys(), where
-        for key in one.keys() - {"evaluation_s", "intervals", "peak_memory_mib"}:
+        for key in one.keys() - {"evaluation_s", "intervals", "peak_memory_mib", "probes_s"}:
             assert_same_bits(one[key], other[key], f"{where}[{key!r}]")
     elif isinstance(one, list | tuple):
         assert len(one) == len(other), where
