@@ -75,12 +75,15 @@ def _verdict(claim: JudgedClaim) -> Cell:
 def claim_notes(comparison: Comparison) -> Iterator[str]:
     """What the table's figures rest on."""
     claims = comparison.claims
-    seeds = len(comparison.plan.report_seeds)
+    further = len(comparison.plan.report_seeds)
+    seeds = (
+        f": steps, seconds and examples to target over all seeds, as above; the rest over the {further} further ones"
+    )
+    seeds *= bool(comparison.plan.tune_seeds)
     corrected = f": 1 - 0.05/{len(claims)}, for {len(claims)} claims" if len(claims) > 1 else ""
     yield (
-        "Ratio (x) or difference of the first arm to the second, each at its best point, paired by seed: steps, "
-        f"seconds and examples to target over all seeds, as above; the rest over the {seeds} further ones. Interval "
-        f"and verdict have the level {claims[0].level:.4g}{corrected}; p is of the bound, two-sided, not corrected."
+        f"Ratio (x) or difference of the first arm to the second, each at its best point, paired by seed{seeds}. "
+        f"Interval and verdict have the level {claims[0].level:.4g}{corrected}; p is of the bound, two-sided, not corrected."
     )
     yield (
         "shown: the whole interval lies beyond the bound; refuted: all of it falls short; cannot tell: neither, with "
