@@ -83,7 +83,7 @@ def claim_notes(comparison: Comparison) -> Iterator[str]:
     corrected = f": 1 - 0.05/{len(claims)}, for {len(claims)} claims" if len(claims) > 1 else ""
     yield (
         f"Ratio (x) or difference of the first arm to the second, each at its best point, paired by seed{seeds}. "
-        f"Interval and verdict have the level {claims[0].level:.4g}{corrected}; p is of the bound, two-sided, not corrected."
+        f"Interval and verdict have the level {claims[0].level:.4g}{corrected}; p is that of the bound, not corrected."
     )
     yield (
         "shown: the whole interval lies beyond the bound; refuted: all of it falls short; cannot tell: neither, with "
