@@ -26,11 +26,9 @@ def render(planned: Planned) -> Group:
     lines.append(
         f"{count(planned.runs, 'run')}, {planned.steps_at_most:,} optimizer steps at most{more}. Nothing was trained."
     )
-    if planned.searches:
-        each = f"about {planned.runs_of_a_search} runs of {planned.steps_of_a_search_run:,} steps each"
-        lines.append(
-            f"On top, the largest learning rate is searched in {planned.searches} pairs of arm and seed: {each}."
-        )
+    if planned.search_runs:
+        runs = f"about {count(planned.search_runs, 'run')} of {planned.search_steps:,} steps"
+        lines.append(f"On top, the largest learning rate of each arm and seed is searched by {runs}.")
     return Group(_fields_table(planned), _arms_table(planned), *_claims_table(planned), *map(Paragraph, lines))
 
 

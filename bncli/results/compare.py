@@ -303,6 +303,5 @@ class Planned:
     steps_at_most: int
     available_memory_mib: float | None = None
     claims: tuple[Claim, ...] = ()
-    searches: int = 0  # for the largest learning rate, of one arm and seed each; their runs come on top
-    runs_of_a_search: int = 0  # about
-    steps_of_a_search_run: int = 0
+    search_runs: int = 0  # about, on top of `runs`: of the searches for the largest learning rate
+    search_steps: int = 0  # of each of these runs

@@ -38,10 +38,10 @@ def test_fields_arms_and_runs_are_shown(show):
 
 def test_claims_and_the_searches_that_they_ask_for_are_listed(show):
     claim = Claim("higher rates", "largest_learning_rate", "own", "plain", 3.0, "at least", True, "mean", None)
-    planned = replace(PLANNED, claims=(claim,), searches=10, runs_of_a_search=9, steps_of_a_search_run=300)
+    planned = replace(PLANNED, claims=(claim,), search_runs=90, search_steps=300)
     text = " ".join(show(render(planned), 120).split())
     assert "higher rates largest_learning_rate own plain at least 3" in text
-    assert "searched in 10 pairs of arm and seed: about 9 runs of 300 steps each" in text
+    assert "the largest learning rate of each arm and seed is searched by about 90 runs of 300 steps." in text
     assert "What would be judged" not in show(render(PLANNED), 120)
 
 

@@ -141,15 +141,19 @@ def planned_comparison(recipes: Sequence[Loaded]) -> Planned:
         planned_arm(first.base, arm, len(asked.points(arm)) * len(plan.tune_seeds), len(plan.report_seeds))
         for arm in asked.arms
     ]
-    searches = len(searched_arms(plan)) * len(plan.report_seeds)
-    runs = planned_runs(asked) - searches * rates.USUAL_RUNS
-    fields = tuple(first.provenance(Arm("", first.base)))
-    found = Planned(first.name, fields, tuple(arms), dict(plan.grid), runs, runs * plan.budget, available_memory_mib())
-    if plan.largest_learning_rate is None or not searches:
-        return replace(found, claims=plan.claims)
-    steps = plan.largest_learning_rate["steps"]
-    return replace(
-        found, claims=plan.claims, searches=searches, runs_of_a_search=rates.USUAL_RUNS, steps_of_a_search_run=steps
+    search_runs = len(searched_arms(plan)) * len(plan.report_seeds) * rates.USUAL_RUNS
+    runs, fields = planned_runs(asked) - search_runs, first.provenance(Arm("", first.base))
+    return Planned(
+        first.name,
+        tuple(fields),
+        tuple(arms),
+        dict(plan.grid),
+        runs,
+        runs * plan.budget,
+        available_memory_mib(),
+        plan.claims,
+        search_runs,
+        (plan.largest_learning_rate or {}).get("steps", 0),
     )
 
 

@@ -124,26 +124,7 @@ def _has(claim: Claim, when: str) -> bool:
 
 
 def csv_row(claim: JudgedClaim) -> dict[str, Any]:
-    """A claim with all digits."""
-    return {
-        "claim": " ".join(claim.say.split()),
-        "measure": claim.measure,
-        "arm": claim.arm,
-        "over": claim.over,
-        "layer": claim.layer,
-        "when": claim.when if "." in claim.measure else None,
-        "compared": claim.compared,
-        "side": claim.side,
-        "bound": claim.bound,
-        "value": claim.value,
-        "low": claim.interval.low,
-        "high": claim.interval.high,
-        "level": claim.level,
-        "p_value": claim.p_value,
-        "verdict": claim.verdict,
-        "seeds": claim.seeds,
-        "of_seeds": claim.of_seeds,
-        "seeds_needed": claim.seeds_needed,
-        "of_arm": claim.of_arm,
-        "of_over": claim.of_over,
-    }
+    """Every field of a claim, the limits of its interval as `low` and `high`."""
+    row = {**vars(claim), "say": " ".join(claim.say.split())}
+    interval = row.pop("interval")
+    return row | {"low": interval.low, "high": interval.high}

@@ -33,7 +33,7 @@ def to_csv(comparison: Comparison) -> str:
     plan, metric = comparison.plan, comparison.plan.target.metric
     rows = [_csv_row(arm, list(plan.grid), metric) for arm in comparison.arms]
     claims = [csv_row(claim) for claim in comparison.claims]
-    return csv_text(rows, "arm") + ("\n" + csv_text(claims, "claim") if claims else "")
+    return csv_text(rows, "arm") + ("\n" + csv_text(claims, "say") if claims else "")
 
 
 def _csv_row(arm: ArmSummary, fields: list[str], metric: str) -> dict[str, Any]:

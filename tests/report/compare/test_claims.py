@@ -110,7 +110,7 @@ def test_csv_has_a_second_table_after_an_empty_line(judged):
     rows = list(csv.DictReader(io.StringIO(claims)))
     assert [row["verdict"] for row in rows] == ["shown", "cannot tell", "refuted", "cannot tell"]
     assert float(rows[0]["low"]) == 4.051
-    assert (rows[0]["when"], rows[1]["when"], rows[2]["value"]) == ("", "equal loss", "")
+    assert (rows[1]["when"], rows[1]["seeds_needed"], rows[2]["value"]) == ("equal loss", "58", "")
     assert "\n\n" not in to_csv(replace(judged, claims=()))
 
 
