@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from bncli.results.compare import Comparison, RunRecord
 
 
+NO_CLAIMS = "--require-claims: there are no claims; write them into the recipe under claims"
+
+
 def compare(
     context: typer.Context,
     recipes: options.Recipes = None,
@@ -56,6 +59,7 @@ def compare(
     quiet: options.Quiet = False,
     dry_run: options.DryRun = False,
     require_target: options.RequireTarget = False,
+    require_claims: options.RequireClaims = False,
     allow_code: options.AllowCode = False,
 ) -> None:
     """Compare a recipe's arms by their steps to the target.
@@ -74,6 +78,8 @@ def compare(
     stopped = 0
     if saved:
         comparison = _saved_comparison(saved, quiet)
+        if require_claims and not comparison.plan.claims:
+            raise UsageError(NO_CLAIMS)
     else:
         from bncli.recipe.load import load
 
@@ -85,12 +91,15 @@ def compare(
 
             show_plan(planned_comparison(loaded), json)
             return
+        if require_claims and not any(each.file.claims for each in loaded):
+            raise UsageError(NO_CLAIMS)
         comparison, stopped = _run_comparison(loaded, device, jobs, threads, out, quiet)
     _show(comparison, form, plot, html, quiet)
     if stopped:
         raise typer.Exit(stopped)
     missed = require_target and any(arm.hits < arm.runs for arm in comparison.arms)
-    if missed or any(arm.failures for arm in comparison.arms):
+    unshown = require_claims and any(claim.verdict != "shown" for claim in comparison.claims)
+    if missed or unshown or any(arm.failures for arm in comparison.arms):
         raise typer.Exit(CHECK_FAILED)
 
 

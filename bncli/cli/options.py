@@ -31,3 +31,4 @@ Threads = Annotated[
 RequireTarget = Annotated[
     bool, typer.Option("--require-target", help="Exit with 1 if a run does not reach its target.")
 ]
+RequireClaims = Annotated[bool, typer.Option("--require-claims", help="Exit with 1 if a claim is not shown.")]

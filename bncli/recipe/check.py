@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from bncli.errors import CODE_OF_YOURS
+from bncli.names import MEASURES, PROBES
 from bncli.recipe.layers import contradictions
 from bncli.recipe.overrides import arms_of, base_of, fixed_by, kinds, members, merge, model_at, nested, value_at
 from bncli.recipe.sections import ARM_NAME, FUNCTION_PATH, KINDS, Recipe, RecipeFile
@@ -66,6 +67,7 @@ def check(tree: Tree) -> None:
     if isinstance(reference, str) and reference not in arms:
         hint = suggestion(reference, list(arms)) if arms else "the recipe has no arms"
         tree.refuse(("reference",), f"there is no arm {reference}; {hint}")
+    _check_claims(tree, arms)
 
 
 def refuse_code(tree: Tree) -> None:
@@ -118,6 +120,57 @@ def _grid_mistakes(path: str, values: Sequence[Any], run: dict[str, Any]) -> Ite
                 if (at, text) not in before:
                     inside = at[: len(keys)] == keys
                     yield (index, *(at[len(keys) :] if inside else ())), text if inside else f"in {dotted(at)}: {text}"
+
+
+def _check_claims(tree: Tree, arms: dict[str, dict[str, Any]]) -> None:
+    """Note what is wrong with each claim beside the rest of the recipe."""
+    claims = tree.root.get("claims")
+    if claims and not arms:
+        tree.refuse(("claims",), "the recipe has no arms; a claim is about two of them")
+        return
+    searched = tree.root.get("largest_learning_rate") is not None
+    for index, claim in enumerate(claims if isinstance(claims, list) else ()):
+        for key, text in _claim_mistakes(claim, arms, searched) if isinstance(claim, dict) else ():
+            tree.refuse(("claims", index, key), text)
+
+
+def _claim_mistakes(
+    claim: dict[str, Any], arms: dict[str, dict[str, Any]], searched: bool
+) -> Iterator[tuple[str, str]]:
+    """The wrong key of a claim, and why. searched: whether the recipe says how the largest learning rate is found."""
+    named = {key: claim[key] for key in ("arm", "over") if isinstance(claim.get(key), str)}
+    for key, name in named.items():
+        if name not in arms:
+            yield key, f"there is no arm {name}; {suggestion(name, list(arms))}"
+    if len(named) == 2 and claim["arm"] == claim["over"]:
+        yield "over", f"is the same arm as arm, {claim['arm']}; a claim compares two"
+    name = claim.get("measure")
+    measure = MEASURES.get(name) if isinstance(name, str) else None
+    if measure is None:
+        return
+    runs = {name: arms[name] for name in dict.fromkeys(named.values()) if name in arms}
+    if measure.probe:
+        unmeasured = [name for name, run in runs.items() if measure.probe not in _probed(run)]
+        if unmeasured:
+            add = f"add {measure.probe} to probes.measure"
+            yield "measure", f"the probe {measure.probe} is not measured in arm {' and '.join(unmeasured)}; {add}"
+    if name == "largest_learning_rate" and not searched:
+        yield "measure", "needs the section largest_learning_rate, as in {steps: 300, accuracy: 0.8}"
+    if name.endswith("_to_target") and any(value_at(run, ("train", "target")) is None for run in runs.values()):
+        yield "measure", "needs train.target"
+    for key, has in (("when", measure.probe is not None), ("layer", measure.per_layer)):
+        if claim.get(key) is not None and not has:
+            yield key, f"{name} has {'one value for a run' if key == 'when' else 'no layers'}; leave {key} out"
+    for key in ("at_least", "at_most") if measure.compared == "ratio" else ():
+        if isinstance(claim.get(key), int | float) and claim[key] <= 0:
+            yield key, f"{name} is compared as a ratio: expected a number above 0, found {words(claim[key])}"
+
+
+def _probed(run: dict[str, Any]) -> Sequence[str]:
+    """The probes that a run measures."""
+    section = run.get("probes")
+    measured = section.get("measure", "all") if isinstance(section, dict) else ()
+    return PROBES if measured == "all" else measured if isinstance(measured, list) else ()
 
 
 # --- pydantic's errors in the recipe's words ----------------------------------------------------------------------
@@ -185,13 +238,19 @@ def _sentence(error: Any, model: type[BaseModel], plain: Any, keys: Keys) -> str
     if kind == "value_error":
         return str(context["error"])
     if kind == "literal_error" and owner:
-        return _not_among(value, get_args(owner.model_fields[str(keys[-1])].annotation))
+        return _not_among(value, _literals(owner.model_fields[str(keys[-1])].annotation))
     field = owner.model_fields.get(str(keys[-1])) if owner and keys else None
     choice = kinds(members(field.annotation)) if field else {}
     if choice and kind in ("model_type", "model_attributes_type"):
         return f"expected {', '.join(choice)} or a mapping, found {words(value)}"
     expected = _PATTERNS[context["pattern"]] if "pattern" in context else _EXPECTED.get(kind, "").format(**context)
     return f"expected {expected}, found {words(value)}" if expected else str(error["msg"])
+
+
+def _literals(annotation: Any) -> list[Any]:
+    """The values of a Literal, also of one that may be left out."""
+    found = get_args(annotation)
+    return list(found) if get_origin(annotation) is Literal else [name for each in found for name in _literals(each)]
 
 
 def _where_known(key: str, owner: type[BaseModel], siblings: Sequence[type[BaseModel]]) -> str:

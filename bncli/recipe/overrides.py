@@ -17,8 +17,8 @@ COMPARISON_KEYS = ("arms", "reference", "grid", "seeds", "claims", "largest_lear
 
 
 def members(annotation: Any) -> list[type[BaseModel]]:
-    """The section models that a field may hold: unions and Annotated unfolded."""
-    if get_origin(annotation) is Annotated:
+    """The section models that a field may hold, itself or in a list: unions and Annotated unfolded."""
+    if get_origin(annotation) in (Annotated, tuple):
         return members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
         return [model for member in get_args(annotation) for model in members(member)]
@@ -44,6 +44,9 @@ def model_at(keys: Sequence[str | int], plain: Any, root: type[BaseModel]) -> ty
     """The section model that describes the place `keys` of a tree, or None where there is none."""
     model: type[BaseModel] | None = root
     for key in keys:
+        if isinstance(key, int):  # of a list, whose field has already given the model
+            plain = value_at(plain, [key])
+            continue
         field = model.model_fields.get(str(key)) if model else None
         if field is None:
             return None

@@ -9,7 +9,7 @@ from rich.console import Group
 
 from bncli.report.export import json_text
 from bncli.report.table import AlignedTable, Paragraph, ResponsiveTable
-from bncli.report.text import UNKNOWN, Cell, Column, count, figure, setting
+from bncli.report.text import UNKNOWN, Cell, Column, bound_words, count, figure, setting
 from bncli.results.compare import Planned, PlannedArm
 from bncli.results.serialize import to_plain
 
@@ -26,7 +26,10 @@ def render(planned: Planned) -> Group:
     lines.append(
         f"{count(planned.runs, 'run')}, {planned.steps_at_most:,} optimizer steps at most{more}. Nothing was trained."
     )
-    return Group(_fields_table(planned), _arms_table(planned), *map(Paragraph, lines))
+    if planned.search_runs:
+        runs = f"about {count(planned.search_runs, 'run')} of {planned.search_steps:,} steps"
+        lines.append(f"On top, the largest learning rate of each arm and seed is searched by {runs}.")
+    return Group(_fields_table(planned), _arms_table(planned), *_claims_table(planned), *map(Paragraph, lines))
 
 
 def _fields_table(planned: Planned) -> ResponsiveTable:
@@ -53,6 +56,19 @@ def _arms_table(planned: Planned) -> ResponsiveTable:
         Column("runs", [_runs(arm) for arm in arms]),
     ]
     return ResponsiveTable("What would be trained", AlignedTable(columns), [AlignedTable(columns, wrap=True)])
+
+
+def _claims_table(planned: Planned) -> list[ResponsiveTable]:
+    if not planned.claims:
+        return []
+    columns = [
+        Column("claim", [claim.say for claim in planned.claims], words=True),
+        Column("measure", [claim.measure for claim in planned.claims], words=True),
+        Column("arm", [claim.arm for claim in planned.claims], words=True),
+        Column("over", [claim.over for claim in planned.claims], words=True),
+        Column("bound", [bound_words(claim) for claim in planned.claims], words=True),
+    ]
+    return [ResponsiveTable("What would be judged", AlignedTable(columns), [AlignedTable(columns, wrap=True)])]
 
 
 def to_json(planned: Planned) -> str:

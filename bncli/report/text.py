@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from bncli.results.compare import Claim
 from bncli.results.environment import Environment, Interval
 from bncli.results.finding import Finding, FindingKind
 from bncli.results.train import Target
@@ -81,6 +82,12 @@ def short_names(fields: Mapping[str, Any] | tuple[str, ...]) -> dict[str, str]:
     """Each dotted field's last part, or all of it where two fields end alike."""
     last = [field.rsplit(".", 1)[-1] for field in fields]
     return {field: name if last.count(name) == 1 else field for field, name in zip(fields, last, strict=True)}
+
+
+def bound_words(claim: Claim) -> str:
+    """`at least 3`; `above 1` for a claim that expects more."""
+    words = claim.side if claim.bounded else "above" if claim.side == "at least" else "below"
+    return f"{words} {setting(claim.bound)}"
 
 
 def target_words(target: Target) -> str:

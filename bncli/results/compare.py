@@ -135,19 +135,26 @@ class Claim:
 Verdict = Literal["shown", "refuted", "cannot tell"]
 
 
-@dataclass(frozen=True)
-class JudgedClaim:
-    """A claim and what the report seeds' runs say of it."""
+# Why a claim has no interval.
+NoInterval = Literal[
+    "no pairs", "one pair", "too few hits", "not positive", "unknown layer", "no common loss", "rate not bounded"
+]  # fmt: skip
 
-    claim: Claim
+
+@dataclass(frozen=True)
+class JudgedClaim(Claim):
+    """A claim and what the runs say of it."""
+
     compared: Literal["ratio", "difference"]
     value: float | None
     interval: Interval  # at `level`
     level: float  # 1 - 0.05 / number of claims
     p_value: float | None  # two-sided, of the bound itself; not corrected
     verdict: Verdict
-    seeds: int  # pairs of runs
+    seeds: int  # pairs of runs that the figures rest on
+    of_seeds: int  # pairs that the plan has; the others failed, or lack a finite value
     seeds_needed: int | None = None  # that would decide it with probability 0.8, for a claim that cannot be told
+    no_interval: NoInterval | None = None
     of_arm: float | None = None  # typical value of each arm: geometric mean of a ratio's, else mean
     of_over: float | None = None
 
@@ -214,7 +221,7 @@ class Comparison:
 
     def results_of(self, arm: ArmSummary) -> list[RunResult]:
         """The runs that an arm's row rests on: those at its best point that ended by themselves."""
-        mine = (run.result for run in self.runs if run.arm == arm.arm and run.point == arm.point)
+        mine = (run.result for run in self.runs if (run.arm, run.point) == (arm.arm, arm.point) and run.phase != "rate")
         return [result for result in mine if result is not None and result.status != "interrupted"]
 
 
@@ -295,3 +302,6 @@ class Planned:
     runs: int
     steps_at_most: int
     available_memory_mib: float | None = None
+    claims: tuple[Claim, ...] = ()
+    search_runs: int = 0  # about, on top of `runs`: of the searches for the largest learning rate
+    search_steps: int = 0  # of each of these runs

@@ -1,6 +1,6 @@
 """Coverage of the intervals that `bncli compare` prints, simulated with the code that prints them.
 
-    python -m tests.benchmarks.intervals                 all tables, about 12 minutes on 2 cores
+    python -m tests.benchmarks.intervals                 all tables, about 14 minutes on 2 cores
     python -m tests.benchmarks.intervals --repeats 200   the same, coarser
     python -m tests.benchmarks.intervals --make-runs     train the digits runs again that one of the tables resamples
 
@@ -21,7 +21,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from bncli.measure.compare.stats import Floats, Sample, kept_points, ratio
+from bncli.measure.compare.stats import Floats, Sample, kept_points, paired, ratio
 from bncli.results.compare import Ratio
 
 RUNS = Path(__file__).with_name("digits_steps_by_rate.csv")
@@ -302,11 +302,53 @@ def _real_steps(rate: float, seed: int) -> float:
     raise AssertionError(f"the run at {rate} with seed {seed} missed its target")
 
 
+# --- claims -------------------------------------------------------------------------------------------------------
+
+CLAIMS, PAIRS, FACTOR = (1, 4, 10), (3, 5, 10), 1.2
+
+
+def wrong_claims(kind: str, cv: float, claims: int, pairs: int, repeats: int, factor: float = 1.0) -> tuple[int, int]:
+    """Of so many comparisons: those with a wrong verdict, and the intervals that leave out the true ratio.
+
+    Every true ratio is 3, which is the bound too: the verdicts shown and refuted are both wrong. factor: of the grid on
+    which both values of a pair are known, as those of a search for the largest learning rate are.
+    """
+    rng, truth, tail = np.random.default_rng(pairs), math.log(3), 0.025 / claims
+    wrong = missed = 0
+    for _ in range(repeats):
+        logs = noise(rng, kind, cv, (2, claims, pairs)) + np.array([truth, 0])[:, None, None]
+        if factor > 1:
+            start = rng.uniform(0, math.log(factor), (2, claims, 1))  # each arm's grid begins at its own tuned rate
+            logs = np.floor((logs - start) / math.log(factor)) * math.log(factor) + start
+        found = [paired(differences, tail, truth, math.log(factor)) for differences in logs[0] - logs[1]]
+        out = [not each.low <= truth <= each.high for each in found]
+        assert out == [each.p_value is not None and each.p_value < 2 * tail for each in found]
+        wrong, missed = wrong + any(out), missed + sum(out)
+    return wrong, missed
+
+
+def the_claims(repeats: int) -> None:
+    print(
+        "\nClaims with a true ratio at their bound, %: comparisons with a wrong verdict (ratios outside the interval)"
+    )
+    print("noise        cv   pairs   1 claim      4 claims     10 claims    4 claims, known to a factor of 1.2")
+    for kind in ("normal", "t3", "exponential"):
+        for cv in (0.05, 0.3):
+            for pairs in PAIRS:
+                cells = [wrong_claims(kind, cv, claims, pairs, repeats) for claims in CLAIMS]
+                cells.append(wrong_claims(kind, cv, 4, pairs, repeats, FACTOR))
+                shares = [
+                    f"{100 * wrong / repeats:4.1f} ({100 * missed / repeats / claims:4.2f})"
+                    for (wrong, missed), claims in zip(cells, (*CLAIMS, 4), strict=True)
+                ]
+                print(f"{kind:11s} {cv:4.2f}   {pairs:2d}   {'  '.join(shares)}", flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=2000)
     parser.add_argument("--seeds", default="5+20,3+10", help="tuning + further seeds of the tables of the choice")
-    parser.add_argument("--only", choices=["misses", "choice"])
+    parser.add_argument("--only", choices=["misses", "choice", "claims"])
     parser.add_argument("--make-runs", action="store_true")
     options = parser.parse_args(arguments)
     seeds = [(int(one), int(other)) for one, other in (pair.split("+") for pair in options.seeds.split(","))]
@@ -314,10 +356,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.make_runs:
             make_runs(pool)
             return
-        if options.only != "choice":
+        if options.only in (None, "misses"):
             misses_and_spreads(options.repeats, pool)
-        if options.only != "misses":
+        if options.only in (None, "choice"):
             the_choice(options.repeats, pool, seeds)
+        if options.only in (None, "claims"):
+            the_claims(options.repeats)
 
 
 if __name__ == "__main__":

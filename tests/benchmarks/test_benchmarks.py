@@ -207,6 +207,12 @@ def test_intervals_prints_a_row_for_each_choice(capsys: Printed) -> None:
     assert all(f"\n{choice.name}" in printed for choice in intervals.choices((3, 4), 1))
 
 
+def test_intervals_prints_how_often_verdicts_on_claims_are_wrong(capsys: Printed) -> None:
+    intervals.main(["--only", "claims", "--repeats", "1"])
+    printed = capsys.readouterr().out
+    assert all(f"\n{kind}" in printed for kind in ("normal", "t3", "exponential"))
+
+
 def test_the_gate_is_tried_on_slowed_kernels_and_on_the_same(capsys: Printed) -> None:
     x = torch.randn(6, 3, requires_grad=True)
     given = (torch.zeros(3), torch.ones(3), torch.ones(3), torch.zeros(3), True, 0.1, 1e-5)

@@ -335,3 +335,22 @@ def test_a_missed_target_is_an_error_only_when_it_is_required(recipe: str) -> No
     missed = ("compare", recipe, "--set", "seeds.report=1", "--set", "arms={plain: {}, late: {norm: batch}}")
     assert bncli(*missed).code == 0
     assert bncli(*missed, "--require-target").code == 1
+
+
+@pytest.mark.usefixtures("made_up_runs")
+@pytest.mark.parametrize(("side", "code"), [("at_least", 0), ("at_most", 1)])
+def test_a_claim_that_is_not_shown_is_an_error_only_when_it_is_required(recipe: str, side: str, code: int) -> None:
+    claim = f"{{say: as many steps, measure: steps_to_target, arm: normed, over: plain, {side}: 0.5}}"
+    arms = ("--set", "arms={plain: {}, normed: {norm: batch}}", "--set", "grid={}", "--set", f"claims=[{claim}]")
+    ran = bncli("compare", recipe, *arms, "--require-claims")
+    assert (ran.code, "as many steps" in ran.out) == (code, True)
+    assert bncli("compare", recipe, *arms).code == 0
+    assert bncli("compare", "--from", "runs/small", "--require-claims").code == code
+
+
+def test_required_claims_that_no_recipe_has_are_refused(copied: Ran) -> None:
+    for arguments in (["small.yaml", "-o", "other"], ["--from", "runs/small"]):
+        ran = bncli("compare", *arguments, "--require-claims")
+        assert (ran.code, ran.out) == (2, "")
+        assert "there are no claims; write them into the recipe under claims" in ran.err
+    assert not Path("other").exists()

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from bncli.recipe.check import nearest, suggestion
 from bncli.recipe.overrides import kinds, members
 from bncli.recipe.sections import KINDS, Recipe, RecipeFile, shorthand_key
-from bncli.recipe.yaml import dump
+from bncli.recipe.yaml import dotted, dump
 from tests.recipe.conftest import BASE, NORMS, SECTIONS, MistakesOf, optimizer
 
 ARMS = BASE + "arms:\n  a: {}\n  b: {norm: batch}\n"
@@ -46,8 +46,7 @@ ONE_MISTAKE = [
     (optimizer("kind: sgd, lr: 0.1, qqqqqq: 0.9"),
      "3: optimizer.qqqqqq: unknown key; expected kind, lr, weight_decay, weight_decay_on, momentum or nesterov"),
     (BASE + "'[x]': 1\n", "5: [x]: unknown key; expected data, model, norm, optimizer, schedule, train, "
-     "arms, reference, grid, seeds, claims or "
-     "largest_learning_rate"),
+     "probes, arms, reference, grid, seeds, claims or largest_learning_rate"),
     (BASE + "arms: {a: {'[x]': 1}}\n",
      "5: arms.a.[x]: unknown key; expected data, model, norm, optimizer, schedule, train or probes"),
     (train("steps: 100, eval: 5"), "4: train.eval: unknown key; did you mean evaluate_every?"),
@@ -283,6 +282,88 @@ def test_a_model_of_the_users_own_is_accepted_where_its_code_is_allowed(mistakes
     assert mistakes_of(model("kind: module, module: a:b") + "arms: {a: , b: {norm: batch}}\n", allow_code=True) == ()
 
 
+# --- claims -------------------------------------------------------------------------------------------------------
+
+TWO_ARMS = (
+    BASE.replace("steps: 100", "steps: 100, target: {value: 0.9}") + "arms: {plain: , batch norm: {norm: batch}}\n"
+)
+SEARCH = "largest_learning_rate: {steps: 300, accuracy: 0.8}\n"
+CLAIM = {"say": '"batch norm allows higher learning rates"', "measure": "largest_learning_rate", "arm": "batch norm",
+         "over": "plain", "at_least": 3}  # fmt: skip
+
+
+def claiming(*claims: dict[str, object]) -> str:
+    """The section with these claims, one a line, as changes of a right one; None leaves a key out."""
+    lines = [", ".join(f"{k}: {v}" for k, v in {**CLAIM, **each}.items() if v is not None) for each in claims]
+    return "claims:\n" + "".join(f"  - {{{line}}}\n" for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("claim", "mistake"),
+    [
+        ({}, None),
+        ({"at_least": None, "at_lest": 3}, "claims.0.at_lest: unknown key; did you mean at_least or at_most?"),
+        ({"expect": "more"}, "claims.0: needs one of at_least, at_most and expect"),
+        ({"at_least": None, "expect": "mor"},
+         'claims.0.expect: expected more or less, found "mor"; did you mean more?'),
+        ({"arm": "batchnorm"}, "claims.0.arm: there is no arm batchnorm; did you mean batch norm?"),
+        ({"over": "plan"}, "claims.0.over: there is no arm plan; did you mean plain?"),
+        ({"over": "batch norm"}, "claims.0.over: is the same arm as arm, batch norm; a claim compares two"),
+        ({"at_least": 0}, "claims.0.at_least: largest_learning_rate is compared as a ratio: "
+                          "expected a number above 0, found 0"),
+        ({"when": "end"}, "claims.0.when: largest_learning_rate has one value for a run; leave when out"),
+        ({"measure": "final", "at_least": -0.1, "layer": "hidden1"},
+         "claims.0.layer: final has no layers; leave layer out"),
+        ({"measure": "shift.cosine"}, "claims.0.measure: the probe shift is not measured in arm batch norm and plain; "
+                                      "add shift to probes.measure"),
+    ],
+)  # fmt: skip
+def test_a_wrong_claim_is_refused_at_its_key(
+    mistakes_of: MistakesOf, claim: dict[str, object], mistake: str | None
+) -> None:
+    expected = () if mistake is None else (f"r.yaml:7: {mistake}",)
+    assert mistakes_of(TWO_ARMS + claiming(claim) + SEARCH) == expected
+
+
+def test_a_misspelt_measure_has_the_right_one_suggested(mistakes_of: MistakesOf) -> None:
+    (found,) = mistakes_of(TWO_ARMS + claiming({"measure": "step_to_target"}))
+    assert found.startswith("r.yaml:7: claims.0.measure: expected steps_to_target, ")
+    assert found.endswith('found "step_to_target"; did you mean steps_to_target or seconds_to_target?')
+
+
+def test_the_mistakes_of_all_claims_are_found_in_one_pass(mistakes_of: MistakesOf) -> None:
+    text = TWO_ARMS + claiming({}, {"arm": "bach norm", "measure": "final"}, {"measure": "final", "at_lest": 1})
+    assert mistakes_of(text) == (
+        "r.yaml:7: claims.0.measure: needs the section largest_learning_rate, as in {steps: 300, accuracy: 0.8}",
+        "r.yaml:8: claims.1.arm: there is no arm bach norm; did you mean batch norm?",
+        "r.yaml:9: claims.2.at_lest: unknown key; did you mean at_least or at_most?",
+    )
+
+
+@pytest.mark.parametrize(
+    ("probes", "arms"),
+    [("all", []), ("[gradients]", ["batch norm", "plain"]), ("[shift, scale]", [])],
+)
+def test_a_claim_is_about_what_both_arms_measure(mistakes_of: MistakesOf, probes: str, arms: list[str]) -> None:
+    text = TWO_ARMS + f"probes: {{measure: {probes}}}\n" + claiming({"measure": "shift.cosine", "layer": "hidden1"})
+    missing = f"the probe shift is not measured in arm {' and '.join(arms)}; add shift to probes.measure"
+    assert mistakes_of(text) == ((f"r.yaml:8: claims.0.measure: {missing}",) if arms else ())
+
+
+def test_a_probe_that_only_one_arm_measures_is_refused_with_the_other(mistakes_of: MistakesOf) -> None:
+    text = TWO_ARMS.replace("plain: ", "plain: {probes: {measure: [shift]}}") + claiming({"measure": "shift.distance"})
+    (found,) = mistakes_of(text)
+    assert "is not measured in arm batch norm; add shift" in found
+
+
+def test_a_claim_needs_arms_and_one_on_steps_a_target(mistakes_of: MistakesOf) -> None:
+    assert mistakes_of(BASE + claiming({}) + SEARCH) == (
+        "r.yaml:5: claims: the recipe has no arms; a claim is about two of them",
+    )
+    text = TWO_ARMS.replace(", target: {value: 0.9}", "") + claiming({"measure": "steps_to_target"})
+    assert mistakes_of(text) == ("r.yaml:7: claims.0.measure: needs train.target",)
+
+
 # --- spelling -----------------------------------------------------------------------------------------------------
 
 
@@ -310,7 +391,7 @@ def typos(word: str, letters: str = LETTERS) -> set[str]:
 class Place(NamedTuple):
     """A section of the models: its path, the kinds of the sections around it, its own kind, and its keys."""
 
-    path: tuple[str, ...]
+    path: tuple[str | int, ...]
     around: tuple[dict[str, str], ...]
     kind: dict[str, str]
     keys: tuple[str, ...]
@@ -318,20 +399,21 @@ class Place(NamedTuple):
     def holding(self, section: dict[str, Any]) -> str:
         """The recipe with nothing but this section."""
         for key, kind in zip(reversed(self.path), reversed(self.around), strict=True):
-            section = {**kind, key: section}
+            section = [section] if isinstance(key, int) else {**kind, key: section}
         return dump(section)
 
     def field(self, key: str) -> str:
-        return ".".join((*self.path, key))
+        return dotted((*self.path, key))
 
 
-def places(model: type[BaseModel], *path: str, around: tuple[dict[str, str], ...] = ()) -> Iterator[Place]:
+def places(model: type[BaseModel], *path: str | int, around: tuple[dict[str, str], ...] = ()) -> Iterator[Place]:
     """Every section that the models know, at every level and of every kind."""
     kind = {key: kind for kind in kinds([model]) for key in KINDS if key in model.model_fields}
     yield Place(path, around, kind, tuple(model.model_fields))
     for name, field in model.model_fields.items():
+        in_list = field.get_default() == ()
         for member in members(field.annotation):
-            yield from places(member, *path, name, around=(*around, kind))
+            yield from places(member, *path, name, *[0] * in_list, around=(*around, kind, *[{}] * in_list))
 
 
 PLACES = list(places(RecipeFile))
@@ -342,14 +424,13 @@ def suggested(mistake: str) -> list[str]:
 
 
 def test_the_places_hold_every_section_and_level() -> None:
-    assert {".".join(place.path) for place in PLACES} >= {*RecipeFile.model_fields, "model.init", "train.target"} - {
-        "arms", "reference", "grid"
-    }  # fmt: skip
+    named = {*RecipeFile.model_fields, "model.init", "train.target"} - {"arms", "reference", "grid"}
+    assert {dotted(place.path).removesuffix(".0") for place in PLACES} >= named
     assert sum(len(place.keys) for place in PLACES) > 80
 
 
 @pytest.mark.parametrize("letters", ["eq_", pytest.param(LETTERS, marks=pytest.mark.slow)], ids=["some letters", "all"])
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: " ".join([*place.path, *place.kind.values()]))
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: " ".join(map(str, (*place.path, *place.kind.values()))))
 def test_every_one_letter_typo_of_every_key_has_the_key_suggested(
     mistakes_of: MistakesOf, place: Place, letters: str
 ) -> None:
@@ -372,13 +453,14 @@ def test_a_typo_is_refused_wherever_a_key_can_stand(mistakes_of: MistakesOf, dat
     if where == "file":
         found = mistakes_of(place.holding(with_typo))
     elif where == "flag":
+        assume(0 not in place.path)  # a list is replaced as a whole
         found = mistakes_of(place.holding(place.kind), f"{place.field(typo)}=1")
     elif where == "arm":
-        assume(place.path[0] != "seeds" if place.path else key in Recipe.model_fields)
+        assume(place.path[0] in Recipe.model_fields if place.path else key in Recipe.model_fields)
         in_arm = textwrap.indent(place.holding(with_typo), "    ")
         found = mistakes_of(f"{BASE}arms:\n  a:\n{in_arm}")
     else:
-        assume(place.path and place.path[0] not in ("seeds", "data", "train") and key not in KINDS)
+        assume(place.path and place.path[0] in {*Recipe.model_fields} - {"data", "train"} and key not in KINDS)
         found = mistakes_of(place.holding(place.kind) + dump({"grid": {place.field(typo): [1]}}))
     hints = [mistake for mistake in found if f"{place.field(typo)}: unknown key; did you mean " in mistake]
     assert [key in suggested(hint) for hint in hints] == [True]

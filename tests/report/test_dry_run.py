@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from bncli.report.dry_run import render, to_json
-from bncli.results.compare import Planned, PlannedArm
+from bncli.results.compare import Claim, Planned, PlannedArm
 
 PLANNED = Planned(
     "small",
@@ -33,6 +34,15 @@ def test_fields_arms_and_runs_are_shown(show):
         "28 runs, 28,000 optimizer steps at most, more where an arm keeps several points of the grid.",
     ):
         assert words in text
+
+
+def test_claims_and_the_searches_that_they_ask_for_are_listed(show):
+    claim = Claim("higher rates", "largest_learning_rate", "own", "plain", 3.0, "at least", True, "mean", None)
+    planned = replace(PLANNED, claims=(claim,), search_runs=90, search_steps=300)
+    text = " ".join(show(render(planned), 120).split())
+    assert "higher rates largest_learning_rate own plain at least 3" in text
+    assert "the largest learning rate of each arm and seed is searched by about 90 runs of 300 steps." in text
+    assert "What would be judged" not in show(render(PLANNED), 120)
 
 
 def test_an_ascii_output_gets_ascii(show):

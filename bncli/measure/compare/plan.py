@@ -7,6 +7,7 @@ its best point and the estimate (`measure.compare.stats`).
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections import Counter
@@ -16,14 +17,17 @@ from operator import attrgetter
 from typing import Any
 
 from bncli.errors import RecipeError
+from bncli.measure.compare import rates
 from bncli.measure.dry_run import available_memory_mib, planned_arm
+from bncli.names import MEASURES
 from bncli.recipe.check import SAME_FOR_ALL_RUNS
 from bncli.recipe.layers import input_of, shape_contradictions
 from bncli.recipe.load import Arm, Loaded, digest, plain, with_values
 from bncli.recipe.overrides import value_at
+from bncli.recipe.sections import Claim as ClaimSection
 from bncli.recipe.sections import Digits, Npz, Recipe
-from bncli.results.compare import ComparisonPlan, Phase, Planned, RunRecord
-from bncli.results.train import Target
+from bncli.results.compare import Claim, ComparisonPlan, Phase, Planned, RunRecord
+from bncli.results.train import RunResult, Target
 
 MOST_RUNS = 20_000  # each is planned in memory; a longer list of values is a slip, or several comparisons
 FEWEST_TUNE_SEEDS = 3  # with two, a single difference decides how sure the choice of a point is
@@ -72,7 +76,7 @@ class Study:
     def _job(self, arm: Arm, point: dict[str, Any], seed: int, phase: Phase) -> Job:
         name = f"{arm.name} {point} {seed} {phase}"
         if name not in self._jobs:
-            recipe = with_values(arm.recipe, {**point, "train.seed": seed})
+            recipe = with_values(arm.recipe, run_values(self.plan, phase, point, seed))
             recipe_key = digest(plain(recipe))
             key = digest({"recipe": recipe_key, **self.identity})
             self._jobs[name] = Job(key, arm.name, point, seed, phase, recipe, recipe_key)
@@ -83,6 +87,18 @@ class Study:
         free = {path: values for path, values in self.plan.grid.items() if path not in arm.fixed}
         fixed = {path: value_at(self.plan.recipes[arm.name], path.split(".")) for path in arm.fixed}
         return [{**dict(zip(free, values, strict=True)), **fixed} for values in itertools.product(*free.values())]
+
+
+def run_values(plan: ComparisonPlan, phase: Phase, point: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """The fields in which a run differs from its arm's recipe: only the report seeds' runs are probed.
+
+    A run of the search for the largest learning rate goes on to the end of its own budget.
+    """
+    values = {**point, "train.seed": seed} | ({"probes": None} if phase != "report" else {})
+    if phase == "rate":
+        assert plan.largest_learning_rate is not None
+        values |= {"train.steps": plan.largest_learning_rate["steps"], "train.stop_at_target": False}
+    return values
 
 
 def study(recipes: Sequence[Loaded], identity: Mapping[str, str] | None = None) -> Study:
@@ -97,6 +113,7 @@ def study(recipes: Sequence[Loaded], identity: Mapping[str, str] | None = None) 
     target = arms[0].recipe.train.target
     assert target is not None
     names = [arm.name for arm in first.arms] or [first.name]  # as the file has them, before any clash
+    searches = [each.file.largest_learning_rate for each in recipes if each.file.largest_learning_rate]
     plan = ComparisonPlan(
         name=first.name,
         arms=tuple(arm.name for arm in arms),
@@ -110,6 +127,8 @@ def study(recipes: Sequence[Loaded], identity: Mapping[str, str] | None = None) 
         data=_data_words(first.base),
         recipes={arm.name: plain(arm.recipe) for arm in arms},
         also=tuple(Target(target.metric, value) for value in target.also),
+        claims=tuple(_claims(recipes, arms)),
+        largest_learning_rate=plain(searches[0]) if searches else None,
     )
     return Study(plan, tuple(arms), dict(identity or {}))
 
@@ -122,9 +141,19 @@ def planned_comparison(recipes: Sequence[Loaded]) -> Planned:
         planned_arm(first.base, arm, len(asked.points(arm)) * len(plan.tune_seeds), len(plan.report_seeds))
         for arm in asked.arms
     ]
-    runs, fields = planned_runs(asked), first.provenance(Arm("", first.base))
+    search_runs = len(searched_arms(plan)) * len(plan.report_seeds) * rates.USUAL_RUNS
+    runs, fields = planned_runs(asked) - search_runs, first.provenance(Arm("", first.base))
     return Planned(
-        first.name, tuple(fields), tuple(arms), dict(plan.grid), runs, runs * plan.budget, available_memory_mib()
+        first.name,
+        tuple(fields),
+        tuple(arms),
+        dict(plan.grid),
+        runs,
+        runs * plan.budget,
+        available_memory_mib(),
+        plan.claims,
+        search_runs,
+        (plan.largest_learning_rate or {}).get("steps", 0),
     )
 
 
@@ -144,6 +173,32 @@ def _named_arms(recipes: Sequence[Loaded]) -> list[Arm]:
     return [arm if count[arm.name] == 1 else replace(arm, name=f"{file} {arm.name}") for file, arm in arms]
 
 
+def _claims(recipes: Sequence[Loaded], arms: Sequence[Arm]) -> Iterator[Claim]:
+    """The claims of every recipe, about its own arms under the names that they have in the comparison."""
+    names = iter(arms)
+    for loaded in recipes:
+        named = {arm.name: next(names).name for arm in loaded.arms or [Arm(loaded.name, loaded.base)]}
+        for claim in loaded.file.claims:
+            yield _claim(claim, named[claim.arm], named[claim.over])
+
+
+def _claim(claim: ClaimSection, arm: str, over: str) -> Claim:
+    none = 1.0 if MEASURES[claim.measure].compared == "ratio" else 0.0  # no difference
+    low = claim.at_least is not None or claim.expect == "more"
+    given = claim.at_least if claim.at_least is not None else claim.at_most
+    return Claim(
+        claim.say,
+        claim.measure,
+        arm,
+        over,
+        bound=none if given is None else given,
+        side="at least" if low else "at most",
+        bounded=given is not None,
+        when=claim.when,
+        layer=claim.layer,
+    )
+
+
 def _differences(recipes: Sequence[Loaded], arms: Sequence[Arm]) -> Iterator[str]:
     """Why the arms cannot be compared."""
     first, *others = recipes
@@ -159,6 +214,10 @@ def _differences(recipes: Sequence[Loaded], arms: Sequence[Arm]) -> Iterator[str
         for part in ("grid", "seeds"):
             if getattr(loaded.file, part) != getattr(first.file, part):
                 yield f"{loaded.source}: {part} differs from {first.source}'s; every arm gets the same {part}"
+    searches = [loaded for loaded in recipes if loaded.file.largest_learning_rate]
+    for loaded in searches[1:]:
+        if loaded.file.largest_learning_rate != searches[0].file.largest_learning_rate:
+            yield f"{loaded.source}: largest_learning_rate differs from {searches[0].source}'s"
     for arm in arms:
         for path in SAME_FOR_ALL_RUNS:
             if attrgetter(path)(arm.recipe) != attrgetter(path)(arms[0].recipe):
@@ -191,12 +250,18 @@ def _check_size(first: Loaded, arms: int, tune: int) -> None:
 def planned_runs(study: Study, records: Mapping[str, RunRecord] | None = None) -> int:
     """How many runs the comparison rests on in all, each once.
 
-    For an arm whose tuning is not complete it is not known yet how many points of the grid it keeps: one is counted.
+    For an arm whose tuning is not complete it is not known yet how many points of the grid it keeps: one is counted. A
+    search for the largest learning rate counts as USUAL_RUNS runs until it has ended.
     """
     records = records or {}
     named = {job.key for job in wanted(study, records)}
     untuned = {keys for arm in study.arms if not records.keys() >= set(keys := _tuning_keys(study, arm))}
-    return len(named) + len(untuned) * len(study.plan.report_seeds)
+    searches, searched = 0, searched_arms(study.plan)
+    for arm in study.arms:
+        if arm.name in searched:
+            unended = [jobs for jobs in _searches(study, arm, records) if not jobs or jobs[-1].key not in records]
+            searches += sum(max(0, rates.USUAL_RUNS - len(jobs)) for jobs in unended)
+    return len(named) + len(untuned) * len(study.plan.report_seeds) + searches
 
 
 def _tuning_keys(study: Study, arm: Arm) -> tuple[str, ...]:
@@ -204,8 +269,12 @@ def _tuning_keys(study: Study, arm: Arm) -> tuple[str, ...]:
 
 
 def wanted(study: Study, records: Mapping[str, RunRecord]) -> list[Job]:
-    """The runs that can be named now, done or not: all tuning runs, and an arm's further runs once it is tuned."""
-    tuning, report = [], []
+    """The runs that can be named now, done or not: all tuning runs, and an arm's further runs once it is tuned.
+
+    The searches for the largest learning rate come last: each names one run after the other.
+    """
+    tuning, report, searches = [], [], []
+    searched = searched_arms(study.plan)
     for arm in study.arms:
         points = study.points(arm)
         jobs = study.jobs(arm, "tune", points)
@@ -216,7 +285,43 @@ def wanted(study: Study, records: Mapping[str, RunRecord]) -> list[Job]:
 
                 points = kept_points(study.plan, _records(jobs, records))
             report += study.jobs(arm, "report", points)
-    return report + tuning
+        if arm.name in searched:
+            searches += [job for jobs in _searches(study, arm, records) for job in jobs]
+    return report + tuning + searches
+
+
+def searched_arms(plan: ComparisonPlan) -> set[str]:
+    """The arms whose largest learning rate a claim is about."""
+    claims = [claim for claim in plan.claims if claim.measure == "largest_learning_rate"]
+    return {name for claim in claims for name in (claim.arm, claim.over)}
+
+
+def _searches(study: Study, arm: Arm, records: Mapping[str, RunRecord]) -> list[list[Job]]:
+    """For each report seed the runs of the arm's search that can be named now, in order; none before it is tuned."""
+    plan, point = study.plan, study.points(arm)[0]
+    if tuning := study.jobs(arm, "tune", study.points(arm)):
+        if not all(job.key in records for job in tuning):
+            return [[] for _ in plan.report_seeds]
+        from bncli.measure.compare.samples import tuned_point
+
+        found = tuned_point(plan, arm.name, _records(tuning, records))
+        if found is None:  # no run ended
+            return []
+        point = found
+    return [_search(study, arm, point, seed, records) for seed in plan.report_seeds]
+
+
+def _search(study: Study, arm: Arm, point: dict[str, Any], seed: int, records: Mapping[str, RunRecord]) -> list[Job]:
+    jobs: dict[float, Job] = {}
+
+    def result_of(rate: float) -> RunResult | None:
+        jobs[rate] = study._job(arm, {**point, rates.FIELD: rate}, seed, "rate")
+        record = records.get(jobs[rate].key)
+        return record.result if record else None
+
+    with contextlib.suppress(rates.UnknownOutcome):
+        rates.search(study.plan, arm.name, point, result_of)
+    return list(jobs.values())
 
 
 def collect(study: Study, records: Mapping[str, RunRecord]) -> list[RunRecord]:

@@ -12,11 +12,11 @@ from pathlib import Path
 from bncli import __version__
 from bncli.engine.user_code import digest_of
 from bncli.errors import BncliError
-from bncli.measure.compare.plan import Job, Study, collect, planned_runs
+from bncli.measure.compare.plan import Job, Study, collect, planned_runs, run_values
 from bncli.measure.compare.summary import summarise
 from bncli.recipe.load import Arm, data_state, digest, plain, with_values
 from bncli.recipe.sections import Recipe
-from bncli.results.compare import BegunComparison, Comparison, Note, RunRecord
+from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, Note, RunRecord
 
 PACKAGE = Path(__file__).parents[2]
 IDENTITY = ("bncli", "torch", "device", "data")  # the parts of a run's identity, as `identity` gives them
@@ -74,12 +74,14 @@ def of_one_code(kept: Iterable[RunRecord]) -> list[RunRecord]:
 
 def fits(study: Study, kept: Iterable[RunRecord]) -> bool:
     """Whether any of the runs could be one of this study's, at another point of the grid or seed, or by other code."""
-    return any(_fits(arm, record) for record in kept for arm in study.arms)
+    return any(_fits(study.plan, arm, record) for record in kept for arm in study.arms)
 
 
-def _fits(arm: Arm, record: RunRecord) -> bool:
+def _fits(plan: ComparisonPlan, arm: Arm, record: RunRecord) -> bool:
+    if record.phase == "rate" and plan.largest_learning_rate is None:
+        return False
     try:
-        recipe = with_values(arm.recipe, {**record.point, "train.seed": record.seed})
+        recipe = with_values(arm.recipe, run_values(plan, record.phase, record.point, record.seed))
     except (KeyError, TypeError, ValueError):  # a point of another recipe's grid
         return False
     return digest(plain(recipe)) == record.recipe_key

@@ -49,8 +49,8 @@ class Executor(Protocol):
 class _OpenRuns:
     """The runs of a study that are not done, in the order in which they are to be handed out.
 
-    The study is asked again once every named run of an arm has ended, which alone can change its answer; so a run
-    that ends costs the same however many are open.
+    The study is asked again once every named run of an arm has ended, or of one of its searches for the largest
+    learning rate, which alone can change its answer; so a run that ends costs the same however many are open.
     """
 
     def __init__(self, study: Study, records: dict[str, RunRecord]) -> None:
@@ -72,13 +72,14 @@ class _OpenRuns:
         named = wanted(self.study, self.records)
         self.planned = planned_runs(self.study, self.records)
         self.done = len({job.key for job in named} & self.records.keys())
-        self._open: dict[str, set[str]] = {}  # arm -> keys of its runs that are not done
+        self._open: dict[tuple[str, int | None], set[str]] = {}  # arm, seed of a search -> keys of runs not done
         self.waiting.clear()
         for job in named:
             if job.key not in self.records:
                 if job.key not in self.running and not any(job.key in keys for keys in self._open.values()):
                     self.waiting.append(job)
-                self._open.setdefault(job.arm, set()).add(job.key)
+                group = (job.arm, job.seed if job.phase == "rate" else None)
+                self._open.setdefault(group, set()).add(job.key)
 
 
 def execute(
@@ -98,7 +99,7 @@ def execute(
     for event in executor.run(runs.waiting, stop):
         if isinstance(event, Started):
             runs.running.add(event.job.key)
-            yield RunBegan(event.worker, event.job.label, plan.budget)
+            yield RunBegan(event.worker, event.job.label, event.job.recipe.train.steps)
         elif isinstance(event, RunProgressed):
             yield event
         elif isinstance(event, Ended):

@@ -15,7 +15,8 @@ from bncli.engine.target import StepsToTarget
 from bncli.measure.compare import stats
 from bncli.measure.compare.stats import Sample
 from bncli.recipe.overrides import value_at
-from bncli.results.compare import ComparisonPlan, RunRecord
+from bncli.results.compare import ComparisonPlan, Ratio, RunRecord
+from bncli.results.environment import Interval
 from bncli.results.train import RunResult, Target
 
 Point = dict[str, Any]
@@ -29,17 +30,19 @@ class ArmRuns:
     name: str
     records: Sequence[RunRecord]
     kept: Sequence[Point]
+    searched: Sequence[RunRecord] = ()  # of the search for its largest learning rate
 
     @staticmethod
     def of(plan: ComparisonPlan, name: str, records: Sequence[RunRecord]) -> ArmRuns:
         """The arm's part of a comparison's records. Before its tuning is complete it has kept no point."""
-        records = [record for record in records if record.arm == name]
+        searched = [record for record in records if record.arm == name and record.phase == "rate"]
+        records = [record for record in records if record.arm == name and record.phase != "rate"]
         if not plan.tune_seeds:
-            return ArmRuns(plan, name, records, points_of(records))
+            return ArmRuns(plan, name, records, points_of(records), searched)
         tuning = [record for record in records if record.phase == "tune"]
         tuned = [values for path, values in plan.grid.items() if path not in plan.fixed.get(name, ())]
         complete = len(tuning) == math.prod(map(len, tuned)) * len(plan.tune_seeds)
-        return ArmRuns(plan, name, records, kept_points(plan, tuning) if complete else [])
+        return ArmRuns(plan, name, records, kept_points(plan, tuning) if complete else [], searched)
 
     @cached_property
     def results(self) -> list[tuple[Point, dict[int, RunResult]]]:
@@ -124,6 +127,12 @@ def kept_points(plan: ComparisonPlan, tuning: Sequence[RunRecord]) -> list[Point
     return [(max if highest else min)(arm.results, key=lambda found: median_best(found[1]))[0]]
 
 
+def tuned_point(plan: ComparisonPlan, name: str, records: Sequence[RunRecord]) -> Point | None:
+    """The best of an arm's points over the tuning seeds alone; None before the tuning is complete."""
+    tuning = [record for record in records if record.phase == "tune"]
+    return ArmRuns.of(plan, name, tuning).best(steps(plan.target))
+
+
 def points_of(records: Sequence[RunRecord]) -> list[Point]:
     """The different points of some runs, in their order."""
     points: list[Point] = []
@@ -131,6 +140,32 @@ def points_of(records: Sequence[RunRecord]) -> list[Point]:
         if record.point not in points:
             points.append(record.point)
     return points
+
+
+def ratio(
+    arm: ArmRuns,
+    reference: ArmRuns,
+    measure: Measure,
+    by: Measure | None = None,
+    tail: float = stats.TAIL,
+    bound: float = 1.0,
+) -> Ratio:
+    """The reference's cost over the arm's, each at the point that is best over all of its seeds.
+
+    Over the seeds that both have. by: as in `ArmRuns.sample`. tail, bound: as in `stats.ratio`.
+    """
+    if _same_recipe(arm, reference):
+        return Ratio(1.0, Interval(1.0, 1.0), "same recipe", None)
+    seeds = reference.seeds(measure) & arm.seeds(measure)
+    of_reference, of_arm = (side.sample(measure, by, seeds, side.best(by or measure)) for side in (reference, arm))
+    return stats.ratio(of_reference, of_arm, tail, bound)
+
+
+def _same_recipe(arm: ArmRuns, reference: ArmRuns) -> bool:
+    """Whether an arm is the reference under another name: it then shares the reference's runs."""
+    recipe, fixed = arm.plan.recipes.get, arm.plan.fixed.get
+    alike = recipe(arm.name) is not None and recipe(arm.name) == recipe(reference.name)
+    return alike and fixed(arm.name, ()) == fixed(reference.name, ())
 
 
 # --- measures -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Statistics of steps to target over seeds and grid points: the best point, the ratio of two arms, their intervals.
 
 Everything is computed from log steps, since the result is a ratio: so the ratio of two arms is the inverse of the
-ratio the other way round, and a unit of steps cancels out. Each limit of an interval leaves 2.5 % beyond it.
+ratio the other way round, and a unit of steps cancels out. Each limit of an interval leaves 2.5 % beyond it, or the
+`tail` that it is given.
 
 The choice of the best grid point is part of the result. All seeds serve both the choice and the estimate; the interval
 repeats the choice with one seed left out at a time, and is widened by what the smallest of several means flatters.
@@ -31,7 +32,10 @@ Bools = npt.NDArray[np.bool_]
 TAIL = 0.025
 OPEN = Interval(None, None)
 FOLDS = 5
-FEWEST_WITH_A_MISS = 6  # runs per arm: in fewer no order statistic bounds a median at 2.5 % on both sides
+FEWEST_WITH_A_MISS = 6  # runs per arm: in fewer no order statistic bounds a median at 2.5 % on both sides (2^-6)
+
+
+MOST_PAIRS = 10_000
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ def typical(sample: Sample) -> Steps:
     return Steps(math.exp(_median(logs, hit)), interval, "median")
 
 
-def ratio(reference: Sample, arm: Sample) -> Ratio:
+def ratio(reference: Sample, arm: Sample, tail: float = TAIL, bound: float = 1.0) -> Ratio:
     """The steps of `reference` over those of `arm`, each at its best point, over the same seeds. By method:
 
     - "means", no miss at either best point: the ratio of geometric means. Its interval is a jackknife over seeds,
@@ -140,18 +144,20 @@ def ratio(reference: Sample, arm: Sample) -> Ratio:
     - "bound", half or more missed in one arm: the same formula, which then has one side, and no value.
     - "hits", half or more missed in both arms: no ratio; the p-value is Fisher's exact test of their hits.
     - "none": an arm has no runs, or held the target before training.
+
+    tail: the probability beyond each limit. bound: the ratio that the p-value is of.
     """
     if reference.hit.shape[1] == 0 or not all(np.isfinite(one.logs[one.best]).all() for one in (reference, arm)):
         return Ratio(None, OPEN, "none", None)
     if reference.complete and arm.complete:
-        return _ratio_of_means(_Mean.of(reference), _Mean.of(arm))
+        return _ratio_of_means(_Mean.of(reference), _Mean.of(arm), tail, bound)
     if reference.half_missed and arm.half_missed:
         from scipy.stats import fisher_exact  # which takes a while to load
 
         runs = reference.hit.shape[1]
         p_value = fisher_exact([[one.hits, runs - one.hits] for one in (reference, arm)]).pvalue
         return Ratio(None, OPEN, "hits", float(p_value))
-    return _ratio_of_medians(reference, arm)
+    return _ratio_of_medians(reference, arm, tail)
 
 
 def doubt(sample: Sample) -> float | None:
@@ -203,9 +209,9 @@ def _standard_error(left: Floats) -> float:
     return math.sqrt((len(left) - 1) / len(left) * float(((left - left.mean()) ** 2).sum()))
 
 
-def _half_width(left: Floats) -> float:
+def _half_width(left: Floats, tail: float = TAIL) -> float:
     """Half the width of the jackknife's interval; infinite below two seeds."""
-    return float(stdtrit(len(left) - 1, 1 - TAIL)) * _standard_error(left) if len(left) > 1 else math.inf
+    return float(stdtrit(len(left) - 1, 1 - tail)) * _standard_error(left) if len(left) > 1 else math.inf
 
 
 def _cross_fitted(logs: Floats) -> float:
@@ -216,37 +222,62 @@ def _cross_fitted(logs: Floats) -> float:
     return float(np.concatenate(parts).mean())
 
 
-def _ratio_of_means(reference: _Mean, arm: _Mean) -> Ratio:
+def _ratio_of_means(reference: _Mean, arm: _Mean, tail: float, bound: float) -> Ratio:
     value = reference.value - arm.value
     left = reference.left - arm.left
-    half = _half_width(left)
+    half = _half_width(left, tail)
     interval = _exp(value - arm.optimism - half, value + reference.optimism + half)
-    return Ratio(math.exp(value), interval, "means", _p_of_one(value, left, reference.optimism, arm.optimism))
+    distance = value - math.log(bound)
+    optimism = arm.optimism if distance > 0 else reference.optimism
+    return Ratio(math.exp(value), interval, "means", _p_value(abs(distance) - optimism, left))
 
 
-def _p_of_one(value: float, left: Floats, of_reference: float, of_arm: float) -> float | None:
-    """Two-sided p-value of a ratio of 1: under 5 % just where the interval leaves 1 out."""
+def _p_value(beyond: float, left: Floats) -> float | None:
+    """Two-sided p-value of a mean's being so far beyond a bound, from the values with each seed left out.
+
+    It is under twice the tail just where the interval of that tail leaves the bound out. None below two seeds.
+    """
     if len(left) < 2:
         return None
-    beyond = max(0.0, abs(value) - (of_arm if value > 0 else of_reference))
     error = _standard_error(left)
     if error == 0:
-        return float(beyond == 0)
-    return float(2 * stdtr(len(left) - 1, -beyond / error))
+        return float(beyond <= 0)
+    return float(2 * stdtr(len(left) - 1, -max(0.0, beyond) / error))
+
+
+def paired(differences: Floats, tail: float = TAIL, bound: float = 0.0, within: float = 0.0) -> Paired:
+    """The mean of the differences of pairs (seeds), with Student's t interval.
+
+    within: by how much each pair may be off, in the same direction for all of them; it widens the interval.
+    """
+    value, seeds = float(differences.mean()), len(differences)
+    left = _without_each(differences[None])[0] if seeds > 1 else np.empty(0)
+    half = _half_width(left, tail) + within
+    return Paired(value, value - half, value + half, _p_value(abs(value - bound) - within, left))
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A mean with its limits, infinite below two seeds, and the two-sided p-value of a bound."""
+
+    value: float
+    low: float
+    high: float
+    p_value: float | None
 
 
 # --- medians ------------------------------------------------------------------------------------------------------
 
 
-def _ratio_of_medians(reference: Sample, arm: Sample) -> Ratio:
+def _ratio_of_medians(reference: Sample, arm: Sample, tail: float) -> Ratio:
     sides = []
     for one in (reference, arm):
         logs, hit = one.logs[one.best], one.hit[one.best]
-        sides.append((_median(logs, hit), *_order_statistics(logs, hit)))
+        sides.append((_median(logs, hit), *_order_statistics(logs, hit, tail)))
     (m1, l1, u1), (m2, l2, u2) = sides
     value = None if reference.half_missed or arm.half_missed else math.exp(m1 - m2)
     interval = OPEN
-    if reference.hit.shape[1] >= FEWEST_WITH_A_MISS:
+    if 2.0 ** -reference.hit.shape[1] <= tail:
         interval = _exp(m1 - m2 - math.hypot(m1 - l1, u2 - m2), m1 - m2 + math.hypot(u1 - m1, m2 - l2))
     return Ratio(value, interval, "bound" if value is None else "medians", None)
 
@@ -257,17 +288,17 @@ def _median(logs: Floats, hit: Bools) -> float:
     return ranked if math.isfinite(ranked) else float(np.median(logs))
 
 
-def _order_statistics(logs: Floats, hit: Bools) -> tuple[float, float]:
+def _order_statistics(logs: Floats, hit: Bools, tail: float = TAIL) -> tuple[float, float]:
     """Limits of the median of runs (seeds); -inf and inf where nothing bounds it.
 
-    A miss counts as its budget in the lower limit and leaves the upper one open. One-sided at 5 % where two sides exist
-    for no sample.
+    A miss counts as its budget in the lower limit and leaves the upper one open. One-sided at twice the tail where two
+    sides exist for no sample.
     """
     runs = len(logs)
     counts = itertools.accumulate(math.comb(runs, k) for k in range(runs))
     at_most = [count / 2**runs for count in counts]  # binomial(runs, 1/2): k or fewer
-    two_sided = sum(share <= TAIL for share in at_most)
-    rank = two_sided or sum(share <= 2 * TAIL for share in at_most)  # from either end, counted from 1; 0: none
+    two_sided = sum(share <= tail for share in at_most)
+    rank = two_sided or sum(share <= 2 * tail for share in at_most)  # from either end, counted from 1; 0: none
     if rank == 0:
         return -math.inf, math.inf
     low = float(np.sort(logs)[rank - 1])
@@ -328,3 +359,29 @@ def welch_power(seeds: int, cv: float, ratio: float) -> float:
     freedom = 2 * (seeds - 1)
     other_side = np.nan_to_num(nctdtr(freedom, shift, -critical))  # SciPy gives NaN for some tails below 1e-16
     return float(np.mean(1 - nctdtr(freedom, shift, critical) + other_side))
+
+
+def pairs_needed(distance: float, half_width: float, pairs: int, tail: float, power: float = 0.8) -> int | None:
+    """Pairs of runs with which Student's t interval leaves a bound out with probability `power`.
+
+    If the mean is as far from the bound as was seen, `distance`, and pairs scatter as much: `half_width` is that of the
+    interval of so many pairs. None for a distance of 0, without an interval, and beyond MOST_PAIRS.
+    """
+    if distance <= 0 or not 0 < half_width < math.inf:
+        return None
+    spread = half_width * math.sqrt(pairs) / float(stdtrit(pairs - 1, 1 - tail))
+
+    def decide(seeds: int) -> bool:
+        shift, freedom = distance / spread * math.sqrt(seeds), seeds - 1
+        # SciPy gives NaN for a probability below 1e-16.
+        return not nctdtr(freedom, shift, stdtrit(freedom, 1 - tail)) > 1 - power
+
+    low, high = pairs, 2 * pairs  # power rises with the number of pairs
+    while not decide(high):
+        low, high = high, 2 * high
+        if low > MOST_PAIRS:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if decide(middle) else (middle, high)
+    return high

@@ -10,7 +10,8 @@ from operator import attrgetter
 from statistics import geometric_mean, median
 from typing import Any
 
-from bncli.measure.compare import samples, stats
+from bncli.measure.compare import rates, samples, stats
+from bncli.measure.compare.claims import judged
 from bncli.measure.compare.plan import point_and_seed
 from bncli.measure.compare.samples import ArmRuns, Measure, Point, points_of
 from bncli.recipe.overrides import value_at
@@ -26,7 +27,6 @@ from bncli.results.compare import (
     RunRecord,
     TuningCell,
 )
-from bncli.results.environment import Interval
 from bncli.results.train import RunResult, Target
 
 FEWEST_EVALUATIONS = 10  # within an arm's steps to target; 5 would do for the bias, 10 keep single runs from scattering
@@ -53,14 +53,17 @@ def summarise(
         replace(row, ratio=replace(row.ratio, holm_p_value=p_value)) if row.ratio else row
         for row, p_value in zip(rows, corrected, strict=True)
     ]
-    comparison = Comparison(plan, tuple(rows), (), tuple(records), planned, threads=threads, remarks=remarks)
+    comparison = Comparison(
+        plan, tuple(rows), (), tuple(records), planned, threads=threads, remarks=remarks, claims=judged(plan, arms)
+    )
     return replace(comparison, notes=(*_notes(comparison, arms), *remarks, *_other_threads(records, threads)))
 
 
 def _place(plan: ComparisonPlan, record: RunRecord) -> tuple[Any, ...]:
     """The plan's order, so that a report does not depend on which run happened to end first."""
     point = [values.index(record.point[path]) for path, values in plan.grid.items() if record.point.get(path) in values]
-    return plan.arms.index(record.arm), record.phase != "tune", point, record.seed
+    phase = ("tune", "report", "rate").index(record.phase)
+    return plan.arms.index(record.arm), phase, point, record.seed, record.point.get(rates.FIELD)
 
 
 def _without_other_costs(record: RunRecord, threads: int | None) -> RunRecord:
@@ -108,7 +111,9 @@ def _row(arm: ArmRuns, reference: ArmRuns) -> ArmSummary:
         peak_memory_mib=max(memory, default=None),
         parameters=results[0].parameters if results else None,
         diverged=sum(result.status == "diverged" and result.steps_to_target is None for result in results),
-        failures=tuple(f"{point_and_seed(r.point, r.seed)}: {r.failure}" for r in arm.records if r.failure),
+        failures=tuple(
+            f"{point_and_seed(r.point, r.seed)}: {r.failure}" for r in (*arm.records, *arm.searched) if r.failure
+        ),
         tuning=cells if len(cells) > 1 else (),
         curve=_curve(results, plan.target.metric),
         choice=Choice(len(cells), len(arm.kept), stats.doubt(sample)) if tuned else None,
@@ -170,23 +175,8 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
 
 
 def _ratio(arm: ArmRuns, reference: ArmRuns, measure: Measure, by: Measure | None = None) -> Ratio | None:
-    """The reference's cost over the arm's; None for the reference itself.
-
-    Over the seeds that both have, at the point that is best over all seeds of each.
-    """
-    if arm is reference:
-        return None
-    if _same_recipe(arm, reference):
-        return Ratio(1.0, Interval(1.0, 1.0), "same recipe", None)
-    seeds = reference.seeds(measure) & arm.seeds(measure)
-    return stats.ratio(*(side.sample(measure, by, seeds, side.best(by or measure)) for side in (reference, arm)))
-
-
-def _same_recipe(arm: ArmRuns, reference: ArmRuns) -> bool:
-    """Whether an arm is the reference under another name: it then shares the reference's runs."""
-    recipe, fixed = arm.plan.recipes.get, arm.plan.fixed.get
-    alike = recipe(arm.name) is not None and recipe(arm.name) == recipe(reference.name)
-    return alike and fixed(arm.name, ()) == fixed(reference.name, ())
+    """As `samples.ratio`; None for the reference itself."""
+    return None if arm is reference else samples.ratio(arm, reference, measure, by)
 
 
 def _cost(arm: ArmRuns, reference: ArmRuns, measure: Measure) -> Cost | None:
@@ -239,7 +229,7 @@ def _notes(comparison: Comparison, arms: Mapping[str, ArmRuns]) -> Iterator[Note
         machines = {(r.result.environment.processor, r.result.environment.device) for r in records if r.result}
         if len(machines) > 1:
             yield Note.of("machines")
-        most = max((record.at_a_time or 1 for record in records), default=1)
+        most = max((record.at_a_time or 1 for record in records if record.phase != "rate"), default=1)
         if most > 1:
             yield Note.of("runs at a time", most=most)
     if any(recipe.get("norm", {}).get("kind") == "batch" for recipe in plan.recipes.values()):

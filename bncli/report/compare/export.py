@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable
 from typing import Any
 
 from bncli.errors import FileError
+from bncli.report.compare.claims import HEADING, claim_columns, claim_notes, csv_row
 from bncli.report.compare.text import (
     comparison_columns,
     footnotes,
@@ -24,10 +26,14 @@ from bncli.results.compare import ArmSummary, AtTarget, Comparison, Cost, Ratio
 
 
 def to_csv(comparison: Comparison) -> str:
-    """One row per arm with all digits; an empty cell is an unknown value."""
+    """One row per arm with all digits; an empty cell is an unknown value.
+
+    Claims follow after an empty line, in a table with a header of its own: one row per claim.
+    """
     plan, metric = comparison.plan, comparison.plan.target.metric
     rows = [_csv_row(arm, list(plan.grid), metric) for arm in comparison.arms]
-    return csv_text(rows, "arm")
+    claims = [csv_row(claim) for claim in comparison.claims]
+    return csv_text(rows, "arm") + ("\n" + csv_text(claims, "say") if claims else "")
 
 
 def _csv_row(arm: ArmSummary, fields: list[str], metric: str) -> dict[str, Any]:
@@ -99,6 +105,9 @@ def to_markdown(comparison: Comparison) -> str:
     for heading, columns in side_tables(comparison):
         lines += [f"#### {heading.capitalize()}", "", *markdown_table(columns), ""]
     lines += [f"- {markdown(note)}" for note in footnotes(comparison)]
+    if comparison.claims:
+        lines += ["", f"#### {HEADING.capitalize()}", "", *markdown_table(claim_columns(comparison)), ""]
+        lines += [f"- {markdown(note)}" for note in claim_notes(comparison)]
     return "\n".join(lines) + "\n"
 
 
@@ -134,11 +143,12 @@ svg {{ width: 100%; height: auto; margin: 1.5rem 0; }}
 {figure}
 {side}
 <ul>{notes}</ul>
+{claims}
 {tuning}
 </body>
 </html>
 """
-TUNING = """<h2>Tuning runs</h2>
+SECTION = """<h2>{heading}</h2>
 <div class="wide">{table}</div>
 <ul>{notes}</ul>"""
 
@@ -157,8 +167,15 @@ def to_html(comparison: Comparison) -> str:
         figure=_html_figures(comparison),
         side="\n".join(side),
         notes=_html_items(footnotes(comparison)),
-        tuning=TUNING.format(table=_html_table(tuned), notes=_html_items(tuning_notes(comparison))) if tuned else "",
+        claims=_html_section(HEADING.capitalize(), claim_columns(comparison), claim_notes(comparison))
+        if comparison.claims
+        else "",
+        tuning=_html_section("Tuning runs", tuned, tuning_notes(comparison)) if tuned else "",
     )
+
+
+def _html_section(heading: str, columns: list[Column], notes: Iterable[str]) -> str:
+    return SECTION.format(heading=heading, table=_html_table(columns), notes=_html_items(notes))
 
 
 def _html_figures(comparison: Comparison) -> str:
@@ -181,7 +198,7 @@ def _inline(svg: bytes, label: str) -> str:
     return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
 
 
-def _html_items(notes: list[str]) -> str:
+def _html_items(notes: Iterable[str]) -> str:
     return "".join(f"<li>{html.escape(note)}</li>\n" for note in notes)
 
 

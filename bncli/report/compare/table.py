@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 
+from bncli.report.compare.claims import HEADING, claim_columns, claim_notes
 from bncli.report.compare.curves import sketch
 from bncli.report.compare.text import (
     comparison_columns,
@@ -38,6 +39,9 @@ class ComparisonReport:
         yield sketch(found, min(options.max_width, SKETCH_WIDTH), encoding=options.encoding)
         if found.plan.grid and found.plan.tune_seeds:
             yield tuning_table(found)
+        if found.claims:
+            yield ""
+            yield claims_table(found)
 
 
 def comparison_table(comparison: Comparison) -> RenderableType:
@@ -71,3 +75,9 @@ def tuning_table(comparison: Comparison) -> RenderableType:
     whole = AlignedTable(columns, asides_below=True, wrap=True)
     narrower = [blocks(size) for size in range(len(values) - 1, 0, -1)]
     return ResponsiveTable(f"{comparison.plan.name}: tuning runs", whole, narrower, notes=tuning_notes(comparison))
+
+
+def claims_table(comparison: Comparison) -> RenderableType:
+    """One row per claim: what was measured, its bound, and the verdict."""
+    table = AlignedTable(claim_columns(comparison), asides_below=True, wrap=True)
+    return ResponsiveTable(f"{comparison.plan.name}: {HEADING}", table, notes=list(claim_notes(comparison)))

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from bncli.errors import RecipeError
-from bncli.measure.compare.plan import Job, Study, planned_runs, study, wanted
+from bncli.measure.compare.plan import Job, Study, planned_comparison, planned_runs, study, wanted
+from bncli.measure.compare.rates import USUAL_RUNS
 from bncli.measure.compare.reuse import identity
 from bncli.recipe.load import load
 from tests.measure.compare.conftest import ARMS, BASE, UNTUNED, StudyOf, carried_out, record
@@ -146,3 +147,58 @@ def test_arms_of_two_files_that_share_a_name_get_their_files_name(study_of: Stud
 def test_what_cannot_be_compared_is_refused_with_the_reason(study_of: StudyOf, texts: list[str], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         study_of(*texts)
+
+
+# --- claims -----------------------------------------------------------------------------------------------------------
+
+SEARCH = "\nlargest_learning_rate: {steps: 300, accuracy: 0.8}"
+CLAIM = "\nclaims: [{say: so, measure: largest_learning_rate, arm: %s, over: plain, at_least: 3}]"
+
+
+def test_claims_are_part_of_the_plan_with_the_bound_of_no_difference_where_they_state_none(study_of: StudyOf) -> None:
+    each = ["final, at_least: -0.01", "final, expect: less", "steps_to_target, expect: more", "best, at_most: 0"]
+    lines = "".join(f"\n  - {{say: so, arm: normed, over: plain, measure: {one}}}" for one in each)
+    claims = study_of(BASE + UNTUNED + "\nclaims:" + lines).plan.claims
+    assert [(claim.bound, claim.side, claim.bounded) for claim in claims] == [
+        (-0.01, "at least", True), (0, "at most", False), (1, "at least", False), (0, "at most", True),
+    ]  # fmt: skip
+
+
+def test_claims_of_several_files_are_about_their_own_arms(study_of: StudyOf) -> None:
+    other = BASE + ARMS.replace("normed", "layered").replace("batch}", "layer}") + SEARCH + CLAIM % "layered"
+    asked = study_of(BASE + ARMS + CLAIM % "normed" + SEARCH, other)
+    found = [(claim.arm, claim.over) for claim in asked.plan.claims]
+    assert found == [("normed", "recipe0 plain"), ("layered", "recipe1 plain")]
+    with pytest.raises(RecipeError, match=r"recipe1.yaml: largest_learning_rate differs from .*recipe0.yaml's"):
+        study_of(BASE + ARMS + CLAIM % "normed" + SEARCH, other.replace("0.8", "0.7"))
+
+
+def test_a_dry_run_lists_claims_and_counts_the_searches_apart(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(BASE + ARMS)
+    without = planned_comparison([load(str(file))])
+    file.write_text(BASE + ARMS + SEARCH + CLAIM % "normed")
+    found = planned_comparison([load(str(file))])
+    assert (found.runs, found.steps_at_most) == (without.runs, without.steps_at_most)
+    assert (found.search_runs, found.search_steps, without.search_runs) == (2 * 5 * USUAL_RUNS, 300, 0)
+    assert [claim.say for claim in found.claims] == ["so"]
+
+
+def test_a_search_begins_at_the_arms_best_point_over_the_tuning_seeds(study_of: StudyOf) -> None:
+    asked = study_of(BASE + ARMS + SEARCH + CLAIM % "normed")
+    best = {"plain": 0.1, "normed": 10}
+    records = carried_out(asked, lambda job: 100.0 if job.point["optimizer.lr"] == best[job.arm] else 500.0)
+    starts = {record.arm: record.point for record in reversed(records) if record.phase == "rate"}
+    assert starts == {arm: {"optimizer.lr": rate} for arm, rate in best.items()}
+
+
+def test_only_the_report_seeds_are_probed_and_a_recipe_without_probes_keeps_its_keys(
+    asked: Study, study_of: StudyOf
+) -> None:
+    probed = study_of(BASE + "probes: {measure: all}" + ARMS)
+    assert keys(probed) == keys(asked)  # those of the tuning runs
+    assert not set(keys_of_report(probed)) & set(keys_of_report(asked))
+
+
+def keys_of_report(asked: Study) -> list[str]:
+    return [job.key for arm in asked.arms for job in asked.jobs(arm, "report", asked.points(arm))]

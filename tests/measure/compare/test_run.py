@@ -14,6 +14,7 @@ from bncli.measure.compare.run import Ended, Started, execute
 from bncli.measure.compare.summary import summarise
 from bncli.results.compare import ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
 from bncli.results.serialize import to_plain
+from bncli.results.train import RunResult
 from tests.measure.compare.conftest import ARMS, BASE, UNTUNED, StudyOf, result, sentences
 
 
@@ -22,6 +23,7 @@ class Serial:
 
     def __init__(self, answer: Callable[[Job], float | str | None] = lambda job: 100.0) -> None:
         self.answer, self.ran = answer, list[str]()
+        self.result: Callable[[float | None], RunResult] = result
 
     def run(self, wanted: deque[Job], stop: Callable[[], bool]) -> Iterator[Started | RunProgressed | Ended | None]:
         while wanted and not stop():
@@ -31,7 +33,7 @@ class Serial:
             yield None
             yield RunProgressed(0, 5, 0.5)
             steps = self.answer(job)
-            yield Ended(0, job, None, steps) if isinstance(steps, str) else Ended(0, job, to_plain(result(steps)))
+            yield Ended(0, job, None, steps) if isinstance(steps, str) else Ended(0, job, to_plain(self.result(steps)))
 
 
 class Kept(dict[str, RunRecord]):
@@ -125,3 +127,85 @@ def test_the_study_is_asked_no_more_often_than_arms_are_tuned(
     carry_out(study_of(BASE + ARMS.replace("report: 5", f"report: {seeds}")), Kept(), executor)
     assert len(set(executor.ran)) == len(executor.ran) == 18 + 2 * 3 * seeds
     assert len(asked) == 5  # at the beginning, then for each arm once it is tuned and once it is through
+
+
+# --- the search for the largest learning rate -------------------------------------------------------------------------
+
+SEARCHED = """
+largest_learning_rate: {steps: 300, accuracy: 0.8}
+claims:
+  - {say: it trains at higher rates, measure: largest_learning_rate, arm: normed, over: plain, at_least: 3}
+"""
+
+
+class Trained(Serial):
+    """Runs reach their target up to a rate: `limit`, a tenth of it in the plain arm, some more for some seeds."""
+
+    def __init__(self, limit: float = 100.0) -> None:
+        super().__init__(lambda job: self.steps(job))
+        self.limit = limit
+        self.result = lambda steps: result(steps, best=0.1 if steps is None else 0.95)
+
+    def steps(self, job: Job) -> float | None:
+        limit = self.limit * 1.1 ** (job.seed % 3) * (0.1 if job.arm == "plain" else 1)
+        return 100.0 if job.recipe.optimizer.lr <= limit else None
+
+
+def test_the_largest_rate_of_each_arm_and_seed_is_searched_by_runs_that_are_kept(
+    asked: Study, study_of: StudyOf
+) -> None:
+    store, study = Kept(), study_of(BASE + ARMS + SEARCHED)
+    events, records = carry_out(study, store, Trained())
+    found = collect(study, records)
+    searches = [record for record in found if record.phase == "rate"]
+    assert {(record.arm, record.seed) for record in searches} == {
+        (arm, seed) for arm in study.plan.arms for seed in study.plan.report_seeds
+    }
+    assert (events[-1].done, events[-1].planned) == (len(records), len(records))
+    report = summarise(study.plan, found, planned_runs(study, records))
+    (claim,) = report.claims
+    assert claim.value == pytest.approx(10, rel=0.2)
+    assert claim.verdict == "shown"
+    assert not any("runs are done" in note for note in sentences(report.notes))
+    without = summarise(asked.plan, collect(asked, records), planned_runs(asked, records))
+    assert report.arms == without.arms  # the table is of the other runs alone
+
+
+def test_a_search_runs_to_the_end_of_its_own_budget_without_probes(study_of: StudyOf) -> None:
+    study = study_of(BASE + "probes: {measure: all}" + ARMS + SEARCHED)
+    jobs: list[Job] = []
+    executor = Trained()
+    steps = executor.steps
+    executor.answer = lambda job: jobs.append(job) or steps(job)  # type: ignore[func-returns-value]
+    carry_out(study, Kept(), executor)
+    of = {phase: [job.recipe for job in jobs if job.phase == phase] for phase in ("tune", "report", "rate")}
+    assert {(recipe.train.steps, recipe.train.stop_at_target) for recipe in of["rate"]} == {(300, False)}
+    assert {recipe.train.steps for recipe in of["tune"] + of["report"]} == {1000}
+    assert {phase: {recipe.probes is None for recipe in recipes} for phase, recipes in of.items()} == {
+        "tune": {True}, "report": {False}, "rate": {True},
+    }  # fmt: skip
+
+
+def test_a_search_that_was_stopped_goes_on_where_it_was(study_of: StudyOf) -> None:
+    store, study, first, second, once = Kept(), study_of(BASE + ARMS + SEARCHED), Trained(), Trained(), Trained()
+    carry_out(study, Kept(), once)
+    carry_out(study, store, first, stop=lambda: len(store) >= len(once.ran) - 9)
+    carry_out(study, store, second)
+    assert sorted(first.ran + second.ran) == sorted(once.ran)
+
+
+def test_a_search_with_a_failed_run_ends_without_a_rate(study_of: StudyOf) -> None:
+    study = study_of(BASE + ARMS + SEARCHED)
+    executor = Trained()
+    steps = executor.steps
+    executor.answer = lambda job: "it died" if job.phase == "rate" and job.seed == 10 else steps(job)
+    _, records = carry_out(study, Kept(), executor)
+    report = summarise(study.plan, collect(study, records), planned_runs(study, records))
+    assert (report.claims[0].seeds, report.claims[0].of_seeds) == (4, 5)
+    assert any("seed 10: it died" in failure for failure in report.arms[0].failures)
+
+
+def test_without_a_claim_about_it_nothing_is_searched(study_of: StudyOf) -> None:
+    executor = Trained()
+    carry_out(study_of(BASE + ARMS + SEARCHED.split("claims")[0]), Kept(), executor)
+    assert len(executor.ran) == 48

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from scipy.special import stdtrit
 
 from bncli.measure.compare.stats import (
     Sample,
@@ -18,6 +19,8 @@ from bncli.measure.compare.stats import (
     holm,
     kept_points,
     log_spread,
+    paired,
+    pairs_needed,
     ratio,
     seeds_needed,
     typical,
@@ -25,7 +28,7 @@ from bncli.measure.compare.stats import (
 )
 from bncli.results.compare import Ratio, Steps
 from bncli.results.environment import Interval
-from tests.benchmarks.intervals import FIELDS, FLAT, Cell, Choice, Grid
+from tests.benchmarks.intervals import FIELDS, FLAT, Cell, Choice, Grid, wrong_claims
 
 Runs = Sequence[float | None]
 OPEN = Interval(None, None)
@@ -386,3 +389,67 @@ def test_the_interval_covers_the_choice_among_15_points() -> None:
     missed, _, _, _, kept_of_15 = Choice("A/A", (Grid(FIELDS, 0.2, budget=3.0),) * 2, 0.0, (5, 20), 400).run()
     assert missed <= 8.5
     assert 2 < kept_of_15 < 8
+
+
+# -- Another level, and pairs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tail", [0.025, 0.00625])
+def test_a_ratios_p_value_is_of_the_bound_and_under_the_level_where_the_interval_leaves_it_out(tail: float) -> None:
+    reference, arm = runs([900, 800, 1000, 950, 870]), runs([300, 310, 280, 330, 310])
+    interval = ratio(reference, arm, tail).interval
+    assert interval.low is not None
+    for bound, out in ((0.999 * interval.low, True), (1.001 * interval.low, False), (3.0, False)):
+        p_value = ratio(reference, arm, tail, bound).p_value
+        assert p_value is not None
+        assert (p_value < 2 * tail) == out
+    assert ratio(reference, arm, tail, 2.0).interval == interval
+
+
+def test_medians_need_more_runs_at_a_stricter_level() -> None:
+    reference = runs([*range(900, 907), None])
+    arm = runs(range(300, 308))
+    assert ratio(reference, arm, 2.0**-8).interval.low is not None
+    assert ratio(reference, arm, 2.0**-8 * 0.99).interval == OPEN
+
+
+def test_a_bound_within_which_pairs_may_be_off_widens_the_interval_and_weakens_the_p_value() -> None:
+    differences = np.array([1.0, 1.2, 1.4, 1.1])
+    exact, loose = paired(differences, 0.025, 0.5), paired(differences, 0.025, 0.5, within=0.18)
+    assert (loose.low, loose.high) == (near(exact.low - 0.18), near(exact.high + 0.18))
+    assert loose.value == exact.value == near(1.175)
+    for each in (exact, loose):
+        p_value = paired(differences, 0.025, each.low, within=0.18 if each is loose else 0).p_value
+        assert p_value == near(0.05)
+
+
+def test_equal_differences_are_certain_and_a_single_one_is_not() -> None:
+    assert (paired(np.array([1.0, 1.0])).p_value, paired(np.array([1.0, 1.0]), bound=1.0).p_value) == (0, 1)
+    single = paired(np.array([1.0]))
+    assert (single.p_value, single.low, single.high) == (None, -math.inf, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("effect", "tail", "needed"), [(0.5, 0.025, 34), (1.0, 0.025, 10), (0.2, 0.025, 199), (0.5, 0.005, 51)]
+)
+def test_pairs_needed_are_those_of_the_printed_power_tables(effect: float, tail: float, needed: int) -> None:
+    """Cohen's d of a paired t test, power 0.8; the scatter is read from the interval of 5 pairs."""
+    half_width = float(stdtrit(4, 1 - tail)) / math.sqrt(5)
+    assert pairs_needed(effect, half_width, 5, tail) == needed
+
+
+def test_no_number_of_pairs_tells_an_effect_of_nothing_or_an_unknown_scatter() -> None:
+    assert pairs_needed(0.0, 1.5, 5, 0.025) is None
+    assert pairs_needed(1e-6, 1.5, 5, 0.025) is None
+    assert pairs_needed(1.0, math.inf, 1, 0.025) is None
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.2])
+@pytest.mark.parametrize("claims", [1, 4])
+def test_verdicts_on_claims_at_their_bound_are_wrong_in_5_percent_of_comparisons(claims: int, factor: float) -> None:
+    wrong, missed = wrong_claims("normal", 0.3, claims, 5, 2000, factor)
+    assert wrong <= missed
+    assert wrong / 2000 < 0.065
+    assert missed / 2000 / claims < 0.065 / claims
+    if factor == 1:
+        assert wrong / 2000 > 0.03

@@ -1,0 +1,92 @@
+"""Search for the largest learning rate at which an arm trains: the rates to try, and what their runs say. No torch.
+
+Rates are start * factor^k. The search climbs by about a factor of 2 until a rate fails, or descends until one trains,
+then halves the distance in k between the two. Far above the largest usable rate a run can look trained again, so that a
+rate counts as found only where the rates 1, 2 and 4 factors below it train too; where one of them fails the search goes
+on below that one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bncli.recipe.overrides import value_at
+from bncli.recipe.sections import LargestLearningRate
+from bncli.results.compare import ComparisonPlan
+from bncli.results.train import RunResult
+
+FIELD = "optimizer.lr"
+MOST_DOUBLINGS = 20  # from the start, in either direction
+BELOW = (1, 2, 4)  # factors below the rate that is found, which have to train too
+USUAL_RUNS = 9  # of a search, for the number of planned runs
+ResultOf = Callable[[float], RunResult | None]  # of the run at a rate; None where there is none
+
+
+class UnknownOutcome(Exception):
+    """A rate of the search has no run, or its run does not say whether it trained."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The largest rate that trains and the next one, which fails; None where the search has found none so far away."""
+
+    trains: float | None
+    fails: float | None
+
+
+def search(plan: ComparisonPlan, arm: str, point: Mapping[str, Any], result_of: ResultOf) -> Found:
+    """The largest learning rate of an arm, from its runs at each rate. `point`: of the grid; its rate is the start.
+
+    Raises UnknownOutcome at the first run that is missing.
+    """
+    asked = LargestLearningRate.model_validate(plan.largest_learning_rate)
+    start = point.get(FIELD, value_at(plan.recipes, (arm, *FIELD.split("."))))
+
+    def rate(k: int) -> float:
+        return float(f"{start * asked.factor**k:.6g}")
+
+    def trains(k: int) -> bool:
+        result = result_of(rate(k))
+        found = None if result is None else trained(result, asked.accuracy)
+        if found is None:
+            raise UnknownOutcome
+        return found
+
+    stride = max(1, round(math.log(2, asked.factor)))
+    most, high = MOST_DOUBLINGS * stride, 0
+    while trains(high):
+        high += stride
+        if high > most:
+            return Found(rate(high - stride), None)
+    while True:
+        low = high - stride
+        while not trains(low):
+            high, low = low, low - stride
+            if low < -most:
+                return Found(None, rate(high))
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if trains(middle) else (low, middle)
+        hole = next((low - factors for factors in BELOW if not trains(low - factors)), None)
+        if hole is None:
+            return Found(rate(low), rate(high))
+        high = hole
+
+
+def trained(result: RunResult, accuracy: float | None) -> bool | None:
+    """Whether a run ended with a finite loss and at least that held-out accuracy.
+
+    Without an accuracy it has to be above that of the best constant guess. None where that is not known, and for a run
+    that was interrupted.
+    """
+    if result.status == "interrupted" or not result.evaluations:
+        return None
+    last = result.evaluations[-1]
+    if result.status == "diverged" or not math.isfinite(last.loss):
+        return False
+    if accuracy is not None:
+        return last.accuracy >= accuracy
+    return None if result.constant_guess is None else last.accuracy > result.constant_guess

@@ -1,0 +1,130 @@
+"""Table of the verdicts on a comparison's claims, for the terminal, Markdown, HTML and CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from bncli.report.compare.text import p_figure
+from bncli.report.text import UNKNOWN, Cell, Column, bound_words, count, figure, setting
+from bncli.results.compare import Claim, Comparison, JudgedClaim, NoInterval
+from bncli.results.environment import Interval
+
+HEADING = "claims"
+STYLES = {"shown": "green", "refuted": "red", "cannot tell": "yellow"}
+WHEN = {
+    "mean": "mean over the log of the step (trapezoids, without step 0)",
+    "end": "last point",
+    "equal loss": "mean over the training losses that both runs pass, evenly spaced in the log",
+}
+NO_INTERVAL: dict[NoInterval, str] = {
+    "no pairs": "no pair of runs has a value in both arms",
+    "one pair": "there is a single pair of runs",
+    "too few hits": "too few runs reached the target for an interval",
+    "not positive": "a value is 0 or below, and a ratio needs values above 0",
+    "unknown layer": "no run has values of that layer",
+    "no common loss": "no pair of runs passes a training loss in common",
+    "rate not bounded": "a search found no rate that trains, or none that fails",
+}
+
+
+def claim_columns(comparison: Comparison) -> list[Column]:
+    """One row per claim, in the recipe's order."""
+    claims = comparison.claims
+    return [
+        Column("claim", [Cell(claim.say, _measure(claim)) for claim in claims], words=True, style="bold"),
+        Column("measured", [_measured(claim) for claim in claims]),
+        Column("bound", [_bound(claim) for claim in claims]),
+        Column("verdict", [_verdict(claim) for claim in claims], words=True),
+    ]
+
+
+def _measure(claim: JudgedClaim) -> str:
+    """`largest_learning_rate: batch norm 4.3 / plain 0.62`."""
+    of = [f"layer {claim.layer}"] * bool(claim.layer) + [claim.when] * ("." in claim.measure)
+    arms = [f"{claim.arm} {figure(claim.of_arm)}", f"{claim.over} {figure(claim.of_over)}"]
+    between = " / " if claim.compared == "ratio" else " less "
+    return f"{', '.join([claim.measure, *of])}: {between.join(arms)}"
+
+
+def _measured(claim: JudgedClaim) -> Cell:
+    unit = "x" if claim.compared == "ratio" else ""
+    span = span_figure(claim.interval)
+    if claim.value is None:
+        return Cell(f"{span}{unit}" if span else UNKNOWN)
+    return Cell(f"{figure(claim.value)}{unit}", span)
+
+
+def _bound(claim: JudgedClaim) -> Cell:
+    return Cell(bound_words(claim), "" if claim.p_value is None else f"p {p_figure(claim.p_value)}")
+
+
+def span_figure(interval: Interval) -> str:
+    """`4.2–8.8`; `-0.35..-0.27` where a side is negative; with one open side `> 4.2`."""
+    low, high = interval.low, interval.high
+    if low is None or high is None:
+        return f"> {figure(low)}" if low is not None else f"< {figure(high)}" if high is not None else ""
+    return f"{figure(low)}{'..' if low < 0 else '–'}{figure(high)}"
+
+
+def _verdict(claim: JudgedClaim) -> Cell:
+    aside = f"needs about {claim.seeds_needed:,} seeds" if claim.seeds_needed else ""
+    return Cell(claim.verdict, aside, style=STYLES[claim.verdict])
+
+
+def claim_notes(comparison: Comparison) -> Iterator[str]:
+    """What the table's figures rest on."""
+    claims = comparison.claims
+    further = len(comparison.plan.report_seeds)
+    seeds = (
+        f": steps, seconds and examples to target over all seeds, as above; the rest over the {further} further ones"
+    )
+    seeds *= bool(comparison.plan.tune_seeds)
+    corrected = f": 1 - 0.05/{len(claims)}, for {len(claims)} claims" if len(claims) > 1 else ""
+    yield (
+        f"Ratio (x) or difference of the first arm to the second, each at its best point, paired by seed{seeds}. "
+        f"Interval and verdict have the level {claims[0].level:.4g}{corrected}; p is that of the bound, not corrected."
+    )
+    yield (
+        "shown: the whole interval lies beyond the bound; refuted: all of it falls short; cannot tell: neither, with "
+        "the seeds that would decide it in 4 of 5 comparisons, if arms differ and scatter as seen."
+    )
+    yield from (f"{when}: {WHEN[when]}." for when in WHEN if any(_has(claim, when) for claim in claims))
+    if any("." in claim.measure and claim.layer is None for claim in claims):
+        yield "A probe's value is the mean over the layers that it measures."
+    search, measures = comparison.plan.largest_learning_rate, {claim.measure for claim in claims}
+    if search and "largest_learning_rate" in measures:
+        bar = f"of {setting(search['accuracy'])}" if search["accuracy"] else "above the best constant guess's"
+        yield (
+            f"largest_learning_rate: a held-out accuracy {bar} after {search['steps']:,} steps, at that rate and at "
+            f"those below it; found to a factor of {search['factor']:g}, by which the interval is wider."
+        )
+    if any(_stops(comparison, claim) for claim in claims):
+        yield (
+            "final, best and probes: up to where a run stops, once the steps to its target are settled; "
+            "train.stop_at_target: false lets all runs go on to the end."
+        )
+    for number, claim in enumerate(claims, 1):
+        if claim.no_interval:
+            yield f"Claim {number} has no interval: {NO_INTERVAL[claim.no_interval]}."
+        if claim.seeds < claim.of_seeds:
+            left_out = "the other runs failed, are not done, or have no finite value"
+            yield f"Claim {number} rests on {claim.seeds} of {count(claim.of_seeds, 'pair')} of runs: {left_out}."
+
+
+def _stops(comparison: Comparison, claim: Claim) -> bool:
+    """Whether a claim is about the whole of runs that stop at their target."""
+    whole = "." in claim.measure or claim.measure in ("final", "best")
+    recipe = comparison.plan.recipes.get(claim.arm, {})
+    return whole and bool(recipe.get("train", {}).get("stop_at_target"))
+
+
+def _has(claim: Claim, when: str) -> bool:
+    return "." in claim.measure and claim.when == when
+
+
+def csv_row(claim: JudgedClaim) -> dict[str, Any]:
+    """Every field of a claim, the limits of its interval as `low` and `high`."""
+    row = {**vars(claim), "say": " ".join(claim.say.split())}
+    interval = row.pop("interval")
+    return row | {"low": interval.low, "high": interval.high}
