@@ -38,11 +38,24 @@ class Norm:
     over_batch: bool  # a mean is taken over all N examples, and evaluation uses running statistics
     channel_groups: Literal["one", "given", "every"]  # the groups of channels that a mean is taken over
     has_kernels: bool = False  # bncli has kernels of its own for it; else torch's operator alone
+    # The channels of a group share a covariance instead of having a variance each; they are multiplied by its inverse
+    # square root, exact or of a number of Newton steps.
+    whitens: Literal["exactly", "by steps"] | None = None
+    checked: bool = True  # gradcheck has a float64 definition of it
 
     @property
     def modes(self) -> tuple[str, ...]:
         """The modes whose results differ."""
         return ("train", "eval") if self.over_batch else ("train",)
+
+    @property
+    def has_running_variance(self) -> bool:
+        """Whether evaluation normalizes by a running mean and variance (C), which a kernel's signature has."""
+        return self.over_batch and not self.whitens
+
+    def covariance_channels(self, given: int) -> int:
+        """k: how many channels share a covariance. given: the group size of a norm that whitens."""
+        return given if self.whitens else 1
 
     def groups(self, channels: int, given: int) -> int:
         """Into how many groups the channels are divided. given: the number of a norm that takes one."""
@@ -106,6 +119,8 @@ _NORMS = (
     Norm("layer", "LayerNorm", over_batch=False, channel_groups="one"),
     Norm("group", "GroupNorm", over_batch=False, channel_groups="given"),
     Norm("instance", "InstanceNorm", over_batch=False, channel_groups="every"),
+    Norm("whiten", "Whiten", over_batch=True, channel_groups="every", whitens="exactly"),
+    Norm("iternorm", "IterNorm", over_batch=True, channel_groups="every", whitens="by steps"),
 )
 
 _ACTIVATIONS = (
@@ -167,7 +182,10 @@ PROFILE_KERNELS = tuple(row.name for row in KERNELS.values() if row.in_profile)
 RECIPE_ACTIVATIONS = tuple(row.name for row in ACTIVATIONS.values() if row.in_recipe)
 FUSED_ACTIVATIONS = tuple(row.name for row in ACTIVATIONS.values() if row.fused)
 KINKED_ACTIVATIONS = tuple(row.name for row in ACTIVATIONS.values() if row.kinked)
+CHECKED_NORMS = tuple(row.name for row in NORMS.values() if row.checked)
 CHECKED_GROUPS = 2  # of the group norm that is checked and defined
+CHECKED_GROUP_SIZE = 2  # channels that share a covariance, of the whitening norms that are checked and defined
+CHECKED_NEWTON_STEPS = 5
 
 # Types for pydantic and Typer, which read the choices at run time; a type checker, which cannot, sees strings.
 if TYPE_CHECKING:
@@ -179,7 +197,7 @@ if TYPE_CHECKING:
 else:
     RecipeKernel = Literal[RECIPE_KERNELS]
     RecipeActivation = Literal[RECIPE_ACTIVATIONS]
-    NormName = Literal[tuple(NORMS)]
+    NormName = Literal[CHECKED_NORMS]
     ProbeName = Literal[PROBES]
     MeasureName = Literal[tuple(MEASURES)]
 

@@ -21,8 +21,8 @@ from bncli.recipe import sections
 def test_a_norm_has_a_section_a_module_and_a_definition_that_agree(row: names.Norm) -> None:
     section = getattr(sections, row.section)
     assert section in get_args(get_args(sections.NormSection)[0])
-    groups = {"groups": names.CHECKED_GROUPS} if row.channel_groups == "given" else {}
-    make = factory(section(kind=row.name, **groups))
+    checked = {"groups": names.CHECKED_GROUPS, "group_size": names.CHECKED_GROUP_SIZE, "eps": 1e-5}
+    make = factory(section(kind=row.name, **{name: checked[name] for name in checked.keys() & section.model_fields}))
     assert make is not None
     x = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y = definition(row.name)(x, None, None, None, None, True, 0.1, 1e-5, None, None)
@@ -34,7 +34,8 @@ def test_a_mean_is_taken_over_so_many_values_as_change_with_one_of_them(row: nam
     x = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     y = definition(row.name)(x, None, None, None, None, True, 0.1, 1e-5, None, None)
     (reached,) = torch.autograd.grad(y[1, 2, 3], x)
-    assert int(reached.count_nonzero()) == row.values_per_mean(x.shape, names.CHECKED_GROUPS)
+    channels = row.covariance_channels(names.CHECKED_GROUP_SIZE)
+    assert int(reached.count_nonzero()) == channels * row.values_per_mean(x.shape, names.CHECKED_GROUPS)
 
 
 def test_every_kind_of_norm_but_none_is_in_the_table() -> None:

@@ -1,4 +1,4 @@
-"""Definition of batch, layer, group and instance norm in plain torch operators: the float64 reference of every kernel.
+"""Definition of each norm in plain torch operators: the float64 reference of every kernel.
 
 It imports no other kernel module, so that they share no bug. A `Mutation` of `batch_norm` reproduces a bug that
 kernels have, so that a diagnosis can compute the results of a wrong kernel.
@@ -149,7 +149,84 @@ def over_groups(row: names.Norm, rounding: Change = same) -> Forward:
     return call
 
 
+def inverse_root(row: names.Norm) -> Change:
+    """(G, k, k) covariances with eps on the diagonal -> the matrices (G, k, k) that a norm multiplies by."""
+    if row.whitens is None:
+        return torch.rsqrt  # of a variance, k = 1
+    return exact_inverse_root if row.whitens == "exactly" else newton_inverse_root
+
+
+def exact_inverse_root(regular: Tensor) -> Tensor:
+    """The symmetric W with W A W = 1, for symmetric positive A (G, k, k); NaN for a matrix that is not finite.
+
+    The derivative of eigenvectors is infinite for equal eigenvalues, so W is differentiated by way of the equation: two
+    steps of Newton's method for it start from the eigenvectors' W, a constant. They leave its value, and each doubles
+    the number of derivatives that are right.
+    """
+    k, finite = regular.size(-1), regular.isfinite().all(-1).all(-1)[:, None, None]
+    identity = torch.eye(k, dtype=regular.dtype, device=regular.device)
+    values, vectors = torch.linalg.eigh(torch.where(finite, regular, identity).detach())
+    root = vectors @ torch.diag_embed(values.rsqrt()) @ vectors.mT
+    for _ in range(2):
+        # The derivative of W A W is dW A W + W A dW, a k^2 x k^2 matrix for dW row by row.
+        product = torch.einsum("gij,gjl->gil", root, regular)
+        operator = torch.einsum("ia,glb->gilab", identity, product) + torch.einsum("gia,lb->gilab", product, identity)
+        residual = torch.einsum("gij,gjl->gil", product, root) - identity
+        step = torch.linalg.solve(operator.reshape(-1, k * k, k * k), residual.reshape(-1, k * k, 1))
+        root = root - step.reshape(regular.shape)
+    return torch.where(finite, root, torch.nan)
+
+
+def newton_inverse_root(regular: Tensor) -> Tensor:
+    """The approximation of `exact_inverse_root` by Huang et al. 2019 (arXiv 1904.03441), algorithm 1.
+
+    The step P = (3 P - P^3 S) / 2 is P = P (3 - M) / 2 with M = P^2 S; with M as a variable of its own, rounding errors
+    do not grow from step to step.
+    """
+    trace = torch.einsum("gii->g", regular)[:, None, None]
+    identity = torch.eye(regular.size(-1), dtype=regular.dtype, device=regular.device)
+    p, m = identity, regular / trace
+    for _ in range(names.CHECKED_NEWTON_STEPS):
+        factor = (3 * identity - m) / 2
+        p, m = p @ factor, m @ factor @ factor
+    return p / trace.sqrt()
+
+
+def whitening(row: names.Norm, rounding: Change = same) -> Forward:
+    """Groups of channels times the inverse root of their covariance (Huang et al. 2018, arXiv 1804.08450), in training.
+
+    The running statistics of a kernel's signature have no place for a covariance: none are used or updated.
+    """
+    root_of = inverse_root(row)
+
+    def call(
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        residual: Tensor | None,
+        activation: str | None,
+        /,
+    ) -> Tensor:
+        channels, size = x.size(1), names.CHECKED_GROUP_SIZE
+        values = x.transpose(0, 1).reshape(channels // size, size, -1)
+        centred = rounding(values - rounding(values.mean(-1, keepdim=True)))
+        covariance = rounding(rounding(centred[:, :, None] * centred[:, None]).mean(-1))
+        regular = (covariance + covariance.mT) / 2 + eps * torch.eye(size, dtype=x.dtype, device=x.device)
+        xhat = rounding(rounding(rounding(root_of(regular))[..., None] * centred[:, None]).sum(2))
+        y = affine(xhat.reshape(channels, x.size(0), *x.shape[2:]).transpose(0, 1), weight, bias)
+        return rounding(finish(rounding(y), residual, activation))
+
+    return call
+
+
 def definition(norm: str, rounding: Change = same) -> Forward:
     """The definition of a norm of `names.NORMS`, each intermediate passed through `rounding`."""
     row = names.NORMS[norm]
+    if row.whitens:
+        return whitening(row, rounding)
     return batch_norm(Mutation(rounding=rounding)) if row.over_batch else over_groups(row, rounding)

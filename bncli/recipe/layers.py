@@ -16,7 +16,19 @@ from typing import Any
 
 from bncli.errors import DataError
 from bncli.names import NORMS
-from bncli.recipe.sections import DIGITS, BatchNorm, Cnn, Digits, InstanceNorm, Mlp, Npz, OwnModel, Recipe, ResNet
+from bncli.recipe.sections import (
+    DIGITS,
+    BatchNorm,
+    Cnn,
+    Digits,
+    InstanceNorm,
+    Mlp,
+    Npz,
+    OwnModel,
+    Recipe,
+    ResNet,
+    WhiteningSection,
+)
 
 Shape = tuple[int, ...]
 
@@ -80,8 +92,10 @@ Unit = Callable[..., Sequence]  # a linear layer or a convolution -> with the no
 def layers(recipe: Recipe, shape: Shape, classes: int) -> Sequence | None:
     """The model's layers for inputs of `shape` (C,) or (C, H, W); None for the user's own model."""
     model, norm = recipe.model, recipe.norm.kind != "none"
-    # Batch and instance norm subtract each channel's mean: a bias before them is dead (paper, section 3.2).
-    dead_bias = isinstance(recipe.norm, BatchNorm | InstanceNorm) or (norm and isinstance(model, ResNet))
+    # These norms subtract each channel's mean: a bias before them is dead (paper, section 3.2).
+    dead_bias = isinstance(recipe.norm, BatchNorm | InstanceNorm | WhiteningSection) or (
+        norm and isinstance(model, ResNet)
+    )
     unit = partial(_unit, bias=not dead_bias, norm=norm)
     if isinstance(model, OwnModel):
         return None
@@ -293,13 +307,23 @@ def shape_contradictions(recipe: Recipe, shape: Shape, classes: int) -> Iterator
 
 
 def _norm_contradictions(recipe: Recipe, shapes: set[Shape]) -> Iterator[Contradiction]:
-    """Groups that do not divide the channels, and means over a single value, which leave nothing of the input."""
-    kind, groups = recipe.norm.kind, getattr(recipe.norm, "groups", 1)
+    """Groups that do not divide the channels, means over a single value, which leave nothing of the input, and
+    covariances of no more values than channels, which have no inverse.
+    """
+    kind, groups, size = recipe.norm.kind, getattr(recipe.norm, "groups", 1), getattr(recipe.norm, "group_size", 1)
     for channels, *sides in sorted(shapes):
         layer = f"a layer of {channels} channels"
         if channels % groups:
             yield ("norm", "groups"), f"{groups} groups do not divide {layer}"
-        elif NORMS[kind].values_per_mean((recipe.train.batch_size, channels, *sides), groups) == 1:
+            continue
+        if channels % size:
+            yield ("norm", "group_size"), f"groups of {size} channels do not divide {layer}"
+            continue
+        values = NORMS[kind].values_per_mean((recipe.train.batch_size, channels, *sides), groups)
+        if 1 < values <= size:
+            why = f"the covariance of {size} channels needs more than {size} values a channel to have an inverse"
+            yield ("norm", "group_size"), f"{why}; a batch has {values} in {layer}"
+        elif values == 1:
             at = ("train", "batch_size") if NORMS[kind].over_batch else ("norm", "kind")
             yield (
                 at,

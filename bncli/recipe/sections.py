@@ -191,6 +191,29 @@ class InstanceNorm(Section):
     affine: bool = True
 
 
+class WhiteningSection(Section):
+    kind: str
+    group_size: Positive = described("channels that share a covariance; it divides the channels of a layer", default=4)
+    momentum: UpToOne | None = described(
+        "weight of the new batch in the running mean and covariance; null: cumulative average", default=0.1
+    )
+    eps: AboveZero = described("added to the diagonal of the covariance", default=1e-3)
+    affine: bool = True
+
+
+class Whiten(WhiteningSection):
+    """Decorrelated batch norm (Huang et al. 2018, arXiv 1804.08450): ZCA whitening of groups of channels."""
+
+    kind: Literal["whiten"]
+
+
+class IterNorm(WhiteningSection):
+    """Huang et al. 2019 (arXiv 1904.03441): whitening of groups of channels by Newton steps."""
+
+    kind: Literal["iternorm"]
+    iterations: Count = described("Newton steps; 0 only scales by the total variance of the group", default=5)
+
+
 # --- optimizer, schedule, training --------------------------------------------------------------------------------
 
 
@@ -370,7 +393,9 @@ class Seeds(Section):
 
 DataSection = Annotated[Digits | Synthetic | Npz | Hub, Field(discriminator="source")]
 ModelSection = Annotated[Mlp | Cnn | ResNet | OwnModel, Field(discriminator="kind")]
-NormSection = Annotated[NoNorm | BatchNorm | LayerNorm | GroupNorm | InstanceNorm, Field(discriminator="kind")]
+NormSection = Annotated[
+    NoNorm | BatchNorm | LayerNorm | GroupNorm | InstanceNorm | Whiten | IterNorm, Field(discriminator="kind")
+]
 AnyOptimizer = Annotated[Sgd | Adam | AdamW, Field(discriminator="kind")]
 AnySchedule = Annotated[Constant | Exponential | StepDecay | Cosine, Field(discriminator="kind")]
 

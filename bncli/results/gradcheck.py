@@ -12,9 +12,10 @@ Effort = Literal["quick", "default", "full"]
 
 # How the tolerance of a group's errors is derived.
 ToleranceRule = Literal[
-    # of a value: rounding in torch's operator, in one of bncli's kernels, in a function of the user's own
+    # of a value: rounding in torch's operator, in a kernel or a module of bncli's, in a function of the user's own
     "native",
     "kernel",
+    "module",
     "own function",
     # of a derivative
     "finite differences",
@@ -42,6 +43,7 @@ class NotChecked:
     reason: Literal[
         "no fused operations",
         "no evaluation",
+        "running covariance",
         "slow in the interpreter",
         "no float64 on the device",
         "refused",  # by the kernel, which raised
@@ -140,7 +142,10 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class GradientPaths:
-    """dL/dx of one case in its three parts (Ioffe & Szegedy 2015, section 3; the l2 norms over all elements)."""
+    """dL/dx of one case in its three parts (Ioffe & Szegedy 2015, section 3; the l2 norms over all elements).
+
+    Of a norm that whitens, the variance is the covariance of a group of channels.
+    """
 
     case: str
     direct: float  # through xhat_i alone, mean and variance held constant: dNorm(x, X)/dx

@@ -22,7 +22,7 @@ from bncli.measure.dry_run import sizes
 from bncli.recipe.layers import Size, contradictions, estimated_memory_mib, input_of, layers, size
 from bncli.recipe.sections import Recipe
 
-NORMS = ["none", "batch", "layer", "group", "instance"]
+NORMS = ["none", "batch", "layer", "group", "instance", "whiten", "iternorm"]
 SHAPES = {"mlp": [64], "cnn": [3, 16, 16], "resnet": [3, 32, 32]}
 
 
@@ -259,6 +259,7 @@ def test_a_file_without_the_arrays_that_are_needed_is_refused(tmp_path: Path, co
 # --- contradictions -----------------------------------------------------------------------------------------------
 
 GROUPS_4 = {"kind": "group", "groups": 4}
+WHITEN_8 = {"kind": "whiten", "group_size": 8}
 ONE = {"steps": 10, "batch_size": 1}
 
 # Further ones are in test_check.py, with their sentences.
@@ -269,12 +270,18 @@ CONTRADICTIONS = [
     (recipe({"kind": "mlp", "hidden": [8, 1]}, "layer"), "norm.kind"),
     (recipe({"kind": "resnet", "depth": 18}, "instance", shape=[3, 8, 8]), "norm.kind"),  # the last maps are 1x1
     (recipe({"kind": "resnet", "depth": 18}, "batch", shape=[3, 8, 8], train=ONE), "train.batch_size"),
+    (recipe({"kind": "cnn", "channels": [6]}, "iternorm"), "norm.group_size"),
+    (recipe({"kind": "mlp", "hidden": [16]}, WHITEN_8), "norm.group_size"),  # 8 values a channel
+    (recipe({"kind": "mlp", "hidden": [16]}, WHITEN_8, train=ONE), "train.batch_size"),
     (recipe({"kind": "module", "module": "a:b"}, shape=[8, 8]), "data.shape"),
     (recipe({"kind": "mlp"}, schedule={"kind": "step", "milestones": [5, 5]}), "schedule.milestones"),
 ]
 FITTING = [
     recipe({"kind": "mlp", "hidden": [8, 12]}, GROUPS_4),
     recipe({"kind": "cnn"}, "instance"),
+    recipe({"kind": "mlp", "hidden": [16]}, WHITEN_8, train={"steps": 10, "batch_size": 9}),
+    recipe({"kind": "cnn"}, WHITEN_8, train=ONE),
+    recipe({"kind": "mlp", "hidden": [7]}, {"kind": "whiten", "group_size": 1}),
     recipe({"kind": "mlp", "hidden": [2]}, "layer"),
     recipe({"kind": "mlp"}, "batch", train={"steps": 10, "batch_size": 2}),
     recipe({"kind": "cnn"}, "batch", train=ONE),
@@ -285,7 +292,7 @@ FITTING = [
 
 
 @pytest.mark.parametrize(("net", "fields"), [*((net, [field]) for net, field in CONTRADICTIONS),
-                                             *((net, []) for net in FITTING)], ids=range(16))  # fmt: skip
+                                             *((net, []) for net in FITTING)], ids=range(22))  # fmt: skip
 def test_contradicting_sections_are_named_by_the_field_to_change(net: Recipe, fields: list[str]) -> None:
     assert [".".join(keys) for keys, _ in contradictions(net)] == fields
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bncli import kernels
 from bncli.engine.models.init import Examples, SeparateDraws, initialize, seed_global_generators, stream_seed
 from bncli.engine.models.norms import BatchNorm, LayerNormOverChannels
+from bncli.engine.models.whitening import Whitening
 from bncli.engine.user_code import blame_user_code, imported
 from bncli.errors import RecipeError
 from bncli.names import ACTIVATIONS
@@ -86,6 +87,8 @@ def factory(norm: NormSection, device: torch.device | None = None) -> NormFactor
         return partial(BatchNorm, **norm.model_dump(exclude={"kind"}))
     if isinstance(norm, sections.LayerNorm):
         return partial(LayerNormOverChannels, eps=norm.eps, affine=norm.affine)
+    if isinstance(norm, sections.WhiteningSection):
+        return partial(Whitening, **norm.model_dump(exclude={"kind"}))
     # Instance norm is group norm with one group per channel.
     groups = norm.groups if isinstance(norm, sections.GroupNorm) else None
     return lambda channels: nn.GroupNorm(groups or channels, channels, norm.eps, norm.affine)

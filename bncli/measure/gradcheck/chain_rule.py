@@ -2,47 +2,60 @@
 
 A normalized value depends on x_i directly and, through mean and variance, on the set X that they are computed from:
 xhat_i = Norm(x_i, X). So dL/dx_i is the sum of a direct part, dNorm/dx_i, and of the parts through the mean and the
-variance, which together are dNorm/dX.
+variance, which together are dNorm/dX. A norm that whitens has the covariance of a group of channels instead.
 
-A set is a row here: tensors are (sets, m), with m values that share a mean and a variance.
+Tensors are in rows: (sets, k, m), where k channels of m values share a covariance; k = 1 is a variance.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bncli.errors import BncliError
+from bncli.kernels.definition import inverse_root
 from bncli.kernels.layout import per_channel
 from bncli.measure.gradcheck.invariants import grouped
 from bncli.measure.reference.case import Case
+from bncli.names import CHECKED_GROUP_SIZE, NORMS
 from bncli.results.gradcheck import BiasStep, GradientPaths
 
 # call(x, weight, bias, eps) -> y: training mode; x and y (N, C, *S), weight and bias (C)
 Call = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 ROUNDOFF = torch.finfo(torch.float64).eps / 2  # u, the largest relative error of one float64 operation
-CASES = {
-    "vectors": Case("train", "float64", "contiguous", (16, 8), eps=1e-5),
-    "images": Case("train", "float64", "contiguous", (4, 4, 4, 4), eps=1e-5),
-    "large eps": Case("train", "float64", "contiguous", (16, 8), eps=1.0),
-    # Mean and variance take 2 of 3 degrees of freedom.
-    "small batch": Case("train", "float64", "contiguous", (3, 8), eps=1e-5),
-}
+
+
+def cases_of(norm: str) -> dict[str, Case]:
+    """The cases of a norm that have enough values."""
+    k = NORMS[norm].covariance_channels(CHECKED_GROUP_SIZE)
+    shapes: dict[str, tuple[tuple[int, ...], float]] = {
+        "vectors": ((16, 8), 1e-5),
+        "images": ((4, 4, 4, 4), 1e-5),
+        "large eps": ((16, 8), 1.0),
+        # Mean and variance take 2 of 3 degrees of freedom; the means and the covariance of 2 channels 5 of 10.
+        "small batch": ((1 + 2 * k, 8), 1e-5),
+    }
+    found = {
+        name: Case("train", "float64", "contiguous", shape, eps=eps, norm=norm) for name, (shape, eps) in shapes.items()
+    }
+    return {name: case for name, case in found.items() if not case.constant}
 
 
 class Inputs(NamedTuple):
-    """A case's tensors: x and upstream (N, C, *S), weight and bias (C). As rows: each of them (sets, m)."""
+    """A case's tensors: x and upstream (N, C, *S), weight and bias (C). As rows: each of them (sets, k, m)."""
 
     x: Tensor
     weight: Tensor
     bias: Tensor
     upstream: Tensor  # dL/dy
     eps: float
+    norm: str
 
 
 def paths(call: Call, device: torch.device, norm: str = "batch") -> tuple[GradientPaths, ...]:
@@ -55,22 +68,20 @@ def paths(call: Call, device: torch.device, norm: str = "batch") -> tuple[Gradie
     L = sum(g * y) with a random g. With g all ones the loss would be the constant m sum(bias) with a zero gradient, and
     a relative error would compare rounding errors with zero.
     """
-    chosen = {name: case for name, case in CASES.items() if sets_of(case, norm).size(1) > 1}
-    return tuple(
-        _measure(call, device, name, sets_of(case, norm), seed) for seed, (name, case) in enumerate(chosen.items())
-    )
+    return tuple(_measure(call, device, name, case, seed) for seed, (name, case) in enumerate(cases_of(norm).items()))
 
 
-def _measure(call: Call, device: torch.device, name: str, sets: Tensor, seed: int) -> GradientPaths:
-    inputs = random_inputs(CASES[name], seed)
+def _measure(call: Call, device: torch.device, name: str, case: Case, seed: int) -> GradientPaths:
+    inputs, sets = random_inputs(case, seed), sets_of(case)
     rows = as_rows(inputs, sets)
+    step = best_step(rows)
     direct, through_mean, through_variance = three_parts(rows)
     full = direct + through_mean + through_variance
     size = float(full.norm())
     found, dtype = _gradient_of(call, inputs, device)
     error = math.inf
     if found is not None:
-        error = float((found.flatten()[sets] - central_differences(rows)).norm()) / size
+        error = float((found.flatten()[sets] - central_differences(rows, step)).norm()) / size
     return GradientPaths(
         case=f"{name} {'x'.join(map(str, inputs.x.shape))}",
         direct=float(direct.norm()),
@@ -78,7 +89,7 @@ def _measure(call: Call, device: torch.device, name: str, sets: Tensor, seed: in
         through_variance=float(through_variance.norm()),
         full=size,
         error=error if math.isfinite(error) else math.inf,
-        bound=(differences_bound(rows) + arithmetic_bound(rows, dtype)) / size,
+        bound=(differences_bound(rows, step) + arithmetic_bound(rows, dtype)) / size,
         lost=float((direct - full).norm()) / size,
     )
 
@@ -111,104 +122,118 @@ def random_inputs(case: Case, seed: int) -> Inputs:
     weight = 0.5 + torch.rand(channels, generator=generator)
     bias = torch.randn(channels, generator=generator)
     upstream = torch.randn(case.shape, generator=generator)
-    return Inputs(x.double(), weight.double(), bias.double(), upstream.double(), case.eps)
+    return Inputs(x.double(), weight.double(), bias.double(), upstream.double(), case.eps, case.norm)
 
 
-def sets_of(case: Case, norm: str) -> Tensor:
-    """Flat indices into (N, C, *S), (sets, m): a row for each set of values that share a mean and a variance."""
-    return grouped(torch.arange(math.prod(case.shape)).view(case.shape), norm)
+def sets_of(case: Case) -> Tensor:
+    """Flat indices into (N, C, *S), (sets, k, m): a row of m for each mean, k rows for each variance or covariance."""
+    means = grouped(torch.arange(math.prod(case.shape)).view(case.shape), case.norm)
+    return means.unflatten(0, (-1, NORMS[case.norm].covariance_channels(CHECKED_GROUP_SIZE)))
 
 
 def as_rows(inputs: Inputs, sets: Tensor) -> Inputs:
     """The inputs with one row per set; weight and bias are expanded to the elements."""
     spread = [per_channel(each, inputs.x).expand_as(inputs.x) for each in (inputs.weight, inputs.bias)]
     x, weight, bias, upstream = (each.flatten()[sets] for each in (inputs.x, *spread, inputs.upstream))
-    return Inputs(x, weight, bias, upstream, inputs.eps)
+    return Inputs(x, weight, bias, upstream, inputs.eps, inputs.norm)
 
 
 # --- the true gradient, its parts and its differences -------------------------------------------------------------
 
 
-def centred_and_variance(rows: Inputs) -> tuple[Tensor, Tensor]:
-    """x minus its mean, (sets, m), and v = var + eps, (sets, 1)."""
-    centred = rows.x - rows.x.mean(1, keepdim=True)
-    return centred, centred.square().mean(1, keepdim=True) + rows.eps
-
-
 def normalized(rows: Inputs) -> Tensor:
-    """y by the definition (Ioffe & Szegedy 2015, algorithm 1)."""
-    centred, v = centred_and_variance(rows)
-    return rows.weight * (centred / v.sqrt()) + rows.bias
+    """y by the definition, (sets, k, m)."""
+    return _by_paths(rows, rows.x, rows.x, rows.x)
+
+
+def _by_paths(rows: Inputs, value: Tensor, of_mean: Tensor, of_covariance: Tensor) -> Tensor:
+    """y where the values, those that the mean and those that the covariance are taken of are separate tensors.
+
+    A change of the mean does not change the covariance: it has the factor sum(x_i - mean), which is zero.
+    """
+    centred = of_covariance - rows.x.mean(-1, keepdim=True).detach()
+    root = inverse_root(NORMS[rows.norm])(_regular(centred, rows.eps))
+    return rows.weight * (root @ (value - of_mean.mean(-1, keepdim=True))) + rows.bias
+
+
+def _regular(centred: Tensor, eps: float) -> Tensor:
+    """The covariance with eps on its diagonal, (sets, k, k), or the variance plus eps, (sets, 1, 1)."""
+    return centred @ centred.mT / centred.size(-1) + eps * torch.eye(centred.size(1), dtype=centred.dtype)
 
 
 def three_parts(rows: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """dL/dx through xhat_i alone, through the mean and through the variance, each (sets, m); their sum is dL/dx.
+    """dL/dx through x_i alone, through the mean and through the covariance, each (sets, k, m); their sum is dL/dx.
 
-    Ioffe & Szegedy 2015, section 3, the chain rule before algorithm 2: the three summands of dL/dx_i. In dL/dmean the
-    term through the variance is left out: it has the factor sum(x_i - mean), which is zero.
+    Of one channel they are the three summands of Ioffe & Szegedy 2015, section 3, the chain rule before algorithm 2.
     """
-    m = rows.x.size(1)
-    centred, v = centred_and_variance(rows)
-    deviation, to_xhat = v.sqrt(), rows.upstream * rows.weight
-    to_variance = (to_xhat * centred).sum(1, keepdim=True) * -0.5 * deviation**-3
-    to_mean = -(to_xhat / deviation).sum(1, keepdim=True)
-    return to_xhat / deviation, (to_mean / m).expand_as(centred), to_variance * 2 * centred / m
+    paths = [rows.x.clone().requires_grad_() for _ in range(3)]
+    direct, through_mean, through_covariance = torch.autograd.grad(_by_paths(rows, *paths), paths, rows.upstream)
+    return direct, through_mean, through_covariance
 
 
-def central_differences(rows: Inputs) -> Tensor:
-    """(L(x + h) - L(x - h)) / 2h for each x_i, (sets, m). Differences of y round little."""
-    step, slopes = _step(rows), torch.empty_like(rows.x)
-    for i in range(rows.x.size(1)):
+def central_differences(rows: Inputs, step: Tensor) -> Tensor:
+    """(L(x + h) - L(x - h)) / 2h for each x_i, (sets, k, m); step h: (sets). Differences of y round little."""
+    slopes = torch.empty_like(rows.x)
+    for channel, i in product(range(rows.x.size(1)), range(rows.x.size(2))):
         above, below = rows.x.clone(), rows.x.clone()
-        above[:, i : i + 1] += step
-        below[:, i : i + 1] -= step
+        above[:, channel, i] += step
+        below[:, channel, i] -= step
         rise = normalized(rows._replace(x=above)) - normalized(rows._replace(x=below))
-        slopes[:, i] = (rows.upstream * rise).sum(1) / (above[:, i] - below[:, i])
+        run = above[:, channel, i] - below[:, channel, i]
+        slopes[:, channel, i] = (rows.upstream * rise).sum((1, 2)) / run
     return slopes
 
 
-def _step(rows: Inputs) -> Tensor:
-    """h, (sets, 1): truncation ~ h**2 and rounding ~ u/h balance at cbrt(u) deviations of x."""
-    return ROUNDOFF ** (1 / 3) * (rows.x.var(1, correction=0, keepdim=True) + rows.eps).sqrt()
+def _eigenvalues(rows: Inputs) -> Tensor:
+    """Of the covariance plus eps, (sets, k), the smallest first; the variance plus eps, (sets, 1)."""
+    return torch.linalg.eigvalsh(_regular(rows.x - rows.x.mean(-1, keepdim=True), rows.eps))
 
 
-def differences_bound(rows: Inputs) -> float:
+def best_step(rows: Inputs) -> Tensor:
+    """h, (sets): truncation ~ h**2 and rounding ~ u/h balance at cbrt(u) of the smallest deviation of x."""
+    return ROUNDOFF ** (1 / 3) * _eigenvalues(rows)[:, 0].sqrt()
+
+
+def differences_bound(rows: Inputs, step: Tensor) -> float:
     """Error bound of central differences, as an l2 norm over all x_i: truncation and rounding.
 
-    Truncation is h**2/6 times L's third derivative, exact: along x_i, L = (a + c t) / sqrt(v + v1 t + v2 t**2 / 2) with
-    a = sum(dL/dxhat * centred), c = dL/dxhat_i less its mean, v = var + eps, v1 = 2 centred_i / m and
-    v2 = 2 (m - 1) / m**2.
+    Truncation is c h**2 but for terms in h**4, so it is 1/99 of the change when h grows tenfold (Richardson 1911).
 
     Rounding: each operation has an independent error of at most u, so squared errors add up and a sum of m terms has an
-    error of u sqrt(m) (Higham & Mary 2019, doi 10.1137/18M1226312).
+    error of u sqrt(m) (Higham & Mary 2019, doi 10.1137/18M1226312). An inverse root W is good to 3/2 u, and u / 2
+    times the condition number c of A: W A W, where terms of up to c cancel, over the sum of two of A's roots.
     """
-    m, step = rows.x.size(1), _step(rows)
-    centred, v = centred_and_variance(rows)
-    to_xhat = rows.upstream * rows.weight
-    c, v1, v2 = to_xhat - to_xhat.mean(1, keepdim=True), 2 * centred / m, 2 * (m - 1) / m**2
-    second = 0.75 * v**-2.5 * v1**2 - 0.5 * v**-1.5 * v2
-    third = -1.875 * v**-3.5 * v1**3 + 2.25 * v**-2.5 * v1 * v2
-    truncation = step**2 / 6 * ((to_xhat * centred).sum(1, keepdim=True) * third + 3 * c * second)
-
-    xhat = centred / v.sqrt()
-    of_values = rows.upstream * ((rows.weight * xhat).abs() * 2 + (rows.weight * xhat + rows.bias).abs())
-    of_mean = to_xhat.sum(1, keepdim=True) / v.sqrt() * rows.x.abs().mean(1, keepdim=True) * math.sqrt(m)
-    of_variance = (to_xhat * xhat).sum(1, keepdim=True) * (math.sqrt(m) / 2 + 2)
-    squares = of_values.square().sum(1, keepdim=True) + of_mean**2 + of_variance**2
-    rounding = (2 * squares).sqrt() * ROUNDOFF / (2 * step)  # of L above and L below; one a set, for m slopes each
-    return math.hypot(float(truncation.norm()), math.sqrt(m) * float(rounding.norm()))
+    truncation = (central_differences(rows, 10 * step) - central_differences(rows, step)) / 99
+    (_, k, m), values = rows.x.shape, _eigenvalues(rows)
+    centred, to_xhat = rows.x - rows.x.mean(-1, keepdim=True), rows.upstream * rows.weight
+    regular = _regular(centred, rows.eps).requires_grad_()
+    root = inverse_root(NORMS[rows.norm])(regular)
+    of_root, of_covariance = torch.autograd.grad((to_xhat * (root @ centred)).sum(), (root, regular))
+    root = root.detach()
+    terms = rows.weight.abs() * (root.abs() @ centred.abs())
+    condition = (values[:, -1] / values[:, 0])[:, None, None]
+    of_one_root = root.abs().amax((1, 2), keepdim=True) * (1.5 + condition / 2)
+    errors = (
+        rows.upstream * (2 * terms + normalized(rows).abs()),
+        math.sqrt(m) * (root @ to_xhat).sum(-1) * rows.x.abs().mean(-1),
+        math.sqrt(m) * of_covariance * (centred.abs() @ centred.abs().mT / m),
+        of_root * of_one_root,
+    )
+    squares = sum((error.square().flatten(1).sum(1) for error in errors), torch.zeros(()))
+    rounding = (2 * squares).sqrt() * ROUNDOFF / (2 * step)  # of L above and L below; one a set, for k m slopes each
+    return math.hypot(float(truncation.norm()), math.sqrt(k * m) * float(rounding.norm()))
 
 
 def arithmetic_bound(rows: Inputs, dtype: torch.dtype) -> float:
     """Error bound of a correct kernel's dL/dx from rounding in `dtype`, as an l2 norm over all x_i.
 
     Each part is a few operations and sums of m terms (u sqrt(m), as above); the error of the mean counts relative to
-    the deviation.
+    the smallest deviation, and that of a covariance as often as its condition number.
     """
-    roundoff, m = torch.finfo(dtype).eps / 2, rows.x.size(1)
-    deviation = (rows.x.var(1, correction=0, keepdim=True) + rows.eps).sqrt()
-    size = sum(part.abs() for part in three_parts(rows)) * (1 + rows.x.abs().mean(1, keepdim=True) / deviation)
-    return roundoff * (math.sqrt(m) + 8) * float(torch.as_tensor(size).norm())
+    roundoff, m, values = torch.finfo(dtype).eps / 2, rows.x.size(-1), _eigenvalues(rows)[:, :, None]
+    smallest, largest = values[:, :1], values[:, -1:]
+    size = sum(part.abs() for part in three_parts(rows)) * (1 + rows.x.abs().mean(-1, keepdim=True) / smallest.sqrt())
+    return roundoff * (math.sqrt(m) + 8) * float((size * largest / smallest).norm())
 
 
 # --- section 2's demonstration ------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bncli.measure.reference.candidate import KernelFailed
-from bncli.measure.reference.case import Case, Inputs, arguments, preactivation
+from bncli.measure.reference.case import Case, Inputs, arguments, divisible, preactivation
 from bncli.measure.reference.judge import Check, CheckContext, CheckGroupPlan, single
 from bncli.measure.reference.observe import finding_of
 from bncli.results.finding import Finding
@@ -38,7 +38,8 @@ def _cases(context: CheckContext, mode: str) -> Iterator[Case]:
     fusions: tuple[str, ...] = ("plain",)
     if context.candidate.fuses:
         fusions = ("plain", "silu+residual") if context.effort == "quick" else ("plain", "relu+residual", "silu")
-    for shape, fusion in product(SHAPES[:1] if context.effort == "quick" else SHAPES, fusions):
+    for (n, c, *positions), fusion in product(SHAPES[:1] if context.effort == "quick" else SHAPES, fusions):
+        shape = (n, divisible(c, context.candidate.norm), *positions)
         yield Case(mode, "float64", "contiguous", shape, fusion, eps=1e-2, norm=context.candidate.norm)
 
 

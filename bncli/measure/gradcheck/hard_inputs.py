@@ -21,9 +21,10 @@ from bncli.kernels.layout import over_channels, per_channel
 from bncli.measure.gradcheck.invariants import grouped, judge
 from bncli.measure.gradcheck.invariants import run as observed
 from bncli.measure.reference import tolerance as tolerances
-from bncli.measure.reference.case import Case, Inputs, arguments, away_from_the_kink, unit_roundoff
+from bncli.measure.reference.case import Case, Inputs, arguments, away_from_the_kink, divisible, unit_roundoff
 from bncli.measure.reference.judge import Check, CheckContext, CheckGroupPlan, Outcome, compare, difference, single
 from bncli.measure.reference.observe import GRADIENTS, RUNNING, finding_of, observe
+from bncli.names import NORMS
 from bncli.results.finding import Finding
 
 Change = Callable[[Tensor], Tensor | None]
@@ -140,7 +141,8 @@ def nan_before(fusion: str, name: str = "x", layout: str = "contiguous") -> Inpu
     return Input(words, {name: one_value(math.nan)}, BOTH, fusion=fusion, layout=layout)
 
 
-NOT_FINITE = "NaN and infinity stay in their channel"
+NOT_FINITE = "NaN and infinity do not spread"  # to another channel, or group of channels that are whitened together
+WITHOUT_VECTORS = "no weight, no bias"
 STRIDED_X, STRIDED_G = "x not contiguous", "upstream gradient not contiguous"
 ROWS: dict[str, tuple[Input, ...]] = {
     "large mean over deviation": (
@@ -183,7 +185,7 @@ ROWS: dict[str, tuple[Input, ...]] = {
     ),
     # Weight, bias and running statistics too, as after model.half().
     "half-precision x and vectors": (Input("all-half", modes=BOTH, dtypes=HALF, affine="same"),),
-    "no weight, no bias": (
+    WITHOUT_VECTORS: (
         Input("no-weight", {"weight": missing}, BOTH),
         Input("no-bias", {"bias": missing}),
         Input("neither", {"weight": missing, "bias": missing}, BOTH),
@@ -193,9 +195,7 @@ ROWS: dict[str, tuple[Input, ...]] = {
 }
 PLAIN = Case("train", "float32", "contiguous", (4, 3, 5, 7))
 FAR_FROM_ZERO = replace(PLAIN, shape=(8, 3, 16, 16), momentum=1.0)
-ONE_VALUE = {
-    f"one-value/{name}": replace(PLAIN, shape=shape) for name, shape in (("1x3", (1, 3)), ("1x3x1x1", (1, 3, 1, 1)))
-}
+ONE_VALUE: dict[str, tuple[int, ...]] = {"vectors": (), "images": (1, 1)}  # the positions of one example
 FOR_ANY_NORM = ("constant channel", "tiny values", "huge values", "squares past float16", "large eps")
 
 
@@ -204,13 +204,18 @@ FOR_ANY_NORM = ("constant channel", "tiny values", "huge values", "squares past 
 
 def plans(context: CheckContext, refused: Collection[str]) -> Iterator[CheckGroupPlan]:
     """One row per kind of hard input."""
-    batch = context.candidate.tracks
+    norm, channels = NORMS[context.candidate.norm], divisible(3, context.candidate.norm)
     for row, members in ROWS.items():
-        if batch or row in FOR_ANY_NORM:
+        # A module has both vectors or none.
+        if row in FOR_ANY_NORM or (norm.over_batch and (norm.has_kernels or row != WITHOUT_VECTORS)):
             chosen = members if context.effort != "quick" else members[:4]
             checks = [check for member in chosen for check in _checks(context, row, member, refused)]
             yield CheckGroupPlan("hard inputs", checks, "values and their NaN", {"": row})
-    if not batch:
+    one_value = {f"one-value/{name}": replace(PLAIN, shape=(1, channels, *s)) for name, s in ONE_VALUE.items()}
+    refusing = [_special(context, name, case, _one_value) for name, case in one_value.items()]
+    refusal = CheckGroupPlan("hard inputs", refusing, "ValueError", {"": "one value per channel is refused"})
+    if not norm.has_running_variance:
+        yield from [refusal] if norm.over_batch else []
         return
     modes = BOTH if context.candidate.evaluates else BOTH[:1]
     empty = {f"empty/{mode}": replace(PLAIN, mode=mode, shape=(0, 3, 4, 4)) for mode in modes}
@@ -218,18 +223,17 @@ def plans(context: CheckContext, refused: Collection[str]) -> Iterator[CheckGrou
         _special(context, f"variance/{ratio:g}", FAR_FROM_ZERO, partial(_variance, ratio), ratio) for ratio in LIMITS
     ]
     huge = _special(context, "huge/1e30", PLAIN, _huge)
-    refusing = [_special(context, name, case, _one_value) for name, case in ONE_VALUE.items()]
     unmoved = [_special(context, name, case, _empty) for name, case in empty.items()]
     yield CheckGroupPlan("hard inputs", variances, "variance", {"": "variance far from zero"})
     yield CheckGroupPlan("hard inputs", [huge], "overflowing variance", {"": "values of 1e30"})
-    yield CheckGroupPlan("hard inputs", refusing, "ValueError", {"": "one value per channel is refused"})
+    yield refusal
     yield CheckGroupPlan("hard inputs", unmoved, "empty", {"": "empty batch"})
 
 
 def _checks(context: CheckContext, row: str, member: Input, refused: Collection[str]) -> Iterator[Check]:
     candidate, slug = context.candidate, row.replace(",", "").replace(" ", "-")
     for mode, dtype in product(member.modes, member.dtypes):
-        case = member.case(mode, dtype, channels=3 if candidate.tracks else 4)
+        case = member.case(mode, dtype, divisible(3, candidate.norm))
         offered = (candidate.fuses or member.fusion == "plain") and (candidate.evaluates or mode == "train")
         if offered and not case.needs & set(refused):
             run = partial(_worst_quantity, context, case, member)

@@ -29,7 +29,7 @@ from bncli.measure.reference.judge import (
     written,
 )
 from bncli.measure.reference.observe import observe
-from bncli.names import CHECKED_GROUPS, NORMS
+from bncli.names import CHECKED_GROUP_SIZE, CHECKED_GROUPS, CHECKED_NORMS, NORMS
 from bncli.results.finding import Finding
 from bncli.results.gradcheck import ToleranceRule
 
@@ -135,6 +135,23 @@ def output_moments(context: CheckContext, case: Case, given: Inputs) -> Finding:
     return max(mean, spread, key=attrgetter("error"))
 
 
+def output_covariance(context: CheckContext, case: Case, given: Inputs) -> Finding:
+    """The output's mean is bias, and its covariance in a group is that of C / (C + eps), weighted (W C W)."""
+    found = run(context, case, given)
+    assert found.given.weight is not None
+    assert found.given.bias is not None
+    x, y = (grouped(t, "batch").unflatten(0, (-1, CHECKED_GROUP_SIZE)) for t in (found.given.x, found.seen["forward"]))
+    before, after = (torch.stack([torch.cov(group, correction=0) for group in each]) for each in (x, y))
+    weight = found.given.weight.reshape(-1, CHECKED_GROUP_SIZE)
+    regular = before + case.eps * torch.eye(CHECKED_GROUP_SIZE, dtype=before.dtype)
+    expected = torch.linalg.solve(regular, before) * weight[:, :, None] * weight[:, None]
+    floor = grouped(found.floors["forward"], "batch").mean(1)
+    of_group, size = floor.reshape(-1, CHECKED_GROUP_SIZE), weight.abs()
+    allowed = of_group[:, :, None] * size[:, None] + size[:, :, None] * of_group[:, None]
+    mean = judge("the mean of y", y.mean(2).flatten(), found.given.bias, floor)
+    return max(mean, judge("the covariance of y", after, expected, allowed), key=attrgetter("error"))
+
+
 def evaluation_gradient(context: CheckContext, case: Case, given: Inputs) -> Finding:
     """In evaluation y is affine in x, so dx = weight/sqrt(running_var + eps) g."""
     found = run(context, case, given)
@@ -201,7 +218,10 @@ def without_gradients(context: CheckContext, case: Case, given: Inputs) -> Findi
 
 
 Invariant = Callable[[CheckContext, Case, Inputs], Finding]
-ANY = tuple(NORMS)
+ANY = CHECKED_NORMS
+OVER_BATCH = tuple(norm for norm in ANY if NORMS[norm].over_batch)
+BY_VARIANCE = tuple(norm for norm in ANY if not NORMS[norm].whitens)
+WHITENING = tuple(norm for norm in ANY if NORMS[norm].whitens == "exactly")
 
 
 @dataclass(frozen=True)
@@ -220,10 +240,11 @@ class Row:
 
 ROWS = (
     Row("sum-dx", "sum of dx over the batch is 0", "summed floors", sum_of_dx, ANY),
-    Row("ones", "dx is 0 for an all-ones upstream gradient", "floor of dx", all_ones),
-    Row("sum-xhat-dx", "sum of xhat dx is its eps term", "summed floors", sum_of_xhat_dx, ANY, eps=(1e-5, 0.5)),
+    Row("ones", "dx is 0 for an all-ones upstream gradient", "floor of dx", all_ones, OVER_BATCH),
+    Row("sum-xhat-dx", "sum of xhat dx is its eps term", "summed floors", sum_of_xhat_dx, BY_VARIANCE, eps=(1e-5, 0.5)),
     Row("scale", "BN((aW)u) = BN(Wu), its gradient 1/a", "summed floors", scaled_weights, ANY, shapes=((8, 0, 5),)),
     Row("moments", "output mean is bias, variance weight^2 var/(var+eps)", "mean floor of y", output_moments),
+    Row("covariance", "output covariance is C/(C+eps), weighted", "mean floor of y", output_covariance, WHITENING),
     Row(
         "eval-gradient",
         "evaluation gradient is weight/sqrt(running_var+eps) g",
@@ -253,7 +274,7 @@ ROWS = (
         "the same without gradients, and with x frozen",
         "floors of y, dweight and dbias",
         without_gradients,
-        ("batch",),  # torch 2.13's group norm of channels last on a CPU crashes where x is frozen
+        OVER_BATCH,  # torch 2.13's group norm of channels last on a CPU crashes where x is frozen
         ("train", "eval"),
         fused=True,
     ),

@@ -47,7 +47,7 @@ def run(
 ) -> Iterator[CheckGroup | Gradcheck]:
     """Check a kernel's output, gradients and running statistics; yields finished groups, then the result.
 
-    kernel: native, fused, or the user's package.module:function (with allow_code). norm: batch, layer, group, instance.
+    kernel: native, fused, or the user's package.module:function (with allow_code). norm: one of names.CHECKED_NORMS.
     only: an identifier or a shell glob; only the cases that match it are run.
 
     Raises UsageError for an unknown name or an `only` that matches nothing, and Unavailable, with the reason, if the
@@ -159,7 +159,8 @@ def _not_checked(context: CheckContext, refused: dict[str, NotChecked]) -> Itera
     if NORMS[checked.norm].has_kernels and not checked.fuses:
         reasons["residual and activation"] = NotChecked("no fused operations")
     if "eval" in NORMS[checked.norm].modes and not checked.evaluates and "eval" not in refused:
-        reasons["evaluation"] = NotChecked("no evaluation")
+        unlike = not NORMS[checked.norm].has_running_variance
+        reasons["evaluation"] = NotChecked("running covariance" if unlike else "no evaluation")
     if checked.interpreted:
         reasons[f"over {INTERPRETED_CHANNELS} contiguous channels"] = NotChecked("slow in the interpreter")
     for name, reason in {**reasons, **refused}.items():

@@ -18,12 +18,20 @@ from bncli.engine.user_code import imported
 from bncli.errors import UsageError
 from bncli.kernels import api
 from bncli.kernels.definition import Forward
-from bncli.names import CHECKED_GROUPS, GRADCHECK_KERNELS, NORMS, check_kernel
+from bncli.names import (
+    CHECKED_GROUP_SIZE,
+    CHECKED_GROUPS,
+    CHECKED_NEWTON_STEPS,
+    CHECKED_NORMS,
+    GRADCHECK_KERNELS,
+    NORMS,
+    check_kernel,
+)
 from bncli.recipe import sections
 from bncli.results.finding import Finding
 
-# The tolerance rule: for bncli's kernels, for torch's operator, or for a user's function.
-Rule = Literal["kernel", "native", "own function"]  # of results.gradcheck.ToleranceRule, those for values
+# The tolerance rule: for bncli's kernels and modules, for torch's operator, or for a user's function.
+Rule = Literal["kernel", "module", "native", "own function"]  # of results.gradcheck.ToleranceRule, those for values
 
 
 def rule(kernel: str) -> Rule:
@@ -52,8 +60,8 @@ class Candidate:
 
     @property
     def tracks(self) -> bool:
-        """Whether it is a batch norm and so has running statistics."""
-        return NORMS[self.norm].over_batch
+        """Whether it is a batch norm and so has a running mean and variance."""
+        return NORMS[self.norm].has_running_variance
 
 
 F_SIGNATURE = "(input, running_mean, running_var, weight, bias, training, momentum, eps)"
@@ -67,13 +75,15 @@ def candidate(kernel: str, norm: str, device: torch.device, allow_code: bool) ->
 
     Raises Unavailable, with the reason, where the kernel cannot run on the device.
     """
-    if norm not in NORMS:
-        raise UsageError(f"expected one of {', '.join(NORMS)}", field="norm", value=norm)
+    if norm not in CHECKED_NORMS:
+        raise UsageError(f"expected one of {', '.join(CHECKED_NORMS)}", field="norm", value=norm)
     if not NORMS[norm].has_kernels:
         if kernel != "native":
             raise UsageError(f"has only the native kernel; {kernel} is a batch norm", field="norm", value=norm)
-        called, ran = _module(norm), "torch's own operator"
-        return Candidate(f"native {norm} norm", norm, called, ran, "native", fuses=False, evaluates=False)
+        whitens = NORMS[norm].whitens
+        ran = f"bncli's module, {CHECKED_GROUP_SIZE} channels per group" if whitens else "torch's own operator"
+        held_to: Rule = "module" if whitens else "native"
+        return Candidate(f"native {norm} norm", norm, _module(norm), ran, held_to, fuses=False, evaluates=False)
     check_kernel(kernel, GRADCHECK_KERNELS, allow_code)
     if ":" in kernel:
         return _user_function(kernel)
@@ -117,16 +127,17 @@ NATIVE = by_name("native")  # torch's batch norm, whose error in a dtype bounds 
 
 
 def _module(norm: str) -> Forward:
-    """The norm modules of bncli.engine.models.norms, with the weight and the bias of each call."""
-    groups = {"groups": CHECKED_GROUPS} if NORMS[norm].channel_groups == "given" else {}
-    section = getattr(sections, NORMS[norm].section)(kind=norm, **groups)
+    """The recipe's norm modules, with the weight and the bias of each call."""
+    checked = {"groups": CHECKED_GROUPS, "group_size": CHECKED_GROUP_SIZE, "iterations": CHECKED_NEWTON_STEPS}
+    kind = getattr(sections, NORMS[norm].section)
+    section = kind(kind=norm, **{name: value for name, value in checked.items() if name in kind.model_fields})
 
     def call(*arguments: Any) -> Tensor:
         x, _, _, weight, bias, _, _, eps, _, _ = arguments
         make = factory(section.model_copy(update={"eps": eps, "affine": weight is not None}))
         assert make is not None
         vectors = {} if weight is None else {"weight": weight, "bias": bias}
-        y: Tensor = torch.func.functional_call(make(x.size(1)), vectors, (x,))
+        y: Tensor = torch.func.functional_call(make(x.size(1)).to(x.device), vectors, (x,))
         return y
 
     return call

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bncli.kernels.definition import definition
 from bncli.kernels.layout import per_channel
-from bncli.names import CHECKED_GROUPS, FUSED_ACTIVATIONS, KINKED_ACTIVATIONS, NORMS
+from bncli.names import CHECKED_GROUP_SIZE, CHECKED_GROUPS, FUSED_ACTIVATIONS, KINKED_ACTIVATIONS, NORMS
 from bncli.results import profile
 from bncli.results.gradcheck import Effort
 from bncli.results.profile import Direction
@@ -116,6 +116,11 @@ class Case:
         """Values per mean."""
         return NORMS[self.norm].values_per_mean(self.shape, CHECKED_GROUPS)
 
+    @property
+    def constant(self) -> bool:
+        """Whether there are too few values: one per mean, or no more than channels that share a covariance."""
+        return self.m <= NORMS[self.norm].covariance_channels(CHECKED_GROUP_SIZE)
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -170,7 +175,9 @@ def arguments(case: Case, given: Inputs) -> tuple[Any, ...]:
 
 def divisible(channels: int, norm: str) -> int:
     """The number of channels, increased until the groups of the norm divide it."""
-    return channels if NORMS[norm].over_batch else channels + channels % CHECKED_GROUPS
+    row = NORMS[norm]
+    size = row.covariance_channels(CHECKED_GROUP_SIZE) if row.over_batch else CHECKED_GROUPS
+    return channels + -channels % size
 
 
 def cases(effort: Effort, norm: str, fuses: bool, evaluates: bool, interpreted: bool = False) -> list[Case]:
@@ -189,7 +196,7 @@ def cases(effort: Effort, norm: str, fuses: bool, evaluates: bool, interpreted: 
             shape = (n, divisible(c, norm), *positions)
             for fusion in _fusions(operations, fusions, len(positions) + 1, turn):
                 found.append(Case(mode, dtype, layout, shape, fusion, norm=norm))
-        return [case for case in found if case.m > 1]
+        return [case for case in found if not case.constant]
 
     full = effort == "full"
     found = product_of(tuple(DTYPES), SHAPES, effort)
@@ -229,7 +236,7 @@ def inputs(case: Case, device: torch.device) -> Inputs:
     draw = generator(case.identifier)
     dtype, c = case.stored, case.shape[1]
     vectors = dtype if case.affine == "same" else case.working
-    affine, tracked = case.affine != "none", case.tracked and NORMS[case.norm].over_batch
+    affine, tracked = case.affine != "none", case.tracked and NORMS[case.norm].has_running_variance
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw, dtype=torch.float64)

@@ -41,7 +41,7 @@ class Observation:
 
 def quantities(case: Case) -> tuple[str, ...]:
     """The quantities of a case that are checked, in the order of computation."""
-    running = RUNNING if case.training and NORMS[case.norm].over_batch else ()
+    running = RUNNING if case.training and NORMS[case.norm].has_running_variance else ()
     return ("forward", *running, *(GRADIENTS if case.adds else GRADIENTS[:3]), "double backward")
 
 
@@ -73,7 +73,7 @@ def observe(call: Forward, case: Case, given: Inputs, second: bool = True) -> Ob
     moved = tuple(name for name, value in running.items() if not torch.equal(value, getattr(given, name)))
     if not case.training and moved:
         seen.problems["forward"] = Finding("running_moved", names=moved)
-    if case.training and NORMS[case.norm].over_batch:
+    if case.training and NORMS[case.norm].has_running_variance:
         seen.values |= running
     try:
         first = torch.autograd.grad(y, list(wanted.values()), given.g, retain_graph=second, allow_unused=True)

@@ -3,7 +3,8 @@
 The floor of a quantity is the change of its float64 definition when every intermediate value changes by one rounding. A
 kernel that adds its m terms in a tree has an error of about log2(m) such changes; a sequential sum has about sqrt(m),
 with a probability that grows fast with the factor before it (Higham & Mary 2019, theorem 2.4), and is just as correct.
-bncli's kernels must meet the bound of tree sums, torch's operator and user functions that of sequential sums.
+bncli's kernels and modules must meet the bound of tree sums, torch's operator and user functions that of sequential
+sums.
 """
 
 from __future__ import annotations
@@ -55,14 +56,14 @@ class Expected:
     def floors(self, rule: Rule, truncates: bool = False) -> Values:
         """The error that rounding alone explains, for each element of each quantity, in float64.
 
-        kernel: sums are taken in a tree. The others may add m terms one after the other, an error as sqrt(m); native
-        also differentiates twice in the tensors' own dtype. truncates: for Triton's interpreter, which cuts a float32
-        to a bfloat16 where the device rounds it, an error of two roundings.
+        kernel, module: sums are taken in a tree. The others may add m terms one after the other, an error as sqrt(m);
+        native also differentiates twice in the tensors' own dtype. truncates: for Triton's interpreter, which cuts a
+        float32 to a bfloat16 where the device rounds it, an error of two roundings.
         """
         case, native = self.case, rule == "native"
         working, stored = unit_roundoff(case.working), unit_roundoff(case.stored)
         tree = math.log2(max(case.m, 1)) + ROUNDINGS
-        sums = tree if rule == "kernel" else math.sqrt(case.m) + ROUNDINGS_ANY
+        sums = tree if rule in ("kernel", "module") else math.sqrt(case.m) + ROUNDINGS_ANY
         # torch's group norm of channels_last inputs: 8 times the error in bfloat16 that it has in float16
         group_norm_in_half = native and case.norm != "batch" and case.layout == "channels_last"
         found = {}
@@ -74,7 +75,7 @@ class Expected:
                 floor = floor + SHIFTS * self.shift
             follows = case.fusion != "plain" and not name.startswith("running")
             in_half = self.half_vectors or second or (group_norm_in_half and name == "dweight")
-            if self.rounded and rule != "kernel" and (follows or (native and in_half)):
+            if self.rounded and rule not in ("kernel", "module") and (follows or (native and in_half)):
                 many = 4 * sums if native and second else INTERMEDIATE  # torch stays in half precision
                 floor = floor + many * (self.rounded[name] + stored * largest(exact))
             found[name] = floor + max(torch.finfo(kept).smallest_normal * unit_roundoff(kept), SMALLEST)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.text import Text
 
+from bncli.names import NORMS
 from bncli.report.gradcheck.text import (
     FAILED,
     NOT_CHECKED,
@@ -52,7 +53,7 @@ class GradcheckReport:
         yield Paragraph(f"Made on {environment_words(result.environment)}.", "dim")
         yield ""
         if result.paths:
-            yield paths_table(result.paths)
+            yield paths_table(result.paths, result.norm)
             yield ""
         if result.failures:
             yield from _first_failure(result.failures[0], self.commands[0], options)
@@ -121,14 +122,15 @@ def interrupted_table(groups: Sequence[CheckGroup], kernel: str) -> RenderableTy
     return Group(table, *(BulletList(heading, entries, "dim") for heading, entries in lists))
 
 
-def paths_table(paths: Sequence[GradientPaths]) -> ResponsiveTable:
+def paths_table(paths: Sequence[GradientPaths], norm: str = "batch") -> ResponsiveTable:
     """The three parts of dL/dx, the kernel's error with its bound, and what ignoring two parts loses, case by case."""
+    spread = "covariance" if NORMS[norm].whitens else "variance"
     failed = ["" if each.passed else STYLES[FAILED] for each in paths]
     columns = [
         Column("case", [each.case for each in paths], words=True),
         Column("direct", [figure(each.direct) for each in paths]),
         Column("through\nmean", [figure(each.through_mean) for each in paths]),
-        Column("through\nvariance", [figure(each.through_variance) for each in paths]),
+        Column(f"through\n{spread}", [figure(each.through_variance) for each in paths]),
         Column("full", [figure(each.full) for each in paths]),
         Column("error", [Cell(f"{each.error:.1e}", style=style) for each, style in zip(paths, failed, strict=True)]),
         Column("its\nbound", [f"{each.bound:.1e}" for each in paths]),
@@ -136,7 +138,7 @@ def paths_table(paths: Sequence[GradientPaths]) -> ResponsiveTable:
     ]
     span = " to ".join(dict.fromkeys(f"{pick(each.lost for each in paths):.0%}" for pick in (min, max)))
     notes = [
-        "Each value also affects the others that share its mean and variance: a gradient that ignores those two "
+        f"Each value also affects the others that share its mean and {spread}: a gradient that ignores those two "
         f"paths (only the direct part) differs from the true one by {span} of its norm.",
         f"Error: the kernel's dL/dx against float64 central differences of the loss, relative. {agreement(paths)}",
     ]

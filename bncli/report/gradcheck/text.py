@@ -38,6 +38,7 @@ TOLERANCES: dict[ToleranceRule, str] = {
         f"(sqrt m + 32) times {_ROUNDING}; {_FUSED}, in the second derivative, which torch computes in the dtype "
         "itself, and in dweight of channels_last inputs to its group norm"
     ),
+    "module": f"(log2 m + 4) times {_ROUNDING}",
     "own function": (
         f"the larger of twice native's own error in the dtype and (sqrt m + 32) times {_ROUNDING}, so that sums may "
         f"be taken in any order; {_FUSED}"
@@ -68,6 +69,7 @@ TOLERANCES: dict[ToleranceRule, str] = {
 NOT_CHECKED_REASONS = {
     "no fused operations": "the function takes no residual and no activation",
     "no evaluation": "the function takes no statistics, so it has no evaluation mode",
+    "running covariance": "it takes a running covariance, for which a kernel's signature has no place",
     "slow in the interpreter": "Triton's interpreter would take minutes",
     "no float64 on the device": "Metal has no float64",
     "refused": "the kernel refuses it: ",

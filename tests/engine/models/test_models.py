@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from bncli.engine.models import build
+from bncli.engine.models.whitening import Whitening
 from bncli.errors import RecipeError
 from bncli.recipe.sections import Recipe
 from tests.conftest import tiny
@@ -25,13 +26,13 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("norm", ["none", "batch", "layer", "group", "instance"])
+@pytest.mark.parametrize("norm", ["none", "batch", "layer", "group", "instance", "whiten", "iternorm"])
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu", "leaky_relu", "gelu"])
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_takes_images_and_every_norm_and_activation(model: str, norm: str, activation: str) -> None:
     recipe = tiny(model={**MODELS[model], "activation": activation}, norm={"kind": norm})
-    y = build(recipe, (1, 8, 8), 5)(torch.randn(2, 1, 8, 8))
-    assert y.shape == (2, 5)
+    y = build(recipe, (1, 8, 8), 5)(torch.randn(6, 1, 8, 8))
+    assert y.shape == (6, 5)
     assert torch.isfinite(y).all()
 
 
@@ -53,6 +54,15 @@ def test_the_same_seed_gives_the_same_weights_in_every_arm_where_shapes_agree() 
 def test_a_bias_before_batch_norm_is_left_out_since_it_is_dead() -> None:
     assert "hidden1.linear.bias" not in build(tiny(), (8,), 3).state_dict()
     assert "hidden1.linear.bias" in build(tiny(norm={"kind": "layer"}), (8,), 3).state_dict()
+
+
+def test_a_whitening_norm_has_the_recipes_arguments_and_no_bias_before_it() -> None:
+    norm = {"kind": "iternorm", "group_size": 2, "iterations": 3, "momentum": None, "eps": 0.01, "affine": False}
+    found = build(tiny(norm=norm), (8,), 3)
+    assert "hidden1.linear.bias" not in found.state_dict()
+    module = next(each for each in found.modules() if isinstance(each, Whitening))
+    given = (module.group_size, module.iterations, module.momentum, module.eps, module.weight)
+    assert given == (2, 3, None, 0.01, None)
 
 
 def built(recipe: Recipe) -> Any:

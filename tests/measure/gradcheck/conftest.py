@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bncli.engine.models.whitening import Whitening
 from bncli.measure.reference import tolerance as tolerances
 from bncli.measure.reference.candidate import Candidate, candidate
 from bncli.measure.reference.case import Case, inputs
 from bncli.measure.reference.judge import CheckContext, Evidence
-from bncli.names import GRADCHECK_KERNELS
+from bncli.names import CHECKED_GROUP_SIZE, GRADCHECK_KERNELS
 from bncli.results.gradcheck import Effort
 from tests.measure.reference import wrong_kernels
 
@@ -29,6 +32,21 @@ def context_of(kernel: str = "native", norm: str = "batch", effort: Effort = "qu
 
 def context_with(call: Callable[..., Tensor], effort: Effort = "quick") -> CheckContext:
     return CheckContext(Candidate("a test's", "batch", call, "a function of a test's", "own function"), CPU, effort)
+
+
+def whitening_context(change: Callable[[Whitening], object], effort: Effort = "quick") -> CheckContext:
+    """Of a module that `change` makes wrong."""
+
+    def call(*arguments: Any) -> Tensor:
+        x, _, _, weight, bias, _, _, eps, _, _ = arguments
+        module = Whitening(x.size(1), CHECKED_GROUP_SIZE, eps, affine=weight is not None)
+        change(module)
+        vectors = {} if weight is None else {"weight": weight, "bias": bias}
+        y: Tensor = torch.func.functional_call(module, vectors, (x,))
+        return y
+
+    row = candidate("native", "whiten", CPU, allow_code=False)
+    return CheckContext(replace(row, call=call), CPU, effort)
 
 
 BUG_CASES = [  # for each known bug some that show it

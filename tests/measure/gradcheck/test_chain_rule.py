@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bncli.engine.models.whitening import Whitening, newton, zca
 from bncli.errors import Unavailable
 from bncli.measure.gradcheck import chain_rule
-from bncli.measure.gradcheck.chain_rule import CASES, Call, Inputs, as_rows, bias_demo, paths, random_inputs, sets_of
+from bncli.measure.gradcheck.chain_rule import Call, Inputs, as_rows, bias_demo, cases_of, paths, random_inputs, sets_of
 from bncli.measure.reference.case import Case
+from bncli.names import CHECKED_GROUP_SIZE, CHECKED_NEWTON_STEPS, CHECKED_NORMS
 from tests.measure.gradcheck.conftest import CPU, context_of
 
-VALID = [
-    pytest.param(case, norm, id=f"{name}, {norm}")
-    for name, case in CASES.items()
-    for norm in ("batch", "layer", "group", "instance")
-    if sets_of(case, norm).size(1) > 1
-]
+CASES = cases_of("batch")
+VALID = [pytest.param(case, id=f"{name}, {norm}") for norm in CHECKED_NORMS for name, case in cases_of(norm).items()]
+EACH_VALID = pytest.mark.parametrize("case", VALID)
 EACH_CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
@@ -34,16 +33,27 @@ def of_groups(groups: Callable[[Tensor], int]) -> Call:
     return lambda x, weight, bias, eps: F.group_norm(x, groups(x), weight, bias, eps)
 
 
+def whitening(iterations: int | None) -> Call:
+    def call(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        module = Whitening(x.size(1), CHECKED_GROUP_SIZE, eps, iterations=iterations)
+        y: Tensor = torch.func.functional_call(module, {"weight": weight, "bias": bias}, (x,))
+        return y
+
+    return call
+
+
 NORMS: dict[str, Call] = {
     "batch": native,
     "layer": of_groups(lambda x: 1),
     "group": of_groups(lambda x: 2),
     "instance": of_groups(lambda x: x.size(1)),
+    "whiten": whitening(None),
+    "iternorm": whitening(CHECKED_NEWTON_STEPS),
 }
 
 
-def rows_of(case: Case, seed: int = 0, norm: str = "batch") -> Inputs:
-    return as_rows(random_inputs(case, seed), sets_of(case, norm))
+def rows_of(case: Case, seed: int = 0) -> Inputs:
+    return as_rows(random_inputs(case, seed), sets_of(case))
 
 
 def true_gradient(rows: Inputs, upstream: Tensor) -> Tensor:
@@ -55,9 +65,13 @@ def true_gradient(rows: Inputs, upstream: Tensor) -> Tensor:
 # --- the parts ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("case", "norm"), VALID)
-def test_the_three_parts_sum_to_the_gradient_that_autograd_finds(case: Case, norm: str) -> None:
-    rows = rows_of(case, norm=norm)
+def test_every_norm_is_looked_at() -> None:
+    assert NORMS.keys() == set(CHECKED_NORMS)
+
+
+@EACH_VALID
+def test_the_three_parts_sum_to_the_gradient_that_autograd_finds(case: Case) -> None:
+    rows = rows_of(case)
     parts = chain_rule.three_parts(rows)
     whole = true_gradient(rows, rows.upstream)
     rounding = chain_rule.arithmetic_bound(rows, torch.float64)
@@ -67,24 +81,35 @@ def test_the_three_parts_sum_to_the_gradient_that_autograd_finds(case: Case, nor
 
 
 @EACH_CASE
-def test_each_part_is_the_derivative_along_its_own_path_alone(case: Case) -> None:
+def test_the_parts_of_batch_norm_are_the_papers(case: Case) -> None:
+    """Ioffe & Szegedy 2015, section 3: dL/dxhat, then through the variance and through the mean."""
     rows = rows_of(case)
-    mean, centred = rows.x.mean(1, keepdim=True), rows.x - rows.x.mean(1, keepdim=True)
-    variance = centred.square().mean(1, keepdim=True)
+    m, centred = rows.x.size(-1), rows.x - rows.x.mean(-1, keepdim=True)
+    v, to_xhat = centred.square().mean(-1, keepdim=True) + rows.eps, rows.upstream * rows.weight
+    to_variance = (to_xhat * centred).sum(-1, keepdim=True) * -0.5 * v**-1.5
+    to_mean = -(to_xhat / v.sqrt()).sum(-1, keepdim=True)
+    expected = to_xhat / v.sqrt(), (to_mean / m).expand_as(centred), to_variance * 2 * centred / m
+    torch.testing.assert_close(chain_rule.three_parts(rows), expected, rtol=1e-12, atol=1e-13)
 
-    def held(which: str) -> Tensor:
-        """The gradient with all paths but one cut."""
+
+@pytest.mark.parametrize("norm", ["whiten", "iternorm"])
+def test_the_parts_of_whitening_are_those_of_the_module_with_a_statistic_held_constant(norm: str) -> None:
+    case = cases_of(norm)["vectors"]
+    rows = rows_of(case)
+
+    def held(x: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
+        steps = None if norm == "whiten" else CHECKED_NEWTON_STEPS
+        root = zca(covariance, case.eps) if steps is None else newton(covariance, case.eps, steps)
+        return rows.weight * (root @ (x - mean)) + rows.bias
+
+    mean = rows.x.mean(-1, keepdim=True)
+    covariance = (rows.x - mean) @ (rows.x - mean).mT / rows.x.size(-1)
+    for index, part in enumerate(chain_rule.three_parts(rows)):
         x = rows.x.clone().requires_grad_()
-        through = {"direct": x, "mean": x.mean(1, keepdim=True), "variance": (x - mean).square().mean(1, keepdim=True)}
-        value, its_mean, its_variance = (
-            through[name] if name == which else constant
-            for name, constant in (("direct", rows.x), ("mean", mean), ("variance", variance))
-        )
-        y = rows.weight * (value - its_mean) / (its_variance + rows.eps).sqrt() + rows.bias
-        return torch.autograd.grad(y, x, rows.upstream)[0]
-
-    for name, part in zip(("direct", "mean", "variance"), chain_rule.three_parts(rows), strict=True):
-        torch.testing.assert_close(held(name), part, rtol=1e-12, atol=1e-13)
+        its_mean = x.mean(-1, keepdim=True)
+        its = x, its_mean, (x - its_mean) @ (x - its_mean).mT / x.size(-1)
+        y = held(*(its[i] if i == index else (rows.x, mean, covariance)[i] for i in range(3)))
+        torch.testing.assert_close(torch.autograd.grad(y, x, rows.upstream)[0], part, rtol=1e-9, atol=1e-11)
 
 
 @EACH_CASE
@@ -97,39 +122,37 @@ def test_an_upstream_gradient_of_ones_leaves_nothing_to_compare(case: Case) -> N
     assert whole.norm() <= chain_rule.arithmetic_bound(ones, torch.float64)
 
 
-@pytest.mark.parametrize(("case", "norm"), VALID)
-def test_sets_hold_every_value_once_and_share_the_statistics_that_the_norm_takes(case: Case, norm: str) -> None:
-    sets = sets_of(case, norm)
+@EACH_VALID
+def test_sets_hold_every_value_once_and_share_the_statistics_that_the_norm_takes(case: Case) -> None:
+    sets = sets_of(case)
     assert sorted(sets.flatten().tolist()) == list(range(math.prod(case.shape)))
     inputs = random_inputs(case, 0)
-    y = NORMS[norm](inputs.x, inputs.weight, inputs.bias, case.eps)
+    y = NORMS[case.norm](inputs.x, inputs.weight, inputs.bias, case.eps)
     torch.testing.assert_close(y.flatten()[sets], chain_rule.normalized(as_rows(inputs, sets)))
 
 
 # --- the bound ----------------------------------------------------------------------------------------------------
 
 
-@EACH_CASE
-@pytest.mark.parametrize("norm", ["batch", "layer", "group"])
-def test_differences_of_the_true_loss_stay_within_their_bound_and_come_near_it(case: Case, norm: str) -> None:
+@EACH_VALID
+def test_differences_of_the_true_loss_stay_within_their_bound_and_come_near_it(case: Case) -> None:
     shares = []
-    for seed in range(30):
-        rows = rows_of(case, seed, norm)
-        error = (chain_rule.central_differences(rows) - true_gradient(rows, rows.upstream)).norm()
-        bound = chain_rule.differences_bound(rows) + chain_rule.arithmetic_bound(rows, torch.float64)
+    for seed in range(30 if case.norm == "batch" else 15):
+        rows = rows_of(case, seed)
+        step = chain_rule.best_step(rows)
+        error = (chain_rule.central_differences(rows, step) - true_gradient(rows, rows.upstream)).norm()
+        bound = chain_rule.differences_bound(rows, step) + chain_rule.arithmetic_bound(rows, torch.float64)
         shares.append(float(error) / bound)
     assert max(shares) <= 1
     assert max(shares) > 0.1  # a bound that no error comes near would let a wrong gradient pass
 
 
-def test_the_truncation_is_the_third_derivative_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a step a thousand times as long truncation is all there is, and the bound is its exact size."""
-    step = chain_rule._step
-    monkeypatch.setattr(chain_rule, "_step", lambda rows: 1000 * step(rows))
-    for case in CASES.values():
-        rows = rows_of(case)
-        error = (chain_rule.central_differences(rows) - true_gradient(rows, rows.upstream)).norm()
-        assert float(error) == pytest.approx(chain_rule.differences_bound(rows), rel=1e-3)
+@EACH_VALID
+def test_a_long_step_leaves_nothing_but_the_truncation_which_the_bound_is(case: Case) -> None:
+    rows = rows_of(case)
+    step = 100 * chain_rule.best_step(rows)
+    error = (chain_rule.central_differences(rows, step) - true_gradient(rows, rows.upstream)).norm()
+    assert float(error) == pytest.approx(chain_rule.differences_bound(rows, step), rel=1e-2)
 
 
 # --- kernels ------------------------------------------------------------------------------------------------------
@@ -138,7 +161,9 @@ def test_the_truncation_is_the_third_derivative_of_the_loss(monkeypatch: pytest.
 @pytest.mark.parametrize("norm", NORMS)
 def test_torchs_own_norms_are_within_the_bound_in_every_case(norm: str) -> None:
     found = paths(NORMS[norm], CPU, norm)
-    assert len(found) == (1 if norm == "instance" else len(CASES))  # vectors have one value a channel
+    assert (
+        len(found) == len(cases_of(norm)) == (1 if norm == "instance" else len(CASES))
+    )  # vectors have one value a channel
     for each in found:
         assert 0 < each.error <= each.bound < 1e-8
 
@@ -177,6 +202,36 @@ def test_a_wrong_gradient_is_beyond_its_bound_in_every_case(wrong: Call) -> None
 def test_a_gradient_that_ignores_the_statistics_is_off_by_what_is_lost() -> None:
     for each in paths(WRONG["statistics_constant"], CPU):
         assert each.error == pytest.approx(each.lost, rel=1e-6)
+
+
+def constant_statistics(mean: bool, covariance: bool, root: Callable[[Tensor, float], Tensor] = zca) -> Call:
+    """Whitening whose gradient ignores the mean, the covariance or both; x is (N, C)."""
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        values = x.transpose(0, 1).reshape(-1, CHECKED_GROUP_SIZE, x.numel() // x.size(1))
+        its_mean = values.mean(-1, keepdim=True)
+        centred = values - (its_mean.detach() if mean else its_mean)
+        its_covariance = centred @ centred.mT / values.size(-1)
+        xhat = root(its_covariance.detach() if covariance else its_covariance, eps) @ centred
+        xhat = xhat.reshape(x.size(1), x.size(0), *x.shape[2:])
+        over = (-1, *[1] * (x.dim() - 1))
+        return (xhat * weight.reshape(over) + bias.reshape(over)).transpose(0, 1)
+
+    return call
+
+
+def test_a_whitening_gradient_that_ignores_a_statistic_is_beyond_its_bound() -> None:
+    assert all(each.passed for each in paths(constant_statistics(False, False), CPU, "whiten"))
+    for mean, covariance in ((True, False), (False, True), (True, True)):
+        for each in paths(constant_statistics(mean, covariance), CPU, "whiten"):
+            assert each.error > 1e6 * each.bound
+            if mean and covariance:
+                assert each.error == pytest.approx(each.lost, rel=1e-6)
+
+
+def test_newton_steps_are_not_taken_for_the_exact_root_nor_the_exact_root_for_them() -> None:
+    assert not any(each.passed for each in paths(NORMS["iternorm"], CPU, "whiten"))
+    assert not any(each.passed for each in paths(NORMS["whiten"], CPU, "iternorm"))
 
 
 def only_float32(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -10,11 +10,19 @@ import torch
 from torch import Tensor
 
 from bncli.measure.gradcheck import hard_inputs
-from bncli.measure.gradcheck.hard_inputs import FOR_ANY_NORM, NOT_FINITE, ROWS, STRIDED_G, STRIDED_X, Input
+from bncli.measure.gradcheck.hard_inputs import (
+    FOR_ANY_NORM,
+    NOT_FINITE,
+    ROWS,
+    STRIDED_G,
+    STRIDED_X,
+    WITHOUT_VECTORS,
+    Input,
+)
 from bncli.measure.reference.candidate import NATIVE
 from bncli.measure.reference.case import Inputs, inputs
 from bncli.measure.reference.judge import Check, CheckContext
-from bncli.names import NORMS
+from bncli.names import CHECKED_NORMS, NORMS
 from bncli.results.finding import Finding
 from tests.measure.gradcheck.conftest import CPU, context_of, context_with
 
@@ -182,10 +190,14 @@ def test_identifiers_are_unique_and_what_is_refused_or_not_offered_is_in_none() 
 
 
 def test_other_norms_have_the_rows_that_do_not_ask_for_channels() -> None:
-    for norm in set(NORMS) - {"batch"}:
+    for norm in set(CHECKED_NORMS) - {"batch"}:
         plans = list(hard_inputs.plans(context_of(norm=norm, effort="default"), ()))
-        assert [plan.rows[""] for plan in plans] == [row for row in ROWS if row in FOR_ANY_NORM]
-        assert all(check.case and check.case.mode == "train" for plan in plans for check in plan.checks)
+        rows = [row for row in ROWS if row in FOR_ANY_NORM]
+        if NORMS[norm].over_batch:
+            rows = [*(row for row in ROWS if row != WITHOUT_VECTORS), "one value per channel is refused"]
+        assert [plan.rows[""] for plan in plans] == rows
+        assert all(plan.checks for plan in plans)
+        assert all(check.case.mode == "train" for plan in plans for check in plan.checks if check.case)
 
 
 def test_without_an_evaluation_or_fused_operations_there_is_none_of_either() -> None:
@@ -238,7 +250,7 @@ def test_a_channel_with_nan_must_be_nan(value: float) -> None:
 
     name = "nan" if math.isnan(value) else "inf"
     context = context_with(swallows, effort="default")
-    for finding in found(context, f"hard/NaN-and-infinity-stay-in-their-channel/{name}/").values():
+    for finding in found(context, f"hard/NaN-and-infinity-do-not-spread/{name}/").values():
         assert finding.failed
 
 

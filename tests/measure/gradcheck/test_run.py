@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from bncli.cli.gradcheck import rerun_command
+from bncli.engine.models.whitening import Whitening
 from bncli.errors import Unavailable, UsageError
 from bncli.measure.gradcheck.run import run, values_plans
 from bncli.measure.reference.judge import CheckGroupPlan
 from bncli.measure.reference.observe import GRADIENTS, RUNNING, quantities
-from bncli.names import NORMS
+from bncli.names import CHECKED_NORMS
 from bncli.report.gradcheck.text import evidence_text, failure_text, not_checked_text
-from bncli.results.gradcheck import CheckGroup, Effort, Gradcheck
-from tests.measure.gradcheck.conftest import context_of, named
+from bncli.results.gradcheck import CheckGroup, Effort, Gradcheck, NotChecked
+from tests.measure.gradcheck.conftest import context_of, named, whitening_context
 from tests.measure.reference import wrong_kernels
 
 
@@ -44,6 +45,30 @@ def failing(found: Gradcheck) -> list[str]:
 
 def plans(*refused: str, kernel: str = "native", norm: str = "batch", effort: Effort = "quick") -> list[CheckGroupPlan]:
     return list(values_plans(context_of(kernel, norm, effort), refused))
+
+
+def test_a_whitening_module_is_checked_in_training_alone_and_the_rest_is_said() -> None:
+    for norm in ("whiten", "iternorm"):
+        found = result(norm=norm)
+        (skipped,) = (group for group in found.groups if group.skipped)
+        assert (skipped.name, skipped.skipped) == ("evaluation", NotChecked("running covariance"))
+        assert found.ran == "bncli's module, 2 channels per group"
+        (train,) = plans(norm=norm)
+        assert list(train.rows) == ["forward", *GRADIENTS[:3], "double backward"]
+
+
+def test_a_whitening_of_too_few_steps_or_another_eps_is_wrong_in_every_quantity_that_it_changes() -> None:
+    def few_steps(module: Whitening) -> None:
+        module.iterations = 3
+
+    def other_eps(module: Whitening) -> None:
+        module.eps = 1.1e-3
+
+    for change in (few_steps, other_eps):
+        (plan,) = values_plans(whitening_context(change), ())
+        check = next(check for check in plan.checks if check.identifier.startswith("train/float32/contiguous/4x4x5x7"))
+        wrong = {name for name, finding in check.run().findings.items() if finding.failed}
+        assert wrong == {"forward", "dx", "dweight", "double backward"}
 
 
 def test_each_mode_has_a_row_for_each_quantity_that_the_candidate_has() -> None:
@@ -98,11 +123,11 @@ def test_a_check_that_is_run_judges_each_of_its_quantities(kernel: str, wrong: l
 RIGHT = (*wrong_kernels.RIGHT, *wrong_kernels.RIGHT_BUT_ROUNDED_OTHERWISE)
 RIGHT_RUNS: list[tuple[str, str, Effort]] = [
     ("native", "batch", "default"),
-    *(("native", norm, "quick") for norm in NORMS),
+    *(("native", norm, "quick") for norm in CHECKED_NORMS),
     *((kernel, "batch", "quick") for kernel in ("fused", *RIGHT)),
 ]
 LONG_RIGHT_RUNS: list[tuple[str, str, Effort]] = [
-    *(("native", norm, "default") for norm in NORMS if norm != "batch"),
+    *(("native", norm, "default") for norm in CHECKED_NORMS if norm != "batch"),
     *((kernel, "batch", "default") for kernel in ("fused", *RIGHT)),
     *((kernel, "batch", "full") for kernel in ("native", *wrong_kernels.RIGHT)),
 ]

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bncli.engine.models.whitening import Whitening
 from bncli.errors import UsageError
 from bncli.kernels.definition import definition
 from bncli.measure.reference.candidate import Candidate, KernelFailed, by_name, candidate
 from bncli.measure.reference.case import Case, arguments, inputs
-from bncli.names import CHECKED_GROUPS
+from bncli.names import CHECKED_GROUP_SIZE, CHECKED_GROUPS, CHECKED_NEWTON_STEPS
 from tests.measure.reference import wrong_kernels
 
 CPU = torch.device("cpu")
@@ -112,6 +113,24 @@ def test_the_other_norms_are_modules_with_the_calls_own_weight_bias_and_eps(norm
     torch.testing.assert_close(y, module(given.x))
 
 
+@pytest.mark.parametrize(("norm", "iterations"), [("whiten", None), ("iternorm", CHECKED_NEWTON_STEPS)])
+@pytest.mark.parametrize("affine", ["wide", "none"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_whitening_norms_are_bnclis_modules_in_training(
+    norm: str, iterations: int | None, affine: str, dtype: str
+) -> None:
+    found = candidate("native", norm, CPU, allow_code=False)
+    assert (found.fuses, found.evaluates, found.tracks, found.rule) == (False, False, False, "module")
+    case = Case("train", dtype, "contiguous", (4, 6, 5), norm=norm, affine=affine)
+    given = inputs(case, CPU)
+    module = Whitening(6, CHECKED_GROUP_SIZE, case.eps, iterations=iterations).to(case.stored)
+    if given.weight is not None:
+        module.load_state_dict({"weight": given.weight, "bias": given.bias}, strict=False)
+    y, _, _ = result(found.call, case)
+    torch.testing.assert_close(y, module(given.x))
+    assert (given.running_mean, given.running_var) == (None, None)
+
+
 def test_the_implementation_that_runs_is_reported() -> None:
     assert candidate("native", "batch", CPU, allow_code=False).ran == "torch's own operator"
     assert candidate("fused", "batch", CPU, allow_code=False).ran.startswith("C, compiled for this CPU")
@@ -131,7 +150,7 @@ def test_a_function_itself_is_called_like_a_kernel_by_name() -> None:
 @pytest.mark.parametrize(
     ("kernel", "norm", "message"),
     [
-        ("native", "spectral", "norm spectral: expected one of batch, layer, group, instance"),
+        ("native", "spectral", "norm spectral: expected one of batch, layer, group, instance, whiten, iternorm"),
         ("quick", "batch", "kernel quick: there is no such kernel; expected native, fused, fused-interpreted"),
         ("fused", "layer", "norm layer: has only the native kernel; fused is a batch norm"),
     ],
