@@ -29,7 +29,7 @@ from bncli.measure.reference.judge import (
     written,
 )
 from bncli.measure.reference.observe import observe
-from bncli.names import CHECKED_GROUPS, NORMS
+from bncli.names import CHECKED_GROUPS, CHECKED_NORMS, NORMS
 from bncli.results.finding import Finding
 from bncli.results.gradcheck import ToleranceRule
 
@@ -201,7 +201,7 @@ def without_gradients(context: CheckContext, case: Case, given: Inputs) -> Findi
 
 
 Invariant = Callable[[CheckContext, Case, Inputs], Finding]
-ANY = tuple(NORMS)
+ANY = CHECKED_NORMS
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from bncli.engine.user_code import imported
 from bncli.errors import UsageError
 from bncli.kernels import api
 from bncli.kernels.definition import Forward
-from bncli.names import CHECKED_GROUPS, GRADCHECK_KERNELS, NORMS, check_kernel
+from bncli.names import CHECKED_GROUPS, CHECKED_NORMS, GRADCHECK_KERNELS, NORMS, check_kernel
 from bncli.recipe import sections
 from bncli.results.finding import Finding
 
@@ -67,8 +67,8 @@ def candidate(kernel: str, norm: str, device: torch.device, allow_code: bool) ->
 
     Raises Unavailable, with the reason, where the kernel cannot run on the device.
     """
-    if norm not in NORMS:
-        raise UsageError(f"expected one of {', '.join(NORMS)}", field="norm", value=norm)
+    if norm not in CHECKED_NORMS:
+        raise UsageError(f"expected one of {', '.join(CHECKED_NORMS)}", field="norm", value=norm)
     if not NORMS[norm].has_kernels:
         if kernel != "native":
             raise UsageError(f"has only the native kernel; {kernel} is a batch norm", field="norm", value=norm)

@@ -14,7 +14,7 @@ from bncli.measure.gradcheck.hard_inputs import FOR_ANY_NORM, NOT_FINITE, ROWS, 
 from bncli.measure.reference.candidate import NATIVE
 from bncli.measure.reference.case import Inputs, inputs
 from bncli.measure.reference.judge import Check, CheckContext
-from bncli.names import NORMS
+from bncli.names import CHECKED_NORMS
 from bncli.results.finding import Finding
 from tests.measure.gradcheck.conftest import CPU, context_of, context_with
 
@@ -182,7 +182,7 @@ def test_identifiers_are_unique_and_what_is_refused_or_not_offered_is_in_none() 
 
 
 def test_other_norms_have_the_rows_that_do_not_ask_for_channels() -> None:
-    for norm in set(NORMS) - {"batch"}:
+    for norm in set(CHECKED_NORMS) - {"batch"}:
         plans = list(hard_inputs.plans(context_of(norm=norm, effort="default"), ()))
         assert [plan.rows[""] for plan in plans] == [row for row in ROWS if row in FOR_ANY_NORM]
         assert all(check.case and check.case.mode == "train" for plan in plans for check in plan.checks)

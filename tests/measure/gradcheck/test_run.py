@@ -15,7 +15,7 @@ from bncli.errors import Unavailable, UsageError
 from bncli.measure.gradcheck.run import run, values_plans
 from bncli.measure.reference.judge import CheckGroupPlan
 from bncli.measure.reference.observe import GRADIENTS, RUNNING, quantities
-from bncli.names import NORMS
+from bncli.names import CHECKED_NORMS
 from bncli.report.gradcheck.text import evidence_text, failure_text, not_checked_text
 from bncli.results.gradcheck import CheckGroup, Effort, Gradcheck
 from tests.measure.gradcheck.conftest import context_of, named
@@ -98,11 +98,11 @@ def test_a_check_that_is_run_judges_each_of_its_quantities(kernel: str, wrong: l
 RIGHT = (*wrong_kernels.RIGHT, *wrong_kernels.RIGHT_BUT_ROUNDED_OTHERWISE)
 RIGHT_RUNS: list[tuple[str, str, Effort]] = [
     ("native", "batch", "default"),
-    *(("native", norm, "quick") for norm in NORMS),
+    *(("native", norm, "quick") for norm in CHECKED_NORMS),
     *((kernel, "batch", "quick") for kernel in ("fused", *RIGHT)),
 ]
 LONG_RIGHT_RUNS: list[tuple[str, str, Effort]] = [
-    *(("native", norm, "default") for norm in NORMS if norm != "batch"),
+    *(("native", norm, "default") for norm in CHECKED_NORMS if norm != "batch"),
     *((kernel, "batch", "default") for kernel in ("fused", *RIGHT)),
     *((kernel, "batch", "full") for kernel in ("native", *wrong_kernels.RIGHT)),
 ]

@@ -26,7 +26,7 @@ from bncli.measure.reference.case import (
     with_layout,
     with_positive_weight,
 )
-from bncli.names import NORMS
+from bncli.names import CHECKED_NORMS
 from bncli.results import profile
 
 CPU = torch.device("cpu")
@@ -80,7 +80,7 @@ def test_at_nan_the_upstream_gradient_of_a_kinked_activation_is_kept() -> None:
 
 
 def test_what_the_quick_run_checks_the_default_run_checks_too() -> None:
-    for norm in NORMS:
+    for norm in CHECKED_NORMS:
         quick, default, full = (
             {case.identifier for case in cases(effort, norm, True, True)} for effort in ("quick", "default", "full")
         )
@@ -94,7 +94,7 @@ def test_no_case_asks_for_what_the_candidate_does_not_have() -> None:
     assert {case.fusion for case in found} == {"plain"}
     assert {case.mode for case in found} == {"train"}
     assert {case.mode for case in cases("full", "layer", True, True)} == {"train"}
-    for norm in NORMS:
+    for norm in CHECKED_NORMS:
         assert all(case.m > 1 and case.norm == norm for case in cases("full", norm, True, True))
 
 
