@@ -36,12 +36,15 @@ class Norm:
     name: str
     section: str  # class of bncli.recipe.sections
     over_batch: bool  # a mean is taken over all N examples, and evaluation uses running statistics
-    channel_groups: Literal["one", "given", "every"]  # the groups of channels that a mean is taken over
+    channel_groups: Literal["one", "given", "every", "none"]  # that a mean is taken over; none: it takes no mean
     has_kernels: bool = False  # bncli has kernels of its own for it; else torch's operator alone
     # The channels of a group share a covariance instead of having a variance each; they are multiplied by its inverse
     # square root, exact or of a number of Newton steps.
     whitens: Literal["exactly", "by steps"] | None = None
-    checked: bool = True  # gradcheck has a float64 definition of it
+    checked: bool = False  # gradcheck can check it: bncli.kernels.definition has its definition
+    bias_is_dead: bool = False  # it subtracts each channel's mean, so a bias in front of it has no effect
+    vectors: int = 2  # (C) each, parameters of an affine one: weight and bias
+    scalars: int = 0  # its other parameters
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -59,11 +62,13 @@ class Norm:
 
     def groups(self, channels: int, given: int) -> int:
         """Into how many groups the channels are divided. given: the number of a norm that takes one."""
-        return {"one": 1, "given": given, "every": channels}[self.channel_groups]
+        return {"one": 1, "given": given, "every": channels, "none": 1}[self.channel_groups]
 
     def values_per_mean(self, shape: Sequence[int], given: int) -> int:
-        """m: how many values of (N, C, *S) one mean is taken over."""
+        """m: how many values of (N, C, *S) one mean is taken over; 0 where none is."""
         examples, channels, *positions = shape
+        if self.channel_groups == "none":
+            return 0
         return (examples if self.over_batch else 1) * (channels // self.groups(channels, given)) * math.prod(positions)
 
 
@@ -115,12 +120,18 @@ _KERNELS = (
 )
 
 _NORMS = (
-    Norm("batch", "BatchNorm", over_batch=True, channel_groups="every", has_kernels=True),
-    Norm("layer", "LayerNorm", over_batch=False, channel_groups="one"),
-    Norm("group", "GroupNorm", over_batch=False, channel_groups="given"),
-    Norm("instance", "InstanceNorm", over_batch=False, channel_groups="every"),
-    Norm("whiten", "Whiten", over_batch=True, channel_groups="every", whitens="exactly"),
-    Norm("iternorm", "IterNorm", over_batch=True, channel_groups="every", whitens="by steps"),
+    Norm("batch", "BatchNorm", True, "every", has_kernels=True, checked=True, bias_is_dead=True),
+    Norm("layer", "LayerNorm", over_batch=False, channel_groups="one", checked=True),
+    Norm("group", "GroupNorm", over_batch=False, channel_groups="given", checked=True),
+    Norm("instance", "InstanceNorm", over_batch=False, channel_groups="every", checked=True, bias_is_dead=True),
+    Norm("whiten", "Whiten", True, "every", checked=True, bias_is_dead=True, whitens="exactly"),
+    Norm("iternorm", "IterNorm", True, "every", checked=True, bias_is_dead=True, whitens="by steps"),
+    Norm("ghost", "GhostBatchNorm", over_batch=True, channel_groups="every", bias_is_dead=True),
+    Norm("renorm", "BatchRenorm", over_batch=True, channel_groups="every", bias_is_dead=True),
+    Norm("noisy", "NoisyBatchNorm", over_batch=True, channel_groups="every", bias_is_dead=True),
+    Norm("frozen", "FrozenBatchNorm", over_batch=True, channel_groups="every"),
+    Norm("rms", "RMSNorm", over_batch=False, channel_groups="one", vectors=1),
+    Norm("dyt", "DynamicTanh", over_batch=False, channel_groups="none", scalars=1),
 )
 
 _ACTIVATIONS = (

@@ -44,5 +44,5 @@ def sizes(recipe: Recipe) -> tuple[int | None, float | None]:
     model = layers(recipe, shape, classes)
     if model is None:
         return None, None
-    found, _ = size(model, shape, affine=getattr(recipe.norm, "affine", True))
+    found, _ = size(model, shape)
     return found.parameters, estimated_memory_mib(recipe, found)

@@ -16,18 +16,20 @@ from typing import Any
 
 from bncli.errors import DataError
 from bncli.names import NORMS
+from bncli.names import Norm as NormRow
 from bncli.recipe.sections import (
     DIGITS,
     BatchNorm,
+    BatchRenorm,
     Cnn,
     Digits,
-    InstanceNorm,
+    FrozenBatchNorm,
+    GhostBatchNorm,
     Mlp,
     Npz,
     OwnModel,
     Recipe,
     ResNet,
-    WhiteningSection,
 )
 
 Shape = tuple[int, ...]
@@ -52,11 +54,18 @@ class Conv:
 @dataclass(frozen=True)
 class Norm:
     channels: int
+    parameters: int
+    zero_weight: bool = False  # it starts at 0
 
 
 @dataclass(frozen=True)
 class Activation:
     pass
+
+
+@dataclass(frozen=True)
+class Dropout:
+    probability: float
 
 
 @dataclass(frozen=True)
@@ -84,36 +93,60 @@ class Residual:
     shortcut: Sequence = Sequence(())
 
 
-Layer = Linear | Conv | Norm | Activation | MaxPool | GlobalAverage | Sequence | Residual
+Layer = Linear | Conv | Norm | Activation | Dropout | MaxPool | GlobalAverage | Sequence | Residual
 Parts = list[tuple[str, Layer]]
 Unit = Callable[..., Sequence]  # a linear layer or a convolution -> with the norm and the activation that follow it
 
 
 def layers(recipe: Recipe, shape: Shape, classes: int) -> Sequence | None:
     """The model's layers for inputs of `shape` (C,) or (C, H, W); None for the user's own model."""
-    model, norm = recipe.model, recipe.norm.kind != "none"
-    # These norms subtract each channel's mean: a bias before them is dead (paper, section 3.2).
-    dead_bias = isinstance(recipe.norm, BatchNorm | InstanceNorm | WhiteningSection) or (
-        norm and isinstance(model, ResNet)
-    )
-    unit = partial(_unit, bias=not dead_bias, norm=norm)
+    model, norm = recipe.model, NORMS.get(recipe.norm.kind)
     if isinstance(model, OwnModel):
         return None
+    # A bias right before a norm that subtracts each channel's mean is dead (paper, section 3.2). It is not where the
+    # gradient takes the mean for a constant. He et al. leave the biases of convolutions out in any case.
+    ignored = isinstance(recipe.norm, BatchNorm) and recipe.norm.backward == "ignore_statistics"
+    position = "before" if isinstance(model, ResNet) else model.norm_position
+    dead_bias = norm is not None and norm.bias_is_dead and not ignored and position == "before"
+    unit = partial(
+        _unit,
+        bias=not (dead_bias or (norm is not None and isinstance(model, ResNet))),
+        norm=partial(_norm, norm, getattr(recipe.norm, "affine", False)) if norm else None,
+        position=position,
+        dropout=0.0 if isinstance(model, ResNet) else model.dropout,
+    )
     if isinstance(model, Mlp):
         widths = (math.prod(shape), *model.hidden)
         body: Parts = [(f"hidden{i}", unit(Linear(a, b))) for i, (a, b) in enumerate(pairwise(widths), 1)]
         return Sequence((*body, ("output", Linear(widths[-1], classes))))
-    body, width = _cnn(shape, model.channels, unit) if isinstance(model, Cnn) else _resnet(shape[0], model.depth, unit)
+    if isinstance(model, Cnn):
+        body, width = _cnn(shape, model.channels, unit)
+    else:
+        body, width = _resnet(shape[0], model.depth, unit, model.zero_gamma)
     return Sequence((*body, ("average", GlobalAverage()), ("output", Linear(width, classes))))
 
 
-def _unit(weight: Linear | Conv, bias: bool, norm: bool, activation: bool = True) -> Sequence:
+def _unit(
+    weight: Linear | Conv,
+    bias: bool,
+    norm: Callable[..., Norm] | None,
+    position: str,
+    dropout: float,
+    activation: bool = True,
+    zero_weight: bool = False,
+) -> Sequence:
+    """A weight, then norm and activation in the order that `position` says, then dropout."""
+    normed: Parts = [("norm", norm(weight.outputs, zero_weight))] if norm else []
+    activated: Parts = [("activation", Activation())] if activation else []
     parts: Parts = [("linear" if isinstance(weight, Linear) else "conv", replace(weight, bias=bias))]
-    if norm:
-        parts.append(("norm", Norm(weight.outputs)))
-    if activation:
-        parts.append(("activation", Activation()))
+    parts += normed + activated if position == "before" else activated + normed
+    if dropout > 0:
+        parts.append(("dropout", Dropout(dropout)))
     return Sequence(tuple(parts))
+
+
+def _norm(row: NormRow, affine: bool, channels: int, zero_weight: bool) -> Norm:
+    return Norm(channels, row.vectors * channels * affine + row.scalars, zero_weight)
 
 
 def _cnn(shape: Shape, channels: tuple[int, ...], unit: Unit) -> tuple[Parts, int]:
@@ -128,7 +161,7 @@ def _cnn(shape: Shape, channels: tuple[int, ...], unit: Unit) -> tuple[Parts, in
     return body, channels[-1]
 
 
-def _resnet(channels: int, depth: int, unit: Unit) -> tuple[Parts, int]:
+def _resnet(channels: int, depth: int, unit: Unit, zero_gamma: bool) -> tuple[Parts, int]:
     """The stem and the blocks, and the channels of the last. Table 1 of He et al., or 6n + 2 layers of section 4.2."""
     counts = IMAGENET_BLOCKS.get(depth, ((depth - 2) // 6,) * 3)
     if depth in IMAGENET_BLOCKS:
@@ -140,7 +173,7 @@ def _resnet(channels: int, depth: int, unit: Unit) -> tuple[Parts, int]:
     for stage, (count, width) in enumerate(zip(counts, widths, strict=True), 1):
         for index in range(count):
             stride = 2 if stage > 1 and index == 0 else 1
-            block, outputs = _block(inputs, width, stride, depth == 50, unit)
+            block, outputs = _block(inputs, width, stride, depth == 50, unit, zero_gamma)
             body.append((f"stage{stage}_{index + 1}", block))
             inputs = outputs
     return body, inputs
@@ -149,7 +182,9 @@ def _resnet(channels: int, depth: int, unit: Unit) -> tuple[Parts, int]:
 IMAGENET_BLOCKS: dict[int, tuple[int, ...]] = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 
 
-def _block(inputs: int, width: int, stride: int, bottleneck: bool, unit: Unit) -> tuple[Residual, int]:
+def _block(
+    inputs: int, width: int, stride: int, bottleneck: bool, unit: Unit, zero_gamma: bool
+) -> tuple[Residual, int]:
     """A residual block and its output channels."""
     outputs = 4 * width if bottleneck else width
     if bottleneck:
@@ -161,7 +196,8 @@ def _block(inputs: int, width: int, stride: int, bottleneck: bool, unit: Unit) -
         )
     else:
         *most, last = ("first", Conv(inputs, width, stride=stride)), ("second", Conv(width, width))
-    body = [*((name, unit(conv)) for name, conv in most), (last[0], unit(last[1], activation=False))]
+    end = unit(last[1], activation=False, zero_weight=zero_gamma)
+    body = [*((name, unit(conv)) for name, conv in most), (last[0], end)]
     if stride == 1 and inputs == outputs:
         return Residual(Sequence(tuple(body))), outputs
     # A projection where the shape changes (He et al., option B).
@@ -194,22 +230,22 @@ class Size:
     activations: int  # elements per example that the forward pass makes and the backward pass may need
 
 
-def size(model: Layer, shape: Shape, affine: bool = True) -> tuple[Size, Shape]:
+def size(model: Layer, shape: Shape) -> tuple[Size, Shape]:
     """Parameters, activations per example, and the shape of the output, for one example of `shape`."""
     parameters = activations = 0
     after = shape
     for layer, _, after in walk(model, shape):
-        parameters += _parameters(layer, affine)
+        parameters += _parameters(layer)
         activations += math.prod(after) * (2 if isinstance(layer, Residual) else 1)  # the sum and its activation
     return Size(parameters, activations), after
 
 
-def _parameters(layer: Layer, affine: bool) -> int:
+def _parameters(layer: Layer) -> int:
     if isinstance(layer, Linear):
         return layer.outputs * (layer.inputs + layer.bias)
     if isinstance(layer, Conv):
         return layer.outputs * (layer.inputs * layer.kernel**2 + layer.bias)
-    return 2 * layer.channels if isinstance(layer, Norm) and affine else 0
+    return layer.parameters if isinstance(layer, Norm) else 0
 
 
 def _output(layer: Layer, shape: Shape) -> Shape:
@@ -285,8 +321,27 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     examples = DIGITS - data.held_out if isinstance(data, Digits) else getattr(data, "examples", None)
     if examples is not None and train.batch_size > examples:
         yield ("train", "batch_size"), f"is larger than the {examples} training examples"
+    yield from _field_contradictions(recipe)
     if not isinstance(data, Npz):
         yield from shape_contradictions(recipe, *input_of(recipe))
+
+
+def _field_contradictions(recipe: Recipe) -> Iterator[Contradiction]:
+    """Fields of the norm, and of the model about its norms, that have no effect or none that they could have."""
+    norm, batch, steps = recipe.norm, recipe.train.batch_size, recipe.train.steps
+    no_weight = not getattr(norm, "affine", False)
+    if no_weight and getattr(norm, "init_weight", 1.0) != 1:
+        yield ("norm", "init_weight"), "has no effect: with affine: false there is no weight"
+    if no_weight and getattr(recipe.model, "zero_gamma", False):
+        yield ("model", "zero_gamma"), "the norm has no weight that could start at 0; it takes a norm with affine: true"
+    if isinstance(norm, BatchNorm) and norm.backward == "ignore_statistics" and norm.kernel != "native":
+        yield ("norm", "backward"), f"ignore_statistics is for kernel native; {norm.kernel} has the full gradient only"
+    if isinstance(norm, GhostBatchNorm) and batch % norm.size:
+        yield ("norm", "size"), f"slices of {norm.size} examples do not divide the batch of {batch}"
+    if isinstance(norm, BatchRenorm) and norm.warmup >= steps:
+        yield ("norm", "warmup"), f"is no less than the budget of {steps} steps: all of it would be plain batch norm"
+    if isinstance(norm, FrozenBatchNorm) and norm.after >= steps:
+        yield ("norm", "after"), f"is no less than the budget of {steps} steps: nothing would be frozen"
 
 
 def shape_contradictions(recipe: Recipe, shape: Shape, classes: int) -> Iterator[Contradiction]:
@@ -311,6 +366,7 @@ def _norm_contradictions(recipe: Recipe, shapes: set[Shape]) -> Iterator[Contrad
     covariances of no more values than channels, which have no inverse.
     """
     kind, groups, size = recipe.norm.kind, getattr(recipe.norm, "groups", 1), getattr(recipe.norm, "group_size", 1)
+    examples = getattr(recipe.norm, "size", recipe.train.batch_size)
     for channels, *sides in sorted(shapes):
         layer = f"a layer of {channels} channels"
         if channels % groups:
@@ -319,12 +375,13 @@ def _norm_contradictions(recipe: Recipe, shapes: set[Shape]) -> Iterator[Contrad
         if channels % size:
             yield ("norm", "group_size"), f"groups of {size} channels do not divide {layer}"
             continue
-        values = NORMS[kind].values_per_mean((recipe.train.batch_size, channels, *sides), groups)
+        values = NORMS[kind].values_per_mean((examples, channels, *sides), groups)
         if 1 < values <= size:
             why = f"the covariance of {size} channels needs more than {size} values a channel to have an inverse"
             yield ("norm", "group_size"), f"{why}; a batch has {values} in {layer}"
         elif values == 1:
-            at = ("train", "batch_size") if NORMS[kind].over_batch else ("norm", "kind")
+            over_batch = ("norm", "size") if kind == "ghost" else ("train", "batch_size")
+            at = over_batch if NORMS[kind].over_batch else ("norm", "kind")
             yield (
                 at,
                 f"{kind} norm has one value to average over in {layer}: constant output",

@@ -94,7 +94,7 @@ class Hub(Section):
 
 
 class Init(Section):
-    """Initial weights; biases start at 0, norm weights at 1."""
+    """Initial weights; biases start at 0, norm weights at norm.init_weight."""
 
     kind: Literal["gaussian", "xavier", "he", "orthogonal", "lsuv"] = "he"
     std: AboveZero | None = described("deviation of the gaussian weights", default=None)
@@ -108,12 +108,18 @@ class Init(Section):
         return self
 
 
+NORM_POSITION = "of the activation: before it, as in the paper's section 3.2, or after it"
+DROPOUT = "probability that a value is set to 0 in training, after each activation (and the norm after it)"
+
+
 class Mlp(Section):
     """Fully connected hidden layers, each linear, norm, activation (paper, section 3.2: z = g(BN(Wu)))."""
 
     kind: Literal["mlp"]
     hidden: Ints = described("units of each hidden layer", min_length=1, default=(100, 100, 100))
     activation: RecipeActivation = "relu"
+    norm_position: Literal["before", "after"] = described(NORM_POSITION, default="before")
+    dropout: Fraction = described(DROPOUT, default=0.0)
     init: Init = Init()
 
 
@@ -123,6 +129,8 @@ class Cnn(Section):
     kind: Literal["cnn"]
     channels: Ints = described("channels of each stage", min_length=1, default=(32, 64))
     activation: RecipeActivation = "relu"
+    norm_position: Literal["before", "after"] = described(NORM_POSITION, default="before")
+    dropout: Fraction = described(DROPOUT, default=0.0)
     init: Init = Init()
 
 
@@ -132,6 +140,11 @@ class ResNet(Section):
     kind: Literal["resnet"]
     depth: Literal[18, 20, 32, 34, 44, 50, 56, 110]
     activation: RecipeActivation = "relu"
+    zero_gamma: bool = described(
+        "the weight of each block's last norm starts at 0, so that the block starts as the identity (Goyal et al. "
+        "2017, arXiv 1706.02677)",
+        default=False,
+    )
     init: Init = Init()
 
 
@@ -141,6 +154,9 @@ class OwnModel(Section):
     kind: Literal["module"]
     module: Annotated[str, Field(pattern=FUNCTION_PATH)] = described("package.module:function")
     arguments: dict[str, Any] = described("further keyword arguments of the function", default={})
+
+
+INIT_WEIGHT = "initial weight (gamma) of every channel, where affine"
 
 
 class NoNorm(Section):
@@ -164,6 +180,12 @@ class BatchNorm(Section):
     kernel: RecipeKernel = described(
         "; ".join(f"{name}: {KERNELS[name].help}" for name in RECIPE_KERNELS), default="native"
     )
+    init_weight: float = described(INIT_WEIGHT, default=1.0)
+    backward: Literal["full", "ignore_statistics"] = described(
+        "ignore_statistics: the gradient takes mean and variance for constants, against which the paper warns in "
+        "section 2; for kernel native",
+        default="full",
+    )
 
 
 class LayerNorm(Section):
@@ -172,6 +194,7 @@ class LayerNorm(Section):
     kind: Literal["layer"]
     eps: AboveZero = 1e-5
     affine: bool = True
+    init_weight: float = described(INIT_WEIGHT, default=1.0)
 
 
 class GroupNorm(Section):
@@ -181,6 +204,7 @@ class GroupNorm(Section):
     groups: Positive = 4
     eps: AboveZero = 1e-5
     affine: bool = True
+    init_weight: float = described(INIT_WEIGHT, default=1.0)
 
 
 class InstanceNorm(Section):
@@ -189,6 +213,79 @@ class InstanceNorm(Section):
     kind: Literal["instance"]
     eps: AboveZero = 1e-5
     affine: bool = True
+    init_weight: float = described(INIT_WEIGHT, default=1.0)
+
+
+class BatchVariant(Section):
+    """What variants of batch norm with its running statistics have in common."""
+
+    kind: str
+    momentum: UpToOne = described("weight of the new batch in the running statistics, as in PyTorch", default=0.1)
+    eps: AboveZero = 1e-5
+    affine: bool = True
+    init_weight: float = described(INIT_WEIGHT, default=1.0)
+
+
+class GhostBatchNorm(BatchVariant):
+    """Hoffer et al. 2017 (arXiv 1705.08741): each slice of a batch by its own statistics."""
+
+    kind: Literal["ghost"]
+    size: Positive = described("examples of a slice; it divides train.batch_size", default=20)
+
+
+class BatchRenorm(BatchVariant):
+    """Ioffe 2017 (arXiv 1702.03275): corrects a batch's statistics towards the running ones, within limits."""
+
+    kind: Literal["renorm"]
+    r_max: Annotated[float, Field(ge=1)] = described("final limit of the ratio of the deviations, r", default=3.0)
+    d_max: NotNegative = described("final limit of the distance of the means in deviations, d", default=5.0)
+    warmup: Count = described("batches of plain batch norm (limits 1 and 0), before the limits grow", default=5_000)
+    r_steps: Count = described("batches after which the limit of r, growing linearly, is r_max", default=40_000)
+    d_steps: Count = described("batches after which the limit of d, growing linearly, is d_max", default=25_000)
+
+    @model_validator(mode="after")
+    def limits_grow_after_the_warmup(self) -> BatchRenorm:
+        if min(self.r_steps, self.d_steps) < self.warmup:
+            raise ValueError(f"r_steps and d_steps cannot be less than warmup, which is {self.warmup}")
+        return self
+
+
+class NoisyBatchNorm(BatchVariant):
+    """Santurkar et al. 2018 (arXiv 1805.11604, appendix): batch norm, then noise whose distribution changes each step.
+
+    The control for internal covariate shift. The defaults are the paper's. No noise in evaluation.
+    """
+
+    kind: Literal["noisy"]
+    shift: NotNegative = described("a channel's mean shift is uniform in +- this, drawn at each step", default=0.5)
+    scale: Annotated[float, Field(ge=1)] = described("its mean scale is uniform from 1 to this", default=1.25)
+    shift_spread: NotNegative = described("a value's shift is uniform in +- this about the channel's", default=0.1)
+    scale_spread: NotNegative = described("deviation of a value's normal scale about the channel's", default=0.1)
+
+
+class FrozenBatchNorm(BatchVariant):
+    """Batch norm at first, then the running statistics as constants (Wu & Johnson 2021, arXiv 2105.07576)."""
+
+    kind: Literal["frozen"]
+    after: Count = described("training batches of batch norm; 0: mean 0 and variance 1 from the start")
+
+
+class RMSNorm(Section):
+    """Zhang & Sennrich 2019 (arXiv 1910.07467): by the root mean square of an example's channels and positions."""
+
+    kind: Literal["rms"]
+    eps: AboveZero = 1e-5
+    affine: bool = described("a weight per channel; there is no bias", default=True)
+    init_weight: float = described(INIT_WEIGHT, default=1.0)
+
+
+class DynamicTanh(Section):
+    """Zhu et al. 2025 (arXiv 2503.10622): weight * tanh(alpha x) + bias, without any statistics; alpha is learned."""
+
+    kind: Literal["dyt"]
+    alpha: AboveZero = described("initial alpha, one number for each norm", default=0.5)
+    affine: bool = True
+    init_weight: float = described(INIT_WEIGHT, default=1.0)
 
 
 class WhiteningSection(Section):
@@ -199,6 +296,7 @@ class WhiteningSection(Section):
     )
     eps: AboveZero = described("added to the diagonal of the covariance", default=1e-3)
     affine: bool = True
+    init_weight: float = described(INIT_WEIGHT, default=1.0)
 
 
 class Whiten(WhiteningSection):
@@ -394,7 +492,20 @@ class Seeds(Section):
 DataSection = Annotated[Digits | Synthetic | Npz | Hub, Field(discriminator="source")]
 ModelSection = Annotated[Mlp | Cnn | ResNet | OwnModel, Field(discriminator="kind")]
 NormSection = Annotated[
-    NoNorm | BatchNorm | LayerNorm | GroupNorm | InstanceNorm | Whiten | IterNorm, Field(discriminator="kind")
+    NoNorm
+    | BatchNorm
+    | LayerNorm
+    | GroupNorm
+    | InstanceNorm
+    | Whiten
+    | IterNorm
+    | GhostBatchNorm
+    | BatchRenorm
+    | NoisyBatchNorm
+    | FrozenBatchNorm
+    | RMSNorm
+    | DynamicTanh,
+    Field(discriminator="kind"),
 ]
 AnyOptimizer = Annotated[Sgd | Adam | AdamW, Field(discriminator="kind")]
 AnySchedule = Annotated[Constant | Exponential | StepDecay | Cosine, Field(discriminator="kind")]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.cli.conftest import bncli
+from tests.recipe.conftest import NORMS
 
 OWN_MODEL = "model={kind: module, module: mine:make}"
 
@@ -16,7 +17,7 @@ OWN_MODEL = "model={kind: module, module: mine:make}"
     [
         (["train", "smal.yaml"], 2, "bncli: smal.yaml: there is no such file; did you mean small.yaml?"),
         (["train", "small.yaml", "--set", "norm=no"], 2,
-         '--set norm=no: norm.kind: expected none, batch, layer, group or instance, found "no"; did you mean none?'),
+         f'--set norm=no: norm.kind: expected {NORMS}, found "no"; did you mean none or noisy?'),
         (["train", "small.yaml", "--set", "optimizer.lt=1"], 2, "optimizer.lt: unknown key; did you mean lr?"),
         (["train", "small.yaml", "--device", "gpu"], 2, "--device gpu: expected one of auto, cpu, cuda, cuda:N, mps"),
         (["train", "small.yaml", "--set", "data={source: npz, path: a.npz, held_out: 3}"], 2, "a.npz"),

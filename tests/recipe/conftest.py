@@ -22,7 +22,8 @@ train: {steps: 100}
 """
 OWN = BASE.replace("{kind: mlp}", "{kind: module, module: a:b, arguments: {width: 3, depth: 2}}")
 
-NORMS = "none, batch, layer, group, instance, whiten or iternorm"
+NORMS = "none, batch, layer, group, instance, whiten, iternorm, ghost, renorm, noisy, frozen, rms or dyt"
+NORMS_WITH_EPS = "batch, layer, group, instance, whiten, iternorm, ghost, renorm, noisy, frozen or rms"
 SECTIONS = "data, model, norm, optimizer, schedule, train or probes"
 
 Load = Callable[..., Loaded]
@@ -89,8 +90,24 @@ EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {  # what a kind cannot do with
     },
     "model": {"mlp": {}, "cnn": {}, "resnet": {"depth": 20}, "module": {"module": "my.net:make"}},
     "norm": {
-        **{"none": {}, "batch": {}, "layer": {}, "group": {}, "instance": {}},
-        **{"whiten": {}, "iternorm": {}},
+        **{
+            kind: {}
+            for kind in (
+                "none",
+                "batch",
+                "layer",
+                "group",
+                "instance",
+                "whiten",
+                "iternorm",
+                "ghost",
+                "renorm",
+                "noisy",
+            )
+        },
+        "frozen": {"after": 5},
+        "rms": {},
+        "dyt": {},
     },
     "optimizer": {"sgd": {"lr": 0.1}, "adam": {"lr": 0.1}, "adamw": {"lr": 0.1}},
     "schedule": {"constant": {}, "exponential": {"gamma": 0.9}, "step": {"milestones": [5, 9]}, "cosine": {}},

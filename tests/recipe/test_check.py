@@ -16,7 +16,7 @@ from bncli.recipe.check import nearest, suggestion
 from bncli.recipe.overrides import kinds, members
 from bncli.recipe.sections import KINDS, Recipe, RecipeFile, shorthand_key
 from bncli.recipe.yaml import dotted, dump
-from tests.recipe.conftest import BASE, NORMS, SECTIONS, MistakesOf, optimizer
+from tests.recipe.conftest import BASE, NORMS, NORMS_WITH_EPS, SECTIONS, MistakesOf, optimizer
 
 ARMS = BASE + "arms:\n  a: {}\n  b: {norm: batch}\n"
 SMALL = BASE.replace("{kind: mlp}", "{kind: mlp, hidden: [10, 12]}")
@@ -53,14 +53,14 @@ ONE_MISTAKE = [
     (optimizer("kind: adam, lr: 0.1, momentum: 0.9"),
      "3: optimizer.momentum: unknown key; it belongs to sgd, not to adam"),
     (BASE + "norm: {kind: none, eps: 1}\n",
-     "5: norm.eps: unknown key; it belongs to batch, layer, group, instance, whiten or iternorm, not to none"),
+     f"5: norm.eps: unknown key; it belongs to {NORMS_WITH_EPS}, not to none"),
     (optimizer("kind: sgd, lr: 0.1, <<: {momentum: 0.9}"),
      "3: optimizer.<<: unknown key; expected kind, lr, weight_decay, weight_decay_on, momentum or nesterov"),
     # kinds
-    (BASE + "norm: no\n", f'5: norm.kind: expected {NORMS}, found "no"; did you mean none?'),
+    (BASE + "norm: no\n", f'5: norm.kind: expected {NORMS}, found "no"; did you mean none or noisy?'),
     (BASE + "norm: false\n", f"5: norm.kind: expected {NORMS}, found false"),
-    (BASE + "norm:\n", "5: norm: expected none, batch, layer, group, instance, whiten, iternorm or a mapping, found nothing"),
-    (BASE + "norm: [batch]\n", "5: norm: expected none, batch, layer, group, instance, whiten, iternorm or a mapping, found a list"),
+    (BASE + "norm:\n", f"5: norm: expected {NORMS.replace(' or', ',')} or a mapping, found nothing"),
+    (BASE + "norm: [batch]\n", f"5: norm: expected {NORMS.replace(' or', ',')} or a mapping, found a list"),
     (model("kind: mlp, init: "),
      "2: model.init: expected gaussian, xavier, he, orthogonal, lsuv or a mapping, found nothing"),
     (model("kind: cosine, hidden: [9]"), '2: model.kind: expected mlp, cnn, resnet or module, found "cosine"'),
@@ -151,7 +151,7 @@ ONE_MISTAKE = [
     (ARMS + "grid: {optimizer.lrr: [1, 2]}\n", "8: grid.optimizer.lrr: unknown key; did you mean lr?"),
     (ARMS + "grid: {optimiser.lr: [1, 2]}\n", "8: grid.optimiser.lr: unknown key; did you mean optimizer?"),
     (ARMS + "grid: {norm.eps: [1, 2]}\n",
-     "8: grid.norm.eps: in arm a: unknown key; it belongs to batch, layer, group, instance, whiten or iternorm, not to none"),
+     f"8: grid.norm.eps: in arm a: unknown key; it belongs to {NORMS_WITH_EPS}, not to none"),
     (ARMS + "grid: {optimizer.lr.x: [1]}\n", "8: grid.optimizer.lr.x: expected a number, found a mapping"),
     (model("kind: cnn, channels: [4]").replace("synthetic", "synthetic, shape: [1, 8, 8]")
      + "grid: {model.arguments.x: [1]}\n",
@@ -254,7 +254,7 @@ SEVERAL = [
         "1: data.held_out: expected a number below 1797, found 1800",
         "4: model.hiden: unknown key; did you mean hidden?",
         '5: model.activation: expected sigmoid, tanh, relu, leaky_relu or gelu, found "sigmod"; did you mean sigmoid?',
-        f'6: norm.kind: expected {NORMS}, found "no"; did you mean none?',
+        f'6: norm.kind: expected {NORMS}, found "no"; did you mean none or noisy?',
         "7: optimizer.lr: expected a number above 0, found -1",
         '9: train.steps: expected a whole number, found "many"',
         "12: arms.twice.optimizer.momentum: expected a number below 1, found 2",

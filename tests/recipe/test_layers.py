@@ -22,7 +22,7 @@ from bncli.measure.dry_run import sizes
 from bncli.recipe.layers import Size, contradictions, estimated_memory_mib, input_of, layers, size
 from bncli.recipe.sections import Recipe
 
-NORMS = ["none", "batch", "layer", "group", "instance", "whiten", "iternorm"]
+NORMS = ["none", "batch", "layer", "group", "instance", "whiten", "iternorm", "noisy", "rms", "dyt"]
 SHAPES = {"mlp": [64], "cnn": [3, 16, 16], "resnet": [3, 32, 32]}
 
 
@@ -76,6 +76,12 @@ STAGES: dict[str, Any] = {"kind": "cnn", "channels": [32, 64]}
         (WIDTHS, "batch", 64 * 100 + 2 * 100 + 100 * 50 + 2 * 50 + (50 + 1) * 10),
         (WIDTHS, "layer", (64 + 1) * 100 + 2 * 100 + (100 + 1) * 50 + 2 * 50 + (50 + 1) * 10),
         (WIDTHS, {"kind": "batch", "affine": False}, 64 * 100 + 100 * 50 + (50 + 1) * 10),
+        (WIDTHS, "rms", (64 + 1) * 100 + 100 + (100 + 1) * 50 + 50 + (50 + 1) * 10),
+        (WIDTHS, "dyt", (64 + 1) * 100 + 2 * 100 + 1 + (100 + 1) * 50 + 2 * 50 + 1 + (50 + 1) * 10),
+        (WIDTHS, "ghost", 64 * 100 + 2 * 100 + 100 * 50 + 2 * 50 + (50 + 1) * 10),
+        (WIDTHS, {"kind": "frozen", "after": 5}, (64 + 3) * 100 + (100 + 3) * 50 + (50 + 1) * 10),
+        (WIDTHS, {"kind": "batch", "backward": "ignore_statistics"}, (64 + 3) * 100 + (100 + 3) * 50 + (50 + 1) * 10),
+        ({**WIDTHS, "norm_position": "after"}, "batch", (64 + 3) * 100 + (100 + 3) * 50 + (50 + 1) * 10),
         (STAGES, "none", (3 * 9 + 1) * 32 + (32 * 9 + 1) * 64 + (64 + 1) * 10),
         (STAGES, "batch", 3 * 9 * 32 + 2 * 32 + 32 * 9 * 64 + 2 * 64 + (64 + 1) * 10),
         (STAGES, "instance", 3 * 9 * 32 + 2 * 32 + 32 * 9 * 64 + 2 * 64 + (64 + 1) * 10),
@@ -83,7 +89,7 @@ STAGES: dict[str, Any] = {"kind": "cnn", "channels": [32, 64]}
     ],
 )
 def test_the_parameters_are_those_counted_by_hand(model: dict[str, Any], norm: Any, expected: int) -> None:
-    """Without a bias before a norm that subtracts the mean of each channel."""
+    """Without a bias right before a norm that subtracts the mean of each channel, if its gradient knows of that."""
     assert sizes(recipe(model, norm))[0] == expected
 
 
@@ -92,7 +98,12 @@ def test_an_mlp_takes_the_pixels_of_images_as_its_features() -> None:
     assert sizes(net)[0] == (3 * 8 * 8 + 1) * 5 + (5 + 1) * 10
 
 
-SMALL: list[dict[str, Any]] = [{"kind": "mlp"}, {"kind": "cnn"}, {"kind": "resnet", "depth": 20}]
+SMALL: list[dict[str, Any]] = [
+    {"kind": "mlp"},
+    {"kind": "mlp", "norm_position": "after", "dropout": 0.5},
+    {"kind": "cnn"},
+    {"kind": "resnet", "depth": 20},
+]
 DEEP = [({"kind": "resnet", "depth": depth}, "batch", True) for depth in (18, 34, 50, 110)]
 
 
@@ -263,7 +274,18 @@ WHITEN_8 = {"kind": "whiten", "group_size": 8}
 ONE = {"steps": 10, "batch_size": 1}
 
 # Further ones are in test_check.py, with their sentences.
+FROZEN, RENORM = {"kind": "frozen", "after": 10}, {"kind": "renorm", "warmup": 10, "r_steps": 20, "d_steps": 20}
+IGNORING = {"kind": "batch", "backward": "ignore_statistics"}
+ZERO: dict[str, Any] = {"kind": "resnet", "depth": 20, "zero_gamma": True}
 CONTRADICTIONS = [
+    (recipe({"kind": "mlp"}, {"kind": "ghost", "size": 3}), "norm.size"),  # of a batch of 8
+    (recipe({"kind": "mlp"}, {"kind": "ghost", "size": 1}), "norm.size"),
+    (recipe({"kind": "mlp"}, FROZEN), "norm.after"),
+    (recipe({"kind": "mlp"}, RENORM), "norm.warmup"),
+    (recipe({"kind": "mlp"}, {**IGNORING, "kernel": "fused"}), "norm.backward"),
+    (recipe({"kind": "mlp"}, {"kind": "dyt", "affine": False, "init_weight": 2.0}), "norm.init_weight"),
+    (recipe(ZERO), "model.zero_gamma"),
+    (recipe(ZERO, {"kind": "batch", "affine": False}), "model.zero_gamma"),
     (recipe({"kind": "cnn", "channels": [6]}, GROUPS_4), "norm.groups"),
     (recipe({"kind": "resnet", "depth": 20}, {"kind": "group", "groups": 3}), "norm.groups"),
     (recipe({"kind": "mlp", "hidden": [8, 4]}, GROUPS_4), "norm.kind"),  # a group of one channel, one value
@@ -277,6 +299,13 @@ CONTRADICTIONS = [
     (recipe({"kind": "mlp"}, schedule={"kind": "step", "milestones": [5, 5]}), "schedule.milestones"),
 ]
 FITTING = [
+    recipe({"kind": "mlp"}, {"kind": "ghost", "size": 2}),
+    recipe({"kind": "cnn"}, {"kind": "ghost", "size": 1}),
+    recipe({"kind": "mlp"}, {**FROZEN, "after": 9}),
+    recipe({"kind": "mlp"}, {**RENORM, "warmup": 9}),
+    recipe({"kind": "mlp"}, IGNORING),
+    recipe({"kind": "mlp", "hidden": [1]}, "dyt", train=ONE),  # it takes no mean
+    recipe(ZERO, "rms"),
     recipe({"kind": "mlp", "hidden": [8, 12]}, GROUPS_4),
     recipe({"kind": "cnn"}, "instance"),
     recipe({"kind": "mlp", "hidden": [16]}, WHITEN_8, train={"steps": 10, "batch_size": 9}),
@@ -291,8 +320,10 @@ FITTING = [
 ]
 
 
-@pytest.mark.parametrize(("net", "fields"), [*((net, [field]) for net, field in CONTRADICTIONS),
-                                             *((net, []) for net in FITTING)], ids=range(22))  # fmt: skip
+ALL = [*((net, [field]) for net, field in CONTRADICTIONS), *((net, []) for net in FITTING)]
+
+
+@pytest.mark.parametrize(("net", "fields"), ALL, ids=range(len(ALL)))
 def test_contradicting_sections_are_named_by_the_field_to_change(net: Recipe, fields: list[str]) -> None:
     assert [".".join(keys) for keys, _ in contradictions(net)] == fields
 

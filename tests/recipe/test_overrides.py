@@ -85,7 +85,7 @@ def test_a_flag_can_change_add_and_empty_an_arm(loaded: Load) -> None:
     found = loaded(text, "arms.a.norm=layer", "arms.b.norm.eps=1e-3", "arms.c.train.batch_size=9", "arms.d=")
     norms = [plain(arm.recipe)["norm"] for arm in found.arms]
     assert [arm.name for arm in found.arms] == ["a", "b", "c", "d"]
-    assert norms[0] == {"kind": "layer", "eps": 1e-5, "affine": True}
+    assert norms[0] == {"kind": "layer", "eps": 1e-5, "affine": True, "init_weight": 1.0}
     assert norms[1]["eps"] == 1e-3
     assert arm(found, "c").train.batch_size == 9
     assert arm(found, "d") == found.base
@@ -181,7 +181,7 @@ def test_a_flag_reads_its_value_exactly_as_the_file_does(loaded: Load, text: str
         ("optimizer.lr.x=3", "optimizer.lr is a value and has no field x"),
         ("model.kind.x.y=3", "model.kind is a value and has no field x"),
         ("model.hidden.0=3", "model.hidden: expected a list, found a mapping"),
-        ("norm=no", f'norm.kind: expected {NORMS}, found "no"; did you mean none?'),
+        ("norm=no", f'norm.kind: expected {NORMS}, found "no"; did you mean none or noisy?'),
         ("norm.eps=1", f"norm.kind: is missing; expected {NORMS}"),
         ("norm={kind: batch", "not YAML: while parsing a flow mapping, expected ',' or '}', but got '<stream end>'"),
         ("optimizer.lr=!!float x", "optimizer.lr: the tag !!float is not allowed; write the plain value"),

@@ -6,11 +6,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bncli import kernels
+from bncli.engine.models import variants
 from bncli.engine.models.init import Examples, SeparateDraws, initialize, seed_global_generators, stream_seed
 from bncli.engine.models.norms import BatchNorm, LayerNormOverChannels
 from bncli.engine.models.whitening import Whitening
@@ -66,6 +68,7 @@ def build(
     model = _module(layers, norm, activation)
     if len(shape) == 3 and recipe.model.kind == "mlp":
         model = nn.Sequential(OrderedDict([("flatten", nn.Flatten()), *model.named_children()]))
+    seed_global_generators(stream_seed(recipe.train.seed, "forward"))  # that dropout and noisy batch norm draw from
     initialize(model, recipe.model.init, recipe.train.seed, examples)
     return model
 
@@ -82,13 +85,41 @@ def factory(norm: NormSection, device: torch.device | None = None) -> NormFactor
     """A maker of norm modules for `channels`, or None for no norm. Raises Unavailable for a kernel that cannot run."""
     if isinstance(norm, sections.NoNorm):
         return None
+    make = _module_of(norm, device)
+
+    def with_initial_weight(channels: int) -> nn.Module:
+        module = make(channels)
+        if isinstance(module.weight, Tensor):
+            nn.init.constant_(module.weight, norm.init_weight)
+        return module
+
+    return with_initial_weight
+
+
+VARIANTS: dict[type, Callable[..., nn.Module]] = {
+    sections.Whiten: Whitening,
+    sections.IterNorm: Whitening,
+    sections.GhostBatchNorm: variants.GhostBatchNorm,
+    sections.BatchRenorm: variants.BatchRenorm,
+    sections.NoisyBatchNorm: variants.NoisyBatchNorm,
+    sections.FrozenBatchNorm: variants.FrozenBatchNorm,
+    sections.RMSNorm: variants.RMSNorm,
+    sections.DynamicTanh: variants.DynamicTanh,
+}
+
+
+def _module_of(norm: Any, device: torch.device | None) -> NormFactory:
+    options = norm.model_dump(exclude={"kind", "init_weight", "backward"})
+    if type(norm) in VARIANTS:
+        return partial(VARIANTS[type(norm)], **options)
+    if isinstance(norm, sections.BatchNorm) and norm.backward == "ignore_statistics":
+        del options["kernel"]
+        return partial(variants.BatchNormIgnoringStatistics, **options)
     if isinstance(norm, sections.BatchNorm):
         kernels.get(norm.kernel, device)
-        return partial(BatchNorm, **norm.model_dump(exclude={"kind"}))
+        return partial(BatchNorm, **options)
     if isinstance(norm, sections.LayerNorm):
         return partial(LayerNormOverChannels, eps=norm.eps, affine=norm.affine)
-    if isinstance(norm, sections.WhiteningSection):
-        return partial(Whitening, **norm.model_dump(exclude={"kind"}))
     # Instance norm is group norm with one group per channel.
     groups = norm.groups if isinstance(norm, sections.GroupNorm) else None
     return lambda channels: nn.GroupNorm(groups or channels, channels, norm.eps, norm.affine)
@@ -107,7 +138,12 @@ def _module(layer: plan.Layer, norm: NormFactory | None, activation: Callable[[]
         return nn.Conv2d(layer.inputs, layer.outputs, layer.kernel, layer.stride, padding, bias=layer.bias)
     if isinstance(layer, plan.Norm):
         assert norm is not None
-        return norm(layer.channels)
+        made = norm(layer.channels)
+        if layer.zero_weight:
+            nn.init.zeros_(made.weight)  # type: ignore[arg-type]
+        return made
+    if isinstance(layer, plan.Dropout):
+        return nn.Dropout(layer.probability)
     if isinstance(layer, plan.MaxPool):
         return nn.MaxPool2d(layer.kernel, layer.stride, layer.padding)
     return GlobalAverage() if isinstance(layer, plan.GlobalAverage) else activation()

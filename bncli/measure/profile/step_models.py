@@ -11,14 +11,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils._pytree import tree_leaves
 
 from bncli.engine import data
 from bncli.engine.convert import Conversion, convert
 from bncli.engine.data.splits import Batch, Dataset, InMemory
 from bncli.engine.device import autocast
-from bncli.engine.models import blame_own_model
+from bncli.engine.models import blame_own_model, variants
 from bncli.engine.train import optimizer_step
 from bncli.engine.train.optim import uncompiled
 from bncli.engine.train.state import TrainState, check_fit
@@ -26,8 +26,10 @@ from bncli.engine.user_code import blame_user_code, imported
 from bncli.errors import RunFailed, UsageError
 from bncli.measure.profile.norm_diagnostics import TrainingPlan
 from bncli.recipe.load import Loaded, digest, plain, with_values
-from bncli.recipe.sections import Digits, Hub, Npz, Recipe, Synthetic
+from bncli.recipe.sections import BatchNorm, Digits, Hub, Npz, Recipe, Synthetic
 from bncli.results.profile import NormLayers, Note
+
+OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _NormBase, variants.RMSNorm, variants.DynamicTanh)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +90,7 @@ def norms_of(model: nn.Module) -> tuple[NormLayers, ...]:
     others = Counter(
         NormLayers(type(module).__name__, 0)
         for module in model.modules()
-        if isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.RMSNorm | nn.modules.instancenorm._InstanceNorm)
+        if isinstance(module, OTHER_NORMS) and not isinstance(module, _BatchNorm)
     )
     return tuple(replace(layers, count=count) for layers, count in [*batch.most_common(), *others.items()])
 
@@ -112,7 +114,8 @@ class RecipeModel:
 
     @property
     def has_kernels(self) -> bool:
-        return self.recipe.norm.kind == "batch"
+        norm = self.recipe.norm
+        return isinstance(norm, BatchNorm) and norm.backward == "full"
 
     @property
     def tf32(self) -> bool:
@@ -185,8 +188,8 @@ def step_work(recipe: Recipe) -> dict[str, Any]:
     found["schedule"] = schedule["kind"] != "constant" or schedule["warmup"] > 0
     without_cost = {
         "data": ("split_seed",),
-        "model": ("init",),
-        "norm": ("eps", "kernel"),
+        "model": ("init", "zero_gamma"),
+        "norm": ("eps", "kernel", "init_weight"),
         "optimizer": ("lr", "betas", "eps"),
         "train": found["train"].keys() - {"batch_size", "precision", "memory_format", "compile"},
     }

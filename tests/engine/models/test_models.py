@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from bncli.engine.models import build
+from bncli.engine.models import Residual, build
 from bncli.engine.models.whitening import Whitening
 from bncli.errors import RecipeError
 from bncli.recipe.sections import Recipe
@@ -26,7 +26,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("norm", ["none", "batch", "layer", "group", "instance", "whiten", "iternorm"])
+@pytest.mark.parametrize(
+    "norm", ["none", "batch", "layer", "group", "instance", "whiten", "iternorm", "noisy", "rms", "dyt"]
+)
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu", "leaky_relu", "gelu"])
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_takes_images_and_every_norm_and_activation(model: str, norm: str, activation: str) -> None:
@@ -63,6 +65,58 @@ def test_a_whitening_norm_has_the_recipes_arguments_and_no_bias_before_it() -> N
     module = next(each for each in found.modules() if isinstance(each, Whitening))
     given = (module.group_size, module.iterations, module.momentum, module.eps, module.weight)
     assert given == (2, 3, None, 0.01, None)
+
+
+def test_the_norm_comes_before_or_after_the_activation_and_dropout_last() -> None:
+    names = {}
+    for position in ("before", "after"):
+        model = {"kind": "mlp", "hidden": [16], "norm_position": position, "dropout": 0.3}
+        hidden = build(tiny(model=model), (8,), 3).hidden1
+        names[position] = [name for name, _ in hidden.named_children()]  # type: ignore[operator, union-attr]
+        assert hidden.dropout.p == 0.3  # type: ignore[union-attr]
+    assert names == {
+        "before": ["linear", "norm", "activation", "dropout"],
+        "after": ["linear", "activation", "norm", "dropout"],
+    }
+    cnn = build(tiny(model={"kind": "cnn", "channels": [4, 8], "dropout": 0.3}), (1, 8, 8), 3)
+    assert sum(isinstance(module, nn.Dropout) for module in cnn.modules()) == 2
+    without = build(tiny(model={"kind": "cnn"}), (1, 8, 8), 3)
+    assert not any(isinstance(module, nn.Dropout) for module in without.modules())
+
+
+def test_a_bias_is_kept_where_it_has_an_effect() -> None:
+    alive = [
+        build(tiny(norm={"kind": "batch", "backward": "ignore_statistics"}), (8,), 3),
+        build(tiny(model={"kind": "mlp", "norm_position": "after"}), (8,), 3),
+        *(build(tiny(norm={"kind": kind}), (8,), 3) for kind in ("rms", "dyt")),
+        build(tiny(norm={"kind": "frozen", "after": 5}), (8,), 3),
+    ]
+    dead = [
+        build(tiny(norm={"kind": "ghost", "size": 10}), (8,), 3),
+        build(tiny(norm={"kind": "renorm", "warmup": 5}), (8,), 3),
+        build(tiny(norm={"kind": "noisy"}), (8,), 3),
+    ]
+    assert all("hidden1.linear.bias" in model.state_dict() for model in alive)
+    assert not any("hidden1.linear.bias" in model.state_dict() for model in dead)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("depth", [20, 50])
+def test_with_zero_gamma_each_block_starts_as_the_identity(depth: int, norm: str) -> None:
+    model = build(
+        tiny(model={"kind": "resnet", "depth": depth, "zero_gamma": True}, norm={"kind": norm}), (3, 16, 16), 5
+    )
+    blocks = [module for module in model.modules() if isinstance(module, Residual)]
+    assert len(blocks) == {20: 9, 50: 16}[depth]
+    for block in blocks:
+        channels = next(module for module in block.body.modules() if isinstance(module, nn.Conv2d)).in_channels
+        x = torch.rand(2, channels, 8, 8)  # not negative, as after a ReLU
+        projected = torch.relu(block.shortcut(x))
+        torch.testing.assert_close(block(x), projected, rtol=0, atol=0)
+        assert len(list(block.shortcut.children())) > 0 or torch.equal(projected, x)
+    plain = build(tiny(model={"kind": "resnet", "depth": depth}, norm={"kind": norm}), (3, 16, 16), 5)
+    pairs = zip(model.parameters(), plain.parameters(), strict=True)
+    assert sum(not torch.equal(one, other) for one, other in pairs) == len(blocks)
 
 
 def built(recipe: Recipe) -> Any:

@@ -56,6 +56,10 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "augmentation": {"data": {"source": "npz", "path": "images.npz", "held_out": 40, "augment": "crop-flip"},
                      "model": {"kind": "cnn", "channels": [8]}},
+    "dropout": {"model": {"kind": "mlp", "hidden": [16], "dropout": 0.5}, "norm": {"kind": "none"}},
+    "noisy batch norm": {"norm": {"kind": "noisy"}},
+    "batch renorm": {"norm": {"kind": "renorm", "warmup": 4, "r_steps": 16, "d_steps": 10}},
+    "frozen batch norm": {"norm": {"kind": "frozen", "after": 9}},
     "a model of the user's own": {"model": {"kind": "module", "module": "mine:make"}, "norm": {"kind": "none"}},
 }  # fmt: skip
 
@@ -129,6 +133,19 @@ def test_a_run_that_is_saved_and_loaded_goes_on_bit_for_bit(name: str, folder: P
         assert (resumed.evaluations, resumed.steps_to_target, resumed.first_hit, resumed.steps_run) == (
             result.evaluations, result.steps_to_target, result.first_hit, result.steps_run)  # fmt: skip
         assert sum(steps for steps, _ in second.clock.intervals) == STEPS
+
+
+@pytest.mark.parametrize("name", ["dropout", "noisy batch norm"])
+def test_what_the_forward_pass_draws_depends_on_the_seed_alone(name: str) -> None:
+    finals = []
+    for seed, drawn_before in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(drawn_before)
+        recipe = recipe_of(name)
+        state = new_state(recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": seed})}))
+        trained(state)
+        finals.append(state.state_dict()["model"])
+    assert_same_bits(finals[0], finals[1])
+    assert not torch.equal(finals[0]["output.weight"], finals[2]["output.weight"])
 
 
 @pytest.mark.parametrize("step", [10, STEPS])
