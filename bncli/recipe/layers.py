@@ -213,14 +213,14 @@ def _output(layer: Layer, shape: Shape) -> Shape:
 def estimated_memory_mib(recipe: Recipe, found: Size) -> float:
     """Training memory in MiB without the framework itself: parameters, gradients, optimizer state and activations.
 
-    The optimizer's state is one copy of the parameters for momentum, two for Adam; activations are those of one batch
-    in the training precision. An estimate for planning: the activations are 0.8 to 2.5 times what autograd keeps,
-    depending on the activation (a ReLU keeps its output alone, a GELU its input too) and the norm.
+    The optimizer's state is one copy of the parameters for momentum, two for Adam; activations are those of one
+    micro-batch in the training precision. An estimate for planning: the activations are 0.8 to 2.5 times what autograd
+    keeps, depending on the activation (a ReLU keeps its output alone, a GELU its input too) and the norm.
     """
     momentum = getattr(recipe.optimizer, "momentum", None)
     state = 2 if momentum is None else int(momentum > 0)
     width = 4 if recipe.train.precision == "fp32" else 2  # bytes
-    total = found.parameters * 4 * (2 + state) + found.activations * width * recipe.train.batch_size
+    total = found.parameters * 4 * (2 + state) + found.activations * width * recipe.train.micro_batch_size
     return total / 2**20
 
 
@@ -281,6 +281,10 @@ def shape_contradictions(recipe: Recipe, shape: Shape, classes: int) -> Iterator
     if len(shape) not in (1, 3):
         yield ("data", "shape"), "expected [features] or [channels, height, width]"
         return
+    if recipe.train.batch_size % recipe.train.accumulate:
+        why = f"a batch of {recipe.train.batch_size} does not split into {recipe.train.accumulate} equal micro-batches"
+        yield ("train", "accumulate"), why
+        return
     if vectors and recipe.train.memory_format == "channels_last":
         yield ("train", "memory_format"), "channels_last is for images and the data are vectors"
     if vectors and kind in ("cnn", "resnet"):
@@ -299,8 +303,9 @@ def _norm_contradictions(recipe: Recipe, shapes: set[Shape]) -> Iterator[Contrad
         layer = f"a layer of {channels} channels"
         if channels % groups:
             yield ("norm", "groups"), f"{groups} groups do not divide {layer}"
-        elif NORMS[kind].values_per_mean((recipe.train.batch_size, channels, *sides), groups) == 1:
-            at = ("train", "batch_size") if NORMS[kind].over_batch else ("norm", "kind")
+        elif NORMS[kind].values_per_mean((recipe.train.micro_batch_size, channels, *sides), groups) == 1:
+            batch = ("train", "batch_size" if recipe.train.accumulate == 1 else "accumulate")
+            at = batch if NORMS[kind].over_batch else ("norm", "kind")
             yield (
                 at,
                 f"{kind} norm has one value to average over in {layer}: constant output",

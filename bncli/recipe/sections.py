@@ -158,7 +158,7 @@ class BatchNorm(Section):
     affine: bool = True
     track_running_stats: bool = described(
         "evaluation normalizes by running statistics of the training batches; false: by those of the held-out "
-        "examples, in chunks of about train.batch_size",
+        "examples, in chunks of about a batch (a micro-batch where train.accumulate makes them)",
         default=True,
     )
     kernel: RecipeKernel = described(
@@ -306,6 +306,20 @@ class Train(Section):
     tf32: bool = described("float32 matrix products and convolutions in TF32, on an NVIDIA GPU", default=False)
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"
     compile: bool = described("torch.compile the model", default=False)
+    clip_gradients: AboveZero | None = described(
+        "largest norm of all parameters' gradients together (torch.nn.utils.clip_grad_norm_)", default=None
+    )
+    label_smoothing: Fraction = described("of the training loss alone; the held-out loss is without", default=0.0)
+    accumulate: Positive = described(
+        "micro-batches that a batch is split into: a backward pass each, and one optimizer step; batch norm normalizes "
+        "each by its own statistics (ghost batch norm) and counts each in the running statistics",
+        default=1,
+    )
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Examples that pass through the model together in training."""
+        return self.batch_size // self.accumulate
 
 
 class Probes(Section):

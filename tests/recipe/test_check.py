@@ -123,6 +123,12 @@ ONE_MISTAKE = [
     (train("steps: 100, batch_size: 2001"), "4: train.batch_size: is larger than the 2000 training examples"),
     (train("steps: 100, batch_size: 1") + "norm: batch\n",
      "4: train.batch_size: batch norm has one value to average over in a layer of 100 channels: constant output"),
+    (train("steps: 100, batch_size: 60, accumulate: 7"),
+     "4: train.accumulate: a batch of 60 does not split into 7 equal micro-batches"),
+    (train("steps: 100, batch_size: 8, accumulate: 8") + "norm: batch\n",
+     "4: train.accumulate: batch norm has one value to average over in a layer of 100 channels: constant output"),
+    (train("steps: 100, clip_gradients: 0"), "4: train.clip_gradients: expected a number above 0, found 0"),
+    (train("steps: 100, label_smoothing: 1"), "4: train.label_smoothing: expected a number below 1, found 1"),
     (BASE + "schedule: {kind: step, milestones: [30, 20]}\n", "5: schedule.milestones: "
                                                               "expected steps in increasing order"),
     (BASE.replace("synthetic", "synthetic, shape: [8, 8]"),

@@ -350,6 +350,10 @@ class Streamed:
     augment: bool = False
     index_device = torch.device("cpu")
 
+    @property
+    def labels(self) -> Tensor:
+        return self.images.labels
+
     def __len__(self) -> int:
         return len(self.images)
 

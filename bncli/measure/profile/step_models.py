@@ -177,18 +177,21 @@ def recipe_models(loaded: Loaded, arm: str | None = None) -> tuple[RecipeModel, 
 def step_work(recipe: Recipe) -> dict[str, Any]:
     """What a recipe's step takes time for, as plain data."""
     found = plain(recipe)
-    norm, optimizer, schedule = found["norm"], found["optimizer"], found["schedule"]
+    norm, optimizer, schedule, train = (found[name] for name in ("norm", "optimizer", "schedule", "train"))
     if "momentum" in norm:
         norm["momentum"] = norm["momentum"] is not None
     for name in ("momentum", "weight_decay"):
         optimizer[name] = optimizer.get(name, 0) > 0
+    for name in ("clip_gradients", "label_smoothing"):
+        train[name] = bool(train[name])
     found["schedule"] = schedule["kind"] != "constant" or schedule["warmup"] > 0
     without_cost = {
         "data": ("split_seed",),
         "model": ("init",),
         "norm": ("eps", "kernel"),
         "optimizer": ("lr", "betas", "eps"),
-        "train": found["train"].keys() - {"batch_size", "precision", "memory_format", "compile"},
+        "train": train.keys()
+        - {"batch_size", "precision", "memory_format", "compile", "clip_gradients", "label_smoothing", "accumulate"},
     }
     for section, names in without_cost.items():
         found[section] = {name: value for name, value in found[section].items() if name not in names}
