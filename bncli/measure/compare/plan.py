@@ -20,8 +20,9 @@ from bncli.measure.dry_run import available_memory_mib, planned_arm
 from bncli.recipe.check import SAME_FOR_ALL_RUNS
 from bncli.recipe.layers import input_of, shape_contradictions
 from bncli.recipe.load import Arm, Loaded, digest, plain, with_values
+from bncli.recipe.mnist import name_of
 from bncli.recipe.overrides import value_at
-from bncli.recipe.sections import Digits, Npz, Recipe
+from bncli.recipe.sections import Digits, Mnist, Npz, Recipe
 from bncli.results.compare import ComparisonPlan, Phase, Planned, RunRecord
 from bncli.results.train import Target
 
@@ -133,6 +134,8 @@ def _data_words(recipe: Recipe) -> str:
     data = recipe.data
     if isinstance(data, Digits):
         return "scikit-learn's digits"
+    if isinstance(data, Mnist):
+        return name_of(data)
     name = getattr(data, "name", getattr(data, "path", None))
     return f"{data.source} {name}" if name else f"{data.source} data"
 

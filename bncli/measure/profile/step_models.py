@@ -26,7 +26,7 @@ from bncli.engine.user_code import blame_user_code, imported
 from bncli.errors import RunFailed, UsageError
 from bncli.measure.profile.norm_diagnostics import TrainingPlan
 from bncli.recipe.load import Loaded, digest, plain, with_values
-from bncli.recipe.sections import Digits, Hub, Npz, Recipe, Synthetic
+from bncli.recipe.sections import DataSection, Recipe
 from bncli.results.profile import NormLayers, Note
 
 
@@ -154,7 +154,7 @@ class RecipeModel:
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(spec: Digits | Synthetic | Npz | Hub, device: torch.device, memory_format: str) -> Dataset:
+def _loaded(spec: DataSection, device: torch.device, memory_format: str) -> Dataset:
     """Arms mostly share their data, which may take a while to decode."""
     return data.load(spec, device, data.MEMORY_FORMATS[memory_format])
 
