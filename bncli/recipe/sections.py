@@ -7,12 +7,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Strict, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Strict, Tag, WithJsonSchema, model_validator
 
 from bncli.names import KERNELS, RECIPE_KERNELS, MeasureName, ProbeName, RecipeActivation, RecipeKernel
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
+EPOCHS = {  # in place of steps; `recipe.epochs` replaces it by their number before a recipe is validated
+    "type": "object",
+    "properties": {"epochs": {"type": "number", "exclusiveMinimum": 0, "description": "passes over the training set"}},
+    "required": ["epochs"],
+    "additionalProperties": False,
+}
+Steps = Annotated[Positive, WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, EPOCHS]})]
+StepsOrNone = Annotated[Count, WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, EPOCHS]})]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 AboveZero = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -264,7 +272,7 @@ class AdamW(OptimizerSection):
 
 class ScheduleSection(Section):
     kind: str
-    warmup: Count = described("steps of linear warm-up from 0 to the learning rate", default=0)
+    warmup: StepsOrNone = described("steps of linear warm-up from 0 to the learning rate", default=0)
 
 
 class Constant(ScheduleSection):
@@ -276,14 +284,14 @@ class Exponential(ScheduleSection):
 
     kind: Literal["exponential"]
     gamma: UpToOne
-    every: Positive = 1
+    every: Steps = 1
 
 
 class StepDecay(ScheduleSection):
     """The learning rate times gamma at each milestone."""
 
     kind: Literal["step"]
-    milestones: Ints = described("optimizer steps", min_length=1)
+    milestones: Annotated[tuple[Steps, ...], Strict(False)] = described("optimizer steps", min_length=1)
     gamma: UpToOne = 0.1
 
 
@@ -321,13 +329,20 @@ class LogSpaced(Section):
 
 # The tags are in brackets, as pydantic's own marks in the location of an error: they are no part of the recipe.
 EvaluateEvery = Annotated[
-    Annotated[Positive, Tag("[steps]")] | Annotated[LogSpaced, Tag("[spacing]")],
-    Discriminator(lambda value: "[spacing]" if isinstance(value, dict | LogSpaced) else "[steps]"),
+    Annotated[Steps, Tag("[steps]")] | Annotated[LogSpaced, Tag("[spacing]")],
+    Discriminator(
+        lambda value: (
+            "[spacing]"
+            if isinstance(value, LogSpaced)
+            or (isinstance(value, dict) and not any(str(key)[:5] == "epoch" for key in value))
+            else "[steps]"
+        )
+    ),
 ]
 
 
 class Train(Section):
-    steps: Positive = described("budget in optimizer steps")
+    steps: Steps = described("budget in optimizer steps, or {epochs: n}")
     batch_size: Positive = 60
     evaluate_every: EvaluateEvery = described(
         "optimizer steps between evaluations, or {points_per_doubling: 8}: spaced evenly in the step's logarithm",
@@ -370,7 +385,7 @@ class Probes(Section):
 class LargestLearningRate(Section):
     """The search for the largest learning rate at which an arm trains; it is made where a claim is about it."""
 
-    steps: Positive = described("budget of each of its runs, in optimizer steps")
+    steps: Steps = described("budget of each of its runs, in optimizer steps")
     accuracy: Annotated[float, Field(gt=0, lt=1)] | None = described(
         "held-out accuracy at the end from which a run counts as trained; null: better than the best constant guess",
         default=None,

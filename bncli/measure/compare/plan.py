@@ -165,12 +165,20 @@ def _differences(recipes: Sequence[Loaded], arms: Sequence[Arm]) -> Iterator[str
     for arm in arms:
         for path in SAME_FOR_ALL_RUNS:
             if attrgetter(path)(arm.recipe) != attrgetter(path)(arms[0].recipe):
-                yield f"arm {arm.name}: {path} differs from arm {arms[0].name}'s; steps would not be comparable"
+                yield f"arm {arm.name}: {path} differs from arm {arms[0].name}'s; {_why_alike(recipes, path)}"
         if isinstance(arm.recipe.data, Npz):  # what only the file can tell; the rest was checked with the recipe
             for keys, text in shape_contradictions(arm.recipe, *input_of(arm.recipe)):
                 yield f"arm {arm.name}: {'.'.join(keys)}: {text}"
     if arms[0].recipe.train.target is None:
         yield f"{first.source}: train.target is missing; a comparison counts the steps to it"
+
+
+def _why_alike(recipes: Sequence[Loaded], path: str) -> str:
+    """Why a field of SAME_FOR_ALL_RUNS has to be the same for all arms, and what to do."""
+    fields = {keys[-2:] for loaded in recipes for keys in loaded.in_epochs}
+    if tuple(path.split(".")) in fields:
+        return "epochs are another number of steps at another batch size: write steps, which are the same for every arm"
+    return "steps would not be comparable"
 
 
 def _check_size(first: Loaded, arms: int, tune: int) -> None:
