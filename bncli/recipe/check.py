@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from bncli.errors import CODE_OF_YOURS
+from bncli.errors import CODE_OF_YOURS, DataError
 from bncli.names import MEASURES, PROBES
+from bncli.recipe.epochs import STEPS, epochs_of, given_in_epochs, in_steps, steps_per_epoch
 from bncli.recipe.layers import contradictions
 from bncli.recipe.overrides import arms_of, base_of, fixed_by, kinds, members, merge, model_at, nested, value_at
 from bncli.recipe.sections import ARM_NAME, FUNCTION_PATH, KINDS, Recipe, RecipeFile
@@ -18,10 +19,7 @@ from bncli.recipe.yaml import Keys, Tree, dotted
 
 MARKS = ("[key]", "[steps]", "[spacing]")  # that pydantic appends: for a mapping's key, and for the tag of a union
 Found = tuple[Keys, str]  # where a mistake is, and the sentence about it
-SAME_FOR_ALL_RUNS = (
-    "data",
-    *(f"train.{name}" for name in ("target", "steps", "evaluate_every", "stop_at_target", "seed")),
-)
+SAME_FOR_ALL_RUNS = ("data", *(f"train.{name}" for name in ("target", "steps", "evaluate_every", "seed")))
 
 # --- spelling -----------------------------------------------------------------------------------------------------
 
@@ -56,7 +54,7 @@ def check(tree: Tree) -> None:
     base, arms = base_of(root), arms_of(root)
     inherited = run_mistakes(base)
     together = [] if mistakes(Recipe, base) else inherited
-    for keys, text in mistakes(RecipeFile, root | base) + together:
+    for keys, text in mistakes(RecipeFile, in_steps(root | base)) + together:
         tree.refuse(keys, text)
     for name, arm in arms.items():
         for keys, text in run_mistakes(arm):
@@ -96,6 +94,9 @@ def _check_grid(tree: Tree, arms: dict[str, dict[str, Any]]) -> None:
             wrong = [name for name in free if (keys, text) in by_arm[name]]
             of = "" if len(wrong) == len(free) else f"in arm {' and '.join(wrong)}: "
             tree.refuse(("grid", path, *keys), of + text)
+        if path == "train.batch_size" and (fields := given_in_epochs(tree.where)):
+            named = listed(sorted(map(dotted, fields)))
+            tree.refuse(("grid", path), f"the steps of an epoch depend on it; give {named} in steps, not in epochs")
         for index, value in enumerate(values):
             if value in values[:index]:
                 tree.refuse(("grid", path, index), f"{words(value)} appears twice")
@@ -108,6 +109,8 @@ def _grid_mistakes(path: str, values: Sequence[Any], run: dict[str, Any]) -> Ite
     known = (owner is not None and keys[-1] in owner.model_fields) or value_at(run, keys) is not None
     if any(path == same or path.startswith(f"{same}.") for same in SAME_FOR_ALL_RUNS):
         yield (), "is the same for every run of a comparison, so it cannot be tuned"
+    elif path == "train.stop_at_target":
+        yield (), "steps to target do not depend on it, so it cannot be tuned; set it in the base or in an arm"
     elif model_at(keys, run, Recipe) or keys[-1] in KINDS:
         yield (), "chooses a whole section; make each choice an arm"
     elif not known:
@@ -188,6 +191,8 @@ def mistakes(model: type[BaseModel], plain: dict[str, Any]) -> list[Found]:
                 continue  # pydantic has counted right elements only
             if each["type"] in ("union_tag_invalid", "union_tag_not_found"):
                 found += _kind_mistakes(each["input"], keys, _choices(model, keys))
+            elif each["type"] == "int_type" and isinstance(each["input"], dict) and keys[:2] in STEPS:
+                found += [(keys, text) for text in _epochs_mistake(each["input"], plain)]
             else:
                 found.append((keys, _sentence(each, model, plain, keys)))
         return found
@@ -224,6 +229,25 @@ def _kind_mistakes(section: dict[str, Any], keys: Keys, models: list[type[BaseMo
     else:
         wrong = [name for name in section if name not in names]
         yield from (((*keys, name), f"unknown key; {suggestion(name, names)}") for name in wrong)
+
+
+def _epochs_mistake(value: dict[str, Any], run: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with a mapping in place of steps; nothing where another mistake hides the length of an epoch."""
+    if value.keys() != {"epochs"}:
+        wrong = [key for key in value if key != "epochs"]
+        hint = "; did you mean epochs?" if nearest(wrong[0] if wrong else None, ["epochs"]) else ""
+        yield f"expected a whole number of steps or {{epochs: n}}, found {listed(wrong or [words(value)])}{hint}"
+    elif epochs_of(value) is None:
+        yield f"expected a number of epochs above 0, found {words(value['epochs'])}"
+    else:
+        try:
+            steps_per_epoch(run)
+        except DataError as error:
+            yield f"its epochs cannot be counted in steps: {error}"
+        except ValidationError:
+            return
+        else:  # `in_steps` has replaced those that stand in a run
+            yield "a grid takes steps, not epochs"
 
 
 def _sentence(error: Any, model: type[BaseModel], plain: Any, keys: Keys) -> str:

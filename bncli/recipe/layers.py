@@ -17,15 +17,19 @@ from typing import Any
 from bncli.errors import DataError
 from bncli.names import NORMS
 from bncli.names import Norm as NormRow
+from bncli.recipe import mnist
 from bncli.recipe.sections import (
     DIGITS,
+    MNIST_5K,
     BatchNorm,
     BatchRenorm,
     Cnn,
+    DataSection,
     Digits,
     FrozenBatchNorm,
     GhostBatchNorm,
     Mlp,
+    Mnist,
     Npz,
     OwnModel,
     Recipe,
@@ -263,14 +267,14 @@ def _output(layer: Layer, shape: Shape) -> Shape:
 def estimated_memory_mib(recipe: Recipe, found: Size) -> float:
     """Training memory in MiB without the framework itself: parameters, gradients, optimizer state and activations.
 
-    The optimizer's state is one copy of the parameters for momentum, two for Adam; activations are those of one batch
-    in the training precision. An estimate for planning: the activations are 0.8 to 2.5 times what autograd keeps,
-    depending on the activation (a ReLU keeps its output alone, a GELU its input too) and the norm.
+    The optimizer's state is one copy of the parameters for momentum, two for Adam; activations are those of one
+    micro-batch in the training precision. An estimate for planning: the activations are 0.8 to 2.5 times what autograd
+    keeps, depending on the activation (a ReLU keeps its output alone, a GELU its input too) and the norm.
     """
     momentum = getattr(recipe.optimizer, "momentum", None)
     state = 2 if momentum is None else int(momentum > 0)
     width = 4 if recipe.train.precision == "fp32" else 2  # bytes
-    total = found.parameters * 4 * (2 + state) + found.activations * width * recipe.train.batch_size
+    total = found.parameters * 4 * (2 + state) + found.activations * width * recipe.train.micro_batch_size
     return total / 2**20
 
 
@@ -278,13 +282,38 @@ def input_of(recipe: Recipe) -> tuple[Shape, int]:
     """The shape of one example and the number of classes. For npz this reads the file's headers and labels."""
     data = recipe.data
     if isinstance(data, Npz):
-        return _npz_header(data)
-    if isinstance(data, Digits):
-        return ((1, 8, 8) if data.images else (64,)), 10
+        (_, *shape), classes, _ = _npz_header(data)
+        return tuple(shape), classes
+    if isinstance(data, Digits | Mnist):
+        side, classes = (8, 10) if isinstance(data, Digits) else (mnist.SIDE, mnist.CLASSES)
+        return ((1, side, side) if data.images else (side * side,)), classes
     return tuple(data.shape), data.classes
 
 
-def _npz_header(data: Npz) -> tuple[Shape, int]:
+def training_examples(data: DataSection) -> int | None:
+    """The number of training examples, or None where the recipe does not tell. Reads headers of files.
+
+    Raises DataError for a file that is missing or damaged.
+    """
+    if isinstance(data, Mnist) and data.path is not None:
+        return mnist.training_images(data.path)
+    if isinstance(data, Npz):
+        (examples, *_), _, has_test = _npz_header(data)
+        return examples if has_test else max(1, examples - (data.held_out or 0))
+    return known_examples(data)
+
+
+def known_examples(data: DataSection) -> int | None:
+    """The number of training examples, or None where only a file tells. Opens no file."""
+    if isinstance(data, Digits):
+        return DIGITS - data.held_out
+    if isinstance(data, Mnist):
+        return MNIST_5K - (data.held_out or 0) if data.path is None else None
+    return getattr(data, "examples", None)
+
+
+def _npz_header(data: Npz) -> tuple[Shape, int, bool]:
+    """The shape of x with its examples, the number of classes, and whether there is a fixed test set."""
     import zipfile
 
     import numpy as np
@@ -296,9 +325,9 @@ def _npz_header(data: Npz) -> tuple[Shape, int]:
         with zipfile.ZipFile(path) as archive, archive.open("x.npy") as header:
             version = np.lib.format.read_magic(header)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape: Shape = tuple(read(header)[0][1:])
+            shape: Shape = tuple(read(header)[0])
         with np.load(path, allow_pickle=False) as arrays:
-            return shape, int(arrays["y"].max()) + 1
+            return shape, int(arrays["y"].max()) + 1, "x_test" in arrays
     except Exception as error:  # what a damaged file raises is zipfile's, zlib's, NumPy's or tokenize's
         raise DataError(f"data.path: {data.path} cannot be read as a .npz file with x and y: {error}") from error
 
@@ -318,7 +347,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     milestones: Any = getattr(recipe.schedule, "milestones", ())
     if list(milestones) != sorted(set(milestones)):
         yield ("schedule", "milestones"), "expected steps in increasing order"
-    examples = DIGITS - data.held_out if isinstance(data, Digits) else getattr(data, "examples", None)
+    examples = known_examples(data)
     if examples is not None and train.batch_size > examples:
         yield ("train", "batch_size"), f"is larger than the {examples} training examples"
     yield from _field_contradictions(recipe)
@@ -328,7 +357,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
 
 def _field_contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     """Fields of the norm, and of the model about its norms, that have no effect or none that they could have."""
-    norm, batch, steps = recipe.norm, recipe.train.batch_size, recipe.train.steps
+    norm, batch, steps = recipe.norm, recipe.train.micro_batch_size, recipe.train.steps
     no_weight = not getattr(norm, "affine", False)
     if no_weight and getattr(norm, "init_weight", 1.0) != 1:
         yield ("norm", "init_weight"), "has no effect: with affine: false there is no weight"
@@ -350,10 +379,16 @@ def shape_contradictions(recipe: Recipe, shape: Shape, classes: int) -> Iterator
     if len(shape) not in (1, 3):
         yield ("data", "shape"), "expected [features] or [channels, height, width]"
         return
+    if recipe.train.batch_size % recipe.train.accumulate:
+        why = f"a batch of {recipe.train.batch_size} does not split into {recipe.train.accumulate} equal micro-batches"
+        yield ("train", "accumulate"), why
+        return
     if vectors and recipe.train.memory_format == "channels_last":
         yield ("train", "memory_format"), "channels_last is for images and the data are vectors"
     if vectors and kind in ("cnn", "resnet"):
-        hints = {"digits": "set data.images: true", "npz": "give x as (examples, channels, height, width)"}
+        hints = dict.fromkeys(("digits", "mnist"), "set data.images: true") | {
+            "npz": "give x as (examples, channels, height, width)"
+        }
         hint = hints.get(recipe.data.source, "give data.shape as [channels, height, width]")
         yield ("model", "kind"), f"a {kind} needs images and the data are vectors; {hint}"
     elif model := layers(recipe, shape, classes):
@@ -366,7 +401,7 @@ def _norm_contradictions(recipe: Recipe, shapes: set[Shape]) -> Iterator[Contrad
     covariances of no more values than channels, which have no inverse.
     """
     kind, groups, size = recipe.norm.kind, getattr(recipe.norm, "groups", 1), getattr(recipe.norm, "group_size", 1)
-    examples = getattr(recipe.norm, "size", recipe.train.batch_size)
+    examples = getattr(recipe.norm, "size", recipe.train.micro_batch_size)
     for channels, *sides in sorted(shapes):
         layer = f"a layer of {channels} channels"
         if channels % groups:
@@ -380,7 +415,8 @@ def _norm_contradictions(recipe: Recipe, shapes: set[Shape]) -> Iterator[Contrad
             why = f"the covariance of {size} channels needs more than {size} values a channel to have an inverse"
             yield ("norm", "group_size"), f"{why}; a batch has {values} in {layer}"
         elif values == 1:
-            over_batch = ("norm", "size") if kind == "ghost" else ("train", "batch_size")
+            batch = ("train", "batch_size" if recipe.train.accumulate == 1 else "accumulate")
+            over_batch = ("norm", "size") if kind == "ghost" else batch
             at = over_batch if NORMS[kind].over_batch else ("norm", "kind")
             yield (
                 at,

@@ -17,8 +17,10 @@ from pydantic import BaseModel
 
 from bncli.errors import RecipeError, UsageError
 from bncli.recipe.check import check, refuse_code, suggestion, words
+from bncli.recipe.epochs import given_in_epochs, in_steps
+from bncli.recipe.mnist import files_of
 from bncli.recipe.overrides import arms_of, base_of, fixed_by, leaves, override, write_out
-from bncli.recipe.sections import Recipe, RecipeFile
+from bncli.recipe.sections import Mnist, Recipe, RecipeFile
 from bncli.recipe.yaml import Keys, Mistake, dotted, parse
 
 MAX_BYTES = 1 << 20
@@ -45,6 +47,11 @@ class Loaded:
     where: dict[Keys, str]
 
     @property
+    def in_epochs(self) -> set[Keys]:
+        """The fields, the base's and the arms', that the file or an override gives in epochs."""
+        return given_in_epochs(self.where)
+
+    @property
     def reference(self) -> str:
         """The arm that the others are compared with: the one named, or the first; a file without arms is one itself."""
         return self.file.reference or (self.arms[0].name if self.arms else self.name)
@@ -59,11 +66,14 @@ class Loaded:
 
     def provenance(self, arm: Arm) -> Iterator[tuple[str, Any, str]]:
         """Every field of an arm's run: its path, its value, and the file's line, the flag or `default`."""
-        base = dict(leaves(plain(self.base)))
+        base, in_epochs = dict(leaves(plain(self.base))), self.in_epochs
         for keys, value in leaves(plain(arm.recipe)):
             changed = None if arm.recipe is self.base else self.where.get(("arms", arm.name, *keys))
-            inherited = self.where.get(keys) if keys in base and base[keys] == value else None
-            yield dotted(keys), value, changed or inherited or "default"
+            same = (keys in base and base[keys] == value) or keys in in_epochs
+            inherited = self.where.get(keys) if same else None
+            at = ("arms", arm.name, *keys) if changed else keys
+            note = " (epochs)" if at in in_epochs else ""
+            yield dotted(keys), value, f"{changed or inherited or 'default'}{note}"
 
 
 def load(path: str, sets: Sequence[str] = (), allow_code: bool = False, sets_from: str = "sets") -> Loaded:
@@ -100,7 +110,7 @@ def load(path: str, sets: Sequence[str] = (), allow_code: bool = False, sets_fro
     root = tree.root
     arms = [Arm(name, Recipe.model_validate(run), fixed_by(root, name)) for name, run in arms_of(root).items()]
     base = base_of(root)
-    file = RecipeFile.model_validate(root | base)
+    file = RecipeFile.model_validate(in_steps(root | base))
     name = "recipe" if path == "-" else Path(path).stem
     return Loaded(name, source, file, Recipe.model_validate(base), tuple(arms), tree.where)
 
@@ -157,7 +167,10 @@ def data_state(recipe: Recipe) -> list[Any]:
     path = Path(named or "").expanduser()
     if not named or not path.exists():
         return []
-    inside = sorted(Path(folder) / name for folder, _, names in os.walk(path) for name in names)
+    if isinstance(recipe.data, Mnist):
+        inside = files_of(named)
+    else:
+        inside = sorted(Path(folder) / name for folder, _, names in os.walk(path) for name in names)
     return [[str(each), each.stat().st_size, each.stat().st_mtime_ns] for each in inside or [path]]
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
+from bncli.recipe.epochs import in_steps
 from bncli.recipe.sections import KINDS, Recipe, RecipeFile, shorthand_key
 from bncli.recipe.yaml import Keys, Mistake, Tree, dotted, parse
 
@@ -166,6 +167,8 @@ def merge(base: Any, changes: Any, model: type[BaseModel] | None = Recipe) -> An
         if chosen and any(kind in value and value[kind] != old.get(kind) for kind in KINDS):
             kept = chosen.model_fields if len(models) > 1 else ()  # init's one model: its fields belong to one kind
             old = {name: item for name, item in old.items() if name in kept}
+        if models and isinstance(old, dict) and isinstance(value, dict) and ("epochs" in old) != ("epochs" in value):
+            old = None  # epochs replace {points_per_doubling: n}, and the other way round
         merged[key] = merge(old, value, chosen)
     return merged
 
@@ -185,18 +188,23 @@ def with_kinds(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def base_of(root: dict[str, Any]) -> dict[str, Any]:
+    """The base run, its epochs in steps."""
+    return in_steps(_written_base(root))
+
+
+def _written_base(root: dict[str, Any]) -> dict[str, Any]:
     return with_kinds({key: value for key, value in root.items() if key not in COMPARISON_KEYS})
 
 
 def arms_of(root: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Every arm's run: the base with the arm's changes."""
-    arms, base = root.get("arms"), base_of(root)
+    """Every arm's run: the base with the arm's changes, its epochs in steps."""
+    arms, base = root.get("arms"), _written_base(root)
     changes = arms.items() if isinstance(arms, dict) else ()
-    return {name: with_kinds(merge(base, change)) for name, change in changes if isinstance(change, dict)}
+    return {name: in_steps(with_kinds(merge(base, change))) for name, change in changes if isinstance(change, dict)}
 
 
 def fixed_by(root: dict[str, Any], arm: str) -> tuple[str, ...]:
     """The fields of the grid that an arm gives a value to, so that they are not tuned in it."""
-    changed = {dotted(keys) for keys, _ in leaves(value_at(root, ("arms", arm), {}))}
+    changed = {dotted(keys).removesuffix(".epochs") for keys, _ in leaves(value_at(root, ("arms", arm), {}))}
     grid = root.get("grid")
     return tuple(path for path in grid if path in changed) if isinstance(grid, dict) else ()

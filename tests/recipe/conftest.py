@@ -84,6 +84,7 @@ RUN: dict[str, Any] = {
 EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {  # what a kind cannot do without
     "data": {
         "digits": {},
+        "mnist": {},
         "synthetic": {},
         "npz": {"path": "x.npz"},
         "hub": {"name": "cifar10", "shape": [3, 32, 32], "classes": 10},

@@ -122,6 +122,44 @@ ONE_MISTAKE = [
     (train("steps: 100, batch_size: 2001"), "4: train.batch_size: is larger than the 2000 training examples"),
     (train("steps: 100, batch_size: 1") + "norm: batch\n",
      "4: train.batch_size: batch norm has one value to average over in a layer of 100 channels: constant output"),
+    # epochs in place of steps
+    (train("steps: {epoch: 3}"),
+     "4: train.steps: expected a whole number of steps or {epochs: n}, found epoch; did you mean epochs?"),
+    (train("steps: {epochs: -1}"), "4: train.steps: expected a number of epochs above 0, found -1"),
+    (train("steps: {epochs: 3, batch_size: 9}"),
+     "4: train.steps: expected a whole number of steps or {epochs: n}, found batch_size"),
+    (train("steps: 9, evaluate_every: {epochs: many}"),
+     '4: train.evaluate_every: expected a number of epochs above 0, found "many"'),
+    (train("steps: 9, evaluate_every: {epoch: 3}"),
+     "4: train.evaluate_every: expected a whole number of steps or {epochs: n}, found epoch; did you mean epochs?"),
+    (BASE + "schedule: {warmup: {epochs: 0}}\n",
+     "5: schedule.warmup: expected a number of epochs above 0, found 0"),
+    (BASE + "schedule: {kind: step, milestones: [{epochs: true}]}\n",
+     "5: schedule.milestones.0: expected a number of epochs above 0, found true"),
+    (BASE + "largest_learning_rate: {steps: {epochs: false}}\n",
+     "5: largest_learning_rate.steps: expected a number of epochs above 0, found false"),
+    (train("steps: {epochs: 3}, batch_size: {epochs: 3}"),
+     "4: train.batch_size: expected a whole number, found a mapping"),
+    (train("steps: {epochs: 3}").replace("{source: synthetic}", "{source: hub, name: x, shape: [3, 8, 8], classes: 2}"),
+     "4: train.steps: its epochs cannot be counted in steps: the number of training examples is not known before they "
+     "are loaded; give it as data.examples"),
+    (train("steps: {epochs: 3}").replace("{source: synthetic}", "{source: npz, path: no.npz}"),
+     "4: train.steps: its epochs cannot be counted in steps: data.path: there is no file no.npz; it should hold the "
+     "arrays x and y"),
+    (train("steps: {epochs: 3}") + "arms: {a: {train: {evaluate_every: {epochs: 1}}}}\ngrid: {train.batch_size: [9]}\n",
+     "6: grid.train.batch_size: the steps of an epoch depend on it; give arms.a.train.evaluate_every or train.steps in "
+     "steps, not in epochs"),
+    (BASE + "grid: {schedule.warmup: [0, {epochs: 1}]}\n",
+     "5: grid.schedule.warmup.1: a grid takes steps, not epochs"),
+    (BASE + "grid: {train.stop_at_target: [true, false]}\n",
+     "5: grid.train.stop_at_target: steps to target do not depend on it, so it cannot be tuned; set it in the base or "
+     "in an arm"),
+    (train("steps: 100, batch_size: 60, accumulate: 7"),
+     "4: train.accumulate: a batch of 60 does not split into 7 equal micro-batches"),
+    (train("steps: 100, batch_size: 8, accumulate: 8") + "norm: batch\n",
+     "4: train.accumulate: batch norm has one value to average over in a layer of 100 channels: constant output"),
+    (train("steps: 100, clip_gradients: 0"), "4: train.clip_gradients: expected a number above 0, found 0"),
+    (train("steps: 100, label_smoothing: 1"), "4: train.label_smoothing: expected a number below 1, found 1"),
     (BASE + "schedule: {kind: step, milestones: [30, 20]}\n", "5: schedule.milestones: "
                                                               "expected steps in increasing order"),
     (BASE.replace("synthetic", "synthetic, shape: [8, 8]"),
@@ -210,7 +248,7 @@ grid:
 SEVERAL = [
     ("# a comment\nseeds: {tune: 1}\n", [f"2: {name}: is missing" for name in ("data", "model", "optimizer", "train")]),
     ("data:\nmodel:\noptimizer:\ntrain:\n", [
-        "1: data: expected digits, synthetic, npz, hub or a mapping, found nothing",
+        "1: data: expected digits, mnist, synthetic, npz, hub or a mapping, found nothing",
         "2: model: expected mlp, cnn, resnet, module or a mapping, found nothing",
         "3: optimizer: expected sgd, adam, adamw or a mapping, found nothing",
         "4: train: expected a mapping, found nothing",

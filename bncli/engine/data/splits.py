@@ -24,6 +24,11 @@ class Split(Protocol):
     @property
     def index_device(self) -> torch.device: ...
 
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64 of 0 to classes - 1."""
+        ...
+
     def __len__(self) -> int: ...
 
     def batches(self, order: Iterable[Tensor], generator: Generator | None = None) -> Iterator[Batch]:
@@ -136,6 +141,10 @@ class InMemory:
     @property
     def index_device(self) -> torch.device:
         return self.x.device
+
+    @property
+    def labels(self) -> Tensor:
+        return self.y
 
     def __len__(self) -> int:
         return len(self.y)

@@ -144,15 +144,32 @@ def optimizer_step(state: TrainState, x: Tensor, y: Tensor) -> Tensor:
     An update that the fp16 scaler skips because of non-finite gradients counts neither for the budget nor for the
     schedule. `bncli profile` times this function.
     """
-    optimizer, scaler = state.optimizer, state.scaler
+    optimizer, scaler, options = state.optimizer, state.scaler, state.recipe.train
     set_learning_rate(optimizer, state.recipe, state.step)
-    with autocast(state.device, state.recipe.train.precision):
-        loss = F.cross_entropy(state.model(x), y)
     optimizer.zero_grad()
-    scaler.scale(loss).backward()
+    if options.accumulate == 1:
+        loss = add_gradients(state, x, y)
+    else:
+        parts = zip(x.chunk(options.accumulate), y.chunk(options.accumulate), strict=True)
+        loss = torch.stack([add_gradients(state, *part) for part in parts]).sum()
+    if options.clip_gradients is not None:
+        scaler.unscale_(optimizer)
+        every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        torch.nn.utils.clip_grad_norm_(every, options.clip_gradients)
     state.skipped += 1  # until the update is made
     scaler.step(optimizer)
     scaler.update()
+    return loss
+
+
+def add_gradients(state: TrainState, x: Tensor, y: Tensor) -> Tensor:
+    """Add a micro-batch's share of the batch's gradients to the parameters', and return its share of the loss."""
+    options = state.recipe.train
+    with autocast(state.device, options.precision):
+        loss = F.cross_entropy(state.model(x), y, label_smoothing=options.label_smoothing)
+    if options.accumulate > 1:
+        loss = loss / options.accumulate
+    state.scaler.scale(loss).backward()
     return loss.detach()
 
 
@@ -183,7 +200,7 @@ def evaluate(state: TrainState, train_loss: float | None = None) -> Evaluated:
 
 
 def evaluation_size(recipe: Recipe, shape: tuple[int, ...]) -> int:
-    """The number of held-out examples of that shape per evaluation chunk: about a training batch.
+    """The number of held-out examples of that shape per evaluation chunk: about a training (micro-)batch.
 
     If the logits of an example are known not to depend on other examples, small examples come in larger chunks: for a
     tiny net, a pass over 60 takes half as long as one over 500.
@@ -191,7 +208,7 @@ def evaluation_size(recipe: Recipe, shape: tuple[int, ...]) -> int:
     norm = recipe.norm
     by_batch = isinstance(norm, BatchNorm) and not norm.track_running_stats
     if by_batch or isinstance(recipe.model, OwnModel):
-        return recipe.train.batch_size
+        return recipe.train.micro_batch_size
     return max(recipe.train.batch_size, EVALUATED_VALUES // math.prod(shape))
 
 
@@ -203,6 +220,7 @@ def result(state: TrainState, status: Status, reason: str | None, parameters: in
     target = reached[0].target if reached else Target("accuracy", 1.0)
     values = [evaluation.value(target.metric) for evaluation in state.evaluations]
     finite = [value for value in values if math.isfinite(value)]
+    labels = state.dataset.held_out.labels
     ms = state.clock.ms_per_step()
     return RunResult(
         status=status,
@@ -226,4 +244,5 @@ def result(state: TrainState, status: Status, reason: str | None, parameters: in
         evaluation_peak_memory_mib=state.memory.mib.get("evaluation"),
         probes=tuple(state.probes.points) if state.probes else (),
         probes_s=state.probes.seconds if state.probes else 0.0,
+        constant_guess=labels.bincount().max().item() / len(labels),
     )

@@ -23,9 +23,10 @@ from bncli.names import MEASURES
 from bncli.recipe.check import SAME_FOR_ALL_RUNS
 from bncli.recipe.layers import input_of, shape_contradictions
 from bncli.recipe.load import Arm, Loaded, digest, plain, with_values
+from bncli.recipe.mnist import name_of
 from bncli.recipe.overrides import value_at
 from bncli.recipe.sections import Claim as ClaimSection
-from bncli.recipe.sections import Digits, Npz, Recipe
+from bncli.recipe.sections import Digits, Mnist, Npz, Recipe
 from bncli.results.compare import Claim, ComparisonPlan, Phase, Planned, RunRecord
 from bncli.results.train import RunResult, Target
 
@@ -162,6 +163,8 @@ def _data_words(recipe: Recipe) -> str:
     data = recipe.data
     if isinstance(data, Digits):
         return "scikit-learn's digits"
+    if isinstance(data, Mnist):
+        return name_of(data)
     name = getattr(data, "name", getattr(data, "path", None))
     return f"{data.source} {name}" if name else f"{data.source} data"
 
@@ -221,12 +224,20 @@ def _differences(recipes: Sequence[Loaded], arms: Sequence[Arm]) -> Iterator[str
     for arm in arms:
         for path in SAME_FOR_ALL_RUNS:
             if attrgetter(path)(arm.recipe) != attrgetter(path)(arms[0].recipe):
-                yield f"arm {arm.name}: {path} differs from arm {arms[0].name}'s; steps would not be comparable"
+                yield f"arm {arm.name}: {path} differs from arm {arms[0].name}'s; {_why_alike(recipes, path)}"
         if isinstance(arm.recipe.data, Npz):  # what only the file can tell; the rest was checked with the recipe
             for keys, text in shape_contradictions(arm.recipe, *input_of(arm.recipe)):
                 yield f"arm {arm.name}: {'.'.join(keys)}: {text}"
     if arms[0].recipe.train.target is None:
         yield f"{first.source}: train.target is missing; a comparison counts the steps to it"
+
+
+def _why_alike(recipes: Sequence[Loaded], path: str) -> str:
+    """Why a field of SAME_FOR_ALL_RUNS has to be the same for all arms, and what to do."""
+    fields = {keys[-2:] for loaded in recipes for keys in loaded.in_epochs}
+    if tuple(path.split(".")) in fields:
+        return "epochs are another number of steps at another batch size: write steps, which are the same for every arm"
+    return "steps would not be comparable"
 
 
 def _check_size(first: Loaded, arms: int, tune: int) -> None:

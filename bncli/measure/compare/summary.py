@@ -218,8 +218,15 @@ def _notes(comparison: Comparison, arms: Mapping[str, ArmRuns]) -> Iterator[Note
         yield from _row_notes(comparison, row)
     yield from _seed_notes(plan, arms)
     yield from _ratio_notes(comparison, arms)
-    # Fields in which arms differ so that a step of one is another amount of work, or another kind.
-    for path in ("train.batch_size", "train.precision", "train.tf32", "schedule"):
+    # Fields in which arms differ so that a step of one is another amount or kind of work, or so that one stops early.
+    for path in (
+        "train.batch_size",
+        "train.accumulate",
+        "train.precision",
+        "train.tf32",
+        "train.stop_at_target",
+        "schedule",
+    ):
         found = {
             row.arm: row.point.get(path, value_at(plan.recipes, (row.arm, *path.split(".")))) for row in comparison.arms
         }

@@ -26,7 +26,7 @@ from bncli.engine.user_code import blame_user_code, imported
 from bncli.errors import RunFailed, UsageError
 from bncli.measure.profile.norm_diagnostics import TrainingPlan
 from bncli.recipe.load import Loaded, digest, plain, with_values
-from bncli.recipe.sections import BatchNorm, Digits, Hub, Npz, Recipe, Synthetic
+from bncli.recipe.sections import BatchNorm, DataSection, Recipe
 from bncli.results.profile import NormLayers, Note
 
 OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _NormBase, variants.RMSNorm, variants.DynamicTanh)
@@ -157,7 +157,7 @@ class RecipeModel:
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(spec: Digits | Synthetic | Npz | Hub, device: torch.device, memory_format: str) -> Dataset:
+def _loaded(spec: DataSection, device: torch.device, memory_format: str) -> Dataset:
     """Arms mostly share their data, which may take a while to decode."""
     return data.load(spec, device, data.MEMORY_FORMATS[memory_format])
 
@@ -180,18 +180,21 @@ def recipe_models(loaded: Loaded, arm: str | None = None) -> tuple[RecipeModel, 
 def step_work(recipe: Recipe) -> dict[str, Any]:
     """What a recipe's step takes time for, as plain data."""
     found = plain(recipe)
-    norm, optimizer, schedule = found["norm"], found["optimizer"], found["schedule"]
+    norm, optimizer, schedule, train = (found[name] for name in ("norm", "optimizer", "schedule", "train"))
     if "momentum" in norm:
         norm["momentum"] = norm["momentum"] is not None
     for name in ("momentum", "weight_decay"):
         optimizer[name] = optimizer.get(name, 0) > 0
+    for name in ("clip_gradients", "label_smoothing"):
+        train[name] = bool(train[name])
     found["schedule"] = schedule["kind"] != "constant" or schedule["warmup"] > 0
     without_cost = {
         "data": ("split_seed",),
         "model": ("init", "zero_gamma"),
         "norm": ("eps", "kernel", "init_weight"),
         "optimizer": ("lr", "betas", "eps"),
-        "train": found["train"].keys() - {"batch_size", "precision", "memory_format", "compile"},
+        "train": train.keys()
+        - {"batch_size", "precision", "memory_format", "compile", "clip_gradients", "label_smoothing", "accumulate"},
     }
     for section, names in without_cost.items():
         found[section] = {name: value for name, value in found[section].items() if name not in names}

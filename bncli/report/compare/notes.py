@@ -56,10 +56,16 @@ def _hits(hits: int, reference_hits: int, runs: int, reference: str, p_value: fl
     )
 
 
+DIFFERENCE = {  # what follows from different values of a field
+    "train.batch_size": ": a step processes a different number of examples",
+    "train.accumulate": ": batch norm averages over micro-batches of different sizes",
+    "train.stop_at_target": ": runs that end at the target have lower final and best values than those that go on",
+}
+
+
 def _arms_differ(field: str, values: Mapping[str, Any]) -> str:
     found = ", ".join(f"{arm} {_setting(value)}" for arm, value in values.items())
-    work = ": a step processes a different number of examples" if field == "train.batch_size" else ""
-    return f"the arms differ in {field}: {found}{work}"
+    return f"the arms differ in {field}: {found}{DIFFERENCE.get(field, '')}"
 
 
 def _setting(value: Any) -> str:

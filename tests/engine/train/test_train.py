@@ -85,6 +85,14 @@ def test_a_run_with_several_targets_continues_to_the_hardest() -> None:
     assert (never.status, never.steps_run, never.also[0].steps) == ("budget", 40, None)
 
 
+def test_the_constant_guess_is_the_share_of_the_most_frequent_class_among_the_held_out_examples(tmp_path: Path) -> None:
+    y, y_test = np.arange(60) % 3, np.array([0, 1, 2, 2])
+    x = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
+    np.savez(tmp_path / "uneven.npz", x=x[:60], y=y, x_test=x[60:], y_test=y_test)
+    npz = {"source": "npz", "path": str(tmp_path / "uneven.npz")}
+    assert run(tiny(data=npz, train={"steps": 5, "target": None})).constant_guess == 0.5
+
+
 def test_evaluations_can_be_spaced_evenly_in_log_step() -> None:
     result = run(tiny(train={"evaluate_every": {"points_per_doubling": 1}, "target": None}))
     assert [evaluation.step for evaluation in result.evaluations] == [0, 1, 2, 4, 8, 16, 32, 60]

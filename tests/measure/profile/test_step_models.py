@@ -49,6 +49,9 @@ arms:
   fused: {norm: {kind: batch, kernel: fused, momentum: 0.2}}
   cumulative: {norm: {kind: batch, momentum: null}}
   large: {train: {batch_size: 50}}
+  micro-batches: {train: {accumulate: 2}}
+  clipped: {train: {clip_gradients: 1.0}}
+  clipped less: {train: {clip_gradients: 2.0}}
 """
 
 
@@ -61,7 +64,9 @@ def arms(tmp_path: Path) -> str:
 @pytest.mark.usefixtures("other")
 def test_arms_whose_steps_take_the_same_work_are_one(arms: str) -> None:
     models = recipe_models(load(arms))
-    assert [model.name for model in models] == ["plain", "without momentum", "normed", "cumulative", "large"]
+    first = ["plain", "without momentum", "normed", "cumulative", "large", "micro-batches", "clipped"]
+    assert [model.name for model in models] == first
+    assert models[-1].stands_for == ("clipped less",)
     assert models[0].stands_for == ("faster", "other start")
     assert models[2].stands_for == ("fused",)
     assert models[0].notes == (Note("same work", arm="plain", others=("faster", "other start")),)

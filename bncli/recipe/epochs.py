@@ -1,0 +1,90 @@
+"""Epochs in place of steps: `{epochs: n}` wherever a recipe has optimizer steps. No torch.
+
+An epoch is examples // batch_size steps: the incomplete batch at its end is dropped (engine.data.splits.order).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from bncli.errors import DataError
+from bncli.recipe.layers import training_examples
+from bncli.recipe.sections import DataSection, Positive, Train
+from bncli.recipe.yaml import Keys
+
+STEPS = (  # the fields of a recipe that are steps
+    ("train", "steps"),
+    ("train", "evaluate_every"),
+    ("schedule", "warmup"),
+    ("schedule", "every"),
+    ("schedule", "milestones"),
+    ("probes", "at"),
+    ("largest_learning_rate", "steps"),
+)
+
+
+def in_steps(run: dict[str, Any]) -> dict[str, Any]:
+    """A run with its epochs as steps: rounded up, and at least 1.
+
+    What cannot be counted is left as it is, so that validation refuses it (`recipe.check`).
+    """
+    asked = {(section, field): run[section][field] for section, field in STEPS if _has(run, section, field)}
+    if not any(epochs_of(item) for value in asked.values() for item in _items(value)):
+        return run
+    try:
+        per_epoch = steps_per_epoch(run)
+    except (DataError, ValidationError):
+        return run
+    found = dict(run)
+    for (section, field), value in asked.items():
+        steps = [_steps(item, per_epoch) for item in _items(value)]
+        found[section] = {**found[section], field: steps if isinstance(value, list) else steps[0]}
+    return found
+
+
+def _has(run: dict[str, Any], section: str, field: str) -> bool:
+    return isinstance(run.get(section), dict) and field in run[section]
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _steps(value: Any, per_epoch: int) -> Any:
+    epochs = epochs_of(value)
+    return value if epochs is None else max(1, math.ceil(epochs * per_epoch))
+
+
+def epochs_of(value: Any) -> Fraction | None:
+    """n of `{epochs: n}`, exactly as it is written; None for anything else."""
+    number = value["epochs"] if isinstance(value, dict) and value.keys() == {"epochs"} else None
+    right = isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf
+    return Fraction(str(number)) if right else None
+
+
+def steps_per_epoch(run: dict[str, Any]) -> int:
+    """The optimizer steps of an epoch of a run that is plain data.
+
+    Raises DataError where the number of training examples is unknown, and pydantic's ValidationError where the data or
+    the batch size are not a recipe's.
+    """
+    data: DataSection = TypeAdapter(DataSection).validate_python(run.get("data"))
+    train = run.get("train") or {}
+    batch_size = TypeAdapter(Positive).validate_python(
+        train.get("batch_size", Train.model_fields["batch_size"].default), strict=True
+    )
+    examples = training_examples(data)
+    if examples is None:
+        raise DataError("the number of training examples is not known before they are loaded; give it as data.examples")
+    return examples // batch_size
+
+
+def given_in_epochs(places: Iterable[Keys]) -> set[Keys]:
+    """Those fields among the places of a recipe file, the base's and the arms', whose value is in epochs."""
+    fields = [(keys[: 4 if keys[:1] == ("arms",) else 2]) for keys in places if keys[-1:] == ("epochs",)]
+    return {field for field in fields if field[-2:] in STEPS}
