@@ -135,6 +135,14 @@ class ResNet(Section):
     init: Init = Init()
 
 
+class Inception(Section):
+    """BN-Inception (Ioffe & Szegedy 2015, appendix), its main tower; with `norm: none` the paper's plain Inception."""
+
+    kind: Literal["inception"]
+    activation: RecipeActivation = "relu"
+    init: Init = Init()
+
+
 class OwnModel(Section):
     """The user's own model, a function of (shape, classes, norm) that returns a module; its code has to be allowed."""
 
@@ -369,7 +377,7 @@ class Seeds(Section):
 # --- the whole ----------------------------------------------------------------------------------------------------
 
 DataSection = Annotated[Digits | Synthetic | Npz | Hub, Field(discriminator="source")]
-ModelSection = Annotated[Mlp | Cnn | ResNet | OwnModel, Field(discriminator="kind")]
+ModelSection = Annotated[Mlp | Cnn | ResNet | Inception | OwnModel, Field(discriminator="kind")]
 NormSection = Annotated[NoNorm | BatchNorm | LayerNorm | GroupNorm | InstanceNorm, Field(discriminator="kind")]
 AnyOptimizer = Annotated[Sgd | Adam | AdamW, Field(discriminator="kind")]
 AnySchedule = Annotated[Constant | Exponential | StepDecay | Cosine, Field(discriminator="kind")]

@@ -87,7 +87,7 @@ EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {  # what a kind cannot do with
         "npz": {"path": "x.npz"},
         "hub": {"name": "cifar10", "shape": [3, 32, 32], "classes": 10},
     },
-    "model": {"mlp": {}, "cnn": {}, "resnet": {"depth": 20}, "module": {"module": "my.net:make"}},
+    "model": {"mlp": {}, "cnn": {}, "resnet": {"depth": 20}, "inception": {}, "module": {"module": "my.net:make"}},
     "norm": {"none": {}, "batch": {}, "layer": {}, "group": {}, "instance": {}},
     "optimizer": {"sgd": {"lr": 0.1}, "adam": {"lr": 0.1}, "adamw": {"lr": 0.1}},
     "schedule": {"constant": {}, "exponential": {"gamma": 0.9}, "step": {"milestones": [5, 9]}, "cosine": {}},
