@@ -356,6 +356,9 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     examples = DIGITS - data.held_out if isinstance(data, Digits) else getattr(data, "examples", None)
     if examples is not None and train.batch_size > examples:
         yield ("train", "batch_size"), f"is larger than the {examples} training examples"
+    if train.population_statistics == "precise" and not getattr(recipe.norm, "track_running_stats", True):
+        why = "precise replaces running statistics, and with track_running_stats: false there are none"
+        yield ("train", "population_statistics"), why
     if not isinstance(data, Npz):
         yield from shape_contradictions(recipe, *input_of(recipe))
 

@@ -314,6 +314,13 @@ class Train(Section):
     tf32: bool = described("float32 matrix products and convolutions in TF32, on an NVIDIA GPU", default=False)
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"
     compile: bool = described("torch.compile the model", default=False)
+    population_statistics: Literal["running", "precise"] = described(
+        "what batch norms evaluate with. running: averages of the training so far; precise: mean and variance over "
+        "batches of the training set with the weights of that moment (Ioffe & Szegedy 2015, algorithm 2); this "
+        "changes nothing in a net without running statistics",
+        default="running",
+    )
+    population_batches: Positive = described("training batches for precise statistics, at most an epoch", default=200)
 
 
 class Probes(Section):

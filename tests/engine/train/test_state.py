@@ -40,6 +40,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "schedule": {"kind": "cosine", "warmup": 3, "final": 0.1},
     },
     "bf16": {"train": {"precision": "bf16"}},
+    "precise statistics": {"train": {"population_statistics": "precise"}},
     "fp16 with skipped steps": {
         "data": {**TINY["data"], "noise": 50.0},
         "norm": {"kind": "none"},
