@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from bncli.engine.convert import convert
+    from bncli.engine.convert.fold import fold
     from bncli.engine.models.norms import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
     from bncli.engine.train import train
     from bncli.kernels.api import batch_norm
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "batch_norm",
     "convert",
+    "fold",
     "load_recipe",
     "train",
 ]
@@ -34,6 +36,7 @@ _PUBLIC = {
     "BatchNorm3d": "bncli.engine.models.norms",
     "batch_norm": "bncli.kernels.api",
     "convert": "bncli.engine.convert",
+    "fold": "bncli.engine.convert.fold",
     "load_recipe": "bncli.recipe.load:load",
     "train": "bncli.engine.train",
 }

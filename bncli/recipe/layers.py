@@ -28,6 +28,7 @@ from bncli.recipe.sections import (
     Digits,
     FrozenBatchNorm,
     GhostBatchNorm,
+    Inception,
     Mlp,
     Mnist,
     Npz,
@@ -53,6 +54,7 @@ class Conv:
     kernel: int = 3
     stride: int = 1
     bias: bool = False
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,13 @@ class MaxPool:
 
 
 @dataclass(frozen=True)
+class AveragePool:
+    kernel: int
+    stride: int
+    padding: int = 0  # whose zeros count
+
+
+@dataclass(frozen=True)
 class GlobalAverage:
     """(C, H, W) -> (C)"""
 
@@ -97,7 +106,16 @@ class Residual:
     shortcut: Sequence = Sequence(())
 
 
-Layer = Linear | Conv | Norm | Activation | Dropout | MaxPool | GlobalAverage | Sequence | Residual
+@dataclass(frozen=True)
+class Branches:
+    """Several layers of the same input, whose outputs are concatenated along the channels."""
+
+    layers: tuple[tuple[str, Layer], ...]
+
+
+Layer = (
+    Linear | Conv | Norm | Activation | Dropout | MaxPool | AveragePool | GlobalAverage | Sequence | Residual | Branches
+)
 Parts = list[tuple[str, Layer]]
 Unit = Callable[..., Sequence]  # a linear layer or a convolution -> with the norm and the activation that follow it
 
@@ -110,14 +128,14 @@ def layers(recipe: Recipe, shape: Shape, classes: int) -> Sequence | None:
     # A bias right before a norm that subtracts each channel's mean is dead (paper, section 3.2). It is not where the
     # gradient takes the mean for a constant. He et al. leave the biases of convolutions out in any case.
     ignored = isinstance(recipe.norm, BatchNorm) and recipe.norm.backward == "ignore_statistics"
-    position = "before" if isinstance(model, ResNet) else model.norm_position
+    position = getattr(model, "norm_position", "before")
     dead_bias = norm is not None and norm.bias_is_dead and not ignored and position == "before"
     unit = partial(
         _unit,
         bias=not (dead_bias or (norm is not None and isinstance(model, ResNet))),
         norm=partial(_norm, norm, getattr(recipe.norm, "affine", False)) if norm else None,
         position=position,
-        dropout=0.0 if isinstance(model, ResNet) else model.dropout,
+        dropout=model.dropout if isinstance(model, Mlp | Cnn) else 0.0,
     )
     if isinstance(model, Mlp):
         widths = (math.prod(shape), *model.hidden)
@@ -125,9 +143,14 @@ def layers(recipe: Recipe, shape: Shape, classes: int) -> Sequence | None:
         return Sequence((*body, ("output", Linear(widths[-1], classes))))
     if isinstance(model, Cnn):
         body, width = _cnn(shape, model.channels, unit)
+    elif isinstance(model, Inception):
+        body, width = _inception(shape[0], unit)
     else:
         body, width = _resnet(shape[0], model.depth, unit, model.zero_gamma)
-    return Sequence((*body, ("average", GlobalAverage()), ("output", Linear(width, classes))))
+    body.append(("average", GlobalAverage()))
+    if isinstance(model, Inception) and model.dropout > 0:
+        body.append(("dropout", Dropout(model.dropout)))
+    return Sequence((*body, ("output", Linear(width, classes))))
 
 
 def _unit(
@@ -209,6 +232,52 @@ def _block(
     return Residual(Sequence(tuple(body)), shortcut), outputs
 
 
+# Outputs of a module's branches (Ioffe & Szegedy 2015, appendix, figure 5): 1x1; 3x3 and double 3x3, each after its 1x1
+# reduction; 1x1 after pooling. Modules without a 1x1 branch have stride 2 and pass the pooled input on. The paper's
+# table prints 128 for the last figure of 4c and 4d, which does not add up to its own 576 channels; 96 does.
+INCEPTION_MODULES = {
+    "3a": (64, (64, 64), (64, 96), 32),
+    "3b": (64, (64, 96), (64, 96), 64),
+    "3c": (0, (128, 160), (64, 96), 0),
+    "4a": (224, (64, 96), (96, 128), 128),
+    "4b": (192, (96, 128), (96, 128), 128),
+    "4c": (160, (128, 160), (128, 160), 96),
+    "4d": (96, (128, 192), (160, 192), 96),
+    "4e": (0, (128, 192), (192, 256), 0),
+    "5a": (352, (192, 320), (160, 224), 128),
+    "5b": (352, (192, 320), (192, 224), 128),
+}
+MAX_POOLED = ("3c", "4e", "5b")  # the others average
+
+
+def _inception(channels: int, unit: Unit) -> tuple[Parts, int]:
+    """The stem and the modules of BN-Inception, and the channels of the last."""
+    # The first convolution is separable, with depth multiplier 8: no norm or activation between its halves.
+    depthwise = Conv(channels, 8 * channels, kernel=7, stride=2, groups=channels)
+    first = Sequence((("depthwise", depthwise), *unit(Conv(8 * channels, 64, kernel=1)).layers))
+    body: Parts = [("stem1", first), ("pool1", MaxPool(3, 2, padding=1))]
+    body += [("stem2", _chain(unit, Conv(64, 64, kernel=1), Conv(64, 192))), ("pool2", MaxPool(3, 2, padding=1))]
+    inputs = 192
+    for name, (single, (reduce, outputs), (reduce2, outputs2), projection) in INCEPTION_MODULES.items():
+        stride = 1 if single else 2
+        pool = (MaxPool if name in MAX_POOLED else AveragePool)(3, stride, padding=1)
+        projected = _chain(unit, Conv(inputs, projection, kernel=1)).layers if projection else ()
+        convs = [Conv(inputs, reduce2, kernel=1), Conv(reduce2, outputs2), Conv(outputs2, outputs2, stride=stride)]
+        branches: Parts = [("conv1x1", _chain(unit, Conv(inputs, single, kernel=1)))] if single else []
+        branches += [
+            ("conv3x3", _chain(unit, Conv(inputs, reduce, kernel=1), Conv(reduce, outputs, stride=stride))),
+            ("double3x3", _chain(unit, *convs)),
+            ("pool", Sequence((("pool", pool), *projected))),
+        ]
+        body.append((f"inception{name}", Branches(tuple(branches))))
+        inputs = single + outputs + outputs2 + (projection or inputs)
+    return body, inputs
+
+
+def _chain(unit: Unit, *convs: Conv) -> Sequence:
+    return Sequence(tuple((f"unit{place}", unit(conv)) for place, conv in enumerate(convs, 1)))
+
+
 # --- counting -----------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +293,13 @@ def walk(model: Layer, shape: Shape) -> Iterator[tuple[Layer, Shape, Shape]]:
         for layer, before, after in walk(model.body, shape):
             yield layer, before, after
         yield model, shape, after
+    elif isinstance(model, Branches):
+        channels = 0
+        for _, part in model.layers:
+            for layer, before, after in walk(part, shape):
+                yield layer, before, after
+            channels += after[0]
+        yield model, shape, (channels, *after[1:])
     else:
         yield model, shape, _output(model, shape)
 
@@ -248,7 +324,7 @@ def _parameters(layer: Layer) -> int:
     if isinstance(layer, Linear):
         return layer.outputs * (layer.inputs + layer.bias)
     if isinstance(layer, Conv):
-        return layer.outputs * (layer.inputs * layer.kernel**2 + layer.bias)
+        return layer.outputs * (layer.inputs // layer.groups * layer.kernel**2 + layer.bias)
     return layer.parameters if isinstance(layer, Norm) else 0
 
 
@@ -257,7 +333,7 @@ def _output(layer: Layer, shape: Shape) -> Shape:
         return (layer.outputs,)
     if isinstance(layer, GlobalAverage):
         return shape[:1]
-    if isinstance(layer, Conv | MaxPool):
+    if isinstance(layer, Conv | MaxPool | AveragePool):
         padding = layer.kernel // 2 if isinstance(layer, Conv) else layer.padding
         sides = tuple((side + 2 * padding - layer.kernel) // layer.stride + 1 for side in shape[1:])
         return (layer.outputs if isinstance(layer, Conv) else shape[0], *sides)
@@ -351,6 +427,9 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     if examples is not None and train.batch_size > examples:
         yield ("train", "batch_size"), f"is larger than the {examples} training examples"
     yield from _field_contradictions(recipe)
+    if train.population_statistics == "precise" and not getattr(recipe.norm, "track_running_stats", True):
+        why = "precise replaces running statistics, and with track_running_stats: false there are none"
+        yield ("train", "population_statistics"), why
     if not isinstance(data, Npz):
         yield from shape_contradictions(recipe, *input_of(recipe))
 
@@ -385,12 +464,15 @@ def shape_contradictions(recipe: Recipe, shape: Shape, classes: int) -> Iterator
         return
     if vectors and recipe.train.memory_format == "channels_last":
         yield ("train", "memory_format"), "channels_last is for images and the data are vectors"
-    if vectors and kind in ("cnn", "resnet"):
+    if vectors and kind in ("cnn", "resnet", "inception"):
         hints = dict.fromkeys(("digits", "mnist"), "set data.images: true") | {
             "npz": "give x as (examples, channels, height, width)"
         }
         hint = hints.get(recipe.data.source, "give data.shape as [channels, height, width]")
-        yield ("model", "kind"), f"a {kind} needs images and the data are vectors; {hint}"
+        yield (
+            ("model", "kind"),
+            f"{'an' if kind == 'inception' else 'a'} {kind} needs images and the data are vectors; {hint}",
+        )
     elif model := layers(recipe, shape, classes):
         norm_shapes = {before for layer, before, _ in walk(model, shape) if isinstance(layer, Norm)}
         yield from islice(_norm_contradictions(recipe, norm_shapes), 1)

@@ -190,6 +190,15 @@ class ResNet(Section):
     init: Init = Init()
 
 
+class Inception(Section):
+    """BN-Inception (Ioffe & Szegedy 2015, appendix), its main tower; with `norm: none` the paper's plain Inception."""
+
+    kind: Literal["inception"]
+    activation: RecipeActivation = "relu"
+    init: Init = Init()
+    dropout: Fraction = described("share of the averaged features set to 0 before the output layer", default=0.0)
+
+
 class OwnModel(Section):
     """The user's own model, a function of (shape, classes, norm) that returns a module; its code has to be allowed."""
 
@@ -485,6 +494,13 @@ class Train(Section):
         "each by its own statistics (ghost batch norm) and counts each in the running statistics",
         default=1,
     )
+    population_statistics: Literal["running", "precise"] = described(
+        "what batch norms evaluate with. running: averages of the training so far; precise: mean and variance over "
+        "batches of the training set with the weights of that moment (Ioffe & Szegedy 2015, algorithm 2); this "
+        "changes nothing in a net without running statistics",
+        default="running",
+    )
+    population_batches: Positive = described("training batches for precise statistics, at most an epoch", default=200)
 
     @property
     def micro_batch_size(self) -> int:
@@ -553,7 +569,7 @@ class Seeds(Section):
 # --- the whole ----------------------------------------------------------------------------------------------------
 
 DataSection = Annotated[Digits | Mnist | Synthetic | Npz | Hub, Field(discriminator="source")]
-ModelSection = Annotated[Mlp | Cnn | ResNet | OwnModel, Field(discriminator="kind")]
+ModelSection = Annotated[Mlp | Cnn | ResNet | Inception | OwnModel, Field(discriminator="kind")]
 NormSection = Annotated[
     NoNorm
     | BatchNorm

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Group
 
 from bncli.report.table import KeyValueList, Paragraph
-from bncli.report.text import UNKNOWN, Column, environment_words, figure, metric_figure, setting, target_words
-from bncli.results.train import RunResult, most_steps_to_target
+from bncli.report.text import UNKNOWN, Column, count, environment_words, figure, metric_figure, setting, target_words
+from bncli.results.train import RunningStatistics, RunResult, most_steps_to_target
 
 
 def run_table(result: RunResult, name: str) -> Group:
@@ -35,10 +37,25 @@ def run_table(result: RunResult, name: str) -> Group:
         ("time", f"{figure(result.training_s)} s training, {figure(result.evaluation_s)} s evaluating"),
         ("peak memory", _memory(result)),
         ("parameters", figure(result.parameters)),
+        *_running_statistics(result.running_statistics),
     ]
     columns = [Column(name, [words], style="bold") for name, words in rows]
     made = Paragraph(f"Made on {environment_words(result.environment)}.", "dim")
     return Group(Paragraph(name, "bold"), "", KeyValueList(columns), "", made)
+
+
+def _running_statistics(layers: Sequence[RunningStatistics] | None) -> list[tuple[str, str]]:
+    """The layers in which the running statistics are furthest from the population's."""
+    if layers is None:
+        return []
+    if not layers:
+        return [("running statistics", "none in this net, so precise ones changed nothing")]
+    mean = max(layers, key=lambda layer: layer.mean_deviations)
+    variance = max(layers, key=lambda layer: max(layer.variance_ratio, 1 / max(layer.variance_ratio, 1e-300)))
+    off = f"mean off by {figure(mean.mean_deviations)} deviations ({mean.layer})"
+    ratio = f"variance {figure(variance.variance_ratio)}x ({variance.layer})"
+    of = f"at most, over {count(len(layers), 'layer')}, against the precise ones that were evaluated with"
+    return [("running statistics", f"{off}, {ratio} {of}")]
 
 
 def _memory(result: RunResult) -> str:

@@ -85,6 +85,15 @@ class Probed:
 
 
 @dataclass(frozen=True)
+class RunningStatistics:
+    """How far a batch norm's running statistics are from the population's, in the channel where it is most."""
+
+    layer: str  # qualified name, as in the state_dict
+    mean_deviations: float  # |running mean - population mean|, in the population's standard deviations
+    variance_ratio: float  # running variance over population variance
+
+
+@dataclass(frozen=True)
 class Evaluated:
     evaluation: Evaluation
     learning_rate: float
@@ -116,6 +125,8 @@ class RunResult:
     probes: tuple[ProbePoint, ...] = ()
     probes_s: float = 0.0
     constant_guess: float | None = None  # held-out accuracy of always naming the most frequent class
+    # At the last evaluation with precise population statistics; None: with the running ones.
+    running_statistics: tuple[RunningStatistics, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {  # what a kind cannot do with
         "npz": {"path": "x.npz"},
         "hub": {"name": "cifar10", "shape": [3, 32, 32], "classes": 10},
     },
-    "model": {"mlp": {}, "cnn": {}, "resnet": {"depth": 20}, "module": {"module": "my.net:make"}},
+    "model": {"mlp": {}, "cnn": {}, "resnet": {"depth": 20}, "inception": {}, "module": {"module": "my.net:make"}},
     "norm": {
         **{
             kind: {}

@@ -63,9 +63,10 @@ ONE_MISTAKE = [
     (BASE + "norm: [batch]\n", f"5: norm: expected {NORMS.replace(' or', ',')} or a mapping, found a list"),
     (model("kind: mlp, init: "),
      "2: model.init: expected gaussian, xavier, he, orthogonal, lsuv or a mapping, found nothing"),
-    (model("kind: cosine, hidden: [9]"), '2: model.kind: expected mlp, cnn, resnet or module, found "cosine"'),
-    (model("kind: [mlp]"), "2: model.kind: expected mlp, cnn, resnet or module, found a list"),
-    (model("hidden: [9]"), "2: model.kind: is missing; expected mlp, cnn, resnet or module"),
+    (model("kind: cosine, hidden: [9]"),
+     '2: model.kind: expected mlp, cnn, resnet, inception or module, found "cosine"'),
+    (model("kind: [mlp]"), "2: model.kind: expected mlp, cnn, resnet, inception or module, found a list"),
+    (model("hidden: [9]"), "2: model.kind: is missing; expected mlp, cnn, resnet, inception or module"),
     (model("knid: mlp"), "2: model.knid: unknown key; did you mean kind?"),
     (BASE.replace("source", "sorce"), "1: data.sorce: unknown key; did you mean source?"),
     (model("kind: mlp, activation: rleu"),
@@ -249,19 +250,19 @@ SEVERAL = [
     ("# a comment\nseeds: {tune: 1}\n", [f"2: {name}: is missing" for name in ("data", "model", "optimizer", "train")]),
     ("data:\nmodel:\noptimizer:\ntrain:\n", [
         "1: data: expected digits, mnist, synthetic, npz, hub or a mapping, found nothing",
-        "2: model: expected mlp, cnn, resnet, module or a mapping, found nothing",
+        "2: model: expected mlp, cnn, resnet, inception, module or a mapping, found nothing",
         "3: optimizer: expected sgd, adam, adamw or a mapping, found nothing",
         "4: train: expected a mapping, found nothing",
     ]),
     # the rest of a section is checked as the kind that was probably meant
     (model("kind: mpl, hiden: [9], init: {kind: xvaier}"), [
-        '2: model.kind: expected mlp, cnn, resnet or module, found "mpl"; did you mean mlp?',
+        '2: model.kind: expected mlp, cnn, resnet, inception or module, found "mpl"; did you mean mlp?',
         '2: model.init.kind: expected gaussian, xavier, he, orthogonal or lsuv, found "xvaier"; did you mean xavier?',
         "2: model.hiden: unknown key; did you mean hidden?",
     ]),
     # and its keys as those of any kind where none can be guessed
     (model("kind: transformer, hiden: [9], depth: 20"), [
-        '2: model.kind: expected mlp, cnn, resnet or module, found "transformer"',
+        '2: model.kind: expected mlp, cnn, resnet, inception or module, found "transformer"',
         "2: model.hiden: unknown key; did you mean hidden?",
     ]),
     # what arms inherit from the base is said once

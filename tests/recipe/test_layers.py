@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from bncli.engine.models import build
 from bncli.errors import DataError
 from bncli.measure.dry_run import sizes
-from bncli.recipe.layers import Size, contradictions, estimated_memory_mib, input_of, layers, size
+from bncli.recipe.layers import Norm, Size, contradictions, estimated_memory_mib, input_of, layers, size, walk
 from bncli.recipe.sections import Recipe
 
 NORMS = ["none", "batch", "layer", "group", "instance", "whiten", "iternorm", "noisy", "rms", "dyt"]
-SHAPES = {"mlp": [64], "cnn": [3, 16, 16], "resnet": [3, 32, 32]}
+SHAPES = {"mlp": [64], "cnn": [3, 16, 16], "resnet": [3, 32, 32], "inception": [3, 32, 32]}
 
 
 def recipe(model: dict[str, Any], norm: dict[str, Any] | str = "none", **sections: Any) -> Recipe:
@@ -65,6 +65,32 @@ def test_the_cifar_resnets_have_the_parameters_of_he_et_al_and_two_projections(d
     assert weights + norms == pytest.approx(he_et_al, rel=0.02)
 
 
+# The printed sizes of Ioffe & Szegedy 2015's appendix: the outputs of the pooled stem and of the modules.
+INCEPTION = [(64, 112), (64, 56), (192, 56), (192, 28), (256, 28), (320, 28), (576, 14)]
+INCEPTION += [(576, 14)] * 4 + [(1024, 7)] * 3
+
+
+def test_inception_has_the_shapes_of_the_papers_appendix() -> None:
+    plan = layers(recipe({"kind": "inception"}, "batch", shape=[3, 224, 224], classes=1000), (3, 224, 224), 1000)
+    assert plan is not None
+    shape: tuple[int, ...] = (3, 224, 224)
+    found = [shape := size(part, shape)[1] for _, part in plan.layers]
+    assert found == [(channels, side, side) for channels, side in INCEPTION] + [(1024,), (1000,)]
+
+
+def test_inception_has_the_parameters_of_its_main_tower() -> None:
+    """11,194,984 with a dense 7x7 convolution as the first; the paper's is separable, with depth multiplier 8."""
+    net = recipe({"kind": "inception"}, "batch", shape=[3, 224, 224], classes=1000)
+    dense, separable = 3 * 64 * 7 * 7, 3 * 8 * 7 * 7 + 3 * 8 * 64
+    assert sizes(net)[0] == 11_194_984 - dense + separable
+    plan = layers(net, (3, 224, 224), 1000)
+    assert plan is not None
+    normalized = sum(layer.channels for layer, _, _ in walk(plan, (3, 224, 224)) if isinstance(layer, Norm))
+    plain = recipe({"kind": "inception"}, "none", shape=[3, 224, 224], classes=1000)
+    # A bias a channel in place of gamma and beta.
+    assert sizes(plain)[0] == 11_194_984 - dense + separable - normalized
+
+
 WIDTHS: dict[str, Any] = {"kind": "mlp", "hidden": [100, 50]}
 STAGES: dict[str, Any] = {"kind": "cnn", "channels": [32, 64]}
 
@@ -103,6 +129,7 @@ SMALL: list[dict[str, Any]] = [
     {"kind": "mlp", "norm_position": "after", "dropout": 0.5},
     {"kind": "cnn"},
     {"kind": "resnet", "depth": 20},
+    {"kind": "inception"},
 ]
 DEEP = [({"kind": "resnet", "depth": depth}, "batch", True) for depth in (18, 34, 50, 110)]
 
@@ -122,7 +149,9 @@ def test_the_count_is_that_of_the_modules_and_the_output_has_a_logit_a_class(
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 5, 8, 31])
-@pytest.mark.parametrize("model", [{"kind": "cnn", "channels": [4, 6, 8]}, {"kind": "resnet", "depth": 18}], ids=str)
+@pytest.mark.parametrize(
+    "model", [{"kind": "cnn", "channels": [4, 6, 8]}, {"kind": "resnet", "depth": 18}, {"kind": "inception"}], ids=str
+)
 def test_the_planned_shapes_are_those_of_the_modules_for_every_size_of_image(model: dict[str, Any], side: int) -> None:
     shape = (1, side, side + 2)
     net = recipe(model, "layer", shape=list(shape))
@@ -162,7 +191,7 @@ def kept_by_autograd(net: Recipe, batch: int) -> int:
 
 @pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
 @pytest.mark.parametrize("norm", ["none", "batch", "layer"])
-@pytest.mark.parametrize("model", [{"kind": "mlp"}, {"kind": "cnn"}, {"kind": "resnet", "depth": 20}], ids=str)
+@pytest.mark.parametrize("model", SMALL, ids=str)
 def test_estimated_activations_are_0_8_to_2_5_times_what_autograd_keeps(
     model: dict[str, Any], norm: str, activation: str
 ) -> None:

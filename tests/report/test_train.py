@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from bncli.report.train import run_table
-from bncli.results.train import Target, TargetReached
+from bncli.results.train import RunningStatistics, Target, TargetReached
 
 NO_TARGET = {"target": None}
+LAYERS = (RunningStatistics("first.norm", 0.25, 1.0), RunningStatistics("second.norm", 0.1, 0.5))
 UNKNOWN = dict.fromkeys(("peak_memory_mib", "evaluation_peak_memory_mib", "samples_per_s", "ms_per_step", "final"))
 ALSO = (TargetReached(Target("accuracy", 0.9), 640.25, 650), TargetReached(Target("accuracy", 0.97), None, None))
 TARGET = "its target held-out accuracy 0.95"
@@ -41,6 +42,13 @@ TARGET = "its target held-out accuracy 0.95"
         (None, "diverged", {}, ("diverged: loss is nan at step 12", "steps to target – first hit –")),
         (None, "interrupted", {}, ("interrupted before it was finished",)),
         (None, "budget", NO_TARGET, ("used up its budget, no target set steps run 3,000 of 3,000 final accuracy",)),
+        (
+            812.4,
+            "reached",
+            {"running_statistics": LAYERS},
+            ("mean off by 0.250 deviations (first.norm), variance 0.500x (second.norm) at most, over 2 layers",),
+        ),
+        (812.4, "reached", {"running_statistics": ()}, ("none in this net, so precise ones changed nothing",)),
         (812.4, "reached", UNKNOWN, ("– samples/s, – ms/step", "peak memory – parameters")),
         (812.4, "reached", {"target": Target("loss", 0.1), "final": 0.0987654}, ("final loss 0.09877",)),
     ],

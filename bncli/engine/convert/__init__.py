@@ -41,8 +41,7 @@ class Conversion:
         rows = [("batch norm", "runs as", "why not more")]
         for line in self.norms:
             rows.append((line.name or "(the model)", line.operation or "left as it was", line.reason or ""))
-        first, second = (max(len(row[column]) for row in rows) for column in range(2))
-        lines = [f"{name:{first}}  {operation:{second}}  {reason}".rstrip() for name, operation, reason in rows]
+        lines = aligned(rows)
         ours = sum(line.operation is not None for line in self.norms)
         fused = [operation for _, operation, _ in rows if "+" in operation]
         if self.kernel == "native" and fused:
@@ -52,6 +51,12 @@ class Conversion:
         done = "merged with what follows" if self.kernel == "native" else "fused"
         total = f"{ours} of {len(self.norms)} batch norms on kernel {self.kernel}, {len(fused)} of them {done}"
         return "\n".join([total, *lines])
+
+
+def aligned(rows: list[tuple[str, str, str]]) -> list[str]:
+    """A table's rows as lines of text."""
+    first, second = (max(len(row[column]) for row in rows) for column in range(2))
+    return [f"{name:{first}}  {what:{second}}  {reason}".rstrip() for name, what, reason in rows]
 
 
 def convert(

@@ -8,7 +8,7 @@ import inspect
 import operator
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ def in_place(name: str, left: Any, right: Any) -> Any:
 
 
 CONTAINERS = (list, dict, set)
+ADVICE = "leave trace out: Sequential and known residual blocks are fused without it"
 ADDS = {operator.add, torch.add, "add", "add_", in_place}
 
 
@@ -76,8 +77,17 @@ class _Tracer(fx.Tracer):
         return super().create_node(*arguments, **options)
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
-    """The graph of a model's forward. Raises UsageError, with the reason, for one that fx cannot hold."""
+def trace(
+    model: nn.Module, modes: Sequence[bool] = (True, False), *, field: str = "trace", advice: str = ADVICE
+) -> fx.GraphModule:
+    """The graph of a model's forward, which is the same in these modes: True for training, False for evaluation.
+
+    Raises UsageError about `field`, with the reason and the advice, for a forward that fx cannot hold.
+    """
+
+    def refusal(reason: str) -> UsageError:
+        return UsageError(f"torch.fx cannot hold the forward of this model ({reason}); {advice}", field=field)
+
     before = {module: (type(module), dict(vars(module))) for module in model.modules()}
     try:
         if not blocks.is_plain(model):
@@ -90,7 +100,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
             held = {name: copy.copy(value) for name, value in attributes.items() if isinstance(value, CONTAINERS)}
             vars(module).update(held)
         graphs = {}
-        for training in (True, False):
+        for training in modes:
             for module in before:
                 module.training = training
             graph = _Tracer().trace(model)
@@ -104,7 +114,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
                     raise TraceError(f"it changes the attribute {name}, or has a tensor that is no parameter or buffer")
     except Exception as error:  # the user's code met stand-ins where it expected tensors: anything may be raised
         raised = "" if isinstance(error, TraceError) else f"it raised {type(error).__name__}: "
-        raise _refusal(raised + next(iter(str(error).strip().splitlines()), "")) from error
+        raise refusal(raised + next(iter(str(error).strip().splitlines()), "")) from error
     finally:
         for module, (original, attributes) in before.items():
             module.__class__ = original
@@ -116,15 +126,10 @@ def trace(model: nn.Module) -> fx.GraphModule:
     for kind in ("_modules", "_parameters", "_buffers"):  # also those that are not called, in their order
         setattr(traced, kind, dict(getattr(model, kind)))
     if list(traced.state_dict()) != list(model.state_dict()):
-        raise _refusal("its state_dict has more than parameters and buffers")
+        raise refusal("its state_dict has more than parameters and buffers")
     if list(inspect.signature(traced.forward).parameters) != list(inspect.signature(model.forward).parameters):
-        raise _refusal("the graph would take its arguments in another order")
+        raise refusal("the graph would take its arguments in another order")
     return traced
-
-
-def _refusal(reason: str) -> UsageError:
-    message = f"torch.fx cannot hold the forward of this model ({reason}); leave trace out: Sequential and known "
-    return UsageError(f"{message}residual blocks are fused without it", field="trace")
 
 
 def fuse(model: fx.GraphModule) -> Iterator[blocks.Site]:

@@ -38,6 +38,13 @@ class Residual(nn.Module):
         return y
 
 
+class Branches(nn.ModuleDict):
+    """(N, C, H, W) -> the outputs of all modules, concatenated along the channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([branch(x) for branch in self.values()], dim=1)
+
+
 class GlobalAverage(nn.Module):
     """(N, C, H, W) -> (N, C)"""
 
@@ -128,14 +135,16 @@ def _module_of(norm: Any, device: torch.device | None) -> NormFactory:
 def _module(layer: plan.Layer, norm: NormFactory | None, activation: Callable[[], nn.Module]) -> nn.Module:
     if isinstance(layer, plan.Sequence):
         return nn.Sequential(OrderedDict((name, _module(part, norm, activation)) for name, part in layer.layers))
+    if isinstance(layer, plan.Branches):
+        return Branches({name: _module(part, norm, activation) for name, part in layer.layers})
     if isinstance(layer, plan.Residual):
         body, shortcut = _module(layer.body, norm, activation), _module(layer.shortcut, norm, activation)
         return Residual(body, shortcut, activation())
     if isinstance(layer, plan.Linear):
         return nn.Linear(layer.inputs, layer.outputs, layer.bias)
     if isinstance(layer, plan.Conv):
-        padding = layer.kernel // 2
-        return nn.Conv2d(layer.inputs, layer.outputs, layer.kernel, layer.stride, padding, bias=layer.bias)
+        sizes = layer.inputs, layer.outputs, layer.kernel, layer.stride, layer.kernel // 2
+        return nn.Conv2d(*sizes, groups=layer.groups, bias=layer.bias)
     if isinstance(layer, plan.Norm):
         assert norm is not None
         made = norm(layer.channels)
@@ -146,6 +155,8 @@ def _module(layer: plan.Layer, norm: NormFactory | None, activation: Callable[[]
         return nn.Dropout(layer.probability)
     if isinstance(layer, plan.MaxPool):
         return nn.MaxPool2d(layer.kernel, layer.stride, layer.padding)
+    if isinstance(layer, plan.AveragePool):
+        return nn.AvgPool2d(layer.kernel, layer.stride, layer.padding)
     return GlobalAverage() if isinstance(layer, plan.GlobalAverage) else activation()
 
 

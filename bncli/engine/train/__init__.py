@@ -17,6 +17,7 @@ from bncli.engine.device import autocast, environment, in_tf32, resolve, tf32_al
 from bncli.engine.models import blame_own_model
 from bncli.engine.target import evaluation_steps
 from bncli.engine.train.optim import set_learning_rate
+from bncli.engine.train.population import precise
 from bncli.engine.train.probes import probe, probe_steps
 from bncli.engine.train.state import TrainState
 from bncli.recipe.sections import BatchNorm, OwnModel, Recipe
@@ -178,6 +179,19 @@ def evaluate(state: TrainState, train_loss: float | None = None) -> Evaluated:
     """Evaluate all held-out examples. A NaN or +inf among the logits counts as wrong; -inf may mask a class."""
     began = perf_counter()
     state.memory.end("training" if state.step else "preparation")
+    if state.recipe.train.population_statistics == "precise":
+        with precise(state.model, state.recipe, state.dataset, state.device) as state.running_statistics:
+            found = _evaluation(state, train_loss)
+    else:
+        found = _evaluation(state, train_loss)
+    state.memory.end("evaluation")
+    state.record(found)
+    state.evaluation_s += perf_counter() - began
+    return Evaluated(found, state.learning_rate)
+
+
+def _evaluation(state: TrainState, train_loss: float | None) -> Evaluation:
+    """The model on all held-out examples in evaluation mode; then every module is in the mode that it was in."""
     flags = [(module, module.training) for module in state.model.modules()]
     state.model.eval()
     right = loss = torch.zeros((), device=state.device)
@@ -189,14 +203,10 @@ def evaluate(state: TrainState, train_loss: float | None = None) -> Evaluated:
         right = right + ((predicted == y) & highest.isfinite()).sum()
         loss = loss + F.cross_entropy(logits.float(), y, reduction="sum")
         count += len(y)
-    found = Evaluation(state.step, right.item() / count, loss.item() / count, train_loss)
     for module, training in flags:  # parents come first; a class may override `train`
         if module.training != training:
             module.train(training)
-    state.memory.end("evaluation")
-    state.record(found)
-    state.evaluation_s += perf_counter() - began
-    return Evaluated(found, state.learning_rate)
+    return Evaluation(state.step, right.item() / count, loss.item() / count, train_loss)
 
 
 def evaluation_size(recipe: Recipe, shape: tuple[int, ...]) -> int:
@@ -245,4 +255,5 @@ def result(state: TrainState, status: Status, reason: str | None, parameters: in
         probes=tuple(state.probes.points) if state.probes else (),
         probes_s=state.probes.seconds if state.probes else 0.0,
         constant_guess=labels.bincount().max().item() / len(labels),
+        running_statistics=state.running_statistics,
     )

@@ -23,7 +23,7 @@ from bncli.names import PROBES
 from bncli.recipe.layers import shape_contradictions
 from bncli.recipe.sections import BatchNorm, OwnModel, Recipe
 from bncli.recipe.yaml import dotted
-from bncli.results.train import Evaluation, ProbePoint, Target
+from bncli.results.train import Evaluation, ProbePoint, RunningStatistics, Target
 
 LSUV_EXAMPLES = 500
 # Attributes that are saved as they are, and by their state_dict.
@@ -65,6 +65,7 @@ class TrainState:
             self.model.compile()
         begin_training(self.model)
         self.evaluations: list[Evaluation] = []
+        self.running_statistics: tuple[RunningStatistics, ...] | None = None
         self.targets = _targets(recipe)
         self.train_loss: float | None = None
         self.evaluation_s = 0.0
@@ -109,6 +110,7 @@ class TrainState:
             "augmentation": self.augmentation.get_state(),
             "global generators": global_generators(self.device),
             "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
+            "running statistics": self.running_statistics and [asdict(layer) for layer in self.running_statistics],
             "intervals": self.clock.so_far(self.step),
             "peak_memory_mib": dict(self.memory.mib),
             "probes": self.probes and self.probes.state_dict(),
@@ -126,6 +128,8 @@ class TrainState:
         self.evaluations, self.targets = [], _targets(self.recipe)
         for evaluation in saved["evaluations"]:
             self.record(Evaluation(**evaluation))
+        layers = saved["running statistics"]
+        self.running_statistics = layers and tuple(RunningStatistics(**layer) for layer in layers)
         self.clock = Clock(self.recipe.train.batch_size, self.device, intervals=list(saved["intervals"]))
         self.memory.mib = dict(saved["peak_memory_mib"])
         if self.probes:

@@ -44,6 +44,25 @@ def test_imagenet_resnets_take_large_images(depth: int) -> None:
     assert net(torch.randn(2, 3, 64, 64)).shape == (2, 7)
 
 
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_inception_trains_on_small_images(norm: str) -> None:
+    net = build(tiny(model={"kind": "inception"}, norm={"kind": norm}), (3, 64, 64), 7)
+    y = net(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    assert y.shape == (2, 7)
+    y.square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in net.parameters())
+
+
+def test_the_branches_of_inception_are_concatenated_along_the_channels() -> None:
+    net = build(tiny(model={"kind": "inception"}, norm={"kind": "batch"}), (3, 64, 64), 7).eval()
+    x = torch.randn(2, 192, 4, 4)
+    module = net.get_submodule("inception3a")
+    y = module(x)
+    parts = dict(zip(["conv1x1", "conv3x3", "double3x3", "pool"], y.split([64, 64, 96, 32], dim=1), strict=True))
+    for name, part in parts.items():
+        assert torch.equal(module.get_submodule(name)(x), part)
+
+
 def test_the_same_seed_gives_the_same_weights_in_every_arm_where_shapes_agree() -> None:
     plain, normed = (build(tiny(norm={"kind": kind}), (8,), 3).state_dict() for kind in ("none", "batch"))
     other = build(tiny(train={"seed": 1}), (8,), 3).state_dict()

@@ -41,6 +41,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "bf16": {"train": {"precision": "bf16"}},
     "probes": {"probes": {"at": 3}},
+    "precise statistics": {"train": {"population_statistics": "precise"}},
     "fp16 with skipped steps": {
         "data": {**TINY["data"], "noise": 50.0},
         "norm": {"kind": "none"},

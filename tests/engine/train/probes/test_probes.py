@@ -29,11 +29,12 @@ CPU = torch.device("cpu")
 ALL = {"measure": "all", "at": 3}
 IMAGES = {**TINY["data"], "shape": [3, 8, 8]}
 
+NORM = {name: {"kind": name, **({"after": 3} if name == "frozen" else {})} for name in NORMS}
 ANY_RUN: dict[str, dict[str, Any]] = {
     **RUNS,
-    **{f"{name} norm": {"norm": {"kind": name}, "model": {"kind": "mlp", "hidden": [16, 12]}} for name in NORMS},
+    **{f"{name} norm": {"norm": NORM[name], "model": {"kind": "mlp", "hidden": [16, 12]}} for name in NORMS},
     **{
-        f"{name} norm of images": {"norm": {"kind": name}, "data": IMAGES, "model": {"kind": "cnn", "channels": [8]}}
+        f"{name} norm of images": {"norm": NORM[name], "data": IMAGES, "model": {"kind": "cnn", "channels": [8]}}
         for name in NORMS
     },
     "fused resnet": {
