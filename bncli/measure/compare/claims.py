@@ -35,8 +35,10 @@ Pair = tuple[float, float]
 def judged(plan: ComparisonPlan, arms: Mapping[str, ArmRuns]) -> tuple[JudgedClaim, ...]:
     """Each claim of a comparison's plan with its verdict. arms: the runs of each, by its name."""
     tail = 0.025 / max(1, len(plan.claims))
-    judge = {True: _judged_cost, False: _judged_pairs}
-    return tuple(judge[claim.measure in COSTS](claim, arms[claim.arm], arms[claim.over], tail) for claim in plan.claims)
+    return tuple(
+        (_judged_cost if claim.measure in COSTS else _judged_pairs)(claim, arms[claim.arm], arms[claim.over], tail)
+        for claim in plan.claims
+    )
 
 
 def _judged_pairs(claim: Claim, arm: ArmRuns, over: ArmRuns, tail: float) -> JudgedClaim:
@@ -107,7 +109,7 @@ def _judged_cost(claim: Claim, arm: ArmRuns, over: ArmRuns, tail: float) -> Judg
     of_seeds = len(arm.plan.tune_seeds) + len(arm.plan.report_seeds)
     told = replace(_untold(claim, tail), value=found.value, p_value=found.p_value, of_arm=of_arm, of_over=of_over)
     told = replace(told, seeds=len(seeds), of_seeds=of_seeds)
-    if found.interval == stats.OPEN:
+    if found.interval == stats.OPEN or len(seeds) < 2:  # arms of one recipe have a ratio of 1 without any run
         reasons: dict[int, NoInterval] = {0: "no pairs", 1: "one pair"}
         return replace(told, no_interval=reasons.get(len(seeds), "too few hits"))
     return _with_verdict(told, found.interval, tail)
