@@ -35,11 +35,14 @@ Pair = tuple[float, float]
 def judged(plan: ComparisonPlan, arms: Mapping[str, ArmRuns]) -> tuple[JudgedClaim, ...]:
     """Each claim of a comparison's plan with its verdict. arms: the runs of each, by its name."""
     tail = 0.025 / max(1, len(plan.claims))
-    judge = {True: _judged_cost, False: _judged_pairs}
-    return tuple(judge[claim.measure in COSTS](claim, arms[claim.arm], arms[claim.over], tail) for claim in plan.claims)
+    return tuple(
+        (_judged_cost if claim.measure in COSTS else _judged_pairs)(claim, arms[claim.arm], arms[claim.over], tail)
+        for claim in plan.claims
+    )
 
 
 def _judged_pairs(claim: Claim, arm: ArmRuns, over: ArmRuns, tail: float) -> JudgedClaim:
+    """By Student's t for pairs of runs; those without a value on both sides are left out and counted."""
     known, within = _pairs(claim, arm, over)
     values = np.array([pair for pair in known if isinstance(pair, tuple)], dtype=float).reshape(-1, 2)
     reasons: list[NoInterval] = [pair for pair in known if isinstance(pair, str)]
@@ -66,6 +69,7 @@ SCALES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 
 
 def _untold(claim: Claim, tail: float) -> JudgedClaim:
+    """A claim of which nothing is known yet."""
     compared = MEASURES[claim.measure].compared
     return JudgedClaim(
         **vars(claim), compared=compared, value=None, interval=stats.OPEN, level=1 - 2 * tail, p_value=None,
@@ -100,22 +104,15 @@ def _judged_cost(claim: Claim, arm: ArmRuns, over: ArmRuns, tail: float) -> Judg
     by = None if measure is steps else steps
     found = samples.ratio(over, arm, measure, by, tail, claim.bound)
     seeds = arm.seeds(measure) & over.seeds(measure)
-    of_arm, of_over = (
-        stats.typical(each.sample(measure, by, seeds, each.best(by or measure))).value for each in (arm, over)
-    )
-    plain = replace(
-        _untold(claim, tail),
-        value=found.value,
-        p_value=found.p_value,
-        seeds=len(seeds),
-        of_seeds=len(arm.plan.tune_seeds) + len(arm.plan.report_seeds),
-        of_arm=of_arm,
-        of_over=of_over,
-    )
-    if found.interval == stats.OPEN:
+    both = (each.sample(measure, by, seeds, each.best(by or measure)) for each in (arm, over))
+    of_arm, of_over = (stats.typical(sample).value for sample in both)
+    of_seeds = len(arm.plan.tune_seeds) + len(arm.plan.report_seeds)
+    told = replace(_untold(claim, tail), value=found.value, p_value=found.p_value, of_arm=of_arm, of_over=of_over)
+    told = replace(told, seeds=len(seeds), of_seeds=of_seeds)
+    if found.interval == stats.OPEN or len(seeds) < 2:  # arms of one recipe have a ratio of 1 without any run
         reasons: dict[int, NoInterval] = {0: "no pairs", 1: "one pair"}
-        return replace(plain, no_interval=reasons.get(len(seeds), "too few hits"))
-    return _with_verdict(plain, found.interval, tail)
+        return replace(told, no_interval=reasons.get(len(seeds), "too few hits"))
+    return _with_verdict(told, found.interval, tail)
 
 
 # --- values of single runs ----------------------------------------------------------------------------------------
@@ -128,8 +125,7 @@ def _pairs(claim: Claim, arm: ArmRuns, over: ArmRuns) -> tuple[list[Pair | NoInt
         found = [(_largest_rate(arm, seed), _largest_rate(over, seed)) for seed in plan.report_seeds]
         factor = (plan.largest_learning_rate or {}).get("factor", 1.0)
         return [_finite_pair(*pair, "rate not bounded") for pair in found], math.log(factor)
-    runs = [(of_arm, of_over) for of_arm, of_over in zip(_best_runs(arm), _best_runs(over), strict=True)]
-    return [_of_runs(claim, *pair) for pair in runs], 0.0
+    return [_of_runs(claim, *pair) for pair in zip(_best_runs(arm), _best_runs(over), strict=True)], 0.0
 
 
 def _best_runs(arm: ArmRuns) -> list[RunResult | None]:

@@ -258,47 +258,61 @@ def _check_size(first: Loaded, arms: int, tune: int) -> None:
 # --- the runs to be done ------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Named:
+    """The runs that can be named now, done or not, and how many more there will be, as far as that is known."""
+
+    jobs: list[Job]
+    later: int
+
+    @property
+    def planned(self) -> int:
+        return len({job.key for job in self.jobs}) + self.later
+
+
 def planned_runs(study: Study, records: Mapping[str, RunRecord] | None = None) -> int:
     """How many runs the comparison rests on in all, each once.
 
     For an arm whose tuning is not complete it is not known yet how many points of the grid it keeps: one is counted. A
     search for the largest learning rate counts as USUAL_RUNS runs until it has ended.
     """
-    records = records or {}
-    named = {job.key for job in wanted(study, records)}
-    untuned = {keys for arm in study.arms if not records.keys() >= set(keys := _tuning_keys(study, arm))}
-    searches, searched = 0, searched_arms(study.plan)
-    for arm in study.arms:
-        if arm.name in searched:
-            unended = [jobs for jobs in _searches(study, arm, records) if not jobs or jobs[-1].key not in records]
-            searches += sum(max(0, rates.USUAL_RUNS - len(jobs)) for jobs in unended)
-    return len(named) + len(untuned) * len(study.plan.report_seeds) + searches
-
-
-def _tuning_keys(study: Study, arm: Arm) -> tuple[str, ...]:
-    return tuple(job.key for job in study.jobs(arm, "tune", study.points(arm)))
+    return named_runs(study, records or {}).planned
 
 
 def wanted(study: Study, records: Mapping[str, RunRecord]) -> list[Job]:
-    """The runs that can be named now, done or not: all tuning runs, and an arm's further runs once it is tuned.
+    """The runs that can be named now, done or not: all tuning runs, and an arm's further runs once it is tuned."""
+    return named_runs(study, records).jobs
 
-    The searches for the largest learning rate come last: each names one run after the other.
+
+def named_runs(study: Study, records: Mapping[str, RunRecord]) -> Named:
+    """What `wanted` and `planned_runs` tell.
+
+    Searches for the largest learning rate come last, since each names one run after the other.
     """
     tuning, report, searches = [], [], []
-    searched = searched_arms(study.plan)
+    untuned, later, searched = set(), 0, searched_arms(study.plan)
     for arm in study.arms:
         points = study.points(arm)
         jobs = study.jobs(arm, "tune", points)
         tuning += jobs
-        if all(job.key in records for job in jobs):
+        start: dict[str, Any] | None = points[0]
+        if tuned := all(job.key in records for job in jobs):
             if jobs:
-                from bncli.measure.compare.samples import kept_points  # imports scipy: not before something is tuned
+                from bncli.measure.compare.samples import kept_points, tuned_point  # import scipy: not before
 
-                points = kept_points(study.plan, _records(jobs, records))
+                found = _records(jobs, records)
+                points, start = kept_points(study.plan, found), tuned_point(study.plan, arm.name, found)
             report += study.jobs(arm, "report", points)
-        if arm.name in searched:
-            searches += [job for jobs in _searches(study, arm, records) for job in jobs]
-    return report + tuning + searches
+        else:
+            untuned.add(tuple(job.key for job in jobs))
+        if arm.name not in searched or start is None:  # None: no tuning run ended
+            continue
+        for seed in study.plan.report_seeds:
+            search = _search(study, arm, start, seed, records) if tuned else []
+            searches += search
+            if not search or search[-1].key not in records:
+                later += max(0, rates.USUAL_RUNS - len(search))
+    return Named(report + tuning + searches, len(untuned) * len(study.plan.report_seeds) + later)
 
 
 def searched_arms(plan: ComparisonPlan) -> set[str]:
@@ -307,22 +321,8 @@ def searched_arms(plan: ComparisonPlan) -> set[str]:
     return {name for claim in claims for name in (claim.arm, claim.over)}
 
 
-def _searches(study: Study, arm: Arm, records: Mapping[str, RunRecord]) -> list[list[Job]]:
-    """For each report seed the runs of the arm's search that can be named now, in order; none before it is tuned."""
-    plan, point = study.plan, study.points(arm)[0]
-    if tuning := study.jobs(arm, "tune", study.points(arm)):
-        if not all(job.key in records for job in tuning):
-            return [[] for _ in plan.report_seeds]
-        from bncli.measure.compare.samples import tuned_point
-
-        found = tuned_point(plan, arm.name, _records(tuning, records))
-        if found is None:  # no run ended
-            return []
-        point = found
-    return [_search(study, arm, point, seed, records) for seed in plan.report_seeds]
-
-
 def _search(study: Study, arm: Arm, point: dict[str, Any], seed: int, records: Mapping[str, RunRecord]) -> list[Job]:
+    """The runs of a search that can be named now, in order."""
     jobs: dict[float, Job] = {}
 
     def result_of(rate: float) -> RunResult | None:

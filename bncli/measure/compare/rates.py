@@ -1,9 +1,9 @@
 """Search for the largest learning rate at which an arm trains: the rates to try, and what their runs say. No torch.
 
 Rates are start * factor^k. The search climbs by about a factor of 2 until a rate fails, or descends until one trains,
-then halves the distance in k between the two. Far above the largest usable rate a run can look trained again, so that a
-rate counts as found only where the rates 1, 2 and 4 factors below it train too; where one of them fails the search goes
-on below that one.
+then halves the distance in k between the two. Far above the largest usable rate a run can look trained again: a rate
+counts as found only where rates down to half of it train too, and where one of them fails the search goes on below that
+one. Where none trains there, down to an eighth of it, these are too small for the budget and the first one stands.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bncli.results.train import RunResult
 
 FIELD = "optimizer.lr"
 MOST_DOUBLINGS = 20  # from the start, in either direction
-BELOW = (1, 2, 4)  # factors below the rate that is found, which have to train too
+DOUBLINGS_BELOW = 3  # a rate that fails: without one that trains there the rate was too small, not too large
 USUAL_RUNS = 9  # of a search, for the number of planned runs
 ResultOf = Callable[[float], RunResult | None]  # of the run at a rate; None where there is none
 
@@ -56,24 +56,27 @@ def search(plan: ComparisonPlan, arm: str, point: Mapping[str, Any], result_of: 
         return found
 
     stride = max(1, round(math.log(2, asked.factor)))
+    below = sorted({1, stride // 2, stride} - {0})
     most, high = MOST_DOUBLINGS * stride, 0
     while trains(high):
         high += stride
         if high > most:
             return Found(rate(high - stride), None)
+    found, lowest = None, -most
     while True:
         low = high - stride
         while not trains(low):
             high, low = low, low - stride
-            if low < -most:
-                return Found(None, rate(high))
+            if low < lowest:
+                return found or Found(None, rate(high))
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if trains(middle) else (low, middle)
-        hole = next((low - factors for factors in BELOW if not trains(low - factors)), None)
+        found = Found(rate(low), rate(high))
+        hole = next((low - factors for factors in below if not trains(low - factors)), None)
         if hole is None:
-            return Found(rate(low), rate(high))
-        high = hole
+            return found
+        high, lowest = hole, hole - DOUBLINGS_BELOW * stride
 
 
 def trained(result: RunResult, accuracy: float | None) -> bool | None:

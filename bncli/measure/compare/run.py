@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from bncli.measure.compare.plan import Job, Study, planned_runs, wanted
+from bncli.measure.compare.plan import Job, Study, named_runs
 from bncli.results.compare import ComparisonEvent, ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
 from bncli.results.serialize import from_plain
 from bncli.results.train import RunResult
@@ -69,12 +69,12 @@ class _OpenRuns:
             self._ask()
 
     def _ask(self) -> None:
-        named = wanted(self.study, self.records)
-        self.planned = planned_runs(self.study, self.records)
-        self.done = len({job.key for job in named} & self.records.keys())
+        named = named_runs(self.study, self.records)
+        self.planned = named.planned
+        self.done = len({job.key for job in named.jobs} & self.records.keys())
         self._open: dict[tuple[str, int | None], set[str]] = {}  # arm, seed of a search -> keys of runs not done
         self.waiting.clear()
-        for job in named:
+        for job in named.jobs:
             if job.key not in self.records:
                 if job.key not in self.running and not any(job.key in keys for keys in self._open.values()):
                     self.waiting.append(job)

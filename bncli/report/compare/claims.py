@@ -97,7 +97,7 @@ def claim_notes(comparison: Comparison) -> Iterator[str]:
         bar = f"of {setting(search['accuracy'])}" if search["accuracy"] else "above the best constant guess's"
         yield (
             f"largest_learning_rate: a held-out accuracy {bar} after {search['steps']:,} steps, at that rate and at "
-            f"those below it; found to a factor of {search['factor']:g}, by which the interval is wider."
+            f"rates down to half of it; found to a factor of {search['factor']:g}, by which the interval is wider."
         )
     if any(_stops(comparison, claim) for claim in claims):
         yield (

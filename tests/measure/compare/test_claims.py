@@ -244,6 +244,13 @@ def test_half_missed_in_both_arms_cannot_be_told(study_of: StudyOf) -> None:
     assert (claim.verdict, claim.no_interval) == ("cannot tell", "too few hits")
 
 
+def test_arms_of_one_recipe_are_equal_once_there_are_two_runs(study_of: StudyOf) -> None:
+    text = BASE + UNTUNED.replace("{norm: batch}", "") + "\n" + claims(f"{STEPS}, at_least: 3")
+    for seeds, verdict in ((1, "cannot tell"), (2, "refuted")):
+        asked = study_of(text.replace("report: 5", f"report: {seeds}"))
+        assert summarise(asked.plan, carried_out(asked, lambda job: 100.0), 2).claims[0].verdict == verdict
+
+
 def test_seconds_and_examples_have_their_own_ratio(study_of: StudyOf) -> None:
     asked = study_of(
         BASE + UNTUNED.replace("{norm: batch}", "{train: {batch_size: 40}}") + "\n"

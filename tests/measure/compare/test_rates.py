@@ -79,6 +79,22 @@ def test_a_rate_that_trains_above_one_that_fails_does_not_count(plan: Comparison
     assert one.found.trains == float(f"{0.1 * FACTOR ** (5 - below):.6g}")
 
 
+@pytest.mark.parametrize("slow", [0.25, 0.17])
+def test_rates_that_are_too_small_for_the_budget_are_no_failures_of_large_ones(
+    plan: ComparisonPlan, slow: float
+) -> None:
+    one = Searched(plan, lambda rate: slow < rate < 0.35, start=0.3)
+    assert one.found == Found(0.3, 0.36)
+    assert len(one.rates) <= 12
+
+
+def test_at_a_coarse_factor_no_rate_below_half_has_to_train(plan: ComparisonPlan) -> None:
+    coarse = replace(plan, largest_learning_rate={**SECTION, "factor": 2})
+    one = Searched(coarse, lambda rate: 0.05 < rate < 0.5)
+    assert one.rates == [0.1, 0.2, 0.4, 0.8]
+    assert one.found == Found(0.4, 0.8)
+
+
 @pytest.mark.parametrize("trains", [True, False])
 def test_without_a_rate_that_trains_or_one_that_fails_there_is_a_bound(plan: ComparisonPlan, trains: bool) -> None:
     one = Searched(plan, lambda rate: trains)

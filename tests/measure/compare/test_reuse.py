@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bncli.errors import BncliError
-from bncli.measure.compare.plan import Study, collect, planned_runs, wanted
+from bncli.measure.compare.plan import Job, Study, collect, planned_runs, wanted
 from bncli.measure.compare.reuse import (
     PACKAGE,
     fits,
@@ -161,6 +161,24 @@ def test_runs_fit_a_study_that_shares_an_arm_with_theirs(asked: Study, study_of:
 
 def test_runs_of_a_grid_over_a_field_that_does_not_exist_do_not_fit(asked: Study) -> None:
     assert not fits(asked, [replace(each, point={"optimizer.betas": [0.9]}) for each in done(asked)])
+
+
+def test_runs_of_a_search_fit_a_study_that_searches_alike(study_of: StudyOf) -> None:
+    claim = "\nclaims: [{say: so, measure: largest_learning_rate, arm: normed, over: plain, at_least: 3}]"
+    search = "\nlargest_learning_rate: {steps: 300, accuracy: 0.8}"
+    asked = study_of(BASE + ARMS + claim + search)
+    searched = [one for one in carried_out(asked, lambda job: 100.0) if one.phase == "rate"]
+    kept = [
+        replace(one, recipe_key=job.recipe_key) for one, job in zip(searched, jobs_of(asked, searched), strict=True)
+    ]
+    assert fits(asked, kept)
+    assert not fits(study_of(BASE + ARMS + claim + search.replace("300", "200")), kept)
+    assert not fits(study_of(BASE + ARMS), kept)
+
+
+def jobs_of(asked: Study, records: list[RunRecord]) -> list[Job]:
+    by_key = {job.key: job for job in wanted(asked, {one.key: one for one in carried_out(asked, lambda job: 100.0)})}
+    return [by_key[one.key] for one in records]
 
 
 # --- threads ------------------------------------------------------------------------------------------------------
