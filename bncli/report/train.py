@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Group
 
-from bncli.report.table import KeyValueList, Paragraph
+from bncli.report.table import AlignedTable, KeyValueList, Paragraph, ResponsiveTable
 from bncli.report.text import UNKNOWN, Column, count, environment_words, figure, metric_figure, setting, target_words
-from bncli.results.train import RunningStatistics, RunResult, most_steps_to_target
+from bncli.results.train import ProbePoint, RunningStatistics, RunResult, most_steps_to_target
+
+# Values of probes that the summary shows; the others are in result.json.
+OF_A_LAYER = {
+    "inputs.drift_from_start": "drift\nfrom start",
+    "saturation.share": "saturated\noutputs",
+    "saturation.dead": "dead\nunits",
+    "gradients.norm": "gradient\nnorm",
+    "shift.distance": "covariate\nshift",
+    "whitening.off_diagonal": "corre-\nlation",
+    "scale.norm": "weight\nnorm",
+}
+OF_THE_NETWORK = {
+    "loss.training": "loss of the sample",
+    "gradients.first_over_last": "gradient norm of the first layer over the last",
+    "landscape.smoothness": "effective beta-smoothness",
+    "regularization.logit_variance": "variance of an example's logits over random batches",
+    "regularization.gap": "held-out less training loss",
+}
+MOST_LAYERS = 20
 
 
 def run_table(result: RunResult, name: str) -> Group:
@@ -35,13 +55,58 @@ def run_table(result: RunResult, name: str) -> Group:
         (f"best {metric}", metric_figure(result.best, metric)),
         ("throughput", f"{speed} (training only)"),
         ("time", f"{figure(result.training_s)} s training, {figure(result.evaluation_s)} s evaluating"),
+        *([("probes", _cost(result))] if result.probes else ()),
         ("peak memory", _memory(result)),
         ("parameters", figure(result.parameters)),
         *_running_statistics(result.running_statistics),
     ]
     columns = [Column(name, [words], style="bold") for name, words in rows]
     made = Paragraph(f"Made on {environment_words(result.environment)}.", "dim")
-    return Group(Paragraph(name, "bold"), "", KeyValueList(columns), "", made)
+    inside: list[Any] = [probes_table(result.probes), ""] if result.probes else []
+    return Group(Paragraph(name, "bold"), "", KeyValueList(columns), "", *inside, made)
+
+
+def probes_table(probes: Sequence[ProbePoint]) -> ResponsiveTable:
+    """The last values of the probes: a row for each layer, a column for each value that was measured."""
+    step = probes[-1].step
+    last = [point for point in probes if point.step == step]
+    row_of = _rows(last)
+    values: dict[tuple[str | None, str], float] = {}
+    for point in last:
+        row = row_of[point.layer] if point.layer else None
+        values |= {(row, f"{point.measure}.{name}"): value for name, value in point.values.items()}
+    layers = list(dict.fromkeys(row_of.values()))
+    shown = layers[:: -(-len(layers) // MOST_LAYERS) or 1]
+    columns = [Column("layer", shown, words=True)] + [
+        Column(header, [figure(values.get((layer, name))) for layer in shown], optional=True)
+        for name, header in OF_A_LAYER.items()
+        if any((layer, name) in values for layer in layers)
+    ]
+    notes = [
+        f"{words}: {figure(values[None, name])}" for name, words in OF_THE_NETWORK.items() if (None, name) in values
+    ]
+    if len(shown) < len(layers):
+        notes.append(f"{len(shown)} of {len(layers)} layers; all are in result.json")
+    return ResponsiveTable(f"Inside the network at step {figure(step)}", AlignedTable(columns), notes=notes)
+
+
+def _rows(points: Sequence[ProbePoint]) -> dict[str, str]:
+    """layer -> its row. The modules of one unit share a row, in the order in which they run, if none of its values
+    would have two: hidden1.linear, hidden1.norm and hidden1.activation are hidden1.
+    """
+    layers = {point.layer for point in points if point.layer}
+    unit = {layer: layer.rpartition(".")[0] or layer for layer in layers}
+    taken = [(point.measure, unit[point.layer]) for point in points if point.layer]
+    merged = len(set(taken)) == len(taken)
+    # A weight's gradient and norm are listed in the order of execution, and each unit has a weight.
+    first = sorted(points, key=lambda point: point.measure not in ("gradients", "scale"))
+    return {point.layer: unit[point.layer] if merged else point.layer for point in first if point.layer}
+
+
+def _cost(result: RunResult) -> str:
+    share = result.probes_s / (result.training_s + result.evaluation_s + result.probes_s)
+    times = len({point.step for point in result.probes})
+    return f"{figure(result.probes_s)} s at {count(times, 'step')}, {share:.0%} of the run, not in its throughput"
 
 
 def _running_statistics(layers: Sequence[RunningStatistics] | None) -> list[tuple[str, str]]:

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from bncli.report.train import run_table
-from bncli.results.train import RunningStatistics, Target, TargetReached
+from bncli.report.train import probes_table, run_table
+from bncli.results.train import ProbePoint, RunningStatistics, Target, TargetReached
 
 NO_TARGET = {"target": None}
 LAYERS = (RunningStatistics("first.norm", 0.25, 1.0), RunningStatistics("second.norm", 0.1, 0.5))
@@ -58,3 +58,58 @@ def test_a_run_is_shown_with_its_status_and_every_figure(make_result, show, step
     text = " ".join(show(run_table(result, "digits")).split())
     for each in words:
         assert each in text
+
+
+def point(measure: str, layer: str | None, step: int = 500, **values: float) -> ProbePoint:
+    return ProbePoint(measure, layer, step, values)
+
+
+PROBED = (
+    point("gradients", "hidden1.linear", step=0, norm=77.0),
+    point("loss", None, training=0.046),
+    point("inputs", "hidden1.activation", drift=0.0307, drift_from_start=0.0725),
+    point("inputs", "hidden2.activation", drift=0.0327, drift_from_start=1.25),
+    point("saturation", "hidden1.activation", share=0.0),
+    point("saturation", "hidden2.activation", share=float("nan")),
+    point("gradients", "hidden1.linear", norm=0.0947, noise=0.9),
+    point("gradients", "hidden2.linear", norm=0.068, noise=0.9),
+    point("gradients", "output", norm=0.0488, noise=0.9),
+    point("gradients", None, first_over_last=1.94),
+    point("whitening", "hidden1.norm", off_diagonal=2.91),
+    point("whitening", "hidden2.norm", off_diagonal=3.36),
+)
+
+
+def test_what_probing_cost_is_shown_beside_the_times_of_the_run(make_result, show):
+    result = replace(make_result(None), training_s=1.0, evaluation_s=0.5, probes=PROBED, probes_s=0.5)
+    text = " ".join(show(run_table(result, "digits")).split())
+    assert "probes 0.500 s at 2 steps, 25% of the run, not in its throughput" in text
+    assert "Inside the network at step 500" in text
+    assert "probes" not in show(run_table(make_result(None), "digits"))
+
+
+def test_the_last_values_of_the_probes_have_a_row_for_each_unit_in_the_order_of_execution(show):
+    text = show(probes_table(PROBED))
+    rows = [line.split() for line in text.splitlines() if line.startswith(("hidden", "output"))]
+    assert rows == [
+        ["hidden1", "0.0725", "0", "0.0947", "2.91"],
+        ["hidden2", "1.25", "nan", "0.0680", "3.36"],
+        ["output", "–", "–", "0.0488", "–"],
+    ]
+    assert "loss of the sample: 0.0460" in text
+    assert "gradient norm of the first layer over the last: 1.94" in text
+    assert "77" not in text
+
+
+def test_layers_of_one_unit_have_rows_of_their_own_where_their_values_would_share_a_cell(show):
+    text = show(probes_table([point("gradients", f"block.{name}", norm=1.5) for name in ("first", "second")]))
+    assert [line.split() for line in text.splitlines() if line.startswith("block")] == [
+        ["block.first", "1.50"],
+        ["block.second", "1.50"],
+    ]
+
+
+def test_of_many_layers_some_are_shown_and_it_is_said(show):
+    text = show(probes_table([point("scale", f"stage{k}.conv", norm=1.0) for k in range(1, 51)]))
+    assert sum(line.startswith("stage") for line in text.splitlines()) == 17
+    assert "17 of 50 layers; all are in result.json" in text

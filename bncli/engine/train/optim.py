@@ -35,7 +35,8 @@ def uncompiled(kind: type) -> type:
     torch 2.13's import torch._dynamo at the first call, which took 0.75 s (torch: 1.1 s): `_use_grad` around
     step, `_disable_dynamo` around the others. The wrapped methods are torch's; step runs under no_grad as in torch.
     """
-    plain: dict[str, Any] = {name: inspect.unwrap(getattr(kind, name)) for name in ("add_param_group", "zero_grad")}
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    plain: dict[str, Any] = {name: inspect.unwrap(getattr(kind, name)) for name in names}
     return type(kind.__name__, (kind,), {**plain, "step": torch.no_grad()(inspect.unwrap(getattr(kind, "step")))})  # noqa: B009
 
 

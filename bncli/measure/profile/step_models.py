@@ -137,6 +137,7 @@ class RecipeModel:
         work and no arm can diverge meanwhile. With `learns`: at the recipe's rate, and not compiled.
         """
         values: dict[str, Any] = {"train.compile": False} if learns else {"optimizer.lr": STANDING_LR}
+        values["probes"] = None  # which would hold a copy of the model
         recipe = with_values(self.recipe, values if kernel is None else {**values, "norm.kernel": kernel})
         with blame_own_model(recipe):
             state = TrainState(recipe, dataset, device)

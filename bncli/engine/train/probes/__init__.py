@@ -8,6 +8,7 @@ of `train.batch_size` in training mode, so that each batch is normalized as in t
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -244,7 +245,7 @@ def _gradients(moments: dict[str, values.GradientMoments]) -> Iterator[Found]:
     yield from found.items()
     if len(found) > 1:
         first, *_, last = (each["norm"] for each in found.values())
-        yield None, {"first_over_last": first / last if last else float("nan")}
+        yield None, {"first_over_last": first / last if last else math.nan}
 
 
 def _shift(network: Network, executed: dict[str, nn.Module], state: TrainState) -> Iterator[Found]:
@@ -288,19 +289,20 @@ def _landscape(network: Network, learning_rate: float) -> Iterator[Found]:
     before = [each.detach().clone() for each in network.parameters]
     direction = network.gradients(network.loss(batch, "landscape"), network.parameters)
 
-    def at(size: float) -> tuple[float, Tensor]:
+    def at(size: float) -> tuple[Tensor, Tensor]:
         network.set([old - size * each for old, each in zip(before, direction, strict=True)])
         loss = network.loss(batch, "landscape")
-        return loss.item(), values.vector(network.gradients(loss, network.parameters))
+        return loss.detach(), values.vector(network.gradients(loss, network.parameters))
 
-    yield None, values.landscape(at, learning_rate)
+    yield None, values.landscape(values.vector(direction), at, learning_rate)
     network.set(before)
 
 
 def _whitening(recorder: Recorder) -> Iterator[Found]:
     """Of the normalized activations; in a model without norms, of the inputs of its nonlinearities."""
     for layer, found in (recorder.normalized or recorder.inputs).items():
-        yield layer, values.whitening(torch.cat(found))
+        if found[0].shape[1]:  # all features of a norm may have the weight 0
+            yield layer, values.whitening(torch.cat(found))
 
 
 def _scale(recorder: Recorder, learning_rate: float) -> Iterator[Found]:
@@ -308,7 +310,7 @@ def _scale(recorder: Recorder, learning_rate: float) -> Iterator[Found]:
     for name, weights in _layers(recorder.executed).items():
         found = {"norm": values.norm(values.vector(weights))}
         if name in recorder.followed_by_norm:
-            found["effective_learning_rate"] = learning_rate / found["norm"] ** 2 if found["norm"] else float("inf")
+            found["effective_learning_rate"] = learning_rate / found["norm"] ** 2 if found["norm"] else math.inf
         yield name, found
 
 

@@ -165,49 +165,31 @@ def shift(before: Tensor, after: Tensor) -> Values:
         distance: |G - G'| / |G|. cosine: of the angle between G and G'.
     """
     before, after = precise(before), precise(after)
-    length = norm(before)
-    cosine = torch.dot(before, after).item()
-    return {
-        "distance": _quotient(norm(before - after), length),
-        "cosine": _quotient(cosine, length * norm(after)),
-    }
+    length = before.norm()
+    cosine = torch.dot(before, after) / (length * after.norm())
+    return {"distance": ((before - after).norm() / length).item(), "cosine": cosine.item()}
 
 
-def landscape(at: Callable[[float], tuple[float, Tensor]], learning_rate: float) -> Values:
-    """Loss and gradient along the gradient, at 1/2 to 4 learning rates far (Santurkar et al. 2018, section 3).
+def landscape(gradient: Tensor, at: Callable[[float], tuple[Tensor, Tensor]], learning_rate: float) -> Values:
+    """Loss and gradient along the gradient, 1/2 to 4 learning rates far (Santurkar et al. 2018, section 3).
 
     Args:
-        at: step size s -> the loss and the gradient (parameters,) at w - s g, where g is the gradient at w.
+        gradient: g (parameters,), at the weights w.
+        at: step size s -> the loss () and the gradient (parameters,) at w - s g.
         learning_rate: of the run now.
 
     Returns:
         loss_min, loss_max, loss_range: of the loss at the step sizes. predictiveness: the largest Euclidean distance of
         a gradient there to g. smoothness: the largest such distance over the length of its step, s |g|.
     """
-    _, gradient = at(0.0)
-    length = norm(gradient)
-    losses, distances, slopes = [], [], []
-    for size in STEP_SIZES:
-        loss, there = at(size * learning_rate)
-        distance = norm(there - gradient)
-        losses.append(loss)
-        distances.append(distance)
-        slopes.append(_quotient(distance, size * learning_rate * length))
-    low, high = _extreme(min, losses), _extreme(max, losses)
+    sizes = [factor * learning_rate for factor in STEP_SIZES]
+    losses, gradients = zip(*map(at, sizes), strict=True)
+    distances = torch.tensor([norm(each - gradient) for each in gradients], dtype=torch.float64)
+    low, high = torch.stack(losses).aminmax()
     return {
-        "loss_min": low,
-        "loss_max": high,
-        "loss_range": high - low,
-        "predictiveness": _extreme(max, distances),
-        "smoothness": _extreme(max, slopes),
+        "loss_min": low.item(),
+        "loss_max": high.item(),
+        "loss_range": (high - low).item(),
+        "predictiveness": distances.max().item(),
+        "smoothness": (distances / torch.tensor(sizes, dtype=torch.float64) / norm(gradient)).max().item(),
     }
-
-
-def _quotient(part: float, whole: float) -> float:
-    """part / whole; NaN for a division by 0."""
-    return part / whole if whole else float("nan")
-
-
-def _extreme(which: Callable[[Sequence[float]], float], found: Sequence[float]) -> float:
-    """The smallest or largest, NaN if one of them is: Python's min and max depend on NaN's place."""
-    return which(found) if all(each == each for each in found) else float("nan")
