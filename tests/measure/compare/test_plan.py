@@ -111,6 +111,20 @@ def test_an_added_arm_costs_only_its_own_runs(asked: Study, study_of: StudyOf) -
     assert {job.arm for job in wanted(more, records) if job.key not in records} == {"layer"}
 
 
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("digits", "scikit-learn's digits"),
+        ("{source: mnist}", "mnist-5k"),
+        ("{source: mnist, binary: true}", "mnist-5k (binary)"),
+        ("{source: synthetic}", "synthetic data"),
+    ],
+)
+def test_the_data_are_named_for_titles(study_of: StudyOf, source: str, words: str) -> None:
+    base = BASE.replace("{source: synthetic, shape: [8], classes: 3, examples: 200, held_out: 50}", source)
+    assert study_of(base + ARMS).plan.data == words
+
+
 def test_recipes_without_arms_are_arms_of_their_files_names(study_of: StudyOf) -> None:
     asked = study_of(BASE, BASE + "norm: batch")
     assert asked.plan.arms == ("recipe0", "recipe1")

@@ -318,10 +318,14 @@ def test_other_machines_and_runs_at_a_time_are_noted(asked: Study) -> None:
     ("changes", "words"),
     [
         ("train: {precision: bf16}", "the arms differ in train.precision: plain fp32, normed bf16"),
+        ("train: {accumulate: 4}", "the arms differ in train.accumulate: plain 1, normed 4: batch norm averages over "
+         "micro-batches of different sizes"),
+        ("train: {stop_at_target: false}", "the arms differ in train.stop_at_target: plain True, normed False: runs "
+         "that end at the target have lower final and best values than those that go on"),
         ("schedule: {warmup: 9}", "the arms differ in schedule: plain constant, normed constant warmup 9"),
     ],
-)
-def test_arms_that_differ_in_precision_or_schedule_are_noted(study_of: StudyOf, changes: str, words: str) -> None:
+)  # fmt: skip
+def test_arms_that_differ_in_what_a_step_or_a_run_is_are_noted(study_of: StudyOf, changes: str, words: str) -> None:
     for arm, differ in ((f"{{norm: batch, {changes}}}", True), ("{norm: batch}", False)):
         asked = study_of(BASE + ARMS.replace("{norm: batch}", arm))
         said = notes(asked, carried_out(asked, by_arm_and_rate(RATES, TENTH)))
