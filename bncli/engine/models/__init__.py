@@ -120,8 +120,7 @@ def _module_of(norm: Any, device: torch.device | None) -> NormFactory:
     if type(norm) in VARIANTS:
         return partial(VARIANTS[type(norm)], **options)
     if isinstance(norm, sections.BatchNorm) and norm.backward == "ignore_statistics":
-        del options["kernel"]
-        return partial(variants.BatchNormIgnoringStatistics, **options)
+        return partial(BatchNorm, **options | {"kernel": variants.ignoring_statistics})
     if isinstance(norm, sections.BatchNorm):
         kernels.get(norm.kernel, device)
         return partial(BatchNorm, **options)

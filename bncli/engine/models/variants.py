@@ -8,6 +8,8 @@ SyncBatchNorm.convert_sync_batchnorm) leave them alone. Nothing waits for the de
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,7 +27,7 @@ class BatchVariant(_NormBase):
     running_var: Tensor
     num_batches_tracked: Tensor
 
-    def __init__(self, channels: int, *, momentum: float, eps: float, affine: bool) -> None:
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True) -> None:
         super().__init__(channels, eps, momentum, affine)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,7 +35,7 @@ class BatchVariant(_NormBase):
         return self.train_forward(x) if self.training else self.batch_norm(x)
 
     def train_forward(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError  # each variant's
 
     def batch_norm(self, x: Tensor) -> Tensor:
         """Batch norm in the module's mode; in training the running statistics are updated."""
@@ -48,8 +50,8 @@ class GhostBatchNorm(BatchVariant):
     does not divide a batch the last slice holds the rest.
     """
 
-    def __init__(self, channels: int, size: int, *, momentum: float = 0.1, eps: float = 1e-5, affine: bool = True):
-        super().__init__(channels, momentum=momentum, eps=eps, affine=affine)
+    def __init__(self, channels: int, size: int, **options: Any) -> None:
+        super().__init__(channels, **options)
         self.size = size
 
     def train_forward(self, x: Tensor) -> Tensor:
@@ -73,19 +75,9 @@ class BatchRenorm(BatchVariant):
     """
 
     def __init__(
-        self,
-        channels: int,
-        r_max: float,
-        d_max: float,
-        warmup: int,
-        r_steps: int,
-        d_steps: int,
-        *,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-        affine: bool = True,
+        self, channels: int, r_max: float, d_max: float, warmup: int, r_steps: int, d_steps: int, **options: Any
     ) -> None:
-        super().__init__(channels, momentum=momentum, eps=eps, affine=affine)
+        super().__init__(channels, **options)
         self.r_max, self.d_max = r_max, d_max
         self.warmup, self.r_steps, self.d_steps = warmup, r_steps, d_steps
 
@@ -123,18 +115,9 @@ class NoisyBatchNorm(BatchVariant):
     """
 
     def __init__(
-        self,
-        channels: int,
-        shift: float,
-        scale: float,
-        shift_spread: float,
-        scale_spread: float,
-        *,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-        affine: bool = True,
+        self, channels: int, shift: float, scale: float, shift_spread: float, scale_spread: float, **options: Any
     ) -> None:
-        super().__init__(channels, momentum=momentum, eps=eps, affine=affine)
+        super().__init__(channels, **options)
         self.shift, self.scale, self.shift_spread, self.scale_spread = shift, scale, shift_spread, scale_spread
 
     def train_forward(self, x: Tensor) -> Tensor:
@@ -154,8 +137,8 @@ class FrozenBatchNorm(BatchVariant):
     arXiv 2105.07576, section 3.3). From then on the running statistics and num_batches_tracked stay as they are.
     """
 
-    def __init__(self, channels: int, after: int, *, momentum: float = 0.1, eps: float = 1e-5, affine: bool = True):
-        super().__init__(channels, momentum=momentum, eps=eps, affine=affine)
+    def __init__(self, channels: int, after: int, **options: Any) -> None:
+        super().__init__(channels, **options)
         self.after = after
 
     def train_forward(self, x: Tensor) -> Tensor:
@@ -174,35 +157,26 @@ class FrozenBatchNorm(BatchVariant):
         return affine(y, self.weight, self.bias).to(x.dtype)
 
 
-class BatchNormIgnoringStatistics(_NormBase):
-    """Batch norm whose gradient takes the batch's mean and variance for constants: wrong, and there to be seen to fail.
+def ignoring_statistics(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    statistics: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A kernel of `BatchNorm` whose gradient takes the batch's mean and variance for constants: to be seen to fail.
 
     Ioffe & Szegedy 2015, section 2: a gradient step that ignores how the normalization depends on the parameters can
-    grow a bias without bound while the loss stays. The output is batch norm's. Arguments as nn.BatchNorm1d's.
+    grow a bias without bound while the loss stays. Arguments and results are those of bncli.kernels.
     """
-
-    def __init__(
-        self, channels: int, *, momentum: float | None, eps: float, affine: bool, track_running_stats: bool
-    ) -> None:
-        super().__init__(channels, eps, momentum, affine, track_running_stats)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, *S) -> (N, C, *S)."""
-        mean, var = self.running_mean, self.running_var
-        if self.training or mean is None or var is None:
-            with torch.no_grad():
-                var, mean = torch.var_mean(x.to(accumulation(x)), over_channels(x), correction=0)
-                self._follow(mean, var, x.numel() // x.size(1))
-        return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
-
-    def _follow(self, mean: Tensor, var: Tensor, values: int) -> None:
-        if not self.training or self.running_mean is None or self.running_var is None:
-            return
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        share = self.num_batches_tracked.to(mean.dtype).reciprocal() if self.momentum is None else self.momentum
-        native.interpolate_(self.running_mean, mean, share)
-        native.interpolate_(self.running_var, var * values / max(1, values - 1), share)
+    if statistics is None:
+        with torch.no_grad():
+            var, mean = torch.var_mean(x.to(accumulation(x)), over_channels(x), correction=0)
+        statistics = mean, var
+    y = F.batch_norm(x, *statistics, weight, bias, False, 0.0, eps)
+    return native.finish(y, residual, activation), *statistics
 
 
 class RMSNorm(nn.Module):

@@ -18,7 +18,7 @@ from bncli.engine import data
 from bncli.engine.convert import Conversion, convert
 from bncli.engine.data.splits import Batch, Dataset, InMemory
 from bncli.engine.device import autocast
-from bncli.engine.models import blame_own_model, variants
+from bncli.engine.models import blame_own_model, norms, variants
 from bncli.engine.train import optimizer_step
 from bncli.engine.train.optim import uncompiled
 from bncli.engine.train.state import TrainState, check_fit
@@ -86,7 +86,7 @@ def norms_of(model: nn.Module) -> tuple[NormLayers, ...]:
         )
     else:
         kernels = [getattr(module, "kernel", "native") for module in model.modules() if isinstance(module, _BatchNorm)]
-        batch = Counter(NormLayers("batch norm", 0, str(kernel)) for kernel in kernels)
+        batch = Counter(NormLayers("batch norm", 0, norms.kernel_name(kernel)) for kernel in kernels)
     others = Counter(
         NormLayers(type(module).__name__, 0)
         for module in model.modules()

@@ -268,7 +268,7 @@ def test_autocast_gives_what_the_same_input_gives_without_it(kind: str) -> None:
     torch.testing.assert_close(inside, copy.deepcopy(module)(x))
 
 
-@pytest.mark.parametrize("kind", VARIANTS)
+@pytest.mark.parametrize("kind", [kind for kind in VARIANTS if kind != "batch"])
 def test_convert_and_torchs_own_conversion_leave_the_variants_as_they_are(kind: str) -> None:
     model = nn.Sequential(made(kind, **VARIANTS[kind]), nn.ReLU(), nn.BatchNorm1d(3).double())
     variant = type(model[0])

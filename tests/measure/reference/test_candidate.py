@@ -152,6 +152,7 @@ def test_a_function_itself_is_called_like_a_kernel_by_name() -> None:
     [
         ("native", "spectral", "norm spectral: expected one of batch, layer, group, instance, whiten, iternorm"),
         ("quick", "batch", "kernel quick: there is no such kernel; expected native, fused, fused-interpreted"),
+        ("native", "ghost", "norm ghost: expected one of batch, layer, group, instance"),  # nothing to check it against
         ("fused", "layer", "norm layer: has only the native kernel; fused is a batch norm"),
     ],
 )
