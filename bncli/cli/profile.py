@@ -282,6 +282,7 @@ def _finish(
     """
     from bncli.report.profile import export
     from bncli.report.profile.baseline import GateReport
+    from bncli.results.profile import FOLDED
 
     gate: Gate | None = None
     incomparable = None
@@ -311,7 +312,7 @@ def _finish(
         raise incomparable
     if any(row.wrong for row in result.rows) or (gate is not None and gate.failed):
         raise typer.Exit(CHECK_FAILED)
-    others = [row for row in result.rows if row.kernel not in (None, "native")]
+    others = [row for row in result.rows if row.kernel not in (None, "native", FOLDED)]
     if others and all(row.error is not None for row in others):
         raise typer.Exit(UNAVAILABLE)
 

@@ -154,6 +154,7 @@ NoteKind = Literal[
     "random data",  # trained on random numbers
     "memory unknown",  # kernel, reason
     "norms not watched",  # reason
+    "not folded",  # reason
     "norms watched",  # for `count` training steps; `of`: those after which running statistics are judged
 ]
 
@@ -193,6 +194,8 @@ class KernelProfile:
 
 # --- the step view ------------------------------------------------------------------------------------------------
 
+FOLDED = "folded"  # in place of a kernel: the batch norms are part of the layers before them; evaluation alone
+
 STEP_CLASSES = ("normalization", "convolution, linear", "activation", "optimizer", "data", "other", "gaps")
 
 
@@ -211,9 +214,9 @@ class StepMemory:
 class NormLayers:
     """Norm layers of a model that are alike.
 
-    kind: "batch norm", or the class of another norm of torch. kernel: of a batch norm. converted: whether the model
-    went through `bncli.convert`; then `calls` has the operations that follow the norm in one call, for each different
-    call, and is empty for a norm that was left as it was.
+    kind: "batch norm", or the class of another norm of torch. kernel: of a batch norm, or FOLDED. converted: whether
+    the model went through `bncli.convert`; then `calls` has the operations that follow the norm in one call, for each
+    different call, and is empty for a norm that was left as it was.
     """
 
     kind: str
@@ -227,8 +230,8 @@ class NormLayers:
 class StepDifference:
     """What of a training step is farthest off the native kernel's step, as a relative error in the 2-norm."""
 
-    kind: Literal["loss", "gradient", "running statistic"]
-    tensor: str  # qualified name of a parameter or a buffer; empty for the loss
+    kind: Literal["loss", "gradient", "running statistic", "output"]
+    tensor: str  # qualified name of a parameter or a buffer; empty for the loss and for the output in evaluation
     more: int  # further tensors that are off
     error: float
     allowed: float
@@ -256,7 +259,7 @@ class StepCost:
     """A row of the step view: one model with one kernel, training or evaluation."""
 
     arm: str
-    kernel: str | None  # None: the model has no batch norm to choose a kernel for
+    kernel: str | None  # or FOLDED; None: the model has no batch norm to choose a kernel for
     mode: Mode
     batch_size: int
     samples_ms: tuple[float, ...]  # a step each; in evaluation a forward pass of one batch

@@ -308,7 +308,7 @@ def test_the_step_view_of_a_recipe_shows_every_arm_and_writes_a_trace() -> None:
     assert [(row.arm, row.mode, row.kernel) for row in found.rows] == [
         ("plain", "training", None), ("plain", "evaluation", None),
         ("normed", "training", "native"), ("normed", "training", "fused"),
-        ("normed", "evaluation", "native"), ("normed", "evaluation", "fused"),
+        ("normed", "evaluation", "native"), ("normed", "evaluation", "fused"), ("normed", "evaluation", "folded"),
     ]  # fmt: skip
     ran = bncli("profile", *TINY, "--baseline", "saved.json")
     assert ran.code == 2
@@ -320,7 +320,8 @@ def test_a_model_of_the_users_own_is_measured_when_that_is_allowed() -> None:
     ran = bncli(*asked, "mine:make")
     assert ran.code == 0
     assert [(row["kernel"], row["mode"], row["error"]) for row in json.loads(ran.out)["rows"]] == [
-        (kernel, mode, None) for mode in ("training", "evaluation") for kernel in ("native", "fused")
+        *((kernel, mode, None) for mode in ("training", "evaluation") for kernel in ("native", "fused")),
+        ("folded", "evaluation", None),
     ]
     broken, missing = bncli(*asked, "mine:broken"), bncli(*asked, "mine:maek")
     assert broken.code == 1

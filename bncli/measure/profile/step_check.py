@@ -13,12 +13,16 @@ against float64, in one of BATCHES batches, since what is wrong is wrong in each
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from bncli.engine.convert.fold import fold
 from bncli.engine.data.splits import Batch, Dataset
 from bncli.measure.profile.step_models import StepModel, Trainable
 from bncli.results.profile import StepDifference
@@ -26,7 +30,7 @@ from bncli.results.profile import StepDifference
 EXAMPLES, NARROW = 8, 4 * math.sqrt(2.0**-53)  # of the check in float64
 BATCHES, WIDE = 3, 0.1  # of the check in the recipe's precision
 
-Kind = Literal["loss", "gradient", "running statistic"]
+Kind = Literal["loss", "gradient", "running statistic", "output"]
 Found = dict[Kind, dict[str, Tensor]]  # kind -> name -> tensor, float64
 Errors = dict[tuple[Kind, str], float]  # (kind, name) -> relative error
 
@@ -42,6 +46,30 @@ def difference(
     batches = [native.batch() for _ in range(BATCHES)]
     in_float64 = _in_float64(model, kernel, dataset, batches[0])
     return in_float64 or _in_the_recipes_precision(model, other, native, dataset, batches)
+
+
+def folding_difference(trainable: Trainable, fold: Callable[[nn.Module], nn.Module] = fold) -> StepDifference | None:
+    """What is wrong with the outputs of a model after `fold`, in evaluation mode; None where nothing is.
+
+    In float64 they differ by the roundings of the folded weights, some hundred u: the bound is that of the steps. Where
+    a user's model does not take float64, the whole batch in the recipe's precision, up to a tenth. Raises what `fold`
+    and a forward pass raise.
+    """
+    exact, x, bound = copy.deepcopy(trainable.model).eval(), trainable.evaluation_x, NARROW
+    try:
+        expected = _outputs(trainable, exact.double(), x[:EXAMPLES].double())
+        found = _outputs(trainable, fold(exact), x[:EXAMPLES].double())
+    except Exception:  # a user's model need not take float64
+        exact, bound = copy.deepcopy(trainable.model).eval(), WIDE
+        expected, found = (_outputs(trainable, model, x) for model in (exact, fold(exact)))
+    wrong = _above(_errors(expected, found, 0.0), {}, bound)
+    return _largest(wrong, bound, in_float64=bound == NARROW) if wrong else None
+
+
+@torch.inference_mode()
+def _outputs(trainable: Trainable, model: nn.Module, x: Tensor) -> Found:
+    tensors = [each for each in tree_leaves(trainable.forward(model, x)) if isinstance(each, Tensor)]
+    return {"output": {"": torch.cat([each.double().flatten() for each in tensors])}}
 
 
 def _in_float64(model: StepModel, kernel: str, dataset: Dataset, batch: Batch) -> StepDifference | None:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from bncli.engine import data
 from bncli.engine.convert import Conversion, convert
+from bncli.engine.convert.fold import Folded
 from bncli.engine.data.splits import Batch, Dataset, InMemory
 from bncli.engine.device import autocast
 from bncli.engine.models import blame_own_model, norms, variants
@@ -27,7 +28,7 @@ from bncli.errors import RunFailed, UsageError
 from bncli.measure.profile.norm_diagnostics import TrainingPlan
 from bncli.recipe.load import Loaded, digest, plain, with_values
 from bncli.recipe.sections import BatchNorm, DataSection, Recipe
-from bncli.results.profile import NormLayers, Note
+from bncli.results.profile import FOLDED, NormLayers, Note
 
 OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _NormBase, variants.RMSNorm, variants.DynamicTanh)
 
@@ -40,7 +41,7 @@ class Trainable:
     optimizer: torch.optim.Optimizer
     batch: Callable[[], Batch]  # the next training batch, as training fetches it
     step: Callable[[Tensor, Tensor], Tensor]  # a batch -> the loss; forward, backward and optimizer
-    forward: Callable[[Tensor], object]  # of the model in evaluation mode
+    forward: Callable[[nn.Module, Tensor], object]  # of the model, or a folded one, in evaluation mode
     evaluation_x: Tensor  # (B, *shape), held-out examples
     plan: TrainingPlan
 
@@ -85,8 +86,12 @@ def norms_of(model: nn.Module) -> tuple[NormLayers, ...]:
             for line in conversion.norms
         )
     else:
-        kernels = [getattr(module, "kernel", "native") for module in model.modules() if isinstance(module, _BatchNorm)]
-        batch = Counter(NormLayers("batch norm", 0, norms.kernel_name(kernel)) for kernel in kernels)
+        kernels = [
+            FOLDED if isinstance(module, Folded) else norms.kernel_name(getattr(module, "kernel", "native"))
+            for module in model.modules()
+            if isinstance(module, _BatchNorm | Folded)
+        ]
+        batch = Counter(NormLayers("batch norm", 0, kernel) for kernel in kernels)
     others = Counter(
         NormLayers(type(module).__name__, 0)
         for module in model.modules()
@@ -149,9 +154,9 @@ class RecipeModel:
             with blame_own_model(recipe):
                 return optimizer_step(state, x, y)
 
-        def forward(x: Tensor) -> object:
+        def forward(model: nn.Module, x: Tensor) -> object:
             with autocast(device, recipe.train.precision):
-                return state.model(x)
+                return model(x)
 
         plan = TrainingPlan(recipe.train.steps, len(dataset.train) % self.batch_size)
         return Trainable(state.model, state.optimizer, state.next_batch, step, forward, x, plan)
@@ -261,12 +266,12 @@ class UserModel:
         optimizer = uncompiled(torch.optim.SGD)(learned, lr=0.0, momentum=0.9)
         batch = next(dataset.train.chunks(self.batch_size))
 
-        def forward(x: Tensor) -> object:
+        def forward(model: nn.Module, x: Tensor) -> object:
             with blame_user_code(self.name, f"It takes a batch {tuple(x.shape)}"):
                 return model(x)
 
         def step(x: Tensor, y: Tensor) -> Tensor:
-            loss = self._loss(forward(x))
+            loss = self._loss(forward(model, x))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

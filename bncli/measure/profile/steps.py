@@ -2,8 +2,9 @@
 
 Each model is made once for each kernel, with the same initial weights, and these take their steps in rounds,
 interleaved. A training step fetches its batch, as training does. Evaluation is a forward pass of one held-out batch, as
-large as a training batch where there are as many examples. After the timing come a profiled pass for the classes of
-time, a model made to measure its memory, and training steps in which the norms are watched.
+large as a training batch where there are as many examples; it is also that of the model with its batch norms folded.
+After the timing come a profiled pass for the classes of time, a model made to measure its memory, and training steps in
+which the norms are watched.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch.profiler import record_function
 
 from bncli import kernels
+from bncli.engine.convert.fold import fold
 from bncli.engine.data.splits import Dataset
 from bncli.engine.device import environment, tf32_allowed
 from bncli.errors import BncliError, DataError, UsageError
@@ -33,6 +35,7 @@ from bncli.measure.timing.speedup import faster
 from bncli.names import RECIPE_KERNELS
 from bncli.results.environment import FEWEST_ROUNDS
 from bncli.results.profile import (
+    FOLDED,
     Measuring,
     Mode,
     NormLayers,
@@ -48,6 +51,7 @@ from bncli.results.profile import (
 )
 
 MODES: tuple[Mode, ...] = ("training", "evaluation")
+EVALUATION = MODES[1:]
 WARM_UP_CALLS = 2  # after the checked step
 DEFAULT_S = 40.0
 MOST_ROUNDS = 100
@@ -93,11 +97,12 @@ class StepRun:
         self._remarks: list[NormRemark] = []
         self._notes: list[Note] = []
         self._least_s = 0.0  # of the whole, as far as it is known
+        self._folded = 0  # rows of models with folded batch norms
 
     @property
     def planned(self) -> int:
         """Rows, where nothing interrupts."""
-        return sum(len(MODES) * len(kernels) for kernels in self._kernels)
+        return sum(len(MODES) * len(kernels) for kernels in self._kernels) + self._folded
 
     def events(self) -> Iterator[ProfileEvent]:
         """Measure. Raises DataError and UsageError for what cannot be measured at all."""
@@ -132,6 +137,7 @@ class StepRun:
         dataset = model.dataset(self._device)
         timed = [prepared(model, kernel, dataset, self._device) for kernel in self._kernels[place]]
         self._notes += model.notes
+        timed += self._after_folding(model, timed)
         samples: Samples = {mode: {each.kernel: () for each in timed} for mode in MODES}
         first = len(self._rows)
         for mode in MODES:
@@ -148,7 +154,8 @@ class StepRun:
                 self._rows[first:] = _rows(model, timed, samples)
                 yield Measuring(model.name, phase="round", mode=mode, round=done)
         self._rows[first:] = _rows(model, timed, samples)
-        for number, (row, each) in enumerate(zip(self._rows[first:], timed * len(MODES), strict=True), first):
+        of_rows = [each for mode in MODES for each in timed if mode in each.modes]
+        for number, (row, each) in enumerate(zip(self._rows[first:], of_rows, strict=True), first):
             yield Measuring(model.name, phase="parts", mode=row.mode)
             self._rows[number] = self._with_parts(row, model, each, dataset)
             yield RowDone(self._rows[number])
@@ -158,9 +165,24 @@ class StepRun:
         yield Measuring(model.name, phase="norms")
         self._watch_norms(model, dataset, Deadline(max(deadline.left_s, WATCHED * self._share_s), self._now_s))
 
+    def _after_folding(self, model: StepModel, timed: Sequence[TimedModel]) -> list[TimedModel]:
+        """The model with its batch norms folded, where there are any that can be."""
+        made = next((each.trainable for each in timed if each.trainable is not None), None)
+        try:
+            found = [] if made is None or not model.has_kernels else folded(made)
+        except Exception as error:  # a model that torch.fx cannot hold: its steps are measured all the same
+            self._notes.append(Note("not folded", arm=model.name, reason=reason(error)))
+            return []
+        self._folded += len(found)
+        return found
+
     def _rounds(self, timed: Sequence[TimedModel], mode: Mode, deadline: Deadline) -> Iterator[dict[str | None, float]]:
         """Milliseconds of a step of every model, a round at a time; a sample is the mean of some steps in a row."""
-        steps = {each.kernel: step_of(each.trainable, mode) for each in timed if each.trainable is not None}
+        steps = {
+            each.kernel: step_of(each.trainable, mode)
+            for each in timed
+            if each.trainable is not None and mode in each.modes
+        }
         if not steps:
             return iter(())
         once = {kernel: in_a_row(step, 1) for kernel, step in steps.items()}
@@ -193,7 +215,7 @@ class StepRun:
         runs = {
             f"{model.name}, {each.kernel or 'no batch norm'}": step_of(each.trainable, "training", marked=True)
             for each in timed
-            if each.trainable is not None
+            if each.trainable is not None and "training" in each.modes
         }
         if runs:
             step_time.write_trace(path, runs, self._device)
@@ -219,7 +241,7 @@ def _rows(model: StepModel, timed: Sequence[TimedModel], samples: Samples) -> li
         native = samples[mode].get("native", ())
         for each in timed:
             samples_ms = samples[mode][each.kernel]
-            if not samples_ms and each.error is None:
+            if mode not in each.modes or (not samples_ms and each.error is None):
                 continue
             evaluated = each.trainable.evaluation_x if each.trainable is not None and mode == "evaluation" else None
             rows.append(
@@ -246,13 +268,14 @@ def _rows(model: StepModel, timed: Sequence[TimedModel], samples: Samples) -> li
 
 @dataclass
 class TimedModel:
-    """A model with one kernel. `trainable` is None if `error` is set."""
+    """A model with one kernel, or folded. `trainable` is None if `error` is set."""
 
     kernel: str | None
     trainable: Trainable | None = None
     norms: tuple[NormLayers, ...] = ()
     error: str | None = None
     difference: StepDifference | None = None  # from the native step, of a wrong one
+    modes: tuple[Mode, ...] = MODES
 
 
 def prepared(model: StepModel, kernel: str | None, dataset: Dataset, device: torch.device) -> TimedModel:
@@ -280,6 +303,27 @@ def prepared(model: StepModel, kernel: str | None, dataset: Dataset, device: tor
     return TimedModel(kernel, trainable, norms)
 
 
+def folded(trainable: Trainable) -> list[TimedModel]:
+    """The model with its batch norms folded, its outputs checked, for evaluation; none where no batch norm can be.
+
+    Raises what `bncli.fold` raises.
+    """
+    model = fold(trainable.model)
+    norms = norms_of(model)
+    if not any(layers.kernel == FOLDED for layers in norms):
+        return []
+    difference = step_check.folding_difference(trainable)
+    if difference is not None:
+        return [TimedModel(FOLDED, None, norms, "wrong result", difference, EVALUATION)]
+    if trainable.model._compiled_call_impl is not None:
+        model.compile()
+    trainable = replace(trainable, model=model)
+    step = step_of(trainable, "evaluation")
+    for _ in range(WARM_UP_CALLS):
+        step()
+    return [TimedModel(FOLDED, trainable, norms, modes=EVALUATION)]
+
+
 def reason(error: Exception) -> str:
     """The error in one line, with the place where it was raised unless it is bncli's own."""
     text = " ".join(str(error).split()) or "no message"
@@ -304,6 +348,6 @@ def step_of(trainable: Trainable, mode: Mode, marked: bool = False) -> Callable[
 
     def evaluate() -> None:
         with torch.inference_mode():
-            trainable.forward(trainable.evaluation_x)
+            trainable.forward(trainable.model, trainable.evaluation_x)
 
     return train if mode == "training" else evaluate

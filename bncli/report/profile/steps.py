@@ -29,7 +29,7 @@ from bncli.report.profile.text import (
 )
 from bncli.report.table import AlignedTable, Bar, BulletList, Paragraph, ResponsiveTable, Row
 from bncli.report.text import UNKNOWN, Cell, Column, environment_words, figure
-from bncli.results.profile import STEP_CLASSES, NormRemark, StepCost, StepProfile
+from bncli.results.profile import FOLDED, STEP_CLASSES, NormRemark, StepCost, StepProfile
 
 COLOURS = dict(zip(STEP_CLASSES, ("magenta", "cyan", "yellow", "green", "blue", "", "dim"), strict=True))
 LETTERS = dict(zip(STEP_CLASSES, "NCAOD.-", strict=True))  # of a bar, so that it needs no colour
@@ -74,6 +74,8 @@ def _legend(rows: Sequence[StepCost]) -> list[str]:
     lines = [f"ms/step: {MEDIAN}; in evaluation, of a forward pass."] * bool(rows)
     if any(row.faster for row in rows):
         lines.append(speedup_legend("the same arm with the native kernel"))
+    if any(row.kernel == FOLDED for row in rows):
+        lines.append("folded: evaluation after bncli.fold made the batch norms part of the layers before them.")
     if any(row.shares_ms for row in rows):
         lines.append("Share of a step: from a separate profiled pass. gaps: the device waits for the host.")
     if any(row.memory for row in rows):

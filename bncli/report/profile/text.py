@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from bncli.report.text import UNKNOWN, Cell, Column, count, figure, finding_text, interval_figure
 from bncli.results.profile import (
+    FOLDED,
     Case,
     Ceilings,
     KernelCost,
@@ -204,6 +205,8 @@ def _note_words(note: Note) -> str:
             return f"{note.arm}, {note.kernel or 'no kernel'}: memory unknown: {note.reason}"
         case "norms not watched":
             return f"{note.arm}: the norm layers could not be observed: {note.reason}"
+        case "not folded":
+            return f"{note.arm}: evaluation is not shown with the batch norms folded: {note.reason}"
         case "norms watched":
             judged = f"; running statistics are judged after {note.of}" if (note.count or 0) < (note.of or 0) else ""
             return f"{note.arm}: the norm layers were observed for {count(note.count or 0, 'training step')}{judged}"
@@ -240,9 +243,11 @@ def norms_words(norms: Sequence[NormLayers]) -> str:
     if batch:
         norms_count = count(sum(layers.count for layers in batch), "batch norm")
         converted = ", ".join(f"{layers.count} {_calls_words(layers)}" for layers in batch if layers.converted)
-        others = [layers for layers in batch if not layers.converted and layers.kernel != NATIVE]
+        others = [layers for layers in batch if not layers.converted and layers.kernel not in (NATIVE, FOLDED)]
+        folded = [f"{layers.count} folded into the layer before" for layers in batch if layers.kernel == FOLDED]
         words = [
             f"{norms_count}{f' ({converted})' * bool(converted)}",
+            *folded,
             *(f"{layers.count} on the {layers.kernel} kernel" for layers in others),
             *words,
         ]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from bncli import kernels
+from bncli.engine.convert.fold import fold
 from bncli.kernels import fused, native
-from bncli.measure.profile.step_check import difference
+from bncli.measure.profile.step_check import difference, folding_difference
 from bncli.measure.profile.step_models import RecipeModel
 from bncli.results.profile import StepDifference
 from tests.conftest import tiny
@@ -42,6 +45,32 @@ def checked(kernel: Any, monkeypatch: pytest.MonkeyPatch, model: Any = CNN, **tr
     step_model = RecipeModel("resnet", recipe)
     dataset = step_model.dataset(CPU)
     return difference(step_model, "fused", step_model.trainable("fused", dataset, CPU), dataset, CPU)
+
+
+def folded(fold: Any, recipe: Any = None) -> StepDifference | None:
+    """What the check says of a way to fold, for a model whose running statistics have moved."""
+    model = RecipeModel("net", recipe or tiny(data=IMAGES, model=RESNET, train={"batch_size": 8}))
+    trainable = model.trainable("native", model.dataset(CPU), CPU)
+    trainable.step(*trainable.batch())
+    return folding_difference(trainable, fold)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_folded_model_passes(precision: str) -> None:
+    recipe = tiny(data=IMAGES, model=RESNET, train={"batch_size": 8, "precision": precision})
+    assert folded(fold, recipe) is None
+
+
+def test_a_model_with_a_wrong_bias_after_folding_is_told() -> None:
+    def without_the_mean(model: nn.Module) -> nn.Module:
+        wrong: Any = copy.deepcopy(model)
+        wrong.stem.norm.running_mean.zero_()
+        return fold(wrong)
+
+    found = folded(without_the_mean)
+    assert found is not None
+    assert (found.kind, found.tensor, found.in_float64) == ("output", "", True)
+    assert found.error > 1e3 * found.allowed
 
 
 def constant_statistics(x, weight, bias, eps, residual=None, activation=None, statistics=None):  # type: ignore[no-untyped-def]

@@ -22,6 +22,7 @@ from bncli.measure.profile.steps import StepRun
 from bncli.measure.timing.fresh_process import CallFailed
 from bncli.results.environment import Interval
 from bncli.results.profile import (
+    FOLDED,
     STEP_CLASSES,
     Measuring,
     NormLayers,
@@ -80,7 +81,7 @@ class Faked:
             self.time.pass_ms(ms)
             return torch.zeros(())
 
-        def forward(x: Tensor) -> None:
+        def forward(model: nn.Module, x: Tensor) -> None:
             self.time.pass_ms(ms / 4)
 
         optimizer = torch.optim.SGD(model.parameters())
@@ -267,14 +268,24 @@ def measured() -> StepProfile:
 
 
 def test_the_classes_of_a_row_sum_to_its_median_step(measured: StepProfile) -> None:
-    assert [row.error for row in measured.rows] == [None] * 4
+    assert [row.error for row in measured.rows] == [None] * 5
     for row in measured.rows:
         assert tuple(row.shares_ms) == STEP_CLASSES
         median = torch.tensor(row.samples_ms).double().quantile(0.5).item()
         assert sum(row.shares_ms.values()) == pytest.approx(median, rel=1e-6)
         assert (row.shares_ms["optimizer"] > 0) == (row.mode == "training")
         assert (row.shares_ms["data"] > 0) == (row.mode == "training")
-        assert row.shares_ms["normalization"] > 0
+        assert (row.shares_ms["normalization"] > 0) == (row.kernel != FOLDED)
+
+
+def test_evaluation_is_measured_with_the_batch_norms_folded_too(measured: StepProfile) -> None:
+    assert measured.planned == len(measured.rows) == 5
+    assert FOLDED not in by_kernel(measured)
+    native, folded = (by_kernel(measured, "evaluation")[kernel] for kernel in ("native", FOLDED))
+    assert len(folded.samples_ms) == len(native.samples_ms)
+    assert folded.faster is not None
+    assert folded.norms == (NormLayers("batch norm", 1, FOLDED),)
+    assert folded.memory is None
 
 
 def test_a_fused_row_has_its_relus_in_normalization(measured: StepProfile) -> None:
@@ -300,9 +311,23 @@ def test_a_function_and_a_class_are_measured_on_every_kernel(name: str) -> None:
     rows = by_kernel(profile)
     assert rows["native"].norms == (NormLayers("batch norm", 1, "native"),)
     assert rows["fused"].norms == WITH_RELU
-    assert [row.error for row in profile.rows] == [None] * 4
+    assert [(row.kernel, row.error) for row in profile.rows] == [
+        (kernel, None) for kernel in ("native", "fused", "native", "fused", FOLDED)
+    ]
     assert profile.remarks == ()
     assert profile.notes[0] == Note("random data", arm=model.name)
+
+
+@pytest.mark.parametrize(("name", "refused"), [("NormFirst", False), ("ByValue", True)])
+def test_a_model_that_cannot_be_folded_has_no_such_row(name: str, refused: bool) -> None:
+    """One has nothing to fold; the other's way depends on the values, which torch.fx does not have."""
+    profile = finished(run_of(UserModel(f"tests.measure.profile.user_models:{name}", (4, 3)), kernels=("native",)))
+    assert [(row.kernel, row.mode, row.error) for row in profile.rows] == [
+        ("native", "training", None), ("native", "evaluation", None),
+    ]  # fmt: skip
+    found = [str(note.reason) for note in profile.notes if note.kind == "not folded"]
+    assert len(found) == refused
+    assert all("torch.fx cannot hold the forward of this model" in reason for reason in found)
 
 
 @pytest.mark.parametrize(

@@ -44,3 +44,20 @@ def one_value_a_channel() -> nn.Module:
 
 def no_module() -> Tensor:
     return torch.ones(1)
+
+
+class NormFirst(nn.Module):
+    """Nothing comes before the batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(self.norm(x))
+        return y
+
+
+class ByValue(NormFirst):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 0 else -x)

@@ -73,6 +73,7 @@ NOTES = {
     Note("memory unknown", "fused", arm="plain", reason="exit code -9"): "plain, fused: memory unknown: exit code -9",
     Note("memory unknown", arm="plain", reason="x"): "plain, no kernel: memory unknown: x",
     Note("norms not watched", arm="plain", reason="no room"): "plain: the norm layers|no room",
+    Note("not folded", arm="plain", reason="no graph"): "plain: evaluation|folded: no graph",
     Note("norms watched", arm="plain", count=5, of=35): "plain: |5 training steps; running statistics|after 35",
     Note("norms watched", arm="plain", count=35, of=35): "plain: the norm layers were observed for 35 training steps",
     Note("norms watched", arm="bn", count=1, of=1): "bn: the norm layers were observed for 1 training step",
