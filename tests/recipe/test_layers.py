@@ -313,8 +313,9 @@ FITTING = [
 ]
 
 
-@pytest.mark.parametrize(("net", "fields"), [*((net, [field]) for net, field in CONTRADICTIONS),
-                                             *((net, []) for net in FITTING)], ids=range(len(CONTRADICTIONS + FITTING)))  # fmt: skip
+@pytest.mark.parametrize(
+    ("net", "fields"), [*((net, [field]) for net, field in CONTRADICTIONS), *((net, []) for net in FITTING)]
+)
 def test_contradicting_sections_are_named_by_the_field_to_change(net: Recipe, fields: list[str]) -> None:
     assert [".".join(keys) for keys, _ in contradictions(net)] == fields
 

@@ -26,7 +26,7 @@ from bncli.engine.user_code import blame_user_code, imported
 from bncli.errors import RunFailed, UsageError
 from bncli.measure.profile.norm_diagnostics import TrainingPlan
 from bncli.recipe.load import Loaded, digest, plain, with_values
-from bncli.recipe.sections import BatchNorm, Digits, Hub, Npz, Recipe, Synthetic
+from bncli.recipe.sections import Digits, Hub, Npz, Recipe, Synthetic
 from bncli.results.profile import NormLayers, Note
 
 OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _NormBase, variants.RMSNorm, variants.DynamicTanh)
@@ -114,8 +114,7 @@ class RecipeModel:
 
     @property
     def has_kernels(self) -> bool:
-        norm = self.recipe.norm
-        return isinstance(norm, BatchNorm) and norm.backward == "full"
+        return self.recipe.norm.kind == "batch" and self.recipe.norm.backward == "full"
 
     @property
     def tf32(self) -> bool:
