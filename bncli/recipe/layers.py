@@ -21,13 +21,9 @@ from bncli.recipe import mnist
 from bncli.recipe.sections import (
     DIGITS,
     MNIST_5K,
-    BatchNorm,
-    BatchRenorm,
     Cnn,
     DataSection,
     Digits,
-    FrozenBatchNorm,
-    GhostBatchNorm,
     Inception,
     Mlp,
     Mnist,
@@ -127,15 +123,16 @@ def layers(recipe: Recipe, shape: Shape, classes: int) -> Sequence | None:
         return None
     # A bias right before a norm that subtracts each channel's mean is dead (paper, section 3.2). It is not where the
     # gradient takes the mean for a constant. He et al. leave the biases of convolutions out in any case.
-    ignored = isinstance(recipe.norm, BatchNorm) and recipe.norm.backward == "ignore_statistics"
     position = getattr(model, "norm_position", "before")
-    dead_bias = norm is not None and norm.bias_is_dead and not ignored and position == "before"
+    ignored = getattr(recipe.norm, "backward", "full") == "ignore_statistics"
+    dead_bias = norm is not None and norm.bias_is_dead and position == "before" and not ignored
     unit = partial(
         _unit,
         bias=not (dead_bias or (norm is not None and isinstance(model, ResNet))),
         norm=partial(_norm, norm, getattr(recipe.norm, "affine", False)) if norm else None,
         position=position,
         dropout=model.dropout if isinstance(model, Mlp | Cnn) else 0.0,
+        zero_gamma=getattr(model, "zero_gamma", False),
     )
     if isinstance(model, Mlp):
         widths = (math.prod(shape), *model.hidden)
@@ -146,7 +143,7 @@ def layers(recipe: Recipe, shape: Shape, classes: int) -> Sequence | None:
     elif isinstance(model, Inception):
         body, width = _inception(shape[0], unit)
     else:
-        body, width = _resnet(shape[0], model.depth, unit, model.zero_gamma)
+        body, width = _resnet(shape[0], model.depth, unit)
     body.append(("average", GlobalAverage()))
     if isinstance(model, Inception) and model.dropout > 0:
         body.append(("dropout", Dropout(model.dropout)))
@@ -159,11 +156,12 @@ def _unit(
     norm: Callable[..., Norm] | None,
     position: str,
     dropout: float,
+    zero_gamma: bool,
     activation: bool = True,
-    zero_weight: bool = False,
+    ends_block: bool = False,
 ) -> Sequence:
     """A weight, then norm and activation in the order that `position` says, then dropout."""
-    normed: Parts = [("norm", norm(weight.outputs, zero_weight))] if norm else []
+    normed: Parts = [("norm", norm(weight.outputs, zero_gamma and ends_block))] if norm else []
     activated: Parts = [("activation", Activation())] if activation else []
     parts: Parts = [("linear" if isinstance(weight, Linear) else "conv", replace(weight, bias=bias))]
     parts += normed + activated if position == "before" else activated + normed
@@ -188,7 +186,7 @@ def _cnn(shape: Shape, channels: tuple[int, ...], unit: Unit) -> tuple[Parts, in
     return body, channels[-1]
 
 
-def _resnet(channels: int, depth: int, unit: Unit, zero_gamma: bool) -> tuple[Parts, int]:
+def _resnet(channels: int, depth: int, unit: Unit) -> tuple[Parts, int]:
     """The stem and the blocks, and the channels of the last. Table 1 of He et al., or 6n + 2 layers of section 4.2."""
     counts = IMAGENET_BLOCKS.get(depth, ((depth - 2) // 6,) * 3)
     if depth in IMAGENET_BLOCKS:
@@ -200,7 +198,7 @@ def _resnet(channels: int, depth: int, unit: Unit, zero_gamma: bool) -> tuple[Pa
     for stage, (count, width) in enumerate(zip(counts, widths, strict=True), 1):
         for index in range(count):
             stride = 2 if stage > 1 and index == 0 else 1
-            block, outputs = _block(inputs, width, stride, depth == 50, unit, zero_gamma)
+            block, outputs = _block(inputs, width, stride, depth == 50, unit)
             body.append((f"stage{stage}_{index + 1}", block))
             inputs = outputs
     return body, inputs
@@ -209,9 +207,7 @@ def _resnet(channels: int, depth: int, unit: Unit, zero_gamma: bool) -> tuple[Pa
 IMAGENET_BLOCKS: dict[int, tuple[int, ...]] = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 
 
-def _block(
-    inputs: int, width: int, stride: int, bottleneck: bool, unit: Unit, zero_gamma: bool
-) -> tuple[Residual, int]:
+def _block(inputs: int, width: int, stride: int, bottleneck: bool, unit: Unit) -> tuple[Residual, int]:
     """A residual block and its output channels."""
     outputs = 4 * width if bottleneck else width
     if bottleneck:
@@ -223,7 +219,7 @@ def _block(
         )
     else:
         *most, last = ("first", Conv(inputs, width, stride=stride)), ("second", Conv(width, width))
-    end = unit(last[1], activation=False, zero_weight=zero_gamma)
+    end = unit(last[1], activation=False, ends_block=True)
     body = [*((name, unit(conv)) for name, conv in most), (last[0], end)]
     if stride == 1 and inputs == outputs:
         return Residual(Sequence(tuple(body))), outputs
@@ -435,20 +431,20 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
 
 
 def _field_contradictions(recipe: Recipe) -> Iterator[Contradiction]:
-    """Fields of the norm, and of the model about its norms, that have no effect or none that they could have."""
+    """Fields of the norm, and of the model about its norms, that do not fit the other fields or have no effect."""
     norm, batch, steps = recipe.norm, recipe.train.micro_batch_size, recipe.train.steps
     no_weight = not getattr(norm, "affine", False)
     if no_weight and getattr(norm, "init_weight", 1.0) != 1:
         yield ("norm", "init_weight"), "has no effect: with affine: false there is no weight"
     if no_weight and getattr(recipe.model, "zero_gamma", False):
         yield ("model", "zero_gamma"), "the norm has no weight that could start at 0; it takes a norm with affine: true"
-    if isinstance(norm, BatchNorm) and norm.backward == "ignore_statistics" and norm.kernel != "native":
+    if norm.kind == "batch" and norm.backward == "ignore_statistics" and norm.kernel != "native":
         yield ("norm", "backward"), f"ignore_statistics is for kernel native; {norm.kernel} has the full gradient only"
-    if isinstance(norm, GhostBatchNorm) and batch % norm.size:
+    if norm.kind == "ghost" and batch % norm.size:
         yield ("norm", "size"), f"slices of {norm.size} examples do not divide the batch of {batch}"
-    if isinstance(norm, BatchRenorm) and norm.warmup >= steps:
+    if norm.kind == "renorm" and norm.warmup >= steps:
         yield ("norm", "warmup"), f"is no less than the budget of {steps} steps: all of it would be plain batch norm"
-    if isinstance(norm, FrozenBatchNorm) and norm.after >= steps:
+    if norm.kind == "frozen" and norm.after >= steps:
         yield ("norm", "after"), f"is no less than the budget of {steps} steps: nothing would be frozen"
 
 
@@ -483,7 +479,7 @@ def _norm_contradictions(recipe: Recipe, shapes: set[Shape]) -> Iterator[Contrad
     covariances of no more values than channels, which have no inverse.
     """
     kind, groups, size = recipe.norm.kind, getattr(recipe.norm, "groups", 1), getattr(recipe.norm, "group_size", 1)
-    examples = getattr(recipe.norm, "size", recipe.train.micro_batch_size)
+    examples = recipe.norm.size if recipe.norm.kind == "ghost" else recipe.train.micro_batch_size
     for channels, *sides in sorted(shapes):
         layer = f"a layer of {channels} channels"
         if channels % groups:

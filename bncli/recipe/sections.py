@@ -480,7 +480,7 @@ class Train(Section):
     )
     target: TargetSection | None = None
     stop_at_target: bool = described("end the run once its steps to every target are settled", default=True)
-    seed: Count = described("of the initial weights, the data order and the augmentation", default=0)
+    seed: Count = described("of initial weights, data order, augmentation, dropout and noise", default=0)
     precision: Literal["fp32", "bf16", "fp16"] = described("bf16 and fp16 by autocast", default="fp32")
     tf32: bool = described("float32 matrix products and convolutions in TF32, on an NVIDIA GPU", default=False)
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"

@@ -119,11 +119,10 @@ def _module_of(norm: Any, device: torch.device | None) -> NormFactory:
     options = norm.model_dump(exclude={"kind", "init_weight", "backward"})
     if type(norm) in VARIANTS:
         return partial(VARIANTS[type(norm)], **options)
-    if isinstance(norm, sections.BatchNorm) and norm.backward == "ignore_statistics":
-        return partial(BatchNorm, **options | {"kernel": variants.ignoring_statistics})
     if isinstance(norm, sections.BatchNorm):
         kernels.get(norm.kernel, device)
-        return partial(BatchNorm, **options)
+        wrong = {"kernel": variants.ignoring_statistics} if norm.backward == "ignore_statistics" else {}
+        return partial(BatchNorm, **options | wrong)
     if isinstance(norm, sections.LayerNorm):
         return partial(LayerNormOverChannels, eps=norm.eps, affine=norm.affine)
     # Instance norm is group norm with one group per channel.

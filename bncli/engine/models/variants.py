@@ -134,7 +134,7 @@ class FrozenBatchNorm(BatchVariant):
     """Batch norm for `after` training batches, then the running statistics as constants, in training too.
 
     Freezing for the last part of training removes the difference between training and evaluation (Wu & Johnson 2021,
-    arXiv 2105.07576, section 3.3). From then on the running statistics and num_batches_tracked stay as they are.
+    arXiv 2105.07576). From then on the running statistics and num_batches_tracked stay as they are.
     """
 
     def __init__(self, channels: int, after: int, **options: Any) -> None:
@@ -180,7 +180,7 @@ def ignoring_statistics(
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean of x^2 over C and S + eps) * weight, for each example (Zhang & Sennrich 2019, equation 4)."""
+    """x / sqrt(mean of x^2 over C and S + eps) * weight, for each example (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
     def __init__(self, channels: int, eps: float = 1e-5, affine: bool = True) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class RMSNorm(nn.Module):
 
 
 class DynamicTanh(nn.Module):
-    """weight * tanh(alpha x) + bias, with one learned alpha (Zhu et al. 2025, equation 1)."""
+    """weight * tanh(alpha x) + bias, with one learned alpha (Zhu et al. 2025, arXiv 2503.10622)."""
 
     def __init__(self, channels: int, alpha: float = 0.5, affine: bool = True) -> None:
         super().__init__()

@@ -27,7 +27,7 @@ from bncli.engine.user_code import blame_user_code, imported
 from bncli.errors import RunFailed, UsageError
 from bncli.measure.profile.norm_diagnostics import TrainingPlan
 from bncli.recipe.load import Loaded, digest, plain, with_values
-from bncli.recipe.sections import BatchNorm, DataSection, Recipe
+from bncli.recipe.sections import DataSection, Recipe
 from bncli.results.profile import FOLDED, NormLayers, Note
 
 OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _NormBase, variants.RMSNorm, variants.DynamicTanh)
@@ -119,8 +119,7 @@ class RecipeModel:
 
     @property
     def has_kernels(self) -> bool:
-        norm = self.recipe.norm
-        return isinstance(norm, BatchNorm) and norm.backward == "full"
+        return self.recipe.norm.kind == "batch" and self.recipe.norm.backward == "full"
 
     @property
     def tf32(self) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bncli.cli.gradcheck import rerun_command
+from bncli.engine.models.variants import ignoring_statistics
 from bncli.engine.models.whitening import Whitening
 from bncli.errors import Unavailable, UsageError
 from bncli.measure.gradcheck.run import run, values_plans
@@ -191,6 +192,13 @@ def test_every_wrong_kernel_is_caught_by_the_quick_run_and_named_first(kernel: s
     assert found.failures
     assert wrong_kernels.BUGS[kernel] in found.diagnoses[0].bug
     assert evidence_text(found.diagnoses[0])
+
+
+def test_the_recipes_batch_norm_that_ignores_its_statistics_is_wrong_in_exactly_that() -> None:
+    kernel = f"{ignoring_statistics.__module__}:{ignoring_statistics.__name__}"
+    *_, found = run(kernel, "batch", "cpu", "quick", "train/float64/contiguous/*", allow_code=True)
+    assert isinstance(found, Gradcheck)
+    assert found.diagnoses[0].bug == "statistics treated as constants"
 
 
 @pytest.mark.slow
