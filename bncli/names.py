@@ -141,7 +141,11 @@ _MEASURES = (
     Measure("landscape.loss_range", "largest less smallest loss along the gradient"),
     Measure("landscape.predictiveness", "largest distance of a gradient along the step to the gradient before it"),
     Measure("landscape.smoothness", "effective beta-smoothness: the largest such distance over the step's length"),
-    Measure("regularization.logit_variance", "variance of an example's logits over random batches, in training mode"),
+    Measure(
+        "regularization.logit_variance",
+        "variance of an example's logits over random batches, in training mode",
+        "difference",
+    ),
     Measure("regularization.gap", "held-out loss less training loss, in evaluation mode", "difference"),
     Measure("regularization.held_out_loss", "held-out loss, in evaluation mode"),
     Measure("regularization.training_loss", "loss of training examples, in evaluation mode"),

@@ -98,13 +98,11 @@ def _points(state: TrainState, probes: Probes) -> Iterator[ProbePoint]:
         "scale": lambda: _scale(recorder, state.learning_rate),
         "regularization": lambda: _regularization(network),
     }
-    for measure in sorted(asked, key=list(measures).index):
+    for measure in [name for name in measures if name in asked]:
         found = [(layer, each) for layer, each in measures[measure]() if each]
         if not found and probes.section.measure != "all":
-            raise RecipeError(
-                f"probes.measure: {measure}: this model has nothing that it measures, which is {NEEDS[measure]}; "
-                f"leave {measure} out"
-            )
+            why = f"this model has nothing that it measures, which is {NEEDS[measure]}"
+            raise RecipeError(f"probes.measure: {measure}: {why}; leave {measure} out")
         yield from (ProbePoint(measure, layer, state.step, each) for layer, each in found)
 
 
