@@ -13,7 +13,7 @@ from rich.console import Console
 from bncli.report.progress import CompareProgress, GradcheckProgress, ProfileProgress, TrainProgress
 from bncli.results.compare import ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
 from bncli.results.profile import Measuring, ProfileStarted, RowDone
-from bncli.results.train import Evaluated, Evaluation, RunResult, RunStarted, StepDone, Target
+from bncli.results.train import Evaluated, Evaluation, Probed, RunResult, RunStarted, StepDone, Target
 from tests.report.conftest import run_result
 from tests.report.gradcheck.made_up_checks import BAD, GROUPS
 from tests.report.made_up_costs import ERROR, failed, one_case
@@ -21,6 +21,7 @@ from tests.report.made_up_costs import ERROR, failed, one_case
 TRAIN = [
     RunStarted("digits", "cpu", 27_710, 3000, 60, Target("accuracy", 0.95)),
     Evaluated(Evaluation(0, 0.1, 2.3, None), 0.1),
+    Probed((), 0.04),
     StepDone(20, 2.25, 0.1, 91_234.0, 812.0),
     Evaluated(Evaluation(20, 0.5, 1.9, 2.25), 0.1),
 ]

@@ -134,6 +134,7 @@ def training_loop(state: TrainState, name: str = "run", stop: Callable[[], bool]
             status = "interrupted"
             break
     state.clock.pause(state.step)
+    # An interrupted run has not ended: loaded again, it would have one point more than without the interruption.
     if state.probes and state.probes.last_step < state.step and status != "interrupted":
         yield probe(state)
     yield RunFinished(result(state, status, reason, parameters, machine))

@@ -52,7 +52,7 @@ class TrainState:
         model = build(
             recipe, dataset.shape, dataset.classes, lambda: sample(dataset, train.seed, LSUV_EXAMPLES), device
         )
-        self.probes = Probes(recipe, model, device) if recipe.probes else None
+        self.probes = Probes(recipe, model) if recipe.probes else None
         fuse(model, recipe)
         self.model: nn.Module = model.to(device, memory_format=data.MEMORY_FORMATS[train.memory_format])  # type: ignore[call-overload]
         self.optimizer = optimizer(recipe, self.model)
@@ -188,20 +188,18 @@ def _targets(recipe: Recipe) -> list[StepsToTarget]:
 
 
 class Probes:
-    """What a run keeps for its probes, saved and loaded with its state.
+    """What a run keeps for its probes, on the CPU, so that it takes none of a GPU's memory while the run trains.
 
     points: all so far. seconds: spent on them. first, last: sorted inputs (units, m) of each nonlinearity at the first
     and at the last of its probings.
     """
 
-    def __init__(self, recipe: Recipe, model: nn.Module, device: torch.device) -> None:
-        """model: as built, before activations and residual adds are fused into its norms."""
+    def __init__(self, recipe: Recipe, model: nn.Module) -> None:
+        """model: as built, on the CPU, before activations and residual adds are fused into its norms."""
         assert recipe.probes is not None
         self.section = recipe.probes
-        self.copy: nn.Module | None = None  # a user's model may change while it trains; it is copied each time
-        if not isinstance(recipe.model, OwnModel):
-            memory_format = data.MEMORY_FORMATS[recipe.train.memory_format]
-            self.copy = copy.deepcopy(model).to(device, memory_format=memory_format)  # type: ignore[call-overload]
+        # A user's model may change while it trains, so it is copied each time.
+        self.copy = None if isinstance(recipe.model, OwnModel) else copy.deepcopy(model)
         self.points: list[ProbePoint] = []
         self.seconds = 0.0
         self.first: dict[str, Tensor] = {}

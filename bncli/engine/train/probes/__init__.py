@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bncli.engine.data import MEMORY_FORMATS
 from bncli.engine.data.splits import Batch, Split, chunk_count
 from bncli.engine.device import autocast
 from bncli.engine.models.init import (
@@ -34,7 +35,7 @@ from bncli.engine.train.probes.recorder import Recorder, weights_of
 from bncli.engine.train.probes.values import Values
 from bncli.engine.train.state import Probes, TrainState
 from bncli.errors import RecipeError, RunFailed
-from bncli.recipe.sections import OwnModel, Recipe
+from bncli.recipe.sections import OwnModel
 from bncli.results.train import Probed, ProbePoint
 
 BATCHES = 8  # of the sample
@@ -75,6 +76,8 @@ def probe(state: TrainState) -> Probed:
         points = tuple(_points(state, state.probes))
     finally:
         restore_global_generators(generators, state.device)
+        if state.probes.copy is not None:
+            state.probes.copy.cpu()
     state.memory.end("probes")
     state.probes.points += points
     seconds = perf_counter() - began
@@ -98,13 +101,11 @@ def _points(state: TrainState, probes: Probes) -> Iterator[ProbePoint]:
         "scale": lambda: _scale(recorder, state.learning_rate),
         "regularization": lambda: _regularization(network),
     }
-    for measure in sorted(asked, key=list(measures).index):
+    for measure in [name for name in measures if name in asked]:
         found = [(layer, each) for layer, each in measures[measure]() if each]
         if not found and probes.section.measure != "all":
-            raise RecipeError(
-                f"probes.measure: {measure}: this model has nothing that it measures, which is {NEEDS[measure]}; "
-                f"leave {measure} out"
-            )
+            why = f"this model has nothing that it measures, which is {NEEDS[measure]}"
+            raise RecipeError(f"probes.measure: {measure}: {why}; leave {measure} out")
         yield from (ProbePoint(measure, layer, state.step, each) for layer, each in found)
 
 
@@ -121,7 +122,7 @@ class Network:
     def __init__(self, state: TrainState, probes: Probes) -> None:
         self.recipe, self.device, self.step = state.recipe, state.device, state.step
         self.scale = state.scaler.get_scale()  # 1 without fp16
-        self.model = _copied(state.model, probes, state.recipe)
+        self.model = _copied(state, probes)
         self.parameters = [each for each in self.model.parameters() if each.requires_grad]
         self._buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self.train, self.held_out = state.dataset.train, state.dataset.held_out
@@ -171,12 +172,15 @@ class Network:
         return next(self.sample())
 
 
-def _copied(model: nn.Module, probes: Probes, recipe: Recipe) -> nn.Module:
+def _copied(state: TrainState, probes: Probes) -> nn.Module:
+    recipe = state.recipe
     if probes.copy is not None:
-        probes.copy.load_state_dict(model.state_dict())
+        memory_format = MEMORY_FORMATS[recipe.train.memory_format]
+        probes.copy.to(state.device, memory_format=memory_format)  # type: ignore[call-overload]
+        probes.copy.load_state_dict(state.model.state_dict())
         return probes.copy.train()
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(state.model)
     except Exception as error:
         assert isinstance(recipe.model, OwnModel)
         why = " ".join(str(error).split())
@@ -225,14 +229,14 @@ def _inputs(recorder: Recorder, probes: Probes) -> Iterator[Found]:
     """The distribution of the inputs of each nonlinearity, and its change since the first and the last probing."""
     for layer, found in recorder.inputs.items():
         inputs = torch.cat(found).T.contiguous().sort(1).values
-        first, last = probes.first.setdefault(layer, inputs), probes.last.get(layer)
-        probes.last[layer] = inputs
-        if last is None:
-            yield layer, values.percentiles(inputs)
-        else:
-            from_start = values.change(first, inputs)
-            since = {f"{name}_from_start": from_start[name] for name in ("drift", "drift_absolute")}
-            yield layer, values.percentiles(inputs) | values.change(last, inputs) | since
+        measured = values.percentiles(inputs)
+        if layer in probes.last:
+            measured |= values.change(probes.last[layer].to(inputs), inputs)
+            from_start = values.change(probes.first[layer].to(inputs), inputs)
+            measured |= {f"{name}_from_start": from_start[name] for name in ("drift", "drift_absolute")}
+        probes.last[layer] = inputs.cpu()
+        probes.first.setdefault(layer, probes.last[layer])
+        yield layer, measured
 
 
 def _saturation(recorder: Recorder) -> Iterator[Found]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -28,6 +30,8 @@ from tests.engine.train.test_state import NOISY, RUNS, assert_same_bits
 CPU = torch.device("cpu")
 ALL = {"measure": "all", "at": 3}
 IMAGES = {**TINY["data"], "shape": [3, 8, 8]}
+DEEP = {"model": {"kind": "mlp", "hidden": [16, 12], "activation": "sigmoid"}}
+LAYERS = ["hidden1.linear", "hidden2.linear", "output"]
 
 NORM = {name: {"kind": name, **({"after": 3} if name == "frozen" else {})} for name in NORMS}
 ANY_RUN: dict[str, dict[str, Any]] = {
@@ -205,6 +209,17 @@ def test_a_model_that_cannot_be_copied_is_refused_with_the_reason(own_recipe: Ow
         finished(new_state(own_recipe(code, probes=ALL)))
 
 
+def test_probes_do_not_load_the_compiler() -> None:
+    """A copied optimizer's `load_state_dict`, as torch has it, would: a second, and 140 MiB of the run's memory."""
+    code = (
+        "import sys; from bncli.engine.train import train; from bncli.recipe.sections import Recipe\n"
+        "*_, last = train(Recipe.model_validate_json(sys.argv[1]), 'cpu')\n"
+        "print(len({point.step for point in last.result.probes}), 'torch._dynamo' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, recipe_of(DEEP, probes={"at": 7}).model_dump_json()]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["2", "False"]
+
+
 # --- against the same by hand -----------------------------------------------------------------------------------------
 
 
@@ -215,10 +230,6 @@ def probed(recipe: Recipe, steps: int = 0) -> tuple[TrainState, tuple[ProbePoint
         if isinstance(event, Evaluated) and not steps:
             break
     return state, probe(state).points
-
-
-DEEP = {"model": {"kind": "mlp", "hidden": [16, 12], "activation": "sigmoid"}}
-LAYERS = ["hidden1.linear", "hidden2.linear", "output"]
 
 
 @pytest.mark.parametrize(
