@@ -1,8 +1,8 @@
 """Probes: what happens inside the network while it trains, measured on a copy of the model.
 
 The run itself is never touched: the copy has its own parameters, buffers and optimizer, and the global generators are
-restored. Everything is measured on a random sample of the training set that stays the same in a run, batch by batch
-of `train.batch_size` in training mode, so that each batch is normalized as in training.
+restored. Everything is measured on a random sample of the training set that stays the same in a run, in training mode,
+in batches of the size that passes through the model in training, so that each is normalized as there.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Network:
         self.parameters = [each for each in self.model.parameters() if each.requires_grad]
         self._buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self.train, self.held_out = state.dataset.train, state.dataset.held_out
-        self.seed, self.batch_size = state.recipe.train.seed, state.recipe.train.batch_size
+        self.seed, self.batch_size = state.recipe.train.seed, state.recipe.train.micro_batch_size
 
     def logits(self, x: Tensor, draw: str) -> Tensor:
         """x (B, *shape) -> (B, classes)."""
@@ -140,9 +140,9 @@ class Network:
 
     def loss(self, batch: Batch, draw: str) -> Tensor:
         """The loss that the run trains with."""
-        logits = self.logits(batch[0], draw)
-        with autocast(self.device, self.recipe.train.precision):
-            return F.cross_entropy(logits, batch[1])
+        options, logits = self.recipe.train, self.logits(batch[0], draw)
+        with autocast(self.device, options.precision):
+            return F.cross_entropy(logits, batch[1], label_smoothing=options.label_smoothing)
 
     def gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Of the loss, zeros for parameters that it does not depend on; scaled meanwhile as fp16 needs it."""
@@ -279,7 +279,9 @@ def _shift(network: Network, executed: dict[str, nn.Module], state: TrainState) 
 def _after_step(network: Network, gradients: Sequence[Tensor], state: TrainState) -> list[Tensor]:
     """The parameters after the optimizer's next step with those gradients."""
     for parameter, gradient in zip(network.parameters, gradients, strict=True):
-        parameter.grad = gradient
+        parameter.grad = gradient.clone()
+    if network.recipe.train.clip_gradients is not None:
+        nn.utils.clip_grad_norm_(network.parameters, network.recipe.train.clip_gradients)
     stepped = optimizer(network.recipe, network.model)
     stepped.load_state_dict(copy.deepcopy(state.optimizer.state_dict()))
     stepped.step()

@@ -241,21 +241,25 @@ def probed(recipe: Recipe, steps: int = 0) -> tuple[TrainState, tuple[ProbePoint
     ],
 )
 @pytest.mark.parametrize("norm", ["none", "batch"])
+@pytest.mark.parametrize("train", [{}, {"clip_gradients": 0.05, "label_smoothing": 0.2}], ids=["", "clipped, smoothed"])
 def test_shift_is_the_change_of_a_gradient_once_the_layers_below_took_the_runs_next_step(
-    optimizer: dict[str, Any], norm: str
+    optimizer: dict[str, Any], norm: str, train: dict[str, Any]
 ) -> None:
-    recipe = recipe_of({**DEEP, "optimizer": optimizer, "norm": {"kind": norm}}, probes={"measure": ["shift"]})
+    sections = {**DEEP, "optimizer": optimizer, "norm": {"kind": norm}, "train": {**DEEP.get("train", {}), **train}}
+    recipe = recipe_of(sections, probes={"measure": ["shift"]})
     state, points = probed(recipe, steps=5)
     x, y = Network(state, state.probes).first_batch()  # type: ignore[arg-type]
     named = dict(state.model.named_parameters())
 
     def gradients() -> dict[str, torch.Tensor]:
-        found = torch.autograd.grad(F.cross_entropy(state.model(x), y), named.values())
-        return dict(zip(named, found, strict=True))
+        loss = F.cross_entropy(state.model(x), y, label_smoothing=train.get("label_smoothing", 0.0))
+        return dict(zip(named, torch.autograd.grad(loss, named.values()), strict=True))
 
     before, old = gradients(), {name: each.detach().clone() for name, each in named.items()}
     for name, each in named.items():
-        each.grad = before[name]
+        each.grad = before[name].clone()
+    if train:
+        torch.nn.utils.clip_grad_norm_(named.values(), train["clip_gradients"])
     state.optimizer.step()  # the run itself takes the step here
     new = {name: each.detach().clone() for name, each in named.items()}
     assert list(found := values_of(points, "shift")) == LAYERS[1:]
