@@ -91,21 +91,16 @@ EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {  # what a kind cannot do with
     },
     "model": {"mlp": {}, "cnn": {}, "resnet": {"depth": 20}, "inception": {}, "module": {"module": "my.net:make"}},
     "norm": {
-        **{
-            kind: {}
-            for kind in (
-                "none",
-                "batch",
-                "layer",
-                "group",
-                "instance",
-                "whiten",
-                "iternorm",
-                "ghost",
-                "renorm",
-                "noisy",
-            )
-        },
+        "none": {},
+        "batch": {},
+        "layer": {},
+        "group": {},
+        "instance": {},
+        "whiten": {},
+        "iternorm": {},
+        "ghost": {},
+        "renorm": {},
+        "noisy": {},
         "frozen": {"after": 5},
         "rms": {},
         "dyt": {},

@@ -159,8 +159,8 @@ def _not_checked(context: CheckContext, refused: dict[str, NotChecked]) -> Itera
     if NORMS[checked.norm].has_kernels and not checked.fuses:
         reasons["residual and activation"] = NotChecked("no fused operations")
     if "eval" in NORMS[checked.norm].modes and not checked.evaluates and "eval" not in refused:
-        unlike = not NORMS[checked.norm].has_running_variance
-        reasons["evaluation"] = NotChecked("running covariance" if unlike else "no evaluation")
+        by_variance = NORMS[checked.norm].has_running_variance
+        reasons["evaluation"] = NotChecked("no evaluation" if by_variance else "running covariance")
     if checked.interpreted:
         reasons[f"over {INTERPRETED_CHANNELS} contiguous channels"] = NotChecked("slow in the interpreter")
     for name, reason in {**reasons, **refused}.items():

@@ -117,8 +117,8 @@ class Case:
         return NORMS[self.norm].values_per_mean(self.shape, CHECKED_GROUPS)
 
     @property
-    def constant(self) -> bool:
-        """Whether there are too few values: one per mean, or no more than channels that share a covariance."""
+    def too_few_values(self) -> bool:
+        """Whether a mean has one value, or a covariance no more values per channel than channels."""
         return self.m <= NORMS[self.norm].covariance_channels(CHECKED_GROUP_SIZE)
 
 
@@ -196,7 +196,7 @@ def cases(effort: Effort, norm: str, fuses: bool, evaluates: bool, interpreted: 
             shape = (n, divisible(c, norm), *positions)
             for fusion in _fusions(operations, fusions, len(positions) + 1, turn):
                 found.append(Case(mode, dtype, layout, shape, fusion, norm=norm))
-        return [case for case in found if not case.constant]
+        return [case for case in found if not case.too_few_values]
 
     full = effort == "full"
     found = product_of(tuple(DTYPES), SHAPES, effort)

@@ -96,13 +96,15 @@ def test_no_case_asks_for_what_the_candidate_does_not_have() -> None:
     assert {case.mode for case in found} == {"train"}
     assert {case.mode for case in cases("full", "layer", True, True)} == {"train"}
     for norm in CHECKED_NORMS:
-        assert all(not case.constant and case.m > 1 and case.norm == norm for case in cases("full", norm, True, True))
+        assert all(
+            not case.too_few_values and case.m > 1 and case.norm == norm for case in cases("full", norm, True, True)
+        )
 
 
 def test_a_covariance_needs_more_values_than_channels_and_groups_that_divide_them() -> None:
     pairs = [Case("train", "float32", "contiguous", (m, 4), norm="whiten") for m in (2, 3)]
-    assert [case.constant for case in pairs] == [True, False]
-    assert [replace(case, norm="batch").constant for case in pairs] == [False, False]
+    assert [case.too_few_values for case in pairs] == [True, False]
+    assert [replace(case, norm="batch").too_few_values for case in pairs] == [False, False]
     assert [divisible(channels, "whiten") for channels in (1, 3, 4, 67)] == [2, 4, 4, 68]
     assert [divisible(channels, "batch") for channels in (1, 3, 4, 67)] == [1, 3, 4, 67]
 

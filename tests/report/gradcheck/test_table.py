@@ -94,6 +94,13 @@ def test_the_paths_table_has_parts_error_bound_and_loss(show: Show) -> None:
     assert "differs from the true one by 28% of its norm" in words(show(table.paths_table(PATHS[:1])))
 
 
+def test_the_paths_of_a_whitening_norm_go_through_the_covariance(show: Show) -> None:
+    text = words(show(report(replace(GOOD, norm="iternorm"))))
+    assert "through through its error if case direct mean covariance full error bound ignored" in text
+    assert "affects the others that share its mean and covariance" in text
+    assert "variance" not in text.replace("covariance", "").partition("dL/dx in its three parts")[2]
+
+
 def test_a_gradient_beyond_its_bound_fails_though_every_group_passed(show: Show) -> None:
     result = replace(GOOD, paths=(PATHS[0], replace(PATHS[1], error=math.inf)))
     assert not result.passed
