@@ -423,9 +423,14 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     if examples is not None and train.batch_size > examples:
         yield ("train", "batch_size"), f"is larger than the {examples} training examples"
     yield from _field_contradictions(recipe)
-    if train.population_statistics == "precise" and not getattr(recipe.norm, "track_running_stats", True):
-        why = "precise replaces running statistics, and with track_running_stats: false there are none"
-        yield ("train", "population_statistics"), why
+    if train.population_statistics == "precise":
+        kind = recipe.norm.kind
+        if not getattr(recipe.norm, "track_running_stats", True):
+            why = "precise replaces running statistics, and with track_running_stats: false there are none"
+            yield ("train", "population_statistics"), why
+        elif kind in ("frozen", "whiten", "iternorm"):
+            why = "trains with its running statistics too" if kind == "frozen" else "evaluates with a covariance too"
+            yield ("train", "population_statistics"), f"precise estimates mean and variance alone, and {kind} {why}"
     if not isinstance(data, Npz):
         yield from shape_contradictions(recipe, *input_of(recipe))
 

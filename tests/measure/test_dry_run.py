@@ -45,6 +45,7 @@ def test_the_papers_arms_are_planned_without_their_data() -> None:
     planned = planned_comparison([recipe])
     assert [arm.name for arm in planned.arms] == ["baseline", "bn-baseline", "bn-x5", "bn-x30", "bn-x5-sigmoid"]
     assert [arm.recipe.optimizer.lr for arm in recipe.arms] == [0.0015, 0.0015, 0.0075, 0.045, 0.0075]
+    assert [arm.recipe.model.model_dump()["dropout"] for arm in recipe.arms] == [0.4, 0.4, 0, 0, 0]
     first, *_, last = (arm.recipe for arm in recipe.arms)
     assert first.optimizer.weight_decay == pytest.approx(5 * last.optimizer.weight_decay)
     assert first.schedule.model_dump()["every"] == pytest.approx(6 * last.schedule.model_dump()["every"], rel=1e-4)

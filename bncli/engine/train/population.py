@@ -23,8 +23,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bncli.engine.data.splits import Dataset, order
 from bncli.engine.device import autocast
 from bncli.engine.models.init import global_generators, restore_global_generators, stream
+from bncli.engine.models.variants import BatchRenorm, GhostBatchNorm, NoisyBatchNorm
 from bncli.recipe.sections import Recipe
 from bncli.results.train import RunningStatistics
+
+# Layers that evaluate with the mean and variance of (N, C, *S) over N and *S.
+ESTIMATED = (_BatchNorm, GhostBatchNorm, BatchRenorm, NoisyBatchNorm)
 
 
 class Moments:
@@ -57,7 +61,7 @@ def precise(
 ) -> Iterator[tuple[RunningStatistics, ...]]:
     """A context in which the running statistics are those of the population; afterwards the model is as it was before.
 
-    `train.population_batches` batches of the training set, at most an epoch, go through the network in training mode:
+    `train.population_batches` (micro-)batches of the training set, at most an epoch, pass the network in training mode:
     each layer sees its inputs as they are in training, batch statistics in the layers below included, so one forward
     pass of each batch serves all layers. They are the same batches, augmented alike, every time. Weights, buffers, the
     global random streams and the flags are left or restored as they were.
@@ -71,8 +75,9 @@ def precise(
         norm with running statistics in training mode, nothing.
     """
     train, split = recipe.train, dataset.train
-    indices = order(len(split), train.batch_size, stream(train.seed, "population order"), split.index_device)
-    count = min(train.population_batches, len(split) // train.batch_size)
+    size = train.micro_batch_size
+    indices = order(len(split), size, stream(train.seed, "population order"), split.index_device)
+    count = min(train.population_batches, len(split) // size)
     batches = split.batches(islice(indices, count), stream(train.seed, "population augment"))
     buffers = [
         (module, name, buffer, buffer.clone())
@@ -102,9 +107,9 @@ def moments(model: nn.Module, batches: Iterable[Tensor]) -> list[tuple[str, Any,
 
     The layers' running statistics move.
     """
-    layers = [(name, module, Moments()) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    layers = [(name, module, Moments()) for name, module in model.named_modules() if isinstance(module, ESTIMATED)]
 
-    def note(population: Moments, layer: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
+    def note(population: Moments, layer: Any, inputs: tuple[Tensor, ...]) -> None:
         if layer.training and layer.running_mean is not None:
             population.add(inputs[0])
 

@@ -48,6 +48,9 @@ RUNS: dict[str, dict[str, Any]] = {
                  "norm": {"kind": "batch", "kernel": "fused"}},
     "augmentation": {"data": {"source": "npz", "path": "images.npz", "held_out": 40, "augment": "crop-flip"},
                      "model": {"kind": "cnn", "channels": [8]}},
+    "ghost": {"norm": {"kind": "ghost", "size": 10}},
+    "renorm": {"norm": {"kind": "renorm"}},
+    "noisy": {"norm": {"kind": "noisy"}},
     "layer norm": {"norm": {"kind": "layer"}},
     "a model of the user's own": {"model": {"kind": "module", "module": "mine:make"}, "norm": {"kind": "none"}},
 }  # fmt: skip
@@ -117,6 +120,14 @@ def test_as_many_batches_are_taken_as_the_recipe_says_and_an_epoch_has() -> None
             assert seen == [20] * taken
 
 
+def test_micro_batches_are_taken_as_in_training() -> None:
+    state = state_of(tiny(train={"accumulate": 4, **PRECISE}))
+    seen: list[int] = []
+    state.model.register_forward_hook(lambda module, inputs, y: seen.append(len(y)))
+    with torch.no_grad(), precise(state.model, state.recipe, state.dataset, CPU):
+        assert seen == [5] * 24
+
+
 def test_the_pooled_variance_is_that_of_the_evaluated_net_where_the_mean_of_the_variances_is_not() -> None:
     """The inputs of a second layer, in batches of 4: what the first one normalizes has one mean in every batch."""
     torch.manual_seed(0)
@@ -182,3 +193,9 @@ def test_precise_statistics_are_refused_for_a_norm_that_evaluates_by_batches() -
     recipe = tiny(norm={"kind": "batch", "track_running_stats": False}, train=PRECISE)
     assert [keys for keys, _ in contradictions(recipe)] == [("train", "population_statistics")]
     assert not list(contradictions(tiny(norm={"kind": "none"}, train=PRECISE)))
+
+
+@pytest.mark.parametrize("norm", [{"kind": "frozen", "after": 5}, {"kind": "whiten"}, {"kind": "iternorm"}])
+def test_precise_statistics_are_refused_for_norms_that_use_others(norm: dict[str, Any]) -> None:
+    found = dict(contradictions(tiny(norm=norm, train=PRECISE)))
+    assert f"precise estimates mean and variance alone, and {norm['kind']}" in found["train", "population_statistics"]
