@@ -18,15 +18,16 @@ from bncli.results.train import RunResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 MOST_ROWS, MOST_BANDS = 6, 3  # layers, and arms whose percentiles are drawn
+ARMS_PER_LINE = 5  # of the legend
 # Measure, its value, the panel's title, and whether its axis is logarithmic.
 CURVES = (
     ("saturation", "share", "saturated outputs (share)", False),
     ("saturation", "dead", "dead units (share)", False),
     ("gradients", "norm", "norm of the weight gradient", True),
-    ("shift", "distance", "shift  |G − G′| / |G|", True),
+    ("shift", "distance", "covariate shift |G−G′|/|G|", True),
 )
 
 Series = list[tuple[int, float]]  # step, value
@@ -72,9 +73,15 @@ def draw(figure: Figure, comparison: Comparison) -> None:
     """Put a row of panels for each layer on an empty figure: percentiles of inputs, saturation, gradients, shift."""
     arms = _arms(comparison)
     rows, columns = _rows(arms), _columns(arms)
-    height = 1.25 + 1.55 * len(rows) + 0.35
-    figure.set_size_inches(11, height)
-    panels = figure.subplots(len(rows), len(columns), sharex=True, squeeze=False)
+    height = 1.25 + 1.55 * len(rows)
+    legend_height = 0.3 * math.ceil(len(arms) / ARMS_PER_LINE) if any(column.arm is None for column in columns) else 0
+    figure.set_size_inches(11, height + legend_height)
+    below: Figure | SubFigure = figure
+    if legend_height:
+        parts: Any = figure.subfigures(2, 1, height_ratios=[legend_height, height])
+        above, below = parts
+        _legend(above, arms)
+    panels = below.subplots(len(rows), len(columns), sharex=True, squeeze=False)
     words: dict[str, Any] = {"ha": "left", "x": 0.008, "parse_math": False}
     figure.suptitle(f"{comparison.plan.name}: inside the layers", fontsize=12, fontweight="bold", **words)
     figure.supxlabel("\n".join(textwrap.wrap(_key(columns, arms, rows), 170)), fontsize=8, **words)
@@ -90,22 +97,21 @@ def draw(figure: Figure, comparison: Comparison) -> None:
         lowest.set_xlabel("optimizer steps")
         lowest.tick_params(labelbottom=True)
         plain_ticks(lowest, 1 if len(columns) > 3 else 3)
-    figure.align_ylabels(panels[:, 0])
-    if any(column.arm is None for column in columns):
-        _legend(figure, arms)
+    below.align_ylabels(panels[:, 0])
 
 
 # --- what there is to draw ----------------------------------------------------------------------------------------
 
 
 def _arms(comparison: Comparison) -> list[Arm]:
-    """The arms with probed runs, the reference first."""
-    found = []
+    """The arms with something to draw, the reference first."""
+    drawn, found = {"inputs", *(measure for measure, *_ in CURVES)}, []
     for index, arm in enumerate(comparison.arms):
         runs = [
             (run.seed, run.result)
             for run in comparison.runs
-            if run.arm == arm.arm and run.point == arm.point and run.result is not None and run.result.probes
+            if run.arm == arm.arm and run.point == arm.point and run.result is not None
+            if any(point.measure in drawn for point in run.result.probes)
         ]
         if runs:
             found.append(Arm(index, arm.arm, [seed for seed, _ in runs], [result for _, result in runs]))
@@ -194,7 +200,7 @@ def _curves(axes: Axes, column: Column, row: str) -> None:
         axes.set_yscale("log")
         plain_numbers(axes.yaxis, *axes.get_ylim())
     elif axes.lines:
-        axes.set_ylim(-0.03, 1.03)
+        axes.set_ylim(0, max(0.1, axes.get_ylim()[1]))
 
 
 def _share_range(panels: Sequence[Axes]) -> None:
@@ -217,15 +223,15 @@ def _key(columns: Sequence[Column], arms: Sequence[Arm], rows: Sequence[str]) ->
         parts.append(f"Curves: median over {count(max(len(arm.runs) for arm in arms), 'seed')}, band: quartiles.")
     total = {_row_of(point.layer) for arm in arms for point in arm.runs[0].probes if point.layer}
     if len(rows) < len(total):
-        parts.append(f"{len(rows)} of the layers.")
+        parts.append(f"{len(rows)} of {len(total)} layers are drawn.")
     return " ".join(parts)
 
 
-def _legend(figure: Figure, arms: Sequence[Arm]) -> None:
+def _legend(figure: SubFigure, arms: Sequence[Arm]) -> None:
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], linewidth=2, **style(arm.place)) for arm in arms]
     names = [arm.name for arm in arms]
-    shown = figure.legend(lines, names, loc="outside upper right", ncols=min(len(arms), 6), frameon=False, fontsize=9)
+    shown = figure.legend(lines, names, loc="upper left", ncols=ARMS_PER_LINE, frameon=False, fontsize=9)
     for text in shown.get_texts():
         text.set_parse_math(False)

@@ -71,7 +71,7 @@ def test_each_layer_has_a_row_and_each_measure_a_column_with_one_of_percentiles_
         "inputs of one unit: batch norm",
         "saturated outputs (share)",
         "norm of the weight gradient",
-        "shift |G − G′| / |G|",
+        "covariate shift |G−G′|/|G|",
     ]
     assert [row for _, row, _ in found[::5]] == list(LAYERS)
     assert [below for *_, below in found[-5:]] == ["optimizer steps"] * 5
