@@ -96,7 +96,7 @@ def draw(figure: Figure, comparison: Comparison) -> None:
         lowest = [panel for panel in each if panel.lines][-1]
         lowest.set_xlabel("optimizer steps")
         lowest.tick_params(labelbottom=True)
-        plain_ticks(lowest, 1 if len(columns) > 3 else 3)
+        plain_ticks(lowest, 1 if len(columns) > 2 else 3)
     below.align_ylabels(panels[:, 0])
 
 
