@@ -24,7 +24,8 @@ NO_INTERVAL: dict[NoInterval, str] = {
     "not positive": "a value is 0 or below, and a ratio needs values above 0",
     "unknown layer": "no run has values of that layer",
     "no common loss": "no pair of runs passes a training loss in common",
-    "rate not bounded": "a search found no rate that trains, or none that fails",
+    "no rate trains": "in a search for the largest learning rate no rate trained",
+    "no rate fails": "in a search for the largest learning rate every higher rate trained too",
 }
 
 

@@ -34,7 +34,7 @@ STEPS = replace(
 )  # fmt: skip
 UNKNOWN = replace(
     RATE, value=None, interval=Interval(None, None), p_value=None, verdict="cannot tell", seeds=0,
-    no_interval="rate not bounded", of_arm=None, of_over=None,
+    no_interval="no rate fails", of_arm=None, of_over=None,
 )  # fmt: skip
 SECTION = {"steps": 300, "accuracy": 0.8, "factor": 1.2}
 
@@ -80,7 +80,7 @@ def test_notes_say_what_the_figures_rest_on(judged):
     assert "equal loss: mean over the training losses that both runs pass" in notes
     assert "mean: " not in notes  # no claim on a probe takes it
     assert "Claim 2 rests on 4 of 5 pairs of runs" in notes
-    assert f"Claim 4 has no interval: {NO_INTERVAL['rate not bounded']}." in notes
+    assert f"Claim 4 has no interval: {NO_INTERVAL['no rate fails']}." in notes
 
 
 def test_the_bar_without_an_accuracy_is_a_constant_guess(judged):
