@@ -90,6 +90,12 @@ def bound_words(claim: Claim) -> str:
     return f"{words} {setting(claim.bound)}"
 
 
+def measure_words(claim: Claim) -> str:
+    """`shift.distance, layer hidden1, equal loss`; the mean over the run and over layers goes without saying."""
+    layer = [f"layer {claim.layer}"] * (claim.layer is not None)
+    return ", ".join([claim.measure, *layer, *[claim.when] * (claim.when != "mean")])
+
+
 def target_words(target: Target) -> str:
     return f"held-out {target.metric} {setting(target.value)}"
 

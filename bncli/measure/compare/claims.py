@@ -146,10 +146,9 @@ def _best_runs(arm: ArmRuns) -> list[RunResult | None]:
     return [results.get(seed) for seed in arm.plan.report_seeds]
 
 
-def _finite_pair(of_arm: float | None, of_over: float | None) -> Pair | NoInterval:
-    if of_arm is None or of_over is None or not math.isfinite(of_arm) or not math.isfinite(of_over):
-        return "no pairs"
-    return of_arm, of_over
+def _finite_pair(*values: float | None) -> Pair | NoInterval:
+    of_arm, of_over = (value if value is not None and math.isfinite(value) else None for value in values)
+    return "no pairs" if of_arm is None or of_over is None else (of_arm, of_over)
 
 
 def _largest_rate(arm: ArmRuns, seed: int) -> float | None:
@@ -181,11 +180,10 @@ def _of_runs(claim: Claim, of_arm: RunResult | None, of_over: RunResult | None) 
     elif claim.when == "mean":
         values = _means_over_log_steps(sides)
     else:
-        losses = [next(iter(_series(run, "loss.training", None)), {}) for run in runs]
-        values = _means_at_equal_losses(sides, losses)
-        if not values:
-            return "no common loss"
-    return _finite_pair(fmean(values[0]), fmean(values[1])) if values else "no pairs"
+        values = _means_at_equal_losses(sides, [next(iter(_series(run, "loss.training", None)), {}) for run in runs])
+    if not values:
+        return "no common steps" if claim.when == "mean" else "no common loss"
+    return _finite_pair(*map(fmean, values))
 
 
 def _final(run: RunResult) -> float | None:

@@ -203,6 +203,14 @@ def test_a_run_that_goes_on_longer_is_compared_over_the_steps_of_both(judged: Ca
     assert found.value == pytest.approx(0, abs=1e-9)
 
 
+def test_runs_without_steps_in_common_cannot_be_told(judged: Callable[..., Any]) -> None:
+    steps = {"normed": {0: 1.0, 35: 1.0}, "plain": {0: 1.0, 100: 1.0, 160: 1.0}}
+    (found,) = judged(
+        f"measure: {COSINE}, expect: less", values=lambda arm, seed: {"probes": points(COSINE, steps[arm])}
+    )
+    assert (found.verdict, found.no_interval) == ("cannot tell", "no common steps")
+
+
 def test_at_equal_loss_two_runs_of_different_speed_and_the_same_path_are_equal(judged: Callable[..., Any]) -> None:
     """The value is a function of the loss; the faster arm passes the same losses earlier and goes on further."""
 
