@@ -207,7 +207,9 @@ class Probes:
 
     @property
     def measures(self) -> tuple[str, ...]:
-        return PROBES if self.section.measure == "all" else self.section.measure
+        asked = self.section.measure
+        names = (asked,) if isinstance(asked, str) else asked
+        return PROBES if "all" in names else names
 
     @property
     def last_step(self) -> int:
