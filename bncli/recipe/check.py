@@ -17,13 +17,7 @@ from bncli.recipe.overrides import arms_of, base_of, fixed_by, kinds, members, m
 from bncli.recipe.sections import ARM_NAME, FUNCTION_PATH, KINDS, Recipe, RecipeFile
 from bncli.recipe.yaml import Keys, Tree, dotted
 
-MARKS = (
-    "[key]",
-    "[steps]",
-    "[spacing]",
-    "[name]",
-    "[names]",
-)  # that pydantic appends: for a mapping's key, and for the tag of a union
+MARKS = ("[key]", "[steps]", "[spacing]")  # that pydantic appends: for a mapping's key, and for the tag of a union
 Found = tuple[Keys, str]  # where a mistake is, and the sentence about it
 SAME_FOR_ALL_RUNS = ("data", *(f"train.{name}" for name in ("target", "steps", "evaluate_every", "seed")))
 
@@ -208,9 +202,8 @@ def _search_mistakes(steps: int, arm: str, run: dict[str, Any]) -> Iterator[str]
 def _probed(run: dict[str, Any]) -> Sequence[str]:
     """The probes that a run measures."""
     section = run.get("probes")
-    measured = section.get("measure", "all") if isinstance(section, dict) else []
-    names = measured if isinstance(measured, list) else [measured]
-    return PROBES if "all" in names else names
+    measured = section.get("measure", "all") if isinstance(section, dict) else ()
+    return PROBES if measured == "all" else measured if isinstance(measured, list) else ()
 
 
 # --- pydantic's errors in the recipe's words ----------------------------------------------------------------------
@@ -298,10 +291,8 @@ def _sentence(error: Any, model: type[BaseModel], plain: Any, keys: Keys) -> str
         return "is missing"
     if kind == "value_error":
         return str(context["error"])
-    if kind == "literal_error":
-        *above, name = keys if isinstance(keys[-1], str) else keys[:-1]  # of a list's element: the list's field
-        if owner := model_at(above, plain, model):
-            return _not_among(value, list(dict.fromkeys(_literals(owner.model_fields[str(name)].annotation))))
+    if kind == "literal_error" and owner:
+        return _not_among(value, _literals(owner.model_fields[str(keys[-1])].annotation))
     field = owner.model_fields.get(str(keys[-1])) if owner and keys else None
     choice = kinds(members(field.annotation)) if field else {}
     if choice and kind in ("model_type", "model_attributes_type"):

@@ -511,11 +511,7 @@ class Train(Section):
 class Probes(Section):
     """What is measured inside the network while it trains, without changing the run (`bncli.engine.train.probes`)."""
 
-    measure: Annotated[
-        Annotated[ProbeName, Tag("[name]")]
-        | Annotated[tuple[ProbeName, ...], Strict(False), Field(min_length=1), Tag("[names]")],
-        Discriminator(lambda value: "[names]" if isinstance(value, list | tuple) else "[name]"),
-    ] = "all"
+    measure: Literal["all"] | Annotated[tuple[ProbeName, ...], Strict(False), Field(min_length=1)] = "all"
     at: EvaluateEvery = described(
         "optimizer steps between measurements, or {points_per_doubling: 1}: spaced evenly in the step's logarithm; "
         "before the first step and at the last as well",

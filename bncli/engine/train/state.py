@@ -207,9 +207,7 @@ class Probes:
 
     @property
     def measures(self) -> tuple[str, ...]:
-        asked = self.section.measure
-        names = (asked,) if isinstance(asked, str) else asked
-        return PROBES if "all" in names else names
+        return PROBES if self.section.measure == "all" else self.section.measure
 
     @property
     def last_step(self) -> int:

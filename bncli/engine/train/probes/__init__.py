@@ -35,7 +35,6 @@ from bncli.engine.train.probes.recorder import Recorder, weights_of
 from bncli.engine.train.probes.values import Values
 from bncli.engine.train.state import Probes, TrainState
 from bncli.errors import RecipeError, RunFailed
-from bncli.names import PROBES
 from bncli.recipe.sections import OwnModel
 from bncli.results.train import Probed, ProbePoint
 
@@ -104,7 +103,7 @@ def _points(state: TrainState, probes: Probes) -> Iterator[ProbePoint]:
     }
     for measure in [name for name in measures if name in asked]:
         found = [(layer, each) for layer, each in measures[measure]() if each]
-        if not found and asked is not PROBES:
+        if not found and probes.section.measure != "all":
             why = f"this model has nothing that it measures, which is {NEEDS[measure]}"
             raise RecipeError(f"probes.measure: {measure}: {why}; leave {measure} out")
         yield from (ProbePoint(measure, layer, state.step, each) for layer, each in found)
