@@ -160,8 +160,8 @@ def _claim_mistakes(claim: dict[str, Any], arms: dict[str, dict[str, Any]], sear
         yield "measure", "needs the section largest_learning_rate, as in {steps: 300, accuracy: 0.8}"
     elif name == "largest_learning_rate" and isinstance(steps := value_at(search, ("steps",)), int):
         yield from (("measure", why) for arm, run in runs.items() for why in _search_mistakes(steps, arm, run))
-    smoothing = {value_at(run, ("train", "label_smoothing"), 0) for run in runs.values()}
-    if claim.get("when") == "equal loss" and len(smoothing) > 1:
+    smoothing = [value_at(run, ("train", "label_smoothing"), 0) for run in runs.values()]
+    if claim.get("when") == "equal loss" and any(each != smoothing[0] for each in smoothing):
         yield "when", "losses with different train.label_smoothing are not comparable"
     if name.endswith("_to_target") and any(value_at(run, ("train", "target")) is None for run in runs.values()):
         yield "measure", "needs train.target"
@@ -192,8 +192,9 @@ def _nothing_measured(measure: str, arm: str, run: dict[str, Any]) -> Iterator[s
 
 def _search_mistakes(steps: int, arm: str, run: dict[str, Any]) -> Iterator[str]:
     """What is wrong with an arm's run in the steps of the search for the largest learning rate, and only there."""
-    short = merge(run, {"train": {"steps": steps, "evaluate_every": 1}})
-    for at, text in run_mistakes(short) if not run_mistakes(run) else ():
+    if run_mistakes(run):  # noted elsewhere
+        return
+    for at, text in run_mistakes(merge(run, {"train": {"steps": steps, "evaluate_every": 1}})):
         yield f"in arm {arm}, with the {steps} steps of largest_learning_rate: {dotted(at)} {text}"
     if (warmup := value_at(run, ("schedule", "warmup"), 0)) >= steps:
         yield f"in arm {arm}, schedule.warmup {warmup} is no less than the {steps} steps of largest_learning_rate"

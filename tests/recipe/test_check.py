@@ -427,6 +427,19 @@ def test_a_claim_about_what_an_arm_cannot_measure_is_refused(
     assert found == (() if mistake is None else (f"r.yaml:7: claims.0.{mistake}",))
 
 
+@pytest.mark.parametrize(
+    ("plain", "mistake"),
+    [("schedule: {warmup: x}", 'schedule.warmup: expected a whole number, found "x"'),
+     ("train: {label_smoothing: []}", "train.label_smoothing: expected a number, found an empty list"),
+     ("model: 4", "model.kind: expected mlp, cnn, resnet, inception or module, found 4")],
+)  # fmt: skip
+def test_what_is_wrong_in_an_arm_is_noted_once_and_no_claim_trips_over_it(
+    mistakes_of: MistakesOf, plain: str, mistake: str
+) -> None:
+    text = TWO_ARMS.replace("plain: ", f"plain: {{{plain}}}") + claiming({}) + SEARCH
+    assert mistakes_of(text) == (f"r.yaml:5: arms.plain.{mistake}",)
+
+
 def test_a_claim_needs_arms_and_one_on_steps_a_target(mistakes_of: MistakesOf) -> None:
     assert mistakes_of(BASE + claiming({}) + SEARCH) == (
         "r.yaml:5: claims: the recipe has no arms; a claim is about two of them",

@@ -107,8 +107,8 @@ def claim_notes(comparison: Comparison) -> Iterator[str]:
         )
     if any(_stops(comparison, claim) for claim in claims):
         yield (
-            "A run stops once the steps to its target are settled, which ends what final, best and probes are taken "
-            "from; train.stop_at_target: false lets it go on."
+            "final, best and probes end where a run stops, once the steps to its target are settled; "
+            "train.stop_at_target: false lets it go on."
         )
     for number, claim in enumerate(claims, 1):
         if claim.no_interval:
