@@ -50,7 +50,7 @@ def test_claims_and_the_searches_that_they_ask_for_are_listed(show):
     planned = replace(PLANNED, claims=(claim,), search_runs=90, search_steps=300)
     text = " ".join(show(render(planned), 120).split())
     assert "1. higher rates largest_learning_rate own over plain at least 3" in text
-    assert "the largest learning rate of each arm and seed is searched by about 90 runs of 300 steps." in text
+    assert "the searches for the largest learning rate take about 90 runs of 300 steps." in text
     assert "What would be judged" not in show(render(PLANNED), 120)
 
 

@@ -28,8 +28,6 @@ from bncli.results.train import RunResult
 LAST_EVALUATIONS = 5  # of a run, whose median is its final metric: single late evaluations may be far below it
 LOSS_LEVELS = 20  # at which two runs of a pair are compared, evenly spaced in the log of the loss
 
-# Why a search has no largest rate, by what stands for it: a pair without one is not left out, which would flatter.
-NO_RATE: dict[float | None, NoInterval] = {0.0: "no rate trains", math.inf: "no rate fails"}
 Pair = tuple[float, float]
 
 
@@ -47,13 +45,14 @@ def _judged_pairs(claim: Claim, arm: ArmRuns, over: ArmRuns, tail: float) -> Jud
     known, within = _pairs(claim, arm, over)
     values = np.array([pair for pair in known if isinstance(pair, tuple)], dtype=float).reshape(-1, 2)
     reasons: list[NoInterval] = [pair for pair in known if isinstance(pair, str)]
-    not_found = [reason for reason in reasons if reason in NO_RATE.values()]
-    found = replace(_untold(claim, tail), seeds=len(values), of_seeds=len(known))
+    # A search that met no bound is not left out: the other seeds alone, those with a bound, would be a biased sample.
+    unbounded = [reason for reason in reasons if reason in ("no rate trains", "no rate fails")]
+    found = replace(_unjudged(claim, tail), seeds=len(values), of_seeds=len(known))
     scale, back = SCALES[found.compared]
     if found.compared == "ratio" and (values <= 0).any():
         return replace(found, no_interval="not positive")
-    if len(values) == 0 or not_found:
-        return replace(found, no_interval=next(iter(not_found or reasons), "no pairs"))
+    if len(values) == 0 or unbounded:
+        return replace(found, no_interval=next(iter(unbounded or reasons), "no pairs"))
     scaled = scale(values)  # (pairs, arm and over)
     mean = stats.paired(scaled[:, 0] - scaled[:, 1], tail, float(scale(claim.bound)), within)
     of_arm, of_over = map(float, back(scaled.mean(0)))
@@ -70,7 +69,7 @@ SCALES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 }
 
 
-def _untold(claim: Claim, tail: float) -> JudgedClaim:
+def _unjudged(claim: Claim, tail: float) -> JudgedClaim:
     """A claim of which nothing is known yet."""
     compared = MEASURES[claim.measure].compared
     return JudgedClaim(
@@ -113,13 +112,13 @@ def _judged_cost(claim: Claim, arm: ArmRuns, over: ArmRuns, tail: float) -> Judg
     of_arm, of_over = (stats.typical(sample).value for sample in both)
     of_seeds = len(arm.plan.tune_seeds) + len(arm.plan.report_seeds)
     p_value = found.p_value if found.method == "means" else None  # that of "hits" is not of the bound
-    told = replace(_untold(claim, tail), value=found.value, p_value=p_value, of_arm=of_arm, of_over=of_over)
-    told = replace(told, seeds=len(seeds), of_seeds=of_seeds)
-    if found.interval == stats.OPEN or len(seeds) < 2:  # arms of one recipe have a ratio of 1 without any run
-        reasons: dict[int, NoInterval] = {0: "no pairs", 1: "one pair"}
-        held_at_once: NoInterval = "not positive" if found.method == "none" else "too few hits"
-        return replace(told, no_interval=reasons.get(len(seeds), held_at_once))
-    return _with_verdict(told, found.interval, tail)
+    unjudged = replace(_unjudged(claim, tail), value=found.value, p_value=p_value, of_arm=of_arm, of_over=of_over)
+    unjudged = replace(unjudged, seeds=len(seeds), of_seeds=of_seeds)
+    if len(seeds) < 2:  # arms of one recipe have a ratio of 1 without any run
+        return replace(unjudged, no_interval="one pair" if seeds else "no pairs")
+    if found.interval == stats.OPEN:  # "none": the target was held before training, after 0 steps
+        return replace(unjudged, no_interval="not positive" if found.method == "none" else "too few hits")
+    return _with_verdict(unjudged, found.interval, tail)
 
 
 # --- values of single runs ----------------------------------------------------------------------------------------
@@ -131,12 +130,8 @@ def _pairs(claim: Claim, arm: ArmRuns, over: ArmRuns) -> tuple[list[Pair | NoInt
     if claim.measure == "largest_learning_rate":
         found = [(_largest_rate(arm, seed), _largest_rate(over, seed)) for seed in plan.report_seeds]
         factor = (plan.largest_learning_rate or {}).get("factor", 1.0)
-        return [_first_reason(pair) or _finite_pair(*pair) for pair in found], math.log(factor)
+        return [_pair(*each) for each in found], math.log(factor)
     return [_of_runs(claim, *pair) for pair in zip(_best_runs(arm), _best_runs(over), strict=True)], 0.0
-
-
-def _first_reason(rates: tuple[float | None, float | None]) -> NoInterval | None:
-    return next((NO_RATE[rate] for rate in rates if rate in NO_RATE), None)
 
 
 def _best_runs(arm: ArmRuns) -> list[RunResult | None]:
@@ -146,13 +141,14 @@ def _best_runs(arm: ArmRuns) -> list[RunResult | None]:
     return [results.get(seed) for seed in arm.plan.report_seeds]
 
 
-def _finite_pair(*values: float | None) -> Pair | NoInterval:
-    of_arm, of_over = (value if value is not None and math.isfinite(value) else None for value in values)
-    return "no pairs" if of_arm is None or of_over is None else (of_arm, of_over)
+def _pair(*values: float | NoInterval | None) -> Pair | NoInterval:
+    """The values of both arms, or why one of them is not a finite number."""
+    known = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
+    return (known[0], known[1]) if len(known) == 2 else next((v for v in values if isinstance(v, str)), "no pairs")
 
 
-def _largest_rate(arm: ArmRuns, seed: int) -> float | None:
-    """The largest learning rate of one seed: 0 where none trains, infinite where none fails, None without its runs."""
+def _largest_rate(arm: ArmRuns, seed: int) -> float | NoInterval | None:
+    """The largest learning rate of one seed, or why its search has none; None where runs are missing."""
     point = tuned_point(arm.plan, arm.name, arm.records) if arm.plan.tune_seeds else next(iter(arm.kept), None)
     by_rate = {record.point[rates.FIELD]: record.result for record in arm.searched if record.seed == seed}
     if point is None or not by_rate:
@@ -161,7 +157,7 @@ def _largest_rate(arm: ArmRuns, seed: int) -> float | None:
         found = rates.search(arm.plan, arm.name, point, by_rate.get)
     except rates.UnknownOutcome:
         return None
-    return 0.0 if found.trains is None else math.inf if found.fails is None else found.trains
+    return "no rate trains" if found.trains is None else "no rate fails" if found.fails is None else found.trains
 
 
 def _of_runs(claim: Claim, of_arm: RunResult | None, of_over: RunResult | None) -> Pair | NoInterval:
@@ -169,7 +165,7 @@ def _of_runs(claim: Claim, of_arm: RunResult | None, of_over: RunResult | None) 
         return "no pairs"
     if MEASURES[claim.measure].probe is None:
         value = _final if claim.measure == "final" else attrgetter("best")
-        return _finite_pair(value(of_arm), value(of_over))
+        return _pair(value(of_arm), value(of_over))
     runs = (of_arm, of_over)
     sides = [_series(run, claim.measure, claim.layer) for run in runs]
     if not all(sides):
@@ -183,7 +179,7 @@ def _of_runs(claim: Claim, of_arm: RunResult | None, of_over: RunResult | None) 
         values = _means_at_equal_losses(sides, [next(iter(_series(run, "loss.training", None)), {}) for run in runs])
     if not values:
         return "no common steps" if claim.when == "mean" else "no common loss"
-    return _finite_pair(*map(fmean, values))
+    return _pair(*map(fmean, values))
 
 
 def _final(run: RunResult) -> float | None:
