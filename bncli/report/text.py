@@ -49,9 +49,9 @@ def metric_figure(value: float | None, metric: str) -> str:
 
 
 def interval_figure(interval: Interval) -> str:
-    """`9.81–14.9`; with one open side `> 9.81` or `< 14.9`; empty when nothing bounds it."""
+    """`9.81–14.9`, `-0.35..-0.27`; with one open side `> 9.81` or `< 14.9`; empty when nothing bounds it."""
     if interval.low is not None and interval.high is not None:
-        return f"{figure(interval.low)}–{figure(interval.high)}"
+        return f"{figure(interval.low)}{'..' if interval.low < 0 else '–'}{figure(interval.high)}"
     if interval.low is not None:
         return f"> {figure(interval.low)}"
     return f"< {figure(interval.high)}" if interval.high is not None else ""

@@ -8,9 +8,8 @@ from typing import Any
 
 from bncli.names import MEASURES
 from bncli.report.compare.text import p_figure
-from bncli.report.text import UNKNOWN, Cell, Column, bound_words, count, figure, measure_words, setting
+from bncli.report.text import UNKNOWN, Cell, Column, bound_words, count, figure, interval_figure, measure_words, setting
 from bncli.results.compare import Claim, Comparison, JudgedClaim, NoInterval, Verdict
-from bncli.results.environment import Interval
 
 HEADING = "claims"
 STYLES: dict[Verdict, str] = {"shown": "green", "refuted": "red", "cannot tell": "yellow"}
@@ -52,7 +51,7 @@ def _arms(claim: JudgedClaim) -> str:
 
 def _measured(claim: JudgedClaim) -> Cell:
     unit = "x" if claim.compared == "ratio" else ""
-    span = span_figure(claim.interval)
+    span = interval_figure(claim.interval)
     if claim.value is None:
         return Cell(f"{span}{unit}" if span else UNKNOWN)
     return Cell(f"{figure(claim.value)}{unit}", span)
@@ -60,14 +59,6 @@ def _measured(claim: JudgedClaim) -> Cell:
 
 def _bound(claim: JudgedClaim) -> Cell:
     return Cell(bound_words(claim), "" if claim.p_value is None else f"p {p_figure(claim.p_value)}")
-
-
-def span_figure(interval: Interval) -> str:
-    """`4.2–8.8`; `-0.35..-0.27` where a side is negative; with one open side `> 4.2`."""
-    low, high = interval.low, interval.high
-    if low is None or high is None:
-        return f"> {figure(low)}" if low is not None else f"< {figure(high)}" if high is not None else ""
-    return f"{figure(low)}{'..' if low < 0 else '–'}{figure(high)}"
 
 
 def _verdict(claim: JudgedClaim) -> Cell:
@@ -121,8 +112,8 @@ def claim_notes(comparison: Comparison) -> Iterator[str]:
 def _stops(comparison: Comparison, claim: Claim) -> bool:
     """Whether a claim is about the whole of runs that stop at their target."""
     whole = "." in claim.measure or claim.measure in ("final", "best")
-    recipe = comparison.plan.recipes.get(claim.arm, {})
-    return whole and bool(recipe.get("train", {}).get("stop_at_target"))
+    recipes = (comparison.plan.recipes.get(name, {}) for name in (claim.arm, claim.over))
+    return whole and any(recipe.get("train", {}).get("stop_at_target") for recipe in recipes)
 
 
 def csv_row(claim: JudgedClaim) -> dict[str, Any]:

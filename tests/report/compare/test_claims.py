@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from bncli.report.compare.claims import NO_INTERVAL, claim_notes, span_figure
+from bncli.report.compare.claims import NO_INTERVAL, claim_notes
 from bncli.report.compare.export import to_csv, to_html, to_markdown
 from bncli.report.compare.table import ComparisonReport, claims_table
 from bncli.report.files import from_json, to_json
@@ -106,16 +106,11 @@ def test_a_probes_layers_and_the_end_of_runs_are_explained_where_claims_need_it(
     whole = replace(judged, claims=(replace(SHIFT, layer=None),))
     assert "Where a probe has a value for each layer" in "\n".join(claim_notes(whole))
     assert "Where a probe has a value for each layer" not in "\n".join(claim_notes(judged))
-    stopping = {"batch norm": {"train": {"stop_at_target": True}}}
-    stopped = replace(whole, plan=replace(judged.plan, recipes=stopping))
-    assert "train.stop_at_target: false" in "\n".join(claim_notes(stopped))
+    for arm in ("batch norm", "plain"):
+        stopping = {arm: {"train": {"stop_at_target": True}}}
+        stopped = replace(whole, plan=replace(judged.plan, recipes=stopping))
+        assert "train.stop_at_target: false" in "\n".join(claim_notes(stopped))
     assert "train.stop_at_target: false" not in "\n".join(claim_notes(whole))
-
-
-def test_an_interval_with_a_negative_side_has_dots():
-    assert span_figure(Interval(-0.35, -0.27)) == "-0.350..-0.270"
-    assert span_figure(Interval(0.25, 0.5)) == "0.250–0.500"
-    assert span_figure(Interval(-2.0, None)) == "> -2.00"
 
 
 def test_csv_has_a_second_table_after_an_empty_line(judged):
