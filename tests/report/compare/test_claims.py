@@ -7,6 +7,7 @@ import io
 import json
 import re
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
@@ -14,7 +15,7 @@ from bncli.report.compare.claims import NO_INTERVAL, claim_notes
 from bncli.report.compare.export import to_csv, to_html, to_markdown
 from bncli.report.compare.table import ComparisonReport, claims_table
 from bncli.report.files import from_json, to_json
-from bncli.results.compare import Comparison, JudgedClaim
+from bncli.results.compare import Comparison, JudgedClaim, NoInterval
 from bncli.results.environment import Interval
 
 RATE = JudgedClaim(
@@ -95,6 +96,10 @@ def test_notes_say_what_the_figures_rest_on(judged):
     assert notes.startswith("1 shown, 1 refuted, 2 cannot tell.")
     assert "Claim 2 rests on 4 of 5 pairs of runs" in notes
     assert f"Claim 4 has no interval: {NO_INTERVAL['no rate fails']}." in notes
+
+
+def test_every_reason_for_no_interval_has_its_words():
+    assert NO_INTERVAL.keys() == set(get_args(NoInterval))
 
 
 def test_the_bar_without_an_accuracy_is_a_constant_guess(judged):
