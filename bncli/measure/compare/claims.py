@@ -20,7 +20,7 @@ import numpy as np
 from bncli.measure.compare import rates, samples, stats
 from bncli.measure.compare.samples import ArmRuns, tuned_point
 from bncli.measure.compare.stats import Floats
-from bncli.names import MEASURES
+from bncli.names import MEASURES, Compared
 from bncli.results.compare import Claim, ComparisonPlan, JudgedClaim, NoInterval, Verdict
 from bncli.results.environment import Interval
 from bncli.results.train import RunResult
@@ -176,7 +176,10 @@ def _of_runs(claim: Claim, of_arm: RunResult | None, of_over: RunResult | None) 
     elif claim.when == "mean":
         values = _means_over_log_steps(sides)
     else:
-        values = _means_at_equal_losses(sides, [next(iter(_series(run, "loss.training", None)), {}) for run in runs])
+        # Held-out loss is of evaluation mode, in which running statistics lag behind the first steps; so is its match.
+        loss = "regularization.training_loss" if claim.measure.startswith("regularization.") else "loss.training"
+        losses = [next(iter(_series(run, loss, None)), {}) for run in runs]
+        values = _means_at_equal_losses(sides, losses, MEASURES[claim.measure].compared)
     if not values:
         return "no common steps" if claim.when == "mean" else "no common loss"
     return _pair(*map(fmean, values))
@@ -222,18 +225,23 @@ def _means_over_log_steps(sides: Sequence[Sequence[Line]]) -> list[list[float]]:
     return [list(map(mean, *each)) for each in zip(sides, known, strict=True)]
 
 
-def _means_at_equal_losses(sides: Sequence[Sequence[Line]], losses: Sequence[Line]) -> list[list[float]]:
+def _means_at_equal_losses(
+    sides: Sequence[Sequence[Line]], losses: Sequence[Line], compared: Compared
+) -> list[list[float]]:
     """For each side the mean of each layer at losses that both runs pass, evenly spaced in the loss's log.
 
     From the smaller of their first losses to the larger of their smallest, among the steps at which the layers were
-    measured; empty where there are none. A run has a loss's value where it first passes it.
+    measured; empty where there are none. A run has a loss's value where it first passes it. Values that are compared as
+    a ratio have a geometric mean: a held-out loss falls with the training loss, and the first ones would outweigh all.
     """
+    scale, back = SCALES[compared]
     passed = [[_by_log_loss(line, loss) for line in side] for side, loss in zip(sides, losses, strict=True)]
     logs = [logs for side in passed for logs, _ in side]
     if not all(map(len, logs)) or (low := max(each[0] for each in logs)) >= (high := min(each[-1] for each in logs)):
         return []
     levels = np.linspace(low, high, LOSS_LEVELS)
-    return [[float(np.interp(levels, *each).mean()) for each in side] for side in passed]
+    with np.errstate(divide="ignore", invalid="ignore"):  # a value of 0 makes the mean 0
+        return [[float(back(np.interp(levels, x, scale(y)).mean())) for x, y in side] for side in passed]
 
 
 def _by_log_loss(line: Line, losses: Line) -> tuple[Floats, Floats]:

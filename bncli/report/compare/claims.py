@@ -16,7 +16,10 @@ STYLES: dict[Verdict, str] = {"shown": "green", "refuted": "red", "cannot tell":
 WHEN = {
     "mean": "A probe's value is its mean over the log of the step, up to where the first of the two runs ends.",
     "end": "end: a probe's last value.",
-    "equal loss": "equal loss: the mean at training losses that both runs pass, evenly spaced in the log.",
+    "equal loss": (
+        "equal loss: the mean (geometric for a ratio) at training losses that both runs pass, evenly spaced in the "
+        "log; for regularization these are losses in evaluation mode, as its own."
+    ),
 }
 NO_INTERVAL: dict[NoInterval, str] = {
     "no pairs": "no pair of runs has a value in both arms",

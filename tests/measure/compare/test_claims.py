@@ -227,6 +227,26 @@ def test_at_equal_loss_two_runs_of_different_speed_and_the_same_path_are_equal(j
     assert over_steps.verdict == "shown"
 
 
+def test_held_out_loss_is_compared_at_equal_training_loss_in_evaluation_mode(judged: Callable[..., Any]) -> None:
+    """Twice the loss of the training set in one arm and the same in the other, at every loss; batch norm's loss in
+    training mode, with statistics that do not lag behind, is far lower at first."""
+
+    def values(arm: str, seed: int) -> dict[str, Any]:
+        rate, gap, lag = (0.04, 2.0, 0.1) if arm == "normed" else (0.02, 1.0, 1.0)
+        losses = {step: 4.0 * math.exp(-rate * step) for step in range(0, 200, 5)}
+        found = {step: {"training_loss": loss, "held_out_loss": gap * loss} for step, loss in losses.items()}
+        of_mode = {step: loss * (lag if step < 50 else 1) for step, loss in losses.items()}
+        return {
+            "probes": points("loss.training", of_mode)
+            + tuple(ProbePoint("regularization", None, step, each) for step, each in found.items())
+        }
+
+    claim = "measure: regularization.held_out_loss, when: equal loss, at_least: 1.9"
+    (found,) = judged(claim, values=values)
+    assert found.value == pytest.approx(2)
+    assert found.of_over == pytest.approx(math.sqrt(4.0 * 4.0 * math.exp(-0.02 * 195)))  # geometric, of first and last
+
+
 def test_runs_that_pass_no_common_loss_cannot_be_told(judged: Callable[..., Any]) -> None:
     def values(arm: str, seed: int) -> dict[str, Any]:
         losses = {0: 2.0, 100: 1.0} if arm == "normed" else {0: 0.9, 100: 0.5}

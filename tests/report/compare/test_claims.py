@@ -91,7 +91,7 @@ def test_notes_say_what_the_figures_rest_on(judged):
     notes = "\n".join(claim_notes(judged))
     assert "level 0.9875: 1 - 0.05/4, for 4 claims" in notes
     assert "largest_learning_rate: a held-out accuracy of 0.8 after 300 steps" in notes
-    assert "equal loss: the mean at training losses that both runs pass" in notes
+    assert "equal loss: the mean (geometric for a ratio) at training losses that both runs pass" in notes
     assert "mean over the log of the step" not in notes  # no claim on a probe takes it
     assert notes.startswith("1 shown, 1 refuted, 2 cannot tell.")
     assert "Claim 2 rests on 4 of 5 pairs of runs" in notes
