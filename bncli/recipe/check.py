@@ -31,7 +31,9 @@ def nearest(word: Any, names: Sequence[Any]) -> list[str]:
     texts = [name for name in names if isinstance(name, str)]
     cutoff = 0.6 if len(word) > 2 else 0.5  # a name of two letters with one of them wrong is half right
     near = difflib.get_close_matches(word, texts, n=2, cutoff=cutoff)
-    return near or [name for name in texts if len(word) > 1 and name.startswith(word)]
+    # difflib takes the longest common part first, so that it finds only half of init in itit.
+    swapped = [name for name in texts if len(name) == len(word) > 2 and sum(map(str.__ne__, name, word)) == 1]
+    return near or swapped or [name for name in texts if len(word) > 1 and name.startswith(word)]
 
 
 def suggestion(word: str, names: Sequence[str]) -> str:

@@ -67,6 +67,8 @@ ONE_MISTAKE = [
      '2: model.kind: expected mlp, cnn, resnet, inception or module, found "cosine"'),
     (model("kind: [mlp]"), "2: model.kind: expected mlp, cnn, resnet, inception or module, found a list"),
     (model("hidden: [9]"), "2: model.kind: is missing; expected mlp, cnn, resnet, inception or module"),
+    (IMAGES.replace("kind: mlp", "kind: resnet, depth: 20, itit: he"),
+     "2: model.itit: unknown key; did you mean init?"),
     (model("knid: mlp"), "2: model.knid: unknown key; did you mean kind?"),
     (BASE.replace("source", "sorce"), "1: data.sorce: unknown key; did you mean source?"),
     (model("kind: mlp, activation: rleu"),
