@@ -42,6 +42,7 @@ class Norm:
     # square root, exact or of a number of Newton steps.
     whitens: Literal["exactly", "by steps"] | None = None
     checked: bool = False  # gradcheck can check it: bncli.kernels.definition has its definition
+    cancels_scale: bool = True  # it divides by a measure of its own input, whose scale then has no effect
     bias_is_dead: bool = False  # it subtracts each channel's mean, so a bias in front of it has no effect
     vectors: int = 2  # (C) each, parameters of an affine one: weight and bias
     scalars: int = 0  # its other parameters
@@ -129,9 +130,9 @@ _NORMS = (
     Norm("ghost", "GhostBatchNorm", over_batch=True, channel_groups="every", bias_is_dead=True),
     Norm("renorm", "BatchRenorm", over_batch=True, channel_groups="every", bias_is_dead=True),
     Norm("noisy", "NoisyBatchNorm", over_batch=True, channel_groups="every", bias_is_dead=True),
-    Norm("frozen", "FrozenBatchNorm", over_batch=True, channel_groups="every"),
+    Norm("frozen", "FrozenBatchNorm", over_batch=True, channel_groups="every", cancels_scale=False),
     Norm("rms", "RMSNorm", over_batch=False, channel_groups="one", vectors=1),
-    Norm("dyt", "DynamicTanh", over_batch=False, channel_groups="none", scalars=1),
+    Norm("dyt", "DynamicTanh", over_batch=False, channel_groups="none", cancels_scale=False, scalars=1),
 )
 
 _ACTIVATIONS = (

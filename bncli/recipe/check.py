@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from bncli.errors import CODE_OF_YOURS, DataError
-from bncli.names import MEASURES, PROBES
+from bncli.names import MEASURES, NORMS, PROBES
 from bncli.recipe.epochs import STEPS, epochs_of, given_in_epochs, in_steps, steps_per_epoch
 from bncli.recipe.layers import contradictions
 from bncli.recipe.overrides import arms_of, base_of, fixed_by, kinds, members, merge, model_at, nested, value_at
@@ -31,7 +31,9 @@ def nearest(word: Any, names: Sequence[Any]) -> list[str]:
     texts = [name for name in names if isinstance(name, str)]
     cutoff = 0.6 if len(word) > 2 else 0.5  # a name of two letters with one of them wrong is half right
     near = difflib.get_close_matches(word, texts, n=2, cutoff=cutoff)
-    return near or [name for name in texts if len(word) > 1 and name.startswith(word)]
+    # difflib takes the longest common part first, so that it finds only half of init in itit.
+    swapped = [name for name in texts if len(name) == len(word) > 2 and sum(map(str.__ne__, name, word)) == 1]
+    return near or swapped or [name for name in texts if len(word) > 1 and name.startswith(word)]
 
 
 def suggestion(word: str, names: Sequence[str]) -> str:
@@ -131,16 +133,14 @@ def _check_claims(tree: Tree, arms: dict[str, dict[str, Any]]) -> None:
     if claims and not arms:
         tree.refuse(("claims",), "the recipe has no arms; a claim is about two of them")
         return
-    searched = tree.root.get("largest_learning_rate") is not None
+    search = in_steps(tree.root).get("largest_learning_rate")
     for index, claim in enumerate(claims if isinstance(claims, list) else ()):
-        for key, text in _claim_mistakes(claim, arms, searched) if isinstance(claim, dict) else ():
+        for key, text in _claim_mistakes(claim, arms, search) if isinstance(claim, dict) else ():
             tree.refuse(("claims", index, key), text)
 
 
-def _claim_mistakes(
-    claim: dict[str, Any], arms: dict[str, dict[str, Any]], searched: bool
-) -> Iterator[tuple[str, str]]:
-    """The wrong key of a claim, and why. searched: whether the recipe says how the largest learning rate is found."""
+def _claim_mistakes(claim: dict[str, Any], arms: dict[str, dict[str, Any]], search: Any) -> Iterator[tuple[str, str]]:
+    """The wrong key of a claim, and why. search: the section that says how the largest learning rate is found."""
     named = {key: claim[key] for key in ("arm", "over") if isinstance(claim.get(key), str)}
     for key, name in named.items():
         if name not in arms:
@@ -157,8 +157,14 @@ def _claim_mistakes(
         if unmeasured:
             add = f"add {measure.probe} to probes.measure"
             yield "measure", f"the probe {measure.probe} is not measured in arm {' and '.join(unmeasured)}; {add}"
-    if name == "largest_learning_rate" and not searched:
+        yield from (("measure", why) for arm, run in runs.items() for why in _nothing_measured(measure.name, arm, run))
+    if name == "largest_learning_rate" and search is None:
         yield "measure", "needs the section largest_learning_rate, as in {steps: 300, accuracy: 0.8}"
+    elif name == "largest_learning_rate" and isinstance(steps := value_at(search, ("steps",)), int):
+        yield from (("measure", why) for arm, run in runs.items() for why in _search_mistakes(steps, arm, run))
+    smoothing = [value_at(run, ("train", "label_smoothing"), 0) for run in runs.values()]
+    if claim.get("when") == "equal loss" and any(each != smoothing[0] for each in smoothing):
+        yield "when", "losses with different train.label_smoothing are not comparable"
     if name.endswith("_to_target") and any(value_at(run, ("train", "target")) is None for run in runs.values()):
         yield "measure", "needs train.target"
     for key, has in (("when", measure.probe is not None), ("layer", measure.per_layer)):
@@ -167,6 +173,33 @@ def _claim_mistakes(
     for key in ("at_least", "at_most") if measure.compared == "ratio" else ():
         if isinstance(claim.get(key), int | float) and claim[key] <= 0:
             yield key, f"{name} is compared as a ratio: expected a number above 0, found {words(claim[key])}"
+
+
+# The activations of which a probe's value tells something.
+ACTIVATIONS_OF = {"saturation.share": ("sigmoid", "tanh"), "saturation.dead": ("relu",)}
+
+
+def _nothing_measured(measure: str, arm: str, run: dict[str, Any]) -> Iterator[str]:
+    """Why an arm's model has no layer in which a probe measures a value; the user's own model is not known here."""
+    try:
+        recipe = Recipe.model_validate(run)
+    except ValidationError:  # noted elsewhere
+        return
+    activation, norm = getattr(recipe.model, "activation", None), NORMS.get(recipe.norm.kind)
+    if activation and activation not in (known := ACTIVATIONS_OF.get(measure, (activation,))):
+        yield f"{measure} is of {listed(known)}, and arm {arm} has {activation}"
+    if activation and measure == "scale.effective_learning_rate" and not (norm and norm.cancels_scale):
+        yield f"arm {arm} has no norm in which the scale of a weight has no effect"
+
+
+def _search_mistakes(steps: int, arm: str, run: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with an arm's run in the steps of the search for the largest learning rate, and only there."""
+    if run_mistakes(run):  # noted elsewhere
+        return
+    for at, text in run_mistakes(merge(run, {"train": {"steps": steps, "evaluate_every": 1}})):
+        yield f"in arm {arm}, with the {steps} steps of largest_learning_rate: {dotted(at)} {text}"
+    if (warmup := value_at(run, ("schedule", "warmup"), 0)) >= steps:
+        yield f"in arm {arm}, schedule.warmup {warmup} is no less than the {steps} steps of largest_learning_rate"
 
 
 def _probed(run: dict[str, Any]) -> Sequence[str]:

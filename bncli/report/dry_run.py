@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Group
 
 from bncli.report.export import json_text
-from bncli.report.table import AlignedTable, Paragraph, ResponsiveTable
-from bncli.report.text import UNKNOWN, Cell, Column, bound_words, count, figure, setting
+from bncli.report.table import AlignedTable, Paragraph, ResponsiveTable, Row
+from bncli.report.text import UNKNOWN, Cell, Column, bound_words, count, figure, measure_words, setting
 from bncli.results.compare import Planned, PlannedArm
 from bncli.results.serialize import to_plain
 
@@ -28,7 +28,7 @@ def render(planned: Planned) -> Group:
     )
     if planned.search_runs:
         runs = f"about {count(planned.search_runs, 'run')} of {planned.search_steps:,} steps"
-        lines.append(f"On top, the largest learning rate of each arm and seed is searched by {runs}.")
+        lines.append(f"On top, the searches for the largest learning rate take {runs}.")
     return Group(_fields_table(planned), _arms_table(planned), *_claims_table(planned), *map(Paragraph, lines))
 
 
@@ -61,14 +61,15 @@ def _arms_table(planned: Planned) -> ResponsiveTable:
 def _claims_table(planned: Planned) -> list[ResponsiveTable]:
     if not planned.claims:
         return []
+    claims = planned.claims
+    rows = [Row(heading=f"{number}. {claim.say}") for number, claim in enumerate(claims, 1)]
     columns = [
-        Column("claim", [claim.say for claim in planned.claims], words=True),
-        Column("measure", [claim.measure for claim in planned.claims], words=True),
-        Column("arm", [claim.arm for claim in planned.claims], words=True),
-        Column("over", [claim.over for claim in planned.claims], words=True),
-        Column("bound", [bound_words(claim) for claim in planned.claims], words=True),
+        Column("measure", [measure_words(claim) for claim in claims], words=True),
+        Column("of", [f"{claim.arm} over {claim.over}" for claim in claims], words=True),
+        Column("bound", [bound_words(claim) for claim in claims]),
     ]
-    return [ResponsiveTable("What would be judged", AlignedTable(columns), [AlignedTable(columns, wrap=True)])]
+    table = AlignedTable(columns, rows)
+    return [ResponsiveTable("What would be judged", table, [AlignedTable(columns, rows, wrap=True)])]
 
 
 def to_json(planned: Planned) -> str:

@@ -49,9 +49,9 @@ def metric_figure(value: float | None, metric: str) -> str:
 
 
 def interval_figure(interval: Interval) -> str:
-    """`9.81–14.9`; with one open side `> 9.81` or `< 14.9`; empty when nothing bounds it."""
+    """`9.81–14.9`, `-0.35..-0.27`; with one open side `> 9.81` or `< 14.9`; empty when nothing bounds it."""
     if interval.low is not None and interval.high is not None:
-        return f"{figure(interval.low)}–{figure(interval.high)}"
+        return f"{figure(interval.low)}{'..' if interval.low < 0 else '–'}{figure(interval.high)}"
     if interval.low is not None:
         return f"> {figure(interval.low)}"
     return f"< {figure(interval.high)}" if interval.high is not None else ""
@@ -88,6 +88,12 @@ def bound_words(claim: Claim) -> str:
     """`at least 3`; `above 1` for a claim that expects more."""
     words = claim.side if claim.bounded else "above" if claim.side == "at least" else "below"
     return f"{words} {setting(claim.bound)}"
+
+
+def measure_words(claim: Claim) -> str:
+    """`shift.distance, layer hidden1, equal loss`; the mean over the run and over layers goes without saying."""
+    layer = [f"layer {claim.layer}"] * (claim.layer is not None)
+    return ", ".join([claim.measure, *layer, *[claim.when] * (claim.when != "mean")])
 
 
 def target_words(target: Target) -> str:

@@ -137,7 +137,8 @@ Verdict = Literal["shown", "refuted", "cannot tell"]
 
 # Why a claim has no interval.
 NoInterval = Literal[
-    "no pairs", "one pair", "too few hits", "not positive", "unknown layer", "no common loss", "rate not bounded"
+    "no pairs", "one pair", "too few hits", "not positive", "unknown layer", "no common steps", "no common loss",
+    "no rate trains", "no rate fails",
 ]  # fmt: skip
 
 

@@ -67,6 +67,8 @@ ONE_MISTAKE = [
      '2: model.kind: expected mlp, cnn, resnet, inception or module, found "cosine"'),
     (model("kind: [mlp]"), "2: model.kind: expected mlp, cnn, resnet, inception or module, found a list"),
     (model("hidden: [9]"), "2: model.kind: is missing; expected mlp, cnn, resnet, inception or module"),
+    (IMAGES.replace("kind: mlp", "kind: resnet, depth: 20, itit: he"),
+     "2: model.itit: unknown key; did you mean init?"),
     (model("knid: mlp"), "2: model.knid: unknown key; did you mean kind?"),
     (BASE.replace("source", "sorce"), "1: data.sorce: unknown key; did you mean source?"),
     (model("kind: mlp, activation: rleu"),
@@ -393,6 +395,51 @@ def test_a_probe_that_only_one_arm_measures_is_refused_with_the_other(mistakes_o
     text = TWO_ARMS.replace("plain: ", "plain: {probes: {measure: [shift]}}") + claiming({"measure": "shift.distance"})
     (found,) = mistakes_of(text)
     assert "is not measured in arm batch norm; add shift" in found
+
+
+@pytest.mark.parametrize(
+    ("plain", "claim", "mistake"),
+    [
+        ("probes: {measure: all}", {"measure": "saturation.share"},
+         "measure: saturation.share is of sigmoid or tanh, and arm plain has relu"),
+        ("probes: {measure: all}, model: {activation: tanh}", {"measure": "saturation.dead"},
+         "measure: saturation.dead is of relu, and arm plain has tanh"),
+        ("probes: {measure: all}", {"measure": "scale.effective_learning_rate"},
+         "measure: arm plain has no norm in which the scale of a weight has no effect"),
+        ("probes: {measure: all}, norm: dyt", {"measure": "scale.effective_learning_rate"},
+         "measure: arm plain has no norm in which the scale of a weight has no effect"),
+        ("probes: {measure: all}, train: {label_smoothing: 0.1}", {"measure": "shift.distance", "when": "equal loss"},
+         "when: losses with different train.label_smoothing are not comparable"),
+        ("norm: {kind: renorm, warmup: 400}, train: {steps: 500}", {},
+         "measure: in arm plain, with the 300 steps of largest_learning_rate: norm.warmup is no less than the budget "
+         "of 300 steps: all of it would be plain batch norm"),
+        ("schedule: {warmup: 300}", {},
+         "measure: in arm plain, schedule.warmup 300 is no less than the 300 steps of largest_learning_rate"),
+        ("train: {evaluate_every: 90}", {}, None),
+    ],
+)  # fmt: skip
+def test_a_claim_about_what_an_arm_cannot_measure_is_refused(
+    mistakes_of: MistakesOf, plain: str, claim: dict[str, object], mistake: str | None
+) -> None:
+    probes = "probes: {measure: all}, norm: batch" if "probes" in plain else "norm: batch"
+    if claim.get("measure") == "saturation.share":
+        probes += ", model: {activation: sigmoid}"
+    text = TWO_ARMS.replace("plain: ", f"plain: {{{plain}}}").replace("{norm: batch}", f"{{{probes}}}")
+    found = mistakes_of(text + claiming(claim) + SEARCH.replace("300", "50" if mistake is None else "300"))
+    assert found == (() if mistake is None else (f"r.yaml:7: claims.0.{mistake}",))
+
+
+@pytest.mark.parametrize(
+    ("plain", "mistake"),
+    [("schedule: {warmup: x}", 'schedule.warmup: expected a whole number, found "x"'),
+     ("train: {label_smoothing: []}", "train.label_smoothing: expected a number, found an empty list"),
+     ("model: 4", "model.kind: expected mlp, cnn, resnet, inception or module, found 4")],
+)  # fmt: skip
+def test_what_is_wrong_in_an_arm_is_noted_once_and_no_claim_trips_over_it(
+    mistakes_of: MistakesOf, plain: str, mistake: str
+) -> None:
+    text = TWO_ARMS.replace("plain: ", f"plain: {{{plain}}}") + claiming({}) + SEARCH
+    assert mistakes_of(text) == (f"r.yaml:5: arms.plain.{mistake}",)
 
 
 def test_a_claim_needs_arms_and_one_on_steps_a_target(mistakes_of: MistakesOf) -> None:

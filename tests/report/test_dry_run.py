@@ -36,12 +36,21 @@ def test_fields_arms_and_runs_are_shown(show):
         assert words in text
 
 
+@pytest.mark.parametrize("measure", ["largest_learning_rate", "regularization.logit_variance"])
+def test_no_name_of_a_measure_is_broken_on_a_terminal_of_80_columns(show, measure):
+    claim = Claim(
+        "as it is said", measure, "large weights + batch norm", "batch norm", 3.0, "at least", True, "end", None
+    )
+    text = show(render(replace(PLANNED, claims=(claim,) * 2)), 80)
+    assert text.count(measure) == 2
+
+
 def test_claims_and_the_searches_that_they_ask_for_are_listed(show):
     claim = Claim("higher rates", "largest_learning_rate", "own", "plain", 3.0, "at least", True, "mean", None)
     planned = replace(PLANNED, claims=(claim,), search_runs=90, search_steps=300)
     text = " ".join(show(render(planned), 120).split())
-    assert "higher rates largest_learning_rate own plain at least 3" in text
-    assert "the largest learning rate of each arm and seed is searched by about 90 runs of 300 steps." in text
+    assert "1. higher rates largest_learning_rate own over plain at least 3" in text
+    assert "the searches for the largest learning rate take about 90 runs of 300 steps." in text
     assert "What would be judged" not in show(render(PLANNED), 120)
 
 

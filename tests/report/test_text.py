@@ -57,7 +57,14 @@ def test_an_accuracy_has_four_decimals_and_a_loss_four_digits():
 
 @pytest.mark.parametrize(
     ("low", "high", "shown"),
-    [(9.81, 14.94, "9.81–14.9"), (3.1, None, "> 3.10"), (None, 0.61, "< 0.610"), (None, None, "")],
+    [
+        (9.81, 14.94, "9.81–14.9"),
+        (-0.35, -0.27, "-0.350..-0.270"),
+        (-2.0, None, "> -2.00"),
+        (3.1, None, "> 3.10"),
+        (None, 0.61, "< 0.610"),
+        (None, None, ""),
+    ],
 )
 def test_an_interval_with_an_open_side_is_a_bound(low, high, shown):
     assert interval_figure(Interval(low, high)) == shown

@@ -11,9 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from operator import attrgetter
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ import numpy as np
 from bncli.measure.compare import rates, samples, stats
 from bncli.measure.compare.samples import ArmRuns, tuned_point
 from bncli.measure.compare.stats import Floats
-from bncli.names import MEASURES
+from bncli.names import MEASURES, Compared
 from bncli.results.compare import Claim, ComparisonPlan, JudgedClaim, NoInterval, Verdict
 from bncli.results.environment import Interval
 from bncli.results.train import RunResult
@@ -46,12 +45,14 @@ def _judged_pairs(claim: Claim, arm: ArmRuns, over: ArmRuns, tail: float) -> Jud
     known, within = _pairs(claim, arm, over)
     values = np.array([pair for pair in known if isinstance(pair, tuple)], dtype=float).reshape(-1, 2)
     reasons: list[NoInterval] = [pair for pair in known if isinstance(pair, str)]
-    found = replace(_untold(claim, tail), seeds=len(values), of_seeds=len(known))
+    # A search that met no bound is not left out: the other seeds alone, those with a bound, would be a biased sample.
+    unbounded = [reason for reason in reasons if reason in ("no rate trains", "no rate fails")]
+    found = replace(_unjudged(claim, tail), seeds=len(values), of_seeds=len(known))
     scale, back = SCALES[found.compared]
     if found.compared == "ratio" and (values <= 0).any():
         return replace(found, no_interval="not positive")
-    if len(values) == 0 or "rate not bounded" in reasons:
-        return replace(found, no_interval=next(iter(reasons), "no pairs"))
+    if len(values) == 0 or unbounded:
+        return replace(found, no_interval=next(iter(unbounded or reasons), "no pairs"))
     scaled = scale(values)  # (pairs, arm and over)
     mean = stats.paired(scaled[:, 0] - scaled[:, 1], tail, float(scale(claim.bound)), within)
     of_arm, of_over = map(float, back(scaled.mean(0)))
@@ -68,7 +69,7 @@ SCALES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 }
 
 
-def _untold(claim: Claim, tail: float) -> JudgedClaim:
+def _unjudged(claim: Claim, tail: float) -> JudgedClaim:
     """A claim of which nothing is known yet."""
     compared = MEASURES[claim.measure].compared
     return JudgedClaim(
@@ -78,12 +79,15 @@ def _untold(claim: Claim, tail: float) -> JudgedClaim:
 
 
 def _with_verdict(claim: JudgedClaim, interval: Interval, tail: float, within: float = 0.0) -> JudgedClaim:
-    """The claim with its interval, the verdict that follows, and the seeds that would decide it where none does."""
-    beyond = interval.low is not None and interval.low > claim.bound
-    short = interval.high is not None and interval.high < claim.bound
-    if claim.side == "at most":
-        beyond, short = short, beyond
-    verdict: Verdict = "shown" if beyond else "refuted" if short else "cannot tell"
+    """The claim with its interval, the verdict that follows, and the seeds that would decide it where none does.
+
+    A bound that the recipe states fulfils the claim; no difference does not fulfil one that expects a difference.
+    """
+    sign = 1 if claim.side == "at least" else -1
+    ends = (-math.inf if interval.low is None else interval.low, math.inf if interval.high is None else interval.high)
+    (low, high), bound = sorted(sign * end for end in ends), sign * claim.bound
+    shown, refuted = (low >= bound, high < bound) if claim.bounded else (low > bound, high <= bound)
+    verdict: Verdict = "shown" if shown else "refuted" if refuted else "cannot tell"
     claim = replace(claim, interval=interval, verdict=verdict)
     if verdict != "cannot tell" or claim.value is None or None in (interval.low, interval.high):
         return claim
@@ -107,12 +111,14 @@ def _judged_cost(claim: Claim, arm: ArmRuns, over: ArmRuns, tail: float) -> Judg
     both = (each.sample(measure, by, seeds, each.best(by or measure)) for each in (arm, over))
     of_arm, of_over = (stats.typical(sample).value for sample in both)
     of_seeds = len(arm.plan.tune_seeds) + len(arm.plan.report_seeds)
-    told = replace(_untold(claim, tail), value=found.value, p_value=found.p_value, of_arm=of_arm, of_over=of_over)
-    told = replace(told, seeds=len(seeds), of_seeds=of_seeds)
-    if found.interval == stats.OPEN or len(seeds) < 2:  # arms of one recipe have a ratio of 1 without any run
-        reasons: dict[int, NoInterval] = {0: "no pairs", 1: "one pair"}
-        return replace(told, no_interval=reasons.get(len(seeds), "too few hits"))
-    return _with_verdict(told, found.interval, tail)
+    p_value = found.p_value if found.method == "means" else None  # that of "hits" is not of the bound
+    unjudged = replace(_unjudged(claim, tail), value=found.value, p_value=p_value, of_arm=of_arm, of_over=of_over)
+    unjudged = replace(unjudged, seeds=len(seeds), of_seeds=of_seeds)
+    if len(seeds) < 2:  # arms of one recipe have a ratio of 1 without any run
+        return replace(unjudged, no_interval="one pair" if seeds else "no pairs")
+    if found.interval == stats.OPEN:  # "none": the target was held before training, after 0 steps
+        return replace(unjudged, no_interval="not positive" if found.method == "none" else "too few hits")
+    return _with_verdict(unjudged, found.interval, tail)
 
 
 # --- values of single runs ----------------------------------------------------------------------------------------
@@ -124,7 +130,7 @@ def _pairs(claim: Claim, arm: ArmRuns, over: ArmRuns) -> tuple[list[Pair | NoInt
     if claim.measure == "largest_learning_rate":
         found = [(_largest_rate(arm, seed), _largest_rate(over, seed)) for seed in plan.report_seeds]
         factor = (plan.largest_learning_rate or {}).get("factor", 1.0)
-        return [_finite_pair(*pair, "rate not bounded") for pair in found], math.log(factor)
+        return [_pair(*each) for each in found], math.log(factor)
     return [_of_runs(claim, *pair) for pair in zip(_best_runs(arm), _best_runs(over), strict=True)], 0.0
 
 
@@ -135,14 +141,14 @@ def _best_runs(arm: ArmRuns) -> list[RunResult | None]:
     return [results.get(seed) for seed in arm.plan.report_seeds]
 
 
-def _finite_pair(of_arm: float | None, of_over: float | None, reason: NoInterval = "no pairs") -> Pair | NoInterval:
-    if of_arm is None or of_over is None or math.isnan(of_arm) or math.isnan(of_over):
-        return "no pairs"
-    return (of_arm, of_over) if math.isfinite(of_arm) and math.isfinite(of_over) else reason
+def _pair(*values: float | NoInterval | None) -> Pair | NoInterval:
+    """The values of both arms, or why one of them is not a finite number."""
+    known = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
+    return (known[0], known[1]) if len(known) == 2 else next((v for v in values if isinstance(v, str)), "no pairs")
 
 
-def _largest_rate(arm: ArmRuns, seed: int) -> float | None:
-    """The largest learning rate of one seed; infinite where the search has found none so far up or down."""
+def _largest_rate(arm: ArmRuns, seed: int) -> float | NoInterval | None:
+    """The largest learning rate of one seed, or why its search has none; None where runs are missing."""
     point = tuned_point(arm.plan, arm.name, arm.records) if arm.plan.tune_seeds else next(iter(arm.kept), None)
     by_rate = {record.point[rates.FIELD]: record.result for record in arm.searched if record.seed == seed}
     if point is None or not by_rate:
@@ -151,7 +157,7 @@ def _largest_rate(arm: ArmRuns, seed: int) -> float | None:
         found = rates.search(arm.plan, arm.name, point, by_rate.get)
     except rates.UnknownOutcome:
         return None
-    return math.inf if found.trains is None or found.fails is None else found.trains
+    return "no rate trains" if found.trains is None else "no rate fails" if found.fails is None else found.trains
 
 
 def _of_runs(claim: Claim, of_arm: RunResult | None, of_over: RunResult | None) -> Pair | NoInterval:
@@ -159,23 +165,24 @@ def _of_runs(claim: Claim, of_arm: RunResult | None, of_over: RunResult | None) 
         return "no pairs"
     if MEASURES[claim.measure].probe is None:
         value = _final if claim.measure == "final" else attrgetter("best")
-        return _finite_pair(value(of_arm), value(of_over))
-    sides = [_series(run, claim.measure, claim.layer) for run in (of_arm, of_over)]
+        return _pair(value(of_arm), value(of_over))
+    runs = (of_arm, of_over)
+    sides = [_series(run, claim.measure, claim.layer) for run in runs]
     if not all(sides):
-        layers = {point.layer for run in (of_arm, of_over) for point in run.probes}
+        layers = {point.layer for run in runs for point in run.probes}
         return "unknown layer" if claim.layer is not None and claim.layer not in layers else "no pairs"
-    if claim.when == "equal loss":
-        losses = [next(iter(_series(run, "loss.training", None)), {}) for run in (of_arm, of_over)]
-        levels = _common_losses(*losses)
-        if levels is None:
-            return "no common loss"
-        reductions: list[Callable[[Line], float | None]] = [
-            partial(_mean_at_losses, losses=loss, levels=levels) for loss in losses
-        ]
+    if claim.when == "end":
+        values = [[line[max(line)] for line in side] for side in sides]
+    elif claim.when == "mean":
+        values = _means_over_log_steps(sides)
     else:
-        reductions = [_at_end if claim.when == "end" else _mean_over_log_steps] * 2
-    mine, others = (_mean_over_layers(list(map(*each))) for each in zip(reductions, sides, strict=True))
-    return _finite_pair(mine, others)
+        # Held-out loss is of evaluation mode, in which running statistics lag behind the first steps; so is its match.
+        loss = "regularization.training_loss" if claim.measure.startswith("regularization.") else "loss.training"
+        losses = [next(iter(_series(run, loss, None)), {}) for run in runs]
+        values = _means_at_equal_losses(sides, losses, MEASURES[claim.measure].compared)
+    if not values:
+        return "no common steps" if claim.when == "mean" else "no common loss"
+    return _pair(*map(fmean, values))
 
 
 def _final(run: RunResult) -> float | None:
@@ -199,41 +206,49 @@ def _series(run: RunResult, measure: str, layer: str | None) -> list[Line]:
     return list(found.values())
 
 
-def _mean_over_layers(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
+def _means_over_log_steps(sides: Sequence[Sequence[Line]]) -> list[list[float]]:
+    """For each side the mean of each layer, over the log of the steps at which both runs were measured.
+
+    Integrals by trapezoids over their length, from the later of the first steps above 0 to the earlier of the last, so
+    that a run is not judged by steps that the other never took. Empty where there is no such step.
+    """
+    known = [[[step for step in line if step > 0] for line in side] for side in sides]
+    steps = [each for side in known for each in side]
+    if not all(steps) or (first := max(each[0] for each in steps)) > (last := min(each[-1] for each in steps)):
+        return []
+
+    def mean(line: Line, steps: list[int]) -> float:
+        places = np.log([first, *(step for step in steps if first < step < last), last])
+        values = np.interp(places, np.log(steps), [line[step] for step in steps])
+        return float(np.trapezoid(values, places) / (places[-1] - places[0]) if first < last else values[0])
+
+    return [list(map(mean, *each)) for each in zip(sides, known, strict=True)]
 
 
-def _at_end(line: Line) -> float:
-    return line[max(line)]
+def _means_at_equal_losses(
+    sides: Sequence[Sequence[Line]], losses: Sequence[Line], compared: Compared
+) -> list[list[float]]:
+    """For each side the mean of each layer at losses that both runs pass, evenly spaced in the loss's log.
+
+    From the smaller of their first losses to the larger of their smallest, among the steps at which the layers were
+    measured; empty where there are none. A run has a loss's value where it first passes it. Values that are compared as
+    a ratio have a geometric mean: a held-out loss falls with the training loss, and the first ones would outweigh all.
+    """
+    scale, back = SCALES[compared]
+    passed = [[_by_log_loss(line, loss) for line in side] for side, loss in zip(sides, losses, strict=True)]
+    logs = [logs for side in passed for logs, _ in side]
+    if not all(map(len, logs)) or (low := max(each[0] for each in logs)) >= (high := min(each[-1] for each in logs)):
+        return []
+    levels = np.linspace(low, high, LOSS_LEVELS)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a value of 0 makes the mean 0
+        return [[float(back(np.interp(levels, x, scale(y)).mean())) for x, y in side] for side in passed]
 
 
-def _mean_over_log_steps(line: Line) -> float | None:
-    """The integral over the log of the step by trapezoids, over its length; step 0, which has no log, is left out."""
-    steps = [step for step in sorted(line) if step > 0]
-    values = [line[step] for step in steps]
-    if len(steps) < 2:
-        return values[0] if values else None
-    logs = np.log(steps)
-    return float(np.trapezoid(values, logs) / (logs[-1] - logs[0]))
-
-
-def _common_losses(first: Line, second: Line) -> Floats | None:
-    """Losses that both runs pass: from the smaller of their first to the larger of their smallest, even in the log."""
-    if not (first and second):
-        return None
-    high = min(loss[min(loss)] for loss in (first, second))
-    low = max(min(loss.values()) for loss in (first, second))
-    return np.geomspace(high, low, LOSS_LEVELS) if 0 < low < high < math.inf else None
-
-
-def _mean_at_losses(line: Line, losses: Line, levels: Floats) -> float | None:
-    """The mean of a probe's values where the run first passes each loss, interpolated in the loss's log."""
-    passed: list[tuple[float, float]] = []  # log loss, from the smallest, and value
+def _by_log_loss(line: Line, losses: Line) -> tuple[Floats, Floats]:
+    """The logs of the losses that are below all earlier ones, ascending, and a layer's values there."""
+    passed: list[tuple[float, float]] = []
     for step in sorted(line.keys() & losses.keys()):
-        if losses[step] > 0 and (not passed or math.log(losses[step]) < passed[0][0]):
-            passed.insert(0, (math.log(losses[step]), line[step]))
-    if not passed:
-        return None
-    logs, values = np.array(passed).T
-    return float(np.interp(np.log(levels), logs, values).mean())
+        if 0 < losses[step] < (passed[0][0] if passed else math.inf):
+            passed.insert(0, (losses[step], line[step]))
+    found, values = np.array(passed, dtype=float).reshape(-1, 2).T
+    return np.log(found), values

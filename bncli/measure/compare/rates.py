@@ -1,9 +1,10 @@
 """Search for the largest learning rate at which an arm trains: the rates to try, and what their runs say. No torch.
 
-Rates are start * factor^k. The search climbs by about a factor of 2 until a rate fails, or descends until one trains,
-then halves the distance in k between the two. Far above the largest usable rate a run can look trained again: a rate
-counts as found only where rates down to half of it train too, and where one of them fails the search goes on below that
-one. Where none trains there, down to an eighth of it, these are too small for the budget and the first one stands.
+Rates are start * factor^k. The search begins with a rate that trains, the start or one around it, since the start can
+be too large, or too small for the budget; it climbs by about a factor of 2 until a rate fails, then halves the distance
+in k between the two. Far above the largest usable rate a run can look trained again: a rate counts as found only where
+rates down to half of it train too, and where one of them fails the search goes on below that one. Where none trains
+there, down to an eighth of it, these are too small for the budget and the first one stands.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from bncli.results.compare import ComparisonPlan
 from bncli.results.train import RunResult
 
 FIELD = "optimizer.lr"
-MOST_DOUBLINGS = 20  # from the start, in either direction
+DOUBLINGS_AROUND = 10  # of the start, in either direction, for a first rate that trains
+MOST_DOUBLINGS = 20  # above the start
 DOUBLINGS_BELOW = 3  # a rate that fails: without one that trains there the rate was too small, not too large
 USUAL_RUNS = 9  # of a search, for the number of planned runs
 ResultOf = Callable[[float], RunResult | None]  # of the run at a rate; None where there is none
@@ -57,18 +59,17 @@ def search(plan: ComparisonPlan, arm: str, point: Mapping[str, Any], result_of: 
 
     stride = max(1, round(math.log(2, asked.factor)))
     below = sorted({1, stride // 2, stride} - {0})
-    most, high = MOST_DOUBLINGS * stride, 0
-    while trains(high):
-        high += stride
-        if high > most:
-            return Found(rate(high - stride), None)
-    found, lowest = None, -most
-    while True:
-        low = high - stride
-        while not trains(low):
-            high, low = low, low - stride
-            if low < lowest:
-                return found or Found(None, rate(high))
+    around = (sign * doublings * stride for doublings in range(DOUBLINGS_AROUND + 1) for sign in (-1, 1))
+    low = next((k for k in around if trains(k)), None)
+    if low is None:
+        return Found(None, rate(0))
+    while trains(low + stride):
+        low += stride
+        if low > MOST_DOUBLINGS * stride:
+            return Found(rate(low), None)
+    found = Found(rate(low), rate(low + stride))
+    while low is not None:
+        high = low + stride
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if trains(middle) else (low, middle)
@@ -76,7 +77,8 @@ def search(plan: ComparisonPlan, arm: str, point: Mapping[str, Any], result_of: 
         hole = next((low - factors for factors in below if not trains(low - factors)), None)
         if hole is None:
             return found
-        high, lowest = hole, hole - DOUBLINGS_BELOW * stride
+        low = next((k for n in range(1, DOUBLINGS_BELOW + 1) if trains(k := hole - n * stride)), None)
+    return found
 
 
 def trained(result: RunResult, accuracy: float | None) -> bool | None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from bncli.names import MEASURES
 from bncli.report.compare.text import p_figure
-from bncli.report.text import UNKNOWN, Cell, Column, bound_words, count, figure, setting
-from bncli.results.compare import Claim, Comparison, JudgedClaim, NoInterval
-from bncli.results.environment import Interval
+from bncli.report.text import UNKNOWN, Cell, Column, bound_words, count, figure, interval_figure, measure_words, setting
+from bncli.results.compare import Claim, Comparison, JudgedClaim, NoInterval, Verdict
 
 HEADING = "claims"
-STYLES = {"shown": "green", "refuted": "red", "cannot tell": "yellow"}
+STYLES: dict[Verdict, str] = {"shown": "green", "refuted": "red", "cannot tell": "yellow"}
 WHEN = {
-    "mean": "mean over the log of the step (trapezoids, without step 0)",
-    "end": "last point",
-    "equal loss": "mean over the training losses that both runs pass, evenly spaced in the log",
+    "mean": "A probe's value is its mean over the log of the step, up to where the first of the two runs ends.",
+    "end": "end: a probe's last value.",
+    "equal loss": (
+        "equal loss: the mean (geometric for a ratio) at training losses that both runs pass, evenly spaced in the "
+        "log; for regularization these are losses in evaluation mode, as its own."
+    ),
 }
 NO_INTERVAL: dict[NoInterval, str] = {
     "no pairs": "no pair of runs has a value in both arms",
@@ -23,33 +27,34 @@ NO_INTERVAL: dict[NoInterval, str] = {
     "too few hits": "too few runs reached the target for an interval",
     "not positive": "a value is 0 or below, and a ratio needs values above 0",
     "unknown layer": "no run has values of that layer",
+    "no common steps": "the runs of no pair were measured at steps in common after step 0 (probes.at)",
     "no common loss": "no pair of runs passes a training loss in common",
-    "rate not bounded": "a search found no rate that trains, or none that fails",
+    "no rate trains": "in a search for the largest learning rate no rate trained",
+    "no rate fails": "in a search for the largest learning rate every higher rate trained too",
 }
 
 
 def claim_columns(comparison: Comparison) -> list[Column]:
-    """One row per claim, in the recipe's order."""
+    """One row per claim, in the recipe's order; the first column has the claims as they are said, by their number."""
     claims = comparison.claims
     return [
-        Column("claim", [Cell(claim.say, _measure(claim)) for claim in claims], words=True, style="bold"),
+        Column("claim", [f"{number}. {claim.say}" for number, claim in enumerate(claims, 1)], words=True),
+        Column("measure", [Cell(measure_words(claim), _arms(claim)) for claim in claims], words=True),
         Column("measured", [_measured(claim) for claim in claims]),
         Column("bound", [_bound(claim) for claim in claims]),
         Column("verdict", [_verdict(claim) for claim in claims], words=True),
     ]
 
 
-def _measure(claim: JudgedClaim) -> str:
-    """`largest_learning_rate: batch norm 4.3 / plain 0.62`."""
-    of = [f"layer {claim.layer}"] * bool(claim.layer) + [claim.when] * ("." in claim.measure)
-    arms = [f"{claim.arm} {figure(claim.of_arm)}", f"{claim.over} {figure(claim.of_over)}"]
-    between = " / " if claim.compared == "ratio" else " less "
-    return f"{', '.join([claim.measure, *of])}: {between.join(arms)}"
+def _arms(claim: JudgedClaim) -> str:
+    """`batch norm 4.3 / plain 0.62`."""
+    between = "/" if claim.compared == "ratio" else "less"
+    return f"{claim.arm} {figure(claim.of_arm)} {between} {claim.over} {figure(claim.of_over)}"
 
 
 def _measured(claim: JudgedClaim) -> Cell:
     unit = "x" if claim.compared == "ratio" else ""
-    span = span_figure(claim.interval)
+    span = interval_figure(claim.interval)
     if claim.value is None:
         return Cell(f"{span}{unit}" if span else UNKNOWN)
     return Cell(f"{figure(claim.value)}{unit}", span)
@@ -59,22 +64,16 @@ def _bound(claim: JudgedClaim) -> Cell:
     return Cell(bound_words(claim), "" if claim.p_value is None else f"p {p_figure(claim.p_value)}")
 
 
-def span_figure(interval: Interval) -> str:
-    """`4.2–8.8`; `-0.35..-0.27` where a side is negative; with one open side `> 4.2`."""
-    low, high = interval.low, interval.high
-    if low is None or high is None:
-        return f"> {figure(low)}" if low is not None else f"< {figure(high)}" if high is not None else ""
-    return f"{figure(low)}{'..' if low < 0 else '–'}{figure(high)}"
-
-
 def _verdict(claim: JudgedClaim) -> Cell:
-    aside = f"needs about {claim.seeds_needed:,} seeds" if claim.seeds_needed else ""
+    aside = f"about {claim.seeds_needed:,} seeds" if claim.seeds_needed else ""
     return Cell(claim.verdict, aside, style=STYLES[claim.verdict])
 
 
 def claim_notes(comparison: Comparison) -> Iterator[str]:
-    """What the table's figures rest on."""
+    """How many claims have each verdict, and what the table's figures rest on."""
     claims = comparison.claims
+    verdicts = Counter(claim.verdict for claim in claims)
+    yield ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in STYLES if verdicts[verdict]) + "."
     further = len(comparison.plan.report_seeds)
     seeds = (
         f": steps, seconds and examples to target over all seeds, as above; the rest over the {further} further ones"
@@ -89,9 +88,10 @@ def claim_notes(comparison: Comparison) -> Iterator[str]:
         "shown: the whole interval lies beyond the bound; refuted: all of it falls short; cannot tell: neither, with "
         "the seeds that would decide it in 4 of 5 comparisons, if arms differ and scatter as seen."
     )
-    yield from (f"{when}: {WHEN[when]}." for when in WHEN if any(_has(claim, when) for claim in claims))
-    if any("." in claim.measure and claim.layer is None for claim in claims):
-        yield "A probe's value is the mean over the layers that it measures."
+    probed = [claim for claim in claims if "." in claim.measure]
+    yield from (WHEN[when] for when in WHEN if any(claim.when == when for claim in probed))
+    if any(MEASURES[claim.measure].per_layer and claim.layer is None for claim in probed):
+        yield "Where a probe has a value for each layer, it is the mean over layers."
     search, measures = comparison.plan.largest_learning_rate, {claim.measure for claim in claims}
     if search and "largest_learning_rate" in measures:
         bar = f"of {setting(search['accuracy'])}" if search["accuracy"] else "above the best constant guess's"
@@ -101,13 +101,13 @@ def claim_notes(comparison: Comparison) -> Iterator[str]:
         )
     if any(_stops(comparison, claim) for claim in claims):
         yield (
-            "final, best and probes: up to where a run stops, once the steps to its target are settled; "
-            "train.stop_at_target: false lets all runs go on to the end."
+            "final, best and probes end where a run stops, once the steps to its target are settled; "
+            "train.stop_at_target: false lets it go on."
         )
     for number, claim in enumerate(claims, 1):
         if claim.no_interval:
             yield f"Claim {number} has no interval: {NO_INTERVAL[claim.no_interval]}."
-        if claim.seeds < claim.of_seeds:
+        elif claim.seeds < claim.of_seeds:
             left_out = "the other runs failed, are not done, or have no finite value"
             yield f"Claim {number} rests on {claim.seeds} of {count(claim.of_seeds, 'pair')} of runs: {left_out}."
 
@@ -115,12 +115,8 @@ def claim_notes(comparison: Comparison) -> Iterator[str]:
 def _stops(comparison: Comparison, claim: Claim) -> bool:
     """Whether a claim is about the whole of runs that stop at their target."""
     whole = "." in claim.measure or claim.measure in ("final", "best")
-    recipe = comparison.plan.recipes.get(claim.arm, {})
-    return whole and bool(recipe.get("train", {}).get("stop_at_target"))
-
-
-def _has(claim: Claim, when: str) -> bool:
-    return "." in claim.measure and claim.when == when
+    recipes = (comparison.plan.recipes.get(name, {}) for name in (claim.arm, claim.over))
+    return whole and any(recipe.get("train", {}).get("stop_at_target") for recipe in recipes)
 
 
 def csv_row(claim: JudgedClaim) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from bncli.report.compare.text import (
     tuning_columns,
     tuning_notes,
 )
-from bncli.report.table import AlignedTable, ResponsiveTable
+from bncli.report.table import AlignedTable, ResponsiveTable, Row
 from bncli.results.compare import Comparison
 
 SKETCH_WIDTH = 100  # at most, in columns
@@ -78,6 +78,9 @@ def tuning_table(comparison: Comparison) -> RenderableType:
 
 
 def claims_table(comparison: Comparison) -> RenderableType:
-    """One row per claim: what was measured, its bound, and the verdict."""
-    table = AlignedTable(claim_columns(comparison), asides_below=True, wrap=True)
-    return ResponsiveTable(f"{comparison.plan.name}: {HEADING}", table, notes=list(claim_notes(comparison)))
+    """Each claim as it is said, and below it what was measured, its bound, and the verdict."""
+    said, *columns = claim_columns(comparison)
+    rows = [Row(heading=cell.main) for cell in said.cells]
+    narrower = [AlignedTable(columns, rows, asides_below=True, wrap=True)]
+    title, notes = f"{comparison.plan.name}: {HEADING}", list(claim_notes(comparison))
+    return ResponsiveTable(title, AlignedTable(columns, rows), narrower, notes=notes)

@@ -278,6 +278,11 @@ def footnotes(comparison: Comparison) -> list[str]:
         lines.append("fixed: set by the arm itself, so not tuned.")
     if any(arm.runs for arm in comparison.arms):
         lines.append(" ".join(_methods(comparison)))
+    probed = {run.key: run.result for run in comparison.runs if run.result and run.result.probes_s}.values()
+    if probed:
+        probes_s, rest_s = sum(r.probes_s for r in probed), sum(r.training_s + r.evaluation_s for r in probed)
+        runs = f"{figure(rest_s)} s of training and evaluations in {count(len(probed), 'run')}"
+        lines.append(f"Probes took {figure(probes_s)} s beside {runs}; no figure of time includes them.")
     return [*lines, *(f"Made on {words}." for words in environments(comparison))]
 
 

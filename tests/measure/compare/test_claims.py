@@ -91,6 +91,19 @@ def test_a_claim_is_shown_or_refuted_where_the_whole_interval_says_so(
     assert (found.seeds_needed is None) == (verdict != "cannot tell")
 
 
+@pytest.mark.parametrize(
+    ("bound", "verdict"),
+    [("expect: more", "refuted"), ("expect: less", "refuted"), ("at_least: 0", "shown"), ("at_most: 0", "shown")],
+)
+def test_arms_that_are_equal_in_every_run_fulfil_a_stated_bound_and_refute_a_difference(
+    judged: Callable[..., Any], bound: str, verdict: str
+) -> None:
+    (found,) = judged(
+        f"measure: saturation.dead, when: end, {bound}", values=at_end("saturation.dead", [0] * 5, [0] * 5)
+    )
+    assert (found.value, found.verdict) == (0, verdict)
+
+
 def test_a_verdict_is_never_from_a_single_run(judged: Callable[..., Any]) -> None:
     (found,) = judged(f"measure: {DRIFT}, when: end, at_least: 1.1", values=at_end(DRIFT, PLAIN, NORMED), seeds=1)
     assert (found.verdict, found.interval.low, found.interval.high) == ("cannot tell", None, None)
@@ -156,7 +169,7 @@ def test_best_and_generalization_gap_are_differences(judged: Callable[..., Any])
         return {"best": 0.9 + seed / 1000, "probes": points("regularization.gap", {100: gap})}
 
     best, gap = judged("measure: best, expect: more", "measure: regularization.gap, at_most: -0.1", values=values)
-    assert (best.value, best.verdict) == (0, "cannot tell")
+    assert (best.value, best.verdict) == (0, "refuted")
     assert (gap.value, gap.verdict) == (pytest.approx(-0.2), "shown")
 
 
@@ -178,6 +191,26 @@ def test_the_mean_is_over_the_log_of_the_step_and_over_layers(judged: Callable[.
     assert found.value == pytest.approx(2)
 
 
+def test_a_run_that_goes_on_longer_is_compared_over_the_steps_of_both(judged: Callable[..., Any]) -> None:
+    """The value grows with the step alone, as in both arms; one of them stops earlier, between two points."""
+
+    def values(arm: str, seed: int) -> dict[str, Any]:
+        steps = [1, 10, 30] if arm == "normed" else [0, 1, 10, 100, 1000]
+        return {"probes": points(COSINE, {step: math.log(max(step, 1e-9)) + seed / 10 for step in steps}, "hidden1")}
+
+    (found,) = judged(f"measure: {COSINE}, at_most: 0.001", values=values)
+    assert found.of_arm == pytest.approx(math.log(30) / 2 + 0.2)
+    assert found.value == pytest.approx(0, abs=1e-9)
+
+
+def test_runs_without_steps_in_common_cannot_be_told(judged: Callable[..., Any]) -> None:
+    steps = {"normed": {0: 1.0, 35: 1.0}, "plain": {0: 1.0, 100: 1.0, 160: 1.0}}
+    (found,) = judged(
+        f"measure: {COSINE}, expect: less", values=lambda arm, seed: {"probes": points(COSINE, steps[arm])}
+    )
+    assert (found.verdict, found.no_interval) == ("cannot tell", "no common steps")
+
+
 def test_at_equal_loss_two_runs_of_different_speed_and_the_same_path_are_equal(judged: Callable[..., Any]) -> None:
     """The value is a function of the loss; the faster arm passes the same losses earlier and goes on further."""
 
@@ -190,8 +223,28 @@ def test_at_equal_loss_two_runs_of_different_speed_and_the_same_path_are_equal(j
     equal, mean = (f"measure: {COSINE}, expect: less, when: {when}" for when in ("equal loss", "mean"))
     at_equal_loss, over_steps = judged(equal, mean, values=values)
     assert at_equal_loss.value == pytest.approx(0, abs=1e-9)
-    assert at_equal_loss.verdict == "cannot tell"
+    assert at_equal_loss.verdict != "shown"
     assert over_steps.verdict == "shown"
+
+
+def test_held_out_loss_is_compared_at_equal_training_loss_in_evaluation_mode(judged: Callable[..., Any]) -> None:
+    """Twice the loss of the training set in one arm and the same in the other, at every loss; batch norm's loss in
+    training mode, with statistics that do not lag behind, is far lower at first."""
+
+    def values(arm: str, seed: int) -> dict[str, Any]:
+        rate, gap, lag = (0.04, 2.0, 0.1) if arm == "normed" else (0.02, 1.0, 1.0)
+        losses = {step: 4.0 * math.exp(-rate * step) for step in range(0, 200, 5)}
+        found = {step: {"training_loss": loss, "held_out_loss": gap * loss} for step, loss in losses.items()}
+        of_mode = {step: loss * (lag if step < 50 else 1) for step, loss in losses.items()}
+        return {
+            "probes": points("loss.training", of_mode)
+            + tuple(ProbePoint("regularization", None, step, each) for step, each in found.items())
+        }
+
+    claim = "measure: regularization.held_out_loss, when: equal loss, at_least: 1.9"
+    (found,) = judged(claim, values=values)
+    assert found.value == pytest.approx(2)
+    assert found.of_over == pytest.approx(math.sqrt(4.0 * 4.0 * math.exp(-0.02 * 195)))  # geometric, of first and last
 
 
 def test_runs_that_pass_no_common_loss_cannot_be_told(judged: Callable[..., Any]) -> None:
@@ -242,6 +295,21 @@ def test_half_missed_in_both_arms_cannot_be_told(study_of: StudyOf) -> None:
     asked = study_of(BASE + UNTUNED + "\n" + claims(f"{STEPS}, expect: less"))
     claim = summarise(asked.plan, carried_out(asked, lambda job: None), 10).claims[0]
     assert (claim.verdict, claim.no_interval) == ("cannot tell", "too few hits")
+
+
+def test_a_p_value_is_of_the_bound_and_never_of_equal_hits(study_of: StudyOf) -> None:
+    asked = study_of(BASE + UNTUNED.replace("5", "9") + "\n" + claims(f"{STEPS}, expect: less"))
+    hit = {("normed", seed) for seed in asked.plan.report_seeds[:4]}
+    report = summarise(asked.plan, carried_out(asked, lambda job: 100.0 if (job.arm, job.seed) in hit else None), 18)
+    assert report.arms[1].ratio is not None
+    assert report.arms[1].ratio.method == "hits"
+    assert report.claims[0].p_value is None
+
+
+def test_a_target_that_is_held_before_training_has_no_ratio(study_of: StudyOf) -> None:
+    asked = study_of(BASE + UNTUNED + "\n" + claims(f"{STEPS}, expect: less"))
+    claim = summarise(asked.plan, carried_out(asked, lambda job: 0.0 if job.arm == "plain" else 100.0), 10).claims[0]
+    assert (claim.verdict, claim.no_interval) == ("cannot tell", "not positive")
 
 
 def test_arms_of_one_recipe_are_equal_once_there_are_two_runs(study_of: StudyOf) -> None:

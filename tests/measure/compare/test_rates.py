@@ -71,6 +71,12 @@ def test_it_descends_where_the_start_fails(plan: ComparisonPlan) -> None:
     assert one.found.trains < 0.01 <= one.found.fails  # type: ignore[operator]
 
 
+def test_it_climbs_where_the_start_is_too_small_for_the_budget(plan: ComparisonPlan) -> None:
+    one = Searched(plan, lambda rate: 0.3 < rate < 3)
+    assert one.rates[:4] == [float(f"{0.1 * FACTOR**k:.6g}") for k in (0, -4, 4, -8)]
+    assert one.found.trains < 3 <= one.found.fails  # type: ignore[operator]
+
+
 @pytest.mark.parametrize("below", [1, 2, 4])
 def test_a_rate_that_trains_above_one_that_fails_does_not_count(plan: ComparisonPlan, below: int) -> None:
     hole = [float(f"{0.1 * FACTOR ** (6 - below):.6g}")]

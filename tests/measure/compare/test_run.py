@@ -205,6 +205,20 @@ def test_a_search_with_a_failed_run_ends_without_a_rate(study_of: StudyOf) -> No
     assert any("seed 10: it died" in failure for failure in report.arms[0].failures)
 
 
+@pytest.mark.parametrize(("trains", "reason"), [(True, "no rate fails"), (False, "no rate trains")])
+def test_a_seed_without_a_largest_rate_leaves_the_claim_without_an_interval(
+    study_of: StudyOf, trains: bool, reason: str
+) -> None:
+    """Left out, it would flatter the arm: the other seeds alone are those with a limit."""
+    study = study_of(BASE + ARMS + SEARCHED)
+    executor = Trained()
+    steps = executor.steps
+    executor.answer = lambda job: (100.0 if trains else None) if (job.phase, job.seed) == ("rate", 10) else steps(job)
+    _, records = carry_out(study, Kept(), executor)
+    (claim,) = summarise(study.plan, collect(study, records), planned_runs(study, records)).claims
+    assert (claim.verdict, claim.no_interval, claim.seeds) == ("cannot tell", reason, 4)
+
+
 def test_without_a_claim_about_it_nothing_is_searched(study_of: StudyOf) -> None:
     executor = Trained()
     carry_out(study_of(BASE + ARMS + SEARCHED.split("claims")[0]), Kept(), executor)

@@ -7,14 +7,15 @@ import io
 import json
 import re
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
-from bncli.report.compare.claims import NO_INTERVAL, claim_notes, span_figure
+from bncli.report.compare.claims import NO_INTERVAL, claim_notes
 from bncli.report.compare.export import to_csv, to_html, to_markdown
 from bncli.report.compare.table import ComparisonReport, claims_table
 from bncli.report.files import from_json, to_json
-from bncli.results.compare import Comparison, JudgedClaim
+from bncli.results.compare import Comparison, JudgedClaim, NoInterval
 from bncli.results.environment import Interval
 
 RATE = JudgedClaim(
@@ -34,7 +35,7 @@ STEPS = replace(
 )  # fmt: skip
 UNKNOWN = replace(
     RATE, value=None, interval=Interval(None, None), p_value=None, verdict="cannot tell", seeds=0,
-    no_interval="rate not bounded", of_arm=None, of_over=None,
+    no_interval="no rate fails", of_arm=None, of_over=None,
 )  # fmt: skip
 SECTION = {"steps": 300, "accuracy": 0.8, "factor": 1.2}
 
@@ -65,22 +66,40 @@ def test_verdicts_close_the_terminals_report(judged, show):
 
 def test_a_row_has_the_arms_values_the_bound_and_the_seeds_that_would_decide(judged, show):
     text = show(claims_table(judged), 120)
-    assert "largest_learning_rate: batch norm 4.80 / plain 0.694" in text
+    said, measure, arms, *_ = text[text.index("1. batch norm") :].splitlines()
+    assert said == f"1. {RATE.say}"
+    assert measure.split() == ["largest_learning_rate", "6.91x", "at", "least", "3", "shown"]
+    assert arms.startswith("batch norm 4.80 / plain 0.694 ")
     wide = show(claims_table(judged), 200)
-    assert "shift.cosine, layer hidden2, equal loss: batch norm 4.80 less plain 0.694" in wide
-    assert "steps_to_target: batch norm – / plain 0.694" in text
+    assert "shift.cosine, layer hidden2, equal loss (batch norm 4.80 less plain 0.694)" in wide
+    assert "batch norm – / plain 0.694" in text
     assert "above 0" in text
-    assert "needs about 58 seeds" in text
+    assert "about 58 seeds" in text
+
+
+def test_no_name_of_a_measure_is_broken_on_a_terminal_of_80_columns(judged, show):
+    """The longest names of measures and arms, as they stand in recipes/claims.yaml."""
+    longest = replace(
+        SHIFT, measure="regularization.held_out_loss", layer=None, arm="large weights + batch norm", over="batch norm"
+    )
+    text = show(claims_table(replace(judged, claims=(longest,) * 27)), 80)
+    assert text.count("regularization.held_out_loss,") == 27
+    assert text.count("27. it reduces the shift\n") == 1
 
 
 def test_notes_say_what_the_figures_rest_on(judged):
     notes = "\n".join(claim_notes(judged))
     assert "level 0.9875: 1 - 0.05/4, for 4 claims" in notes
     assert "largest_learning_rate: a held-out accuracy of 0.8 after 300 steps" in notes
-    assert "equal loss: mean over the training losses that both runs pass" in notes
-    assert "mean: " not in notes  # no claim on a probe takes it
+    assert "equal loss: the mean (geometric for a ratio) at training losses that both runs pass" in notes
+    assert "mean over the log of the step" not in notes  # no claim on a probe takes it
+    assert notes.startswith("1 shown, 1 refuted, 2 cannot tell.")
     assert "Claim 2 rests on 4 of 5 pairs of runs" in notes
-    assert f"Claim 4 has no interval: {NO_INTERVAL['rate not bounded']}." in notes
+    assert f"Claim 4 has no interval: {NO_INTERVAL['no rate fails']}." in notes
+
+
+def test_every_reason_for_no_interval_has_its_words():
+    assert NO_INTERVAL.keys() == set(get_args(NoInterval))
 
 
 def test_the_bar_without_an_accuracy_is_a_constant_guess(judged):
@@ -90,18 +109,13 @@ def test_the_bar_without_an_accuracy_is_a_constant_guess(judged):
 
 def test_a_probes_layers_and_the_end_of_runs_are_explained_where_claims_need_it(judged):
     whole = replace(judged, claims=(replace(SHIFT, layer=None),))
-    assert "A probe's value is the mean over the layers" in "\n".join(claim_notes(whole))
-    assert "A probe's value is the mean over the layers" not in "\n".join(claim_notes(judged))
-    stopping = {"batch norm": {"train": {"stop_at_target": True}}}
-    stopped = replace(whole, plan=replace(judged.plan, recipes=stopping))
-    assert "train.stop_at_target: false" in "\n".join(claim_notes(stopped))
+    assert "Where a probe has a value for each layer" in "\n".join(claim_notes(whole))
+    assert "Where a probe has a value for each layer" not in "\n".join(claim_notes(judged))
+    for arm in ("batch norm", "plain"):
+        stopping = {arm: {"train": {"stop_at_target": True}}}
+        stopped = replace(whole, plan=replace(judged.plan, recipes=stopping))
+        assert "train.stop_at_target: false" in "\n".join(claim_notes(stopped))
     assert "train.stop_at_target: false" not in "\n".join(claim_notes(whole))
-
-
-def test_an_interval_with_a_negative_side_has_dots():
-    assert span_figure(Interval(-0.35, -0.27)) == "-0.350..-0.270"
-    assert span_figure(Interval(0.25, 0.5)) == "0.250–0.500"
-    assert span_figure(Interval(-2.0, None)) == "> -2.00"
 
 
 def test_csv_has_a_second_table_after_an_empty_line(judged):
@@ -118,7 +132,7 @@ def test_markdown_has_the_table_and_its_notes(judged):
     text = to_markdown(judged).split("#### Claims")[1]
     (table,) = re.findall(r"(?:^\|.*\n)+", text, re.M)
     assert len(table.splitlines()) == 2 + 4
-    assert "| fewer \\| steps (steps\\_to\\_target: batch norm – / plain 0.694) |" in table
+    assert "| 3. fewer \\| steps | steps\\_to\\_target (batch norm – / plain 0.694) |" in table
     assert "- Claim 4 has no interval" in text
 
 

@@ -183,3 +183,13 @@ def test_a_reference_that_is_not_there_leaves_out_the_ratios(examples):
     found = examples["two arms"]
     without = replace(found, arms=found.arms[1:])
     assert not any(cell.aside for column in tuning_columns(without)[1:] for cell in column.cells)
+
+
+def test_what_probes_took_is_said_once_for_each_run(examples):
+    found = examples["two arms"]
+    run = next(run for run in found.runs if run.result is not None)
+    result = replace(run.result, probes_s=3.0, training_s=1.5, evaluation_s=0.5)
+    probed = replace(found, runs=(replace(run, result=result),) * 2)
+    (note,) = [note for note in footnotes(probed) if "Probes" in note]
+    assert note.startswith("Probes took 3.00 s beside 2.00 s of training and evaluations in 1 run; ")
+    assert not any("Probes" in note for note in footnotes(found))

@@ -190,10 +190,6 @@ def _copied(state: TrainState, probes: Probes) -> nn.Module:
         ) from error
 
 
-def _unaugmented(split: Split) -> Split:
-    return replace(split, augment=False)  # type: ignore[type-var]
-
-
 def _pass_sample(network: Network, gradients: bool) -> tuple[Recorder, float, dict[str, values.GradientMoments]]:
     """Pass the sample: what the modules did, the mean loss, and each layer's gradient, in the order of execution."""
     recorder = Recorder(network.model, network.sample_batches)
@@ -326,7 +322,7 @@ def _regularization(network: Network) -> list[Found]:
 
     The variance is over random batches in training mode, its mean over a few fixed examples and all logits.
     """
-    size, train = network.batch_size, _unaugmented(network.train)
+    size, train = network.batch_size, replace(network.train, augment=False)  # type: ignore[type-var]
     order = network.random(len(train), "examples")
     fixed, others = order.split([count := min(FIXED_EXAMPLES, max(1, size - 1)), len(train) - count])
     companions = [others[network.random(len(others), f"batch {k}")[: size - count]] for k in range(RANDOM_BATCHES)]

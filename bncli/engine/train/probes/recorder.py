@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bncli.engine.models.init import stream
+from bncli.names import NORMS
 
 MOST_VALUES = 4096  # per unit, of all passes together
 MOST_FEATURES = 1024  # of a covariance
@@ -17,6 +18,8 @@ NONLINEARITIES = (
     *(nn.Sigmoid, nn.Tanh, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.GELU, nn.SiLU, nn.ELU, nn.SELU, nn.CELU),
     *(nn.Softplus, nn.Mish, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish),
 )
+# By the names of their classes; torch's LocalResponseNorm divides by more than its input.
+KEEP_SCALE = {"LocalResponseNorm", *(row.section for row in NORMS.values() if not row.cancels_scale)}
 TORCH_NORMS = ("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm", "torch.nn.modules.normalization")
 
 
@@ -24,6 +27,12 @@ def is_norm(module: nn.Module) -> bool:
     """Whether a module is a norm of bncli's or of torch's, or a subclass of one."""
     places = {kind.__module__ for kind in type(module).__mro__}
     return any(place in TORCH_NORMS or place.startswith("bncli.engine.models.") for place in places)
+
+
+def cancels_scale(norm: nn.Module) -> bool:
+    """Whether the scale of a norm's input has no effect: it has one on a norm that takes its running statistics."""
+    running = not norm.training and getattr(norm, "running_mean", None) is not None
+    return not running and KEEP_SCALE.isdisjoint(kind.__name__ for kind in type(norm).__mro__)
 
 
 def weights_of(module: nn.Module) -> list[Tensor]:
@@ -57,7 +66,7 @@ class Recorder:
     nonlinearities: name -> module. inputs: name -> a tensor (m, units) for each pass.
     normalized: name of a norm -> a tensor (m, features) for each pass: its output without its weight and bias, and
         without the features whose weight is 0.
-    followed_by_norm: names of the layers whose output a norm received.
+    followed_by_norm: names of the layers whose output a norm received in which its scale has no effect.
     """
 
     def __init__(self, model: nn.Module, passes: int) -> None:
@@ -103,7 +112,7 @@ class Recorder:
         self.inputs[call].append(unit_values(args[0], self._most))
 
     def _before_norm(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and id(args[0]) in self._returned:
+        if args and id(args[0]) in self._returned and cancels_scale(module):
             self.followed_by_norm.add(self._returned[id(args[0])][0])
 
     def _after_norm(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:

@@ -363,6 +363,20 @@ def test_the_scale_counts_as_a_rate_only_where_a_norm_follows() -> None:
     assert "effective_learning_rate" not in found["output"]
 
 
+@pytest.mark.parametrize(
+    ("norm", "cancels"),
+    [
+        ({"kind": "rms"}, True),
+        ({"kind": "noisy"}, True),
+        ({"kind": "dyt"}, False),
+        ({"kind": "frozen", "after": 1}, False),
+    ],
+)
+def test_a_norm_that_keeps_the_scale_of_its_input_makes_no_weight_a_rate(norm: dict[str, Any], cancels: bool) -> None:
+    _, points = probed(recipe_of({**DEEP, "norm": norm}, probes={"measure": ["scale"]}))
+    assert ("effective_learning_rate" in values_of(points, "scale")["hidden1.linear"]) is cancels
+
+
 @pytest.mark.parametrize(("norm", "varies"), [("none", False), ("layer", False), ("batch", True)])
 def test_an_examples_logits_depend_on_its_batch_under_batch_norm_alone(norm: str, varies: bool) -> None:
     recipe = recipe_of({**DEEP, "norm": {"kind": norm}}, probes={"measure": ["regularization"]})
