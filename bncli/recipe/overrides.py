@@ -108,9 +108,10 @@ def write_out(tree: Tree) -> None:
 def _write_sections(tree: Tree, sections: Any, keys: Keys) -> None:
     for name, value in sections.items() if isinstance(sections, dict) else ():
         at, kind = (*keys, name), shorthand_key(name)
-        if kind and isinstance(value, str | bool | int | float):
+        if kind and isinstance(value, str | list if name == "probes" else str | bool | int | float):
             sections[name] = {kind: value}
-            tree.where |= {(*at, kind): tree.where[at]}
+            elements = [(*at, index) for index in range(len(value))] if isinstance(value, list) else []
+            tree.where |= {(*at, kind, *each[len(at) :]): tree.where[each] for each in [at, *elements]}
         elif name not in ("arguments", *COMPARISON_KEYS):
             _write_sections(tree, value, at)
 

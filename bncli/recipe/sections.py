@@ -7,9 +7,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Strict, Tag, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Strict,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
 
-from bncli.names import KERNELS, RECIPE_KERNELS, MeasureName, ProbeName, RecipeActivation, RecipeKernel
+from bncli.names import KERNELS, PROBE_CHOICES, RECIPE_KERNELS, MeasureName, ProbeName, RecipeActivation, RecipeKernel
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -508,10 +518,20 @@ class Train(Section):
         return self.batch_size // self.accumulate
 
 
+_PROBE = {"enum": list(PROBE_CHOICES)}
+Measured = Annotated[
+    tuple[ProbeName, ...],
+    Strict(False),
+    Field(min_length=1),
+    BeforeValidator(lambda given: [given] if isinstance(given, str) else given),  # a bare name
+    WithJsonSchema({"anyOf": [_PROBE, {"type": "array", "items": _PROBE, "minItems": 1}]}),
+]
+
+
 class Probes(Section):
     """What is measured inside the network while it trains, without changing the run (`bncli.engine.train.probes`)."""
 
-    measure: Literal["all"] | Annotated[tuple[ProbeName, ...], Strict(False), Field(min_length=1)] = "all"
+    measure: Measured = ("all",)
     at: EvaluateEvery = described(
         "optimizer steps between measurements, or {points_per_doubling: 1}: spaced evenly in the step's logarithm; "
         "before the first step and at the last as well",
@@ -623,6 +643,5 @@ KINDS = ("kind", "source")  # the keys that choose among several section models
 
 def shorthand_key(section: str) -> str | None:
     """The key that a bare name stands for: `norm: batch` is `norm: {kind: batch}`, `data: digits` is `source`."""
-    if section == "data":
-        return "source"
-    return "kind" if section in ("model", "norm", "optimizer", "schedule", "init") else None
+    keys = {"data": "source", "probes": "measure"}
+    return keys.get(section) or ("kind" if section in ("model", "norm", "optimizer", "schedule", "init") else None)
