@@ -21,6 +21,7 @@ from bncli.recipe import mnist
 from bncli.recipe.sections import (
     DIGITS,
     MNIST_5K,
+    MNIST_5K_EXAMPLES,
     Cnn,
     DataSection,
     Digits,
@@ -367,7 +368,7 @@ def training_examples(data: DataSection) -> int | None:
 
     Raises DataError for a file that is missing or damaged.
     """
-    if isinstance(data, Mnist) and data.path is not None:
+    if isinstance(data, Mnist) and data.path != MNIST_5K:
         return mnist.training_images(data.path)
     if isinstance(data, Npz):
         (examples, *_), _, has_test = _npz_header(data)
@@ -380,7 +381,7 @@ def known_examples(data: DataSection) -> int | None:
     if isinstance(data, Digits):
         return DIGITS - data.held_out
     if isinstance(data, Mnist):
-        return MNIST_5K - (data.held_out or 0) if data.path is None else None
+        return MNIST_5K_EXAMPLES - (data.held_out or 0) if data.path == MNIST_5K else None
     return getattr(data, "examples", None)
 
 

@@ -20,7 +20,7 @@ from bncli.recipe.check import check, refuse_code, suggestion, words
 from bncli.recipe.epochs import given_in_epochs, in_steps
 from bncli.recipe.mnist import files_of
 from bncli.recipe.overrides import arms_of, base_of, fixed_by, leaves, override, write_out
-from bncli.recipe.sections import Mnist, Recipe, RecipeFile
+from bncli.recipe.sections import MNIST_5K, Mnist, Recipe, RecipeFile
 from bncli.recipe.yaml import Keys, Mistake, dotted, parse
 
 MAX_BYTES = 1 << 20
@@ -165,7 +165,7 @@ def data_state(recipe: Recipe) -> list[Any]:
     """The path, size and modification time of each file of the recipe's data."""
     named = getattr(recipe.data, "path", None) or getattr(recipe.data, "name", None)
     path = Path(named or "").expanduser()
-    if not named or not path.exists():
+    if named in (None, MNIST_5K) or not path.exists():
         return []
     if isinstance(recipe.data, Mnist):
         inside = files_of(named)

@@ -12,12 +12,10 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from bncli.errors import DataError
-
-if TYPE_CHECKING:
-    from bncli.recipe.sections import Mnist
+from bncli.recipe.sections import MNIST_5K, Mnist
 
 SIDE, CLASSES = 28, 10
 MAGIC = {"images-idx3": 0x0803, "labels-idx1": 0x0801}  # bytes in three dimensions, and in one
@@ -26,9 +24,8 @@ SUBFOLDERS = ("", "raw", "MNIST/raw")  # the last is torchvision's
 
 def name_of(data: Mnist) -> str:
     """The data set's name: its folder's, or mnist-5k, so that nobody takes that for the whole set."""
-    if data.path is None:
-        name = "mnist-5k"
-    else:
+    name = data.path
+    if name != MNIST_5K:
         folder = find_file(data.path, "train", "images-idx3").resolve().parent
         name = folder.parent.name if folder.name == "raw" else folder.name
     return f"{name} (binary)" if data.binary else name

