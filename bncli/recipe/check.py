@@ -94,8 +94,9 @@ def _check_grid(tree: Tree, arms: dict[str, dict[str, Any]]) -> None:
             wrong = [name for name in free if (keys, text) in by_arm[name]]
             of = "" if len(wrong) == len(free) else f"in arm {' and '.join(wrong)}: "
             tree.refuse(("grid", path, *keys), of + text)
-        if path == "train.batch_size" and (fields := given_in_epochs(tree.where)):
-            named = listed(sorted(map(dotted, fields)))
+        dependent = {"train.batch_size": [each for each, _ in STEPS], "train.accumulate": ["norm"]}.get(path, [])
+        if fields := [dotted(each) for each in given_in_epochs(tree.where) if each[-2] in dependent]:
+            named = listed(sorted(fields))
             tree.refuse(("grid", path), f"the steps of an epoch depend on it; give {named} in steps, not in epochs")
         for index, value in enumerate(values):
             if value in values[:index]:

@@ -438,7 +438,8 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
 
 def _field_contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     """Fields of the norm, and of the model about its norms, that do not fit the other fields or have no effect."""
-    norm, batch, steps = recipe.norm, recipe.train.micro_batch_size, recipe.train.steps
+    norm, batch = recipe.norm, recipe.train.micro_batch_size
+    batches = recipe.train.steps * recipe.train.accumulate
     no_weight = not getattr(norm, "affine", False)
     if no_weight and getattr(norm, "init_weight", 1.0) != 1:
         yield ("norm", "init_weight"), "has no effect: with affine: false there is no weight"
@@ -448,10 +449,11 @@ def _field_contradictions(recipe: Recipe) -> Iterator[Contradiction]:
         yield ("norm", "backward"), f"ignore_statistics is for kernel native; {norm.kernel} has the full gradient only"
     if norm.kind == "ghost" and batch % norm.size:
         yield ("norm", "size"), f"slices of {norm.size} examples do not divide the batch of {batch}"
-    if norm.kind == "renorm" and norm.warmup >= steps:
-        yield ("norm", "warmup"), f"is no less than the budget of {steps} steps: all of it would be plain batch norm"
-    if norm.kind == "frozen" and norm.after >= steps:
-        yield ("norm", "after"), f"is no less than the budget of {steps} steps: nothing would be frozen"
+    if norm.kind == "renorm" and norm.warmup >= batches:
+        why = f"all {batches} batches of the budget would be plain batch norm"
+        yield ("norm", "warmup"), f"{norm.warmup}: {why}; set warmup, and r_steps and d_steps, to less"
+    if norm.kind == "frozen" and norm.after >= batches:
+        yield ("norm", "after"), f"{norm.after}: nothing would be frozen in the {batches} batches of the budget"
 
 
 def shape_contradictions(recipe: Recipe, shape: Shape, classes: int) -> Iterator[Contradiction]:

@@ -24,10 +24,10 @@ SUBFOLDERS = ("", "raw", "MNIST/raw")  # the last is torchvision's
 
 def name_of(data: Mnist) -> str:
     """The data set's name: its folder's, or mnist-5k, so that nobody takes that for the whole set."""
-    name = data.path
-    if name != MNIST_5K:
-        folder = find_file(data.path, "train", "images-idx3").resolve().parent
-        name = folder.parent.name if folder.name == "raw" else folder.name
+    folder = Path(data.path).expanduser().resolve()
+    if (folder / "MNIST" / "raw").is_dir():
+        folder /= "MNIST"
+    name = MNIST_5K if data.path == MNIST_5K else folder.parent.name if folder.name == "raw" else folder.name
     return f"{name} (binary)" if data.binary else name
 
 

@@ -249,42 +249,54 @@ class BatchNorm(Section):
     )
 
 
-class LayerNorm(Section):
-    """Ba et al. 2016: over all of an example's channels and positions."""
+class AffineNorm(Section):
+    """What most norms have in common."""
 
-    kind: Literal["layer"]
+    kind: str
     eps: AboveZero = 1e-5
     affine: bool = True
     init_weight: float = described(INIT_WEIGHT, default=1.0)
 
 
-class GroupNorm(Section):
+class LayerNorm(AffineNorm):
+    """Ba et al. 2016: over all of an example's channels and positions."""
+
+    kind: Literal["layer"]
+
+
+class GroupNorm(AffineNorm):
     """Wu & He 2018: over groups of channels of one example."""
 
     kind: Literal["group"]
     groups: Positive = 4
-    eps: AboveZero = 1e-5
-    affine: bool = True
-    init_weight: float = described(INIT_WEIGHT, default=1.0)
 
 
-class InstanceNorm(Section):
+class InstanceNorm(AffineNorm):
     """Ulyanov et al. 2016: over each channel of one example."""
 
     kind: Literal["instance"]
-    eps: AboveZero = 1e-5
+
+
+class RMSNorm(AffineNorm):
+    """Zhang & Sennrich 2019 (arXiv 1910.07467): by the root mean square of an example's channels and positions."""
+
+    kind: Literal["rms"]
+    affine: bool = described("a weight per channel; there is no bias", default=True)
+
+
+class DynamicTanh(Section):
+    """Zhu et al. 2025 (arXiv 2503.10622): weight * tanh(alpha x) + bias, without any statistics; alpha is learned."""
+
+    kind: Literal["dyt"]
+    alpha: AboveZero = described("initial alpha, one number for each norm", default=0.5)
     affine: bool = True
     init_weight: float = described(INIT_WEIGHT, default=1.0)
 
 
-class BatchVariant(Section):
+class BatchVariant(AffineNorm):
     """What variants of batch norm with its running statistics have in common."""
 
-    kind: str
     momentum: UpToOne = described("weight of the new batch in the running statistics, as in PyTorch", default=0.1)
-    eps: AboveZero = 1e-5
-    affine: bool = True
-    init_weight: float = described(INIT_WEIGHT, default=1.0)
 
 
 class GhostBatchNorm(BatchVariant):
@@ -300,9 +312,11 @@ class BatchRenorm(BatchVariant):
     kind: Literal["renorm"]
     r_max: Annotated[float, Field(ge=1)] = described("final limit of the ratio of the deviations, r", default=3.0)
     d_max: NotNegative = described("final limit of the distance of the means in deviations, d", default=5.0)
-    warmup: Count = described("batches of plain batch norm (limits 1 and 0), before the limits grow", default=5_000)
-    r_steps: Count = described("batches after which the limit of r, growing linearly, is r_max", default=40_000)
-    d_steps: Count = described("batches after which the limit of d, growing linearly, is d_max", default=25_000)
+    warmup: StepsOrNone = described(
+        "batches of plain batch norm (limits 1 and 0), before the limits grow", default=5_000
+    )
+    r_steps: StepsOrNone = described("batches after which the limit of r, growing linearly, is r_max", default=40_000)
+    d_steps: StepsOrNone = described("batches after which the limit of d, growing linearly, is d_max", default=25_000)
 
     @model_validator(mode="after")
     def limits_grow_after_the_warmup(self) -> BatchRenorm:
@@ -328,36 +342,15 @@ class FrozenBatchNorm(BatchVariant):
     """Batch norm at first, then the running statistics as constants (Wu & Johnson 2021, arXiv 2105.07576)."""
 
     kind: Literal["frozen"]
-    after: Count = described("training batches of batch norm; 0: mean 0 and variance 1 from the start")
+    after: StepsOrNone = described("training batches of batch norm; 0: mean 0 and variance 1 from the start")
 
 
-class RMSNorm(Section):
-    """Zhang & Sennrich 2019 (arXiv 1910.07467): by the root mean square of an example's channels and positions."""
-
-    kind: Literal["rms"]
-    eps: AboveZero = 1e-5
-    affine: bool = described("a weight per channel; there is no bias", default=True)
-    init_weight: float = described(INIT_WEIGHT, default=1.0)
-
-
-class DynamicTanh(Section):
-    """Zhu et al. 2025 (arXiv 2503.10622): weight * tanh(alpha x) + bias, without any statistics; alpha is learned."""
-
-    kind: Literal["dyt"]
-    alpha: AboveZero = described("initial alpha, one number for each norm", default=0.5)
-    affine: bool = True
-    init_weight: float = described(INIT_WEIGHT, default=1.0)
-
-
-class WhiteningSection(Section):
-    kind: str
+class WhiteningSection(AffineNorm):
     group_size: Positive = described("channels that share a covariance; it divides the channels of a layer", default=4)
     momentum: UpToOne | None = described(
         "weight of the new batch in the running mean and covariance; null: cumulative average", default=0.1
     )
     eps: AboveZero = described("added to the diagonal of the covariance", default=1e-3)
-    affine: bool = True
-    init_weight: float = described(INIT_WEIGHT, default=1.0)
 
 
 class Whiten(WhiteningSection):

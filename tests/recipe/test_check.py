@@ -154,6 +154,8 @@ ONE_MISTAKE = [
     (train("steps: {epochs: 3}") + "arms: {a: {train: {evaluate_every: {epochs: 1}}}}\ngrid: {train.batch_size: [9]}\n",
      "6: grid.train.batch_size: the steps of an epoch depend on it; give arms.a.train.evaluate_every or train.steps in "
      "steps, not in epochs"),
+    (train("steps: {epochs: 3}") + "norm: {kind: frozen, after: {epochs: 1}}\ngrid: {train.accumulate: [1, 2]}\n",
+     "6: grid.train.accumulate: the steps of an epoch depend on it; give norm.after in steps, not in epochs"),
     (BASE + "grid: {schedule.warmup: [0, {epochs: 1}]}\n",
      "5: grid.schedule.warmup.1: a grid takes steps, not epochs"),
     (BASE + "grid: {train.stop_at_target: [true, false]}\n",

@@ -48,6 +48,17 @@ def test_epochs_become_steps_wherever_steps_stand(loaded: Load) -> None:
     assert (other["schedule"]["every"], other["schedule"]["warmup"]) == (20, 2)
 
 
+def test_a_norm_counts_the_micro_batches_of_an_epoch(loaded: Load) -> None:
+    """1,000 examples make 20 batches of 50, which are 40 batches of 25 for the norm."""
+    found = loaded(
+        BASE.replace("batch_size: 50", "batch_size: 50, accumulate: 2") + "arms:\n"
+        "  frozen: {norm: {kind: frozen, after: {epochs: 2}}}\n"
+        "  ramp: {norm: {kind: renorm, warmup: {epochs: 1}, r_steps: {epochs: 2.5}, d_steps: 70}}\n"
+    )
+    assert plain(arm(found, "frozen"))["norm"]["after"] == 80
+    assert [plain(arm(found, "ramp"))["norm"][field] for field in ("warmup", "r_steps", "d_steps")] == [40, 100, 70]
+
+
 def test_the_schema_offers_epochs_in_those_fields_and_in_no_other() -> None:
     def offers(schema: Any) -> bool:
         inside = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ()

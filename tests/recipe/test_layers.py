@@ -331,6 +331,7 @@ FITTING = [
     recipe({"kind": "mlp"}, {"kind": "ghost", "size": 2}),
     recipe({"kind": "cnn"}, {"kind": "ghost", "size": 1}),
     recipe({"kind": "mlp"}, {**FROZEN, "after": 9}),
+    recipe({"kind": "mlp"}, {**FROZEN, "after": 19}, train={"steps": 10, "batch_size": 8, "accumulate": 2}),
     recipe({"kind": "mlp"}, {**RENORM, "warmup": 9}),
     recipe({"kind": "mlp"}, IGNORING),
     recipe({"kind": "mlp", "hidden": [1]}, "dyt", train=ONE),  # it takes no mean

@@ -85,6 +85,10 @@ def test_torchvisions_folders_are_found_and_the_set_is_named_after_its_folder(tm
     assert name_of(Mnist(source="mnist", path=str(tmp_path / named), binary=True)) == f"{name} (binary)"
 
 
+def test_a_folder_that_is_not_there_has_a_name_for_a_dry_run():
+    assert name_of(Mnist(source="mnist", path="/no/where/KMNIST/raw")) == "KMNIST"
+
+
 def test_images_keep_their_rows_and_are_the_same_values_as_vectors(tmp_path):
     folder = write(tmp_path)
     images, vectors = mnist(folder, images=True), mnist(folder)
@@ -154,7 +158,7 @@ def test_runs_are_made_again_when_one_of_the_four_files_changes_and_not_for_anot
 
 
 def test_test_images_of_a_folder_cannot_be_held_out_again():
-    with pytest.raises(ValueError, match="a folder has its own test images to hold out; remove held_out or set it to null"):
+    with pytest.raises(ValueError, match="has its own test images to hold out; remove held_out or set it to null"):
         Mnist(source="mnist", path="somewhere", held_out=10)
 
 
