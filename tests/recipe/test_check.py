@@ -488,7 +488,7 @@ def test_the_places_hold_every_section_and_level() -> None:
     assert sum(len(place.keys) for place in PLACES) > 80
 
 
-@pytest.mark.parametrize("letters", ["eq_", pytest.param(LETTERS, marks=pytest.mark.slow)], ids=["some letters", "all"])
+@pytest.mark.parametrize("letters", ["e", pytest.param(LETTERS, marks=pytest.mark.slow)], ids=["e", "all letters"])
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: " ".join(map(str, (*place.path, *place.kind.values()))))
 def test_every_one_letter_typo_of_every_key_has_the_key_suggested(
     mistakes_of: MistakesOf, place: Place, letters: str
