@@ -65,7 +65,8 @@ class Loaded:
         return arms[name]
 
     def provenance(self, arm: Arm) -> Iterator[tuple[str, Any, str]]:
-        """Every field of an arm's run: its path, its value, and the file's line, the flag or `default`."""
+        """Every field of an arm's run: its path, its value, and the file's name and line, the flag or `default`."""
+        folder = f"{Path(self.source).parent}/"
         base, in_epochs = dict(leaves(plain(self.base))), self.in_epochs
         for keys, value in leaves(plain(arm.recipe)):
             changed = None if arm.recipe is self.base else self.where.get(("arms", arm.name, *keys))
@@ -73,7 +74,7 @@ class Loaded:
             inherited = self.where.get(keys) if same else None
             at = ("arms", arm.name, *keys) if changed else keys
             note = " (epochs)" if at in in_epochs else ""
-            yield dotted(keys), value, f"{changed or inherited or 'default'}{note}"
+            yield dotted(keys), value, (changed or inherited or "default").removeprefix(folder) + note
 
 
 def load(path: str, sets: Sequence[str] = (), allow_code: bool = False, sets_from: str = "sets") -> Loaded:
