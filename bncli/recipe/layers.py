@@ -126,10 +126,10 @@ def layers(recipe: Recipe, shape: Shape, classes: int) -> Sequence | None:
     # gradient takes the mean for a constant. He et al. leave the biases of convolutions out in any case.
     position = getattr(model, "norm_position", "before")
     ignored = getattr(recipe.norm, "backward", "full") == "ignore_statistics"
-    dead_bias = norm is not None and norm.bias_is_dead and position == "before" and not ignored
+    dead_bias = norm and norm.bias_is_dead and position == "before" and not ignored
     unit = partial(
         _unit,
-        bias=not (dead_bias or (norm is not None and isinstance(model, ResNet))),
+        bias=not (dead_bias or (norm and isinstance(model, ResNet))),
         norm=partial(_norm, norm, getattr(recipe.norm, "affine", False)) if norm else None,
         position=position,
         dropout=model.dropout if isinstance(model, Mlp | Cnn) else 0.0,
@@ -473,10 +473,8 @@ def shape_contradictions(recipe: Recipe, shape: Shape, classes: int) -> Iterator
             "npz": "give x as (examples, channels, height, width)"
         }
         hint = hints.get(recipe.data.source, "give data.shape as [channels, height, width]")
-        yield (
-            ("model", "kind"),
-            f"{'an' if kind == 'inception' else 'a'} {kind} needs images and the data are vectors; {hint}",
-        )
+        a = "an" if kind == "inception" else "a"
+        yield ("model", "kind"), f"{a} {kind} needs images and the data are vectors; {hint}"
     elif model := layers(recipe, shape, classes):
         norm_shapes = {before for layer, before, _ in walk(model, shape) if isinstance(layer, Norm)}
         yield from islice(_norm_contradictions(recipe, norm_shapes), 1)

@@ -206,6 +206,7 @@ def arms_of(root: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def fixed_by(root: dict[str, Any], arm: str) -> tuple[str, ...]:
     """The fields of the grid that an arm gives a value to, so that they are not tuned in it."""
-    changed = {dotted(keys).removesuffix(".epochs") for keys, _ in leaves(value_at(root, ("arms", arm), {}))}
+    paths = [dotted(keys) for keys, _ in leaves(value_at(root, ("arms", arm), {}))]
+    changed = {*paths, *(path.removesuffix(".epochs") for path in paths)}
     grid = root.get("grid")
     return tuple(path for path in grid if path in changed) if isinstance(grid, dict) else ()

@@ -18,7 +18,7 @@ from bncli.recipe.load import Loaded, plain
 from bncli.recipe.overrides import value_at
 from bncli.recipe.schema import json_schema
 from bncli.recipe.sections import EPOCHS
-from tests.recipe.conftest import Load, arm
+from tests.recipe.conftest import OWN, Load, arm
 
 # 1,000 training examples make 20 steps of 50.
 BASE = """\
@@ -161,3 +161,9 @@ def test_an_arm_counts_epochs_by_its_own_batch_size_and_names_their_line(loaded:
 def test_an_arm_that_gives_a_field_of_the_grid_in_epochs_fixes_it(loaded: Load) -> None:
     found = loaded(BASE + "arms: {a: {}, b: {schedule: {warmup: {epochs: 1}}}}\ngrid: {schedule.warmup: [0, 5]}\n")
     assert [each.fixed for each in found.arms] == [(), ("schedule.warmup",)]
+
+
+def test_an_argument_of_an_own_model_may_be_called_epochs(loaded: Load) -> None:
+    text = OWN.replace("width: 3", "epochs: 3") + "grid: {model.arguments.epochs: [1, 2]}\n"
+    found = loaded(text + "arms: {a: {}, b: {model: {arguments: {epochs: 5}}}}\n", allow_code=True)
+    assert [each.fixed for each in found.arms] == [(), ("model.arguments.epochs",)]
