@@ -69,18 +69,22 @@ def epochs_of(value: Any) -> Fraction | None:
 def steps_per_epoch(run: dict[str, Any]) -> int:
     """The optimizer steps of an epoch of a run that is plain data.
 
-    Raises DataError where the number of training examples is unknown, and pydantic's ValidationError where the data or
-    the batch size are not a recipe's.
+    Raises DataError where the number of training examples is unknown or less than a batch, and pydantic's
+    ValidationError where the data or the batch size are not a recipe's.
     """
     examples = training_examples(TypeAdapter(DataSection).validate_python(run.get("data")))
     if examples is None:
         raise DataError("the number of training examples is not known before they are loaded; give it as data.examples")
-    return examples // _of_train(run, "batch_size")
+    batch_size = _of_train(run, "batch_size")
+    if batch_size > examples:
+        raise DataError(f"a batch of {batch_size} is larger than the {examples} training examples")
+    return examples // batch_size
 
 
 def _of_train(run: dict[str, Any], field: str) -> int:
     """A whole number of the section train, or its default. Raises ValidationError for another value."""
-    value = (run.get("train") or {}).get(field, Train.model_fields[field].default)
+    train, default = run.get("train"), Train.model_fields[field].default
+    value = train.get(field, default) if isinstance(train, dict) else default
     return TypeAdapter(Positive).validate_python(value, strict=True)
 
 

@@ -148,6 +148,11 @@ ONE_MISTAKE = [
     (train("steps: {epochs: 3}").replace("{source: synthetic}", "{source: hub, name: x, shape: [3, 8, 8], classes: 2}"),
      "4: train.steps: its epochs cannot be counted in steps: the number of training examples is not known before they "
      "are loaded; give it as data.examples"),
+    (train("steps: {epochs: 3}, batch_size: 2001"),
+     "4: train.steps: its epochs cannot be counted in steps: a batch of 2001 is larger than the 2000 training "
+     "examples"),
+    (BASE.replace("{steps: 100}", "[100]") + "schedule: {warmup: {epochs: 1}}\n",
+     "4: train: expected a mapping, found a list"),
     (train("steps: {epochs: 3}").replace("{source: synthetic}", "{source: npz, path: no.npz}"),
      "4: train.steps: its epochs cannot be counted in steps: data.path: there is no file no.npz; it should hold the "
      "arrays x and y"),
