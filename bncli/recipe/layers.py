@@ -502,7 +502,4 @@ def _norm_contradictions(recipe: Recipe, shapes: set[Shape]) -> Iterator[Contrad
             batch = ("train", "batch_size" if recipe.train.accumulate == 1 else "accumulate")
             over_batch = ("norm", "size") if kind == "ghost" else batch
             at = over_batch if NORMS[kind].over_batch else ("norm", "kind")
-            yield (
-                at,
-                f"{kind} norm has one value to average over in {layer}: constant output",
-            )
+            yield at, f"{kind} norm has one value to average over in {layer}: constant output"

