@@ -524,7 +524,7 @@ Measured = Annotated[
 class Probes(Section):
     """What is measured inside the network while it trains, without changing the run (`bncli.engine.train.probes`)."""
 
-    measure: Measured = ("all",)
+    measure: Measured = described("all, or the names of the probes", default=("all",))
     at: EvaluateEvery = described(
         "optimizer steps between measurements, or {points_per_doubling: 1}: spaced evenly in the step's logarithm; "
         "before the first step and at the last as well",
@@ -612,7 +612,7 @@ class Recipe(Section):
     optimizer: AnyOptimizer
     schedule: AnySchedule = Constant()
     train: Train
-    probes: Probes | None = described("off where it is left out", default=None)
+    probes: Probes | None = described("off where left out; `probes: all` or a list of names is enough", default=None)
 
 
 ArmName = Annotated[str, Field(pattern=ARM_NAME, max_length=40)]
