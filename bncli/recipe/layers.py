@@ -372,7 +372,7 @@ def training_examples(data: DataSection) -> int | None:
         return mnist.training_images(data.path)
     if isinstance(data, Npz):
         (examples, *_), _, has_test = _npz_header(data)
-        return examples if has_test else max(1, examples - (data.held_out or 0))
+        return examples if has_test else max(0, examples - (data.held_out or 0))
     return known_examples(data)
 
 

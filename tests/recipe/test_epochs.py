@@ -18,7 +18,7 @@ from bncli.recipe.load import Loaded, plain
 from bncli.recipe.overrides import value_at
 from bncli.recipe.schema import json_schema
 from bncli.recipe.sections import EPOCHS
-from tests.recipe.conftest import OWN, Load, arm
+from tests.recipe.conftest import OWN, Load, MistakesOf, arm
 
 # 1,000 training examples make 20 steps of 50.
 BASE = """\
@@ -131,6 +131,13 @@ def test_the_training_examples_are_counted_without_loading_them(
     assert steps(found) == 3 * (examples // 10)
     if "npz" in source:
         assert len(data.load(found.base.data, torch.device("cpu")).train) == examples
+
+
+def test_epochs_of_no_training_examples_are_refused(mistakes_of: MistakesOf, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=np.zeros((30, 8), np.float32), y=np.arange(30) % 3)
+    text = BASE.replace("{source: synthetic, examples: 1000}", "{source: npz, path: x.npz, held_out: 40}")
+    why = "its epochs cannot be counted in steps: a batch of 50 is larger than the 0 training examples"
+    assert mistakes_of(text) == (f"r.yaml:4: train.steps: {why}",)
 
 
 def test_a_flag_gives_or_replaces_epochs_and_says_so(loaded: Load) -> None:
