@@ -29,8 +29,9 @@ def nearest(word: Any, names: Sequence[Any]) -> list[str]:
     if not isinstance(word, str):
         return []
     texts = [name for name in names if isinstance(name, str)]
-    cutoff = 0.6 if len(word) > 2 else 0.5  # a name of two letters with one of them wrong is half right
-    near = difflib.get_close_matches(word, texts, n=2, cutoff=cutoff)
+    # A name of two letters with one of them wrong is half right, and "itit" is half of "init" to difflib.
+    cutoffs = [0.6] * (len(word) > 2) + [0.5] * (len(word) <= 4)
+    near = next(filter(None, (difflib.get_close_matches(word, texts, n=2, cutoff=cutoff) for cutoff in cutoffs)), [])
     return near or [name for name in texts if len(word) > 1 and name.startswith(word)]
 
 

@@ -434,6 +434,7 @@ def test_a_claim_needs_arms_and_one_on_steps_a_target(mistakes_of: MistakesOf) -
 def test_the_nearest_name_is_suggested_or_else_those_that_the_word_begins() -> None:
     names = ["batch", "layer", "evaluate_every", "evaluate_often"]
     assert nearest("bathc", names) == ["batch"]
+    assert nearest("itit", ["kind", "init"]) == ["init"]
     assert nearest("eval", names) == ["evaluate_every", "evaluate_often"]
     assert nearest("transformer", names) == nearest(3, names) == []
     assert suggestion("transformer", names[:3]) == "expected batch, layer or evaluate_every"
