@@ -191,6 +191,7 @@ NORMS = {row.name: row for row in _NORMS}
 ACTIVATIONS = {row.name: row for row in _ACTIVATIONS}
 MEASURES = {row.name: row for row in _MEASURES}
 PROBES = tuple(dict.fromkeys(row.probe for row in _MEASURES if row.probe))
+PROBE_CHOICES = ("all", *PROBES)
 
 RECIPE_KERNELS = tuple(row.name for row in KERNELS.values() if row.in_recipe)
 GRADCHECK_KERNELS = tuple(row.name for row in KERNELS.values() if row.module)
@@ -214,7 +215,7 @@ else:
     RecipeKernel = Literal[RECIPE_KERNELS]
     RecipeActivation = Literal[RECIPE_ACTIVATIONS]
     NormName = Literal[CHECKED_NORMS]
-    ProbeName = Literal[PROBES]
+    ProbeName = Literal[PROBE_CHOICES]
     MeasureName = Literal[tuple(MEASURES)]
 
 

@@ -29,11 +29,10 @@ def nearest(word: Any, names: Sequence[Any]) -> list[str]:
     if not isinstance(word, str):
         return []
     texts = [name for name in names if isinstance(name, str)]
-    cutoff = 0.6 if len(word) > 2 else 0.5  # a name of two letters with one of them wrong is half right
-    near = difflib.get_close_matches(word, texts, n=2, cutoff=cutoff)
-    # difflib takes the longest common part first, so that it finds only half of init in itit.
-    swapped = [name for name in texts if len(name) == len(word) > 2 and sum(map(str.__ne__, name, word)) == 1]
-    return near or swapped or [name for name in texts if len(word) > 1 and name.startswith(word)]
+    # A name of two letters with one of them wrong is half right, and "itit" is half of "init" to difflib.
+    cutoffs = [0.6] * (len(word) > 2) + [0.5] * (len(word) <= 4)
+    near = next(filter(None, (difflib.get_close_matches(word, texts, n=2, cutoff=cutoff) for cutoff in cutoffs)), [])
+    return near or [name for name in texts if len(word) > 1 and name.startswith(word)]
 
 
 def suggestion(word: str, names: Sequence[str]) -> str:
@@ -96,8 +95,9 @@ def _check_grid(tree: Tree, arms: dict[str, dict[str, Any]]) -> None:
             wrong = [name for name in free if (keys, text) in by_arm[name]]
             of = "" if len(wrong) == len(free) else f"in arm {' and '.join(wrong)}: "
             tree.refuse(("grid", path, *keys), of + text)
-        if path == "train.batch_size" and (fields := given_in_epochs(tree.where)):
-            named = listed(sorted(map(dotted, fields)))
+        dependent = {"train.batch_size": [each for each, _ in STEPS], "train.accumulate": ["norm"]}.get(path, [])
+        if fields := [dotted(each) for each in given_in_epochs(tree.where) if each[-2] in dependent]:
+            named = listed(sorted(fields))
             tree.refuse(("grid", path), f"the steps of an epoch depend on it; give {named} in steps, not in epochs")
         for index, value in enumerate(values):
             if value in values[:index]:
@@ -111,7 +111,7 @@ def _grid_mistakes(path: str, values: Sequence[Any], run: dict[str, Any]) -> Ite
     known = (owner is not None and keys[-1] in owner.model_fields) or value_at(run, keys) is not None
     if any(path == same or path.startswith(f"{same}.") for same in SAME_FOR_ALL_RUNS):
         yield (), "is the same for every run of a comparison, so it cannot be tuned"
-    elif path == "train.stop_at_target":
+    elif path == "train.stop_at_target" or keys[0] == "probes":
         yield (), "steps to target do not depend on it, so it cannot be tuned; set it in the base or in an arm"
     elif model_at(keys, run, Recipe) or keys[-1] in KINDS:
         yield (), "chooses a whole section; make each choice an arm"
@@ -206,7 +206,7 @@ def _probed(run: dict[str, Any]) -> Sequence[str]:
     """The probes that a run measures."""
     section = run.get("probes")
     measured = section.get("measure", "all") if isinstance(section, dict) else ()
-    return PROBES if measured == "all" else measured if isinstance(measured, list) else ()
+    return PROBES if "all" in (measured or ()) else [measured] if isinstance(measured, str) else measured or ()
 
 
 # --- pydantic's errors in the recipe's words ----------------------------------------------------------------------
@@ -224,8 +224,8 @@ def mistakes(model: type[BaseModel], plain: dict[str, Any]) -> list[Found]:
                 continue  # pydantic has counted right elements only
             if each["type"] in ("union_tag_invalid", "union_tag_not_found"):
                 found += _kind_mistakes(each["input"], keys, _choices(model, keys))
-            elif each["type"] == "int_type" and isinstance(each["input"], dict) and keys[:2] in STEPS:
-                found += [(keys, text) for text in _epochs_mistake(each["input"], plain)]
+            elif each["type"] == "int_type" and _list_of(keys) in STEPS:
+                found += [(keys, text) for text in _steps_mistake(each["input"], plain)]
             else:
                 found.append((keys, _sentence(each, model, plain, keys)))
         return found
@@ -264,10 +264,10 @@ def _kind_mistakes(section: dict[str, Any], keys: Keys, models: list[type[BaseMo
         yield from (((*keys, name), f"unknown key; {suggestion(name, names)}") for name in wrong)
 
 
-def _epochs_mistake(value: dict[str, Any], run: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with a mapping in place of steps; nothing where another mistake hides the length of an epoch."""
-    if value.keys() != {"epochs"}:
-        wrong = [key for key in value if key != "epochs"]
+def _steps_mistake(value: Any, run: dict[str, Any]) -> Iterator[str]:
+    """What is wrong in place of steps; nothing where another mistake hides the length of an epoch."""
+    if not isinstance(value, dict) or value.keys() != {"epochs"}:
+        wrong = [key for key in value if key != "epochs"] if isinstance(value, dict) else []
         hint = "; did you mean epochs?" if nearest(wrong[0] if wrong else None, ["epochs"]) else ""
         yield f"expected a whole number of steps or {{epochs: n}}, found {listed(wrong or [words(value)])}{hint}"
     elif epochs_of(value) is None:
@@ -285,23 +285,27 @@ def _epochs_mistake(value: dict[str, Any], run: dict[str, Any]) -> Iterator[str]
 
 def _sentence(error: Any, model: type[BaseModel], plain: Any, keys: Keys) -> str:
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
-    owner = model_at(keys[:-1], plain, model)
+    owner = model_at(_list_of(keys)[:-1], plain, model)
+    last = str(keys and _list_of(keys)[-1])
     if kind == "extra_forbidden":
-        return (
-            f"unknown key; {_where_known(str(keys[-1]), owner, _choices(model, keys[:-1]))}" if owner else "unknown key"
-        )
+        return f"unknown key; {_where_known(last, owner, _choices(model, keys[:-1]))}" if owner else "unknown key"
     if kind == "missing":
         return "is missing"
     if kind == "value_error":
         return str(context["error"])
-    if kind == "literal_error" and owner:
-        return _not_among(value, _literals(owner.model_fields[str(keys[-1])].annotation))
-    field = owner.model_fields.get(str(keys[-1])) if owner and keys else None
+    field = owner.model_fields.get(last) if owner else None
+    if kind == "literal_error" and field:
+        return _not_among(value, _literals(field.annotation))
     choice = kinds(members(field.annotation)) if field else {}
     if choice and kind in ("model_type", "model_attributes_type"):
         return f"expected {', '.join(choice)} or a mapping, found {words(value)}"
     expected = _PATTERNS[context["pattern"]] if "pattern" in context else _EXPECTED.get(kind, "").format(**context)
     return f"expected {expected}, found {words(value)}" if expected else str(error["msg"])
+
+
+def _list_of(keys: Keys) -> Keys:
+    """The place of the list that an element is in, or the place itself of what is in none."""
+    return keys[:-1] if keys and isinstance(keys[-1], int) else keys
 
 
 def _literals(annotation: Any) -> list[Any]:
@@ -312,6 +316,8 @@ def _literals(annotation: Any) -> list[Any]:
 
 def _where_known(key: str, owner: type[BaseModel], siblings: Sequence[type[BaseModel]]) -> str:
     """About a key that a section does not have: perhaps the section has it under another kind."""
+    if key == "epochs" and "steps" in owner.model_fields:
+        return "write steps: {epochs: n}"
     others = [kind for kind, model in kinds(siblings).items() if key in model.model_fields]
     if others:
         mine = [kind for kind, model in kinds(siblings).items() if model is owner]
@@ -321,7 +327,8 @@ def _where_known(key: str, owner: type[BaseModel], siblings: Sequence[type[BaseM
 
 def _not_among(value: Any, names: Sequence[Any]) -> str:
     near = nearest(value, names)
-    return f"expected {listed(names)}, found {words(value)}{f'; did you mean {listed(near)}?' if near else ''}"
+    expected = f"one of {len(names)} names" if near and len(names) > 20 else listed(names)
+    return f"expected {expected}, found {words(value)}{f'; did you mean {listed(near)}?' if near else ''}"
 
 
 def words(value: Any) -> str:

@@ -25,30 +25,29 @@ STEPS = (  # the fields of a recipe that are steps
     ("schedule", "milestones"),
     ("probes", "at"),
     ("largest_learning_rate", "steps"),
+    *(("norm", field) for field in ("after", "warmup", "r_steps", "d_steps")),
 )
 
 
 def in_steps(run: dict[str, Any]) -> dict[str, Any]:
-    """A run with its epochs as steps: rounded up, and at least 1.
+    """A run with its epochs as steps: rounded up, and at least 1. A norm's are batches, of which `accumulate` has more.
 
     What cannot be counted is left as it is, so that validation refuses it (`recipe.check`).
     """
-    asked = {(section, field): run[section][field] for section, field in STEPS if _has(run, section, field)}
-    if not any(epochs_of(item) for value in asked.values() for item in _items(value)):
+    sections = {name: dict(run[name]) for name, _ in STEPS if isinstance(run.get(name), dict)}
+    fields = [(name, field) for name, field in STEPS if field in sections.get(name, ())]
+    if not any(epochs_of(item) for name, field in fields for item in _items(sections[name][field])):
         return run
     try:
         per_epoch = steps_per_epoch(run)
+        batches = per_epoch * _of_train(run, "accumulate")
     except (DataError, ValidationError):
         return run
-    found = dict(run)
-    for (section, field), value in asked.items():
-        steps = [_steps(item, per_epoch) for item in _items(value)]
-        found[section] = {**found[section], field: steps if isinstance(value, list) else steps[0]}
-    return found
-
-
-def _has(run: dict[str, Any], section: str, field: str) -> bool:
-    return isinstance(run.get(section), dict) and field in run[section]
+    for name, field in fields:
+        value = sections[name][field]
+        steps = [_steps(item, batches if name == "norm" else per_epoch) for item in _items(value)]
+        sections[name][field] = steps if isinstance(value, list) else steps[0]
+    return run | sections
 
 
 def _items(value: Any) -> list[Any]:
@@ -70,18 +69,23 @@ def epochs_of(value: Any) -> Fraction | None:
 def steps_per_epoch(run: dict[str, Any]) -> int:
     """The optimizer steps of an epoch of a run that is plain data.
 
-    Raises DataError where the number of training examples is unknown, and pydantic's ValidationError where the data or
-    the batch size are not a recipe's.
+    Raises DataError where the number of training examples is unknown or less than a batch, and pydantic's
+    ValidationError where the data or the batch size are not a recipe's.
     """
-    data: DataSection = TypeAdapter(DataSection).validate_python(run.get("data"))
-    train = run.get("train") or {}
-    batch_size = TypeAdapter(Positive).validate_python(
-        train.get("batch_size", Train.model_fields["batch_size"].default), strict=True
-    )
-    examples = training_examples(data)
+    examples = training_examples(TypeAdapter(DataSection).validate_python(run.get("data")))
     if examples is None:
         raise DataError("the number of training examples is not known before they are loaded; give it as data.examples")
+    batch_size = _of_train(run, "batch_size")
+    if batch_size > examples:
+        raise DataError(f"a batch of {batch_size} is larger than the {examples} training examples")
     return examples // batch_size
+
+
+def _of_train(run: dict[str, Any], field: str) -> int:
+    """A whole number of the section train, or its default. Raises ValidationError for another value."""
+    train, default = run.get("train"), Train.model_fields[field].default
+    value = train.get(field, default) if isinstance(train, dict) else default
+    return TypeAdapter(Positive).validate_python(value, strict=True)
 
 
 def given_in_epochs(places: Iterable[Keys]) -> set[Keys]:

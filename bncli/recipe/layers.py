@@ -21,6 +21,7 @@ from bncli.recipe import mnist
 from bncli.recipe.sections import (
     DIGITS,
     MNIST_5K,
+    MNIST_5K_EXAMPLES,
     Cnn,
     DataSection,
     Digits,
@@ -125,10 +126,10 @@ def layers(recipe: Recipe, shape: Shape, classes: int) -> Sequence | None:
     # gradient takes the mean for a constant. He et al. leave the biases of convolutions out in any case.
     position = getattr(model, "norm_position", "before")
     ignored = getattr(recipe.norm, "backward", "full") == "ignore_statistics"
-    dead_bias = norm is not None and norm.bias_is_dead and position == "before" and not ignored
+    dead_bias = norm and norm.bias_is_dead and position == "before" and not ignored
     unit = partial(
         _unit,
-        bias=not (dead_bias or (norm is not None and isinstance(model, ResNet))),
+        bias=not (dead_bias or (norm and isinstance(model, ResNet))),
         norm=partial(_norm, norm, getattr(recipe.norm, "affine", False)) if norm else None,
         position=position,
         dropout=model.dropout if isinstance(model, Mlp | Cnn) else 0.0,
@@ -367,11 +368,11 @@ def training_examples(data: DataSection) -> int | None:
 
     Raises DataError for a file that is missing or damaged.
     """
-    if isinstance(data, Mnist) and data.path is not None:
+    if isinstance(data, Mnist) and data.path != MNIST_5K:
         return mnist.training_images(data.path)
     if isinstance(data, Npz):
         (examples, *_), _, has_test = _npz_header(data)
-        return examples if has_test else max(1, examples - (data.held_out or 0))
+        return examples if has_test else max(0, examples - (data.held_out or 0))
     return known_examples(data)
 
 
@@ -380,7 +381,7 @@ def known_examples(data: DataSection) -> int | None:
     if isinstance(data, Digits):
         return DIGITS - data.held_out
     if isinstance(data, Mnist):
-        return MNIST_5K - (data.held_out or 0) if data.path is None else None
+        return MNIST_5K_EXAMPLES - (data.held_out or 0) if data.path == MNIST_5K else None
     return getattr(data, "examples", None)
 
 
@@ -437,7 +438,8 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
 
 def _field_contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     """Fields of the norm, and of the model about its norms, that do not fit the other fields or have no effect."""
-    norm, batch, steps = recipe.norm, recipe.train.micro_batch_size, recipe.train.steps
+    norm, batch = recipe.norm, recipe.train.micro_batch_size
+    batches = recipe.train.steps * recipe.train.accumulate
     no_weight = not getattr(norm, "affine", False)
     if no_weight and getattr(norm, "init_weight", 1.0) != 1:
         yield ("norm", "init_weight"), "has no effect: with affine: false there is no weight"
@@ -447,10 +449,11 @@ def _field_contradictions(recipe: Recipe) -> Iterator[Contradiction]:
         yield ("norm", "backward"), f"ignore_statistics is for kernel native; {norm.kernel} has the full gradient only"
     if norm.kind == "ghost" and batch % norm.size:
         yield ("norm", "size"), f"slices of {norm.size} examples do not divide the batch of {batch}"
-    if norm.kind == "renorm" and norm.warmup >= steps:
-        yield ("norm", "warmup"), f"is no less than the budget of {steps} steps: all of it would be plain batch norm"
-    if norm.kind == "frozen" and norm.after >= steps:
-        yield ("norm", "after"), f"is no less than the budget of {steps} steps: nothing would be frozen"
+    if norm.kind == "renorm" and norm.warmup >= batches:
+        why = f"all {batches} batches of the budget would be plain batch norm"
+        yield ("norm", "warmup"), f"{norm.warmup}: {why}; set warmup, and r_steps and d_steps, to less"
+    if norm.kind == "frozen" and norm.after >= batches:
+        yield ("norm", "after"), f"{norm.after}: nothing would be frozen in the {batches} batches of the budget"
 
 
 def shape_contradictions(recipe: Recipe, shape: Shape, classes: int) -> Iterator[Contradiction]:
@@ -470,10 +473,8 @@ def shape_contradictions(recipe: Recipe, shape: Shape, classes: int) -> Iterator
             "npz": "give x as (examples, channels, height, width)"
         }
         hint = hints.get(recipe.data.source, "give data.shape as [channels, height, width]")
-        yield (
-            ("model", "kind"),
-            f"{'an' if kind == 'inception' else 'a'} {kind} needs images and the data are vectors; {hint}",
-        )
+        a = "an" if kind == "inception" else "a"
+        yield ("model", "kind"), f"{a} {kind} needs images and the data are vectors; {hint}"
     elif model := layers(recipe, shape, classes):
         norm_shapes = {before for layer, before, _ in walk(model, shape) if isinstance(layer, Norm)}
         yield from islice(_norm_contradictions(recipe, norm_shapes), 1)
@@ -501,7 +502,4 @@ def _norm_contradictions(recipe: Recipe, shapes: set[Shape]) -> Iterator[Contrad
             batch = ("train", "batch_size" if recipe.train.accumulate == 1 else "accumulate")
             over_batch = ("norm", "size") if kind == "ghost" else batch
             at = over_batch if NORMS[kind].over_batch else ("norm", "kind")
-            yield (
-                at,
-                f"{kind} norm has one value to average over in {layer}: constant output",
-            )
+            yield at, f"{kind} norm has one value to average over in {layer}: constant output"

@@ -20,7 +20,7 @@ from bncli.recipe.check import check, refuse_code, suggestion, words
 from bncli.recipe.epochs import given_in_epochs, in_steps
 from bncli.recipe.mnist import files_of
 from bncli.recipe.overrides import arms_of, base_of, fixed_by, leaves, override, write_out
-from bncli.recipe.sections import Mnist, Recipe, RecipeFile
+from bncli.recipe.sections import MNIST_5K, Mnist, Recipe, RecipeFile
 from bncli.recipe.yaml import Keys, Mistake, dotted, parse
 
 MAX_BYTES = 1 << 20
@@ -65,7 +65,8 @@ class Loaded:
         return arms[name]
 
     def provenance(self, arm: Arm) -> Iterator[tuple[str, Any, str]]:
-        """Every field of an arm's run: its path, its value, and the file's line, the flag or `default`."""
+        """Every field of an arm's run: its path, its value, and the file's name and line, the flag or `default`."""
+        folder = f"{Path(self.source).parent}/"
         base, in_epochs = dict(leaves(plain(self.base))), self.in_epochs
         for keys, value in leaves(plain(arm.recipe)):
             changed = None if arm.recipe is self.base else self.where.get(("arms", arm.name, *keys))
@@ -73,7 +74,7 @@ class Loaded:
             inherited = self.where.get(keys) if same else None
             at = ("arms", arm.name, *keys) if changed else keys
             note = " (epochs)" if at in in_epochs else ""
-            yield dotted(keys), value, f"{changed or inherited or 'default'}{note}"
+            yield dotted(keys), value, (changed or inherited or "default").removeprefix(folder) + note
 
 
 def load(path: str, sets: Sequence[str] = (), allow_code: bool = False, sets_from: str = "sets") -> Loaded:
@@ -165,7 +166,7 @@ def data_state(recipe: Recipe) -> list[Any]:
     """The path, size and modification time of each file of the recipe's data."""
     named = getattr(recipe.data, "path", None) or getattr(recipe.data, "name", None)
     path = Path(named or "").expanduser()
-    if not named or not path.exists():
+    if named in (None, MNIST_5K) or not path.exists():
         return []
     if isinstance(recipe.data, Mnist):
         inside = files_of(named)

@@ -12,12 +12,10 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from bncli.errors import DataError
-
-if TYPE_CHECKING:
-    from bncli.recipe.sections import Mnist
+from bncli.recipe.sections import MNIST_5K, Mnist
 
 SIDE, CLASSES = 28, 10
 MAGIC = {"images-idx3": 0x0803, "labels-idx1": 0x0801}  # bytes in three dimensions, and in one
@@ -26,11 +24,10 @@ SUBFOLDERS = ("", "raw", "MNIST/raw")  # the last is torchvision's
 
 def name_of(data: Mnist) -> str:
     """The data set's name: its folder's, or mnist-5k, so that nobody takes that for the whole set."""
-    if data.path is None:
-        name = "mnist-5k"
-    else:
-        folder = find_file(data.path, "train", "images-idx3").resolve().parent
-        name = folder.parent.name if folder.name == "raw" else folder.name
+    folder = Path(data.path).expanduser().resolve()
+    if (folder / "MNIST" / "raw").is_dir():
+        folder /= "MNIST"
+    name = MNIST_5K if data.path == MNIST_5K else folder.parent.name if folder.name == "raw" else folder.name
     return f"{name} (binary)" if data.binary else name
 
 
@@ -64,33 +61,31 @@ def files_of(folder: str) -> list[Path]:
     return [find_file(folder, part, content) for part in ("train", "t10k") for content in MAGIC]
 
 
-def read_header(stream: BinaryIO, path: Path) -> tuple[int, ...]:
-    """The shape in the header of an IDX file: (examples, 28, 28) or (examples,). Raises DataError for another file."""
+@contextmanager
+def open_idx(path: Path) -> Iterator[tuple[tuple[int, ...], BinaryIO]]:
+    """The shape in the header of a file, plain or .gz: (examples, 28, 28) or (examples,); and its values to read.
+
+    Raises DataError for another file, and for what cannot be read, also within the context.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            yield _read_header(cast(BinaryIO, stream), path), cast(BinaryIO, stream)
+    except (OSError, EOFError, zlib.error) as error:  # what gzip raises for a damaged file
+        raise DataError(f"data.path: {path} cannot be read: {error}; copy it again") from error
+
+
+def _read_header(stream: BinaryIO, path: Path) -> tuple[int, ...]:
     content = next(each for each in MAGIC if each[:6] in path.name)
     dimensions = MAGIC[content] % 256
-    header = stream.read(4 + 4 * dimensions)
-    magic, *shape = (int.from_bytes(header[at : at + 4], "big") for at in range(0, 4 + 4 * dimensions, 4))
+    magic, *shape = (int.from_bytes(stream.read(4), "big") for _ in range(1 + dimensions))
     if magic != MAGIC[content]:
-        raise DataError(
-            f"data.path: {path} is no file of MNIST's: it begins with {magic} and not with {MAGIC[content]}"
-        )
+        raise DataError(f"data.path: {path} is no file of MNIST's: it begins with {magic}, not with {MAGIC[content]}")
     if dimensions == 3 and shape[1:] != [SIDE, SIDE]:
         raise DataError(f"data.path: {path} holds images of {shape[1]}x{shape[2]}; MNIST's are {SIDE}x{SIDE}")
     return tuple(shape)
 
 
-@contextmanager
-def open_idx(path: Path) -> Iterator[BinaryIO]:
-    """A file, plain or .gz, for reading. Raises DataError for what cannot be read, also within the context."""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            yield cast(BinaryIO, stream)
-    except (OSError, EOFError, zlib.error) as error:  # what gzip raises for a damaged file
-        raise DataError(f"data.path: {path} cannot be read: {error}; copy it again") from error
-
-
 def training_images(folder: str) -> int:
     """The number of training images in a folder, from the file's header. Raises DataError."""
-    path = find_file(folder, "train", "images-idx3")
-    with open_idx(path) as stream:
-        return read_header(stream, path)[0]
+    with open_idx(find_file(folder, "train", "images-idx3")) as (shape, _):
+        return shape[0]

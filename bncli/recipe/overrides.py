@@ -108,9 +108,10 @@ def write_out(tree: Tree) -> None:
 def _write_sections(tree: Tree, sections: Any, keys: Keys) -> None:
     for name, value in sections.items() if isinstance(sections, dict) else ():
         at, kind = (*keys, name), shorthand_key(name)
-        if kind and isinstance(value, str | bool | int | float):
+        if kind and isinstance(value, str | list if name == "probes" else str | bool | int | float):
             sections[name] = {kind: value}
-            tree.where |= {(*at, kind): tree.where[at]}
+            elements = [(*at, index) for index in range(len(value))] if isinstance(value, list) else []
+            tree.where |= {(*at, kind, *each[len(at) :]): tree.where[each] for each in [at, *elements]}
         elif name not in ("arguments", *COMPARISON_KEYS):
             _write_sections(tree, value, at)
 
@@ -205,6 +206,7 @@ def arms_of(root: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def fixed_by(root: dict[str, Any], arm: str) -> tuple[str, ...]:
     """The fields of the grid that an arm gives a value to, so that they are not tuned in it."""
-    changed = {dotted(keys).removesuffix(".epochs") for keys, _ in leaves(value_at(root, ("arms", arm), {}))}
+    paths = [dotted(keys) for keys, _ in leaves(value_at(root, ("arms", arm), {}))]
+    changed = {*paths, *(path.removesuffix(".epochs") for path in paths)}
     grid = root.get("grid")
     return tuple(path for path in grid if path in changed) if isinstance(grid, dict) else ()

@@ -41,7 +41,8 @@ def _section(name: str, field: dict[str, Any], definitions: dict[str, Any], comp
     choices = [member for member in members if member == {"type": "null"}]
     if key := shorthand_key(name):
         properties = [definitions[_last(reference)]["properties"][key] for reference in references]
-        choices += [{"enum": [kind for each in properties for kind in each.get("enum", [each.get("const")])]}]
+        names = [kind for each in properties for kind in each.get("enum", [each["const"]] if "const" in each else [])]
+        choices += [{"enum": names}] if names else properties[0]["anyOf"]
     for reference in references:
         required = definitions[_last(reference)].get("required") if complete else None
         choices.append({"$ref": reference, "required": required} if required else {"$ref": reference})

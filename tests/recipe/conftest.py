@@ -24,6 +24,7 @@ OWN = BASE.replace("{kind: mlp}", "{kind: module, module: a:b, arguments: {width
 
 NORMS = "none, batch, layer, group, instance, whiten, iternorm, ghost, renorm, noisy, frozen, rms or dyt"
 NORMS_WITH_EPS = "batch, layer, group, instance, whiten, iternorm, ghost, renorm, noisy, frozen or rms"
+PROBES = "all, inputs, saturation, gradients, shift, landscape, regularization, whitening or scale"
 SECTIONS = "data, model, norm, optimizer, schedule, train or probes"
 
 Load = Callable[..., Loaded]

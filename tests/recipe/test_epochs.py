@@ -18,7 +18,7 @@ from bncli.recipe.load import Loaded, plain
 from bncli.recipe.overrides import value_at
 from bncli.recipe.schema import json_schema
 from bncli.recipe.sections import EPOCHS
-from tests.recipe.conftest import Load, arm
+from tests.recipe.conftest import OWN, Load, MistakesOf, arm
 
 # 1,000 training examples make 20 steps of 50.
 BASE = """\
@@ -46,6 +46,17 @@ def test_epochs_become_steps_wherever_steps_stand(loaded: Load) -> None:
     assert (resolved["schedule"]["milestones"], resolved["schedule"]["warmup"]) == ([20, 45, 50], 2)
     assert (resolved["probes"]["at"], resolved["largest_learning_rate"]["steps"]) == (20, 40)
     assert (other["schedule"]["every"], other["schedule"]["warmup"]) == (20, 2)
+
+
+def test_a_norm_counts_the_micro_batches_of_an_epoch(loaded: Load) -> None:
+    """1,000 examples make 20 batches of 50, which are 40 batches of 25 for the norm."""
+    found = loaded(
+        BASE.replace("batch_size: 50", "batch_size: 50, accumulate: 2") + "arms:\n"
+        "  frozen: {norm: {kind: frozen, after: {epochs: 2}}}\n"
+        "  ramp: {norm: {kind: renorm, warmup: {epochs: 1}, r_steps: {epochs: 2.5}, d_steps: 70}}\n"
+    )
+    assert plain(arm(found, "frozen"))["norm"]["after"] == 80
+    assert [plain(arm(found, "ramp"))["norm"][field] for field in ("warmup", "r_steps", "d_steps")] == [40, 100, 70]
 
 
 def test_the_schema_offers_epochs_in_those_fields_and_in_no_other() -> None:
@@ -122,6 +133,13 @@ def test_the_training_examples_are_counted_without_loading_them(
         assert len(data.load(found.base.data, torch.device("cpu")).train) == examples
 
 
+def test_epochs_of_no_training_examples_are_refused(mistakes_of: MistakesOf, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=np.zeros((30, 8), np.float32), y=np.arange(30) % 3)
+    text = BASE.replace("{source: synthetic, examples: 1000}", "{source: npz, path: x.npz, held_out: 40}")
+    why = "its epochs cannot be counted in steps: a batch of 50 is larger than the 0 training examples"
+    assert mistakes_of(text) == (f"r.yaml:4: train.steps: {why}",)
+
+
 def test_a_flag_gives_or_replaces_epochs_and_says_so(loaded: Load) -> None:
     found = loaded(BASE, "train.steps={epochs: 5}", "train.evaluate_every={points_per_doubling: 8}")
     assert steps(found) == 100
@@ -150,3 +168,9 @@ def test_an_arm_counts_epochs_by_its_own_batch_size_and_names_their_line(loaded:
 def test_an_arm_that_gives_a_field_of_the_grid_in_epochs_fixes_it(loaded: Load) -> None:
     found = loaded(BASE + "arms: {a: {}, b: {schedule: {warmup: {epochs: 1}}}}\ngrid: {schedule.warmup: [0, 5]}\n")
     assert [each.fixed for each in found.arms] == [(), ("schedule.warmup",)]
+
+
+def test_an_argument_of_an_own_model_may_be_called_epochs(loaded: Load) -> None:
+    text = OWN.replace("width: 3", "epochs: 3") + "grid: {model.arguments.epochs: [1, 2]}\n"
+    found = loaded(text + "arms: {a: {}, b: {model: {arguments: {epochs: 5}}}}\n", allow_code=True)
+    assert [each.fixed for each in found.arms] == [(), ("model.arguments.epochs",)]

@@ -160,6 +160,11 @@ def test_the_base_has_its_own_provenance_where_an_arm_has_its_name(loaded: Load)
     assert given_fields(found, found.arms[0])["optimizer.lr"] == "r.yaml:5"
 
 
+def test_provenance_names_the_file_without_its_folders(loaded: Load, tmp_path: Path) -> None:
+    loaded(BASE)
+    assert given_fields(load(str(tmp_path / "r.yaml")), Arm("", load("r.yaml").base))["train.steps"] == "r.yaml:4"
+
+
 def test_provenance_follows_the_flags(loaded: Load) -> None:
     dropped = loaded(BASE + "norm: {kind: batch, momentum: 0.1}\n", "norm=layer", "norm=batch")
     assert given_fields(dropped, Arm("", dropped.base))["norm.kind"] == "sets norm=batch"

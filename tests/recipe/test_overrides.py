@@ -23,6 +23,16 @@ def test_a_bare_name_stands_for_a_section_of_that_kind(loaded: Load) -> None:
     assert plain(recipe)["model"]["init"] == {"kind": "xavier", "std": None}
 
 
+def test_probes_may_be_a_bare_name_or_a_list_of_them_also_in_an_arm_and_a_flag(loaded: Load) -> None:
+    text = BASE + "probes: all\narms: {a: {probes: [inputs, shift]}, b: {probes: }, c: {probes: {measure: scale}}}\n"
+    found = loaded(text, "probes.at=7")
+    assert plain(found.base)["probes"] == {"measure": ["all"], "at": 7}
+    assert plain(arm(found, "a"))["probes"] == {"measure": ["inputs", "shift"], "at": 7}
+    assert arm(found, "b").probes is None
+    assert plain(arm(found, "c"))["probes"] == {"measure": ["scale"], "at": 7}
+    assert loaded(text, "probes=[scale]").base == loaded(text, "probes=scale").base
+
+
 def test_an_argument_of_an_own_model_is_no_section_whatever_its_name(loaded: Load) -> None:
     recipe = loaded(OWN.replace("width: 3", "norm: batch"), "model.arguments.init=he", allow_code=True).base
     assert plain(recipe)["model"]["arguments"] == {"norm": "batch", "depth": 2, "init": "he"}

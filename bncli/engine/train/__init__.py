@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from time import perf_counter
 
 import torch
@@ -156,8 +157,7 @@ def optimizer_step(state: TrainState, x: Tensor, y: Tensor) -> Tensor:
         loss = torch.stack([add_gradients(state, *part) for part in parts]).sum()
     if options.clip_gradients is not None:
         scaler.unscale_(optimizer)
-        every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        torch.nn.utils.clip_grad_norm_(every, options.clip_gradients)
+        torch.nn.utils.clip_grad_norm_(state.model.parameters(), options.clip_gradients)
     state.skipped += 1  # until the update is made
     scaler.step(optimizer)
     scaler.update()
@@ -180,10 +180,10 @@ def evaluate(state: TrainState, train_loss: float | None = None) -> Evaluated:
     """Evaluate all held-out examples. A NaN or +inf among the logits counts as wrong; -inf may mask a class."""
     began = perf_counter()
     state.memory.end("training" if state.step else "preparation")
-    if state.recipe.train.population_statistics == "precise":
-        with precise(state.model, state.recipe, state.dataset, state.device) as state.running_statistics:
-            found = _evaluation(state, train_loss)
-    else:
+    is_precise = state.recipe.train.population_statistics == "precise"
+    with (
+        precise(state.model, state.recipe, state.dataset, state.device) if is_precise else nullcontext()
+    ) as state.running_statistics:
         found = _evaluation(state, train_loss)
     state.memory.end("evaluation")
     state.record(found)

@@ -207,7 +207,7 @@ class Probes:
 
     @property
     def measures(self) -> tuple[str, ...]:
-        return PROBES if self.section.measure == "all" else self.section.measure
+        return PROBES if "all" in self.section.measure else self.section.measure
 
     @property
     def last_step(self) -> int:

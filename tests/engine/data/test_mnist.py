@@ -49,7 +49,7 @@ def write(folder: Path, mark: str = "-", compressed: bool = False) -> Path:
 
 
 def mnist(path: Path | str | None = None, **fields: object) -> Dataset:
-    return load(Mnist(source="mnist", path=None if path is None else str(path), **fields), CPU)
+    return load(Mnist(source="mnist", **({} if path is None else {"path": str(path)}), **fields), CPU)
 
 
 def refused(path: Path | str | None, **fields: object) -> str:
@@ -83,6 +83,10 @@ def test_torchvisions_folders_are_found_and_the_set_is_named_after_its_folder(tm
     write(tmp_path / named / below)
     assert mnist(tmp_path / named).name == name
     assert name_of(Mnist(source="mnist", path=str(tmp_path / named), binary=True)) == f"{name} (binary)"
+
+
+def test_a_folder_that_is_not_there_has_a_name_for_a_dry_run():
+    assert name_of(Mnist(source="mnist", path="/no/where/KMNIST/raw")) == "KMNIST"
 
 
 def test_images_keep_their_rows_and_are_the_same_values_as_vectors(tmp_path):
@@ -121,8 +125,8 @@ IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
         (lambda folder: (folder / "t10k-labels-idx1-ubyte").unlink(),
          "there is no t10k-labels-idx1-ubyte .or .gz, or t10k-labels.idx1-ubyte.; looked in .*, .*MNIST/raw"),
         (spoil(lambda raw: b"\0\0\x0b" + raw[3:], IMAGES),
-         "train-images-idx3-ubyte is no file of MNIST's: it begins with 2819 and not with 2051"),
-        (spoil(lambda raw: b"", LABELS), "begins with 0 and not with 2049"),
+         "train-images-idx3-ubyte is no file of MNIST's: it begins with 2819, not with 2051"),
+        (spoil(lambda raw: b"", LABELS), "begins with 0, not with 2049"),
         (spoil(lambda raw: raw[:11] + b"\x1b" + raw[12:], IMAGES), "holds images of 27x28; MNIST's are 28x28"),
         (spoil(lambda raw: raw[:-100], IMAGES), "holds 23,420 values where its header says 23,520; copy it again"),
         (spoil(lambda raw: raw + b"\0", LABELS), "holds 31 values where its header says 30; copy it again"),
@@ -154,7 +158,7 @@ def test_runs_are_made_again_when_one_of_the_four_files_changes_and_not_for_anot
 
 
 def test_test_images_of_a_folder_cannot_be_held_out_again():
-    with pytest.raises(ValueError, match="a folder has its own test images to hold out; remove held_out"):
+    with pytest.raises(ValueError, match="has its own test images to hold out; remove held_out or set it to null"):
         Mnist(source="mnist", path="somewhere", held_out=10)
 
 

@@ -103,7 +103,7 @@ def _points(state: TrainState, probes: Probes) -> Iterator[ProbePoint]:
     }
     for measure in [name for name in measures if name in asked]:
         found = [(layer, each) for layer, each in measures[measure]() if each]
-        if not found and probes.section.measure != "all":
+        if not found and "all" not in probes.section.measure:
             why = f"this model has nothing that it measures, which is {NEEDS[measure]}"
             raise RecipeError(f"probes.measure: {measure}: {why}; leave {measure} out")
         yield from (ProbePoint(measure, layer, state.step, each) for layer, each in found)
