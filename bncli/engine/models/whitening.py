@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bncli.kernels.layout import accumulation, per_channel
+from bncli.kernels.layout import accumulation, match_layout, per_channel
 from bncli.kernels.native import interpolate_
 
 # --- the inverse square root of a covariance --------------------------------------------------------------------------
@@ -168,7 +168,7 @@ class Whitening(nn.Module):
             x: (N, C, *S). Statistics are in float32, or float64 for float64, also under autocast.
 
         Returns:
-            (N, C, *S), in the dtype of x.
+            (N, C, *S), in the dtype and the layout of x.
 
         Raises:
             ValueError: for another number of channels, or in training for no more values per channel than channels per
@@ -184,7 +184,7 @@ class Whitening(nn.Module):
             y = xhat.reshape(self.channels, x.size(0), *x.shape[2:]).transpose(0, 1)
             if self.weight is not None and self.bias is not None:
                 y = y * per_channel(self.weight, y) + per_channel(self.bias, y)
-            return y.to(x.dtype)
+            return match_layout(y.to(x.dtype), x)
 
     def _batch_statistics(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (G, k, 1) and biased covariance (G, k, k) of (G, k, m); the running ones are updated."""

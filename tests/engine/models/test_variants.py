@@ -220,6 +220,45 @@ def test_ignoring_the_statistics_changes_the_gradient_alone(
 
 # --- what all have in common ------------------------------------------------------------------------------------------
 
+OVER_BATCH = [kind for kind in VARIANTS if kind not in ("rms", "dyt")]
+
+
+@pytest.mark.parametrize("kind", OVER_BATCH)
+@pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1, 1)])
+def test_one_value_per_channel_is_refused_in_training(kind: str, shape: tuple[int, ...]) -> None:
+    module = made(kind, **VARIANTS[kind])
+    with pytest.raises(ValueError, match=r"more than (1|one) value per channel"):
+        module(torch.ones(shape, dtype=torch.float64))
+    assert module.running_var.tolist() == [1, 1, 1]
+    assert module.eval()(torch.ones(shape, dtype=torch.float64)).shape == shape
+
+
+def test_frozen_norm_takes_one_value_per_channel_once_it_is_frozen() -> None:
+    frozen, x = made("frozen", after=1), numbers(1, 3)
+    frozen(numbers(4, 3))
+    torch.testing.assert_close(frozen(x), copy.deepcopy(frozen).eval()(x))
+
+
+# Renorm and ignored statistics take for constants what depends on the input.
+@pytest.mark.parametrize("kind", [kind for kind in VARIANTS if kind not in ("renorm", "batch")])
+@pytest.mark.parametrize("training", [True, False])
+def test_second_derivatives_are_those_of_differences(kind: str, training: bool) -> None:
+    module = made(kind, **VARIANTS[kind]).train(training)
+
+    def call(x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return copy.deepcopy(module)(x)
+
+    assert torch.autograd.gradgradcheck(call, numbers(4, 3, 2).requires_grad_())
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_layout_of_the_output_is_that_of_the_input(kind: str, training: bool) -> None:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = numbers(4, 3, 2, 5).contiguous(memory_format=layout)
+        assert made(kind, **VARIANTS[kind]).train(training)(x).stride() == x.stride()
+
 
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_a_saved_variant_goes_on_as_it_would_have(kind: str) -> None:

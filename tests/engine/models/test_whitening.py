@@ -274,6 +274,16 @@ def test_half_precision_inputs_are_whitened_in_float32(
 
 
 @EXACT_AND_BY_STEPS
+@pytest.mark.parametrize("training", [True, False])
+def test_the_layout_of_the_output_is_that_of_the_input(iterations: int | None, training: bool) -> None:
+    images = correlated(5, 4, 3, 2)
+    module = Whitening(4, 2, iterations=iterations).double().train(training)
+    for x in (correlated(10, 4), images, images.contiguous(memory_format=torch.channels_last)):
+        assert module(x).stride() == x.stride()
+    assert module(images.transpose(2, 3)).is_contiguous()
+
+
+@EXACT_AND_BY_STEPS
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nan_and_infinity_stay_in_their_group_and_raise_nothing(iterations: int | None, value: float) -> None:
     x = correlated(10, 4)

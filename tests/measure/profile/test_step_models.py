@@ -125,5 +125,5 @@ def test_a_variant_is_counted_by_its_name_and_has_no_kernels(kind: str) -> None:
 def test_batch_norm_that_ignores_its_statistics_is_a_kernel_of_its_own_that_no_other_replaces() -> None:
     recipe = tiny(norm={"kind": "batch", "backward": "ignore_statistics"})
     (found,) = norms_of(build(recipe, (8,), 3))
-    assert (found.kind, found.kernel) == ("batch norm", "bncli.engine.models.variants:ignoring_statistics")
+    assert (found.kind, found.kernel) == ("batch norm", "bncli.engine.models.norms:ignoring_statistics")
     assert not RecipeModel("arm", recipe).has_kernels
