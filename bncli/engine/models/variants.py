@@ -108,8 +108,8 @@ class BatchRenorm(BatchVariant):
 class NoisyBatchNorm(BatchVariant):
     """Batch norm, then noise with a mean and a scale that change each step.
 
-    Santurkar et al. 2018 (arXiv 1805.11604, appendix A.2.1, algorithm 1), as a control for internal covariate shift. Each
-    value becomes s y + m, with m uniform within `shift_spread` of a shift, and s normal about a scale with the
+    Santurkar et al. 2018 (arXiv 1805.11604, appendix A.2.1, algorithm 1), as a control for internal covariate shift.
+    Each value becomes s y + m, with m uniform within `shift_spread` of a shift, and s normal about a scale with the
     deviation `scale_spread`; at each step the shift of a channel is drawn uniformly from [-shift, shift], its scale
     from [1, scale]. Positions count as examples. The random numbers are those of torch's global generator. Evaluation
     has no noise.

@@ -272,6 +272,24 @@ def test_another_way_in_training_does_not_matter_and_what_fx_cannot_hold_is_refu
     assert refused.value.field == "model"
 
 
+@pytest.mark.parametrize(
+    ("asks", "why"),
+    [
+        (lambda own: isinstance(own.norm, nn.BatchNorm1d), "asks for what fold changes"),
+        (lambda own: own.layer.bias is None, "asks for what fold changes"),
+        (lambda own: own.norm.num_features == 4, "no attribute 'num_features'"),
+    ],
+)
+def test_a_forward_that_would_notice_is_refused(asks: Callable[[Any], bool], why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        fold(Own(lambda own, x: own.norm(own.layer(x)) if asks(own) else x, layer=nn.Linear(4, 4, bias=False)))
+
+
+def test_a_layer_at_the_end_of_a_sequential_is_found() -> None:
+    net = nn.Sequential(nn.Sequential(nn.Linear(5, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 5))), nn.BatchNorm1d(5))
+    assert report(check(net, numbers(3, 5))).norms[0].into == "0.1.1"
+
+
 def test_a_block_that_keeps_an_activation_between_folds_what_it_can() -> None:
     folded = check(nn.Sequential(ConvNormActivation(3, 4, nn.ReLU), nn.BatchNorm2d(4)), IMAGES)
     assert [norm.into for norm in report(folded).norms] == ["0.0", None]
