@@ -95,7 +95,7 @@ def fold(model: nn.Module) -> nn.Module:
     Raises:
         UsageError: With the reason, where torch.fx cannot hold the model, or its forward would go another way.
     """
-    folded = copy.deepcopy(model).eval()
+    folded: nn.Module = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()  # without torch.compile's wrapper
     for module in folded.modules():
         module.__class__ = blocks.original_class(module)
     traced = graph.trace(folded, (False,), _Tracer, field="model", advice=ADVICE)

@@ -161,6 +161,8 @@ def test_a_compiled_or_frozen_model_is_folded_and_the_copy_can_be_pickled() -> N
     again = pickle.loads(pickle.dumps(folded))
     x = numbers(3, 6).double()
     assert torch.equal(again(x), folded(x))
+    wrapped: Any = torch.compile(net, backend="eager")
+    assert torch.equal(fold(wrapped)(x), folded(x))
 
 
 # --- what is left -------------------------------------------------------------------------------------------------
