@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from bncli import kernels
 from bncli.kernels import native
 from bncli.kernels.api import batch_norm
-from bncli.kernels.layout import accumulation, over_channels
 
 
 def kernel_name(kernel: str | kernels.Kernel) -> str:
@@ -157,8 +156,9 @@ def ignoring_statistics(
     """
     if statistics is None:
         with torch.no_grad():
-            var, mean = torch.var_mean(x.to(accumulation(x)), over_channels(x), correction=0)
+            _, mean, var = native.batch_norm(x, None, None, eps)
         statistics = mean, var
+    weight, bias = (each if each is None else each.to(statistics[0].dtype) for each in (weight, bias))
     y = F.batch_norm(x, *statistics, weight, bias, False, 0.0, eps)
     return native.finish(y, residual, activation), *statistics
 

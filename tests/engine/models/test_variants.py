@@ -218,6 +218,15 @@ def test_ignoring_the_statistics_changes_the_gradient_alone(
     torch.testing.assert_close(wrong.eval()(x), right.eval()(x))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_ignoring_the_statistics_takes_half_precision_vectors_and_an_empty_batch(training: bool) -> None:
+    module, x = made("batch", **VARIANTS["batch"]).bfloat16().train(training), numbers(8, 3).bfloat16()
+    exact = copy.deepcopy(module).double()(x.double())
+    largest = float(exact.detach().abs().max())
+    torch.testing.assert_close(module(x).double(), exact, rtol=0, atol=largest * torch.finfo(torch.bfloat16).eps)
+    assert module(x[:0]).shape == (0, 3)
+
+
 # --- what all have in common ------------------------------------------------------------------------------------------
 
 OVER_BATCH = [kind for kind in VARIANTS if kind not in ("rms", "dyt")]
