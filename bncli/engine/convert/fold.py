@@ -128,15 +128,14 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 class _Uses:
-    """How often a graph uses each module, parameter and buffer, and the input of each batch norm."""
+    """How often a graph uses each parameter and buffer, by its id, and the input of each batch norm."""
 
     def __init__(self, traced: fx.GraphModule) -> None:
-        self.traced, self.modules, self.tensors = traced, Counter[nn.Module](), Counter[int]()
+        self.traced, self.tensors = traced, Counter[int]()
         self.inputs: dict[nn.Module, Any] = {}
         for node in traced.graph.nodes:
             found = self.found(node)
             if isinstance(found, nn.Module):
-                self.modules.update(found.modules())
                 self.tensors.update({id(tensor) for tensor in (*found.parameters(), *found.buffers())})
             elif isinstance(found, Tensor):
                 self.tensors[id(found)] += 1
@@ -146,9 +145,8 @@ class _Uses:
                 self.inputs[self.found(node.args[0])] = node.args[1]
 
     def once(self, module: nn.Module) -> bool:
-        """Whether the module and its tensors are used in one call alone."""
-        tensors = (*module.parameters(), *module.buffers())
-        return self.modules[module] == 1 and all(self.tensors[id(tensor)] == 1 for tensor in tensors)
+        """Whether the module's tensors are used in one call alone, and so the module."""
+        return all(self.tensors[id(tensor)] == 1 for tensor in (*module.parameters(), *module.buffers()))
 
     def found(self, node: Any) -> Any:
         """The module or tensor of the model that a node calls or reads, or None."""

@@ -162,7 +162,7 @@ def test_frozen_from_the_start_leaves_the_input_but_for_weight_and_bias() -> Non
     assert int(frozen.num_batches_tracked) == 0
 
 
-@BY_SHAPE
+@pytest.mark.parametrize("shape", SHAPES[::2], ids=str)
 def test_noise_has_the_papers_moments_and_is_drawn_anew_each_step(shape: tuple[int, ...]) -> None:
     noisy, batch = made("noisy"), made("noisy", **NO_NOISE)
     torch.manual_seed(0)
@@ -173,10 +173,31 @@ def test_noise_has_the_papers_moments_and_is_drawn_anew_each_step(shape: tuple[i
     errors = (many.mean(0) - y * 1.125) / (expected_var / 4000).sqrt()
     assert errors.abs().max() < 5  # standard errors
     torch.testing.assert_close(many.var(0), expected_var, rtol=0.15, atol=0)
-    shared = (many - many.mean(0)).reshape(4000, shape[0], 3, -1)
-    between = (shared[:, 0, :, 0] * shared[:, 1, :, 0]).mean(0)  # of two examples: what their channel has in common
-    exact = (y.reshape(shape[0], 3, -1)[0, :, 0] * y.reshape(shape[0], 3, -1)[1, :, 0]) * 0.25**2 / 12 + 1 / 12
-    torch.testing.assert_close(between, exact, rtol=0.3, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "mean", "var", "of_the_channel"),
+    [
+        ("shift", 0.5, 0, 1 / 12, True),
+        ("shift_spread", 0.1, 0, 0.2**2 / 12, False),
+        ("scale", 1.25, 0.125, 0.25**2 / 12, True),
+        ("scale_spread", 0.1, 0, 0.1**2, False),
+    ],
+)
+def test_each_part_of_the_noise_is_that_of_the_channel_or_of_the_value(
+    field: str, value: float, mean: float, var: float, of_the_channel: bool
+) -> None:
+    noisy, batch = made("noisy", **{**NO_NOISE, field: value}), made("noisy", **NO_NOISE)
+    torch.manual_seed(0)
+    x = numbers(4, 3, 5)
+    y, many = batch(x).detach(), torch.stack([noisy(x) for _ in range(4000)]).detach()
+    noise = (many - y) / (y if field.startswith("scale") else 1)
+    torch.testing.assert_close(noise.mean(0), torch.full_like(y, mean), rtol=0, atol=5 * (var / 4000) ** 0.5)
+    torch.testing.assert_close(noise.var(0), torch.full_like(y, var), rtol=0.15, atol=0)
+    shared = noise[:, :1, :, :1].expand_as(noise)
+    assert torch.allclose(noise, shared, atol=1e-9) == of_the_channel
+    if not of_the_channel:
+        assert torch.corrcoef(noise.flatten(1).T).fill_diagonal_(0).abs().max() < 0.1
 
 
 @BY_SHAPE
