@@ -57,7 +57,7 @@ for _name in inplace_methods:
 
 class Tracer(fx.Tracer):
     proxy_buffer_attributes = True
-    looks_into: tuple[type, ...] = (nn.Identity,)
+    looks_into: tuple[type, ...] = (nn.Identity,)  # also where they hold no norms
     norms: tuple[type, ...] = (_BatchNorm,)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

@@ -215,7 +215,5 @@ class Whitening(nn.Module):
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""
-        steps = "" if self.iterations is None else f", iterations={self.iterations}"
-        learned = self.weight is not None
-        given = f"group_size={self.group_size}, eps={self.eps}, momentum={self.momentum}, affine={learned}"
-        return f"{self.channels}, {given}{steps}"
+        names = ("group_size", "eps", "momentum", "iterations")
+        return ", ".join([str(self.channels), *(f"{name}={getattr(self, name)}" for name in names)])

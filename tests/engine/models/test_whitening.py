@@ -316,4 +316,4 @@ def test_a_group_that_does_not_divide_the_channels_is_refused() -> None:
 
 def test_the_module_tells_its_arguments() -> None:
     words: Any = repr(Whitening(6, 3, iterations=4))
-    assert words == "Whitening(6, group_size=3, eps=0.001, momentum=0.1, affine=True, iterations=4)"
+    assert words == "Whitening(6, group_size=3, eps=0.001, momentum=0.1, iterations=4)"
