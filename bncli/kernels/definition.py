@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,19 +128,8 @@ def over_groups(row: names.Norm, rounding: Change = same) -> Forward:
     With one group it is layer norm over (C, *S), with one group per channel instance norm.
     """
 
-    def call(
-        x: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-        residual: Tensor | None,
-        activation: str | None,
-        /,
-    ) -> Tensor:
+    def call(*arguments: Any) -> Tensor:
+        x, _, _, weight, bias, _, _, eps, residual, activation = arguments
         grouped = x.reshape(x.size(0), row.groups(x.size(1), names.CHECKED_GROUPS), -1)
         centred = grouped - rounding(grouped.mean(-1, keepdim=True))
         var = rounding(rounding(centred.square()).mean(-1, keepdim=True))
@@ -199,19 +189,8 @@ def whitening(row: names.Norm, rounding: Change = same) -> Forward:
     """
     root_of = inverse_root(row)
 
-    def call(
-        x: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-        residual: Tensor | None,
-        activation: str | None,
-        /,
-    ) -> Tensor:
+    def call(*arguments: Any) -> Tensor:
+        x, _, _, weight, bias, _, _, eps, residual, activation = arguments
         channels, size = x.size(1), names.CHECKED_GROUP_SIZE
         values = x.transpose(0, 1).reshape(channels // size, size, -1)
         centred = rounding(values - rounding(values.mean(-1, keepdim=True)))

@@ -140,6 +140,8 @@ def _swap(module: Any, kernel: str | kernels.Kernel) -> str | None:
             if not taken and (type(part) is not nn.Identity or not blocks.is_plain(part)):
                 return blocks.describe(part, "a part of its own")
         module.__class__, module.activation = EXACT[nn.BatchNorm2d if has_activation else kind], activation
+    if module.kernel is norms.ignoring_statistics:
+        return "its gradient ignores the batch's statistics, which every kernel's takes into account"
     module.kernel = kernel
     return None
 

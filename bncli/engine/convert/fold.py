@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bncli.engine.convert import aligned, blocks, graph
 from bncli.engine.models.norms import BatchNorm
+from bncli.errors import UsageError
 from bncli.kernels import native
 
 NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, BatchNorm.forward)
@@ -62,6 +63,13 @@ class Folded(nn.Module):
         return native.finish(input, residual, activation or self.activation)
 
 
+class _Tracer(graph.Tracer):
+    """A tracer that looks into each nn.Sequential, and takes a norm that was folded for the norm that it was."""
+
+    looks_into = (nn.Identity, nn.Sequential)
+    norms = (_BatchNorm, Folded)
+
+
 @torch.no_grad()
 def fold(model: nn.Module) -> nn.Module:
     """A copy of a model for evaluation, whose batch norms are part of the linear or convolution layers before them.
@@ -85,12 +93,12 @@ def fold(model: nn.Module) -> nn.Module:
         was folded into, or why not, which prints as a table.
 
     Raises:
-        UsageError: With the reason, where torch.fx cannot hold the model.
+        UsageError: With the reason, where torch.fx cannot hold the model, or its forward would go another way.
     """
-    folded = copy.deepcopy(model).eval()
+    folded: nn.Module = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()  # without torch.compile's wrapper
     for module in folded.modules():
         module.__class__ = blocks.original_class(module)
-    traced = graph.trace(folded, modes=(False,), field="model", advice=ADVICE)
+    traced = graph.trace(folded, (False,), _Tracer, field="model", advice=ADVICE)
     uses = _Uses(traced)
     names: dict[nn.Module, list[str]] = {}
     for name, module in folded.named_modules(remove_duplicate=False):
@@ -107,6 +115,11 @@ def fold(model: nn.Module) -> nn.Module:
             for path in paths:
                 parent, _, place = path.rpartition(".")
                 setattr(folded.get_submodule(parent), place, rest)
+    graphs = traced.graph, graph.trace(folded, (False,), _Tracer, field="model", advice=ADVICE).graph
+    before, after = ([(node.op, node.target) for node in each.nodes] for each in graphs)
+    if before != after:
+        what = "the class of a norm, or whether a layer has a bias"
+        raise UsageError(f"its forward asks for what fold changes ({what}) and would go another way", field="model")
     folded.__dict__.pop("bncli_conversion", None)
     folded.__dict__["bncli_folding"] = Folding(tuple(report))
     if isinstance(folded, fx.GraphModule):
@@ -115,15 +128,14 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 class _Uses:
-    """How often a graph uses each module, parameter and buffer, and the input of each batch norm."""
+    """How often a graph uses each parameter and buffer, by its id, and the input of each batch norm."""
 
     def __init__(self, traced: fx.GraphModule) -> None:
-        self.traced, self.modules, self.tensors = traced, Counter[nn.Module](), Counter[int]()
+        self.traced, self.tensors = traced, Counter[int]()
         self.inputs: dict[nn.Module, Any] = {}
         for node in traced.graph.nodes:
             found = self.found(node)
             if isinstance(found, nn.Module):
-                self.modules.update(found.modules())
                 self.tensors.update({id(tensor) for tensor in (*found.parameters(), *found.buffers())})
             elif isinstance(found, Tensor):
                 self.tensors[id(found)] += 1
@@ -133,9 +145,8 @@ class _Uses:
                 self.inputs[self.found(node.args[0])] = node.args[1]
 
     def once(self, module: nn.Module) -> bool:
-        """Whether the module and its tensors are used in one call alone."""
-        tensors = (*module.parameters(), *module.buffers())
-        return self.modules[module] == 1 and all(self.tensors[id(tensor)] == 1 for tensor in tensors)
+        """Whether the module's tensors are used in one call alone, and so the module."""
+        return all(self.tensors[id(tensor)] == 1 for tensor in (*module.parameters(), *module.buffers()))
 
     def found(self, node: Any) -> Any:
         """The module or tensor of the model that a node calls or reads, or None."""

@@ -55,13 +55,15 @@ for _name in inplace_methods:
     setattr(_Proxy, f"__{_name}__", functools.partialmethod(_Proxy._in_place, name=_name))
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
     proxy_buffer_attributes = True
+    looks_into: tuple[type, ...] = (nn.Identity,)  # also where they hold no norms
+    norms: tuple[type, ...] = (_BatchNorm,)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """A module that holds no norms stays one call, so that its flags and randomness stay its own."""
-        holds_norms = any(isinstance(part, _BatchNorm) for part in m.modules())
-        traced = type(m) is nn.Identity or (holds_norms and not isinstance(m, _BatchNorm))
+        holds_norms = any(isinstance(part, self.norms) for part in m.modules())
+        traced = type(m) in self.looks_into or (holds_norms and not isinstance(m, self.norms))
         return not traced or not blocks.is_plain(m)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -78,7 +80,12 @@ class _Tracer(fx.Tracer):
 
 
 def trace(
-    model: nn.Module, modes: Sequence[bool] = (True, False), *, field: str = "trace", advice: str = ADVICE
+    model: nn.Module,
+    modes: Sequence[bool] = (True, False),
+    tracer: type[Tracer] = Tracer,
+    *,
+    field: str = "trace",
+    advice: str = ADVICE,
 ) -> fx.GraphModule:
     """The graph of a model's forward, which is the same in these modes: True for training, False for evaluation.
 
@@ -103,7 +110,7 @@ def trace(
         for training in modes:
             for module in before:
                 module.training = training
-            graph = _Tracer().trace(model)
+            graph = tracer().trace(model)
             graphs[graph.python_code("self").src] = graph
         if len(graphs) > 1:
             raise TraceError("it goes another way in training than in evaluation (self.training)")

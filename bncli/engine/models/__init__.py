@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bncli import kernels
 from bncli.engine.models import variants
 from bncli.engine.models.init import Examples, SeparateDraws, initialize, seed_global_generators, stream_seed
-from bncli.engine.models.norms import BatchNorm, LayerNormOverChannels
+from bncli.engine.models.norms import BatchNorm, LayerNormOverChannels, ignoring_statistics
 from bncli.engine.models.whitening import Whitening
 from bncli.engine.user_code import blame_user_code, imported
 from bncli.errors import RecipeError
@@ -121,7 +121,7 @@ def _module_of(norm: Any, device: torch.device | None) -> NormFactory:
         return partial(VARIANTS[type(norm)], **options)
     if isinstance(norm, sections.BatchNorm):
         kernels.get(norm.kernel, device)
-        wrong = {"kernel": variants.ignoring_statistics} if norm.backward == "ignore_statistics" else {}
+        wrong = {"kernel": ignoring_statistics} if norm.backward == "ignore_statistics" else {}
         return partial(BatchNorm, **options | wrong)
     if isinstance(norm, sections.LayerNorm):
         return partial(LayerNormOverChannels, eps=norm.eps, affine=norm.affine)

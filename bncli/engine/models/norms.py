@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bncli import kernels
 from bncli.kernels import native
@@ -137,6 +138,29 @@ class BatchNorm2d(nn.BatchNorm2d, BatchNorm):
 
 class BatchNorm3d(nn.BatchNorm3d, BatchNorm):
     """nn.BatchNorm3d for (N, C, D, H, W), with the arguments, results and errors of `BatchNorm`."""
+
+
+def ignoring_statistics(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    statistics: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A kernel of `BatchNorm` whose gradient takes the batch's mean and variance for constants: to be seen to fail.
+
+    Ioffe & Szegedy 2015, section 2: a gradient step that ignores how the normalization depends on the parameters can
+    grow a bias without bound while the loss stays. Arguments and results are those of bncli.kernels.
+    """
+    if statistics is None:
+        with torch.no_grad():
+            _, mean, var = native.batch_norm(x, None, None, eps)
+        statistics = mean, var
+    weight, bias = (each if each is None else each.to(statistics[0].dtype) for each in (weight, bias))
+    y = F.batch_norm(x, *statistics, weight, bias, False, 0.0, eps)
+    return native.finish(y, residual, activation), *statistics
 
 
 class LayerNormOverChannels(nn.GroupNorm):

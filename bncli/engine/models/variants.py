@@ -30,9 +30,9 @@ class BatchVariant(_NormBase):
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True) -> None:
         super().__init__(channels, eps, momentum, affine)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(N, C, *S) -> (N, C, *S). Raises ValueError for one value per channel in training, as torch does."""
-        return self.train_forward(x) if self.training else self.batch_norm(x)
+        return self.train_forward(input) if self.training else self.batch_norm(input)
 
     def train_forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError  # each variant's
@@ -106,12 +106,13 @@ class BatchRenorm(BatchVariant):
 
 
 class NoisyBatchNorm(BatchVariant):
-    """Batch norm, then noise with a mean and a scale that change each step (Santurkar et al. 2018, arXiv 1805.11604).
+    """Batch norm, then noise with a mean and a scale that change each step.
 
-    Their control for internal covariate shift. Each value becomes s y + m, with m uniform within `shift_spread` of a
-    shift, and s normal about a scale with the deviation `scale_spread`; at each step the shift of a channel is drawn
-    uniformly from [-shift, shift], its scale from [1, scale]. Positions count as examples. The random numbers are
-    those of torch's global generator. Evaluation has no noise.
+    Santurkar et al. 2018 (arXiv 1805.11604, appendix A.2.1, algorithm 1), as a control for internal covariate shift.
+    Each value becomes s y + m, with m uniform within `shift_spread` of a shift, and s normal about a scale with the
+    deviation `scale_spread`; at each step the shift of a channel is drawn uniformly from [-shift, shift], its scale
+    from [1, scale]. Positions count as examples. The random numbers are those of torch's global generator. Evaluation
+    has no noise.
     """
 
     def __init__(
@@ -142,41 +143,20 @@ class FrozenBatchNorm(BatchVariant):
         self.after = after
 
     def train_forward(self, x: Tensor) -> Tensor:
+        values, frozen = x.numel() // x.size(1), self.num_batches_tracked >= self.after
+        if values == 1 and not frozen:  # only then the host waits for the device
+            raise ValueError(f"expected more than 1 value per channel when training, got {tuple(x.shape)}")
         var, mean = torch.var_mean(x.to(accumulation(x)), over_channels(x), correction=0)
-        frozen = self.num_batches_tracked >= self.after
         used_mean, used_var = (
             torch.where(frozen, running, batch)
             for running, batch in ((self.running_mean, mean), (self.running_var, var))
         )
         y = (x - per_channel(used_mean, x)) * per_channel((used_var + self.eps).rsqrt(), x)
         with torch.no_grad():
-            values = x.numel() // x.size(1)
             for running, batch in ((self.running_mean, mean), (self.running_var, var * values / max(1, values - 1))):
                 running.copy_(torch.where(frozen, running, running.lerp(batch.to(running.dtype), self.momentum)))
             self.num_batches_tracked.add_(~frozen)
         return affine(y, self.weight, self.bias).to(x.dtype)
-
-
-def ignoring_statistics(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    statistics: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A kernel of `BatchNorm` whose gradient takes the batch's mean and variance for constants: to be seen to fail.
-
-    Ioffe & Szegedy 2015, section 2: a gradient step that ignores how the normalization depends on the parameters can
-    grow a bias without bound while the loss stays. Arguments and results are those of bncli.kernels.
-    """
-    if statistics is None:
-        with torch.no_grad():
-            var, mean = torch.var_mean(x.to(accumulation(x)), over_channels(x), correction=0)
-        statistics = mean, var
-    y = F.batch_norm(x, *statistics, weight, bias, False, 0.0, eps)
-    return native.finish(y, residual, activation), *statistics
 
 
 class RMSNorm(nn.Module):

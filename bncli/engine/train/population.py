@@ -109,11 +109,13 @@ def moments(model: nn.Module, batches: Iterable[Tensor]) -> list[tuple[str, Any,
     """
     layers = [(name, module, Moments()) for name, module in model.named_modules() if isinstance(module, ESTIMATED)]
 
-    def note(population: Moments, layer: Any, inputs: tuple[Tensor, ...]) -> None:
+    def note(population: Moments, layer: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         if layer.training and layer.running_mean is not None:
-            population.add(inputs[0])
+            population.add(inputs[0] if inputs else named["input"])
 
-    handles = [layer.register_forward_pre_hook(partial(note, population)) for _, layer, population in layers]
+    handles = [
+        layer.register_forward_pre_hook(partial(note, population), with_kwargs=True) for _, layer, population in layers
+    ]
     try:
         for x in batches:
             model(x)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -173,15 +172,13 @@ def three_parts(rows: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 def central_differences(rows: Inputs, step: Tensor) -> Tensor:
     """(L(x + h) - L(x - h)) / 2h for each x_i, (sets, k, m); step h: (sets). Differences of y round little."""
-    slopes = torch.empty_like(rows.x)
-    for channel, i in product(range(rows.x.size(1)), range(rows.x.size(2))):
-        above, below = rows.x.clone(), rows.x.clone()
-        above[:, channel, i] += step
-        below[:, channel, i] -= step
-        rise = normalized(rows._replace(x=above)) - normalized(rows._replace(x=below))
-        run = above[:, channel, i] - below[:, channel, i]
-        slopes[:, channel, i] = (rows.upstream * rise).sum((1, 2)) / run
-    return slopes
+    count = rows.x[0].numel()
+    moves = torch.eye(count, dtype=step.dtype).view(count, 1, *rows.x.shape[1:]) * step[:, None, None]
+    above, below = ((rows.x + sign * moves).flatten(0, 1) for sign in (1, -1))  # (k m sets, k, m): one value is moved
+    weight, bias, upstream = (each.repeat(count, 1, 1) for each in (rows.weight, rows.bias, rows.upstream))
+    high, low = (rows._replace(x=x, weight=weight, bias=bias) for x in (above, below))
+    slopes = (upstream * (normalized(high) - normalized(low))).sum((1, 2)) / (above - below).sum((1, 2))
+    return slopes.view(count, -1).T.reshape(rows.x.shape)
 
 
 def _eigenvalues(rows: Inputs) -> Tensor:

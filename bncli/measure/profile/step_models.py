@@ -20,6 +20,7 @@ from bncli.engine.convert.fold import Folded
 from bncli.engine.data.splits import Batch, Dataset, InMemory
 from bncli.engine.device import autocast
 from bncli.engine.models import blame_own_model, norms, variants
+from bncli.engine.models.whitening import Whitening
 from bncli.engine.train import optimizer_step
 from bncli.engine.train.optim import uncompiled
 from bncli.engine.train.state import TrainState, check_fit
@@ -30,7 +31,7 @@ from bncli.recipe.load import Loaded, digest, plain, with_values
 from bncli.recipe.sections import DataSection, Recipe
 from bncli.results.profile import FOLDED, NormLayers, Note
 
-OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _NormBase, variants.RMSNorm, variants.DynamicTanh)
+OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _NormBase, variants.RMSNorm, variants.DynamicTanh, Whitening)
 
 
 @dataclass(frozen=True, eq=False)

@@ -78,6 +78,8 @@ def _legend(rows: Sequence[StepCost]) -> list[str]:
         lines.append("folded: evaluation after bncli.fold made the batch norms part of the layers before them.")
     if any(row.shares_ms for row in rows):
         lines.append("Share of a step: from a separate profiled pass. gaps: the device waits for the host.")
+    if any(row.shares_ms and layers.kind == "Whitening" for row in rows for layers in row.norms):
+        lines.append("Of a norm that whitens, matrix products count as linear and its other operators as other.")
     if any(row.memory for row in rows):
         lines.append("activations: saved for backward. peak: of the whole process on a CPU, of the allocator on a GPU.")
     return lines

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import bncli
 from bncli.engine.convert import convert
-from bncli.engine.models.norms import BatchNorm, BatchNorm2d
+from bncli.engine.models.norms import BatchNorm, BatchNorm2d, ignoring_statistics
 from bncli.errors import Unavailable
 from bncli.kernels import fused as fused_kernel
 from tests.engine.convert.checks import FUSED_ADD, SEAM, converted, fused, operations, reason, report, same
@@ -284,6 +284,10 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a slope": (lambda: BatchNormAct2d(3, nn.Identity(), nn.LeakyReLU(0.2)), "LeakyReLU with slope 0.2"),
     "hooks": (lambda: BatchNormAct2d(3, nn.Identity(), hooked(nn.ReLU())), "has hooks"),
     "replaced": (replaced, "its forward was replaced on this object"),
+    "ignored statistics": (
+        lambda: BatchNorm(3, kernel=ignoring_statistics),
+        "its gradient ignores the batch's statistics",
+    ),
 }
 
 
@@ -293,6 +297,7 @@ def test_norms_that_are_more_than_batch_norm_are_left_with_the_reason(make: Call
     kind = type(model[0])
     convert(model, SEAM)
     assert type(model[0]) is kind
+    assert getattr(model[0], "kernel", None) is not SEAM
     assert operations(model) == {"0": None}
     assert why in reason(model, "0")
 

@@ -161,6 +161,8 @@ def test_a_compiled_or_frozen_model_is_folded_and_the_copy_can_be_pickled() -> N
     again = pickle.loads(pickle.dumps(folded))
     x = numbers(3, 6).double()
     assert torch.equal(again(x), folded(x))
+    wrapped: Any = torch.compile(net, backend="eager")
+    assert torch.equal(fold(wrapped)(x), folded(x))
 
 
 # --- what is left -------------------------------------------------------------------------------------------------
@@ -235,6 +237,10 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Own(lambda own, x: own.norm(own.layer(x)), norm=nn.BatchNorm1d(3)),
         "its channels are not the outputs of layer, which comes before",
     ),
+    "other dimensions": (
+        lambda: Own(lambda own, x: own.norm(own.layer(x)), norm=nn.BatchNorm2d(4)),
+        "its channels are not the outputs of layer, which comes before",
+    ),
     "a norm that is not called": (
         lambda: Own(lambda own, x: own.layer(x)),
         "the evaluation forward does not call it",
@@ -247,7 +253,7 @@ def test_what_cannot_be_folded_is_left_with_the_reason(name: str) -> None:
     make, reason = LEFT[name]
     net = make()
     assert reasons(net) == {"norm": reason}
-    if name != "other channels":
+    if not name.startswith("other"):
         check(net, numbers(3, 4))
 
 
@@ -270,6 +276,24 @@ def test_another_way_in_training_does_not_matter_and_what_fx_cannot_hold_is_refu
     with pytest.raises(UsageError, match=r"torch\.fx cannot hold .*; fold has to know which layer") as refused:
         fold(Own(lambda own, x: own.norm(own.layer(x)) if x.sum() > 0 else x))
     assert refused.value.field == "model"
+
+
+@pytest.mark.parametrize(
+    ("asks", "why"),
+    [
+        (lambda own: isinstance(own.norm, nn.BatchNorm1d), "asks for what fold changes"),
+        (lambda own: own.layer.bias is None, "asks for what fold changes"),
+        (lambda own: own.norm.num_features == 4, "no attribute 'num_features'"),
+    ],
+)
+def test_a_forward_that_would_notice_is_refused(asks: Callable[[Any], bool], why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        fold(Own(lambda own, x: own.norm(own.layer(x)) if asks(own) else x, layer=nn.Linear(4, 4, bias=False)))
+
+
+def test_a_layer_at_the_end_of_a_sequential_is_found() -> None:
+    net = nn.Sequential(nn.Sequential(nn.Linear(5, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 5))), nn.BatchNorm1d(5))
+    assert report(check(net, numbers(3, 5))).norms[0].into == "0.1.1"
 
 
 def test_a_block_that_keeps_an_activation_between_folds_what_it_can() -> None:

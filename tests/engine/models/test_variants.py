@@ -162,7 +162,7 @@ def test_frozen_from_the_start_leaves_the_input_but_for_weight_and_bias() -> Non
     assert int(frozen.num_batches_tracked) == 0
 
 
-@BY_SHAPE
+@pytest.mark.parametrize("shape", SHAPES[::2], ids=str)
 def test_noise_has_the_papers_moments_and_is_drawn_anew_each_step(shape: tuple[int, ...]) -> None:
     noisy, batch = made("noisy"), made("noisy", **NO_NOISE)
     torch.manual_seed(0)
@@ -173,10 +173,31 @@ def test_noise_has_the_papers_moments_and_is_drawn_anew_each_step(shape: tuple[i
     errors = (many.mean(0) - y * 1.125) / (expected_var / 4000).sqrt()
     assert errors.abs().max() < 5  # standard errors
     torch.testing.assert_close(many.var(0), expected_var, rtol=0.15, atol=0)
-    shared = (many - many.mean(0)).reshape(4000, shape[0], 3, -1)
-    between = (shared[:, 0, :, 0] * shared[:, 1, :, 0]).mean(0)  # of two examples: what their channel has in common
-    exact = (y.reshape(shape[0], 3, -1)[0, :, 0] * y.reshape(shape[0], 3, -1)[1, :, 0]) * 0.25**2 / 12 + 1 / 12
-    torch.testing.assert_close(between, exact, rtol=0.3, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "mean", "var", "of_the_channel"),
+    [
+        ("shift", 0.5, 0, 1 / 12, True),
+        ("shift_spread", 0.1, 0, 0.2**2 / 12, False),
+        ("scale", 1.25, 0.125, 0.25**2 / 12, True),
+        ("scale_spread", 0.1, 0, 0.1**2, False),
+    ],
+)
+def test_each_part_of_the_noise_is_that_of_the_channel_or_of_the_value(
+    field: str, value: float, mean: float, var: float, of_the_channel: bool
+) -> None:
+    noisy, batch = made("noisy", **{**NO_NOISE, field: value}), made("noisy", **NO_NOISE)
+    torch.manual_seed(0)
+    x = numbers(4, 3, 5)
+    y, many = batch(x).detach(), torch.stack([noisy(x) for _ in range(4000)]).detach()
+    noise = (many - y) / (y if field.startswith("scale") else 1)
+    torch.testing.assert_close(noise.mean(0), torch.full_like(y, mean), rtol=0, atol=5 * (var / 4000) ** 0.5)
+    torch.testing.assert_close(noise.var(0), torch.full_like(y, var), rtol=0.15, atol=0)
+    shared = noise[:, :1, :, :1].expand_as(noise)
+    assert torch.allclose(noise, shared, atol=1e-9) == of_the_channel
+    if not of_the_channel:
+        assert torch.corrcoef(noise.flatten(1).T).fill_diagonal_(0).abs().max() < 0.1
 
 
 @BY_SHAPE
@@ -218,7 +239,55 @@ def test_ignoring_the_statistics_changes_the_gradient_alone(
     torch.testing.assert_close(wrong.eval()(x), right.eval()(x))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_ignoring_the_statistics_takes_half_precision_vectors_and_an_empty_batch(training: bool) -> None:
+    module, x = made("batch", **VARIANTS["batch"]).bfloat16().train(training), numbers(8, 3).bfloat16()
+    exact = copy.deepcopy(module).double()(x.double())
+    largest = float(exact.detach().abs().max())
+    torch.testing.assert_close(module(x).double(), exact, rtol=0, atol=largest * torch.finfo(torch.bfloat16).eps)
+    assert module(x[:0]).shape == (0, 3)
+
+
 # --- what all have in common ------------------------------------------------------------------------------------------
+
+OVER_BATCH = [kind for kind in VARIANTS if kind not in ("rms", "dyt")]
+
+
+@pytest.mark.parametrize("kind", OVER_BATCH)
+@pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1, 1)])
+def test_one_value_per_channel_is_refused_in_training(kind: str, shape: tuple[int, ...]) -> None:
+    module = made(kind, **VARIANTS[kind])
+    with pytest.raises(ValueError, match=r"more than (1|one) value per channel"):
+        module(torch.ones(shape, dtype=torch.float64))
+    assert module.running_var.tolist() == [1, 1, 1]
+    assert module.eval()(torch.ones(shape, dtype=torch.float64)).shape == shape
+
+
+def test_frozen_norm_takes_one_value_per_channel_once_it_is_frozen() -> None:
+    frozen, x = made("frozen", after=1), numbers(1, 3)
+    frozen(numbers(4, 3))
+    torch.testing.assert_close(frozen(x), copy.deepcopy(frozen).eval()(x))
+
+
+# Renorm and ignored statistics take for constants what depends on the input.
+@pytest.mark.parametrize("kind", [kind for kind in VARIANTS if kind not in ("renorm", "batch")])
+@pytest.mark.parametrize("training", [True, False])
+def test_second_derivatives_are_those_of_differences(kind: str, training: bool) -> None:
+    module = made(kind, **VARIANTS[kind]).train(training)
+
+    def call(x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return copy.deepcopy(module)(x)
+
+    assert torch.autograd.gradgradcheck(call, numbers(4, 3, 2).requires_grad_())
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_layout_of_the_output_is_that_of_the_input(kind: str, training: bool) -> None:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = numbers(4, 3, 2, 5).contiguous(memory_format=layout)
+        assert made(kind, **VARIANTS[kind]).train(training)(x).stride() == x.stride()
 
 
 @pytest.mark.parametrize("kind", VARIANTS)

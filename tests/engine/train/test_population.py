@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from bncli.engine import data
 from bncli.engine.data.splits import Dataset
 from bncli.engine.models.init import global_generators
+from bncli.engine.models.norms import BatchNorm
+from bncli.engine.models.variants import GhostBatchNorm
 from bncli.engine.train import evaluate, training_loop
 from bncli.engine.train.population import Moments, moments, precise
 from bncli.engine.train.state import TrainState
@@ -141,6 +143,22 @@ def test_the_pooled_variance_is_that_of_the_evaluated_net_where_the_mean_of_the_
     inputs = net[1](first(x)).detach()
     assert float((pooled.variance / inputs.var(0)).mean()) == pytest.approx(1, abs=0.02)
     assert float(of_the_paper.mean()) == pytest.approx(4 / 3, abs=0.02)
+
+
+def test_norms_that_no_batch_meets_are_left_out_and_an_input_may_be_named() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.unused = BatchNorm(2), GhostBatchNorm(2, 3), nn.BatchNorm1d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.second(input=self.first(residual=x, input=x))
+            return y
+
+    x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    (name, _, population), (other, *_) = moments(Named(), [x])
+    assert (name, other) == ("first", "second")
+    torch.testing.assert_close(population.mean, x.mean(0))
 
 
 def test_the_evaluation_does_not_depend_on_the_running_statistics() -> None:

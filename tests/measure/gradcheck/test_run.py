@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bncli.cli.gradcheck import rerun_command
-from bncli.engine.models.variants import ignoring_statistics
+from bncli.engine.models.norms import ignoring_statistics
 from bncli.engine.models.whitening import Whitening
 from bncli.errors import Unavailable, UsageError
 from bncli.measure.gradcheck.run import run, values_plans

@@ -114,16 +114,17 @@ def test_norms_are_counted_by_kind() -> None:
     assert norms_of(nn.Linear(2, 2)) == ()
 
 
-@pytest.mark.parametrize("kind", ["ghost", "renorm", "noisy", "frozen", "rms", "dyt"])
+@pytest.mark.parametrize("kind", ["ghost", "renorm", "noisy", "frozen", "rms", "dyt", "whiten", "iternorm"])
 def test_a_variant_is_counted_by_its_name_and_has_no_kernels(kind: str) -> None:
     fields = {"ghost": {"size": 10}, "renorm": {"warmup": 1}, "frozen": {"after": 1}}.get(kind, {})
     recipe = tiny(norm={"kind": kind, **fields})
-    assert norms_of(build(recipe, (8,), 3)) == (NormLayers(type(recipe.norm).__name__, 1),)
+    name = "Whitening" if kind in ("whiten", "iternorm") else type(recipe.norm).__name__
+    assert norms_of(build(recipe, (8,), 3)) == (NormLayers(name, 1),)
     assert not RecipeModel("arm", recipe).has_kernels
 
 
 def test_batch_norm_that_ignores_its_statistics_is_a_kernel_of_its_own_that_no_other_replaces() -> None:
     recipe = tiny(norm={"kind": "batch", "backward": "ignore_statistics"})
     (found,) = norms_of(build(recipe, (8,), 3))
-    assert (found.kind, found.kernel) == ("batch norm", "bncli.engine.models.variants:ignoring_statistics")
+    assert (found.kind, found.kernel) == ("batch norm", "bncli.engine.models.norms:ignoring_statistics")
     assert not RecipeModel("arm", recipe).has_kernels

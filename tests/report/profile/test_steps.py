@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from bncli.report.profile.steps import StepReport
+from bncli.results.profile import NormLayers
 from tests.report.conftest import Show
 from tests.report.made_up_costs import step_profile
 
@@ -64,6 +65,13 @@ def test_what_the_norm_layers_are_is_said_once_an_arm_and_kernel(show: Show) -> 
     text = show(StepReport(step_profile()), 120)
     words = "19 batch norms (9 fused with relu, 9 fused with residual add + relu, 1 not fused)"
     assert text.count(f"- batch norm, fused: {words}") == 1
+
+
+def test_the_legend_says_where_the_time_of_whitening_is(show: Show) -> None:
+    rows = [replace(row, norms=(NormLayers("Whitening", 2),)) for row in step_profile().rows]
+    words = "Of a norm that whitens, matrix products count as linear and its other operators as other."
+    assert words in show(StepReport(replace(step_profile(), rows=tuple(rows))), 100)
+    assert "whitens" not in show(StepReport(step_profile()), 100)
 
 
 def test_an_error_of_a_step_stands_in_place_of_its_time(show: Show) -> None:
