@@ -66,8 +66,11 @@ def run_table(result: RunResult, name: str) -> Group:
     return Group(Paragraph(name, "bold"), "", KeyValueList(columns), "", *inside, made)
 
 
-def probes_table(probes: Sequence[ProbePoint]) -> ResponsiveTable:
-    """The last values of the probes: a row for each layer, a column for each value that was measured."""
+def probes_table(probes: Sequence[ProbePoint]) -> ResponsiveTable | Group:
+    """The last values of the probes: a row for each layer, a column for each value that was measured.
+
+    Without a value of a layer, those of the network alone.
+    """
     step = probes[-1].step
     last = [point for point in probes if point.step == step]
     row_of = _rows(last)
@@ -87,7 +90,10 @@ def probes_table(probes: Sequence[ProbePoint]) -> ResponsiveTable:
     ]
     if len(shown) < len(layers):
         notes.append(f"{len(shown)} of {len(layers)} layers; all are in result.json")
-    return ResponsiveTable(f"Inside the network at step {figure(step)}", AlignedTable(columns), notes=notes)
+    title = f"Inside the network at step {figure(step)}"
+    if len(columns) == 1:
+        return Group(Paragraph(title, "bold"), "", *map(Paragraph, notes))
+    return ResponsiveTable(title, AlignedTable(columns), notes=notes)
 
 
 def _rows(points: Sequence[ProbePoint]) -> dict[str, str]:

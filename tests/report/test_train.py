@@ -109,6 +109,13 @@ def test_layers_of_one_unit_have_rows_of_their_own_where_their_values_would_shar
     ]
 
 
+def test_values_of_the_network_alone_are_shown_without_an_empty_table(show):
+    text = show(probes_table([point("loss", None, training=0.5), point("landscape", None, smoothness=2.0)]))
+    assert "layer" not in text
+    assert "loss of the sample: 0.500" in text
+    assert "effective beta-smoothness: 2.00" in text
+
+
 def test_of_many_layers_some_are_shown_and_it_is_said(show):
     text = show(probes_table([point("scale", f"stage{k}.conv", norm=1.0) for k in range(1, 51)]))
     assert sum(line.startswith("stage") for line in text.splitlines()) == 17
