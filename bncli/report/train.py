@@ -73,7 +73,7 @@ def probes_table(probes: Sequence[ProbePoint]) -> ResponsiveTable | Group:
     """
     step = probes[-1].step
     last = [point for point in probes if point.step == step]
-    row_of = _rows(last)
+    row_of = rows_of(last)
     values: dict[tuple[str | None, str], float] = {}
     for point in last:
         row = row_of[point.layer] if point.layer else None
@@ -96,14 +96,13 @@ def probes_table(probes: Sequence[ProbePoint]) -> ResponsiveTable | Group:
     return ResponsiveTable(title, AlignedTable(columns), notes=notes)
 
 
-def _rows(points: Sequence[ProbePoint]) -> dict[str, str]:
-    """layer -> its row. The modules of one unit share a row, in the order in which they run, if none of its values
-    would have two: hidden1.linear, hidden1.norm and hidden1.activation are hidden1.
+def rows_of(points: Sequence[ProbePoint]) -> dict[str, str]:
+    """layer -> its row. The modules of one unit share a row, in the order in which they run, if no measure has values
+    for two of them: hidden1.linear, hidden1.norm and hidden1.activation are hidden1.
     """
-    layers = {point.layer for point in points if point.layer}
-    unit = {layer: layer.rpartition(".")[0] or layer for layer in layers}
-    taken = [(point.measure, unit[point.layer]) for point in points if point.layer]
-    merged = len(set(taken)) == len(taken)
+    measured = {(point.measure, point.layer) for point in points if point.layer}
+    unit = {layer: layer.rpartition(".")[0] or layer for _, layer in measured}
+    merged = len({(measure, unit[layer]) for measure, layer in measured}) == len(measured)
     # A weight's gradient and norm are listed in the order of execution, and each unit has a weight.
     first = sorted(points, key=lambda point: point.measure not in ("gradients", "scale"))
     return {point.layer: unit[point.layer] if merged else point.layer for point in first if point.layer}

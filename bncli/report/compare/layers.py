@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from statistics import quantiles
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +13,7 @@ from bncli.report.compare.figure import plain_numbers, plain_ticks, style
 from bncli.report.figure import INK, PALE, check_path, rendered
 from bncli.report.files import write_atomically
 from bncli.report.text import count
+from bncli.report.train import rows_of
 from bncli.results.compare import Comparison
 from bncli.results.train import RunResult
 
@@ -29,8 +30,7 @@ CURVES = (
     ("gradients", "norm", "norm of the weight gradient", True),
     ("shift", "distance", "covariate shift |G−G′|/|G|", True),
 )
-
-Series = list[tuple[int, float]]  # step, value
+DRAWN = {"inputs", *(measure for measure, *_ in CURVES)}
 
 
 class Arm(NamedTuple):
@@ -85,8 +85,8 @@ def draw(figure: Figure, comparison: Comparison) -> None:
     words: dict[str, Any] = {"ha": "left", "x": 0.008, "parse_math": False}
     figure.suptitle(f"{comparison.plan.name}: inside the layers", fontsize=12, fontweight="bold", **words)
     figure.supxlabel("\n".join(textwrap.wrap(_key(columns, arms, rows), 170)), fontsize=8, **words)
-    for at, row in enumerate(rows):
-        drawn = [_drawn(panel, column, row) for panel, column in zip(panels[at], columns, strict=True)]
+    for at, (row, layers) in enumerate(rows.items()):
+        drawn = [_drawn(panel, column, layers) for panel, column in zip(panels[at], columns, strict=True)]
         _share_range([panel for panel, column in zip(drawn, columns, strict=True) if panel and column.arm])
         panels[at][0].set_ylabel(row, fontweight="bold", parse_math=False)
     for column, (top, *_), each in zip(columns, panels.T[:, :1], panels.T, strict=True):
@@ -105,13 +105,13 @@ def draw(figure: Figure, comparison: Comparison) -> None:
 
 def _arms(comparison: Comparison) -> list[Arm]:
     """The arms with something to draw, the reference first."""
-    drawn, found = {"inputs", *(measure for measure, *_ in CURVES)}, []
+    found = []
     for index, arm in enumerate(comparison.arms):
         runs = [
             (run.seed, run.result)
             for run in comparison.runs
             if run.arm == arm.arm and run.point == arm.point and run.result is not None
-            if any(point.measure in drawn for point in run.result.probes)
+            if any(point.measure in DRAWN for point in run.result.probes)
         ]
         if runs:
             found.append(Arm(index, arm.arm, [seed for seed, _ in runs], [result for _, result in runs]))
@@ -127,39 +127,39 @@ def _columns(arms: Sequence[Arm]) -> list[Column]:
     return [*bands, *(each for each in curves if (each.measure, each.value) in known)]
 
 
-def _rows(arms: Sequence[Arm]) -> list[str]:
-    """The layers in their order, by the name of the module that holds a weight and the activation that follows it."""
-    measures = {"inputs", *(measure for measure, *_ in CURVES)}
-    points = (point for arm in arms for point in arm.runs[0].probes if point.measure in measures)
-    found = list(dict.fromkeys(_row_of(point.layer) for point in points if point.layer))
-    if len(found) <= MOST_ROWS:
-        return found
-    return [found[round(k * (len(found) - 1) / (MOST_ROWS - 1))] for k in range(MOST_ROWS)]
+def _rows(arms: Sequence[Arm]) -> dict[str, set[str]]:
+    """The rows in the layers' order, each with the modules whose values it shows; of many rows some, evenly chosen."""
+    points = [point for arm in arms for point in arm.runs[0].probes if point.measure in DRAWN]
+    rows: dict[str, set[str]] = {}
+    for layer, row in rows_of(points).items():
+        rows.setdefault(row, set()).add(layer)
+    if len(rows) <= MOST_ROWS:
+        return rows
+    names = list(rows)
+    return {
+        name: rows[name] for name in (names[round(k * (len(names) - 1) / (MOST_ROWS - 1))] for k in range(MOST_ROWS))
+    }
 
 
-def _row_of(layer: str) -> str:
-    return layer.rpartition(".")[0] or layer
-
-
-def _series(run: RunResult, measure: str, value: str, row: str) -> Series:
-    """The steps after the first and the values there that are finite."""
-    return [
-        (point.step, point.values[value])
+def _series(run: RunResult, measure: str, names: Sequence[str], layers: set[str]) -> list[tuple[float, ...]]:
+    """The steps after the first with the named values there, where all of these are finite."""
+    found = [
+        (point.step, *(point.values.get(name, math.nan) for name in names))
         for point in run.probes
-        if point.measure == measure and point.layer and _row_of(point.layer) == row and point.step > 0
-        if math.isfinite(point.values.get(value, math.nan))
+        if point.measure == measure and point.layer in layers and point.step > 0
     ]
+    return [each for each in found if all(map(math.isfinite, each))]
 
 
 # --- panels -------------------------------------------------------------------------------------------------------
 
 
-def _drawn(axes: Axes, column: Column, row: str) -> Axes | None:
+def _drawn(axes: Axes, column: Column, layers: set[str]) -> Axes | None:
     """The panel of a layer, or None where nothing was measured there: it is then left empty."""
     if column.arm is None:
-        _curves(axes, column, row)
+        _curves(axes, column, layers)
     else:
-        _percentiles(axes, column.arm, row)
+        _percentiles(axes, column.arm, layers)
     if axes.lines:
         axes.set_xscale("log")
         axes.grid(axis="y", color=PALE, alpha=0.25, linewidth=0.8)
@@ -169,23 +169,24 @@ def _drawn(axes: Axes, column: Column, row: str) -> Axes | None:
     return None
 
 
-def _percentiles(axes: Axes, arm: Arm, row: str) -> None:
+def _percentiles(axes: Axes, arm: Arm, layers: set[str]) -> None:
     """The inputs of one unit in the arm's first run."""
-    low, middle, high = (_series(arm.runs[0], "inputs", f"unit_{part}", row) for part in ("p15", "p50", "p85"))
-    if not middle:
+    found = _series(arm.runs[0], "inputs", ("unit_p15", "unit_p50", "unit_p85"), layers)
+    if not found:
         return
-    steps, colour = [step for step, _ in middle], style(arm.place)["color"]
-    axes.fill_between(steps, [v for _, v in low], [v for _, v in high], color=colour, alpha=0.18, linewidth=0)
-    for series, width in ((low, 0.9), (middle, 1.6), (high, 0.9)):
-        axes.plot(steps, [value for _, value in series], color=colour, linewidth=width)
+    steps, low, middle, high = zip(*found, strict=True)
+    colour = style(arm.place)["color"]
+    axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+    for values, width in ((low, 0.9), (middle, 1.6), (high, 0.9)):
+        axes.plot(steps, values, color=colour, linewidth=width)
 
 
-def _curves(axes: Axes, column: Column, row: str) -> None:
+def _curves(axes: Axes, column: Column, layers: set[str]) -> None:
     """Median and quartiles over the seeds of each arm, at the steps that at least half of its runs have."""
     for arm in column.arms:
-        at: dict[int, list[float]] = {}
+        at: dict[float, list[float]] = {}
         for run in arm.runs:
-            for step, value in _series(run, column.measure, column.value, row):
+            for step, value in _series(run, column.measure, (column.value,), layers):
                 if value > 0 or not column.log:
                     at.setdefault(step, []).append(value)
         steps = sorted(step for step, values in at.items() if 2 * len(values) >= len(arm.runs))
@@ -212,7 +213,7 @@ def _share_range(panels: Sequence[Axes]) -> None:
 # --- words --------------------------------------------------------------------------------------------------------
 
 
-def _key(columns: Sequence[Column], arms: Sequence[Arm], rows: Sequence[str]) -> str:
+def _key(columns: Sequence[Column], arms: Sequence[Arm], rows: Collection[str]) -> str:
     parts = []
     if any(column.arm for column in columns):
         unit = (
@@ -221,9 +222,8 @@ def _key(columns: Sequence[Column], arms: Sequence[Arm], rows: Sequence[str]) ->
         parts.append(f"{unit} mode; the first unit of the layer, seed {arms[0].seeds[0]}.")
     if any(column.arm is None for column in columns):
         parts.append(f"Curves: median over {count(max(len(arm.runs) for arm in arms), 'seed')}, band: quartiles.")
-    total = {_row_of(point.layer) for arm in arms for point in arm.runs[0].probes if point.layer}
-    if len(rows) < len(total):
-        parts.append(f"{len(rows)} of {len(total)} layers are drawn.")
+    if len(rows) == MOST_ROWS:
+        parts.append(f"At most {MOST_ROWS} layers are drawn.")
     return " ".join(parts)
 
 

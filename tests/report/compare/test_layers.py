@@ -98,6 +98,20 @@ def test_at_most_six_layers_and_three_arms_percentiles_are_drawn(examples):
     assert len(found) == 6 * 3
 
 
+def test_layers_that_are_numbered_in_one_sequential_have_rows_of_their_own(examples):
+    names = ("features.0", "features.2", "features.4")
+    found = tuple(
+        ProbePoint("gradients", name, step, {"norm": k + 1.0}) for step in STEPS for k, name in enumerate(names)
+    )
+    assert [row for _, row, _ in panels(probed(examples["two arms"], found))] == list(names)
+
+
+def test_a_step_with_a_percentile_that_is_not_finite_is_left_out_as_a_whole(examples):
+    last = points(["inputs"])[-1]
+    wrong = replace(last, values={**last.values, "unit_p85": math.inf})
+    assert render(probed(examples["two arms"], (*points(["inputs"])[:-1], wrong)), "svg")
+
+
 def test_values_that_are_not_finite_are_left_out(examples):
     wrong = replace(points(["gradients"])[-1], values={"norm": math.nan})
     with warnings.catch_warnings():
