@@ -12,9 +12,9 @@ from pydantic import BaseModel, ValidationError
 from bncli.errors import CODE_OF_YOURS, DataError
 from bncli.names import MEASURES, NORMS, PROBES
 from bncli.recipe.epochs import STEPS, epochs_of, given_in_epochs, in_steps, steps_per_epoch
-from bncli.recipe.layers import contradictions
+from bncli.recipe.layers import contradictions, input_of, layers, module_names
 from bncli.recipe.overrides import arms_of, base_of, fixed_by, kinds, members, merge, model_at, nested, value_at
-from bncli.recipe.sections import ARM_NAME, FUNCTION_PATH, KINDS, Recipe, RecipeFile
+from bncli.recipe.sections import ARM_NAME, FUNCTION_PATH, KINDS, Npz, Recipe, RecipeFile
 from bncli.recipe.yaml import Keys, Tree, dotted
 
 MARKS = ("[key]", "[steps]", "[spacing]")  # that pydantic appends: for a mapping's key, and for the tag of a union
@@ -170,6 +170,9 @@ def _claim_mistakes(claim: dict[str, Any], arms: dict[str, dict[str, Any]], sear
     for key, has in (("when", measure.probe is not None), ("layer", measure.per_layer)):
         if claim.get(key) is not None and not has:
             yield key, f"{name} has {'one value for a run' if key == 'when' else 'no layers'}; leave {key} out"
+    layer = claim.get("layer") if measure.per_layer else None
+    if isinstance(layer, str):
+        yield from (("layer", why) for arm, run in runs.items() for why in _unknown_layer(layer, arm, run))
     for key in ("at_least", "at_most") if measure.compared == "ratio" else ():
         if isinstance(claim.get(key), int | float) and claim[key] <= 0:
             yield key, f"{name} is compared as a ratio: expected a number above 0, found {words(claim[key])}"
@@ -190,6 +193,18 @@ def _nothing_measured(measure: str, arm: str, run: dict[str, Any]) -> Iterator[s
         yield f"{measure} is of {listed(known)}, and arm {arm} has {activation}"
     if activation and measure == "scale.effective_learning_rate" and not (norm and norm.cancels_scale):
         yield f"arm {arm} has no norm in which the scale of a weight has no effect"
+
+
+def _unknown_layer(layer: str, arm: str, run: dict[str, Any]) -> Iterator[str]:
+    """Why an arm's model has no layer of that name, where the recipe alone tells its layers."""
+    if run_mistakes(run):  # noted elsewhere
+        return
+    recipe = Recipe.model_validate(run)
+    model = None if isinstance(recipe.data, Npz) else layers(recipe, *input_of(recipe))
+    names = list(module_names(model)) if model else [layer]
+    if layer not in names:
+        near = nearest(layer, names) or names[-1:]
+        yield f"arm {arm} has no layer {layer}; did you mean {listed(near)}?"
 
 
 def _search_mistakes(steps: int, arm: str, run: dict[str, Any]) -> Iterator[str]:

@@ -301,6 +301,19 @@ def walk(model: Layer, shape: Shape) -> Iterator[tuple[Layer, Shape, Shape]]:
         yield model, shape, _output(model, shape)
 
 
+def module_names(model: Layer, name: str = "") -> Iterator[str]:
+    """The names of the layers in the module that is built from them, as in its state_dict."""
+    if isinstance(model, Sequence | Branches):
+        for part, layer in model.layers:
+            yield from module_names(layer, f"{name}.{part}".lstrip("."))
+    elif isinstance(model, Residual):
+        yield from module_names(model.body, f"{name}.body")
+        yield from module_names(model.shortcut, f"{name}.shortcut")
+        yield f"{name}.activation"
+    else:
+        yield name
+
+
 @dataclass(frozen=True)
 class Size:
     parameters: int

@@ -19,7 +19,16 @@ from pydantic import (
     model_validator,
 )
 
-from bncli.names import KERNELS, PROBE_CHOICES, RECIPE_KERNELS, MeasureName, ProbeName, RecipeActivation, RecipeKernel
+from bncli.names import (
+    KERNELS,
+    MEASURES,
+    PROBE_CHOICES,
+    RECIPE_KERNELS,
+    MeasureName,
+    ProbeName,
+    RecipeActivation,
+    RecipeKernel,
+)
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -547,7 +556,7 @@ class Claim(Section):
     """A statement about two arms that is written down before the runs and judged after them."""
 
     say: Annotated[str, Field(min_length=1, max_length=120)] = described("the claim in words, for the table")
-    measure: MeasureName
+    measure: MeasureName = described("; ".join(f"{name}: {row.help}" for name, row in MEASURES.items()))
     arm: str
     over: str = described("the arm that it is compared with: the ratio arm / over or the difference arm - over")
     at_least: float | None = described("bound of that ratio or difference", default=None)

@@ -411,9 +411,19 @@ def test_the_mistakes_of_all_claims_are_found_in_one_pass(mistakes_of: MistakesO
     [("all", []), ("[gradients]", ["batch norm", "plain"]), ("[shift, scale]", [])],
 )
 def test_a_claim_is_about_what_both_arms_measure(mistakes_of: MistakesOf, probes: str, arms: list[str]) -> None:
-    text = TWO_ARMS + f"probes: {{measure: {probes}}}\n" + claiming({"measure": "shift.cosine", "layer": "hidden1"})
+    text = (
+        TWO_ARMS + f"probes: {{measure: {probes}}}\n" + claiming({"measure": "shift.cosine", "layer": "hidden1.linear"})
+    )
     missing = f"the probe shift is not measured in arm {' and '.join(arms)}; add shift to probes.measure"
     assert mistakes_of(text) == ((f"r.yaml:8: claims.0.measure: {missing}",) if arms else ())
+
+
+def test_a_layer_that_an_arms_model_does_not_have_is_refused(mistakes_of: MistakesOf) -> None:
+    text = TWO_ARMS + "probes: all\n" + claiming({"measure": "shift.cosine", "layer": "hiden1.linear"})
+    assert mistakes_of(text) == (
+        "r.yaml:8: claims.0.layer: arm batch norm has no layer hiden1.linear; did you mean hidden1.linear or hidden3.linear?",
+        "r.yaml:8: claims.0.layer: arm plain has no layer hiden1.linear; did you mean hidden1.linear or hidden3.linear?",
+    )
 
 
 def test_a_probe_that_only_one_arm_measures_is_refused_with_the_other(mistakes_of: MistakesOf) -> None:

@@ -19,7 +19,17 @@ from torch.nn import functional as F
 from bncli.engine.models import build
 from bncli.errors import DataError
 from bncli.measure.dry_run import sizes
-from bncli.recipe.layers import Norm, Size, contradictions, estimated_memory_mib, input_of, layers, size, walk
+from bncli.recipe.layers import (
+    Norm,
+    Size,
+    contradictions,
+    estimated_memory_mib,
+    input_of,
+    layers,
+    module_names,
+    size,
+    walk,
+)
 from bncli.recipe.sections import Recipe
 
 NORMS = ["none", "batch", "layer", "group", "instance", "whiten", "iternorm", "noisy", "rms", "dyt"]
@@ -131,6 +141,19 @@ SMALL: list[dict[str, Any]] = [
     {"kind": "resnet", "depth": 20},
     {"kind": "inception"},
 ]
+
+
+@pytest.mark.parametrize("model", SMALL, ids=lambda model: " ".join(map(str, model.values())))
+def test_the_layers_have_the_names_of_the_modules_that_are_built_from_them(model: dict[str, Any]) -> None:
+    net = recipe(model, "batch", shape=SHAPES[model["kind"]])
+    planned = layers(net, tuple(SHAPES[model["kind"]]), 10)
+    assert planned is not None
+    modules = build(net, tuple(SHAPES[model["kind"]]), 10).named_modules()
+    assert sorted(module_names(planned)) == sorted(
+        name for name, module in modules if not list(module.children()) and name and not name.endswith("shortcut")
+    )
+
+
 # A norm's parameters do not depend on the net around it, so the large nets are counted with a few.
 COUNTED = [
     *itertools.product(SMALL[:3], NORMS, [True, False]),

@@ -58,11 +58,6 @@ class Candidate:
         """Whether Triton's interpreter runs it instead of a GPU: it truncates to bfloat16 and is slow."""
         return self.name == "fused-interpreted"
 
-    @property
-    def tracks(self) -> bool:
-        """Whether it is a batch norm and so has a running mean and variance."""
-        return NORMS[self.norm].has_running_variance
-
 
 F_SIGNATURE = "(input, running_mean, running_var, weight, bias, training, momentum, eps)"
 KERNEL_SIGNATURE = "(x, weight, bias, eps, residual, activation[, statistics][, running])"
