@@ -28,7 +28,7 @@ def render(planned: Planned) -> Group:
     )
     if planned.search_runs:
         runs = f"about {count(planned.search_runs, 'run')} of {planned.search_steps:,} steps"
-        lines.append(f"On top, the searches for the largest learning rate take {runs}.")
+        lines.append(f"In addition, the searches for the largest learning rate take {runs}.")
     return Group(_fields_table(planned), _arms_table(planned), *_claims_table(planned), *map(Paragraph, lines))
 
 

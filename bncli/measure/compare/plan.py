@@ -259,7 +259,7 @@ def _check_size(first: Loaded, arms: int, tune: int) -> None:
 
 
 @dataclass(frozen=True)
-class Named:
+class KnownRuns:
     """The runs that can be named now, done or not, and how many more there will be, as far as that is known."""
 
     jobs: list[Job]
@@ -284,7 +284,7 @@ def wanted(study: Study, records: Mapping[str, RunRecord]) -> list[Job]:
     return named_runs(study, records).jobs
 
 
-def named_runs(study: Study, records: Mapping[str, RunRecord]) -> Named:
+def named_runs(study: Study, records: Mapping[str, RunRecord]) -> KnownRuns:
     """What `wanted` and `planned_runs` tell.
 
     Searches for the largest learning rate come last, since each names one run after the other.
@@ -312,7 +312,7 @@ def named_runs(study: Study, records: Mapping[str, RunRecord]) -> Named:
             searches += search
             if not search or search[-1].key not in records:
                 later += max(0, rates.USUAL_RUNS - len(search))
-    return Named(report + tuning + searches, len(untuned) * len(study.plan.report_seeds) + later)
+    return KnownRuns(report + tuning + searches, len(untuned) * len(study.plan.report_seeds) + later)
 
 
 def searched_arms(plan: ComparisonPlan) -> set[str]:

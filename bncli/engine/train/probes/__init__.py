@@ -1,8 +1,9 @@
 """Probes: what happens inside the network while it trains, measured on a copy of the model.
 
 The run itself is never touched: the copy has its own parameters, buffers and optimizer, and the global generators are
-restored. Everything is measured on a random sample of the training set that stays the same in a run, in training mode,
-in batches of the size that passes through the model in training, so that each is normalized as there.
+restored. Distributions, gradients, whitening and scale are measured on a random sample of the training set that stays the
+same in a run, in training mode, in batches of the size that passes through the model in training, so that each is
+normalized as there; shift and landscape on its first batch.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ class Network:
         return [each / self.scale for each in found] if self.scale != 1 else list(found)
 
     @torch.no_grad()
-    def set(self, parameters: Sequence[Tensor]) -> None:
+    def set_parameters(self, parameters: Sequence[Tensor]) -> None:
         for own, other in zip(self.parameters, parameters, strict=True):
             own.copy_(other)
 
@@ -256,20 +257,23 @@ def _shift(network: Network, executed: dict[str, nn.Module], state: TrainState) 
     """
     batch, layers = network.first_batch(), _layers(executed)
     gradients = network.gradients(network.loss(batch, "shift"), network.parameters)
-    of = dict(zip(map(id, network.parameters), gradients, strict=True))
+    gradient_of = dict(zip(map(id, network.parameters), gradients, strict=True))
     before = [each.detach().clone() for each in network.parameters]
     after = dict(zip(map(id, network.parameters), _after_step(network, gradients, state), strict=True))
-    network.set(before)
+    network.set_parameters(before)
     below = False
     for name, module in executed.items():
         if below and name in layers:
             again = network.gradients(network.loss(batch, "shift"), layers[name])
-            yield name, values.shift(values.vector([of[id(each)] for each in layers[name]]), values.vector(again))
+            yield (
+                name,
+                values.shift(values.vector([gradient_of[id(each)] for each in layers[name]]), values.vector(again)),
+            )
         for each in module.parameters(recurse=False):
             if each.requires_grad:
                 each.data.copy_(after[id(each)])
                 below = True
-    network.set(before)
+    network.set_parameters(before)
 
 
 def _after_step(network: Network, gradients: Sequence[Tensor], state: TrainState) -> list[Tensor]:
@@ -292,12 +296,12 @@ def _landscape(network: Network, learning_rate: float) -> Iterator[Found]:
     direction = network.gradients(network.loss(batch, "landscape"), network.parameters)
 
     def at(size: float) -> tuple[Tensor, Tensor]:
-        network.set([old - size * each for old, each in zip(before, direction, strict=True)])
+        network.set_parameters([old - size * each for old, each in zip(before, direction, strict=True)])
         loss = network.loss(batch, "landscape")
         return loss.detach(), values.vector(network.gradients(loss, network.parameters))
 
     yield None, values.landscape(values.vector(direction), at, learning_rate)
-    network.set(before)
+    network.set_parameters(before)
 
 
 def _whitening(recorder: Recorder) -> Iterator[Found]:
