@@ -1,9 +1,9 @@
 """Probes: what happens inside the network while it trains, measured on a copy of the model.
 
 The run itself is never touched: the copy has its own parameters, buffers and optimizer, and the global generators are
-restored. Distributions, gradients, whitening and scale are measured on a random sample of the training set that stays the
-same in a run, in training mode, in batches of the size that passes through the model in training, so that each is
-normalized as there; shift and landscape on its first batch.
+restored. Distributions, gradients and whitening are measured on a random sample of the training set that stays the same
+in a run, in training mode, in batches of the size that passes through the model in training, so that each is normalized
+as there; shift and landscape on its first batch.
 """
 
 from __future__ import annotations
