@@ -98,7 +98,8 @@ def compare(
     if stopped:
         raise typer.Exit(stopped)
     missed = require_target and any(arm.hits < arm.runs for arm in comparison.arms)
-    not_shown = require_claims and any(claim.verdict != "shown" for claim in comparison.claims)
+    unfinished = any(note.kind == "unfinished" for note in comparison.notes)
+    not_shown = require_claims and (unfinished or any(claim.verdict != "shown" for claim in comparison.claims))
     if missed or not_shown or any(arm.failures for arm in comparison.arms):
         raise typer.Exit(CHECK_FAILED)
 

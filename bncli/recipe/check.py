@@ -191,6 +191,8 @@ def _nothing_measured(measure: str, arm: str, run: dict[str, Any]) -> Iterator[s
     activation, norm = getattr(recipe.model, "activation", None), NORMS.get(recipe.norm.kind)
     if activation and activation not in (known := ACTIVATIONS_OF.get(measure, (activation,))):
         yield f"{measure} is of {listed(known)}, and arm {arm} has {activation}"
+    if activation and measure.startswith("whitening.") and norm is None:
+        yield f"arm {arm} has no norm; the covariance of its activations depends on their scale"
     if activation and measure == "scale.effective_learning_rate" and not (norm and norm.cancels_scale):
         yield f"arm {arm} has no norm in which the scale of a weight has no effect"
 
@@ -370,5 +372,6 @@ _EXPECTED = {
     "less_than_equal": "at most {le:g}",
     "too_short": "a list of at least {min_length}",
     "too_long": "a list of at most {max_length}",
+    "string_too_short": "some text",
     "string_too_long": "at most {max_length} characters",
 }

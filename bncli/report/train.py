@@ -18,7 +18,7 @@ OF_A_LAYER = {
     "saturation.dead": "dead\nunits",
     "gradients.norm": "gradient\nnorm",
     "shift.distance": "covariate\nshift",
-    "whitening.off_diagonal": "correlation",
+    "whitening.off_diagonal": "off-diagonal\ncovariance",
     "scale.norm": "weight\nnorm",
 }
 OF_THE_NETWORK = {

@@ -348,6 +348,17 @@ def test_a_claim_that_is_not_shown_is_an_error_only_when_it_is_required(recipe: 
     assert bncli("compare", "--from", "runs/small", "--require-claims").code == code
 
 
+@pytest.mark.usefixtures("made_up_runs")
+def test_required_claims_of_an_unfinished_comparison_are_an_error(recipe: str) -> None:
+    claim = "{say: as many steps, measure: steps_to_target, arm: normed, over: plain, at_least: 0.5}"
+    arms = ("--set", "arms={plain: {}, normed: {norm: batch}}", "--set", "grid={}", "--set", f"claims=[{claim}]")
+    assert bncli("compare", recipe, *arms, "--require-claims").code == 0
+    answer = json.loads(Path("runs/small/comparison.json").read_text())
+    for planned, code in ((answer["planned_runs"], 0), (answer["planned_runs"] + 1, 1)):
+        Path("saved.json").write_text(json.dumps({**answer, "planned_runs": planned}))
+        assert bncli("compare", "--from", "saved.json", "--require-claims").code == code
+
+
 def test_required_claims_that_no_recipe_has_are_refused(copied: Ran) -> None:
     for arguments in (["small.yaml", "-o", "other"], ["--from", "runs/small"]):
         ran = bncli("compare", *arguments, "--require-claims")

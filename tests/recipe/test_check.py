@@ -418,6 +418,17 @@ def test_a_claim_is_about_what_both_arms_measure(mistakes_of: MistakesOf, probes
     assert mistakes_of(text) == ((f"r.yaml:8: claims.0.measure: {missing}",) if arms else ())
 
 
+def test_the_covariance_of_activations_that_are_not_normalized_is_no_measure(mistakes_of: MistakesOf) -> None:
+    text = TWO_ARMS + "probes: all\n" + claiming({"measure": "whitening.off_diagonal"})
+    why = "arm plain has no norm; the covariance of its activations depends on their scale"
+    assert mistakes_of(text) == (f"r.yaml:8: claims.0.measure: {why}",)
+
+
+def test_a_claim_says_something(mistakes_of: MistakesOf) -> None:
+    text = TWO_ARMS + claiming({"measure": "final", "at_least": 0.1, "say": "''"})
+    assert mistakes_of(text) == ('r.yaml:7: claims.0.say: expected some text, found ""',)
+
+
 def test_a_layer_that_an_arms_model_does_not_have_is_refused(mistakes_of: MistakesOf) -> None:
     text = TWO_ARMS + "probes: all\n" + claiming({"measure": "shift.cosine", "layer": "hiden1.linear"})
     hint = "did you mean hidden1.linear or hidden3.linear?"

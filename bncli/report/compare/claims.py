@@ -74,10 +74,8 @@ def claim_notes(comparison: Comparison) -> Iterator[str]:
     claims = comparison.claims
     verdicts = Counter(claim.verdict for claim in claims)
     yield ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in STYLES if verdicts[verdict]) + "."
-    further = len(comparison.plan.report_seeds)
-    seeds = (
-        f": steps, seconds and examples to target over all seeds, as above; the rest over the {further} further ones"
-    )
+    further = count(len(comparison.plan.report_seeds), "further seed")
+    seeds = f": steps, seconds and examples to target over all seeds, as above; the rest over {further}"
     seeds *= bool(comparison.plan.tune_seeds)
     corrected = f": 1 - 0.05/{len(claims)}, for {len(claims)} claims" if len(claims) > 1 else ""
     yield (

@@ -174,12 +174,15 @@ def plain_ticks(axes: Axes, finest: int = 3) -> None:
 
 
 def plain_numbers(axis: Axis, low: float, high: float, finest: int = 3) -> None:
-    """Round numbers on a logarithmic axis without powers of ten: at most 3, 2 or 1 (`finest`) in a decade."""
+    """Round numbers on a logarithmic axis, not powers: at most `finest` in a decade, or as many as give two numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     decades = math.log10(high / low)
-    each = min(finest, 3 if decades < 2.2 else 2 if decades < 4.5 else 1)
-    factors = {3: (1.0, 2.0, 5.0), 2: (1.0, 3.0), 1: (1.0,)}[each]
+    least = min(finest, 3 if decades < 2.2 else 2 if decades < 4.5 else 1)
+    finer = [(1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), tuple(map(float, range(1, 10)))][least - 1 :]
+    powers = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+    two = (each for each in finer if sum(low <= k * power <= high for k in each for power in powers) > 1)
+    factors = next(two, finer[-1])
     axis.set_major_locator(LogLocator(subs=factors))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from bncli.report.compare import export
+from bncli.report.compare.figure import plain_numbers
 from bncli.report.compare.layers import draw, has_layers, plot, render
 from bncli.results.compare import Comparison
 from bncli.results.train import ProbePoint
@@ -146,6 +147,18 @@ def test_a_probed_comparison_is_drawn_without_a_warning_and_always_alike(example
         svg = render(comparison, "svg")
     assert ElementTree.fromstring(svg).tag.endswith("svg")
     assert render(comparison, "svg") == svg
+
+
+@pytest.mark.parametrize(("low", "high"), [(20, 60), (1, 60), (1, 4000), (0.3, 0.7), (1e-6, 1)])
+@pytest.mark.parametrize("finest", [1, 3])
+def test_a_logarithmic_axis_has_two_numbers_or_more(low, high, finest):
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    plain_numbers(axes.xaxis, low, high, finest)
+    assert len([tick for tick in axes.xaxis.get_majorticklocs() if low <= tick <= high]) >= 2
 
 
 def test_a_comparison_without_probes_has_no_such_figure(example):
