@@ -51,7 +51,7 @@ def points(measure: str, by_step: dict[int, float], layer: str | None = None) ->
 def at_end(measure: str, plain: Sequence[float], normed: Sequence[float]) -> Callable[[str, int], dict[str, Any]]:
     """One layer, and one value for each seed of each arm."""
     both = {"plain": plain, "normed": normed}
-    return lambda arm, seed: {"probes": points(measure, {0: 9.0, 100: both[arm][seed]}, "hidden1")}
+    return lambda arm, seed: {"probes": points(measure, {0: 9.0, 100: both[arm][seed]}, "hidden1.activation")}
 
 
 # --- intervals and verdicts -------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_a_ratio_needs_values_above_zero(judged: Callable[..., Any]) -> None:
 def test_a_layer_that_no_run_measures_cannot_be_told(judged: Callable[..., Any]) -> None:
     claim = f"measure: {DRIFT}, when: end, expect: more, layer"
     values = at_end(DRIFT, PLAIN, NORMED)
-    wrong, right = judged(f"{claim}: hiden1", f"{claim}: hidden1", values=values)
+    wrong, right = judged(f"{claim}: hidden1.linear", f"{claim}: hidden1.activation", values=values)
     assert (wrong.verdict, wrong.no_interval) == ("cannot tell", "unknown layer")
     assert right.verdict == "shown"
 
