@@ -220,10 +220,13 @@ class Comparison:
     remarks: tuple[Note, ...] = ()  # those of the notes that say how it was made, which its runs do not tell
     claims: tuple[JudgedClaim, ...] = ()
 
-    def results_of(self, arm: ArmSummary) -> list[RunResult]:
+    def results_by_seed(self, arm: ArmSummary) -> dict[int, RunResult]:
         """The runs that an arm's row rests on: those at its best point that ended by themselves."""
-        mine = (run.result for run in self.runs if (run.arm, run.point) == (arm.arm, arm.point) and run.phase != "rate")
-        return [result for result in mine if result is not None and result.status != "interrupted"]
+        mine = [run for run in self.runs if (run.arm, run.point) == (arm.arm, arm.point) and run.phase != "rate"]
+        return {run.seed: run.result for run in mine if run.result and run.result.status != "interrupted"}
+
+    def results_of(self, arm: ArmSummary) -> list[RunResult]:
+        return list(self.results_by_seed(arm).values())
 
 
 @dataclass(frozen=True)

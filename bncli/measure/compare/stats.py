@@ -33,8 +33,6 @@ TAIL = 0.025
 OPEN = Interval(None, None)
 FOLDS = 5
 FEWEST_WITH_A_MISS = 6  # runs per arm: in fewer no order statistic bounds a median at 2.5 % on both sides (2^-6)
-
-
 MOST_PAIRS = 10_000
 
 

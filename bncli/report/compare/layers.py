@@ -107,14 +107,10 @@ def _arms(comparison: Comparison) -> list[Arm]:
     """The arms with something to draw, the reference first."""
     found = []
     for index, arm in enumerate(comparison.arms):
-        runs = [
-            (run.seed, run.result)
-            for run in comparison.runs
-            if run.arm == arm.arm and run.point == arm.point and run.result is not None
-            if any(point.measure in DRAWN for point in run.result.probes)
-        ]
-        if runs:
-            found.append(Arm(index, arm.arm, [seed for seed, _ in runs], [result for _, result in runs]))
+        results = comparison.results_by_seed(arm)
+        probed = {s: run for s, run in results.items() if any(point.measure in DRAWN for point in run.probes)}
+        if probed:
+            found.append(Arm(index, arm.arm, list(probed), list(probed.values())))
     return sorted(found, key=lambda arm: arm.name != comparison.plan.reference)
 
 

@@ -390,7 +390,7 @@ def test_an_examples_logits_depend_on_its_batch_under_batch_norm_alone(norm: str
     assert found["held_out_loss"] == pytest.approx(loss.item(), rel=1e-5)  # all 60 of them
 
 
-def test_probes_are_the_same_for_the_fused_kernel(recwarn: pytest.WarningsRecorder) -> None:
+def test_probes_are_the_same_for_the_fused_kernel() -> None:
     """The fused model has no activation modules; its copy has, so that inputs can be seen."""
     found = []
     for kernel in ("native", "fused"):
