@@ -101,6 +101,8 @@ class Measure:
     help: str
     compared: Compared = "ratio"
     per_layer: bool = False  # measured at each layer; a claim takes the mean over layers where it names none
+    activations: tuple[str, ...] = ()  # after which it has a value; empty: after all
+    norm: Literal["any", "cancels scale"] | None = None  # without which it has no value, or none to compare
 
     @property
     def probe(self) -> str | None:
@@ -158,8 +160,20 @@ _MEASURES = (
     Measure("inputs.location", "change of the mean since the last point, in deviations", per_layer=True),
     Measure("inputs.scale", "change of the deviation since the last point, in deviations", per_layer=True),
     Measure("inputs.shape", "the drift that is left with mean and deviation equal", per_layer=True),
-    Measure("saturation.share", "outputs with a derivative under 5 % of its maximum", "difference", per_layer=True),
-    Measure("saturation.dead", "units with a zero derivative on all examples", "difference", per_layer=True),
+    Measure(
+        "saturation.share",
+        "outputs with a derivative under 5 % of its maximum",
+        "difference",
+        per_layer=True,
+        activations=("sigmoid", "tanh"),
+    ),
+    Measure(
+        "saturation.dead",
+        "units with a zero derivative on all examples",
+        "difference",
+        per_layer=True,
+        activations=("relu",),
+    ),
     Measure("gradients.norm", "norm of a layer's weight gradient", per_layer=True),
     Measure("gradients.first_over_last", "norm of the first layer's weight gradient over the last's"),
     Measure("gradients.noise", "share of the gradient's mean square that varies between batches", per_layer=True),
@@ -177,12 +191,18 @@ _MEASURES = (
     Measure("regularization.held_out_loss", "held-out loss, in evaluation mode"),
     Measure("regularization.training_loss", "loss of training examples, in evaluation mode"),
     Measure(
-        "whitening.diagonal", "covariance less identity: diagonal part, Frobenius norm per feature", per_layer=True
+        "whitening.diagonal",
+        "covariance less identity: diagonal part, Frobenius norm per feature",
+        per_layer=True,
+        norm="any",
     ),
-    Measure("whitening.off_diagonal", "covariance less identity: the other part", per_layer=True),
+    Measure("whitening.off_diagonal", "covariance less identity: the other part", per_layer=True, norm="any"),
     Measure("scale.norm", "norm of a layer's weight", per_layer=True),
     Measure(
-        "scale.effective_learning_rate", "learning rate over the squared norm of a normalized weight", per_layer=True
+        "scale.effective_learning_rate",
+        "learning rate over the squared norm of a normalized weight",
+        per_layer=True,
+        norm="cancels scale",
     ),
 )
 

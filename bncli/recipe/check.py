@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from bncli.errors import CODE_OF_YOURS, DataError
-from bncli.names import MEASURES, NORMS, PROBES
+from bncli.names import MEASURES, NORMS, PROBES, Measure
 from bncli.recipe.epochs import STEPS, epochs_of, given_in_epochs, in_steps, steps_per_epoch
 from bncli.recipe.layers import contradictions, input_of, layers, module_names
 from bncli.recipe.overrides import arms_of, base_of, fixed_by, kinds, members, merge, model_at, nested, value_at
@@ -157,7 +157,7 @@ def _claim_mistakes(claim: dict[str, Any], arms: dict[str, dict[str, Any]], sear
         if unmeasured:
             add = f"add {measure.probe} to probes.measure"
             yield "measure", f"the probe {measure.probe} is not measured in arm {' and '.join(unmeasured)}; {add}"
-        yield from (("measure", why) for arm, run in runs.items() for why in _nothing_measured(measure.name, arm, run))
+        yield from (("measure", why) for arm, run in runs.items() for why in _nothing_measured(measure, arm, run))
     if name == "largest_learning_rate" and search is None:
         yield "measure", "needs the section largest_learning_rate, as in {steps: 300, accuracy: 0.8}"
     elif name == "largest_learning_rate" and isinstance(steps := value_at(search, ("steps",)), int):
@@ -178,22 +178,20 @@ def _claim_mistakes(claim: dict[str, Any], arms: dict[str, dict[str, Any]], sear
             yield key, f"{name} is compared as a ratio: expected a number above 0, found {words(claim[key])}"
 
 
-# The activations of which a probe's value tells something.
-ACTIVATIONS_OF = {"saturation.share": ("sigmoid", "tanh"), "saturation.dead": ("relu",)}
-
-
-def _nothing_measured(measure: str, arm: str, run: dict[str, Any]) -> Iterator[str]:
+def _nothing_measured(measure: Measure, arm: str, run: dict[str, Any]) -> Iterator[str]:
     """Why an arm's model has no layer in which a probe measures a value; the user's own model is not known here."""
     try:
         recipe = Recipe.model_validate(run)
     except ValidationError:  # noted elsewhere
         return
     activation, norm = getattr(recipe.model, "activation", None), NORMS.get(recipe.norm.kind)
-    if activation and activation not in (known := ACTIVATIONS_OF.get(measure, (activation,))):
-        yield f"{measure} is of {listed(known)}, and arm {arm} has {activation}"
-    if activation and measure.startswith("whitening.") and norm is None:
+    if activation is None:  # the user's own model
+        return
+    if measure.activations and activation not in measure.activations:
+        yield f"{measure.name} is of {listed(measure.activations)}, and arm {arm} has {activation}"
+    if measure.norm == "any" and norm is None:
         yield f"arm {arm} has no norm; the covariance of its activations depends on their scale"
-    if activation and measure == "scale.effective_learning_rate" and not (norm and norm.cancels_scale):
+    if measure.norm == "cancels scale" and not (norm and norm.cancels_scale):
         yield f"arm {arm} has no norm in which the scale of a weight has no effect"
 
 
