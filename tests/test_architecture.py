@@ -71,7 +71,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         f"cli.{command}": (
             ASKED
             | REPORT
-            | {"cli.console", "cli.options", f"report.{command}", f"measure.{command}"}
+            | {"cli.console", "cli.options", "cli.output", f"report.{command}", f"measure.{command}"}
             | ({"engine.train", "measure.dry_run"} if command == "train" else set()),
             {"typer"},
         )

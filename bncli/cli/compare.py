@@ -10,14 +10,12 @@ import typer
 from bncli.cli import options
 from bncli.cli.console import (
     StopSignal,
-    check_outputs,
-    chosen_form,
     enable_gc,
     given_options,
     log,
-    print_result,
     show_plan,
 )
+from bncli.cli.output import Output, chosen_form
 from bncli.errors import CHECK_FAILED, BncliError, UsageError
 
 if TYPE_CHECKING:
@@ -52,10 +50,8 @@ def compare(
     json: options.Json = False,
     csv: options.Csv = False,
     markdown: options.Markdown = False,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.svg|png", help="Draw curves and intervals (needs bncli[plot]).")
-    ] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a self-contained report.")] = None,
+    plot: options.Plot = None,
+    html: options.Html = None,
     quiet: options.Quiet = False,
     dry_run: options.DryRun = False,
     require_target: options.RequireTarget = False,
@@ -68,13 +64,13 @@ def compare(
 
     Example: bncli compare recipes/digits.yaml --plot digits.svg
     """
-    form = chosen_form(json, csv, markdown)
+    output = Output(chosen_form(json=json, csv=csv, markdown=markdown), plot, html, quiet)
     if bool(recipes) == bool(saved):
         raise UsageError("give a recipe, as in: bncli compare recipes/digits.yaml (or --from a saved comparison)")
     training = ("sets", "dry_run", "out", "jobs", "device", "threads", "allow_code")
     if saved and (idle := given_options(context, *training)):
         raise UsageError(f"{idle}: nothing is trained with --from, so that would have no effect")
-    check_outputs(plot, html)
+    output.check()
     stopped = 0
     if saved:
         comparison = _saved_comparison(saved, quiet)
@@ -94,7 +90,7 @@ def compare(
         if require_claims and not any(each.file.claims for each in loaded):
             raise UsageError(NO_CLAIMS)
         comparison, stopped = _run_comparison(loaded, device, jobs, threads, out, quiet)
-    _show(comparison, form, plot, html, quiet)
+    _show(comparison, output)
     if stopped:
         raise typer.Exit(stopped)
     missed = require_target and any(arm.hits < arm.runs for arm in comparison.arms)
@@ -188,8 +184,7 @@ def _saved_comparison(saved: Path, quiet: bool) -> Comparison:
     return summarise(found.plan, found.runs, found.planned_runs, found.threads, found.remarks)
 
 
-def _show(comparison: Comparison, form: str, plot: Path | None, html: Path | None, quiet: bool) -> None:
-    """The comparison on stdout, as tables and curves or in a form for other programs, and in the files asked for."""
+def _show(comparison: Comparison, output: Output) -> None:
     from bncli.report import files
     from bncli.report.compare import export
     from bncli.report.compare.table import ComparisonReport
@@ -200,14 +195,12 @@ def _show(comparison: Comparison, form: str, plot: Path | None, html: Path | Non
         "csv": export.to_csv,
         "markdown": export.to_markdown,
     }
-    print_result(forms[form](comparison))
-    if plot:
-        from bncli.report.compare import figure, layers
+    output.show(comparison, forms)
+    output.write(comparison, _plot, export.to_html)
 
-        figure.plot(comparison, plot)
-        log(f"Plot written to {plot}", quiet)
-        if layers.has_layers(comparison):
-            log(f"Plot of the layers written to {layers.plot(comparison, plot)}", quiet)
-    if html:
-        files.write_atomically(html, export.to_html(comparison))
-        log(f"Written to {html}", quiet)
+
+def _plot(comparison: Comparison, path: Path) -> list[Path]:
+    from bncli.report.compare import figure, layers
+
+    figure.plot(comparison, path)
+    return [path, *([layers.plot(comparison, path)] if layers.has_layers(comparison) else [])]

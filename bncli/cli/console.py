@@ -6,11 +6,10 @@ import gc
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bncli.errors import BncliError, UsageError
+from bncli.errors import BncliError
 
 if TYPE_CHECKING:
     import typer
@@ -30,26 +29,6 @@ def given_options(context: typer.Context, *parameters: str) -> str:
     sources = {name: context.get_parameter_source(name) for name in parameters}
     options = {each.name: max(each.opts, key=len) for each in context.command.params}
     return ", ".join(options[name] for name, source in sources.items() if source and source.name == "COMMANDLINE")
-
-
-def chosen_form(json: bool, csv: bool, markdown: bool) -> str:
-    """How the result is printed: json, csv, markdown or table. Refuses two of them."""
-    if json + csv + markdown > 1:
-        raise UsageError("--json, --csv and --markdown: choose one, the result is printed once")
-    return "json" if json else "csv" if csv else "markdown" if markdown else "table"
-
-
-def check_outputs(plot: Path | None, *others: Path | None) -> None:
-    """Refuse before any work what could not be written after it."""
-    from bncli.report.files import check_writable
-
-    if plot:
-        from bncli.report.figure import check_path
-
-        check_path(plot)
-    for file in (plot, *others):
-        if file:
-            check_writable(file)
 
 
 def show_plan(planned: Planned, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,6 +25,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and er
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Csv = Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of a table.")]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE.svg|png", help="Draw it to a file (needs bncli[plot]).")]
+Html = Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a self-contained report.")]
 Threads = Annotated[
     int | None,
     typer.Option(min=1, max=MOST_THREADS, help="CPU threads.  [default: torch's choice]", show_default=False),

@@ -14,15 +14,14 @@ import typer
 
 from bncli.cli.console import (
     StopSignal,
-    check_outputs,
-    chosen_form,
     enable_gc,
     given_options,
     listed,
     log,
     print_result,
 )
-from bncli.cli.options import AllowCode, ArmName, Csv, Device, Json, Markdown, Quiet, Set, Threads
+from bncli.cli.options import AllowCode, ArmName, Csv, Device, Json, Markdown, Plot, Quiet, Set, Threads
+from bncli.cli.output import Output, chosen_form
 from bncli.errors import CHECK_FAILED, CODE_OF_YOURS, INTERRUPTED, UNAVAILABLE, UsageError
 from bncli.measure.profile.shapes import SETS
 from bncli.names import PROFILE_KERNELS, RECIPE_KERNELS, check_kernel
@@ -50,12 +49,10 @@ class _Asked:
     seconds: float
     min_rounds: int
     allow_code: bool
-    form: str
-    plot: Path | None
+    output: Output
     baseline: Path | None
     fail_above: float
     strict: bool
-    quiet: bool
 
 
 def profile(
@@ -123,10 +120,7 @@ def profile(
             min=1, metavar="N", help=f"Fewest rounds per ratio, whatever the time; an interval needs {FEWEST_ROUNDS}."
         ),
     ] = FEWEST_ROUNDS,
-    plot: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.svg|png", help="Write a roofline plot, or bars of a step (needs bncli[plot])."),
-    ] = None,
+    plot: Plot = None,
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Write a Chrome trace of a training step (step view).")
     ] = None,
@@ -159,9 +153,9 @@ def profile(
     if idle := given_options(context, *(KERNEL_VIEW if of_steps else STEP_VIEW)):
         view = "the kernel view: omit the recipe or --model" if of_steps else "the step view: give a recipe"
         raise UsageError(f"{idle} {'belong' if ',' in idle else 'belongs'} to {view}")
-    form = chosen_form(json, csv, markdown)
+    output = Output(chosen_form(json=json, csv=csv, markdown=markdown), plot, quiet=quiet)
     _check_times(seconds, quick, min_rounds, baseline)
-    _check_gate(context, form, baseline, fail_above)
+    _check_gate(context, output.form, baseline, fail_above)
     asked = _Asked(
         device=device,
         threads=threads,
@@ -169,12 +163,10 @@ def profile(
         seconds=QUICK_SECONDS if quick else SECONDS if seconds is None else seconds,
         min_rounds=min_rounds,
         allow_code=allow_code,
-        form=form,
-        plot=plot,
+        output=output,
         baseline=baseline,
         fail_above=fail_above,
         strict=strict,
-        quiet=quiet,
     )
     for name in asked.kernels:
         check_kernel(name, PROFILE_KERNELS, allow_code)
@@ -195,7 +187,7 @@ def _profile_kernels(asked: _Asked, **of_cases: Any) -> None:
     from bncli.results.profile import KernelProfile
 
     earlier = _checked_baseline(asked, KernelProfile)
-    check_outputs(asked.plot)
+    asked.output.check()
     from bncli.measure.profile import memory
 
     # What a user's code prints is no result.
@@ -209,10 +201,10 @@ def _profile_kernels(asked: _Asked, **of_cases: Any) -> None:
         from bncli.measure.profile.run import kernel_run
 
         run = kernel_run(_run_options(asked), **of_cases, processes=processes)
-        stopped = _measure(run, stop, asked.quiet)
+        stopped = _measure(run, stop, asked.output.quiet)
     result = run.result()
-    if asked.form != "table" and (busy := busy_words(result)):
-        log(f"{busy}; do not use this as a baseline", asked.quiet)
+    if asked.output.form != "table" and (busy := busy_words(result)):
+        log(f"{busy}; do not use this as a baseline", asked.output.quiet)
     _finish(asked, result, stopped, earlier, KernelReport)
 
 
@@ -238,7 +230,7 @@ def _profile_steps(
     elif inputs is not None:
         raise UsageError(f"--input {inputs}: it belongs to --model; a recipe's data have a shape")
     earlier = _checked_baseline(asked, StepProfile)
-    check_outputs(asked.plot, trace)
+    asked.output.check(trace)
     with StopSignal(at_once=True) as stop, contextlib.redirect_stdout(sys.stderr):
         from bncli.measure.profile.run import model_run, recipe_run
 
@@ -247,9 +239,9 @@ def _profile_steps(
             run = recipe_run(options, recipe, sets, arm, trace, sets_from="--set")
         else:
             run = model_run(options, model or "", inputs or "", trace)
-        stopped = _measure(run, stop, asked.quiet)
+        stopped = _measure(run, stop, asked.output.quiet)
     if trace and trace.exists():
-        log(f"Trace written to {trace}: open it at https://ui.perfetto.dev", asked.quiet)
+        log(f"Trace written to {trace}: open it at https://ui.perfetto.dev", asked.output.quiet)
     _finish(asked, run.result(), stopped, earlier, StepReport)
 
 
@@ -280,7 +272,7 @@ def _finish(
 
     With 1 for a wrong result or where the gate fails, 3 where only native could run though more was asked for.
     """
-    from bncli.report.profile import export
+    from bncli.report.profile import export, figure
     from bncli.report.profile.baseline import GateReport
     from bncli.results.profile import FOLDED
 
@@ -293,19 +285,17 @@ def _finish(
             gate = baseline.gate(result, earlier, asked.fail_above, asked.strict)
         except UsageError as error:
             incomparable = error  # after what was measured is shown
-    if asked.form == "table":
-        print_result(report(result))
-        if gate is not None:
-            print_result(GateReport(gate, result, earlier))
-    elif asked.form == "csv":
-        print_result(export.to_csv(result))
-    else:
-        print_result({"json": export.to_json, "markdown": export.to_markdown}[asked.form](result, gate))
-    if asked.plot and result.rows:
-        from bncli.report.profile import figure
-
-        figure.draw(result, asked.plot)
-        log(f"Plot written to {asked.plot}", asked.quiet)
+    forms = {
+        "table": report,
+        "json": lambda found: export.to_json(found, gate),
+        "csv": export.to_csv,
+        "markdown": lambda found: export.to_markdown(found, gate),
+    }
+    asked.output.show(result, forms)
+    if gate is not None and asked.output.form == "table":
+        print_result(GateReport(gate, result, earlier))
+    if result.rows:
+        asked.output.write(result, figure.draw)
     if stopped:
         raise typer.Exit(stopped)
     if incomparable:

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from bncli.cli.console import OPTIONS, StopAtOnce, StopSignal, chosen_form, listed, print_error, print_result
+from bncli.cli.console import OPTIONS, StopAtOnce, StopSignal, listed, print_error, print_result
 from bncli.errors import CODE_OF_YOURS, BncliError, RecipeError, RunFailed, UsageError, UsageErrors
 from tests.cli.conftest import bncli
 from tests.test_architecture import MODULES
@@ -69,14 +69,6 @@ def test_every_argument_that_an_error_names_has_its_option() -> None:
 def test_names_are_separated_by_commas_or_repeated_and_count_once() -> None:
     assert listed(["native, fused", "fused", ",mine:norm,"]) == ("native", "fused", "mine:norm")
     assert listed(None) == listed([]) == listed([""]) == ()
-
-
-def test_a_result_is_printed_in_one_form() -> None:
-    forms = ((False, False, False), (True, False, False), (False, True, False), (False, False, True))
-    assert [chosen_form(*asked) for asked in forms] == ["table", "json", "csv", "markdown"]
-    for asked in ((True, True, False), (True, False, True), (False, True, True), (True, True, True)):
-        with pytest.raises(UsageError, match="choose one"):
-            chosen_form(*asked)
 
 
 def test_a_text_is_printed_as_it_is_and_ends_its_line_once(capsys: pytest.CaptureFixture[str]) -> None:

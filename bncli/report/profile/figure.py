@@ -45,10 +45,11 @@ CLASS_COLOURS = dict(
 SMALL: dict[str, Any] = {"fontsize": 8, "textcoords": "offset points"}
 
 
-def draw(profile: Profile, path: Path) -> None:
+def draw(profile: Profile, path: Path) -> list[Path]:
     """Write the figure to `path`, an .svg or a .png. Raises FileError for another suffix or without matplotlib."""
     kind = check_path(path)
     write_atomically(path, rendered(lambda picture: compose(picture, profile), kind, 130))
+    return [path]
 
 
 def compose(picture: Figure, profile: Profile) -> None:

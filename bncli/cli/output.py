@@ -1,0 +1,65 @@
+"""Where a command's result goes: printed in one form, and written to the files that the options name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bncli.cli.console import log, print_result
+from bncli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Output:
+    """What the options ask for.
+
+    form: how the result is printed: table, json, csv or markdown. plot, html: files to be written beside it.
+    """
+
+    form: str = "table"
+    plot: Path | None = None
+    html: Path | None = None
+    quiet: bool = False
+
+    def check(self, *others: Path | None) -> None:
+        """Refuse before any work what could not be written after it. others: further files of the command."""
+        from bncli.report.files import check_writable
+
+        if self.plot:
+            from bncli.report.figure import check_path
+
+            check_path(self.plot)
+        for file in (self.plot, self.html, *others):
+            if file:
+                check_writable(file)
+
+    def show(self, result: Any, forms: Mapping[str, Callable[[Any], object]]) -> None:
+        """Print the result. forms: the name of each form -> what makes it of the result."""
+        print_result(forms[self.form](result))
+
+    def write(
+        self,
+        result: Any,
+        plot: Callable[[Any, Path], Sequence[Path]] | None = None,
+        html: Callable[[Any], str] | None = None,
+    ) -> None:
+        """Write the files. plot: draws figures at a path and returns where they are. html: makes a page."""
+        from bncli.report.files import write_atomically
+
+        if self.plot and plot:
+            for file in plot(result, self.plot):
+                log(f"Plot written to {file}", self.quiet)
+        if self.html and html:
+            write_atomically(self.html, html(result))
+            log(f"Report written to {self.html}", self.quiet)
+
+
+def chosen_form(**asked: bool) -> str:
+    """The form that was asked for, by its option's name, or table. Refuses two of them."""
+    names = [name for name, wanted in asked.items() if wanted]
+    if len(names) > 1:
+        *first, last = [f"--{name}" for name in asked]
+        raise UsageError(f"{', '.join(first)} and {last}: choose one, the result is printed once")
+    return names[0] if names else "table"

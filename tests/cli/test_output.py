@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from bncli.cli.output import Output, chosen_form
+from bncli.errors import FileError, UsageError
+
+FORMS = ("json", "csv", "markdown")
+
+
+def test_a_result_is_printed_in_one_form() -> None:
+    assert chosen_form(json=False, csv=False) == "table"
+    assert [chosen_form(**{form: form == each for form in FORMS}) for each in FORMS] == list(FORMS)
+    for two in itertools.combinations(FORMS, 2):
+        with pytest.raises(UsageError, match="--json, --csv and --markdown: choose one"):
+            chosen_form(**{form: form in two for form in FORMS})
+
+
+def test_what_could_not_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    for output in (Output(plot=missing / "a.svg"), Output(html=missing / "a.html")):
+        with pytest.raises(FileError, match="does not exist"):
+            output.check()
+    with pytest.raises(FileError, match="does not exist"):
+        Output().check(None, missing / "trace.json")
+
+
+def test_files_are_written_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot, page = tmp_path / "a.svg", tmp_path / "a.html"
+    output = Output("json", plot, page)
+    output.show("result", {"json": str.upper})
+    output.write("result", lambda _, path: [path, tmp_path / "b.svg"], lambda result: f"<p>{result}</p>")
+    assert page.read_text() == "<p>result</p>"
+    out, err = capsys.readouterr()
+    assert out == "RESULT\n"
+    assert err.splitlines() == [
+        f"Plot written to {plot}",
+        f"Plot written to {tmp_path / 'b.svg'}",
+        f"Report written to {page}",
+    ]
