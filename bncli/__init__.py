@@ -47,3 +47,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'bncli' has no attribute {name!r}")
     module, _, attribute = _PUBLIC[name].partition(":")
     return getattr(importlib.import_module(module), attribute or name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import gc
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from bncli import __version__
 from bncli.cli import compare, gradcheck, profile, train
@@ -16,7 +17,8 @@ from bncli.errors import CHECK_FAILED, INTERRUPTED, BncliError
 
 app = typer.Typer(
     name="bncli",
-    help="How many training steps does batch normalization save, what does it cost, are its gradients right?",
+    help="How many training steps does batch normalization save, what does it cost, are its gradients right?\n\n"
+    "Example: bncli compare recipes/digits.yaml",
     epilog="Exit codes: 0 success; 1 a check or a run failed; 2 a mistake in a recipe, an option or the data; "
     "3 a device or kernel is not available; 4 diverged; 130 interrupted (143 by SIGTERM).",
     no_args_is_help=True,
@@ -35,14 +37,29 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     pass
 
 
-for command in (train.train, compare.compare, gradcheck.gradcheck, profile.profile):
-    app.command()(command)
+class Command(TyperCommand):
+    """A command whose help lists its options under the headings that they name, in the order of their declaration."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                heading = getattr(parameter, "rich_help_panel", None)
+                kind = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                groups.setdefault(heading or kind, []).append(record)
+        for heading, records in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+for command in (train.train, compare.compare, profile.profile, gradcheck.gradcheck):
+    app.command(cls=Command)(command)
 
 
 def main() -> None:

@@ -35,17 +35,31 @@ def compare(
     device: options.Device = "auto",
     jobs: Annotated[
         int | None,
-        typer.Option(
-            "--jobs", "-j", min=1, help="Parallel runs.  [default: one per core or per GPU]", show_default=False
+        options.MachineOption(
+            "--jobs",
+            "-j",
+            min=1,
+            metavar="N",
+            help="Parallel runs.  [default: one per core or per GPU]",
+            show_default=False,
         ),
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, max=options.MOST_THREADS, help="CPU threads per run.")] = 1,
+    threads: Annotated[
+        int, options.MachineOption(min=1, max=options.MOST_THREADS, metavar="N", help="CPU threads per run.")
+    ] = 1,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Folder that keeps the runs.  [default: runs/NAME]", show_default=False),
+        options.OutputOption(
+            "--out",
+            "-o",
+            metavar="FOLDER",
+            help="Folder that keeps the runs.  [default: runs/NAME]",
+            show_default=False,
+        ),
     ] = None,
     saved: Annotated[
-        Path | None, typer.Option("--from", help="Report on a saved JSON or folder; train nothing.")
+        Path | None,
+        options.OutputOption("--from", metavar="FOLDER|FILE.json", help="Report on a saved comparison; train nothing."),
     ] = None,
     json: options.Json = False,
     csv: options.Csv = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,29 +10,35 @@ import typer
 
 MOST_THREADS = 1024  # far more crash OpenMP
 
+# Options by the heading under which a command's help has them.
+RecipeOption = partial(typer.Option, rich_help_panel="Recipe")
+MachineOption = partial(typer.Option, rich_help_panel="Machine")
+OutputOption = partial(typer.Option, rich_help_panel="Output")
+CheckOption = partial(typer.Option, rich_help_panel="Exit code")
+
 Recipe_ = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML recipe; - reads standard input.")]
 Recipes = Annotated[
     list[str] | None, typer.Argument(metavar="[RECIPE]...", help="YAML recipes; - reads standard input.")
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a field of the recipe; may be repeated."),
+    RecipeOption("--set", metavar="KEY.PATH=VALUE", help="Override a field of the recipe; may be repeated."),
 ]
-ArmName = Annotated[str | None, typer.Option("--arm", metavar="NAME", help="Use only this arm of the recipe.")]
-Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")]
+ArmName = Annotated[str | None, RecipeOption("--arm", metavar="NAME", help="Use only this arm of the recipe.")]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="Allow your own model or kernel to be imported.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Show what would be done and train nothing.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only, no progress.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Csv = Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")]
-Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of a table.")]
-Plot = Annotated[Path | None, typer.Option(metavar="FILE.svg|png", help="Draw it to a file (needs bncli[plot]).")]
-Html = Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a self-contained report.")]
+DryRun = Annotated[bool, RecipeOption("--dry-run", "-n", help="Show what would be done and train nothing.")]
+Device = Annotated[str, MachineOption("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, max=MOST_THREADS, help="CPU threads.  [default: torch's choice]", show_default=False),
+    MachineOption(
+        min=1, max=MOST_THREADS, metavar="N", help="CPU threads.  [default: torch's choice]", show_default=False
+    ),
 ]
-RequireTarget = Annotated[
-    bool, typer.Option("--require-target", help="Exit with 1 if a run does not reach its target.")
-]
-RequireClaims = Annotated[bool, typer.Option("--require-claims", help="Exit with 1 if a claim is not shown.")]
+Quiet = Annotated[bool, OutputOption("--quiet", "-q", help="Print results and errors only, no progress.")]
+Json = Annotated[bool, OutputOption("--json", help="Print JSON instead of a table.")]
+Csv = Annotated[bool, OutputOption("--csv", help="Print CSV instead of a table.")]
+Markdown = Annotated[bool, OutputOption("--markdown", help="Print Markdown instead of a table.")]
+Plot = Annotated[Path | None, OutputOption(metavar="FILE.svg|png", help="Draw it to a file (needs bncli[plot]).")]
+Html = Annotated[Path | None, OutputOption(metavar="FILE.html", help="Write a self-contained report.")]
+RequireTarget = Annotated[bool, CheckOption("--require-target", help="Exit with 1 if a run does not reach its target.")]
+RequireClaims = Annotated[bool, CheckOption("--require-claims", help="Exit with 1 if a claim is not shown.")]

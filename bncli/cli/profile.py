@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,12 @@ if TYPE_CHECKING:
 
 SECONDS, QUICK_SECONDS = 45.0, 9.0  # of measuring; the rest is loading torch and checking
 FAIL_ABOVE = 1.10
+# Options by the heading under which the help has them.
+MeasuredOption = partial(typer.Option, rich_help_panel="Both views")
+KernelOption = partial(typer.Option, rich_help_panel="Kernel view")
+StepOption = partial(typer.Option, rich_help_panel="Step view: a recipe, or your own model")
+TimeOption = partial(typer.Option, rich_help_panel="Time")
+BaselineOption = partial(typer.Option, rich_help_panel="Baseline")
 KERNEL_VIEW = ("operations", "dtypes", "layouts", "shapes", "own_shapes", "batch", "warm")  # options of this view alone
 STEP_VIEW = ("sets", "arm", "inputs", "trace")
 
@@ -64,15 +71,15 @@ def profile(
     arm: ArmName = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="MODULE:FUNCTION", help="Your own model, for the step view; needs --input, --allow-code."),
+        StepOption(metavar="MODULE:FUNCTION", help="Your own model, for the step view; needs --input, --allow-code."),
     ] = None,
     inputs: Annotated[
-        str | None, typer.Option("--input", metavar="BxCxHxW", help="Shape of --model's input, with the batch.")
+        str | None, StepOption("--input", metavar="BxCxHxW", help="Shape of --model's input, with the batch.")
     ] = None,
     device: Device = "auto",
     kernels: Annotated[
         list[str] | None,
-        typer.Option(
+        MeasuredOption(
             "--kernel",
             metavar="KERNELS",
             help=f"{', '.join(PROFILE_KERNELS)}, or your own as package.module:function; may be repeated.  "
@@ -81,34 +88,33 @@ def profile(
     ] = None,
     operations: Annotated[
         list[str] | None,
-        typer.Option("--operation", metavar="OPERATIONS", help="bn, bn+relu, bn+add+relu, ...  [default: the model's]"),
+        KernelOption("--operation", metavar="OPERATIONS", help="bn, bn+relu, bn+add+relu, ...  [default: the model's]"),
     ] = None,
     dtypes: Annotated[
         list[str] | None,
-        typer.Option("--dtype", metavar="DTYPES", help="fp32, bf16, fp16 or fp64.  [default: fp32, on a GPU bf16]"),
+        KernelOption("--dtype", metavar="DTYPES", help="fp32, bf16, fp16 or fp64.  [default: fp32, on a GPU bf16]"),
     ] = None,
     layouts: Annotated[
         list[str] | None,
-        typer.Option("--layout", metavar="LAYOUTS", help="contiguous or channels_last.  [default: both]"),
+        KernelOption("--layout", metavar="LAYOUTS", help="contiguous or channels_last.  [default: both]"),
     ] = None,
     shapes: Annotated[
         str | None,
-        typer.Option(metavar="SET", help=f"{', '.join(SETS)}, or a CSV file.  [default: resnet20, on a GPU resnet50]"),
+        KernelOption(metavar="SET", help=f"{', '.join(SETS)}, or a CSV file.  [default: resnet20, on a GPU resnet50]"),
     ] = None,
     own_shapes: Annotated[
-        list[str] | None, typer.Option("--shape", metavar="NxCxHxW", help="Your own shape; may be repeated.")
+        list[str] | None, KernelOption("--shape", metavar="NxCxHxW", help="Your own shape; may be repeated.")
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Batch size of --shapes.  [default: the set's own]", show_default=False)
+        int | None,
+        KernelOption(min=1, metavar="N", help="Batch size of --shapes.  [default: the set's own]", show_default=False),
     ] = None,
-    warm: Annotated[bool, typer.Option("--warm", help="Do not flush the cache before each sample.")] = False,
+    warm: Annotated[bool, KernelOption("--warm", help="Do not flush the cache before each sample.")] = False,
     threads: Threads = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer samples: the default shapes in 15 s on 2 cores.")
-    ] = False,
+    quick: Annotated[bool, TimeOption("--quick", help="Fewer samples: the default shapes in 15 s on 2 cores.")] = False,
     seconds: Annotated[
         float | None,
-        typer.Option(
+        TimeOption(
             "--time",
             metavar="SECONDS",
             help=f"How long to measure; longer where --min-rounds takes longer.  [default: {SECONDS:g}]",
@@ -116,27 +122,27 @@ def profile(
     ] = None,
     min_rounds: Annotated[
         int,
-        typer.Option(
+        TimeOption(
             min=1, metavar="N", help=f"Fewest rounds per ratio, whatever the time; an interval needs {FEWEST_ROUNDS}."
         ),
     ] = FEWEST_ROUNDS,
     plot: Plot = None,
     trace: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="Write a Chrome trace of a training step (step view).")
+        Path | None, StepOption(metavar="FILE.json", help="Write a Chrome trace of a training step.")
     ] = None,
     json: Json = False,
     csv: Csv = False,
     markdown: Markdown = False,
     baseline: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.json", help="Compare with a saved --json profile; exit 1 on a regression."),
+        BaselineOption(metavar="FILE.json", help="Compare with a saved --json profile; exit 1 on a regression."),
     ] = None,
     fail_above: Annotated[
         float,
-        typer.Option(metavar="RATIO", help="With --baseline: the slowdown above which a row is a regression."),
+        BaselineOption(metavar="RATIO", help="With --baseline: the slowdown above which a row is a regression."),
     ] = FAIL_ABOVE,
     strict: Annotated[
-        bool, typer.Option("--strict", help="With --baseline: exit 1 also where the intervals are inconclusive.")
+        bool, BaselineOption("--strict", help="With --baseline: exit 1 also where the intervals are inconclusive.")
     ] = False,
     quiet: Quiet = False,
     allow_code: AllowCode = False,

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from bncli.cli import options
 from bncli.cli.console import StopSignal, enable_gc, log, print_result, show_plan
 from bncli.cli.options import AllowCode, ArmName, Device, DryRun, Json, Quiet, Recipe_, RequireTarget, Set, Threads
 from bncli.errors import CHECK_FAILED, DIVERGED
@@ -22,9 +23,15 @@ def train(
     threads: Threads = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="The run's folder.  [default: runs/NAME/DATE-TIME]", show_default=False),
+        options.OutputOption(
+            "--out",
+            "-o",
+            metavar="FOLDER",
+            help="The run's folder.  [default: runs/NAME/DATE-TIME]",
+            show_default=False,
+        ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Overwrite an earlier run in --out.")] = False,
+    force: Annotated[bool, options.OutputOption("--force", "-f", help="Overwrite an earlier run in --out.")] = False,
     json: Json = False,
     quiet: Quiet = False,
     dry_run: DryRun = False,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
+import bncli as package
 from tests.cli.conftest import bncli
 from tests.recipe.conftest import NORMS
+from tests.test_documentation import README, options
 
 OWN_MODEL = "model={kind: module, module: mine:make}"
 
@@ -43,3 +47,30 @@ def test_mistakes_leave_with_their_code_a_message_and_no_traceback(
     ran = bncli(*arguments)
     assert (ran.code, ran.out) == (code, "")
     assert message in ran.err
+
+
+def test_the_help_lists_the_commands_in_the_order_of_the_readme() -> None:
+    listed = re.findall(r"^  (\w+) {2,}\S", bncli("--help").out.partition("Commands:")[2], re.M)
+    assert listed == re.findall(r"^\| `bncli (\w+)", README, re.M) == ["train", "compare", "profile", "gradcheck"]
+
+
+def test_the_help_of_a_command_has_an_example_and_its_options_under_headings() -> None:
+    for command, headings in {
+        "train": ["Recipe", "Machine", "Output", "Exit code", "Options"],
+        "compare": ["Recipe", "Machine", "Output", "Exit code", "Options"],
+        "profile": ["Both views", "Kernel view", "Time", "Output", "Baseline", "Options"],
+        "gradcheck": ["Options", "Machine", "Output"],
+    }.items():
+        page = bncli(command, "--help").out
+        assert f"  Example: bncli {command} " in page
+        assert set(headings) <= set(re.findall(r"^(\w[\w ]*):$", page, re.M))
+        long = {option for option in options()[command] if option.startswith("--")}
+        assert set(re.findall(r"^  (?:-\w, )?(--[\w-]+)", page, re.M)) == long
+
+
+def test_the_version_has_a_short_option() -> None:
+    assert bncli("-V").out == bncli("--version").out == f"bncli {package.__version__}\n"
+
+
+def test_the_public_names_are_listed() -> None:
+    assert dir(package) == sorted(package.__all__)
