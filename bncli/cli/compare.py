@@ -109,7 +109,7 @@ def _run_comparison(
     from bncli.measure.compare.processes import Processes
     from bncli.measure.compare.run import execute
     from bncli.measure.compare.summary import summarise
-    from bncli.report.compare.notes import sentence
+    from bncli.report.compare.notes import sentences
     from bncli.report.folder import ComparisonFolder
     from bncli.report.progress import CompareProgress
     from bncli.results.compare import Note
@@ -121,8 +121,8 @@ def _run_comparison(
         kept = list(folder.finished().values())
         _begin(folder, asked, kept, threads, loaded)
         records = reuse.usable(kept)
-        for note in reuse.not_reused(wanted(asked, records), kept, asked.identity):
-            log(sentence(note), quiet)
+        for words in sentences(reuse.not_reused(wanted(asked, records), kept, asked.identity)):
+            log(words, quiet)
         with StopSignal() as stop, CompareProgress(quiet) as progress:
             executor = Processes(device, jobs, threads, folder.path / "logs")
             for event in execute(asked, folder.save, executor, records, stop):
@@ -133,7 +133,7 @@ def _run_comparison(
             remarks.append(Note.of("earlier code", runs=left_out))
         if earlier := folder.keep_other(asked.plan):
             remarks.append(Note.of("earlier answer", file=earlier.name))
-            log(f"{folder.path}: {sentence(remarks[-1])}", quiet)
+            log(f"{folder.path}: {sentences(remarks[-1:])[0]}", quiet)
         planned = planned_runs(asked, latest)
         comparison = summarise(asked.plan, collect(asked, latest), planned, threads, tuple(remarks))
         folder.finish(comparison)

@@ -8,7 +8,7 @@ import string
 from collections.abc import Iterator
 from typing import Any
 
-from bncli.report.compare.notes import sentence
+from bncli.report.compare.notes import WARNINGS, sentences
 from bncli.report.text import (
     UNKNOWN,
     Cell,
@@ -21,6 +21,8 @@ from bncli.report.text import (
     setting,
     short_names,
     target_words,
+    times,
+    turned,
 )
 from bncli.results.compare import (
     ArmSummary,
@@ -33,17 +35,19 @@ from bncli.results.compare import (
     Steps,
     TuningCell,
 )
+from bncli.results.environment import Interval
 from bncli.results.train import Target
 
 LETTERS = string.ascii_lowercase + string.ascii_uppercase  # one for each arm, on its curve
 METHODS = {
-    "geometric mean": "Steps to target: steps spent below it; geometric mean over seeds at the best point (jackknife).",
-    "median": "median: some runs missed the target (order statistics).",
-    "bound": "> {most}: at least half of the runs missed the target; a budget of {budget} steps shows up to {most}.",
-    "means": "Fewer steps: the steps of {reference} divided by the arm's; jackknife over paired seeds{chosen}.",
-    "medians": "Fewer steps where runs missed: ratio of medians (order statistics of both).",
-    "bounded ratio": "Fewer steps as > or <: a bound, because at least half of an arm's runs missed.",
+    "geometric mean": "Steps to target: those spent below it; geometric mean over seeds at the best point.",
+    "median": "median: some runs missed.",
+    "bound": "> {most}: half of the runs or more missed; a budget of {budget} steps shows up to {most}.",
+    "means": "Steps vs reference: {reference}'s divided by the arm's, paired by seed; more: the other way round.",
+    "medians": "Where runs missed: ratio of medians.",
+    "bounded ratio": "> and <: a bound, since half of an arm's runs or more missed.",
 }
+MOST_SENTENCES = 4  # of the headline
 
 
 # --- cells and columns --------------------------------------------------------------------------------------------
@@ -69,13 +73,15 @@ def amount_cell(arm: ArmSummary, steps: Steps, most_steps: float | None) -> Cell
     return Cell(f"> {figure(most_steps)}", span if low is not None and low < 0.999 * most_steps else "")
 
 
-def ratio_cell(ratio: Ratio | None) -> Cell:
-    if ratio is None:
-        return Cell("1", "reference")
-    span = interval_figure(ratio.interval)
-    if ratio.value is None:
-        return Cell(f"{span}x" if span else UNKNOWN)
-    return Cell(f"{figure(ratio.value)}x", span)
+def ratio_cell(ratio: Ratio | None, less: str = "fewer") -> Cell:
+    """The ratio to the reference in words, the other way round where it is below 1. less: the word for above 1."""
+    if ratio is None or ratio.method == "same recipe":
+        return Cell("1", "same recipe" if ratio else "reference")
+    value, interval, more = turned(ratio.value, ratio.interval)
+    span, word = interval_figure(interval), "more" if more else less
+    if value is None:
+        return Cell(f"{span}x {word}" if span else UNKNOWN)
+    return Cell(f"{figure(value)}x {word}", span)
 
 
 def best_point_cell(arm: ArmSummary, field: str) -> Cell:
@@ -106,7 +112,7 @@ def comparison_columns(comparison: Comparison, grid_below_arm: bool = False) -> 
         Column("hits", [f"{arm.hits}/{arm.runs}" for arm in arms]),
         Column("steps to\ntarget", [steps_cell(arm, plan.most_steps) for arm in arms]),
         Column("first hit", [figure(arm.first_hit) for arm in arms], optional=True),
-        Column("fewer\nsteps", [ratio_cell(arm.ratio) for arm in arms], style="bold"),
+        Column("steps vs\nreference", [ratio_cell(arm.ratio) for arm in arms], style="bold"),
         Column("p\n(Holm)", [p_figure(arm.ratio.holm_p_value if arm.ratio else None) for arm in arms], optional=True),
         Column(f"best\n{metric}", [metric_figure(arm.best, metric) for arm in arms]),
         Column("samples\n/s", [figure(arm.samples_per_s) for arm in arms]),
@@ -119,11 +125,11 @@ def comparison_columns(comparison: Comparison, grid_below_arm: bool = False) -> 
 def cost_columns(comparison: Comparison) -> list[Column]:
     """Seconds and examples to target, one row per arm: steps of different arms may differ in time and batch size."""
     columns = [Column("arm", [arm.arm for arm in comparison.arms], words=True, style="bold")]
-    for unit, less in (("seconds", "less\ntime"), ("examples", "fewer\nexamples")):
+    for unit, less in (("seconds", "less"), ("examples", "fewer")):
         found: list[tuple[ArmSummary, Cost | None]] = [(arm, getattr(arm, unit)) for arm in comparison.arms]
         amounts = [amount_cell(arm, cost.typical, None) if cost else Cell(UNKNOWN) for arm, cost in found]
-        ratios = [ratio_cell(cost.ratio) if cost else Cell(UNKNOWN) for _, cost in found]
-        columns += [Column(f"{unit} to\ntarget", amounts), Column(less, ratios, style="bold")]
+        ratios = [ratio_cell(cost.ratio, less) if cost else Cell(UNKNOWN) for _, cost in found]
+        columns += [Column(f"{unit} to\ntarget", amounts), Column(f"{unit} vs\nreference", ratios, style="bold")]
     return columns
 
 
@@ -138,7 +144,7 @@ def target_columns(comparison: Comparison) -> list[Column]:
         steps = [amount_cell(arm, each.steps, plan.most_steps) if each.runs else Cell(UNKNOWN) for each in runs]
         columns.append(Column(f"{arm.arm}\nsteps", steps))
         if arm.ratio is not None:
-            columns.append(Column("fewer\nsteps", [ratio_cell(each.ratio) for each in runs], style="bold"))
+            columns.append(Column("steps vs\nreference", [ratio_cell(each.ratio) for each in runs], style="bold"))
     return columns
 
 
@@ -225,17 +231,20 @@ def common_ratio(cell: TuningCell, reference: TuningCell, most_steps: float) -> 
     if mine is None or its is None or (missed and reference_missed):
         return UNKNOWN
     sign = "< " if missed else "> " if reference_missed else ""
-    return f"{sign}{figure(math.exp(its - mine))}x"
+    ratio = math.exp(its - mine)
+    if ratio < 1:
+        sign = {"< ": "> ", "> ": "< "}.get(sign, "")
+    return f"{sign}{times(ratio, '')}"
 
 
 def tuning_notes(comparison: Comparison) -> list[str]:
-    seeds = count(len(comparison.plan.tune_seeds), "tuning seed")
+    seeds, reference = count(len(comparison.plan.tune_seeds), "tuning seed"), comparison.plan.reference
     choices = [f"{arm.arm}: {choice_words(arm.choice)}" for arm in comparison.arms if arm.choice]
     return [
-        f"Geometric mean of the steps of the runs that hit the target, hits/runs over {seeds};"
-        f" below it the steps of {comparison.plan.reference} at the same value divided by these (no interval).",
-        "[ ]: the arm's best point over all of its seeds; ( ): trained with further seeds too, since the tuning seeds "
-        "could not distinguish it from the best. > and <: bounds, where runs missed.",
+        f"Steps to target (geometric mean of the runs that hit it) and hits over {seeds}; below: how many times "
+        f"fewer than {reference}'s at the same value, or more, without an interval.",
+        "[ ]: the best point over all seeds; ( ): not told from it by the tuning seeds, so trained with further ones "
+        "too; > and <: bounds, where runs missed.",
         *([f"Kept: {'; '.join(choices)}."] if choices else []),
     ]
 
@@ -245,7 +254,54 @@ def choice_words(choice: Choice) -> str:
     kept = f"{choice.kept} of {choice.points} points"
     if choice.kept < 2 or choice.doubt is None:
         return kept
-    return f"{kept}, {choice.doubt:.0%} of the samples with one seed left out choose another"
+    return f"{kept}, {choice.doubt:.0%} of samples without one seed choose another"
+
+
+# --- the answer in words ------------------------------------------------------------------------------------------
+
+
+def headline(comparison: Comparison) -> list[str]:
+    """The answer in a sentence for each arm but the reference; the first names the target and how arms were tuned."""
+    plan = comparison.plan
+    reference = next(arm for arm in comparison.arms if arm.arm == plan.reference)
+    others = [arm for arm in comparison.arms if arm is not reference]
+    unfinished = next((note.facts for note in comparison.notes if note.kind == "unfinished"), None)
+    so_far = "So far, with {done:,} of {planned:,} runs done, to".format(**unfinished) if unfinished else "To"
+    points = sorted({arm.choice.points for arm in comparison.arms if arm.choice and arm.runs})
+    tuned = f", each at its best of {' to '.join(map(str, points[:1] + points[1:][-1:]))} settings" if points else ""
+    answers = [_answer(arm, reference) for arm in others[:MOST_SENTENCES]] or [f"only {reference.arm} was trained"]
+    further = len(others) - MOST_SENTENCES
+    sentences = [f"{so_far} {target_words(plan.target)}, {answers[0]}{tuned}.", *(f"{each}." for each in answers[1:])]
+    return [*sentences, *[f"And {count(further, 'more arm')} in the table."] * (further > 0)]
+
+
+def _answer(arm: ArmSummary, reference: ArmSummary) -> str:
+    """How an arm compares with the reference, or why nothing can be said."""
+    of, to = arm.arm, reference.arm
+    for each in (arm, reference):
+        if not each.runs:
+            return f"{of} cannot be compared with {to}: {each.arm} {'failed' if each.failures else 'has no result yet'}"
+    hits = f"{arm.hits} of {arm.runs} runs reached it, {reference.hits} of {reference.runs} of {to}"
+    if arm.ratio is None or (arm.ratio.value is None and not interval_figure(arm.ratio.interval)):
+        return f"no ratio of {of} to {to} can be told: {hits}"
+    if arm.ratio.method == "same recipe":
+        return f"{of} is {to} under another name"
+    value, interval, more = turned(arm.ratio.value, arm.ratio.interval)
+    low, high = ("" if end is None else figure(end) for end in (interval.low, interval.high))
+    direction, missed = (
+        "more" if more else "fewer",
+        f"; {hits}" * (arm.hits < arm.runs or reference.hits < reference.runs),
+    )
+    bound = f"at least {low}" if low else f"at most {high}"
+    if interval != Interval(None, None) and (interval.low or 0) <= 1 <= (interval.high or math.inf):
+        if low and high:
+            other = "fewer" if more else "more"
+            bound = f"between {figure(1 / float(interval.low or 1))} times {other} and {high}"
+        return f"no difference between {of} and {to} can be told: {bound} times {direction} steps (95 %){missed}"
+    if value is None:
+        return f"{of} needed {bound} times {direction} steps than {to} (95 %){missed}"
+    span = f"95 %: {f'{low} to {high}' if low and high else bound}" if low or high else "no interval"
+    return f"{of} needed {figure(value)} times {direction} steps than {to} ({span}){missed}"
 
 
 # --- titles and footnotes -----------------------------------------------------------------------------------------
@@ -270,12 +326,11 @@ def environments(comparison: Comparison) -> list[str]:
 
 
 def footnotes(comparison: Comparison) -> list[str]:
-    """The comparison's notes, then marks, methods and machines."""
-    lines = [sentence(note) for note in comparison.notes]
-    if any(arm.at_edge for arm in comparison.arms):
-        lines.append("*: the best value is at the edge of its grid.")
-    if any(arm.fixed for arm in comparison.arms):
-        lines.append("fixed: set by the arm itself, so not tuned.")
+    """The notes that are no warnings, then marks, methods and machines."""
+    lines = sentences(note for note in comparison.notes if note.kind not in WARNINGS)
+    at_edge, fixed = (any(getattr(arm, mark) for arm in comparison.arms) for mark in ("at_edge", "fixed"))
+    marks = ["*: at the edge of its grid."] * at_edge + ["fixed: set by the arm itself, so not tuned."] * fixed
+    lines += [" ".join(marks)] * bool(marks)
     if any(arm.runs for arm in comparison.arms):
         lines.append(" ".join(_methods(comparison)))
     probed = {run.key: run.result for run in comparison.runs if run.result and run.result.probes_s}.values()
@@ -296,12 +351,12 @@ def _methods(comparison: Comparison) -> Iterator[str]:
     used |= {"bounded ratio" for ratio in ratios if ratio.value is None and interval_figure(ratio.interval)}
     for method, words in METHODS.items():
         if method in used:
-            chosen = ", repeating the choice of each arm's best point" if plan.tune_seeds else ""
             named = {"budget": figure(plan.budget), "most": figure(plan.most_steps)}
-            yield words.format(**named, reference=plan.reference, chosen=chosen)
-    best = f"Best {plan.target.metric} (a run may stop at its target) and samples/s"
-    yield f"Intervals are 95%. {best} are medians over seeds; memory is the maximum, on a CPU of the whole process."
-    yield "Seconds are training time, without evaluations."
+            yield words.format(**named, reference=plan.reference)
+    chosen = " that repeats the choice of each arm's best point" * bool(plan.tune_seeds)
+    medians = ", of medians order statistics" * bool(used & {"median", "bound", "medians", "bounded ratio"})
+    yield f"Intervals: 95 %, a jackknife over seeds{chosen}{medians}; of a ratio, one with 1 in it shows no difference."
+    yield f"Best {plan.target.metric}, samples/s: medians over seeds; memory: the maximum; seconds: training alone."
 
 
 # --- curves -------------------------------------------------------------------------------------------------------
