@@ -86,7 +86,8 @@ def test_a_comparison_of_format_2_is_read(examples):
     plain["notes"] = sentences(found.notes)
     back = from_json(Comparison, json.dumps(plain))
     assert sentences((*back.notes, *back.remarks)) == [*plain["notes"], *plain["remarks"]]
-    assert set(to_markdown(found).splitlines()) - set(to_markdown(back).splitlines()) == {"#### Warnings"}
+    lost = set(to_markdown(found).splitlines()) - set(to_markdown(back).splitlines())
+    assert {line.partition(",")[0] for line in lost} == {"#### Warnings", "So far"}
     assert replace(back, notes=found.notes, remarks=()) == found
 
 

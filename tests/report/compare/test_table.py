@@ -64,7 +64,7 @@ def test_an_unknown_value_is_a_dash(examples, show):
 
 
 def test_several_grid_fields_move_below_the_arm_on_narrow_terminals(examples, show):
-    beside, under = (show(comparison_table(examples["two fields"]), width) for width in (84, 72))
+    beside, under = (show(comparison_table(examples["two fields"]), width) for width in (84, 76))
     assert lines_with(beside, "hits")[0].split() == [
         "arm",
         "lr",
