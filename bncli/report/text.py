@@ -57,21 +57,9 @@ def interval_figure(interval: Interval) -> str:
     return f"< {figure(interval.high)}" if interval.high is not None else ""
 
 
-def turned(value: float | None, interval: Interval) -> tuple[float | None, Interval, bool]:
-    """A ratio and its interval, the other way round where that is above 1, and whether it was.
-
-    A bound alone is turned where it is below 1.
-    """
-    ends = (interval.high, interval.low)
-    if next((each for each in (value, *ends) if each is not None), 1.0) >= 1:
-        return value, interval, False
-    low, high = (1 / end if end else None for end in ends)
-    return 1 / value if value else None, Interval(low, high), True
-
-
-def times(value: float, less: str = "fewer") -> str:
+def times(value: float, less: str = "fewer", unit: str = "x") -> str:
     """`6.49x fewer`; `13.3x more` for a ratio below 1."""
-    return f"{figure(1 / value)}x more" if 0 < value < 1 else f"{figure(value)}x {less}".rstrip()
+    return f"{figure(1 / value)}{unit} more" if 0 < value < 1 else f"{figure(value)}{unit} {less}".rstrip()
 
 
 def setting(value: Any) -> str:

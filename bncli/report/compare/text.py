@@ -22,7 +22,6 @@ from bncli.report.text import (
     short_names,
     target_words,
     times,
-    turned,
 )
 from bncli.results.compare import (
     ArmSummary,
@@ -77,11 +76,14 @@ def ratio_cell(ratio: Ratio | None, less: str = "fewer") -> Cell:
     """The ratio to the reference in words, the other way round where it is below 1. less: the word for above 1."""
     if ratio is None or ratio.method == "same recipe":
         return Cell("1", "same recipe" if ratio else "reference")
-    value, interval, more = turned(ratio.value, ratio.interval)
-    span, word = interval_figure(interval), "more" if more else less
+    value, low, high = ratio.value, ratio.interval.low, ratio.interval.high
+    more = next((each for each in (value, high, low) if each is not None), 1) < 1
+    if more:
+        low, high = (1 / end if end else None for end in (high, low))
+    span = interval_figure(Interval(low, high))
     if value is None:
-        return Cell(f"{span}x {word}" if span else UNKNOWN)
-    return Cell(f"{figure(value)}x {word}", span)
+        return Cell(f"{span}x {'more' if more else less}" if span else UNKNOWN)
+    return Cell(times(value, less), span)
 
 
 def best_point_cell(arm: ArmSummary, field: str) -> Cell:
@@ -262,46 +264,40 @@ def choice_words(choice: Choice) -> str:
 
 def headline(comparison: Comparison) -> list[str]:
     """The answer in a sentence for each arm but the reference; the first names the target and how arms were tuned."""
-    plan = comparison.plan
-    reference = next(arm for arm in comparison.arms if arm.arm == plan.reference)
+    reference = next(arm for arm in comparison.arms if arm.arm == comparison.plan.reference)
     others = [arm for arm in comparison.arms if arm is not reference]
     unfinished = next((note.facts for note in comparison.notes if note.kind == "unfinished"), None)
     so_far = "So far, with {done:,} of {planned:,} runs done, to".format(**unfinished) if unfinished else "To"
-    points = sorted({arm.choice.points for arm in comparison.arms if arm.choice and arm.runs})
-    tuned = f", each at its best of {' to '.join(map(str, points[:1] + points[1:][-1:]))} settings" if points else ""
-    answers = [_answer(arm, reference) for arm in others[:MOST_SENTENCES]] or [f"only {reference.arm} was trained"]
-    further = len(others) - MOST_SENTENCES
-    sentences = [f"{so_far} {target_words(plan.target)}, {answers[0]}{tuned}.", *(f"{each}." for each in answers[1:])]
-    return [*sentences, *[f"And {count(further, 'more arm')} in the table."] * (further > 0)]
+    points = {arm.choice.points if arm.choice else 1 for arm in comparison.arms if arm.runs} or {1}
+    settings = " to ".join(map(str, sorted({min(points), max(points)})))
+    tuned = ", without tuning" if settings == "1" else f", each at its best of {settings} settings"
+    answers = [_answer(arm, reference, tuned * (arm is others[0])) for arm in others[:MOST_SENTENCES]]
+    first, *rest = answers or [f"only {reference.arm} was trained"]
+    more = [f"{count(len(others) - MOST_SENTENCES, 'more arm')} in the table"] * (len(others) > MOST_SENTENCES)
+    return [f"{each}." for each in (f"{so_far} {target_words(comparison.plan.target)}, {first}", *rest, *more)]
 
 
-def _answer(arm: ArmSummary, reference: ArmSummary) -> str:
+def _answer(arm: ArmSummary, reference: ArmSummary, tuned: str) -> str:
     """How an arm compares with the reference, or why nothing can be said."""
-    of, to = arm.arm, reference.arm
+    of, to, ratio = arm.arm, reference.arm, arm.ratio
     for each in (arm, reference):
         if not each.runs:
             return f"{of} cannot be compared with {to}: {each.arm} {'failed' if each.failures else 'has no result yet'}"
     hits = f"{arm.hits} of {arm.runs} runs reached it, {reference.hits} of {reference.runs} of {to}"
-    if arm.ratio is None or (arm.ratio.value is None and not interval_figure(arm.ratio.interval)):
+    ends = [end for end in (ratio.interval.low, ratio.interval.high) if end] if ratio else []
+    if ratio is None or (ratio.value is None and not ends):
         return f"no ratio of {of} to {to} can be told: {hits}"
-    if arm.ratio.method == "same recipe":
+    if ratio.method == "same recipe":
         return f"{of} is {to} under another name"
-    value, interval, more = turned(arm.ratio.value, arm.ratio.interval)
-    low, high = ("" if end is None else figure(end) for end in (interval.low, interval.high))
-    direction, missed = (
-        "more" if more else "fewer",
-        f"; {hits}" * (arm.hits < arm.runs or reference.hits < reference.runs),
-    )
-    bound = f"at least {low}" if low else f"at most {high}"
-    if interval != Interval(None, None) and (interval.low or 0) <= 1 <= (interval.high or math.inf):
-        if low and high:
-            other = "fewer" if more else "more"
-            bound = f"between {figure(1 / float(interval.low or 1))} times {other} and {high}"
-        return f"no difference between {of} and {to} can be told: {bound} times {direction} steps (95 %){missed}"
-    if value is None:
-        return f"{of} needed {bound} times {direction} steps than {to} (95 %){missed}"
-    span = f"95 %: {f'{low} to {high}' if low and high else bound}" if low or high else "no interval"
-    return f"{of} needed {figure(value)} times {direction} steps than {to} ({span}){missed}"
+    missed = f"; {hits}" * (arm.hits < arm.runs or reference.hits < reference.runs)
+    if ends and (ratio.interval.low or 0) <= 1 <= (ratio.interval.high or math.inf):
+        span = "at most " * (len(ends) == 1) + " to ".join(times(end, unit=" times") for end in ends)
+        return f"no difference between {of} and {to} can be told: {span} steps (95 %){tuned}{missed}"
+    if ratio.value is None:
+        return f"{of} needed at least {times(ends[0], unit=' times')} steps than {to} (95 %){tuned}{missed}"
+    sizes = " to ".join(map(figure, sorted(max(end, 1 / end) for end in ends)))
+    span = f"95 %: {'at least ' * (len(ends) == 1)}{sizes}" if ends else "no interval"
+    return f"{of} needed {times(ratio.value, unit=' times')} steps than {to} ({span}){tuned}{missed}"
 
 
 # --- titles and footnotes -----------------------------------------------------------------------------------------
@@ -327,7 +323,9 @@ def environments(comparison: Comparison) -> list[str]:
 
 def footnotes(comparison: Comparison) -> list[str]:
     """The notes that are no warnings, then marks, methods and machines."""
-    lines = sentences(note for note in comparison.notes if note.kind not in WARNINGS)
+    lines = [
+        f"{each.rstrip('.')}." for each in sentences(note for note in comparison.notes if note.kind not in WARNINGS)
+    ]
     at_edge, fixed = (any(getattr(arm, mark) for arm in comparison.arms) for mark in ("at_edge", "fixed"))
     marks = ["*: at the edge of its grid."] * at_edge + ["fixed: set by the arm itself, so not tuned."] * fixed
     lines += [" ".join(marks)] * bool(marks)

@@ -71,4 +71,6 @@ def test_a_note_is_either_a_warning_or_a_footnote(examples):
     notes = (Note.of("paper"), Note.of("few seeds", seeds=2, ratio=1.5, needed=5), *found.notes)
     found = replace(found, notes=notes)
     assert warnings(found) == sentences(notes[1:2])
-    assert footnotes(found)[:2] == sentences((notes[0], *notes[2:]))
+    assert [note.rstrip(".") for note in footnotes(found)[:2]] == [
+        each.rstrip(".") for each in sentences((notes[0], *notes[2:]))
+    ]
