@@ -43,25 +43,16 @@ def _line(notes: Sequence[Note]) -> str:
     line, part = OF_ARMS[kind]
     parts: dict[str | None, list[str]] = {}
     for note in notes:
-        parts.setdefault(note.arm, []).append(part(**note.facts))
+        parts.setdefault(note.arm, []).append(part(**note.facts) if callable(part) else part.format(**note.facts))
     arms = ", ".join(f"{arm} ({'; '.join(each)})" if any(each) else str(arm) for arm, each in parts.items())
     return line.format(arms=arms, **facts)
 
 
 def _evaluate_every(fewest: int, evaluate_every: int | None) -> str:
-    if evaluate_every is None:
-        return "raise train.evaluate_every.points_per_doubling"
-    return f"set train.evaluate_every to {evaluate_every}{' or less' * (evaluate_every > 1)}"
-
-
-def _few_seeds(seeds: int, ratio: float, needed: int | None) -> str:
-    more = "" if needed is None else f": with the spread seen here, telling a ratio of {ratio:g} from 1 needs {needed}"
-    return f"{count(seeds, 'seed')} per arm {'are' if seeds > 1 else 'is'} few{more}"
-
-
-def _not_told_apart(arms: list[str], reference: str, comparisons: int) -> str:
-    several = f" (not corrected for {comparisons} comparisons)" if comparisons > 1 else ""
-    return f"Not distinguishable from {reference} by the 95 % interval{several}: {', '.join(arms)}"
+    spaced = "raise train.evaluate_every.points_per_doubling"
+    return (
+        f"set train.evaluate_every to {evaluate_every}{' or less' * (evaluate_every > 1)}" if evaluate_every else spaced
+    )
 
 
 DIFFERENCE = {  # what follows from different values of a field
@@ -82,53 +73,24 @@ def _setting(value: Any) -> str:
     return " ".join([str(value.get("kind")), *(f"{k} {v}" for k, v in value.items() if k != "kind" and v)])
 
 
-def _not_reused(runs: int, changed: Mapping[str, int]) -> str:
-    reasons = ", ".join(f"{CHANGED[part]} ({number})" for part, number in changed.items())
-    return f"{runs} earlier run{'s are' if runs != 1 else ' is'} not reused: {reasons}"
-
-
-def _other_threads(runs: int, of: int, had: list[int], asked: int) -> str:
-    return (
-        f"{runs} of {of} runs were made with {' or '.join(map(str, had))} and not {count(asked, 'thread')}: "
-        "their steps are used, their seconds, samples/s and memory are not"
-    )
-
-
 # Kind of note about a single arm -> the line for all arms, and what stands in brackets behind each, from its facts.
-OF_ARMS: dict[NoteKind, tuple[str, Callable[..., str]]] = {
-    "failed": ("Failed: {arms}", lambda failure: str(failure)),
-    "no hit": (
-        "No point of the grid reached the target within the {most_steps:,.0f} steps that the budget can show: {arms}",
-        lambda **_: "",
-    ),
-    "at edge": (
-        "At the edge of the grid: {arms}; add values beyond",
-        lambda field, value, smallest: (
-            f"{field.rsplit('.', 1)[-1]} {value:g}, the {'smallest' if smallest else 'largest'}"
-        ),
-    ),
-    "held before training": (
-        "At the target before the first step: {arms}; choose a harder one",
-        lambda at_once, runs: f"{at_once} of {runs} runs",
-    ),
-    "few steps": ("Fewer than {fewest} steps to the target: {arms}; choose a harder one", lambda **_: ""),
+OF_ARMS: dict[NoteKind, tuple[str, str | Callable[..., str]]] = {
+    "failed": ("Failed: {arms}", "{failure}"),
+    "no hit": ("No setting reached the target within the {most_steps:,.0f} steps that the budget shows: {arms}", ""),
+    "at edge": ("At the edge of the grid: {arms}; add values beyond", "{field} {value:g}"),
+    "held before training": ("At the target before training: {arms}; choose a harder one", "{at_once} of {runs} runs"),
+    "few steps": ("Fewer than {fewest} steps to the target: {arms}; choose a harder one", ""),
     "few evaluations": ("Fewer than {fewest} evaluations before the target: {arms}", _evaluate_every),
-    "diverged": ("Diverged, which counts as a miss: {arms}", lambda diverged, runs: f"{diverged} of {runs} runs"),
+    "diverged": ("Diverged, which counts as a miss: {arms}", "{diverged} of {runs} runs"),
     "every second evaluation": (
-        "Every second evaluation alone gives another ratio: {arms}; evaluate more often, hold more examples out, or "
-        "choose an easier target",
+        "Every second evaluation alone gives another ratio: {arms}; evaluate more often or hold more examples out",
         lambda thinned, ratio: f"{times(thinned)}, not {times(ratio)}",
     ),
-    "no interval": (
-        "Too few seeds for an interval: {arms}",
-        lambda seeds, needed, missed: f"{seeds}{' and a miss' * missed}, it needs {needed}",
-    ),
-    "common seeds": ("The ratio rests on the seeds that {reference} has too: {arms}", lambda seeds, **_: str(seeds)),
+    "no interval": ("Fewer seeds than an interval needs: {arms}", "{seeds} of {needed}"),
+    "common seeds": ("The ratio rests on the seeds that {reference} has too: {arms}", "{seeds}"),
     "hits": (
-        "Runs that hit the target, compared with {reference}'s by Fisher's exact test: {arms}",
-        lambda hits, reference_hits, runs, p_value, **_: (
-            f"{hits} of {runs} against {reference_hits} of {runs}, p {p_value:.2g}"
-        ),
+        "Hits and {reference}'s, by Fisher's exact test: {arms}",
+        "{hits}, {reference_hits} of {runs}, p {p_value:.2g}",
     ),
 }
 # Kind of any other note -> the function that makes its sentence from its facts.
@@ -136,23 +98,33 @@ SENTENCES: dict[NoteKind, Callable[..., str]] = {
     "unfinished": lambda done, planned, failed: (
         f"{done} of {planned} runs are done{f', {failed} failed' * bool(failed)}; the figures are based on those"
     ),
-    "few seeds": _few_seeds,
-    "same recipe": lambda arms, reference: (
-        f"{', '.join(arms)}: the same recipe as {reference}, so the ratio is 1 by construction"
+    "few seeds": lambda seeds, ratio, needed: (
+        f"Few seeds per arm: {seeds}"
+        + f"; with this spread, telling a ratio of {ratio:g} from 1 needs {needed}" * bool(needed)
     ),
-    "not told apart": _not_told_apart,
+    "same recipe": lambda arms, reference: f"{', '.join(arms)}: the same recipe as {reference}, so the ratio is 1",
+    "not told apart": lambda arms, reference, comparisons: (
+        f"Not distinguishable from {reference} by the 95 % interval"
+        f"{f' (not corrected for {comparisons} comparisons)' * (comparisons > 1)}: {', '.join(arms)}"
+    ),
     "arms differ": _arms_differ,
     "machines": lambda: "Runs of different machines: compare their steps, not their seconds",
     "runs at a time": lambda most: (
         f"Seconds and samples/s were measured with up to {most} runs at once; one at a time disturbs them least"
     ),
     "paper": lambda: "The paper's 14x is BN-x5 on ImageNet with seven changes; batch norm alone gave 2.33x there",
-    "not reused": _not_reused,
+    "not reused": lambda runs, changed: (
+        f"{runs} earlier run{'s are' if runs != 1 else ' is'} not reused: "
+        + ", ".join(f"{CHANGED[part]} ({number})" for part, number in changed.items())
+    ),
     "earlier code": lambda runs: (
         f"the model's code was changed meanwhile: {count(runs, 'run')} with the earlier code left out; "
         "run the same command again to repeat them"
     ),
     "earlier answer": lambda file: f"the folder's earlier result, of another plan, is kept as {file}",
-    "other threads": _other_threads,
+    "other threads": lambda runs, of, had, asked: (
+        f"{runs} of {of} runs were made with {' or '.join(map(str, had))} and not {count(asked, 'thread')}: "
+        "their steps are used, their seconds, samples/s and memory are not"
+    ),
     "words": lambda words: str(words),
 }

@@ -23,29 +23,11 @@ from bncli.report.text import (
     target_words,
     times,
 )
-from bncli.results.compare import (
-    ArmSummary,
-    AtTarget,
-    Choice,
-    Comparison,
-    ComparisonPlan,
-    Cost,
-    Ratio,
-    Steps,
-    TuningCell,
-)
+from bncli.results.compare import ArmSummary, AtTarget, Comparison, ComparisonPlan, Cost, Ratio, Steps, TuningCell
 from bncli.results.environment import Interval
 from bncli.results.train import Target
 
 LETTERS = string.ascii_lowercase + string.ascii_uppercase  # one for each arm, on its curve
-METHODS = {
-    "geometric mean": "Steps to target: those spent below it; geometric mean over seeds at the best point.",
-    "median": "median: some runs missed.",
-    "bound": "> {most}: half of the runs or more missed; a budget of {budget} steps shows up to {most}.",
-    "means": "Steps vs reference: {reference}'s divided by the arm's, paired by seed; more: the other way round.",
-    "medians": "Where runs missed: ratio of medians.",
-    "bounded ratio": "> and <: a bound, since half of an arm's runs or more missed.",
-}
 MOST_SENTENCES = 4  # of the headline
 
 
@@ -76,14 +58,14 @@ def ratio_cell(ratio: Ratio | None, less: str = "fewer") -> Cell:
     """The ratio to the reference in words, the other way round where it is below 1. less: the word for above 1."""
     if ratio is None or ratio.method == "same recipe":
         return Cell("1", "same recipe" if ratio else "reference")
-    value, low, high = ratio.value, ratio.interval.low, ratio.interval.high
-    more = next((each for each in (value, high, low) if each is not None), 1) < 1
-    if more:
+    low, high = ratio.interval.low, ratio.interval.high
+    size = next((each for each in (ratio.value, high, low) if each is not None), 1)
+    if size < 1:
         low, high = (1 / end if end else None for end in (high, low))
     span = interval_figure(Interval(low, high))
-    if value is None:
-        return Cell(f"{span}x {'more' if more else less}" if span else UNKNOWN)
-    return Cell(times(value, less), span)
+    if ratio.value is None:
+        return Cell(f"{span}x {'more' if size < 1 else less}" if span else UNKNOWN)
+    return Cell(times(ratio.value, less), span)
 
 
 def best_point_cell(arm: ArmSummary, field: str) -> Cell:
@@ -241,22 +223,18 @@ def common_ratio(cell: TuningCell, reference: TuningCell, most_steps: float) -> 
 
 def tuning_notes(comparison: Comparison) -> list[str]:
     seeds, reference = count(len(comparison.plan.tune_seeds), "tuning seed"), comparison.plan.reference
-    choices = [f"{arm.arm}: {choice_words(arm.choice)}" for arm in comparison.arms if arm.choice]
+    kept = []
+    for arm in comparison.arms:
+        if arm.choice:
+            doubt = arm.choice.doubt if arm.choice.kept > 1 else None
+            differ = "" if doubt is None else f" ({doubt:.0%} of samples without one seed choose another)"
+            kept.append(f"{arm.arm} {arm.choice.kept} of {arm.choice.points} points{differ}")
     return [
         f"Steps to target (geometric mean of the runs that hit it) and hits over {seeds}; below: how many times "
         f"fewer than {reference}'s at the same value, or more, without an interval.",
-        "[ ]: the best point over all seeds; ( ): not told from it by the tuning seeds, so trained with further ones "
-        "too; > and <: bounds, where runs missed.",
-        *([f"Kept: {'; '.join(choices)}."] if choices else []),
+        "[ ]: the best point; ( ): not told from it by the tuning seeds, so trained with further ones too.",
+        *[f"Kept: {'; '.join(kept)}."] * bool(kept),
     ]
-
-
-def choice_words(choice: Choice) -> str:
-    """How many points were kept, and how clear the choice was where there are several."""
-    kept = f"{choice.kept} of {choice.points} points"
-    if choice.kept < 2 or choice.doubt is None:
-        return kept
-    return f"{kept}, {choice.doubt:.0%} of samples without one seed choose another"
 
 
 # --- the answer in words ------------------------------------------------------------------------------------------
@@ -315,45 +293,33 @@ def subtitle(plan: ComparisonPlan) -> str:
     return f"{plan.data}; {seeds}; budget {figure(plan.budget)} steps"
 
 
-def environments(comparison: Comparison) -> list[str]:
-    """Each machine and set of versions, once."""
-    found = [run.result.environment for run in comparison.runs if run.result is not None]
-    return list(dict.fromkeys(environment_words(environment) for environment in found))
-
-
 def footnotes(comparison: Comparison) -> list[str]:
     """The notes that are no warnings, then marks, methods and machines."""
-    lines = [
-        f"{each.rstrip('.')}." for each in sentences(note for note in comparison.notes if note.kind not in WARNINGS)
-    ]
-    at_edge, fixed = (any(getattr(arm, mark) for arm in comparison.arms) for mark in ("at_edge", "fixed"))
-    marks = ["*: at the edge of its grid."] * at_edge + ["fixed: set by the arm itself, so not tuned."] * fixed
-    lines += [" ".join(marks)] * bool(marks)
+    lines = [f"{each.rstrip('.')}." for each in sentences(n for n in comparison.notes if n.kind not in WARNINGS)]
+    marks = {"at_edge": "*: at the edge of its grid.", "fixed": "fixed: set by the arm itself, so not tuned."}
+    lines += [words for mark, words in marks.items() if any(getattr(arm, mark) for arm in comparison.arms)]
     if any(arm.runs for arm in comparison.arms):
         lines.append(" ".join(_methods(comparison)))
     probed = {run.key: run.result for run in comparison.runs if run.result and run.result.probes_s}.values()
     if probed:
         probes_s, rest_s = sum(r.probes_s for r in probed), sum(r.training_s + r.evaluation_s for r in probed)
-        runs = f"{figure(rest_s)} s of training and evaluations in {count(len(probed), 'run')}"
-        lines.append(f"Probes took {figure(probes_s)} s beside {runs}; no figure of time includes them.")
-    return [*lines, *(f"Made on {words}." for words in environments(comparison))]
+        rest = f"{figure(rest_s)} s of training and evaluations in {count(len(probed), 'run')}"
+        lines.append(f"Probes took {figure(probes_s)} s beside {rest}; no figure of time includes them.")
+    made = [environment_words(run.result.environment) for run in comparison.runs if run.result is not None]
+    return [*lines, *(f"Made on {words}." for words in dict.fromkeys(made))]
 
 
 def _methods(comparison: Comparison) -> Iterator[str]:
-    plan = comparison.plan
-    started = [arm for arm in comparison.arms if arm.runs]
-    used: set[str] = {arm.steps.method for arm in started if arm.steps.method != "bound"}
-    used |= {"bound" for arm in started if arm.steps.value is None and arm.diverged < arm.runs}
-    ratios = [arm.ratio for arm in started if arm.ratio]
-    used |= {ratio.method for ratio in ratios if ratio.method in ("means", "medians")}
-    used |= {"bounded ratio" for ratio in ratios if ratio.value is None and interval_figure(ratio.interval)}
-    for method, words in METHODS.items():
-        if method in used:
-            named = {"budget": figure(plan.budget), "most": figure(plan.most_steps)}
-            yield words.format(**named, reference=plan.reference)
-    chosen = " that repeats the choice of each arm's best point" * bool(plan.tune_seeds)
-    medians = ", of medians order statistics" * bool(used & {"median", "bound", "medians", "bounded ratio"})
-    yield f"Intervals: 95 %, a jackknife over seeds{chosen}{medians}; of a ratio, one with 1 in it shows no difference."
+    plan, started = comparison.plan, [arm for arm in comparison.arms if arm.runs]
+    used = {arm.steps.method for arm in started} | {arm.ratio.method for arm in started if arm.ratio}
+    most, chosen = figure(plan.most_steps), " that repeats the choice of each arm's best point" * bool(plan.tune_seeds)
+    yield "Steps to target: those spent below it; geometric mean over seeds at the best point."
+    if used & {"means", "medians", "bound"}:
+        yield f"Steps vs reference: {plan.reference}'s divided by the arm's, paired by seed; more: the other way round."
+    if any(arm.steps.value is None and arm.diverged < arm.runs for arm in started):
+        yield f"> {most}, > and <: half of the runs or more missed; {figure(plan.budget)} steps show up to {most}."
+    orders = "; where runs missed, medians and order statistics" * bool(used & {"median", "medians", "bound"})
+    yield f"Intervals: 95 %, a jackknife over seeds{chosen}{orders}; of a ratio, one with 1 in it shows no difference."
     yield f"Best {plan.target.metric}, samples/s: medians over seeds; memory: the maximum; seconds: training alone."
 
 
