@@ -202,12 +202,13 @@ def _log_next(comparison: Comparison, folder: Path, output: Output, again: str) 
     edge = next((field for arm in comparison.arms for field in arm.at_edge), "")
     values = ", ".join(map(str, comparison.plan.grid.get(edge, ())))
     seeds = max((claim.seeds_needed or 0 for claim in comparison.claims), default=0)
-    figures = "" if find_spec("matplotlib") else ' (with figures after: pip install "bncli[plot]")'
+    page = quote(f"{comparison.plan.name}.html")
+    page += "" if find_spec("matplotlib") else ' (with figures after: pip install "bncli[plot]")'
     advice = {
         f"{again} makes the runs that are missing": any(note.kind == "unfinished" for note in comparison.notes),
         f"{again} with --set 'grid.{edge}=[{values}, ...]', and values beyond the edge for ...": edge,
         f"{again} with --set seeds.report={seeds} has the seeds that claims lack": seeds,
-        f"bncli compare --from {quote(str(folder))} --html {quote(comparison.plan.name + '.html')}{figures}": not output.html,
+        f"bncli compare --from {quote(str(folder))} --html {page}": not output.html,
     }
     step = next((f" Next: {words}" for words, fits in advice.items() if fits), "")
     log(f"{'Runs and result in' if folder.is_dir() else 'Read from'} {folder}.{step}", output.quiet)
