@@ -264,13 +264,13 @@ def _answer(arm: ArmSummary, reference: ArmSummary, tuned: str) -> str:
     hits = f"{arm.hits} of {arm.runs} runs reached it, {reference.hits} of {reference.runs} of {to}"
     ends = [end for end in (ratio.interval.low, ratio.interval.high) if end] if ratio else []
     if ratio is None or (ratio.value is None and not ends):
-        return f"no ratio of {of} to {to} can be told: {hits}"
+        return f"{of} and {to} give no ratio: {hits}"
     if ratio.method == "same recipe":
         return f"{of} is {to} under another name"
     missed = f"; {hits}" * (arm.hits < arm.runs or reference.hits < reference.runs)
     if ends and (ratio.interval.low or 0) <= 1 <= (ratio.interval.high or math.inf):
         span = "at most " * (len(ends) == 1) + " to ".join(times(end, unit=" times") for end in ends)
-        return f"no difference between {of} and {to} can be told: {span} steps (95 %){tuned}{missed}"
+        return f"{of} cannot be told from {to}: {span} steps (95 %){tuned}{missed}"
     if ratio.value is None:
         return f"{of} needed at least {times(ends[0], unit=' times')} steps than {to} (95 %){tuned}{missed}"
     sizes = " to ".join(map(figure, sorted(max(end, 1 / end) for end in ends)))
