@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import sys
 from typing import Annotated, Any
@@ -12,8 +11,8 @@ from typer.core import TyperCommand
 
 from bncli import __version__
 from bncli.cli import compare, gradcheck, profile, train
-from bncli.cli.console import StopAtOnce, print_error
-from bncli.errors import CHECK_FAILED, INTERRUPTED, BncliError
+from bncli.cli.console import StopAtOnce, full_disk, print_error
+from bncli.errors import INTERRUPTED, USAGE, BncliError, UsageError
 
 app = typer.Typer(
     name="bncli",
@@ -62,20 +61,36 @@ for command in (train.train, compare.compare, profile.profile, gradcheck.gradche
     app.command(cls=Command)(command)
 
 
+PARSER_ERROR: Any = typer.BadParameter.__mro__[1]  # click's UsageError, which typer does not export
+
+
 def main() -> None:
     """The console script: runs a command and turns a user's mistake into a message and an exit code."""
     gc.disable()  # while modules load there is no garbage, and looking for it is an eighth of importing torch
     try:
-        app()
+        with full_disk():
+            sys.exit(app(prog_name="bncli", standalone_mode=False))
+    except PARSER_ERROR as error:
+        if len(sys.argv) > 1:
+            print_error(UsageError(_parser_words(error)))
+        else:
+            error.show()  # the help
+        sys.exit(USAGE)
     except BncliError as error:
         print_error(error)
         sys.exit(error.exit_code)
-    except StopAtOnce as stopped:
-        sys.exit(stopped.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EIO):
-            raise
-        print(f"bncli: the result cannot be written: {error.strerror}", file=sys.stderr)
-        sys.exit(CHECK_FAILED)
+    except KeyboardInterrupt as stopped:
+        sys.exit(stopped.exit_code if isinstance(stopped, StopAtOnce) else INTERRUPTED)
+
+
+def _parser_words(error: Any) -> str:
+    """A mistake that the option parser found, as bncli says its own: what, and what to do."""
+    parameter, near = getattr(error, "param", None), getattr(error, "possibilities", None)
+    what = error.message[:1].lower() + error.message[1:].rstrip(".").replace(". Did", "; did")
+    if parameter is not None:
+        option = next((name for name in parameter.opts if name.startswith("--")), parameter.human_readable_name)
+        what = f"{option}: {what}" if what else f"{option} is missing"
+    advice = (
+        f"did you mean {' or '.join(near)}?" if near else f"see {error.ctx.command_path if error.ctx else 'its'} --help"
+    )
+    return what if what.endswith("?") else f"{what}; {advice}"

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bncli.cli import options
-from bncli.cli.console import (
-    StopSignal,
-    enable_gc,
-    given_options,
-    log,
-    show_plan,
-)
+from bncli.cli.console import StopSignal, enable_gc, full_disk, given_options, log, show_plan
 from bncli.cli.output import Output, chosen_form
 from bncli.errors import CHECK_FAILED, BncliError, UsageError
 
@@ -104,9 +100,15 @@ def compare(
         if require_claims and not any(each.file.claims for each in loaded):
             raise UsageError(NO_CLAIMS)
         comparison, stopped = _run_comparison(loaded, device, jobs, threads, out, quiet)
-    _show(comparison, output)
+    folder = saved or out or Path("runs") / comparison.plan.name
+    with full_disk(f"the runs in {folder} are kept; free space, then: bncli compare --from {folder}"):
+        _show(comparison, output)
     if stopped:
+        runs = f"{len({run.key for run in comparison.runs})} of {comparison.planned_runs} runs"
+        log(f"Stopped: {runs} are kept in {folder}; the same command continues from there")
         raise typer.Exit(stopped)
+    if output.form in ("table", "markdown"):
+        _log_next(comparison, folder, output, "the command that trained it" if saved else "the same command")
     missed = require_target and any(arm.hits < arm.runs for arm in comparison.arms)
     unfinished = any(note.kind == "unfinished" for note in comparison.notes)
     not_shown = require_claims and (unfinished or any(claim.verdict != "shown" for claim in comparison.claims))
@@ -123,7 +125,7 @@ def _run_comparison(
     from bncli.measure.compare.processes import Processes
     from bncli.measure.compare.run import execute
     from bncli.measure.compare.summary import summarise
-    from bncli.report.compare.notes import sentence
+    from bncli.report.compare.notes import sentences
     from bncli.report.folder import ComparisonFolder
     from bncli.report.progress import CompareProgress
     from bncli.results.compare import Note
@@ -131,12 +133,12 @@ def _run_comparison(
     asked = study(loaded, reuse.identity(device, loaded[0].base))
     folder = ComparisonFolder(out or Path("runs") / asked.plan.name)
     enable_gc()
-    with folder:
+    with full_disk(f"the runs in {folder.path} are kept; free space, and the same command continues"), folder:
         kept = list(folder.finished().values())
         _begin(folder, asked, kept, threads, loaded)
         records = reuse.usable(kept)
-        for note in reuse.not_reused(wanted(asked, records), kept, asked.identity):
-            log(sentence(note), quiet)
+        for words in sentences(reuse.not_reused(wanted(asked, records), kept, asked.identity)):
+            log(words, quiet)
         with StopSignal() as stop, CompareProgress(quiet) as progress:
             executor = Processes(device, jobs, threads, folder.path / "logs")
             for event in execute(asked, folder.save, executor, records, stop):
@@ -147,15 +149,11 @@ def _run_comparison(
             remarks.append(Note.of("earlier code", runs=left_out))
         if earlier := folder.keep_other(asked.plan):
             remarks.append(Note.of("earlier answer", file=earlier.name))
-            log(f"{folder.path}: {sentence(remarks[-1])}", quiet)
+            log(f"{folder.path}: {sentences(remarks[-1:])[0]}", quiet)
         planned = planned_runs(asked, latest)
         comparison = summarise(asked.plan, collect(asked, latest), planned, threads, tuple(remarks))
         folder.finish(comparison)
-    if not stop.number:
-        return comparison, 0
-    ended = len({run.key for run in comparison.runs})
-    log(f"Stopped: {ended} of {planned} runs are kept in {folder.path}; the same command continues from there")
-    return comparison, stop.exit_code
+    return comparison, stop.exit_code if stop.number else 0
 
 
 def _begin(folder: ComparisonFolder, asked: Study, kept: list[RunRecord], threads: int, loaded: list[Loaded]) -> None:
@@ -211,6 +209,23 @@ def _show(comparison: Comparison, output: Output) -> None:
     }
     output.show(comparison, forms)
     output.write(comparison, _plot, export.to_html)
+
+
+def _log_next(comparison: Comparison, folder: Path, output: Output, again: str) -> None:
+    """Say where the results are, and which command would tell most next. again: the command that trained."""
+    edge = next((field for arm in comparison.arms for field in arm.at_edge), "")
+    values = ", ".join(map(str, comparison.plan.grid.get(edge, ())))
+    seeds = max((claim.seeds_needed or 0 for claim in comparison.claims), default=0)
+    page = quote(f"{comparison.plan.name}.html")
+    page += "" if find_spec("matplotlib") else ' (with figures after: pip install "bncli[plot]")'
+    advice = {
+        f"{again} makes the runs that are missing": any(note.kind == "unfinished" for note in comparison.notes),
+        f"{again} with --set 'grid.{edge}=[{values}, ...]', and values beyond the edge for ...": edge,
+        f"{again} with --set seeds.report={seeds} has the seeds that claims lack": seeds,
+        f"bncli compare --from {quote(str(folder))} --html {page}": not output.html,
+    }
+    step = next((f" Next: {words}" for words, fits in advice.items() if fits), "")
+    log(f"{'Runs and result in' if folder.is_dir() else 'Read from'} {folder}.{step}", output.quiet)
 
 
 def _plot(comparison: Comparison, path: Path) -> list[Path]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gc
 import signal
 import sys
@@ -78,6 +80,18 @@ def print_error(error: BncliError) -> None:
         print(f"bncli: {len(lines)} mistakes", file=sys.stderr)
     for line in lines:
         print(f"  {line}" if len(lines) > 1 else f"bncli: {line}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def full_disk(kept: str = "what was written before is kept") -> Iterator[None]:
+    """Turn a full or broken disk into an error that names the file, and what is kept."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+            raise
+        file = error.filename or "standard output"
+        raise BncliError(f"{file}: cannot be written: {error.strerror}; {kept}") from error
 
 
 def log(text: str, quiet: bool = False) -> None:

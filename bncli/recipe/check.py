@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args, get_origin
 
@@ -137,6 +138,9 @@ def _check_claims(tree: Tree, arms: dict[str, dict[str, Any]]) -> None:
     for index, claim in enumerate(claims if isinstance(claims, list) else ()):
         for key, text in _claim_mistakes(claim, arms, search) if isinstance(claim, dict) else ():
             tree.refuse(("claims", index, key), text)
+    measured = [claim.get("measure") for claim in claims or () if isinstance(claim, dict)]
+    if search is not None and "largest_learning_rate" not in measured:
+        tree.refuse(("largest_learning_rate",), "no claim is about it, so no search is made; add one, or leave it out")
 
 
 def _claim_mistakes(claim: dict[str, Any], arms: dict[str, dict[str, Any]], search: Any) -> Iterator[tuple[str, str]]:
@@ -173,9 +177,15 @@ def _claim_mistakes(claim: dict[str, Any], arms: dict[str, dict[str, Any]], sear
     layer = claim.get("layer") if measure.per_layer else None
     if isinstance(layer, str):
         yield from (("layer", why) for arm, run in runs.items() for why in _unknown_layer(layer, arm, run))
-    for key in ("at_least", "at_most") if measure.compared == "ratio" else ():
-        if isinstance(claim.get(key), int | float) and claim[key] <= 0:
-            yield key, f"{name} is compared as a ratio: expected a number above 0, found {words(claim[key])}"
+    metrics = {value_at(run, ("train", "target", "metric"), "accuracy") for run in runs.values()}
+    within = {"shift.cosine": 2, "saturation.share": 1, "saturation.dead": 1}
+    within |= {"final": 1, "best": 1} if metrics == {"accuracy"} else {}
+    for key in ("at_least", "at_most"):
+        bound = claim.get(key)
+        if isinstance(bound, int | float) and measure.compared == "ratio" and bound <= 0:
+            yield key, f"{name} is compared as a ratio: expected a number above 0, found {words(bound)}"
+        elif isinstance(bound, int | float) and abs(bound) > within.get(name, math.inf):
+            yield key, f"a difference of {name} is within -{within[name]} and {within[name]}, found {words(bound)}"
 
 
 def _nothing_measured(measure: Measure, arm: str, run: dict[str, Any]) -> Iterator[str]:

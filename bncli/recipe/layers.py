@@ -433,6 +433,8 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     milestones: Any = getattr(recipe.schedule, "milestones", ())
     if list(milestones) != sorted(set(milestones)):
         yield ("schedule", "milestones"), "expected steps in increasing order"
+    if recipe.probes and len(set(recipe.probes.measure)) < len(recipe.probes.measure):
+        yield ("probes", "measure"), "names the same probe twice"
     examples = known_examples(data)
     if examples is not None and train.batch_size > examples:
         yield ("train", "batch_size"), f"is larger than the {examples} training examples"

@@ -147,6 +147,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise FileError(
             f"{path}: cannot be written ({error.strerror}); choose a folder that you can write to"
         ) from error
+    except OSError as error:
+        error.filename = str(path)  # which a full disk does not tell
+        raise
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -92,9 +92,12 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):  # of a full disk, which does not tell the file
+            error.filename = error.filename or str(self.path / METRICS)
         if self._metrics is not None:
-            self._metrics.close()
+            with contextlib.suppress(OSError):  # each line was flushed, or failed to be
+                self._metrics.close()
 
 
 def signed(recipe_yaml: str) -> str:

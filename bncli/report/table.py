@@ -21,7 +21,7 @@ LEAST_WORDS = 14  # columns that words get at the least, where they need them; t
 LEAST_BESIDE = 20  # columns for a text beside its name; with fewer it stands below it
 LEAST_BAR, LONGEST_BAR = 12, 40  # columns
 # A number whose decimal point stands below the others': its whole part, and the rest.
-NUMBER = re.compile(r"((?:[<>] )?-?[\d,]+)((?:\.\d+)?(?:e[+-]\d+)?[x%*]?)")
+NUMBER = re.compile(r"((?:[<>] )?-?[\d,]+)((?:\.\d+)?(?:e[+-]\d+)?[x%*]?(?: (?:fewer|less|more))?)")
 Bar = Callable[[int, int], Text]  # of a row, in so many columns
 
 

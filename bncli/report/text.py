@@ -57,6 +57,11 @@ def interval_figure(interval: Interval) -> str:
     return f"< {figure(interval.high)}" if interval.high is not None else ""
 
 
+def times(value: float, less: str = "fewer", unit: str = "x") -> str:
+    """`6.49x fewer`; `13.3x more` for a ratio below 1."""
+    return f"{figure(1 / value)}{unit} more" if 0 < value < 1 else f"{figure(value)}{unit} {less}".rstrip()
+
+
 def setting(value: Any) -> str:
     """A recipe's value as its file would spell it."""
     return f"{value:.12g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)

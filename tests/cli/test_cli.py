@@ -30,6 +30,13 @@ OWN_MODEL = "model={kind: module, module: mine:make}"
          "allow it with --allow-code"),
         (["train", "small.yaml", "--set", "arms.own.model={kind: module, module: mine:make}"], 2,
          "arms.own.model.module: mine:make is your own code, which would be executed; allow it with --allow-code"),
+        (["compare", "--treads", "3"], 2, "bncli: no such option: --treads; did you mean --threads?\n"),
+        (["compare", "--nothing"], 2, "bncli: no such option: --nothing; see bncli compare --help\n"),
+        (["compar"], 2, "bncli: no such command 'compar'; did you mean 'compare'?\n"),
+        (["train"], 2, "bncli: RECIPE is missing; see bncli train --help\n"),
+        (["train", "small.yaml", "more.yaml"], 2, "bncli: got unexpected extra argument(s) (more.yaml); see "),
+        (["compare", "small.yaml", "-j", "0"], 2, "bncli: --jobs: 0 is not in the range x>=1; see bncli "),
+        (["gradcheck", "--kernel"], 2, "bncli: option '--kernel' requires an argument; see its --help\n"),
         (["compare"], 2, "bncli: give a recipe, as in: bncli compare recipes/digits.yaml"),
         (["compare", "small.yaml", "--json", "--csv"], 2, "--json, --csv and --markdown: choose one"),
         (["compare", "small.yaml", "--plot", "curve.pdf"], 2, "curve.pdf: a plot's file name must end in .svg or .png"),
@@ -47,6 +54,14 @@ def test_mistakes_leave_with_their_code_a_message_and_no_traceback(
     ran = bncli(*arguments)
     assert (ran.code, ran.out) == (code, "")
     assert message in ran.err
+    assert code != 2 or ran.err.count("\n") == 1
+
+
+def test_without_a_command_the_help_is_shown() -> None:
+    ran = bncli()
+    assert ran.code == 2
+    assert "Usage: bncli [OPTIONS] COMMAND [ARGS]..." in ran.err
+    assert "bncli: " not in ran.err
 
 
 def test_the_help_lists_the_commands_in_the_order_of_the_readme() -> None:

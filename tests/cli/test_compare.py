@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import re
@@ -89,6 +90,8 @@ def test_compare_answers_and_keeps_every_run(copied: Ran) -> None:
     runs = {file: file.stat().st_mtime_ns for file in Path("runs/small/runs").glob("*.json")}
     assert len(runs) == 16
 
+    assert copied.err.splitlines()[-1].startswith("Runs and result in runs/small. Next: the same command with --set ")
+
     again = bncli("compare", "small.yaml")  # all runs are found again
     assert "16 of them already done" in again.err
     assert (again.code, again.out) == (0, copied.out)
@@ -110,6 +113,51 @@ def test_the_report_is_made_again_from_files(copied: Ran) -> None:
     unknown = bncli("compare", "--from", "runs/small")
     assert unknown.code == 2
     assert "--from runs/small/plan.json: its recipes are not as this bncli has them" in unknown.err
+
+
+@pytest.mark.usefixtures("copied")
+def test_a_full_disk_names_the_file_and_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = bncli("compare", "--from", "runs/small", "--html", "/dev/full")
+    assert ran.code == 1
+    assert ran.err.endswith(
+        "bncli: /dev/full: cannot be written: No space left on device; the runs in runs/small are kept; free space, "
+        "then: bncli compare --from runs/small\n"
+    )
+
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    ran = bncli("compare", "small.yaml", "--set", "seeds.report=3")
+    assert ran.code == 1
+    assert ran.err.endswith(
+        "bncli: runs/small/plan.json: cannot be written: No space left on device; the runs in runs/small are kept; "
+        "free space, and the same command continues\n"
+    )
+
+
+@pytest.mark.usefixtures("made_up_runs")
+@pytest.mark.parametrize(
+    ("options", "then"),
+    [
+        (["--set", "grid={}"], "Next: bncli compare --from runs/small --html small.html"),
+        (["--set", "grid={}", "--html", "a.html"], ""),
+        (["--set", "grid.optimizer.lr=[0.5, 0.7]", "--html", "a.html"],
+         "Next: the same command with --set 'grid.optimizer.lr=[0.5, 0.7, ...]', and values beyond the edge for ..."),
+        (["--set", "arms={plain: {}, deadly: {norm: batch}}"],
+         "Next: the same command makes the runs that are missing"),
+        (["--json"], None),
+        (["--quiet"], None),
+    ],
+)  # fmt: skip
+def test_compare_ends_with_where_the_results_are_and_the_next_command(
+    recipe: str, options: list[str], then: str | None
+) -> None:
+    ran = bncli("compare", recipe, *options)
+    if then is None:
+        assert "runs/small" not in ran.err
+    else:
+        assert ran.err.splitlines()[-1].rstrip() == f"Runs and result in runs/small. {then}".rstrip()
 
 
 @pytest.mark.usefixtures("copied", "runs_here")

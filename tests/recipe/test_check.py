@@ -143,8 +143,8 @@ ONE_MISTAKE = [
      "5: schedule.warmup: expected a number of epochs above 0, found 0"),
     (BASE + "schedule: {kind: step, milestones: [{epochs: true}]}\n",
      "5: schedule.milestones.0: expected a number of epochs above 0, found true"),
-    (BASE + "largest_learning_rate: {steps: {epochs: false}}\n",
-     "5: largest_learning_rate.steps: expected a number of epochs above 0, found false"),
+    (BASE + "probes: {at: {epochs: false}}\n",
+     "5: probes.at: expected a number of epochs above 0, found false"),
     (train("steps: {epochs: 3}, batch_size: {epochs: 3}"),
      "4: train.batch_size: expected a whole number, found a mapping"),
     (train("steps: {epochs: 3}").replace("{source: synthetic}", "{source: hub, name: x, shape: [3, 8, 8], classes: 2}"),
@@ -351,7 +351,7 @@ TWO_ARMS = (
 )
 SEARCH = "largest_learning_rate: {steps: 300, accuracy: 0.8}\n"
 CLAIM = {"say": '"batch norm allows higher learning rates"', "measure": "largest_learning_rate", "arm": "batch norm",
-         "over": "plain", "at_least": 3}  # fmt: skip
+         "over": "plain", "at_least": 1}  # fmt: skip
 
 
 def claiming(*claims: dict[str, object]) -> str:
@@ -364,7 +364,7 @@ def claiming(*claims: dict[str, object]) -> str:
     ("claim", "mistake"),
     [
         ({}, None),
-        ({"at_least": None, "at_lest": 3}, "claims.0.at_lest: unknown key; did you mean at_least or at_most?"),
+        ({"at_least": None, "at_lest": 1}, "claims.0.at_lest: unknown key; did you mean at_least or at_most?"),
         ({"expect": "more"}, "claims.0: needs one of at_least, at_most and expect"),
         ({"at_least": None, "expect": "mor"},
          'claims.0.expect: expected more or less, found "mor"; did you mean more?'),
@@ -378,13 +378,15 @@ def claiming(*claims: dict[str, object]) -> str:
          "claims.0.layer: final has no layers; leave layer out"),
         ({"measure": "shift.cosine"}, "claims.0.measure: the probe shift is not measured in arm batch norm and plain; "
                                       "add shift to probes.measure"),
+        ({"measure": "final", "at_most": -1.5, "at_least": None},
+         "claims.0.at_most: a difference of final is within -1 and 1, found -1.5"),
     ],
 )  # fmt: skip
 def test_a_wrong_claim_is_refused_at_its_key(
     mistakes_of: MistakesOf, claim: dict[str, object], mistake: str | None
 ) -> None:
     expected = () if mistake is None else (f"r.yaml:7: {mistake}",)
-    assert mistakes_of(TWO_ARMS + claiming(claim) + SEARCH) == expected
+    assert mistakes_of(TWO_ARMS + claiming(claim) + SEARCH * ("measure" not in claim)) == expected
 
 
 def test_a_misspelt_measure_has_the_right_one_suggested(mistakes_of: MistakesOf) -> None:
@@ -422,6 +424,13 @@ def test_the_covariance_of_activations_that_are_not_normalized_is_no_measure(mis
     text = TWO_ARMS + "probes: all\n" + claiming({"measure": "whitening.off_diagonal"})
     why = "arm plain has no norm; the covariance of its activations depends on their scale"
     assert mistakes_of(text) == (f"r.yaml:8: claims.0.measure: {why}",)
+
+
+def test_a_search_without_a_claim_about_it_and_a_probe_named_twice_are_refused(mistakes_of: MistakesOf) -> None:
+    assert mistakes_of(TWO_ARMS + SEARCH + "probes: [shift, inputs, shift]\n") == (
+        "r.yaml:6: largest_learning_rate: no claim is about it, so no search is made; add one, or leave it out",
+        "r.yaml:7: probes.measure: names the same probe twice",
+    )
 
 
 def test_a_claim_says_something(mistakes_of: MistakesOf) -> None:
@@ -471,7 +480,8 @@ def test_a_claim_about_what_an_arm_cannot_measure_is_refused(
     if claim.get("measure") == "saturation.share":
         probes += ", model: {activation: sigmoid}"
     text = TWO_ARMS.replace("plain: ", f"plain: {{{plain}}}").replace("{norm: batch}", f"{{{probes}}}")
-    found = mistakes_of(text + claiming(claim) + SEARCH.replace("300", "50" if mistake is None else "300"))
+    search = SEARCH.replace("300", "50" if mistake is None else "300") * ("measure" not in claim)
+    found = mistakes_of(text + claiming(claim) + search)
     assert found == (() if mistake is None else (f"r.yaml:7: claims.0.{mistake}",))
 
 

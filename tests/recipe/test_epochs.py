@@ -39,7 +39,8 @@ def test_epochs_become_steps_wherever_steps_stand(loaded: Load) -> None:
         "train: {steps: {epochs: 3}, batch_size: 50, evaluate_every: {epochs: 0.5}}\n"
         "schedule: {kind: step, milestones: [{epochs: 1}, 45, {epochs: 2.5}], warmup: {epochs: 0.1}}\n"
         "probes: {at: {epochs: 1}}\nlargest_learning_rate: {steps: {epochs: 2}}\n"
-        "arms: {other: {schedule: {kind: exponential, gamma: 0.9, every: {epochs: 1}}}}\n"
+        "claims: [{say: so, measure: largest_learning_rate, arm: other, over: base, at_least: 3}]\n"
+        "arms: {base: {}, other: {schedule: {kind: exponential, gamma: 0.9, every: {epochs: 1}}}}\n"
     )
     resolved, other = plain(found.file), plain(arm(found, "other"))
     assert [value_at(resolved, ["train", field]) for field in ("steps", "evaluate_every")] == [60, 10]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from bncli.errors import USAGE, BncliError
 from bncli.report.compare.export import to_csv, to_markdown
-from bncli.report.compare.notes import sentence
+from bncli.report.compare.notes import sentences
 from bncli.report.compare.table import ComparisonReport
 from bncli.report.files import event_line, from_json, to_json, write_atomically
 from bncli.results.compare import Comparison, RunRecord
@@ -83,10 +83,13 @@ def test_a_comparison_of_format_2_is_read(examples):
     """As format 2 has them; they and all else are shown as they stand."""
     found = examples["six arms"]
     plain = json.loads(to_json(found)) | {"format_version": 2, "remarks": ["1 earlier run is not reused"]}
-    plain["notes"] = [sentence(note) for note in found.notes]
+    plain["notes"] = sentences(found.notes)
     back = from_json(Comparison, json.dumps(plain))
-    assert [sentence(note) for note in (*back.notes, *back.remarks)] == [*plain["notes"], *plain["remarks"]]
-    assert to_markdown(back) == to_markdown(found)
+    assert sentences((*back.notes, *back.remarks)) == [*plain["notes"], *plain["remarks"]]
+    lost = set(to_markdown(found).splitlines()) - set(to_markdown(back).splitlines())
+    assert {line.partition(",")[0].partition(" (")[0] for line in lost} == {
+        "#### Warnings", "So far", "- 52 of 56 runs are done", "- Diverged", "- Failed: careful xavier initialization",
+    }  # fmt: skip
     assert replace(back, notes=found.notes, remarks=()) == found
 
 

@@ -277,3 +277,9 @@ def test_a_folder_that_cannot_be_made_read_or_shared_is_named(tmp_path: Path) ->
         folder.begin(BEGUN)
     with pytest.raises(UsageError, match="contains a comparison; choose another folder"):
         RunFolder(tmp_path, "small", overwrite=True).begin("data: {}")
+
+
+def test_a_full_disk_in_a_run_names_the_file_of_its_events(tmp_path):
+    with pytest.raises(OSError, match="No space left") as full, RunFolder(tmp_path / "run", "digits"):
+        raise OSError(28, "No space left on device")
+    assert full.value.filename == str(tmp_path / "run" / "metrics.jsonl")

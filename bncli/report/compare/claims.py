@@ -36,20 +36,20 @@ NO_INTERVAL: dict[NoInterval, str] = {
 
 def claim_columns(comparison: Comparison) -> list[Column]:
     """One row per claim, in the recipe's order; the first column has the claims as they are said, by their number."""
-    claims = comparison.claims
+    claims, starred = comparison.claims, {arm.arm: f"{arm.arm}*" for arm in comparison.arms if arm.at_edge}
     return [
         Column("claim", [f"{number}. {claim.say}" for number, claim in enumerate(claims, 1)], words=True),
-        Column("measure", [Cell(measure_words(claim), _arms(claim)) for claim in claims], words=True),
+        Column("measure", [Cell(measure_words(claim), _arms(claim, starred)) for claim in claims], words=True),
         Column("measured", [_measured(claim) for claim in claims]),
         Column("bound", [_bound(claim) for claim in claims]),
         Column("verdict", [_verdict(claim) for claim in claims], words=True),
     ]
 
 
-def _arms(claim: JudgedClaim) -> str:
-    """`batch norm 4.3 / plain 0.62`."""
-    between = "/" if claim.compared == "ratio" else "less"
-    return f"{claim.arm} {figure(claim.of_arm)} {between} {claim.over} {figure(claim.of_over)}"
+def _arms(claim: JudgedClaim, starred: dict[str, str]) -> str:
+    """`batch norm* 4.3 / plain 0.62`: with a star where the best point is at the edge of the grid."""
+    arm, over = (starred.get(name, name) for name in (claim.arm, claim.over))
+    return f"{arm} {figure(claim.of_arm)} {'/' if claim.compared == 'ratio' else 'less'} {over} {figure(claim.of_over)}"
 
 
 def _measured(claim: JudgedClaim) -> Cell:
@@ -74,14 +74,10 @@ def claim_notes(comparison: Comparison) -> Iterator[str]:
     claims = comparison.claims
     verdicts = Counter(claim.verdict for claim in claims)
     yield ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in STYLES if verdicts[verdict]) + "."
-    further = count(len(comparison.plan.report_seeds), "further seed")
-    seeds = f": steps, seconds and examples to target over all seeds, as above; the rest over {further}"
-    seeds *= bool(comparison.plan.tune_seeds)
+    further = f": costs to the target over all, the rest over the {len(comparison.plan.report_seeds)} further ones"
     corrected = f": 1 - 0.05/{len(claims)}, for {len(claims)} claims" if len(claims) > 1 else ""
-    yield (
-        f"Ratio (x) or difference of the first arm to the second, each at its best point, paired by seed{seeds}. "
-        f"Interval and verdict have the level {claims[0].level:.4g}{corrected}; p is that of the bound, not corrected."
-    )
+    yield f"First arm over the second (x) or less it, paired by seed{further * bool(comparison.plan.tune_seeds)}."
+    yield f"Interval and verdict: level {claims[0].level:.4g}{corrected}; p is of the bound, not corrected."
     yield (
         "shown: the whole interval lies beyond the bound; refuted: all of it falls short; cannot tell: neither, with "
         "the seeds that would decide it in 4 of 5 comparisons, if arms differ and scatter as seen."

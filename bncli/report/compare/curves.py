@@ -107,13 +107,14 @@ def _dots(frame: Frame, curve: Sequence[tuple[float, float]], wide: int, tall: i
 
 
 def _letters(paths: Sequence[Sequence[tuple[int, int]]]) -> dict[tuple[int, int], tuple[str, str]]:
-    """At each curve's end and at intervals along it, shifted so that curves on top of each other show both letters."""
+    """At each curve's end, and at intervals along it where no other letter is near; shifted where curves coincide."""
     cells: dict[tuple[int, int], tuple[str, str]] = {}
     for index, path in enumerate(paths):
         letter, style = _style(index)
         shift = index * 5 % LETTER_EVERY
         for place in [*path[-1:], *path[-LETTER_EVERY - shift :: -LETTER_EVERY]]:
-            cells.setdefault(place, (letter, f"bold {style}"))
+            if place == path[-1] or not any(abs(place[0] - row) < 3 and abs(place[1] - at) < 5 for row, at in cells):
+                cells.setdefault(place, (letter, f"bold {style}"))
     return cells
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from bncli.errors import FileError
 from bncli.report.compare.claims import HEADING, claim_columns, claim_notes, csv_row
+from bncli.report.compare.notes import warnings
 from bncli.report.compare.text import (
     comparison_columns,
     footnotes,
+    headline,
     side_tables,
     subtitle,
     title,
@@ -100,8 +102,10 @@ def _csv_ratio(name: str, ratio: Ratio | None, of_reference: int | None = 1) -> 
 
 def to_markdown(comparison: Comparison) -> str:
     """The comparison's table and its notes for a GitHub page."""
-    lines = [f"### {markdown(title(comparison))}", "", markdown(subtitle(comparison.plan)), ""]
-    lines += [*markdown_table(comparison_columns(comparison)), ""]
+    lines = [f"### {markdown(title(comparison))}", "", *map(markdown, headline(comparison)), ""]
+    lines += [markdown(subtitle(comparison.plan)), "", *markdown_table(comparison_columns(comparison)), ""]
+    if found := warnings(comparison):
+        lines += ["#### Warnings", "", *(f"- {markdown(each)}" for each in found), ""]
     for heading, columns in side_tables(comparison):
         lines += [f"#### {heading.capitalize()}", "", *markdown_table(columns), ""]
     lines += [f"- {markdown(note)}" for note in footnotes(comparison)]
@@ -166,7 +170,7 @@ def to_html(comparison: Comparison) -> str:
         table=_html_table(comparison_columns(comparison)),
         figure=_html_figures(comparison),
         side="\n".join(side),
-        notes=_html_items(footnotes(comparison)),
+        notes=_html_items([*headline(comparison), *warnings(comparison), *footnotes(comparison)]),
         claims=_html_section(HEADING.capitalize(), claim_columns(comparison), claim_notes(comparison))
         if comparison.claims
         else "",

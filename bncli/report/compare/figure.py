@@ -72,7 +72,7 @@ def _has_ratios_by_target(comparison: Comparison) -> bool:
 
 def _targets(axes: Axes, comparison: Comparison) -> None:
     """The ratio at each target of the runs."""
-    axes.set_title("fewer steps, by target")
+    axes.set_title("times fewer steps, by target (below 1: more)")
     axes.set_xlabel(f"target: held-out {comparison.plan.target.metric}")
     order = targets_in_order(comparison.plan)
     axes.set_xticks([target.value for target in order], [setting(target.value) for target in order])
@@ -218,7 +218,7 @@ def _steps(axes: Axes, comparison: Comparison) -> None:
         axes.minorticks_off()
     steps, ratios = [steps_cell(arm, most) for arm in arms], [ratio_cell(arm.ratio) for arm in arms]
     _side_column(axes, 1.03, "steps", steps)
-    _side_column(axes, 1.06 + 0.025 * max(5, *(len(part) for cell in steps for part in cell)), "fewer steps", ratios)
+    _side_column(axes, 1.06 + 0.025 * max(5, *(len(part) for cell in steps for part in cell)), "vs reference", ratios)
 
 
 def _side_column(axes: Axes, left: float, header: str, cells: list[Cell]) -> None:

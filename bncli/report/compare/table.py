@@ -8,16 +8,18 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 
 from bncli.report.compare.claims import HEADING, claim_columns, claim_notes
 from bncli.report.compare.curves import sketch
+from bncli.report.compare.notes import warnings
 from bncli.report.compare.text import (
     comparison_columns,
     footnotes,
+    headline,
     side_tables,
     subtitle,
     title,
     tuning_columns,
     tuning_notes,
 )
-from bncli.report.table import AlignedTable, ResponsiveTable, Row
+from bncli.report.table import AlignedTable, BulletList, Paragraph, ResponsiveTable, Row
 from bncli.results.compare import Comparison
 
 SKETCH_WIDTH = 100  # at most, in columns
@@ -31,6 +33,8 @@ class ComparisonReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         found = self.comparison
+        yield from (Paragraph(sentence, "bold") for sentence in headline(found))
+        yield ""
         yield comparison_table(found)
         yield ""
         for heading, columns in side_tables(found):
@@ -56,9 +60,10 @@ def comparison_table(comparison: Comparison) -> RenderableType:
         AlignedTable(short, asides_below=True, wrap=True),
         AlignedTable(shortest, asides_below=True, wrap=True),
     ]
-    return ResponsiveTable(
-        title(comparison), AlignedTable(columns), narrower, subtitle(comparison.plan), footnotes(comparison)
-    )
+    found, notes = warnings(comparison), [Paragraph(note, "dim") for note in footnotes(comparison)]
+    warned: list[RenderableType] = [Paragraph("Warnings", "bold yellow"), BulletList("", found), ""]
+    table = ResponsiveTable(title(comparison), AlignedTable(columns), narrower, subtitle(comparison.plan))
+    return Group(table, *warned * bool(found), *notes)
 
 
 def tuning_table(comparison: Comparison) -> RenderableType:

@@ -8,7 +8,7 @@ import string
 from collections.abc import Iterator
 from typing import Any
 
-from bncli.report.compare.notes import sentence
+from bncli.report.compare.notes import WARNINGS, sentences
 from bncli.report.text import (
     UNKNOWN,
     Cell,
@@ -21,29 +21,14 @@ from bncli.report.text import (
     setting,
     short_names,
     target_words,
+    times,
 )
-from bncli.results.compare import (
-    ArmSummary,
-    AtTarget,
-    Choice,
-    Comparison,
-    ComparisonPlan,
-    Cost,
-    Ratio,
-    Steps,
-    TuningCell,
-)
+from bncli.results.compare import ArmSummary, AtTarget, Comparison, ComparisonPlan, Cost, Ratio, Steps, TuningCell
+from bncli.results.environment import Interval
 from bncli.results.train import Target
 
 LETTERS = string.ascii_lowercase + string.ascii_uppercase  # one for each arm, on its curve
-METHODS = {
-    "geometric mean": "Steps to target: steps spent below it; geometric mean over seeds at the best point (jackknife).",
-    "median": "median: some runs missed the target (order statistics).",
-    "bound": "> {most}: at least half of the runs missed the target; a budget of {budget} steps shows up to {most}.",
-    "means": "Fewer steps: the steps of {reference} divided by the arm's; jackknife over paired seeds{chosen}.",
-    "medians": "Fewer steps where runs missed: ratio of medians (order statistics of both).",
-    "bounded ratio": "Fewer steps as > or <: a bound, because at least half of an arm's runs missed.",
-}
+MOST_SENTENCES = 4  # of the headline
 
 
 # --- cells and columns --------------------------------------------------------------------------------------------
@@ -69,13 +54,18 @@ def amount_cell(arm: ArmSummary, steps: Steps, most_steps: float | None) -> Cell
     return Cell(f"> {figure(most_steps)}", span if low is not None and low < 0.999 * most_steps else "")
 
 
-def ratio_cell(ratio: Ratio | None) -> Cell:
-    if ratio is None:
-        return Cell("1", "reference")
-    span = interval_figure(ratio.interval)
+def ratio_cell(ratio: Ratio | None, less: str = "fewer") -> Cell:
+    """The ratio to the reference in words, the other way round where it is below 1. less: the word for above 1."""
+    if ratio is None or ratio.method == "same recipe":
+        return Cell("1", "same recipe" if ratio else "reference")
+    low, high = ratio.interval.low, ratio.interval.high
+    size = next((each for each in (ratio.value, high, low) if each is not None), 1)
+    if size < 1:
+        low, high = (1 / end if end else None for end in (high, low))
+    span = interval_figure(Interval(low, high))
     if ratio.value is None:
-        return Cell(f"{span}x" if span else UNKNOWN)
-    return Cell(f"{figure(ratio.value)}x", span)
+        return Cell(f"{span}x {'more' if size < 1 else less}" if span else UNKNOWN)
+    return Cell(times(ratio.value, less), span)
 
 
 def best_point_cell(arm: ArmSummary, field: str) -> Cell:
@@ -106,7 +96,7 @@ def comparison_columns(comparison: Comparison, grid_below_arm: bool = False) -> 
         Column("hits", [f"{arm.hits}/{arm.runs}" for arm in arms]),
         Column("steps to\ntarget", [steps_cell(arm, plan.most_steps) for arm in arms]),
         Column("first hit", [figure(arm.first_hit) for arm in arms], optional=True),
-        Column("fewer\nsteps", [ratio_cell(arm.ratio) for arm in arms], style="bold"),
+        Column("steps vs\nreference", [ratio_cell(arm.ratio) for arm in arms], style="bold"),
         Column("p\n(Holm)", [p_figure(arm.ratio.holm_p_value if arm.ratio else None) for arm in arms], optional=True),
         Column(f"best\n{metric}", [metric_figure(arm.best, metric) for arm in arms]),
         Column("samples\n/s", [figure(arm.samples_per_s) for arm in arms]),
@@ -119,11 +109,11 @@ def comparison_columns(comparison: Comparison, grid_below_arm: bool = False) -> 
 def cost_columns(comparison: Comparison) -> list[Column]:
     """Seconds and examples to target, one row per arm: steps of different arms may differ in time and batch size."""
     columns = [Column("arm", [arm.arm for arm in comparison.arms], words=True, style="bold")]
-    for unit, less in (("seconds", "less\ntime"), ("examples", "fewer\nexamples")):
+    for unit, less in (("seconds", "less"), ("examples", "fewer")):
         found: list[tuple[ArmSummary, Cost | None]] = [(arm, getattr(arm, unit)) for arm in comparison.arms]
         amounts = [amount_cell(arm, cost.typical, None) if cost else Cell(UNKNOWN) for arm, cost in found]
-        ratios = [ratio_cell(cost.ratio) if cost else Cell(UNKNOWN) for _, cost in found]
-        columns += [Column(f"{unit} to\ntarget", amounts), Column(less, ratios, style="bold")]
+        ratios = [ratio_cell(cost.ratio, less) if cost else Cell(UNKNOWN) for _, cost in found]
+        columns += [Column(f"{unit} to\ntarget", amounts), Column(f"{unit} vs\nreference", ratios, style="bold")]
     return columns
 
 
@@ -138,7 +128,7 @@ def target_columns(comparison: Comparison) -> list[Column]:
         steps = [amount_cell(arm, each.steps, plan.most_steps) if each.runs else Cell(UNKNOWN) for each in runs]
         columns.append(Column(f"{arm.arm}\nsteps", steps))
         if arm.ratio is not None:
-            columns.append(Column("fewer\nsteps", [ratio_cell(each.ratio) for each in runs], style="bold"))
+            columns.append(Column("steps vs\nreference", [ratio_cell(each.ratio) for each in runs], style="bold"))
     return columns
 
 
@@ -225,27 +215,67 @@ def common_ratio(cell: TuningCell, reference: TuningCell, most_steps: float) -> 
     if mine is None or its is None or (missed and reference_missed):
         return UNKNOWN
     sign = "< " if missed else "> " if reference_missed else ""
-    return f"{sign}{figure(math.exp(its - mine))}x"
+    ratio = math.exp(its - mine)
+    if ratio < 1:
+        sign = {"< ": "> ", "> ": "< "}.get(sign, "")
+    return f"{sign}{times(ratio, '')}"
 
 
 def tuning_notes(comparison: Comparison) -> list[str]:
-    seeds = count(len(comparison.plan.tune_seeds), "tuning seed")
-    choices = [f"{arm.arm}: {choice_words(arm.choice)}" for arm in comparison.arms if arm.choice]
+    seeds, reference = count(len(comparison.plan.tune_seeds), "tuning seed"), comparison.plan.reference
+    kept = []
+    for arm in comparison.arms:
+        if arm.choice:
+            doubt = arm.choice.doubt if arm.choice.kept > 1 else None
+            differ = "" if doubt is None else f" ({doubt:.0%} of samples without one seed choose another)"
+            kept.append(f"{arm.arm} {arm.choice.kept} of {arm.choice.points} points{differ}")
     return [
-        f"Geometric mean of the steps of the runs that hit the target, hits/runs over {seeds};"
-        f" below it the steps of {comparison.plan.reference} at the same value divided by these (no interval).",
-        "[ ]: the arm's best point over all of its seeds; ( ): trained with further seeds too, since the tuning seeds "
-        "could not distinguish it from the best. > and <: bounds, where runs missed.",
-        *([f"Kept: {'; '.join(choices)}."] if choices else []),
+        f"Steps to target (geometric mean of the runs that hit it) and hits over {seeds}; below: how many times "
+        f"fewer than {reference}'s at the same value, or more, without an interval.",
+        "[ ]: the best point; ( ): not told from it by the tuning seeds, so trained with further ones too.",
+        *[f"Kept: {'; '.join(kept)}."] * bool(kept),
     ]
 
 
-def choice_words(choice: Choice) -> str:
-    """How many points were kept, and how clear the choice was where there are several."""
-    kept = f"{choice.kept} of {choice.points} points"
-    if choice.kept < 2 or choice.doubt is None:
-        return kept
-    return f"{kept}, {choice.doubt:.0%} of the samples with one seed left out choose another"
+# --- the answer in words ------------------------------------------------------------------------------------------
+
+
+def headline(comparison: Comparison) -> list[str]:
+    """The answer in a sentence for each arm but the reference; the first names the target and how arms were tuned."""
+    reference = next(arm for arm in comparison.arms if arm.arm == comparison.plan.reference)
+    others = [arm for arm in comparison.arms if arm is not reference]
+    unfinished = next((note.facts for note in comparison.notes if note.kind == "unfinished"), None)
+    so_far = "So far, with {done:,} of {planned:,} runs done, to".format(**unfinished) if unfinished else "To"
+    points = {arm.choice.points if arm.choice else 1 for arm in comparison.arms if arm.runs} or {1}
+    settings = " to ".join(map(str, sorted({min(points), max(points)})))
+    tuned = ", without tuning" if settings == "1" else f", each at its best of {settings} settings"
+    answers = [_answer(arm, reference, tuned * (arm is others[0])) for arm in others[:MOST_SENTENCES]]
+    first, *rest = answers or [f"only {reference.arm} was trained"]
+    more = [f"{count(len(others) - MOST_SENTENCES, 'more arm')} in the table"] * (len(others) > MOST_SENTENCES)
+    return [f"{each}." for each in (f"{so_far} {target_words(comparison.plan.target)}, {first}", *rest, *more)]
+
+
+def _answer(arm: ArmSummary, reference: ArmSummary, tuned: str) -> str:
+    """How an arm compares with the reference, or why nothing can be said."""
+    of, to, ratio = arm.arm, reference.arm, arm.ratio
+    for each in (arm, reference):
+        if not each.runs:
+            return f"{of} cannot be compared with {to}: {each.arm} {'failed' if each.failures else 'has no result yet'}"
+    hits = f"{arm.hits} of {arm.runs} runs reached it, {reference.hits} of {reference.runs} of {to}"
+    ends = [end for end in (ratio.interval.low, ratio.interval.high) if end] if ratio else []
+    if ratio is None or (ratio.value is None and not ends):
+        return f"{of} and {to} give no ratio: {hits}"
+    if ratio.method == "same recipe":
+        return f"{of} is {to} under another name"
+    missed = f"; {hits}" * (arm.hits < arm.runs or reference.hits < reference.runs)
+    if ends and (ratio.interval.low or 0) <= 1 <= (ratio.interval.high or math.inf):
+        span = "at most " * (len(ends) == 1) + " to ".join(times(end, unit=" times") for end in ends)
+        return f"{of} cannot be told from {to}: {span} steps (95 %){tuned}{missed}"
+    if ratio.value is None:
+        return f"{of} needed at least {times(ends[0], unit=' times')} steps than {to} (95 %){tuned}{missed}"
+    sizes = " to ".join(map(figure, sorted(max(end, 1 / end) for end in ends)))
+    span = f"95 %: {'at least ' * (len(ends) == 1)}{sizes}" if ends else "no interval"
+    return f"{of} needed {times(ratio.value, unit=' times')} steps than {to} ({span}){tuned}{missed}"
 
 
 # --- titles and footnotes -----------------------------------------------------------------------------------------
@@ -263,45 +293,34 @@ def subtitle(plan: ComparisonPlan) -> str:
     return f"{plan.data}; {seeds}; budget {figure(plan.budget)} steps"
 
 
-def environments(comparison: Comparison) -> list[str]:
-    """Each machine and set of versions, once."""
-    found = [run.result.environment for run in comparison.runs if run.result is not None]
-    return list(dict.fromkeys(environment_words(environment) for environment in found))
-
-
 def footnotes(comparison: Comparison) -> list[str]:
-    """The comparison's notes, then marks, methods and machines."""
-    lines = [sentence(note) for note in comparison.notes]
-    if any(arm.at_edge for arm in comparison.arms):
-        lines.append("*: the best value is at the edge of its grid.")
-    if any(arm.fixed for arm in comparison.arms):
-        lines.append("fixed: set by the arm itself, so not tuned.")
+    """The notes that are no warnings, then marks, methods and machines."""
+    lines = [f"{each.rstrip('.')}." for each in sentences(n for n in comparison.notes if n.kind not in WARNINGS)]
+    marks = {"at_edge": "*: at the edge of its grid.", "fixed": "fixed: set by the arm itself, so not tuned."}
+    lines += [words for mark, words in marks.items() if any(getattr(arm, mark) for arm in comparison.arms)]
     if any(arm.runs for arm in comparison.arms):
         lines.append(" ".join(_methods(comparison)))
     probed = {run.key: run.result for run in comparison.runs if run.result and run.result.probes_s}.values()
     if probed:
         probes_s, rest_s = sum(r.probes_s for r in probed), sum(r.training_s + r.evaluation_s for r in probed)
-        runs = f"{figure(rest_s)} s of training and evaluations in {count(len(probed), 'run')}"
-        lines.append(f"Probes took {figure(probes_s)} s beside {runs}; no figure of time includes them.")
-    return [*lines, *(f"Made on {words}." for words in environments(comparison))]
+        rest = f"{figure(rest_s)} s of training and evaluations in {count(len(probed), 'run')}"
+        lines.append(f"Probes took {figure(probes_s)} s beside {rest}; no figure of time includes them.")
+    made = [environment_words(run.result.environment) for run in comparison.runs if run.result is not None]
+    return [*lines, *(f"Made on {words}." for words in dict.fromkeys(made))]
 
 
 def _methods(comparison: Comparison) -> Iterator[str]:
-    plan = comparison.plan
-    started = [arm for arm in comparison.arms if arm.runs]
-    used: set[str] = {arm.steps.method for arm in started if arm.steps.method != "bound"}
-    used |= {"bound" for arm in started if arm.steps.value is None and arm.diverged < arm.runs}
-    ratios = [arm.ratio for arm in started if arm.ratio]
-    used |= {ratio.method for ratio in ratios if ratio.method in ("means", "medians")}
-    used |= {"bounded ratio" for ratio in ratios if ratio.value is None and interval_figure(ratio.interval)}
-    for method, words in METHODS.items():
-        if method in used:
-            chosen = ", repeating the choice of each arm's best point" if plan.tune_seeds else ""
-            named = {"budget": figure(plan.budget), "most": figure(plan.most_steps)}
-            yield words.format(**named, reference=plan.reference, chosen=chosen)
-    best = f"Best {plan.target.metric} (a run may stop at its target) and samples/s"
-    yield f"Intervals are 95%. {best} are medians over seeds; memory is the maximum, on a CPU of the whole process."
-    yield "Seconds are training time, without evaluations."
+    plan, started = comparison.plan, [arm for arm in comparison.arms if arm.runs]
+    used = {arm.steps.method for arm in started} | {arm.ratio.method for arm in started if arm.ratio}
+    most, chosen = figure(plan.most_steps), " that repeats the choice of each arm's best point" * bool(plan.tune_seeds)
+    yield "Steps to target: those spent below it; geometric mean over seeds at the best point."
+    if used & {"means", "medians", "bound"}:
+        yield f"Steps vs reference: {plan.reference}'s divided by the arm's, paired by seed; more: the other way round."
+    if any(arm.steps.value is None and arm.diverged < arm.runs for arm in started):
+        yield f"> {most}, > and <: half of the runs or more missed; {figure(plan.budget)} steps show up to {most}."
+    orders = "; where runs missed, medians and order statistics" * bool(used & {"median", "medians", "bound"})
+    yield f"Intervals: 95 %, a jackknife over seeds{chosen}{orders}; of a ratio, one with 1 in it shows no difference."
+    yield f"Best {plan.target.metric}, samples/s: medians over seeds; memory: the maximum; seconds: training alone."
 
 
 # --- curves -------------------------------------------------------------------------------------------------------

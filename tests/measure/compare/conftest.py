@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,7 @@ import pytest
 
 from bncli.measure.compare.plan import Job, Study, collect, study, wanted
 from bncli.recipe.load import load
-from bncli.report.compare.notes import sentence
-from bncli.results.compare import Note, RunRecord
+from bncli.results.compare import RunRecord
 from bncli.results.environment import Environment
 from bncli.results.train import Evaluation, RunResult, Status, Target
 
@@ -53,10 +52,6 @@ def study_of(tmp_path: Path) -> StudyOf:
 @pytest.fixture
 def asked(study_of: StudyOf) -> Study:
     return study_of(BASE + ARMS)
-
-
-def sentences(notes: Iterable[Note]) -> list[str]:
-    return [sentence(note) for note in notes]
 
 
 def result(

@@ -22,10 +22,11 @@ from bncli.measure.compare.reuse import (
     usable,
 )
 from bncli.measure.compare.summary import summarise
+from bncli.report.compare.notes import sentences
 from bncli.results.compare import BegunComparison, Comparison, RunRecord
 from bncli.results.serialize import to_plain
 from tests.conftest import tiny
-from tests.measure.compare.conftest import ARMS, BASE, StudyOf, carried_out, changed, failed, record, sentences
+from tests.measure.compare.conftest import ARMS, BASE, StudyOf, carried_out, changed, failed, record
 
 IDENTITY = {"bncli": "0 one", "torch": "2", "device": "cpu", "data": "d"}
 

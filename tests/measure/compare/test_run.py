@@ -12,10 +12,11 @@ from bncli.measure.compare import run
 from bncli.measure.compare.plan import Job, Study, collect, named_runs, planned_runs
 from bncli.measure.compare.run import Ended, Started, execute
 from bncli.measure.compare.summary import summarise
+from bncli.report.compare.notes import sentences
 from bncli.results.compare import ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
 from bncli.results.serialize import to_plain
 from bncli.results.train import RunResult
-from tests.measure.compare.conftest import ARMS, BASE, UNTUNED, StudyOf, result, sentences
+from tests.measure.compare.conftest import ARMS, BASE, UNTUNED, StudyOf, result
 
 
 class Serial:

@@ -11,6 +11,7 @@ import pytest
 
 from bncli.measure.compare.plan import Job, Study, planned_runs, wanted
 from bncli.measure.compare.summary import summarise
+from bncli.report.compare.notes import sentences
 from bncli.results.compare import Comparison, RunRecord
 from bncli.results.environment import Interval
 from bncli.results.train import Evaluation, Target, TargetReached
@@ -24,7 +25,6 @@ from tests.measure.compare.conftest import (
     failed,
     record,
     result,
-    sentences,
 )
 
 
@@ -112,7 +112,7 @@ def test_arms_of_one_recipe_have_a_ratio_of_one_and_a_note(study_of: StudyOf) ->
     ratio = summary(asked, found).arms[1].ratio
     assert (ratio.value, ratio.interval, ratio.method) == (1.0, Interval(1.0, 1.0), "same recipe")
     said = notes(asked, found)
-    assert "again: the same recipe as plain under another name, so the ratio is 1 by construction" in said
+    assert "again: the same recipe as plain, so the ratio is 1" in said
     assert not any("distinguishable" in note and "again" in note for note in said)
 
 
@@ -130,7 +130,7 @@ def test_a_ratio_rests_on_the_seeds_of_both_arms_at_their_best_points(asked: Stu
     plain, normed = summary(asked, found).arms
     assert (plain.point, plain.runs, normed.runs) == ({"optimizer.lr": 0.1}, 8, 5)
     assert normed.ratio.value == pytest.approx((305**2 * 345**3) ** 0.2 / 33)
-    assert "normed: its ratio uses only the 5 seeds that plain has too" in notes(asked, found)
+    assert "The ratio rests on the seeds that plain has too: normed (5)" in notes(asked, found)
 
 
 # --- costs --------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_seconds_and_examples_to_target_have_their_own_ratios(study_of: StudyOf)
         assert cost.ratio.value == pytest.approx(value, rel=1e-6)
         assert 0.8 * value < cost.ratio.interval.low <= value
     assert any(
-        note.startswith("the arms differ in train.batch_size: plain 20, normed 40") for note in notes(asked, found)
+        note.startswith("The arms differ in train.batch_size: plain 20, normed 40") for note in notes(asked, found)
     )
     assert summary(asked, changed(found, ms_per_step=None)).arms[1].seconds is None
     assert summarise(replace(asked.plan, recipes={}), found, 28).arms[1].examples is None
@@ -165,7 +165,7 @@ def test_a_tuned_batch_size_is_noted_and_counts_in_examples(study_of: StudyOf) -
     arms = ARMS.replace("optimizer.lr: [0.1, 1, 10]", "train.batch_size: [10, 20, 40]")
     asked = study_of(BASE + arms.replace("{norm: batch}", "{norm: batch, train: {batch_size: 40}}"))
     found = carried_out(asked, lambda job: 100.0 + abs(job.point["train.batch_size"] - 20) + job.seed)
-    words = "the arms differ in train.batch_size: plain 20, normed 40: a step processes a different number of examples"
+    words = "The arms differ in train.batch_size: plain 20, normed 40: a step processes a different number of examples"
     assert words in notes(asked, found)
     normed = summary(asked, found).arms[1]
     assert normed.examples.typical.value == pytest.approx(40 * normed.steps.value)
@@ -194,24 +194,24 @@ def test_every_second_evaluation_that_moves_the_ratio_is_noted(asked: Study) -> 
     found = carried_out(asked, by_arm_and_rate(RATES, dict.fromkeys(RATES, 150.0)))
     fine = summary(asked, found)
     assert fine.arms[1].thinned is not None
-    assert not any("every second evaluation" in note for note in sentences(fine.notes))
+    assert not any("very second evaluation" in note for note in sentences(fine.notes))
 
     def spiked(one: RunRecord) -> RunRecord:  # every second evaluation of the fast arm is above its target at once
         evaluations = [replace(e, accuracy=0.95) if k % 2 else e for k, e in enumerate(one.result.evaluations)]
         return replace(one, result=replace(one.result, evaluations=tuple(evaluations))) if normed(one) else one
 
     said = notes(asked, [spiked(one) for one in found])
-    assert any(note.startswith("normed: computed from every second evaluation, the ratio is ") for note in said)
+    assert any(note.startswith("Every second evaluation alone gives another ratio: normed (") for note in said)
 
 
-@pytest.mark.parametrize(("best", "word"), [(0.1, "smaller"), (10, "larger")])
-def test_a_best_value_at_the_edge_of_the_grid_is_noted(asked: Study, best: float, word: str) -> None:
+@pytest.mark.parametrize("best", [0.1, 10])
+def test_a_best_value_at_the_edge_of_the_grid_is_noted(asked: Study, best: float) -> None:
     rates = {lr: 100.0 if lr == best else 500.0 for lr in (0.1, 1, 10)}
     comparison = summary(asked, carried_out(asked, by_arm_and_rate(rates, rates)))
     for arm in comparison.arms:
         assert arm.at_edge == ("optimizer.lr",)
-        expected = f"{arm.arm}: the best optimizer.lr, {best:g}, is at the edge of the grid; add {word} values"
-        assert expected in sentences(comparison.notes)
+    arms = f"plain (optimizer.lr {best:g}), normed (optimizer.lr {best:g})"
+    assert f"At the edge of the grid: {arms}; add values beyond" in sentences(comparison.notes)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_a_switch_a_zero_and_a_value_inside_the_grid_are_no_edge(study_of: Study
 
 def test_an_arm_that_never_hits_is_noted_and_has_no_edge(asked: Study) -> None:
     comparison = summary(asked, carried_out(asked, lambda job: None if job.arm == "plain" else 100.0 + job.seed))
-    words = "plain: no point of the grid reached the target within the 769 steps the budget can show"
+    words = "No setting reached the target within the 769 steps that the budget shows: plain"
     assert words in sentences(comparison.notes)
     assert comparison.arms[0].at_edge == ()
     ratio = comparison.arms[1].ratio
@@ -240,42 +240,40 @@ def test_half_missed_in_both_arms_compares_their_hits(study_of: StudyOf) -> None
     asked = study_of(BASE + UNTUNED.replace("5", "20"))
     found = carried_out(asked, lambda job: 100.0 if job.arm == "normed" and job.seed < 16 else None)
     said = notes(asked, found)
-    assert (
-        "normed: 9 of 20 runs hit the target, 0 of 20 for plain; if both hit it equally often, a difference this "
-        "large has probability 0.0012 (Fisher's exact test)"
-    ) in said
+    words = "Hits and plain's, by Fisher's exact test: normed ("
+    assert f"{words}9, 0 of 20, p 0.0012)" in said
     assert not any("distinguishable" in note for note in said)
     said = notes(asked, failed(found, lambda one: (one.arm, one.seed) == ("plain", 7)))
-    assert any(note.startswith("normed: 8 of 19 runs hit the target, 0 of 19 for plain; ") for note in said)
+    assert any(note.startswith(f"{words}8, 0 of 19, p ") for note in said)
 
 
 def test_an_arm_without_an_interval_says_how_many_seeds_it_needs(study_of: StudyOf) -> None:
     asked = study_of(BASE + UNTUNED)
     said = notes(asked, carried_out(asked, lambda job: None if job.arm == "plain" and job.seed == 7 else 100.0))
-    assert "normed: no interval from 5 seeds and a miss; it needs 6" in said
+    assert "Fewer seeds than an interval needs: normed (5 of 6)" in said
     assert not any("distinguishable" in note for note in said)
 
 
 def test_too_coarse_evaluations_are_noted_with_what_to_set(asked: Study, study_of: StudyOf) -> None:
     said = notes(asked, carried_out(asked, lambda job: 500.0 if job.arm == "plain" else 30.0))
-    few = "normed: fewer than 10 evaluations before its target"
-    assert f"{few}; set train.evaluate_every to 3 or less" in said
-    assert not any(note.startswith("plain: fewer") for note in said)
+    few = "Fewer than 10 evaluations before the target: "
+    assert f"{few}normed (set train.evaluate_every to 3 or less)" in said
     spaced = study_of(BASE.replace("evaluate_every: 5", "evaluate_every: {points_per_doubling: 2}") + ARMS)
     said = notes(spaced, carried_out(spaced, lambda job: 30.0))
-    assert f"{few}; raise train.evaluate_every.points_per_doubling" in said
+    advice = "raise train.evaluate_every.points_per_doubling"
+    assert f"{few}plain ({advice}), normed ({advice})" in said
 
 
 def test_too_few_seeds_are_noted_with_how_many_would_do(study_of: StudyOf) -> None:
     asked = study_of(BASE + UNTUNED.replace("5", "3"))
     said = notes(asked, carried_out(asked, lambda job: {7: 100.0, 8: 150.0, 9: 220.0}[job.seed]))
-    start = "3 seeds per arm are few: with the spread seen here, telling a ratio of 1.5 from 1 needs "
+    start = "Few seeds per arm: 3; with this spread, telling a ratio of 1.5 from 1 needs "
     assert any(note.startswith(start) for note in said)
 
 
 def test_a_target_held_before_the_first_step_is_noted(asked: Study) -> None:
     said = notes(asked, carried_out(asked, lambda job: 0.0))
-    assert "plain: 8 of 8 runs were at the target before the first step; choose a harder one" in said
+    assert "At the target before training: plain (8 of 8 runs), normed (8 of 8 runs); choose a harder one" in said
 
 
 def test_arms_that_cannot_be_told_apart_are_named(asked: Study) -> None:
@@ -283,7 +281,7 @@ def test_arms_that_cannot_be_told_apart_are_named(asked: Study) -> None:
         return 300 * math.exp(random.Random(f"{job.arm} {job.point} {job.seed}").gauss(0, 0.2))
 
     said = notes(asked, carried_out(asked, steps))
-    assert "not distinguishable from plain by the 95 % interval: normed" in said
+    assert "Not distinguishable from plain by the 95 % interval: normed" in said
 
 
 def test_diverged_runs_are_misses_and_are_counted(asked: Study) -> None:
@@ -293,7 +291,7 @@ def test_diverged_runs_are_misses_and_are_counted(asked: Study) -> None:
     ]
     arm = summary(asked, found).arms[1]
     assert (arm.hits, arm.runs, arm.diverged) == (7, 8, 1)
-    assert "normed: 1 of 8 runs diverged and count as misses" in notes(asked, found)
+    assert "Diverged, which counts as a miss: normed (1 of 8 runs)" in notes(asked, found)
 
 
 def test_failed_runs_are_named_and_not_counted_as_misses(asked: Study) -> None:
@@ -310,19 +308,19 @@ def test_other_machines_and_runs_at_a_time_are_noted(asked: Study) -> None:
     found[0] = replace(found[0], result=result(100.0, processor="another"), at_a_time=2)
     said = notes(asked, found)
     assert any("different machines" in note for note in said)
-    words = "seconds and samples/s were measured with up to 2 runs at once; make one at a time for clean times"
+    words = "Seconds and samples/s were measured with up to 2 runs at once; one at a time disturbs them least"
     assert words in said
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ("train: {precision: bf16}", "the arms differ in train.precision: plain fp32, normed bf16"),
-        ("train: {accumulate: 4}", "the arms differ in train.accumulate: plain 1, normed 4: batch norm averages over "
+        ("train: {precision: bf16}", "The arms differ in train.precision: plain fp32, normed bf16"),
+        ("train: {accumulate: 4}", "The arms differ in train.accumulate: plain 1, normed 4: batch norm averages over "
          "micro-batches of different sizes"),
-        ("train: {stop_at_target: false}", "the arms differ in train.stop_at_target: plain True, normed False: runs "
+        ("train: {stop_at_target: false}", "The arms differ in train.stop_at_target: plain True, normed False: runs "
          "that end at the target have lower final and best values than those that go on"),
-        ("schedule: {warmup: 9}", "the arms differ in schedule: plain constant, normed constant warmup 9"),
+        ("schedule: {warmup: 9}", "The arms differ in schedule: plain constant, normed constant warmup 9"),
     ],
 )  # fmt: skip
 def test_arms_that_differ_in_what_a_step_or_a_run_is_are_noted(study_of: StudyOf, changes: str, words: str) -> None:

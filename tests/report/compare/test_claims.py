@@ -69,10 +69,10 @@ def test_a_row_has_the_arms_values_the_bound_and_the_seeds_that_would_decide(jud
     said, measure, arms, *_ = text[text.index("1. batch norm") :].splitlines()
     assert said == f"1. {RATE.say}"
     assert measure.split() == ["largest_learning_rate", "6.91x", "at", "least", "3", "shown"]
-    assert arms.startswith("batch norm 4.80 / plain 0.694 ")
+    assert arms.startswith("batch norm 4.80 / plain* 0.694 ")
     wide = show(claims_table(judged), 200)
-    assert "shift.cosine, layer hidden2, equal loss (batch norm 4.80 less plain 0.694)" in wide
-    assert "batch norm – / plain 0.694" in text
+    assert "shift.cosine, layer hidden2, equal loss (batch norm 4.80 less plain* 0.694)" in wide
+    assert "batch norm – / plain* 0.694" in text
     assert "above 0" in text
     assert "about 58 seeds" in text
 
@@ -132,7 +132,7 @@ def test_markdown_has_the_table_and_its_notes(judged):
     text = to_markdown(judged).split("#### Claims")[1]
     (table,) = re.findall(r"(?:^\|.*\n)+", text, re.M)
     assert len(table.splitlines()) == 2 + 4
-    assert "| 3. fewer \\| steps | steps\\_to\\_target (batch norm – / plain 0.694) |" in table
+    assert "| 3. fewer \\| steps | steps\\_to\\_target (batch norm – / plain\\* 0.694) |" in table
     assert "- Claim 4 has no interval" in text
 
 

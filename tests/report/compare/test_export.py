@@ -61,20 +61,32 @@ def test_markdown_has_a_table_with_as_many_cells_in_every_row(example):
         assert len({line.replace("\\|", "").count("|") for line in table.splitlines()}) == 1
 
 
+def test_markdown_begins_with_the_answer_and_has_warnings_apart_from_footnotes(examples):
+    lines = to_markdown(examples["six arms"]).splitlines()
+    assert lines[2].startswith("So far, with 52 of 56 runs done, to held-out accuracy 0.95, batch norm needed 12.1 ")
+    warned = lines.index("#### Warnings")
+    assert lines[warned + 2 : warned + 5] == [
+        "- 52 of 56 runs are done, 1 failed; the figures are based on those",
+        "- Failed: careful xavier initialization (seed 106: worker killed by signal 9)",
+        "- Diverged, which counts as a miss: small learning rate (5 of 5 runs)",
+    ]
+    assert lines[warned + 5 : warned + 7] == ["", "#### What it costs to reach the target"]
+    assert any(line.startswith("- fixed:") for line in lines[warned + 7 :])
+    assert "Warnings" not in to_markdown(examples["two arms"])
+
+
 def test_markdown_says_what_the_terminal_says(examples):
     text = to_markdown(examples["two arms"])
     for words in (
         "| batch norm | 0.3 |",
-        "12.1x (9.81–14.9)",
+        "12.1x fewer (9.81–14.9)",
         "| 1 (reference) |",
         "3\\*",
-        "jackknife over paired seeds",
+        "a jackknife over seeds",
     ):
         assert words in text
-    assert "| 0.9 | 636 (572–700) | 31.2 (28.1–34.3) | 20.4x (18.4–22.4) |" in text
-    assert (
-        "| batch norm | 0.0890 (0.0801–0.0979) | 9.10x (8.19–10.0) | 4,020 (3,618–4,422) | 12.1x (10.9–13.3) |" in text
-    )
+    assert "| 0.9 | 636 (572–700) | 31.2 (28.1–34.3) | 20.4x fewer (18.4–22.4) |" in text
+    assert "| batch norm | 0.0890 (0.0801–0.0979) | 9.10x less (8.19–10.0) | 4,020 (3,618–4,422) | 12.1x fewer" in text
 
 
 def test_markdown_escapes_what_would_be_markup(examples):
@@ -176,4 +188,4 @@ def test_the_page_escapes_names_and_notes(examples, no_figure):
     page = Page(to_html(replace(found, plan=plan, arms=(found.arms[0], hostile), notes=notes)))
     assert {"script", "img", "b", "i"}.isdisjoint(page.tags)
     assert "<script>alert(1)</script>" in page.words
-    assert "<img src=x>" in page.words
+    assert "<img src=x>." in page.words

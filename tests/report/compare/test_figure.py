@@ -79,7 +79,7 @@ def test_importing_the_report_loads_no_matplotlib_and_no_torch():
 
 def test_steps_ratio_and_interval_stand_beside_each_arm(examples):
     shown = "\n".join(words(examples["six arms"])).split("\n")
-    for text in ("12.1x", "9.81–14.9", "< 0.290x", "> 2,308", "median 1,911", "diverged", "reference"):
+    for text in ("12.1x fewer", "9.81–14.9", "> 3.45x more", "> 2,308", "median 1,911", "diverged", "reference"):
         assert text in shown
 
 
@@ -124,6 +124,6 @@ def test_an_arm_at_the_target_from_the_start_is_drawn_too(examples):
 
 def test_several_targets_add_the_ratio_by_target(examples):
     two = words(examples["two arms"])
-    assert "fewer steps, by target" in two
+    assert "times fewer steps, by target (below 1: more)" in two
     assert "target: held-out accuracy" in two
-    assert "fewer steps, by target" not in words(examples["six arms"])
+    assert "times fewer steps, by target (below 1: more)" not in words(examples["six arms"])

@@ -11,6 +11,7 @@ from bncli.report.compare.text import (
     common_ratio,
     comparison_columns,
     footnotes,
+    headline,
     metric_range,
     ratio_cell,
     steps_cell,
@@ -41,22 +42,91 @@ def test_steps_are_a_mean_a_median_a_bound_or_unknown(examples, name, arm, chang
     ("ratio", "cell"),
     [
         (None, Cell("1", "reference")),
-        (Ratio(12.13, Interval(9.81, 14.94), "means", 0.0), Cell("12.1x", "9.81–14.9")),
-        (Ratio(4.0, Interval(3.1, None), "rank", 0.01), Cell("4.00x", "> 3.10")),
-        (Ratio(None, Interval(4.1, None), "bound", 0.01), Cell("> 4.10x")),
-        (Ratio(None, Interval(None, 0.29), "bound", 0.01), Cell("< 0.290x")),
+        (Ratio(12.13, Interval(9.81, 14.94), "means", 0.0), Cell("12.1x fewer", "9.81–14.9")),
+        (Ratio(0.075, Interval(0.029, 0.1), "means", 0.01), Cell("13.3x more", "10.0–34.5")),
+        (Ratio(1.1, Interval(0.9, 1.3), "means", 0.2), Cell("1.10x fewer", "0.900–1.30")),
+        (Ratio(0.95, Interval(0.8, 1.25), "means", 0.2), Cell("1.05x more", "0.800–1.25")),
+        (Ratio(1.0, Interval(1.0, 1.0), "same recipe", None), Cell("1", "same recipe")),
+        (Ratio(4.0, Interval(3.1, None), "medians", None), Cell("4.00x fewer", "> 3.10")),
+        (Ratio(0.25, Interval(None, 0.5), "medians", None), Cell("4.00x more", "> 2.00")),
+        (Ratio(None, Interval(4.1, None), "bound", 0.01), Cell("> 4.10x fewer")),
+        (Ratio(None, Interval(None, 0.29), "bound", 0.01), Cell("> 3.45x more")),
+        (Ratio(None, Interval(0.8, None), "bound", None), Cell("< 1.25x more")),
         (Ratio(None, Interval(None, None), "bound", None), Cell(UNKNOWN)),
         (Ratio(None, Interval(None, None), "none", None), Cell(UNKNOWN)),
     ],
 )
-def test_a_ratio_is_a_figure_with_its_interval_or_a_bound_or_unknown(ratio, cell):
+def test_a_ratio_is_a_figure_with_its_direction_and_interval_or_a_bound_or_unknown(ratio, cell):
     assert ratio_cell(ratio) == cell
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"ratio": Ratio(6.1, Interval(5.2, 7.12), "means", 0.01)},
+            "batch norm needed 6.10 times fewer steps than plain (95 %: 5.20 to 7.12){tuned}",
+        ),
+        (
+            {"ratio": Ratio(0.075, Interval(0.029, 0.1), "means", 0.01)},
+            "batch norm needed 13.3 times more steps than plain (95 %: 10.0 to 34.5){tuned}",
+        ),
+        (
+            {"ratio": Ratio(1.1, Interval(0.9, 1.2), "means", 0.2)},
+            "batch norm cannot be told from plain: 1.11 times more to 1.20 times fewer steps (95 %){tuned}",
+        ),
+        (
+            {"ratio": Ratio(None, Interval(3.1, None), "bound", None)},
+            "batch norm needed at least 3.10 times fewer steps than plain (95 %){tuned}",
+        ),
+        (
+            {"ratio": Ratio(None, Interval(None, 0.29), "bound", None), "hits": 2},
+            "batch norm needed at least 3.45 times more steps than plain (95 %){tuned}; 2 of 10 runs reached it, "
+            "10 of 10 of plain",
+        ),
+        (
+            {"ratio": Ratio(0.9, Interval(None, 1.25), "medians", None)},
+            "batch norm cannot be told from plain: at most 1.25 times fewer steps (95 %){tuned}",
+        ),
+        (
+            {"ratio": Ratio(2.0, Interval(None, None), "means", None)},
+            "batch norm needed 2.00 times fewer steps than plain (no interval){tuned}",
+        ),
+        (
+            {"ratio": Ratio(None, Interval(None, None), "hits", 0.4), "hits": 1},
+            "batch norm and plain give no ratio: 1 of 10 runs reached it, 10 of 10 of plain",
+        ),
+        ({"ratio": Ratio(1.0, Interval(1.0, 1.0), "same recipe", None)}, "batch norm is plain under another name"),
+        ({"runs": 0, "hits": 0}, "batch norm cannot be compared with plain: batch norm has no result yet"),
+        ({"runs": 0, "failures": ("it died",)}, "batch norm cannot be compared with plain: batch norm failed"),
+    ],
+)
+def test_the_headline_says_what_is_known_of_an_arm_and_no_more(examples, changes, words):
+    found = examples["no grid"]
+    plain, batch = (replace(arm, choice=None) for arm in found.arms)
+    assert headline(replace(found, arms=(plain, replace(batch, **changes)))) == [
+        f"To held-out accuracy 0.95, {words.format(tuned=', without tuning')}."
+    ]
+
+
+def test_the_headline_names_the_tuning_what_is_missing_and_at_most_four_arms(examples):
+    found = examples["two arms"]
+    assert headline(found) == [
+        "To held-out accuracy 0.95, batch norm needed 12.1 times fewer steps than plain (95 %: 9.81 to 14.9), each at "
+        "its best of 5 settings."
+    ]
+    six = headline(examples["six arms"])
+    assert six[0].startswith("So far, with 52 of 56 runs done, to held-out accuracy 0.95, batch norm needed ")
+    assert len(six) == 5
+    assert six[-1] == "1 more arm in the table."
+    assert headline(replace(found, arms=found.arms[:1])) == ["To held-out accuracy 0.95, only plain was trained."]
 
 
 def test_the_columns_are_those_of_the_question(examples):
     headers = [column.name for column in comparison_columns(examples["two fields"]) if not column.optional]
     assert headers == [
-        "arm", "lr", "momentum", "hits", "steps to target", "fewer steps", "best accuracy", "samples/s", "memory MiB",
+        "arm", "lr", "momentum", "hits", "steps to target", "steps vs reference",
+        "best accuracy", "samples/s", "memory MiB",
     ]  # fmt: skip
 
 
@@ -70,26 +140,17 @@ def test_only_marks_in_use_are_explained(examples):
     assert columns["momentum"] == (Cell("0.9*"), Cell("0", "fixed"))
     notes = footnotes(examples["two fields"])
     assert any(note.startswith("*:") for note in notes)
-    assert any(note.startswith("fixed:") for note in notes)
-    assert not any(note.startswith(("*:", "fixed:")) for note in footnotes(examples["censored reference"]))
+    assert any("fixed: set by the arm itself" in note for note in notes)
+    assert not any("*:" in note or "fixed:" in note for note in footnotes(examples["censored reference"]))
 
 
 def test_the_methods_in_use_are_named_and_no_other(examples):
     two, six = (" ".join(footnotes(examples[name])) for name in ("two arms", "six arms"))
-    assert "repeating the choice of each arm's best point" in two
-    assert "median:" not in two
+    assert "a jackknife over seeds that repeats the choice of each arm's best point" in two
     assert "order statistics" not in two
-    assert "> 2,308: at least half of the runs missed the target; a budget of 3,000 steps shows up to 2,308" in six
-    assert "ratio of medians (order statistics of both)" in six
-    assert "as > or <: a bound" in six
-
-
-def test_the_notes_of_the_comparison_come_first(examples):
-    assert footnotes(examples["six arms"])[:3] == [
-        "52 of 56 runs are done, 1 failed; the figures are based on those",
-        "careful xavier initialization: failed: seed 106: worker killed by signal 9",
-        "small learning rate: 5 of 5 runs diverged and count as misses",
-    ]
+    assert "> 2,308, > and <: half of the runs or more missed; 3,000 steps show up to 2,308" in six
+    assert "half of the runs" not in two
+    assert "where runs missed, medians and order statistics" in six
 
 
 def test_each_machine_is_named_once_with_its_versions(examples):
@@ -139,9 +200,10 @@ def cell(hits: int, steps: float | None, runs: int = 3, diverged: int = 0) -> Tu
         (cell(3, 50.0), cell(3, 600.0), "12.0x"),
         # Misses on one side count as the budget and make a bound.
         (cell(3, 300.0), cell(0, None), "> 10.0x"),
-        (cell(0, None), cell(3, 300.0), "< 0.100x"),
+        (cell(0, None), cell(3, 300.0), "> 10.0x more"),
         (cell(3, 300.0, 3), cell(1, 300.0, 2), "> 3.16x"),  # sqrt(300 * 3000) / 300
-        (cell(0, None, diverged=3), cell(3, 1500.0), "< 0.500x"),
+        (cell(0, None, diverged=3), cell(3, 1500.0), "> 2.00x more"),
+        (cell(3, 2000.0), cell(2, 500.0), "< 2.20x more"),
         # Misses on both sides, no runs, or no geometric mean (at the target before training).
         (cell(1, 300.0), cell(2, 300.0), UNKNOWN),
         (cell(3, 300.0), cell(0, None, runs=0), UNKNOWN),
@@ -155,7 +217,7 @@ def test_the_ratio_at_one_grid_value(arm, reference, text):
 def test_never_and_diverged_are_words(examples):
     columns = {column.header: column.cells for column in tuning_columns(examples["two arms"])}
     assert columns["lr 0.03"][0] == Cell("never 0/3")
-    assert columns["lr 3"][1] == Cell("diverged", "< 0.349x")
+    assert columns["lr 3"][1] == Cell("diverged", "> 2.86x more")
 
 
 def test_the_longest_field_goes_across_and_the_others_down(examples):
