@@ -7,7 +7,8 @@ while a batch is fetched belongs there whole. What is left is `gaps`: on a CPU t
 operators, on a GPU the time in which the device is idle.
 
 A fused norm runs its ReLU and its residual add itself: they are normalization in its row, and activation and other in
-native's. The count of batches that a native norm keeps is other. What torch.compile fused is other.
+native's. The count of batches that a native norm keeps is other. What torch.compile fused is other. The loss of a
+small net is few operators, but on cores that other programs use its threads wait for each other, for most of the step.
 
 A profiled step takes up to twice as long as a plain one, because each event costs time. Of a CPU all classes are
 therefore scaled alike, so that they sum to the median step, which was measured without; steps of many small operators
@@ -68,6 +69,8 @@ def class_of(name: str) -> str | None:
         return "activation"
     if operator.removeprefix("mkldnn_") in PRODUCTS or re.search(r"conv(olution|_|\d|$)", operator):
         return "convolution, linear"
+    if re.search("log_softmax|cross_entropy|_loss", operator):
+        return "loss"
     return None
 
 

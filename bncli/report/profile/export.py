@@ -45,6 +45,7 @@ from bncli.results.profile import (
 )
 from bncli.results.serialize import to_plain
 
+QUARTILES = ("lower_quartile_ms", "median_ms", "upper_quartile_ms")  # in JSON beside samples_ms, for other readers
 KINDS: dict[str, type[KernelProfile] | type[StepProfile]] = {"kernels": KernelProfile, "step": StepProfile}
 
 
@@ -52,9 +53,9 @@ KINDS: dict[str, type[KernelProfile] | type[StepProfile]] = {"kernels": KernelPr
 
 
 def to_json(result: Profile, gate: Gate | None = None) -> str:
-    """The whole profile with its raw samples and its kind, and a comparison with a baseline, whose rows have names."""
+    """The whole profile with its kind, its raw samples and their quartiles, and a comparison with a baseline."""
     kind = next(name for name, each in KINDS.items() if isinstance(result, each))
-    plain = {"format_version": PROFILE_VERSION, "kind": kind, **to_plain(result)}
+    plain = {"format_version": PROFILE_VERSION, "kind": kind, **_with_quartiles(to_plain(result))}
     if gate is not None:
         plain["gate"] = {
             "regressed": gate.regressed,
@@ -75,6 +76,7 @@ def load(path: Path) -> Profile:
 def _from_json(text: str) -> Profile:
     plain = files.json_object(text, "profile", (1, PROFILE_VERSION), list(KINDS))
     plain.pop("gate", None)
+    plain["rows"] = _with_quartiles(plain.get("rows"), keep=False)
     kind = KINDS[plain.pop("kind")]
     if plain["format_version"] == 1:
         _drop_sentences(plain)
@@ -82,6 +84,17 @@ def _from_json(text: str) -> Profile:
     if wrong := [row for row in found.rows if row.faster is not None and not _sound(row.faster)]:
         raise FileError(f"has a ratio that is no positive number (of kernel {wrong[0].kernel}); measure again")
     return found
+
+
+def _with_quartiles(plain: Any, keep: bool = True) -> Any:
+    """Plain data with the quartiles beside all samples that they hold, or without them."""
+    if isinstance(plain, list):
+        return [_with_quartiles(each, keep) for each in plain]
+    if not isinstance(plain, dict):
+        return plain
+    found = quartiles(plain.get("samples_ms") or ()) if keep else None
+    inside = {key: _with_quartiles(value, keep) for key, value in plain.items() if key not in QUARTILES}
+    return inside | dict(zip(QUARTILES, found or (), strict=False))
 
 
 def _drop_sentences(plain: dict[str, Any]) -> None:

@@ -39,9 +39,8 @@ KEY = (
     "where they would overlap; the exact intensity is written below."
 )
 # Normalization stands out; what remains is grey.
-CLASS_COLOURS = dict(
-    zip(STEP_CLASSES, (COLOURS[1], COLOURS[0], COLOURS[4], COLOURS[2], COLOURS[3], "#b5b5b5", "#e3e3e3"), strict=True)
-)
+_SHADES = (*(COLOURS[k] for k in (1, 0, 4, 5, 2, 3)), "#b5b5b5", "#e3e3e3")
+CLASS_COLOURS = dict(zip(STEP_CLASSES, _SHADES, strict=True))
 SMALL: dict[str, Any] = {"fontsize": 8, "textcoords": "offset points"}
 
 

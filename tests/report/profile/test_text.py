@@ -188,9 +188,9 @@ REMARKS = (
         "estimate the statistics again",
     ),
     (
-        remark("bias without effect", source="0", parameters=8),
-        "the bias of 0 |8 unused parameters",
-        "bias=False in 0: ",
+        replace(remark("bias without effect", source="0", parameters=8), source_class="Conv2d"),
+        "the bias of layer 0 (Conv2d) |8 unused parameters",
+        "bias=False in layer 0 (Conv2d): ",
     ),
     (remark("last batch of one", raises=1.0), "1 example: torch raises in training", "drop_last=True"),
     (remark("last batch of one", raises=0.0), "1 example: its statistics are those of one example", "drop_last=True"),
@@ -209,6 +209,9 @@ def test_a_remark_names_the_first_layer_and_how_many_more() -> None:
     for layer, more, words in (
         ("blocks.0.norm", 0, "blocks.0.norm"),
         ("blocks.0.norm", 3, "blocks.0.norm and 3 more"),
+        ("1", 2, "layer 1 (BatchNorm2d) and 2 more"),
+        ("features.1", 0, "layer features.1 (BatchNorm2d)"),
         ("", 0, "(the model)"),
     ):
-        assert remark_words(replace(remark("one value"), layer=layer, more_layers=more)).layer == words
+        made = replace(remark("one value"), layer=layer, more_layers=more, layer_class="BatchNorm2d")
+        assert remark_words(made).layer == words
