@@ -155,6 +155,7 @@ NoteKind = Literal[
     "memory unknown",  # kernel, reason
     "norms not watched",  # reason
     "not folded",  # reason
+    "layers not traced",  # torch.compile merged them
     "norms watched",  # for `count` training steps; `of`: those after which running statistics are judged
 ]
 

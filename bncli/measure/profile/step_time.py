@@ -18,14 +18,17 @@ median less them, and only where they are more than the median (kernels side by 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bncli.engine.device import synchronize
@@ -42,6 +45,8 @@ ACTIVATIONS = {
 }
 PRODUCTS = {"addbmm", "addmm", "addmv", "baddbmm", "bilinear", "bmm", "einsum", "linear", "matmul", "mm", "mv"}
 WHOLE = ("optimizer", "data")  # whatever runs inside
+# Names of autograd's nodes in a trace, and its finest step of time in microseconds, by which a range is wider.
+NODE, ACCUMULATION, LEAST_US = "autograd::engine::evaluate_function: ", "AccumulateGrad", 0.001
 
 
 class Event(Protocol):
@@ -146,15 +151,87 @@ def recorded(runs: Mapping[str, Callable[[], object]], times: int, device: torch
     return found
 
 
-def write_trace(path: Path, runs: Mapping[str, Callable[[], object]], device: torch.device) -> None:
+# --- the trace ----------------------------------------------------------------------------------------------------
+
+
+def write_trace(
+    path: Path, runs: Mapping[str, Callable[[], object]], device: torch.device, models: Iterable[nn.Module] = ()
+) -> None:
     """Write the Chrome trace of one of each run, one after the other in one file (chrome://tracing, Perfetto).
 
-    Raises UsageError where the file cannot be written.
+    The layers of `models` have ranges of their names there, forward and backward, as `has_layer_names` says. Raises
+    UsageError where the file cannot be written.
     """
-    found = recorded(runs, 1, device)
+    with _layer_ranges(filter(has_layer_names, models)) as names:
+        found = recorded(runs, 1, device)
     try:
         path.touch()
         found.export_chrome_trace(str(path))
+        trace = json.loads(path.read_text(encoding="utf-8"))
+        trace["traceEvents"] += backward_ranges(trace["traceEvents"], names)
+        path.write_text(json.dumps(trace, separators=(",", ":")), encoding="utf-8")
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"cannot be written: {reason}", field="trace", value=path) from error
+
+
+def has_layer_names(model: nn.Module) -> bool:
+    """Whether a trace can name its layers: those that torch.compile merged do not run one by one."""
+    return not any(part._compiled_call_impl or "_orig_mod" in part._modules for part in model.modules())
+
+
+@contextlib.contextmanager
+def _layer_ranges(models: Iterable[nn.Module]) -> Iterator[set[str]]:
+    """While inside, the forward of each module runs in a range of its name and class; yields the ranges' names."""
+    running: list[record_function] = []
+    names, handles = set(), []
+
+    def enter(name: str, module: nn.Module, args: Any) -> None:
+        running.append(record_function(name))
+        running[-1].__enter__()
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        running.pop().__exit__(None, None, None)
+
+    for path, module in ((path, module) for model in models for path, module in model.named_modules()):
+        name = f"{path} ({type(module).__name__})" if path else type(module).__name__
+        names.add(name)
+        handles.append(module.register_forward_pre_hook(functools.partial(enter, name)))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield names
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def backward_ranges(events: Iterable[dict[str, Any]], names: Collection[str]) -> list[dict[str, Any]]:
+    """For each layer's nodes of the backward pass that run in a row a range around them, `NAME, backward`.
+
+    A node has the sequence number of the operator that made it, which ran inside the layer's forward range. So no
+    backward hooks are needed, which change the graph and refuse operations in place. The sums of a layer's gradients,
+    which have no such number, follow its last node.
+    """
+    timed = [event for event in events if event.get("ph") == "X" and event.get("cat") in ("cpu_op", "user_annotation")]
+    timed.sort(key=lambda event: (str(event["tid"]), event["ts"], -event["dur"]))
+    layer_of: dict[int, str] = {}
+    around: list[dict[str, Any]] = []  # the forward ranges of layers that an event is inside of
+    found: list[dict[str, Any]] = []
+    last = None  # the layer of the node before
+    for event in timed:
+        number, end = event.get("args", {}).get("Sequence number"), event["ts"] + event["dur"]
+        around = [each for each in around if each["tid"] == event["tid"] and each["ts"] + each["dur"] >= end]
+        if event["name"] in names:
+            around.append(event)
+        elif event["name"].startswith(NODE):
+            layer = last if event["name"].endswith(ACCUMULATION) else layer_of.get(number)
+            if layer and layer == last:
+                found[-1]["dur"] = end + LEAST_US - found[-1]["ts"]
+            elif layer:
+                times = {"ts": event["ts"] - LEAST_US, "dur": event["dur"] + 2 * LEAST_US}
+                place = {key: event[key] for key in ("ph", "pid", "tid")}
+                found.append({"name": f"{layer}, backward", "cat": "user_annotation", **place, **times})
+            last = layer
+        elif around and number is not None:  # of operators that make no node, the number is that of the next that does
+            layer_of[number] = around[-1]["name"]
+    return found

@@ -207,6 +207,8 @@ def _note_words(note: Note) -> str:
             return f"{note.arm}: the norm layers could not be observed: {note.reason}"
         case "not folded":
             return f"{note.arm}: evaluation is not shown with the batch norms folded: {note.reason}"
+        case "layers not traced":
+            return f"{note.arm} is compiled: the trace cannot name its layers"
         case "norms watched":
             judged = f"; running statistics are judged after {note.of}" if (note.count or 0) < (note.of or 0) else ""
             return f"{note.arm}: the norm layers were observed for {count(note.count or 0, 'training step')}{judged}"

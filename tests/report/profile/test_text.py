@@ -69,6 +69,7 @@ NOTES = {
     Note("host bound", count=3, of=40): "waited for the host in 3 of 40 samples",
     Note("same work", arm="plain", others=("faster", "other start")): "plain also represents faster, other start",
     Note("model compiled", arm="plain"): "plain is compiled|counts as other",
+    Note("layers not traced", arm="plain"): "plain is compiled: the trace cannot name its layers",
     Note("random data", arm="mine:make"): "mine:make is trained on random inputs",
     Note("memory unknown", "fused", arm="plain", reason="exit code -9"): "plain, fused: memory unknown: exit code -9",
     Note("memory unknown", arm="plain", reason="x"): "plain, no kernel: memory unknown: x",
