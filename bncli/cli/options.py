@@ -25,7 +25,15 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and er
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Csv = Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of a table.")]
-Plot = Annotated[Path | None, typer.Option(metavar="FILE.svg|png", help="Draw it to a file (needs bncli[plot]).")]
+Latex = Annotated[bool, typer.Option("--latex", help="Print LaTeX tables instead of a table.")]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE.svg|png|pdf", help="Draw it to a file (needs bncli[plot]).")]
+PlotWidth = Annotated[
+    float | None,
+    typer.Option(
+        min=3, max=40, metavar="INCHES", help="Width of --plot; a paper's column has about 3.3.", show_default=False
+    ),
+]
+NoCaption = Annotated[bool, typer.Option("--no-caption", help="Omit title and caption of --plot, for a paper.")]
 Html = Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a self-contained report.")]
 Threads = Annotated[
     int | None,

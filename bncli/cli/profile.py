@@ -20,11 +20,26 @@ from bncli.cli.console import (
     log,
     print_result,
 )
-from bncli.cli.options import AllowCode, ArmName, Csv, Device, Json, Markdown, Plot, Quiet, Set, Threads
+from bncli.cli.options import (
+    AllowCode,
+    ArmName,
+    Csv,
+    Device,
+    Json,
+    Latex,
+    Markdown,
+    NoCaption,
+    Plot,
+    PlotWidth,
+    Quiet,
+    Set,
+    Threads,
+)
 from bncli.cli.output import Output, chosen_form
 from bncli.errors import CHECK_FAILED, CODE_OF_YOURS, INTERRUPTED, UNAVAILABLE, UsageError
 from bncli.measure.profile.shapes import SETS
 from bncli.names import PROFILE_KERNELS, RECIPE_KERNELS, check_kernel
+from bncli.report.figure import FigureStyle
 from bncli.results.environment import FEWEST_ROUNDS
 
 if TYPE_CHECKING:
@@ -121,12 +136,15 @@ def profile(
         ),
     ] = FEWEST_ROUNDS,
     plot: Plot = None,
+    plot_width: PlotWidth = None,
+    no_caption: NoCaption = False,
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Write a Chrome trace of one training step per kernel.")
     ] = None,
     json: Json = False,
     csv: Csv = False,
     markdown: Markdown = False,
+    latex: Latex = False,
     baseline: Annotated[
         Path | None,
         typer.Option(metavar="FILE.json", help="Compare with a saved --json profile; exit 1 on a regression."),
@@ -153,7 +171,11 @@ def profile(
     if idle := given_options(context, *(KERNEL_VIEW if of_steps else STEP_VIEW)):
         view = "the kernel view: omit the recipe or --model" if of_steps else "the step view: give a recipe"
         raise UsageError(f"{idle} {'belong' if ',' in idle else 'belongs'} to {view}")
-    output = Output(chosen_form(json=json, csv=csv, markdown=markdown), plot, quiet=quiet)
+    form, style = (
+        chosen_form(json=json, csv=csv, markdown=markdown, latex=latex),
+        FigureStyle(plot_width, not no_caption),
+    )
+    output = Output(form, plot, quiet=quiet, style=style)
     _check_times(seconds, quick, min_rounds, baseline)
     _check_gate(context, output.form, baseline, fail_above)
     asked = _Asked(
@@ -290,6 +312,7 @@ def _finish(
         "json": lambda found: export.to_json(found, gate),
         "csv": export.to_csv,
         "markdown": lambda found: export.to_markdown(found, gate),
+        "latex": export.to_latex,
     }
     asked.output.show(result, forms)
     if gate is not None and asked.output.form == "table":
@@ -354,8 +377,8 @@ def _check_gate(context: typer.Context, form: str, baseline: Path | None, fail_a
     check_fail_above(fail_above)
     if baseline is None and (idle := given_options(context, "fail_above", "strict")):
         raise UsageError(f"{idle}: without --baseline FILE.json nothing is compared; give one")
-    if form == "csv" and baseline:
-        raise UsageError("--csv with --baseline: the verdicts have no place in the CSV; use --json or --markdown")
+    if form in ("csv", "latex") and baseline:
+        raise UsageError(f"--{form} with --baseline: it has no place for the verdicts; use --json or --markdown")
 
 
 def _checked_baseline(asked: _Asked, view: type[Profile]) -> Profile | None:

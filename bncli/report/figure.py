@@ -1,4 +1,4 @@
-"""Style and saving of figures: colours, fonts, SVG and PNG files. matplotlib is loaded only when a figure is drawn.
+"""Style and saving of figures: colours, fonts, captions, files. matplotlib is loaded only when a figure is drawn.
 
 The same result gives the same bytes: no date, fixed identifiers, a font that comes with matplotlib.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +20,10 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, distinguishable with any colour vision; then black, and further curves get line styles.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#1b1b1b")
+LINES = ("-", "--", "-.", ":")
 INK = "#1b1b1b"  # text and axes; a web page can replace it by its own colour
 PALE = "#8a8a8a"  # what is not data: readable on white and on black
+NARROW = 6.0  # inches: below that, panels stand below each other
 MISSING = 'plots need matplotlib, which is not installed; install it with: pip install "bncli[plot]"'
 STYLE: Any = {
     "axes.edgecolor": INK,
@@ -30,27 +34,48 @@ STYLE: Any = {
     "axes.titlesize": 10,
     "font.family": "DejaVu Sans",
     "font.size": 9,
+    "pdf.fonttype": 42,  # TrueType: text stays text, as publishers want it
     "svg.hashsalt": "bncli",
     "text.color": INK,
     "xtick.color": INK,
     "ytick.color": INK,
 }
+METADATA: dict[str, dict[str, Any]] = {
+    "svg": {"Date": None},
+    "png": {"Software": None},
+    "pdf": {"CreationDate": None},
+}
+
+
+@dataclass(frozen=True)
+class FigureStyle:
+    """How a figure is laid out.
+
+    width_inches: None for the figure's own width. caption: whether it has its title and caption, which a paper sets
+    itself.
+    """
+
+    width_inches: float | None = None
+    caption: bool = True
+
+
+DEFAULT_STYLE = FigureStyle()
 
 
 def check_path(path: Path) -> str:
-    """The kind of figure that a file's name asks for: "svg" or "png".
+    """The kind of figure that a file's name asks for: "svg", "png" or "pdf".
 
     Raises FileError for another suffix or without matplotlib, so it also serves as a check before any work.
     """
-    if path.suffix.lower() not in (".svg", ".png"):
-        raise FileError(f"{path}: a plot's file name must end in .svg or .png")
+    if path.suffix.lower().lstrip(".") not in METADATA:
+        raise FileError(f"{path}: a plot's file name must end in .svg, .png or .pdf")
     if importlib.util.find_spec("matplotlib") is None:
         raise FileError(MISSING)
     return path.suffix.lower().lstrip(".")
 
 
 def rendered(draw: Callable[[Figure], None], kind: str, dpi: int, transparent: bool = False) -> bytes:
-    """The bytes of an "svg" or "png" file with what `draw` puts on an empty figure. Raises FileError."""
+    """The bytes of a file of that kind with what `draw` puts on an empty figure. Raises FileError."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -62,6 +87,22 @@ def rendered(draw: Callable[[Figure], None], kind: str, dpi: int, transparent: b
         figure = Figure(layout="constrained")
         draw(figure)
         file = io.BytesIO()
-        metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
-        figure.savefig(file, format=kind, dpi=dpi, metadata=metadata, transparent=transparent)
+        figure.savefig(file, format=kind, dpi=dpi, metadata=METADATA[kind], transparent=transparent)
     return file.getvalue()
+
+
+def line_style(index: int) -> dict[str, Any]:
+    """The line of an arm or another series, by its place."""
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index // len(COLOURS) % len(LINES)]}
+
+
+def write_caption(figure: Figure, style: FigureStyle, title: str, *notes: str) -> None:
+    """Title above and notes below, wrapped to the figure's width, which is set before. Each note begins a line."""
+    if not style.caption:
+        return
+    width = figure.get_figwidth()
+    words: dict[str, Any] = {"ha": "left", "x": 0.008, "parse_math": False}
+    size = 12 if width > NARROW else 10
+    figure.suptitle(textwrap.fill(title, int(102 * width / size)), fontsize=size, fontweight="bold", **words)
+    lines = [line for note in notes for line in textwrap.wrap(note, int(15.5 * width))]
+    figure.supxlabel("\n".join(lines), fontsize=8, **words)

@@ -18,7 +18,17 @@ from bncli.report.compare.text import (
     targets_in_order,
     title,
 )
-from bncli.report.figure import COLOURS, INK, PALE, check_path, rendered
+from bncli.report.figure import (
+    COLOURS,
+    DEFAULT_STYLE,
+    INK,
+    PALE,
+    FigureStyle,
+    check_path,
+    line_style,
+    rendered,
+    write_caption,
+)
 from bncli.report.files import write_atomically
 from bncli.report.text import Cell, setting
 from bncli.results.compare import ArmSummary, Comparison
@@ -29,21 +39,20 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-LINES = ("-", "--", "-.", ":")
 TARGETS_HEIGHT = 2.4  # inches: the panel with the ratio by target, where there are several
 
 
-def plot(comparison: Comparison, path: Path) -> None:
-    """Write the figure to `path`, an .svg or a .png. Raises FileError for another suffix or without matplotlib."""
-    write_atomically(path, render(comparison, check_path(path)))
+def plot(comparison: Comparison, path: Path, style: FigureStyle = DEFAULT_STYLE) -> None:
+    """Write the figure to `path`. Raises FileError for an unknown suffix or without matplotlib."""
+    write_atomically(path, render(comparison, check_path(path), style=style))
 
 
-def render(comparison: Comparison, kind: str, transparent: bool = False) -> bytes:
-    """The figure as the bytes of a "svg" or "png" file. Raises FileError without matplotlib."""
-    return rendered(lambda figure: draw(figure, comparison), kind, 160, transparent)
+def render(comparison: Comparison, kind: str, transparent: bool = False, style: FigureStyle = DEFAULT_STYLE) -> bytes:
+    """The figure as the bytes of a file of that kind. Raises FileError without matplotlib."""
+    return rendered(lambda figure: draw(figure, comparison, style), kind, 160, transparent)
 
 
-def draw(figure: Figure, comparison: Comparison) -> None:
+def draw(figure: Figure, comparison: Comparison, style: FigureStyle = DEFAULT_STYLE) -> None:
     """Put the curves, the runs and, with several targets, the ratios by target on an empty figure."""
     lines = sum(max(2.6, math.ceil(len(arm.arm) / 18)) for arm in comparison.arms)
     height = max(4.2, 1.6 + 0.19 * lines)
@@ -57,10 +66,7 @@ def draw(figure: Figure, comparison: Comparison) -> None:
     else:
         figure.set_size_inches(11, height)
         left, right = figure.subplots(1, 2)
-    words: dict[str, Any] = {"ha": "left", "x": 0.008, "parse_math": False}
-    figure.suptitle(title(comparison), fontsize=12, fontweight="bold", **words)
-    notes = "\n".join(textwrap.wrap(f"{subtitle(comparison.plan)}. {_key(comparison)}", 170))
-    figure.supxlabel(notes, fontsize=8, **words)
+    write_caption(figure, style, title(comparison), f"{subtitle(comparison.plan)}. {_key(comparison)}")
     _curves(left, comparison)
     _steps(right, comparison)
 
@@ -85,8 +91,8 @@ def _targets(axes: Axes, comparison: Comparison) -> None:
         ]
         if points:
             places, values, low, high = zip(*points, strict=True)
-            axes.plot(places, values, marker="o", ms=4, **style(index))
-            axes.vlines(places, low, high, color=style(index)["color"], linewidth=1)
+            axes.plot(places, values, marker="o", ms=4, **line_style(index))
+            axes.vlines(places, low, high, color=line_style(index)["color"], linewidth=1)
     axes.axhline(1, color=PALE, linestyle=(0, (5, 4)), linewidth=1, zorder=1)
     if comparison.plan.target.metric == "loss":
         axes.invert_xaxis()
@@ -106,11 +112,6 @@ def _key(comparison: Comparison) -> str:
     return " ".join(parts)
 
 
-def style(index: int) -> dict[str, Any]:
-    """The line of an arm, by its place in the comparison."""
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index // len(COLOURS) % len(LINES)]}
-
-
 # --- left: curves -------------------------------------------------------------------------------------------------
 
 
@@ -126,8 +127,8 @@ def _curves(axes: Axes, comparison: Comparison) -> None:
     axes.axhline(target.value, color=PALE, linestyle=(0, (5, 4)), linewidth=1, zorder=1)
     for index, points in curves.items():
         steps, medians, lows, highs = zip(*points, strict=True)
-        axes.fill_between(steps, lows, highs, color=style(index)["color"], alpha=0.18, linewidth=0)
-        axes.plot(steps, medians, linewidth=1.5, **style(index))
+        axes.fill_between(steps, lows, highs, color=line_style(index)["color"], alpha=0.18, linewidth=0)
+        axes.plot(steps, medians, linewidth=1.5, **line_style(index))
     ends = [step for points in curves.values() for step in (points[0][0], points[-1][0])]
     axes.set_xscale("log")
     axes.set_xlim(min(ends), max(*ends, 1.5 * min(ends)) * 1.1)

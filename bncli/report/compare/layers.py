@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import quantiles
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bncli.report.compare.figure import plain_numbers, plain_ticks, style
-from bncli.report.figure import INK, PALE, check_path, rendered
+from bncli.report.compare.figure import plain_numbers, plain_ticks
+from bncli.report.figure import DEFAULT_STYLE, INK, PALE, FigureStyle, check_path, line_style, rendered, write_caption
 from bncli.report.files import write_atomically
 from bncli.report.text import count
 from bncli.report.train import rows_of
@@ -57,19 +57,19 @@ def has_layers(comparison: Comparison) -> bool:
     return bool(_columns(arms) and _rows(arms))
 
 
-def plot(comparison: Comparison, path: Path) -> Path:
-    """Write the figure beside `path`, as NAME-layers.svg or .png, and return where it is. Raises FileError."""
+def plot(comparison: Comparison, path: Path, style: FigureStyle = DEFAULT_STYLE) -> Path:
+    """Write the figure beside `path`, as NAME-layers with its suffix, and return where it is. Raises FileError."""
     beside = path.with_name(f"{path.stem}-layers{path.suffix}")
-    write_atomically(beside, render(comparison, check_path(path)))
+    write_atomically(beside, render(comparison, check_path(path), style=style))
     return beside
 
 
-def render(comparison: Comparison, kind: str, transparent: bool = False) -> bytes:
-    """The figure as the bytes of a "svg" or "png" file. Raises FileError without matplotlib."""
-    return rendered(lambda figure: draw(figure, comparison), kind, 160, transparent)
+def render(comparison: Comparison, kind: str, transparent: bool = False, style: FigureStyle = DEFAULT_STYLE) -> bytes:
+    """The figure as the bytes of a file of that kind. Raises FileError without matplotlib."""
+    return rendered(lambda figure: draw(figure, comparison, style), kind, 160, transparent)
 
 
-def draw(figure: Figure, comparison: Comparison) -> None:
+def draw(figure: Figure, comparison: Comparison, style: FigureStyle = DEFAULT_STYLE) -> None:
     """Put a row of panels for each layer on an empty figure: percentiles of inputs, saturation, gradients, shift."""
     arms = _arms(comparison)
     rows, columns = _rows(arms), _columns(arms)
@@ -82,15 +82,13 @@ def draw(figure: Figure, comparison: Comparison) -> None:
         above, below = parts
         _legend(above, arms)
     panels = below.subplots(len(rows), len(columns), sharex=True, squeeze=False)
-    words: dict[str, Any] = {"ha": "left", "x": 0.008, "parse_math": False}
-    figure.suptitle(f"{comparison.plan.name}: inside the layers", fontsize=12, fontweight="bold", **words)
-    figure.supxlabel("\n".join(textwrap.wrap(_key(columns, arms, rows), 170)), fontsize=8, **words)
+    write_caption(figure, style, f"{comparison.plan.name}: inside the layers", _key(columns, arms, rows))
     for at, (row, layers) in enumerate(rows.items()):
         drawn = [_drawn(panel, column, layers) for panel, column in zip(panels[at], columns, strict=True)]
         _share_range([panel for panel, column in zip(drawn, columns, strict=True) if panel and column.arm])
         panels[at][0].set_ylabel(row, fontweight="bold", parse_math=False)
     for column, (top, *_), each in zip(columns, panels.T[:, :1], panels.T, strict=True):
-        colour = INK if column.arm is None else style(column.arm.place)["color"]
+        colour = INK if column.arm is None else line_style(column.arm.place)["color"]
         lines = textwrap.wrap(column.title, 120 // len(columns))
         top.set_title("\n".join(lines), fontsize=9, color=colour, parse_math=False)
         lowest = [panel for panel in each if panel.lines][-1]
@@ -171,7 +169,7 @@ def _percentiles(axes: Axes, arm: Arm, layers: set[str]) -> None:
     if not found:
         return
     steps, low, middle, high = zip(*found, strict=True)
-    colour = style(arm.place)["color"]
+    colour = line_style(arm.place)["color"]
     axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
     for values, width in ((low, 0.9), (middle, 1.6), (high, 0.9)):
         axes.plot(steps, values, color=colour, linewidth=width)
@@ -191,8 +189,8 @@ def _curves(axes: Axes, column: Column, layers: set[str]) -> None:
                 quantiles(at[step], n=4, method="inclusive") if len(at[step]) > 1 else at[step] * 3 for step in steps
             ]
             lows, middles, highs = zip(*parts, strict=True)
-            axes.fill_between(steps, lows, highs, color=style(arm.place)["color"], alpha=0.18, linewidth=0)
-            axes.plot(steps, middles, linewidth=1.4, **style(arm.place))
+            axes.fill_between(steps, lows, highs, color=line_style(arm.place)["color"], alpha=0.18, linewidth=0)
+            axes.plot(steps, middles, linewidth=1.4, **line_style(arm.place))
     if axes.lines and column.log:
         axes.set_yscale("log")
         plain_numbers(axes.yaxis, *axes.get_ylim())
@@ -226,7 +224,7 @@ def _key(columns: Sequence[Column], arms: Sequence[Arm], rows: Collection[str]) 
 def _legend(figure: SubFigure, arms: Sequence[Arm]) -> None:
     from matplotlib.lines import Line2D
 
-    lines = [Line2D([], [], linewidth=2, **style(arm.place)) for arm in arms]
+    lines = [Line2D([], [], linewidth=2, **line_style(arm.place)) for arm in arms]
     names = [arm.name for arm in arms]
     shown = figure.legend(lines, names, loc="upper left", ncols=ARMS_PER_LINE, frameon=False, fontsize=9)
     for text in shown.get_texts():

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bncli.report.figure import COLOURS, INK, PALE, check_path, rendered
+from bncli.report.figure import COLOURS, DEFAULT_STYLE, INK, PALE, FigureStyle, check_path, rendered, write_caption
 from bncli.report.files import write_atomically
 from bncli.report.profile.text import cache_words, case_groups, gb_per_s, grouped, quartiles, shape_words, size_words
 from bncli.report.text import count, figure
@@ -44,28 +43,26 @@ CLASS_COLOURS = dict(zip(STEP_CLASSES, _SHADES, strict=True))
 SMALL: dict[str, Any] = {"fontsize": 8, "textcoords": "offset points"}
 
 
-def draw(profile: Profile, path: Path) -> list[Path]:
-    """Write the figure to `path`, an .svg or a .png. Raises FileError for another suffix or without matplotlib."""
+def draw(profile: Profile, path: Path, style: FigureStyle = DEFAULT_STYLE) -> list[Path]:
+    """Write the figure to `path`. Raises FileError for an unknown suffix or without matplotlib."""
     kind = check_path(path)
-    write_atomically(path, rendered(lambda picture: compose(picture, profile), kind, 130))
+    write_atomically(path, rendered(lambda picture: compose(picture, profile, style), kind, 130))
     return [path]
 
 
-def compose(picture: Figure, profile: Profile) -> None:
+def compose(picture: Figure, profile: Profile, style: FigureStyle = DEFAULT_STYLE) -> None:
     """Draw the profile on an empty figure."""
-    drawn = _kernels(picture, profile) if isinstance(profile, KernelProfile) else _steps(picture, profile)
+    drawn = _kernels(picture, profile, style) if isinstance(profile, KernelProfile) else _steps(picture, profile, style)
     if not drawn:
         picture.set_size_inches(WIDTH, 2)
         picture.text(0.5, 0.5, "nothing was measured", ha="center", color=PALE)
 
 
-def _title(picture: Figure, title: str, profile: Profile, *more: str, key: str = "") -> None:
-    style: dict[str, Any] = {"ha": "left", "x": 0.008, "parse_math": False}
-    picture.suptitle(title, fontsize=12, fontweight="bold", **style)
+def _title(picture: Figure, style: FigureStyle, title: str, profile: Profile, *more: str, key: str = "") -> None:
     made = profile.environment
     machine = [f"{made.device} ({made.processor})", count(made.threads, "thread")]
     words = "; ".join([*machine, *more, f"torch {made.torch}", made.date[:10]])
-    picture.supxlabel("\n".join(filter(None, [*textwrap.wrap(words, 170), key])), fontsize=8, **style)
+    write_caption(picture, style, title, words, key)
 
 
 def _legend(picture: Figure, colours: Mapping[str, str], *lines: str, **style: Any) -> None:
@@ -90,12 +87,12 @@ def _bar_axes(axes: Axes, places: Sequence[float], names: Iterable[str], **style
 # --- kernels ------------------------------------------------------------------------------------------------------
 
 
-def _kernels(picture: Figure, profile: KernelProfile) -> bool:
+def _kernels(picture: Figure, profile: KernelProfile, style: FigureStyle) -> bool:
     """False where no row was timed, and nothing is drawn."""
     timed = [row for row in profile.rows if gb_per_s(row.both)]
     dtypes = ", ".join(dict.fromkeys(row.case.dtype for row in profile.rows))
     more = [*filter(None, [dtypes]), cache_words(profile.cold)]
-    _title(picture, "Batch norm kernels and the machine's limits", profile, *more, key=KEY * bool(timed))
+    _title(picture, style, "Batch norm kernels and the machine's limits", profile, *more, key=KEY * bool(timed))
     if not timed:
         return False
     colours = dict(zip(dict.fromkeys(row.kernel for row in profile.rows), itertools.cycle(COLOURS), strict=False))
@@ -309,12 +306,12 @@ def _plain_ticks(axes: Axes) -> None:
 # --- steps --------------------------------------------------------------------------------------------------------
 
 
-def _steps(picture: Figure, profile: StepProfile) -> bool:
+def _steps(picture: Figure, profile: StepProfile, style: FigureStyle) -> bool:
     """A bar for each row that was timed, as long as its median step. False where there is none."""
     timed = [row for row in profile.rows if row.samples_ms]
     arms = grouped(timed, lambda row: row.arm, lambda row: row.mode)
     rows = [row for members in arms.values() for row in members]
-    _title(picture, f"{profile.name}: where the time of a step goes", profile)
+    _title(picture, style, f"{profile.name}: where the time of a step goes", profile)
     if not rows:
         return False
     heights = [place + 0.4 * list(arms).index(row.arm) for place, row in enumerate(rows)]  # with a gap between arms

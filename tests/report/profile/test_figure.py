@@ -96,10 +96,10 @@ def test_the_figure_names_kernels_operations_ceilings_and_machine(tmp_path: Path
 def test_a_png_is_written_for_its_suffix_and_another_is_refused(tmp_path: Path) -> None:
     draw(step_profile(), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(BncliError, match=r"\.svg or \.png") as refused:
-        draw(one_case(), tmp_path / "a.pdf")
+    with pytest.raises(BncliError, match=r"\.svg, \.png or \.pdf") as refused:
+        draw(one_case(), tmp_path / "a.eps")
     assert refused.value.exit_code == USAGE
-    assert not (tmp_path / "a.pdf").exists()
+    assert not (tmp_path / "a.eps").exists()
 
 
 # --- bars ---------------------------------------------------------------------------------------------------------
