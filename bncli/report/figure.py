@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from bncli.errors import FileError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, distinguishable with any colour vision; then black, and further curves get line styles.
@@ -106,3 +109,23 @@ def write_caption(figure: Figure, style: FigureStyle, title: str, *notes: str) -
     figure.suptitle(textwrap.fill(title, int(102 * width / size)), fontsize=size, fontweight="bold", **words)
     lines = [line for note in notes for line in textwrap.wrap(note, int(15.5 * width))]
     figure.supxlabel("\n".join(lines), fontsize=8, **words)
+
+
+def plain_ticks(axes: Axes, finest: int = 3) -> None:
+    """Round numbers of steps on a logarithmic axis; see `plain_numbers`."""
+    plain_numbers(axes.xaxis, *axes.get_xlim(), finest)
+
+
+def plain_numbers(axis: Axis, low: float, high: float, finest: int = 3) -> None:
+    """Round numbers on a logarithmic axis, not powers: at most `finest` in a decade, or as many as give two numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    decades = math.log10(high / low)
+    least = min(finest, 3 if decades < 2.2 else 2 if decades < 4.5 else 1)
+    finer = [(1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), tuple(map(float, range(1, 10)))][least - 1 :]
+    powers = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+    two = (each for each in finer if sum(low <= k * power <= high for k in each for power in powers) > 1)
+    factors = next(two, finer[-1])
+    axis.set_major_locator(LogLocator(subs=factors))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

@@ -23,7 +23,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,8 +45,8 @@ ACTIVATIONS = {
 }
 PRODUCTS = {"addbmm", "addmm", "addmv", "baddbmm", "bilinear", "bmm", "einsum", "linear", "matmul", "mm", "mv"}
 WHOLE = ("optimizer", "data")  # whatever runs inside
-# Names of autograd's nodes in a trace, and its finest step of time in microseconds, by which a range is wider.
-NODE, ACCUMULATION, LEAST_US = "autograd::engine::evaluate_function: ", "AccumulateGrad", 0.001
+# In a trace: names of a layer's forward and of autograd's nodes, and the finest step of time in microseconds.
+LAYER, NODE, LEAST_US = "layer ", "autograd::engine::evaluate_function: ", 0.001
 
 
 class Event(Protocol):
@@ -162,13 +162,13 @@ def write_trace(
     The layers of `models` have ranges of their names there, forward and backward, as `has_layer_names` says. Raises
     UsageError where the file cannot be written.
     """
-    with _layer_ranges(filter(has_layer_names, models)) as names:
+    with _layer_ranges(filter(has_layer_names, models)):
         found = recorded(runs, 1, device)
     try:
         path.touch()
         found.export_chrome_trace(str(path))
         trace = json.loads(path.read_text(encoding="utf-8"))
-        trace["traceEvents"] += backward_ranges(trace["traceEvents"], names)
+        trace["traceEvents"] += backward_ranges(trace["traceEvents"])
         path.write_text(json.dumps(trace, separators=(",", ":")), encoding="utf-8")
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -181,31 +181,28 @@ def has_layer_names(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _layer_ranges(models: Iterable[nn.Module]) -> Iterator[set[str]]:
-    """While inside, the forward of each module runs in a range of its name and class; yields the ranges' names."""
-    running: list[record_function] = []
-    names, handles = set(), []
+def _layer_ranges(models: Iterable[nn.Module]) -> Iterator[None]:
+    """While inside, the forward of each module runs in a range of its name and class."""
+    running, handles = [], []
 
     def enter(name: str, module: nn.Module, args: Any) -> None:
         running.append(record_function(name))
         running[-1].__enter__()
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        running.pop().__exit__(None, None, None)
-
     for path, module in ((path, module) for model in models for path, module in model.named_modules()):
-        name = f"{path} ({type(module).__name__})" if path else type(module).__name__
-        names.add(name)
+        name = f"{LAYER}{path or 'all'} ({type(module).__name__})"
         handles.append(module.register_forward_pre_hook(functools.partial(enter, name)))
-        handles.append(module.register_forward_hook(leave, always_call=True))
+        handles.append(
+            module.register_forward_hook(lambda *_: running.pop().__exit__(None, None, None), always_call=True)
+        )
     try:
-        yield names
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def backward_ranges(events: Iterable[dict[str, Any]], names: Collection[str]) -> list[dict[str, Any]]:
+def backward_ranges(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each layer's nodes of the backward pass that run in a row a range around them, `NAME, backward`.
 
     A node has the sequence number of the operator that made it, which ran inside the layer's forward range. So no
@@ -221,16 +218,15 @@ def backward_ranges(events: Iterable[dict[str, Any]], names: Collection[str]) ->
     for event in timed:
         number, end = event.get("args", {}).get("Sequence number"), event["ts"] + event["dur"]
         around = [each for each in around if each["tid"] == event["tid"] and each["ts"] + each["dur"] >= end]
-        if event["name"] in names:
+        if event["name"].startswith(LAYER):
             around.append(event)
         elif event["name"].startswith(NODE):
-            layer = last if event["name"].endswith(ACCUMULATION) else layer_of.get(number)
-            if layer and layer == last:
+            layer = last if event["name"].endswith("AccumulateGrad") else layer_of.get(number)
+            if layer and layer != last:
+                found.append({**event, "name": f"{layer}, backward", "cat": "user_annotation", "args": {}})
+                found[-1]["ts"] -= LEAST_US
+            if layer:
                 found[-1]["dur"] = end + LEAST_US - found[-1]["ts"]
-            elif layer:
-                times = {"ts": event["ts"] - LEAST_US, "dur": event["dur"] + 2 * LEAST_US}
-                place = {key: event[key] for key in ("ph", "pid", "tid")}
-                found.append({"name": f"{layer}, backward", "cat": "user_annotation", **place, **times})
             last = layer
         elif around and number is not None:  # of operators that make no node, the number is that of the next that does
             layer_of[number] = around[-1]["name"]

@@ -26,6 +26,7 @@ from bncli.report.figure import (
     FigureStyle,
     check_path,
     line_style,
+    plain_ticks,
     rendered,
     write_caption,
 )
@@ -36,7 +37,6 @@ from bncli.results.train import RunResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 TARGETS_HEIGHT = 2.4  # inches: the panel with the ratio by target, where there are several
@@ -167,26 +167,6 @@ def _letter(index: int) -> str:
 def _empty(axes: Axes) -> None:
     axes.set(xticks=[], yticks=[])
     axes.text(0.5, 0.5, "no run has been evaluated yet", ha="center", transform=axes.transAxes, color=PALE)
-
-
-def plain_ticks(axes: Axes, finest: int = 3) -> None:
-    """Round numbers of steps on a logarithmic axis; see `plain_numbers`."""
-    plain_numbers(axes.xaxis, *axes.get_xlim(), finest)
-
-
-def plain_numbers(axis: Axis, low: float, high: float, finest: int = 3) -> None:
-    """Round numbers on a logarithmic axis, not powers: at most `finest` in a decade, or as many as give two numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    decades = math.log10(high / low)
-    least = min(finest, 3 if decades < 2.2 else 2 if decades < 4.5 else 1)
-    finer = [(1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), tuple(map(float, range(1, 10)))][least - 1 :]
-    powers = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
-    two = (each for each in finer if sum(low <= k * power <= high for k in each for power in powers) > 1)
-    factors = next(two, finer[-1])
-    axis.set_major_locator(LogLocator(subs=factors))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 # --- right: steps to target ---------------------------------------------------------------------------------------

@@ -202,8 +202,8 @@ def test_a_trace_names_the_layers_of_a_resnet_with_operations_in_place_forward_a
     model, ours = ResNet((1, 1), 4, 2), convert(ResNet((1, 1), 4, 2), native.batch_norm)
     names = Counter(event.get("name") for event in traced(tmp_path / "trace.json", model, ours))
     for name in ("conv1 (Conv2d)", "stages.0.bn1 (BatchNorm2d)", "stages.1.downsample.0 (Conv2d)", "fc (Linear)"):
-        assert names[name] == names[f"{name}, backward"] == 2
-    assert names["maxpool (MaxPool2d), backward"] == 2
+        assert names[f"layer {name}"] == names[f"layer {name}, backward"] == 2
+    assert names["layer maxpool (MaxPool2d), backward"] == 2
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -218,7 +218,7 @@ def test_a_layers_backward_range_holds_the_nodes_of_its_operators(tmp_path: Path
         first, last = layer["ts"], layer["ts"] + layer["dur"]
         nodes = [each for each in events if each["name"].startswith(node) and first <= each["ts"] <= last]
         assert all(each["ts"] + each["dur"] <= last for each in nodes)
-        inside[layer["name"].partition(" ")[0]] = [each["name"].removeprefix(node) for each in nodes]
+        inside[layer["name"].split()[1]] = [each["name"].removeprefix(node) for each in nodes]
     sums = "torch::autograd::AccumulateGrad"
     assert inside["0"] == ["ConvolutionBackward0", sums, sums]
     assert inside["1"] == ["NativeBatchNormBackward0", sums, sums]

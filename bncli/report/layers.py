@@ -1,4 +1,4 @@
-"""Figure of what the probes measured: a row of panels for each layer, with the arms as curves over the steps."""
+"""Figure of what the probes measured: a row of panels for each layer, with the arms, or a run, as curves over steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import quantiles
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bncli.report.compare.figure import plain_numbers, plain_ticks
+from bncli.report import figure as figures
 from bncli.report.figure import DEFAULT_STYLE, INK, PALE, FigureStyle, check_path, line_style, rendered, write_caption
 from bncli.report.files import write_atomically
 from bncli.report.text import count
@@ -34,6 +34,8 @@ DRAWN = {"inputs", *(measure for measure, *_ in CURVES)}
 
 
 class Arm(NamedTuple):
+    """An arm of a comparison, or one run by itself."""
+
     place: int  # in the comparison, for its colour
     name: str
     seeds: list[int]
@@ -51,30 +53,32 @@ class Column(NamedTuple):
     log: bool = False
 
 
-def has_layers(comparison: Comparison) -> bool:
+def has_layers(shown: Comparison | Arm) -> bool:
     """Whether there is something to draw."""
-    arms = _arms(comparison)
+    arms = _arms(shown)
     return bool(_columns(arms) and _rows(arms))
 
 
-def plot(comparison: Comparison, path: Path, style: FigureStyle = DEFAULT_STYLE) -> Path:
+def plot(shown: Comparison | Arm, path: Path, style: FigureStyle = DEFAULT_STYLE) -> Path:
     """Write the figure beside `path`, as NAME-layers with its suffix, and return where it is. Raises FileError."""
     beside = path.with_name(f"{path.stem}-layers{path.suffix}")
-    write_atomically(beside, render(comparison, check_path(path), style=style))
+    write_atomically(beside, render(shown, check_path(path), style=style))
     return beside
 
 
-def render(comparison: Comparison, kind: str, transparent: bool = False, style: FigureStyle = DEFAULT_STYLE) -> bytes:
+def render(shown: Comparison | Arm, kind: str, transparent: bool = False, style: FigureStyle = DEFAULT_STYLE) -> bytes:
     """The figure as the bytes of a file of that kind. Raises FileError without matplotlib."""
-    return rendered(lambda figure: draw(figure, comparison, style), kind, 160, transparent)
+    return rendered(lambda figure: draw(figure, shown, style), kind, 160, transparent)
 
 
-def draw(figure: Figure, comparison: Comparison, style: FigureStyle = DEFAULT_STYLE) -> None:
+def draw(figure: Figure, shown: Comparison | Arm, style: FigureStyle = DEFAULT_STYLE) -> None:
     """Put a row of panels for each layer on an empty figure: percentiles of inputs, saturation, gradients, shift."""
-    arms = _arms(comparison)
+    arms = _arms(shown)
+    name = shown.name if isinstance(shown, Arm) else shown.plan.name
     rows, columns = _rows(arms), _columns(arms)
     height = 1.25 + 1.55 * len(rows)
-    legend_height = 0.3 * math.ceil(len(arms) / ARMS_PER_LINE) if any(column.arm is None for column in columns) else 0
+    named = not isinstance(shown, Arm) and any(column.arm is None for column in columns)
+    legend_height = 0.3 * math.ceil(len(arms) / ARMS_PER_LINE) if named else 0
     figure.set_size_inches(11, height + legend_height)
     below: Figure | SubFigure = figure
     if legend_height:
@@ -82,7 +86,7 @@ def draw(figure: Figure, comparison: Comparison, style: FigureStyle = DEFAULT_ST
         above, below = parts
         _legend(above, arms)
     panels = below.subplots(len(rows), len(columns), sharex=True, squeeze=False)
-    write_caption(figure, style, f"{comparison.plan.name}: inside the layers", _key(columns, arms, rows))
+    write_caption(figure, style, f"{name}: inside the layers", _key(columns, arms, rows))
     for at, (row, layers) in enumerate(rows.items()):
         drawn = [_drawn(panel, column, layers) for panel, column in zip(panels[at], columns, strict=True)]
         _share_range([panel for panel, column in zip(drawn, columns, strict=True) if panel and column.arm])
@@ -94,22 +98,24 @@ def draw(figure: Figure, comparison: Comparison, style: FigureStyle = DEFAULT_ST
         lowest = [panel for panel in each if panel.lines][-1]
         lowest.set_xlabel("optimizer steps")
         lowest.tick_params(labelbottom=True)
-        plain_ticks(lowest, 1 if len(columns) > 2 else 3)
+        figures.plain_ticks(lowest, 1 if len(columns) > 2 else 3)
     below.align_ylabels(panels[:, 0])
 
 
 # --- what there is to draw ----------------------------------------------------------------------------------------
 
 
-def _arms(comparison: Comparison) -> list[Arm]:
-    """The arms with something to draw, the reference first."""
+def _arms(shown: Comparison | Arm) -> list[Arm]:
+    """The arms with something to draw, the reference first; a run by itself is one."""
+    if isinstance(shown, Arm):
+        return [shown]
     found = []
-    for index, arm in enumerate(comparison.arms):
-        results = comparison.results_by_seed(arm)
+    for index, arm in enumerate(shown.arms):
+        results = shown.results_by_seed(arm)
         probed = {s: run for s, run in results.items() if any(point.measure in DRAWN for point in run.probes)}
         if probed:
             found.append(Arm(index, arm.arm, list(probed), list(probed.values())))
-    return sorted(found, key=lambda arm: arm.name != comparison.plan.reference)
+    return sorted(found, key=lambda arm: arm.name != shown.plan.reference)
 
 
 def _columns(arms: Sequence[Arm]) -> list[Column]:
@@ -193,7 +199,7 @@ def _curves(axes: Axes, column: Column, layers: set[str]) -> None:
             axes.plot(steps, middles, linewidth=1.4, **line_style(arm.place))
     if axes.lines and column.log:
         axes.set_yscale("log")
-        plain_numbers(axes.yaxis, *axes.get_ylim())
+        figures.plain_numbers(axes.yaxis, *axes.get_ylim())
     elif axes.lines:
         axes.set_ylim(0, max(0.1, axes.get_ylim()[1]))
 
@@ -214,7 +220,7 @@ def _key(columns: Sequence[Column], arms: Sequence[Arm], rows: Collection[str]) 
             "Inputs of one unit: 15th, 50th and 85th percentile over a fixed sample of training examples, in training"
         )
         parts.append(f"{unit} mode; the first unit of the layer, seed {arms[0].seeds[0]}.")
-    if any(column.arm is None for column in columns):
+    if any(column.arm is None for column in columns) and max(len(arm.runs) for arm in arms) > 1:
         parts.append(f"Curves: median over {count(max(len(arm.runs) for arm in arms), 'seed')}, band: quartiles.")
     if len(rows) == MOST_ROWS:
         parts.append(f"At most {MOST_ROWS} layers are drawn.")
