@@ -206,7 +206,8 @@ def _show(comparison: Comparison, output: Output) -> None:
 
 
 def _plot(comparison: Comparison, path: Path, style: FigureStyle) -> list[Path]:
-    from bncli.report.compare import figure, layers
+    from bncli.report import layers
+    from bncli.report.compare import figure
 
     figure.plot(comparison, path, style)
     return [path, *([layers.plot(comparison, path, style)] if layers.has_layers(comparison) else [])]

@@ -126,7 +126,7 @@ def profile(
     plot_width: options.PlotWidth = None,
     no_caption: options.NoCaption = False,
     trace: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="Write a Chrome trace of a training step (step view).")
+        Path | None, typer.Option(metavar="FILE.json", help="Write a Chrome trace of one training step per kernel.")
     ] = None,
     json: Json = False,
     csv: Csv = False,
@@ -250,7 +250,7 @@ def _profile_steps(
             run = model_run(options, model or "", inputs or "", trace)
         stopped = _measure(run, stop, asked.output.quiet)
     if trace and trace.exists():
-        log(f"Trace written to {trace}: open it at https://ui.perfetto.dev", asked.output.quiet)
+        log(f"Trace of one step per kernel written to {trace}: open it at https://ui.perfetto.dev", asked.output.quiet)
     _finish(asked, run.result(), stopped, earlier, StepReport)
 
 

@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from bncli.errors import FileError
@@ -28,7 +29,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#C4649B", "#D08A00", "#3A9FDB", "#6
 LINES: Any = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1.5, 1.2)))
 INK = "#1b1b1b"  # text and axes; a web page can replace it by its own colour
 PALE = "#8a8a8a"  # what is not data: readable on white and on black
-LINE = 1.8  # points: the width of a curve
+MOST_PLACES = 150  # of a curve; it needs no more at any size
+THINNED = f"Where there are more than {MOST_PLACES} evaluations: medians of these in intervals of steps."
 # Inches: of a figure whose panels stand below each other; of an axis with few numbers.
 NARROW, SHORT_AXIS = 6.0, 3.2
 MISSING = 'plots need matplotlib, which is not installed; install it with: pip install "bncli[plot]"'
@@ -47,11 +49,7 @@ STYLE: Any = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
-METADATA: dict[str, dict[str, Any]] = {
-    "svg": {"Date": None},
-    "png": {"Software": None},
-    "pdf": {"CreationDate": None},
-}
+OMITTED = {"svg": "Date", "png": "Software", "pdf": "CreationDate"}  # of each kind's metadata, so that bytes agree
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def check_path(path: Path) -> str:
 
     Raises FileError for another suffix or without matplotlib, so it also serves as a check before any work.
     """
-    if path.suffix.lower().lstrip(".") not in METADATA:
+    if path.suffix.lower().lstrip(".") not in OMITTED:
         raise FileError(f"{path}: a plot's file name must end in .svg, .png or .pdf")
     if importlib.util.find_spec("matplotlib") is None:
         raise FileError(MISSING)
@@ -94,13 +92,13 @@ def rendered(draw: Callable[[Figure], None], kind: str, dpi: int, transparent: b
         figure = Figure(layout="constrained")
         draw(figure)
         file = io.BytesIO()
-        figure.savefig(file, format=kind, dpi=dpi, metadata=METADATA[kind], transparent=transparent)
+        figure.savefig(file, format=kind, dpi=dpi, metadata={OMITTED[kind]: None}, transparent=transparent)
     return file.getvalue()
 
 
 def line_style(index: int) -> dict[str, Any]:
     """The line of an arm or another series, by its place."""
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index % len(LINES)]}
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index % len(LINES)], "linewidth": 1.8}
 
 
 def write_caption(figure: Figure, style: FigureStyle, title: str, *notes: str) -> None:
@@ -111,7 +109,7 @@ def write_caption(figure: Figure, style: FigureStyle, title: str, *notes: str) -
     words: dict[str, Any] = {"ha": "left", "x": 0.008, "parse_math": False}
     size = 12 if width > NARROW else 10
     above = textwrap.wrap(title, int(102 * width / size), break_on_hyphens=False)
-    below = [line for note in notes for line in textwrap.wrap(note, int(15.2 * width))]
+    below = [line for note in notes for line in textwrap.wrap(note, int(17 * width))]
     figure.suptitle("\n".join(above), fontsize=size, fontweight="bold", **words)
     figure.supxlabel("\n".join(below), fontsize=8, **words)
     figure.set_figheight(figure.get_figheight() + (1.3 * size * len(above) + 10 * len(below) + 8) / 72)
@@ -129,6 +127,18 @@ def legend_above(figure: Figure, handles: Sequence[Artist]) -> SubFigure:
         text.set_parse_math(False)
     part: SubFigure = below
     return part
+
+
+def thinned(points: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
+    """At most MOST_PLACES points whose first value is a step: of more, the medians in intervals of a log axis."""
+    if len(points) <= MOST_PLACES:
+        return list(points)
+    width = math.log(points[-1][0] / points[0][0]) / MOST_PLACES
+    bins: dict[int, list[tuple[float, ...]]] = {}
+    for point in points:
+        place = min(int(math.log(point[0] / points[0][0]) / width), MOST_PLACES - 1)
+        bins.setdefault(place, []).append(point)
+    return [tuple(map(median, zip(*members, strict=True))) for members in bins.values()]
 
 
 def plain_ticks(axes: Axes, finest: int | None = None) -> None:

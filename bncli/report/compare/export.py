@@ -185,7 +185,8 @@ def _html_section(heading: str, columns: list[Column], notes: Iterable[str]) -> 
 
 
 def _html_figures(comparison: Comparison) -> str:
-    from bncli.report.compare import figure, layers
+    from bncli.report import layers
+    from bncli.report.compare import figure
 
     try:
         found = [_inline(figure.render(comparison, "svg", transparent=True), f"Figure: {title(comparison)}")]

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bncli.report import figure as figures
 from bncli.report.compare.text import (
     LETTERS,
-    MOST_PLACES,
-    THINNED,
     all_targets,
     curve_points,
     metric_range,
@@ -21,20 +20,7 @@ from bncli.report.compare.text import (
     targets_in_order,
     title,
 )
-from bncli.report.figure import (
-    COLOURS,
-    DEFAULT_STYLE,
-    INK,
-    LINE,
-    NARROW,
-    PALE,
-    FigureStyle,
-    check_path,
-    line_style,
-    plain_ticks,
-    rendered,
-    write_caption,
-)
+from bncli.report.figure import COLOURS, DEFAULT_STYLE, INK, PALE, FigureStyle, check_path, line_style, rendered
 from bncli.report.files import write_atomically
 from bncli.report.text import Cell, setting
 from bncli.results.compare import ArmSummary, Comparison
@@ -65,16 +51,16 @@ def draw(figure: Figure, comparison: Comparison, style: FigureStyle = DEFAULT_ST
     width = style.width_inches or WIDTH
     above = width < NAMES_ABOVE
     lines = [name.count("\n") + 1 for name in _names(comparison, above)]
-    runs = len(lines) * (0.66 + 0.19 * max(lines)) if above else sum(0.19 * max(2.6, each) for each in lines)
+    runs = len(lines) * (0.7 + 0.19 * max(lines)) if above else sum(0.19 * max(2.6, each) for each in lines)
     heights = {"steps": FRAME + runs, **({"targets": TARGETS} if _has_ratios_by_target(comparison) else {})}
-    if width < NARROW:
+    if width < figures.NARROW:
         heights = {"curves": CURVES, **heights}
         mosaic: Any = [[name] for name in heights]
     else:
         mosaic = [["curves", name] for name in heights]
         heights["steps"] = max(heights["steps"], CURVES + 0.3 - heights.get("targets", 0))
     figure.set_size_inches(width, sum(heights.values()))
-    write_caption(figure, style, title(comparison), f"{subtitle(comparison.plan)}. {_key(comparison)}")
+    figures.write_caption(figure, style, title(comparison), f"{subtitle(comparison.plan)}. {_key(comparison)}")
     panels = figure.subplot_mosaic(mosaic, height_ratios=list(heights.values()))
     _curves(panels["curves"], comparison)
     _steps(panels["steps"], comparison, above)
@@ -102,7 +88,7 @@ def _targets(axes: Axes, comparison: Comparison) -> None:
         ]
         if points:
             places, values, low, high = zip(*points, strict=True)
-            axes.plot(places, values, marker="o", ms=4, linewidth=LINE, **line_style(index))
+            axes.plot(places, values, marker="o", ms=4, **line_style(index))
             axes.vlines(places, low, high, color=line_style(index)["color"], linewidth=1)
     axes.axhline(1, color=PALE, linestyle=(0, (5, 4)), linewidth=1, zorder=1)
     if comparison.plan.target.metric == "loss":
@@ -114,8 +100,8 @@ def _key(comparison: Comparison) -> str:
     results = [result for arm in comparison.arms for result in comparison.results_of(arm)]
     missed = [result for result in results if result.steps_to_target is None]
     parts = ["Line: median, band: quartiles over seeds."]
-    if any(len(arm.curve) > MOST_PLACES for arm in comparison.arms):
-        parts.append(THINNED)
+    if any(len(arm.curve) > figures.MOST_PLACES for arm in comparison.arms):
+        parts.append(figures.THINNED)
     if len(missed) < len(results):
         parts.append("Dot: a run; diamond: geometric mean (median where runs missed) with its 95% interval.")
     if any(result.status != "diverged" for result in missed):
@@ -141,12 +127,12 @@ def _curves(axes: Axes, comparison: Comparison) -> None:
     for index, points in curves.items():
         steps, medians, lows, highs = zip(*points, strict=True)
         axes.fill_between(steps, lows, highs, color=line_style(index)["color"], alpha=0.18, linewidth=0)
-        axes.plot(steps, medians, linewidth=LINE, **line_style(index))
+        axes.plot(steps, medians, **line_style(index))
     ends = [step for points in curves.values() for step in (points[0][0], points[-1][0])]
     axes.set_xscale("log")
     axes.set_xlim(min(ends), max(*ends, 1.5 * min(ends)) * 1.1)
     axes.set_ylim(bounds[0], bounds[1] + 0.03 * (bounds[1] - bounds[0]))
-    plain_ticks(axes)
+    figures.plain_ticks(axes)
     words: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "color": PALE}
     axes.annotate(f"target {setting(target.value)}", (0.02, target.value), (0, 3), **words)
     to_axes = axes.transData - axes.transAxes
@@ -211,7 +197,7 @@ def _steps(axes: Axes, comparison: Comparison, above: bool = False) -> None:
     if any(arm.runs for arm in arms):
         low, high = axes.get_xlim()
         axes.set_xlim(low / 1.1, max(high * 1.1, low * 2))
-        plain_ticks(axes)
+        figures.plain_ticks(axes)
     else:
         axes.set_xticks([])
         axes.minorticks_off()

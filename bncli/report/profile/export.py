@@ -45,6 +45,7 @@ from bncli.results.profile import (
 )
 from bncli.results.serialize import to_plain
 
+QUARTILES = ("lower_quartile_ms", "median_ms", "upper_quartile_ms")  # in JSON beside samples_ms, for other readers
 KINDS: dict[str, type[KernelProfile] | type[StepProfile]] = {"kernels": KernelProfile, "step": StepProfile}
 
 
@@ -52,9 +53,9 @@ KINDS: dict[str, type[KernelProfile] | type[StepProfile]] = {"kernels": KernelPr
 
 
 def to_json(result: Profile, gate: Gate | None = None) -> str:
-    """The whole profile with its raw samples and its kind, and a comparison with a baseline, whose rows have names."""
+    """The whole profile with its kind, its raw samples and their quartiles, and a comparison with a baseline."""
     kind = next(name for name, each in KINDS.items() if isinstance(result, each))
-    plain = {"format_version": PROFILE_VERSION, "kind": kind, **to_plain(result)}
+    plain = {"format_version": PROFILE_VERSION, "kind": kind, **_with_quartiles(to_plain(result))}
     if gate is not None:
         plain["gate"] = {
             "regressed": gate.regressed,
@@ -75,6 +76,7 @@ def load(path: Path) -> Profile:
 def _from_json(text: str) -> Profile:
     plain = files.json_object(text, "profile", (1, PROFILE_VERSION), list(KINDS))
     plain.pop("gate", None)
+    plain["rows"] = _with_quartiles(plain.get("rows"), keep=False)
     kind = KINDS[plain.pop("kind")]
     if plain["format_version"] == 1:
         _drop_sentences(plain)
@@ -82,6 +84,17 @@ def _from_json(text: str) -> Profile:
     if wrong := [row for row in found.rows if row.faster is not None and not _sound(row.faster)]:
         raise FileError(f"has a ratio that is no positive number (of kernel {wrong[0].kernel}); measure again")
     return found
+
+
+def _with_quartiles(plain: Any, keep: bool = True) -> Any:
+    """Plain data with the quartiles beside all samples that they hold, or without them."""
+    if isinstance(plain, list):
+        return [_with_quartiles(each, keep) for each in plain]
+    if not isinstance(plain, dict):
+        return plain
+    found = quartiles(plain.get("samples_ms") or ()) if keep else None
+    inside = {key: _with_quartiles(value, keep) for key, value in plain.items() if key not in QUARTILES}
+    return inside | dict(zip(QUARTILES, found or (), strict=False))
 
 
 def _drop_sentences(plain: dict[str, Any]) -> None:
@@ -186,10 +199,11 @@ def _step_row(row: StepCost) -> dict[str, Any]:
 
 def to_markdown(result: Profile, gate: Gate | None = None) -> str:
     """The same tables and cells for a GitHub page."""
-    lines = [f"### {markdown(_title(result))}", "", _conditions(result)]
+    title, conditions, notes = _words(result)
+    lines = [f"### {markdown(title)}", "", conditions]
     for heading, columns in _tables(result):
         lines += _section(heading, columns)
-    lines += ["", *(f"- {markdown(note)}" for note in _notes(result))]
+    lines += ["", *(f"- {markdown(note)}" for note in notes)]
     if gate is not None:
         names = Column("row", [str(change.row) for change in gate.changes], words=True)
         lines += _section("Comparison with the baseline", [names, *gate_columns(gate.changes)[1:]])
@@ -199,25 +213,19 @@ def to_markdown(result: Profile, gate: Gate | None = None) -> str:
 
 def to_latex(result: Profile) -> str:
     """The same tables for a paper."""
-    return latex_text(_tables(result), [f"{_title(result)}. {_conditions(result)}", *_notes(result)])
+    title, conditions, notes = _words(result)
+    return latex_text(_tables(result), [f"{title}. {conditions}.", *notes])
 
 
-def _title(result: Profile) -> str:
-    return kernel_title(result) if isinstance(result, KernelProfile) else f"{result.name}: one step of the whole model"
-
-
-def _conditions(result: Profile) -> str:
-    cache = f"; {cache_words(result.cold)}" if isinstance(result, KernelProfile) else ""
-    return f"{measured_words(result)}{cache}"
-
-
-def _notes(result: Profile) -> list[str]:
+def _words(result: Profile) -> tuple[str, str, list[str]]:
+    """The title, how it was measured, and the notes."""
+    notes = [*note_lines(result), f"Made on {environment_words(result.environment)}."]
     if isinstance(result, KernelProfile):
-        found = [f"Measured ceilings: {ceilings_words(result.ceilings)}."]
-    else:
-        remarks = [(remark.arm, *remark_words(remark)) for remark in result.remarks]
-        found = [f"{arm}, {layer}: {finding}: {advice}" for arm, layer, finding, advice in remarks]
-    return [*found, *note_lines(result), f"Made on {environment_words(result.environment)}."]
+        notes.insert(0, f"Measured ceilings: {ceilings_words(result.ceilings)}.")
+        return kernel_title(result), f"{measured_words(result)}; {cache_words(result.cold)}", notes
+    remarks = [(remark.arm, *remark_words(remark)) for remark in result.remarks]
+    notes[:0] = [f"{arm}, {layer}: {finding}: {advice}" for arm, layer, finding, advice in remarks]
+    return f"{result.name}: one step of the whole model", measured_words(result), notes
 
 
 def _tables(result: Profile) -> Iterator[tuple[str, list[Column]]]:

@@ -15,19 +15,8 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bncli.report.figure import (
-    COLOURS,
-    DEFAULT_STYLE,
-    INK,
-    NARROW,
-    PALE,
-    FigureStyle,
-    check_path,
-    legend_above,
-    plain_numbers,
-    rendered,
-    write_caption,
-)
+from bncli.report import figure as figures
+from bncli.report.figure import COLOURS, DEFAULT_STYLE, INK, NARROW, PALE, FigureStyle, legend_above, write_caption
 from bncli.report.files import write_atomically
 from bncli.report.profile.text import cache_words, case_groups, gb_per_s, grouped, quartiles, shape_words, size_words
 from bncli.report.text import count, figure
@@ -44,6 +33,7 @@ LEAST_BESIDE, MOST_BESIDE = 9.0, 6.8  # bars stand beside the roofline from that
 PANEL, PANEL_FRAME, BAR = 3.2, 0.85, 0.17
 STEP_WIDTH, STEP_FRAME, STEP_BAR = 11.0, 0.6, 0.42
 NAME, CHARACTER = 0.8, 0.075  # widths: of an operation's name in the roofline, of a character
+LONGEST = 24  # characters of a name beside bars, on a line
 GAP = 0.5  # bars' heights between two shapes
 LEAST_BARS = 10  # a column of panels has room for so many, so that few bars are not thick
 MOST_BARS, BARS_PER_INCH = 40, 12  # in a panel, in a figure by its width; of more, geometric means over shapes
@@ -53,16 +43,15 @@ KEY = (
     "intensity. Black line on a bar: quartiles of the samples, no confidence interval."
 )
 # Normalization stands out; what remains is grey.
-CLASS_COLOURS = dict(
-    zip(STEP_CLASSES, (COLOURS[1], COLOURS[0], COLOURS[4], COLOURS[2], COLOURS[3], "#b5b5b5", "#e3e3e3"), strict=True)
-)
+_SHADES = (*(COLOURS[k] for k in (1, 0, 4, 5, 2, 3)), "#b5b5b5", "#e3e3e3")
+CLASS_COLOURS = dict(zip(STEP_CLASSES, _SHADES, strict=True))
 SMALL: dict[str, Any] = {"fontsize": 8, "textcoords": "offset points"}
 
 
 def draw(profile: Profile, path: Path, style: FigureStyle = DEFAULT_STYLE) -> list[Path]:
     """Write the figure to `path`. Raises FileError for an unknown suffix or without matplotlib."""
-    kind = check_path(path)
-    write_atomically(path, rendered(lambda picture: compose(picture, profile, style), kind, 130))
+    kind = figures.check_path(path)
+    write_atomically(path, figures.rendered(lambda picture: compose(picture, profile, style), kind, 130))
     return [path]
 
 
@@ -182,13 +171,14 @@ def _bar_panels(part: SubFigure, panels: Panels, across: int, ceilings: Ceilings
     copy = ceilings.copy_gb_per_s if ceilings.copies else 0.0
     longest = max(bar.high for panel in panels.values() for bars in panel.values() for bar in bars)
     for index, (axes, (title, panel)) in enumerate(zip(grid, panels.items(), strict=False)):
-        axes.set_title(textwrap.fill(title, int(9.5 * inches)), parse_math=False)
+        room = int(13 * (inches - 0.06 * min(LONGEST, max(map(len, panel)))))  # characters over and under the bars
+        axes.set_title(textwrap.fill(title, room), parse_math=False)
         _panel(axes, panel, LEAST_BARS / len(heights), colours)
         axes.set_xlim(0, 1.02 * max(longest, copy))
         if copy:
             axes.axvline(copy, color=INK, linewidth=1.3, zorder=2)
         if index >= len(panels) - across:
-            axes.set_xlabel("GB/s of the minimum bytes to move")
+            axes.set_xlabel(textwrap.fill("GB/s of the minimum bytes to move", room))
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
 
@@ -205,7 +195,7 @@ def _panel(axes: Axes, panel: Mapping[str, Sequence[Bar]], least_bars: float, co
         top += len(bars) + GAP
     margin = max(GAP, least_bars - top) / 2
     axes.set_ylim(top - GAP + margin, -margin)
-    _bar_axes(axes, middles, [textwrap.fill(name, 24) for name in panel], fontsize=8)
+    _bar_axes(axes, middles, [textwrap.fill(name, LONGEST) for name in panel], fontsize=8)
 
 
 # --- the roofline -------------------------------------------------------------------------------------------------
@@ -255,7 +245,7 @@ def roofline(axes: Axes, rows: Sequence[KernelCost], ceilings: Ceilings, colours
     axes.set_xticks(middles, names, fontsize=8, rotation=90 * crowded, parse_math=False)
     axes.tick_params(axis="x", length=0)
     _copies(axes, ceilings)
-    plain_numbers(axes.yaxis, bottom, top)
+    figures.plain_numbers(axes.yaxis, bottom, top)
 
 
 def _column(axes: Axes, place: float, speeds: Sequence[float], colour: str) -> None:

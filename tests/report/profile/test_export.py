@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import statistics
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -88,6 +89,19 @@ def test_the_json_says_which_view_it_is_and_holds_the_comparison(tmp_path: Path)
     assert plain["gate"]["only_now"] == ["bn fp32 contiguous, 60x100, fused"]
     assert load(file) == kernel_profile()  # an earlier comparison is no part of a baseline
     assert json.loads(to_json(step_profile()))["kind"] == "step"
+
+
+@pytest.mark.parametrize("profile", [kernel_profile(), step_profile()], ids=["kernels", "step"])
+def test_the_json_has_median_and_quartiles_beside_the_samples(profile: Profile) -> None:
+    row, found = profile.rows[0], json.loads(to_json(profile))["rows"][0]
+    if isinstance(profile, KernelProfile):
+        row, found = row.both, found["both"]
+    assert found["samples_ms"] == list(row.samples_ms)
+    low, middle, high = statistics.quantiles(row.samples_ms, n=4, method="inclusive")
+    assert (found["lower_quartile_ms"], found["median_ms"], found["upper_quartile_ms"]) == (low, middle, high)
+    unmeasured = json.loads(to_json(with_errors()))["rows"][3]
+    assert unmeasured["both"] is None
+    assert "median_ms" not in unmeasured
 
 
 def changed(**fields: Any) -> str:

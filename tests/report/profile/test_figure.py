@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from bncli.errors import USAGE, BncliError
+from bncli.report.figure import FigureStyle
 from bncli.report.profile.figure import (
     MOST_BARS,
     bar_panels,
     clusters,
     compose,
     draw,
+    roofline,
     row_heights,
 )
 from bncli.results.profile import Ceilings, Profile
@@ -131,3 +133,48 @@ def test_the_clusters_have_the_definition_s_flop_for_each_byte() -> None:
     found = clusters(resnet().rows)
     assert [cluster.intensity for cluster in found] == pytest.approx([2.6 / 2, 3.0 / 2, 3.2 / 2])
     assert {kernel: len(speeds) for kernel, speeds in found[0].speeds.items()} == {"native": 6, "fused": 6}
+
+
+def test_the_points_of_the_roofline_fill_its_width() -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    profile = resnet()
+    roofline(axes, profile.rows, profile.ceilings, {"native": "#111111", "fused": "#222222"})
+    low, high = axes.get_xlim()
+    places = [float(line.get_xdata()[0]) for line in axes.lines if line.get_marker() == "o"]
+    assert len(places) == 6
+    assert max(places) - min(places) > 0.7 * (high - low)
+    assert [label.get_text() for label in axes.get_xticklabels()] == [
+        "bn+add+relu\nbf16\n1.3 flop/B",
+        "bn\nbf16\n1.5 flop/B",
+        "bn+relu\nbf16\n1.6 flop/B",
+    ]
+
+
+# --- widths -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [3.3, 6.8, 11.0])
+@pytest.mark.parametrize("profile", [one_case(), resnet(), hundred_rows(), with_errors(), step_profile()])
+def test_at_every_width_all_words_are_inside_the_figure(profile: Profile, width: float) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    figure = Figure(layout="constrained")
+    compose(figure, profile, FigureStyle(width))
+    figure.draw_without_rendering()
+    assert figure.get_figwidth() == width
+    for text in figure.findobj(Text):
+        if text.get_visible() and text.get_text().strip():
+            assert text.get_fontsize() >= 8
+            assert text.get_window_extent().x1 <= figure.bbox.x1 + 2, text.get_text()
+
+
+def test_without_a_caption_neither_title_nor_machine_is_written() -> None:
+    from matplotlib.figure import Figure
+
+    for profile in (one_case(), step_profile()):
+        figure = Figure(layout="constrained")
+        compose(figure, profile, FigureStyle(3.3, caption=False))
+        assert (figure._suptitle, figure._supxlabel) == (None, None)

@@ -1,4 +1,4 @@
-"""Figure of what the probes measured: a row of panels for each layer, with the arms as curves over the steps."""
+"""Figure of what the probes measured: a row of panels for each layer, with the arms, or a run, as curves over steps."""
 
 from __future__ import annotations
 
@@ -9,22 +9,8 @@ from pathlib import Path
 from statistics import quantiles
 from typing import TYPE_CHECKING, NamedTuple
 
-from bncli.report.compare.text import MOST_PLACES, THINNED, thinned
-from bncli.report.figure import (
-    DEFAULT_STYLE,
-    INK,
-    LINE,
-    NARROW,
-    PALE,
-    FigureStyle,
-    check_path,
-    legend_above,
-    line_style,
-    plain_numbers,
-    plain_ticks,
-    rendered,
-    write_caption,
-)
+from bncli.report import figure as figures
+from bncli.report.figure import DEFAULT_STYLE, INK, PALE, FigureStyle, check_path, line_style, rendered, write_caption
 from bncli.report.files import write_atomically
 from bncli.report.text import count
 from bncli.report.train import rows_of
@@ -34,7 +20,6 @@ from bncli.results.train import RunResult
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
-    from matplotlib.lines import Line2D
 
 MOST_ROWS, MOST_ROWS_NARROW, MOST_BANDS = 6, 3, 3  # layers, in a narrow figure, and arms whose percentiles are drawn
 WIDTH, PANEL = 11.0, 1.55  # inches: the figure's width, and a panel's width and height at the least
@@ -49,6 +34,8 @@ DRAWN = {"inputs", *(measure for measure, *_ in CURVES)}
 
 
 class Arm(NamedTuple):
+    """An arm of a comparison, or one run by itself."""
+
     place: int  # in the comparison, for its colour
     name: str
     seeds: list[int]
@@ -66,39 +53,41 @@ class Column(NamedTuple):
     log: bool = False
 
 
-def has_layers(comparison: Comparison) -> bool:
+def has_layers(shown: Comparison | Arm) -> bool:
     """Whether there is something to draw."""
-    arms = _arms(comparison)
+    arms = _arms(shown)
     return bool(_columns(arms) and _rows(arms))
 
 
-def plot(comparison: Comparison, path: Path, style: FigureStyle = DEFAULT_STYLE) -> Path:
+def plot(shown: Comparison | Arm, path: Path, style: FigureStyle = DEFAULT_STYLE) -> Path:
     """Write the figure beside `path`, as NAME-layers with its suffix, and return where it is. Raises FileError."""
     beside = path.with_name(f"{path.stem}-layers{path.suffix}")
-    write_atomically(beside, render(comparison, check_path(path), style=style))
+    write_atomically(beside, render(shown, check_path(path), style=style))
     return beside
 
 
-def render(comparison: Comparison, kind: str, transparent: bool = False, style: FigureStyle = DEFAULT_STYLE) -> bytes:
+def render(shown: Comparison | Arm, kind: str, transparent: bool = False, style: FigureStyle = DEFAULT_STYLE) -> bytes:
     """The figure as the bytes of a file of that kind. Raises FileError without matplotlib."""
-    return rendered(lambda figure: draw(figure, comparison, style), kind, 160, transparent)
+    return rendered(lambda figure: draw(figure, shown, style), kind, 160, transparent)
 
 
-def draw(figure: Figure, comparison: Comparison, style: FigureStyle = DEFAULT_STYLE) -> None:
+def draw(figure: Figure, shown: Comparison | Arm, style: FigureStyle = DEFAULT_STYLE) -> None:
     """Put a row of panels for each layer on an empty figure: percentiles of inputs, saturation, gradients, shift."""
-    width, arms = style.width_inches or WIDTH, _arms(comparison)
+    from matplotlib.lines import Line2D
+
+    width, arms = style.width_inches or WIDTH, _arms(shown)
     every, columns = _rows(arms), _columns(arms)
-    most = min(len(every), MOST_ROWS if width >= NARROW else MOST_ROWS_NARROW)
+    most = min(len(every), MOST_ROWS if width >= figures.NARROW else MOST_ROWS_NARROW)
     chosen = [list(every)[round(k * (len(every) - 1) / max(1, most - 1))] for k in range(most)]
     rows = {name: every[name] for name in chosen}
     blocks = math.ceil(len(columns) / max(2, int(width / PANEL)))  # of columns, one below the other
     across = math.ceil(len(columns) / blocks)
     figure.set_size_inches(width, blocks * (0.6 + PANEL * len(rows)))
     below: Figure | SubFigure = figure
-    if any(column.arm is None for column in columns):
-        below = legend_above(figure, _handles(arms))
-    notes = _key(columns, arms, len(rows), len(every))
-    write_caption(figure, style, f"{comparison.plan.name}: inside the layers", notes)
+    if not isinstance(shown, Arm) and any(column.arm is None for column in columns):
+        below = figures.legend_above(figure, [Line2D([], [], label=arm.name, **line_style(arm.place)) for arm in arms])
+    name = shown.name if isinstance(shown, Arm) else shown.plan.name
+    write_caption(figure, style, f"{name}: inside the layers", _key(columns, arms, len(rows), len(every)))
     parts = below.subfigures(blocks, 1, squeeze=False).flat
     grids = [part.subplots(len(rows), across, sharex=True, squeeze=False) for part in parts]
     places = [panels for grid in grids for panels in grid.T]  # of each column: its panels, the first layer's above
@@ -113,12 +102,12 @@ def draw(figure: Figure, comparison: Comparison, style: FigureStyle = DEFAULT_ST
             grid[row][0].set_ylabel(name, fontweight="bold", parse_math=False)
     for column, panels in zip(columns, places, strict=False):
         colour = INK if column.arm is None else line_style(column.arm.place)["color"]
-        lines = textwrap.wrap(column.title, int(11 * width / across))
+        lines = textwrap.wrap(column.title, int(9.5 * width / across))
         panels[0].set_title("\n".join(lines), fontsize=9, color=colour, parse_math=False)
         lowest = [panel for panel in panels if panel.lines][-1]
         lowest.set_xlabel("optimizer steps")
         lowest.tick_params(labelbottom=True)
-        plain_ticks(lowest, 1 if width / across < 3 else 3)
+        figures.plain_ticks(lowest, 1 if width / across < 3 else 3)
     for panel in (panel for panels in places[len(columns) :] for panel in panels):
         panel.set_visible(False)
     figure.align_ylabels([panel for grid in grids for panel in grid[:, 0]])
@@ -127,15 +116,17 @@ def draw(figure: Figure, comparison: Comparison, style: FigureStyle = DEFAULT_ST
 # --- what there is to draw ----------------------------------------------------------------------------------------
 
 
-def _arms(comparison: Comparison) -> list[Arm]:
-    """The arms with something to draw, the reference first."""
+def _arms(shown: Comparison | Arm) -> list[Arm]:
+    """The arms with something to draw, the reference first; a run by itself is one."""
+    if isinstance(shown, Arm):
+        return [shown]
     found = []
-    for index, arm in enumerate(comparison.arms):
-        results = comparison.results_by_seed(arm)
+    for index, arm in enumerate(shown.arms):
+        results = shown.results_by_seed(arm)
         probed = {s: run for s, run in results.items() if any(point.measure in DRAWN for point in run.probes)}
         if probed:
             found.append(Arm(index, arm.arm, list(probed), list(probed.values())))
-    return sorted(found, key=lambda arm: arm.name != comparison.plan.reference)
+    return sorted(found, key=lambda arm: arm.name != shown.plan.reference)
 
 
 def _columns(arms: Sequence[Arm]) -> list[Column]:
@@ -189,7 +180,7 @@ def _percentiles(axes: Axes, arm: Arm, layers: set[str]) -> None:
     found = _series(arm.runs[0], "inputs", ("unit_p15", "unit_p50", "unit_p85"), layers)
     if not found:
         return
-    steps, low, middle, high = zip(*thinned(found), strict=True)
+    steps, low, middle, high = zip(*figures.thinned(found), strict=True)
     colour = line_style(arm.place)["color"]
     axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
     for values, width in ((low, 0.9), (middle, 1.6), (high, 0.9)):
@@ -210,12 +201,12 @@ def _curves(axes: Axes, column: Column, layers: set[str]) -> None:
                 (step, *(quantiles(at[step], n=4, method="inclusive") if len(at[step]) > 1 else at[step] * 3))
                 for step in steps
             ]
-            places, lows, middles, highs = zip(*thinned(parts), strict=True)
+            places, lows, middles, highs = zip(*figures.thinned(parts), strict=True)
             axes.fill_between(places, lows, highs, color=line_style(arm.place)["color"], alpha=0.18, linewidth=0)
-            axes.plot(places, middles, linewidth=LINE, **line_style(arm.place))
+            axes.plot(places, middles, **line_style(arm.place))
     if axes.lines and column.log:
         axes.set_yscale("log")
-        plain_numbers(axes.yaxis, *axes.get_ylim())
+        figures.plain_numbers(axes.yaxis, *axes.get_ylim())
     elif axes.lines:
         axes.set_ylim(0, max(0.1, axes.get_ylim()[1]))
 
@@ -236,16 +227,10 @@ def _key(columns: Sequence[Column], arms: Sequence[Arm], drawn: int, layers: int
             "Inputs of one unit: 15th, 50th and 85th percentile over a fixed sample of training examples, in training"
         )
         parts.append(f"{unit} mode; the first unit of the layer, seed {arms[0].seeds[0]}.")
-    if any(column.arm is None for column in columns):
+    if any(column.arm is None for column in columns) and max(len(arm.runs) for arm in arms) > 1:
         parts.append(f"Curves: median over {count(max(len(arm.runs) for arm in arms), 'seed')}, band: quartiles.")
-    if any(len({point.step for point in arm.runs[0].probes}) > MOST_PLACES for arm in arms):
-        parts.append(THINNED)
+    if any(len({point.step for point in arm.runs[0].probes}) > figures.MOST_PLACES for arm in arms):
+        parts.append(figures.THINNED)
     if drawn < layers:
         parts.append(f"{drawn} of {layers} layers are drawn.")
     return " ".join(parts)
-
-
-def _handles(arms: Sequence[Arm]) -> list[Line2D]:
-    from matplotlib.lines import Line2D
-
-    return [Line2D([], [], linewidth=LINE, label=arm.name, **line_style(arm.place)) for arm in arms]
