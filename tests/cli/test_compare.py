@@ -105,7 +105,7 @@ def test_the_report_is_made_again_from_files(copied: Ran) -> None:
     assert "\nnormed & " in bncli("compare", "--from", "runs/small", "--latex").out
     column = ["--plot", "column.pdf", "--plot-width", "3.3", "--no-caption"]
     assert bncli("compare", "--from", "runs/small", *column).code == 0
-    assert b"/MediaBox [0 0 237.6 " in Path("column.pdf").read_bytes()  # points
+    assert b"/MediaBox [ 0 0 237.6 " in Path("column.pdf").read_bytes()  # points
     saved = bncli("compare", "--from", "runs/small", "--json").out
     assert len(json.loads(saved)["runs"]) == 16
     Path("copy.json").write_text(saved)

@@ -171,9 +171,8 @@ def _bar_panels(part: SubFigure, panels: Panels, across: int, ceilings: Ceilings
     copy = ceilings.copy_gb_per_s if ceilings.copies else 0.0
     longest = max(bar.high for panel in panels.values() for bars in panel.values() for bar in bars)
     for index, (axes, (title, panel)) in enumerate(zip(grid, panels.items(), strict=False)):
-        room = int(
-            13.2 * (inches - 0.25 - 0.06 * min(LONGEST, max(map(len, panel))))
-        )  # characters over and under the bars
+        # Characters of a line above or below the bars.
+        room = int(12.4 * (inches - 0.28 - 0.06 * min(LONGEST, max(map(len, panel)))))
         axes.set_title(textwrap.fill(title, room), parse_math=False)
         _panel(axes, panel, LEAST_BARS / len(heights), colours)
         axes.set_xlim(0, 1.02 * max(longest, copy))
