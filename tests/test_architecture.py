@@ -19,7 +19,19 @@ SHELVES = {"errors", "names", "results"}  # plain data that every part may use
 ASKED = SHELVES | {"recipe"}
 REPORT = {
     f"report.{name}"
-    for name in ("dry_run", "export", "figure", "files", "folder", "progress", "table", "text", "train")
+    for name in (
+        "dry_run",
+        "export",
+        "figure",
+        "files",
+        "folder",
+        "layers",
+        "progress",
+        "run_figure",
+        "table",
+        "text",
+        "train",
+    )
 }
 
 # Part -> (parts it may import, outside packages it may import). A module belongs to the longest name that its own
@@ -61,7 +73,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "measure.gradcheck": (ASKED | {"kernels", "engine", "measure.timing", "measure.reference"}, {"torch", "numpy"}),
     "report": (SHELVES, {"rich"}),
-    "report.figure": (SHELVES | {"report"}, {"matplotlib"}),
+    **{f"report.{name}": (SHELVES | {"report"}, {"matplotlib"}) for name in ("figure", "layers", "run_figure")},
     **{
         f"report.{command}": (SHELVES | REPORT, {"rich", "matplotlib"})
         for command in ("compare", "profile", "gradcheck")
@@ -267,7 +279,7 @@ HEAVY = {"torch", "pydantic", "sklearn", "scipy", "numpy", "matplotlib", "datase
         ["profile", "--fail-above", "0.5"],
         ["profile", "resnet50"],
         ["profile", "--model", "mine:make"],  # without --input
-        ["profile", "--plot", "x.pdf"],
+        ["profile", "--plot", "x.eps"],
         ["profile", "--baseline", "missing.json"],
         ["trian"],
     ],

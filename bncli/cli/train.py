@@ -10,17 +10,18 @@ from typing import Annotated
 import typer
 
 from bncli.cli import options
-from bncli.cli.console import StopSignal, enable_gc, log, print_result, show_plan
-from bncli.cli.options import AllowCode, ArmName, Device, DryRun, Json, Quiet, Recipe_, RequireTarget, Set, Threads
+from bncli.cli.console import StopSignal, enable_gc, log, show_plan
+from bncli.cli.output import Output
 from bncli.errors import CHECK_FAILED, DIVERGED
+from bncli.report.figure import FigureStyle
 
 
 def train(
-    recipe: Recipe_,
-    sets: Set = None,
-    arm: ArmName = None,
-    device: Device = "auto",
-    threads: Threads = None,
+    recipe: options.Recipe_,
+    sets: options.Set = None,
+    arm: options.ArmName = None,
+    device: options.Device = "auto",
+    threads: options.Threads = None,
     out: Annotated[
         Path | None,
         options.OutputOption(
@@ -32,11 +33,14 @@ def train(
         ),
     ] = None,
     force: Annotated[bool, options.OutputOption("--force", "-f", help="Overwrite an earlier run in --out.")] = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    dry_run: DryRun = False,
-    require_target: RequireTarget = False,
-    allow_code: AllowCode = False,
+    plot: options.Plot = None,
+    plot_width: options.PlotWidth = None,
+    no_caption: options.NoCaption = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    dry_run: options.DryRun = False,
+    require_target: options.RequireTarget = False,
+    allow_code: options.AllowCode = False,
 ) -> None:
     """Train one recipe until its target or its step budget.
 
@@ -51,7 +55,10 @@ def train(
 
         show_plan(planned_training(loaded, chosen), json)
         return
+    output = Output("json" if json else "table", plot, None, quiet, FigureStyle(plot_width, not no_caption))
+    output.check()
     from bncli.recipe.yaml import dump
+    from bncli.report import layers, run_figure
     from bncli.report.files import to_json
     from bncli.report.folder import RunFolder
     from bncli.report.progress import TrainProgress
@@ -72,7 +79,8 @@ def train(
                 if isinstance(event, RunFinished):
                     result = event.result
         folder.finish(result)
-    print_result(to_json(result) if json else run_table(result, chosen.name))
+    output.show(result, {"json": to_json, "table": lambda found: run_table(found, chosen.name)})
+    output.write(layers.Arm(0, chosen.name, [chosen.recipe.train.seed], [result]), run_figure.plot)
     log(f"Saved in {folder.path}", quiet)
     if stop.number:
         raise typer.Exit(stop.exit_code)

@@ -47,7 +47,7 @@ def run_table(result: RunResult, name: str) -> Group:
         ("first hit", hit if result.first_hit is not None else UNKNOWN),
     ]
     rows = [
-        ("status", _status(result)),
+        ("status", status_words(result)),
         ("steps run", f"{figure(result.steps_run)} of {figure(result.budget)}"),
         *(of_target if result.target else ()),
         *((f"steps to {setting(each.target.value)}", steps(each.steps)) for each in result.also),
@@ -133,7 +133,8 @@ def _memory(result: RunResult) -> str:
     return ", ".join(f"{figure(peak)} MiB {phase}" for peak, phase in found if peak is not None) or UNKNOWN
 
 
-def _status(result: RunResult) -> str:
+def status_words(result: RunResult) -> str:
+    """How the run ended."""
     if result.status == "diverged":
         return f"diverged: {result.reason or 'the loss stopped being finite'}"
     if result.status == "interrupted":

@@ -155,6 +155,7 @@ NoteKind = Literal[
     "memory unknown",  # kernel, reason
     "norms not watched",  # reason
     "not folded",  # reason
+    "layers not traced",  # torch.compile merged them
     "norms watched",  # for `count` training steps; `of`: those after which running statistics are judged
 ]
 
@@ -196,7 +197,7 @@ class KernelProfile:
 
 FOLDED = "folded"  # in place of a kernel: the batch norms are part of the layers before them; evaluation alone
 
-STEP_CLASSES = ("normalization", "convolution, linear", "activation", "optimizer", "data", "other", "gaps")
+STEP_CLASSES = ("normalization", "convolution, linear", "activation", "loss", "optimizer", "data", "other", "gaps")
 
 
 @dataclass(frozen=True)
@@ -302,7 +303,9 @@ class NormRemark:
     figures: dict[str, float] = field(default_factory=dict)
     channels: tuple[int, ...] = ()
     dtype: str | None = None  # of the input
-    source: str | None = None
+    source: str | None = None  # qualified name of another layer
+    source_class: str = ""  # of its module, as is the next
+    layer_class: str = ""
 
 
 @dataclass(frozen=True)

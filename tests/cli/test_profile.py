@@ -298,7 +298,8 @@ def test_the_step_view_of_a_recipe_shows_every_arm_and_writes_a_trace() -> None:
     for word in ("normed", "training", "evaluation", "native", "fused", "Share of a step", "Memory of a training step"):
         assert word in ran.out
     assert "normed, fused: 1 batch norm (1 fused with relu)" in ran.out
-    assert json.loads(Path("step.json").read_text())["traceEvents"]
+    names = {event.get("name") for event in json.loads(Path("step.json").read_text())["traceEvents"]}
+    assert {"layer hidden1.linear (Linear)", "layer hidden1.linear (Linear), backward"} <= names
 
     ran = bncli("profile", *STEP, "--json")
     assert ran.code == 0
@@ -365,13 +366,15 @@ def test_a_model_of_the_users_own_is_measured_when_that_is_allowed() -> None:
          "--min-rounds 5 with --baseline: a verdict needs intervals"),
         (["--fail-above", "0.5"], "--fail-above 0.5: expected more than 1, as in 1.10 for a tenth slower"),
         (["--json", "--csv"], "--json, --csv and --markdown: choose one"),
-        (["--csv", "--baseline", "other.json"], "--csv with --baseline: the verdicts have no place in the CSV"),
+        (["--csv", "--baseline", "other.json"],
+         "--csv with --baseline: it has no place for the verdicts; use --json or --markdown"),
         (["--baseline", "other.json"], "--baseline other.json: is JSON, but not a profile"),
         (["--baseline", "small.yaml"], "--baseline small.yaml: is not JSON"),
         (["--baseline", "none.json"], "--baseline none.json: cannot be read"),
         (["--baseline", "other.json", "--kernel", "fused"], "--baseline: speedups over "
                                                             "native are compared; name native"),
-        (["--plot", "x.pdf"], "x.pdf: a plot's file name must end in .svg or .png"),
+        (["--no-caption"], "--no-caption: without --plot FILE nothing is drawn"),
+        (["--plot", "x.eps"], "x.eps: a plot's file name must end in .svg, .png or .pdf"),
         (["--plot", "nowhere/x.svg"], "nowhere/x.svg: its folder nowhere does not exist"),
         (["small.yaml", "--trace", "nowhere/t.json"], "nowhere/t.json: its folder nowhere does not exist"),
         (["--trace", "t.json"], "--trace belongs to the step view: give a recipe"),

@@ -187,3 +187,19 @@ def test_no_bar_and_no_colour_off_a_terminal_whatever_is_forced(recipe: str, mon
     assert "\r" not in ran.out + ran.err
     assert "\x1b[3" not in ran.out + ran.err
     assert "━" not in ran.err
+
+
+def test_a_plot_shows_the_run_and_beside_it_what_the_probes_measured(recipe: str) -> None:
+    pytest.importorskip("matplotlib")
+    ran = bncli("train", recipe, "-o", "run", "--plot", "run.svg", "--set", "probes={measure: gradients, at: 5}")
+    assert ran.code == 0
+    assert "Plot written to run.svg\nPlot written to run-layers.svg\n" in ran.err
+    assert "<!-- held out -->" in Path("run.svg").read_text()
+    assert "<!-- norm of the weight gradient -->" in Path("run-layers.svg").read_text()
+
+
+def test_a_plot_that_cannot_be_written_is_refused_before_training(recipe: str) -> None:
+    ran = bncli("train", recipe, "-o", "run", "--plot", "nowhere/run.svg")
+    assert (ran.code, ran.out) == (2, "")
+    assert "nowhere/run.svg: its folder nowhere does not exist" in ran.err
+    assert not Path("run").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -254,6 +255,28 @@ def six_arms() -> Comparison:
     return comparison(arms, [*runs, failed], planned_runs=len(runs) + 5, notes=notes)
 
 
+def seven_arms() -> Comparison:
+    """As many arms as there are colours, each with 1,499 noisy evaluations after the first step."""
+    names = ["plain", "batch norm", "layer norm", "group norm with 4 groups", "weight norm",
+             "rectified linear units instead of sigmoid", "careful xavier initialization"]  # fmt: skip
+    taus = dict(zip(names, (800, 60, 90, 130, 300, 700, 1500), strict=True))
+    runs = [run for name, tau in taus.items() for run in report_runs(name, spread(3.2 * tau), tau)]
+
+    def noisy(tau: float) -> tuple[tuple[float, float, float, float], ...]:
+        middles = [
+            (step, 0.1 + (0.87 - 0.1 * abs(math.sin(step**2))) * (1 - math.exp(-step / tau)))
+            for step in range(0, 15000, 10)
+        ]
+        return tuple((float(step), middle, middle - 0.02, middle + 0.02) for step, middle in middles)
+
+    ratios = {name: Ratio(800 / tau, Interval(640 / tau, 960 / tau), "means", 1e-5) for name, tau in taus.items()}
+    arms = [
+        arm_summary(name, runs, tau=tau, curve=noisy(tau), ratio=ratios[name] if name != "plain" else None)
+        for name, tau in taus.items()
+    ]
+    return comparison(arms, runs)
+
+
 def censored_reference() -> Comparison:
     """The depth case: the plain arm never learns, so that the other's ratio is a bound."""
     runs = report_runs("plain", [None] * 10, 1e6) + report_runs("batch norm", spread(240), 70)
@@ -317,6 +340,49 @@ EXAMPLES = {
     "no grid": no_grid,
     "falling loss": falling_loss,
 }
+
+
+def check_latex(text: str) -> None:
+    """Braces, dollars and environments are balanced, each row has its columns, and comments are comments."""
+    lines = [line for line in text.splitlines() if line and not line.startswith("%")]
+    plain = re.sub(r"\\[{}$&%#_]", "", "\n".join(lines))
+    assert plain.count("{") == plain.count("}")
+    assert plain.count("$") % 2 == 0
+    assert not re.search("[%#_~^]", plain)
+    assert plain.count(r"\begin{tabular}") == plain.count(r"\end{tabular}") > 0
+    sides = ""
+    for line in plain.splitlines():
+        if found := re.fullmatch(r"\\begin\{tabular\}\{([lr]+)\}", line):
+            sides = found[1]
+        elif line.endswith(r" \\"):
+            assert line.count("&") == len(sides) - 1
+        else:
+            assert re.fullmatch(r"\\(toprule|midrule|bottomrule|end\{tabular\})", line)
+
+
+def laid_out(draw: Callable[[Any], object]) -> Any:
+    """The figure that `draw` fills, in the style and with the layout of a file."""
+    from bncli.report.figure import rendered
+
+    figures: list[Any] = []
+
+    def keep(figure: Any) -> None:
+        draw(figure)
+        figures.append(figure)
+
+    rendered(keep, "png", 100)  # fewer dots make text wider than in a file
+    return figures[0]
+
+
+def check_everything_is_inside(figure: Any, width: float) -> None:
+    """All that is drawn is inside the figure, which has the width (inches) that was asked for, in 8 points or more."""
+    from matplotlib.text import Text
+
+    box = figure.get_tightbbox()
+    assert figure.get_figwidth() == width
+    assert min(box.x0, box.y0) > -0.02
+    assert (box.x1 < width + 0.02, box.y1 < figure.get_figheight() + 0.02) == (True, True), box
+    assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text().strip()) >= 8
 
 
 @pytest.fixture(scope="session")

@@ -155,7 +155,7 @@ FUSED_NORMS = (
 
 
 def step_cost(arm: str, kernel: str | None, mode: str, ms: float, ratio: float | None) -> StepCost:
-    parts = (0.31 if kernel != "fused" else 0.14, 0.42, 0.09, 0.05, 0.01, 0.03, 0.09)
+    parts = (0.31 if kernel != "fused" else 0.14, 0.40, 0.09, 0.02, 0.05, 0.01, 0.03, 0.09)
     return StepCost(
         arm=arm,
         kernel=kernel,

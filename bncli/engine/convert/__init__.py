@@ -48,8 +48,8 @@ class Conversion:
             lines.append("Each is one call; native runs its operations one after the other.")
         elif any("residual add" in operation for operation in fused):
             lines.append("A residual of another shape or dtype is added after the kernel, and the activation with it.")
-        done = "merged with what follows" if self.kernel == "native" else "fused"
-        total = f"{ours} of {len(self.norms)} batch norms on kernel {self.kernel}, {len(fused)} of them {done}"
+        total = f"{ours} of {len(self.norms)} batch norms run on kernel {self.kernel}: "
+        total += f"{len(fused)} together with the operations that follow, {ours - len(fused)} alone"
         return "\n".join([total, *lines])
 
 

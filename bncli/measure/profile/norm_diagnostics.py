@@ -58,7 +58,7 @@ class WatchedNorm:
     dtype: torch.dtype = torch.float32  # of the input
     means: deque[Tensor] = field(default_factory=lambda: deque(maxlen=LAST))  # (C) each, float32 or wider
     variances: deque[Tensor] = field(default_factory=lambda: deque(maxlen=LAST))  # (C) each, biased
-    dead_bias: tuple[str, int] | None = None  # the layer in front whose bias does nothing, and the bias's values
+    dead_bias: tuple[str, str, int] | None = None  # layer in front whose bias does nothing, its class, bias's values
 
     @property
     def statistics(self) -> tuple[Tensor, Tensor]:
@@ -134,12 +134,13 @@ def _running(norm: _BatchNorm) -> tuple[Tensor, Tensor] | None:
     return None if mean is None or var is None else (mean.clone(), var.clone())
 
 
-def _dead_bias(layer: Layer | None, layers: dict[Layer, str], dtype: torch.dtype) -> tuple[str, int] | None:
-    """The layer's name and its bias's values, if that has no gradient to speak of: nothing else used the output."""
+def _dead_bias(layer: Layer | None, layers: dict[Layer, str], dtype: torch.dtype) -> tuple[str, str, int] | None:
+    """The layer, its class and its bias's values, if that has no gradient to speak of: nothing else used the output."""
     if layer is None or layer.bias is None or layer.bias.grad is None or layer.weight.grad is None:
         return None
     least = DEAD * math.sqrt(unit_roundoff(dtype)) * float(layer.weight.grad.norm())
-    return (layers[layer], layer.bias.numel()) if float(layer.bias.grad.norm()) <= least else None
+    found = layers[layer], type(layer).__name__, layer.bias.numel()
+    return found if float(layer.bias.grad.norm()) <= least else None
 
 
 @contextlib.contextmanager
@@ -205,7 +206,8 @@ def remarks(arm: str, watched: Watched, training: TrainingPlan) -> tuple[NormRem
     kinds: dict[str, list[Remark]] = {}
     for seen in watched.norms:
         for severity, remark in _remarks(arm, seen, training):
-            kinds.setdefault(remark.kind, []).append((severity, remark))
+            named = replace(remark, layer_class=type(seen.norm).__name__)
+            kinds.setdefault(remark.kind, []).append((severity, named))
     # Of layers that are equally bad, max takes the first.
     worst = [(max(alike, key=lambda each: each[0])[1], len(alike) - 1) for alike in kinds.values()]
     return tuple(replace(remark, more_layers=more) for remark, more in worst)
@@ -222,9 +224,9 @@ def _remarks(arm: str, seen: WatchedNorm, training: TrainingPlan) -> Iterator[Re
     if training.real_data:
         yield from _running_mean_remarks(arm, seen)
     if seen.dead_bias is not None:
-        layer, parameters = seen.dead_bias
-        figures: dict[str, float] = {"parameters": parameters}
-        yield 0.0, NormRemark(arm, "bias without effect", seen.name, figures=figures, source=layer)
+        layer, kind, parameters = seen.dead_bias
+        remark = NormRemark(arm, "bias without effect", seen.name, source=layer, source_class=kind)
+        yield 0.0, replace(remark, figures={"parameters": parameters})
     if training.last_batch == 1:
         raises = float(seen.values == seen.examples)
         yield raises, NormRemark(arm, "last batch of one", seen.name, figures={"raises": raises})

@@ -7,7 +7,8 @@ while a batch is fetched belongs there whole. What is left is `gaps`: on a CPU t
 operators, on a GPU the time in which the device is idle.
 
 A fused norm runs its ReLU and its residual add itself: they are normalization in its row, and activation and other in
-native's. The count of batches that a native norm keeps is other. What torch.compile fused is other.
+native's. The count of batches that a native norm keeps is other. What torch.compile fused is other. The loss of a
+small net is few operators, but on cores that other programs use its threads wait for each other, for most of the step.
 
 A profiled step takes up to twice as long as a plain one, because each event costs time. Of a CPU all classes are
 therefore scaled alike, so that they sum to the median step, which was measured without; steps of many small operators
@@ -17,14 +18,17 @@ median less them, and only where they are more than the median (kernels side by 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bncli.engine.device import synchronize
@@ -41,6 +45,8 @@ ACTIVATIONS = {
 }
 PRODUCTS = {"addbmm", "addmm", "addmv", "baddbmm", "bilinear", "bmm", "einsum", "linear", "matmul", "mm", "mv"}
 WHOLE = ("optimizer", "data")  # whatever runs inside
+# In a trace: names of a layer's forward and of autograd's nodes, and the finest step of time in microseconds.
+LAYER, NODE, LEAST_US = "layer ", "autograd::engine::evaluate_function: ", 0.001
 
 
 class Event(Protocol):
@@ -68,6 +74,8 @@ def class_of(name: str) -> str | None:
         return "activation"
     if operator.removeprefix("mkldnn_") in PRODUCTS or re.search(r"conv(olution|_|\d|$)", operator):
         return "convolution, linear"
+    if re.search("log_softmax|cross_entropy|_loss", operator):
+        return "loss"
     return None
 
 
@@ -143,15 +151,83 @@ def recorded(runs: Mapping[str, Callable[[], object]], times: int, device: torch
     return found
 
 
-def write_trace(path: Path, runs: Mapping[str, Callable[[], object]], device: torch.device) -> None:
+# --- the trace ----------------------------------------------------------------------------------------------------
+
+
+def write_trace(
+    path: Path, runs: Mapping[str, Callable[[], object]], device: torch.device, models: Iterable[nn.Module] = ()
+) -> None:
     """Write the Chrome trace of one of each run, one after the other in one file (chrome://tracing, Perfetto).
 
-    Raises UsageError where the file cannot be written.
+    The layers of `models` have ranges of their names there, forward and backward, as `has_layer_names` says. Raises
+    UsageError where the file cannot be written.
     """
-    found = recorded(runs, 1, device)
+    with _layer_ranges(filter(has_layer_names, models)):
+        found = recorded(runs, 1, device)
     try:
         path.touch()
         found.export_chrome_trace(str(path))
+        trace = json.loads(path.read_text(encoding="utf-8"))
+        trace["traceEvents"] += backward_ranges(trace["traceEvents"])
+        path.write_text(json.dumps(trace, separators=(",", ":")), encoding="utf-8")
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"cannot be written: {reason}", field="trace", value=path) from error
+
+
+def has_layer_names(model: nn.Module) -> bool:
+    """Whether a trace can name its layers: those that torch.compile merged do not run one by one."""
+    return not any(part._compiled_call_impl or "_orig_mod" in part._modules for part in model.modules())
+
+
+@contextlib.contextmanager
+def _layer_ranges(models: Iterable[nn.Module]) -> Iterator[None]:
+    """While inside, the forward of each module runs in a range of its name and class."""
+    running, handles = [], []
+
+    def enter(name: str, module: nn.Module, args: Any) -> None:
+        running.append(record_function(name))
+        running[-1].__enter__()
+
+    for path, module in ((path, module) for model in models for path, module in model.named_modules()):
+        name = f"{LAYER}{path or 'all'} ({type(module).__name__})"
+        handles.append(module.register_forward_pre_hook(functools.partial(enter, name)))
+        handles.append(
+            module.register_forward_hook(lambda *_: running.pop().__exit__(None, None, None), always_call=True)
+        )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def backward_ranges(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each layer's nodes of the backward pass that run in a row a range around them, `NAME, backward`.
+
+    A node has the sequence number of the operator that made it, which ran inside the layer's forward range. So no
+    backward hooks are needed, which change the graph and refuse operations in place. The sums of a layer's gradients,
+    which have no such number, follow its last node.
+    """
+    timed = [event for event in events if event.get("ph") == "X" and event.get("cat") in ("cpu_op", "user_annotation")]
+    timed.sort(key=lambda event: (str(event["tid"]), event["ts"], -event["dur"]))
+    layer_of: dict[int, str] = {}
+    around: list[dict[str, Any]] = []  # the forward ranges of layers that an event is inside of
+    found: list[dict[str, Any]] = []
+    last = None  # the layer of the node before
+    for event in timed:
+        number, end = event.get("args", {}).get("Sequence number"), event["ts"] + event["dur"]
+        around = [each for each in around if each["tid"] == event["tid"] and each["ts"] + each["dur"] >= end]
+        if event["name"].startswith(LAYER):
+            around.append(event)
+        elif event["name"].startswith(NODE):
+            layer = last if event["name"].endswith("AccumulateGrad") else layer_of.get(number)
+            if layer and layer != last:
+                found.append({**event, "name": f"{layer}, backward", "cat": "user_annotation", "args": {}})
+                found[-1]["ts"] -= LEAST_US
+            if layer:
+                found[-1]["dur"] = end + LEAST_US - found[-1]["ts"]
+            last = layer
+        elif around and number is not None:  # of operators that make no node, the number is that of the next that does
+            layer_of[number] = around[-1]["name"]
+    return found

@@ -1,4 +1,4 @@
-"""A comparison for other programs: CSV with all digits, Markdown for a GitHub page, and a self-contained HTML page."""
+"""A comparison for other programs: CSV with all digits, Markdown, LaTeX, and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bncli.report.compare.text import (
     tuning_columns,
     tuning_notes,
 )
-from bncli.report.export import csv_text, markdown, markdown_table
+from bncli.report.export import csv_text, latex_text, markdown, markdown_table
 from bncli.report.figure import INK
 from bncli.report.text import Column, setting
 from bncli.results.compare import ArmSummary, AtTarget, Comparison, Cost, Ratio
@@ -115,6 +115,12 @@ def to_markdown(comparison: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
+def to_latex(comparison: Comparison) -> str:
+    """The same tables for a paper, without the claims."""
+    tables = [(title(comparison), comparison_columns(comparison)), *side_tables(comparison)]
+    return latex_text(tables, [subtitle(comparison.plan) + ".", *footnotes(comparison)])
+
+
 # --- HTML ---------------------------------------------------------------------------------------------------------
 
 
@@ -183,7 +189,8 @@ def _html_section(heading: str, columns: list[Column], notes: Iterable[str]) -> 
 
 
 def _html_figures(comparison: Comparison) -> str:
-    from bncli.report.compare import figure, layers
+    from bncli.report import layers
+    from bncli.report.compare import figure
 
     try:
         found = [_inline(figure.render(comparison, "svg", transparent=True), f"Figure: {title(comparison)}")]

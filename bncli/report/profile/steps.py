@@ -31,8 +31,8 @@ from bncli.report.table import AlignedTable, Bar, BulletList, Paragraph, Respons
 from bncli.report.text import UNKNOWN, Cell, Column, environment_words, figure
 from bncli.results.profile import FOLDED, STEP_CLASSES, NormRemark, StepCost, StepProfile
 
-COLOURS = dict(zip(STEP_CLASSES, ("magenta", "cyan", "yellow", "green", "blue", "", "dim"), strict=True))
-LETTERS = dict(zip(STEP_CLASSES, "NCAOD.-", strict=True))  # of a bar, so that it needs no colour
+COLOURS = dict(zip(STEP_CLASSES, ("magenta", "cyan", "yellow", "red", "green", "blue", "", "dim"), strict=True))
+LETTERS = dict(zip(STEP_CLASSES, "NCALOD.-", strict=True))  # of a bar, so that it needs no colour
 SHORT = {
     "normalization": "normal-\nization",
     "convolution, linear": "conv,\nlinear",
@@ -78,6 +78,7 @@ def _legend(rows: Sequence[StepCost]) -> list[str]:
         lines.append("folded: evaluation after bncli.fold made the batch norms part of the layers before them.")
     if any(row.shares_ms for row in rows):
         lines.append("Share of a step: from a separate profiled pass. gaps: the device waits for the host.")
+        lines.append("other: what is in no class, such as additions, pooling, reshaping and the summing of gradients.")
     if any(row.shares_ms and layers.kind == "Whitening" for row in rows for layers in row.norms):
         lines.append("Of a norm that whitens, matrix products count as linear and its other operators as other.")
     if any(row.memory for row in rows):
@@ -130,7 +131,7 @@ def share_columns(rows: Sequence[StepCost]) -> list[Column]:
             header=name.replace(" ", "\n", 1),
             values=[cell(row, name) for row in rows],
             short=SHORT.get(name, ""),
-            optional=name in ("data", "other"),
+            optional=name in ("loss", "data", "other"),
         )
         for name in STEP_CLASSES
     ]

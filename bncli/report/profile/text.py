@@ -207,6 +207,8 @@ def _note_words(note: Note) -> str:
             return f"{note.arm}: the norm layers could not be observed: {note.reason}"
         case "not folded":
             return f"{note.arm}: evaluation is not shown with the batch norms folded: {note.reason}"
+        case "layers not traced":
+            return f"{note.arm} is compiled: the trace cannot name its layers"
         case "norms watched":
             judged = f"; running statistics are judged after {note.of}" if (note.count or 0) < (note.of or 0) else ""
             return f"{note.arm}: the norm layers were observed for {count(note.count or 0, 'training step')}{judged}"
@@ -269,7 +271,13 @@ class RemarkWords(NamedTuple):
 def remark_words(remark: NormRemark) -> RemarkWords:
     """Where something is wrong with norm layers, what it is, and what to do about it."""
     more = f" and {remark.more_layers} more" if remark.more_layers else ""
-    return RemarkWords((remark.layer or "(the model)") + more, *_finding_and_advice(remark))
+    layer = _layer_words(remark.layer, remark.layer_class) or "(the model)"
+    return RemarkWords(layer + more, *_finding_and_advice(remark))
+
+
+def _layer_words(name: str, kind: str) -> str:
+    """`blocks.0.norm1`; a module that has a mere index for its name with its class: `layer 0 (Conv2d)`."""
+    return f"layer {name} ({kind})" if kind and name.rpartition(".")[2].isdigit() else name
 
 
 def _finding_and_advice(remark: NormRemark) -> tuple[str, str]:
@@ -324,10 +332,11 @@ def _finding_and_advice(remark: NormRemark) -> tuple[str, str]:
                 "estimate the statistics again over some batches before evaluation",
             )
         case "bias without effect":
+            source = _layer_words(remark.source or "", remark.source_class)
             return (
-                f"the bias of {remark.source} has no effect, since the norm subtracts it "
+                f"the bias of {source} has no effect, since the norm subtracts it "
                 f"({figures['parameters']:.0f} unused parameters)",
-                f"set bias=False in {remark.source}: the norm has a bias of its own",
+                f"set bias=False in {source}: the norm has a bias of its own",
             )
         case "last batch of one":
             raises = "torch raises in training" if figures["raises"] else "its statistics are those of one example"

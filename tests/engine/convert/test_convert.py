@@ -361,7 +361,7 @@ def test_a_shared_norm_keeps_one_state_over_all_its_calls() -> None:
 
 def test_the_report_is_a_table_of_plain_text() -> None:
     lines = str(report(converted(residual(nn.ReLU6()), "native"))).splitlines()
-    assert lines[0] == "2 of 2 batch norms on kernel native, 1 of them merged with what follows"
+    assert lines[0] == "2 of 2 batch norms run on kernel native: 1 together with the operations that follow, 1 alone"
     assert lines[1].split() == ["batch", "norm", "runs", "as", "why", "not", "more"]
     assert lines[2] == "body.1      batch norm                        what follows is body.2 (ReLU6)"
     assert lines[3] == "body.3      batch norm + residual add + silu"
@@ -370,7 +370,7 @@ def test_the_report_is_a_table_of_plain_text() -> None:
 
 def test_the_report_of_a_kernel_says_when_torch_adds_the_residual() -> None:
     text = str(report(converted(residual())))
-    assert "2 of them fused" in text
+    assert "2 together with the operations that follow, 0 alone" in text
     assert "A residual of another shape or dtype is added after the kernel" in text
     assert "residual of another" not in str(report(converted(mlp())))
 

@@ -168,6 +168,7 @@ def test_a_bias_in_front_of_a_batch_norm_has_no_effect(fused: bool) -> None:
         convert(model, native.batch_norm)
     found = only(remarks_on(model, normal(16, 3, 8, 8), lr=0.01))
     assert (found.kind, found.layer, found.source) == ("bias without effect", "1", "0")
+    assert (found.layer_class, found.source_class) == ("BatchNorm2d", "Conv2d")
     assert found.figures == {"parameters": 8}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,21 @@ import pytest
 import torch
 from torch import nn
 
+from bncli import convert
 from bncli.errors import UsageError
-from bncli.measure.profile.step_time import DATA, STEP, class_of, fold, scaled, shares_ms, write_trace
+from bncli.kernels import native
+from bncli.measure.profile.step_time import (
+    DATA,
+    STEP,
+    class_of,
+    fold,
+    has_layer_names,
+    scaled,
+    shares_ms,
+    write_trace,
+)
 from bncli.results.profile import STEP_CLASSES
+from tests.resnet import ResNet
 
 CPU = torch.device("cpu")
 
@@ -58,6 +72,10 @@ class Event:
         ("Optimizer.step#SGD.step", "optimizer"),
         ("Optimizer.zero_grad#AdamW.zero_grad", "optimizer"),
         (DATA, "data"),
+        ("aten::cross_entropy_loss", "loss"),
+        ("aten::_log_softmax_backward_data", "loss"),
+        ("NllLossBackward0", "loss"),
+        ("aten::_softmax", None),  # of an attention
         ("aten::resolve_conj", None),
         ("aten::add", None),
         ("aten::norm", None),
@@ -85,12 +103,14 @@ def test_each_self_time_counts_once_in_the_class_around_it() -> None:
         Event("aten::mm", 11, optimizer),
         Event("aten::max_pool2d", 13, step),
         Event("aten::gelu", 17, step),
+        Event("aten::_log_softmax", 19, step),
         Event("aten::empty", 1000),  # outside of every step
     ]
     assert fold(events, device_time=False) == {
         "normalization": 36,
         "convolution, linear": 0,
         "activation": 17,
+        "loss": 19,
         "optimizer": 14,
         "data": 8,
         "other": 13,
@@ -138,7 +158,7 @@ def test_a_real_step_has_time_in_every_class_and_sums_to_the_median() -> None:
     def step() -> None:
         with torch.profiler.record_function(DATA):
             x = torch.randn(16, 3, 8, 8)
-        loss = model(x).square().mean()
+        loss = nn.functional.cross_entropy(model(x), torch.zeros(16, dtype=torch.long))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -164,6 +184,55 @@ def test_a_trace_is_a_json_file_that_names_each_run(tmp_path: Path) -> None:
     assert "one, native" in names
     assert "one, fused" in names
     assert "aten::conv2d" in names
+
+
+def traced(path: Path, *models: nn.Module) -> list[dict[str, Any]]:
+    """The events of one step of each model."""
+    x, y = torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)
+
+    def step_of(model: nn.Module) -> Callable[[], object]:
+        return lambda: nn.functional.cross_entropy(model(x), y).backward()
+
+    write_trace(path, {f"run {k}": step_of(model) for k, model in enumerate(models)}, CPU, models)
+    events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
+    return events
+
+
+def test_a_trace_names_the_layers_of_a_resnet_with_operations_in_place_forward_and_backward(tmp_path: Path) -> None:
+    model, ours = ResNet((1, 1), 4, 2), convert(ResNet((1, 1), 4, 2), native.batch_norm)
+    names = Counter(event.get("name") for event in traced(tmp_path / "trace.json", model, ours))
+    for name in ("conv1 (Conv2d)", "stages.0.bn1 (BatchNorm2d)", "stages.1.downsample.0 (Conv2d)", "fc (Linear)"):
+        assert names[f"layer {name}"] == names[f"layer {name}, backward"] == 2
+    assert names["layer maxpool (MaxPool2d), backward"] == 2
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_layers_backward_range_holds_the_nodes_of_its_operators(tmp_path: Path) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(7200, 2)
+    )
+    events = [event for event in traced(tmp_path / "trace.json", model) if event.get("ph") == "X"]
+    node = "autograd::engine::evaluate_function: "
+    inside = {}
+    for layer in (event for event in events if event["name"].endswith(", backward")):
+        first, last = layer["ts"], layer["ts"] + layer["dur"]
+        nodes = [each for each in events if each["name"].startswith(node) and first <= each["ts"] <= last]
+        assert all(each["ts"] + each["dur"] <= last for each in nodes)
+        inside[layer["name"].split()[1]] = [each["name"].removeprefix(node) for each in nodes]
+    sums = "torch::autograd::AccumulateGrad"
+    assert inside["0"] == ["ConvolutionBackward0", sums, sums]
+    assert inside["1"] == ["NativeBatchNormBackward0", sums, sums]
+    assert inside["2"] == ["ReluBackward0"]
+    assert sorted(inside["4"]) == sorted(["AddmmBackward0", sums, "TBackward0", sums])
+
+
+def test_the_layers_of_a_compiled_model_have_no_names_in_a_trace() -> None:
+    model, _ = small()
+    assert has_layer_names(model)
+    assert not has_layer_names(torch.compile(model))  # type: ignore[arg-type]
+    assert not has_layer_names(nn.Sequential(torch.compile(model)))  # type: ignore[arg-type]
+    model.compile()
+    assert not has_layer_names(model)
 
 
 def test_a_trace_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:

@@ -372,3 +372,18 @@ def test_the_trace_holds_a_step_of_each_kernel(tmp_path: Path) -> None:
     finished(faked_run(Faked(FakeTime(), {"native": 8.0, "fused": 4.0}), trace=path))
     names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
     assert {"model, native", "model, fused"} <= names
+
+
+@pytest.mark.usefixtures("other")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_note_says_that_a_compiled_models_layers_have_no_names_in_the_trace(compiled: bool, tmp_path: Path) -> None:
+    class Compiled(Faked):
+        def trainable(self, *given: Any, **named: Any) -> Trainable:
+            made = super().trainable(*given, **named)
+            if compiled:
+                made.model.compile(backend="eager")
+            return made
+
+    model = Compiled(FakeTime(), {"native": 8.0, "fused": 4.0})
+    profile = finished(faked_run(model, trace=tmp_path / "trace.json"))
+    assert (Note("layers not traced", arm="model") in profile.notes) == compiled

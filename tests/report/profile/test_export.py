@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import statistics
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -15,9 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bncli.errors import USAGE, UsageError
-from bncli.report.profile.export import load, to_csv, to_json, to_markdown
+from bncli.report.profile.export import load, to_csv, to_json, to_latex, to_markdown
 from bncli.results.finding import Finding
 from bncli.results.profile import KernelProfile, NormRemark, Note, Profile, StepProfile
+from tests.report.conftest import check_latex
 from tests.report.made_up_costs import (
     KERNELS,
     kernel_profile,
@@ -88,6 +90,19 @@ def test_the_json_says_which_view_it_is_and_holds_the_comparison(tmp_path: Path)
     assert plain["gate"]["only_now"] == ["bn fp32 contiguous, 60x100, fused"]
     assert load(file) == kernel_profile()  # an earlier comparison is no part of a baseline
     assert json.loads(to_json(step_profile()))["kind"] == "step"
+
+
+@pytest.mark.parametrize("profile", [kernel_profile(), step_profile()], ids=["kernels", "step"])
+def test_the_json_has_median_and_quartiles_beside_the_samples(profile: Profile) -> None:
+    row, found = profile.rows[0], json.loads(to_json(profile))["rows"][0]
+    if isinstance(profile, KernelProfile):
+        row, found = row.both, found["both"]
+    assert found["samples_ms"] == list(row.samples_ms)
+    low, middle, high = statistics.quantiles(row.samples_ms, n=4, method="inclusive")
+    assert (found["lower_quartile_ms"], found["median_ms"], found["upper_quartile_ms"]) == (low, middle, high)
+    unmeasured = json.loads(to_json(with_errors()))["rows"][3]
+    assert unmeasured["both"] is None
+    assert "median_ms" not in unmeasured
 
 
 def changed(**fields: Any) -> str:
@@ -194,3 +209,12 @@ def test_markdown_has_a_heading_a_group_and_the_error_in_its_row() -> None:
     (line,) = [line for line in text.splitlines() if "mine:norm" in line and line.startswith("|")]
     assert "dx is wrong" in line
     assert "Measured ceilings" in text
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_the_latex_tables_are_those_of_markdown(name: str) -> None:
+    text = to_latex(PROFILES[name])
+    headings = [line for line in to_markdown(PROFILES[name]).splitlines() if line.startswith("####")]
+    assert text.count(r"\begin{tabular}") == len(headings)
+    if headings:
+        check_latex(text)

@@ -30,8 +30,8 @@ def test_time_shares_and_memory_are_tables_at_every_usual_width(width: int, show
     assert lines[at + 1].split()[:6] == ["training", "native", "102", "±1%", "1,250", "1x"]
     assert lines[at + 2].split()[:6] == ["fused", "83.1", "±1%", "1,540", "1.23x", "(1.20–1.27)"]
     shares = text[text.index(SHARES) : text.index(MEMORY)]
-    assert sum("%" in word for word in row(shares, "training", "native")) == (5 if width == 60 else 7)
-    assert ("Hidden columns (terminal too narrow): data, other" in shares) == (width == 60)
+    assert sum("%" in word for word in row(shares, "training", "native")) == (5 if width == 60 else 8)
+    assert ("Hidden columns (terminal too narrow): loss, data, other" in shares) == (width == 60)
     assert ("31% (31.7 ms)" in shares) == (width == 160)
     memory = text[text.index(MEMORY) : text.index(NORMS)]
     assert row(memory, "training", "native")[2:] == ["1.03", "1.03", "2.06", "84.5", "412"]

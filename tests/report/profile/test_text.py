@@ -69,6 +69,7 @@ NOTES = {
     Note("host bound", count=3, of=40): "waited for the host in 3 of 40 samples",
     Note("same work", arm="plain", others=("faster", "other start")): "plain also represents faster, other start",
     Note("model compiled", arm="plain"): "plain is compiled|counts as other",
+    Note("layers not traced", arm="plain"): "plain is compiled: the trace cannot name its layers",
     Note("random data", arm="mine:make"): "mine:make is trained on random inputs",
     Note("memory unknown", "fused", arm="plain", reason="exit code -9"): "plain, fused: memory unknown: exit code -9",
     Note("memory unknown", arm="plain", reason="x"): "plain, no kernel: memory unknown: x",
@@ -188,9 +189,9 @@ REMARKS = (
         "estimate the statistics again",
     ),
     (
-        remark("bias without effect", source="0", parameters=8),
-        "the bias of 0 |8 unused parameters",
-        "bias=False in 0: ",
+        replace(remark("bias without effect", source="0", parameters=8), source_class="Conv2d"),
+        "the bias of layer 0 (Conv2d) |8 unused parameters",
+        "bias=False in layer 0 (Conv2d): ",
     ),
     (remark("last batch of one", raises=1.0), "1 example: torch raises in training", "drop_last=True"),
     (remark("last batch of one", raises=0.0), "1 example: its statistics are those of one example", "drop_last=True"),
@@ -209,6 +210,9 @@ def test_a_remark_names_the_first_layer_and_how_many_more() -> None:
     for layer, more, words in (
         ("blocks.0.norm", 0, "blocks.0.norm"),
         ("blocks.0.norm", 3, "blocks.0.norm and 3 more"),
+        ("1", 2, "layer 1 (BatchNorm2d) and 2 more"),
+        ("features.1", 0, "layer features.1 (BatchNorm2d)"),
         ("", 0, "(the model)"),
     ):
-        assert remark_words(replace(remark("one value"), layer=layer, more_layers=more)).layer == words
+        made = replace(remark("one value"), layer=layer, more_layers=more, layer_class="BatchNorm2d")
+        assert remark_words(made).layer == words
