@@ -9,12 +9,13 @@ import importlib.util
 import io
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bncli.errors import FileError
+from bncli.report.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,6 +110,28 @@ def write_caption(figure: Figure, style: FigureStyle, title: str, *notes: str) -
     figure.suptitle(textwrap.fill(title, int(102 * width / size)), fontsize=size, fontweight="bold", **words)
     lines = [line for note in notes for line in textwrap.wrap(note, int(15.5 * width))]
     figure.supxlabel("\n".join(lines), fontsize=8, **words)
+
+
+Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # a line's name -> its x and y
+
+
+def two_panels(figure: Figure, style: FigureStyle, words: tuple[str, str], below: str, *panels: Lines) -> list[Axes]:
+    """Lines in two panels, below each other where it is narrow. words: title and note. below: the x axis's label."""
+    width = style.width_inches or 10.0
+    figure.set_size_inches(width, 4.2 if width > NARROW else 6.4)
+    write_caption(figure, style, *words)
+    found = list(figure.subplots(*((1, 2) if width > NARROW else (2, 1))))
+    for axes, lines in zip(found, panels, strict=True):
+        axes.set_xlabel(below)
+        for place, (name, line) in enumerate(lines.items()):
+            axes.plot(*line, label=name, color=COLOURS[place], linestyle=LINES[place])
+    return found
+
+
+def save(path: Path, draw: Callable[[Figure], None]) -> list[Path]:
+    """Write a figure to `path`, and return where it is. Raises FileError."""
+    write_atomically(path, rendered(draw, check_path(path), 160))
+    return [path]
 
 
 def plain_ticks(axes: Axes, finest: int = 3) -> None:

@@ -83,7 +83,11 @@ def probe(state: TrainState) -> Probed:
     state.probes.points += points
     seconds = perf_counter() - began
     state.probes.seconds += seconds
-    return Probed(points, seconds)
+    inputs = {layer: each.flatten().sort().values for layer, each in state.probes.last.items()}
+    places = {
+        layer: torch.linspace(0, len(each) - 1, 101, dtype=torch.float64).long() for layer, each in inputs.items()
+    }
+    return Probed(points, seconds, {layer: each[places[layer]].tolist() for layer, each in inputs.items()})
 
 
 def _points(state: TrainState, probes: Probes) -> Iterator[ProbePoint]:
