@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ from bncli.cli.options import AllowCode, Device, Json, NoCaption, Plot, PlotWidt
 from bncli.cli.output import Output
 from bncli.errors import CHECK_FAILED, INTERRUPTED, UsageError
 from bncli.names import GRADCHECK_KERNELS, NormName, check_kernel
-from bncli.report.figure import FigureStyle
+from bncli.report.figure import FigureStyle, save
 
 if TYPE_CHECKING:
     from bncli.results.gradcheck import CheckFailure, CheckGroup, Effort, Gradcheck
@@ -98,7 +99,7 @@ def gradcheck(
         raise typer.Exit(getattr(stopped, "exit_code", INTERRUPTED)) from None  # Typer would make any of them 130
     commands = [rerun_command(result, failure) for failure in result.failures]
     print_result(text.to_json(result, commands) if json else table.GradcheckReport(result, commands))
-    output.write(result, figure.plot_parts)
+    output.write(result, functools.partial(save, figure.draw_parts))
     if not result.passed:
         raise typer.Exit(CHECK_FAILED)
 
@@ -109,7 +110,7 @@ def _show_demo(as_json: bool, output: Output) -> None:
 
     steps = bias_demo()
     print_result(text.demo_to_json(steps) if as_json else table.demo_table(steps))
-    output.write(steps, figure.plot_demo)
+    output.write(steps, functools.partial(save, figure.draw_demo))
 
 
 def rerun_command(result: Gradcheck, failure: CheckFailure) -> list[str]:

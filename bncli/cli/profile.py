@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bncli.cli import options
 from bncli.cli.console import (
     StopSignal,
     enable_gc,
@@ -20,21 +21,7 @@ from bncli.cli.console import (
     log,
     print_result,
 )
-from bncli.cli.options import (
-    AllowCode,
-    ArmName,
-    Csv,
-    Device,
-    Json,
-    Latex,
-    Markdown,
-    NoCaption,
-    Plot,
-    PlotWidth,
-    Quiet,
-    Set,
-    Threads,
-)
+from bncli.cli.options import AllowCode, ArmName, Csv, Device, Json, Markdown, Plot, Quiet, Set, Threads
 from bncli.cli.output import Output, chosen_form
 from bncli.errors import CHECK_FAILED, CODE_OF_YOURS, INTERRUPTED, UNAVAILABLE, UsageError
 from bncli.measure.profile.shapes import SETS
@@ -136,15 +123,15 @@ def profile(
         ),
     ] = FEWEST_ROUNDS,
     plot: Plot = None,
-    plot_width: PlotWidth = None,
-    no_caption: NoCaption = False,
+    plot_width: options.PlotWidth = None,
+    no_caption: options.NoCaption = False,
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Write a Chrome trace of one training step per kernel.")
     ] = None,
     json: Json = False,
     csv: Csv = False,
     markdown: Markdown = False,
-    latex: Latex = False,
+    latex: options.Latex = False,
     baseline: Annotated[
         Path | None,
         typer.Option(metavar="FILE.json", help="Compare with a saved --json profile; exit 1 on a regression."),

@@ -12,22 +12,28 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from bncli.errors import FileError
 from bncli.report.files import write_atomically
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
-# Okabe and Ito's palette, distinguishable with any colour vision; then black, and further curves get line styles.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#1b1b1b")
-LINES = ("-", "--", "-.", ":")
+# Okabe and Ito's palette, distinguishable with any colour vision, its pale colours darker, and a grey that is visible
+# on black too. With 4 line styles for 7 colours neighbours differ in grey print, and 28 curves differ.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#C4649B", "#D08A00", "#3A9FDB", "#666666")
+LINES: Any = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1.5, 1.2)))
 INK = "#1b1b1b"  # text and axes; a web page can replace it by its own colour
 PALE = "#8a8a8a"  # what is not data: readable on white and on black
-NARROW = 6.0  # inches: below that, panels stand below each other
+MOST_PLACES = 150  # of a curve; it needs no more at any size
+THINNED = f"Where there are more than {MOST_PLACES} evaluations: medians of these in intervals of steps."
+# Inches: of a figure whose panels stand below each other; of an axis with few numbers.
+NARROW, SHORT_AXIS = 6.0, 3.2
 MISSING = 'plots need matplotlib, which is not installed; install it with: pip install "bncli[plot]"'
 STYLE: Any = {
     "axes.edgecolor": INK,
@@ -44,11 +50,7 @@ STYLE: Any = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
-METADATA: dict[str, dict[str, Any]] = {
-    "svg": {"Date": None},
-    "png": {"Software": None},
-    "pdf": {"CreationDate": None},
-}
+OMITTED = {"svg": "Date", "png": "Software", "pdf": "CreationDate"}  # of each kind's metadata, so that bytes agree
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def check_path(path: Path) -> str:
 
     Raises FileError for another suffix or without matplotlib, so it also serves as a check before any work.
     """
-    if path.suffix.lower().lstrip(".") not in METADATA:
+    if path.suffix.lower().lstrip(".") not in OMITTED:
         raise FileError(f"{path}: a plot's file name must end in .svg, .png or .pdf")
     if importlib.util.find_spec("matplotlib") is None:
         raise FileError(MISSING)
@@ -91,52 +93,85 @@ def rendered(draw: Callable[[Figure], None], kind: str, dpi: int, transparent: b
         figure = Figure(layout="constrained")
         draw(figure)
         file = io.BytesIO()
-        figure.savefig(file, format=kind, dpi=dpi, metadata=METADATA[kind], transparent=transparent)
+        figure.savefig(file, format=kind, dpi=dpi, metadata={OMITTED[kind]: None}, transparent=transparent)
     return file.getvalue()
 
 
 def line_style(index: int) -> dict[str, Any]:
     """The line of an arm or another series, by its place."""
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index // len(COLOURS) % len(LINES)]}
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index % len(LINES)], "linewidth": 1.8}
 
 
 def write_caption(figure: Figure, style: FigureStyle, title: str, *notes: str) -> None:
-    """Title above and notes below, wrapped to the figure's width, which is set before. Each note begins a line."""
+    """Title above and notes below, wrapped to the figure's width, and the height that they need added to its own."""
     if not style.caption:
         return
     width = figure.get_figwidth()
     words: dict[str, Any] = {"ha": "left", "x": 0.008, "parse_math": False}
     size = 12 if width > NARROW else 10
-    figure.suptitle(textwrap.fill(title, int(102 * width / size)), fontsize=size, fontweight="bold", **words)
-    lines = [line for note in notes for line in textwrap.wrap(note, int(15.5 * width))]
-    figure.supxlabel("\n".join(lines), fontsize=8, **words)
+    above = textwrap.wrap(title, int(102 * width / size), break_on_hyphens=False)
+    below = [line for note in notes for line in textwrap.wrap(note, int(17 * width))]
+    figure.suptitle("\n".join(above), fontsize=size, fontweight="bold", **words)
+    figure.supxlabel("\n".join(below), fontsize=8, **words)
+    figure.set_figheight(figure.get_figheight() + (1.3 * size * len(above) + 10 * len(below) + 8) / 72)
 
 
-Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # a line's name -> its x and y
+def legend_above(figure: Figure, handles: Sequence[Artist]) -> SubFigure:
+    """Put a legend on a strip above the figure, whose height grows, and return the part below, as high as it was."""
+    height, longest = figure.get_figheight(), max(len(str(handle.get_label())) for handle in handles)
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / (0.6 + 0.078 * longest))))
+    strip = 0.08 + 0.19 * math.ceil(len(handles) / columns)
+    figure.set_figheight(height + strip)
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(strip, height)).flat
+    shown = above.legend(handles=handles, loc="upper left", ncols=columns, frameon=False, borderpad=0)
+    for text in shown.get_texts():
+        text.set_parse_math(False)
+    part: SubFigure = below
+    return part
 
 
-def two_panels(figure: Figure, style: FigureStyle, words: tuple[str, str], below: str, *panels: Lines) -> list[Axes]:
-    """Lines in two panels, below each other where it is narrow. words: title and note. below: the x axis's label."""
+def thinned(points: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
+    """At most MOST_PLACES points whose first value is a step: of more, the medians in intervals of a log axis."""
+    if len(points) <= MOST_PLACES:
+        return list(points)
+    width = math.log(points[-1][0] / points[0][0]) / MOST_PLACES
+    bins: dict[int, list[tuple[float, ...]]] = {}
+    for point in points:
+        place = min(int(math.log(point[0] / points[0][0]) / width), MOST_PLACES - 1)
+        bins.setdefault(place, []).append(point)
+    return [tuple(map(median, zip(*members, strict=True))) for members in bins.values()]
+
+
+def two_panels(
+    figure: Figure,
+    style: FigureStyle,
+    words: tuple[str, str],
+    x: tuple[str, Sequence[float]],
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+) -> list[Axes]:
+    """Lines in two panels. words: title and note. x: label and values. panels: a y label -> a line's name -> its y."""
     width = style.width_inches or 10.0
-    figure.set_size_inches(width, 4.2 if width > NARROW else 6.4)
+    figure.set_size_inches(width, 3.7 if width > NARROW else 5.8)
     write_caption(figure, style, *words)
     found = list(figure.subplots(*((1, 2) if width > NARROW else (2, 1))))
-    for axes, lines in zip(found, panels, strict=True):
-        axes.set_xlabel(below)
-        for place, (name, line) in enumerate(lines.items()):
-            axes.plot(*line, label=name, color=COLOURS[place], linestyle=LINES[place])
+    for axes, (name, lines) in zip(found, panels.items(), strict=True):
+        axes.set(xlabel=x[0], ylabel=name)
+        for place, (label, y) in enumerate(lines.items()):
+            axes.plot(x[1], y, label=label, **line_style(place))
+        axes.legend(frameon=False)
     return found
 
 
-def save(path: Path, draw: Callable[[Figure], None]) -> list[Path]:
-    """Write a figure to `path`, and return where it is. Raises FileError."""
-    write_atomically(path, rendered(draw, check_path(path), 160))
+def save(draw: Callable[..., None], found: Any, path: Path, style: FigureStyle) -> list[Path]:
+    """Write to `path` what `draw(figure, found, style)` draws, and return where it is. Raises FileError."""
+    write_atomically(path, rendered(lambda figure: draw(figure, found, style), check_path(path), 160))
     return [path]
 
 
-def plain_ticks(axes: Axes, finest: int = 3) -> None:
-    """Round numbers of steps on a logarithmic axis; see `plain_numbers`."""
-    plain_numbers(axes.xaxis, *axes.get_xlim(), finest)
+def plain_ticks(axes: Axes, finest: int | None = None) -> None:
+    """Round numbers of steps on a logarithmic axis, fewer where it is short; see `plain_numbers`."""
+    short = axes.bbox.width < SHORT_AXIS * axes.figure.dpi
+    plain_numbers(axes.xaxis, *axes.get_xlim(), finest or (2 if short else 3))
 
 
 def plain_numbers(axis: Axis, low: float, high: float, finest: int = 3) -> None:

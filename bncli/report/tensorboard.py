@@ -17,14 +17,12 @@ def check_installed() -> None:
 
 
 class TensorBoard:
-    """A sink that writes to a folder, in place of an earlier run's files there."""
+    """A sink that writes to a folder; what an earlier run left there is kept, and hidden by TensorBoard."""
 
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        for file in folder.glob("events.out.tfevents.*"):
-            file.unlink()
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=0)
 
     def __call__(self, event: Event) -> None:
         from torch import tensor

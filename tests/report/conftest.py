@@ -254,6 +254,28 @@ def six_arms() -> Comparison:
     return comparison(arms, [*runs, failed], planned_runs=len(runs) + 5, notes=notes)
 
 
+def seven_arms() -> Comparison:
+    """As many arms as there are colours, each with 1,499 noisy evaluations after the first step."""
+    names = ["plain", "batch norm", "layer norm", "group norm with 4 groups", "weight norm",
+             "rectified linear units instead of sigmoid", "careful xavier initialization"]  # fmt: skip
+    taus = dict(zip(names, (800, 60, 90, 130, 300, 700, 1500), strict=True))
+    runs = [run for name, tau in taus.items() for run in report_runs(name, spread(3.2 * tau), tau)]
+
+    def noisy(tau: float) -> tuple[tuple[float, float, float, float], ...]:
+        middles = [
+            (step, 0.1 + (0.87 - 0.1 * abs(math.sin(step**2))) * (1 - math.exp(-step / tau)))
+            for step in range(0, 15000, 10)
+        ]
+        return tuple((float(step), middle, middle - 0.02, middle + 0.02) for step, middle in middles)
+
+    ratios = {name: Ratio(800 / tau, Interval(640 / tau, 960 / tau), "means", 1e-5) for name, tau in taus.items()}
+    arms = [
+        arm_summary(name, runs, tau=tau, curve=noisy(tau), ratio=ratios[name] if name != "plain" else None)
+        for name, tau in taus.items()
+    ]
+    return comparison(arms, runs)
+
+
 def censored_reference() -> Comparison:
     """The depth case: the plain arm never learns, so that the other's ratio is a bound."""
     runs = report_runs("plain", [None] * 10, 1e6) + report_runs("batch norm", spread(240), 70)

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from bncli.report.compare import export
-from bncli.report.figure import plain_numbers
+from bncli.report.figure import THINNED, FigureStyle, plain_numbers
 from bncli.report.layers import draw, has_layers, plot, render
 from bncli.results.compare import Comparison
 from bncli.results.train import ProbePoint
@@ -180,3 +180,28 @@ def test_the_page_has_both_figures(examples):
     page = export.to_html(probed(examples["two arms"], points(["gradients"], LAYERS[:1])))
     assert page.count("<svg") == 2
     assert "inside the layers of digits" in page
+
+
+@pytest.mark.parametrize(("width", "columns", "layers"), [(3.3, 2, 3), (6.8, 3, 4), (11.0, 5, 4)])
+def test_a_narrow_figure_has_fewer_columns_beside_each_other_and_fewer_layers(examples, width, columns, layers):
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    draw(figure, probed(examples["two arms"], points(ALL, [*LAYERS, "hidden4"])), FigureStyle(width))
+    figure.draw_without_rendering()
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert len(panels) == 5 * layers
+    assert len({round(axes.get_window_extent().x0) for axes in panels[: columns * layers]}) == columns
+    assert figure.get_figwidth() == width
+    assert all(axes.title.get_window_extent().x1 <= figure.bbox.x1 for axes in panels)
+    assert (f"{layers} of 4 layers are drawn." in figure._supxlabel.get_text()) == (layers < 4)
+
+
+def test_hundreds_of_probes_are_thinned_as_the_curves_are(examples):
+    from matplotlib.figure import Figure
+
+    many = tuple(replace(point, step=step) for step in range(1, 400) for point in points(["gradients", "inputs"])[:6])
+    figure = Figure()
+    draw(figure, probed(examples["two arms"], many))
+    assert {len(line.get_xdata()) <= 150 for axes in figure.axes for line in axes.lines} == {True}
+    assert THINNED in figure._supxlabel.get_text().replace("\n", " ")

@@ -61,12 +61,13 @@ def test_what_the_probes_measured_are_scalars_of_a_layer_and_histograms_of_its_i
     assert sum(value.bucket) == 101
 
 
-def test_files_of_an_earlier_run_are_replaced(tmp_path: Path) -> None:
+def test_the_figures_of_an_earlier_run_are_kept_and_hidden(tmp_path: Path) -> None:
     written(tmp_path, StepDone(20, 0.75, 0.1, 1e4, None))
-    (tmp_path / "notes.txt").write_text("mine")
+    (earlier,) = tmp_path.iterdir()
+    earlier = earlier.rename(tmp_path / earlier.name.replace("tfevents.", "tfevents.0", 1))  # as if a second before
     found = written(tmp_path, StepDone(30, 0.5, 0.1, 1e4, None))
     assert [each.step for each in found.Scalars("training/loss")] == [30]
-    assert (tmp_path / "notes.txt").exists()
+    assert earlier.exists()
 
 
 def test_without_the_package_the_error_says_how_to_install_it() -> None:

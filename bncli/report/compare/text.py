@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bncli.report.compare.notes import sentence
+from bncli.report.figure import thinned
 from bncli.report.text import (
     UNKNOWN,
     Cell,
@@ -307,9 +308,9 @@ def _methods(comparison: Comparison) -> Iterator[str]:
 # --- curves -------------------------------------------------------------------------------------------------------
 
 
-def curve_points(arm: ArmSummary) -> list[tuple[float, float, float, float]]:
-    """The points (step, median, lower, upper quartile) that a log axis can show: finite and after step 0."""
-    return [point for point in arm.curve if point[0] > 0 and all(map(math.isfinite, point))]
+def curve_points(arm: ArmSummary) -> list[tuple[float, ...]]:
+    """The points (step, median, lower, upper quartile) that a log axis can show: finite, after step 0, not too many."""
+    return thinned([point for point in arm.curve if point[0] > 0 and all(map(math.isfinite, point))])
 
 
 def metric_range(comparison: Comparison) -> tuple[float, float] | None:

@@ -199,10 +199,11 @@ def _step_row(row: StepCost) -> dict[str, Any]:
 
 def to_markdown(result: Profile, gate: Gate | None = None) -> str:
     """The same tables and cells for a GitHub page."""
-    lines = [f"### {markdown(_title(result))}", "", _conditions(result)]
+    title, conditions, notes = _words(result)
+    lines = [f"### {markdown(title)}", "", conditions]
     for heading, columns in _tables(result):
         lines += _section(heading, columns)
-    lines += ["", *(f"- {markdown(note)}" for note in _notes(result))]
+    lines += ["", *(f"- {markdown(note)}" for note in notes)]
     if gate is not None:
         names = Column("row", [str(change.row) for change in gate.changes], words=True)
         lines += _section("Comparison with the baseline", [names, *gate_columns(gate.changes)[1:]])
@@ -212,25 +213,19 @@ def to_markdown(result: Profile, gate: Gate | None = None) -> str:
 
 def to_latex(result: Profile) -> str:
     """The same tables for a paper."""
-    return latex_text(_tables(result), [f"{_title(result)}. {_conditions(result)}", *_notes(result)])
+    title, conditions, notes = _words(result)
+    return latex_text(_tables(result), [f"{title}. {conditions}.", *notes])
 
 
-def _title(result: Profile) -> str:
-    return kernel_title(result) if isinstance(result, KernelProfile) else f"{result.name}: one step of the whole model"
-
-
-def _conditions(result: Profile) -> str:
-    cache = f"; {cache_words(result.cold)}" if isinstance(result, KernelProfile) else ""
-    return f"{measured_words(result)}{cache}"
-
-
-def _notes(result: Profile) -> list[str]:
+def _words(result: Profile) -> tuple[str, str, list[str]]:
+    """The title, how it was measured, and the notes."""
+    notes = [*note_lines(result), f"Made on {environment_words(result.environment)}."]
     if isinstance(result, KernelProfile):
-        found = [f"Measured ceilings: {ceilings_words(result.ceilings)}."]
-    else:
-        remarks = [(remark.arm, *remark_words(remark)) for remark in result.remarks]
-        found = [f"{arm}, {layer}: {finding}: {advice}" for arm, layer, finding, advice in remarks]
-    return [*found, *note_lines(result), f"Made on {environment_words(result.environment)}."]
+        notes.insert(0, f"Measured ceilings: {ceilings_words(result.ceilings)}.")
+        return kernel_title(result), f"{measured_words(result)}; {cache_words(result.cold)}", notes
+    remarks = [(remark.arm, *remark_words(remark)) for remark in result.remarks]
+    notes[:0] = [f"{arm}, {layer}: {finding}: {advice}" for arm, layer, finding, advice in remarks]
+    return f"{result.name}: one step of the whole model", measured_words(result), notes
 
 
 def _tables(result: Profile) -> Iterator[tuple[str, list[Column]]]:
