@@ -26,7 +26,7 @@ def draw_parts(picture: Figure, found: Gradcheck, style: FigureStyle) -> None:
     parts = {"direct": direct, "through the mean": mean, f"through the {spread}": other}
     whole = {"direct part alone": direct, "all three: dL/dx": [sum(each[1:]) for each in case.values]}
     for axes in two_panels(picture, style, (title, note), ("x", x), {"parts of dL/dx": parts, "dL/dx": whole}):
-        axes.margins(y=0.2)
+        axes.margins(y=0.35)
 
 
 def draw_demo(picture: Figure, steps: Sequence[BiasStep], style: FigureStyle) -> None:

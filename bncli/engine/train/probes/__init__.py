@@ -81,13 +81,13 @@ def probe(state: TrainState) -> Probed:
             state.probes.copy.cpu()
     state.memory.end("probes")
     state.probes.points += points
+    inputs = {}
+    for layer, each in state.probes.last.items():
+        ordered = each.flatten().sort().values
+        inputs[layer] = ordered[torch.linspace(0, len(ordered) - 1, 101, dtype=torch.float64).long()].tolist()
     seconds = perf_counter() - began
     state.probes.seconds += seconds
-    inputs = {layer: each.flatten().sort().values for layer, each in state.probes.last.items()}
-    places = {
-        layer: torch.linspace(0, len(each) - 1, 101, dtype=torch.float64).long() for layer, each in inputs.items()
-    }
-    return Probed(points, seconds, {layer: each[places[layer]].tolist() for layer, each in inputs.items()})
+    return Probed(points, seconds, inputs)
 
 
 def _points(state: TrainState, probes: Probes) -> Iterator[ProbePoint]:
