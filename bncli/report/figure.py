@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, distinguishable with any colour vision, its pale colours darker, and a grey that is visible
 # on black too. With 4 line styles for 7 colours neighbours differ in grey print, and 28 curves differ.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#C4649B", "#D08A00", "#3A9FDB", "#666666")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#C4649B", "#D08A00", "#3A9FDB", "#757575")
 LINES: Any = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1.5, 1.2)))
 INK = "#1b1b1b"  # text and axes; a web page can replace it by its own colour
 PALE = "#8a8a8a"  # what is not data: readable on white and on black
@@ -55,11 +55,7 @@ OMITTED = {"svg": "Date", "png": "Software", "pdf": "CreationDate"}  # of each k
 
 @dataclass(frozen=True)
 class FigureStyle:
-    """How a figure is laid out.
-
-    width_inches: None for the figure's own width. caption: whether it has its title and caption, which a paper sets
-    itself.
-    """
+    """How a figure is laid out: its width, None for its own, and whether it has its title and caption."""
 
     width_inches: float | None = None
     caption: bool = True
@@ -110,7 +106,7 @@ def write_caption(figure: Figure, style: FigureStyle, title: str, *notes: str) -
     words: dict[str, Any] = {"ha": "left", "x": 0.008, "parse_math": False}
     size = 12 if width > NARROW else 10
     above = textwrap.wrap(title, int(102 * width / size), break_on_hyphens=False)
-    below = [line for note in notes for line in textwrap.wrap(note, int(17 * width))]
+    below = [line for note in notes for line in textwrap.wrap(note, int(15.7 * width))]
     figure.suptitle("\n".join(above), fontsize=size, fontweight="bold", **words)
     figure.supxlabel("\n".join(below), fontsize=8, **words)
     figure.set_figheight(figure.get_figheight() + (1.3 * size * len(above) + 10 * len(below) + 8) / 72)
@@ -122,12 +118,11 @@ def legend_above(figure: Figure, handles: Sequence[Artist]) -> SubFigure:
     columns = max(1, min(len(handles), int(figure.get_figwidth() / (0.6 + 0.078 * longest))))
     strip = 0.08 + 0.19 * math.ceil(len(handles) / columns)
     figure.set_figheight(height + strip)
-    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(strip, height)).flat
-    shown = above.legend(handles=handles, loc="upper left", ncols=columns, frameon=False, borderpad=0)
+    parts: list[SubFigure] = list(figure.subfigures(2, 1, squeeze=False, height_ratios=(strip, height)).flat)
+    shown = parts[0].legend(handles=handles, loc="upper left", ncols=columns, frameon=False, borderpad=0)
     for text in shown.get_texts():
         text.set_parse_math(False)
-    part: SubFigure = below
-    return part
+    return parts[1]
 
 
 def thinned(points: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:

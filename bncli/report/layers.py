@@ -78,8 +78,7 @@ def draw(figure: Figure, shown: Comparison | Arm, style: FigureStyle = DEFAULT_S
     width, arms = style.width_inches or WIDTH, _arms(shown)
     every, columns = _rows(arms), _columns(arms)
     most = min(len(every), MOST_ROWS if width >= figures.NARROW else MOST_ROWS_NARROW)
-    chosen = [list(every)[round(k * (len(every) - 1) / max(1, most - 1))] for k in range(most)]
-    rows = {name: every[name] for name in chosen}
+    rows = dict(list(every.items())[round(k * (len(every) - 1) / max(1, most - 1))] for k in range(most))
     blocks = math.ceil(len(columns) / max(2, int(width / PANEL)))  # of columns, one below the other
     across = math.ceil(len(columns) / blocks)
     figure.set_size_inches(width, blocks * (0.6 + PANEL * len(rows)))

@@ -30,6 +30,7 @@ from tests.cli.conftest import RECIPE, Ran, bncli, process
         (["--from", "runs", "--device", "nonsense", "--allow-code"], "--device, --allow-code: nothing is trained with"),
         (["--from", "runs", "--threads", "1"], "--threads: nothing is trained with --from"),  # its default, but asked
         (["small.yaml", "--html", "nowhere/x.html"], "nowhere/x.html: its folder nowhere does not exist"),
+        (["small.yaml", "--plot-width", "3.3", "--no-caption"], "--plot-width, --no-caption: without --plot FILE"),
         (["small.yaml", "--plot", "there.svg"], "there.svg: is a folder; give a file's name"),
         (["-", "-"], "- is standard input, which can be read only once"),
         (["small.yaml", "--set", "reference=norm"], "reference: there is no arm norm; did you mean normed?"),
@@ -101,6 +102,10 @@ def test_the_report_is_made_again_from_files(copied: Ran) -> None:
     rows = list(csv.DictReader(io.StringIO(bncli("compare", "--from", "runs/small", "--csv").out)))
     assert [row["arm"] for row in rows] == ["plain", "normed"]
     assert "| normed |" in bncli("compare", "--from", "runs/small", "--markdown").out
+    assert "\nnormed & " in bncli("compare", "--from", "runs/small", "--latex").out
+    column = ["--plot", "column.pdf", "--plot-width", "3.3", "--no-caption"]
+    assert bncli("compare", "--from", "runs/small", *column).code == 0
+    assert b"/MediaBox [ 0 0 237.6 " in Path("column.pdf").read_bytes()  # points
     saved = bncli("compare", "--from", "runs/small", "--json").out
     assert len(json.loads(saved)["runs"]) == 16
     Path("copy.json").write_text(saved)

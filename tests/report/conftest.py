@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -339,6 +340,49 @@ EXAMPLES = {
     "no grid": no_grid,
     "falling loss": falling_loss,
 }
+
+
+def check_latex(text: str) -> None:
+    """Braces, dollars and environments are balanced, each row has its columns, and comments are comments."""
+    lines = [line for line in text.splitlines() if line and not line.startswith("%")]
+    plain = re.sub(r"\\[{}$&%#_]", "", "\n".join(lines))
+    assert plain.count("{") == plain.count("}")
+    assert plain.count("$") % 2 == 0
+    assert not re.search("[%#_~^]", plain)
+    assert plain.count(r"\begin{tabular}") == plain.count(r"\end{tabular}") > 0
+    sides = ""
+    for line in plain.splitlines():
+        if found := re.fullmatch(r"\\begin\{tabular\}\{([lr]+)\}", line):
+            sides = found[1]
+        elif line.endswith(r" \\"):
+            assert line.count("&") == len(sides) - 1
+        else:
+            assert re.fullmatch(r"\\(toprule|midrule|bottomrule|end\{tabular\})", line)
+
+
+def laid_out(draw: Callable[[Any], object]) -> Any:
+    """The figure that `draw` fills, in the style and with the layout of a file."""
+    from bncli.report.figure import rendered
+
+    figures: list[Any] = []
+
+    def keep(figure: Any) -> None:
+        draw(figure)
+        figures.append(figure)
+
+    rendered(keep, "png", 50)
+    return figures[0]
+
+
+def check_everything_is_inside(figure: Any, width: float) -> None:
+    """All that is drawn is inside the figure, which has the width (inches) that was asked for, in 8 points or more."""
+    from matplotlib.text import Text
+
+    box = figure.get_tightbbox()
+    assert figure.get_figwidth() == width
+    assert min(box.x0, box.y0) > -0.02
+    assert (box.x1 < width + 0.02, box.y1 < figure.get_figheight() + 0.02) == (True, True), box
+    assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text().strip()) >= 8
 
 
 @pytest.fixture(scope="session")

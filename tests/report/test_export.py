@@ -7,8 +7,9 @@ import io
 
 import pytest
 
-from bncli.report.export import csv_text, markdown, markdown_table
+from bncli.report.export import csv_text, latex, latex_table, latex_text, markdown, markdown_table
 from bncli.report.text import Cell, Column
+from tests.report.conftest import check_latex
 
 
 def test_csv_has_a_header_and_an_unknown_value_is_an_empty_cell():
@@ -27,3 +28,37 @@ def test_a_markdown_table_puts_words_left_and_figures_right():
 )
 def test_markdown_is_escaped(text, shown):
     assert markdown(text) == shown
+
+
+# --- LaTeX --------------------------------------------------------------------------------------------------------
+
+ODD = "50% of $x_1$ & {a}\\b #2 ~3^4 < 5 > |y| ± –"
+
+
+def test_a_latex_table_has_the_rules_of_booktabs_and_each_interval_in_its_cell():
+    columns = [Column("arm", ["batch norm"], words=True), Column("steps to\ntarget", [Cell("12.1x", "9.81–14.9")])]
+    assert latex_table(columns) == [
+        r"\begin{tabular}{lr}",
+        r"\toprule",
+        r"arm & \shortstack[r]{steps to\\target} \\",
+        r"\midrule",
+        r"batch norm & 12.1$\times$ (9.81--14.9) \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+
+
+def test_every_character_that_latex_would_interpret_is_escaped():
+    assert latex(ODD) == (
+        r"50\% of \$x\_1\$ \& \{a\}\textbackslash{}b \#2 \textasciitilde{}3\textasciicircum{}4 $<$ 5 $>$ $|$y$|$"
+        r" $\pm$ --"
+    )
+    assert latex("learning rate x5, 8x32x16, 0x1f") == r"learning rate x5, 8$\times$32$\times$16, 0$\times$1f"
+    check_latex(latex_text([(ODD, [Column(ODD, [ODD, ODD], words=True)])], [ODD]))
+
+
+def test_optional_columns_are_left_out_of_a_paper_and_named():
+    text = latex_text([("runs", [Column("arm", ["a"], words=True), Column("p\n(Holm)", ["0.02"], optional=True)])], [])
+    assert "% Left out; the CSV has them: p (Holm)." in text
+    assert r"\begin{tabular}{l}" in text
+    assert "0.02" not in text

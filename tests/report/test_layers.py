@@ -15,6 +15,7 @@ from bncli.report.figure import THINNED, FigureStyle, plain_numbers
 from bncli.report.layers import draw, has_layers, plot, render
 from bncli.results.compare import Comparison
 from bncli.results.train import ProbePoint
+from tests.report.conftest import check_everything_is_inside, laid_out
 
 pytest.importorskip("matplotlib")
 
@@ -184,16 +185,12 @@ def test_the_page_has_both_figures(examples):
 
 @pytest.mark.parametrize(("width", "columns", "layers"), [(3.3, 2, 3), (6.8, 3, 4), (11.0, 5, 4)])
 def test_a_narrow_figure_has_fewer_columns_beside_each_other_and_fewer_layers(examples, width, columns, layers):
-    from matplotlib.figure import Figure
-
-    figure = Figure(layout="constrained")
-    draw(figure, probed(examples["two arms"], points(ALL, [*LAYERS, "hidden4"])), FigureStyle(width))
-    figure.draw_without_rendering()
+    shown = probed(examples["two arms"], points(ALL, [*LAYERS, "hidden4"]))
+    figure = laid_out(lambda figure: draw(figure, shown, FigureStyle(width)))
+    check_everything_is_inside(figure, width)
     panels = [axes for axes in figure.axes if axes.get_visible()]
     assert len(panels) == 5 * layers
     assert len({round(axes.get_window_extent().x0) for axes in panels[: columns * layers]}) == columns
-    assert figure.get_figwidth() == width
-    assert all(axes.title.get_window_extent().x1 <= figure.bbox.x1 for axes in panels)
     assert (f"{layers} of 4 layers are drawn." in figure._supxlabel.get_text()) == (layers < 4)
 
 

@@ -179,7 +179,7 @@ def _steps(axes: Axes, comparison: Comparison, above: bool = False) -> None:
     """Each run and the mean of an arm's; its name and figures beside its row, or above it where there is no room."""
     arms, most, names = comparison.arms, comparison.plan.most_steps, _names(comparison, above)
     steps, ratios = [steps_cell(arm, most) for arm in arms], [ratio_cell(arm.ratio) for arm in arms]
-    axes.set_title("steps to target and how many times fewer" if above else "steps to target")
+    axes.set_title("steps to target, how many times fewer" if above else "steps to target")
     axes.set_xlabel("optimizer steps")
     axes.set_xscale("log")
     for row, arm in enumerate(arms):

@@ -13,9 +13,10 @@ import pytest
 
 from bncli.errors import FileError
 from bncli.report.compare import figure
-from bncli.report.compare.export import to_csv, to_html, to_markdown
+from bncli.report.compare.export import to_csv, to_html, to_latex, to_markdown
 from bncli.report.figure import INK, MISSING
 from bncli.results.compare import Note
+from tests.report.conftest import check_latex
 
 
 @pytest.mark.parametrize(
@@ -177,3 +178,17 @@ def test_the_page_escapes_names_and_notes(examples, no_figure):
     assert {"script", "img", "b", "i"}.isdisjoint(page.tags)
     assert "<script>alert(1)</script>" in page.words
     assert "<img src=x>" in page.words
+
+
+def test_the_latex_tables_are_those_of_the_report_for_a_paper(example):
+    text = to_latex(example)
+    check_latex(text)
+    assert text.startswith(r"% Needs \usepackage{booktabs}")
+    assert text.count(r"\begin{tabular}") == 2 + bool(example.plan.also)
+    assert "% Made on cpu" in text or not any(run.result for run in example.runs)
+
+
+def test_a_ratio_and_its_interval_share_a_cell_of_the_latex_table(examples):
+    text = to_latex(examples["two arms"])
+    assert r"12.1$\times$ (9.81--14.9)" in text
+    assert r"\shortstack[r]{memory\\MiB}" in text

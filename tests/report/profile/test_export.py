@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bncli.errors import USAGE, UsageError
-from bncli.report.profile.export import load, to_csv, to_json, to_markdown
+from bncli.report.profile.export import load, to_csv, to_json, to_latex, to_markdown
 from bncli.results.finding import Finding
 from bncli.results.profile import KernelProfile, NormRemark, Note, Profile, StepProfile
+from tests.report.conftest import check_latex
 from tests.report.made_up_costs import (
     KERNELS,
     kernel_profile,
@@ -208,3 +209,12 @@ def test_markdown_has_a_heading_a_group_and_the_error_in_its_row() -> None:
     (line,) = [line for line in text.splitlines() if "mine:norm" in line and line.startswith("|")]
     assert "dx is wrong" in line
     assert "Measured ceilings" in text
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_the_latex_tables_are_those_of_markdown(name: str) -> None:
+    text = to_latex(PROFILES[name])
+    headings = [line for line in to_markdown(PROFILES[name]).splitlines() if line.startswith("####")]
+    assert text.count(r"\begin{tabular}") == len(headings)
+    if headings:
+        check_latex(text)

@@ -20,6 +20,7 @@ from bncli.report.profile.figure import (
     row_heights,
 )
 from bncli.results.profile import Ceilings, Profile
+from tests.report.conftest import check_everything_is_inside, laid_out
 from tests.report.made_up_costs import (
     CEILINGS,
     hundred_rows,
@@ -158,17 +159,8 @@ def test_the_points_of_the_roofline_fill_its_width() -> None:
 @pytest.mark.parametrize("width", [3.3, 6.8, 11.0])
 @pytest.mark.parametrize("profile", [one_case(), resnet(), hundred_rows(), with_errors(), step_profile()])
 def test_at_every_width_all_words_are_inside_the_figure(profile: Profile, width: float) -> None:
-    from matplotlib.figure import Figure
-    from matplotlib.text import Text
-
-    figure = Figure(layout="constrained")
-    compose(figure, profile, FigureStyle(width))
-    figure.draw_without_rendering()
-    assert figure.get_figwidth() == width
-    for text in figure.findobj(Text):
-        if text.get_visible() and text.get_text().strip():
-            assert text.get_fontsize() >= 8
-            assert text.get_window_extent().x1 <= figure.bbox.x1 + 2, text.get_text()
+    figure = laid_out(lambda figure: compose(figure, profile, FigureStyle(width)))
+    check_everything_is_inside(figure, width)
 
 
 def test_without_a_caption_neither_title_nor_machine_is_written() -> None:
