@@ -29,6 +29,7 @@ REPORT = {
         "progress",
         "run_figure",
         "table",
+        "tensorboard",
         "text",
         "train",
     )
@@ -74,6 +75,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "measure.gradcheck": (ASKED | {"kernels", "engine", "measure.timing", "measure.reference"}, {"torch", "numpy"}),
     "report": (SHELVES, {"rich"}),
     **{f"report.{name}": (SHELVES | {"report"}, {"matplotlib"}) for name in ("figure", "layers", "run_figure")},
+    "report.tensorboard": (SHELVES | {"report"}, {"torch"}),  # whose writer of such files is imported when asked for
     **{
         f"report.{command}": (SHELVES | REPORT, {"rich", "matplotlib"})
         for command in ("compare", "profile", "gradcheck")

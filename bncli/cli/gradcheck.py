@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bncli.cli.console import StopSignal, enable_gc, given_options, listed, print_result
-from bncli.cli.options import AllowCode, Device, Json, Quiet
+from bncli.cli.options import AllowCode, Device, Json, NoCaption, Plot, PlotWidth, Quiet
+from bncli.cli.output import Output
 from bncli.errors import CHECK_FAILED, INTERRUPTED, UsageError
 from bncli.names import GRADCHECK_KERNELS, NormName, check_kernel
+from bncli.report.figure import FigureStyle, save
 
 if TYPE_CHECKING:
     from bncli.results.gradcheck import CheckFailure, CheckGroup, Effort, Gradcheck
@@ -39,6 +42,9 @@ def gradcheck(
     demo: Annotated[
         bool, typer.Option("--demo", help="Show how a bias grows where the mean's gradient is ignored; check nothing.")
     ] = False,
+    plot: Plot = None,
+    plot_width: PlotWidth = None,
+    no_caption: NoCaption = False,
     json: Json = False,
     quiet: Quiet = False,
     allow_code: AllowCode = False,
@@ -49,10 +55,14 @@ def gradcheck(
     """
     if quick and full:
         raise UsageError("--quick and --full: choose one, or neither for the checks in between")
+    output = Output(plot=plot, quiet=quiet, style=FigureStyle(plot_width, not no_caption))
+    output.check()
+    if plot and only:
+        raise UsageError("--plot with --only: it draws dL/dx of a whole check; leave --only out")
     if demo:
         if idle := given_options(context, "kernels", "norm", "device", "quick", "full", "only", "allow_code"):
             raise UsageError(f"{idle}: nothing is checked with --demo, so that would have no effect")
-        _show_demo(json)
+        _show_demo(json, output)
         return
     names = ("native",) if kernels is None else listed(kernels)
     if len(names) != 1:
@@ -61,7 +71,7 @@ def gradcheck(
     (kernel,) = names
     check_kernel(kernel, GRADCHECK_KERNELS, allow_code)
     effort: Effort = "quick" if quick else "full" if full else "default"
-    from bncli.report.gradcheck import table, text
+    from bncli.report.gradcheck import figure, table, text
     from bncli.report.progress import GradcheckProgress
 
     groups: list[CheckGroup] = []
@@ -89,16 +99,18 @@ def gradcheck(
         raise typer.Exit(getattr(stopped, "exit_code", INTERRUPTED)) from None  # Typer would make any of them 130
     commands = [rerun_command(result, failure) for failure in result.failures]
     print_result(text.to_json(result, commands) if json else table.GradcheckReport(result, commands))
+    output.write(result, functools.partial(save, figure.draw_parts))
     if not result.passed:
         raise typer.Exit(CHECK_FAILED)
 
 
-def _show_demo(as_json: bool) -> None:
+def _show_demo(as_json: bool, output: Output) -> None:
     from bncli.measure.gradcheck.chain_rule import bias_demo
-    from bncli.report.gradcheck import table, text
+    from bncli.report.gradcheck import figure, table, text
 
     steps = bias_demo()
     print_result(text.demo_to_json(steps) if as_json else table.demo_table(steps))
+    output.write(steps, functools.partial(save, figure.draw_demo))
 
 
 def rerun_command(result: Gradcheck, failure: CheckFailure) -> list[str]:

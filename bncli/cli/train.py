@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,7 @@ def train(
     plot: options.Plot = None,
     plot_width: options.PlotWidth = None,
     no_caption: options.NoCaption = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard files as well.")] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     dry_run: options.DryRun = False,
@@ -55,27 +57,33 @@ def train(
 
         show_plan(planned_training(loaded, chosen), json)
         return
+    from bncli.report import tensorboard as board
+
     output = Output("json" if json else "table", plot, None, quiet, FigureStyle(plot_width, not no_caption))
     output.check()
+    if tensorboard:
+        board.check_installed()
     from bncli.recipe.yaml import dump
     from bncli.report import layers, run_figure
     from bncli.report.files import to_json
     from bncli.report.folder import RunFolder
     from bncli.report.progress import TrainProgress
     from bncli.report.train import run_table
-    from bncli.results.train import RunFinished, RunStarted
+    from bncli.results.train import Event, RunFinished, RunStarted
 
     with RunFolder(out, loaded.name, force) as folder, StopSignal() as stop:
         from bncli.engine import train as engine
 
         # What a user's model prints must not get between the lines of a result.
         with TrainProgress(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
+            sinks: list[Callable[[Event], None]] = [folder.metrics, progress]
             for event in engine.train(chosen.recipe, device, threads=threads, name=chosen.name, stop=stop):
                 if isinstance(event, RunStarted):
                     enable_gc()
                     folder.begin(dump(plain(chosen.recipe)))
-                folder.metrics(event)
-                progress(event)
+                    sinks += [board.TensorBoard(folder.path / "tensorboard")] * tensorboard
+                for sink in sinks:
+                    sink(event)
                 if isinstance(event, RunFinished):
                     result = event.result
         folder.finish(result)

@@ -9,13 +9,14 @@ import importlib.util
 import io
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from bncli.errors import FileError
+from bncli.report.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -134,6 +135,32 @@ def thinned(points: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
         place = min(int(math.log(point[0] / points[0][0]) / width), MOST_PLACES - 1)
         bins.setdefault(place, []).append(point)
     return [tuple(map(median, zip(*members, strict=True))) for members in bins.values()]
+
+
+def two_panels(
+    figure: Figure,
+    style: FigureStyle,
+    words: tuple[str, str],
+    x: tuple[str, Sequence[float]],
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+) -> list[Axes]:
+    """Lines in two panels. words: title and note. x: label and values. panels: a y label -> a line's name -> its y."""
+    width = style.width_inches or 10.0
+    figure.set_size_inches(width, 3.7 if width > NARROW else 5.8)
+    write_caption(figure, style, *words)
+    found = list(figure.subplots(*((1, 2) if width > NARROW else (2, 1))))
+    for axes, (name, lines) in zip(found, panels.items(), strict=True):
+        axes.set(xlabel=x[0], ylabel=name)
+        for place, (label, y) in enumerate(lines.items()):
+            axes.plot(x[1], y, label=label, **line_style(place))
+        axes.legend(frameon=False)
+    return found
+
+
+def save(draw: Callable[..., None], found: Any, path: Path, style: FigureStyle) -> list[Path]:
+    """Write to `path` what `draw(figure, found, style)` draws, and return where it is. Raises FileError."""
+    write_atomically(path, rendered(lambda figure: draw(figure, found, style), check_path(path), 160))
+    return [path]
 
 
 def plain_ticks(axes: Axes, finest: int | None = None) -> None:

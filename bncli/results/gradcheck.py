@@ -155,6 +155,8 @@ class GradientPaths:
     error: float  # of the kernel's dL/dx against float64 central differences, relative l2
     bound: float  # what that error may be
     lost: float  # the relative l2 error of the direct part alone, taken for the gradient
+    # Of the values x that share the first mean, ascending: x, and their parts: direct, through mean, through variance.
+    values: tuple[tuple[float, ...], ...] = ()
 
     @property
     def passed(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from bncli.results.environment import Environment
@@ -82,6 +82,7 @@ class ProbePoint:
 class Probed:
     points: tuple[ProbePoint, ...]
     seconds: float  # that measuring them took
+    inputs: dict[str, list[float]] = field(default_factory=dict)  # nonlinearity -> percentiles 0 to 100 over all units
 
 
 @dataclass(frozen=True)

@@ -153,3 +153,13 @@ def test_the_command_that_runs_a_case_again_asks_for_what_was_asked() -> None:
     assert rerun_command(GOOD, replace(FIRST, case="train/* x")) == [*command, "--only", "train/* x"]
     result = replace(GOOD, norm="layer", device="cpu")
     assert rerun_command(result, replace(FIRST, check="paths")) == [*command, "--norm", "layer", "--device", "cpu"]
+
+
+def test_the_demo_and_the_check_draw_their_pictures() -> None:
+    pytest.importorskip("matplotlib")
+    ran = bncli("gradcheck", "--demo", "--plot", "demo.svg")
+    assert (ran.code, ran.err) == (0, "Plot written to demo.svg\n")
+    assert "the loss stands still" in Path("demo.svg").read_text()
+    refused = bncli("gradcheck", "--only", "x", "--plot", "parts.svg")
+    assert (refused.code, refused.out) == (2, "")
+    assert "--plot with --only" in refused.err

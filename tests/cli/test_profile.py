@@ -299,7 +299,7 @@ def test_the_step_view_of_a_recipe_shows_every_arm_and_writes_a_trace() -> None:
         assert word in ran.out
     assert "normed, fused: 1 batch norm (1 fused with relu)" in ran.out
     names = {event.get("name") for event in json.loads(Path("step.json").read_text())["traceEvents"]}
-    assert {"layer hidden1.linear (Linear)", "layer hidden1.linear (Linear), backward"} <= names
+    assert {"hidden1.linear (Linear)", "hidden1.linear (Linear), backward"} <= names
 
     ran = bncli("profile", *STEP, "--json")
     assert ran.code == 0

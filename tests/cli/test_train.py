@@ -203,3 +203,29 @@ def test_a_plot_that_cannot_be_written_is_refused_before_training(recipe: str) -
     assert (ran.code, ran.out) == (2, "")
     assert "nowhere/run.svg: its folder nowhere does not exist" in ran.err
     assert not Path("run").exists()
+
+
+def test_tensorboards_files_are_in_the_runs_folder_beside_the_record(recipe: str) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    ran = bncli(
+        "train", recipe, "-o", "run", "--tensorboard", "--set", "probes={measure: inputs, at: 20}", "-q", "--json"
+    )
+    assert ran.code == 0
+    assert (ran.err, {file.name for file in Path("run").iterdir()}) == (
+        "",
+        {"recipe.yaml", "metrics.jsonl", "result.json", "tensorboard"},
+    )
+    found = event_accumulator.EventAccumulator("run/tensorboard")
+    found.Reload()
+    result = from_json(RunResult, ran.out)
+    accuracies = [(each.step, pytest.approx(each.value)) for each in found.Scalars("held out/accuracy")]
+    assert accuracies == [(each.step, each.accuracy) for each in result.evaluations]
+    assert found.Tags()["histograms"] == ["inputs/hidden1.activation"]
+
+
+def test_tensorboard_is_refused_before_training_where_it_is_missing(recipe: str, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    ran = bncli("train", recipe, "-o", "run", "--tensorboard")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err == 'bncli: TensorBoard is not installed; install it with: pip install "bncli[tensorboard]"\n'
+    assert not Path("run").exists()

@@ -74,7 +74,7 @@ def _measure(call: Call, device: torch.device, name: str, case: Case, seed: int)
     inputs, sets = random_inputs(case, seed), sets_of(case)
     rows = as_rows(inputs, sets)
     step = best_step(rows)
-    direct, through_mean, through_variance = three_parts(rows)
+    direct, through_mean, through_variance = parts = three_parts(rows)
     full = direct + through_mean + through_variance
     size = float(full.norm())
     found, dtype = _gradient_of(call, inputs, device)
@@ -90,6 +90,7 @@ def _measure(call: Call, device: torch.device, name: str, case: Case, seed: int)
         error=error if math.isfinite(error) else math.inf,
         bound=(differences_bound(rows, step) + arithmetic_bound(rows, dtype)) / size,
         lost=float((direct - full).norm()) / size,
+        values=tuple(sorted(zip(*(each[0, 0].tolist() for each in (rows.x, *parts)), strict=True))),
     )
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,6 +29,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._pytree import tree_leaves
 
 from bncli.engine.device import synchronize
 from bncli.errors import UsageError
@@ -45,8 +45,6 @@ ACTIVATIONS = {
 }
 PRODUCTS = {"addbmm", "addmm", "addmv", "baddbmm", "bilinear", "bmm", "einsum", "linear", "matmul", "mm", "mv"}
 WHOLE = ("optimizer", "data")  # whatever runs inside
-# In a trace: names of a layer's forward and of autograd's nodes, and the finest step of time in microseconds.
-LAYER, NODE, LEAST_US = "layer ", "autograd::engine::evaluate_function: ", 0.001
 
 
 class Event(Protocol):
@@ -159,42 +157,60 @@ def write_trace(
 ) -> None:
     """Write the Chrome trace of one of each run, one after the other in one file (chrome://tracing, Perfetto).
 
-    The layers of `models` have ranges of their names there, forward and backward, as `has_layer_names` says. Raises
-    UsageError where the file cannot be written.
+    It names the layers of `models` that do not run compiled. Raises UsageError where the file cannot be written.
     """
-    with _layer_ranges(filter(has_layer_names, models)):
+    with _layer_ranges(filter(has_layers, models)):
         found = recorded(runs, 1, device)
     try:
         path.touch()
         found.export_chrome_trace(str(path))
-        trace = json.loads(path.read_text(encoding="utf-8"))
-        trace["traceEvents"] += backward_ranges(trace["traceEvents"])
-        path.write_text(json.dumps(trace, separators=(",", ":")), encoding="utf-8")
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"cannot be written: {reason}", field="trace", value=path) from error
 
 
-def has_layer_names(model: nn.Module) -> bool:
-    """Whether a trace can name its layers: those that torch.compile merged do not run one by one."""
+def has_layers(model: nn.Module) -> bool:
+    """Whether layers run one by one, so that a trace can name them: torch.compile merges them."""
     return not any(part._compiled_call_impl or "_orig_mod" in part._modules for part in model.modules())
 
 
 @contextlib.contextmanager
 def _layer_ranges(models: Iterable[nn.Module]) -> Iterator[None]:
-    """While inside, the forward of each module runs in a range of its name and class."""
-    running, handles = [], []
+    """While inside, the forward of each module and its nodes of the backward pass run in ranges of its name and class.
 
-    def enter(name: str, module: nn.Module, args: Any) -> None:
+    A node is of the innermost module in whose forward it was made. Its hooks leave the graph as it is; a module's full
+    backward hooks change it, and refuse operations in place.
+    """
+    running, handles, inputs, named = [], [], [], set[Any]()  # the last two: nodes
+
+    def enter(name: str, *_: Any) -> None:
         running.append(record_function(name))
         running[-1].__enter__()
 
+    def leave(*_: Any) -> None:
+        running.pop().__exit__(None, None, None)
+
+    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        inputs.append({*_nodes((args, kwargs))})
+        enter(name)
+
+    def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        leave()
+        seen, pending = inputs.pop(), _nodes(output)
+        while pending:
+            if (node := pending.pop()) in seen:
+                continue
+            if node not in named:
+                node.register_prehook(functools.partial(enter, f"{name}, backward"))
+                node.register_hook(leave)
+            seen.add(node)
+            named.add(node)
+            pending += [below for below, _ in node.next_functions if below is not None]
+
     for path, module in ((path, module) for model in models for path, module in model.named_modules()):
-        name = f"{LAYER}{path or 'all'} ({type(module).__name__})"
-        handles.append(module.register_forward_pre_hook(functools.partial(enter, name)))
-        handles.append(
-            module.register_forward_hook(lambda *_: running.pop().__exit__(None, None, None), always_call=True)
-        )
+        name = f"{path} ({type(module).__name__})".strip()
+        handles.append(module.register_forward_pre_hook(functools.partial(before, name), with_kwargs=True))
+        handles.append(module.register_forward_hook(functools.partial(after, name)))
     try:
         yield
     finally:
@@ -202,32 +218,6 @@ def _layer_ranges(models: Iterable[nn.Module]) -> Iterator[None]:
             handle.remove()
 
 
-def backward_ranges(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each layer's nodes of the backward pass that run in a row a range around them, `NAME, backward`.
-
-    A node has the sequence number of the operator that made it, which ran inside the layer's forward range. So no
-    backward hooks are needed, which change the graph and refuse operations in place. The sums of a layer's gradients,
-    which have no such number, follow its last node.
-    """
-    timed = [event for event in events if event.get("ph") == "X" and event.get("cat") in ("cpu_op", "user_annotation")]
-    timed.sort(key=lambda event: (str(event["tid"]), event["ts"], -event["dur"]))
-    layer_of: dict[int, str] = {}
-    around: list[dict[str, Any]] = []  # the forward ranges of layers that an event is inside of
-    found: list[dict[str, Any]] = []
-    last = None  # the layer of the node before
-    for event in timed:
-        number, end = event.get("args", {}).get("Sequence number"), event["ts"] + event["dur"]
-        around = [each for each in around if each["tid"] == event["tid"] and each["ts"] + each["dur"] >= end]
-        if event["name"].startswith(LAYER):
-            around.append(event)
-        elif event["name"].startswith(NODE):
-            layer = last if event["name"].endswith("AccumulateGrad") else layer_of.get(number)
-            if layer and layer != last:
-                found.append({**event, "name": f"{layer}, backward", "cat": "user_annotation", "args": {}})
-                found[-1]["ts"] -= LEAST_US
-            if layer:
-                found[-1]["dur"] = end + LEAST_US - found[-1]["ts"]
-            last = layer
-        elif around and number is not None:  # of operators that make no node, the number is that of the next that does
-            layer_of[number] = around[-1]["name"]
-    return found
+def _nodes(value: Any) -> list[Any]:
+    """The nodes of the backward pass that made the tensors in a value."""
+    return [each.grad_fn for each in tree_leaves(value) if isinstance(each, torch.Tensor) and each.grad_fn is not None]

@@ -220,7 +220,7 @@ class StepRun:
         models = [each.trainable.model for each in timed if each.trainable is not None]
         if runs:
             step_time.write_trace(path, runs, self._device, models)
-        if runs and not all(map(step_time.has_layer_names, models)):
+        if runs and not all(map(step_time.has_layers, models)):
             self._notes.append(Note("layers not traced", arm=model.name))
 
     def _watch_norms(self, model: StepModel, dataset: Dataset, deadline: Deadline) -> None:

@@ -94,7 +94,7 @@ def _with_quartiles(plain: Any, keep: bool = True) -> Any:
         return plain
     found = quartiles(plain.get("samples_ms") or ()) if keep else None
     inside = {key: _with_quartiles(value, keep) for key, value in plain.items() if key not in QUARTILES}
-    return inside | dict(zip(QUARTILES, found or (), strict=False))
+    return inside | (dict(zip(QUARTILES, found, strict=True)) if found else {})
 
 
 def _drop_sentences(plain: dict[str, Any]) -> None:

@@ -305,3 +305,13 @@ def test_the_drift_is_the_rate_times_the_mean_of_the_targets() -> None:
     assert fast.step == 20
     assert fast.bias_ignoring == pytest.approx(10 * slow.bias_ignoring, rel=1e-12)
     assert bias_demo(steps=20, seed=1)[-1].bias_ignoring != fast.bias_ignoring
+
+
+@pytest.mark.parametrize("norm", ["batch", "whiten"])
+def test_the_values_that_share_a_mean_have_their_parts_in_the_order_of_x(norm: str) -> None:
+    case = cases_of(norm)["vectors"]
+    found = torch.tensor(paths(NORMS[norm], CPU, norm)[0].values, dtype=torch.float64)
+    rows = rows_of(case)
+    assert torch.equal(found[:, 0], rows.x[0, 0].sort().values)
+    torch.testing.assert_close(found[:, 1:].sum(1), true_gradient(rows, rows.upstream)[0, 0][rows.x[0, 0].argsort()])
+    assert found[:, 2].std() < 1e-12 * found[:, 2].abs().max()  # the part through the mean is the same for all

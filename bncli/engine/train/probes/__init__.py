@@ -81,9 +81,13 @@ def probe(state: TrainState) -> Probed:
             state.probes.copy.cpu()
     state.memory.end("probes")
     state.probes.points += points
+    inputs = {}
+    for layer, each in state.probes.last.items():
+        ordered = each.flatten().sort().values
+        inputs[layer] = ordered[torch.linspace(0, len(ordered) - 1, 101, dtype=torch.float64).long()].tolist()
     seconds = perf_counter() - began
     state.probes.seconds += seconds
-    return Probed(points, seconds)
+    return Probed(points, seconds, inputs)
 
 
 def _points(state: TrainState, probes: Probes) -> Iterator[ProbePoint]:

@@ -351,6 +351,19 @@ def test_inputs_are_those_of_the_nonlinearity_in_training_mode() -> None:
         assert found[f"p{percent}"] == pytest.approx(each.median().item(), abs=1e-6)
 
 
+def test_an_event_has_the_percentiles_of_all_inputs_of_each_nonlinearity() -> None:
+    state = new_state(recipe_of(DEEP, probes={"measure": "inputs", "at": 3}))
+    found = probe(state).inputs
+    assert state.probes is not None
+    assert list(found) == ["hidden1.activation", "hidden2.activation"]
+    inputs = state.probes.last["hidden2.activation"].flatten()
+    quantiles = inputs.quantile(torch.linspace(0, 1, 101), interpolation="lower")
+    assert found["hidden2.activation"][0] == inputs.min().item()
+    assert found["hidden2.activation"][-1] == inputs.max().item()
+    torch.testing.assert_close(torch.tensor(found["hidden2.activation"]), quantiles, rtol=0.05, atol=0.05)
+    assert probe(new_state(recipe_of(DEEP, probes={"measure": "gradients", "at": 3}))).inputs == {}
+
+
 def test_the_scale_counts_as_a_rate_only_where_a_norm_follows() -> None:
     recipe = recipe_of({**DEEP, "optimizer": {"kind": "sgd", "lr": 0.5}}, probes={"measure": ["scale"]})
     state, points = probed(recipe)
