@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bncli.cli.console import StopSignal, enable_gc, given_options, listed, print_result
-from bncli.cli.options import AllowCode, Device, Json, Quiet
+from bncli.cli.options import AllowCode, Csv, Device, Json, Junit, Markdown, Quiet, Threads
+from bncli.cli.output import Output, chosen_form
 from bncli.errors import CHECK_FAILED, INTERRUPTED, UsageError
 from bncli.names import GRADCHECK_KERNELS, NormName, check_kernel
 
@@ -33,13 +34,21 @@ def gradcheck(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer cases: at most 15 s on 2 cores.")] = False,
     full: Annotated[bool, typer.Option("--full", help="All cases, and how each tolerance is derived.")] = False,
     only: Annotated[
-        str | None,
-        typer.Option(metavar="CASE", help="Run only the cases matching this name or glob.", show_default=False),
+        list[str] | None,
+        typer.Option(metavar="CASES", help="Run only the cases of these names or globs; may be repeated."),
     ] = None,
+    dtypes: Annotated[
+        list[str] | None,
+        typer.Option("--dtype", metavar="DTYPES", help="Only cases of fp32, bf16, fp16 or fp64.  [default: all]"),
+    ] = None,
+    threads: Threads = None,
     demo: Annotated[
         bool, typer.Option("--demo", help="Show how a bias grows where the mean's gradient is ignored; check nothing.")
     ] = False,
     json: Json = False,
+    csv: Csv = False,
+    markdown: Markdown = False,
+    junit: Junit = None,
     quiet: Quiet = False,
     allow_code: AllowCode = False,
 ) -> None:
@@ -49,8 +58,10 @@ def gradcheck(
     """
     if quick and full:
         raise UsageError("--quick and --full: choose one, or neither for the checks in between")
+    output = Output(chosen_form(json=json, csv=csv, markdown=markdown), junit=junit, quiet=quiet)
     if demo:
-        if idle := given_options(context, "kernels", "norm", "device", "quick", "full", "only", "allow_code"):
+        idle_with_demo = ("kernels", "norm", "device", "quick", "full", "only", "dtypes", "threads", "csv", "markdown")
+        if idle := given_options(context, *idle_with_demo, "junit", "allow_code"):
             raise UsageError(f"{idle}: nothing is checked with --demo, so that would have no effect")
         _show_demo(json)
         return
@@ -61,6 +72,7 @@ def gradcheck(
     (kernel,) = names
     check_kernel(kernel, GRADCHECK_KERNELS, allow_code)
     effort: Effort = "quick" if quick else "full" if full else "default"
+    output.check()
     from bncli.report.gradcheck import table, text
     from bncli.report.progress import GradcheckProgress
 
@@ -73,22 +85,28 @@ def gradcheck(
             contextlib.redirect_stdout(sys.stderr),
         ):
             from bncli.measure.gradcheck import run as checks
-            from bncli.results.gradcheck import CheckGroup
+            from bncli.results.gradcheck import CheckGroup, Gradcheck
 
             enable_gc()
-            for found in stop.until(
-                checks.run(kernel=kernel, norm=norm, device=device, effort=effort, only=only, allow_code=allow_code)
-            ):
-                if isinstance(found, CheckGroup):
-                    groups.append(found)
-                    progress(found)
-                else:
+            run = checks.run(kernel, norm, device, effort, listed(only), allow_code, listed(dtypes), threads)
+            for found in stop.until(run):
+                if isinstance(found, Gradcheck):
                     result = found
+                else:
+                    groups += [found] if isinstance(found, CheckGroup) else []
+                    progress(found)
     except KeyboardInterrupt as stopped:
         print_result(text.interrupted_to_json(groups) if json else table.interrupted_table(groups, kernel))
         raise typer.Exit(getattr(stopped, "exit_code", INTERRUPTED)) from None  # Typer would make any of them 130
     commands = [rerun_command(result, failure) for failure in result.failures]
-    print_result(text.to_json(result, commands) if json else table.GradcheckReport(result, commands))
+    forms = {
+        "table": lambda found: table.GradcheckReport(found, commands),
+        "json": lambda found: text.to_json(found, commands),
+        "csv": text.to_csv,
+        "markdown": lambda found: text.to_markdown(found, commands),
+    }
+    output.show(result, forms)
+    output.write(result, junit=lambda found: text.to_junit(found, commands))
     if not result.passed:
         raise typer.Exit(CHECK_FAILED)
 
@@ -106,5 +124,8 @@ def rerun_command(result: Gradcheck, failure: CheckFailure) -> list[str]:
     parts = ["bncli", "gradcheck", "--kernel", result.kernel]
     parts += ["--norm", result.norm] if result.norm != "batch" else []
     parts += ["--device", result.device] if result.device != "auto" else []
+    parts += [f"--{result.effort}"] if result.effort != "default" else []
+    parts += ["--dtype", ",".join(result.dtypes)] if result.dtypes else []
+    parts += ["--threads", str(result.threads)] if result.threads else []
     parts += ["--allow-code"] if result.allow_code else []
     return parts if failure.check == "paths" else [*parts, "--only", failure.case]

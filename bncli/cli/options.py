@@ -27,6 +27,7 @@ Csv = Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table."
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of a table.")]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE.svg|png", help="Draw it to a file (needs bncli[plot]).")]
 Html = Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a self-contained report.")]
+Junit = Annotated[Path | None, typer.Option(metavar="FILE.xml", help="Write a JUnit report, for CI.")]
 Threads = Annotated[
     int | None,
     typer.Option(min=1, max=MOST_THREADS, help="CPU threads.  [default: torch's choice]", show_default=False),

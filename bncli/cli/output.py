@@ -15,13 +15,14 @@ from bncli.errors import UsageError
 class Output:
     """What the options ask for.
 
-    form: how the result is printed: table, json, csv or markdown. plot, html: files to be written beside it.
+    form: how the result is printed: table, json, csv or markdown. plot, html, junit: files to be written beside it.
     """
 
     form: str = "table"
     plot: Path | None = None
     html: Path | None = None
     quiet: bool = False
+    junit: Path | None = None
 
     def check(self, *others: Path | None) -> None:
         """Refuse before any work what could not be written after it. others: further files of the command."""
@@ -31,7 +32,7 @@ class Output:
             from bncli.report.figure import check_path
 
             check_path(self.plot)
-        for file in (self.plot, self.html, *others):
+        for file in (self.plot, self.html, self.junit, *others):
             if file:
                 check_writable(file)
 
@@ -44,16 +45,18 @@ class Output:
         result: Any,
         plot: Callable[[Any, Path], Sequence[Path]] | None = None,
         html: Callable[[Any], str] | None = None,
+        junit: Callable[[Any], str] | None = None,
     ) -> None:
-        """Write the files. plot: draws figures at a path and returns where they are. html: makes a page."""
+        """Write the files. plot: draws figures at a path and returns where they are. html, junit: make the text."""
         from bncli.report.files import write_atomically
 
         if self.plot and plot:
             for file in plot(result, self.plot):
                 log(f"Plot written to {file}", self.quiet)
-        if self.html and html:
-            write_atomically(self.html, html(result))
-            log(f"Report written to {self.html}", self.quiet)
+        for path, make in ((self.html, html), (self.junit, junit)):
+            if path and make:
+                write_atomically(path, make(result))
+                log(f"Report written to {path}", self.quiet)
 
 
 def chosen_form(**asked: bool) -> str:

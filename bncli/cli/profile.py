@@ -20,7 +20,7 @@ from bncli.cli.console import (
     log,
     print_result,
 )
-from bncli.cli.options import AllowCode, ArmName, Csv, Device, Json, Markdown, Plot, Quiet, Set, Threads
+from bncli.cli.options import AllowCode, ArmName, Csv, Device, Json, Junit, Markdown, Plot, Quiet, Set, Threads
 from bncli.cli.output import Output, chosen_form
 from bncli.errors import CHECK_FAILED, CODE_OF_YOURS, INTERRUPTED, UNAVAILABLE, UsageError
 from bncli.measure.profile.shapes import SETS
@@ -127,6 +127,7 @@ def profile(
     json: Json = False,
     csv: Csv = False,
     markdown: Markdown = False,
+    junit: Junit = None,
     baseline: Annotated[
         Path | None,
         typer.Option(metavar="FILE.json", help="Compare with a saved --json profile; exit 1 on a regression."),
@@ -153,7 +154,7 @@ def profile(
     if idle := given_options(context, *(KERNEL_VIEW if of_steps else STEP_VIEW)):
         view = "the kernel view: omit the recipe or --model" if of_steps else "the step view: give a recipe"
         raise UsageError(f"{idle} {'belong' if ',' in idle else 'belongs'} to {view}")
-    output = Output(chosen_form(json=json, csv=csv, markdown=markdown), plot, quiet=quiet)
+    output = Output(chosen_form(json=json, csv=csv, markdown=markdown), plot, quiet=quiet, junit=junit)
     _check_times(seconds, quick, min_rounds, baseline)
     _check_gate(context, output.form, baseline, fail_above)
     asked = _Asked(
@@ -273,7 +274,7 @@ def _finish(
     With 1 for a wrong result or where the gate fails, 3 where only native could run though more was asked for.
     """
     from bncli.report.profile import export, figure
-    from bncli.report.profile.baseline import GateReport
+    from bncli.report.profile.baseline import GateReport, to_junit
     from bncli.results.profile import FOLDED
 
     gate: Gate | None = None
@@ -295,7 +296,7 @@ def _finish(
     if gate is not None and asked.output.form == "table":
         print_result(GateReport(gate, result, earlier))
     if result.rows:
-        asked.output.write(result, figure.draw)
+        asked.output.write(result, figure.draw, junit=None if gate is None else lambda found: to_junit(found, gate))
     if stopped:
         raise typer.Exit(stopped)
     if incomparable:
@@ -352,7 +353,7 @@ def _check_gate(context: typer.Context, form: str, baseline: Path | None, fail_a
     from bncli.measure.profile.baseline import check_fail_above
 
     check_fail_above(fail_above)
-    if baseline is None and (idle := given_options(context, "fail_above", "strict")):
+    if baseline is None and (idle := given_options(context, "fail_above", "strict", "junit")):
         raise UsageError(f"{idle}: without --baseline FILE.json nothing is compared; give one")
     if form == "csv" and baseline:
         raise UsageError("--csv with --baseline: the verdicts have no place in the CSV; use --json or --markdown")
