@@ -134,7 +134,8 @@ def test_an_own_kernel_is_checked_in_some_dtypes_with_so_many_threads_and_report
         torch.set_num_threads(before)
     result = json.loads(ran.out)
     assert (ran.code, result["environment"]["threads"], result["dtypes"]) == (0, 1, ["fp32"])
-    assert (result["cases"], result["failed"], result["skipped_groups"]) == (13, 0, 0)
+    assert result["cases"] == sum(group["cases"] for group in result["groups"]) > 0
+    assert (result["failed"], result["skipped_groups"]) == (0, 0)
     (suite,) = ElementTree.fromstring((folder / "r.xml").read_text())
     assert {case.get("name") for case in suite} == {group["name"] for group in result["groups"]}
     for form, first in (("--csv", "section,name,"), ("--markdown", "### Gradients of batch norm, kernel own:any")):
