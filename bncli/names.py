@@ -20,9 +20,10 @@ class Kernel:
 
     name: str
     help: str
-    module: str = ""  # with its batch_norm and unavailable_reason; empty for those that only profile knows
+    module: str = ""  # with its batch_norm and unavailable_reason; empty for those that measure makes
     devices: tuple[str, ...] = ()  # torch's device types that it is written for; empty: all of them
     in_recipe: bool = False
+    in_gradcheck: bool = False  # besides those with a module
     in_profile: bool = False
 
 
@@ -116,7 +117,7 @@ _KERNELS = (
     Kernel("native", "torch's own", "bncli.kernels.native", in_recipe=True, in_profile=True),
     Kernel("fused", "ours", "bncli.kernels.fused", ("cpu", "cuda"), in_recipe=True, in_profile=True),
     Kernel("fused-interpreted", "the GPU's, in Triton's interpreter", "bncli.kernels.fused.interpreted", ("cpu",)),
-    Kernel("compiled", "torch.compile of native", in_profile=True),
+    Kernel("compiled", "torch.compile of native", in_gradcheck=True, in_profile=True),
     Kernel("apex", "NVIDIA apex's groupbn", devices=("cuda",), in_profile=True),
     Kernel("inplace_abn", "mapillary's in-place activated batch norm", in_profile=True),
     Kernel("flag_gems", "FlagGems' Triton batch norm", devices=("cuda",), in_profile=True),
@@ -214,7 +215,7 @@ PROBES = tuple(dict.fromkeys(row.probe for row in _MEASURES if row.probe))
 PROBE_CHOICES = ("all", *PROBES)
 
 RECIPE_KERNELS = tuple(row.name for row in KERNELS.values() if row.in_recipe)
-GRADCHECK_KERNELS = tuple(row.name for row in KERNELS.values() if row.module)
+GRADCHECK_KERNELS = tuple(row.name for row in KERNELS.values() if row.module or row.in_gradcheck)
 PROFILE_KERNELS = tuple(row.name for row in KERNELS.values() if row.in_profile)
 RECIPE_ACTIVATIONS = tuple(row.name for row in ACTIVATIONS.values() if row.in_recipe)
 FUSED_ACTIVATIONS = tuple(row.name for row in ACTIVATIONS.values() if row.fused)

@@ -10,8 +10,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bncli.cli.console import StopSignal, enable_gc, given_options, listed, print_result
-from bncli.cli.options import AllowCode, Device, Json, NoCaption, Plot, PlotWidth, Quiet
-from bncli.cli.output import Output
+from bncli.cli.options import (
+    AllowCode,
+    Csv,
+    Device,
+    Json,
+    Junit,
+    Latex,
+    Markdown,
+    NoCaption,
+    Plot,
+    PlotWidth,
+    Quiet,
+    Threads,
+)
+from bncli.cli.output import Output, chosen_form
 from bncli.errors import CHECK_FAILED, INTERRUPTED, UsageError
 from bncli.names import GRADCHECK_KERNELS, NormName, check_kernel
 from bncli.report.figure import FigureStyle, save
@@ -36,9 +49,14 @@ def gradcheck(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer cases: at most 15 s on 2 cores.")] = False,
     full: Annotated[bool, typer.Option("--full", help="All cases, and how each tolerance is derived.")] = False,
     only: Annotated[
-        str | None,
-        typer.Option(metavar="CASE", help="Run only the cases matching this name or glob.", show_default=False),
+        list[str] | None,
+        typer.Option(metavar="CASES", help="Run only the cases of these names or globs; may be repeated."),
     ] = None,
+    dtypes: Annotated[
+        list[str] | None,
+        typer.Option("--dtype", metavar="DTYPES", help="Only cases of fp32, bf16, fp16 or fp64.  [default: all]"),
+    ] = None,
+    threads: Threads = None,
     demo: Annotated[
         bool, typer.Option("--demo", help="Show how a bias grows where the mean's gradient is ignored; check nothing.")
     ] = False,
@@ -46,6 +64,10 @@ def gradcheck(
     plot_width: PlotWidth = None,
     no_caption: NoCaption = False,
     json: Json = False,
+    csv: Csv = False,
+    markdown: Markdown = False,
+    latex: Latex = False,
+    junit: Junit = None,
     quiet: Quiet = False,
     allow_code: AllowCode = False,
 ) -> None:
@@ -55,12 +77,17 @@ def gradcheck(
     """
     if quick and full:
         raise UsageError("--quick and --full: choose one, or neither for the checks in between")
-    output = Output(plot=plot, quiet=quiet, style=FigureStyle(plot_width, not no_caption))
+    form, style = (
+        chosen_form(json=json, csv=csv, markdown=markdown, latex=latex),
+        FigureStyle(plot_width, not no_caption),
+    )
+    output = Output(form, plot, quiet=quiet, style=style, junit=junit)
     output.check()
     if plot and only:
         raise UsageError("--plot with --only: it draws dL/dx of a whole check; leave --only out")
     if demo:
-        if idle := given_options(context, "kernels", "norm", "device", "quick", "full", "only", "allow_code"):
+        used = ("demo", "plot", "plot_width", "no_caption", "json", "quiet")
+        if idle := given_options(context, *(each.name for each in context.command.params if each.name not in used)):
             raise UsageError(f"{idle}: nothing is checked with --demo, so that would have no effect")
         _show_demo(json, output)
         return
@@ -83,23 +110,30 @@ def gradcheck(
             contextlib.redirect_stdout(sys.stderr),
         ):
             from bncli.measure.gradcheck import run as checks
-            from bncli.results.gradcheck import CheckGroup
+            from bncli.results.gradcheck import CheckGroup, Gradcheck
 
             enable_gc()
-            for found in stop.until(
-                checks.run(kernel=kernel, norm=norm, device=device, effort=effort, only=only, allow_code=allow_code)
-            ):
-                if isinstance(found, CheckGroup):
-                    groups.append(found)
-                    progress(found)
-                else:
+            run = checks.run(kernel, norm, device, effort, listed(only), allow_code, listed(dtypes), threads)
+            for found in stop.until(run):
+                if isinstance(found, Gradcheck):
                     result = found
+                else:
+                    groups += [found] if isinstance(found, CheckGroup) else []
+                    progress(found)
     except KeyboardInterrupt as stopped:
         print_result(text.interrupted_to_json(groups) if json else table.interrupted_table(groups, kernel))
         raise typer.Exit(getattr(stopped, "exit_code", INTERRUPTED)) from None  # Typer would make any of them 130
     commands = [rerun_command(result, failure) for failure in result.failures]
-    print_result(text.to_json(result, commands) if json else table.GradcheckReport(result, commands))
-    output.write(result, functools.partial(save, figure.draw_parts))
+    forms = {
+        "table": lambda found: table.GradcheckReport(found, commands),
+        "json": lambda found: text.to_json(found, commands),
+        "csv": text.to_csv,
+        "markdown": lambda found: text.to_markdown(found, commands),
+        "latex": text.to_latex,
+    }
+    output.show(result, forms)
+    plot_parts = functools.partial(save, figure.draw_parts)
+    output.write(result, plot_parts, junit=lambda found: text.to_junit(found, commands))
     if not result.passed:
         raise typer.Exit(CHECK_FAILED)
 
@@ -118,5 +152,8 @@ def rerun_command(result: Gradcheck, failure: CheckFailure) -> list[str]:
     parts = ["bncli", "gradcheck", "--kernel", result.kernel]
     parts += ["--norm", result.norm] if result.norm != "batch" else []
     parts += ["--device", result.device] if result.device != "auto" else []
+    parts += [f"--{result.effort}"] if result.effort != "default" else []
+    parts += ["--dtype", ",".join(result.dtypes)] if result.dtypes else []
+    parts += ["--threads", str(result.threads)] if result.threads else []
     parts += ["--allow-code"] if result.allow_code else []
     return parts if failure.check == "paths" else [*parts, "--only", failure.case]

@@ -47,6 +47,7 @@ PlotWidth = Annotated[
     ),
 ]
 NoCaption = Annotated[bool, OutputOption("--no-caption", help="Omit title and caption of --plot, for a paper.")]
+Junit = Annotated[Path | None, OutputOption(metavar="FILE.xml", help="Write a JUnit report, for CI.")]
 Html = Annotated[Path | None, OutputOption(metavar="FILE.html", help="Write a self-contained report.")]
 RequireTarget = Annotated[bool, CheckOption("--require-target", help="Exit with 1 if a run does not reach its target.")]
 RequireClaims = Annotated[bool, CheckOption("--require-claims", help="Exit with 1 if a claim is not shown.")]

@@ -16,8 +16,8 @@ from bncli.report.figure import DEFAULT_STYLE, FigureStyle, check_path
 class Output:
     """What the options ask for.
 
-    form: how the result is printed: table, json, csv, markdown or latex. plot, html: files to be written beside it.
-    style: how the plot is laid out.
+    form: how the result is printed: table, json, csv, markdown or latex. plot, html, junit: files to be written beside
+    it. style: how the plot is laid out.
     """
 
     form: str = "table"
@@ -25,6 +25,7 @@ class Output:
     html: Path | None = None
     quiet: bool = False
     style: FigureStyle = DEFAULT_STYLE
+    junit: Path | None = None
 
     def check(self, *others: Path | None) -> None:
         """Refuse before any work what could not be written after it. others: further files of the command."""
@@ -35,7 +36,7 @@ class Output:
             check_path(self.plot)
         elif asked:
             raise UsageError(f"{', '.join(asked)}: without --plot FILE nothing is drawn; give one")
-        for file in (self.plot, self.html, *others):
+        for file in (self.plot, self.html, self.junit, *others):
             if file:
                 check_writable(file)
 
@@ -48,16 +49,18 @@ class Output:
         result: Any,
         plot: Callable[[Any, Path, FigureStyle], Sequence[Path]] | None = None,
         html: Callable[[Any], str] | None = None,
+        junit: Callable[[Any], str] | None = None,
     ) -> None:
-        """Write the files. plot: draws figures at a path and in a style, returns where they are. html: makes a page."""
+        """Write the files. plot: draws figures at a path in a style, returns where. html, junit: make the text."""
         from bncli.report.files import write_atomically
 
         if self.plot and plot:
             for file in plot(result, self.plot, self.style):
                 log(f"Plot written to {file}", self.quiet)
-        if self.html and html:
-            write_atomically(self.html, html(result))
-            log(f"Report written to {self.html}", self.quiet)
+        for path, make in ((self.html, html), (self.junit, junit)):
+            if path and make:
+                write_atomically(path, make(result))
+                log(f"Report written to {path}", self.quiet)
 
 
 def chosen_form(**asked: bool) -> str:

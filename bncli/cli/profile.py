@@ -138,6 +138,7 @@ def profile(
     csv: Csv = False,
     markdown: Markdown = False,
     latex: options.Latex = False,
+    junit: options.Junit = None,
     baseline: Annotated[
         Path | None,
         BaselineOption(metavar="FILE.json", help="Compare with a saved --json profile; exit 1 on a regression."),
@@ -168,7 +169,7 @@ def profile(
         chosen_form(json=json, csv=csv, markdown=markdown, latex=latex),
         FigureStyle(plot_width, not no_caption),
     )
-    output = Output(form, plot, quiet=quiet, style=style)
+    output = Output(form, plot, quiet=quiet, style=style, junit=junit)
     _check_times(seconds, quick, min_rounds, baseline)
     _check_gate(context, output.form, baseline, fail_above)
     asked = _Asked(
@@ -288,7 +289,7 @@ def _finish(
     With 1 for a wrong result or where the gate fails, 3 where only native could run though more was asked for.
     """
     from bncli.report.profile import export, figure
-    from bncli.report.profile.baseline import GateReport
+    from bncli.report.profile.baseline import GateReport, to_junit
     from bncli.results.profile import FOLDED
 
     gate: Gate | None = None
@@ -311,7 +312,7 @@ def _finish(
     if gate is not None and asked.output.form == "table":
         print_result(GateReport(gate, result, earlier))
     if result.rows:
-        asked.output.write(result, figure.draw)
+        asked.output.write(result, figure.draw, junit=None if gate is None else lambda found: to_junit(found, gate))
     if stopped:
         raise typer.Exit(stopped)
     if incomparable:
@@ -368,7 +369,7 @@ def _check_gate(context: typer.Context, form: str, baseline: Path | None, fail_a
     from bncli.measure.profile.baseline import check_fail_above
 
     check_fail_above(fail_above)
-    if baseline is None and (idle := given_options(context, "fail_above", "strict")):
+    if baseline is None and (idle := given_options(context, "fail_above", "strict", "junit")):
         raise UsageError(f"{idle}: without --baseline FILE.json nothing is compared; give one")
     if form in ("csv", "latex") and baseline:
         raise UsageError(f"--{form} with --baseline: it has no place for the verdicts; use --json or --markdown")

@@ -17,7 +17,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bncli.errors import Unavailable
-from bncli.names import GRADCHECK_KERNELS, KERNELS
+from bncli.names import KERNELS
 
 if TYPE_CHECKING:
     import torch
@@ -52,9 +52,10 @@ def get(name: str, device: torch.device | None = None) -> Kernel:
 
 def load(name: str) -> Kernel:
     """The kernel of that name, whether or not it can run here. Raises Unavailable for an unknown name."""
-    if name not in GRADCHECK_KERNELS:
-        raise Unavailable(f"kernel {name}: expected one of {', '.join(GRADCHECK_KERNELS)}")
-    module = KERNELS[name].module
+    known = {row.name: row.module for row in KERNELS.values() if row.module}
+    if name not in known:
+        raise Unavailable(f"kernel {name}: expected one of {', '.join(known)}")
+    module = known[name]
     if module not in sys.modules:
         importlib.import_module(module)
     kernel: Kernel = sys.modules[module].batch_norm

@@ -7,9 +7,12 @@ import io
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
+from xml.etree import ElementTree
 
 from bncli.report.text import Column
+
+NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # colours of a compiler's message
 
 
 def json_text(plain: Any) -> str:
@@ -24,6 +27,35 @@ def csv_text(rows: Sequence[dict[str, Any]], first: str) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+class JunitCase(NamedTuple):
+    """A test of a JUnit report. text: why it did not pass, or what is said of one that did."""
+
+    group: str
+    name: str
+    seconds: float = 0.0
+    outcome: Literal["passed", "failure", "error", "skipped"] = "passed"
+    text: str = ""
+
+
+def junit_text(name: str, cases: Sequence[JunitCase], date: str) -> str:
+    """A JUnit report of one suite. date: ISO 8601."""
+    outcomes = [case.outcome for case in cases]
+    totals = {"name": name, "tests": f"{len(cases)}", "time": f"{sum(case.seconds for case in cases):.3f}"}
+    totals |= {"failures": f"{outcomes.count('failure')}", "errors": f"{outcomes.count('error')}"}
+    totals |= {"skipped": f"{outcomes.count('skipped')}", "timestamp": date}
+    root = ElementTree.Element("testsuites", totals)
+    suite = ElementTree.SubElement(root, "testsuite", totals)
+    for case in cases:
+        fields = {"classname": f"{name}.{case.group}", "name": case.name, "time": f"{case.seconds:.3f}"}
+        test = ElementTree.SubElement(suite, "testcase", fields)
+        if case.outcome != "passed":
+            ElementTree.SubElement(test, case.outcome, message=case.text.partition("\n")[0]).text = case.text
+        elif case.text:
+            ElementTree.SubElement(test, "system-out").text = case.text
+    ElementTree.indent(root)
+    return NOT_IN_XML.sub("", ElementTree.tostring(root, "unicode", xml_declaration=True)) + "\n"
 
 
 def markdown_table(columns: Sequence[Column]) -> list[str]:

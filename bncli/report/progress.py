@@ -16,7 +16,7 @@ from rich.text import Text
 from bncli.report.profile.text import error_words
 from bncli.report.text import count, encodable
 from bncli.results.compare import ComparisonEvent, ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
-from bncli.results.gradcheck import CheckGroup
+from bncli.results.gradcheck import CheckGroup, CheckProgress
 from bncli.results.profile import KernelCost, Measuring, ProfileEvent, ProfileStarted, RowDone
 from bncli.results.train import Evaluated, Event, RunStarted, StepDone
 
@@ -216,17 +216,21 @@ class ProfileProgress(_ProgressSink):
 
 
 class GradcheckProgress(_ProgressSink):
-    """How many cases are done, the last group, and the elapsed time."""
+    """How many of the cases are done, how many failed, the last group, and the time left."""
 
     def __enter__(self) -> GradcheckProgress:
         super().__enter__()
-        self.groups, self.cases, self.failed = 0, 0, 0
+        self.failed, self.words = 0, ""
         self.task = self.add("checking", None)
         return self
 
-    def __call__(self, group: CheckGroup) -> None:
-        self.groups, self.cases, self.failed = self.groups + 1, self.cases + group.cases, self.failed + group.failed
-        failed = f", {self.failed:,} failed" if self.failed else ""
-        text = f"{count(self.cases, 'case')} in {count(self.groups, 'group')}{failed}; last: {group.name}"
-        self.bars.update(self.task, description=text)
-        self.line(f"gradcheck: {text}", at_once=bool(group.failed))
+    def __call__(self, event: CheckProgress | CheckGroup) -> None:
+        if isinstance(event, CheckProgress):
+            self.bars.update(self.task, advance=event.cases, total=event.planned)
+        elif event.cases:
+            self.failed += event.failed
+            self.words = f"{f', {self.failed:,} failed' if self.failed else ''}; last: {event.name}"
+            self.bars.update(self.task, description=f"checking{self.words}")
+        done = self.bars.tasks[self.task]
+        words = f"gradcheck: {done.completed:,}/{count(int(done.total or 0), 'case')}{self.words}"
+        self.line(words, at_once=isinstance(event, CheckGroup) and event.failed > 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from bncli.results.environment import Environment
@@ -48,6 +48,8 @@ class NotChecked:
         "no float64 on the device",
         "refused",  # by the kernel, which raised
         "missing inputs",
+        "compiled once",  # torch.compile compiles the backward pass, and none of that
+        "left out",  # dtypes that were not asked for
         "nothing ran",
     ]
     finding: Finding | None = None  # what the kernel raised
@@ -65,6 +67,15 @@ class CheckGroup:
     worst_case: str | None  # that case's identifier, by which it is asked for
     rule: ToleranceRule | None = None
     skipped: NotChecked | None = None
+    seconds: float = field(default=0.0, compare=False)  # its share of those of the calls that it is judged from
+
+
+@dataclass(frozen=True)
+class CheckProgress:
+    """So many further cases are done. planned: in all, told once, before the first."""
+
+    cases: int
+    planned: int | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,7 @@ class CheckFailure:
     parameter: float | None  # mean over deviation, where the check varies that
     quantity: str  # one of several that are judged on their own; empty where a check has a single result
     finding: Finding
+    group: str = ""  # that counts it
 
 
 @dataclass(frozen=True)
@@ -175,8 +187,10 @@ class Gradcheck:
     paths: tuple[GradientPaths, ...]
     failures: tuple[CheckFailure, ...]  # at most the first few
     diagnoses: tuple[Diagnosis, ...]
-    device: str = "auto"  # as it was asked for
+    device: str = "auto"  # this and the following as they were asked for
     allow_code: bool = False
+    dtypes: tuple[str, ...] = ()  # fp32, ...; empty: all
+    threads: int | None = None
 
     @property
     def passed(self) -> bool:

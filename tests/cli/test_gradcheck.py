@@ -6,8 +6,10 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from bncli.cli.gradcheck import rerun_command
 from tests.cli.conftest import bncli
@@ -21,11 +23,16 @@ from tests.test_architecture import modules_after
         (["--quick", "--full"], "--quick and --full: choose one"),
         (["--kernel", "natve"], "--kernel natve: there is no such kernel; did you mean native?"),
         (["--kernel", "cuda"],
-         "--kernel cuda: there is no such kernel; expected native, fused, fused-interpreted or pa"),
+         "--kernel cuda: there is no such kernel; expected native, fused, fused-interpreted, compiled or pa"),
         (["--kernel", "mine:norm"],
          "--kernel mine:norm: it is your own code, which would be executed; allow it with --allow-code"),
         (["--kernel", ""], "--kernel : one kernel is checked at a time"),
         (["--kernel", "fused", "--kernel", "native"], "--kernel fused, native: one kernel is checked at a time; run"),
+        (["--demo", "--csv", "--junit", "x.xml"], "--csv, --junit: nothing is checked with --demo"),
+        (["--json", "--markdown"], "--json, --csv, --markdown and --latex: choose one"),
+        (["--junit", "missing/x.xml"], "missing"),
+        (["--dtype", "fp32,fp8"], "--dtype fp8: expected some of bf16, fp16, fp32, fp64"),
+        (["--only", "eval/float64"], "--only eval/float64: no case of that name."),
         (["--demo", "--quick", "--kernel", "fused"], "--kernel, --quick: nothing is checked with --demo"),
         (["--norm", "bach"], "'bach' is not one of 'batch', 'layer', 'group', 'instance'"),
         (["--device", "gpu"], "--device gpu: expected one of auto, cpu, cuda, cuda:N, mps"),
@@ -76,6 +83,9 @@ def right(input, running_mean, running_var, weight, bias, training, momentum, ep
     print("hello")
     return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
+def any_name(values, /, running_mean, running_var, weight, bias, training, momentum, eps):
+    return F.batch_norm(values, running_mean, running_var, weight, bias, training, momentum, eps)
+
 def blind(x, weight, bias, eps, residual, activation):
     var, mean = torch.var_mean(x.detach(), dim=[0, *range(2, x.dim())], correction=0)
     y = F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
@@ -108,6 +118,29 @@ def test_what_an_own_kernel_prints_stays_out_of_the_result() -> None:
     assert (ran.code, result["passed"]) == (0, True)
     assert sum(group["cases"] for group in result["groups"]) > 10
     assert set(ran.err.split()) == {"hello"}
+
+
+@pytest.mark.usefixtures("own_kernels")
+def test_an_own_kernel_is_checked_in_some_dtypes_with_so_many_threads_and_reported_for_ci(folder: Path) -> None:
+    asked = ("--kernel", "own:any_name", "--allow-code", "--only", f"{CASE}/*,*/float64/*/4x3x5x7/plain/dx")
+    before = torch.get_num_threads()
+    try:
+        ran = bncli("gradcheck", *asked, "--dtype", "fp32", "--threads", "1", "--junit", "r.xml", "--json", "--quick")
+        assert (ran.code, "float64" in ran.err) == (2, True)  # what is left out has no cases
+        ran = bncli(
+            "gradcheck", *asked[:-1], f"{CASE}/*", *("--dtype", "fp32", "--threads", "1", "--junit", "r.xml"), "--json"
+        )
+    finally:
+        torch.set_num_threads(before)
+    result = json.loads(ran.out)
+    assert (ran.code, result["environment"]["threads"], result["dtypes"]) == (0, 1, ["fp32"])
+    assert result["cases"] == sum(group["cases"] for group in result["groups"]) > 0
+    assert (result["failed"], result["skipped_groups"]) == (0, 0)
+    (suite,) = ElementTree.fromstring((folder / "r.xml").read_text())
+    assert {case.get("name") for case in suite} == {group["name"] for group in result["groups"]}
+    for form, first in (("--csv", "section,name,"), ("--markdown", "### Gradients of batch norm, kernel own:any")):
+        ran = bncli("gradcheck", *asked[:-1], f"{CASE}/plain/dx", form)
+        assert (ran.code, ran.out.startswith(first)) == (0, True)
 
 
 @pytest.mark.usefixtures("own_kernels")
@@ -151,8 +184,9 @@ def test_ctrl_c_ends_it_after_the_group_when_code_drops_the_exception(monkeypatc
 def test_the_command_that_runs_a_case_again_asks_for_what_was_asked() -> None:
     command = ["bncli", "gradcheck", "--kernel", "native"]
     assert rerun_command(GOOD, replace(FIRST, case="train/* x")) == [*command, "--only", "train/* x"]
-    result = replace(GOOD, norm="layer", device="cpu")
-    assert rerun_command(result, replace(FIRST, check="paths")) == [*command, "--norm", "layer", "--device", "cpu"]
+    result = replace(GOOD, norm="layer", device="cpu", effort="quick", dtypes=("fp32", "bf16"), threads=2)
+    options = ["--norm", "layer", "--device", "cpu", "--quick", "--dtype", "fp32,bf16", "--threads", "2"]
+    assert rerun_command(result, replace(FIRST, check="paths")) == [*command, *options]
 
 
 def test_the_demo_and_the_check_draw_their_pictures() -> None:

@@ -22,7 +22,7 @@ def test_a_result_is_printed_in_one_form() -> None:
 
 def test_what_could_not_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
-    for output in (Output(plot=missing / "a.svg"), Output(html=missing / "a.html")):
+    for output in (Output(plot=missing / "a.svg"), Output(html=missing / "a.html"), Output(junit=missing / "a.xml")):
         with pytest.raises(FileError, match="does not exist"):
             output.check()
     with pytest.raises(FileError, match="does not exist"):
@@ -38,10 +38,13 @@ def test_a_style_without_a_plot_is_refused(style: FigureStyle, tmp_path: Path) -
 
 
 def test_files_are_written_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plot, page = tmp_path / "a.svg", tmp_path / "a.html"
-    output = Output("json", plot, page)
+    plot, page, report = (tmp_path / f"a.{ending}" for ending in ("svg", "html", "xml"))
+    output = Output("json", plot, page, junit=report)
     output.show("result", {"json": str.upper})
-    output.write("result", lambda _, path, style: [path, tmp_path / "b.svg"], lambda result: f"<p>{result}</p>")
+    output.write(
+        "result", lambda _, path, style: [path, tmp_path / "b.svg"], lambda result: f"<p>{result}</p>", "<{}/>".format
+    )
+    assert report.read_text() == "<result/>"
     assert page.read_text() == "<p>result</p>"
     out, err = capsys.readouterr()
     assert out == "RESULT\n"
@@ -49,4 +52,5 @@ def test_files_are_written_and_named(tmp_path: Path, capsys: pytest.CaptureFixtu
         f"Plot written to {plot}",
         f"Plot written to {tmp_path / 'b.svg'}",
         f"Report written to {page}",
+        f"Report written to {report}",
     ]

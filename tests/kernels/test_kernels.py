@@ -28,7 +28,7 @@ def test_the_names_are_known_without_torch() -> None:
     assert "torch" not in modules_after("import bncli.kernels")
 
 
-@pytest.mark.parametrize("name", GRADCHECK_KERNELS)
+@pytest.mark.parametrize("name", [name for name in GRADCHECK_KERNELS if name != "compiled"])
 def test_a_kernel_is_its_modules_function_and_has_the_parameters_of_all(name: str) -> None:
     kernel = kernels.load(name)
     assert kernel is importlib.import_module(KERNELS[name].module).batch_norm

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from bncli.report.progress import CompareProgress, GradcheckProgress, ProfileProgress, TrainProgress
 from bncli.results.compare import ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
+from bncli.results.gradcheck import CheckProgress
 from bncli.results.profile import Measuring, ProfileStarted, RowDone
 from bncli.results.train import Evaluated, Evaluation, Probed, RunResult, RunStarted, StepDone, Target
 from tests.report.conftest import run_result
@@ -46,7 +47,7 @@ KINDS = [
     (TrainProgress, TRAIN),
     (CompareProgress, COMPARE),
     (ProfileProgress, PROFILE),
-    (GradcheckProgress, [*BAD.groups[:2]]),
+    (GradcheckProgress, [CheckProgress(0, 168), CheckProgress(144), *BAD.groups[:2]]),
 ]
 
 
@@ -90,7 +91,7 @@ def test_a_narrow_or_ascii_terminal_shows_how_much_is_done(kind: type, events: l
     screen = shown(kind, events, terminal=True, width=width, encoding=encoding)
     last = [line for line in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen).splitlines() if line.strip()][-1]
     assert len(last.strip("\r")) < width
-    assert re.search(r"  20/3000|120/3000|50%|0:00:0\d", last)
+    assert re.search(r"  20/3000|120/3000|144/168|50%|0:00:0\d", last)
 
 
 def test_a_single_run_is_counted_and_wide_names_leave_the_figures_in_sight() -> None:
@@ -212,12 +213,17 @@ def test_a_wrong_kernel_is_logged_at_once() -> None:
 # --- gradient checks ----------------------------------------------------------------------------------------------
 
 
-def test_the_cases_done_are_counted_and_the_last_group_named() -> None:
-    assert "144 cases in 2 groups; last: forward, evaluation" in shown(GradcheckProgress, GROUPS[:2], terminal=True)
+def test_the_bar_of_a_check_has_a_total_and_names_the_last_group() -> None:
+    events = [CheckProgress(0, 200), CheckProgress(96), GROUPS[0], CheckProgress(4), replace(GROUPS[3], name="idle")]
+    last = shown(GradcheckProgress, events, terminal=True).splitlines()[-1]
+    assert "checking; last: forward, training" in last
+    assert "100/200" in last
+    assert last.count("━") == last.count("─") > 0
 
 
 def test_a_failed_group_is_logged_at_once() -> None:
     assert shown(GradcheckProgress, GROUPS, terminal=False) == ""
-    log = shown(GradcheckProgress, BAD.groups[:2], terminal=False)
-    assert log == "gradcheck: 144 cases in 2 groups, 40 failed; last: dx\n"
+    events = [CheckProgress(0, 200), CheckProgress(96), BAD.groups[0], CheckProgress(48), BAD.groups[1]]
+    log = shown(GradcheckProgress, events, terminal=False)
+    assert log == "gradcheck: 144/200 cases, 40 failed; last: dx\n"
     assert shown(GradcheckProgress, GROUPS, terminal=False, step_s=20.0).count("\n") == len(GROUPS)

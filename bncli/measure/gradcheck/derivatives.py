@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -29,7 +29,7 @@ def plans(context: CheckContext, refused: Collection[str]) -> Iterator[CheckGrou
         return
     for mode in ("train", "eval") if context.candidate.evaluates else ("train",):
         cases = [case for case in _cases(context, mode) if not case.needs & set(refused)]
-        for name in ("gradcheck", "gradgradcheck"):
+        for name in ("gradcheck", "gradgradcheck")[: 1 + context.candidate.differentiates_twice]:
             checks = [_check(context, case, name) for case in cases]
             yield CheckGroupPlan("derivatives", checks, "finite differences", {"": f"{mode} {name}"})
 
@@ -49,6 +49,21 @@ def _check(context: CheckContext, case: Case, name: str) -> Check:
     return Check("derivatives", identifier, run, name, case)
 
 
+class _FreshForward(torch.autograd.Function):
+    """A function whose backward pass runs it again, since gradcheck needs several, and a compiled one allows one."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        ctx.function, ctx.leaves = function, [tensor.detach().requires_grad_() for tensor in tensors]
+        with torch.enable_grad():  # a kernel may take another path without
+            return function(*ctx.leaves).detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            return None, *torch.autograd.grad(ctx.function(*ctx.leaves), ctx.leaves, g, allow_unused=True)
+
+
 def _differences(second: bool, context: CheckContext, case: Case, given: Inputs) -> Finding:
     given = _off_the_kink(case, given)
     names = [name for name in ("x", "weight", "bias", "residual") if getattr(given, name) is not None]
@@ -65,12 +80,12 @@ def _differences(second: bool, context: CheckContext, case: Case, given: Inputs)
         if second:
             torch.autograd.gradgradcheck(function, leaves, given.g.detach().requires_grad_(), **how)
         else:
-            torch.autograd.gradcheck(function, leaves, **how)
+            torch.autograd.gradcheck(partial(_FreshForward.apply, function), leaves, **how)
     except KernelFailed as failed:
         return replace(failed.finding, quantity="derivative")
     except (Exception, SystemExit) as error:  # a mismatch, or an exception of the kernel
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        kind, text = finding_of(error).kind, " ".join(lines[:4])[:300]
+        kind, text = finding_of(error).kind, " ".join(lines[:4])
         kind = "not_derivative" if kind == "raised" else kind
         return Finding(kind, "derivative", exception=type(error).__name__, text=text)
     return Finding("right", "derivative", 0.0)

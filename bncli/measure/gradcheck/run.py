@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import itertools
 import math
+import re
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,17 +17,18 @@ from torch import Tensor
 from bncli.engine import device as devices
 from bncli.errors import UsageError
 from bncli.measure.gradcheck import derivatives, hard_inputs, invariants
-from bncli.measure.gradcheck.chain_rule import paths
+from bncli.measure.gradcheck.chain_rule import cases_of, paths
 from bncli.measure.gradcheck.diagnose import diagnose
 from bncli.measure.reference.candidate import Candidate, candidate
-from bncli.measure.reference.case import INTERPRETED_CHANNELS, Case, cases
-from bncli.measure.reference.judge import Check, CheckContext, CheckGroupPlan, Outcome, Verdict, compare, refusals
+from bncli.measure.reference.case import DTYPE_NAMES, DTYPES, INTERPRETED_CHANNELS, Case, cases
+from bncli.measure.reference.judge import Check, CheckContext, CheckGroupPlan, Outcome, Verdict, compare, supported
 from bncli.measure.reference.observe import quantities
 from bncli.names import NORMS
 from bncli.results.finding import Finding, FindingKind
 from bncli.results.gradcheck import (
     CheckFailure,
     CheckGroup,
+    CheckProgress,
     Effort,
     Gradcheck,
     GradientPaths,
@@ -42,39 +45,48 @@ def run(
     norm: str = "batch",
     device: str = "auto",
     effort: Effort = "default",
-    only: str | None = None,
+    only: Sequence[str] = (),
     allow_code: bool = False,
-) -> Iterator[CheckGroup | Gradcheck]:
-    """Check a kernel's output, gradients and running statistics; yields finished groups, then the result.
+    dtypes: Sequence[str] = (),
+    threads: int | None = None,
+) -> Iterator[CheckProgress | CheckGroup | Gradcheck]:
+    """Check a kernel's output, gradients and running statistics; yields progress, finished groups, then the result.
 
-    kernel: native, fused, or the user's package.module:function (with allow_code). norm: one of names.CHECKED_NORMS.
-    only: an identifier or a shell glob; only the cases that match it are run.
+    kernel: one of names.GRADCHECK_KERNELS, or the user's package.module:function (with allow_code). norm: one of
+    names.CHECKED_NORMS. only: identifiers or shell globs; only the cases that match one are run. dtypes: fp32, ...;
+    only their cases are run, or all without any. threads: of the CPU; None for torch's choice.
 
     Raises UsageError for an unknown name or an `only` that matches nothing, and Unavailable, with the reason, if the
     device or the kernel cannot be used here. Errors of the kernel itself are failures in the result.
     """
     began = time.perf_counter()
+    if unknown := [name for name in dtypes if name not in DTYPE_NAMES]:
+        raise UsageError(f"expected some of {', '.join(DTYPE_NAMES)}", field="dtypes", value=unknown[0])
+    asked = [DTYPE_NAMES[name] for name in dtypes] or list(DTYPES)
     place = devices.resolve(device)
-    context = CheckContext(candidate(kernel, norm, place, allow_code), place, effort)
-    refused = refusals(lambda case: context)
-    if "eval" in refused:
-        context = replace(context, candidate=replace(context.candidate, evaluates=False))
-    plans = _selected(context, refused, only)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    context, refused = supported(CheckContext(candidate(kernel, norm, place, allow_code), place, effort), asked)
+    left_out = [name for name in DTYPES if name not in asked]
+    plans = _selected(context, {*refused, *left_out}, only)
+    in_parts = not only and {"float64", "float32"}.intersection(asked)  # the dtypes for dL/dx in its parts
+    planned = sum(len(check.quantities) for plan in plans for check in plan.checks)
+    planned += len(cases_of(norm)) if in_parts else 0
+    yield CheckProgress(0, planned)
     groups: list[CheckGroup] = []
     verdicts: list[Verdict] = []
-    for group in [] if only else _not_checked(context, refused):
-        groups.append(group)
-        yield group
-    for plan in plans:
-        for group in _finish(plan, verdicts):
-            groups.append(group)
-            yield group
+    idle = NotChecked("left out" if left_out else "missing inputs")
+    skipped = [] if only else _not_checked(context, refused, left_out)
+    for event in itertools.chain(skipped, *(_finish(plan, verdicts, idle) for plan in plans)):
+        groups += [event] if isinstance(event, CheckGroup) else []
+        yield event
     parts: tuple[GradientPaths, ...] = ()
-    if only is None:
-        parts = paths(_forward(context.candidate), place, norm)
+    if in_parts:
+        parts = paths(_forward(context.candidate, asked), place, norm)
         judged = [_of_path(part) for part in parts]
         groups.append(_group("derivatives", PATHS, judged, "central differences of the loss", named=False))
         verdicts += judged
+        yield CheckProgress(len(parts))
         yield groups[-1]
     if not any(group.cases for group in groups):
         groups.append(CheckGroup("values", "anything at all", 1, 1, None, None, skipped=NotChecked("nothing ran")))
@@ -92,6 +104,8 @@ def run(
         diagnoses=diagnose(verdicts, norm),
         device=device,
         allow_code=allow_code,
+        dtypes=tuple(dtypes),
+        threads=threads,
     )
 
 
@@ -100,7 +114,9 @@ def run(
 
 def _plans(context: CheckContext, refused: Collection[str]) -> list[CheckGroupPlan]:
     parts = (values_plans, derivatives.plans, invariants.plans, hard_inputs.plans)
-    return [plan for part in parts for plan in part(context, refused)]
+    plans = [plan for part in parts for plan in part(context, refused)]
+    wide = "float32" not in refused  # the dtype of those checks of hard inputs that have no case
+    return [replace(plan, checks=[check for check in plan.checks if check.case or wide]) for plan in plans]
 
 
 def values_plans(context: CheckContext, refused: Collection[str]) -> Iterator[CheckGroupPlan]:
@@ -117,45 +133,50 @@ def _value(context: CheckContext, case: Case) -> Check:
     return Check(
         "values",
         case.identifier,
-        lambda: compare(context, *context.fresh(case)),
+        lambda: compare(context, *context.fresh(case), context.candidate.differentiates_twice),
         case=case,
-        quantities=quantities(case),
+        quantities=quantities(case)[: None if context.candidate.differentiates_twice else -1],
     )
 
 
-def _selected(context: CheckContext, refused: Collection[str], only: str | None) -> list[CheckGroupPlan]:
+def _selected(context: CheckContext, refused: Collection[str], only: Sequence[str]) -> list[CheckGroupPlan]:
+    """The plans with the checks that `only` names. A name that this effort does not have stands for the full run's."""
     plans = _plans(context, refused)
-    if only is None:
+    if not only:
         return plans
     every = _plans(replace(context, effort="full"), refused)
-    for candidates in (plans, every):
-        kept = [replace(plan, checks=_matching(plan.checks, only)) for plan in candidates]
-        kept = [plan for plan in kept if plan.checks]
-        if kept:
-            return kept
-    known = [check.named(name) for plan in every for check in plan.checks for name in check.quantities]
-    near = difflib.get_close_matches(only, known, n=3, cutoff=0.3) or known[:3]
-    left_out = f" Left out: {', '.join(refused)}." if refused else ""
-    raise UsageError(f"no case of that name. The nearest are {', '.join(near)}.{left_out}", field="only", value=only)
+    for pattern in only:
+        if not any(_matching(plan, [pattern]).checks for plan in every):
+            known = [check.named(name) for plan in every for check in plan.checks for name in check.quantities]
+            begun = sum(name.startswith(pattern) for name in known)
+            near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
+            hint = f"{begun:,} begin with it: {pattern}*" if begun else f"The nearest are {', '.join(near)}"
+            left_out = f" Left out: {', '.join(sorted(refused))}." if refused else ""
+            raise UsageError(f"no case of that name. {hint}.{left_out}", field="only", value=pattern)
+        if not any(_matching(plan, [pattern]).checks for plan in plans):
+            plans = every
+    return [kept for plan in plans if (kept := _matching(plan, only)).checks]
 
 
-def _matching(checks: list[Check], only: str) -> list[Check]:
+def _matching(plan: CheckGroupPlan, only: Sequence[str]) -> CheckGroupPlan:
     """The checks that a glob matches; where it matches only some quantities, the check is restricted to these."""
-    kept = []
-    for check in checks:
+    matched, kept = re.compile("|".join(map(fnmatch.translate, only))).match, []
+    for check in plan.checks:
         names = check.quantities
-        if not (fnmatch.fnmatchcase(check.identifier, only) or check.identifier == only):
-            names = tuple(name for name in names if fnmatch.fnmatchcase(check.named(name), only))
+        if not matched(check.identifier):
+            names = tuple(name for name in names if matched(check.named(name)))
         if names:
             kept.append(replace(check, quantities=names))
-    return kept
+    return replace(plan, checks=kept)
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------
 
 
-def _not_checked(context: CheckContext, refused: dict[str, NotChecked]) -> Iterator[CheckGroup]:
+def _not_checked(context: CheckContext, refused: dict[str, NotChecked], left_out: list[str]) -> Iterator[CheckGroup]:
     checked, reasons = context.candidate, dict[str, NotChecked]()
+    if left_out:
+        reasons[", ".join(left_out)] = NotChecked("left out")
     if NORMS[checked.norm].has_kernels and not checked.fuses:
         reasons["residual and activation"] = NotChecked("no fused operations")
     if "eval" in NORMS[checked.norm].modes and not checked.evaluates and "eval" not in refused:
@@ -167,9 +188,9 @@ def _not_checked(context: CheckContext, refused: dict[str, NotChecked]) -> Itera
         yield CheckGroup("values", name, 0, 0, None, None, skipped=reason)
 
 
-def _finish(plan: CheckGroupPlan, verdicts: list[Verdict]) -> Iterator[CheckGroup]:
-    """Run the checks of the plan and yield its rows, in the order of their first case."""
-    found: dict[str, list[Verdict]] = {}
+def _finish(plan: CheckGroupPlan, verdicts: list[Verdict], idle: NotChecked) -> Iterator[CheckProgress | CheckGroup]:
+    """Run the checks of the plan; yields progress, then its rows in the order of their first case, `idle` without."""
+    began, found = time.perf_counter(), dict[str, list[Verdict]]()
     for check in plan.checks:
         outcome = check.run()
         for quantity, finding in outcome.findings.items():
@@ -178,11 +199,13 @@ def _finish(plan: CheckGroupPlan, verdicts: list[Verdict]) -> Iterator[CheckGrou
                 evidence = outcome.evidence if finding.failed else None
                 verdicts.append(Verdict(check, row, quantity, finding, evidence))
                 found.setdefault(row, []).append(verdicts[-1])
+        yield CheckProgress(len(check.quantities))
+    seconds = (time.perf_counter() - began) / max(1, sum(map(len, found.values())))
     for row, members in found.items():
-        yield _group(plan.section, row, members, plan.rule)
+        yield replace(_group(plan.section, row, members, plan.rule), seconds=seconds * len(members))
     if not found:
         for row in plan.rows.values():
-            yield CheckGroup(plan.section, row, 0, 0, None, None, plan.rule, NotChecked("missing inputs"))
+            yield CheckGroup(plan.section, row, 0, 0, None, None, plan.rule, idle)
 
 
 def _group(section: str, row: str, members: list[Verdict], rule: ToleranceRule, named: bool = True) -> CheckGroup:
@@ -215,8 +238,10 @@ def _failures(verdicts: list[Verdict]) -> tuple[CheckFailure, ...]:
     return tuple(verdict.failure() for verdict in list(first.values())[:SHOWN])
 
 
-def _forward(checked: Candidate) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+def _forward(checked: Candidate, dtypes: Sequence[str]) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
     def call(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        if x.dtype not in [DTYPES[name] for name in dtypes]:
+            raise NotImplementedError("this dtype was not asked for")
         zeros = torch.zeros(x.size(1), dtype=x.dtype, device=x.device)
         return checked.call(x, zeros, zeros + 1, weight, bias, True, 0.1, eps, None, None)
 

@@ -23,7 +23,7 @@ from bncli.kernels.fused.tiling import Plan
 from bncli.kernels.layout import dense
 from bncli.measure.profile.timed_kernels import Source, TimedKernel
 from bncli.measure.reference import candidate as reference
-from bncli.measure.reference.candidate import by_name
+from bncli.measure.reference.candidate import NATIVE, by_name, compiled
 from bncli.measure.reference.case import Case, with_layout
 from bncli.names import ACTIVATIONS, PROFILE_KERNELS, check_kernel
 
@@ -46,24 +46,13 @@ def _source(name: str, device: torch.device, allow_code: bool) -> Source:
     if name in PEERS:
         return lambda case: PEERS[name](case, device)
     if name == "compiled":
-        return lambda case: TimedKernel(case, compiled(by_name("native")), ran(case, name, device), compiles=True)
+        return lambda case: TimedKernel(case, compiled(NATIVE), ran(case, name, device), compiles=True)
 
     def run_by_name(case: Case) -> TimedKernel:
         kernels.get(name, device)
         return TimedKernel(case, by_name(name), ran(case, name, device))
 
     return run_by_name
-
-
-def compiled(call: Forward) -> Forward:
-    """The same function, compiled for each shape that it meets, with nothing left outside the graph."""
-    import torch._inductor.config
-
-    # Each process picks its launch settings. Those picked while other programs ran would be a weaker opponent.
-    if hasattr(torch._inductor.config, "autotune_local_cache"):
-        torch._inductor.config.autotune_local_cache = False
-    torch.compiler.reset()  # or a second shape would be compiled as a dynamic one, which is slower
-    return torch.compile(call, fullgraph=True, dynamic=False)
 
 
 def _completed(function: reference.Candidate, case: Case) -> Forward:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from bncli.names import (
     CHECKED_NEWTON_STEPS,
     CHECKED_NORMS,
     GRADCHECK_KERNELS,
+    KERNELS,
     NORMS,
     check_kernel,
 )
@@ -38,7 +39,7 @@ def rule(kernel: str) -> Rule:
     """The rule for a kernel of that name."""
     if kernel == "native":
         return "native"
-    return "kernel" if kernel in GRADCHECK_KERNELS else "own function"
+    return "kernel" if kernel in KERNELS and KERNELS[kernel].module else "own function"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Candidate:
     rule: Rule
     fuses: bool = True  # takes a residual and an activation
     evaluates: bool = True  # has an evaluation mode
+    differentiates_twice: bool = True  # its backward pass can be differentiated
 
     @property
     def interpreted(self) -> bool:
@@ -82,6 +84,8 @@ def candidate(kernel: str, norm: str, device: torch.device, allow_code: bool) ->
     check_kernel(kernel, GRADCHECK_KERNELS, allow_code)
     if ":" in kernel:
         return _user_function(kernel)
+    if kernel == "compiled":
+        return Candidate(kernel, norm, compiled(NATIVE), "torch.compile of torch's own operator", rule(kernel))
     kernels.get(kernel, device)
     return Candidate(kernel, norm, by_name(kernel), _what_runs(kernel, device), rule(kernel))
 
@@ -121,6 +125,17 @@ def by_name(kernel: str | kernels.Kernel) -> Forward:
 NATIVE = by_name("native")  # torch's batch norm, whose error in a dtype bounds the tolerance of other kernels
 
 
+def compiled(call: Forward) -> Forward:
+    """The same function, compiled for each shape that it meets, with nothing left outside the graph."""
+    import torch._inductor.config
+
+    # Each process picks its launch settings. Those picked while other programs ran would be a weaker opponent.
+    if hasattr(torch._inductor.config, "autotune_local_cache"):
+        torch._inductor.config.autotune_local_cache = False
+    torch.compiler.reset()  # or a second shape would be compiled as a dynamic one, which is slower
+    return torch.compile(call, fullgraph=True, dynamic=False)
+
+
 def _module(norm: str) -> Forward:
     """The recipe's norm modules, with the weight and the bias of each call."""
     checked = {"groups": CHECKED_GROUPS, "group_size": CHECKED_GROUP_SIZE, "iterations": CHECKED_NEWTON_STEPS}
@@ -144,16 +159,18 @@ def _module(norm: str) -> Forward:
 def _user_function(kernel: str) -> Candidate:
     function = _load(kernel)
     names = _parameter_names(function)
-    if set(F_NAMES) <= names:
-        fuses = {"residual", "activation"} <= names
-        called, ran = _like_torch(function, fuses), f"your function {kernel}"
+    for_torch, for_kernels = ({first, *(names if first in names else names[1:])} for first in ("input", "x"))
+    if set(F_NAMES) <= for_torch:
+        fuses = {"residual", "activation"} <= for_torch
+        called, ran = _like_torch(_by_names(function, names, "input"), fuses), f"your function {kernel}"
         return Candidate(kernel, "batch", called, ran, rule(kernel), fuses)
-    if set(KERNEL_NAMES) <= names:
-        called, ran = by_name(_as_a_kernel(function, names)), f"your function {kernel}, called as bncli's kernels are"
+    if set(KERNEL_NAMES) <= for_kernels:
+        called = by_name(_as_a_kernel(_by_names(function, names, "x"), for_kernels))
+        ran = f"your function {kernel}, called as bncli's kernels are"
         return Candidate(kernel, "batch", called, ran, rule(kernel), evaluates="statistics" in names)
     raise UsageError(
-        f"its parameters are ({', '.join(sorted(names))}). Expected those of torch.nn.functional.batch_norm, "
-        f"{F_SIGNATURE} -> y, or those of bncli's kernels, {KERNEL_SIGNATURE} -> (y, mean, var)",
+        f"its parameters are ({', '.join(names)}). Expected those of torch.nn.functional.batch_norm, {F_SIGNATURE} -> "
+        f"y, or those of bncli's kernels, {KERNEL_SIGNATURE} -> (y, mean, var); the first may have any name",
         field="kernel",
         value=kernel,
     )
@@ -183,11 +200,17 @@ def _load(kernel: str) -> Callable[..., Any]:
     return function
 
 
-def _parameter_names(function: Callable[..., Any]) -> set[str]:
+def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
     try:
-        return set(inspect.signature(function).parameters)
+        return tuple(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # written in C, without a signature
-        return set()
+        return ()
+
+
+def _by_names(function: Callable[..., Any], names: Sequence[str], first: str) -> Callable[..., Any]:
+    """The function, called by names alone, where its first parameter, which takes x by position, has another one."""
+    renamed = functools.wraps(function)(lambda **named: function(named.pop(first), **named))
+    return function if first in names else renamed
 
 
 def _like_torch(function: Callable[..., Any], fuses: bool) -> Forward:

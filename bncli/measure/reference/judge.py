@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from bncli.errors import Unavailable
 from bncli.kernels.definition import Forward
 from bncli.measure.reference import tolerance as tolerances
 from bncli.measure.reference.candidate import NATIVE, Candidate, Rule
@@ -238,28 +241,50 @@ def _finite(t: Tensor) -> bool:
     return math.isfinite(float(t.detach().sum(dtype=torch.float64 if t.dtype == torch.float64 else torch.float32)))
 
 
-# --- what a kernel refuses --------------------------------------------------------------------------------------------
+# --- what a kernel supports -------------------------------------------------------------------------------------------
 
 PROBE = Case("train", "float32", "contiguous", (4, 4, 3))
+MOST_COMPILATIONS = 100_000  # more than there are cases
+# In torch's messages on the double backward of a compiled function.
+COMPILED_ONCE = re.compile("does not currently support double backward|non-empty donated buffers")
 
 
-def refusals(context_of: Callable[[Case], CheckContext | None]) -> dict[str, NotChecked]:
-    """What a kernel refuses by raising, although it accepts a plain float32 input: name -> reason.
+def supported(context: CheckContext, dtypes: Sequence[str]) -> tuple[CheckContext, dict[str, NotChecked]]:
+    """The context with what the kernel supports, and what it refuses. Raises Unavailable where nothing compiles."""
+    if dynamo := sys.modules.get("torch._dynamo"):
+        # Above its limit of 8 compilations torch.compile would run the function uncompiled.
+        dynamo.config.recompile_limit = dynamo.config.accumulated_recompile_limit = MOST_COMPILATIONS
+    checked, probe = context.candidate, replace(PROBE, dtype=dtypes[0])
+    if checked.name == "compiled" and (raised := _raised(context, probe)):
+        raise Unavailable(f"torch.compile cannot compile here: {raised.exception}: {raised.text}")
+    refused = refusals(lambda case: context, dtypes)
+    twice = _raised(context, probe, "double backward")
+    if twice and COMPILED_ONCE.search(str(twice.text)):
+        refused["double backward"] = NotChecked("compiled once", twice)
+    evaluates, again = checked.evaluates and "eval" not in refused, "double backward" not in refused
+    return replace(context, candidate=replace(checked, evaluates=evaluates, differentiates_twice=again)), refused
+
+
+def refusals(
+    context_of: Callable[[Case], CheckContext | None], dtypes: Sequence[str] = tuple(DTYPES)
+) -> dict[str, NotChecked]:
+    """What a kernel refuses by raising, although it accepts a plain input of the first dtype: name -> reason.
 
     For a dtype any exception counts. For a fused operation or `eval` only NotImplementedError counts, which means that
     it is not supported; any other is a bug. context_of: the context of a case, None if the kernel does not accept it.
     """
     reasons: dict[str, NotChecked] = {}
-    context = context_of(PROBE)
-    if context is None or _raised(context, PROBE):
+    probe = replace(PROBE, dtype=dtypes[0])
+    context = context_of(probe)
+    if context is None or _raised(context, probe):
         return reasons
     if context.device.type == "mps":
         reasons["float64"] = NotChecked("no float64 on the device")
     more = (*FUSED_ACTIVATIONS, "residual") if context.candidate.fuses else ()
-    probes = {name: replace(PROBE, dtype=name) for name in DTYPES if name not in reasons}
-    probes |= {name: replace(PROBE, fusion=name) for name in more}
+    probes = {name: replace(PROBE, dtype=name) for name in dtypes if name not in reasons}
+    probes |= {name: replace(probe, fusion=name) for name in more}
     if context.candidate.evaluates:
-        probes["eval"] = replace(PROBE, mode="eval")
+        probes["eval"] = replace(probe, mode="eval")
     for name, case in probes.items():
         context = context_of(case)
         raised = context and _raised(context, case)
@@ -268,10 +293,10 @@ def refusals(context_of: Callable[[Case], CheckContext | None]) -> dict[str, Not
     return reasons
 
 
-def _raised(context: CheckContext, case: Case) -> Finding | None:
-    """The exception of the forward pass of a plain case."""
+def _raised(context: CheckContext, case: Case, quantity: str = "forward") -> Finding | None:
+    """The exception of the forward pass of a plain case, or of the double backward."""
     case, given = context.fresh(case)
-    problem = observe(context.candidate.call, case, given, second=False).problems.get("forward")
+    problem = observe(context.candidate.call, case, given, second=quantity != "forward").problems.get(quantity)
     return problem if problem and problem.exception else None
 
 
@@ -336,5 +361,5 @@ class Verdict:
         check, case = self.check, self.check.case
         call = CheckedCall(case.mode, case.dtype, case.layout, case.shape, case.fusion, case.eps) if case else None
         return CheckFailure(
-            self.identifier, check.section, check.name, call, check.parameter, self.quantity, self.finding
+            self.identifier, check.section, check.name, call, check.parameter, self.quantity, self.finding, self.row
         )

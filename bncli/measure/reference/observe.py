@@ -76,21 +76,26 @@ def observe(call: Forward, case: Case, given: Inputs, second: bool = True) -> Ob
     if case.training and NORMS[case.norm].has_running_variance:
         seen.values |= running
     try:
-        first = torch.autograd.grad(y, list(wanted.values()), given.g, retain_graph=second, allow_unused=True)
+        first = torch.autograd.grad(y, list(wanted.values()), given.g, allow_unused=True)
     except (Exception, SystemExit) as error:
         return _failed(seen, [*wanted, "double backward"], error)
     seen.values |= {name: _or_zero(t, wanted[name]) for name, t in zip(wanted, first, strict=True)}
     if second:
         try:
-            seen.values.update(_second(y, wanted, given))
+            seen.values.update(_second(call, case, given))
         except (Exception, SystemExit) as error:
             return _failed(seen, ["double backward"], error)
     return seen
 
 
-def _second(y: Tensor, wanted: dict[str, Tensor], given: Inputs) -> dict[str, Tensor]:
-    """The gradient in x, weight and g of <dx, v> + <dweight, v_weight> + <dbias, v_bias>."""
-    g = given.g.detach().clone().requires_grad_()
+def _second(call: Forward, case: Case, given: Inputs) -> dict[str, Tensor]:
+    """The gradient in x, weight and g of <dx, v> + <dweight, v_weight> + <dbias, v_bias>.
+
+    Of a forward pass of its own: a compiled function allows one backward pass for each.
+    """
+    taken = given.for_one_call().each(Tensor.detach)
+    wanted, g = taken.leaves(), given.g.detach().clone().requires_grad_()
+    y = call(*arguments(case, taken))
     first = torch.autograd.grad(y, list(wanted.values()), g, create_graph=True, allow_unused=True)
     directions: dict[str, Any] = {"dx": given.v, "dweight": given.v_weight, "dbias": given.v_bias}
     pairs = [
@@ -142,7 +147,7 @@ def finding_of(error: BaseException) -> Finding:
         kind = "saved_written"
     elif "leaf Variable" in text and "in-place" in text:
         kind = "leaf_written"
-    return Finding(kind, exception=type(error).__name__, text=text.strip().split("\n")[0][:300])
+    return Finding(kind, exception=type(error).__name__, text=text.strip().split("\n")[0])
 
 
 def _failed(seen: Observation, names: tuple[str, ...] | list[str], error: BaseException) -> Observation:

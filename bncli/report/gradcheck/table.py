@@ -11,24 +11,22 @@ from rich.text import Text
 from bncli.names import NORMS
 from bncli.report.gradcheck.text import (
     FAILED,
-    NOT_CHECKED,
     OK,
+    STYLES,
+    Commands,
     agreement,
     closing,
     derivations,
     evidence_text,
     failure_text,
-    in_tolerances,
+    group_columns,
+    heading,
     reasons,
     shell_lines,
-    verdict,
 )
 from bncli.report.table import AlignedTable, BulletList, Paragraph, ResponsiveTable, Row
 from bncli.report.text import UNKNOWN, Cell, Column, count, encodable, environment_words, figure
 from bncli.results.gradcheck import BiasStep, CheckFailure, CheckGroup, Gradcheck, GradientPaths
-
-STYLES = {OK: "green", FAILED: "bold red", NOT_CHECKED: "yellow"}
-
 
 # --- the report ---------------------------------------------------------------------------------------------------
 
@@ -38,11 +36,11 @@ class GradcheckReport:
     """Case groups, the gradient's three parts, the first failure and the likely bugs."""
 
     result: Gradcheck
-    commands: Sequence[Sequence[str]]  # for each failure, the words of the command that runs it again
+    commands: Commands
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         result = self.result
-        yield groups_table(result.groups, *_heading(result))
+        yield groups_table(result.groups, *heading(result))
         yield BulletList("Not checked:", reasons(result.groups), "dim")
         tolerances = derivations(result)
         more = (
@@ -64,16 +62,6 @@ class GradcheckReport:
         yield Paragraph(closing(result), STYLES[OK] if result.passed else STYLES[FAILED])
 
 
-def _heading(result: Gradcheck) -> tuple[str, str]:
-    cases = count(sum(group.cases for group in result.groups), "case")
-    groups = count(len(result.groups), "group")
-    title = f"Gradients of {result.norm} norm, kernel {result.kernel}"
-    return title, (
-        f"Ran: {result.ran}; on {result.environment.device}\n"
-        f"Checked: {cases} in {groups}, effort {result.effort}, in {figure(result.seconds)} s"
-    )
-
-
 def _first_failure(failure: CheckFailure, command: Sequence[str], options: ConsoleOptions) -> Iterator[RenderableType]:
     """The first failing case with the command that runs it again."""
     yield Paragraph(failure.case, label="First failing case: ")
@@ -91,24 +79,13 @@ def groups_table(groups: Sequence[CheckGroup], title: str, subtitle: str = "") -
     """One row per case group, below its section: cases, worst error in units of the tolerance, verdict."""
     sections = [group.section for group in groups]
     groups = sorted(groups, key=lambda group: sections.index(group.section))
-    columns = [
-        Column("group", [group.name for group in groups], words=True),
-        Column("cases", [figure(group.cases) if group.cases else UNKNOWN for group in groups]),
-        Column("worst error\nin tolerances", [in_tolerances(group.worst) for group in groups]),
-        Column("verdict", [_verdict_cell(group) for group in groups], words=True),
-        Column("worst case", [group.worst_case or UNKNOWN for group in groups], words=True, optional=True),
-    ]
+    columns = group_columns(groups)
     rows = [
         Row(heading=group.section if not index or groups[index - 1].section != group.section else "")
         for index, group in enumerate(groups)
     ]
     narrower = [AlignedTable(columns[:-1], rows), AlignedTable(columns[:-1], rows, wrap=True)]
     return ResponsiveTable(title, AlignedTable(columns, rows), narrower, subtitle)
-
-
-def _verdict_cell(group: CheckGroup) -> Cell:
-    found = verdict(group)
-    return Cell(f"{group.failed:,} {FAILED}" if group.failed else found, style=STYLES[found])
 
 
 def interrupted_table(groups: Sequence[CheckGroup], kernel: str) -> RenderableType:

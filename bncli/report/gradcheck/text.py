@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from bncli.report.export import json_text
-from bncli.report.text import UNKNOWN, count, finding_text
+from bncli.report.export import JunitCase, csv_text, json_text, junit_text, latex_text, markdown, markdown_table
+from bncli.report.text import UNKNOWN, Cell, Column, count, environment_words, figure, finding_text
 from bncli.results.environment import FORMAT_VERSION
 from bncli.results.gradcheck import (
     BiasStep,
@@ -25,6 +25,8 @@ from bncli.results.gradcheck import (
 from bncli.results.serialize import to_plain
 
 OK, FAILED, NOT_CHECKED = "ok", "FAILED", "not checked"
+STYLES = {OK: "green", FAILED: "bold red", NOT_CHECKED: "yellow"}
+Commands = Sequence[Sequence[str]]  # for each failure, the words of the command that runs it again
 LONGEST = 1e4  # larger errors (in tolerances) are written with an exponent
 FEW = 6  # names that are listed; further ones are counted
 
@@ -74,6 +76,8 @@ NOT_CHECKED_REASONS = {
     "no float64 on the device": "Metal has no float64",
     "refused": "the kernel refuses it: ",
     "missing inputs": "the kernel takes none of the inputs that these cases need",
+    "compiled once": "the backward pass of torch.compile cannot be differentiated: ",
+    "left out": "left out, since other dtypes were asked for",
     "nothing ran": "no case could run",
 }
 # Bug -> the evidence for it. Most bugs have `{first}` alone: the first failure that shows it.
@@ -86,7 +90,7 @@ EVIDENCE = {
         "{alike} of {of} cases barely exceed their tolerance{by}; the worst, {tolerances:.2g} tolerances, is {first}. "
         "A sequential sum or variance can lose as much"
     ),
-    "half-precision statistics": "float32 and float64 pass; {first}",
+    "half-precision statistics": "every failure is in half precision; {first}",
     "NaN disappears": "a number where torch has NaN: {first}",
     "the activation's derivative at NaN is not torch's": (
         "torch takes 1 for relu, whose result is not <= 0, and the slope for leaky_relu, whose input is not > 0; "
@@ -169,19 +173,24 @@ def shell_lines(command: Sequence[str], width: int) -> list[str]:
 
 
 def reasons(groups: Sequence[CheckGroup]) -> list[str]:
-    """Each group that could not run, and why."""
-    return [
-        f"{group.name}: {not_checked_text(group.skipped) or 'no case ran'}"
-        for group in groups
-        if group.skipped or not group.cases
-    ]
+    """Why groups could not run, each reason once."""
+    found: dict[str, list[str]] = {}
+    for group in groups:
+        if group.skipped or not group.cases:
+            found.setdefault(not_checked_text(group.skipped) or "no case ran", []).append(group.name)
+    return [f"{'; '.join(names)}: {reason}" for reason, names in found.items()]
+
+
+def counts(groups: Sequence[CheckGroup]) -> dict[str, int]:
+    """How many cases there are and failed, and how many groups could not run."""
+    cases, failed = sum(group.cases for group in groups), sum(group.failed for group in groups)
+    return {"cases": cases, "failed": failed, "skipped_groups": [*map(verdict, groups)].count(NOT_CHECKED)}
 
 
 def closing(result: Gradcheck) -> str:
     """The last line: how many cases passed, failed or could not run."""
-    cases, failed = sum(group.cases for group in result.groups), sum(group.failed for group in result.groups)
-    idle = [group for group in result.groups if verdict(group) == NOT_CHECKED]
-    left = f"; {count(len(idle), 'group')} not checked" if idle else ""
+    cases, failed, idle = counts(result.groups).values()
+    left = f"; {count(idle, 'group')} not checked" if idle else ""
     if failed:
         return f"{failed:,} of {count(cases, 'case')} FAILED{left}."
     if wrong := beyond(result.paths):
@@ -237,18 +246,96 @@ def in_tolerances(error: float | None) -> str:
     return f"{error:.1e}" if LONGEST <= error < math.inf else f"{error:,.2f}"
 
 
-# --- JSON ---------------------------------------------------------------------------------------------------------
+# --- for the terminal and for pages -------------------------------------------------------------------------------
 
 
-def to_json(result: Gradcheck, commands: Sequence[Sequence[str]]) -> str:
-    """The whole result with sentences beside its fields. `commands`: for each failure, the command that repeats it."""
+def to_latex(result: Gradcheck) -> str:
+    """The table of the groups for a paper."""
+    title, subtitle = heading(result)
+    sections = Column("section", [group.section for group in result.groups], words=True)
+    notes = [closing(result), subtitle, f"Made on {environment_words(result.environment)}."]
+    return latex_text([(title, [sections, *group_columns(result.groups)])], notes)
+
+
+def heading(result: Gradcheck) -> tuple[str, str]:
+    """The title, and what ran and was checked."""
+    dtypes = f", {', '.join(result.dtypes)} only" if result.dtypes else ""
+    checked = f"{count(counts(result.groups)['cases'], 'case')} in {count(len(result.groups), 'group')}"
+    title = f"Gradients of {result.norm} norm, kernel {result.kernel}"
+    return title, (
+        f"Ran: {result.ran}; on {result.environment.device}\n"
+        f"Checked: {checked}, effort {result.effort}{dtypes}, in {figure(result.seconds)} s"
+    )
+
+
+def group_columns(groups: Sequence[CheckGroup]) -> list[Column]:
+    return [
+        Column("group", [group.name for group in groups], words=True),
+        Column("cases", [figure(group.cases) if group.cases else UNKNOWN for group in groups]),
+        Column("worst error\nin tolerances", [in_tolerances(group.worst) for group in groups]),
+        Column("verdict", [_verdict_cell(group) for group in groups], words=True),
+        Column("worst case", [group.worst_case or UNKNOWN for group in groups], words=True, optional=True),
+    ]
+
+
+def _verdict_cell(group: CheckGroup) -> Cell:
+    found = verdict(group)
+    return Cell(f"{group.failed:,} {FAILED}" if group.failed else found, style=STYLES[found])
+
+
+def to_markdown(result: Gradcheck, commands: Commands) -> str:
+    """The groups, the failures, the bugs that they look like, and what was not checked, for a GitHub page."""
+    title, subtitle = heading(result)
+    sections = Column("section", [group.section for group in result.groups], words=True)
+    lines = [f"### {markdown(title)}", "", f"**{markdown(closing(result))}** {markdown(subtitle)}", ""]
+    lines += markdown_table([sections, *group_columns(result.groups)])
+    failures = [
+        f"{markdown(f'{failure.case}: {failure_text(failure)}')}\n  `{shlex.join(command)}`"
+        for failure, command in zip(result.failures, commands, strict=True)
+    ]
+    bugs = [markdown(f"{each.bug}, because {evidence_text(each)}") for each in result.diagnoses]
+    idle = [markdown(reason) for reason in reasons(result.groups)]
+    for name, entries in (("Failures", failures), ("Looks like", bugs), ("Not checked", idle)):
+        lines += ["", f"#### {name}", "", *(f"- {entry}" for entry in entries)] if entries else []
+    return "\n".join([*lines, "", f"Made on {markdown(environment_words(result.environment))}."]) + "\n"
+
+
+# --- for other programs -----------------------------------------------------------------------------------------------
+
+
+def to_csv(result: Gradcheck) -> str:
+    """A line a group; errors in units of each case's tolerance."""
+    rows = [{**to_plain(each), "skipped": not_checked_text(each.skipped)} for each in result.groups]
+    return csv_text(rows, "section")
+
+
+def to_junit(result: Gradcheck, commands: Commands) -> str:
+    """A test for each group; the text of a failure has the first failing case and the command that runs it again."""
+    cases = [_junit_case(group, result, commands) for group in result.groups]
+    return junit_text(f"bncli.gradcheck.{result.kernel}", cases, result.environment.date)
+
+
+def _junit_case(group: CheckGroup, result: Gradcheck, commands: Commands) -> JunitCase:
+    passed = JunitCase(group.section, group.name, group.seconds)
+    if not group.failed:
+        reason = not_checked_text(group.skipped) or "no case ran"
+        return passed if group.cases else passed._replace(outcome="skipped", text=reason)
+    lines = [f"{group.failed:,} of {count(group.cases, 'case')} FAILED, by {in_tolerances(group.worst)} tolerances"]
+    for failure, command in zip(result.failures, commands, strict=True):
+        if (failure.section, failure.group) == (group.section, group.name):
+            lines += [f"{failure.case}: {failure_text(failure)}", shlex.join(command)]
+    return passed._replace(outcome="failure", text="\n".join(lines))
+
+
+def to_json(result: Gradcheck, commands: Commands) -> str:
+    """The whole result with sentences beside its fields."""
     failures = [
         {**to_plain(failure), "message": failure_text(failure), "reproduce": shlex.join(command)}
         for failure, command in zip(result.failures, commands, strict=True)
     ]
     diagnoses = [{**to_plain(diagnosis), "evidence": evidence_text(diagnosis)} for diagnosis in result.diagnoses]
     lists = {"groups": [_group(group) for group in result.groups], "failures": failures, "diagnoses": diagnoses}
-    return _versioned({"passed": result.passed, **to_plain(result), **lists})
+    return _versioned({"passed": result.passed, **counts(result.groups), **to_plain(result), **lists})
 
 
 def interrupted_to_json(groups: Sequence[CheckGroup]) -> str:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
-from bncli.report.profile.text import grouped, ratio_cell, without_asides
+from bncli.report.export import JunitCase, junit_text
+from bncli.report.profile.text import error_words, grouped, ratio_cell, without_asides
 from bncli.report.table import AlignedTable, BulletList, Paragraph, ResponsiveTable, Row
 from bncli.report.text import Cell, Column
 from bncli.results.profile import Change, Gate, KernelProfile, Profile, Speedup
@@ -60,6 +61,26 @@ def _tables(changes: Sequence[Change]) -> Iterator[AlignedTable]:
     yield AlignedTable(columns, rows)
     yield AlignedTable([without_asides(column) if column.optional else column for column in columns], rows)
     yield AlignedTable([column for column in columns if not column.optional], rows)
+
+
+def to_junit(result: Profile, gate: Gate) -> str:
+    """A test for each row: a regression fails, a wrong result is an error; strict, what it cannot tell fails."""
+    wrong = {row.key: error_words(row) for row in result.rows if row.wrong}
+    found = {change.row: (change.verdict, _words(change)) for change in gate.changes}
+    found |= dict.fromkeys(gate.only_baseline, ("cannot tell", "in the baseline, but without a speedup now"))
+    failing = ("regressed", "cannot tell") if gate.strict else ("regressed",)
+    cases = [
+        JunitCase(row.words[0], ", ".join(row.words[1:]), 0.0, "failure" if verdict in failing else "passed", words)
+        for row, (verdict, words) in found.items()
+        if row not in wrong
+    ]
+    cases += [JunitCase(row.words[0], ", ".join(row.words[1:]), 0.0, "error", str(why)) for row, why in wrong.items()]
+    return junit_text("bncli.profile", cases, result.environment.date)
+
+
+def _words(change: Change) -> str:
+    now, before, slowdown, verdict = (column.cells[0].line for column in gate_columns([change])[1:])
+    return f"{verdict}: {slowdown} slower than in the baseline; speedup over native {now}, in the baseline {before}"
 
 
 def closing(gate: Gate) -> str:

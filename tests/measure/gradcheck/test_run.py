@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from torch.nn import functional as F
 
 from bncli.cli.gradcheck import rerun_command
 from bncli.engine.models.norms import ignoring_statistics
@@ -19,17 +21,21 @@ from bncli.measure.reference.judge import CheckGroupPlan
 from bncli.measure.reference.observe import GRADIENTS, RUNNING, quantities
 from bncli.names import CHECKED_NORMS
 from bncli.report.gradcheck.text import evidence_text, failure_text, not_checked_text
-from bncli.results.gradcheck import CheckGroup, Effort, Gradcheck, NotChecked
+from bncli.results.gradcheck import CheckGroup, CheckProgress, Effort, Gradcheck, NotChecked
 from tests.measure.gradcheck.conftest import context_of, named, whitening_context
 from tests.measure.reference import wrong_kernels
 
 
 @functools.cache  # several tests look at the same run
-def result(kernel: str = "native", effort: Effort = "quick", norm: str = "batch", only: str | None = None) -> Gradcheck:
-    """The last of what a run yields."""
-    *groups, last = run(named(kernel), norm, "cpu", effort, only, allow_code=True)
+def result(
+    kernel: str = "native", effort: Effort = "quick", norm: str = "batch", only: str = "", dtypes: str = ""
+) -> Gradcheck:
+    """The last of what a run yields, whose progress ends with every planned case. only, dtypes: words."""
+    *events, last = run(named(kernel), norm, "cpu", effort, only.split(), True, dtypes.split())
     assert isinstance(last, Gradcheck)
-    assert list(last.groups) == groups
+    assert list(last.groups) == [event for event in events if isinstance(event, CheckGroup)]
+    progress = [event for event in events if isinstance(event, CheckProgress)]
+    assert progress[0].planned == sum(event.cases for event in progress) == sum(group.cases for group in last.groups)
     return last
 
 
@@ -196,7 +202,7 @@ def test_every_wrong_kernel_is_caught_by_the_quick_run_and_named_first(kernel: s
 
 def test_the_recipes_batch_norm_that_ignores_its_statistics_is_wrong_in_exactly_that() -> None:
     kernel = f"{ignoring_statistics.__module__}:{ignoring_statistics.__name__}"
-    *_, found = run(kernel, "batch", "cpu", "quick", "train/float64/contiguous/*", allow_code=True)
+    *_, found = run(kernel, "batch", "cpu", "quick", ["train/float64/contiguous/*"], allow_code=True)
     assert isinstance(found, Gradcheck)
     assert found.diagnoses[0].bug == "statistics treated as constants"
 
@@ -263,13 +269,87 @@ def test_unimplemented_modes_and_operations_are_reported_and_skipped() -> None:
     assert "no silu" in skipped(found)["silu"]
 
 
+def test_only_the_cases_of_the_dtypes_that_are_asked_for_run_and_the_rest_is_said() -> None:
+    found = result("right", dtypes="fp32")
+    assert found.passed, told(found)
+    assert skipped(found)["float16, bfloat16, float64"] == "left out, since other dtypes were asked for"
+    assert "squares past float16" in skipped(found)
+    assert {
+        group.worst_case.split("/")[1] for group in found.groups if group.name == "train dx" and group.worst_case
+    } == {"float32"}
+    assert all(1e-9 < each.error < each.bound for each in found.paths)  # of float32, although it takes float64
+    half = result("right", dtypes="bf16 fp16")
+    assert half.passed, told(half)
+    assert not half.paths
+    assert skipped(half)["variance far from zero"] == "left out, since other dtypes were asked for"
+
+
+def float32_alone(input, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+    """Its results are in float32, whatever the input."""
+    vectors = [None if each is None else each.float() for each in (running_mean, running_var, weight, bias)]
+    y = F.batch_norm(input.float(), *vectors, training, momentum, eps)
+    if input.dtype == torch.float32:
+        return y
+    return y.float()
+
+
+def test_a_kernel_for_one_dtype_passes_in_that_dtype() -> None:
+    kernel = f"{__name__}:float32_alone"
+    only = ["train/*/4x3x5x7/plain"]
+    for dtypes, passed in ((["fp32"], True), ([], False)):
+        *_, found = run(kernel, "batch", "cpu", "quick", only, True, dtypes)
+        assert isinstance(found, Gradcheck)
+        assert found.passed is passed
+
+
+def test_a_dtype_that_is_none_is_refused() -> None:
+    with pytest.raises(UsageError, match="dtypes fp8: expected some of bf16, fp16, fp32, fp64"):
+        next(iter(run(dtypes=["fp32", "fp8"])))
+
+
+# --- compiled kernels -------------------------------------------------------------------------------------------------
+
+COMPILED = torch.compile(wrong_kernels.right, backend="aot_eager")
+COMPILED_WRONG = torch.compile(wrong_kernels.statistics_constant, backend="aot_eager")
+FEW = ["train/float32/*/plain", "derivatives/train/gradcheck/*", "invariants/same-bits/train/*", "hard/one-value/*"]
+
+
+def checked_compiled(kernel: str, only: list[str]) -> Gradcheck:
+    torch.compiler.reset()
+    counters.clear()
+    *_, found = run(f"{__name__}:{kernel}", "batch", "cpu", "quick", only, True, ["fp32", "fp64"])
+    assert isinstance(found, Gradcheck)
+    return found
+
+
+def test_a_correct_compiled_kernel_passes_and_is_compiled_throughout() -> None:
+    found = checked_compiled("COMPILED", FEW)
+    assert found.passed, told(found)
+    assert {group.section for group in found.groups} == {"values", "derivatives", "invariants", "hard inputs"}
+    assert counters["stats"]["unique_graphs"] > 8  # the limit above which torch would run it uncompiled
+    assert not counters["unimplemented"].get("Dynamo recompile limit exceeded")
+
+
+def test_the_double_backward_of_a_compiled_kernel_is_not_checked_and_the_reason_is_said() -> None:
+    events = run(f"{__name__}:COMPILED", "batch", "cpu", "quick", (), True, ["fp32"])
+    _, *groups = itertools.islice(events, 4)  # behind the plan come the groups that cannot run
+    reasons = {group.name: not_checked_text(group.skipped) for group in groups if isinstance(group, CheckGroup)}
+    assert "the backward pass of torch.compile cannot be differentiated" in str(reasons["double backward"])
+
+
+def test_a_wrong_compiled_kernel_is_caught_and_named() -> None:
+    found = checked_compiled("COMPILED_WRONG", ["train/float64/contiguous/4x3x5x7/*"])
+    assert not found.passed
+    assert found.diagnoses[0].bug == "statistics treated as constants"
+
+
 # --- identifiers ------------------------------------------------------------------------------------------------------
 
 
 def test_a_failures_command_runs_that_case_alone_and_fails_again() -> None:
     found = result("statistics_constant")
     failure = found.failures[0]
-    options = f"--kernel {named('statistics_constant')} --device cpu --allow-code --only {failure.case}"
+    options = f"--kernel {named('statistics_constant')} --device cpu --quick --allow-code --only {failure.case}"
     assert shlex.join(rerun_command(found, failure)) == f"bncli gradcheck {options}"
     again = result("statistics_constant", "default", only=failure.case)
     assert [group.cases for group in again.groups] == [1]
@@ -290,14 +370,31 @@ def test_a_glob_runs_what_it_matches() -> None:
     assert found.groups[0].cases > 1
 
 
+def test_several_names_and_globs_run_what_any_of_them_matches() -> None:
+    found = result(only="eval/float32/*/dx *one-value* *float64/contiguous/4x3x5x7/*/dbias")
+    assert {group.name for group in found.groups} == {
+        "eval dx",
+        "train dbias",
+        "eval dbias",
+        "one value per channel is refused",
+    }
+
+
 def test_a_case_of_the_full_run_is_found_by_its_identifier_alone() -> None:
     assert result(only="train/float16/contiguous/4x3x5x7/silu~3").passed
 
 
 def test_a_name_that_matches_nothing_is_refused_with_the_nearest() -> None:
     with pytest.raises(UsageError, match="train/float32/contiguous/4x3x5x7/plain") as caught:
-        list(run(device="cpu", only="train/float32/contigous/4x3x5x7/plain"))
+        list(run(device="cpu", only=["*float32*", "train/float32/contigous/4x3x5x7/plain"]))
     assert caught.value.exit_code == 2
+
+
+def test_the_beginning_of_names_is_answered_with_the_glob_that_runs_them() -> None:
+    with pytest.raises(
+        UsageError, match=r"only eval/float64: no case of that name\. [\d,]+ begin with it: eval/float64\*"
+    ):
+        list(run(device="cpu", only=["eval/float64"]))
 
 
 def test_two_runs_find_the_same() -> None:
@@ -333,6 +430,7 @@ def test_a_device_that_is_not_here_is_unavailable() -> None:
 
 
 def test_groups_come_as_they_finish() -> None:
-    first = list(itertools.islice(run(device="cpu", effort="quick"), 2))
-    assert all(isinstance(group, CheckGroup) for group in first)
+    events = run(device="cpu", effort="quick")
+    first = list(itertools.islice((event for event in events if isinstance(event, CheckGroup)), 2))
     assert all(group.cases and group.rule for group in first)
+    assert all(group.seconds > 0 for group in first)

@@ -53,6 +53,29 @@ def test_a_function_with_the_parameters_of_torchs_own_is_called_by_their_names(m
     torch.testing.assert_close(result(found.call, case), result(definition("batch"), case), rtol=1e-10, atol=1e-10)
 
 
+def first_by_position(values, /, running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+    return wrong_kernels.right(values, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def first_of_another_name(activations, weight, bias, eps, residual, activation, statistics=None):  # type: ignore[no-untyped-def]
+    return wrong_kernels.right_by_the_seam(activations, weight, bias, eps, residual, activation, statistics)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("function", ["first_by_position", "first_of_another_name"])
+def test_the_first_parameter_may_have_any_name(function: str, mode: str) -> None:
+    case = Case(mode, "float64", "contiguous", (4, 3, 5))
+    found = candidate(f"{__name__}:{function}", "batch", CPU, allow_code=True)
+    assert found.evaluates
+    torch.testing.assert_close(result(found.call, case), result(definition("batch"), case), rtol=1e-10, atol=1e-10)
+
+
+def test_the_compiled_kernel_is_torchs_own_compiled_for_each_shape() -> None:
+    found = candidate("compiled", "batch", CPU, allow_code=False)
+    assert (found.ran, found.rule) == ("torch.compile of torch's own operator", "own function")
+    assert (found.fuses, found.evaluates) == (True, True)
+
+
 def a_kernel_that_moves(x, weight, bias, eps, residual=None, activation=None, running=None):  # type: ignore[no-untyped-def]
     """Its running mean ends at 7: nobody else may move it once more."""
     y, mean, var = wrong_kernels.right_by_the_seam(x, weight, bias, eps, residual, activation)
@@ -144,6 +167,10 @@ def test_a_function_itself_is_called_like_a_kernel_by_name() -> None:
     torch.testing.assert_close(found, result(definition("batch"), case), rtol=1e-10, atol=1e-10)
 
 
+def without_x(running_mean, running_var, weight, bias, training, momentum, eps):  # type: ignore[no-untyped-def]
+    """None of its parameters is the input, and they are listed in their order."""
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +205,10 @@ def test_user_code_needs_allow_code() -> None:
         ("no_such_module_here:norm", "No module named"),
         (f"{HERE}:no_such_function", "no_such_function"),
         (f"{HERE}:BUGS", "cannot be called"),
+        (
+            f"{__name__}:without_x",
+            r"parameters are \(running_mean, running_var, weight, bias, training, momentum, eps\)\. Ex",
+        ),
         (f"{HERE}:other_signature", r"input, running_mean.*x, weight, bias, eps, residual, activation"),
     ],
 )

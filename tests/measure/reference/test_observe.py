@@ -41,6 +41,25 @@ def test_autograd_says_by_its_words_that_a_saved_tensor_was_written_to() -> None
     assert "forward" not in found
 
 
+def test_each_backward_pass_has_a_forward_pass_of_its_own() -> None:
+    """As a function of torch.compile needs it, which allows one backward pass for each."""
+    calls, backwards = [], []
+
+    def kernel(*arguments: Tensor) -> Tensor:
+        calls.append(arguments)
+        y = wrong_kernels.right(*arguments)
+        y.register_hook(lambda g: backwards.append(len(calls)))
+        return y
+
+    assert observed(kernel) == {}
+    assert backwards == [1, 2]
+
+
+def test_the_message_of_an_exception_is_not_cut() -> None:
+    text = "A sentence that says what is wrong. " * 20 + "Its last word."
+    assert finding_of(ValueError(f"{text}\nand details")).text == text
+
+
 def test_autograd_says_by_its_words_that_a_leaf_was_written_to() -> None:
     def writes(input: Tensor, *others: object) -> Tensor:
         return input.mul_(2)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
+import shlex
 from dataclasses import replace
 from typing import Any, get_args, get_type_hints
+from xml.etree import ElementTree
 
 import pytest
 
@@ -20,7 +24,12 @@ from bncli.report.gradcheck.text import (
     in_tolerances,
     interrupted_to_json,
     not_checked_text,
+    reasons,
+    to_csv,
     to_json,
+    to_junit,
+    to_latex,
+    to_markdown,
 )
 from bncli.results.finding import Finding
 from bncli.results.gradcheck import (
@@ -34,7 +43,8 @@ from bncli.results.gradcheck import (
     ToleranceRule,
 )
 from bncli.results.serialize import from_plain
-from tests.report.gradcheck.made_up_checks import BAD, FIRST, GOOD, OFF, RULE, STEPS
+from tests.report.conftest import check_latex
+from tests.report.gradcheck.made_up_checks import BAD, FIRST, GOOD, GROUPS, OFF, RULE, STEPS
 
 
 @pytest.mark.parametrize(
@@ -134,8 +144,12 @@ def test_every_evidence_belongs_to_a_known_bug() -> None:
 # --- JSON ---------------------------------------------------------------------------------------------------------
 
 
+def commands_of(result: Gradcheck) -> list[list[str]]:
+    return [rerun_command(result, failure) for failure in result.failures]
+
+
 def json_of(result: Gradcheck) -> str:
-    return to_json(result, [rerun_command(result, failure) for failure in result.failures])
+    return to_json(result, commands_of(result))
 
 
 def facts(plain: dict[str, Any]) -> dict[str, Any]:
@@ -153,6 +167,9 @@ def test_json_holds_the_whole_result_infinities_included(result: Gradcheck) -> N
     plain = json.loads(json_of(result), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert plain.pop("format_version") == 1
     assert plain.pop("passed") is (result is GOOD)
+    assert [plain.pop(name) for name in ("cases", "failed", "skipped_groups")] == (
+        [174, 0, 1] if result is GOOD else [168, 64, 0]
+    )
     assert from_plain(Gradcheck, facts(plain)) == result
 
 
@@ -167,6 +184,66 @@ def test_json_says_beside_the_fields_what_the_terminal_shows() -> None:
     assert json.loads(json_of(GOOD))["groups"][3]["not_checked"] == "Metal has no float64"
 
 
+def test_csv_has_a_line_for_each_group() -> None:
+    first, *_, skipped, last = csv.DictReader(io.StringIO(to_csv(GOOD)))
+    assert (first["section"], first["name"], first["cases"], first["failed"]) == (
+        "values",
+        "forward, training",
+        "96",
+        "0",
+    )
+    assert (first["worst"], first["rule"], first["skipped"]) == ("0.3125", RULE, "")
+    assert (skipped["cases"], skipped["worst"], skipped["skipped"]) == ("0", "", "Metal has no float64")
+    assert [row["worst"] for row in csv.DictReader(io.StringIO(to_csv(BAD)))] == ["0.3125", "1250000.0", "Infinity"]
+    assert last["name"] == "mean far from zero"
+
+
+def test_markdown_has_the_groups_the_failures_with_their_commands_and_what_was_not_checked() -> None:
+    good, bad = (to_markdown(result, commands_of(result)).splitlines() for result in (GOOD, BAD))
+    assert "| values | forward, training | 96 | 0.31 | ok | train-float32-4x3x5x5-relu-y |" in good
+    assert "- channels\\_last\\_3d in half precision: Metal has no float64" in good
+    assert not any("Failures" in line for line in good)
+    assert "| values | dx | 48 | 1.2e+06 | 40 FAILED | train-float32-4x3x5x5-relu-dx |" in bad
+    place = bad.index("#### Failures") + 2
+    assert bad[place].startswith("- train-float32-4x3x5x5-relu-dx: dx\\[0, 1, 2, 2\\] is 0.75; expected 0.25")
+    assert bad[place + 1].endswith("--allow-code --only train-float32-4x3x5x5-relu-dx`")
+    assert any(line.startswith("- statistics treated as constants, because dx of ") for line in bad)
+
+
+def test_junit_has_a_test_for_each_group_failed_with_its_first_case_or_skipped_with_the_reason() -> None:
+    of_group = replace(FIRST, group="dx")
+    result = replace(BAD, failures=(of_group, *BAD.failures[1:]), groups=(*BAD.groups, GROUPS[3]))
+    (suite,) = ElementTree.fromstring(to_junit(result, commands_of(result)))
+    assert {name: suite.get(name) for name in ("tests", "failures", "errors", "skipped")} == {
+        "tests": "4", "failures": "2", "errors": "0", "skipped": "1"
+    }  # fmt: skip
+    passed, failed, other, skipped = suite
+    assert (passed.get("classname"), passed.get("name")) == (
+        "bncli.gradcheck.mine.kernels:batch_norm.values",
+        "forward, training",
+    )
+    assert not list(passed)
+    first, case, command = str(failed[0].text).splitlines()
+    assert (failed[0].tag, failed[0].get("message"), first) == (
+        "failure",
+        first,
+        "40 of 48 cases FAILED, by 1.2e+06 tolerances",
+    )
+    assert case.startswith("train-float32-4x3x5x5-relu-dx: dx[0, 1, 2, 2] is 0.75")
+    assert command == shlex.join(commands_of(result)[0])
+    assert str(other[0].text) == "24 of 24 cases FAILED, by inf tolerances"
+    assert (skipped[0].tag, skipped[0].get("message")) == ("skipped", "Metal has no float64")
+
+
+def test_a_reason_is_told_once_with_all_of_its_groups() -> None:
+    left = replace(GROUPS[3], skipped=NotChecked("left out"))
+    groups = (*GROUPS, replace(left, name="float16"), replace(left, name="squares"))
+    assert reasons(groups) == [
+        "channels_last_3d in half precision: Metal has no float64",
+        "float16; squares: left out, since other dtypes were asked for",
+    ]
+
+
 def test_json_of_a_demonstration_and_an_interrupted_check() -> None:
     demo = json.loads(demo_to_json(STEPS))
     assert demo["format_version"] == 1
@@ -175,3 +252,9 @@ def test_json_of_a_demonstration_and_an_interrupted_check() -> None:
     assert part["format_version"] == 1
     assert part["interrupted"] is True
     assert [from_plain(CheckGroup, group) for group in facts(part)["groups"]] == list(BAD.groups)
+
+
+def test_the_latex_table_has_a_line_for_each_group():
+    text = to_latex(BAD)
+    check_latex(text)
+    assert text.count("FAILED") >= sum(bool(group.failed) for group in BAD.groups)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
 
-from bncli.report.profile.baseline import GateReport, closing
+from bncli.report.profile.baseline import GateReport, closing, to_junit
+from bncli.results.profile import Gate, Profile
 from tests.report.conftest import Show
-from tests.report.made_up_costs import made_gate, one_case
+from tests.report.made_up_costs import failed, made_gate, one_case
 
 
 @pytest.mark.parametrize(("width", "speedups"), [(60, 0), (80, 2), (100, 2), (160, 2)])
@@ -41,6 +43,24 @@ def test_the_last_line_counts_the_verdicts_and_tells_the_exit_code(show: Show) -
         (replace(calm, changes=calm.changes[:1]), "1 ok: passed (exit 0)."),
     ):
         assert closing(gate).startswith(words)
+
+
+def test_junit_has_a_test_for_each_row_by_its_verdict() -> None:
+    profile = one_case()
+
+    def outcomes(gate: Gate, result: Profile = profile) -> list[tuple[str | None, str | None, str]]:
+        (suite,) = ElementTree.fromstring(to_junit(result, gate))
+        return [(case.get("classname"), case.get("name"), case[0].tag) for case in suite]
+
+    usual, strict = outcomes(made_gate()), outcomes(replace(made_gate(), strict=True))
+    assert usual[0][:2] == (f"bncli.profile.{made_gate().changes[0].row.words[0]}", usual[0][1])
+    assert [tag for _, _, tag in usual] == ["system-out", "failure", "system-out", "system-out", "system-out"]
+    assert [tag for _, _, tag in strict] == ["system-out", "failure", "failure", "system-out", "failure"]
+    (suite,) = ElementTree.fromstring(to_junit(one_case(), made_gate()))
+    assert str(suite[1][0].get("message")).startswith("regressed: 1.36x (")
+    assert str(suite[2][0].text).startswith("cannot tell: ")
+    wrong = failed(one_case().rows[0].case, "fused", "wrong result", wrong=True)
+    assert outcomes(made_gate(), replace(one_case(), rows=(wrong,)))[-1][2] == "error"
 
 
 def test_what_only_one_side_has_is_listed(show: Show) -> None:
