@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bncli.cli.console import StopSignal, enable_gc, log, print_result, show_plan
-from bncli.cli.options import AllowCode, ArmName, Device, DryRun, Json, Quiet, Recipe_, RequireTarget, Set, Threads
+from bncli.cli.options import MOST_THREADS, AllowCode, ArmName, Device, DryRun, Json, Quiet, Recipe_, RequireTarget, Set
 from bncli.errors import CHECK_FAILED, DIVERGED
 
 
@@ -19,7 +19,10 @@ def train(
     sets: Set = None,
     arm: ArmName = None,
     device: Device = "auto",
-    threads: Threads = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, max=MOST_THREADS, help="CPU threads.  [default: by a step's size]", show_default=False),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="The run's folder.  [default: runs/NAME/DATE-TIME]", show_default=False),

@@ -26,6 +26,13 @@ class Environment:
     tf32: bool | None = None  # float32 convolutions or matrix products may be in TF32; None: not recorded
 
 
+def disturbed(cores_lacked: float | None) -> bool:
+    """Whether a measurement lacked so many cores (engine.load) that its times are not to be trusted."""
+    # A thread that waits for 0.1 of the time makes times up to 1 / 0.9 = 1.11 times too long, which is about as much as
+    # the slow-down at which a comparison with a baseline fails by default.
+    return cores_lacked is not None and cores_lacked > 0.1
+
+
 FEWEST_ROUNDS = 6  # of an interval: five samples all lie above their median once in 32 times, more often than in 2.5 %
 
 

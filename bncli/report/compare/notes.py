@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bncli.report.text import count
+from bncli.report.text import busy_words, count
 from bncli.results.compare import Note, NoteKind
 
 # Part of a run's identity, as in RunRecord -> why a run in which it differs is not reused.
@@ -131,5 +131,6 @@ SENTENCES: dict[NoteKind, Callable[..., str]] = {
     ),
     "earlier answer": lambda file: f"the folder's earlier result, of another plan, is kept as {file}",
     "other threads": _other_threads,
+    "disturbed": lambda cores_lacked: f"{busy_words(cores_lacked.values())} ({', '.join(cores_lacked)})",
     "words": lambda words: str(words),
 }
