@@ -12,8 +12,6 @@ import contextlib
 import time
 from pathlib import Path
 
-LEAST_S = 0.2  # of an estimate: its counters have steps of 10 ms
-
 
 class CoreWait:
     """The cores lacked from here on. threads: that compute. tasks: where Linux has its counters."""
@@ -28,7 +26,7 @@ class CoreWait:
         elapsed_s = time.perf_counter() - self._began_s
         if self._waited_s:
             return sum(s - self._waited_s.get(task, 0.0) for task, s in _waited_s(self._tasks).items()) / elapsed_s
-        if not self._had_s or elapsed_s < LEAST_S:
+        if not self._had_s or elapsed_s < 0.2:  # its counters have steps of 10 ms
             return None
         return max(0.0, self._threads - (_had_s() - self._had_s) / elapsed_s)
 

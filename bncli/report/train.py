@@ -42,8 +42,7 @@ def run_table(result: RunResult, name: str) -> Group:
         return f"> {most}, the most that the budget can show" if missed else figure(found)
 
     busy = busy_words([result.cores_lacked])
-    mark = busy[:1]
-    speed = f"{figure(result.samples_per_s)} samples/s{mark}, {figure(result.ms_per_step)} ms/step{mark}"
+    speed = f"{figure(result.samples_per_s)} samples/s{busy[:1]}, {figure(result.ms_per_step)} ms/step{busy[:1]}"
     of_target = [
         ("steps to target", steps(result.steps_to_target)),
         ("first hit", hit if result.first_hit is not None else figure(None)),

@@ -28,8 +28,7 @@ class Environment:
 
 def disturbed(cores_lacked: float | None) -> bool:
     """Whether a measurement lacked so many cores (engine.load) that its times are not to be trusted."""
-    # A thread that waits for 0.1 of the time makes times up to 1 / 0.9 = 1.11 times too long, which is about as much as
-    # the slow-down at which a comparison with a baseline fails by default.
+    # 0.1 of the time lost makes times 1 / 0.9 = 1.11 times too long: a comparison with a baseline fails at 1.10.
     return cores_lacked is not None and cores_lacked > 0.1
 
 

@@ -12,8 +12,8 @@ from bncli.engine.train.state import TrainState
 from bncli.recipe.layers import layers, size
 
 PASSES = 3  # of a layer's products: its output, and the gradients of its weights and of its input
-# Where a second thread begins to pay: the shortest steps with one over two, of nets with two layers of 100, 200, 300 and
-# 400 units (3, 10, 20, 34 million multiply-adds), are 0.82, 0.91, 0.90, 1.10 (tests.benchmarks.threads, two cores,
+# Where a second thread begins to pay: the shortest steps with one over two, of nets with two layers of 100, 200, 300
+# and 400 units (3, 10, 20, 34 million multiply-adds), are 0.82, 0.91, 0.90, 1.10 (tests.benchmarks.threads, two cores,
 # 2026-12-01). On busy cores a second one can cost 70 times as much.
 FEWEST = 25_000_000
 

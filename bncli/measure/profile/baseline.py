@@ -33,10 +33,9 @@ def gate(now: Profile, baseline: Profile, fail_above: float, strict: bool = Fals
     changes = [change(row, ours[row], theirs[row], fail_above) for row in both]
     runs: dict[Literal["this run", "the baseline"], Profile] = {"this run": now, "the baseline": baseline}
     rows = {name: {row.key for row in run.rows if disturbed(row.cores_lacked)} & {*both} for name, run in runs.items()}
-    unsure = set[Row]().union(*rows.values())
-    changes = [
-        replace(c, verdict="cannot tell") if c.row in unsure and c.verdict == "regressed" else c for c in changes
-    ]
+    unsure = {each for of_run in rows.values() for each in of_run}
+    regressed = {each for each in changes if each.verdict == "regressed" and each.row in unsure}
+    changes = [replace(each, verdict="cannot tell") if each in regressed else each for each in changes]
     return Gate(
         fail_above=fail_above,
         changes=tuple(changes),

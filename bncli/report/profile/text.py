@@ -161,17 +161,14 @@ def _case_words(case: Case) -> str:
 
 def note_lines(profile: Profile) -> list[str]:
     """What a reader of the figures must know, a sentence each."""
-    marks = busy_words(row.cores_lacked for row in profile.rows), _contradicted_words(profile.rows)
-    return [*filter(None, marks), *map(note_words, profile.notes)]
-
-
-def _contradicted_words(rows: Sequence[KernelCost | StepCost]) -> str:
-    """What the mark of a speedup means that the medians contradict, and their ratios; empty where none has it."""
-    found = "; ".join(f"{r.key}: {figure(r.faster.of_medians)}x" for r in rows if r.faster and r.faster.contradicted)
-    return found and (
-        f"*: the two medians give another ratio ({found}). Trust the marked one: what slows a whole round "
-        "down cancels in the round's ratio, and moves the medians"
+    speedups = {row.key: row.faster for row in profile.rows if row.faster is not None and row.faster.contradicted}
+    contradicted = "; ".join(f"{key}: {figure(speedup.of_medians)}x" for key, speedup in speedups.items())
+    words = (
+        f"*: the two medians give another ratio ({contradicted}). Trust the marked one: what slows a whole round down "
+        "cancels in the round's ratio, and moves the medians"
     )
+    marks = busy_words(row.cores_lacked for row in profile.rows), contradicted and words
+    return [*filter(None, marks), *map(note_words, profile.notes)]
 
 
 def note_words(note: Note) -> str:
