@@ -206,8 +206,10 @@ def test_ctrl_c_ends_it_after_the_case_when_code_drops_the_exception() -> None:
 
 
 def save_baseline(measured: Ran, **changes: Any) -> None:
-    """Save the profile as baseline.json, its one ratio to native changed."""
+    """Save the profile as baseline.json, its one ratio to native changed, as if measured on idle cores."""
     saved = json.loads(measured.out)
+    for row in saved["rows"]:
+        row["cores_lacked"] = 0.0
     (faster,) = (row["faster"] for row in saved["rows"] if row["faster"])
     faster |= changes
     Path("baseline.json").write_text(json.dumps(saved))
