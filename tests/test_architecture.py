@@ -49,6 +49,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "kernels.fused.triton": ({"errors", "names", "kernels"}, {"torch", "triton"}),
     "kernels.fused.triton_launch": ({"errors", "names", "kernels"}, {"torch", "triton"}),
     "engine.device": ({"errors", "names", "results", "__init__"}, {"torch", "psutil"}),
+    "engine.load": (set(), {"psutil"}),
     "engine.target": (ASKED, set()),
     "engine.user_code": ({"errors"}, set()),
     "engine.data": (

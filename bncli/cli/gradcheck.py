@@ -87,7 +87,9 @@ def gradcheck(
         raise UsageError("--plot with --only: it draws dL/dx of a whole check; leave --only out")
     if demo:
         used = ("demo", "plot", "plot_width", "no_caption", "json", "quiet")
-        if idle := given_options(context, *(each.name for each in context.command.params if each.name not in used)):
+        if idle := given_options(
+            context, *(name for each in context.command.params if (name := str(each.name)) not in used)
+        ):
             raise UsageError(f"{idle}: nothing is checked with --demo, so that would have no effect")
         _show_demo(json, output)
         return

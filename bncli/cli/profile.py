@@ -199,7 +199,6 @@ def profile(
 def _profile_kernels(asked: _Asked, **of_cases: Any) -> None:
     """The kernel view. of_cases: those of `measure.profile.run.kernel_run`."""
     from bncli.report.profile.kernels import KernelReport
-    from bncli.report.profile.text import busy_words
     from bncli.results.profile import KernelProfile
 
     earlier = _checked_baseline(asked, KernelProfile)
@@ -218,10 +217,7 @@ def _profile_kernels(asked: _Asked, **of_cases: Any) -> None:
 
         run = kernel_run(_run_options(asked), **of_cases, processes=processes)
         stopped = _measure(run, stop, asked.output.quiet)
-    result = run.result()
-    if asked.output.form != "table" and (busy := busy_words(result)):
-        log(f"{busy}; do not use this as a baseline", asked.output.quiet)
-    _finish(asked, result, stopped, earlier, KernelReport)
+    _finish(asked, run.result(), stopped, earlier, KernelReport)
 
 
 def _profile_steps(
@@ -290,6 +286,7 @@ def _finish(
     """
     from bncli.report.profile import export, figure
     from bncli.report.profile.baseline import GateReport, to_junit
+    from bncli.report.text import busy_words
     from bncli.results.profile import FOLDED
 
     gate: Gate | None = None
@@ -308,6 +305,8 @@ def _finish(
         "markdown": lambda found: export.to_markdown(found, gate),
         "latex": export.to_latex,
     }
+    if asked.output.form != "table" and (busy := busy_words(row.cores_lacked for row in result.rows)):
+        log(f"{busy}; do not use this as a baseline", asked.output.quiet)
     asked.output.show(result, forms)
     if gate is not None and asked.output.form == "table":
         print_result(GateReport(gate, result, earlier))

@@ -22,7 +22,16 @@ def train(
     sets: options.Set = None,
     arm: options.ArmName = None,
     device: options.Device = "auto",
-    threads: options.Threads = None,
+    threads: Annotated[
+        int | None,
+        options.MachineOption(
+            min=1,
+            max=options.MOST_THREADS,
+            metavar="N",
+            help="CPU threads.  [default: by a step's size]",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         options.OutputOption(

@@ -85,18 +85,22 @@ def peak_memory_mib(device: torch.device) -> float | None:
     return peak / (2**20 if sys.platform == "darwin" else 1024)
 
 
-def resident_mib() -> float:
-    """Resident memory of this process now."""
-    import psutil  # 10 ms that a training run can save
-
-    return float(psutil.Process().memory_info().rss) / 2**20
-
-
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
     """A context in which operators compute in that precision: fp32, bf16 or fp16."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+@contextlib.contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """A context in which torch uses that many CPU threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

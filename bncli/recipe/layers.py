@@ -318,16 +318,19 @@ def module_names(model: Layer, name: str = "") -> Iterator[str]:
 class Size:
     parameters: int
     activations: int  # elements per example that the forward pass makes and the backward pass may need
+    multiply_adds: int = 0  # of linear layers and convolutions per example, in the forward pass
 
 
 def size(model: Layer, shape: Shape) -> tuple[Size, Shape]:
-    """Parameters, activations per example, and the shape of the output, for one example of `shape`."""
-    parameters = activations = 0
+    """Parameters, activations and multiply-adds per example, and the shape of the output, for one of `shape`."""
+    parameters = activations = multiply_adds = 0
     after = shape
     for layer, _, after in walk(model, shape):
         parameters += _parameters(layer)
+        if isinstance(layer, Linear | Conv):  # every weight once at each position of the output
+            multiply_adds += (_parameters(layer) - layer.outputs * layer.bias) * math.prod(after[1:])
         activations += math.prod(after) * (2 if isinstance(layer, Residual) else 1)  # the sum and its activation
-    return Size(parameters, activations), after
+    return Size(parameters, activations, multiply_adds), after
 
 
 def _parameters(layer: Layer) -> int:

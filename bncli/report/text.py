@@ -5,13 +5,13 @@ from __future__ import annotations
 import codecs
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from bncli.results.compare import Claim
-from bncli.results.environment import Environment, Interval
+from bncli.results.environment import Environment, Interval, disturbed
 from bncli.results.finding import Finding, FindingKind
 from bncli.results.train import Target
 
@@ -110,6 +110,20 @@ def environment_words(made: Environment) -> str:
     driver = [f"driver {made.driver}"] * bool(made.driver) + ["TF32"] * bool(made.tf32)
     versions = [f"torch {made.torch}", f"Python {made.python}", f"bncli {made.bncli}"]
     return ", ".join([f"{made.device} ({made.processor}, {made.platform})", threads, *driver, *versions])
+
+
+def busy_mark(cores_lacked: float | None) -> str:
+    """Beside a time: a mark where other programs disturbed it."""
+    return "!" * disturbed(cores_lacked)
+
+
+def busy_words(cores_lacked: Iterable[float | None]) -> str:
+    """What the mark means, of several measurements; empty where none has it."""
+    most = max(lacked or 0.0 for lacked in (None, *cores_lacked))
+    return busy_mark(most) and (
+        f"!: measured while other programs used the cores: up to {figure(most, 2)} threads at a time waited for one, "
+        "so these times are too long; measure again on idle cores"
+    )
 
 
 # --- cells and columns of a table ---------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Group
 
 from bncli.report.table import AlignedTable, KeyValueList, Paragraph, ResponsiveTable
-from bncli.report.text import UNKNOWN, Column, count, environment_words, figure, metric_figure, setting, target_words
+from bncli.report.text import Column, busy_words, count, environment_words, figure, metric_figure, setting, target_words
 from bncli.results.train import ProbePoint, RunningStatistics, RunResult, most_steps_to_target
 
 # Values of probes that the summary shows; the others are in result.json.
@@ -41,10 +41,11 @@ def run_table(result: RunResult, name: str) -> Group:
         missed = found is None and result.status == "budget"
         return f"> {most}, the most that the budget can show" if missed else figure(found)
 
-    speed = f"{figure(result.samples_per_s)} samples/s, {figure(result.ms_per_step)} ms/step"
+    busy = busy_words([result.cores_lacked])
+    speed = f"{figure(result.samples_per_s)} samples/s{busy[:1]}, {figure(result.ms_per_step)} ms/step{busy[:1]}"
     of_target = [
         ("steps to target", steps(result.steps_to_target)),
-        ("first hit", hit if result.first_hit is not None else UNKNOWN),
+        ("first hit", hit if result.first_hit is not None else figure(None)),
     ]
     rows = [
         ("status", status_words(result)),
@@ -63,6 +64,7 @@ def run_table(result: RunResult, name: str) -> Group:
     columns = [Column(name, [words], style="bold") for name, words in rows]
     made = Paragraph(f"Made on {environment_words(result.environment)}.", "dim")
     inside: list[Any] = [probes_table(result.probes), ""] if result.probes else []
+    inside += [Paragraph(busy, "yellow")] * bool(busy)
     return Group(Paragraph(name, "bold"), "", KeyValueList(columns), "", *inside, made)
 
 
@@ -130,7 +132,7 @@ def _running_statistics(layers: Sequence[RunningStatistics] | None) -> list[tupl
 
 def _memory(result: RunResult) -> str:
     found = ((result.peak_memory_mib, "training"), (result.evaluation_peak_memory_mib, "evaluating"))
-    return ", ".join(f"{figure(peak)} MiB {phase}" for peak, phase in found if peak is not None) or UNKNOWN
+    return ", ".join(f"{figure(peak)} MiB {phase}" for peak, phase in found if peak is not None) or figure(None)
 
 
 def status_words(result: RunResult) -> str:

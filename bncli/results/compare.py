@@ -115,6 +115,7 @@ class ArmSummary:
     examples: Cost | None = None
     also: tuple[AtTarget, ...] = ()
     thinned: float | None = None  # the ratio from every second evaluation, a mean of both halves
+    cores_lacked: float | None = None  # median
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ NoteKind = Literal[
     "unfinished", "no hit", "at edge", "held before training", "few steps", "few evaluations", "failed", "diverged",
     "every second evaluation", "few seeds", "same recipe", "not told apart", "common seeds", "no interval", "hits",
     "arms differ", "machines", "runs at a time", "paper", "not reused", "earlier code", "earlier answer",
-    "other threads", "words",
+    "other threads", "disturbed", "words",
 ]  # fmt: skip
 
 

@@ -26,6 +26,12 @@ class Environment:
     tf32: bool | None = None  # float32 convolutions or matrix products may be in TF32; None: not recorded
 
 
+def disturbed(cores_lacked: float | None) -> bool:
+    """Whether a measurement lacked so many cores (engine.load) that its times are not to be trusted."""
+    # 0.1 of the time lost makes times 1 / 0.9 = 1.11 times too long: a comparison with a baseline fails at 1.10.
+    return cores_lacked is not None and cores_lacked > 0.1
+
+
 FEWEST_ROUNDS = 6  # of an interval: five samples all lie above their median once in 32 times, more often than in 2.5 %
 
 

@@ -17,7 +17,6 @@ Direction = Literal["forward", "backward", "both"]
 Mode = Literal["training", "evaluation"]
 Verdict = Literal["ok", "regressed", "cannot tell"]
 
-SHARED = 0.1  # of the largest copy's GB/s: on idle cores a small copy, cold, has half or more; waiting threads take ms
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
 
@@ -53,6 +52,14 @@ class Speedup:
 
     value: float
     interval: Interval  # of the median, from order statistics: it supposes no distribution
+    of_medians: float | None = None  # native's median time over the kernel's, which are shown beside it
+
+    @property
+    def contradicted(self) -> bool:
+        """Whether the medians' ratio is outside the interval or across 1, by more than 5 %, as times are spread."""
+        other, low, high = self.of_medians or self.value, self.interval.low or 0.0, self.interval.high or math.inf
+        within = low <= other <= high and (other - 1) * (self.value - 1) >= 0
+        return not within and abs(math.log(other / self.value)) > math.log(1.05)
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,7 @@ class KernelCost:
     finding: Finding | None = None  # the wrong result
     wrong_case: str | None = None  # the identifier of the small case that gives it; None: this row's own case
     judged_on_cases: bool = True  # False: on this row's case alone, since a compilation for each would take minutes
+    cores_lacked: float | None = None  # that other programs had meanwhile, on average (engine.load); None: unknown
 
     @property
     def key(self) -> KernelRow:
@@ -133,11 +141,6 @@ class Ceilings:
     def copy_gb_per_s(self) -> float:
         """Of the largest copy."""
         return self.copies[-1][1]
-
-    @property
-    def cores_shared(self) -> bool:
-        """Whether a small copy was so slow that threads must have waited for cores that other programs used."""
-        return bool(self.copies) and self.copies[0][1] < SHARED * self.copy_gb_per_s
 
 
 NoteKind = Literal[
@@ -186,11 +189,6 @@ class KernelProfile:
     notes: tuple[Note, ...]
     planned: int  # rows; fewer than that are there where it was interrupted
     format_version: int = PROFILE_VERSION
-
-    @property
-    def cores_shared(self) -> bool:
-        """Whether other programs used a CPU's cores meanwhile; a GPU's small copies are bound by their launches."""
-        return self.environment.device == "cpu" and self.ceilings.cores_shared
 
 
 # --- the step view ------------------------------------------------------------------------------------------------
@@ -273,6 +271,7 @@ class StepCost:
     error: str | None = None
     wrong: bool = False  # whether the error is a wrong result, not something that is missing here
     difference: StepDifference | None = None  # the wrong result
+    cores_lacked: float | None = None  # as of KernelCost
 
     @property
     def key(self) -> StepRow:
@@ -349,7 +348,7 @@ class Gate:
     only_now: tuple[Row, ...]  # rows without a counterpart in the baseline
     only_baseline: tuple[Row, ...]
     strict: bool = False  # what it cannot tell fails too
-    disturbed: tuple[Literal["this run", "the baseline"], ...] = ()  # where there are any, no row is called regressed
+    disturbed: tuple[Literal["this run", "the baseline"], ...] = ()  # in which other programs disturbed a row of it
     format_version: int = PROFILE_VERSION
 
     @property

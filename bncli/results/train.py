@@ -128,6 +128,7 @@ class RunResult:
     constant_guess: float | None = None  # held-out accuracy of always naming the most frequent class
     # At the last evaluation with precise population statistics; None: with the running ones.
     running_statistics: tuple[RunningStatistics, ...] | None = None
+    cores_lacked: float | None = None  # that other programs had meanwhile, on average (engine.load); None: unknown
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,15 @@ import pytest
 import torch
 
 from bncli.cli import profile
+from bncli.engine.device import cpu_threads
+from bncli.engine.load import CoreWait
 from bncli.kernels import fused
 from bncli.measure.profile import memory
 from bncli.measure.profile.steps import StepRun
-from bncli.measure.timing import ceilings, clock
+from bncli.measure.timing import ceilings
 from bncli.measure.timing.fresh_process import FreshProcesses
 from bncli.report.profile import export
-from bncli.results.profile import Ceilings, KernelProfile, StepMemory, StepProfile
+from bncli.results.profile import KernelProfile, StepMemory, StepProfile
 from tests.cli.conftest import Ran, bncli
 from tests.test_architecture import modules_after
 
@@ -82,7 +84,7 @@ def small() -> Iterator[None]:
         patch.setattr(ceilings, "MATRIX_SIDE", {"cpu": 16})
         patch.setattr(memory, "kernel_processes", NoProcesses)
         patch.setitem(StepRun.__init__.__kwdefaults__, "step_memory", lambda *_: StepMemory(1.0, 1.0, 0.0, 2.0, 30.0))
-        with clock.threads(1):  # two wait for each other where other tests run beside these
+        with cpu_threads(1):  # two wait for each other where other tests run beside these
             yield
 
 
@@ -128,9 +130,10 @@ def test_json_is_read_back_and_csv_and_markdown_have_the_same_rows(
     assert found.rows[1].faster is not None
     assert json.loads(export.to_json(found, None)) == json.loads(measured.out)
 
-    monkeypatch.setattr(Ceilings, "cores_shared", True)  # as where other programs run
+    monkeypatch.setattr(CoreWait, "cores", lambda self: 0.7)  # as where other programs run
     ran = bncli("profile", *TINY[:-1], "--csv")  # not --quiet
     assert [row["kernel"] for row in csv.DictReader(io.StringIO(ran.out))] == ["native", "fused"]
+    assert "!: measured while other programs used the cores: up to 0.70 threads" in ran.err
     assert "do not use this as a baseline" in ran.err
     assert "| fused" in bncli("profile", *TINY, "--markdown").out
 
@@ -203,8 +206,10 @@ def test_ctrl_c_ends_it_after_the_case_when_code_drops_the_exception() -> None:
 
 
 def save_baseline(measured: Ran, **changes: Any) -> None:
-    """Save the profile as baseline.json, its one ratio to native changed."""
+    """Save the profile as baseline.json, its one ratio to native changed, as if measured on idle cores."""
     saved = json.loads(measured.out)
+    for row in saved["rows"]:
+        row["cores_lacked"] = 0.0
     (faster,) = (row["faster"] for row in saved["rows"] if row["faster"])
     faster |= changes
     Path("baseline.json").write_text(json.dumps(saved))
@@ -217,7 +222,7 @@ BASELINE = ("--baseline", "baseline.json")
 def test_a_regression_against_the_baseline_is_exit_code_1(
     measured: Ran, monkeypatch: pytest.MonkeyPatch, ratio: float, code: int, verdict: str
 ) -> None:
-    monkeypatch.setattr(Ceilings, "cores_shared", False)  # whatever else runs here meanwhile
+    monkeypatch.setattr(CoreWait, "cores", lambda self: 0.0)  # whatever else runs here meanwhile
     # Its interval is narrow, and a busy machine cannot widen it.
     save_baseline(measured, value=ratio, interval={"low": 0.99 * ratio, "high": 1.01 * ratio})
     ran = bncli("profile", *TINY, *BASELINE, "--fail-above", "1.5", "--json")

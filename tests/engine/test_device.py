@@ -7,6 +7,7 @@ import torch
 
 from bncli.engine.device import (
     PeakMemory,
+    cpu_threads,
     environment,
     in_tf32,
     peak_memory_mib,
@@ -87,3 +88,13 @@ def test_tf32_is_reported_for_a_gpu_where_it_is_allowed_and_never_for_a_cpu() ->
             assert not in_tf32(CPU)
     assert environment(CPU, True).tf32
     assert environment(CPU).tf32 is None
+
+
+def test_the_number_of_threads_is_restored_after_an_error() -> None:
+    before = torch.get_num_threads()
+    with cpu_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+    with pytest.raises(ZeroDivisionError), cpu_threads(before + 1):
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == before

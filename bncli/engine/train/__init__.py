@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from time import perf_counter
 
 import torch
@@ -14,13 +15,15 @@ from torch.nn import functional as F
 from bncli import kernels
 from bncli.engine import data
 from bncli.engine.data.splits import Dataset
-from bncli.engine.device import autocast, environment, in_tf32, resolve, tf32_allowed
+from bncli.engine.device import autocast, cpu_threads, environment, in_tf32, resolve, tf32_allowed
+from bncli.engine.load import CoreWait
 from bncli.engine.models import blame_own_model
 from bncli.engine.target import evaluation_steps
 from bncli.engine.train.optim import set_learning_rate
 from bncli.engine.train.population import precise
 from bncli.engine.train.probes import probe, probe_steps
 from bncli.engine.train.state import TrainState
+from bncli.engine.train.threads import FEWEST, multiply_adds
 from bncli.recipe.sections import BatchNorm, OwnModel, Recipe
 from bncli.results.environment import Environment
 from bncli.results.train import (
@@ -56,7 +59,7 @@ def train(
         recipe: what to train, from `load_recipe`.
         device: auto, cpu, cuda, cuda:N or mps.
         dataset: the recipe's data if they are already loaded on that device.
-        threads: CPU threads; None for torch's default, one per core.
+        threads: CPU threads; None for torch's default, one per core, or on a CPU one if a step is too small for more.
         name: the run's name in its first event.
         stop: called after every optimizer step; True ends the run.
 
@@ -71,12 +74,14 @@ def train(
     on = resolve(device)
     if recipe.norm.kind == "batch":
         kernels.get(recipe.norm.kernel, on)
-    if threads is not None:
-        torch.set_num_threads(threads)
     if dataset is None:
         dataset = data.load(recipe.data, on, data.MEMORY_FORMATS[recipe.train.memory_format])
-    with blame_own_model(recipe), tf32_allowed(recipe.train.tf32):
-        yield from training_loop(TrainState(recipe, dataset, on), name, stop)
+    most, by_size = torch.get_num_threads(), threads is None and on.type == "cpu"
+    with blame_own_model(recipe), tf32_allowed(recipe.train.tf32), cpu_threads(1 if by_size else threads or most):
+        state = TrainState(recipe, dataset, on)
+        if by_size and ((count := multiply_adds(state)) is None or count >= FEWEST):
+            torch.set_num_threads(most)
+        yield from training_loop(state, name, stop)
 
 
 def training_loop(state: TrainState, name: str = "run", stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
@@ -86,6 +91,7 @@ def training_loop(state: TrainState, name: str = "run", stop: Callable[[], bool]
     to_evaluate = (step for step in evaluation_steps(options.evaluate_every, budget) if step > last)
     next_evaluation = next(to_evaluate, budget)
     machine = environment(state.device, in_tf32(state.device))
+    load = CoreWait(machine.threads if state.device.type == "cpu" else 1)
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     target = state.targets[0].target if state.targets else None
     yield RunStarted(name, machine.device, parameters, budget, options.batch_size, target)
@@ -138,7 +144,7 @@ def training_loop(state: TrainState, name: str = "run", stop: Callable[[], bool]
     # An interrupted run has not ended: loaded again, it would have one point more than without the interruption.
     if state.probes and state.probes.last_step < state.step and status != "interrupted":
         yield probe(state)
-    yield RunFinished(result(state, status, reason, parameters, machine))
+    yield RunFinished(replace(result(state, status, reason, parameters, machine), cores_lacked=load.cores()))
 
 
 def optimizer_step(state: TrainState, x: Tensor, y: Tensor) -> Tensor:

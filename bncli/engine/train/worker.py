@@ -80,7 +80,7 @@ def serve(jobs: queue.Queue[dict[str, Any]], out: TextIO, device_name: str, thre
         gc.collect()  # the last run's model may be in a reference cycle
         last_report = 0.0
         try:
-            for event in train(recipe, device_name, dataset=loaded[source], name=key):
+            for event in train(recipe, device_name, dataset=loaded[source], threads=threads, name=key):
                 if isinstance(event, RunStarted | RunFinished):  # a forward pass may import as well
                     user_files.note()
                 if isinstance(event, Evaluated) and monotonic() - last_report > REPORT_EVERY_S:

@@ -27,6 +27,7 @@ from bncli.results.compare import (
     RunRecord,
     TuningCell,
 )
+from bncli.results.environment import disturbed
 from bncli.results.train import RunResult, Target
 
 FEWEST_EVALUATIONS = 10  # within an arm's steps to target; 5 would do for the bias, 10 keep single runs from scattering
@@ -70,7 +71,7 @@ def _without_other_costs(record: RunRecord, threads: int | None) -> RunRecord:
     """A run with another number of threads took as many steps, and other seconds and memory."""
     if record.result is None or threads in (None, record.result.environment.threads):
         return record
-    result = replace(record.result, ms_per_step=None, samples_per_s=None, peak_memory_mib=None)
+    result = replace(record.result, ms_per_step=None, samples_per_s=None, peak_memory_mib=None, cores_lacked=None)
     return replace(record, result=result)
 
 
@@ -121,6 +122,7 @@ def _row(arm: ArmRuns, reference: ArmRuns) -> ArmSummary:
         examples=_cost(arm, reference, samples.examples),
         also=tuple(_at_target(arm, reference, target) for target in plan.also),
         thinned=_thinned(arm, reference),
+        cores_lacked=_typical([result.cores_lacked for result in results]),
     )
 
 
@@ -239,6 +241,8 @@ def _notes(comparison: Comparison, arms: Mapping[str, ArmRuns]) -> Iterator[Note
         most = max((record.at_a_time or 1 for record in records if record.phase != "rate"), default=1)
         if most > 1:
             yield Note.of("runs at a time", most=most)
+    if busy := {row.arm: row.cores_lacked for row in comparison.arms if disturbed(row.cores_lacked)}:
+        yield Note.of("disturbed", cores_lacked=busy)
     if any(recipe.get("norm", {}).get("kind") == "batch" for recipe in plan.recipes.values()):
         yield Note.of("paper")
 

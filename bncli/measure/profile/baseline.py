@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Literal
 
 from bncli.errors import UsageError
-from bncli.results.environment import Interval
+from bncli.results.environment import Interval, disturbed
 from bncli.results.profile import Change, Gate, KernelProfile, Profile, Row, Speedup, StepProfile, Verdict
 
 VIEWS: dict[type, str] = {KernelProfile: "kernels", StepProfile: "a step"}
@@ -19,8 +19,8 @@ VIEWS: dict[type, str] = {KernelProfile: "kernels", StepProfile: "a step"}
 def gate(now: Profile, baseline: Profile, fail_above: float, strict: bool = False) -> Gate:
     """Each row that both have with a ratio to native, and whether it is more than `fail_above` times slower.
 
-    strict: undecided rows fail too, and so do rows of the baseline without a ratio now. If other programs used the
-    cores in either run, no row counts as regressed.
+    strict: undecided rows fail too, and so do rows of the baseline without a ratio now. A row that other programs
+    disturbed in either run does not count as regressed.
 
     Raises UsageError for a bound that is not above 1, for profiles of two kinds, and where no row is in both.
     """
@@ -32,16 +32,17 @@ def gate(now: Profile, baseline: Profile, fail_above: float, strict: bool = Fals
         raise UsageError(_nothing_in_common(ours, theirs), field="baseline")
     changes = [change(row, ours[row], theirs[row], fail_above) for row in both]
     runs: dict[Literal["this run", "the baseline"], Profile] = {"this run": now, "the baseline": baseline}
-    disturbed = tuple(name for name, run in runs.items() if isinstance(run, KernelProfile) and run.cores_shared)
-    if disturbed:
-        changes = [replace(each, verdict="cannot tell") if each.verdict == "regressed" else each for each in changes]
+    rows = {name: {row.key for row in run.rows if disturbed(row.cores_lacked)} & {*both} for name, run in runs.items()}
+    unsure = {each for of_run in rows.values() for each in of_run}
+    regressed = {each for each in changes if each.verdict == "regressed" and each.row in unsure}
+    changes = [replace(each, verdict="cannot tell") if each in regressed else each for each in changes]
     return Gate(
         fail_above=fail_above,
         changes=tuple(changes),
         only_now=tuple(row for row in ours if row not in theirs),
         only_baseline=tuple(row for row in theirs if row not in ours),
         strict=strict,
-        disturbed=disturbed,
+        disturbed=tuple(name for name, of_run in rows.items() if of_run),
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from bncli.engine import device as devices
+from bncli.engine.load import CoreWait
 from bncli.errors import Unavailable, UsageError, UsageErrors
 from bncli.measure.profile import sources
 from bncli.measure.profile.memory import kernel_peak_mib, kernel_processes, tiny
@@ -235,8 +236,11 @@ class KernelRun:
         if 0 < judged.judged_channels < case.shape[1]:
             self._note(Note("channels sampled"), case)
         rows = {kernel: self._untimed(judged, kernel, timed) for kernel, timed in judged.correct.items()}
+        load = CoreWait(torch.get_num_threads())
         samples = self._sampled(judged, budget)
-        rows = {kernel: _timed(row, samples) for kernel, row in rows.items() if kernel in judged.correct}
+        lacked = load.cores()
+        timed = {kernel: _timed(row, samples) for kernel, row in rows.items() if kernel in judged.correct}
+        rows = {kernel: replace(row, cores_lacked=lacked) for kernel, row in timed.items()}
         return [(rows | judged.refused)[kernel] for kernel in self._sources]
 
     def _untimed(self, judged: JudgedCase, kernel: str, timed: TimedKernel) -> KernelCost:

@@ -26,6 +26,7 @@ from bncli import kernels
 from bncli.engine.convert.fold import fold
 from bncli.engine.data.splits import Dataset
 from bncli.engine.device import environment, tf32_allowed
+from bncli.engine.load import CoreWait
 from bncli.errors import BncliError, DataError, UsageError
 from bncli.measure.profile import memory, norm_diagnostics, step_check, step_time
 from bncli.measure.profile.step_models import StepModel, Trainable, norms_of
@@ -61,6 +62,7 @@ UNTIL = {"training": 0.5, "evaluation": 0.7}  # of a model's seconds; the rest i
 WATCHED = 0.15  # of a model's seconds, at least, in which its norms are watched
 
 Samples = dict[Mode, dict[str | None, tuple[float, ...]]]  # ms of a step, by mode and kernel
+Lacked = dict[Mode, float | None]  # cores, as in StepCost
 
 
 class StepRun:
@@ -139,9 +141,11 @@ class StepRun:
         self._notes += model.notes
         timed += self._after_folding(model, timed)
         samples: Samples = {mode: {each.kernel: () for each in timed} for mode in MODES}
+        lacked: Lacked = {}
         first = len(self._rows)
         for mode in MODES:
             until = Deadline(deadline.left_s - (1 - UNTIL[mode]) * self._share_s, self._now_s)
+            load = CoreWait(torch.get_num_threads())
             first_s, later_s = 0.0, (len(self._models) - place - UNTIL[mode]) * self._share_s
             for done, times in enumerate(self._rounds(timed, mode, until), 1):
                 now_s = self._now_s()
@@ -151,9 +155,10 @@ class StepRun:
                 self._least_s = now_s - self._began_s + left_s + later_s
                 for kernel, ms in times.items():
                     samples[mode][kernel] += (ms,)
-                self._rows[first:] = _rows(model, timed, samples)
+                lacked[mode] = load.cores()
+                self._rows[first:] = _rows(model, timed, samples, lacked)
                 yield Measuring(model.name, phase="round", mode=mode, round=done)
-        self._rows[first:] = _rows(model, timed, samples)
+        self._rows[first:] = _rows(model, timed, samples, lacked)
         of_rows = [each for mode in MODES for each in timed if mode in each.modes]
         for number, (row, each) in enumerate(zip(self._rows[first:], of_rows, strict=True), first):
             yield Measuring(model.name, phase="parts", mode=row.mode)
@@ -237,7 +242,7 @@ class StepRun:
         self._remarks += norm_diagnostics.remarks(model.name, watched, learner.plan)
 
 
-def _rows(model: StepModel, timed: Sequence[TimedModel], samples: Samples) -> list[StepCost]:
+def _rows(model: StepModel, timed: Sequence[TimedModel], samples: Samples, lacked: Lacked) -> list[StepCost]:
     """A row for each kernel in every mode that has times, or an error instead."""
     rows = []
     for mode in MODES:
@@ -261,6 +266,7 @@ def _rows(model: StepModel, timed: Sequence[TimedModel], samples: Samples) -> li
                     error=each.error,
                     wrong=each.difference is not None,
                     difference=each.difference,
+                    cores_lacked=lacked.get(mode) if samples_ms else None,
                 )
             )
     return rows

@@ -7,7 +7,6 @@ kept busy (it spins) until the host has enqueued all of the work; a sample for w
 
 from __future__ import annotations
 
-import contextlib
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -173,17 +172,6 @@ class LoopClock:
 def of(device: torch.device) -> Clock:
     """The clock for a device."""
     return CudaClock(device) if device.type == "cuda" else CpuClock()
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """A context in which torch uses that many CPU threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Deadline:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import accumulate
-from statistics import geometric_mean
+from statistics import geometric_mean, median
 
 from bncli.results.environment import Interval
 from bncli.results.profile import Speedup
@@ -26,7 +27,8 @@ def faster(reference_ms: Sequence[float], ms: Sequence[float]) -> Speedup:
     that swapping the two sides gives the reciprocal. Under FEWEST_ROUNDS rounds both sides of the interval are open.
     Raises ValueError for no rounds, or for numbers of rounds that differ.
     """
-    return of_ratios([reference / other for reference, other in zip(reference_ms, ms, strict=True)])
+    found = of_ratios([reference / other for reference, other in zip(reference_ms, ms, strict=True)])
+    return replace(found, of_medians=median(reference_ms) / median(ms))
 
 
 def faster_over(pairs: Iterable[tuple[Sequence[float], Sequence[float]]]) -> Speedup:

@@ -68,6 +68,7 @@ def _csv_row(arm: ArmSummary, fields: list[str], metric: str) -> dict[str, Any]:
         f"best_{metric}": arm.best,
         "samples_per_s": arm.samples_per_s,
         "ms_per_step": arm.ms_per_step,
+        "cores_lacked": arm.cores_lacked,
         "peak_memory_mib": arm.peak_memory_mib,
         "parameters": arm.parameters,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from bncli.report.text import count, times
+from bncli.report.text import busy_words, count, times
 from bncli.results.compare import Comparison, Note, NoteKind
 
 # Part of a run's identity, as in RunRecord -> why a run in which it differs is not reused.
@@ -19,7 +19,7 @@ CHANGED = {
 # What a reader must know before quoting a figure, most of which a change of the recipe or further runs would mend.
 WARNINGS: frozenset[NoteKind] = frozenset({
     "unfinished", "failed", "no hit", "at edge", "held before training", "few steps", "few evaluations", "diverged",
-    "every second evaluation", "few seeds", "no interval", "arms differ", "machines", "earlier code",
+    "every second evaluation", "few seeds", "no interval", "arms differ", "machines", "earlier code", "disturbed",
 })  # fmt: skip
 
 
@@ -126,5 +126,6 @@ SENTENCES: dict[NoteKind, Callable[..., str]] = {
         f"{runs} of {of} runs were made with {' or '.join(map(str, had))} and not {count(asked, 'thread')}: "
         "their steps are used, their seconds, samples/s and memory are not"
     ),
+    "disturbed": lambda cores_lacked: f"{busy_words(cores_lacked.values())} ({', '.join(cores_lacked)})",
     "words": lambda words: str(words),
 }

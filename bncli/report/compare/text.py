@@ -14,6 +14,7 @@ from bncli.report.text import (
     UNKNOWN,
     Cell,
     Column,
+    busy_mark,
     count,
     environment_words,
     figure,
@@ -100,8 +101,8 @@ def comparison_columns(comparison: Comparison, grid_below_arm: bool = False) -> 
         Column("steps vs\nreference", [ratio_cell(arm.ratio) for arm in arms], style="bold"),
         Column("p\n(Holm)", [p_figure(arm.ratio.holm_p_value if arm.ratio else None) for arm in arms], optional=True),
         Column(f"best\n{metric}", [metric_figure(arm.best, metric) for arm in arms]),
-        Column("samples\n/s", [figure(arm.samples_per_s) for arm in arms]),
-        Column("ms/step", [figure(arm.ms_per_step) for arm in arms], optional=True),
+        Column("samples\n/s", [figure(arm.samples_per_s) + busy_mark(arm.cores_lacked) for arm in arms]),
+        Column("ms/step", [figure(arm.ms_per_step) + busy_mark(arm.cores_lacked) for arm in arms], optional=True),
         Column("memory\nMiB", [figure(arm.peak_memory_mib) for arm in arms]),
         Column("parameters", [figure(arm.parameters) for arm in arms], optional=True),
     ]
@@ -113,6 +114,9 @@ def cost_columns(comparison: Comparison) -> list[Column]:
     for unit, less in (("seconds", "less"), ("examples", "fewer")):
         found: list[tuple[ArmSummary, Cost | None]] = [(arm, getattr(arm, unit)) for arm in comparison.arms]
         amounts = [amount_cell(arm, cost.typical, None) if cost else Cell(UNKNOWN) for arm, cost in found]
+        if unit == "seconds":
+            marks = [busy_mark(arm.cores_lacked) for arm in comparison.arms]
+            amounts = [cell._replace(main=cell.main + mark) for cell, mark in zip(amounts, marks, strict=True)]
         ratios = [ratio_cell(cost.ratio, less) if cost else Cell(UNKNOWN) for _, cost in found]
         columns += [Column(f"{unit} to\ntarget", amounts), Column(f"{unit} vs\nreference", ratios, style="bold")]
     return columns

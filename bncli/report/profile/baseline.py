@@ -86,13 +86,10 @@ def _words(change: Change) -> str:
 def closing(gate: Gate) -> str:
     """The last line: how many rows have which verdict, and the exit code that follows."""
     verdicts = [change.verdict for change in gate.changes]
-    if gate.disturbed:
-        where = " and in ".join(gate.disturbed)
-        return (
-            f"Other programs used the cores in {where}: no row is called regressed. Measure again on idle cores "
-            f"(exit {int(gate.failed)})."
-        )
+    where = " and in ".join(gate.disturbed)
+    busy = f"Other programs used the cores in {where}: no row measured then is called regressed, measure it again. "
     counts = ", ".join(f"{verdicts.count(word):,} {word}" for word in STYLES if word in verdicts)
+    counts = busy * bool(where) + counts
     if gate.regressed:
         return f"{counts}: FAILED, the whole interval of a slowdown is above {gate.fail_above:g}x (exit 1)."
     if gate.failed:

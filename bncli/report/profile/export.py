@@ -147,6 +147,7 @@ def _kernel_row(row: KernelCost, ceilings: Ceilings) -> dict[str, Any]:
         **_speedup(row.faster),
         "peak_memory_mib": row.peak_memory_mib,
         "saved_mib": row.saved_mib,
+        "cores_lacked": row.cores_lacked,
         "error": error_words(row),
         "wrong": row.wrong,
     }
@@ -175,6 +176,7 @@ def _speedup(speedup: Speedup | None) -> dict[str, Any]:
         "times_native": speedup.value if speedup else None,
         "times_native_low_95": speedup.interval.low if speedup else None,
         "times_native_high_95": speedup.interval.high if speedup else None,
+        "times_native_of_medians": speedup.of_medians if speedup else None,
     }
 
 
@@ -190,6 +192,7 @@ def _step_row(row: StepCost) -> dict[str, Any]:
         **{f"{name.replace(', ', '_')}_ms": row.shares_ms.get(name) for name in STEP_CLASSES},
         **{field.name: getattr(row.memory, field.name, None) for field in fields(StepMemory)},
         "norms": norms_words(row.norms) or None,
+        "cores_lacked": row.cores_lacked,
         "error": error_words(row),
     }
 

@@ -111,7 +111,7 @@ def step_columns(rows: Sequence[StepCost]) -> list[Column]:
     """A row an arm, mode and kernel: how long a step takes."""
     return [
         *_step_names(rows),
-        Column("ms/step", [samples_cell(row.samples_ms) for row in rows]),
+        Column("ms/step", [samples_cell(row.samples_ms, row.cores_lacked) for row in rows]),
         Column("samples/s", [figure(samples_per_s(row)) for row in rows]),
         Column(VS_NATIVE, [speedup_cell(row.faster, row.kernel) for row in rows]),
     ]

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
-from bncli.report.text import UNKNOWN, Cell, Column, count, figure, finding_text, interval_figure
+from bncli.report.text import UNKNOWN, Cell, Column, busy_mark, busy_words, count, figure, finding_text, interval_figure
 from bncli.results.profile import (
     FOLDED,
     Case,
     Ceilings,
     KernelCost,
-    KernelProfile,
     NormLayers,
     NormRemark,
     Note,
@@ -65,13 +64,13 @@ def samples_per_s(row: StepCost) -> float | None:
 # --- cells --------------------------------------------------------------------------------------------------------
 
 
-def samples_cell(samples: Sequence[float]) -> Cell:
-    """`1.23` and `±2%`: the median and half the interquartile range."""
+def samples_cell(samples: Sequence[float], cores_lacked: float | None = None) -> Cell:
+    """`1.23` and `±2%`: the median, marked if other programs disturbed it, and half the interquartile range."""
     found = quartiles(samples)
     if found is None:
         return Cell(UNKNOWN)
     spread = (found.high - found.low) / 2 / found.median if found.median else 0.0
-    return Cell(figure(found.median), f"±{spread:.0%}" if len(samples) > 1 else "")
+    return Cell(figure(found.median) + busy_mark(cores_lacked), f"±{spread:.0%}" if len(samples) > 1 else "")
 
 
 def ratio_cell(ratio: Speedup) -> Cell:
@@ -80,12 +79,13 @@ def ratio_cell(ratio: Speedup) -> Cell:
 
 
 def speedup_cell(speedup: Speedup | None, kernel: str | None = None) -> Cell:
-    """Green where the interval is above 1, red where it is below; native itself is 1."""
+    """Green where the interval is above 1, red where it is below, marked if the medians contradict it; native is 1."""
     if speedup is None:
         return Cell("1x" if kernel == NATIVE else UNKNOWN)
     low, high = speedup.interval.low, speedup.interval.high
     colour = " green" if low is not None and low > 1 else " red" if high is not None and high < 1 else ""
-    return ratio_cell(speedup)._replace(style=f"bold{colour}")
+    cell = ratio_cell(speedup)
+    return cell._replace(main=cell.main + "*" * speedup.contradicted, style=f"bold{colour}")
 
 
 def speedup_legend(reference: str) -> str:
@@ -161,19 +161,14 @@ def _case_words(case: Case) -> str:
 
 def note_lines(profile: Profile) -> list[str]:
     """What a reader of the figures must know, a sentence each."""
-    busy = busy_words(profile) if isinstance(profile, KernelProfile) else None
-    return [*([] if busy is None else [busy]), *map(note_words, profile.notes)]
-
-
-def busy_words(profile: KernelProfile) -> str | None:
-    """That other programs seem to have used a CPU's cores; None where the copies do not show it."""
-    if not profile.cores_shared:
-        return None
-    size, reached = profile.ceilings.copies[0]
-    return (
-        f"other programs seem to be using these cores: a copy of {size_words(size)} reached {reached:.2g} GB/s, the "
-        f"largest {profile.ceilings.copy_gb_per_s:.2g} GB/s; threads wait for each other, so the times are not reliable"
+    speedups = {row.key: row.faster for row in profile.rows if row.faster is not None and row.faster.contradicted}
+    contradicted = "; ".join(f"{key}: {figure(speedup.of_medians)}x" for key, speedup in speedups.items())
+    words = (
+        f"*: the two medians give another ratio ({contradicted}). Trust the marked one: what slows a whole round down "
+        "cancels in the round's ratio, and moves the medians"
     )
+    marks = busy_words(row.cores_lacked for row in profile.rows), contradicted and words
+    return [*filter(None, marks), *map(note_words, profile.notes)]
 
 
 def note_words(note: Note) -> str:

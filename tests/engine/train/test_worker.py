@@ -22,8 +22,8 @@ from tests.conftest import OWN, tiny
 class Driver:
     """The other end of a worker's pipes; its standard error goes to a file."""
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
-        command = [sys.executable, "-m", "bncli.engine.train.worker", "--device", device, "--threads", "1"]
+    def __init__(self, folder: Path, device: str = "cpu", threads: str = "1") -> None:
+        command = [sys.executable, "-m", "bncli.engine.train.worker", "--device", device, "--threads", threads]
         self.log, pipe = folder / "worker.log", subprocess.PIPE
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, cwd=folder)
@@ -79,6 +79,11 @@ def test_a_worker_says_hello_then_takes_many_runs(worker: Driver) -> None:
         assert (message["key"], message["code"]) == (key, {})
         assert result.status == "reached"
         assert result.environment.threads == 1
+
+
+def test_a_worker_takes_the_threads_that_it_was_started_with_for_a_small_step_too(tmp_path: Path) -> None:
+    with Driver(tmp_path, threads="2") as worker:
+        assert worker.outcome("one", tiny())["result"]["environment"]["threads"] == 2
 
 
 BUILT = "from torch import nn\ndef make(shape, classes, norm):\n    {}\n    return nn.Linear(shape[0], classes)\n"

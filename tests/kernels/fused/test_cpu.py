@@ -15,10 +15,10 @@ from torch import Tensor
 
 from bncli import kernels
 from bncli.engine import device as devices
+from bncli.engine.device import cpu_threads
 from bncli.errors import Unavailable
 from bncli.kernels import api, fused, native
 from bncli.kernels.fused import build, cpu
-from bncli.measure.timing import clock
 from tests.kernels.fused.checks import EPS, ROUNDOFF, lay
 
 
@@ -67,7 +67,7 @@ def test_the_number_of_threads_changes_no_bit(
     x, residual, dy = (lay(torch.randn(shape, generator=source), channels_last) for _ in range(3))
     found = []
     for count in (1, 2, 3):
-        with clock.threads(count):
+        with cpu_threads(count):
             found.append(outputs(x, activation, residual, dy))
     for other in found[1:]:
         assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
@@ -187,7 +187,7 @@ def test_other_processors_vectors_give_natives_of_float64_too(
     ],
 )
 def test_the_division_between_threads_is_described(shape: tuple[int, ...], threads: int, words: str) -> None:
-    with clock.threads(threads):
+    with cpu_threads(threads):
         assert cpu.thread_division(torch.empty(shape, device="meta")) == words
 
 

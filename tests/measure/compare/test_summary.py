@@ -161,6 +161,16 @@ def test_seconds_with_other_threads_are_left_out_of_both_arms(asked: Study) -> N
     assert seconds.typical.value == pytest.approx(0.03, rel=0.2)
 
 
+def test_an_arm_whose_runs_waited_for_cores_is_noted(asked: Study) -> None:
+    found = carried_out(asked, by_arm_and_rate(RATES, TENTH))
+    assert summary(asked, found).arms[0].cores_lacked is None
+    found = changed(found, lambda one: one.arm == "normed", cores_lacked=0.4)
+    plain, normed = summary(asked, found).arms
+    assert (plain.cores_lacked, normed.cores_lacked) == (None, 0.4)
+    (noted,) = [note for note in summary(asked, found).notes if note.kind == "disturbed"]
+    assert noted.facts == {"cores_lacked": {"normed": 0.4}}
+
+
 def test_a_tuned_batch_size_is_noted_and_counts_in_examples(study_of: StudyOf) -> None:
     arms = ARMS.replace("optimizer.lr: [0.1, 1, 10]", "train.batch_size: [10, 20, 40]")
     asked = study_of(BASE + arms.replace("{norm: batch}", "{norm: batch, train: {batch_size: 40}}"))

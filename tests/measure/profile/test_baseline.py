@@ -51,18 +51,24 @@ def test_a_kernel_that_is_slower_by_its_whole_interval_has_regressed():
     assert found.changes[0].slower == pytest.approx(1.5)
 
 
-def test_where_other_programs_used_the_cores_no_row_regressed():
-    slow, good = slowed(kernel_profile(), 1.5), kernel_profile()
-    ceilings = replace(good.ceilings, copies=((2**18, 0.01 * good.ceilings.copy_gb_per_s), *good.ceilings.copies[1:]))
-    on_cpu = {"environment": replace(good.environment, device="cpu"), "ceilings": ceilings}
-    for now, before, where in (
-        (replace(slow, **on_cpu), good, "this run"),
-        (slow, replace(good, **on_cpu), "the baseline"),
-    ):
+@pytest.mark.parametrize("make", [kernel_profile, step_profile])
+def test_no_row_that_other_programs_disturbed_regressed(make):
+    slow, good = slowed(make(), 1.5), make()
+    assert gate(slow, good, 1.1).disturbed == ()
+    for now, before, where in ((beside_others(slow), good, "this run"), (slow, beside_others(good), "the baseline")):
         found = gate(now, before, 1.1)
         assert ({each.verdict for each in found.changes}, found.disturbed) == ({"cannot tell"}, (where,))
         assert not found.failed
         assert gate(now, before, 1.1, strict=True).failed
+    # The other rows are judged as ever.
+    first, *others = gate(replace(slow, rows=(*beside_others(slow).rows[:2], *slow.rows[2:])), good, 1.1).changes
+    assert first.verdict == "cannot tell"
+    assert {each.verdict for each in others} == {"regressed"}
+
+
+def beside_others(profile):
+    """The profile measured while other programs used half a core."""
+    return replace(profile, rows=tuple(replace(row, cores_lacked=0.5) for row in profile.rows))
 
 
 def test_an_interval_around_the_bound_cannot_tell_and_does_not_fail():

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from bncli.engine.load import CoreWait
 from bncli.errors import Unavailable, UsageError
 from bncli.measure.profile.kernels import MOST_ROUNDS, Budget, KernelRun, KernelSettings
 from bncli.measure.profile.shapes import Calls, shape_set
@@ -42,6 +43,13 @@ def test_each_direction_has_its_own_time_and_the_speedup_is_of_both(found: Kerne
     assert rival.faster is not None
     assert rival.faster.value == pytest.approx(5.001 / 2.501)
     assert rival.faster.interval.low == pytest.approx(5.001 / 2.501)
+
+
+def test_each_row_has_the_cores_that_its_case_lacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CoreWait, "cores", lambda self: 0.7)
+    machine = Machine()
+    rows = profile(machine, {"native": machine.takes(2.0, 3.0), "rival": machine.takes(1.0, 1.5)}).rows
+    assert {row.cores_lacked for row in rows} == {0.7}
 
 
 def test_floor_bytes_count_tensors_and_saved_bytes_count_storages(found: KernelProfile) -> None:

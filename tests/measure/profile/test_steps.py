@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bncli import kernels
 from bncli.engine.data.splits import Dataset
+from bncli.engine.load import CoreWait
 from bncli.errors import DataError
 from bncli.kernels import fused
 from bncli.measure.profile.norm_diagnostics import TrainingPlan
@@ -121,6 +122,13 @@ def test_each_speedup_is_over_the_native_step_of_the_same_mode() -> None:
     assert set(evaluated.samples_ms) == {2.0}
     assert (evaluated.batch_size, rows["native"].batch_size) == (3, 4)
     assert len(profile.rows) == profile.planned == 4
+
+
+@pytest.mark.usefixtures("other")
+def test_each_row_has_the_cores_that_its_rounds_lacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CoreWait, "cores", lambda self: 0.7)
+    profile = finished(faked_run(Faked(FakeTime(), {"native": 8.0, "fused": 4.0})))
+    assert [row.cores_lacked for row in profile.rows] == [0.7] * 4
 
 
 @pytest.mark.usefixtures("other")

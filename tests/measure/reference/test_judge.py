@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bncli.engine.device import cpu_threads
 from bncli.measure.reference import judge
 from bncli.measure.reference.candidate import NATIVE, by_name, candidate
 from bncli.measure.reference.case import Case, timed
@@ -24,7 +25,6 @@ from bncli.measure.reference.judge import (
     number_kind,
     same_bits,
 )
-from bncli.measure.timing import clock
 from bncli.results import profile
 from bncli.results.finding import Finding
 
@@ -104,7 +104,7 @@ def test_nan_is_equal_to_nan_and_nothing_to_nothing() -> None:
 def test_native_is_right_however_many_threads_and_channels_it_adds_over() -> None:
     """In channels_last torch's sums over 25,088 values err twice as much on two threads as on one."""
     case = timed(profile.Case((32, 32, 28, 28), "bn", "fp32", "channels_last"))
-    with clock.threads(2):
+    with cpu_threads(2):
         assert not large(case, CPU).judge(NATIVE, "native").wrong
 
 

@@ -176,16 +176,6 @@ def test_rounds_come_one_by_one() -> None:
     assert machine.log.count("a") == 2
 
 
-def test_the_number_of_threads_is_restored_after_an_error() -> None:
-    before = torch.get_num_threads()
-    with clock.threads(before + 1):
-        assert torch.get_num_threads() == before + 1
-    assert torch.get_num_threads() == before
-    with pytest.raises(ZeroDivisionError), clock.threads(before + 1):
-        raise ZeroDivisionError
-    assert torch.get_num_threads() == before
-
-
 def test_a_copy_moves_every_byte_twice() -> None:
     work, moved_bytes = clock.copy_work(4096, CPU)
     assert moved_bytes == 2 * 4096

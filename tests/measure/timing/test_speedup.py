@@ -15,7 +15,27 @@ from bncli.results.profile import Speedup
 
 def test_it_is_the_median_of_ratios_and_not_the_ratio_of_medians() -> None:
     found = faster([2.0, 30.0, 8.0], [1.0, 10.0, 2.0])
-    assert found == Speedup(3.0, Interval(None, None))
+    assert found == Speedup(3.0, Interval(None, None), of_medians=4.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "of_medians", "contradicted"),
+    [
+        (0.895, 0.85, 0.95, 1.386, True),  # a kernel that is slower by its rounds and faster by its medians
+        (0.895, 0.5, 1.5, 1.386, True),
+        (2.0, 1.9, 2.1, 2.5, True),
+        (2.0, 1.5, 2.6, 2.5, False),
+        (2.0, 1.99, 2.01, 2.05, False),  # within the spread of times
+        (0.99, 0.98, 1.0, 1.01, False),
+        (1.3, None, None, 0.8, True),
+        (1.3, None, None, 2.8, False),
+        (1.3, 1.2, 1.4, None, False),  # read from an earlier file
+    ],
+)
+def test_medians_contradict_a_ratio_from_outside_its_interval_or_across_1(
+    value: float, low: float | None, high: float | None, of_medians: float | None, contradicted: bool
+) -> None:
+    assert Speedup(value, Interval(low, high), of_medians).contradicted == contradicted
 
 
 def test_a_round_that_is_slow_for_both_changes_nothing() -> None:
@@ -42,8 +62,8 @@ def test_the_rank_is_the_last_whose_tail_holds_at_most_a_fortieth(count: int) ->
 
 
 def test_too_few_rounds_leave_both_sides_open() -> None:
-    assert faster([2.0] * 5, [1.0] * 5) == Speedup(2.0, Interval(None, None))
-    assert faster([2.0] * 6, [1.0] * 6) == Speedup(2.0, Interval(2.0, 2.0))
+    assert faster([2.0] * 5, [1.0] * 5) == Speedup(2.0, Interval(None, None), 2.0)
+    assert faster([2.0] * 6, [1.0] * 6) == Speedup(2.0, Interval(2.0, 2.0), 2.0)
 
 
 def test_swapping_the_sides_gives_the_reciprocal() -> None:

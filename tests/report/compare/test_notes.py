@@ -43,6 +43,11 @@ def test_every_kind_of_note_has_its_words_in_one_table():
             "3 earlier runs are not reused: torch has another version (2), the model's code has changed (1)",
         ),
         (
+            Note.of("disturbed", cores_lacked={"plain": 0.25, "bn": 0.5}),
+            "!: measured while other programs used the cores: up to 0.50 threads at a time waited for one, so these "
+            "times are too long; measure again on idle cores (plain, bn)",
+        ),
+        (
             Note.of("earlier answer", file="comparison-1.json"),
             "the folder's earlier result, of another plan, is kept as comparison-1.json",
         ),

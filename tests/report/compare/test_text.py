@@ -10,6 +10,7 @@ import pytest
 from bncli.report.compare.text import (
     common_ratio,
     comparison_columns,
+    cost_columns,
     footnotes,
     headline,
     metric_range,
@@ -163,6 +164,17 @@ def test_each_machine_is_named_once_with_its_versions(examples):
     notes = [note for note in footnotes(replace(found, runs=runs)) if note.startswith("Made on")]
     assert len(notes) == 2
     assert "driver 580.1, TF32, torch" in notes[0]
+
+
+def test_the_times_of_an_arm_that_other_programs_disturbed_are_marked(examples):
+    found = examples["six arms"]
+    first, second, *others = found.arms
+    found = replace(found, arms=(replace(first, cores_lacked=0.3), replace(second, cores_lacked=0.05), *others))
+    marked = [column for column in comparison_columns(found) if "!" in column.cells[0].main]
+    assert [column.name for column in marked] == ["samples/s", "ms/step"]
+    seconds = next(column for column in cost_columns(found) if column.name == "seconds to target")
+    assert seconds.cells[0].main.endswith("!")
+    assert not any("!" in cell.main for column in (*marked, seconds) for cell in column.cells[1:])
 
 
 def test_the_title_names_data_target_budget_and_seeds(examples):

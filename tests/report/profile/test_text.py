@@ -6,9 +6,10 @@ import math
 from dataclasses import replace
 from typing import Any, get_args
 
+import pytest
+
 from bncli.report.profile.export import to_csv
 from bncli.report.profile.text import (
-    busy_words,
     error_words,
     memory_column,
     norms_words,
@@ -18,18 +19,21 @@ from bncli.report.profile.text import (
     quartiles,
     remark_words,
     samples_cell,
+    speedup_cell,
 )
 from bncli.report.text import Cell
+from bncli.results.environment import Interval
 from bncli.results.finding import Finding
 from bncli.results.profile import (
     Case,
-    Ceilings,
     KernelCost,
     NormLayers,
     NormRemark,
     Note,
     NoteKind,
+    Profile,
     RemarkKind,
+    Speedup,
     StepDifference,
 )
 from tests.report.made_up_costs import FUSED_NORMS, one_case, step_profile
@@ -90,19 +94,29 @@ def test_a_note_of_each_kind_has_its_facts() -> None:
     assert note_lines(step_profile()) == [note_words(note) for note in step_profile().notes]
 
 
-def test_a_small_copy_that_is_slower_than_a_large_one_shows_other_programs() -> None:
-    busy = replace(one_case(), ceilings=Ceilings(((2**18, 0.07), (2**28, 8.9)), None))
-    for idle in (
-        replace(busy, ceilings=Ceilings(((2**18, 13.0), (2**28, 27.0)), None)),
-        replace(busy, ceilings=Ceilings((), None)),
-        # Launches bound small copies of a GPU.
-        replace(busy, environment=replace(busy.environment, device="cuda:0 NVIDIA X")),
-    ):
-        assert busy_words(idle) is None
-    said = busy_words(busy)
-    assert said is not None
-    assert "a copy of 256 KiB reached 0.07 GB/s, the largest 8.9 GB/s" in said
-    assert note_lines(busy)[0] == said
+@pytest.mark.parametrize("made", [one_case(), step_profile()])
+def test_other_programs_are_said_once_with_the_most_cores_that_a_row_lacked(made: Profile) -> None:
+    native, fused, *others = made.rows
+    for lacked in (None, 0.0, 0.1):
+        rows = (replace(native, cores_lacked=lacked), replace(fused, cores_lacked=lacked), *others)
+        assert not [line for line in note_lines(replace(made, rows=rows)) if line.startswith("!")]  # type: ignore[arg-type]
+    rows = (replace(native, cores_lacked=0.31), replace(fused, cores_lacked=1.42), *others)
+    (said,) = [line for line in note_lines(replace(made, rows=rows)) if line.startswith("!")]  # type: ignore[arg-type]
+    assert "other programs used the cores: up to 1.4 threads at a time waited for one" in said
+    assert "measure again on idle cores" in said
+    assert samples_cell([2.0, 2.0], 0.31).main == "2.00!"
+    assert samples_cell([2.0, 2.0], 0.05).main == "2.00"
+
+
+def test_a_ratio_that_the_medians_contradict_is_marked_and_explained_once() -> None:
+    row = replace(one_case().rows[1], faster=Speedup(0.895, Interval(0.85, 0.95), of_medians=1.386))
+    assert row.faster is not None
+    assert speedup_cell(row.faster).main == "0.895x*"
+    said = note_lines(replace(one_case(), rows=(row,)))[0]
+    assert said.startswith(f"*: the two medians give another ratio ({row.key}: 1.39x). Trust the marked one")
+    agreed = replace(row, faster=replace(row.faster, of_medians=0.9))
+    assert speedup_cell(agreed.faster).main == "0.895x"
+    assert not [line for line in note_lines(replace(one_case(), rows=(agreed,))) if line.startswith("*")]
 
 
 # --- errors of rows -----------------------------------------------------------------------------------------------

@@ -1,0 +1,37 @@
+"""A training step's arithmetic, which chooses its CPU threads. No clock does: bits must not depend on the load."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bncli.engine.models.init import global_generators, restore_global_generators
+from bncli.engine.train.state import TrainState
+from bncli.recipe.layers import layers, size
+
+PASSES = 3  # of a layer's products: its output, and the gradients of its weights and of its input
+# Where a second thread begins to pay: the shortest steps with one over two, of nets with two layers of 100, 200, 300
+# and 400 units (3, 10, 20, 34 million multiply-adds), are 0.82, 0.91, 0.90, 1.10 (tests.benchmarks.threads, two cores,
+# 2026-12-01). On busy cores a second one can cost 70 times as much.
+FEWEST = 25_000_000
+
+
+def multiply_adds(state: TrainState) -> int | None:
+    """Of linear layers and convolutions for a (micro-)batch, forward and backward.
+
+    The user's own model is counted in a pass of a copy without data; None where there is no such pass.
+    """
+    batch, shape = state.recipe.train.micro_batch_size, state.dataset.shape
+    if model := layers(state.recipe, shape, state.dataset.classes):
+        return PASSES * batch * size(model, shape)[0].multiply_adds
+    before = global_generators(state.device)
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            copy.deepcopy(state.model).to("meta").forward(torch.empty(batch, *shape, device="meta"))
+    except Exception:  # an operator that needs data, or a branch on a value
+        return None
+    finally:
+        restore_global_generators(before, state.device)
+    return PASSES * counter.get_total_flops() // 2  # which are two for a multiply-add
