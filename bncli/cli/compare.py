@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from bncli.measure.compare.plan import Study
     from bncli.recipe.load import Loaded
     from bncli.report.folder import ComparisonFolder
-    from bncli.results.compare import Comparison, RunRecord
+    from bncli.results.compare import Comparison, Planned, RunRecord
 
 
 NO_CLAIMS = "--require-claims: there are no claims; write them into the recipe under claims"
@@ -42,10 +45,13 @@ def compare(
     threads: Annotated[int, typer.Option(min=1, max=options.MOST_THREADS, help="CPU threads per run.")] = 1,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Folder that keeps the runs.  [default: runs/NAME]", show_default=False),
+        typer.Option(
+            "--out", "-o", help="Folder that keeps the runs.  [default: runs/NAME, or runs/A+B]", show_default=False
+        ),
     ] = None,
     saved: Annotated[
-        Path | None, typer.Option("--from", help="Report on a saved JSON or folder; train nothing.")
+        Path | None,
+        typer.Option("--from", metavar="FOLDER|FILE.json", help="Report on a saved comparison; train nothing."),
     ] = None,
     json: options.Json = False,
     csv: options.Csv = False,
@@ -78,18 +84,18 @@ def compare(
             raise UsageError(NO_CLAIMS)
     else:
         from bncli.recipe.load import load
+        from bncli.results.compare import Planned
 
         if (recipes or []).count("-") > 1:
             raise UsageError("- is standard input, which can be read only once")
         loaded = [load(path, sets or (), allow_code=allow_code, sets_from="--set") for path in recipes or ()]
-        if dry_run:
-            from bncli.measure.compare.plan import planned_comparison
-
-            show_plan(planned_comparison(loaded), json)
-            return
         if require_claims and not any(each.file.claims for each in loaded):
             raise UsageError(NO_CLAIMS)
-        comparison, stopped = _run_comparison(loaded, device, jobs, threads, out, quiet)
+        made, stopped = _run_comparison(loaded, device, jobs, threads, out, quiet, dry_run)
+        if isinstance(made, Planned):
+            show_plan(made, json)
+            raise typer.Exit(stopped)
+        comparison = made
     _show(comparison, output)
     if stopped:
         raise typer.Exit(stopped)
@@ -101,32 +107,42 @@ def compare(
 
 
 def _run_comparison(
-    loaded: list[Loaded], device: str, jobs: int | None, threads: int, out: Path | None, quiet: bool
-) -> tuple[Comparison, int]:
-    """The comparison, and the exit code of the signal that ended it before its time, or 0."""
+    loaded: list[Loaded], device: str, jobs: int | None, threads: int, out: Path | None, quiet: bool, dry_run: bool
+) -> tuple[Comparison | Planned, int]:
+    """The comparison, or what it would do, and the exit code of the signal that ended it before its time, or 0."""
     from bncli.measure.compare import reuse
-    from bncli.measure.compare.plan import collect, planned_runs, study, wanted
+    from bncli.measure.compare.plan import collect, planned_comparison, planned_runs, study, wanted
     from bncli.measure.compare.processes import Processes
-    from bncli.measure.compare.run import execute
-    from bncli.measure.compare.summary import summarise
+    from bncli.measure.compare.run import check, execute
     from bncli.report.compare.notes import sentence
     from bncli.report.folder import ComparisonFolder
     from bncli.report.progress import CompareProgress
-    from bncli.results.compare import Note
+    from bncli.results.compare import BegunComparison, Note
 
     asked = study(loaded, reuse.identity(device, loaded[0].base))
     folder = ComparisonFolder(out or Path("runs") / asked.plan.name)
     enable_gc()
-    with folder:
+    with contextlib.ExitStack() as opened:
+        logs = Path(opened.enter_context(tempfile.TemporaryDirectory())) if dry_run else folder.path / "logs"
+        if not dry_run:
+            opened.enter_context(folder)
+        executor = opened.enter_context(contextlib.closing(Processes(device, jobs, threads, logs)))
         kept = list(folder.finished().values())
-        _begin(folder, asked, kept, threads, loaded)
+        sources = _sources(folder, asked, kept, loaded)
         records = reuse.usable(kept)
         for note in reuse.not_reused(wanted(asked, records), kept, asked.identity):
             log(sentence(note), quiet)
         with StopSignal() as stop, CompareProgress(quiet) as progress:
-            executor = Processes(device, jobs, threads, folder.path / "logs")
+            to_do = [job for job in wanted(asked, records) if job.key not in records]
+            checked = check(asked, to_do, executor, stop, progress.check, dry_run)
+            if dry_run:
+                found = planned_comparison(asked, loaded[0], records)
+                return replace(found, checked=checked and not stop.number), stop.number and stop.exit_code
+            folder.begin(BegunComparison(asked.plan, asked.identity, threads, sources))
             for event in execute(asked, folder.save, executor, records, stop):
                 progress(event)
+        from bncli.measure.compare.summary import summarise  # imports scipy, which a dry run does without
+
         remarks = reuse.not_reused(wanted(asked, records), kept, asked.identity)
         latest = {record.key: record for record in reuse.of_one_code(records.values())}
         if left_out := len({record.key for record in collect(asked, records)} - latest.keys()):
@@ -144,10 +160,9 @@ def _run_comparison(
     return comparison, stop.exit_code
 
 
-def _begin(folder: ComparisonFolder, asked: Study, kept: list[RunRecord], threads: int, loaded: list[Loaded]) -> None:
-    """Write the plan into the folder. Raises UsageError where its runs are another comparison's."""
+def _sources(folder: ComparisonFolder, asked: Study, kept: list[RunRecord], loaded: list[Loaded]) -> tuple[str, ...]:
+    """The recipes' files. Raises UsageError where the runs of the folder are another comparison's."""
     from bncli.measure.compare.reuse import fits
-    from bncli.results.compare import BegunComparison
 
     sources = [str(Path(each.source).resolve()) for each in loaded if each.source != "standard input"]
     before = folder.begun()
@@ -158,7 +173,7 @@ def _begin(folder: ComparisonFolder, asked: Study, kept: list[RunRecord], thread
             f"{folder.path}: contains {len(known)} runs of another comparison{of}, none of which fits this one; choose "
             "another folder with --out"
         )
-    folder.begin(BegunComparison(asked.plan, asked.identity, threads, tuple(sources)))
+    return tuple(sources)
 
 
 def _saved_comparison(saved: Path, quiet: bool) -> Comparison:

@@ -156,8 +156,8 @@ ONE_MISTAKE = [
     (BASE.replace("{steps: 100}", "[100]") + "schedule: {warmup: {epochs: 1}}\n",
      "4: train: expected a mapping, found a list"),
     (train("steps: {epochs: 3}").replace("{source: synthetic}", "{source: npz, path: no.npz}"),
-     "4: train.steps: its epochs cannot be counted in steps: data.path: there is no file no.npz; it should hold the "
-     "arrays x and y"),
+     "4: train.steps: its epochs cannot be counted in steps: data.path: no.npz does not exist; create it with "
+     "numpy.savez('no.npz', x=..., y=...)"),
     (train("steps: {epochs: 3}") + "arms: {a: {train: {evaluate_every: {epochs: 1}}}}\ngrid: {train.batch_size: [9]}\n",
      "6: grid.train.batch_size: the steps of an epoch depend on it; give arms.a.train.evaluate_every or train.steps in "
      "steps, not in epochs"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from time import perf_counter
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from bncli import kernels
 from bncli.engine import data
-from bncli.engine.data.splits import Dataset
+from bncli.engine.data.splits import Dataset, InMemory
 from bncli.engine.device import autocast, environment, in_tf32, resolve, tf32_allowed
 from bncli.engine.models import blame_own_model
 from bncli.engine.target import evaluation_steps
@@ -21,6 +22,7 @@ from bncli.engine.train.optim import set_learning_rate
 from bncli.engine.train.population import precise
 from bncli.engine.train.probes import probe, probe_steps
 from bncli.engine.train.state import TrainState
+from bncli.errors import RecipeError, RunFailed
 from bncli.recipe.sections import BatchNorm, OwnModel, Recipe
 from bncli.results.environment import Environment
 from bncli.results.train import (
@@ -77,6 +79,24 @@ def train(
         dataset = data.load(recipe.data, on, data.MEMORY_FORMATS[recipe.train.memory_format])
     with blame_own_model(recipe), tf32_allowed(recipe.train.tf32):
         yield from training_loop(TrainState(recipe, dataset, on), name, stop)
+
+
+def trial(
+    recipe: Recipe, device: str = "auto", *, dataset: Dataset | None = None, name: str = "trial"
+) -> Iterator[Event]:
+    """The first step of a run, after an evaluation of one chunk of the held-out examples. Nothing is compiled.
+
+    It raises what would end every run of the recipe. Arguments and events as in `train`; a user's model that raises, or
+    whose outputs are not logits, is a RecipeError.
+    """
+    if dataset is None:
+        dataset = data.load(recipe.data, resolve(device), data.MEMORY_FORMATS[recipe.train.memory_format])
+    held_out = InMemory(*next(dataset.held_out.chunks(evaluation_size(recipe, dataset.shape))))
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": False})})
+    try:
+        yield from train(recipe, device, dataset=replace(dataset, held_out=held_out), name=name, stop=lambda: True)
+    except RunFailed as error:
+        raise RecipeError(str(error)) from error
 
 
 def training_loop(state: TrainState, name: str = "run", stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
@@ -200,6 +220,13 @@ def _evaluation(state: TrainState, train_loss: float | None) -> Evaluation:
     for x, y in state.dataset.held_out.chunks(evaluation_size(state.recipe, state.dataset.shape)):
         with autocast(state.device, state.recipe.train.precision):
             logits = state.model(x)
+        expected = (len(y), state.dataset.classes)
+        if isinstance(state.recipe.model, OwnModel) and getattr(logits, "shape", None) != expected:
+            found = f"of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise RunFailed(
+                f"model.module: {state.recipe.model.module}: the output for a batch of {len(y)} examples is {found}; "
+                f"expected a tensor of shape {expected}, a logit for each example and class"
+            )
         highest, predicted = logits.max(1)  # NaN where any of an example's logits is
         right = right + ((predicted == y) & highest.isfinite()).sum()
         loss = loss + F.cross_entropy(logits.float(), y, reduction="sum")

@@ -155,7 +155,14 @@ def _step_names(rows: Sequence[StepCost]) -> list[Column]:
 
 
 def _lines(rows: Sequence[StepCost], messages: bool = False) -> list[Row]:
-    return table_rows(_arms(rows), lambda row: (error_words(row) or "") * messages)
+    """messages: with the errors, each once an arm."""
+    first = {(row.arm, error_words(row)): row for row in reversed(rows)}
+
+    def message(row: StepCost) -> str:
+        words = error_words(row) if messages else None
+        return "" if words is None else words if first[row.arm, words] is row else "the same error"
+
+    return table_rows(_arms(rows), message)
 
 
 def _arms(rows: Sequence[StepCost]) -> dict[str, list[StepCost]]:

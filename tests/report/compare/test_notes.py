@@ -20,7 +20,14 @@ def test_every_kind_of_note_has_a_sentence():
     ("note", "words"),
     [
         (Note.of("unfinished", done=3, planned=9, failed=0), "3 of 9 runs are done; the figures are based on those"),
-        (Note.of("failed", "plain", failure="it died"), "plain: failed: it died"),
+        (
+            Note.of("failed", failure="it died", runs=1, arms=["plain"], run="lr 1, seed 2"),
+            "plain: lr 1, seed 2 failed: it died",
+        ),
+        (
+            Note.of("failed", failure="it died", runs=20, arms=["plain", "normed"], run=None),
+            "plain, normed: 20 runs failed: it died",
+        ),
         (Note.of("few seeds", seeds=1, ratio=1.5, needed=None), "1 seed per arm is few"),
         (
             Note.of("not told apart", arms=["a", "b"], reference="plain", comparisons=2),

@@ -87,7 +87,7 @@ def test_the_methods_in_use_are_named_and_no_other(examples):
 def test_the_notes_of_the_comparison_come_first(examples):
     assert footnotes(examples["six arms"])[:3] == [
         "52 of 56 runs are done, 1 failed; the figures are based on those",
-        "careful xavier initialization: failed: seed 106: worker killed by signal 9",
+        "careful xavier initialization: lr 0.3, seed 106 failed: worker killed by signal 9",
         "small learning rate: 5 of 5 runs diverged and count as misses",
     ]
 
