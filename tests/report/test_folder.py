@@ -271,7 +271,7 @@ def test_a_folder_that_cannot_be_made_read_or_shared_is_named(tmp_path: Path) ->
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"out .*file/run: cannot be created: Not a directory"):
         RunFolder(tmp_path / "file/run", "name").begin("")
-    with pytest.raises(UsageError, match=r"comparison.json: cannot be read: No such file or directory; give a JSON"):
+    with pytest.raises(UsageError, match=r"comparison.json: cannot be read: No such file or directory; give the folder or the JSON file"):
         load_comparison(tmp_path)
     with ComparisonFolder(tmp_path) as folder:
         folder.begin(BEGUN)
