@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from bncli.measure.compare.plan import Study
     from bncli.recipe.load import Loaded
     from bncli.report.folder import ComparisonFolder
-    from bncli.results.compare import Comparison, Planned, RunRecord
+    from bncli.results.compare import Comparison, RunRecord
 
 
 NO_CLAIMS = "--require-claims: there are no claims; write them into the recipe under claims"
@@ -45,13 +45,10 @@ def compare(
     threads: Annotated[int, typer.Option(min=1, max=options.MOST_THREADS, help="CPU threads per run.")] = 1,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", "-o", help="Folder that keeps the runs.  [default: runs/NAME, or runs/A+B]", show_default=False
-        ),
+        typer.Option("--out", "-o", help="Folder of the runs.  [default: runs/NAME, or runs/A+B]", show_default=False),
     ] = None,
     saved: Annotated[
-        Path | None,
-        typer.Option("--from", metavar="FOLDER|FILE.json", help="Report on a saved comparison; train nothing."),
+        Path | None, typer.Option("--from", metavar="FOLDER|JSON", help="Report on a saved comparison; train nothing.")
     ] = None,
     json: options.Json = False,
     csv: options.Csv = False,
@@ -84,18 +81,13 @@ def compare(
             raise UsageError(NO_CLAIMS)
     else:
         from bncli.recipe.load import load
-        from bncli.results.compare import Planned
 
         if (recipes or []).count("-") > 1:
             raise UsageError("- is standard input, which can be read only once")
         loaded = [load(path, sets or (), allow_code=allow_code, sets_from="--set") for path in recipes or ()]
         if require_claims and not any(each.file.claims for each in loaded):
             raise UsageError(NO_CLAIMS)
-        made, stopped = _run_comparison(loaded, device, jobs, threads, out, quiet, dry_run)
-        if isinstance(made, Planned):
-            show_plan(made, json)
-            raise typer.Exit(stopped)
-        comparison = made
+        comparison, stopped = _run_comparison(loaded, device, jobs, threads, out, quiet, output.form if dry_run else "")
     _show(comparison, output)
     if stopped:
         raise typer.Exit(stopped)
@@ -107,9 +99,12 @@ def compare(
 
 
 def _run_comparison(
-    loaded: list[Loaded], device: str, jobs: int | None, threads: int, out: Path | None, quiet: bool, dry_run: bool
-) -> tuple[Comparison | Planned, int]:
-    """The comparison, or what it would do, and the exit code of the signal that ended it before its time, or 0."""
+    loaded: list[Loaded], device: str, jobs: int | None, threads: int, out: Path | None, quiet: bool, plan_as: str
+) -> tuple[Comparison, int]:
+    """The comparison, and the exit code of the signal that ended it before its time, or 0.
+
+    plan_as: the form in which a dry run prints its plan, which leaves by typer.Exit; empty for no dry run.
+    """
     from bncli.measure.compare import reuse
     from bncli.measure.compare.plan import collect, planned_comparison, planned_runs, study, wanted
     from bncli.measure.compare.processes import Processes
@@ -123,8 +118,8 @@ def _run_comparison(
     folder = ComparisonFolder(out or Path("runs") / asked.plan.name)
     enable_gc()
     with contextlib.ExitStack() as opened:
-        logs = Path(opened.enter_context(tempfile.TemporaryDirectory())) if dry_run else folder.path / "logs"
-        if not dry_run:
+        logs = Path(opened.enter_context(tempfile.TemporaryDirectory())) if plan_as else folder.path / "logs"
+        if not plan_as:
             opened.enter_context(folder)
         executor = opened.enter_context(contextlib.closing(Processes(device, jobs, threads, logs)))
         kept = list(folder.finished().values())
@@ -134,10 +129,11 @@ def _run_comparison(
             log(sentence(note), quiet)
         with StopSignal() as stop, CompareProgress(quiet) as progress:
             to_do = [job for job in wanted(asked, records) if job.key not in records]
-            checked = check(asked, to_do, executor, stop, progress.check, dry_run)
-            if dry_run:
-                found = planned_comparison(asked, loaded[0], records)
-                return replace(found, checked=checked and not stop.number), stop.number and stop.exit_code
+            checked = check(asked, to_do, executor, stop, progress.check, bool(plan_as))
+            if plan_as:
+                planned = planned_comparison(asked, loaded[0], records)
+                show_plan(replace(planned, checked=checked and not stop.number), plan_as == "json")
+                raise typer.Exit(stop.number and stop.exit_code)
             folder.begin(BegunComparison(asked.plan, asked.identity, threads, sources))
             for event in execute(asked, folder.save, executor, records, stop):
                 progress(event)
@@ -150,13 +146,13 @@ def _run_comparison(
         if earlier := folder.keep_other(asked.plan):
             remarks.append(Note.of("earlier answer", file=earlier.name))
             log(f"{folder.path}: {sentence(remarks[-1])}", quiet)
-        planned = planned_runs(asked, latest)
-        comparison = summarise(asked.plan, collect(asked, latest), planned, threads, tuple(remarks))
+        all_runs = planned_runs(asked, latest)
+        comparison = summarise(asked.plan, collect(asked, latest), all_runs, threads, tuple(remarks))
         folder.finish(comparison)
     if not stop.number:
         return comparison, 0
     ended = len({run.key for run in comparison.runs})
-    log(f"Stopped: {ended} of {planned} runs are kept in {folder.path}; the same command continues from there")
+    log(f"Stopped: {ended} of {all_runs} runs are kept in {folder.path}; the same command continues from there")
     return comparison, stop.exit_code
 
 

@@ -5,28 +5,19 @@ from __future__ import annotations
 import difflib
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from bncli.errors import DataError
 
-if TYPE_CHECKING:
-    import numpy as np
-
 KEYS = ("x", "y", "x_test", "y_test")
 USUAL_NAMES = {"x": ("images", "data", "features", "inputs"), "y": ("labels", "label", "targets", "target", "classes")}
-
-HINTS = {
-    "f": " (whole numbers stored as floats are y.astype(int))",
-    "U": " (names are numpy.unique(y, return_inverse=True)[1])",
-}
+# What labels of a type of numpy's probably are.
+HINTS = {"f": " (whole numbers as floats: y.astype(int))", "U": " (names: numpy.unique(y, return_inverse=True)[1])"}
 UNREADABLE = "cannot be read as arrays of numbers ({}); write it again with numpy.savez"
 
 
 def header(path: str) -> tuple[tuple[int, ...], int, bool]:
-    """The shape of x with its examples, the number of classes, and whether there is a fixed test set.
-
-    Raises DataError for other contents, as far as they are read: the headers and y.
-    """
+    """The shape of x with its examples, the number of classes, and whether there is a fixed test set; x is not read."""
     import numpy as np
 
     file = Path(path).expanduser()
@@ -69,10 +60,10 @@ def array_names(path: str) -> list[str]:
     return found
 
 
-def check_labels(key: str, y: np.ndarray) -> None:
+def check_labels(key: str, y: Any) -> None:
     """Raises DataError, without the path, for what cannot be the numbers of classes."""
     if y.dtype.kind not in "iu" or y.ndim != 1 or not len(y):
-        hint = " (one-hot rows are y.argmax(1))" if y.ndim == 2 else HINTS.get(y.dtype.kind, "")
+        hint = " (one-hot rows: y.argmax(1))" if y.ndim == 2 else HINTS.get(y.dtype.kind, "")
         raise DataError(
             f"has {key} of type {y.dtype} and shape {y.shape}; labels must be integers, one per example{hint}"
         )

@@ -155,8 +155,7 @@ def read_npz(path: str) -> dict[str, Tensor]:
         _check_classes(tensors["y"])
         for x, y in (("x", "y"), ("x_test", "y_test"))[: 2 if test else 1]:
             if len(tensors[x]) != len(tensors[y]):
-                counts = f"{len(tensors[x])} examples in {x} and {len(tensors[y])} labels in {y}"
-                raise DataError(f"has {counts}; every example needs its label")
+                raise DataError(f"has {len(tensors[x])} examples in {x} and {len(tensors[y])} labels in {y}")
         if test:
             _check_test_set(arrays, int(tensors["y"].max()))
     except DataError as error:

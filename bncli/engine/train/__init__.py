@@ -22,7 +22,7 @@ from bncli.engine.train.optim import set_learning_rate
 from bncli.engine.train.population import precise
 from bncli.engine.train.probes import probe, probe_steps
 from bncli.engine.train.state import TrainState
-from bncli.errors import RecipeError, RunFailed
+from bncli.errors import RunFailed
 from bncli.recipe.sections import BatchNorm, OwnModel, Recipe
 from bncli.results.environment import Environment
 from bncli.results.train import (
@@ -81,22 +81,14 @@ def train(
         yield from training_loop(TrainState(recipe, dataset, on), name, stop)
 
 
-def trial(
-    recipe: Recipe, device: str = "auto", *, dataset: Dataset | None = None, name: str = "trial"
-) -> Iterator[Event]:
-    """The first step of a run, after an evaluation of one chunk of the held-out examples. Nothing is compiled.
+def trial(recipe: Recipe, device: str, *, dataset: Dataset, name: str = "trial") -> Iterator[Event]:
+    """The first step of a run, after an evaluation of one chunk of the held-out examples; nothing is compiled.
 
-    It raises what would end every run of the recipe. Arguments and events as in `train`; a user's model that raises, or
-    whose outputs are not logits, is a RecipeError.
+    It raises what would end every run of the recipe. Arguments and events as in `train`.
     """
-    if dataset is None:
-        dataset = data.load(recipe.data, resolve(device), data.MEMORY_FORMATS[recipe.train.memory_format])
     held_out = InMemory(*next(dataset.held_out.chunks(evaluation_size(recipe, dataset.shape))))
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": False})})
-    try:
-        yield from train(recipe, device, dataset=replace(dataset, held_out=held_out), name=name, stop=lambda: True)
-    except RunFailed as error:
-        raise RecipeError(str(error)) from error
+    return train(recipe, device, dataset=replace(dataset, held_out=held_out), name=name, stop=lambda: True)
 
 
 def training_loop(state: TrainState, name: str = "run", stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:

@@ -1,10 +1,9 @@
 """Worker process that serves many training runs: `python -m bncli.engine.train.worker --device cpu --threads 1`.
 
-One JSON object per line. In: {"key", "recipe", "check"}; a check makes the run's first step alone. Out: {"hello"}
-once, then {"key", "step", "value"} at evaluations and {"key", "result", "code"} or {"key", "failure"} for each run,
-with the user's files that the process loaded; {"refused": mistakes, "field", "value", "exit_code"} when no run can
-succeed (a missing file, an absent device). The process exits when standard input ends, so that it does not outlive its
-parent.
+One JSON object per line. In: {"key", "recipe", "check"}; a check is of the first step alone. Out: {"hello"} once, then
+{"key", "step", "value"} at evaluations and {"key", "result", "code"} or {"key", "failure"} for each run, with the files
+of the user that the process loaded; {"refused": mistakes, "field", "value", "exit_code"} when no run can succeed (data
+or a device that are absent). The process exits when standard input ends, so that it does not outlive its parent.
 """
 
 from __future__ import annotations

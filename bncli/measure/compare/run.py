@@ -86,25 +86,19 @@ class _OpenRuns:
 
 
 def check(
-    study: Study,
-    jobs: Iterable[Job],
-    executor: Executor,
-    stop: Callable[[], bool],
-    began: Callable[[], None],
-    dry_run: bool = False,
+    study: Study, jobs: Iterable[Job], executor: Executor, stop: Callable[[], bool], note: Callable[[], None], dry: bool
 ) -> bool:
-    """Make the first step of each model that differs in some jobs. Raises Refused with the mistakes of all arms.
+    """Make the first step of each model that differs in some jobs, with its arm's probes. Whether there was any.
 
-    An arm's probes are tried too, which its tuning runs do without. began: called before there is anything to wait for.
-    dry_run: try only models of the user's own and .npz files, whose recipe does not tell whether they can be run, and
-    no data that may take minutes to read. Returns whether anything was tried.
+    note: called first. dry: for a dry run, only what no recipe tells, a model of the user's own or a .npz file, and no
+    data that may take minutes to read. Raises Refused with the mistakes of all arms.
     """
     probes = {arm.name: arm.recipe.probes for arm in study.arms}
     trials: dict[str, Job] = {}
     arms: dict[str, list[str]] = {}
     for (arm, _), job in {(job.arm, job.recipe.model.model_dump_json()): job for job in jobs}.items():
         large = isinstance(job.recipe.data, Hub | Mnist)
-        if dry_run and not isinstance(job.recipe.data, Npz) and (large or not isinstance(job.recipe.model, OwnModel)):
+        if dry and not isinstance(job.recipe.data, Npz) and (large or not isinstance(job.recipe.model, OwnModel)):
             continue
         recipe = job.recipe.model_copy(update={"probes": probes[arm]})
         step: dict[str, Any] = plain(recipe)
@@ -112,7 +106,7 @@ def check(
         trials.setdefault(key := digest(step), replace(job, key=key, recipe=recipe, check=True))
         arms.setdefault(key, []).append(arm)
     if trials:
-        began()
+        note()
     ended = [event for event in executor.run(deque(trials.values()), stop) if isinstance(event, Ended)]
     failures = {arm: event.failure for event in ended for arm in arms[event.job.key] if event.failure is not None}
     if failures:

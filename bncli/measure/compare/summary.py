@@ -251,8 +251,8 @@ def _failure_notes(records: Sequence[RunRecord]) -> Iterator[Note]:
     for failure in dict.fromkeys(record.failure for record in records if record.failure is not None):
         alike = [record for record in records if record.failure == failure]
         arms, runs = list(dict.fromkeys(record.arm for record in alike)), len({record.key for record in alike})
-        only = point_and_seed(alike[0].point, alike[0].seed) if runs == 1 else None
-        yield Note.of("failed", failure=failure, runs=runs, arms=arms, run=only)
+        run = point_and_seed(alike[0].point, alike[0].seed) if runs == 1 else None
+        yield Note.of("failed", failure=failure, runs=runs, arms=arms, run=run)
 
 
 def _row_notes(comparison: Comparison, row: ArmSummary) -> Iterator[Note]:

@@ -139,10 +139,10 @@ class RecipeModel:
         return found
 
     def check(self, dataset: Dataset, device: torch.device) -> None:
-        """Raises RecipeError for a user's model that cannot make the first step."""
+        """Raises RecipeError or RunFailed for a user's model that cannot make the first step."""
         if isinstance(self.recipe.model, OwnModel):
-            values: dict[str, Any] = {"norm.kernel": "native"} if self.has_kernels else {}
-            recipe = with_values(self.recipe, {**values, "probes": None})
+            native = {"norm.kernel": "native"} if self.has_kernels else {}
+            recipe = with_values(self.recipe, {"probes": None, **native})
             deque(trial(recipe, str(device), dataset=dataset), maxlen=0)
 
     def trainable(self, kernel: str | None, dataset: Dataset, device: torch.device, learns: bool = False) -> Trainable:
@@ -265,8 +265,7 @@ class UserModel:
         except (ImportError, AttributeError, ValueError) as error:
             where = "the current folder and the environment were searched"
             raise UsageError(f"{error}; {where}", field="model", value=self.name) from error
-        contract = "It is called without arguments and returns a torch.nn.Module"
-        with blame_user_code(self.name, contract, UsageError):
+        with blame_user_code(self.name, "It is called without arguments and returns a torch.nn.Module", UsageError):
             model = function()
         if not isinstance(model, nn.Module):
             returned = f"it returned a {type(model).__name__}; expected a torch.nn.Module"

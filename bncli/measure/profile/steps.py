@@ -26,7 +26,7 @@ from bncli import kernels
 from bncli.engine.convert.fold import fold
 from bncli.engine.data.splits import Dataset
 from bncli.engine.device import environment, tf32_allowed
-from bncli.errors import BncliError, DataError, RecipeError, UsageError, by_arm
+from bncli.errors import BncliError, DataError, RecipeError, RunFailed, UsageError, by_arm
 from bncli.measure.profile import memory, norm_diagnostics, step_check, step_time
 from bncli.measure.profile.step_models import StepModel, Trainable, norms_of
 from bncli.measure.timing.clock import Deadline, LoopClock, in_a_row, rounds
@@ -136,7 +136,7 @@ class StepRun:
         for model in self._models:
             try:
                 model.check(model.dataset(self._device), self._device)
-            except RecipeError as error:
+            except (RecipeError, RunFailed) as error:
                 wrong.append((model.name, str(error)))
         if wrong:
             raise RecipeError(*by_arm(wrong))

@@ -102,9 +102,7 @@ SENTENCES: dict[NoteKind, Callable[..., str]] = {
     ),
     "few steps": lambda fewest: f"fewer than {fewest} steps to its target; choose a harder one",
     "few evaluations": _few_evaluations,
-    "failed": lambda failure, runs, arms, run: (
-        f"{', '.join(arms)}: {f'{run} failed' if run else f'{runs} runs failed'}: {failure}"
-    ),
+    "failed": lambda failure, runs, arms, run: f"{', '.join(arms)}: {run or f'{runs} runs'} failed: {failure}",
     "diverged": lambda diverged, runs: f"{diverged} of {runs} runs diverged and count as misses",
     "every second evaluation": _every_second_evaluation,
     "few seeds": _few_seeds,

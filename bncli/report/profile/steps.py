@@ -156,13 +156,10 @@ def _step_names(rows: Sequence[StepCost]) -> list[Column]:
 
 def _lines(rows: Sequence[StepCost], messages: bool = False) -> list[Row]:
     """messages: with the errors, each once an arm."""
-    first = {(row.arm, error_words(row)): row for row in reversed(rows)}
-
-    def message(row: StepCost) -> str:
-        words = error_words(row) if messages else None
-        return "" if words is None else words if first[row.arm, words] is row else "the same error"
-
-    return table_rows(_arms(rows), message)
+    errors = {id(row): (row.arm, error_words(row) or "") for row in rows if messages}
+    first = {error: key for key, error in reversed(errors.items())}
+    shown = {key: error[1] and (error[1] if first[error] == key else "the same error") for key, error in errors.items()}
+    return table_rows(_arms(rows), lambda row: shown.get(id(row), ""))
 
 
 def _arms(rows: Sequence[StepCost]) -> dict[str, list[StepCost]]:

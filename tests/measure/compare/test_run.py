@@ -232,11 +232,11 @@ OWN = BASE.replace("{kind: mlp, hidden: [8]}", "{kind: module, module: 'mine:mak
 ALIKE = "arms: {a: , b: {optimizer: {lr: 3}}, c: {norm: batch}}\ngrid: {train.batch_size: [10, 20]}\nseeds: {tune: 3}\n"
 
 
-def checked(asked: Study, answer: Callable[[Job], float | str | None], **options: Any) -> tuple[bool, list[Job]]:
+def checked(asked: Study, answer: Callable[[Job], float | str | None], dry: bool = False) -> tuple[bool, list[Job]]:
     """Whether the check tried something, and what it tried."""
     tried = list[Job]()
     executor = Serial(lambda job: tried.append(job) or answer(job))  # type: ignore[func-returns-value]
-    return check(asked, wanted(asked, {}), executor, lambda: False, lambda: None, **options), tried
+    return check(asked, wanted(asked, {}), executor, lambda: False, lambda: None, dry), tried
 
 
 def test_a_model_that_arms_and_points_have_in_common_is_tried_once_with_the_arms_probes(study_of: StudyOf) -> None:
@@ -268,5 +268,5 @@ def test_the_mistakes_of_all_arms_are_told_at_once_and_common_ones_once(study_of
 )
 def test_a_dry_run_tries_what_the_recipe_does_not_tell(study_of: StudyOf, text: str, tries: bool) -> None:
     asked = study_of(text + ALIKE)
-    found, tried = checked(asked, lambda job: 100.0, dry_run=True)
+    found, tried = checked(asked, lambda job: 100.0, dry=True)
     assert (found, bool(tried)) == (tries, tries)
