@@ -49,9 +49,8 @@ def test_records_come_back_by_key_and_failures_are_tried_again(tmp_path: Path, m
 def test_a_folder_in_which_nothing_began_is_removed_unless_it_was_there(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     for name in ("new", "mine"):
-        with pytest.raises(ValueError, match="the model is wrong"), ComparisonFolder(tmp_path / name) as folder:
+        with ComparisonFolder(tmp_path / name) as folder:
             assert folder.path.is_dir()
-            raise ValueError("the model is wrong")
     with ComparisonFolder(tmp_path / "begun") as folder:
         folder.begin(BEGUN)
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "begun"}

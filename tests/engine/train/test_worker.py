@@ -111,10 +111,10 @@ def test_a_check_makes_the_first_step_and_finds_what_would_end_every_run(worker:
     assert (passed["key"], passed["result"]["steps_run"]) == ("passed", 1)
     wide = BUILT.format("classes += 1")
     failure = worker.outcome("wide", own(folder, "wide", wide), check=True)["failure"]
-    assert failure.startswith(
-        "model.module: wide:make: the module's output for a batch of 20 examples has shape (20, 4)"
+    assert failure == (
+        "model.module: wide:make: the output for a batch of 20 examples is of shape (20, 4); expected a tensor of shape "
+        "(20, 3), a logit for each example and class"
     )
-    assert "expected a tensor of shape (20, 3)" in failure
 
 
 def test_a_result_names_the_users_files_loaded_by_the_forward_pass_too(worker: Driver, folder: Path) -> None:

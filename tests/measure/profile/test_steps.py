@@ -72,6 +72,9 @@ class Faked:
     def dataset(self, device: torch.device) -> Dataset:
         return one_batch(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64), 2)
 
+    def check(self, dataset: Dataset, device: torch.device) -> None:
+        pass
+
     def trainable(self, kernel: str | None, dataset: Dataset, device: torch.device, learns: bool = False) -> Trainable:
         self.made.append(kernel)
         model, ms = nn.Linear(2, 2), self.step_ms[kernel]
