@@ -112,8 +112,8 @@ def test_a_check_makes_the_first_step_and_finds_what_would_end_every_run(worker:
     wide = BUILT.format("classes += 1")
     failure = worker.outcome("wide", own(folder, "wide", wide), check=True)["failure"]
     assert failure == (
-        "model.module: wide:make: the output for a batch of 20 examples is of shape (20, 4); expected a tensor of shape "
-        "(20, 3), a logit for each example and class"
+        "model.module: wide:make: the output for a batch of 20 examples is of shape (20, 4); expected a tensor of "
+        "shape (20, 3), a logit for each example and class"
     )
 
 
