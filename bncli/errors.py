@@ -77,6 +77,14 @@ class DataError(BncliError):
     exit_code = USAGE
 
 
+def by_arm(mistakes: Iterable[tuple[str, str]]) -> list[str]:
+    """Sentences about arms, each once with the names of all arms that it is about."""
+    arms: dict[str, list[str]] = {}
+    for arm, sentence in mistakes:
+        arms.setdefault(sentence, []).append(arm)
+    return [f"arm{'s' * (len(names) > 1)} {', '.join(names)}: {sentence}" for sentence, names in arms.items()]
+
+
 class FileError(BncliError):
     """A file that bncli cannot read back, or cannot write."""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
@@ -50,7 +53,7 @@ def compare(
             "--out",
             "-o",
             metavar="FOLDER",
-            help="Folder that keeps the runs.  [default: runs/NAME]",
+            help="Folder of the runs.  [default: runs/NAME, or runs/A+B]",
             show_default=False,
         ),
     ] = None,
@@ -97,14 +100,9 @@ def compare(
         if (recipes or []).count("-") > 1:
             raise UsageError("- is standard input, which can be read only once")
         loaded = [load(path, sets or (), allow_code=allow_code, sets_from="--set") for path in recipes or ()]
-        if dry_run:
-            from bncli.measure.compare.plan import planned_comparison
-
-            show_plan(planned_comparison(loaded), json)
-            return
         if require_claims and not any(each.file.claims for each in loaded):
             raise UsageError(NO_CLAIMS)
-        comparison, stopped = _run_comparison(loaded, device, jobs, threads, out, quiet)
+        comparison, stopped = _run_comparison(loaded, device, jobs, threads, out, quiet, output.form if dry_run else "")
     folder = saved or out or Path("runs") / comparison.plan.name
     with full_disk(f"the runs in {folder} are kept; free space, then: bncli compare --from {folder}"):
         _show(comparison, output)
@@ -122,32 +120,48 @@ def compare(
 
 
 def _run_comparison(
-    loaded: list[Loaded], device: str, jobs: int | None, threads: int, out: Path | None, quiet: bool
+    loaded: list[Loaded], device: str, jobs: int | None, threads: int, out: Path | None, quiet: bool, plan_as: str
 ) -> tuple[Comparison, int]:
-    """The comparison, and the exit code of the signal that ended it before its time, or 0."""
+    """The comparison, and the exit code of the signal that ended it before its time, or 0.
+
+    plan_as: the form in which a dry run prints its plan, which leaves by typer.Exit; empty for no dry run.
+    """
     from bncli.measure.compare import reuse
-    from bncli.measure.compare.plan import collect, planned_runs, study, wanted
+    from bncli.measure.compare.plan import collect, planned_comparison, planned_runs, study, wanted
     from bncli.measure.compare.processes import Processes
-    from bncli.measure.compare.run import execute
-    from bncli.measure.compare.summary import summarise
+    from bncli.measure.compare.run import check, execute
     from bncli.report.compare.notes import sentences
     from bncli.report.folder import ComparisonFolder
     from bncli.report.progress import CompareProgress
-    from bncli.results.compare import Note
+    from bncli.results.compare import BegunComparison, Note
 
     asked = study(loaded, reuse.identity(device, loaded[0].base))
     folder = ComparisonFolder(out or Path("runs") / asked.plan.name)
     enable_gc()
-    with full_disk(f"the runs in {folder.path} are kept; free space, and the same command continues"), folder:
+    with contextlib.ExitStack() as opened:
+        logs = Path(opened.enter_context(tempfile.TemporaryDirectory())) if plan_as else folder.path / "logs"
+        if not plan_as:
+            kept_words = f"the runs in {folder.path} are kept; free space, and the same command continues"
+            opened.enter_context(full_disk(kept_words))
+            opened.enter_context(folder)
+        executor = opened.enter_context(contextlib.closing(Processes(device, jobs, threads, logs)))
         kept = list(folder.finished().values())
-        _begin(folder, asked, kept, threads, loaded)
+        sources = _sources(folder, asked, kept, loaded)
         records = reuse.usable(kept)
         for words in sentences(reuse.not_reused(wanted(asked, records), kept, asked.identity)):
             log(words, quiet)
         with StopSignal() as stop, CompareProgress(quiet) as progress:
-            executor = Processes(device, jobs, threads, folder.path / "logs")
+            to_do = [job for job in wanted(asked, records) if job.key not in records]
+            checked = check(asked, to_do, executor, stop, progress.check, bool(plan_as))
+            if plan_as:
+                planned = planned_comparison(asked, loaded[0], records)
+                show_plan(replace(planned, checked=checked and not stop.number), plan_as == "json")
+                raise typer.Exit(stop.number and stop.exit_code)
+            folder.begin(BegunComparison(asked.plan, asked.identity, threads, sources))
             for event in execute(asked, folder.save, executor, records, stop):
                 progress(event)
+        from bncli.measure.compare.summary import summarise  # imports scipy, which a dry run does without
+
         remarks = reuse.not_reused(wanted(asked, records), kept, asked.identity)
         latest = {record.key: record for record in reuse.of_one_code(records.values())}
         if left_out := len({record.key for record in collect(asked, records)} - latest.keys()):
@@ -155,16 +169,15 @@ def _run_comparison(
         if earlier := folder.keep_other(asked.plan):
             remarks.append(Note.of("earlier answer", file=earlier.name))
             log(f"{folder.path}: {sentences(remarks[-1:])[0]}", quiet)
-        planned = planned_runs(asked, latest)
-        comparison = summarise(asked.plan, collect(asked, latest), planned, threads, tuple(remarks))
+        all_runs = planned_runs(asked, latest)
+        comparison = summarise(asked.plan, collect(asked, latest), all_runs, threads, tuple(remarks))
         folder.finish(comparison)
     return comparison, stop.exit_code if stop.number else 0
 
 
-def _begin(folder: ComparisonFolder, asked: Study, kept: list[RunRecord], threads: int, loaded: list[Loaded]) -> None:
-    """Write the plan into the folder. Raises UsageError where its runs are another comparison's."""
+def _sources(folder: ComparisonFolder, asked: Study, kept: list[RunRecord], loaded: list[Loaded]) -> tuple[str, ...]:
+    """The recipes' files. Raises UsageError where the runs of the folder are another comparison's."""
     from bncli.measure.compare.reuse import fits
-    from bncli.results.compare import BegunComparison
 
     sources = [str(Path(each.source).resolve()) for each in loaded if each.source != "standard input"]
     before = folder.begun()
@@ -175,7 +188,7 @@ def _begin(folder: ComparisonFolder, asked: Study, kept: list[RunRecord], thread
             f"{folder.path}: contains {len(known)} runs of another comparison{of}, none of which fits this one; choose "
             "another folder with --out"
         )
-    folder.begin(BegunComparison(asked.plan, asked.identity, threads, tuple(sources)))
+    return tuple(sources)
 
 
 def _saved_comparison(saved: Path, quiet: bool) -> Comparison:

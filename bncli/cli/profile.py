@@ -320,7 +320,8 @@ def _finish(
         raise typer.Exit(CHECK_FAILED)
     others = [row for row in result.rows if row.kernel not in (None, "native", FOLDED)]
     if others and all(row.error is not None for row in others):
-        raise typer.Exit(UNAVAILABLE)
+        native = [row.error for row in result.rows if row.kernel == "native"]
+        raise typer.Exit(CHECK_FAILED if native and None not in native else UNAVAILABLE)
 
 
 # --- what is refused before torch is loaded ---------------------------------------------------------------------------

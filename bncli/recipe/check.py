@@ -134,6 +134,11 @@ def _check_claims(tree: Tree, arms: dict[str, dict[str, Any]]) -> None:
     if claims and not arms:
         tree.refuse(("claims",), "the recipe has no arms; a claim is about two of them")
         return
+    measures = [value_at(claim, ("measure",)) for claim in claims] if isinstance(claims, list) else []
+    # Costs to the target are judged over the tuning seeds too.
+    by_report = [each for each in measures if not str(each).endswith("_to_target") or not tree.root.get("grid")]
+    if by_report and value_at(tree.root, ("seeds", "report")) == 1:
+        tree.refuse(("seeds", "report"), f"{by_report[0]} is judged by pairs of runs, one a seed: expected at least 2")
     search = in_steps(tree.root).get("largest_learning_rate")
     for index, claim in enumerate(claims if isinstance(claims, list) else ()):
         for key, text in _claim_mistakes(claim, arms, search) if isinstance(claim, dict) else ():

@@ -11,13 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, pairwise
-from pathlib import Path
 from typing import Any
 
-from bncli.errors import DataError
 from bncli.names import NORMS
 from bncli.names import Norm as NormRow
-from bncli.recipe import mnist
+from bncli.recipe import mnist, npz
 from bncli.recipe.sections import (
     DIGITS,
     MNIST_5K,
@@ -371,7 +369,7 @@ def input_of(recipe: Recipe) -> tuple[Shape, int]:
     """The shape of one example and the number of classes. For npz this reads the file's headers and labels."""
     data = recipe.data
     if isinstance(data, Npz):
-        (_, *shape), classes, _ = _npz_header(data)
+        (_, *shape), classes, _ = npz.header(data.path)
         return tuple(shape), classes
     if isinstance(data, Digits | Mnist):
         side, classes = (8, 10) if isinstance(data, Digits) else (mnist.SIDE, mnist.CLASSES)
@@ -387,7 +385,7 @@ def training_examples(data: DataSection) -> int | None:
     if isinstance(data, Mnist) and data.path != MNIST_5K:
         return mnist.training_images(data.path)
     if isinstance(data, Npz):
-        (examples, *_), _, has_test = _npz_header(data)
+        (examples, *_), _, has_test = npz.header(data.path)
         return examples if has_test else max(0, examples - (data.held_out or 0))
     return known_examples(data)
 
@@ -399,26 +397,6 @@ def known_examples(data: DataSection) -> int | None:
     if isinstance(data, Mnist):
         return MNIST_5K_EXAMPLES - (data.held_out or 0) if data.path == MNIST_5K else None
     return getattr(data, "examples", None)
-
-
-def _npz_header(data: Npz) -> tuple[Shape, int, bool]:
-    """The shape of x with its examples, the number of classes, and whether there is a fixed test set."""
-    import zipfile
-
-    import numpy as np
-
-    path = Path(data.path).expanduser()
-    if not path.is_file():
-        raise DataError(f"data.path: there is no file {data.path}; it should hold the arrays x and y")
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("x.npy") as header:
-            version = np.lib.format.read_magic(header)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape: Shape = tuple(read(header)[0])
-        with np.load(path, allow_pickle=False) as arrays:
-            return shape, int(arrays["y"].max()) + 1, "x_test" in arrays
-    except Exception as error:  # what a damaged file raises is zipfile's, zlib's, NumPy's or tokenize's
-        raise DataError(f"data.path: {data.path} cannot be read as a .npz file with x and y: {error}") from error
 
 
 # --- contradictions -----------------------------------------------------------------------------------------------
@@ -450,6 +428,8 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
         elif kind in ("frozen", "whiten", "iternorm"):
             why = "trains with its running statistics too" if kind == "frozen" else "evaluates with a covariance too"
             yield ("train", "population_statistics"), f"precise estimates mean and variance alone, and {kind} {why}"
+    elif train.population_batches != type(train).model_fields["population_batches"].default:
+        yield ("train", "population_batches"), "has no effect without population_statistics: precise"
     if not isinstance(data, Npz):
         yield from shape_contradictions(recipe, *input_of(recipe))
 

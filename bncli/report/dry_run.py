@@ -22,10 +22,16 @@ def render(planned: Planned) -> Group:
         if planned.available_memory_mib is not None:
             lines.append(f"available on this machine (CPU): {_memory(planned.available_memory_mib)}")
     lines += [f"grid: {path} in {', '.join(map(setting, values))}" for path, values in planned.grid.items()]
-    more = ", more where an arm keeps several points of the grid" if planned.grid else ""
-    lines.append(
-        f"{count(planned.runs, 'run')}, {planned.steps_at_most:,} optimizer steps at most{more}. Nothing was trained."
-    )
+    lines += ["Checked: the data were read, and each model made its first step."] * planned.checked
+    if any(path == "data.source" and value in ("hub", "mnist") for path, value, _ in planned.fields):
+        lines.append("The data were not read; a comparison reads them, and tries each model, before its first run.")
+    runs, to_do = count(planned.runs, "run"), planned.runs - planned.done
+    if not to_do:
+        lines.append(f"{runs}, all of them done already: nothing would be trained.")
+    else:
+        runs += f", {planned.done:,} of them done already; {to_do:,} to do" * bool(planned.done)
+        more = ", more where an arm keeps several points of the grid" * planned.open_choices
+        lines.append(f"{runs}, {planned.steps_at_most:,} optimizer steps at most{more}. Nothing was trained.")
     if planned.search_runs:
         runs = f"about {count(planned.search_runs, 'run')} of {planned.search_steps:,} steps"
         lines.append(f"In addition, the searches for the largest learning rate take {runs}.")

@@ -108,13 +108,13 @@ def event_line(event: Event) -> str:
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def load(path: Path, parse: Callable[[str], T], field: str) -> T:
+def load(path: Path, parse: Callable[[str], T], field: str, wanted: str = "a JSON file that bncli wrote") -> T:
     """What `parse` makes of a file that was named for the argument `field`. Raises UsageError."""
     try:
         return parse(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not text"
-        message = f"cannot be read: {why}; give a JSON file that bncli wrote"
+        message = f"cannot be read: {why}; give {wanted}"
         raise UsageError(message, field=field, value=path) from error
     except FileError as error:
         raise UsageError(str(error), field=field, value=path) from error

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO, TypeVar
@@ -128,6 +129,7 @@ class ComparisonFolder:
         self._lock: TextIO | None = None
 
     def __enter__(self) -> ComparisonFolder:
+        self._new = not self.path.exists()
         make(self.path)
         try:
             self._lock = _open(self.path / ".lock")
@@ -146,6 +148,8 @@ class ComparisonFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._new and not any(self.path.rglob("*.json")):  # nothing was begun, so nothing is left behind
+            shutil.rmtree(self.path)
         if self._lock is not None:
             self._lock.close()
 
@@ -219,7 +223,8 @@ def _keep_beside(file: Path) -> Path:
 
 def load_comparison(path: Path) -> Comparison:
     """A comparison saved as JSON, or the one in a comparison's folder. Raises UsageError for anything else."""
-    return load(path / COMPARISON if path.is_dir() else path, lambda text: from_json(Comparison, text), "saved")
+    file, wanted = path / COMPARISON if path.is_dir() else path, "the folder or the JSON file of a comparison"
+    return load(file, lambda text: from_json(Comparison, text), "saved", wanted)
 
 
 def make(folder: Path) -> None:

@@ -128,10 +128,18 @@ class TrainProgress(_ProgressSink):
 
 
 class CompareProgress(_ProgressSink):
-    """One bar for all runs, and one for the current run of each worker."""
+    """One bar for all runs, and one for the current run of each worker. Equal failures are told once, then counted."""
+
+    def check(self) -> None:
+        """Data and models are checked, until a ComparisonStarted."""
+        self.add("checking data and models", None)
+        self.line("checking data and models", at_once=True)
 
     def __call__(self, event: ComparisonEvent) -> None:
         if isinstance(event, ComparisonStarted):
+            for task in self.bars.task_ids:  # of the check
+                self.bars.remove_task(task)
+            self.failed: dict[str, list[str]] = {}  # how runs failed -> their labels
             self.metric, self.planned, self.workers = event.metric, event.planned, dict[int, TaskID]()
             notes = [f"{event.done} already done"] if event.done else []
             self.all = self.add(event.name, event.planned, notes, event.done)
@@ -149,9 +157,15 @@ class CompareProgress(_ProgressSink):
             self.planned = event.planned
             self.bars.update(self.all, completed=event.done, total=event.planned, notes=[])
             failed, outcome = event.record.result is None, _outcome(event.record)
-            self.line(f"{event.done}/{self.planned} {event.label}: {outcome}", failed)
-            if failed and self.live:
-                self._print(f"{event.label}: {outcome}")
+            alike = self.failed.setdefault(outcome, []) if failed else []
+            alike.append(event.label)
+            if len(alike) == 1:
+                self.line(f"{event.done}/{self.planned} {event.label}: {outcome}", failed)
+                if failed and self.live:
+                    self._print(f"{event.label}: {outcome}")
+            for first, *others in self.failed.values() if event.done == event.planned else ():
+                if others and not self.quiet:
+                    self._print(f"{1 + len(others)} runs failed as {first} did")
 
 
 def _outcome(record: RunRecord) -> str:

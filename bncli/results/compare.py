@@ -295,7 +295,7 @@ class PlannedArm:
 
 @dataclass(frozen=True)
 class Planned:
-    """The outcome of a dry run. runs, steps_at_most: if each arm keeps a single point of the grid.
+    """The outcome of a dry run. runs, steps_at_most: if each arm keeps a single point of the grid; of runs to be done.
 
     available_memory_mib: of this machine, on the CPU's side, at the time of the dry run.
     """
@@ -310,3 +310,6 @@ class Planned:
     claims: tuple[Claim, ...] = ()
     search_runs: int = 0  # about, on top of `runs`: of the searches for the largest learning rate
     search_steps: int = 0  # of each of these runs
+    done: int = 0  # of `runs`, in the folder already
+    open_choices: bool = False  # whether an arm may keep several points of the grid, and have more runs
+    checked: bool = False  # whether the data were read and each model made its first step

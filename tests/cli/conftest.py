@@ -113,9 +113,12 @@ class InThisProcess:
             yield Started(0, job)
             yield self.ended(job)
 
+    def close(self) -> None:
+        pass
+
     def ended(self, job: Job) -> Ended:
         """A result that is made up; the arm called deadly fails, the one called late misses its target."""
-        if job.arm == "deadly":
+        if job.arm == "deadly" and not job.check:
             return Ended(0, job, None, "its worker process was killed by SIGKILL")
         found = result(None if job.arm == "late" else 5.0 + job.seed + 50 * (job.recipe.optimizer.lr < 0.5))
         environment = replace(found.environment, threads=self.threads)

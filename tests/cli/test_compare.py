@@ -13,13 +13,14 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bncli.errors import BncliError
 from bncli.measure.compare import reuse
 from bncli.report.folder import ComparisonFolder
 from bncli.results.compare import Comparison
-from tests.cli.conftest import RECIPE, Ran, bncli, process
+from tests.cli.conftest import RECIPE, InThisProcess, Ran, bncli, process
 
 
 @pytest.mark.usefixtures("folder")
@@ -35,6 +36,11 @@ from tests.cli.conftest import RECIPE, Ran, bncli, process
         (["small.yaml", "--plot", "there.svg"], "there.svg: is a folder; give a file's name"),
         (["-", "-"], "- is standard input, which can be read only once"),
         (["small.yaml", "--set", "reference=norm"], "reference: there is no arm norm; did you mean normed?"),
+        (["small.yaml", "--require-claims", "-n"], "--require-claims: there are no claims"),
+        (
+            ["--from", "nope"],
+            "--from nope: cannot be read: No such file or directory; give the folder or the JSON file",
+        ),
     ],
 )
 def test_what_could_not_be_obeyed_is_refused_before_any_work(arguments: list[str], message: str) -> None:
@@ -57,6 +63,60 @@ def test_a_dry_run_shows_where_each_value_came_from_and_trains_nothing(recipe: s
     assert f"{steps} Nothing was trained." in ran.words
     assert re.search(r"available on this machine \(CPU\): [\d,]+\.\d MiB", ran.words)
     assert not Path("runs").exists()
+
+
+# --- the check before the first run -------------------------------------------------------------------------------
+
+OWN = ("--set", "model={kind: module, module: 'mine:make'}", "--allow-code", "-j", "1")
+TAKES_NORM = "from torch import nn\ndef make(norm='batch'):\n    return nn.Linear(8, 3)\n"
+
+
+@pytest.mark.usefixtures("recipe")
+@pytest.mark.parametrize("dry_run", [(), ("--dry-run",)], ids=["run", "dry run"])
+def test_a_wrong_model_is_one_message_and_nothing_is_started(dry_run: tuple[str, ...]) -> None:
+    Path("mine.py").write_text(TAKES_NORM)
+    ran = bncli("compare", "small.yaml", *OWN, *dry_run)
+    assert (ran.code, ran.out) == (2, "")
+    _, message = ran.err.splitlines()  # after what it is doing
+    assert message.startswith(
+        "bncli: arms plain, normed: model.module: mine:make raised TypeError: make() got an unexpected keyword "
+        "argument 'shape'. It is called with shape=(8,), classes=3, norm="
+    )
+    assert not Path("runs/small").exists()
+
+
+@pytest.mark.usefixtures("recipe")
+def test_labels_that_are_no_numbers_of_classes_are_one_message() -> None:
+    np.savez("mine.npz", x=np.zeros((40, 8)), y=np.arange(40) % 3)
+    np.savez("nan.npz", x=np.full((40, 8), np.nan), y=np.arange(40) % 3)
+    npz = ("compare", "small.yaml", "-j", "1", "-n", "--set")
+    assert "Checked: the data were read" in bncli(*npz, "data={source: npz, path: mine.npz, held_out: 10}").words
+    ran = bncli(*npz, "data={source: npz, path: nan.npz, held_out: 10}")
+    assert (ran.code, ran.out) == (2, "")
+    assert "data.path: nan.npz has values in x that are not finite in float32, in 40 of 40 examples" in ran.err
+
+
+@pytest.mark.usefixtures("made_up_runs")
+def test_a_dry_run_counts_what_the_folder_holds(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bncli("compare", recipe).code == 0
+    monkeypatch.setattr(InThisProcess, "ended", None)  # no run may be made, nor any check
+    assert "16 runs, all of them done already: nothing would be trained." in bncli("compare", recipe, "-n").words
+    assert bncli("compare", recipe).code == 0
+    more = bncli("compare", recipe, "-n", "--set", "seeds.report=4")
+    assert "20 runs, 16 of them done already; 4 to do, 240 optimizer steps at most. Nothing was trained." in more.words
+    elsewhere = bncli("compare", recipe, "-n", "-o", "other")
+    assert "16 runs, 960 optimizer steps at most" in elsewhere.words
+    assert not Path("other").exists()
+
+
+@pytest.mark.usefixtures("made_up_runs")
+def test_several_recipes_have_a_folder_of_their_own(recipe: str) -> None:
+    Path("large.yaml").write_text(RECIPE)
+    assert bncli("compare", recipe).code == 0
+    answer = Path("runs/small/comparison.json").read_bytes()
+    assert bncli("compare", recipe, "large.yaml").code == 0
+    assert Path("runs/small+large/comparison.json").exists()
+    assert Path("runs/small/comparison.json").read_bytes() == answer
 
 
 # --- a comparison by worker processes -----------------------------------------------------------------------------
@@ -261,7 +321,7 @@ def test_runs_by_code_changed_meanwhile_are_left_out_and_done_again(recipe: str)
         "def make(shape, classes, norm):\n"
         "    begun = pathlib.Path('begun')\n"
         "    begun.write_text(begun.read_text() + '.' if begun.exists() else '.')\n"
-        "    if begun.read_text() == '..':\n"  # in the second run
+        "    if begun.read_text() == '....':\n"  # in the second run, after the checks of both arms
         "        pathlib.Path('width.py').write_text('WIDTH = 20')\n"
         "        os.kill(os.getpid(), 9)\n"
         "    return nn.Sequential(nn.Linear(shape[0], WIDTH), nn.ReLU(), nn.Linear(WIDTH, classes))\n"

@@ -32,6 +32,7 @@ STEP = ("small.yaml", *CPU)
 # Batch norms of the user's own, with torch's signature: right, wrong, and interrupted at the second of two shapes.
 OWN = """
 import os, signal
+import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -55,6 +56,21 @@ def interrupted(input, running_mean, running_var, weight, bias, training, moment
 
 def make():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 2))
+
+class OneWay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("no way back")
+
+def one_way():
+    class Model(nn.Sequential):
+        def forward(self, x):
+            return OneWay.apply(super().forward(x))
+    return Model(*make())
 
 def broken():
     raise RuntimeError("no weights here")
@@ -330,10 +346,32 @@ def test_a_model_of_the_users_own_is_measured_when_that_is_allowed() -> None:
         ("folded", "evaluation", None),
     ]
     broken, missing = bncli(*asked, "mine:broken"), bncli(*asked, "mine:maek")
-    assert broken.code == 1
+    assert broken.code == 2
     assert "bncli: mine:broken raised RuntimeError: no weights here" in broken.err
     assert missing.code == 2
     assert "has no attribute 'maek'" in missing.err
+
+
+def test_an_input_that_a_model_does_not_take_is_a_mistake_in_that_option() -> None:
+    ran = bncli("profile", "--model", "mine:make", "--input", "4x5x8x8", *CPU, "--allow-code")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("bncli: --input 4x5x8x8: mine:make raised RuntimeError: ")
+    assert len(ran.err.splitlines()) == 1
+
+
+def test_an_error_that_several_rows_share_is_told_once() -> None:
+    ran = bncli("profile", "--model", "mine:one_way", "--input", "4x3x8x8", *CPU, "--allow-code")
+    assert ran.code == 1
+    table = ran.out.partition("- mine:one_way")[0]
+    assert table.count("no way back") == 1
+    assert table.count("the same error") == 3
+
+
+def test_a_wrong_model_of_any_arm_is_refused_before_the_first_is_measured() -> None:
+    own = ("--set", "model={kind: module, module: 'mine:make'}", "--allow-code")
+    ran = bncli("profile", "small.yaml", *CPU, *own)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("bncli: arms plain, normed: model.module: mine:make raised TypeError: ")
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bncli.errors import RecipeError
-from bncli.measure.compare.plan import planned_comparison
+from bncli.measure.compare.plan import planned_comparison, study
 from bncli.measure.dry_run import planned_training
 from bncli.recipe.load import Loaded, load
 from bncli.results.train import most_steps_to_target
@@ -22,7 +21,8 @@ def loaded(folder: Path, text: str) -> Loaded:
 
 
 def test_a_comparison_counts_its_runs_and_what_each_arm_changes(tmp_path: Path) -> None:
-    planned = planned_comparison([loaded(tmp_path, BASE + ARMS)])
+    recipe = loaded(tmp_path, BASE + ARMS)
+    planned = planned_comparison(study([recipe]), recipe)
     assert (planned.runs, planned.steps_at_most) == (28, 28_000)
     plain, normed = planned.arms
     assert (plain.changes, plain.tuning_runs, plain.report_runs) == ((), 9, 5)
@@ -42,7 +42,7 @@ def test_one_training_run_is_one_run_of_the_arm_that_is_chosen(tmp_path: Path) -
 def test_the_papers_arms_are_planned_without_their_data() -> None:
     """Ioffe & Szegedy 2015, section 4.2: the rates, and in the last three a fifth of L2 and a decay 6 times faster."""
     recipe = load(str(RECIPES / "imagenet-inception.yaml"))
-    planned = planned_comparison([recipe])
+    planned = planned_comparison(study([recipe]), recipe)
     assert [arm.name for arm in planned.arms] == ["baseline", "bn-baseline", "bn-x5", "bn-x30", "bn-x5-sigmoid"]
     assert [arm.recipe.optimizer.lr for arm in recipe.arms] == [0.0015, 0.0015, 0.0075, 0.045, 0.0075]
     assert [arm.recipe.model.model_dump()["dropout"] for arm in recipe.arms] == [0.4, 0.4, 0, 0, 0]
@@ -51,8 +51,3 @@ def test_the_papers_arms_are_planned_without_their_data() -> None:
     assert first.schedule.model_dump()["every"] == pytest.approx(6 * last.schedule.model_dump()["every"], rel=1e-4)
     assert most_steps_to_target(recipe.base.train.steps) == pytest.approx(31.0e6)
     assert all(arm.parameters is not None and arm.memory_mib is not None for arm in planned.arms)
-
-
-def test_a_recipe_that_cannot_be_compared_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="a comparison needs two"):
-        planned_comparison([loaded(tmp_path, BASE)])

@@ -96,6 +96,8 @@ ONE_MISTAKE = [
     (optimizer("kind: sgd, lr: -1"), "3: optimizer.lr: expected a number above 0, found -1"),
     (train("steps: 0"), "4: train.steps: expected at least 1, found 0"),
     (optimizer("kind: sgd, lr: 1, momentum: 1"), "3: optimizer.momentum: expected a number below 1, found 1"),
+    (train("steps: 100, population_batches: 20"),
+     "4: train.population_batches: has no effect without population_statistics: precise"),
     (BASE + "seeds: {tune: 1001}\n", "5: seeds.tune: expected at most 1000, found 1001"),
     (optimizer("kind: sgd, lr: .inf"), "3: optimizer.lr: expected a finite number, found Infinity"),
     (optimizer("kind: sgd, lr: .nan"), "3: optimizer.lr: expected a finite number, found NaN"),
@@ -156,8 +158,8 @@ ONE_MISTAKE = [
     (BASE.replace("{steps: 100}", "[100]") + "schedule: {warmup: {epochs: 1}}\n",
      "4: train: expected a mapping, found a list"),
     (train("steps: {epochs: 3}").replace("{source: synthetic}", "{source: npz, path: no.npz}"),
-     "4: train.steps: its epochs cannot be counted in steps: data.path: there is no file no.npz; it should hold the "
-     "arrays x and y"),
+     "4: train.steps: its epochs cannot be counted in steps: data.path: no.npz does not exist; create it with "
+     "numpy.savez('no.npz', x=..., y=...)"),
     (train("steps: {epochs: 3}") + "arms: {a: {train: {evaluate_every: {epochs: 1}}}}\ngrid: {train.batch_size: [9]}\n",
      "6: grid.train.batch_size: the steps of an epoch depend on it; give arms.a.train.evaluate_every or train.steps in "
      "steps, not in epochs"),
@@ -387,6 +389,18 @@ def test_a_wrong_claim_is_refused_at_its_key(
 ) -> None:
     expected = () if mistake is None else (f"r.yaml:7: {mistake}",)
     assert mistakes_of(TWO_ARMS + claiming(claim) + SEARCH * ("measure" not in claim)) == expected
+
+
+@pytest.mark.parametrize(
+    ("measure", "grid", "wrong"),
+    [("final", "", True), ("steps_to_target", "", True), ("steps_to_target", "grid: {optimizer.lr: [1, 2]}\n", False)],
+)
+def test_a_claim_needs_more_than_one_pair_of_runs(
+    mistakes_of: MistakesOf, measure: str, grid: str, wrong: bool
+) -> None:
+    text = TWO_ARMS + "seeds: {report: 1}\n" + claiming({"measure": measure, "at_least": 1.0}) + grid
+    why = f"r.yaml:6: seeds.report: {measure} is judged by pairs of runs, one a seed: expected at least 2"
+    assert mistakes_of(text) == ((why,) if wrong else ())
 
 
 def test_a_misspelt_measure_has_the_right_one_suggested(mistakes_of: MistakesOf) -> None:

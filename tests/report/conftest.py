@@ -249,7 +249,7 @@ def six_arms() -> Comparison:
     ]  # fmt: skip
     notes = (
         Note.of("unfinished", done=52, planned=56, failed=1),
-        Note.of("failed", names[4], failure="seed 106: worker killed by signal 9"),
+        Note.of("failed", failure="worker killed by signal 9", runs=1, arms=[names[4]], run="lr 0.3, seed 106"),
         Note.of("diverged", names[5], diverged=5, runs=5),
     )
     return comparison(arms, [*runs, failed], planned_runs=len(runs) + 5, notes=notes)

@@ -20,6 +20,7 @@ PLANNED = Planned(
     {"optimizer.lr": (0.1, 1.0)},
     28,
     28_000,
+    open_choices=True,
 )
 
 
@@ -34,6 +35,18 @@ def test_fields_arms_and_runs_are_shown(show):
         "28 runs, 28,000 optimizer steps at most, more where an arm keeps several points of the grid.",
     ):
         assert words in text
+
+
+def test_what_is_done_already_and_what_was_checked_is_said(show):
+    partly = replace(PLANNED, done=20, steps_at_most=8_000, open_choices=False, checked=True)
+    text = " ".join(show(render(partly), 120).split())
+    assert "28 runs, 20 of them done already; 8 to do, 8,000 optimizer steps at most. Nothing was trained." in text
+    assert "Checked: the data were read, and each model made its first step." in text
+    text = " ".join(show(render(replace(partly, done=28, steps_at_most=0, checked=False)), 120).split())
+    assert "28 runs, all of them done already: nothing would be trained." in text
+    assert "Checked" not in text
+    hub = replace(PLANNED, fields=(("data.source", "hub", "small.yaml:1"), ("data.shape", [3, 8, 8], "small.yaml:1")))
+    assert "The data were not read; a comparison reads them" in " ".join(show(render(hub), 120).split())
 
 
 @pytest.mark.parametrize("measure", ["largest_learning_rate", "regularization.logit_variance"])

@@ -46,6 +46,16 @@ def test_records_come_back_by_key_and_failures_are_tried_again(tmp_path: Path, m
     assert ComparisonFolder(tmp_path / "runs").begun() == BEGUN
 
 
+def test_a_folder_in_which_nothing_began_is_removed_unless_it_was_there(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for name in ("new", "mine"):
+        with ComparisonFolder(tmp_path / name) as folder:
+            assert folder.path.is_dir()
+    with ComparisonFolder(tmp_path / "begun") as folder:
+        folder.begin(BEGUN)
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "begun"}
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format_version": 99}', b"\xff\x00"])
 def test_a_run_whose_file_cannot_be_read_is_done_again(tmp_path: Path, make_result, content: bytes) -> None:
     with ComparisonFolder(tmp_path) as folder:
@@ -271,7 +281,10 @@ def test_a_folder_that_cannot_be_made_read_or_shared_is_named(tmp_path: Path) ->
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"out .*file/run: cannot be created: Not a directory"):
         RunFolder(tmp_path / "file/run", "name").begin("")
-    with pytest.raises(UsageError, match=r"comparison.json: cannot be read: No such file or directory; give a JSON"):
+    with pytest.raises(
+        UsageError,
+        match=r"comparison.json: cannot be read: No such file or directory; give the folder",
+    ):
         load_comparison(tmp_path)
     with ComparisonFolder(tmp_path) as folder:
         folder.begin(BEGUN)

@@ -84,6 +84,27 @@ def test_the_bars_of_a_comparison_show_all_runs_and_each_worker() -> None:
         assert word in screen
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_failures_of_one_text_are_told_once_and_counted_at_the_end(terminal: bool) -> None:
+    ends = [
+        RunEnded(0, f"plain, seed {seed}", 1 + seed, 4, RunRecord(str(seed), "plain", {}, seed, "tune", None, why))
+        for seed, why in enumerate(["it died", "it died", "no memory", "it died"])
+    ]
+    screen = shown(CompareProgress, [ComparisonStarted("digits", 4, 0, "accuracy"), *ends], terminal)
+    assert screen.count("it died") == screen.count("no memory") == 1
+    assert "3 runs failed as plain, seed 0 did" in screen
+    assert "1 runs" not in screen
+
+
+def test_a_check_is_said_until_the_runs_begin() -> None:
+    progress = CompareProgress(console=Console(file=io.StringIO(), force_terminal=True))
+    with progress:
+        progress.check()
+        assert [task.description for task in progress.bars.tasks] == ["checking data and models"]
+        progress(COMPARE[0])
+        assert [task.description for task in progress.bars.tasks] == ["digits"]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 @pytest.mark.parametrize("width", [40, 60, 80])
 @pytest.mark.parametrize(("kind", "events"), KINDS)

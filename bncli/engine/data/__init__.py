@@ -6,7 +6,6 @@ Letters: N examples, B batch size, C channels, H height, W width.
 from __future__ import annotations
 
 import importlib.util
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +17,7 @@ from bncli.engine.data import mnist
 from bncli.engine.data.splits import Conversion, Dataset, InMemory, evaluation_order, holdout_split, normalization
 from bncli.errors import DataError
 from bncli.recipe.mnist import CLASSES, SIDE, name_of
+from bncli.recipe.npz import KEYS, UNREADABLE, array_names, check_labels
 from bncli.recipe.sections import MNIST_5K
 
 if TYPE_CHECKING:
@@ -142,8 +142,6 @@ def _npz(spec: Npz) -> Arrays:
 
 # --- NumPy's .npz files -------------------------------------------------------------------------------------------
 
-KEYS = ("x", "y", "x_test", "y_test")
-
 
 def read_npz(path: str) -> dict[str, Tensor]:
     """x (N, features) or (N, C, H, W) and y (N,) int64; if the file has a fixed test set, x_test and y_test as well.
@@ -152,13 +150,7 @@ def read_npz(path: str) -> dict[str, Tensor]:
     are 0 to classes - 1, each at least once. Raises DataError for a missing file or other contents.
     """
     try:
-        found, arrays = _read(Path(path).expanduser())
-        test = [key for key in KEYS[2:] if key in found]
-        if missing := [key for key in (KEYS if test else KEYS[:2]) if key not in found]:
-            raise DataError(
-                f"has no {' and no '.join(missing)}; it holds {', '.join(found) or 'nothing'}. "
-                "Required are x and y, and for a fixed test set x_test and y_test as well"
-            )
+        test, arrays = "x_test" in array_names(path), _read(Path(path).expanduser())
         tensors = {key: (_examples if key[0] == "x" else _labels)(key, arrays[key]) for key in arrays}
         _check_classes(tensors["y"])
         for x, y in (("x", "y"), ("x_test", "y_test"))[: 2 if test else 1]:
@@ -171,17 +163,13 @@ def read_npz(path: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _read(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
-    if not path.is_file():
-        raise DataError(f"does not exist; create it with numpy.savez('{path}', x=..., y=...)")
-    if not zipfile.is_zipfile(path):
-        raise DataError(f"is not an .npz archive; create it with numpy.savez('{path}', x=..., y=...)")
+def _read(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             # What is no array in the archive comes as bytes.
-            return archive.files, {key: np.asarray(archive[key]) for key in KEYS if key in archive.files}
+            return {key: np.asarray(archive[key]) for key in KEYS if key in archive.files}
     except Exception as error:  # what a damaged file raises is zipfile's, zlib's, NumPy's or tokenize's
-        raise DataError(f"cannot be read as arrays of numbers ({error}); write it again with numpy.savez") from None
+        raise DataError(UNREADABLE.format(error)) from None
 
 
 def _examples(key: str, x: np.ndarray) -> Tensor:
@@ -206,10 +194,7 @@ def _examples(key: str, x: np.ndarray) -> Tensor:
 
 
 def _labels(key: str, y: np.ndarray) -> Tensor:
-    if y.dtype.kind not in "iu" or y.ndim != 1 or not len(y):
-        raise DataError(f"has {key} of type {y.dtype} and shape {y.shape}; labels must be integers, one per example")
-    if y.min() < 0 or y.max() >= 2**31:
-        raise DataError(f"has labels from {y.min()} to {y.max()} in {key}; number the classes from 0")
+    check_labels(key, y)
     return torch.from_numpy(y.astype(np.int64))
 
 

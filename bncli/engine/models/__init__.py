@@ -172,6 +172,7 @@ def _own(section: OwnModel, shape: tuple[int, ...], classes: int, norm: NormFact
     with blame_user_code(where, contract, RecipeError), SeparateDraws(seed):
         model = function(shape=shape, classes=classes, norm=norm, **section.arguments)
     if not isinstance(model, nn.Module):
-        raise RecipeError(f"{where} returned a {type(model).__name__}; expected a torch.nn.Module")
+        returned = "nothing (None)" if model is None else f"a {type(model).__name__}"
+        raise RecipeError(f"{where} returned {returned}; expected a torch.nn.Module")
     seed_global_generators(stream_seed(seed, "own model's forward"))  # whatever the constructor drew
     return model

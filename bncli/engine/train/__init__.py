@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from bncli import kernels
 from bncli.engine import data
-from bncli.engine.data.splits import Dataset
+from bncli.engine.data.splits import Dataset, InMemory
 from bncli.engine.device import autocast, cpu_threads, environment, in_tf32, resolve, tf32_allowed
 from bncli.engine.load import CoreWait
 from bncli.engine.models import blame_own_model
@@ -24,6 +24,7 @@ from bncli.engine.train.population import precise
 from bncli.engine.train.probes import probe, probe_steps
 from bncli.engine.train.state import TrainState
 from bncli.engine.train.threads import FEWEST, multiply_adds
+from bncli.errors import RunFailed
 from bncli.recipe.sections import BatchNorm, OwnModel, Recipe
 from bncli.results.environment import Environment
 from bncli.results.train import (
@@ -82,6 +83,19 @@ def train(
         if by_size and ((count := multiply_adds(state)) is None or count >= FEWEST):
             torch.set_num_threads(most)
         yield from training_loop(state, name, stop)
+
+
+def trial(
+    recipe: Recipe, device: str, *, dataset: Dataset, threads: int | None = None, name: str = "trial"
+) -> Iterator[Event]:
+    """The first step of a run, after an evaluation of one chunk of the held-out examples; nothing is compiled.
+
+    It raises what would end every run of the recipe. Arguments and events as in `train`.
+    """
+    held_out = InMemory(*next(dataset.held_out.chunks(evaluation_size(recipe, dataset.shape))))
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": False})})
+    dataset = replace(dataset, held_out=held_out)
+    return train(recipe, device, dataset=dataset, threads=threads, name=name, stop=lambda: True)
 
 
 def training_loop(state: TrainState, name: str = "run", stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
@@ -206,6 +220,13 @@ def _evaluation(state: TrainState, train_loss: float | None) -> Evaluation:
     for x, y in state.dataset.held_out.chunks(evaluation_size(state.recipe, state.dataset.shape)):
         with autocast(state.device, state.recipe.train.precision):
             logits = state.model(x)
+        expected = (len(y), state.dataset.classes)
+        if isinstance(state.recipe.model, OwnModel) and getattr(logits, "shape", None) != expected:
+            found = f"of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise RunFailed(
+                f"model.module: {state.recipe.model.module}: the output for a batch of {len(y)} examples is {found}; "
+                f"expected a tensor of shape {expected}, a logit for each example and class"
+            )
         highest, predicted = logits.max(1)  # NaN where any of an example's logits is
         right = right + ((predicted == y) & highest.isfinite()).sum()
         loss = loss + F.cross_entropy(logits.float(), y, reduction="sum")

@@ -1,9 +1,9 @@
 """Worker process that serves many training runs: `python -m bncli.engine.train.worker --device cpu --threads 1`.
 
-One JSON object per line. In: {"key", "recipe"}. Out: {"hello"} once, then {"key", "step", "value"} at evaluations and
-{"key", "result", "code"} or {"key", "failure"} for each run, with the user's files that the process loaded;
-{"refused": mistakes, "field", "value", "exit_code"} when no run can succeed (a missing file, an absent device). The
-process exits when standard input ends, so that it does not outlive its parent.
+One JSON object per line. In: {"key", "recipe", "check"}; a check is of the first step alone. Out: {"hello"} once, then
+{"key", "step", "value"} at evaluations and {"key", "result", "code"} or {"key", "failure"} for each run, with the files
+of the user that the process loaded; {"refused": mistakes, "field", "value", "exit_code"} when no run can succeed (data
+or a device that are absent). The process exits when standard input ends, so that it does not outlive its parent.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def serve(jobs: queue.Queue[dict[str, Any]], out: TextIO, device_name: str, thre
     from bncli.engine import data
     from bncli.engine.data.splits import Dataset
     from bncli.engine.device import resolve
-    from bncli.engine.train import train
+    from bncli.engine.train import train, trial
     from bncli.engine.user_code import LoadedFiles
     from bncli.recipe.sections import OwnModel, Recipe
     from bncli.results.serialize import to_plain
@@ -80,7 +80,8 @@ def serve(jobs: queue.Queue[dict[str, Any]], out: TextIO, device_name: str, thre
         gc.collect()  # the last run's model may be in a reference cycle
         last_report = 0.0
         try:
-            for event in train(recipe, device_name, dataset=loaded[source], threads=threads, name=key):
+            run = trial if job["check"] else train
+            for event in run(recipe, device_name, dataset=loaded[source], threads=threads, name=key):
                 if isinstance(event, RunStarted | RunFinished):  # a forward pass may import as well
                     user_files.note()
                 if isinstance(event, Evaluated) and monotonic() - last_report > REPORT_EVERY_S:

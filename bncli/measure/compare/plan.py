@@ -45,6 +45,7 @@ class Job:
     phase: Phase
     recipe: Recipe
     recipe_key: str = ""
+    check: bool = False  # only whether its first step can be made
 
     @property
     def label(self) -> str:
@@ -116,7 +117,7 @@ def study(recipes: Sequence[Loaded], identity: Mapping[str, str] | None = None) 
     names = [arm.name for arm in first.arms] or [first.name]  # as the file has them, before any clash
     searches = [each.file.largest_learning_rate for each in recipes if each.file.largest_learning_rate]
     plan = ComparisonPlan(
-        name=first.name,
+        name="+".join(dict.fromkeys(each.name for each in recipes)),
         arms=tuple(arm.name for arm in arms),
         fixed={arm.name: arm.fixed for arm in arms},
         grid={path: tuple(values) for path, values in grid.items()},
@@ -134,27 +135,31 @@ def study(recipes: Sequence[Loaded], identity: Mapping[str, str] | None = None) 
     return Study(plan, tuple(arms), dict(identity or {}))
 
 
-def planned_comparison(recipes: Sequence[Loaded]) -> Planned:
-    """All runs of a comparison, without training any. Raises RecipeError for recipes that cannot be compared."""
-    asked, first = study(recipes), recipes[0]
-    plan = asked.plan
+def planned_comparison(asked: Study, first: Loaded, records: Mapping[str, RunRecord] | None = None) -> Planned:
+    """All runs of a comparison, without training any. first: its first recipe; records: those that are done."""
+    records = records or {}
+    plan, named = asked.plan, named_runs(asked, records)
     arms = [
         planned_arm(first.base, arm, len(asked.points(arm)) * len(plan.tune_seeds), len(plan.report_seeds))
         for arm in asked.arms
     ]
-    search_runs = len(searched_arms(plan)) * len(plan.report_seeds) * rates.USUAL_RUNS
-    runs, fields = planned_runs(asked) - search_runs, first.provenance(Arm("", first.base))
+    keys = {job.key: job.phase for job in named.jobs}
+    runs = sum(phase != "rate" for phase in keys.values()) + named.later
+    done = sum(phase != "rate" for key, phase in keys.items() if key in records)
+    searches = sum(phase == "rate" for key, phase in keys.items() if key not in records)
     return Planned(
-        first.name,
-        tuple(fields),
+        plan.name,
+        tuple(first.provenance(Arm("", first.base))),
         tuple(arms),
         dict(plan.grid),
         runs,
-        runs * plan.budget,
+        (runs - done) * plan.budget,
         available_memory_mib(),
         plan.claims,
-        search_runs,
+        searches + named.later_searches,
         (plan.largest_learning_rate or {}).get("steps", 0),
+        done,
+        open_choices=named.later > 0,
     )
 
 
@@ -263,11 +268,12 @@ class KnownRuns:
     """The runs that can be named now, done or not, and how many more there will be, as far as that is known."""
 
     jobs: list[Job]
-    later: int
+    later: int  # of arms whose tuning is not complete
+    later_searches: int  # of the searches for the largest learning rate
 
     @property
     def planned(self) -> int:
-        return len({job.key for job in self.jobs}) + self.later
+        return len({job.key for job in self.jobs}) + self.later + self.later_searches
 
 
 def planned_runs(study: Study, records: Mapping[str, RunRecord] | None = None) -> int:
@@ -312,7 +318,7 @@ def named_runs(study: Study, records: Mapping[str, RunRecord]) -> KnownRuns:
             searches += search
             if not search or search[-1].key not in records:
                 later += max(0, rates.USUAL_RUNS - len(search))
-    return KnownRuns(report + tuning + searches, len(untuned) * len(study.plan.report_seeds) + later)
+    return KnownRuns(report + tuning + searches, len(untuned) * len(study.plan.report_seeds), later)
 
 
 def searched_arms(plan: ComparisonPlan) -> set[str]:

@@ -56,21 +56,19 @@ class Processes:
     _idle_deaths: int = 0
 
     def run(self, wanted: deque[Job], stop: Callable[[], bool]) -> Iterator[Started | RunProgressed | Ended | None]:
-        """As `Executor.run`. Raises Refused when no worker can take any run."""
-        try:
+        """As `Executor.run`; the workers stay until `close`. Raises Refused when no worker can take any run."""
+        if not self._greeted:
             self.limit = (self.jobs or cores()) if self.device == "cpu" else 1
-            while not stop():
-                if not wanted and all(worker.job is None for worker in self._workers):
-                    return
-                for worker in [worker for worker in self._workers if worker.ready and worker.job is None]:
-                    if wanted and self._hand_out(worker, wanted[0]):
-                        yield Started(worker.number, wanted.popleft())
-                idle = sum(worker.job is None for worker in self._workers)
-                for _ in range(min(self.limit - len(self._workers), len(wanted) - idle)):
-                    self._start()
-                yield self._next_event()
-        finally:
-            self.close()
+        while not stop():
+            if not wanted and all(worker.job is None for worker in self._workers):
+                return
+            for worker in [worker for worker in self._workers if worker.ready and worker.job is None]:
+                if wanted and self._hand_out(worker, wanted[0]):
+                    yield Started(worker.number, wanted.popleft())
+            idle = sum(worker.job is None for worker in self._workers)
+            for _ in range(min(self.limit - len(self._workers), len(wanted) - idle)):
+                self._start()
+            yield self._next_event()
 
     def _start(self) -> None:
         number = next(n for n in range(len(self._workers) + 1) if n not in {w.number for w in self._workers})
@@ -115,7 +113,8 @@ class Processes:
         assert worker.process.stdin is not None
         worker.logged = worker.log.stat().st_size
         try:
-            worker.process.stdin.write(json.dumps({"key": job.key, "recipe": plain(job.recipe)}) + "\n")
+            order = {"key": job.key, "recipe": plain(job.recipe), "check": job.check}
+            worker.process.stdin.write(json.dumps(order) + "\n")
             worker.process.stdin.flush()
         except (BrokenPipeError, OSError):
             return False  # it has just died; the end of its stream will be read next

@@ -13,7 +13,6 @@ from bncli import __version__
 from bncli.engine.user_code import digest_of
 from bncli.errors import BncliError
 from bncli.measure.compare.plan import Job, Study, collect, planned_runs, run_values
-from bncli.measure.compare.summary import summarise
 from bncli.recipe.load import Arm, data_state, digest, plain, with_values
 from bncli.recipe.sections import Recipe
 from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, Note, RunRecord
@@ -89,6 +88,8 @@ def _fits(plan: ComparisonPlan, arm: Arm, record: RunRecord) -> bool:
 
 def report_of_runs(begun: BegunComparison, kept: Iterable[RunRecord], failed: Iterable[RunRecord]) -> Comparison:
     """The result from the runs that exist so far, without running anything. Raises BncliError."""
+    from bncli.measure.compare.summary import summarise  # imports scipy, which a dry run does without
+
     plan = begun.plan
     try:
         arms = [Arm(name, Recipe.model_validate(plan.recipes[name]), plan.fixed.get(name, ())) for name in plan.arms]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from bncli.errors import USAGE, Refused, by_arm
 from bncli.measure.compare.plan import Job, Study, named_runs
+from bncli.recipe.load import digest, plain
+from bncli.recipe.sections import Hub, Mnist, Npz, OwnModel
 from bncli.results.compare import ComparisonEvent, ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
 from bncli.results.serialize import from_plain
 from bncli.results.train import RunResult
@@ -41,7 +44,7 @@ class Executor(Protocol):
         """Execute the wanted runs until none is left or `stop()` is true.
 
         A run is taken from the left of `wanted` when it starts; the caller may change the waiting runs after every
-        event. Yields events, and None now and then so that a progress bar can be updated.
+        event. Yields events, and None now and then so that a progress bar can be updated. It can be called again.
         """
         ...
 
@@ -80,6 +83,35 @@ class _OpenRuns:
                     self.waiting.append(job)
                 group = (job.arm, job.seed if job.phase == "rate" else None)
                 self._open.setdefault(group, set()).add(job.key)
+
+
+def check(
+    study: Study, jobs: Iterable[Job], executor: Executor, stop: Callable[[], bool], note: Callable[[], None], dry: bool
+) -> bool:
+    """Make the first step of each model that differs in some jobs, with its arm's probes. Whether there was any.
+
+    note: called first. dry: for a dry run, only what no recipe tells, a model of the user's own or a .npz file, and no
+    data that may take minutes to read. Raises Refused with the mistakes of all arms.
+    """
+    probes = {arm.name: arm.recipe.probes for arm in study.arms}
+    trials: dict[str, Job] = {}
+    arms: dict[str, list[str]] = {}
+    for (arm, _), job in {(job.arm, job.recipe.model.model_dump_json()): job for job in jobs}.items():
+        large = isinstance(job.recipe.data, Hub | Mnist)
+        if dry and not isinstance(job.recipe.data, Npz) and (large or not isinstance(job.recipe.model, OwnModel)):
+            continue
+        recipe = job.recipe.model_copy(update={"probes": probes[arm]})
+        step: dict[str, Any] = plain(recipe)
+        step["optimizer"]["lr"] = step["train"]["seed"] = step["schedule"] = None
+        trials.setdefault(key := digest(step), replace(job, key=key, recipe=recipe, check=True))
+        arms.setdefault(key, []).append(arm)
+    if trials:
+        note()
+    ended = [event for event in executor.run(deque(trials.values()), stop) if isinstance(event, Ended)]
+    failures = {arm: event.failure for event in ended for arm in arms[event.job.key] if event.failure is not None}
+    if failures:
+        raise Refused(*by_arm((arm, failures[arm]) for arm in probes if arm in failures), exit_code=USAGE)
+    return bool(trials)
 
 
 def execute(

@@ -92,6 +92,8 @@ def _row(arm: ArmRuns, reference: ArmRuns) -> ArmSummary:
     sample, seeds, point = arm.sample(count), arm.seeds(count), arm.best(count) or {}
     at_best = next((results for each, results in arm.results if each == point), {})
     results = [result for seed, result in at_best.items() if seed in seeds]
+    if not results:  # nothing was chosen
+        point = {path: value for path, value in point.items() if path in plan.fixed.get(arm.name, ())}
     firsts = [result.first_hit for result in results if result.first_hit]
     memory = [result.peak_memory_mib for result in results if result.peak_memory_mib is not None]
     cells = _cells(arm)
@@ -216,6 +218,7 @@ def _notes(comparison: Comparison, arms: Mapping[str, ArmRuns]) -> Iterator[Note
     failed = sum(record.failure is not None for record in keys.values())
     if done < comparison.planned_runs:
         yield Note.of("unfinished", done=done, planned=comparison.planned_runs, failed=failed)
+    yield from _failure_notes(records)
     for row in comparison.arms:
         yield from _row_notes(comparison, row)
     yield from _seed_notes(plan, arms)
@@ -247,6 +250,15 @@ def _notes(comparison: Comparison, arms: Mapping[str, ArmRuns]) -> Iterator[Note
         yield Note.of("paper")
 
 
+def _failure_notes(records: Sequence[RunRecord]) -> Iterator[Note]:
+    """Each reason of failed runs once: how many there are, and of which arms."""
+    for failure in dict.fromkeys(record.failure for record in records if record.failure is not None):
+        alike = [record for record in records if record.failure == failure]
+        arms, runs = list(dict.fromkeys(record.arm for record in alike)), len({record.key for record in alike})
+        run = point_and_seed(alike[0].point, alike[0].seed) if runs == 1 else None
+        yield Note.of("failed", failure=failure, runs=runs, arms=arms, run=run)
+
+
 def _row_notes(comparison: Comparison, row: ArmSummary) -> Iterator[Note]:
     plan = comparison.plan
     if row.runs and row.tuning and not any(cell.hits for cell in row.tuning) and not row.hits:
@@ -257,7 +269,6 @@ def _row_notes(comparison: Comparison, row: ArmSummary) -> Iterator[Note]:
     coarse = _too_coarse(comparison, row)
     if coarse:
         yield coarse
-    yield from (Note.of("failed", row.arm, failure=failure) for failure in dict.fromkeys(row.failures))
     if row.diverged:
         yield Note.of("diverged", row.arm, diverged=row.diverged, runs=row.runs)
     ratio = row.ratio.value if row.ratio else None

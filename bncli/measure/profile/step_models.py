@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -21,14 +21,14 @@ from bncli.engine.data.splits import Batch, Dataset, InMemory
 from bncli.engine.device import autocast
 from bncli.engine.models import blame_own_model, norms, variants
 from bncli.engine.models.whitening import Whitening
-from bncli.engine.train import optimizer_step
+from bncli.engine.train import optimizer_step, trial
 from bncli.engine.train.optim import uncompiled
 from bncli.engine.train.state import TrainState, check_fit
 from bncli.engine.user_code import blame_user_code, imported
 from bncli.errors import RunFailed, UsageError
 from bncli.measure.profile.norm_diagnostics import TrainingPlan
 from bncli.recipe.load import Loaded, digest, plain, with_values
-from bncli.recipe.sections import DataSection, Recipe
+from bncli.recipe.sections import DataSection, OwnModel, Recipe
 from bncli.results.profile import FOLDED, NormLayers, Note
 
 OTHER_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _NormBase, variants.RMSNorm, variants.DynamicTanh, Whitening)
@@ -66,6 +66,7 @@ class StepModel(Protocol):
     def notes(self) -> tuple[Note, ...]: ...
 
     def dataset(self, device: torch.device) -> Dataset: ...
+    def check(self, dataset: Dataset, device: torch.device) -> None: ...
 
     def trainable(
         self, kernel: str | None, dataset: Dataset, device: torch.device, learns: bool = False
@@ -136,6 +137,13 @@ class RecipeModel:
         found = _loaded(self.recipe.data, device, self.recipe.train.memory_format)
         check_fit(self.recipe, found)
         return found
+
+    def check(self, dataset: Dataset, device: torch.device) -> None:
+        """Raises RecipeError or RunFailed for a user's model that cannot make the first step."""
+        if isinstance(self.recipe.model, OwnModel):
+            native = {"norm.kernel": "native"} if self.has_kernels else {}
+            recipe = with_values(self.recipe, {"probes": None, **native})
+            deque(trial(recipe, str(device), dataset=dataset), maxlen=0)
 
     def trainable(self, kernel: str | None, dataset: Dataset, device: torch.device, learns: bool = False) -> Trainable:
         """To be timed: at a learning rate that leaves the weights where they begin, so that every sample is of the same
@@ -239,8 +247,17 @@ class UserModel:
         x = torch.randn(self.shape, generator=torch.Generator().manual_seed(0)).to(device)
         return one_batch(x, torch.zeros(len(x), dtype=torch.int64, device=device), 1)
 
+    def check(self, dataset: Dataset, device: torch.device) -> None:
+        """Raises UsageError for an input that the model does not take, and for an output without a loss."""
+        made = self.trainable(None, dataset, device)
+        try:
+            self._loss(made.forward(made.model, made.evaluation_x))
+            made.forward(made.model.eval(), made.evaluation_x)
+        except RunFailed as error:
+            raise UsageError(str(error), field="inputs", value="x".join(map(str, self.shape))) from error
+
     def _model(self) -> nn.Module:
-        """Raises UsageError for what is not there or is no module, RunFailed for what the function raises."""
+        """Raises UsageError for what is not there, raises, or is no module."""
         random.seed(0)
         torch.manual_seed(0)
         try:
@@ -248,7 +265,7 @@ class UserModel:
         except (ImportError, AttributeError, ValueError) as error:
             where = "the current folder and the environment were searched"
             raise UsageError(f"{error}; {where}", field="model", value=self.name) from error
-        with blame_user_code(self.name, "It is called without arguments and returns a torch.nn.Module"):
+        with blame_user_code(self.name, "It is called without arguments and returns a torch.nn.Module", UsageError):
             model = function()
         if not isinstance(model, nn.Module):
             returned = f"it returned a {type(model).__name__}; expected a torch.nn.Module"

@@ -27,7 +27,7 @@ from bncli.engine.convert.fold import fold
 from bncli.engine.data.splits import Dataset
 from bncli.engine.device import environment, tf32_allowed
 from bncli.engine.load import CoreWait
-from bncli.errors import BncliError, DataError, UsageError
+from bncli.errors import BncliError, DataError, RecipeError, RunFailed, UsageError, by_arm
 from bncli.measure.profile import memory, norm_diagnostics, step_check, step_time
 from bncli.measure.profile.step_models import StepModel, Trainable, norms_of
 from bncli.measure.timing.clock import Deadline, LoopClock, in_a_row, rounds
@@ -109,6 +109,7 @@ class StepRun:
     def events(self) -> Iterator[ProfileEvent]:
         """Measure. Raises DataError and UsageError for what cannot be measured at all."""
         yield ProfileStarted(self._name, self.planned, self._seconds)
+        self._check()
         with contextlib.closing(self._processes):
             for place, model in enumerate(self._models):
                 deadline = Deadline(self._share_s, self._now_s)
@@ -130,6 +131,17 @@ class StepRun:
             notes=tuple(self._notes),
             planned=self.planned,
         )
+
+    def _check(self) -> None:
+        """Raises RecipeError with the mistakes of all models, and DataError, before any is measured."""
+        wrong = []
+        for model in self._models:
+            try:
+                model.check(model.dataset(self._device), self._device)
+            except (RecipeError, RunFailed) as error:
+                wrong.append((model.name, str(error)))
+        if wrong:
+            raise RecipeError(*by_arm(wrong))
 
     # --- one model ------------------------------------------------------------------------------------------------
 

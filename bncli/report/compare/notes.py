@@ -75,7 +75,6 @@ def _setting(value: Any) -> str:
 
 # Kind of note about a single arm -> the line for all arms, and what stands in brackets behind each, from its facts.
 OF_ARMS: dict[NoteKind, tuple[str, str | Callable[..., str]]] = {
-    "failed": ("Failed: {arms}", "{failure}"),
     "no hit": ("No setting reached the target within the {most_steps:,.0f} steps that the budget shows: {arms}", ""),
     "at edge": ("At the edge of the grid: {arms}; add values beyond", "{field} {value:g}"),
     "held before training": ("At the target before training: {arms}; choose a harder one", "{at_once} of {runs} runs"),
@@ -98,6 +97,7 @@ SENTENCES: dict[NoteKind, Callable[..., str]] = {
     "unfinished": lambda done, planned, failed: (
         f"{done} of {planned} runs are done{f', {failed} failed' * bool(failed)}; the figures are based on those"
     ),
+    "failed": lambda failure, runs, arms, run: f"Failed: {', '.join(arms)} ({run or f'{runs} runs'}): {failure}",
     "few seeds": lambda seeds, ratio, needed: (
         f"Few seeds per arm: {seeds}"
         + f"; with this spread, telling a ratio of {ratio:g} from 1 needs {needed}" * bool(needed)

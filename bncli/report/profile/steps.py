@@ -156,7 +156,11 @@ def _step_names(rows: Sequence[StepCost]) -> list[Column]:
 
 
 def _lines(rows: Sequence[StepCost], messages: bool = False) -> list[Row]:
-    return table_rows(_arms(rows), lambda row: (error_words(row) or "") * messages)
+    """messages: with the errors, each once an arm."""
+    errors = {id(row): (row.arm, error_words(row) or "") for row in rows if messages}
+    first = {error: key for key, error in reversed(errors.items())}
+    shown = {key: error[1] and (error[1] if first[error] == key else "the same error") for key, error in errors.items()}
+    return table_rows(_arms(rows), lambda row: shown.get(id(row), ""))
 
 
 def _arms(rows: Sequence[StepCost]) -> dict[str, list[StepCost]]:

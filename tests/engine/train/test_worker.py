@@ -36,18 +36,18 @@ class Driver:
         self.process.kill()
         self.process.communicate()
 
-    def give(self, key: str, recipe: Recipe) -> None:
+    def give(self, key: str, recipe: Recipe, check: bool = False) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"key": key, "recipe": plain(recipe)}) + "\n")
+        self.process.stdin.write(json.dumps({"key": key, "recipe": plain(recipe), "check": check}) + "\n")
         self.process.stdin.flush()
 
     def hear(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         return dict(json.loads(self.process.stdout.readline()))
 
-    def outcome(self, key: str, recipe: Recipe) -> dict[str, Any]:
+    def outcome(self, key: str, recipe: Recipe, check: bool = False) -> dict[str, Any]:
         """The message about a run that is not about its progress."""
-        self.give(key, recipe)
+        self.give(key, recipe, check)
         while "step" in (message := self.hear()):
             pass
         return message
@@ -109,6 +109,17 @@ def test_a_run_that_raises_is_a_failure_and_the_worker_goes_on(
     assert failure["key"] == "bad"
     assert reason.format(folder=folder) in failure["failure"]
     assert worker.outcome("good", tiny())["result"]["status"] == "reached"
+
+
+def test_a_check_makes_the_first_step_and_finds_what_would_end_every_run(worker: Driver, folder: Path) -> None:
+    passed = worker.outcome("passed", tiny(train={"steps": 10**9, "target": None}), check=True)
+    assert (passed["key"], passed["result"]["steps_run"]) == ("passed", 1)
+    wide = BUILT.format("classes += 1")
+    failure = worker.outcome("wide", own(folder, "wide", wide), check=True)["failure"]
+    assert failure == (
+        "model.module: wide:make: the output for a batch of 20 examples is of shape (20, 4); expected a tensor of "
+        "shape (20, 3), a logit for each example and class"
+    )
 
 
 def test_a_result_names_the_users_files_loaded_by_the_forward_pass_too(worker: Driver, folder: Path) -> None:

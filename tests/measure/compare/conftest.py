@@ -44,7 +44,7 @@ def study_of(tmp_path: Path) -> StudyOf:
         files = [tmp_path / f"recipe{number}.yaml" for number in range(len(texts))]
         for file, text in zip(files, texts, strict=True):
             file.write_text(text)
-        return study([load(str(file)) for file in files])
+        return study([load(str(file), allow_code=True) for file in files])
 
     return make
 

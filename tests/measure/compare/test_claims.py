@@ -105,7 +105,8 @@ def test_arms_that_are_equal_in_every_run_fulfil_a_stated_bound_and_refute_a_dif
 
 
 def test_a_verdict_is_never_from_a_single_run(judged: Callable[..., Any]) -> None:
-    (found,) = judged(f"measure: {DRIFT}, when: end, at_least: 1.1", values=at_end(DRIFT, PLAIN, NORMED), seeds=1)
+    values = at_end(DRIFT, [PLAIN[0], math.nan], NORMED[:2])
+    (found,) = judged(f"measure: {DRIFT}, when: end, at_least: 1.1", values=values, seeds=2)
     assert (found.verdict, found.interval.low, found.interval.high) == ("cannot tell", None, None)
     assert (found.no_interval, found.seeds, found.value) == ("one pair", 1, pytest.approx(2.1))
 

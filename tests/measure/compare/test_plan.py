@@ -193,9 +193,9 @@ def test_claims_of_several_files_are_about_their_own_arms(study_of: StudyOf) -> 
 def test_a_dry_run_lists_claims_and_counts_the_searches_apart(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(BASE + ARMS)
-    without = planned_comparison([load(str(file))])
+    without = planned_comparison(study([recipe := load(str(file))]), recipe)
     file.write_text(BASE + ARMS + SEARCH + CLAIM % "normed")
-    found = planned_comparison([load(str(file))])
+    found = planned_comparison(study([recipe := load(str(file))]), recipe)
     assert (found.runs, found.steps_at_most) == (without.runs, without.steps_at_most)
     assert (found.search_runs, found.search_steps, without.search_runs) == (2 * 5 * USUAL_RUNS, 300, 0)
     assert [claim.say for claim in found.claims] == ["so"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections import deque
@@ -43,7 +44,8 @@ def processes(folder: Path, device: str = "cpu", jobs: int | None = 2) -> Proces
 def carry_out(
     executor: Processes, acts: dict[str, str], stop: Callable[[], bool] = lambda: False
 ) -> tuple[list[Any], dict[str, Ended]]:
-    events = list(executor.run(jobs_of(acts), stop))
+    with contextlib.closing(executor):
+        events = list(executor.run(jobs_of(acts), stop))
     return events, {event.job.key: event for event in events if isinstance(event, Ended)}
 
 
@@ -120,18 +122,36 @@ def test_every_run_dying_still_ends(tmp_path: Path) -> None:
 def test_runs_that_are_named_later_are_done_too(tmp_path: Path) -> None:
     done: list[str] = []
     wanted = jobs_of({"first": "work"})
-    for event in processes(tmp_path).run(wanted, lambda: False):
-        if isinstance(event, Ended):
-            done.append(event.job.key)
-            wanted.extend(jobs_of({"second": "work"}) if event.job.key == "first" else [])
+    with contextlib.closing(processes(tmp_path)) as executor:
+        for event in executor.run(wanted, lambda: False):
+            if isinstance(event, Ended):
+                done.append(event.job.key)
+                wanted.extend(jobs_of({"second": "work"}) if event.job.key == "first" else [])
     assert done == ["first", "second"]
+
+
+def test_workers_stay_for_the_next_runs_until_they_are_closed(tmp_path: Path) -> None:
+    executor = processes(tmp_path, jobs=1)
+    first, second = (
+        next(
+            event.result["pid"]
+            for event in executor.run(jobs_of({key: "work"}), lambda: False)
+            if isinstance(event, Ended)
+        )
+        for key in ("first", "second")
+    )
+    assert first == second
+    assert alive(first)
+    executor.close()
+    assert not alive(first)
 
 
 def test_what_a_worker_is_sent_is_made_once_a_run(tmp_path: Path) -> None:
     """Not for all that wait after every run, which took 0.29 s a run where 4,000 waited."""
     jobs = jobs_of({f"run{n}": "work" for n in range(12)})
     recipes: list[Any] = [job.recipe for job in jobs]
-    list(processes(tmp_path).run(jobs, lambda: False))
+    with contextlib.closing(processes(tmp_path)) as executor:
+        list(executor.run(jobs, lambda: False))
     assert [recipe.dumps for recipe in recipes] == [1] * 12
 
 

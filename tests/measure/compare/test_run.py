@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from bncli.errors import Refused
 from bncli.measure.compare import run
-from bncli.measure.compare.plan import Job, Study, collect, named_runs, planned_runs
-from bncli.measure.compare.run import Ended, Started, execute
+from bncli.measure.compare.plan import Job, Study, collect, named_runs, planned_runs, wanted
+from bncli.measure.compare.run import Ended, Started, check, execute
 from bncli.measure.compare.summary import summarise
 from bncli.report.compare.notes import sentences
 from bncli.results.compare import ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
@@ -220,7 +221,47 @@ def test_a_seed_without_a_largest_rate_leaves_the_claim_without_an_interval(
     assert (claim.verdict, claim.no_interval, claim.seeds) == ("cannot tell", reason, 4)
 
 
-def test_without_a_claim_about_it_nothing_is_searched(study_of: StudyOf) -> None:
-    executor = Trained()
-    carry_out(study_of(BASE + ARMS + SEARCHED.split("claims")[0]), Kept(), executor)
-    assert len(executor.ran) == 48
+# --- the check before the first run -------------------------------------------------------------------------------
+
+OWN = BASE.replace("{kind: mlp, hidden: [8]}", "{kind: module, module: 'mine:make'}")
+ALIKE = "arms: {a: , b: {optimizer: {lr: 3}}, c: {norm: batch}}\ngrid: {train.batch_size: [10, 20]}\nseeds: {tune: 3}\n"
+
+
+def checked(asked: Study, answer: Callable[[Job], float | str | None], dry: bool = False) -> tuple[bool, list[Job]]:
+    """Whether the check tried something, and what it tried."""
+    tried = list[Job]()
+    executor = Serial(lambda job: tried.append(job) or answer(job))  # type: ignore[func-returns-value]
+    return check(asked, wanted(asked, {}), executor, lambda: False, lambda: None, dry), tried
+
+
+def test_a_model_that_arms_and_points_have_in_common_is_tried_once_with_the_arms_probes(study_of: StudyOf) -> None:
+    asked = study_of(BASE + "probes: {measure: [gradients]}\n" + ALIKE)
+    found, tried = checked(asked, lambda job: 100.0)
+    assert found
+    assert [(job.recipe.norm.kind, job.check) for job in tried] == [("none", True), ("batch", True)]
+    assert all(job.recipe.probes is not None for job in tried)
+
+
+def test_the_mistakes_of_all_arms_are_told_at_once_and_common_ones_once(study_of: StudyOf) -> None:
+    asked = study_of(BASE + ALIKE)
+    with pytest.raises(Refused) as refused:
+        checked(asked, lambda job: "it raised")
+    assert (refused.value.mistakes, refused.value.exit_code) == (("arms a, b, c: it raised",), 2)
+    with pytest.raises(Refused) as refused:
+        checked(asked, lambda job: f"with {job.recipe.norm.kind}")
+    assert refused.value.mistakes == ("arms a, b: with none", "arm c: with batch")
+
+
+@pytest.mark.parametrize(
+    ("text", "tries"),
+    [
+        (BASE, False),
+        (OWN, True),
+        (OWN.replace("{source: synthetic, ", "{source: hub, name: large, ").replace("[8]", "[3, 8, 8]"), False),
+    ],
+    ids=["built in", "own", "own on large data"],
+)
+def test_a_dry_run_tries_what_the_recipe_does_not_tell(study_of: StudyOf, text: str, tries: bool) -> None:
+    asked = study_of(text + ALIKE)
+    found, tried = checked(asked, lambda job: 100.0, dry=True)
+    assert (found, bool(tried)) == (tries, tries)

@@ -312,6 +312,23 @@ def test_failed_runs_are_named_and_not_counted_as_misses(asked: Study) -> None:
     assert "26 of 28 runs are done, 2 failed; the figures are based on those" in sentences(comparison.notes)
 
 
+def test_failures_of_one_text_are_one_fact_with_their_count_and_arms(asked: Study) -> None:
+    found = carried_out(asked, by_arm_and_rate(RATES, RATES, 1e-6))
+    two = summarise(asked.plan, failed(found, lambda one: one.seed == 11), 28)
+    facts = {"failure": "it died", "runs": 2, "arms": ["plain", "normed"], "run": None}
+    assert [note.facts for note in two.notes if note.kind == "failed"] == [facts]
+    one = summarise(asked.plan, failed(found, lambda one: normed(one) and one.seed == 11), 28)
+    assert "Failed: normed (lr 1, seed 11): it died" in sentences(one.notes)
+
+
+def test_an_arm_without_a_run_that_ended_has_no_best_point(study_of: StudyOf) -> None:
+    """A grid of one point is kept whatever its runs did, and was shown as if it had been chosen."""
+    fixed = ARMS.replace("{norm: batch}", "{norm: batch, optimizer: {lr: 3}}")
+    asked = study_of(BASE + fixed.replace("[0.1, 1, 10]", "[1]"))
+    for row in summary(asked, failed(carried_out(asked, lambda job: 100.0))).arms:
+        assert (row.runs, row.point) == (0, {"optimizer.lr": 3} if row.fixed else {})
+
+
 def test_other_machines_and_runs_at_a_time_are_noted(asked: Study) -> None:
     found = carried_out(asked, by_arm_and_rate(RATES, TENTH))
     assert not any("at a time" in note or "machines" in note for note in notes(asked, found))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from bncli import kernels
 from bncli.engine.data.splits import Dataset
 from bncli.engine.load import CoreWait
-from bncli.errors import DataError
+from bncli.errors import DataError, UsageError
 from bncli.kernels import fused
 from bncli.measure.profile.norm_diagnostics import TrainingPlan
 from bncli.measure.profile.step_models import RecipeModel, StepModel, Trainable, UserModel, one_batch
@@ -72,6 +73,9 @@ class Faked:
 
     def dataset(self, device: torch.device) -> Dataset:
         return one_batch(torch.ones(4, 2), torch.zeros(4, dtype=torch.int64), 2)
+
+    def check(self, dataset: Dataset, device: torch.device) -> None:
+        pass
 
     def trainable(self, kernel: str | None, dataset: Dataset, device: torch.device, learns: bool = False) -> Trainable:
         self.made.append(kernel)
@@ -346,16 +350,13 @@ def test_a_model_that_cannot_be_folded_has_no_such_row(name: str, refused: bool)
         ("one_value_a_channel", (1, 4), "Expected more than 1 value per channel"),
     ],
 )
-def test_a_module_that_cannot_be_trained_has_the_reason_in_its_rows(
+def test_a_module_that_does_not_take_its_input_is_refused_with_the_reason(
     name: str, shape: tuple[int, ...], says: str
 ) -> None:
     model = UserModel(f"tests.measure.profile.user_models:{name}", shape)
-    profile = finished(run_of(model, kernels=("native",)))
-    errors = [row.error for row in profile.rows if row.kernel in (None, "native")]
-    assert len(errors) == 2
-    assert all(error is not None and says in error for error in errors)
-    if name == "one_value_a_channel":
-        assert profile.remarks[0].kind == "one value"
+    with pytest.raises(UsageError, match=re.escape(says)) as refused:
+        finished(run_of(model, kernels=("native",)))
+    assert (refused.value.field, refused.value.value) == ("inputs", "x".join(map(str, shape)))
 
 
 # --- memory and the trace -----------------------------------------------------------------------------------------

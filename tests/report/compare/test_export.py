@@ -68,7 +68,7 @@ def test_markdown_begins_with_the_answer_and_has_warnings_apart_from_footnotes(e
     warned = lines.index("#### Warnings")
     assert lines[warned + 2 : warned + 5] == [
         "- 52 of 56 runs are done, 1 failed; the figures are based on those",
-        "- Failed: careful xavier initialization (seed 106: worker killed by signal 9)",
+        "- Failed: careful xavier initialization (lr 0.3, seed 106): worker killed by signal 9",
         "- Diverged, which counts as a miss: small learning rate (5 of 5 runs)",
     ]
     assert lines[warned + 5 : warned + 7] == ["", "#### What it costs to reach the target"]

@@ -23,7 +23,14 @@ def test_every_kind_of_note_has_its_words_in_one_table():
     ("note", "words"),
     [
         (Note.of("unfinished", done=3, planned=9, failed=0), "3 of 9 runs are done; the figures are based on those"),
-        (Note.of("failed", "plain", failure="it died"), "Failed: plain (it died)"),
+        (
+            Note.of("failed", failure="it died", runs=1, arms=["plain"], run="lr 1, seed 2"),
+            "Failed: plain (lr 1, seed 2): it died",
+        ),
+        (
+            Note.of("failed", failure="it died", runs=20, arms=["plain", "normed"], run=None),
+            "Failed: plain, normed (20 runs): it died",
+        ),
         (Note.of("few seeds", seeds=1, ratio=1.5, needed=None), "Few seeds per arm: 1"),
         (
             Note.of("not told apart", arms=["a", "b"], reference="plain", comparisons=2),
