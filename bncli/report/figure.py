@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#1b1b1b")
 INK = "#1b1b1b"  # text and axes; a web page can replace it by its own colour
 PALE = "#8a8a8a"  # what is not data: readable on white and on black
-MISSING = 'plots need matplotlib, which is not installed; install it with: pip install "bncli[plot]"'
+MISSING = "plots need matplotlib, which is not installed; install it with: pip install matplotlib"
 STYLE: Any = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
