@@ -11,6 +11,7 @@ import typer
 
 from bncli import __version__
 from bncli.cli import compare, gradcheck, profile, train
+from bncli.cli.completion import complete
 from bncli.cli.console import StopAtOnce, print_error
 from bncli.errors import CHECK_FAILED, INTERRUPTED, BncliError
 
@@ -42,6 +43,7 @@ def _root(
 
 
 for command in (train.train, compare.compare, gradcheck.gradcheck, profile.profile):
+    complete(command)
     app.command()(command)
 
 

@@ -10,12 +10,9 @@ import typer
 MOST_THREADS = 1024  # far more crash OpenMP
 
 Recipe_ = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML recipe; - reads standard input.")]
-Recipes = Annotated[
-    list[str] | None, typer.Argument(metavar="[RECIPE]...", help="YAML recipes; - reads standard input.")
-]
+Recipes = Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]...", help="YAML recipes; - is standard input.")]
 Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a field of the recipe; may be repeated."),
+    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a field; may be repeated.")
 ]
 ArmName = Annotated[str | None, typer.Option("--arm", metavar="NAME", help="Use only this arm of the recipe.")]
 Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")]
@@ -31,7 +28,5 @@ Threads = Annotated[
     int | None,
     typer.Option(min=1, max=MOST_THREADS, help="CPU threads.  [default: torch's choice]", show_default=False),
 ]
-RequireTarget = Annotated[
-    bool, typer.Option("--require-target", help="Exit with 1 if a run does not reach its target.")
-]
+RequireTarget = Annotated[bool, typer.Option("--require-target", help="Exit with 1 if a run misses its target.")]
 RequireClaims = Annotated[bool, typer.Option("--require-claims", help="Exit with 1 if a claim is not shown.")]

@@ -12,6 +12,15 @@ import typer
 from bncli.cli.console import StopSignal, enable_gc, log, print_result, show_plan
 from bncli.cli.options import AllowCode, ArmName, Device, DryRun, Json, Quiet, Recipe_, RequireTarget, Set, Threads
 from bncli.errors import CHECK_FAILED, DIVERGED
+from bncli.recipe import examples
+
+
+def _show_example(context: typer.Context, name: str | None) -> None:
+    if name is None or context.resilient_parsing:  # the shell completes
+        return
+    lines = [f"{each:<22}{purpose}" for each, purpose in examples.purposes().items()]
+    print_result("\n".join(lines) if name == "list" else examples.text(name))
+    raise typer.Exit
 
 
 def train(
@@ -30,6 +39,10 @@ def train(
     dry_run: DryRun = False,
     require_target: RequireTarget = False,
     allow_code: AllowCode = False,
+    example: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", callback=_show_example, is_eager=True, help="Print a recipe; list: their names."),
+    ] = None,
 ) -> None:
     """Train one recipe until its target or its step budget.
 

@@ -85,13 +85,6 @@ def peak_memory_mib(device: torch.device) -> float | None:
     return peak / (2**20 if sys.platform == "darwin" else 1024)
 
 
-def resident_mib() -> float:
-    """Resident memory of this process now."""
-    import psutil  # 10 ms that a training run can save
-
-    return float(psutil.Process().memory_info().rss) / 2**20
-
-
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
     """A context in which operators compute in that precision: fp32, bf16 or fp16."""
     if precision == "fp32":

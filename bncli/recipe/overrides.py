@@ -98,10 +98,7 @@ def value_at(root: Any, keys: Sequence[str | int], default: Any = None) -> Any:
 
 
 def write_out(tree: Tree) -> None:
-    """Write out what a recipe may leave out: `norm: batch` is `norm: {kind: batch}`, an arm without changes is {}.
-
-    The grid's `{log: [0.01, 10], points: 7}` become their values; those with mistakes stay for the checks.
-    """
+    """Write out what a recipe may leave out: `norm: batch` is `norm: {kind: batch}`, an arm without changes is {}."""
     _write_sections(tree, tree.root, ())
     arms = value_at(tree.root, ["arms"])
     for name, changes in arms.items() if isinstance(arms, dict) else ():
@@ -109,9 +106,8 @@ def write_out(tree: Tree) -> None:
         _write_sections(tree, changes, ("arms", name))
     grid = value_at(tree.root, ["grid"])
     for path, values in grid.items() if isinstance(grid, dict) else ():
-        if isinstance(values, dict):
-            with contextlib.suppress(ValidationError):
-                grid[path] = Spaced.model_validate(values).values()
+        with contextlib.suppress(ValidationError):  # a list, or one with mistakes, which is left for the checks
+            grid[path] = Spaced.model_validate(values).values()
 
 
 def _write_sections(tree: Tree, sections: Any, keys: Keys) -> None:

