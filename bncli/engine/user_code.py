@@ -32,9 +32,8 @@ def imported(name: str) -> Any:
     if folder not in sys.path:
         sys.path.insert(0, folder)  # a console script's path lacks the current folder, where the user's code is
     found = importlib.import_module(module)
-    top = _file_of(sys.modules[module.partition(".")[0]])
-    if folder and not os.path.realpath(top).startswith(os.path.realpath(folder) + os.sep):
-        raise ImportError(f"another module named {module} is imported already, from {top}; rename one of them")
+    if folder and not os.path.realpath(file := _file_of(found)).startswith(os.path.realpath(folder) + os.sep):
+        raise ImportError(f"another module named {module} is imported already, from {file}; rename one of them")
     return getattr(found, function)
 
 

@@ -10,8 +10,7 @@ from typing import Any
 
 from bncli.errors import UsageError
 
-PACKAGE = Path(__file__).parents[1]
-SCHEMA = max((folder / "recipes" / "recipe.schema.json" for folder in (PACKAGE.parent, PACKAGE)), key=Path.is_file)
+SCHEMA = max((each / "recipes" / "recipe.schema.json" for each in Path(__file__).parents[1:3]), key=Path.is_file)
 
 
 def files() -> dict[str, Path]:
@@ -23,10 +22,8 @@ def files() -> dict[str, Path]:
 def purposes() -> dict[str, str]:
     """What each is for: the first clause of its header or its docstring."""
     texts = {name: re.sub(r"\s*\n(# +)?", " ", file.read_text()) for name, file in files().items()}
-    clauses = {
-        name: re.findall(r'(?:Purpose: +|""")(.+?)(?:[.:;] |(?<=\?) |""")', text) for name, text in texts.items()
-    }
-    return {name: found[0] for name, found in clauses.items()}
+    clause = re.compile(r'(?:Purpose: +|""")(.+?)(?:[.:;] |(?<=\?) |""")')
+    return {name: clause.findall(text)[0] for name, text in texts.items()}
 
 
 def text(name: str) -> str:

@@ -82,6 +82,9 @@ def test_a_module_is_imported_from_the_folder_in_front_of_it_with_its_neighbours
     (tmp_path / "deep er" / f"{package}_part.py").write_text("size = 3")
     assert imported(f"deep er/{package}_net:make")() == 3
     assert imported(f"./{package}.parts.block:json").__name__ == "json"
+    (tmp_path / "deep er" / f"{package}_tree").mkdir()  # a package without an __init__.py
+    (tmp_path / "deep er" / f"{package}_tree" / "net.py").write_text("def make(): return 4")
+    assert imported(f"deep er/{package}_tree.net:make")() == 4
 
 
 def test_a_module_of_another_folder_and_the_same_name_is_not_taken_for_it(package: str, tmp_path: Path) -> None:

@@ -267,6 +267,12 @@ def test_data_and_modules_that_are_beside_the_recipe_are_found_there(beside: Pat
     assert load(str(beside / "r.yaml"), allow_code=True).base.data.path == str(beside / "mine.npz")  # type: ignore
 
 
+def test_a_recipe_without_any_section_is_refused_as_one(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("{}")
+    with pytest.raises(RecipeError, match="data: is missing"):
+        load(str(tmp_path / "r.yaml"))
+
+
 def test_what_is_in_the_current_folder_comes_first(beside: Path) -> None:
     (beside.parent / "mine.npz").write_bytes((beside / "mine.npz").read_bytes())
     (beside.parent / "net.py").write_text("")
