@@ -12,7 +12,7 @@ MOST_THREADS = 1024  # far more crash OpenMP
 Recipe_ = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML recipe; - reads standard input.")]
 Recipes = Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]...", help="YAML recipes; - is standard input.")]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a field; may be repeated.")
+    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a field; may be repeated.")
 ]
 ArmName = Annotated[str | None, typer.Option("--arm", metavar="NAME", help="Use only this arm of the recipe.")]
 Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")]

@@ -103,7 +103,7 @@ def load(path: str, sets: Sequence[str] = (), allow_code: bool = False, sets_fro
             refuse_code(tree)
             permission = "allow_code"
     elif not tree.mistakes:
-        sections = "a recipe has the sections data, model, optimizer and train: see recipes/smoke.yaml"
+        sections = "a recipe has the sections data, model, optimizer and train: see the example smoke"
         found = "is empty" if tree.root is None else f"is {words(tree.root)}"
         raise RecipeError(f"{source}: {found}; {sections}")
     if tree.mistakes:

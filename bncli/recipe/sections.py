@@ -593,7 +593,7 @@ class Seeds(Section):
 
 
 class Spaced(Section):
-    """Values of the grid at equal ratios, both ends included: {log: [0.01, 10], points: 7}."""
+    """Values of the grid at equal ratios, from the lowest to the highest, rounded to 3 significant digits."""
 
     log: Annotated[tuple[AboveZero, AboveZero], Strict(False)] = described("the lowest and the highest value")
     points: Annotated[int, Field(ge=2, le=100)] = described("number of values")

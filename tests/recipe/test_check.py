@@ -36,9 +36,9 @@ def train(fields: str) -> str:
 
 # A text, and its mistake behind the name of the file: the line, the key and the sentence.
 ONE_MISTAKE = [
-    ("", " is empty; a recipe has the sections data, model, optimizer and train: see recipes/smoke.yaml"),
-    ("- 1\n", " is a list; a recipe has the sections data, model, optimizer and train: see recipes/smoke.yaml"),
-    ("digits\n", ' is "digits"; a recipe has the sections data, model, optimizer and train: see recipes/smoke.yaml'),
+    ("", " is empty; a recipe has the sections data, model, optimizer and train: see the example smoke"),
+    ("- 1\n", " is a list; a recipe has the sections data, model, optimizer and train: see the example smoke"),
+    ("digits\n", ' is "digits"; a recipe has the sections data, model, optimizer and train: see the example smoke'),
     (BASE + "train: {steps: 5}\n", "5: train: appears twice; the first is in r.yaml:4"),
     (ARMS + "  a: {}\n", "8: arms.a: appears twice; the first is in r.yaml:6"),
     # unknown keys
@@ -247,7 +247,7 @@ ONE_MISTAKE = [
      "8: grid.optimizer.lr.log.2: expected a finite number, found Infinity"),
     (ARMS + "grid: {optimizer.lr: {log: [3, 2], points: 3}}\n",
      "8: grid.optimizer.lr: log: 3 is not less than 2; the lowest value comes first"),
-    (ARMS + "grid: {optimizer.lr: {log: [1, 1.01], points: 3}}\n", "8: grid.optimizer.lr.3: 1.01 appears twice"),
+    (ARMS + "grid: {optimizer.lr: {log: [1, 1.01], points: 3}}\n", "8: grid.optimizer.lr.2: 1 appears twice"),
     (ARMS + "grid: {optimizer.lr: {log: [1, 2], point: 3, points: 3}}\n",
      "8: grid.optimizer.lr.point: unknown key; did you mean points?"),
     (ARMS + "grid: {norm: [batch, layer]}\n", "8: grid.norm: chooses a whole section; make each choice an arm"),

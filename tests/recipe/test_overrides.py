@@ -132,8 +132,8 @@ def test_whole_numbers_that_are_spaced_stay_whole(loaded: Load) -> None:
 def test_spaced_values_are_checked_as_a_list_is_each_at_its_place(mistakes_of: MistakesOf) -> None:
     text = BASE + "grid:\n  optimizer.momentum: {log: [0.1, 10], points: 3}\n"
     assert mistakes_of(text) == (
-        "r.yaml:6: grid.optimizer.momentum.2: expected a number below 1, found 1.0",
-        "r.yaml:6: grid.optimizer.momentum.3: expected a number below 1, found 10.0",
+        "r.yaml:6: grid.optimizer.momentum.2: expected a number below 1, found 1",
+        "r.yaml:6: grid.optimizer.momentum.3: expected a number below 1, found 10",
     )
 
 
