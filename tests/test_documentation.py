@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer.main
+from PIL import Image
 
 from bncli.cli import app
 
@@ -205,4 +206,10 @@ def test_recipes_that_are_printed_run_in_another_folder(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "batch norm" in done.stdout
-    assert {"npz.yaml", "model.py", "data.py", "spirals.npz", "images", "runs"} <= {p.name for p in tmp_path.iterdir()}
+    shipped = ROOT / "recipes" / "own"
+    with np.load(tmp_path / "spirals.npz") as written, np.load(shipped / "spirals.npz") as expected:
+        assert all((written[name] == expected[name]).all() for name in ("x", "y"))
+    images = sorted(file.relative_to(shipped) for file in shipped.rglob("*.png"))
+    assert sorted(file.relative_to(tmp_path) for file in tmp_path.rglob("*.png")) == images
+    for image in images:
+        assert Image.open(tmp_path / image).tobytes() == Image.open(shipped / image).tobytes()
