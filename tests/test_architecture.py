@@ -81,7 +81,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         f"report.{command}": (SHELVES | REPORT, {"rich", "matplotlib"})
         for command in ("compare", "profile", "gradcheck")
     },
-    "cli": (ASKED | REPORT, {"typer", "rich"}),
+    "cli": (ASKED | REPORT | {"measure.profile.shapes"}, {"typer", "rich"}),  # names of sets, for completion
     **{
         f"cli.{command}": (
             ASKED
@@ -226,6 +226,7 @@ def test_every_test_file_has_its_module_or_a_reason() -> None:
 # Test files of more than one module, or of a property of the whole.
 TESTS_OF_SEVERAL = {
     "test_architecture.py": "the plan of the code",
+    "test_packaging.py": "the wheel, and what works where it alone is installed",
     "test_documentation.py": "README.md, CONTRIBUTING.md, docs/ and the recipes' headers",
     "benchmarks/test_benchmarks.py": "the benchmark commands",
     "engine/train/test_fused_training.py": "training with the fused kernel, through all its modules",

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer.main
+from PIL import Image
 
 from bncli.cli import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = PAGES[0].read_text()
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+OWN_MODEL = (ROOT / "docs" / "own-model.md").read_text()
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 SET_UP = 2  # the first commands of the README install bncli; .ci/run runs them
 
 
@@ -82,10 +86,14 @@ def test_every_file_and_module_exists(page: Path) -> None:
             assert (ROOT / name.replace(".", "/")).with_suffix(".py").exists(), f"{page.name} names {name}"
 
 
-def test_every_recipe_is_in_the_readme_with_the_time_of_its_header() -> None:
-    table = dict(re.findall(r"^\| `recipes/([\w-]+\.yaml)` \|.*\| ([^|]+) \|$", README, re.M))
+def test_every_recipe_is_in_the_readme_or_its_page_with_the_time_of_its_header() -> None:
+    tables = README + OWN_MODEL
+    table = dict(re.findall(r"^\| `recipes/([\w/-]+\.yaml)` \|.*\| ([^|]+) \|$", tables, re.M))
     headers = {
-        recipe.name: re.search(r"^# Time: +(.+?)(?: on 2 CPU cores)?$", recipe.read_text(), re.M) for recipe in RECIPES
+        recipe.relative_to(ROOT / "recipes").as_posix(): re.search(
+            r"^# Time: +(.+?)(?: on 2 CPU cores)?$", recipe.read_text(), re.M
+        )
+        for recipe in RECIPES
     }
     assert table == {name: found and found[1] for name, found in headers.items()}
 
@@ -93,7 +101,10 @@ def test_every_recipe_is_in_the_readme_with_the_time_of_its_header() -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_a_recipe_begins_with_its_purpose_command_and_outcome(recipe: Path) -> None:
     header = recipe.read_text().split("\n\n")[0]
-    for word in ("$schema=recipe.schema.json", "Purpose:", "Command:", "Expect:", "Time:"):
+    schema = re.search(r"^# yaml-language-server: \$schema=(\S+)", header)
+    assert schema
+    assert (recipe.parent / schema[1]).resolve() == ROOT / "recipes" / "recipe.schema.json"
+    for word in ("Purpose:", "Command:", "Expect:", "Time:"):
         assert word in header, f"{recipe.name}: its header lacks {word}"
 
 
@@ -155,3 +166,50 @@ def test_a_command_of_the_readme_runs(session: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("session", SESSIONS)
 def test_a_command_of_the_readme_runs_word_for_word(session: str, tmp_path: Path) -> None:
     run(session, tmp_path, shorter=False)
+
+
+# --- the user's own model -------------------------------------------------------------------------------------------
+
+OWN_RECIPE = """
+data: {source: npz, path: mine.npz, held_out: 20}
+model: {kind: module, module: mine:make}
+optimizer: {kind: sgd, lr: 0.1}
+train: {steps: 30, batch_size: 20, evaluate_every: 10}
+"""
+
+
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_the_model_of_the_readme_trains_as_it_stands(norm: str, tmp_path: Path) -> None:
+    (section,) = re.findall(r"^## Your own model and data\n(.*?)^## ", README, re.M | re.S)
+    (code,) = fences(section, "python")
+    assert len(code.splitlines()) <= 10
+    (tmp_path / "mine.py").write_text(code)
+    (tmp_path / "r.yaml").write_text(OWN_RECIPE)
+    random = np.random.default_rng(0)
+    np.savez(tmp_path / "mine.npz", x=random.normal(size=(100, 1, 4, 4)), y=np.arange(100) % 3)
+    command = [sys.executable, "-m", "bncli", "train", "r.yaml", "--allow-code", "--set", f"norm={norm}", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["steps_run"] == 30
+    assert found["parameters"] == (16 * 64 + 64) + (64 * 3 + 3) + (2 * 64 if norm == "batch" else 0)
+
+
+def test_recipes_that_are_printed_run_in_another_folder(tmp_path: Path) -> None:
+    """The commands of docs/own-model.md for an installation without a clone, the last one shortened."""
+    (session,) = [block for block in fences(OWN_MODEL, "sh") if "--example own/npz" in block]
+    assert session.rstrip().endswith("bncli compare npz.yaml --allow-code")
+    python = shlex.quote(sys.executable)
+    script = f'set -e; bncli() {{ {python} -m bncli "$@"; }}; python() {{ {python} "$@"; }}\n{session.rstrip()} '
+    done = subprocess.run(
+        ["bash", "-c", script + shlex.join(SHORT["compare"])], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "batch norm" in done.stdout
+    shipped = ROOT / "recipes" / "own"
+    with np.load(tmp_path / "spirals.npz") as written, np.load(shipped / "spirals.npz") as expected:
+        assert all((written[name] == expected[name]).all() for name in ("x", "y"))
+    images = sorted(file.relative_to(shipped) for file in shipped.rglob("*.png"))
+    assert sorted(file.relative_to(tmp_path) for file in tmp_path.rglob("*.png")) == images
+    for image in images:
+        assert Image.open(tmp_path / image).tobytes() == Image.open(shipped / image).tobytes()

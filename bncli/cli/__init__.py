@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 
 from bncli import __version__
 from bncli.cli import compare, gradcheck, profile, train
+from bncli.cli.completion import complete
 from bncli.cli.console import StopAtOnce, full_disk, print_error
 from bncli.errors import INTERRUPTED, USAGE, BncliError, UsageError
 
@@ -58,6 +59,7 @@ class Command(TyperCommand):
 
 
 for command in (train.train, compare.compare, profile.profile, gradcheck.gradcheck):
+    complete(command)
     app.command(cls=Command)(command)
 
 

@@ -236,7 +236,7 @@ def _log_next(comparison: Comparison, folder: Path, output: Output, again: str) 
     values = ", ".join(map(str, comparison.plan.grid.get(edge, ())))
     seeds = max((claim.seeds_needed or 0 for claim in comparison.claims), default=0)
     page = quote(f"{comparison.plan.name}.html")
-    page += "" if find_spec("matplotlib") else ' (with figures after: pip install "bncli[plot]")'
+    page += "" if find_spec("matplotlib") else " (with figures after: pip install matplotlib)"
     advice = {
         f"{again} makes the runs that are missing": any(note.kind == "unfinished" for note in comparison.notes),
         f"{again} with --set 'grid.{edge}=[{values}, ...]', and values beyond the edge for ...": edge,

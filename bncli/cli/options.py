@@ -17,12 +17,9 @@ OutputOption = partial(typer.Option, rich_help_panel="Output")
 CheckOption = partial(typer.Option, rich_help_panel="Exit code")
 
 Recipe_ = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML recipe; - reads standard input.")]
-Recipes = Annotated[
-    list[str] | None, typer.Argument(metavar="[RECIPE]...", help="YAML recipes; - reads standard input.")
-]
+Recipes = Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]...", help="YAML recipes; - is standard input.")]
 Set = Annotated[
-    list[str] | None,
-    RecipeOption("--set", metavar="KEY.PATH=VALUE", help="Override a field of the recipe; may be repeated."),
+    list[str] | None, RecipeOption("--set", metavar="KEY.PATH=VALUE", help="Override a field; may be repeated.")
 ]
 ArmName = Annotated[str | None, RecipeOption("--arm", metavar="NAME", help="Use only this arm of the recipe.")]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="Allow your own model or kernel to be imported.")]

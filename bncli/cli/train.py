@@ -11,10 +11,19 @@ from typing import Annotated
 import typer
 
 from bncli.cli import options
-from bncli.cli.console import StopSignal, enable_gc, log, show_plan
+from bncli.cli.console import StopSignal, enable_gc, log, print_result, show_plan
 from bncli.cli.output import Output
 from bncli.errors import CHECK_FAILED, DIVERGED
+from bncli.recipe import examples
 from bncli.report.figure import FigureStyle
+
+
+def _show_example(context: typer.Context, name: str | None) -> None:
+    if name is None or context.resilient_parsing:  # the shell completes
+        return
+    lines = [f"{each:<22}{purpose}" for each, purpose in examples.purposes().items()]
+    print_result("\n".join(lines) if name == "list" else examples.text(name))
+    raise typer.Exit
 
 
 def train(
@@ -46,12 +55,18 @@ def train(
     plot: options.Plot = None,
     plot_width: options.PlotWidth = None,
     no_caption: options.NoCaption = False,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard files as well.")] = False,
+    tensorboard: Annotated[bool, options.OutputOption("--tensorboard", help="Write TensorBoard files too.")] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     dry_run: options.DryRun = False,
     require_target: options.RequireTarget = False,
     allow_code: options.AllowCode = False,
+    example: Annotated[
+        str | None,
+        options.RecipeOption(
+            metavar="NAME", callback=_show_example, is_eager=True, help="Print a recipe; list: their names."
+        ),
+    ] = None,
 ) -> None:
     """Train one recipe until its target or its step budget.
 

@@ -23,14 +23,18 @@ PACKAGES = ("site-packages", "dist-packages")  # names of folders with installed
 
 
 def imported(name: str) -> Any:
-    """The object package.module:function, from the current folder or the environment.
+    """The object package.module:function, from the folder in front of it, or the current one, or the environment.
 
     Raises what the import raises, which runs the user's code, and AttributeError if the module has no such name.
     """
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a console script's path lacks the current folder, where the user's code is
-    module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)
+    path, _, function = name.partition(":")
+    folder, _, module = path.rpartition("/")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # a console script's path lacks the current folder, where the user's code is
+    found = importlib.import_module(module)
+    if folder and not os.path.realpath(file := _file_of(found)).startswith(os.path.realpath(folder) + os.sep):
+        raise ImportError(f"another module named {module} is imported already, from {file}; rename one of them")
+    return getattr(found, function)
 
 
 @contextlib.contextmanager

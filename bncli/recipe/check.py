@@ -11,11 +11,11 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from bncli.errors import CODE_OF_YOURS, DataError
-from bncli.names import MEASURES, NORMS, PROBES, Measure
+from bncli.names import MEASURES, NORMS, PROBE_CHOICES, PROBES, Measure
 from bncli.recipe.epochs import STEPS, epochs_of, given_in_epochs, in_steps, steps_per_epoch
 from bncli.recipe.layers import contradictions, input_of, layers, module_names
 from bncli.recipe.overrides import arms_of, base_of, fixed_by, kinds, members, merge, model_at, nested, value_at
-from bncli.recipe.sections import ARM_NAME, FUNCTION_PATH, KINDS, Npz, Recipe, RecipeFile
+from bncli.recipe.sections import ARM_NAME, FUNCTION_PATH, KINDS, Npz, Recipe, RecipeFile, Spaced
 from bncli.recipe.yaml import Keys, Tree, dotted
 
 MARKS = ("[key]", "[steps]", "[spacing]")  # that pydantic appends: for a mapping's key, and for the tag of a union
@@ -54,6 +54,7 @@ def check(tree: Tree) -> None:
     """Note every mistake of a recipe file's tree in it. What an arm inherits from the base is noted once."""
     root: dict[str, Any] = tree.root
     base, arms = base_of(root), arms_of(root)
+    _check_grid(tree, arms or {"": base})
     inherited = run_mistakes(base)
     together = [] if mistakes(Recipe, base) else inherited
     for keys, text in mistakes(RecipeFile, in_steps(root | base)) + together:
@@ -62,7 +63,6 @@ def check(tree: Tree) -> None:
         for keys, text in run_mistakes(arm):
             if (keys, text) not in inherited:
                 tree.refuse(("arms", name, *keys), text)
-    _check_grid(tree, arms or {"": base})
     reference = root.get("reference")
     if isinstance(reference, str) and reference not in arms:
         hint = suggestion(reference, list(arms)) if arms else "the recipe has no arms"
@@ -88,6 +88,10 @@ def run_mistakes(run: dict[str, Any]) -> list[Found]:
 def _check_grid(tree: Tree, arms: dict[str, dict[str, Any]]) -> None:
     grid = tree.root.get("grid")
     for path, values in grid.items() if isinstance(grid, dict) else ():
+        if isinstance(values, dict):  # which would be a list by now if it were right
+            for keys, text in mistakes(Spaced, values):
+                tree.refuse(("grid", path, *keys), text)
+            tree.unread.add(("grid", path))
         if not isinstance(values, list):
             continue
         free = [name for name in arms if path not in fixed_by(tree.root, name)]
@@ -277,12 +281,18 @@ def _choices(model: type[BaseModel], keys: Keys) -> list[type[BaseModel]]:
 
 def _kind_mistakes(section: dict[str, Any], keys: Keys, models: list[type[BaseModel]]) -> Iterator[Found]:
     """A kind that is missing or wrong, and the rest of its section as the kind that was probably meant."""
+    default = getattr(Recipe.model_fields[str(keys[0])].get_default(), "kind", None)  # where the section is left out
     by_kind, names = kinds(models), list(dict.fromkeys(name for each in models for name in each.model_fields))
     key = next(key for key in KINDS if key in names)
     misspelt = [name for name in section if name not in names and key in nearest(name, names)]
     kind = section.get(key, section[misspelt[0]] if misspelt else None)
     if key in section:
         yield (*keys, key), _not_among(kind, list(by_kind))
+    elif default and not misspelt and (of_others := section.keys() & {*names} - {*by_kind[default].model_fields}):
+        for name in sorted(of_others):
+            having = listed([kind for kind, each in by_kind.items() if name in each.model_fields])
+            why = f"the {keys[0]} is {default}, which has no {name}; it belongs to {having}; set the kind too"
+            yield (*keys, name), why
     elif not misspelt:
         yield (*keys, key), f"is missing; expected {listed(list(by_kind))}"
     meant = nearest(kind, list(by_kind))
@@ -326,7 +336,7 @@ def _sentence(error: Any, model: type[BaseModel], plain: Any, keys: Keys) -> str
     field = owner.model_fields.get(last) if owner else None
     if kind == "literal_error" and field:
         return _not_among(value, _literals(field.annotation))
-    choice = kinds(members(field.annotation)) if field else {}
+    choice = [*PROBE_CHOICES, "a list"] if last == "probes" else [*kinds(members(field.annotation))] if field else []
     if choice and kind in ("model_type", "model_attributes_type"):
         return f"expected {', '.join(choice)} or a mapping, found {words(value)}"
     expected = _PATTERNS[context["pattern"]] if "pattern" in context else _EXPECTED.get(kind, "").format(**context)

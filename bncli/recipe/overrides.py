@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from bncli.recipe.epochs import in_steps
-from bncli.recipe.sections import KINDS, Recipe, RecipeFile, shorthand_key
+from bncli.recipe.sections import KINDS, Recipe, RecipeFile, Spaced, shorthand_key
 from bncli.recipe.yaml import Keys, Mistake, Tree, dotted, parse
 
 COMPARISON_KEYS = ("arms", "reference", "grid", "seeds", "claims", "largest_learning_rate")
@@ -103,6 +104,10 @@ def write_out(tree: Tree) -> None:
     for name, changes in arms.items() if isinstance(arms, dict) else ():
         arms[name] = {} if changes is None else changes
         _write_sections(tree, changes, ("arms", name))
+    grid = value_at(tree.root, ["grid"])
+    for path, values in grid.items() if isinstance(grid, dict) else ():
+        with contextlib.suppress(ValidationError):  # a list, or one with mistakes, which is left for the checks
+            grid[path] = Spaced.model_validate(values).values()
 
 
 def _write_sections(tree: Tree, sections: Any, keys: Keys) -> None:

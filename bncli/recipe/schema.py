@@ -13,7 +13,7 @@ def json_schema() -> dict[str, Any]:
 
     A section's definition requires no field, so that an arm can refer to it; the base's sections add what is required.
     """
-    schema: dict[str, Any] = _without_titles(RecipeFile.model_json_schema())
+    schema: dict[str, Any] = json.loads(json.dumps(RecipeFile.model_json_schema()), object_hook=_without_title)
     definitions = schema["$defs"]
     for model in definitions.values():
         if "init" in model["properties"]:
@@ -53,13 +53,9 @@ def _last(reference: str) -> str:
     return reference.rsplit("/", 1)[1]
 
 
-def _without_titles(value: Any) -> Any:
-    """Without the titles that pydantic makes of names, which say nothing new."""
-    if isinstance(value, list):
-        return [_without_titles(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    return {key: _without_titles(item) for key, item in value.items() if key != "title" or not isinstance(item, str)}
+def _without_title(section: dict[str, Any]) -> dict[str, Any]:
+    """Without the title that pydantic makes of a name, which says nothing new."""
+    return {key: item for key, item in section.items() if key != "title" or not isinstance(item, str)}
 
 
 if __name__ == "__main__":

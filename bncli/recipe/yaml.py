@@ -20,7 +20,8 @@ TAGS = "tag:yaml.org,2002:"  # what `!!` stands for
 
 
 def dotted(keys: Sequence[str | int]) -> str:
-    return ".".join(str(key) for key in keys) or "the recipe"
+    """A path for people: `claims.2.arm` is of the second claim, which has index 1."""
+    return ".".join(str(key + 1 if isinstance(key, int) else key) for key in keys) or "the recipe"
 
 
 class Mistake(NamedTuple):
@@ -43,8 +44,9 @@ class Tree:
 
     def refuse(self, keys: Keys, text: str) -> None:
         """Note a mistake at a value; for one that is missing, at the nearest value around it."""
-        if keys not in self.unread:
-            places = (self.where[keys[:end]] for end in range(len(keys), -1, -1) if keys[:end] in self.where)
+        around = [keys[:end] for end in range(len(keys), -1, -1)]
+        if not self.unread.intersection(around):
+            places = (self.where[each] for each in around if each in self.where)
             self.mistakes.append(Mistake(next(places, self.source), f"{dotted(keys)}: {text}"))
 
 
@@ -184,6 +186,8 @@ class _Reader:
             place, below = self._place(key_node), (*keys, key_node.value)
             if not isinstance(key_node, yaml.ScalarNode) or _tagged(key_node):
                 self.tree.mistakes.append(Mistake(place, f"{dotted(keys)}: a key must be a plain word"))
+            elif ":" in key_node.value and key_node.style is None and value_node.value == "":
+                self._unread(keys, f"write a space after the colon: {key_node.value.replace(':', ': ', 1)}")
             elif key_node.value in found:
                 first = f"; the first is in {self.tree.where[below]}" if self.numbered else ""
                 self.tree.mistakes.append(Mistake(place, f"{dotted(below)}: appears twice{first}"))

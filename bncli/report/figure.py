@@ -34,7 +34,7 @@ MOST_PLACES = 150  # of a curve; it needs no more at any size
 THINNED = f"Where there are more than {MOST_PLACES} evaluations: medians of these in intervals of steps."
 # Inches: of a figure whose panels stand below each other; of an axis with few numbers.
 NARROW, SHORT_AXIS = 6.0, 3.2
-MISSING = 'plots need matplotlib, which is not installed; install it with: pip install "bncli[plot]"'
+MISSING = "plots need matplotlib, which is not installed; install it with: pip install matplotlib"
 STYLE: Any = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,

@@ -13,7 +13,7 @@ from bncli.results.train import Evaluated, Event, Probed, StepDone
 def check_installed() -> None:
     """Raise FileError, before any work, where the files could not be written."""
     if importlib.util.find_spec("tensorboard") is None:
-        raise FileError('TensorBoard is not installed; install it with: pip install "bncli[tensorboard]"')
+        raise FileError("TensorBoard is not installed; install it with: pip install tensorboard")
 
 
 class TensorBoard:

@@ -14,8 +14,10 @@ from bncli.names import RECIPE_KERNELS
 from bncli.recipe.load import load
 from bncli.report.files import from_json
 from bncli.results.train import RunResult
-from tests.cli.conftest import RECIPE, Ran, bncli, process
+from tests.cli.conftest import RECIPE, Ran, bncli, forget_modules, process
 from tests.conftest import OWN
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_train_ends_with_a_table_on_stdout_and_messages_on_stderr(recipe: str) -> None:
@@ -114,6 +116,49 @@ def test_a_dry_run_of_train_gives_the_parameters_that_the_run_has(recipe: str) -
     planned = json.loads(bncli(*asked, "--dry-run").out)
     assert planned["arms"][0]["parameters"] == json.loads(bncli(*asked, "-q").out)["parameters"]
     assert 0 < planned["arms"][0]["memory_mib"] < planned["available_memory_mib"]
+
+
+# --- recipes that bncli comes with ----------------------------------------------------------------------------------
+
+
+def test_an_example_is_printed_and_trains_from_standard_output(folder: Path) -> None:
+    printed = bncli("train", "--example", "smoke")
+    assert (printed.code, printed.err) == (0, "")
+    (folder / "mine.yaml").write_text(printed.out)
+    assert load("mine.yaml").base == load(str(ROOT / "recipes" / "smoke.yaml")).base
+    assert bncli("train", "mine.yaml", "--dry-run").code == 0
+
+
+def test_the_examples_are_listed_with_what_they_are_for(folder: Path) -> None:
+    lines = bncli("train", "--example", "list").out.splitlines()
+    assert "smoke                 see in a few seconds that an installation trains" in lines
+    assert any(line.startswith("own/npz  ") for line in lines)
+
+
+def test_an_example_that_is_none_is_refused_with_the_nearest(folder: Path) -> None:
+    refused = bncli("train", "--example", "digit")
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err == "bncli: --example digit: did you mean digits?\n"
+
+
+@pytest.mark.parametrize("here", ["clone", "elsewhere"])
+@pytest.mark.parametrize(("name", "arm"), [("npz", "plain"), ("npz", "batch norm"), ("images", "batch norm")])
+def test_the_recipes_of_an_own_model_train_as_they_are(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, here: str, name: str, arm: str
+) -> None:
+    if name == "images":
+        pytest.importorskip("datasets")
+    recipe = ROOT / "recipes" / "own" / f"{name}.yaml"
+    if here == "clone":
+        monkeypatch.chdir(ROOT)
+        recipe = recipe.relative_to(ROOT)
+    forget_modules(ROOT / "recipes")
+    asked = ("train", str(recipe), "--arm", arm, "--set", "train.steps=20", "-o", str(folder / "run"), "--json")
+    assert "your own code" in bncli(*asked).err
+    ran = bncli(*asked, "--allow-code", "-q")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["steps_run"] == 20
+    forget_modules(ROOT / "recipes")
 
 
 # --- models of the user's own, and signals ------------------------------------------------------------------------
@@ -227,5 +272,5 @@ def test_tensorboard_is_refused_before_training_where_it_is_missing(recipe: str,
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     ran = bncli("train", recipe, "-o", "run", "--tensorboard")
     assert (ran.code, ran.out) == (2, "")
-    assert ran.err == 'bncli: TensorBoard is not installed; install it with: pip install "bncli[tensorboard]"\n'
+    assert ran.err == "bncli: TensorBoard is not installed; install it with: pip install tensorboard\n"
     assert not Path("run").exists()

@@ -71,3 +71,26 @@ def test_installed_packages_are_left_out_and_files_elsewhere_have_whole_paths(
 def test_a_file_that_is_gone_has_no_digest(tmp_path: Path) -> None:
     assert digest_of(str(tmp_path / "gone.py")) is None
     assert digest_of(str(tmp_path)) is None
+
+
+# --- a folder in front ----------------------------------------------------------------------------------------------
+
+
+def test_a_module_is_imported_from_the_folder_in_front_of_it_with_its_neighbours(package: str, tmp_path: Path) -> None:
+    (tmp_path / "deep er").mkdir()
+    (tmp_path / "deep er" / f"{package}_net.py").write_text(f"from {package}_part import size\ndef make(): return size")
+    (tmp_path / "deep er" / f"{package}_part.py").write_text("size = 3")
+    assert imported(f"deep er/{package}_net:make")() == 3
+    assert imported(f"./{package}.parts.block:json").__name__ == "json"
+    (tmp_path / "deep er" / f"{package}_tree").mkdir()  # a package without an __init__.py
+    (tmp_path / "deep er" / f"{package}_tree" / "net.py").write_text("def make(): return 4")
+    assert imported(f"deep er/{package}_tree.net:make")() == 4
+
+
+def test_a_module_of_another_folder_and_the_same_name_is_not_taken_for_it(package: str, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / f"{package}_late.py").write_text("def make(): return 'other'")
+    (tmp_path / f"{package}_late.py").write_text("def make(): return 'here'")
+    assert imported(f"{package}_late:make")() == "here"
+    with pytest.raises(ImportError, match=f"another module named {package}_late is imported already, from .*; rename"):
+        imported(f"other/{package}_late:make")

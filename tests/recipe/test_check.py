@@ -36,9 +36,9 @@ def train(fields: str) -> str:
 
 # A text, and its mistake behind the name of the file: the line, the key and the sentence.
 ONE_MISTAKE = [
-    ("", " is empty; a recipe has the sections data, model, optimizer and train: see recipes/smoke.yaml"),
-    ("- 1\n", " is a list; a recipe has the sections data, model, optimizer and train: see recipes/smoke.yaml"),
-    ("digits\n", ' is "digits"; a recipe has the sections data, model, optimizer and train: see recipes/smoke.yaml'),
+    ("", " is empty; a recipe has the sections data, model, optimizer and train: see the example smoke"),
+    ("- 1\n", " is a list; a recipe has the sections data, model, optimizer and train: see the example smoke"),
+    ("digits\n", ' is "digits"; a recipe has the sections data, model, optimizer and train: see the example smoke'),
     (BASE + "train: {steps: 5}\n", "5: train: appears twice; the first is in r.yaml:4"),
     (ARMS + "  a: {}\n", "8: arms.a: appears twice; the first is in r.yaml:6"),
     # unknown keys
@@ -86,12 +86,19 @@ ONE_MISTAKE = [
     (train("steps: 100, compile: yes"), '4: train.compile: expected true or false, found "yes"'),
     (model("kind: mlp, hidden: 100"), "2: model.hidden: expected a list, found 100"),
     (model("kind: mlp, hidden: {a: 1}"), "2: model.hidden: expected a list, found a mapping"),
-    (model("kind: mlp, hidden: [9, x]"), '2: model.hidden.1: expected a whole number, found "x"'),
-    (model("kind: mlp, hidden: [0]"), "2: model.hidden.0: expected at least 1, found 0"),
+    (model("kind: mlp, hidden: [9, x]"), '2: model.hidden.2: expected a whole number, found "x"'),
+    (model("kind: mlp, hidden: [0]"), "2: model.hidden.1: expected at least 1, found 0"),
     (train("steps: 100, target: 0.95"), "4: train.target: expected a mapping, found 0.95"),
     (BASE.replace("{source: synthetic}", "{source: npz, path: 7}"), "1: data.path: expected text, found 7"),
     (optimizer(f'kind: sgd, lr: {"x" * 500}'), f'3: optimizer.lr: expected a number, found "{"x" * 49} ...'),
     (BASE.replace("{steps: 100}", "[100]"), "4: train: expected a mapping, found a list"),
+    (train("steps: {epochs:2}"), "4: train.steps: write a space after the colon: epochs: 2"),
+    (BASE.replace("{kind: mlp}", "{kind:mlp}"), "2: model: write a space after the colon: kind: mlp"),
+    # fields of the kind that a section has where it is left out
+    (BASE + "norm: {init_weight: 3}\n", "5: norm.init_weight: the norm is none, which has no init_weight; it belongs "
+     f"to {NORMS.removeprefix('none, ')}; set the kind too"),
+    (BASE + "schedule: {gamma: 0.5, warmup: 3}\n", "5: schedule.gamma: the schedule is constant, which has no gamma; "
+     "it belongs to exponential or step; set the kind too"),
     # ranges
     (optimizer("kind: sgd, lr: -1"), "3: optimizer.lr: expected a number above 0, found -1"),
     (train("steps: 0"), "4: train.steps: expected at least 1, found 0"),
@@ -104,7 +111,7 @@ ONE_MISTAKE = [
     (model("kind: mlp, hidden: []"), "2: model.hidden: expected a list of at least 1, found an empty list"),
     (optimizer("kind: adam, lr: 1, betas: [0, 0, 0]"),
      "3: optimizer.betas: expected a list of at most 2, found a list"),
-    (optimizer("kind: adam, lr: 1, betas: [0]"), "3: optimizer.betas.1: is missing"),
+    (optimizer("kind: adam, lr: 1, betas: [0]"), "3: optimizer.betas.2: is missing"),
     (BASE.replace("{source: synthetic}", "{source: digits, held_out: 1797}"),
      "1: data.held_out: expected a number below 1797, found 1797"),
     # fields of one section that do not go together
@@ -144,7 +151,7 @@ ONE_MISTAKE = [
     (BASE + "schedule: {warmup: {epochs: 0}}\n",
      "5: schedule.warmup: expected a number of epochs above 0, found 0"),
     (BASE + "schedule: {kind: step, milestones: [{epochs: true}]}\n",
-     "5: schedule.milestones.0: expected a number of epochs above 0, found true"),
+     "5: schedule.milestones.1: expected a number of epochs above 0, found true"),
     (BASE + "probes: {at: {epochs: false}}\n",
      "5: probes.at: expected a number of epochs above 0, found false"),
     (train("steps: {epochs: 3}, batch_size: {epochs: 3}"),
@@ -166,19 +173,20 @@ ONE_MISTAKE = [
     (train("steps: {epochs: 3}") + "norm: {kind: frozen, after: {epochs: 1}}\ngrid: {train.accumulate: [1, 2]}\n",
      "6: grid.train.accumulate: the steps of an epoch depend on it; give norm.after in steps, not in epochs"),
     (BASE + "grid: {schedule.warmup: [0, {epochs: 1}]}\n",
-     "5: grid.schedule.warmup.1: a grid takes steps, not epochs"),
+     "5: grid.schedule.warmup.2: a grid takes steps, not epochs"),
     (BASE + "grid: {train.stop_at_target: [true, false]}\n",
      "5: grid.train.stop_at_target: steps to target do not depend on it, so it cannot be tuned; set it in the base or "
      "in an arm"),
     (BASE + "probes: all\ngrid: {probes.at: [1, 2]}\n",
      "6: grid.probes.at: steps to target do not depend on it, so it cannot be tuned; set it in the base or in an arm"),
     # probes
-    (BASE + "probes:\n  - inputs\n  - drift\n", f'7: probes.measure.1: expected {PROBES}, found "drift"; '
+    (BASE + "probes:\n  - inputs\n  - drift\n", f'7: probes.measure.2: expected {PROBES}, found "drift"; '
      "did you mean shift?"),
-    (BASE + "probes: {measure: input}\n", f'5: probes.measure.0: expected {PROBES}, found "input"; '
+    (BASE + "probes: {measure: input}\n", f'5: probes.measure.1: expected {PROBES}, found "input"; '
      "did you mean inputs?"),
     (BASE + "probes: {measure: []}\n", "5: probes.measure: expected a list of at least 1, found an empty list"),
-    (BASE + "probes: false\n", "5: probes: expected a mapping, found false"),
+    (BASE + "probes: false\n",
+     f"5: probes: expected {PROBES.replace(' or', ',')}, a list or a mapping, found false"),
     # options of training
     (train("steps: 100, batch_size: 60, accumulate: 7"),
      "4: train.accumulate: a batch of 60 does not split into 7 equal micro-batches"),
@@ -222,17 +230,28 @@ ONE_MISTAKE = [
      "5: grid.model.arguments.x: unknown key; it belongs to module, not to cnn"),
     (ARMS + "grid: {optimizer.lr: 1}\n", "8: grid.optimizer.lr: expected a list, found 1"),
     (ARMS + "grid: {optimizer.lr: []}\n", "8: grid.optimizer.lr: expected a list of at least 1, found an empty list"),
-    (ARMS + "grid: {optimizer.lr: [1, -2]}\n", "8: grid.optimizer.lr.1: expected a number above 0, found -2"),
-    (ARMS + "grid: {model.hidden: [[9], [9, 0]]}\n", "8: grid.model.hidden.1.1: expected at least 1, found 0"),
-    (ARMS + "grid: {optimizer.lr: [1, 2, 1.0]}\n", "8: grid.optimizer.lr.2: 1.0 appears twice"),
+    (ARMS + "grid: {optimizer.lr: [1, -2]}\n", "8: grid.optimizer.lr.2: expected a number above 0, found -2"),
+    (ARMS + "grid: {model.hidden: [[9], [9, 0]]}\n", "8: grid.model.hidden.2.2: expected at least 1, found 0"),
+    (ARMS + "grid: {optimizer.lr: [1, 2, 1.0]}\n", "8: grid.optimizer.lr.3: 1.0 appears twice"),
     (ARMS + "grid: {optimizer.nesterov: [false, true]}\n",
-     "8: grid.optimizer.nesterov.1: in optimizer: nesterov needs a momentum above 0"),
+     "8: grid.optimizer.nesterov.2: in optimizer: nesterov needs a momentum above 0"),
     (ARMS + "grid: {train.batch_size: [10, 3000]}\n",
-     "8: grid.train.batch_size.1: is larger than the 2000 training examples"),
+     "8: grid.train.batch_size.2: is larger than the 2000 training examples"),
     (SMALL + "norm: {kind: group, groups: 2}\ngrid: {model.hidden: [[4], [5]]}\n",
-     "6: grid.model.hidden.1: in norm.groups: 2 groups do not divide a layer of 5 channels"),
+     "6: grid.model.hidden.2: in norm.groups: 2 groups do not divide a layer of 5 channels"),
     (SMALL + "norm: {kind: group, groups: 2}\narms:\n  a:\n  b: {model: {hidden: [8]}}\ngrid: {norm.groups: [2, 4]}\n",
-     "9: grid.norm.groups.1: in arm a: 4 groups do not divide a layer of 10 channels"),
+     "9: grid.norm.groups.2: in arm a: 4 groups do not divide a layer of 10 channels"),
+    (ARMS + "grid: {optimizer.lr: {log: [1, 2], points: 1}}\n",
+     "8: grid.optimizer.lr.points: expected at least 2, found 1"),
+    (ARMS + "grid: {optimizer.lr: {log: [0, 2], points: 3}}\n",
+     "8: grid.optimizer.lr.log.1: expected a number above 0, found 0"),
+    (ARMS + "grid: {optimizer.lr: {log: [1, .inf], points: 3}}\n",
+     "8: grid.optimizer.lr.log.2: expected a finite number, found Infinity"),
+    (ARMS + "grid: {optimizer.lr: {log: [3, 2], points: 3}}\n",
+     "8: grid.optimizer.lr: log: 3 is not less than 2; the lowest value comes first"),
+    (ARMS + "grid: {optimizer.lr: {log: [1, 1.01], points: 3}}\n", "8: grid.optimizer.lr.2: 1 appears twice"),
+    (ARMS + "grid: {optimizer.lr: {log: [1, 2], point: 3, points: 3}}\n",
+     "8: grid.optimizer.lr.point: unknown key; did you mean points?"),
     (ARMS + "grid: {norm: [batch, layer]}\n", "8: grid.norm: chooses a whole section; make each choice an arm"),
     (ARMS + "grid: {norm.kind: [batch, layer]}\n",
      "8: grid.norm.kind: chooses a whole section; make each choice an arm"),
@@ -312,7 +331,7 @@ SEVERAL = [
     ]),
     # an arm that fixes a field of the grid does not have it checked
     (BASE + "arms: {a: {train: {batch_size: 5}}, b: }\ngrid: {train.batch_size: [10, 3000]}\n", [
-        "6: grid.train.batch_size.1: is larger than the 2000 training examples",
+        "6: grid.train.batch_size.2: is larger than the 2000 training examples",
     ]),
     (EIGHT, [
         "1: data.held_out: expected a number below 1797, found 1800",
@@ -324,7 +343,7 @@ SEVERAL = [
         "12: arms.twice.optimizer.momentum: expected a number below 1, found 2",
         "13: arms.twice: appears twice; the first is in r.yaml:12",
         "14: reference: there is no arm plan; did you mean plain?",
-        "16: grid.optimizer.lr.1: 1 appears twice",
+        "16: grid.optimizer.lr.2: 1 appears twice",
     ]),
 ]  # fmt: skip
 
@@ -338,7 +357,7 @@ def test_all_mistakes_are_found_in_one_pass_and_named_in_order(
 
 def test_mistakes_of_flags_come_after_those_of_the_file(mistakes_of: MistakesOf) -> None:
     *_, last, of_flag = mistakes_of(EIGHT, "seeds.tune=0")
-    assert last == "r.yaml:16: grid.optimizer.lr.1: 1 appears twice"
+    assert last == "r.yaml:16: grid.optimizer.lr.2: 1 appears twice"
     assert of_flag == "sets seeds.tune=0: seeds.tune: expected at least 1, found 0"
 
 
@@ -366,22 +385,23 @@ def claiming(*claims: dict[str, object]) -> str:
     ("claim", "mistake"),
     [
         ({}, None),
-        ({"at_least": None, "at_lest": 1}, "claims.0.at_lest: unknown key; did you mean at_least or at_most?"),
-        ({"expect": "more"}, "claims.0: needs one of at_least, at_most and expect"),
+         ({"at_least": None, "at_lest": 1}, "claims.1.at_lest: unknown key; did you mean at_least or at_most?"),
+         ({"expect": "more"}, "claims.1: give only one of at_least, expect"),
+         ({"at_least": None}, "claims.1: needs one of at_least, at_most, expect"),
         ({"at_least": None, "expect": "mor"},
-         'claims.0.expect: expected more or less, found "mor"; did you mean more?'),
-        ({"arm": "batchnorm"}, "claims.0.arm: there is no arm batchnorm; did you mean batch norm?"),
-        ({"over": "plan"}, "claims.0.over: there is no arm plan; did you mean plain?"),
-        ({"over": "batch norm"}, "claims.0.over: is the same arm as arm, batch norm; a claim compares two"),
-        ({"at_least": 0}, "claims.0.at_least: largest_learning_rate is compared as a ratio: "
+         'claims.1.expect: expected more or less, found "mor"; did you mean more?'),
+        ({"arm": "batchnorm"}, "claims.1.arm: there is no arm batchnorm; did you mean batch norm?"),
+        ({"over": "plan"}, "claims.1.over: there is no arm plan; did you mean plain?"),
+        ({"over": "batch norm"}, "claims.1.over: is the same arm as arm, batch norm; a claim compares two"),
+        ({"at_least": 0}, "claims.1.at_least: largest_learning_rate is compared as a ratio: "
                           "expected a number above 0, found 0"),
-        ({"when": "end"}, "claims.0.when: largest_learning_rate has one value for a run; leave when out"),
+        ({"when": "end"}, "claims.1.when: largest_learning_rate has one value for a run; leave when out"),
         ({"measure": "final", "at_least": -0.1, "layer": "hidden1"},
-         "claims.0.layer: final has no layers; leave layer out"),
-        ({"measure": "shift.cosine"}, "claims.0.measure: the probe shift is not measured in arm batch norm and plain; "
+         "claims.1.layer: final has no layers; leave layer out"),
+        ({"measure": "shift.cosine"}, "claims.1.measure: the probe shift is not measured in arm batch norm and plain; "
                                       "add shift to probes.measure"),
         ({"measure": "final", "at_most": -1.5, "at_least": None},
-         "claims.0.at_most: a difference of final is within -1 and 1, found -1.5"),
+         "claims.1.at_most: a difference of final is within -1 and 1, found -1.5"),
     ],
 )  # fmt: skip
 def test_a_wrong_claim_is_refused_at_its_key(
@@ -406,19 +426,19 @@ def test_a_claim_needs_more_than_one_pair_of_runs(
 def test_a_misspelt_measure_has_the_right_one_suggested(mistakes_of: MistakesOf) -> None:
     (found,) = mistakes_of(TWO_ARMS + claiming({"measure": "step_to_target"}))
     assert found == (
-        f"r.yaml:7: claims.0.measure: expected one of {len(MEASURES)} names, "
+        f"r.yaml:7: claims.1.measure: expected one of {len(MEASURES)} names, "
         'found "step_to_target"; did you mean steps_to_target or seconds_to_target?'
     )
     (found,) = mistakes_of(TWO_ARMS + claiming({"measure": "speed"}))
-    assert found.startswith("r.yaml:7: claims.0.measure: expected steps_to_target, ")
+    assert found.startswith("r.yaml:7: claims.1.measure: expected steps_to_target, ")
 
 
 def test_the_mistakes_of_all_claims_are_found_in_one_pass(mistakes_of: MistakesOf) -> None:
     text = TWO_ARMS + claiming({}, {"arm": "bach norm", "measure": "final"}, {"measure": "final", "at_lest": 1})
     assert mistakes_of(text) == (
-        "r.yaml:7: claims.0.measure: needs the section largest_learning_rate, as in {steps: 300, accuracy: 0.8}",
-        "r.yaml:8: claims.1.arm: there is no arm bach norm; did you mean batch norm?",
-        "r.yaml:9: claims.2.at_lest: unknown key; did you mean at_least or at_most?",
+        "r.yaml:7: claims.1.measure: needs the section largest_learning_rate, as in {steps: 300, accuracy: 0.8}",
+        "r.yaml:8: claims.2.arm: there is no arm bach norm; did you mean batch norm?",
+        "r.yaml:9: claims.3.at_lest: unknown key; did you mean at_least or at_most?",
     )
 
 
@@ -431,13 +451,13 @@ def test_a_claim_is_about_what_both_arms_measure(mistakes_of: MistakesOf, probes
         TWO_ARMS + f"probes: {{measure: {probes}}}\n" + claiming({"measure": "shift.cosine", "layer": "hidden1.linear"})
     )
     missing = f"the probe shift is not measured in arm {' and '.join(arms)}; add shift to probes.measure"
-    assert mistakes_of(text) == ((f"r.yaml:8: claims.0.measure: {missing}",) if arms else ())
+    assert mistakes_of(text) == ((f"r.yaml:8: claims.1.measure: {missing}",) if arms else ())
 
 
 def test_the_covariance_of_activations_that_are_not_normalized_is_no_measure(mistakes_of: MistakesOf) -> None:
     text = TWO_ARMS + "probes: all\n" + claiming({"measure": "whitening.off_diagonal"})
     why = "arm plain has no norm; the covariance of its activations depends on their scale"
-    assert mistakes_of(text) == (f"r.yaml:8: claims.0.measure: {why}",)
+    assert mistakes_of(text) == (f"r.yaml:8: claims.1.measure: {why}",)
 
 
 def test_a_search_without_a_claim_about_it_and_a_probe_named_twice_are_refused(mistakes_of: MistakesOf) -> None:
@@ -449,14 +469,14 @@ def test_a_search_without_a_claim_about_it_and_a_probe_named_twice_are_refused(m
 
 def test_a_claim_says_something(mistakes_of: MistakesOf) -> None:
     text = TWO_ARMS + claiming({"measure": "final", "at_least": 0.1, "say": "''"})
-    assert mistakes_of(text) == ('r.yaml:7: claims.0.say: expected some text, found ""',)
+    assert mistakes_of(text) == ('r.yaml:7: claims.1.say: expected some text, found ""',)
 
 
 def test_a_layer_that_an_arms_model_does_not_have_is_refused(mistakes_of: MistakesOf) -> None:
     text = TWO_ARMS + "probes: all\n" + claiming({"measure": "shift.cosine", "layer": "hiden1.linear"})
     hint = "did you mean hidden1.linear or hidden3.linear?"
     assert mistakes_of(text) == tuple(
-        f"r.yaml:8: claims.0.layer: arm {arm} has no layer hiden1.linear; {hint}" for arm in ("batch norm", "plain")
+        f"r.yaml:8: claims.1.layer: arm {arm} has no layer hiden1.linear; {hint}" for arm in ("batch norm", "plain")
     )
 
 
@@ -496,7 +516,7 @@ def test_a_claim_about_what_an_arm_cannot_measure_is_refused(
     text = TWO_ARMS.replace("plain: ", f"plain: {{{plain}}}").replace("{norm: batch}", f"{{{probes}}}")
     search = SEARCH.replace("300", "50" if mistake is None else "300") * ("measure" not in claim)
     found = mistakes_of(text + claiming(claim) + search)
-    assert found == (() if mistake is None else (f"r.yaml:7: claims.0.{mistake}",))
+    assert found == (() if mistake is None else (f"r.yaml:7: claims.1.{mistake}",))
 
 
 @pytest.mark.parametrize(
@@ -517,7 +537,7 @@ def test_a_claim_needs_arms_and_one_on_steps_a_target(mistakes_of: MistakesOf) -
         "r.yaml:5: claims: the recipe has no arms; a claim is about two of them",
     )
     text = TWO_ARMS.replace(", target: {value: 0.9}", "") + claiming({"measure": "steps_to_target"})
-    assert mistakes_of(text) == ("r.yaml:7: claims.0.measure: needs train.target",)
+    assert mistakes_of(text) == ("r.yaml:7: claims.1.measure: needs train.target",)
 
 
 # --- spelling -----------------------------------------------------------------------------------------------------
@@ -582,7 +602,7 @@ def suggested(mistake: str) -> list[str]:
 
 def test_the_places_hold_every_section_and_level() -> None:
     named = {*RecipeFile.model_fields, "model.init", "train.target"} - {"arms", "reference", "grid"}
-    assert {dotted(place.path).removesuffix(".0") for place in PLACES} >= named
+    assert {dotted(place.path).removesuffix(".1") for place in PLACES} >= named
     assert sum(len(place.keys) for place in PLACES) > 80
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -226,3 +227,64 @@ def test_values_are_put_into_a_recipe_and_checked(loaded: Load) -> None:
         with_values(base, {"optimizer.lrr": 3})
     with pytest.raises(ValidationError, match="greater than 0"):
         with_values(base, {"optimizer.lr": -3})
+
+
+# --- files beside the recipe --------------------------------------------------------------------------------------
+
+BESIDE = """\
+data: {source: npz, path: mine.npz, held_out: 3}
+model: {kind: module, module: "net:make", arguments: {data: {path: mine.npz}}}
+optimizer: {kind: sgd, lr: 0.1}
+train: {steps: 100}
+arms:
+  a: {}
+  b: {model: {module: "parts.deep:make"}}
+  c: {model: {module: "torch.nn:Linear"}}
+"""
+
+
+@pytest.fixture
+def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a recipe with its data and modules, below the current one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "exp 1" / "parts").mkdir(parents=True)
+    (tmp_path / "exp 1" / "r.yaml").write_text(BESIDE)
+    for name in ("net.py", "parts/deep.py"):
+        (tmp_path / "exp 1" / name).write_text("")
+    np.savez(tmp_path / "exp 1" / "mine.npz", x=np.zeros((9, 4)), y=np.arange(9) % 2)
+    return tmp_path / "exp 1"
+
+
+def test_data_and_modules_that_are_beside_the_recipe_are_found_there(beside: Path) -> None:
+    found = load("exp 1/r.yaml", allow_code=True)
+    a, b, c = (plain(arm.recipe) for arm in found.arms)
+    assert a["data"]["path"] == "exp 1/mine.npz"
+    assert a["model"]["arguments"] == {"data": {"path": "mine.npz"}}
+    modules = [each["model"]["module"] for each in (a, b, c)]
+    assert modules == ["exp 1/net:make", "exp 1/parts.deep:make", "torch.nn:Linear"]
+    (beside.parent / "again.yaml").write_text(dump(plain(found.base)))
+    assert load("again.yaml", allow_code=True).base == found.base
+    assert load(str(beside / "r.yaml"), allow_code=True).base.data.path == str(beside / "mine.npz")  # type: ignore
+
+
+def test_a_recipe_without_any_section_is_refused_as_one(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("{}")
+    with pytest.raises(RecipeError, match="data: is missing"):
+        load(str(tmp_path / "r.yaml"))
+
+
+def test_what_is_in_the_current_folder_comes_first(beside: Path) -> None:
+    (beside.parent / "mine.npz").write_bytes((beside / "mine.npz").read_bytes())
+    (beside.parent / "net.py").write_text("")
+    found = plain(load("exp 1/r.yaml", allow_code=True).base)
+    assert (found["data"]["path"], found["model"]["module"]) == ("mine.npz", "net:make")
+    sets = [f"data.path={beside}/mine.npz"]
+    assert plain(load("exp 1/r.yaml", sets, allow_code=True).base)["data"]["path"] == f"{beside}/mine.npz"
+
+
+def test_the_folder_of_images_beside_the_recipe_is_taken_and_a_name_on_the_hub_stays(beside: Path) -> None:
+    hub = "data={source: hub, name: %s, shape: [1, 8, 8], classes: 2}"
+    names = [
+        plain(load("exp 1/r.yaml", [hub % name], allow_code=True).base)["data"]["name"] for name in ("parts", "cifar10")
+    ]
+    assert names == ["exp 1/parts", "cifar10"]

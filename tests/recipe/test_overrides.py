@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from bncli.errors import RecipeError
 from bncli.recipe.load import plain, with_values
 from bncli.recipe.overrides import leaves
-from tests.recipe.conftest import BASE, NORMS, OWN, SECTIONS, Load, MistakesOf, arm, given_fields, optimizer
+from tests.recipe.conftest import (
+    BASE,
+    NORMS,
+    NORMS_WITH_EPS,
+    OWN,
+    SECTIONS,
+    Load,
+    MistakesOf,
+    arm,
+    given_fields,
+    optimizer,
+)
 
 # --- shorthands and defaults --------------------------------------------------------------------------------------
 
@@ -88,6 +99,42 @@ def test_an_arm_that_gives_a_field_of_the_grid_fixes_it(loaded: Load) -> None:
         "grid: {optimizer.lr: [1, 2], train.batch_size: [10, 20]}\n"
     )
     assert [arm.fixed for arm in found.arms] == [(), ("optimizer.lr",), ()]
+
+
+@pytest.mark.parametrize(
+    ("ends", "points", "values"),
+    [
+        ("[0.01, 10]", 7, [0.01, 0.0316, 0.1, 0.316, 1, 3.16, 10]),
+        ("[0.1, 0.3]", 2, [0.1, 0.3]),
+        ("[1, 3]", 4, [1, 1.44, 2.08, 3]),
+        ("[0.5, 2000]", 5, [0.5, 3.98, 31.6, 251, 2000]),
+        ("[64, 4096]", 7, [64, 128, 256, 512, 1024, 2048, 4096]),
+        ("[0.12345, 12.345]", 3, [0.12345, 1.23, 12.345]),
+    ],
+)
+def test_values_of_the_grid_are_spaced_at_equal_ratios(
+    loaded: Load, ends: str, points: int, values: list[float]
+) -> None:
+    spaced = f"{{log: {ends}, points: {points}}}"
+    in_file = loaded(BASE + f"grid: {{optimizer.lr: {spaced}}}\n").file
+    assert in_file.grid == {"optimizer.lr": tuple(values)}
+    assert loaded(BASE, f"grid.optimizer.lr={spaced}").file == in_file
+    assert loaded(BASE + "grid: {optimizer.lr: [5, 6]}\n", f"grid={{optimizer.lr: {spaced}}}").file == in_file
+    replaced = loaded(BASE + f"grid: {{optimizer.lr: {spaced}}}\n", "grid.optimizer.lr=[1]").file
+    assert replaced.grid == {"optimizer.lr": (1,)}
+
+
+def test_whole_numbers_that_are_spaced_stay_whole(loaded: Load) -> None:
+    found = loaded(BASE + "grid: {train.batch_size: {log: [16, 256], points: 5}}\n").file.grid["train.batch_size"]
+    assert [(value, type(value)) for value in found] == [(value, int) for value in (16, 32, 64, 128, 256)]
+
+
+def test_spaced_values_are_checked_as_a_list_is_each_at_its_place(mistakes_of: MistakesOf) -> None:
+    text = BASE + "grid:\n  optimizer.momentum: {log: [0.1, 10], points: 3}\n"
+    assert mistakes_of(text) == (
+        "r.yaml:6: grid.optimizer.momentum.2: expected a number below 1, found 1",
+        "r.yaml:6: grid.optimizer.momentum.3: expected a number below 1, found 10",
+    )
 
 
 def test_a_flag_can_change_add_and_empty_an_arm(loaded: Load) -> None:
@@ -192,7 +239,8 @@ def test_a_flag_reads_its_value_exactly_as_the_file_does(loaded: Load, text: str
         ("model.kind.x.y=3", "model.kind is a value and has no field x"),
         ("model.hidden.0=3", "model.hidden: expected a list, found a mapping"),
         ("norm=no", f'norm.kind: expected {NORMS}, found "no"; did you mean none or noisy?'),
-        ("norm.eps=1", f"norm.kind: is missing; expected {NORMS}"),
+        ("norm.eps=1", f"norm.eps: the norm is none, which has no eps; it belongs to {NORMS_WITH_EPS}; "
+         "set the kind too"),
         ("norm={kind: batch", "not YAML: while parsing a flow mapping, expected ',' or '}', but got '<stream end>'"),
         ("optimizer.lr=!!float x", "optimizer.lr: the tag !!float is not allowed; write the plain value"),
         ("train.seed=99999999999999999999", "train.seed: a whole number of more than 64 bits"),
@@ -200,6 +248,7 @@ def test_a_flag_reads_its_value_exactly_as_the_file_does(loaded: Load, text: str
          "give data.shape as [channels, height, width]"),
         ("arms.a=3", "arms.a: expected a mapping, found 3"),
         ("arms.a.norm=bacth", f'arms.a.norm.kind: expected {NORMS}, found "bacth"; did you mean batch?'),
+        ("train.steps={epochs:2}", "train.steps: write a space after the colon: epochs: 2"),
         ("grid.optimizer.lr=1", "grid.optimizer.lr: expected a list, found 1"),
         ("grid.optimizer.lrr=[1]", "grid.optimizer.lrr: unknown key; did you mean lr?"),
         ("reference=plain", "reference: there is no arm plain; the recipe has no arms"),

@@ -16,7 +16,7 @@ from bncli.recipe.yaml import parse
 from tests.recipe.conftest import KINDS_OF_SECTIONS, RUN, models, section_of
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 SCHEMA = ROOT / "recipes" / "recipe.schema.json"
 
 
@@ -36,7 +36,7 @@ def test_the_schema_beside_the_recipes_is_what_the_module_prints() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_shipped_recipe_fits_the_models_and_the_schema(validator: Any, path: Path) -> None:
     validator.validate(parse(path.read_text(), path.name).root)
-    loaded = load(str(path))
+    loaded = load(str(path), allow_code=True)
     for arm in (Arm("", loaded.base), *loaded.arms):
         validator.validate(plain(arm.recipe))
 
@@ -71,6 +71,7 @@ def test_the_schema_accepts_a_section_in_the_base_and_its_bare_name_in_an_arm(
         {"train": {"steps": 5, "target": None}},
         {"arms": {"plain": None, "lr": {"optimizer": {"lr": 3}}, "deep": {"model": {"hidden": [9, 9], "init": "he"}}}},
         {"arms": {"groups": {"norm": {"eps": 1e-3}}, "long": {"train": {"batch_size": 9}}}},
+        {"grid": {"optimizer.lr": {"log": [0.01, 10], "points": 7}, "norm.eps": [1, 2]}},
         {"grid": {"optimizer.lr": [0.1, 1]}, "reference": "plain", "seeds": {"tune": 2}, "arms": {"plain": {}}},
     ],
 )
@@ -107,6 +108,9 @@ def test_the_schema_accepts_shorthands_and_partial_arms(validator: Any, change: 
         {"arms": {"a/b": {}}},
         {"grid": {"optimizer.lr": 3}},
         {"grid": {"optimizer.lr": []}},
+        {"grid": {"optimizer.lr": {"log": [1, 2], "points": 1}}},
+        {"grid": {"optimizer.lr": {"log": [1, 2, 3], "points": 3}}},
+        {"grid": {"optimizer.lr": {"lgo": [1, 2], "points": 3}}},
         {"seeds": {"tunes": 3}},
     ],
 )

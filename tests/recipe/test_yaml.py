@@ -171,7 +171,7 @@ NO_TAG = "is not allowed; write the plain value"
         ("a: !!python/object/apply:os.system [ls]\n", f"1: a: the tag !!python/object/apply:os.system {NO_TAG}"),
         ("a: 9223372036854775808\n", "1: a: a whole number of more than 64 bits"),
         (f"a: {'9' * 5000}\n", "1: a: a whole number of more than 64 bits"),
-        ("a: &x [*x]\n", "1: a.0: an alias of a value that contains it"),
+        ("a: &x [*x]\n", "1: a.1: an alias of a value that contains it"),
         ("a: &x\n  b:\n    c: *x\n", "3: a.b.c: an alias of a value that contains it"),
     ],
     ids=range(21),

@@ -156,7 +156,7 @@ def _library() -> Any:
         )
     except ImportError as error:
         raise DataError(
-            f'data.source: hub needs the packages datasets and pillow ({error}); run: pip install "bncli[hub]"'
+            f"data.source: hub needs the packages datasets and pillow ({error}); run: pip install datasets pillow"
         ) from None
     for library in (datasets, hub):
         library.disable_progress_bars()

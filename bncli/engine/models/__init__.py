@@ -163,7 +163,7 @@ def _own(section: OwnModel, shape: tuple[int, ...], classes: int, norm: NormFact
     try:
         function = imported(section.module)
     except (ImportError, AttributeError) as error:
-        raise RecipeError(f"{where}: {error}; the current folder and the environment were searched") from error
+        raise RecipeError(f"{where}: {error}; searched: the current folder, the recipe's, the environment") from error
     contract = (
         f"It is called with shape={shape}, classes={classes}, norm= a function of the channels that returns the norm "
         "module (or None), and model.arguments"

@@ -249,8 +249,8 @@ def _check_size(first: Loaded, arms: int, tune: int) -> None:
     """Refuse too few seeds for the choice of a point, and too many runs."""
     if 0 < tune < FEWEST_TUNE_SEEDS:
         raise RecipeError(
-            f"{first.source}: seeds.tune: {tune} cannot show how sure the choice among the grid's points is; "
-            f"write {FEWEST_TUNE_SEEDS} or more"
+            f"{first.where.get(('seeds', 'tune'), first.source)}: seeds.tune: {tune} cannot show how sure the choice "
+            f"among the grid's points is; write {FEWEST_TUNE_SEEDS} or more"
         )
     points = math.prod(len(values) for values in first.file.grid.values())
     if (runs := arms * (points * tune + first.file.seeds.report)) > MOST_RUNS:

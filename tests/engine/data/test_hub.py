@@ -207,7 +207,7 @@ def test_a_damaged_image_is_named_without_a_traceback(tmp_path, folder, fields):
 
 def test_a_missing_library_comes_with_the_extra_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert 'run: pip install "bncli[hub]"' in refused(folder)
+    assert "run: pip install datasets pillow" in refused(folder)
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_arms_of_two_files_that_share_a_name_get_their_files_name(study_of: Stud
           f"train.batch_size: {list(range(2, 102))}}}"],
          "2 arms at 10,000 points of the grid make 60,020 runs; a comparison has at most 20,000"),
         ([BASE + ARMS.replace("tune: 3", "tune: 2")],
-         "seeds.tune: 2 cannot show how sure the choice among the grid's points is; write 3 or more"),
+         r"recipe0\.yaml:\d+: seeds.tune: 2 cannot show how sure the choice among the grid's points is; write 3"),
         ([BASE.replace("steps: 1000", "steps: {epochs: 4}") + "arms: {a: {}, b: {train: {batch_size: 10}}}"],
          "arm b: train.steps differs from arm a's; epochs are another number of steps at another batch size: write "
          "steps, which are the same for every arm"),
