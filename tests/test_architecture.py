@@ -267,7 +267,7 @@ HEAVY = {"torch", "pydantic", "sklearn", "scipy", "numpy", "matplotlib", "datase
         ["profile", "--fail-above", "0.5"],
         ["profile", "resnet50"],
         ["profile", "--model", "mine:make"],  # without --input
-        ["profile", "--plot", "x.pdf"],
+        ["profile", "--plot", "x.eps"],
         ["profile", "--baseline", "missing.json"],
         ["trian"],
     ],

@@ -13,6 +13,7 @@ from bncli.cli import options
 from bncli.cli.console import StopSignal, enable_gc, full_disk, given_options, log, show_plan
 from bncli.cli.output import Output, chosen_form
 from bncli.errors import CHECK_FAILED, BncliError, UsageError
+from bncli.report.figure import FigureStyle
 
 if TYPE_CHECKING:
     from bncli.measure.compare.plan import Study
@@ -60,7 +61,10 @@ def compare(
     json: options.Json = False,
     csv: options.Csv = False,
     markdown: options.Markdown = False,
+    latex: options.Latex = False,
     plot: options.Plot = None,
+    plot_width: options.PlotWidth = None,
+    no_caption: options.NoCaption = False,
     html: options.Html = None,
     quiet: options.Quiet = False,
     dry_run: options.DryRun = False,
@@ -74,7 +78,8 @@ def compare(
 
     Example: bncli compare recipes/digits.yaml --plot digits.svg
     """
-    output = Output(chosen_form(json=json, csv=csv, markdown=markdown), plot, html, quiet)
+    form = chosen_form(json=json, csv=csv, markdown=markdown, latex=latex)
+    output = Output(form, plot, html, quiet, FigureStyle(plot_width, not no_caption))
     if bool(recipes) == bool(saved):
         raise UsageError("give a recipe, as in: bncli compare recipes/digits.yaml (or --from a saved comparison)")
     training = ("sets", "dry_run", "out", "jobs", "device", "threads", "allow_code")
@@ -206,6 +211,7 @@ def _show(comparison: Comparison, output: Output) -> None:
         "json": files.to_json,
         "csv": export.to_csv,
         "markdown": export.to_markdown,
+        "latex": export.to_latex,
     }
     output.show(comparison, forms)
     output.write(comparison, _plot, export.to_html)
@@ -228,8 +234,8 @@ def _log_next(comparison: Comparison, folder: Path, output: Output, again: str) 
     log(f"{'Runs and result in' if folder.is_dir() else 'Read from'} {folder}.{step}", output.quiet)
 
 
-def _plot(comparison: Comparison, path: Path) -> list[Path]:
+def _plot(comparison: Comparison, path: Path, style: FigureStyle) -> list[Path]:
     from bncli.report.compare import figure, layers
 
-    figure.plot(comparison, path)
-    return [path, *([layers.plot(comparison, path)] if layers.has_layers(comparison) else [])]
+    figure.plot(comparison, path, style)
+    return [path, *([layers.plot(comparison, path, style)] if layers.has_layers(comparison) else [])]

@@ -38,7 +38,15 @@ Quiet = Annotated[bool, OutputOption("--quiet", "-q", help="Print results and er
 Json = Annotated[bool, OutputOption("--json", help="Print JSON instead of a table.")]
 Csv = Annotated[bool, OutputOption("--csv", help="Print CSV instead of a table.")]
 Markdown = Annotated[bool, OutputOption("--markdown", help="Print Markdown instead of a table.")]
-Plot = Annotated[Path | None, OutputOption(metavar="FILE.svg|png", help="Draw it to a file (needs bncli[plot]).")]
+Latex = Annotated[bool, OutputOption("--latex", help="Print LaTeX tables instead of a table.")]
+Plot = Annotated[Path | None, OutputOption(metavar="FILE.svg|png|pdf", help="Draw it to a file (needs bncli[plot]).")]
+PlotWidth = Annotated[
+    float | None,
+    OutputOption(
+        min=3, max=40, metavar="INCHES", help="Width of --plot; a paper's column has about 3.3.", show_default=False
+    ),
+]
+NoCaption = Annotated[bool, OutputOption("--no-caption", help="Omit title and caption of --plot, for a paper.")]
 Html = Annotated[Path | None, OutputOption(metavar="FILE.html", help="Write a self-contained report.")]
 RequireTarget = Annotated[bool, CheckOption("--require-target", help="Exit with 1 if a run does not reach its target.")]
 RequireClaims = Annotated[bool, CheckOption("--require-claims", help="Exit with 1 if a claim is not shown.")]

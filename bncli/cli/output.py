@@ -9,28 +9,32 @@ from typing import Any
 
 from bncli.cli.console import log, print_result
 from bncli.errors import UsageError
+from bncli.report.figure import DEFAULT_STYLE, FigureStyle, check_path
 
 
 @dataclass(frozen=True)
 class Output:
     """What the options ask for.
 
-    form: how the result is printed: table, json, csv or markdown. plot, html: files to be written beside it.
+    form: how the result is printed: table, json, csv, markdown or latex. plot, html: files to be written beside it.
+    style: how the plot is laid out.
     """
 
     form: str = "table"
     plot: Path | None = None
     html: Path | None = None
     quiet: bool = False
+    style: FigureStyle = DEFAULT_STYLE
 
     def check(self, *others: Path | None) -> None:
         """Refuse before any work what could not be written after it. others: further files of the command."""
         from bncli.report.files import check_writable
 
+        asked = ["--plot-width"] * (self.style.width_inches is not None) + ["--no-caption"] * (not self.style.caption)
         if self.plot:
-            from bncli.report.figure import check_path
-
             check_path(self.plot)
+        elif asked:
+            raise UsageError(f"{', '.join(asked)}: without --plot FILE nothing is drawn; give one")
         for file in (self.plot, self.html, *others):
             if file:
                 check_writable(file)
@@ -42,14 +46,14 @@ class Output:
     def write(
         self,
         result: Any,
-        plot: Callable[[Any, Path], Sequence[Path]] | None = None,
+        plot: Callable[[Any, Path, FigureStyle], Sequence[Path]] | None = None,
         html: Callable[[Any], str] | None = None,
     ) -> None:
-        """Write the files. plot: draws figures at a path and returns where they are. html: makes a page."""
+        """Write the files. plot: draws figures at a path and in a style, returns where they are. html: makes a page."""
         from bncli.report.files import write_atomically
 
         if self.plot and plot:
-            for file in plot(result, self.plot):
+            for file in plot(result, self.plot, self.style):
                 log(f"Plot written to {file}", self.quiet)
         if self.html and html:
             write_atomically(self.html, html(result))

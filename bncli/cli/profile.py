@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bncli.cli import options
 from bncli.cli.console import (
     StopSignal,
     enable_gc,
@@ -26,6 +27,7 @@ from bncli.cli.output import Output, chosen_form
 from bncli.errors import CHECK_FAILED, CODE_OF_YOURS, INTERRUPTED, UNAVAILABLE, UsageError
 from bncli.measure.profile.shapes import SETS
 from bncli.names import PROFILE_KERNELS, RECIPE_KERNELS, check_kernel
+from bncli.report.figure import FigureStyle
 from bncli.results.environment import FEWEST_ROUNDS
 
 if TYPE_CHECKING:
@@ -127,12 +129,15 @@ def profile(
         ),
     ] = FEWEST_ROUNDS,
     plot: Plot = None,
+    plot_width: options.PlotWidth = None,
+    no_caption: options.NoCaption = False,
     trace: Annotated[
         Path | None, StepOption(metavar="FILE.json", help="Write a Chrome trace of a training step.")
     ] = None,
     json: Json = False,
     csv: Csv = False,
     markdown: Markdown = False,
+    latex: options.Latex = False,
     baseline: Annotated[
         Path | None,
         BaselineOption(metavar="FILE.json", help="Compare with a saved --json profile; exit 1 on a regression."),
@@ -159,7 +164,11 @@ def profile(
     if idle := given_options(context, *(KERNEL_VIEW if of_steps else STEP_VIEW)):
         view = "the kernel view: omit the recipe or --model" if of_steps else "the step view: give a recipe"
         raise UsageError(f"{idle} {'belong' if ',' in idle else 'belongs'} to {view}")
-    output = Output(chosen_form(json=json, csv=csv, markdown=markdown), plot, quiet=quiet)
+    form, style = (
+        chosen_form(json=json, csv=csv, markdown=markdown, latex=latex),
+        FigureStyle(plot_width, not no_caption),
+    )
+    output = Output(form, plot, quiet=quiet, style=style)
     _check_times(seconds, quick, min_rounds, baseline)
     _check_gate(context, output.form, baseline, fail_above)
     asked = _Asked(
@@ -296,6 +305,7 @@ def _finish(
         "json": lambda found: export.to_json(found, gate),
         "csv": export.to_csv,
         "markdown": lambda found: export.to_markdown(found, gate),
+        "latex": export.to_latex,
     }
     asked.output.show(result, forms)
     if gate is not None and asked.output.form == "table":
@@ -360,8 +370,8 @@ def _check_gate(context: typer.Context, form: str, baseline: Path | None, fail_a
     check_fail_above(fail_above)
     if baseline is None and (idle := given_options(context, "fail_above", "strict")):
         raise UsageError(f"{idle}: without --baseline FILE.json nothing is compared; give one")
-    if form == "csv" and baseline:
-        raise UsageError("--csv with --baseline: the verdicts have no place in the CSV; use --json or --markdown")
+    if form in ("csv", "latex") and baseline:
+        raise UsageError(f"--{form} with --baseline: it has no place for the verdicts; use --json or --markdown")
 
 
 def _checked_baseline(asked: _Asked, view: type[Profile]) -> Profile | None:

@@ -1,4 +1,4 @@
-"""Writers of CSV, Markdown and JSON, shared by the commands."""
+"""Writers of CSV, Markdown, LaTeX and JSON, shared by the commands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bncli.report.text import Column
@@ -33,6 +33,41 @@ def markdown_table(columns: Sequence[Column]) -> list[str]:
     rows = [[cell.line for cell in row] for row in zip(*(column.cells for column in columns), strict=True)]
     lines = [map(markdown, header), rule, *(map(markdown, row) for row in rows)]
     return [f"| {' | '.join(line)} |" for line in lines]
+
+
+IN_LATEX = str.maketrans(
+    {character: f"\\{character}" for character in "{}&%$#_"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", '"': "''"}
+    | {"<": "$<$", ">": "$>$", "|": "$|$", "±": r"$\pm$", "×": r"$\times$", "′": "$'$", "²": "$^2$"}
+)
+
+
+def latex_text(tables: Iterable[tuple[str, Sequence[Column]]], notes: Iterable[str]) -> str:
+    """Tables for a paper, each below its heading; optional columns are left out. Headings and notes are comments."""
+    lines = [r"% Needs \usepackage{booktabs}; the notes at the end are for the caption."]
+    for heading, columns in tables:
+        omitted = [column.name for column in columns if column.optional]
+        lines += ["", f"% {heading}", *[f"% Left out; the CSV has them: {', '.join(omitted)}."] * bool(omitted)]
+        lines += latex_table([column for column in columns if not column.optional])
+    return "\n".join([*lines, "", *(f"% {' '.join(note.split())}" for note in notes)]) + "\n"
+
+
+def latex_table(columns: Sequence[Column]) -> list[str]:
+    """The lines of a tabular with rules of booktabs: words flush left, figures with their intervals flush right."""
+    sides = ["l" if column.words else "r" for column in columns]
+    heads = []
+    for side, column in zip(sides, columns, strict=True):
+        *above, last = map(latex, column.header.split("\n"))
+        heads.append(rf"\shortstack[{side}]{{" + r"\\".join([*above, last]) + "}" if above else last)
+    rows = [[latex(cell.line) for cell in row] for row in zip(*(column.cells for column in columns), strict=True)]
+    top, *body = [" & ".join(row) + r" \\" for row in (heads, *rows)]
+    begin = rf"\begin{{tabular}}{{{''.join(sides)}}}"
+    return [begin, r"\toprule", top, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
+
+
+def latex(text: str) -> str:
+    """Text escaped so that LaTeX sets it as it is, on one line; 12.1x and 8x32 get multiplication signs."""
+    return re.sub(r"(?<=\d)x(?![a-z])", "×", " ".join(text.split())).translate(IN_LATEX)
 
 
 def markdown(text: str) -> str:

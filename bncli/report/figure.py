@@ -1,4 +1,4 @@
-"""Style and saving of figures: colours, fonts, SVG and PNG files. matplotlib is loaded only when a figure is drawn.
+"""Style and saving of figures: colours, fonts, captions, files. matplotlib is loaded only when a figure is drawn.
 
 The same result gives the same bytes: no date, fixed identifiers, a font that comes with matplotlib.
 """
@@ -7,19 +7,30 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Callable
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bncli.errors import FileError
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure, SubFigure
 
-# Okabe and Ito's palette, distinguishable with any colour vision; then black, and further curves get line styles.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#1b1b1b")
+# Okabe and Ito's palette, distinguishable with any colour vision, its pale colours darker, and a grey that is visible
+# on black too. With 4 line styles for 7 colours neighbours differ in grey print, and 28 curves differ.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#C4649B", "#D08A00", "#3A9FDB", "#666666")
+LINES: Any = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1.5, 1.2)))
 INK = "#1b1b1b"  # text and axes; a web page can replace it by its own colour
 PALE = "#8a8a8a"  # what is not data: readable on white and on black
+LINE = 1.8  # points: the width of a curve
+# Inches: of a figure whose panels stand below each other; of an axis with few numbers.
+NARROW, SHORT_AXIS = 6.0, 3.2
 MISSING = 'plots need matplotlib, which is not installed; install it with: pip install "bncli[plot]"'
 STYLE: Any = {
     "axes.edgecolor": INK,
@@ -30,27 +41,48 @@ STYLE: Any = {
     "axes.titlesize": 10,
     "font.family": "DejaVu Sans",
     "font.size": 9,
+    "pdf.fonttype": 42,  # TrueType: text stays text, as publishers want it
     "svg.hashsalt": "bncli",
     "text.color": INK,
     "xtick.color": INK,
     "ytick.color": INK,
 }
+METADATA: dict[str, dict[str, Any]] = {
+    "svg": {"Date": None},
+    "png": {"Software": None},
+    "pdf": {"CreationDate": None},
+}
+
+
+@dataclass(frozen=True)
+class FigureStyle:
+    """How a figure is laid out.
+
+    width_inches: None for the figure's own width. caption: whether it has its title and caption, which a paper sets
+    itself.
+    """
+
+    width_inches: float | None = None
+    caption: bool = True
+
+
+DEFAULT_STYLE = FigureStyle()
 
 
 def check_path(path: Path) -> str:
-    """The kind of figure that a file's name asks for: "svg" or "png".
+    """The kind of figure that a file's name asks for: "svg", "png" or "pdf".
 
     Raises FileError for another suffix or without matplotlib, so it also serves as a check before any work.
     """
-    if path.suffix.lower() not in (".svg", ".png"):
-        raise FileError(f"{path}: a plot's file name must end in .svg or .png")
+    if path.suffix.lower().lstrip(".") not in METADATA:
+        raise FileError(f"{path}: a plot's file name must end in .svg, .png or .pdf")
     if importlib.util.find_spec("matplotlib") is None:
         raise FileError(MISSING)
     return path.suffix.lower().lstrip(".")
 
 
 def rendered(draw: Callable[[Figure], None], kind: str, dpi: int, transparent: bool = False) -> bytes:
-    """The bytes of an "svg" or "png" file with what `draw` puts on an empty figure. Raises FileError."""
+    """The bytes of a file of that kind with what `draw` puts on an empty figure. Raises FileError."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -62,6 +94,59 @@ def rendered(draw: Callable[[Figure], None], kind: str, dpi: int, transparent: b
         figure = Figure(layout="constrained")
         draw(figure)
         file = io.BytesIO()
-        metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
-        figure.savefig(file, format=kind, dpi=dpi, metadata=metadata, transparent=transparent)
+        figure.savefig(file, format=kind, dpi=dpi, metadata=METADATA[kind], transparent=transparent)
     return file.getvalue()
+
+
+def line_style(index: int) -> dict[str, Any]:
+    """The line of an arm or another series, by its place."""
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index % len(LINES)]}
+
+
+def write_caption(figure: Figure, style: FigureStyle, title: str, *notes: str) -> None:
+    """Title above and notes below, wrapped to the figure's width, and the height that they need added to its own."""
+    if not style.caption:
+        return
+    width = figure.get_figwidth()
+    words: dict[str, Any] = {"ha": "left", "x": 0.008, "parse_math": False}
+    size = 12 if width > NARROW else 10
+    above = textwrap.wrap(title, int(102 * width / size), break_on_hyphens=False)
+    below = [line for note in notes for line in textwrap.wrap(note, int(15.2 * width))]
+    figure.suptitle("\n".join(above), fontsize=size, fontweight="bold", **words)
+    figure.supxlabel("\n".join(below), fontsize=8, **words)
+    figure.set_figheight(figure.get_figheight() + (1.3 * size * len(above) + 10 * len(below) + 8) / 72)
+
+
+def legend_above(figure: Figure, handles: Sequence[Artist]) -> SubFigure:
+    """Put a legend on a strip above the figure, whose height grows, and return the part below, as high as it was."""
+    height, longest = figure.get_figheight(), max(len(str(handle.get_label())) for handle in handles)
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / (0.6 + 0.078 * longest))))
+    strip = 0.08 + 0.19 * math.ceil(len(handles) / columns)
+    figure.set_figheight(height + strip)
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(strip, height)).flat
+    shown = above.legend(handles=handles, loc="upper left", ncols=columns, frameon=False, borderpad=0)
+    for text in shown.get_texts():
+        text.set_parse_math(False)
+    part: SubFigure = below
+    return part
+
+
+def plain_ticks(axes: Axes, finest: int | None = None) -> None:
+    """Round numbers of steps on a logarithmic axis, fewer where it is short; see `plain_numbers`."""
+    short = axes.bbox.width < SHORT_AXIS * axes.figure.dpi
+    plain_numbers(axes.xaxis, *axes.get_xlim(), finest or (2 if short else 3))
+
+
+def plain_numbers(axis: Axis, low: float, high: float, finest: int = 3) -> None:
+    """Round numbers on a logarithmic axis, not powers: at most `finest` in a decade, or as many as give two numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    decades = math.log10(high / low)
+    least = min(finest, 3 if decades < 2.2 else 2 if decades < 4.5 else 1)
+    finer = [(1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), tuple(map(float, range(1, 10)))][least - 1 :]
+    powers = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+    two = (each for each in finer if sum(low <= k * power <= high for k in each for power in powers) > 1)
+    factors = next(two, finer[-1])
+    axis.set_major_locator(LogLocator(subs=factors))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

@@ -371,7 +371,7 @@ def test_a_model_of_the_users_own_is_measured_when_that_is_allowed() -> None:
         (["--baseline", "none.json"], "--baseline none.json: cannot be read"),
         (["--baseline", "other.json", "--kernel", "fused"], "--baseline: speedups over "
                                                             "native are compared; name native"),
-        (["--plot", "x.pdf"], "x.pdf: a plot's file name must end in .svg or .png"),
+        (["--plot", "x.eps"], "x.eps: a plot's file name must end in .svg, .png or .pdf"),
         (["--plot", "nowhere/x.svg"], "nowhere/x.svg: its folder nowhere does not exist"),
         (["small.yaml", "--trace", "nowhere/t.json"], "nowhere/t.json: its folder nowhere does not exist"),
         (["--trace", "t.json"], "--trace belongs to the step view: give a recipe"),

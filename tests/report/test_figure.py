@@ -11,15 +11,15 @@ from bncli.errors import USAGE, FileError
 from bncli.report.figure import check_path, rendered
 
 
-@pytest.mark.parametrize(("name", "kind"), [("a.svg", "svg"), ("b.PNG", "png")])
+@pytest.mark.parametrize(("name", "kind"), [("a.svg", "svg"), ("b.PNG", "png"), ("c.pdf", "pdf")])
 def test_the_suffix_is_the_kind(name, kind):
     pytest.importorskip("matplotlib")
     assert check_path(Path(name)) == kind
 
 
-@pytest.mark.parametrize("name", ["curves.pdf", "curves", "svg"])
-def test_another_suffix_is_refused_with_the_two_that_there_are(name):
-    with pytest.raises(FileError, match=rf"{name}: a plot's file name must end in \.svg or \.png") as refused:
+@pytest.mark.parametrize("name", ["curves.eps", "curves", "svg"])
+def test_another_suffix_is_refused_with_those_that_there_are(name):
+    with pytest.raises(FileError, match=rf"{name}: a plot's file name must end in \.svg, \.png or \.pdf") as refused:
         check_path(Path(name))
     assert refused.value.exit_code == USAGE
 
@@ -37,6 +37,6 @@ def test_a_figure_of_any_result_is_the_same_bytes_each_time():
     def draw(figure):
         figure.subplots().plot([1, 2], [3, 4])
 
-    for kind, begins in (("svg", b"<?xml"), ("png", b"\x89PNG")):
+    for kind, begins in (("svg", b"<?xml"), ("png", b"\x89PNG"), ("pdf", b"%PDF")):
         assert rendered(draw, kind, 80) == rendered(draw, kind, 80)
         assert rendered(draw, kind, 80).startswith(begins)

@@ -1,4 +1,4 @@
-"""A comparison for other programs: CSV with all digits, Markdown for a GitHub page, and a self-contained HTML page."""
+"""A comparison for other programs: CSV with all digits, Markdown, LaTeX, and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bncli.report.compare.text import (
     tuning_columns,
     tuning_notes,
 )
-from bncli.report.export import csv_text, markdown, markdown_table
+from bncli.report.export import csv_text, latex_text, markdown, markdown_table
 from bncli.report.figure import INK
 from bncli.report.text import Column, setting
 from bncli.results.compare import ArmSummary, AtTarget, Comparison, Cost, Ratio
@@ -113,6 +113,12 @@ def to_markdown(comparison: Comparison) -> str:
         lines += ["", f"#### {HEADING.capitalize()}", "", *markdown_table(claim_columns(comparison)), ""]
         lines += [f"- {markdown(note)}" for note in claim_notes(comparison)]
     return "\n".join(lines) + "\n"
+
+
+def to_latex(comparison: Comparison) -> str:
+    """The same tables for a paper, without the claims."""
+    tables = [(title(comparison), comparison_columns(comparison)), *side_tables(comparison)]
+    return latex_text(tables, [subtitle(comparison.plan) + ".", *footnotes(comparison)])
 
 
 # --- HTML ---------------------------------------------------------------------------------------------------------

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bncli.report.compare.text import (
     LETTERS,
+    MOST_PLACES,
+    THINNED,
     all_targets,
     curve_points,
     metric_range,
@@ -18,7 +21,20 @@ from bncli.report.compare.text import (
     targets_in_order,
     title,
 )
-from bncli.report.figure import COLOURS, INK, PALE, check_path, rendered
+from bncli.report.figure import (
+    COLOURS,
+    DEFAULT_STYLE,
+    INK,
+    LINE,
+    NARROW,
+    PALE,
+    FigureStyle,
+    check_path,
+    line_style,
+    plain_ticks,
+    rendered,
+    write_caption,
+)
 from bncli.report.files import write_atomically
 from bncli.report.text import Cell, setting
 from bncli.results.compare import ArmSummary, Comparison
@@ -26,43 +42,44 @@ from bncli.results.train import RunResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-LINES = ("-", "--", "-.", ":")
-TARGETS_HEIGHT = 2.4  # inches: the panel with the ratio by target, where there are several
+# Inches: the figure's width, and that below which arms are named above their runs; heights of panels and their frames.
+WIDTH, NAMES_ABOVE = 11.0, 9.0
+CURVES, TARGETS, FRAME = 2.9, 2.4, 0.75
+NAME = 25, 44  # characters of an arm's name on a line: beside its runs, above them
 
 
-def plot(comparison: Comparison, path: Path) -> None:
-    """Write the figure to `path`, an .svg or a .png. Raises FileError for another suffix or without matplotlib."""
-    write_atomically(path, render(comparison, check_path(path)))
+def plot(comparison: Comparison, path: Path, style: FigureStyle = DEFAULT_STYLE) -> None:
+    """Write the figure to `path`. Raises FileError for an unknown suffix or without matplotlib."""
+    write_atomically(path, render(comparison, check_path(path), style=style))
 
 
-def render(comparison: Comparison, kind: str, transparent: bool = False) -> bytes:
-    """The figure as the bytes of a "svg" or "png" file. Raises FileError without matplotlib."""
-    return rendered(lambda figure: draw(figure, comparison), kind, 160, transparent)
+def render(comparison: Comparison, kind: str, transparent: bool = False, style: FigureStyle = DEFAULT_STYLE) -> bytes:
+    """The figure as the bytes of a file of that kind. Raises FileError without matplotlib."""
+    return rendered(lambda figure: draw(figure, comparison, style), kind, 160, transparent)
 
 
-def draw(figure: Figure, comparison: Comparison) -> None:
+def draw(figure: Figure, comparison: Comparison, style: FigureStyle = DEFAULT_STYLE) -> None:
     """Put the curves, the runs and, with several targets, the ratios by target on an empty figure."""
-    lines = sum(max(2.6, math.ceil(len(arm.arm) / 18)) for arm in comparison.arms)
-    height = max(4.2, 1.6 + 0.19 * lines)
-    if _has_ratios_by_target(comparison):
-        height = max(height, 1.0 + 0.19 * lines + TARGETS_HEIGHT) + 1.0
-        ratios = height - TARGETS_HEIGHT, TARGETS_HEIGHT
-        figure.set_size_inches(11, height)
-        panels = figure.subplot_mosaic([["left", "right"], ["left", "below"]], height_ratios=ratios)
-        left, right = panels["left"], panels["right"]
-        _targets(panels["below"], comparison)
+    width = style.width_inches or WIDTH
+    above = width < NAMES_ABOVE
+    lines = [name.count("\n") + 1 for name in _names(comparison, above)]
+    runs = len(lines) * (0.66 + 0.19 * max(lines)) if above else sum(0.19 * max(2.6, each) for each in lines)
+    heights = {"steps": FRAME + runs, **({"targets": TARGETS} if _has_ratios_by_target(comparison) else {})}
+    if width < NARROW:
+        heights = {"curves": CURVES, **heights}
+        mosaic: Any = [[name] for name in heights]
     else:
-        figure.set_size_inches(11, height)
-        left, right = figure.subplots(1, 2)
-    words: dict[str, Any] = {"ha": "left", "x": 0.008, "parse_math": False}
-    figure.suptitle(title(comparison), fontsize=12, fontweight="bold", **words)
-    notes = "\n".join(textwrap.wrap(f"{subtitle(comparison.plan)}. {_key(comparison)}", 170))
-    figure.supxlabel(notes, fontsize=8, **words)
-    _curves(left, comparison)
-    _steps(right, comparison)
+        mosaic = [["curves", name] for name in heights]
+        heights["steps"] = max(heights["steps"], CURVES + 0.3 - heights.get("targets", 0))
+    figure.set_size_inches(width, sum(heights.values()))
+    write_caption(figure, style, title(comparison), f"{subtitle(comparison.plan)}. {_key(comparison)}")
+    panels = figure.subplot_mosaic(mosaic, height_ratios=list(heights.values()))
+    _curves(panels["curves"], comparison)
+    _steps(panels["steps"], comparison, above)
+    if "targets" in panels:
+        _targets(panels["targets"], comparison)
 
 
 def _has_ratios_by_target(comparison: Comparison) -> bool:
@@ -85,8 +102,8 @@ def _targets(axes: Axes, comparison: Comparison) -> None:
         ]
         if points:
             places, values, low, high = zip(*points, strict=True)
-            axes.plot(places, values, marker="o", ms=4, **style(index))
-            axes.vlines(places, low, high, color=style(index)["color"], linewidth=1)
+            axes.plot(places, values, marker="o", ms=4, linewidth=LINE, **line_style(index))
+            axes.vlines(places, low, high, color=line_style(index)["color"], linewidth=1)
     axes.axhline(1, color=PALE, linestyle=(0, (5, 4)), linewidth=1, zorder=1)
     if comparison.plan.target.metric == "loss":
         axes.invert_xaxis()
@@ -97,6 +114,8 @@ def _key(comparison: Comparison) -> str:
     results = [result for arm in comparison.arms for result in comparison.results_of(arm)]
     missed = [result for result in results if result.steps_to_target is None]
     parts = ["Line: median, band: quartiles over seeds."]
+    if any(len(arm.curve) > MOST_PLACES for arm in comparison.arms):
+        parts.append(THINNED)
     if len(missed) < len(results):
         parts.append("Dot: a run; diamond: geometric mean (median where runs missed) with its 95% interval.")
     if any(result.status != "diverged" for result in missed):
@@ -104,11 +123,6 @@ def _key(comparison: Comparison) -> str:
     if any(result.status == "diverged" for result in missed):
         parts.append("Cross: a run that diverged.")
     return " ".join(parts)
-
-
-def style(index: int) -> dict[str, Any]:
-    """The line of an arm, by its place in the comparison."""
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index // len(COLOURS) % len(LINES)]}
 
 
 # --- left: curves -------------------------------------------------------------------------------------------------
@@ -126,8 +140,8 @@ def _curves(axes: Axes, comparison: Comparison) -> None:
     axes.axhline(target.value, color=PALE, linestyle=(0, (5, 4)), linewidth=1, zorder=1)
     for index, points in curves.items():
         steps, medians, lows, highs = zip(*points, strict=True)
-        axes.fill_between(steps, lows, highs, color=style(index)["color"], alpha=0.18, linewidth=0)
-        axes.plot(steps, medians, linewidth=1.5, **style(index))
+        axes.fill_between(steps, lows, highs, color=line_style(index)["color"], alpha=0.18, linewidth=0)
+        axes.plot(steps, medians, linewidth=LINE, **line_style(index))
     ends = [step for points in curves.values() for step in (points[0][0], points[-1][0])]
     axes.set_xscale("log")
     axes.set_xlim(min(ends), max(*ends, 1.5 * min(ends)) * 1.1)
@@ -168,41 +182,26 @@ def _empty(axes: Axes) -> None:
     axes.text(0.5, 0.5, "no run has been evaluated yet", ha="center", transform=axes.transAxes, color=PALE)
 
 
-def plain_ticks(axes: Axes, finest: int = 3) -> None:
-    """Round numbers of steps on a logarithmic axis; see `plain_numbers`."""
-    plain_numbers(axes.xaxis, *axes.get_xlim(), finest)
-
-
-def plain_numbers(axis: Axis, low: float, high: float, finest: int = 3) -> None:
-    """Round numbers on a logarithmic axis, not powers: at most `finest` in a decade, or as many as give two numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    decades = math.log10(high / low)
-    least = min(finest, 3 if decades < 2.2 else 2 if decades < 4.5 else 1)
-    finer = [(1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), tuple(map(float, range(1, 10)))][least - 1 :]
-    powers = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
-    two = (each for each in finer if sum(low <= k * power <= high for k in each for power in powers) > 1)
-    factors = next(two, finer[-1])
-    axis.set_major_locator(LogLocator(subs=factors))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
 # --- right: steps to target ---------------------------------------------------------------------------------------
 
 
-def _steps(axes: Axes, comparison: Comparison) -> None:
-    arms, most = comparison.arms, comparison.plan.most_steps
-    axes.set_title("steps to target")
+def _names(comparison: Comparison, above: bool) -> list[str]:
+    return [textwrap.fill(f"{_letter(index)}  {arm.arm}", NAME[above]) for index, arm in enumerate(comparison.arms)]
+
+
+def _steps(axes: Axes, comparison: Comparison, above: bool = False) -> None:
+    """Each run and the mean of an arm's; its name and figures beside its row, or above it where there is no room."""
+    arms, most, names = comparison.arms, comparison.plan.most_steps, _names(comparison, above)
+    steps, ratios = [steps_cell(arm, most) for arm in arms], [ratio_cell(arm.ratio) for arm in arms]
+    axes.set_title("steps to target and how many times fewer" if above else "steps to target")
     axes.set_xlabel("optimizer steps")
     axes.set_xscale("log")
     for row, arm in enumerate(arms):
-        _arm_runs(axes, row, comparison.results_of(arm), most)
-        _average(axes, row, arm, most)
-    margin = max(0.0, (4 - len(arms)) / 4)  # two arms are not moved to the ends of the axis
-    axes.set_ylim(len(arms) - 0.5 + margin, -0.5 - margin)
-    names = [textwrap.fill(f"{_letter(index)}  {arm.arm}", 25) for index, arm in enumerate(arms)]
-    axes.set_yticks(range(len(arms)), names, parse_math=False)
+        _arm_runs(axes, row, 0.2 * above, comparison.results_of(arm), most)
+        _average(axes, row + 0.2 * above, arm, most)
+    margin = 0.0 if above else max(0.0, (4 - len(arms)) / 4)  # two arms are not moved to the ends of the axis
+    axes.set_ylim(len(arms) - 0.45 + margin, -0.5 - margin)
+    axes.set_yticks(range(len(arms)), [""] * len(arms) if above else names, parse_math=False)
     for index, label in enumerate(axes.get_yticklabels()):
         label.set(color=COLOURS[index % len(COLOURS)], fontweight="bold")
     axes.tick_params(axis="y", length=0)
@@ -216,9 +215,21 @@ def _steps(axes: Axes, comparison: Comparison) -> None:
     else:
         axes.set_xticks([])
         axes.minorticks_off()
-    steps, ratios = [steps_cell(arm, most) for arm in arms], [ratio_cell(arm.ratio) for arm in arms]
+    if above:
+        _words_above(axes, names, [f"{step.line}     {ratio.line}" for step, ratio in zip(steps, ratios, strict=True)])
+        return
     _side_column(axes, 1.03, "steps", steps)
     _side_column(axes, 1.06 + 0.025 * max(5, *(len(part) for cell in steps for part in cell)), "vs reference", ratios)
+
+
+def _words_above(axes: Axes, names: Sequence[str], figures: Sequence[str]) -> None:
+    for row, (name, below) in enumerate(zip(names, figures, strict=True)):
+        place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "va": "top"}
+        colour, lines = COLOURS[row % len(COLOURS)], name.count("\n") + 1
+        axes.annotate(
+            name, (0, row - 0.5), (0, -3), color=colour, fontweight="bold", fontsize=8, parse_math=False, **place
+        )
+        axes.annotate(below, (0, row - 0.5), (0, -4 - 10.5 * lines), fontsize=8, **place)
 
 
 def _side_column(axes: Axes, left: float, header: str, cells: list[Cell]) -> None:
@@ -230,10 +241,10 @@ def _side_column(axes: Axes, left: float, header: str, cells: list[Cell]) -> Non
         axes.text(left, row, "\n" * bool(aside) + aside, fontsize=8, **place)
 
 
-def _arm_runs(axes: Axes, row: int, results: list[RunResult], most: float) -> None:
+def _arm_runs(axes: Axes, row: int, lower: float, results: list[RunResult], most: float) -> None:
     colour = COLOURS[row % len(COLOURS)]
     for index, result in enumerate(results):
-        height = row + 0.3 * ((index + 0.5) / len(results) - 0.5) - 0.12
+        height = row + lower + 0.3 * ((index + 0.5) / len(results) - 0.5) - 0.12
         if result.steps_to_target is not None:
             axes.plot(max(result.steps_to_target, 1), height, "o", color=colour, alpha=0.65, markersize=4.5, mec="none")
         else:
@@ -241,7 +252,7 @@ def _arm_runs(axes: Axes, row: int, results: list[RunResult], most: float) -> No
             axes.plot(most, height, marker, mec=colour, mfc="none", markersize=5, clip_on=False)
 
 
-def _average(axes: Axes, row: int, arm: ArmSummary, most: float) -> None:
+def _average(axes: Axes, row: float, arm: ArmSummary, most: float) -> None:
     if arm.steps.value is None or arm.steps.value <= 0:
         return
     value, low, high = arm.steps.value, arm.steps.interval.low, arm.steps.interval.high

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import quantiles
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from bncli.report.compare.figure import plain_numbers, plain_ticks, style
-from bncli.report.figure import INK, PALE, check_path, rendered
+from bncli.report.compare.text import MOST_PLACES, THINNED, thinned
+from bncli.report.figure import (
+    DEFAULT_STYLE,
+    INK,
+    LINE,
+    NARROW,
+    PALE,
+    FigureStyle,
+    check_path,
+    legend_above,
+    line_style,
+    plain_numbers,
+    plain_ticks,
+    rendered,
+    write_caption,
+)
 from bncli.report.files import write_atomically
 from bncli.report.text import count
 from bncli.report.train import rows_of
@@ -20,9 +34,10 @@ from bncli.results.train import RunResult
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
+    from matplotlib.lines import Line2D
 
-MOST_ROWS, MOST_BANDS = 6, 3  # layers, and arms whose percentiles are drawn
-ARMS_PER_LINE = 5  # of the legend
+MOST_ROWS, MOST_ROWS_NARROW, MOST_BANDS = 6, 3, 3  # layers, in a narrow figure, and arms whose percentiles are drawn
+WIDTH, PANEL = 11.0, 1.55  # inches: the figure's width, and a panel's width and height at the least
 # Measure, its value, the panel's title, and whether its axis is logarithmic.
 CURVES = (
     ("saturation", "share", "saturated outputs (share)", False),
@@ -57,47 +72,56 @@ def has_layers(comparison: Comparison) -> bool:
     return bool(_columns(arms) and _rows(arms))
 
 
-def plot(comparison: Comparison, path: Path) -> Path:
-    """Write the figure beside `path`, as NAME-layers.svg or .png, and return where it is. Raises FileError."""
+def plot(comparison: Comparison, path: Path, style: FigureStyle = DEFAULT_STYLE) -> Path:
+    """Write the figure beside `path`, as NAME-layers with its suffix, and return where it is. Raises FileError."""
     beside = path.with_name(f"{path.stem}-layers{path.suffix}")
-    write_atomically(beside, render(comparison, check_path(path)))
+    write_atomically(beside, render(comparison, check_path(path), style=style))
     return beside
 
 
-def render(comparison: Comparison, kind: str, transparent: bool = False) -> bytes:
-    """The figure as the bytes of a "svg" or "png" file. Raises FileError without matplotlib."""
-    return rendered(lambda figure: draw(figure, comparison), kind, 160, transparent)
+def render(comparison: Comparison, kind: str, transparent: bool = False, style: FigureStyle = DEFAULT_STYLE) -> bytes:
+    """The figure as the bytes of a file of that kind. Raises FileError without matplotlib."""
+    return rendered(lambda figure: draw(figure, comparison, style), kind, 160, transparent)
 
 
-def draw(figure: Figure, comparison: Comparison) -> None:
+def draw(figure: Figure, comparison: Comparison, style: FigureStyle = DEFAULT_STYLE) -> None:
     """Put a row of panels for each layer on an empty figure: percentiles of inputs, saturation, gradients, shift."""
-    arms = _arms(comparison)
-    rows, columns = _rows(arms), _columns(arms)
-    height = 1.25 + 1.55 * len(rows)
-    legend_height = 0.3 * math.ceil(len(arms) / ARMS_PER_LINE) if any(column.arm is None for column in columns) else 0
-    figure.set_size_inches(11, height + legend_height)
+    width, arms = style.width_inches or WIDTH, _arms(comparison)
+    every, columns = _rows(arms), _columns(arms)
+    most = min(len(every), MOST_ROWS if width >= NARROW else MOST_ROWS_NARROW)
+    chosen = [list(every)[round(k * (len(every) - 1) / max(1, most - 1))] for k in range(most)]
+    rows = {name: every[name] for name in chosen}
+    blocks = math.ceil(len(columns) / max(2, int(width / PANEL)))  # of columns, one below the other
+    across = math.ceil(len(columns) / blocks)
+    figure.set_size_inches(width, blocks * (0.6 + PANEL * len(rows)))
     below: Figure | SubFigure = figure
-    if legend_height:
-        parts: Any = figure.subfigures(2, 1, height_ratios=[legend_height, height])
-        above, below = parts
-        _legend(above, arms)
-    panels = below.subplots(len(rows), len(columns), sharex=True, squeeze=False)
-    words: dict[str, Any] = {"ha": "left", "x": 0.008, "parse_math": False}
-    figure.suptitle(f"{comparison.plan.name}: inside the layers", fontsize=12, fontweight="bold", **words)
-    figure.supxlabel("\n".join(textwrap.wrap(_key(columns, arms, rows), 170)), fontsize=8, **words)
-    for at, (row, layers) in enumerate(rows.items()):
-        drawn = [_drawn(panel, column, layers) for panel, column in zip(panels[at], columns, strict=True)]
-        _share_range([panel for panel, column in zip(drawn, columns, strict=True) if panel and column.arm])
-        panels[at][0].set_ylabel(row, fontweight="bold", parse_math=False)
-    for column, (top, *_), each in zip(columns, panels.T[:, :1], panels.T, strict=True):
-        colour = INK if column.arm is None else style(column.arm.place)["color"]
-        lines = textwrap.wrap(column.title, 120 // len(columns))
-        top.set_title("\n".join(lines), fontsize=9, color=colour, parse_math=False)
-        lowest = [panel for panel in each if panel.lines][-1]
+    if any(column.arm is None for column in columns):
+        below = legend_above(figure, _handles(arms))
+    notes = _key(columns, arms, len(rows), len(every))
+    write_caption(figure, style, f"{comparison.plan.name}: inside the layers", notes)
+    parts = below.subfigures(blocks, 1, squeeze=False).flat
+    grids = [part.subplots(len(rows), across, sharex=True, squeeze=False) for part in parts]
+    places = [panels for grid in grids for panels in grid.T]  # of each column: its panels, the first layer's above
+    drawn = [
+        [_drawn(panel, column, layers) for panel, layers in zip(panels, rows.values(), strict=True)]
+        for column, panels in zip(columns, places, strict=False)
+    ]
+    for row, name in enumerate(rows):
+        bands = [each[row] for each, column in zip(drawn, columns, strict=True) if column.arm]
+        _share_range([panel for panel in bands if panel])
+        for grid in grids:
+            grid[row][0].set_ylabel(name, fontweight="bold", parse_math=False)
+    for column, panels in zip(columns, places, strict=False):
+        colour = INK if column.arm is None else line_style(column.arm.place)["color"]
+        lines = textwrap.wrap(column.title, int(11 * width / across))
+        panels[0].set_title("\n".join(lines), fontsize=9, color=colour, parse_math=False)
+        lowest = [panel for panel in panels if panel.lines][-1]
         lowest.set_xlabel("optimizer steps")
         lowest.tick_params(labelbottom=True)
-        plain_ticks(lowest, 1 if len(columns) > 2 else 3)
-    below.align_ylabels(panels[:, 0])
+        plain_ticks(lowest, 1 if width / across < 3 else 3)
+    for panel in (panel for panels in places[len(columns) :] for panel in panels):
+        panel.set_visible(False)
+    figure.align_ylabels([panel for grid in grids for panel in grid[:, 0]])
 
 
 # --- what there is to draw ----------------------------------------------------------------------------------------
@@ -124,17 +148,12 @@ def _columns(arms: Sequence[Arm]) -> list[Column]:
 
 
 def _rows(arms: Sequence[Arm]) -> dict[str, set[str]]:
-    """The rows in the layers' order, each with the modules whose values it shows; of many rows some, evenly chosen."""
+    """The rows in the layers' order, each with the modules whose values it shows."""
     points = [point for arm in arms for point in arm.runs[0].probes if point.measure in DRAWN]
     rows: dict[str, set[str]] = {}
     for layer, row in rows_of(points).items():
         rows.setdefault(row, set()).add(layer)
-    if len(rows) <= MOST_ROWS:
-        return rows
-    names = list(rows)
-    return {
-        name: rows[name] for name in (names[round(k * (len(names) - 1) / (MOST_ROWS - 1))] for k in range(MOST_ROWS))
-    }
+    return rows
 
 
 def _series(run: RunResult, measure: str, names: Sequence[str], layers: set[str]) -> list[tuple[float, ...]]:
@@ -170,8 +189,8 @@ def _percentiles(axes: Axes, arm: Arm, layers: set[str]) -> None:
     found = _series(arm.runs[0], "inputs", ("unit_p15", "unit_p50", "unit_p85"), layers)
     if not found:
         return
-    steps, low, middle, high = zip(*found, strict=True)
-    colour = style(arm.place)["color"]
+    steps, low, middle, high = zip(*thinned(found), strict=True)
+    colour = line_style(arm.place)["color"]
     axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
     for values, width in ((low, 0.9), (middle, 1.6), (high, 0.9)):
         axes.plot(steps, values, color=colour, linewidth=width)
@@ -188,11 +207,12 @@ def _curves(axes: Axes, column: Column, layers: set[str]) -> None:
         steps = sorted(step for step, values in at.items() if 2 * len(values) >= len(arm.runs))
         if steps:
             parts = [
-                quantiles(at[step], n=4, method="inclusive") if len(at[step]) > 1 else at[step] * 3 for step in steps
+                (step, *(quantiles(at[step], n=4, method="inclusive") if len(at[step]) > 1 else at[step] * 3))
+                for step in steps
             ]
-            lows, middles, highs = zip(*parts, strict=True)
-            axes.fill_between(steps, lows, highs, color=style(arm.place)["color"], alpha=0.18, linewidth=0)
-            axes.plot(steps, middles, linewidth=1.4, **style(arm.place))
+            places, lows, middles, highs = zip(*thinned(parts), strict=True)
+            axes.fill_between(places, lows, highs, color=line_style(arm.place)["color"], alpha=0.18, linewidth=0)
+            axes.plot(places, middles, linewidth=LINE, **line_style(arm.place))
     if axes.lines and column.log:
         axes.set_yscale("log")
         plain_numbers(axes.yaxis, *axes.get_ylim())
@@ -209,7 +229,7 @@ def _share_range(panels: Sequence[Axes]) -> None:
 # --- words --------------------------------------------------------------------------------------------------------
 
 
-def _key(columns: Sequence[Column], arms: Sequence[Arm], rows: Collection[str]) -> str:
+def _key(columns: Sequence[Column], arms: Sequence[Arm], drawn: int, layers: int) -> str:
     parts = []
     if any(column.arm for column in columns):
         unit = (
@@ -218,16 +238,14 @@ def _key(columns: Sequence[Column], arms: Sequence[Arm], rows: Collection[str]) 
         parts.append(f"{unit} mode; the first unit of the layer, seed {arms[0].seeds[0]}.")
     if any(column.arm is None for column in columns):
         parts.append(f"Curves: median over {count(max(len(arm.runs) for arm in arms), 'seed')}, band: quartiles.")
-    if len(rows) == MOST_ROWS:
-        parts.append(f"At most {MOST_ROWS} layers are drawn.")
+    if any(len({point.step for point in arm.runs[0].probes}) > MOST_PLACES for arm in arms):
+        parts.append(THINNED)
+    if drawn < layers:
+        parts.append(f"{drawn} of {layers} layers are drawn.")
     return " ".join(parts)
 
 
-def _legend(figure: SubFigure, arms: Sequence[Arm]) -> None:
+def _handles(arms: Sequence[Arm]) -> list[Line2D]:
     from matplotlib.lines import Line2D
 
-    lines = [Line2D([], [], linewidth=2, **style(arm.place)) for arm in arms]
-    names = [arm.name for arm in arms]
-    shown = figure.legend(lines, names, loc="upper left", ncols=ARMS_PER_LINE, frameon=False, fontsize=9)
-    for text in shown.get_texts():
-        text.set_parse_math(False)
+    return [Line2D([], [], linewidth=LINE, label=arm.name, **line_style(arm.place)) for arm in arms]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from statistics import median
 from typing import Any
 
 from bncli.report.compare.notes import WARNINGS, sentences
@@ -27,6 +28,8 @@ from bncli.results.compare import ArmSummary, AtTarget, Comparison, ComparisonPl
 from bncli.results.environment import Interval
 from bncli.results.train import Target
 
+MOST_PLACES = 150  # of a curve; it needs no more at any size
+THINNED = f"Where there are more than {MOST_PLACES} evaluations: medians of these in intervals of steps."
 LETTERS = string.ascii_lowercase + string.ascii_uppercase  # one for each arm, on its curve
 MOST_SENTENCES = 4  # of the headline
 
@@ -326,9 +329,21 @@ def _methods(comparison: Comparison) -> Iterator[str]:
 # --- curves -------------------------------------------------------------------------------------------------------
 
 
-def curve_points(arm: ArmSummary) -> list[tuple[float, float, float, float]]:
-    """The points (step, median, lower, upper quartile) that a log axis can show: finite and after step 0."""
-    return [point for point in arm.curve if point[0] > 0 and all(map(math.isfinite, point))]
+def curve_points(arm: ArmSummary) -> list[tuple[float, ...]]:
+    """The points (step, median, lower, upper quartile) that a log axis can show: finite, after step 0, not too many."""
+    return thinned([point for point in arm.curve if point[0] > 0 and all(map(math.isfinite, point))])
+
+
+def thinned(points: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
+    """At most MOST_PLACES points whose first value is a step: of more, the medians in intervals of a log axis."""
+    if len(points) <= MOST_PLACES:
+        return list(points)
+    width = math.log(points[-1][0] / points[0][0]) / MOST_PLACES
+    bins: dict[int, list[tuple[float, ...]]] = {}
+    for point in points:
+        place = min(int(math.log(point[0] / points[0][0]) / width), MOST_PLACES - 1)
+        bins.setdefault(place, []).append(point)
+    return [tuple(map(median, zip(*members, strict=True))) for members in bins.values()]
 
 
 def metric_range(comparison: Comparison) -> tuple[float, float] | None:

@@ -1,16 +1,16 @@
-"""A profile for other programs and pages: JSON that gives the same profile back, CSV with all digits, Markdown."""
+"""A profile for programs and pages: JSON that gives the same profile back, CSV with all digits, Markdown, LaTeX."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from bncli.errors import FileError
 from bncli.report import files
-from bncli.report.export import csv_text, json_text, markdown, markdown_table
+from bncli.report.export import csv_text, json_text, latex_text, markdown, markdown_table
 from bncli.report.profile.baseline import gate_columns, gate_words
 from bncli.report.profile.kernels import ceilings_words, kernel_columns, kernel_title, mean_columns, mean_groups
 from bncli.report.profile.steps import memory_columns, share_columns, step_columns
@@ -181,14 +181,15 @@ def _step_row(row: StepCost) -> dict[str, Any]:
     }
 
 
-# --- Markdown -----------------------------------------------------------------------------------------------------
+# --- Markdown and LaTeX -------------------------------------------------------------------------------------------
 
 
 def to_markdown(result: Profile, gate: Gate | None = None) -> str:
     """The same tables and cells for a GitHub page."""
-    lines = _kernels_markdown(result) if isinstance(result, KernelProfile) else _step_markdown(result)
-    notes = [*note_lines(result), f"Made on {environment_words(result.environment)}."]
-    lines += [f"- {markdown(note)}" for note in notes]
+    lines = [f"### {markdown(_title(result))}", "", _conditions(result)]
+    for heading, columns in _tables(result):
+        lines += _section(heading, columns)
+    lines += ["", *(f"- {markdown(note)}" for note in _notes(result))]
     if gate is not None:
         names = Column("row", [str(change.row) for change in gate.changes], words=True)
         lines += _section("Comparison with the baseline", [names, *gate_columns(gate.changes)[1:]])
@@ -196,36 +197,52 @@ def to_markdown(result: Profile, gate: Gate | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _kernels_markdown(profile: KernelProfile) -> list[str]:
-    lines = [f"### {markdown(kernel_title(profile))}", "", f"{measured_words(profile)}; {cache_words(profile.cold)}"]
-    for heading, rows in case_groups(profile.rows).items():
-        columns = list(kernel_columns(rows, profile.ceilings).values())
-        lines += _section(heading, columns, [error_words(row) for row in rows])
-    for heading, means in mean_groups(profile.means).items():
-        lines += _section(f"{heading}: geometric mean over shapes", mean_columns(means))
-    return [*lines, "", f"- {markdown(f'Measured ceilings: {ceilings_words(profile.ceilings)}.')}"]
+def to_latex(result: Profile) -> str:
+    """The same tables for a paper."""
+    return latex_text(_tables(result), [f"{_title(result)}. {_conditions(result)}", *_notes(result)])
 
 
-def _step_markdown(profile: StepProfile) -> list[str]:
-    lines = [f"### {markdown(profile.name)}: one step of the whole model", "", measured_words(profile)]
-    shared = [row for row in profile.rows if row.shares_ms]
-    split = [row for row in profile.rows if row.memory is not None]
-    for heading, rows, columns in (
-        ("Time", profile.rows, step_columns(profile.rows)),
+def _title(result: Profile) -> str:
+    return kernel_title(result) if isinstance(result, KernelProfile) else f"{result.name}: one step of the whole model"
+
+
+def _conditions(result: Profile) -> str:
+    cache = f"; {cache_words(result.cold)}" if isinstance(result, KernelProfile) else ""
+    return f"{measured_words(result)}{cache}"
+
+
+def _notes(result: Profile) -> list[str]:
+    if isinstance(result, KernelProfile):
+        found = [f"Measured ceilings: {ceilings_words(result.ceilings)}."]
+    else:
+        remarks = [(remark.arm, *remark_words(remark)) for remark in result.remarks]
+        found = [f"{arm}, {layer}: {finding}: {advice}" for arm, layer, finding, advice in remarks]
+    return [*found, *note_lines(result), f"Made on {environment_words(result.environment)}."]
+
+
+def _tables(result: Profile) -> Iterator[tuple[str, list[Column]]]:
+    """Each table below its heading, with a column for errors where there are any."""
+    if isinstance(result, KernelProfile):
+        for heading, rows in case_groups(result.rows).items():
+            yield heading, [*kernel_columns(rows, result.ceilings).values(), *_errors(rows)]
+        for heading, means in mean_groups(result.means).items():
+            yield f"{heading}: geometric mean over shapes", mean_columns(means)
+        return
+    shared = [row for row in result.rows if row.shares_ms]
+    split = [row for row in result.rows if row.memory is not None]
+    for heading, members, columns in (
+        ("Time", result.rows, [*step_columns(result.rows), *_errors(result.rows)]),
         ("Share of a step", shared, share_columns(shared)),
         ("Memory of a training step", split, memory_columns(split)),
     ):
-        if rows:
-            arms = Column("arm", [row.arm for row in rows], words=True)
-            errors = [error_words(row) for row in rows] if heading == "Time" else []
-            lines += _section(heading, [arms, *columns], errors)
-    remarks = [(remark.arm, *remark_words(remark)) for remark in profile.remarks]
-    notes = [f"{arm}, {layer}: {finding}: {advice}" for arm, layer, finding, advice in remarks]
-    return [*lines, "", *(f"- {markdown(note)}" for note in notes)]
+        if members:
+            yield heading, [Column("arm", [row.arm for row in members], words=True), *columns]
 
 
-def _section(heading: str, columns: Sequence[Column], errors: Sequence[str | None] = ()) -> list[str]:
-    """A table below its heading, with a column for errors where there are any."""
-    if any(errors):
-        columns = [*columns, Column("error", [error or "" for error in errors], words=True)]
+def _errors(rows: Sequence[KernelCost] | Sequence[StepCost]) -> list[Column]:
+    errors = [error_words(row) or "" for row in rows]
+    return [Column("error", errors, words=True)] * any(errors)
+
+
+def _section(heading: str, columns: Sequence[Column]) -> list[str]:
     return ["", f"#### {markdown(heading)}", "", *markdown_table(columns)]

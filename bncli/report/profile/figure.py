@@ -1,8 +1,8 @@
 """Figures of a profile: a roofline beside bars of GB/s for kernels, stacked bars of a step's time by class of work.
 
-The roofline has bandwidth on its y axis, so that the memory limit is a horizontal line and the compute limit a falling
-one (Williams, Waterman and Patterson 2009 have the product of bandwidth and intensity there). A batch norm's intensity
-depends on its operation and dtype alone. Kernels of one intensity stand in columns beside each other.
+The roofline has bandwidth on its y axis, so that the memory limit is a horizontal line (Williams, Waterman and
+Patterson 2009 have the product of bandwidth and intensity there). A batch norm's intensity depends on its operation and
+dtype alone and is about 1 flop a byte: these are the places of its axis, each with a column for every kernel.
 """
 
 from __future__ import annotations
@@ -12,31 +12,45 @@ import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, geometric_mean
+from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bncli.report.figure import COLOURS, INK, PALE, check_path, rendered
+from bncli.report.figure import (
+    COLOURS,
+    DEFAULT_STYLE,
+    INK,
+    NARROW,
+    PALE,
+    FigureStyle,
+    check_path,
+    legend_above,
+    plain_numbers,
+    rendered,
+    write_caption,
+)
 from bncli.report.files import write_atomically
 from bncli.report.profile.text import cache_words, case_groups, gb_per_s, grouped, quartiles, shape_words, size_words
 from bncli.report.text import count, figure
 from bncli.results.profile import STEP_CLASSES, Ceilings, KernelCost, KernelProfile, Profile, StepCost, StepProfile
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
 # Inches.
-WIDTH, ROOFLINE, MOST_BESIDE = 13.0, 4.8, 6.8  # bars that need more height than that stand below the roofline
-TITLE, PANEL_FRAME, BAR = 0.9, 0.85, 0.17
-STEP_WIDTH, STEP_FRAME, STEP_BAR = 11.0, 1.6, 0.42
-COLUMN, NAME = 0.2, 0.8  # widths in the roofline: a kernel's column, the name below an operation's columns
+WIDTH, ROOFLINE = 11.0, 3.6
+LEAST_BESIDE, MOST_BESIDE = 9.0, 6.8  # bars stand beside the roofline from that width on, up to that height of theirs
+PANEL, PANEL_FRAME, BAR = 3.2, 0.85, 0.17
+STEP_WIDTH, STEP_FRAME, STEP_BAR = 11.0, 0.6, 0.42
+NAME, CHARACTER = 0.8, 0.075  # widths: of an operation's name in the roofline, of a character
 GAP = 0.5  # bars' heights between two shapes
 LEAST_BARS = 10  # a column of panels has room for so many, so that few bars are not thick
-MOST_BARS, MOST_IN_ALL = 40, 160  # in a panel, in a figure; with more, shapes are drawn as their geometric mean
-LABEL_SHARE = 0.045  # the height of a line of text as a share of the roofline's
+MOST_BARS, BARS_PER_INCH = 40, 12  # in a panel, in a figure by its width; of more, geometric means over shapes
+LABEL_SHARE = 0.13  # the height of three lines of text as a share of the roofline's
 KEY = (
-    "Dot: one shape. Large marker: geometric mean over shapes. Line on a bar: quartiles. Columns are moved sideways "
-    "where they would overlap; the exact intensity is written below."
+    "Roofline: a dot is a shape in a layout, the large marker the geometric mean over all of them; flop/B: arithmetic "
+    "intensity. Black line on a bar: quartiles of the samples, no confidence interval."
 )
 # Normalization stands out; what remains is grey.
 CLASS_COLOURS = dict(
@@ -45,38 +59,34 @@ CLASS_COLOURS = dict(
 SMALL: dict[str, Any] = {"fontsize": 8, "textcoords": "offset points"}
 
 
-def draw(profile: Profile, path: Path) -> list[Path]:
-    """Write the figure to `path`, an .svg or a .png. Raises FileError for another suffix or without matplotlib."""
+def draw(profile: Profile, path: Path, style: FigureStyle = DEFAULT_STYLE) -> list[Path]:
+    """Write the figure to `path`. Raises FileError for an unknown suffix or without matplotlib."""
     kind = check_path(path)
-    write_atomically(path, rendered(lambda picture: compose(picture, profile), kind, 130))
+    write_atomically(path, rendered(lambda picture: compose(picture, profile, style), kind, 130))
     return [path]
 
 
-def compose(picture: Figure, profile: Profile) -> None:
+def compose(picture: Figure, profile: Profile, style: FigureStyle = DEFAULT_STYLE) -> None:
     """Draw the profile on an empty figure."""
-    drawn = _kernels(picture, profile) if isinstance(profile, KernelProfile) else _steps(picture, profile)
+    drawn = _kernels(picture, profile, style) if isinstance(profile, KernelProfile) else _steps(picture, profile, style)
     if not drawn:
-        picture.set_size_inches(WIDTH, 2)
+        picture.set_size_inches(style.width_inches or WIDTH, 2)
         picture.text(0.5, 0.5, "nothing was measured", ha="center", color=PALE)
 
 
-def _title(picture: Figure, title: str, profile: Profile, *more: str, key: str = "") -> None:
-    style: dict[str, Any] = {"ha": "left", "x": 0.008, "parse_math": False}
-    picture.suptitle(title, fontsize=12, fontweight="bold", **style)
+def _machine(profile: Profile, *more: str) -> str:
     made = profile.environment
     machine = [f"{made.device} ({made.processor})", count(made.threads, "thread")]
-    words = "; ".join([*machine, *more, f"torch {made.torch}", made.date[:10]])
-    picture.supxlabel("\n".join(filter(None, [*textwrap.wrap(words, 170), key])), fontsize=8, **style)
+    return "; ".join([*machine, *more, f"torch {made.torch}", made.date[:10]])
 
 
-def _legend(picture: Figure, colours: Mapping[str, str], *lines: str, **style: Any) -> None:
-    """Coloured bars by name, then what black lines are."""
+def _bars(colours: Mapping[str, str], *lines: str) -> list[Artist]:
+    """Of a legend: coloured bars by name, then black lines."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     bars = [Patch(color=colour, label=name) for name, colour in colours.items()]
-    handles = [*bars, *(Line2D([], [], color=INK, linewidth=1.3, label=words) for words in lines)]
-    picture.legend(handles=handles, frameon=False, handlelength=1.0, **style)
+    return [*bars, *(Line2D([], [], color=INK, linewidth=1.3, label=words) for words in lines)]
 
 
 def _bar_axes(axes: Axes, places: Sequence[float], names: Iterable[str], **style: Any) -> None:
@@ -91,31 +101,30 @@ def _bar_axes(axes: Axes, places: Sequence[float], names: Iterable[str], **style
 # --- kernels ------------------------------------------------------------------------------------------------------
 
 
-def _kernels(picture: Figure, profile: KernelProfile) -> bool:
+def _kernels(picture: Figure, profile: KernelProfile, style: FigureStyle) -> bool:
     """False where no row was timed, and nothing is drawn."""
     timed = [row for row in profile.rows if gb_per_s(row.both)]
-    dtypes = ", ".join(dict.fromkeys(row.case.dtype for row in profile.rows))
-    more = [*filter(None, [dtypes]), cache_words(profile.cold)]
-    _title(picture, "Batch norm kernels and the machine's limits", profile, *more, key=KEY * bool(timed))
     if not timed:
         return False
+    width = style.width_inches or WIDTH
     colours = dict(zip(dict.fromkeys(row.kernel for row in profile.rows), itertools.cycle(COLOURS), strict=False))
-    panels = bar_panels(timed)
-    beside = sum(row_heights(panels, 1)) <= MOST_BESIDE
-    across = 1 if beside else min(3, len(panels))
+    panels = bar_panels(timed, int(BARS_PER_INCH * width))
+    beside = width > LEAST_BESIDE and sum(row_heights(panels, 1)) <= MOST_BESIDE
+    across = 1 if beside else max(1, min(3, len(panels), int(width / PANEL)))
     height = sum(row_heights(panels, across))
-    if beside:
-        picture.set_size_inches(WIDTH, TITLE + max(ROOFLINE, height))
-        parts = picture.subfigures(1, 2, squeeze=False, width_ratios=(1.0, 1.15))
-    else:
-        picture.set_size_inches(WIDTH, TITLE + ROOFLINE + height)
-        parts = picture.subfigures(2, 1, squeeze=False, height_ratios=(ROOFLINE, height))
-    first, second = parts.flat
-    _roofline(first.subplots(), timed, profile.ceilings, colours)
-    _bar_panels(second, panels, across, profile.ceilings, colours)
+    picture.set_size_inches(width, max(ROOFLINE, height) if beside else ROOFLINE + height)
     used = {row.kernel: colours[row.kernel] for row in timed}
     copies = [f"copy at {size_words(size)}: {figure(speed)} GB/s" for size, speed in profile.ceilings.copies[-1:]]
-    _legend(picture, used, *copies, loc="outside upper right", ncols=len(used) + len(copies), columnspacing=1.4)
+    part = legend_above(picture, _bars(used, *copies))
+    shape: dict[str, Any] = {"ncols": 2} if beside else {"nrows": 2, "height_ratios": (ROOFLINE, height)}
+    first, second = part.subfigures(**shape, squeeze=False).flat
+    roofline(first.subplots(), timed, profile.ceilings, colours)
+    _bar_panels(second, panels, across, profile.ceilings, colours)
+    words = [", ".join(dict.fromkeys(row.case.dtype for row in profile.rows)), cache_words(profile.cold)]
+    if (limit := profile.ceilings.gflop_per_s) and profile.ceilings.copies:
+        ridge = figure(limit / profile.ceilings.copy_gb_per_s)
+        words.append(f"compute limit: {figure(limit)} GFLOP/s (fp32 multiply-adds), beyond {ridge} flop per byte")
+    write_caption(picture, style, "Batch norm kernels and the machine's limits", _machine(profile, *words), KEY)
     return True
 
 
@@ -131,10 +140,10 @@ class Bar(NamedTuple):
 Panels = dict[str, dict[str, list[Bar]]]  # title -> name beside the bars -> its bars
 
 
-def bar_panels(rows: Sequence[KernelCost]) -> Panels:
+def bar_panels(rows: Sequence[KernelCost], most: int) -> Panels:
     """The timed rows: a panel of shapes for each operation, dtype and layout; with too many bars one of their means."""
     cases = case_groups(rows)
-    if len(rows) > MOST_IN_ALL or any(len(members) > MOST_BARS for members in cases.values()):
+    if len(rows) > most or any(len(members) > MOST_BARS for members in cases.values()):
         means = {title: _mean_bars(members) for title, members in cases.items()}
         return {"geometric mean over shapes (line: slowest to fastest shape)": means}
     panels: Panels = {}
@@ -168,12 +177,12 @@ def row_heights(panels: Panels, across: int) -> list[float]:
 
 def _bar_panels(part: SubFigure, panels: Panels, across: int, ceilings: Ceilings, colours: Mapping[str, str]) -> None:
     """All panels on one scale, with the largest copy as a line."""
-    heights = row_heights(panels, across)
+    heights, inches = row_heights(panels, across), part.bbox.width / part.dpi / across
     grid = list(part.subplots(len(heights), across, squeeze=False, height_ratios=heights).flat)
     copy = ceilings.copy_gb_per_s if ceilings.copies else 0.0
     longest = max(bar.high for panel in panels.values() for bars in panel.values() for bar in bars)
     for index, (axes, (title, panel)) in enumerate(zip(grid, panels.items(), strict=False)):
-        axes.set_title(title, parse_math=False)
+        axes.set_title(textwrap.fill(title, int(9.5 * inches)), parse_math=False)
         _panel(axes, panel, LEAST_BARS / len(heights), colours)
         axes.set_xlim(0, 1.02 * max(longest, copy))
         if copy:
@@ -196,7 +205,7 @@ def _panel(axes: Axes, panel: Mapping[str, Sequence[Bar]], least_bars: float, co
         top += len(bars) + GAP
     margin = max(GAP, least_bars - top) / 2
     axes.set_ylim(top - GAP + margin, -margin)
-    _bar_axes(axes, middles, panel, fontsize=8)
+    _bar_axes(axes, middles, [textwrap.fill(name, 24) for name in panel], fontsize=8)
 
 
 # --- the roofline -------------------------------------------------------------------------------------------------
@@ -219,122 +228,98 @@ def clusters(rows: Sequence[KernelCost]) -> list[Cluster]:
     return sorted(made, key=lambda cluster: cluster.intensity)
 
 
-def without_overlap(places: Sequence[float], widths: Sequence[float]) -> list[float]:
-    """Rising places, moved as little as possible (least squares) until intervals of those widths do not overlap.
-
-    The isotonic regression of the places less the room that is needed before each, by pooling adjacent violators.
-    """
-    needed = [0.0, *itertools.accumulate((a + b) / 2 for a, b in itertools.pairwise(widths))]
-    blocks: list[list[float]] = []
-    for place, room in zip(places, needed, strict=True):
-        blocks.append([place - room])
-        while len(blocks) > 1 and fmean(blocks[-2]) > fmean(blocks[-1]):
-            last = blocks.pop()
-            blocks[-1] += last
-    means = (fmean(block) for block in blocks for _ in block)
-    return [mean + room for mean, room in zip(means, needed, strict=True)]
-
-
-def _roofline(axes: Axes, rows: Sequence[KernelCost], ceilings: Ceilings, colours: Mapping[str, str]) -> None:
-    """The clusters below the copies by size, and the compute limit where it comes into sight."""
+def roofline(axes: Axes, rows: Sequence[KernelCost], ceilings: Ceilings, colours: Mapping[str, str]) -> None:
+    """A column of dots for each kernel, grouped by operation and dtype, below the copies and the compute limit."""
     axes.set_title("roofline: forward and backward together")
-    axes.set_xlabel("arithmetic intensity (flop per byte)")
     axes.set_ylabel("GB/s of the minimum bytes to move")
-    axes.set_xscale("log")
     axes.set_yscale("log")
     found = clusters(rows)
-    logs = [math.log(cluster.intensity) for cluster in found]
-    inch = (logs[-1] - logs[0] + 1.4) / (0.9 * axes.figure.bbox.width / axes.figure.dpi)  # of the axis, in logs
-    widths = [max(COLUMN * (len(cluster.speeds) + 1), NAME) * inch for cluster in found]
-    middles = without_overlap(logs, widths)
-    low = min(logs[0] - 0.7, middles[0] - widths[0] / 2)
-    high = max(logs[-1] + 0.7, middles[-1] + widths[-1] / 2)
-    axes.set_xlim(math.exp(low), math.exp(high))
     speeds = [speed for cluster in found for each in cluster.speeds.values() for speed in each]
     speeds += [speed for _, speed in ceilings.copies]
-    axes.set_ylim(min(speeds) / 3.2, max(speeds) * 2.0)
-    _limits(axes, ceilings)
-    for cluster, middle in zip(found, middles, strict=True):
-        _columns(axes, cluster, math.exp(middle), math.exp(COLUMN * inch), colours)
-    _plain_ticks(axes)
+    bottom, top = min(speeds) / 1.3, max(speeds) * 1.3
+    axes.set_ylim(bottom, top)
+    left, middles = 0, []
+    for cluster in found:
+        kernels = [kernel for kernel in colours if kernel in cluster.speeds]
+        for place, kernel in enumerate(kernels):
+            _column(axes, left + place, cluster.speeds[kernel], colours[kernel])
+        limit = (ceilings.gflop_per_s or 0.0) / cluster.intensity
+        if bottom < limit < top:
+            axes.hlines(limit, left - 0.5, left + len(kernels) - 0.5, color=INK, linewidth=1.3, linestyle="--")
+            axes.annotate("compute limit", (left - 0.5, limit), (0, 2), va="bottom", **SMALL)
+        middles.append(left + (len(kernels) - 1) / 2)
+        left += len(kernels) + 1
+    axes.set_xlim(-1, left - 1)
+    names = [f"{cluster.name}\n{figure(cluster.intensity, 2)} flop/B" for cluster in found]
+    crowded = NAME * len(found) > axes.bbox.width / axes.figure.dpi
+    axes.set_xticks(middles, names, fontsize=8, rotation=90 * crowded, parse_math=False)
+    axes.tick_params(axis="x", length=0)
+    _copies(axes, ceilings)
+    plain_numbers(axes.yaxis, bottom, top)
 
 
-def _columns(axes: Axes, cluster: Cluster, middle: float, step: float, colours: Mapping[str, str]) -> None:
-    """A column of dots for each kernel, with their geometric mean, and the name below. `step`: a factor."""
-    kernels = [kernel for kernel in colours if kernel in cluster.speeds]
-    for place, kernel in enumerate(kernels):
-        x, speeds = middle * step ** (place - (len(kernels) - 1) / 2), cluster.speeds[kernel]
-        if len(speeds) > 1:
-            axes.plot([x] * len(speeds), speeds, ".", color=colours[kernel], alpha=0.55, markersize=6, mec="none")
-        mean: dict[str, Any] = {"color": colours[kernel], "markersize": 7, "mec": "white", "mew": 0.7, "zorder": 3}
-        axes.plot(x, geometric_mean(speeds), "o", **mean)
-    name = f"{cluster.name}\n{figure(cluster.intensity, 2)} flop/B"
-    below: dict[str, Any] = {"ha": "center", "linespacing": 1.25, "parse_math": False}
-    axes.annotate(name, (middle, axes.get_ylim()[0]), (0, 4), **below, **SMALL)
+def _column(axes: Axes, place: float, speeds: Sequence[float], colour: str) -> None:
+    """A dot for each shape and layout, and their geometric mean."""
+    if len(speeds) > 1:
+        axes.plot([place] * len(speeds), speeds, ".", color=colour, alpha=0.55, markersize=6, mec="none")
+    axes.plot(place, geometric_mean(speeds), "o", color=colour, markersize=7, mec="white", mew=0.7, zorder=3)
 
 
-def _limits(axes: Axes, ceilings: Ceilings) -> None:
-    """Copies as horizontal lines, the largest in ink; the compute limit as a falling line where it is in sight."""
-    low, high = axes.get_xlim()
+def _copies(axes: Axes, ceilings: Ceilings) -> None:
+    """Copies by size as horizontal lines, the largest in ink, named where there is room."""
     bottom, top = axes.get_ylim()
-    line = (top / bottom) ** LABEL_SHARE  # the height of a line of text, as a factor
-    labelled: list[float] = []
+    named: list[float] = []
     for size, speed in reversed(ceilings.copies):
-        colour, width, order = (PALE, 0.9, 1.0) if labelled else (INK, 1.3, 1.5)
-        axes.axhline(speed, color=colour, linewidth=width, zorder=order)
-        if all(max(speed / other, other / speed) > line for other in labelled):
-            words = f"copy at {size_words(size)}: {figure(speed)} GB/s"
-            label = axes.annotate(words, (low, speed), (4, 3), va="bottom", color=colour, **SMALL)
-            label.set_bbox({"facecolor": "white", "linewidth": 0, "pad": 0.5})  # other lines end at it
-            label.set_in_layout(False)
-            labelled.append(speed)
-    limit = ceilings.gflop_per_s
-    if limit and ceilings.copies:
-        ridge = limit / ceilings.copy_gb_per_s
-        if ridge < high:
-            xs, ys = (max(low, limit / top), high), (min(top, limit / low), limit / high)
-            axes.plot(xs, ys, color=INK, linewidth=1.3, zorder=1)
-        words = f"compute limit: {figure(limit)} GFLOP/s (fp32 multiply-adds), beyond {figure(ridge)} flop per byte"
-        axes.annotate(words, (high, top), (-3, -3), ha="right", va="top", **SMALL)
-
-
-def _plain_ticks(axes: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
+        colour, width = (PALE, 0.9) if named else (INK, 1.3)
+        axes.axhline(speed, color=colour, linewidth=width, zorder=1)
+        if all(max(speed / other, other / speed) > (top / bottom) ** LABEL_SHARE for other in named):
+            words = f"copy at\n{size_words(size)}:\n{figure(speed)} GB/s"
+            place = (1, speed), (4, 0)
+            axes.annotate(words, *place, xycoords=axes.get_yaxis_transform(), va="center", color=colour, **SMALL)
+            named.append(speed)
 
 
 # --- steps --------------------------------------------------------------------------------------------------------
 
 
-def _steps(picture: Figure, profile: StepProfile) -> bool:
+def _steps(picture: Figure, profile: StepProfile, style: FigureStyle) -> bool:
     """A bar for each row that was timed, as long as its median step. False where there is none."""
-    timed = [row for row in profile.rows if row.samples_ms]
-    arms = grouped(timed, lambda row: row.arm, lambda row: row.mode)
-    rows = [row for members in arms.values() for row in members]
-    _title(picture, f"{profile.name}: where the time of a step goes", profile)
+    rows = [row for row in profile.rows if row.samples_ms]
     if not rows:
         return False
-    heights = [place + 0.4 * list(arms).index(row.arm) for place, row in enumerate(rows)]  # with a gap between arms
-    picture.set_size_inches(STEP_WIDTH, STEP_FRAME + STEP_BAR * max(3.0, heights[-1] + 1))
-    axes = picture.subplots()
-    names = [f"{row.arm}: {', '.join(filter(None, (row.mode, row.kernel)))}" for row in rows]
-    medians = [_stacked_bar(axes, height, row) for height, row in zip(heights, rows, strict=True)]
-    axes.set_xlim(0, 1.25 * max(medians))
-    axes.set_ylim(heights[-1] + 0.5, -0.5)
-    axes.set_xlabel("ms per step")
-    _bar_axes(axes, heights, names)
+    width = style.width_inches or STEP_WIDTH
+    picture.set_size_inches(width, STEP_FRAME + STEP_BAR * max(3.0, (1 + (width < NARROW)) * (len(rows) + 0.5)))
     used = [name for name in STEP_CLASSES if any(row.shares_ms.get(name) for row in rows)]
-    if used:
-        _legend(picture, {name: CLASS_COLOURS[name] for name in used}, loc="outside right upper")
+    part = legend_above(picture, _bars({name: CLASS_COLOURS[name] for name in used})) if used else picture
+    step_bars(part.subplots(), rows, width)
+    write_caption(picture, style, f"{profile.name}: where the time of a step goes", _machine(profile))
     return True
 
 
-def _stacked_bar(axes: Axes, height: float, row: StepCost) -> float:
-    """Its classes one after the other, scaled to the median step; white where they are unknown. Returns the median."""
+def step_bars(axes: Axes, rows: Sequence[StepCost], width: float) -> None:
+    """The rows' bars by arm, each named at its left, or above it in a figure whose width (inches) has no room."""
+    arms, narrow = grouped(rows, lambda row: row.arm, lambda row: row.mode), width < NARROW
+    rows = [row for members in arms.values() for row in members]
+    apart = 2 if narrow else 1  # bars' heights
+    heights = [apart * place + 0.4 * list(arms).index(row.arm) for place, row in enumerate(rows)]  # a gap between arms
+    names = [f"{row.arm}: {', '.join(filter(None, (row.mode, row.kernel)))}" for row in rows]
+    found = [_stacked_bar(axes, height, row) for height, row in zip(heights, rows, strict=True)]
+    for height, name, (median, words) in zip(heights, names, found, strict=True):
+        if narrow:
+            lines = textwrap.fill(f"{name}: {words}", int(14.5 * width))
+            axes.annotate(lines, (0, height - 0.4), (0, 2), va="bottom", parse_math=False, **SMALL)
+        else:
+            axes.annotate(words, (median, height), (4, 0), va="center", **SMALL)
+    free = width - 0.4 - CHARACTER * max(map(len, names))  # inches for a bar and its words
+    share = 0.0 if narrow else CHARACTER * max(len(words) for _, words in found) / free
+    axes.set_xlim(0, max(median for median, _ in found) / max(0.3, 1 - share))
+    axes.set_ylim(heights[-1] + 0.5, 0.5 - apart)
+    axes.set_xlabel("ms per step")
+    _bar_axes(axes, heights, [""] * len(rows) if narrow else names)
+
+
+def _stacked_bar(axes: Axes, height: float, row: StepCost) -> tuple[float, str]:
+    """Its classes one after the other, scaled to the median step; white where unknown. Returns the median and words."""
     times = quartiles(row.samples_ms)
     median, whole = times.median if times else 0.0, sum(row.shares_ms.values())
     left = 0.0
@@ -345,5 +330,4 @@ def _stacked_bar(axes: Axes, height: float, row: StepCost) -> float:
     if whole <= 0:
         axes.barh(height, median, 0.72, color="white", edgecolor=PALE, linewidth=0.8)
     speedup = f" ({figure(row.faster.value)}x vs native)" if row.faster else ""
-    axes.annotate(f"{figure(median)} ms{speedup}", (median, height), (4, 0), va="center", **SMALL)
-    return median
+    return median, f"{figure(median)} ms{speedup}"

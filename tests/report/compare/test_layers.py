@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 import pytest
 
 from bncli.report.compare import export
-from bncli.report.compare.figure import plain_numbers
 from bncli.report.compare.layers import draw, has_layers, plot, render
+from bncli.report.figure import plain_numbers
 from bncli.results.compare import Comparison
 from bncli.results.train import ProbePoint
 

@@ -1,15 +1,12 @@
-"""Figures of a profile: what is drawn, when means stand for bars, and that columns never overlap."""
+"""Figures of a profile: what is drawn, at which width, and when means stand for bars."""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from bncli.errors import USAGE, BncliError
 from bncli.report.profile.figure import (
@@ -19,7 +16,6 @@ from bncli.report.profile.figure import (
     compose,
     draw,
     row_heights,
-    without_overlap,
 )
 from bncli.results.profile import Ceilings, Profile
 from tests.report.made_up_costs import (
@@ -54,7 +50,7 @@ DRAWN = {
     "errors": (with_errors(), {"bn+relu\nfp32\n0.80 flop/B", "bn, bf16, contiguous, evaluation, affine none"}),
     "bars below the roofline": (
         kernel_profile(3, layouts=("contiguous", "channels_last")),
-        {"bn+relu, fp32, channels_last", "copy at 256 MiB: 11.9 GB/s", "copy at 1 MiB: 41.2 GB/s"},
+        {"bn+relu, fp32, channels_last", "copy at 256 MiB: 11.9 GB/s", "copy at\n1 MiB:\n41.2 GB/s"},
     ),
     "nothing": (nothing_measured(), {"nothing was measured"}),
     "no ceilings": (replace(one_case(), ceilings=Ceilings((), None)), {"native", "256x64x56x56"}),
@@ -62,7 +58,7 @@ DRAWN = {
         replace(kernel_profile(1), ceilings=LOW_LIMITS),
         {
             "copy at 256 MiB: 12.1 GB/s",
-            "compute limit: 9.00 GFLOP/s (fp32 multiply-adds), beyond 0.744 flop per byte",
+            "compute limit",
         },
     ),
     "step": (
@@ -96,17 +92,17 @@ def test_the_figure_names_kernels_operations_ceilings_and_machine(tmp_path: Path
 def test_a_png_is_written_for_its_suffix_and_another_is_refused(tmp_path: Path) -> None:
     draw(step_profile(), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(BncliError, match=r"\.svg or \.png") as refused:
-        draw(one_case(), tmp_path / "a.pdf")
+    with pytest.raises(BncliError, match=r"\.svg, \.png or \.pdf") as refused:
+        draw(one_case(), tmp_path / "a.eps")
     assert refused.value.exit_code == USAGE
-    assert not (tmp_path / "a.pdf").exists()
+    assert not (tmp_path / "a.eps").exists()
 
 
 # --- bars ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_panel_is_an_operation_dtype_and_layout_with_bars_for_each_shape() -> None:
-    panels = bar_panels(resnet().rows)
+    panels = bar_panels(resnet().rows, 160)
     assert list(panels)[:2] == ["bn, bf16, contiguous", "bn+relu, bf16, contiguous"]
     assert len(panels) == 6
     shapes = ("256x64x56x56", "256x128x28x28", "256x256x14x14")
@@ -114,16 +110,16 @@ def test_a_panel_is_an_operation_dtype_and_layout_with_bars_for_each_shape() -> 
 
 
 def test_a_bar_reaches_from_its_slow_to_its_fast_quartile() -> None:
-    (panel,) = bar_panels(one_case().rows).values()
+    (panel,) = bar_panels(one_case().rows, 160).values()
     assert all(bar.low < bar.value < bar.high for bars in panel.values() for bar in bars)
 
 
 def test_too_many_bars_become_geometric_means_and_the_figure_stays_small() -> None:
     rows = kernel_profile(9, kernels=("native", "fused", "compiled", "flaggems", "native")).rows
-    (panel,) = bar_panels(rows).values()
+    (panel,) = bar_panels(rows, 160).values()
     assert list(panel) == ["bn, fp32, contiguous", "bn+relu, fp32, contiguous"]
     assert sum(map(len, panel.values())) <= MOST_BARS
-    panels = bar_panels(hundred_rows().rows)
+    panels = bar_panels(hundred_rows().rows, 160)
     assert sum(len(bars) for panel in panels.values() for bars in panel.values()) == 96
     assert sum(row_heights(panels, 3)) < 9
 
@@ -135,16 +131,3 @@ def test_the_clusters_have_the_definition_s_flop_for_each_byte() -> None:
     found = clusters(resnet().rows)
     assert [cluster.intensity for cluster in found] == pytest.approx([2.6 / 2, 3.0 / 2, 3.2 / 2])
     assert {kernel: len(speeds) for kernel, speeds in found[0].speeds.items()} == {"native": 6, "fused": 6}
-
-
-PLACES = st.lists(st.tuples(st.floats(-5, 5), st.floats(0.01, 2)), min_size=1, max_size=12)
-
-
-@given(PLACES)
-def test_columns_do_not_overlap_and_stay_where_there_is_room(columns: list[tuple[float, float]]) -> None:
-    places, widths = sorted(place for place, _ in columns), [width for _, width in columns]
-    needed = [(a + b) / 2 - 1e-9 for a, b in pairwise(widths)]
-    moved = without_overlap(places, widths)
-    assert all(after - before >= room for (before, after), room in zip(pairwise(moved), needed, strict=True))
-    apart = [3.0 * index for index in range(len(columns))]
-    assert without_overlap(apart, widths) == pytest.approx(apart)
