@@ -19,7 +19,7 @@ SHELVES = {"errors", "names", "results"}  # plain data that every part may use
 ASKED = SHELVES | {"recipe"}
 REPORT = {
     f"report.{name}"
-    for name in ("dry_run", "export", "figure", "files", "folder", "progress", "table", "text", "train")
+    for name in ("dry_run", "export", "figure", "files", "folder", "page", "progress", "table", "text", "train")
 }
 
 # Part -> (parts it may import, outside packages it may import). A module belongs to the longest name that its own
@@ -62,6 +62,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "measure.gradcheck": (ASKED | {"kernels", "engine", "measure.timing", "measure.reference"}, {"torch", "numpy"}),
     "report": (SHELVES, {"rich"}),
     "report.figure": (SHELVES | {"report"}, {"matplotlib"}),
+    "report.page": (SHELVES | {"report"}, {"jinja2", "markupsafe"}),
     **{
         f"report.{command}": (SHELVES | REPORT, {"rich", "matplotlib"})
         for command in ("compare", "profile", "gradcheck")
@@ -169,7 +170,7 @@ OPTIONS_OF_OTHER_PROGRAMS = {
     "kernels.fused.build",
     "engine.train.worker",
     "measure.compare.processes",
-    "report.compare.export",
+    "report.page",
 }
 
 # Modules without a test file of their own, and which file tests them, or why none has to.
@@ -180,6 +181,9 @@ TESTED_ELSEWHERE = {
     "kernels.fused.double_backward": "tests/kernels/fused/test_fused.py: second and third derivatives",
     "kernels.fused.interpreted": "tests/kernels/fused/test_fused.py, as one of the implementations",
     "kernels.fused.triton_launch": "tests/kernels/fused/test_triton.py",
+    "report.compare.page": "tests/report/test_page.py, with the pages of the other commands",
+    "report.gradcheck.page": "tests/report/test_page.py",
+    "report.profile.page": "tests/report/test_page.py",
     "recipe.mnist": "tests/engine/data/test_mnist.py",
     "results.compare": "declarations",
     "results.environment": "declarations",
@@ -248,7 +252,7 @@ def modules_after(code: str) -> set[str]:
     return {name.split(".")[0] for name in out.splitlines()[-1].split()}
 
 
-HEAVY = {"torch", "pydantic", "sklearn", "scipy", "numpy", "matplotlib", "datasets", "yaml", "psutil"}
+HEAVY = {"torch", "pydantic", "sklearn", "scipy", "numpy", "matplotlib", "datasets", "yaml", "psutil", "jinja2"}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bncli.cli.console import StopSignal, enable_gc, given_options, listed, print_result
-from bncli.cli.options import AllowCode, Device, Json, Quiet
+from bncli.cli.options import AllowCode, Device, Html, Json, Quiet
+from bncli.cli.output import Output, origin
 from bncli.errors import CHECK_FAILED, INTERRUPTED, UsageError
 from bncli.names import GRADCHECK_KERNELS, NormName, check_kernel
 
@@ -40,6 +41,7 @@ def gradcheck(
         bool, typer.Option("--demo", help="Show how a bias grows where the mean's gradient is ignored; check nothing.")
     ] = False,
     json: Json = False,
+    html: Html = None,
     quiet: Quiet = False,
     allow_code: AllowCode = False,
 ) -> None:
@@ -50,7 +52,7 @@ def gradcheck(
     if quick and full:
         raise UsageError("--quick and --full: choose one, or neither for the checks in between")
     if demo:
-        if idle := given_options(context, "kernels", "norm", "device", "quick", "full", "only", "allow_code"):
+        if idle := given_options(context, "kernels", "norm", "device", "quick", "full", "only", "html", "allow_code"):
             raise UsageError(f"{idle}: nothing is checked with --demo, so that would have no effect")
         _show_demo(json)
         return
@@ -60,8 +62,10 @@ def gradcheck(
         raise UsageError(f"--kernel {several}: one kernel is checked at a time; run bncli gradcheck once for each")
     (kernel,) = names
     check_kernel(kernel, GRADCHECK_KERNELS, allow_code)
+    output = Output(html=html, quiet=quiet)
+    output.check()
     effort: Effort = "quick" if quick else "full" if full else "default"
-    from bncli.report.gradcheck import table, text
+    from bncli.report.gradcheck import page, table, text
     from bncli.report.progress import GradcheckProgress
 
     groups: list[CheckGroup] = []
@@ -89,6 +93,7 @@ def gradcheck(
         raise typer.Exit(getattr(stopped, "exit_code", INTERRUPTED)) from None  # Typer would make any of them 130
     commands = [rerun_command(result, failure) for failure in result.failures]
     print_result(text.to_json(result, commands) if json else table.GradcheckReport(result, commands))
+    output.write(result, html=lambda found: page.to_html(found, commands, origin({})[0]))
     if not result.passed:
         raise typer.Exit(CHECK_FAILED)
 

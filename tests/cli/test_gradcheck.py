@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shlex
 from dataclasses import replace
@@ -113,7 +114,7 @@ def test_what_an_own_kernel_prints_stays_out_of_the_result() -> None:
 @pytest.mark.usefixtures("own_kernels")
 def test_a_blind_kernel_fails_with_a_command_that_fails_again() -> None:
     asked = ("--kernel", "own:blind", "--allow-code")
-    ran = bncli("gradcheck", *asked, "--only", f"{CASE}/*")
+    ran = bncli("gradcheck", *asked, "--only", f"{CASE}/*", "--html", "blind.html")
     assert ran.code == 1
     assert " FAILED" in ran.out
     lines = [line.rstrip() for line in ran.out.splitlines()]
@@ -121,6 +122,9 @@ def test_a_blind_kernel_fails_with_a_command_that_fails_again() -> None:
     command, *arguments = shlex.split("\n".join(lines[start : lines.index("", start)]).replace("\\\n", ""))
     again = bncli(*arguments, "--json")
     assert (command, again.code) == ("bncli", 1)
+    page = Path("blind.html").read_text()
+    assert "FAILED." in page
+    assert shlex.join([command, *arguments]) in html.unescape(page)
     assert [group["failed"] for group in json.loads(again.out)["groups"]] == [1]
     assert bncli("gradcheck", *asked, "--only", f"{CASE}/plain/forward").code == 0
 

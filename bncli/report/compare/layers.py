@@ -75,13 +75,13 @@ def has_layers(comparison: Comparison) -> bool:
 def plot(comparison: Comparison, path: Path, style: FigureStyle = DEFAULT_STYLE) -> Path:
     """Write the figure beside `path`, as NAME-layers with its suffix, and return where it is. Raises FileError."""
     beside = path.with_name(f"{path.stem}-layers{path.suffix}")
-    write_atomically(beside, render(comparison, check_path(path), style=style))
+    write_atomically(beside, render(comparison, check_path(path), style))
     return beside
 
 
-def render(comparison: Comparison, kind: str, transparent: bool = False, style: FigureStyle = DEFAULT_STYLE) -> bytes:
+def render(comparison: Comparison, kind: str, style: FigureStyle = DEFAULT_STYLE) -> bytes:
     """The figure as the bytes of a file of that kind. Raises FileError without matplotlib."""
-    return rendered(lambda figure: draw(figure, comparison, style), kind, 160, transparent)
+    return rendered(lambda figure: draw(figure, comparison, style), kind, 160)
 
 
 def draw(figure: Figure, comparison: Comparison, style: FigureStyle = DEFAULT_STYLE) -> None:

@@ -42,7 +42,7 @@ class GradcheckReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         result = self.result
-        yield groups_table(result.groups, *_heading(result))
+        yield groups_table(result.groups, *heading(result))
         yield BulletList("Not checked:", reasons(result.groups), "dim")
         tolerances = derivations(result)
         more = (
@@ -64,7 +64,7 @@ class GradcheckReport:
         yield Paragraph(closing(result), STYLES[OK] if result.passed else STYLES[FAILED])
 
 
-def _heading(result: Gradcheck) -> tuple[str, str]:
+def heading(result: Gradcheck) -> tuple[str, str]:
     cases = count(sum(group.cases for group in result.groups), "case")
     groups = count(len(result.groups), "group")
     title = f"Gradients of {result.norm} norm, kernel {result.kernel}"

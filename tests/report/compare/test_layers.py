@@ -10,7 +10,6 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bncli.report.compare import export
 from bncli.report.compare.layers import draw, has_layers, plot, render
 from bncli.report.figure import plain_numbers
 from bncli.results.compare import Comparison
@@ -174,9 +173,3 @@ def test_the_file_is_beside_the_other_figure(examples, tmp_path):
     comparison = probed(examples["two arms"], points(ALL))
     assert plot(comparison, tmp_path / "run.png") == tmp_path / "run-layers.png"
     assert (tmp_path / "run-layers.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_page_has_both_figures(examples):
-    page = export.to_html(probed(examples["two arms"], points(["gradients"], LAYERS[:1])))
-    assert page.count("<svg") == 2
-    assert "inside the layers of digits" in page

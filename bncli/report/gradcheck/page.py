@@ -1,0 +1,36 @@
+"""Page of a gradient check: see report.page."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+
+from bncli.report.gradcheck.table import groups_table, heading, paths_table
+from bncli.report.gradcheck.text import closing, derivations, evidence_text, failure_text, reasons
+from bncli.report.page import Page, Section, render, table_section
+from bncli.report.table import AlignedTable
+from bncli.report.text import Column
+from bncli.results.gradcheck import Gradcheck
+
+
+def to_html(result: Gradcheck, commands: Sequence[Sequence[str]], command: str) -> str:
+    """A self-contained page. commands: for each failure, the words of the command that runs it again."""
+    title, subtitle = heading(result)
+    failures = [
+        Column("case", [failure.case for failure in result.failures], words=True),
+        Column("found", [failure_text(failure) for failure in result.failures], words=True),
+        Column("run it again", list(map(shlex.join, commands)), words=True),
+    ]
+    groups = table_section(groups_table(result.groups, "Groups of cases"))
+    sections = [
+        Section("Looks like", notes=[f"{each.bug}, because {evidence_text(each)}" for each in result.diagnoses]),
+        Section("The first failures", tables=[AlignedTable(failures)] * bool(commands)),
+        replace(groups, notes=["Errors are in units of each case's tolerance: 1 or less passes."]),
+        *([table_section(paths_table(result.paths, result.norm))] if result.paths else []),
+        Section("Not checked", notes=reasons(result.groups)),
+        Section("How tolerances are derived", notes=derivations(replace(result, effort="full")), folded=True),
+    ]
+    verdict = "good" if result.passed else "bad"
+    headline = [closing(result), *(f"It looks like: {each.bug}." for each in result.diagnoses)]
+    return render(Page(title, subtitle, headline, sections, [result.environment], verdict=verdict), command, "")
