@@ -26,6 +26,7 @@ REPORT = {
         "files",
         "folder",
         "layers",
+        "page",
         "progress",
         "run_figure",
         "table",
@@ -76,6 +77,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "measure.gradcheck": (ASKED | {"kernels", "engine", "measure.timing", "measure.reference"}, {"torch", "numpy"}),
     "report": (SHELVES, {"rich"}),
     **{f"report.{name}": (SHELVES | {"report"}, {"matplotlib"}) for name in ("figure", "layers", "run_figure")},
+    "report.page": (SHELVES | {"report"}, {"jinja2", "markupsafe"}),
     "report.tensorboard": (SHELVES | {"report"}, {"torch"}),  # whose writer of such files is imported when asked for
     **{
         f"report.{command}": (SHELVES | REPORT, {"rich", "matplotlib"})
@@ -184,7 +186,7 @@ OPTIONS_OF_OTHER_PROGRAMS = {
     "kernels.fused.build",
     "engine.train.worker",
     "measure.compare.processes",
-    "report.compare.export",
+    "report.page",
 }
 
 # Modules without a test file of their own, and which file tests them, or why none has to.
@@ -195,6 +197,9 @@ TESTED_ELSEWHERE = {
     "kernels.fused.double_backward": "tests/kernels/fused/test_fused.py: second and third derivatives",
     "kernels.fused.interpreted": "tests/kernels/fused/test_fused.py, as one of the implementations",
     "kernels.fused.triton_launch": "tests/kernels/fused/test_triton.py",
+    "report.compare.page": "tests/report/test_page.py, with the pages of the other commands",
+    "report.gradcheck.page": "tests/report/test_page.py",
+    "report.profile.page": "tests/report/test_page.py",
     "recipe.mnist": "tests/engine/data/test_mnist.py",
     "results.compare": "declarations",
     "results.environment": "declarations",
@@ -264,7 +269,7 @@ def modules_after(code: str) -> set[str]:
     return {name.split(".")[0] for name in out.splitlines()[-1].split()}
 
 
-HEAVY = {"torch", "pydantic", "sklearn", "scipy", "numpy", "matplotlib", "datasets", "yaml", "psutil"}
+HEAVY = {"torch", "pydantic", "sklearn", "scipy", "numpy", "matplotlib", "datasets", "yaml", "psutil", "jinja2"}
 
 
 @pytest.mark.parametrize(

@@ -119,14 +119,6 @@ def test_the_tree_of_contributing_has_a_line_for_each_folder() -> None:
     assert named == {file.parent.relative_to(ROOT).as_posix() for file in (ROOT / "bncli").rglob("*.py")}
 
 
-def test_the_tree_of_the_readme_has_a_line_for_each_folder() -> None:
-    (tree,) = [block for block in fences(README, "text") if block.startswith("bncli/  ")]
-    named = {line.split()[0].rstrip("/") for line in tree.splitlines()}
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    folders = {line.partition("/")[0] for line in tracked.splitlines() if "/" in line}
-    assert named == {folder for folder in folders if not folder.startswith(".")}
-
-
 # --- commands -------------------------------------------------------------------------------------------------------
 
 COMMANDS = [line for block in fences(README, "sh")[SET_UP:] for line in block.splitlines() if line.startswith("bncli")]

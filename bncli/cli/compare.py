@@ -14,7 +14,7 @@ import typer
 
 from bncli.cli import options
 from bncli.cli.console import StopSignal, enable_gc, full_disk, given_options, log, show_plan
-from bncli.cli.output import Output, chosen_form
+from bncli.cli.output import Output, chosen_form, origin
 from bncli.errors import CHECK_FAILED, BncliError, UsageError
 from bncli.report.figure import FigureStyle
 
@@ -216,7 +216,7 @@ def _saved_comparison(saved: Path, quiet: bool) -> Comparison:
 
 def _show(comparison: Comparison, output: Output) -> None:
     from bncli.report import files
-    from bncli.report.compare import export
+    from bncli.report.compare import export, page
     from bncli.report.compare.table import ComparisonReport
 
     forms = {
@@ -227,7 +227,9 @@ def _show(comparison: Comparison, output: Output) -> None:
         "latex": export.to_latex,
     }
     output.show(comparison, forms)
-    output.write(comparison, _plot, export.to_html)
+    plan = comparison.plan
+    made = {"grid": plan.grid, "seeds": {"tune": plan.tune_seeds, "report": plan.report_seeds}}
+    output.write(comparison, _plot, lambda found: page.to_html(found, *origin(plan.recipes, **made)))
 
 
 def _log_next(comparison: Comparison, folder: Path, output: Output, again: str) -> None:

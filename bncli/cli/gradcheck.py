@@ -14,6 +14,7 @@ from bncli.cli.options import (
     AllowCode,
     Csv,
     Device,
+    Html,
     Json,
     Junit,
     Latex,
@@ -24,7 +25,7 @@ from bncli.cli.options import (
     Quiet,
     Threads,
 )
-from bncli.cli.output import Output, chosen_form
+from bncli.cli.output import Output, chosen_form, origin
 from bncli.errors import CHECK_FAILED, INTERRUPTED, UsageError
 from bncli.names import GRADCHECK_KERNELS, NormName, check_kernel
 from bncli.report.figure import FigureStyle, save
@@ -64,6 +65,7 @@ def gradcheck(
     plot_width: PlotWidth = None,
     no_caption: NoCaption = False,
     json: Json = False,
+    html: Html = None,
     csv: Csv = False,
     markdown: Markdown = False,
     latex: Latex = False,
@@ -81,15 +83,14 @@ def gradcheck(
         chosen_form(json=json, csv=csv, markdown=markdown, latex=latex),
         FigureStyle(plot_width, not no_caption),
     )
-    output = Output(form, plot, quiet=quiet, style=style, junit=junit)
+    output = Output(form, plot, html, quiet, style, junit)
     output.check()
     if plot and only:
         raise UsageError("--plot with --only: it draws dL/dx of a whole check; leave --only out")
     if demo:
         used = ("demo", "plot", "plot_width", "no_caption", "json", "quiet")
-        if idle := given_options(
-            context, *(name for each in context.command.params if (name := str(each.name)) not in used)
-        ):
+        others = [str(each.name) for each in context.command.params if each.name not in used]
+        if idle := given_options(context, *others):
             raise UsageError(f"{idle}: nothing is checked with --demo, so that would have no effect")
         _show_demo(json, output)
         return
@@ -100,7 +101,7 @@ def gradcheck(
     (kernel,) = names
     check_kernel(kernel, GRADCHECK_KERNELS, allow_code)
     effort: Effort = "quick" if quick else "full" if full else "default"
-    from bncli.report.gradcheck import figure, table, text
+    from bncli.report.gradcheck import figure, page, table, text
     from bncli.report.progress import GradcheckProgress
 
     groups: list[CheckGroup] = []
@@ -134,8 +135,12 @@ def gradcheck(
         "latex": text.to_latex,
     }
     output.show(result, forms)
-    plot_parts = functools.partial(save, figure.draw_parts)
-    output.write(result, plot_parts, junit=lambda found: text.to_junit(found, commands))
+    output.write(
+        result,
+        functools.partial(save, figure.draw_parts),
+        html=lambda found: page.to_html(found, commands, origin({})[0]),
+        junit=lambda found: text.to_junit(found, commands),
+    )
     if not result.passed:
         raise typer.Exit(CHECK_FAILED)
 

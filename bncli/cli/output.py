@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +63,17 @@ class Output:
             if path and make:
                 write_atomically(path, make(result))
                 log(f"Report written to {path}", self.quiet)
+
+
+def origin(recipes: Mapping[str, Any], **others: Any) -> tuple[str, str]:
+    """This command, and as YAML the arms' resolved recipes with other sections; what all arms have is written once."""
+    from bncli.recipe.yaml import dump
+
+    found = list(recipes.values()) or [{}]
+    common = {key: value for key, value in found[0].items() if all(each.get(key) == value for each in found)}
+    arms = {name: {key: each[key] for key in each if key not in common} for name, each in recipes.items()}
+    sections = {**common, **({"arms": arms} if len(found) > 1 else {}), **others}
+    return shlex.join(["bncli", *sys.argv[1:]]), dump(sections) if sections else ""
 
 
 def chosen_form(**asked: bool) -> str:

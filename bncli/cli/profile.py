@@ -22,8 +22,8 @@ from bncli.cli.console import (
     log,
     print_result,
 )
-from bncli.cli.options import AllowCode, ArmName, Csv, Device, Json, Markdown, Plot, Quiet, Set, Threads
-from bncli.cli.output import Output, chosen_form
+from bncli.cli.options import AllowCode, ArmName, Csv, Device, Html, Json, Markdown, Plot, Quiet, Set, Threads
+from bncli.cli.output import Output, chosen_form, origin
 from bncli.errors import CHECK_FAILED, CODE_OF_YOURS, INTERRUPTED, UNAVAILABLE, UsageError
 from bncli.measure.profile.shapes import SETS
 from bncli.names import PROFILE_KERNELS, RECIPE_KERNELS, check_kernel
@@ -62,6 +62,7 @@ class _Asked:
     baseline: Path | None
     fail_above: float
     strict: bool
+    recipes: dict[str, Any]  # arm -> its recipe with all defaults, for a page
 
 
 def profile(
@@ -131,6 +132,7 @@ def profile(
     plot: Plot = None,
     plot_width: options.PlotWidth = None,
     no_caption: options.NoCaption = False,
+    html: Html = None,
     trace: Annotated[
         Path | None, StepOption(metavar="FILE.json", help="Write a Chrome trace of one training step per kernel.")
     ] = None,
@@ -169,7 +171,7 @@ def profile(
         chosen_form(json=json, csv=csv, markdown=markdown, latex=latex),
         FigureStyle(plot_width, not no_caption),
     )
-    output = Output(form, plot, quiet=quiet, style=style, junit=junit)
+    output = Output(form, plot, html, quiet, style, junit)
     _check_times(seconds, quick, min_rounds, baseline)
     _check_gate(context, output.form, baseline, fail_above)
     asked = _Asked(
@@ -183,6 +185,8 @@ def profile(
         baseline=baseline,
         fail_above=fail_above,
         strict=strict,
+        # Standard input cannot be read twice.
+        recipes=_resolved(recipe, sets or [], arm) if html and recipe and recipe != "-" else {},
     )
     for name in asked.kernels:
         check_kernel(name, PROFILE_KERNELS, allow_code)
@@ -257,6 +261,14 @@ def _profile_steps(
     _finish(asked, run.result(), stopped, earlier, StepReport)
 
 
+def _resolved(recipe: str, sets: list[str], arm: str | None) -> dict[str, Any]:
+    """Arm -> its recipe with all defaults."""
+    from bncli.recipe.load import load, plain
+
+    loaded = load(recipe, sets, allow_code=True, sets_from="--set")
+    return {each.name: plain(each.recipe) for each in (not arm and loaded.arms) or [loaded.arm(arm or loaded.name)]}
+
+
 def _run_options(asked: _Asked) -> Options:
     from bncli.measure.profile.run import Options
 
@@ -284,7 +296,7 @@ def _finish(
 
     With 1 for a wrong result or where the gate fails, 3 where only native could run though more was asked for.
     """
-    from bncli.report.profile import export, figure
+    from bncli.report.profile import export, figure, page
     from bncli.report.profile.baseline import GateReport, to_junit
     from bncli.report.text import busy_words
     from bncli.results.profile import FOLDED
@@ -311,7 +323,12 @@ def _finish(
     if gate is not None and asked.output.form == "table":
         print_result(GateReport(gate, result, earlier))
     if result.rows:
-        asked.output.write(result, figure.draw, junit=None if gate is None else lambda found: to_junit(found, gate))
+        asked.output.write(
+            result,
+            figure.draw,
+            html=lambda found: page.to_html(found, gate, *origin(asked.recipes)),
+            junit=None if gate is None else lambda found: to_junit(found, gate),
+        )
     if stopped:
         raise typer.Exit(stopped)
     if incomparable:

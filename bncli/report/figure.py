@@ -76,8 +76,8 @@ def check_path(path: Path) -> str:
     return path.suffix.lower().lstrip(".")
 
 
-def rendered(draw: Callable[[Figure], None], kind: str, dpi: int, transparent: bool = False) -> bytes:
-    """The bytes of a file of that kind with what `draw` puts on an empty figure. Raises FileError."""
+def rendered(draw: Callable[[Figure], None], kind: str, dpi: int, for_page: bool = False) -> bytes:
+    """A file of that kind with what `draw` puts on an empty figure; on a page words are text. Raises FileError."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -85,11 +85,11 @@ def rendered(draw: Callable[[Figure], None], kind: str, dpi: int, transparent: b
         raise FileError(MISSING) from error
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
+        matplotlib.rcParams.update(STYLE | {"svg.fonttype": "none" if for_page else "path"})
         figure = Figure(layout="constrained")
         draw(figure)
         file = io.BytesIO()
-        figure.savefig(file, format=kind, dpi=dpi, metadata={OMITTED[kind]: None}, transparent=transparent)
+        figure.savefig(file, format=kind, dpi=dpi, metadata={OMITTED[kind]: None}, transparent=for_page)
     return file.getvalue()
 
 

@@ -62,13 +62,13 @@ def has_layers(shown: Comparison | Arm) -> bool:
 def plot(shown: Comparison | Arm, path: Path, style: FigureStyle = DEFAULT_STYLE) -> Path:
     """Write the figure beside `path`, as NAME-layers with its suffix, and return where it is. Raises FileError."""
     beside = path.with_name(f"{path.stem}-layers{path.suffix}")
-    write_atomically(beside, render(shown, check_path(path), style=style))
+    write_atomically(beside, render(shown, check_path(path), style))
     return beside
 
 
-def render(shown: Comparison | Arm, kind: str, transparent: bool = False, style: FigureStyle = DEFAULT_STYLE) -> bytes:
+def render(shown: Comparison | Arm, kind: str, style: FigureStyle = DEFAULT_STYLE) -> bytes:
     """The figure as the bytes of a file of that kind. Raises FileError without matplotlib."""
-    return rendered(lambda figure: draw(figure, shown, style), kind, 160, transparent)
+    return rendered(lambda figure: draw(figure, shown, style), kind, 160)
 
 
 def draw(figure: Figure, shown: Comparison | Arm, style: FigureStyle = DEFAULT_STYLE) -> None:

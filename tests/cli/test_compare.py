@@ -147,7 +147,10 @@ def test_compare_answers_and_keeps_every_run(copied: Ran) -> None:
     for word in ("plain", "normed", "5/5", "reference", "tuning runs"):
         assert word in copied.out
     assert Path("curves.svg").read_text().startswith("<?xml")
-    assert "<table" in Path("report.html").read_text()
+    page = Path("report.html").read_text()
+    assert "bncli compare small.yaml -j 2 --plot curves.svg --html report.html" in page
+    for words in ("<table", "arms:\n  plain:", "optimizer.lr: [0.1, 0.5]", "seeds:\n  tune: [0, 1, 2]"):
+        assert words in page
     runs = {file: file.stat().st_mtime_ns for file in Path("runs/small/runs").glob("*.json")}
     assert len(runs) == 16
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shlex
 from dataclasses import replace
@@ -146,7 +147,7 @@ def test_an_own_kernel_is_checked_in_some_dtypes_with_so_many_threads_and_report
 @pytest.mark.usefixtures("own_kernels")
 def test_a_blind_kernel_fails_with_a_command_that_fails_again() -> None:
     asked = ("--kernel", "own:blind", "--allow-code")
-    ran = bncli("gradcheck", *asked, "--only", f"{CASE}/*")
+    ran = bncli("gradcheck", *asked, "--only", f"{CASE}/*", "--html", "blind.html")
     assert ran.code == 1
     assert " FAILED" in ran.out
     lines = [line.rstrip() for line in ran.out.splitlines()]
@@ -154,6 +155,9 @@ def test_a_blind_kernel_fails_with_a_command_that_fails_again() -> None:
     command, *arguments = shlex.split("\n".join(lines[start : lines.index("", start)]).replace("\\\n", ""))
     again = bncli(*arguments, "--json")
     assert (command, again.code) == ("bncli", 1)
+    page = Path("blind.html").read_text()
+    assert "FAILED." in page
+    assert shlex.join([command, *arguments]) in html.unescape(page)
     assert [group["failed"] for group in json.loads(again.out)["groups"]] == [1]
     assert bncli("gradcheck", *asked, "--only", f"{CASE}/plain/forward").code == 0
 

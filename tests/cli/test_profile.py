@@ -244,9 +244,10 @@ def test_a_regression_against_the_baseline_is_exit_code_1(
     ran = bncli("profile", *TINY, *BASELINE, "--fail-above", "1.5", "--json")
     (change,) = json.loads(ran.out)["gate"]["changes"]
     assert (ran.code, change["verdict"]) == (code, verdict)
-    ran = bncli("profile", *TINY, *BASELINE, "--fail-above", "1.5")
+    ran = bncli("profile", *TINY, *BASELINE, "--fail-above", "1.5", "--html", "gate.html")
     assert ran.code == code
     assert verdict in ran.out
+    assert f'<div class="headline {["good", "bad"][code]}">' in Path("gate.html").read_text()
 
 
 def test_a_baseline_of_other_shapes_is_a_mistake_after_the_figures(measured: Ran) -> None:
@@ -314,13 +315,16 @@ def test_options_that_take_several_names_can_be_repeated() -> None:
 
 
 def test_the_step_view_of_a_recipe_shows_every_arm_and_writes_a_trace() -> None:
-    ran = bncli("profile", *STEP, "--arm", "normed", "--trace", "step.json")
+    ran = bncli("profile", *STEP, "--arm", "normed", "--trace", "step.json", "--html", "step.html")
     assert ran.code == 0
     for word in ("normed", "training", "evaluation", "native", "fused", "Share of a step", "Memory of a training step"):
         assert word in ran.out
     assert "normed, fused: 1 batch norm (1 fused with relu)" in ran.out
     names = {event.get("name") for event in json.loads(Path("step.json").read_text())["traceEvents"]}
     assert {"hidden1.linear (Linear)", "hidden1.linear (Linear), backward"} <= names
+    page = Path("step.html").read_text()
+    for words in ("profile small.yaml --device cpu", "normed: a training step takes", "norm: {kind: batch,"):
+        assert words in page
 
     ran = bncli("profile", *STEP, "--json")
     assert ran.code == 0

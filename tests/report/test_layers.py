@@ -10,7 +10,6 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bncli.report.compare import export
 from bncli.report.figure import THINNED, FigureStyle, plain_numbers
 from bncli.report.layers import draw, has_layers, plot, render
 from bncli.results.compare import Comparison
@@ -175,12 +174,6 @@ def test_the_file_is_beside_the_other_figure(examples, tmp_path):
     comparison = probed(examples["two arms"], points(ALL))
     assert plot(comparison, tmp_path / "run.png") == tmp_path / "run-layers.png"
     assert (tmp_path / "run-layers.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_page_has_both_figures(examples):
-    page = export.to_html(probed(examples["two arms"], points(["gradients"], LAYERS[:1])))
-    assert page.count("<svg") == 2
-    assert "inside the layers of digits" in page
 
 
 @pytest.mark.parametrize(("width", "columns", "layers"), [(3.3, 2, 3), (6.8, 3, 4), (11.0, 5, 4)])

@@ -71,5 +71,5 @@ def test_the_figures_of_an_earlier_run_are_kept_and_hidden(tmp_path: Path) -> No
 
 
 def test_without_the_package_the_error_says_how_to_install_it() -> None:
-    with mock.patch.dict(sys.modules, {"tensorboard": None}), pytest.raises(FileError, match=r"bncli\[tensorboard\]"):
+    with mock.patch.dict(sys.modules, {"tensorboard": None}), pytest.raises(FileError, match="pip install tensorboard"):
         check_installed()

@@ -1,27 +1,14 @@
-"""A comparison for other programs: CSV with all digits, Markdown, LaTeX, and a self-contained HTML page."""
+"""A comparison for other programs: CSV with all digits, Markdown, LaTeX."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable
 from typing import Any
 
-from bncli.errors import FileError
 from bncli.report.compare.claims import HEADING, claim_columns, claim_notes, csv_row
 from bncli.report.compare.notes import warnings
-from bncli.report.compare.text import (
-    comparison_columns,
-    footnotes,
-    headline,
-    side_tables,
-    subtitle,
-    title,
-    tuning_columns,
-    tuning_notes,
-)
+from bncli.report.compare.text import comparison_columns, footnotes, headline, side_tables, subtitle, title
 from bncli.report.export import csv_text, latex_text, markdown, markdown_table
-from bncli.report.figure import INK
-from bncli.report.text import Column, setting
+from bncli.report.text import setting
 from bncli.results.compare import ArmSummary, AtTarget, Comparison, Cost, Ratio
 
 # --- CSV ----------------------------------------------------------------------------------------------------------
@@ -120,108 +107,3 @@ def to_latex(comparison: Comparison) -> str:
     """The same tables for a paper, without the claims."""
     tables = [(title(comparison), comparison_columns(comparison)), *side_tables(comparison)]
     return latex_text(tables, [subtitle(comparison.plan) + ".", *footnotes(comparison)])
-
-
-# --- HTML ---------------------------------------------------------------------------------------------------------
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --line: #8886; --quiet: #6b6b6b; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --quiet: #a5a5a5; }} }}
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.4rem; margin: 0; }}
-h2 {{ font-size: 1.1rem; margin: 2rem 0 .5rem; }}
-p.quiet, ul {{ color: var(--quiet); }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .35rem .7rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }}
-th.words, td.words {{ text-align: left; }}
-td, th {{ white-space: nowrap; }}
-td small {{ display: block; color: var(--quiet); white-space: nowrap; }}
-svg {{ width: 100%; height: auto; margin: 1.5rem 0; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p class="quiet">{subtitle}</p>
-<div class="wide">{table}</div>
-{figure}
-{side}
-<ul>{notes}</ul>
-{claims}
-{tuning}
-</body>
-</html>
-"""
-SECTION = """<h2>{heading}</h2>
-<div class="wide">{table}</div>
-<ul>{notes}</ul>"""
-
-
-def to_html(comparison: Comparison) -> str:
-    """A self-contained page: tables, notes, and the figure as inline SVG where matplotlib is installed."""
-    tuned = tuning_columns(comparison) if comparison.plan.tune_seeds else []
-    side = [
-        f'<h2>{heading.capitalize()}</h2>\n<div class="wide">{_html_table(columns)}</div>'
-        for heading, columns in side_tables(comparison)
-    ]
-    return PAGE.format(
-        title=html.escape(title(comparison)),
-        subtitle=html.escape(subtitle(comparison.plan)),
-        table=_html_table(comparison_columns(comparison)),
-        figure=_html_figures(comparison),
-        side="\n".join(side),
-        notes=_html_items([*headline(comparison), *warnings(comparison), *footnotes(comparison)]),
-        claims=_html_section(HEADING.capitalize(), claim_columns(comparison), claim_notes(comparison))
-        if comparison.claims
-        else "",
-        tuning=_html_section("Tuning runs", tuned, tuning_notes(comparison)) if tuned else "",
-    )
-
-
-def _html_section(heading: str, columns: list[Column], notes: Iterable[str]) -> str:
-    return SECTION.format(heading=heading, table=_html_table(columns), notes=_html_items(notes))
-
-
-def _html_figures(comparison: Comparison) -> str:
-    from bncli.report import layers
-    from bncli.report.compare import figure
-
-    try:
-        found = [_inline(figure.render(comparison, "svg", transparent=True), f"Figure: {title(comparison)}")]
-        if layers.has_layers(comparison):
-            label = f"Figure: inside the layers of {comparison.plan.name}"
-            found.append(_inline(layers.render(comparison, "svg", transparent=True), label))
-    except FileError as error:
-        return f'<p class="quiet">No figure: {html.escape(str(error))}</p>'
-    return "\n".join(found)
-
-
-def _inline(svg: bytes, label: str) -> str:
-    """A figure as an element of the page, in the page's own text colour."""
-    text = svg.decode()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
-    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
-
-
-def _html_items(notes: Iterable[str]) -> str:
-    return "".join(f"<li>{html.escape(note)}</li>\n" for note in notes)
-
-
-def _html_table(columns: list[Column]) -> str:
-    sides = [' class="words"' * column.words for column in columns]
-    head = "".join(f"<th{side}>{html.escape(c.name)}</th>" for c, side in zip(columns, sides, strict=True))
-    rows = []
-    for row in zip(*(column.cells for column in columns), strict=True):
-        cells = [
-            f"<td{side}>{html.escape(main)}{f'<small>{html.escape(aside)}</small>' if aside else ''}</td>"
-            for (main, aside, _), side in zip(row, sides, strict=True)
-        ]
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody>\n</table>"

@@ -38,12 +38,12 @@ NAME = 25, 44  # characters of an arm's name on a line: beside its runs, above t
 
 def plot(comparison: Comparison, path: Path, style: FigureStyle = DEFAULT_STYLE) -> None:
     """Write the figure to `path`. Raises FileError for an unknown suffix or without matplotlib."""
-    write_atomically(path, render(comparison, check_path(path), style=style))
+    write_atomically(path, render(comparison, check_path(path), style))
 
 
-def render(comparison: Comparison, kind: str, transparent: bool = False, style: FigureStyle = DEFAULT_STYLE) -> bytes:
+def render(comparison: Comparison, kind: str, style: FigureStyle = DEFAULT_STYLE) -> bytes:
     """The figure as the bytes of a file of that kind. Raises FileError without matplotlib."""
-    return rendered(lambda figure: draw(figure, comparison, style), kind, 160, transparent)
+    return rendered(lambda figure: draw(figure, comparison, style), kind, 160)
 
 
 def draw(figure: Figure, comparison: Comparison, style: FigureStyle = DEFAULT_STYLE) -> None:
@@ -60,7 +60,7 @@ def draw(figure: Figure, comparison: Comparison, style: FigureStyle = DEFAULT_ST
         mosaic = [["curves", name] for name in heights]
         heights["steps"] = max(heights["steps"], CURVES + 0.3 - heights.get("targets", 0))
     figure.set_size_inches(width, sum(heights.values()))
-    figures.write_caption(figure, style, title(comparison), f"{subtitle(comparison.plan)}. {_key(comparison)}")
+    figures.write_caption(figure, style, title(comparison), f"{subtitle(comparison.plan)}. {key(comparison)}")
     panels = figure.subplot_mosaic(mosaic, height_ratios=list(heights.values()))
     _curves(panels["curves"], comparison)
     _steps(panels["steps"], comparison, above)
@@ -96,7 +96,8 @@ def _targets(axes: Axes, comparison: Comparison) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _key(comparison: Comparison) -> str:
+def key(comparison: Comparison) -> str:
+    """How to read the figure."""
     results = [result for arm in comparison.arms for result in comparison.results_of(arm)]
     missed = [result for result in results if result.steps_to_target is None]
     parts = ["Line: median, band: quartiles over seeds."]

@@ -66,7 +66,7 @@ def comparison_table(comparison: Comparison) -> RenderableType:
     return Group(table, *warned * bool(found), *notes)
 
 
-def tuning_table(comparison: Comparison) -> RenderableType:
+def tuning_table(comparison: Comparison) -> ResponsiveTable:
     """Arms down, grid values across: steps and hits over the tuning seeds, and the ratio at the same value below."""
     columns = tuning_columns(comparison)
     arms, *values = columns
@@ -82,7 +82,7 @@ def tuning_table(comparison: Comparison) -> RenderableType:
     return ResponsiveTable(f"{comparison.plan.name}: tuning runs", whole, narrower, notes=tuning_notes(comparison))
 
 
-def claims_table(comparison: Comparison) -> RenderableType:
+def claims_table(comparison: Comparison) -> ResponsiveTable:
     """Each claim as it is said, and below it what was measured, its bound, and the verdict."""
     said, *columns = claim_columns(comparison)
     rows = [Row(heading=cell.main) for cell in said.cells]

@@ -27,13 +27,17 @@ class GateReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         gate = self.gate
-        table, *narrower = _tables(gate.changes)
-        yield ResponsiveTable("Comparison with the baseline", table, narrower, gate_words(gate))
+        yield gate_table(gate)
         yield BulletList("Not in the baseline:", [str(row) for row in gate.only_now])
         yield BulletList("In the baseline, but without a speedup now:", [str(row) for row in gate.only_baseline])
         if self.now and self.baseline:
             yield from (Paragraph(words, "dim") for words in _differences(self.now, self.baseline))
         yield Paragraph(closing(gate), STYLES["regressed" if gate.failed else "ok"])
+
+
+def gate_table(gate: Gate) -> ResponsiveTable:
+    table, *narrower = _tables(gate.changes)
+    return ResponsiveTable("Comparison with the baseline", table, narrower, gate_words(gate))
 
 
 def gate_words(gate: Gate) -> str:

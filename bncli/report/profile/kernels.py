@@ -48,18 +48,23 @@ class KernelReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         profile = self.profile
-        rows, hidden = without_empty_cases(profile.rows)
-        tables = _kernel_tables(case_groups(rows), profile.ceilings)
-        yield ResponsiveTable(kernel_title(profile), next(tables), list(tables), measured_words(profile))
-        if profile.means:
-            yield ResponsiveTable("Geometric mean over all shapes", *_mean_tables(profile.means))
+        yield from kernel_tables(profile)
         yield Paragraph(f"Measured ceilings: {ceilings_words(profile.ceilings)}")
-        yield BulletList("", (*hidden, *note_lines(profile)))
+        yield BulletList("", (*without_empty_cases(profile.rows)[1], *note_lines(profile)))
         made = f"Made on {environment_words(profile.environment)}; {cache_words(profile.cold)}."
-        yield from (Paragraph(line, "dim") for line in (made, *_legend(profile)))
+        yield from (Paragraph(line, "dim") for line in (made, *legend(profile)))
 
 
-def _legend(profile: KernelProfile) -> Iterator[str]:
+def kernel_tables(profile: KernelProfile) -> Iterator[ResponsiveTable]:
+    """The rows, then their means over shapes."""
+    rows, _ = without_empty_cases(profile.rows)
+    tables = _kernel_tables(case_groups(rows), profile.ceilings)
+    yield ResponsiveTable(kernel_title(profile), next(tables), list(tables), measured_words(profile))
+    if profile.means:
+        yield ResponsiveTable("Geometric mean over all shapes", *_mean_tables(profile.means))
+
+
+def legend(profile: KernelProfile) -> Iterator[str]:
     """How to read the table of kernels, in a few lines."""
     if not profile.rows:
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -48,28 +48,33 @@ class StepReport:
     profile: StepProfile
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        profile = self.profile
-        rows = [row for members in _arms(profile.rows).values() for row in members]
-        bar = _bars(rows) if any(row.shares_ms for row in rows) else None
-        table = AlignedTable(step_columns(rows), _lines(rows, messages=True), bar=bar, key=_key(rows))
-        yield ResponsiveTable(f"{profile.name}: one step of the whole model", table, subtitle=measured_words(profile))
-        if shared := [row for row in rows if row.shares_ms and row.error is None]:
-            table = AlignedTable(share_columns(shared), _lines(shared))
-            plain = replace(table, columns=[without_asides(column) for column in table.columns])
-            short = replace(plain, short_headers=True)
-            least = replace(short, columns=[column for column in short.columns if not column.optional])
-            yield ResponsiveTable("Share of a step", table, [plain, short, least])
-        if split := [row for row in rows if row.memory is not None]:
-            table = AlignedTable(memory_columns(split), _lines(split))
-            yield ResponsiveTable("Memory of a training step", table, [replace(table, short_headers=True)])
-        yield BulletList("Norm layers:", _norms(rows))
+        profile, rows = self.profile, self.profile.rows
+        yield from step_tables(profile)
+        yield BulletList("Norm layers:", norm_lines(rows))
         yield from _remarks(profile.remarks)
         yield BulletList("", note_lines(profile))
         made = f"Made on {environment_words(profile.environment)}."
-        yield from (Paragraph(line, "dim") for line in (made, *_legend(rows)))
+        yield from (Paragraph(line, "dim") for line in (made, *legend(rows)))
 
 
-def _legend(rows: Sequence[StepCost]) -> list[str]:
+def step_tables(profile: StepProfile) -> Iterator[ResponsiveTable]:
+    """How long a step takes, the share of each class of work, and its memory."""
+    rows = [row for members in _arms(profile.rows).values() for row in members]
+    bar = _bars(rows) if any(row.shares_ms for row in rows) else None
+    table = AlignedTable(step_columns(rows), _lines(rows, messages=True), bar=bar, key=_key(rows))
+    yield ResponsiveTable(f"{profile.name}: one step of the whole model", table, subtitle=measured_words(profile))
+    if shared := [row for row in rows if row.shares_ms and row.error is None]:
+        table = AlignedTable(share_columns(shared), _lines(shared))
+        plain = replace(table, columns=[without_asides(column) for column in table.columns])
+        short = replace(plain, short_headers=True)
+        least = replace(short, columns=[column for column in short.columns if not column.optional])
+        yield ResponsiveTable("Share of a step", table, [plain, short, least])
+    if split := [row for row in rows if row.memory is not None]:
+        table = AlignedTable(memory_columns(split), _lines(split))
+        yield ResponsiveTable("Memory of a training step", table, [replace(table, short_headers=True)])
+
+
+def legend(rows: Sequence[StepCost]) -> list[str]:
     """How to read the tables of a step, in a few lines."""
     lines = [f"ms/step: {MEDIAN}; in evaluation, of a forward pass."] * bool(rows)
     if any(row.faster for row in rows):
@@ -86,7 +91,7 @@ def _legend(rows: Sequence[StepCost]) -> list[str]:
     return lines
 
 
-def _norms(rows: Sequence[StepCost]) -> list[str]:
+def norm_lines(rows: Sequence[StepCost]) -> list[str]:
     """What each arm's norm layers are with each kernel, said once for training and evaluation."""
     found = dict.fromkeys((row.arm, row.kernel or "", norms_words(row.norms)) for row in rows if row.norms)
     return [f"{', '.join(filter(None, (arm, kernel)))}: {words}" for arm, kernel, words in found]

@@ -161,14 +161,18 @@ def _case_words(case: Case) -> str:
 
 def note_lines(profile: Profile) -> list[str]:
     """What a reader of the figures must know, a sentence each."""
+    return [*mark_lines(profile), *map(note_words, profile.notes)]
+
+
+def mark_lines(profile: Profile) -> list[str]:
+    """What the marks beside times and speedups mean, as far as there are any."""
     speedups = {row.key: row.faster for row in profile.rows if row.faster is not None and row.faster.contradicted}
     contradicted = "; ".join(f"{key}: {figure(speedup.of_medians)}x" for key, speedup in speedups.items())
     words = (
         f"*: the two medians give another ratio ({contradicted}). Trust the marked one: what slows a whole round down "
         "cancels in the round's ratio, and moves the medians"
     )
-    marks = busy_words(row.cores_lacked for row in profile.rows), contradicted and words
-    return [*filter(None, marks), *map(note_words, profile.notes)]
+    return [*filter(None, (busy_words(row.cores_lacked for row in profile.rows), contradicted and words))]
 
 
 def note_words(note: Note) -> str:

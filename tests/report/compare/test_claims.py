@@ -12,7 +12,7 @@ from typing import get_args
 import pytest
 
 from bncli.report.compare.claims import NO_INTERVAL, claim_notes
-from bncli.report.compare.export import to_csv, to_html, to_markdown
+from bncli.report.compare.export import to_csv, to_markdown
 from bncli.report.compare.table import ComparisonReport, claims_table
 from bncli.report.files import from_json, to_json
 from bncli.results.compare import Comparison, JudgedClaim, NoInterval
@@ -134,13 +134,6 @@ def test_markdown_has_the_table_and_its_notes(judged):
     assert len(table.splitlines()) == 2 + 4
     assert "| 3. fewer \\| steps | steps\\_to\\_target (batch norm – / plain\\* 0.694) |" in table
     assert "- Claim 4 has no interval" in text
-
-
-def test_html_has_the_table_before_the_tuning_runs(judged):
-    page = to_html(judged)
-    assert page.index("<h2>Claims</h2>") < page.index("<h2>Tuning runs</h2>")
-    assert '<td class="words">shown</td>' in page
-    assert "<h2>Claims</h2>" not in to_html(replace(judged, claims=()))
 
 
 def test_json_has_a_flat_object_for_each_claim_and_comes_back(judged):

@@ -1,4 +1,4 @@
-"""CSV for programs, Markdown for pages, and one HTML page that needs nothing else."""
+"""CSV for programs, Markdown for pages."""
 
 from __future__ import annotations
 
@@ -6,16 +6,10 @@ import csv
 import io
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
-from typing import Any
 
 import pytest
 
-from bncli.errors import FileError
-from bncli.report.compare import figure
-from bncli.report.compare.export import to_csv, to_html, to_latex, to_markdown
-from bncli.report.figure import INK, MISSING
-from bncli.results.compare import Note
+from bncli.report.compare.export import to_csv, to_latex, to_markdown
 from tests.report.conftest import check_latex
 
 
@@ -95,101 +89,6 @@ def test_markdown_escapes_what_would_be_markup(examples):
     hostile = replace(found.arms[1], arm="a|b <script> *x* `y` [z](w)\n# h")
     text = to_markdown(replace(found, arms=(found.arms[0], hostile)))
     assert "a\\|b \\<script> \\*x\\* \\`y\\` \\[z\\](w) \\# h" in text
-
-
-# --- HTML ---------------------------------------------------------------------------------------------------------
-
-VOID = {"meta", "br", "path", "use", "rect"}
-
-
-class Page(HTMLParser):
-    """Notes text and what would be loaded, and sees to it that every tag is closed."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.words: list[str] = []
-        self.loaded: list[str] = []
-        self.tags: list[str] = []
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.loaded += [value for name, value in attributes if name in ("src", "href") and not value.startswith("#")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-
-@pytest.fixture
-def no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*_args: Any, **_options: Any) -> bytes:
-        raise FileError(MISSING)
-
-    monkeypatch.setattr(figure, "render", missing)
-
-
-def check_page(html: str) -> Page:
-    """That every tag is closed and nothing is loaded."""
-    page = Page(html)
-    assert page.open == []
-    assert page.loaded == []
-    assert "script" not in page.tags
-    return page
-
-
-def test_the_page_is_well_formed_and_loads_nothing(example, no_figure):
-    check_page(to_html(example))
-
-
-def test_the_page_has_tables_notes_machine_and_figure(examples):
-    html = to_html(examples["six arms"])
-    words = " ".join(check_page(html).words)
-    for text in (
-        "rectified linear units",
-        "12.1x",
-        "> 2,308",
-        "Tuning runs",
-        "worker killed by signal 9",
-        "torch 2.13.0",
-    ):
-        assert text in words
-    assert html.count("<svg") == 1
-    assert "prefers-color-scheme: dark" in html
-    assert INK not in html  # the figure takes the colour of the page's text
-    assert "currentColor" in html
-
-
-def test_without_matplotlib_the_page_says_what_is_missing(examples, no_figure):
-    html = to_html(examples["two arms"])
-    assert "<svg" not in html
-    assert "pip install matplotlib" in html
-    assert "12.1x" in html
-
-
-def test_without_a_grid_the_page_has_no_tuning_runs(examples, no_figure):
-    assert "Tuning" not in to_html(examples["no grid"])
-
-
-def test_the_page_escapes_names_and_notes(examples, no_figure):
-    found = examples["two arms"]
-    hostile = replace(found.arms[1], arm="<script>alert(1)</script>")
-    plan = replace(found.plan, name="<b>", data="&amp; <i>")
-    notes = (Note.of("words", words="<img src=x>"),)
-    page = Page(to_html(replace(found, plan=plan, arms=(found.arms[0], hostile), notes=notes)))
-    assert {"script", "img", "b", "i"}.isdisjoint(page.tags)
-    assert "<script>alert(1)</script>" in page.words
-    assert "<img src=x>." in page.words
 
 
 def test_the_latex_tables_are_those_of_the_report_for_a_paper(example):
