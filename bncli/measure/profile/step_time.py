@@ -179,43 +179,42 @@ def _layer_ranges(models: Iterable[nn.Module]) -> Iterator[None]:
     """While inside, the forward of each module and its nodes of the backward pass run in ranges of its name and class.
 
     A node is of the innermost module in whose forward it was made. Its hooks leave the graph as it is; a module's full
-    backward hooks change it, and refuse operations in place.
+    backward hooks change it, and refuse operations in place. A module's forward hooks would keep its batch norm from
+    taking along what follows, so that the call itself is replaced.
     """
-    running, handles, inputs, named = [], [], [], set[Any]()  # the last two: nodes
+    named = set[Any]()  # nodes
 
-    def enter(name: str, *_: Any) -> None:
-        running.append(record_function(name))
-        running[-1].__enter__()
-
-    def leave(*_: Any) -> None:
-        running.pop().__exit__(None, None, None)
-
-    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        inputs.append({*_nodes((args, kwargs))})
-        enter(name)
-
-    def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        leave()
-        seen, pending = inputs.pop(), _nodes(output)
+    def traced(call: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
+        seen = {*_nodes((args, kwargs))}
+        with record_function(name):
+            output = call(*args, **kwargs)
+        pending = _nodes(output)
         while pending:
             if (node := pending.pop()) in seen:
                 continue
             if node not in named:
-                node.register_prehook(functools.partial(enter, f"{name}, backward"))
-                node.register_hook(leave)
+                running = list[Any]()
+                node.register_prehook(functools.partial(_enter, running, f"{name}, backward"))
+                node.register_hook(lambda *_, running=running: running.pop().__exit__(None, None, None))
             seen.add(node)
             named.add(node)
             pending += [below for below, _ in node.next_functions if below is not None]
+        return output
 
-    for path, module in ((path, module) for model in models for path, module in model.named_modules()):
+    modules = dict.fromkeys((path, module) for model in models for path, module in model.named_modules())
+    for path, module in modules:
         name = f"{path} ({type(module).__name__})".strip()
-        handles.append(module.register_forward_pre_hook(functools.partial(before, name), with_kwargs=True))
-        handles.append(module.register_forward_hook(functools.partial(after, name)))
+        module.__dict__["_call_impl"] = functools.partial(traced, module._call_impl, name)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for _, module in modules:
+            module.__dict__.pop("_call_impl", None)
+
+
+def _enter(running: list[Any], name: str, *_: Any) -> None:
+    running.append(record_function(name))
+    running[-1].__enter__()
 
 
 def _nodes(value: Any) -> list[Any]:

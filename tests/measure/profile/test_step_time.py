@@ -205,7 +205,14 @@ def test_a_trace_names_the_layers_of_a_resnet_with_operations_in_place_forward_a
         assert names[name] == 2
         assert names[f"{name}, backward"] >= 2
     assert names["maxpool (MaxPool2d), backward"] == 2
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any("_call_impl" in module.__dict__ for module in model.modules())
+
+
+def test_a_batch_norm_takes_along_what_follows_in_a_trace_too(tmp_path: Path) -> None:
+    model = convert(ResNet((1, 1), 4, 2), trace=True)
+    names = {event.get("name") for event in traced(tmp_path / "trace.json", model)}
+    assert "stages.0.bn1 (BatchNorm2d)" in names
+    assert not any("relu" in str(name).lower() and "(ReLU)" not in str(name) for name in names)
 
 
 def test_a_node_of_the_backward_pass_is_of_the_innermost_layer_that_made_it(tmp_path: Path) -> None:
