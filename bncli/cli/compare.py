@@ -14,9 +14,8 @@ import typer
 
 from bncli.cli import options
 from bncli.cli.console import StopSignal, enable_gc, full_disk, given_options, log, show_plan
-from bncli.cli.output import Output, chosen_form, origin
+from bncli.cli.output import Output, origin
 from bncli.errors import CHECK_FAILED, BncliError, UsageError
-from bncli.report.figure import FigureStyle
 
 if TYPE_CHECKING:
     from bncli.measure.compare.plan import Study
@@ -81,8 +80,7 @@ def compare(
 
     Example: bncli compare recipes/digits.yaml --plot digits.svg
     """
-    form = chosen_form(json=json, csv=csv, markdown=markdown, latex=latex)
-    output = Output(form, plot, html, quiet, FigureStyle(plot_width, not no_caption))
+    output = Output.of(context)
     if bool(recipes) == bool(saved):
         raise UsageError("give a recipe, as in: bncli compare recipes/digits.yaml (or --from a saved comparison)")
     training = ("sets", "dry_run", "out", "jobs", "device", "threads", "allow_code")
@@ -215,8 +213,8 @@ def _saved_comparison(saved: Path, quiet: bool) -> Comparison:
 
 
 def _show(comparison: Comparison, output: Output) -> None:
-    from bncli.report import files
-    from bncli.report.compare import export, page
+    from bncli.report import files, layers
+    from bncli.report.compare import export, figure, page
     from bncli.report.compare.table import ComparisonReport
 
     forms = {
@@ -229,7 +227,8 @@ def _show(comparison: Comparison, output: Output) -> None:
     output.show(comparison, forms)
     plan = comparison.plan
     made = {"grid": plan.grid, "seeds": {"tune": plan.tune_seeds, "report": plan.report_seeds}}
-    output.write(comparison, _plot, lambda found: page.to_html(found, *origin(plan.recipes, **made)))
+    figures = {"": figure.draw} | ({"-layers": layers.draw} if layers.has_layers(comparison) else {})
+    output.write(comparison, figures, lambda found: page.to_html(found, *origin(plan.recipes, **made)))
 
 
 def _log_next(comparison: Comparison, folder: Path, output: Output, again: str) -> None:
@@ -247,11 +246,3 @@ def _log_next(comparison: Comparison, folder: Path, output: Output, again: str) 
     }
     step = next((f" Next: {words}" for words, fits in advice.items() if fits), "")
     log(f"{'Runs and result in' if folder.is_dir() else 'Read from'} {folder}.{step}", output.quiet)
-
-
-def _plot(comparison: Comparison, path: Path, style: FigureStyle) -> list[Path]:
-    from bncli.report import layers
-    from bncli.report.compare import figure
-
-    figure.plot(comparison, path, style)
-    return [path, *([layers.plot(comparison, path, style)] if layers.has_layers(comparison) else [])]

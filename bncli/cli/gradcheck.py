@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bncli.cli import options
 from bncli.cli.console import StopSignal, enable_gc, given_options, listed, print_result
-from bncli.cli.options import (
-    AllowCode,
-    Csv,
-    Device,
-    Html,
-    Json,
-    Junit,
-    Latex,
-    Markdown,
-    NoCaption,
-    Plot,
-    PlotWidth,
-    Quiet,
-    Threads,
-)
-from bncli.cli.output import Output, chosen_form, origin
+from bncli.cli.output import Output, origin
 from bncli.errors import CHECK_FAILED, INTERRUPTED, UsageError
 from bncli.names import GRADCHECK_KERNELS, NormName, check_kernel
-from bncli.report.figure import FigureStyle, save
 
 if TYPE_CHECKING:
     from bncli.results.gradcheck import CheckFailure, CheckGroup, Effort, Gradcheck
@@ -46,7 +30,7 @@ def gradcheck(
         ),
     ] = None,
     norm: Annotated[NormName, typer.Option(help="Norm to check.")] = "batch",
-    device: Device = "auto",
+    device: options.Device = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer cases: at most 15 s on 2 cores.")] = False,
     full: Annotated[bool, typer.Option("--full", help="All cases, and how each tolerance is derived.")] = False,
     only: Annotated[
@@ -57,21 +41,21 @@ def gradcheck(
         list[str] | None,
         typer.Option("--dtype", metavar="DTYPES", help="Only cases of fp32, bf16, fp16 or fp64.  [default: all]"),
     ] = None,
-    threads: Threads = None,
+    threads: options.Threads = None,
     demo: Annotated[
         bool, typer.Option("--demo", help="Show how a bias grows where the mean's gradient is ignored; check nothing.")
     ] = False,
-    plot: Plot = None,
-    plot_width: PlotWidth = None,
-    no_caption: NoCaption = False,
-    json: Json = False,
-    html: Html = None,
-    csv: Csv = False,
-    markdown: Markdown = False,
-    latex: Latex = False,
-    junit: Junit = None,
-    quiet: Quiet = False,
-    allow_code: AllowCode = False,
+    plot: options.Plot = None,
+    plot_width: options.PlotWidth = None,
+    no_caption: options.NoCaption = False,
+    json: options.Json = False,
+    html: options.Html = None,
+    csv: options.Csv = False,
+    markdown: options.Markdown = False,
+    latex: options.Latex = False,
+    junit: options.Junit = None,
+    quiet: options.Quiet = False,
+    allow_code: options.AllowCode = False,
 ) -> None:
     """Check a kernel's results and gradients against float64.
 
@@ -79,11 +63,7 @@ def gradcheck(
     """
     if quick and full:
         raise UsageError("--quick and --full: choose one, or neither for the checks in between")
-    form, style = (
-        chosen_form(json=json, csv=csv, markdown=markdown, latex=latex),
-        FigureStyle(plot_width, not no_caption),
-    )
-    output = Output(form, plot, html, quiet, style, junit)
+    output = Output.of(context)
     output.check()
     if plot and only:
         raise UsageError("--plot with --only: it draws dL/dx of a whole check; leave --only out")
@@ -137,7 +117,7 @@ def gradcheck(
     output.show(result, forms)
     output.write(
         result,
-        functools.partial(save, figure.draw_parts),
+        {"": figure.draw_parts},
         html=lambda found: page.to_html(found, commands, origin({})[0]),
         junit=lambda found: text.to_junit(found, commands),
     )
@@ -151,7 +131,7 @@ def _show_demo(as_json: bool, output: Output) -> None:
 
     steps = bias_demo()
     print_result(text.demo_to_json(steps) if as_json else table.demo_table(steps))
-    output.write(steps, functools.partial(save, figure.draw_demo))
+    output.write(steps, {"": figure.draw_demo})
 
 
 def rerun_command(result: Gradcheck, failure: CheckFailure) -> list[str]:

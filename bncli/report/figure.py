@@ -76,7 +76,7 @@ def check_path(path: Path) -> str:
     return path.suffix.lower().lstrip(".")
 
 
-def rendered(draw: Callable[[Figure], None], kind: str, dpi: int, for_page: bool = False) -> bytes:
+def rendered(draw: Callable[..., None], kind: str, dpi: int = 160, for_page: bool = False) -> bytes:
     """A file of that kind with what `draw` puts on an empty figure; on a page words are text. Raises FileError."""
     try:
         import matplotlib
@@ -157,10 +157,9 @@ def two_panels(
     return found
 
 
-def save(draw: Callable[..., None], found: Any, path: Path, style: FigureStyle) -> list[Path]:
-    """Write to `path` what `draw(figure, found, style)` draws, and return where it is. Raises FileError."""
-    write_atomically(path, rendered(lambda figure: draw(figure, found, style), check_path(path), 160))
-    return [path]
+def save(draw: Callable[..., None], found: Any, path: Path, style: FigureStyle = DEFAULT_STYLE) -> None:
+    """Write to `path` what `draw(figure, found, style)` draws. Raises FileError."""
+    write_atomically(path, rendered(lambda figure: draw(figure, found, style), check_path(path)))
 
 
 def plain_ticks(axes: Axes, finest: int | None = None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bncli.report import figure as figures
@@ -20,8 +19,7 @@ from bncli.report.compare.text import (
     targets_in_order,
     title,
 )
-from bncli.report.figure import COLOURS, DEFAULT_STYLE, INK, PALE, FigureStyle, check_path, line_style, rendered
-from bncli.report.files import write_atomically
+from bncli.report.figure import COLOURS, DEFAULT_STYLE, INK, PALE, FigureStyle, line_style
 from bncli.report.text import Cell, setting
 from bncli.results.compare import ArmSummary, Comparison
 from bncli.results.train import RunResult
@@ -34,16 +32,6 @@ if TYPE_CHECKING:
 WIDTH, NAMES_ABOVE = 11.0, 9.0
 CURVES, TARGETS, FRAME = 2.9, 2.4, 0.75
 NAME = 25, 44  # characters of an arm's name on a line: beside its runs, above them
-
-
-def plot(comparison: Comparison, path: Path, style: FigureStyle = DEFAULT_STYLE) -> None:
-    """Write the figure to `path`. Raises FileError for an unknown suffix or without matplotlib."""
-    write_atomically(path, render(comparison, check_path(path), style))
-
-
-def render(comparison: Comparison, kind: str, style: FigureStyle = DEFAULT_STYLE) -> bytes:
-    """The figure as the bytes of a file of that kind. Raises FileError without matplotlib."""
-    return rendered(lambda figure: draw(figure, comparison, style), kind, 160)
 
 
 def draw(figure: Figure, comparison: Comparison, style: FigureStyle = DEFAULT_STYLE) -> None:

@@ -33,8 +33,7 @@ def to_html(result: Gradcheck, commands: Sequence[Sequence[str]], command: str) 
         Section("How tolerances are derived", notes=derivations(replace(result, effort="full")), folded=True),
     ]
     if result.paths and result.paths[0].values:
-        parts = figure_section("dL/dx value by value", lambda it, style: draw_parts(it, result, style))
-        sections.insert(-2, parts)
+        sections.insert(-2, figure_section("dL/dx value by value", draw_parts, result))
     verdict = "good" if result.passed else "bad"
     headline = [closing(result), *(f"It looks like: {each.bug}." for each in result.diagnoses)]
     return render(Page(title, subtitle, headline, sections, [result.environment], verdict=verdict), command, "")

@@ -11,13 +11,11 @@ import itertools
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bncli.report import figure as figures
 from bncli.report.figure import COLOURS, DEFAULT_STYLE, INK, NARROW, PALE, FigureStyle, legend_above, write_caption
-from bncli.report.files import write_atomically
 from bncli.report.profile.text import cache_words, case_groups, gb_per_s, grouped, quartiles, shape_words, size_words
 from bncli.report.text import count, figure
 from bncli.results.profile import STEP_CLASSES, Ceilings, KernelCost, KernelProfile, Profile, StepCost, StepProfile
@@ -48,14 +46,7 @@ CLASS_COLOURS = dict(zip(STEP_CLASSES, _SHADES, strict=True))
 SMALL: dict[str, Any] = {"fontsize": 8, "textcoords": "offset points"}
 
 
-def draw(profile: Profile, path: Path, style: FigureStyle = DEFAULT_STYLE) -> list[Path]:
-    """Write the figure to `path`. Raises FileError for an unknown suffix or without matplotlib."""
-    kind = figures.check_path(path)
-    write_atomically(path, figures.rendered(lambda picture: compose(picture, profile, style), kind, 130))
-    return [path]
-
-
-def compose(picture: Figure, profile: Profile, style: FigureStyle = DEFAULT_STYLE) -> None:
+def draw(picture: Figure, profile: Profile, style: FigureStyle = DEFAULT_STYLE) -> None:
     """Draw the profile on an empty figure."""
     drawn = _kernels(picture, profile, style) if isinstance(profile, KernelProfile) else _steps(picture, profile, style)
     if not drawn:

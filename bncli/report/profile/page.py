@@ -15,7 +15,7 @@ def to_html(profile: Profile, gate: Gate | None, command: str, recipe: str) -> s
     """A self-contained page; with a figure where matplotlib is installed."""
     page = _kernel_page(profile) if isinstance(profile, KernelProfile) else _step_page(profile)
     heading = "Where the time of a step goes" if isinstance(profile, StepProfile) else "Speed and the machine's limits"
-    drawn = figure_section(heading, lambda picture, style: figure.compose(picture, profile, style))
+    drawn = figure_section(heading, figure.draw, profile)
     wrong = [f"{row.kernel} is wrong: {text.error_words(row)}" for row in profile.rows if row.wrong][:1]
     headline, sections, failed = [*wrong, *page.headline], [drawn, *page.sections], bool(wrong)
     if gate is not None:
