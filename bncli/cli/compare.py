@@ -35,26 +35,12 @@ def compare(
     jobs: Annotated[
         int | None,
         options.MachineOption(
-            "--jobs",
-            "-j",
-            min=1,
-            metavar="N",
-            help="Parallel runs.  [default: one per core or per GPU]",
-            show_default=False,
+            "--jobs", "-j", min=1, metavar="N", help="Parallel runs.  [default: one per core or per GPU]"
         ),
     ] = None,
-    threads: Annotated[
-        int, options.MachineOption(min=1, max=options.MOST_THREADS, metavar="N", help="CPU threads per run.")
-    ] = 1,
+    threads: Annotated[int, options.ThreadsOption(help="CPU threads per run.")] = 1,
     out: Annotated[
-        Path | None,
-        options.OutputOption(
-            "--out",
-            "-o",
-            metavar="FOLDER",
-            help="Folder of the runs.  [default: runs/NAME, or runs/A+B]",
-            show_default=False,
-        ),
+        Path | None, options.FolderOption(help="Folder of the runs.  [default: runs/NAME, or runs/A+B]")
     ] = None,
     saved: Annotated[
         Path | None,

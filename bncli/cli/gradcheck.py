@@ -26,7 +26,6 @@ def gradcheck(
             "--kernel",
             metavar="KERNEL",
             help=f"{', '.join(GRADCHECK_KERNELS)}, or your own as package.module:function.  [default: native]",
-            show_default=False,
         ),
     ] = None,
     norm: Annotated[NormName, typer.Option(help="Norm to check.")] = "batch",

@@ -101,7 +101,7 @@ def profile(
     ] = None,
     batch: Annotated[
         int | None,
-        KernelOption(min=1, metavar="N", help="Batch size of --shapes.  [default: the set's own]", show_default=False),
+        KernelOption(min=1, metavar="N", help="Batch size of --shapes.  [default: the set's own]"),
     ] = None,
     warm: Annotated[bool, KernelOption("--warm", help="Do not flush the cache before each sample.")] = False,
     threads: options.Threads = None,

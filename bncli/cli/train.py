@@ -31,26 +31,8 @@ def train(
     sets: options.Set = None,
     arm: options.ArmName = None,
     device: options.Device = "auto",
-    threads: Annotated[
-        int | None,
-        options.MachineOption(
-            min=1,
-            max=options.MOST_THREADS,
-            metavar="N",
-            help="CPU threads.  [default: by a step's size]",
-            show_default=False,
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        options.OutputOption(
-            "--out",
-            "-o",
-            metavar="FOLDER",
-            help="The run's folder.  [default: runs/NAME/DATE-TIME]",
-            show_default=False,
-        ),
-    ] = None,
+    threads: Annotated[int | None, options.ThreadsOption(help="CPU threads.  [default: by a step's size]")] = None,
+    out: Annotated[Path | None, options.FolderOption(help="The run's folder.  [default: runs/NAME/DATE-TIME]")] = None,
     force: Annotated[bool, options.OutputOption("--force", "-f", help="Overwrite an earlier run in --out.")] = False,
     plot: options.Plot = None,
     plot_width: options.PlotWidth = None,
