@@ -67,6 +67,16 @@ def markdown_table(columns: Sequence[Column]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
+def markdown_section(
+    heading: str, sentences: Iterable[str], columns: Sequence[Column] = (), notes: Iterable[str] = (), level: int = 4
+) -> list[str]:
+    """The lines of a part of a GitHub page: sentences, a table and a list, as far as there are any; else no line."""
+    table = markdown_table(columns) if columns else []
+    blocks = [*map(markdown, sentences)], table, [f"- {markdown(note)}" for note in notes]
+    body = [line for block in blocks if block for line in (*block, "")]
+    return [*[f"{'#' * level} {markdown(heading)}", ""] * bool(heading), *body] if body else []
+
+
 IN_LATEX = str.maketrans(
     {character: f"\\{character}" for character in "{}&%$#_"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", '"': "''"}

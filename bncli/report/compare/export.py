@@ -7,7 +7,7 @@ from typing import Any
 from bncli.report.compare.claims import HEADING, claim_columns, claim_notes, csv_row
 from bncli.report.compare.notes import warnings
 from bncli.report.compare.text import comparison_columns, footnotes, headline, side_tables, subtitle, title
-from bncli.report.export import csv_text, latex_text, markdown, markdown_table
+from bncli.report.export import csv_text, latex_text, markdown_section
 from bncli.report.text import setting
 from bncli.results.compare import ArmSummary, AtTarget, Comparison, Cost, Ratio
 
@@ -90,17 +90,15 @@ def _csv_ratio(name: str, ratio: Ratio | None, of_reference: int | None = 1) -> 
 
 def to_markdown(comparison: Comparison) -> str:
     """The comparison's table and its notes for a GitHub page."""
-    lines = [f"### {markdown(title(comparison))}", "", *map(markdown, headline(comparison)), ""]
-    lines += [markdown(subtitle(comparison.plan)), "", *markdown_table(comparison_columns(comparison)), ""]
-    if found := warnings(comparison):
-        lines += ["#### Warnings", "", *(f"- {markdown(each)}" for each in found), ""]
+    lines = markdown_section(title(comparison), headline(comparison), level=3)
+    lines += markdown_section("", [subtitle(comparison.plan)], comparison_columns(comparison))
+    lines += markdown_section("Warnings", (), (), warnings(comparison))
     for heading, columns in side_tables(comparison):
-        lines += [f"#### {heading.capitalize()}", "", *markdown_table(columns), ""]
-    lines += [f"- {markdown(note)}" for note in footnotes(comparison)]
+        lines += markdown_section(heading.capitalize(), (), columns)
+    lines += markdown_section("", (), (), footnotes(comparison))
     if comparison.claims:
-        lines += ["", f"#### {HEADING.capitalize()}", "", *markdown_table(claim_columns(comparison)), ""]
-        lines += [f"- {markdown(note)}" for note in claim_notes(comparison)]
-    return "\n".join(lines) + "\n"
+        lines += markdown_section(HEADING.capitalize(), (), claim_columns(comparison), claim_notes(comparison))
+    return "\n".join(lines)
 
 
 def to_latex(comparison: Comparison) -> str:

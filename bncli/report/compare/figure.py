@@ -8,17 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from bncli.report import figure as figures
-from bncli.report.compare.text import (
-    LETTERS,
-    all_targets,
-    curve_points,
-    metric_range,
-    ratio_cell,
-    steps_cell,
-    subtitle,
-    targets_in_order,
-    title,
-)
+from bncli.report.compare import text
 from bncli.report.figure import COLOURS, DEFAULT_STYLE, INK, PALE, FigureStyle, line_style
 from bncli.report.text import Cell, setting
 from bncli.results.compare import ArmSummary, Comparison
@@ -48,7 +38,7 @@ def draw(figure: Figure, comparison: Comparison, style: FigureStyle = DEFAULT_ST
         mosaic = [["curves", name] for name in heights]
         heights["steps"] = max(heights["steps"], CURVES + 0.3 - heights.get("targets", 0))
     figure.set_size_inches(width, sum(heights.values()))
-    figures.write_caption(figure, style, title(comparison), f"{subtitle(comparison.plan)}. {key(comparison)}")
+    figures.write_caption(figure, style, text.title(comparison), f"{text.subtitle(comparison.plan)}. {key(comparison)}")
     panels = figure.subplot_mosaic(mosaic, height_ratios=list(heights.values()))
     _curves(panels["curves"], comparison)
     _steps(panels["steps"], comparison, above)
@@ -57,7 +47,7 @@ def draw(figure: Figure, comparison: Comparison, style: FigureStyle = DEFAULT_ST
 
 
 def _has_ratios_by_target(comparison: Comparison) -> bool:
-    found = (each.ratio for arm in comparison.arms for each in all_targets(comparison.plan, arm) if arm.also)
+    found = (each.ratio for arm in comparison.arms for each in text.all_targets(comparison.plan, arm) if arm.also)
     return any(ratio is not None and ratio.value is not None for ratio in found)
 
 
@@ -65,10 +55,10 @@ def _targets(axes: Axes, comparison: Comparison) -> None:
     """The ratio at each target of the runs."""
     axes.set_title("times fewer steps, by target")
     axes.set_xlabel(f"target: held-out {comparison.plan.target.metric}")
-    order = targets_in_order(comparison.plan)
+    order = text.targets_in_order(comparison.plan)
     axes.set_xticks([target.value for target in order], [setting(target.value) for target in order])
     for index, arm in enumerate(comparison.arms):
-        found = {each.target: each.ratio for each in all_targets(comparison.plan, arm)}
+        found = {each.target: each.ratio for each in text.all_targets(comparison.plan, arm)}
         points = [
             (target.value, ratio.value, ratio.interval.low or ratio.value, ratio.interval.high or ratio.value)
             for target in order
@@ -105,8 +95,8 @@ def key(comparison: Comparison) -> str:
 
 def _curves(axes: Axes, comparison: Comparison) -> None:
     """The median curves on a log axis of steps, each with its arm's letter, and the target as a dashed line."""
-    target, bounds = comparison.plan.target, metric_range(comparison)
-    curves = {index: points for index, arm in enumerate(comparison.arms) if (points := curve_points(arm))}
+    target, bounds = comparison.plan.target, text.metric_range(comparison)
+    curves = {index: points for index, arm in enumerate(comparison.arms) if (points := text.curve_points(arm))}
     axes.set_title(f"held-out {target.metric}")
     axes.set_xlabel("optimizer steps")
     if bounds is None:
@@ -149,7 +139,7 @@ def _letters(axes: Axes, paths: dict[int, list[tuple[float, float]]]) -> None:
 
 
 def _letter(index: int) -> str:
-    return LETTERS[index % len(LETTERS)]
+    return text.LETTERS[index % len(text.LETTERS)]
 
 
 def _empty(axes: Axes) -> None:
@@ -167,7 +157,7 @@ def _names(comparison: Comparison, above: bool) -> list[str]:
 def _steps(axes: Axes, comparison: Comparison, above: bool = False) -> None:
     """Each run and the mean of an arm's; its name and figures beside its row, or above it where there is no room."""
     arms, most, names = comparison.arms, comparison.plan.most_steps, _names(comparison, above)
-    steps, ratios = [steps_cell(arm, most) for arm in arms], [ratio_cell(arm.ratio) for arm in arms]
+    steps, ratios = [text.steps_cell(arm, most) for arm in arms], [text.ratio_cell(arm.ratio) for arm in arms]
     axes.set_title("steps to target, and vs reference" if above else "steps to target")
     axes.set_xlabel("optimizer steps")
     axes.set_xscale("log")

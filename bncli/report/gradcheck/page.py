@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from bncli.report.gradcheck.figure import draw_parts
 from bncli.report.gradcheck.table import groups_table, paths_table
-from bncli.report.gradcheck.text import closing, derivations, evidence_text, failure_text, heading, reasons
+from bncli.report.gradcheck.text import bug_lines, closing, derivations, failure_text, heading, reasons
 from bncli.report.page import Page, Section, figure_section, render, table_section
 from bncli.report.table import AlignedTable
 from bncli.report.text import Column
@@ -25,7 +25,7 @@ def to_html(result: Gradcheck, commands: Sequence[Sequence[str]], command: str) 
     ]
     groups = table_section(groups_table(result.groups, "Groups of cases"))
     sections = [
-        Section("Looks like", notes=[f"{each.bug}, because {evidence_text(each)}" for each in result.diagnoses]),
+        Section("Looks like", notes=bug_lines(result)),
         Section("The first failures", tables=[AlignedTable(failures)] * bool(commands)),
         replace(groups, notes=["Errors are in units of each case's tolerance: 1 or less passes."]),
         *([table_section(paths_table(result.paths, result.norm))] if result.paths else []),

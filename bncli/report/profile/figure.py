@@ -124,7 +124,10 @@ def bar_panels(rows: Sequence[KernelCost], most: int) -> Panels:
     """The timed rows: a panel of shapes for each operation, dtype and layout; with too many bars one of their means."""
     cases = case_groups(rows)
     if len(rows) > most or any(len(members) > MOST_BARS for members in cases.values()):
-        means = {title: _mean_bars(members) for title, members in cases.items()}
+        means = {
+            title: [Bar(kernel, min(it), geometric_mean(it), max(it)) for kernel, it in _speeds(members).items()]
+            for title, members in cases.items()
+        }
         return {"geometric mean over shapes (line: slowest to fastest shape)": means}
     panels: Panels = {}
     for title, members in cases.items():
@@ -135,10 +138,6 @@ def bar_panels(rows: Sequence[KernelCost], most: int) -> Panels:
                 speeds = (row.both.floor_bytes / ms / 1e6 for ms in (times.high, times.median, times.low))
                 panel.setdefault(shape_words(row.case.shape), []).append(Bar(row.kernel, *speeds))
     return panels
-
-
-def _mean_bars(rows: Sequence[KernelCost]) -> list[Bar]:
-    return [Bar(kernel, min(found), geometric_mean(found), max(found)) for kernel, found in _speeds(rows).items()]
 
 
 def _speeds(rows: Sequence[KernelCost]) -> dict[str, list[float]]:

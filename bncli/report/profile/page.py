@@ -61,10 +61,8 @@ def _of_native(speedup: Speedup) -> str:
 
 def _step_page(profile: StepProfile) -> Page:
     time, *others = map(table_section, steps.step_tables(profile))
-    remarks = [(remark.arm, *text.remark_words(remark)) for remark in profile.remarks]
-    changes = [f"{arm}, {layer}: {finding}: {advice}" for arm, layer, finding, advice in remarks]
     notes = [*steps.norm_lines(profile.rows), *map(text.note_words, profile.notes), *steps.legend(profile.rows)]
-    last = [Section("Norm layers: what to change", notes=changes), Section("Notes", notes=notes)]
+    last = [Section("Norm layers: what to change", notes=text.remark_lines(profile)), Section("Notes", notes=notes)]
     sections = [replace(time, heading="Time", words=""), *others, *last]
     return Page(time.heading, time.words, list(_times(profile)), sections, [profile.environment])
 
