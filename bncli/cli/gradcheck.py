@@ -44,14 +44,14 @@ def gradcheck(
     demo: Annotated[
         bool, typer.Option("--demo", help="Show how a bias grows where the mean's gradient is ignored; check nothing.")
     ] = False,
-    plot: options.Plot = None,
-    plot_width: options.PlotWidth = None,
-    no_caption: options.NoCaption = False,
     json: options.Json = False,
-    html: options.Html = None,
     csv: options.Csv = False,
     markdown: options.Markdown = False,
     latex: options.Latex = False,
+    plot: options.Plot = None,
+    plot_width: options.PlotWidth = None,
+    no_caption: options.NoCaption = False,
+    html: options.Html = None,
     junit: options.Junit = None,
     quiet: options.Quiet = False,
     allow_code: options.AllowCode = False,
@@ -71,7 +71,12 @@ def gradcheck(
         others = [str(each.name) for each in context.command.params if each.name not in used]
         if idle := given_options(context, *others):
             raise UsageError(f"{idle}: nothing is checked with --demo, so that would have no effect")
-        _show_demo(json, output)
+        from bncli.measure.gradcheck.chain_rule import bias_demo
+        from bncli.report.gradcheck import figure, table, text
+
+        steps = bias_demo()
+        output.show(steps, {"json": text.demo_to_json, "table": table.demo_table})
+        output.write(steps, {"": figure.draw_demo})
         return
     names = ("native",) if kernels is None else listed(kernels)
     if len(names) != 1:
@@ -122,15 +127,6 @@ def gradcheck(
     )
     if not result.passed:
         raise typer.Exit(CHECK_FAILED)
-
-
-def _show_demo(as_json: bool, output: Output) -> None:
-    from bncli.measure.gradcheck.chain_rule import bias_demo
-    from bncli.report.gradcheck import figure, table, text
-
-    steps = bias_demo()
-    print_result(text.demo_to_json(steps) if as_json else table.demo_table(steps))
-    output.write(steps, {"": figure.draw_demo})
 
 
 def rerun_command(result: Gradcheck, failure: CheckFailure) -> list[str]:

@@ -120,18 +120,18 @@ def profile(
             min=1, metavar="N", help=f"Fewest rounds per ratio, whatever the time; an interval needs {FEWEST_ROUNDS}."
         ),
     ] = FEWEST_ROUNDS,
-    plot: options.Plot = None,
-    plot_width: options.PlotWidth = None,
-    no_caption: options.NoCaption = False,
-    html: options.Html = None,
-    trace: Annotated[
-        Path | None, StepOption(metavar="FILE.json", help="Write a Chrome trace of one training step per kernel.")
-    ] = None,
     json: options.Json = False,
     csv: options.Csv = False,
     markdown: options.Markdown = False,
     latex: options.Latex = False,
+    plot: options.Plot = None,
+    plot_width: options.PlotWidth = None,
+    no_caption: options.NoCaption = False,
+    html: options.Html = None,
     junit: options.Junit = None,
+    trace: Annotated[
+        Path | None, StepOption(metavar="FILE.json", help="Write a Chrome trace of one training step per kernel.")
+    ] = None,
     baseline: Annotated[
         Path | None,
         BaselineOption(metavar="FILE.json", help="Compare with a saved --json profile; exit 1 on a regression."),

@@ -29,13 +29,16 @@ def csv_text(rows: Sequence[dict[str, Any]], first: str) -> str:
     return text.getvalue()
 
 
+Outcome = Literal["passed", "failure", "error", "skipped"]
+
+
 class JunitCase(NamedTuple):
     """A test of a JUnit report. text: why it did not pass, or what is said of one that did."""
 
     group: str
     name: str
     seconds: float = 0.0
-    outcome: Literal["passed", "failure", "error", "skipped"] = "passed"
+    outcome: Outcome = "passed"
     text: str = ""
 
 

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from bncli.report import figure as figures
-from bncli.report.figure import INK, PALE, FigureStyle
+from bncli.report.figure import INK, FigureStyle
 from bncli.report.layers import Arm
 from bncli.report.text import figure, setting
 from bncli.report.train import status_words
@@ -30,7 +30,7 @@ def draw(picture: Figure, run: Arm, style: FigureStyle) -> None:
     reached = TargetReached(result.target, result.steps_to_target, result.first_hit) if result.target else None
     for each in filter(None, (reached, *result.also)):
         panel, value = panels[each.target.metric], each.target.value
-        panel.axhline(value, color=PALE, linestyle=(0, (5, 4)), linewidth=1, zorder=1)
+        panel.axhline(value, **figures.DASHED)
         label = f"{setting(value)} {'not reached' if each.steps is None else f'in {figure(each.steps)} steps'}"
         at = ([each.steps], [value]) if each.steps else ([], [])
         panel.plot(*at, "D", color=INK, markerfacecolor=INK if each is reached else "white", markersize=5, label=label)

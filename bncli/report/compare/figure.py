@@ -55,20 +55,19 @@ def _targets(axes: Axes, comparison: Comparison) -> None:
     """The ratio at each target of the runs."""
     axes.set_title("times fewer steps, by target")
     axes.set_xlabel(f"target: held-out {comparison.plan.target.metric}")
-    order = text.targets_in_order(comparison.plan)
-    axes.set_xticks([target.value for target in order], [setting(target.value) for target in order])
+    order = [each.target.value for each in text.all_targets(comparison.plan, comparison.arms[0])]
+    axes.set_xticks(order, list(map(setting, order)))
     for index, arm in enumerate(comparison.arms):
-        found = {each.target: each.ratio for each in text.all_targets(comparison.plan, arm)}
         points = [
-            (target.value, ratio.value, ratio.interval.low or ratio.value, ratio.interval.high or ratio.value)
-            for target in order
-            if (ratio := found[target]) and ratio.value is not None
+            (each.target.value, ratio.value, ratio.interval.low or ratio.value, ratio.interval.high or ratio.value)
+            for each in text.all_targets(comparison.plan, arm)
+            if (ratio := each.ratio) and ratio.value is not None
         ]
         if points:
             places, values, low, high = zip(*points, strict=True)
             axes.plot(places, values, marker="o", ms=4, **line_style(index))
             axes.vlines(places, low, high, color=line_style(index)["color"], linewidth=1)
-    axes.axhline(1, color=PALE, linestyle=(0, (5, 4)), linewidth=1, zorder=1)
+    axes.axhline(1, **figures.DASHED)
     if comparison.plan.target.metric == "loss":
         axes.invert_xaxis()
     axes.set_ylim(bottom=0)
@@ -100,9 +99,10 @@ def _curves(axes: Axes, comparison: Comparison) -> None:
     axes.set_title(f"held-out {target.metric}")
     axes.set_xlabel("optimizer steps")
     if bounds is None:
-        _empty(axes)
+        axes.set(xticks=[], yticks=[])
+        axes.text(0.5, 0.5, "no run has been evaluated yet", ha="center", transform=axes.transAxes, color=PALE)
         return
-    axes.axhline(target.value, color=PALE, linestyle=(0, (5, 4)), linewidth=1, zorder=1)
+    axes.axhline(target.value, **figures.DASHED)
     for index, points in curves.items():
         steps, medians, lows, highs = zip(*points, strict=True)
         axes.fill_between(steps, lows, highs, color=line_style(index)["color"], alpha=0.18, linewidth=0)
@@ -142,11 +142,6 @@ def _letter(index: int) -> str:
     return text.LETTERS[index % len(text.LETTERS)]
 
 
-def _empty(axes: Axes) -> None:
-    axes.set(xticks=[], yticks=[])
-    axes.text(0.5, 0.5, "no run has been evaluated yet", ha="center", transform=axes.transAxes, color=PALE)
-
-
 # --- right: steps to target ---------------------------------------------------------------------------------------
 
 
@@ -157,7 +152,8 @@ def _names(comparison: Comparison, above: bool) -> list[str]:
 def _steps(axes: Axes, comparison: Comparison, above: bool = False) -> None:
     """Each run and the mean of an arm's; its name and figures beside its row, or above it where there is no room."""
     arms, most, names = comparison.arms, comparison.plan.most_steps, _names(comparison, above)
-    steps, ratios = [text.steps_cell(arm, most) for arm in arms], [text.ratio_cell(arm.ratio) for arm in arms]
+    steps = [text.amount_cell(arm, arm.steps, most) for arm in arms]
+    ratios = [text.ratio_cell(arm.ratio) for arm in arms]
     axes.set_title("steps to target, and vs reference" if above else "steps to target")
     axes.set_xlabel("optimizer steps")
     axes.set_xscale("log")
@@ -166,13 +162,9 @@ def _steps(axes: Axes, comparison: Comparison, above: bool = False) -> None:
         _average(axes, row + 0.2 * above, arm, most)
     margin = 0.0 if above else max(0.0, (4 - len(arms)) / 4)  # two arms are not moved to the ends of the axis
     axes.set_ylim(len(arms) - 0.45 + margin, -0.5 - margin)
-    axes.set_yticks(range(len(arms)), [""] * len(arms) if above else names, parse_math=False)
+    figures.name_rows(axes, range(len(arms)), [""] * len(arms) if above else names)
     for index, label in enumerate(axes.get_yticklabels()):
         label.set(color=COLOURS[index % len(COLOURS)], fontweight="bold")
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    axes.set_axisbelow(True)
-    axes.grid(axis="x", color=PALE, alpha=0.25, linewidth=0.8)
     if any(arm.runs for arm in arms):
         low, high = axes.get_xlim()
         axes.set_xlim(low / 1.1, max(high * 1.1, low * 2))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,15 +67,6 @@ def _bars(colours: Mapping[str, str], *lines: str) -> list[Artist]:
 
     bars = [Patch(color=colour, label=name) for name, colour in colours.items()]
     return [*bars, *(Line2D([], [], color=INK, linewidth=1.3, label=words) for words in lines)]
-
-
-def _bar_axes(axes: Axes, places: Sequence[float], names: Iterable[str], **style: Any) -> None:
-    """Names at the bars' heights in place of an axis, and a grid for their lengths."""
-    axes.set_yticks(places, list(names), parse_math=False, **style)
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    axes.set_axisbelow(True)
-    axes.grid(axis="x", color=PALE, alpha=0.25, linewidth=0.8)
 
 
 # --- kernels ------------------------------------------------------------------------------------------------------
@@ -186,7 +177,7 @@ def _panel(axes: Axes, panel: Mapping[str, Sequence[Bar]], least_bars: float, co
         top += len(bars) + GAP
     margin = max(GAP, least_bars - top) / 2
     axes.set_ylim(top - GAP + margin, -margin)
-    _bar_axes(axes, middles, [textwrap.fill(name, LONGEST) for name in panel], fontsize=8)
+    figures.name_rows(axes, middles, [textwrap.fill(name, LONGEST) for name in panel], fontsize=8)
 
 
 # --- the roofline -------------------------------------------------------------------------------------------------
@@ -296,7 +287,7 @@ def step_bars(axes: Axes, rows: Sequence[StepCost], width: float) -> None:
     axes.set_xlim(0, max(median for median, _ in found) / max(0.3, 1 - share))
     axes.set_ylim(heights[-1] + 0.5, 0.5 - apart)
     axes.set_xlabel("ms per step")
-    _bar_axes(axes, heights, [""] * len(rows) if narrow else names)
+    figures.name_rows(axes, heights, [""] * len(rows) if narrow else names)
 
 
 def _stacked_bar(axes: Axes, height: float, row: StepCost) -> tuple[float, str]:

@@ -31,8 +31,8 @@ def to_html(profile: Profile, gate: Gate | None, command: str, recipe: str) -> s
 
 def _kernel_page(profile: KernelProfile) -> Page:
     rows, *means = map(table_section, kernels.kernel_tables(profile))
-    notes = [f"Measured ceilings: {kernels.ceilings_words(profile.ceilings)}."]
-    notes += [
+    notes = [
+        f"Measured ceilings: {kernels.ceilings_words(profile.ceilings)}.",
         *kernels.without_empty_cases(profile.rows)[1],
         *map(text.note_words, profile.notes),
         *kernels.legend(profile),
