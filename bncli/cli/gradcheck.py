@@ -66,13 +66,14 @@ def gradcheck(
     output.check()
     if plot and only:
         raise UsageError("--plot with --only: it draws dL/dx of a whole check; leave --only out")
+    from bncli.report.gradcheck import figure, table, text
+
     if demo:
         used = ("demo", "plot", "plot_width", "no_caption", "json", "quiet")
         others = [str(each.name) for each in context.command.params if each.name not in used]
         if idle := given_options(context, *others):
             raise UsageError(f"{idle}: nothing is checked with --demo, so that would have no effect")
         from bncli.measure.gradcheck.chain_rule import bias_demo
-        from bncli.report.gradcheck import figure, table, text
 
         steps = bias_demo()
         output.show(steps, {"json": text.demo_to_json, "table": table.demo_table})
@@ -85,7 +86,7 @@ def gradcheck(
     (kernel,) = names
     check_kernel(kernel, GRADCHECK_KERNELS, allow_code)
     effort: Effort = "quick" if quick else "full" if full else "default"
-    from bncli.report.gradcheck import figure, page, table, text
+    from bncli.report.gradcheck import page
     from bncli.report.progress import GradcheckProgress
 
     groups: list[CheckGroup] = []

@@ -11,6 +11,8 @@ from bncli.report.export import csv_text, latex_text, markdown_section
 from bncli.report.text import setting
 from bncli.results.compare import ArmSummary, AtTarget, Comparison, Cost, Ratio
 
+SPEED_AND_SIZE = ("samples_per_s", "ms_per_step", "cores_lacked", "peak_memory_mib", "parameters")
+
 # --- CSV ----------------------------------------------------------------------------------------------------------
 
 
@@ -53,11 +55,7 @@ def _csv_row(arm: ArmSummary, fields: list[str], metric: str) -> dict[str, Any]:
         **_csv_cost("examples", arm.examples),
         **{key: value for each in arm.also for key, value in _csv_target(each).items()},
         f"best_{metric}": arm.best,
-        "samples_per_s": arm.samples_per_s,
-        "ms_per_step": arm.ms_per_step,
-        "cores_lacked": arm.cores_lacked,
-        "peak_memory_mib": arm.peak_memory_mib,
-        "parameters": arm.parameters,
+        **{name: getattr(arm, name) for name in SPEED_AND_SIZE},
     }
 
 
