@@ -14,9 +14,8 @@ import typer
 
 from bncli.cli import options
 from bncli.cli.console import StopSignal, enable_gc, full_disk, given_options, log, show_plan
-from bncli.cli.output import Output, chosen_form, origin
+from bncli.cli.output import Output, origin
 from bncli.errors import CHECK_FAILED, BncliError, UsageError
-from bncli.report.figure import FigureStyle
 
 if TYPE_CHECKING:
     from bncli.measure.compare.plan import Study
@@ -36,26 +35,12 @@ def compare(
     jobs: Annotated[
         int | None,
         options.MachineOption(
-            "--jobs",
-            "-j",
-            min=1,
-            metavar="N",
-            help="Parallel runs.  [default: one per core or per GPU]",
-            show_default=False,
+            "--jobs", "-j", min=1, metavar="N", help="Parallel runs.  [default: one per core or per GPU]"
         ),
     ] = None,
-    threads: Annotated[
-        int, options.MachineOption(min=1, max=options.MOST_THREADS, metavar="N", help="CPU threads per run.")
-    ] = 1,
+    threads: Annotated[int, options.ThreadsOption(help="CPU threads per run.")] = 1,
     out: Annotated[
-        Path | None,
-        options.OutputOption(
-            "--out",
-            "-o",
-            metavar="FOLDER",
-            help="Folder of the runs.  [default: runs/NAME, or runs/A+B]",
-            show_default=False,
-        ),
+        Path | None, options.FolderOption(help="Folder of the runs.  [default: runs/NAME, or runs/A+B]")
     ] = None,
     saved: Annotated[
         Path | None,
@@ -81,8 +66,7 @@ def compare(
 
     Example: bncli compare recipes/digits.yaml --plot digits.svg
     """
-    form = chosen_form(json=json, csv=csv, markdown=markdown, latex=latex)
-    output = Output(form, plot, html, quiet, FigureStyle(plot_width, not no_caption))
+    output = Output.of(context)
     if bool(recipes) == bool(saved):
         raise UsageError("give a recipe, as in: bncli compare recipes/digits.yaml (or --from a saved comparison)")
     training = ("sets", "dry_run", "out", "jobs", "device", "threads", "allow_code")
@@ -215,8 +199,8 @@ def _saved_comparison(saved: Path, quiet: bool) -> Comparison:
 
 
 def _show(comparison: Comparison, output: Output) -> None:
-    from bncli.report import files
-    from bncli.report.compare import export, page
+    from bncli.report import files, layers
+    from bncli.report.compare import export, figure, page
     from bncli.report.compare.table import ComparisonReport
 
     forms = {
@@ -229,7 +213,8 @@ def _show(comparison: Comparison, output: Output) -> None:
     output.show(comparison, forms)
     plan = comparison.plan
     made = {"grid": plan.grid, "seeds": {"tune": plan.tune_seeds, "report": plan.report_seeds}}
-    output.write(comparison, _plot, lambda found: page.to_html(found, *origin(plan.recipes, **made)))
+    figures = {"": figure.draw} | ({"-layers": layers.draw} if layers.has_layers(comparison) else {})
+    output.write(comparison, figures, lambda found: page.to_html(found, *origin(plan.recipes, **made)))
 
 
 def _log_next(comparison: Comparison, folder: Path, output: Output, again: str) -> None:
@@ -247,11 +232,3 @@ def _log_next(comparison: Comparison, folder: Path, output: Output, again: str) 
     }
     step = next((f" Next: {words}" for words, fits in advice.items() if fits), "")
     log(f"{'Runs and result in' if folder.is_dir() else 'Read from'} {folder}.{step}", output.quiet)
-
-
-def _plot(comparison: Comparison, path: Path, style: FigureStyle) -> list[Path]:
-    from bncli.report import layers
-    from bncli.report.compare import figure
-
-    figure.plot(comparison, path, style)
-    return [path, *([layers.plot(comparison, path, style)] if layers.has_layers(comparison) else [])]

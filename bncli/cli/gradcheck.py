@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bncli.cli import options
 from bncli.cli.console import StopSignal, enable_gc, given_options, listed, print_result
-from bncli.cli.options import (
-    AllowCode,
-    Csv,
-    Device,
-    Html,
-    Json,
-    Junit,
-    Latex,
-    Markdown,
-    NoCaption,
-    Plot,
-    PlotWidth,
-    Quiet,
-    Threads,
-)
-from bncli.cli.output import Output, chosen_form, origin
+from bncli.cli.output import Output, origin
 from bncli.errors import CHECK_FAILED, INTERRUPTED, UsageError
 from bncli.names import GRADCHECK_KERNELS, NormName, check_kernel
-from bncli.report.figure import FigureStyle, save
 
 if TYPE_CHECKING:
     from bncli.results.gradcheck import CheckFailure, CheckGroup, Effort, Gradcheck
@@ -42,11 +26,10 @@ def gradcheck(
             "--kernel",
             metavar="KERNEL",
             help=f"{', '.join(GRADCHECK_KERNELS)}, or your own as package.module:function.  [default: native]",
-            show_default=False,
         ),
     ] = None,
     norm: Annotated[NormName, typer.Option(help="Norm to check.")] = "batch",
-    device: Device = "auto",
+    device: options.Device = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer cases: at most 15 s on 2 cores.")] = False,
     full: Annotated[bool, typer.Option("--full", help="All cases, and how each tolerance is derived.")] = False,
     only: Annotated[
@@ -57,21 +40,21 @@ def gradcheck(
         list[str] | None,
         typer.Option("--dtype", metavar="DTYPES", help="Only cases of fp32, bf16, fp16 or fp64.  [default: all]"),
     ] = None,
-    threads: Threads = None,
+    threads: options.Threads = None,
     demo: Annotated[
         bool, typer.Option("--demo", help="Show how a bias grows where the mean's gradient is ignored; check nothing.")
     ] = False,
-    plot: Plot = None,
-    plot_width: PlotWidth = None,
-    no_caption: NoCaption = False,
-    json: Json = False,
-    html: Html = None,
-    csv: Csv = False,
-    markdown: Markdown = False,
-    latex: Latex = False,
-    junit: Junit = None,
-    quiet: Quiet = False,
-    allow_code: AllowCode = False,
+    json: options.Json = False,
+    csv: options.Csv = False,
+    markdown: options.Markdown = False,
+    latex: options.Latex = False,
+    plot: options.Plot = None,
+    plot_width: options.PlotWidth = None,
+    no_caption: options.NoCaption = False,
+    html: options.Html = None,
+    junit: options.Junit = None,
+    quiet: options.Quiet = False,
+    allow_code: options.AllowCode = False,
 ) -> None:
     """Check a kernel's results and gradients against float64.
 
@@ -79,20 +62,22 @@ def gradcheck(
     """
     if quick and full:
         raise UsageError("--quick and --full: choose one, or neither for the checks in between")
-    form, style = (
-        chosen_form(json=json, csv=csv, markdown=markdown, latex=latex),
-        FigureStyle(plot_width, not no_caption),
-    )
-    output = Output(form, plot, html, quiet, style, junit)
+    output = Output.of(context)
     output.check()
     if plot and only:
         raise UsageError("--plot with --only: it draws dL/dx of a whole check; leave --only out")
+    from bncli.report.gradcheck import figure, table, text
+
     if demo:
         used = ("demo", "plot", "plot_width", "no_caption", "json", "quiet")
         others = [str(each.name) for each in context.command.params if each.name not in used]
         if idle := given_options(context, *others):
             raise UsageError(f"{idle}: nothing is checked with --demo, so that would have no effect")
-        _show_demo(json, output)
+        from bncli.measure.gradcheck.chain_rule import bias_demo
+
+        steps = bias_demo()
+        output.show(steps, {"json": text.demo_to_json, "table": table.demo_table})
+        output.write(steps, {"": figure.draw_demo})
         return
     names = ("native",) if kernels is None else listed(kernels)
     if len(names) != 1:
@@ -101,7 +86,7 @@ def gradcheck(
     (kernel,) = names
     check_kernel(kernel, GRADCHECK_KERNELS, allow_code)
     effort: Effort = "quick" if quick else "full" if full else "default"
-    from bncli.report.gradcheck import figure, page, table, text
+    from bncli.report.gradcheck import page
     from bncli.report.progress import GradcheckProgress
 
     groups: list[CheckGroup] = []
@@ -137,21 +122,12 @@ def gradcheck(
     output.show(result, forms)
     output.write(
         result,
-        functools.partial(save, figure.draw_parts),
+        {"": figure.draw_parts},
         html=lambda found: page.to_html(found, commands, origin({})[0]),
         junit=lambda found: text.to_junit(found, commands),
     )
     if not result.passed:
         raise typer.Exit(CHECK_FAILED)
-
-
-def _show_demo(as_json: bool, output: Output) -> None:
-    from bncli.measure.gradcheck.chain_rule import bias_demo
-    from bncli.report.gradcheck import figure, table, text
-
-    steps = bias_demo()
-    print_result(text.demo_to_json(steps) if as_json else table.demo_table(steps))
-    output.write(steps, functools.partial(save, figure.draw_demo))
 
 
 def rerun_command(result: Gradcheck, failure: CheckFailure) -> list[str]:

@@ -14,6 +14,8 @@ MOST_THREADS = 1024  # far more crash OpenMP
 RecipeOption = partial(typer.Option, rich_help_panel="Recipe")
 MachineOption = partial(typer.Option, rich_help_panel="Machine")
 OutputOption = partial(typer.Option, rich_help_panel="Output")
+ThreadsOption = partial(MachineOption, min=1, max=MOST_THREADS, metavar="N")
+FolderOption = partial(OutputOption, "--out", "-o", metavar="FOLDER")
 CheckOption = partial(typer.Option, rich_help_panel="Exit code")
 
 Recipe_ = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML recipe; - reads standard input.")]
@@ -25,12 +27,7 @@ ArmName = Annotated[str | None, RecipeOption("--arm", metavar="NAME", help="Use 
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="Allow your own model or kernel to be imported.")]
 DryRun = Annotated[bool, RecipeOption("--dry-run", "-n", help="Show what would be done and train nothing.")]
 Device = Annotated[str, MachineOption("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")]
-Threads = Annotated[
-    int | None,
-    MachineOption(
-        min=1, max=MOST_THREADS, metavar="N", help="CPU threads.  [default: torch's choice]", show_default=False
-    ),
-]
+Threads = Annotated[int | None, ThreadsOption(help="CPU threads.  [default: torch's choice]")]
 Quiet = Annotated[bool, OutputOption("--quiet", "-q", help="Print results and errors only, no progress.")]
 Json = Annotated[bool, OutputOption("--json", help="Print JSON instead of a table.")]
 Csv = Annotated[bool, OutputOption("--csv", help="Print CSV instead of a table.")]
@@ -39,9 +36,7 @@ Latex = Annotated[bool, OutputOption("--latex", help="Print LaTeX tables instead
 Plot = Annotated[Path | None, OutputOption(metavar="FILE.svg|png|pdf", help="Draw it to a file (needs matplotlib).")]
 PlotWidth = Annotated[
     float | None,
-    OutputOption(
-        min=3, max=40, metavar="INCHES", help="Width of --plot; a paper's column has about 3.3.", show_default=False
-    ),
+    OutputOption(min=3, max=40, metavar="INCHES", help="Width of --plot; a paper's column has about 3.3."),
 ]
 NoCaption = Annotated[bool, OutputOption("--no-caption", help="Omit title and caption of --plot, for a paper.")]
 Junit = Annotated[Path | None, OutputOption(metavar="FILE.xml", help="Write a JUnit report, for CI.")]

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from bncli.cli.console import log, print_result
 from bncli.errors import UsageError
-from bncli.report.figure import DEFAULT_STYLE, FigureStyle, check_path
+from bncli.report.figure import DEFAULT_STYLE, FigureStyle, check_path, save
+
+FORMS = ("json", "csv", "markdown", "latex")
 
 
 @dataclass(frozen=True)
 class Output:
-    """What the options ask for.
+    """What the options of a command ask for.
 
-    form: how the result is printed: table, json, csv, markdown or latex. plot, html, junit: files to be written beside
-    it. style: how the plot is laid out.
+    form: how the result is printed: table or one of FORMS. plot, html, junit: files to be written beside it. style: how
+    the plot is laid out.
     """
 
     form: str = "table"
@@ -28,6 +32,18 @@ class Output:
     quiet: bool = False
     style: FigureStyle = DEFAULT_STYLE
     junit: Path | None = None
+
+    @classmethod
+    def of(cls, context: typer.Context) -> Output:
+        """The options of the command that runs, of which it need not have all. Raises UsageError for two forms."""
+        asked = context.params
+        chosen = [form for form in FORMS if asked.get(form)]
+        if len(chosen) > 1:
+            *first, last = [f"--{form}" for form in FORMS if form in asked]
+            raise UsageError(f"{', '.join(first)} and {last}: choose one, the result is printed once")
+        files = {name: Path(asked[name]) for name in ("plot", "html", "junit") if asked.get(name)}
+        style = FigureStyle(asked.get("plot_width"), not asked.get("no_caption"))
+        return cls((chosen or ["table"])[0], quiet=asked["quiet"], style=style, **files)
 
     def check(self, *others: Path | None) -> None:
         """Refuse before any work what could not be written after it. others: further files of the command."""
@@ -49,15 +65,20 @@ class Output:
     def write(
         self,
         result: Any,
-        plot: Callable[[Any, Path, FigureStyle], Sequence[Path]] | None = None,
+        figures: Mapping[str, Callable[..., None]],
         html: Callable[[Any], str] | None = None,
         junit: Callable[[Any], str] | None = None,
     ) -> None:
-        """Write the files. plot: draws figures at a path in a style, returns where. html, junit: make the text."""
+        """Write the files. figures: what their names end in, without the suffix -> what draws them, see `figure.save`.
+
+        html, junit: make the text.
+        """
         from bncli.report.files import write_atomically
 
-        if self.plot and plot:
-            for file in plot(result, self.plot, self.style):
+        for ending, draw in figures.items():
+            if self.plot:
+                file = self.plot.with_stem(self.plot.stem + ending)
+                save(draw, result, file, self.style)
                 log(f"Plot written to {file}", self.quiet)
         for path, make in ((self.html, html), (self.junit, junit)):
             if path and make:
@@ -74,12 +95,3 @@ def origin(recipes: Mapping[str, Any], **others: Any) -> tuple[str, str]:
     arms = {name: {key: each[key] for key in each if key not in common} for name, each in recipes.items()}
     sections = {**common, **({"arms": arms} if len(found) > 1 else {}), **others}
     return shlex.join(["bncli", *sys.argv[1:]]), dump(sections) if sections else ""
-
-
-def chosen_form(**asked: bool) -> str:
-    """The form that was asked for, by its option's name, or table. Refuses two of them."""
-    names = [name for name, wanted in asked.items() if wanted]
-    if len(names) > 1:
-        *first, last = [f"--{name}" for name in asked]
-        raise UsageError(f"{', '.join(first)} and {last}: choose one, the result is printed once")
-    return names[0] if names else "table"

@@ -14,20 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bncli.cli import options
-from bncli.cli.console import (
-    StopSignal,
-    enable_gc,
-    given_options,
-    listed,
-    log,
-    print_result,
-)
-from bncli.cli.options import AllowCode, ArmName, Csv, Device, Html, Json, Markdown, Plot, Quiet, Set, Threads
-from bncli.cli.output import Output, chosen_form, origin
+from bncli.cli.console import StopSignal, enable_gc, given_options, listed, log, print_result
+from bncli.cli.output import Output, origin
 from bncli.errors import CHECK_FAILED, CODE_OF_YOURS, INTERRUPTED, UNAVAILABLE, UsageError
 from bncli.measure.profile.shapes import SETS
 from bncli.names import PROFILE_KERNELS, RECIPE_KERNELS, check_kernel
-from bncli.report.figure import FigureStyle
 from bncli.results.environment import FEWEST_ROUNDS
 
 if TYPE_CHECKING:
@@ -70,8 +61,8 @@ def profile(
     recipe: Annotated[
         str | None, typer.Argument(metavar="[RECIPE]", help="YAML recipe, for the step view; without one: kernel view.")
     ] = None,
-    sets: Set = None,
-    arm: ArmName = None,
+    sets: options.Set = None,
+    arm: options.ArmName = None,
     model: Annotated[
         str | None,
         StepOption(metavar="MODULE:FUNCTION", help="Your own model, for the step view; needs --input, --allow-code."),
@@ -79,7 +70,7 @@ def profile(
     inputs: Annotated[
         str | None, StepOption("--input", metavar="BxCxHxW", help="Shape of --model's input, with the batch.")
     ] = None,
-    device: Device = "auto",
+    device: options.Device = "auto",
     kernels: Annotated[
         list[str] | None,
         MeasuredOption(
@@ -110,10 +101,10 @@ def profile(
     ] = None,
     batch: Annotated[
         int | None,
-        KernelOption(min=1, metavar="N", help="Batch size of --shapes.  [default: the set's own]", show_default=False),
+        KernelOption(min=1, metavar="N", help="Batch size of --shapes.  [default: the set's own]"),
     ] = None,
     warm: Annotated[bool, KernelOption("--warm", help="Do not flush the cache before each sample.")] = False,
-    threads: Threads = None,
+    threads: options.Threads = None,
     quick: Annotated[bool, TimeOption("--quick", help="Fewer samples: the default shapes in 15 s on 2 cores.")] = False,
     seconds: Annotated[
         float | None,
@@ -129,18 +120,18 @@ def profile(
             min=1, metavar="N", help=f"Fewest rounds per ratio, whatever the time; an interval needs {FEWEST_ROUNDS}."
         ),
     ] = FEWEST_ROUNDS,
-    plot: Plot = None,
+    json: options.Json = False,
+    csv: options.Csv = False,
+    markdown: options.Markdown = False,
+    latex: options.Latex = False,
+    plot: options.Plot = None,
     plot_width: options.PlotWidth = None,
     no_caption: options.NoCaption = False,
-    html: Html = None,
+    html: options.Html = None,
+    junit: options.Junit = None,
     trace: Annotated[
         Path | None, StepOption(metavar="FILE.json", help="Write a Chrome trace of one training step per kernel.")
     ] = None,
-    json: Json = False,
-    csv: Csv = False,
-    markdown: Markdown = False,
-    latex: options.Latex = False,
-    junit: options.Junit = None,
     baseline: Annotated[
         Path | None,
         BaselineOption(metavar="FILE.json", help="Compare with a saved --json profile; exit 1 on a regression."),
@@ -152,8 +143,8 @@ def profile(
     strict: Annotated[
         bool, BaselineOption("--strict", help="With --baseline: exit 1 also where the intervals are inconclusive.")
     ] = False,
-    quiet: Quiet = False,
-    allow_code: AllowCode = False,
+    quiet: options.Quiet = False,
+    allow_code: options.AllowCode = False,
 ) -> None:
     """Measure the time and memory of batch norm on this machine.
 
@@ -167,11 +158,7 @@ def profile(
     if idle := given_options(context, *(KERNEL_VIEW if of_steps else STEP_VIEW)):
         view = "the kernel view: omit the recipe or --model" if of_steps else "the step view: give a recipe"
         raise UsageError(f"{idle} {'belong' if ',' in idle else 'belongs'} to {view}")
-    form, style = (
-        chosen_form(json=json, csv=csv, markdown=markdown, latex=latex),
-        FigureStyle(plot_width, not no_caption),
-    )
-    output = Output(form, plot, html, quiet, style, junit)
+    output = Output.of(context)
     _check_times(seconds, quick, min_rounds, baseline)
     _check_gate(context, output.form, baseline, fail_above)
     asked = _Asked(
@@ -250,11 +237,10 @@ def _profile_steps(
     with StopSignal(at_once=True) as stop, contextlib.redirect_stdout(sys.stderr):
         from bncli.measure.profile.run import model_run, recipe_run
 
-        options = _run_options(asked)
         if recipe is not None:
-            run = recipe_run(options, recipe, sets, arm, trace, sets_from="--set")
+            run = recipe_run(_run_options(asked), recipe, sets, arm, trace, sets_from="--set")
         else:
-            run = model_run(options, model or "", inputs or "", trace)
+            run = model_run(_run_options(asked), model or "", inputs or "", trace)
         stopped = _measure(run, stop, asked.output.quiet)
     if trace and trace.exists():
         log(f"Trace of one step per kernel written to {trace}: open it at https://ui.perfetto.dev", asked.output.quiet)
@@ -325,7 +311,7 @@ def _finish(
     if result.rows:
         asked.output.write(
             result,
-            figure.draw,
+            {"": figure.draw},
             html=lambda found: page.to_html(found, gate, *origin(asked.recipes)),
             junit=None if gate is None else lambda found: to_junit(found, gate),
         )

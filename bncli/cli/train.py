@@ -15,7 +15,6 @@ from bncli.cli.console import StopSignal, enable_gc, log, print_result, show_pla
 from bncli.cli.output import Output
 from bncli.errors import CHECK_FAILED, DIVERGED
 from bncli.recipe import examples
-from bncli.report.figure import FigureStyle
 
 
 def _show_example(context: typer.Context, name: str | None) -> None:
@@ -27,36 +26,19 @@ def _show_example(context: typer.Context, name: str | None) -> None:
 
 
 def train(
+    context: typer.Context,
     recipe: options.Recipe_,
     sets: options.Set = None,
     arm: options.ArmName = None,
     device: options.Device = "auto",
-    threads: Annotated[
-        int | None,
-        options.MachineOption(
-            min=1,
-            max=options.MOST_THREADS,
-            metavar="N",
-            help="CPU threads.  [default: by a step's size]",
-            show_default=False,
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        options.OutputOption(
-            "--out",
-            "-o",
-            metavar="FOLDER",
-            help="The run's folder.  [default: runs/NAME/DATE-TIME]",
-            show_default=False,
-        ),
-    ] = None,
+    threads: Annotated[int | None, options.ThreadsOption(help="CPU threads.  [default: by a step's size]")] = None,
+    out: Annotated[Path | None, options.FolderOption(help="The run's folder.  [default: runs/NAME/DATE-TIME]")] = None,
     force: Annotated[bool, options.OutputOption("--force", "-f", help="Overwrite an earlier run in --out.")] = False,
+    json: options.Json = False,
     plot: options.Plot = None,
     plot_width: options.PlotWidth = None,
     no_caption: options.NoCaption = False,
     tensorboard: Annotated[bool, options.OutputOption("--tensorboard", help="Write TensorBoard files too.")] = False,
-    json: options.Json = False,
     quiet: options.Quiet = False,
     dry_run: options.DryRun = False,
     require_target: options.RequireTarget = False,
@@ -74,6 +56,8 @@ def train(
     """
     from bncli.recipe.load import Arm, load, plain
 
+    output = Output.of(context)
+    output.check()
     loaded = load(recipe, sets or (), allow_code=allow_code, sets_from="--set")
     chosen = Arm(loaded.name, loaded.base) if arm is None else loaded.arm(arm)
     if dry_run:
@@ -83,8 +67,6 @@ def train(
         return
     from bncli.report import tensorboard as board
 
-    output = Output("json" if json else "table", plot, None, quiet, FigureStyle(plot_width, not no_caption))
-    output.check()
     if tensorboard:
         board.check_installed()
     from bncli.recipe.yaml import dump
@@ -112,7 +94,8 @@ def train(
                     result = event.result
         folder.finish(result)
     output.show(result, {"json": to_json, "table": lambda found: run_table(found, chosen.name)})
-    output.write(layers.Arm(0, chosen.name, [chosen.recipe.train.seed], [result]), run_figure.plot)
+    run = layers.Arm(0, chosen.name, [chosen.recipe.train.seed], [result])
+    output.write(run, {"": run_figure.draw} | ({"-layers": layers.draw} if layers.has_layers(run) else {}))
     log(f"Saved in {folder.path}", quiet)
     if stop.number:
         raise typer.Exit(stop.exit_code)

@@ -59,7 +59,7 @@ def _arms_table(planned: Planned) -> ResponsiveTable:
         Column("differs from the base", [_changes(arm) for arm in arms], words=True),
         Column("parameters", [figure(arm.parameters) for arm in arms]),
         Column("memory,\nestimated", [_memory(arm.memory_mib) for arm in arms]),
-        Column("runs", [_runs(arm) for arm in arms]),
+        Column("runs", [f"{arm.tuning_runs} + " * bool(arm.tuning_runs) + f"{arm.report_runs}" for arm in arms]),
     ]
     return ResponsiveTable("What would be trained", AlignedTable(columns), [AlignedTable(columns, wrap=True)])
 
@@ -94,7 +94,3 @@ def _changes(arm: PlannedArm) -> str:
 
 def _memory(mib: float | None) -> str:
     return UNKNOWN if mib is None else f"{mib:,.1f} MiB"
-
-
-def _runs(arm: PlannedArm) -> str:
-    return f"{arm.tuning_runs} + {arm.report_runs}" if arm.tuning_runs else str(arm.report_runs)

@@ -29,13 +29,16 @@ def csv_text(rows: Sequence[dict[str, Any]], first: str) -> str:
     return text.getvalue()
 
 
+Outcome = Literal["passed", "failure", "error", "skipped"]
+
+
 class JunitCase(NamedTuple):
     """A test of a JUnit report. text: why it did not pass, or what is said of one that did."""
 
     group: str
     name: str
     seconds: float = 0.0
-    outcome: Literal["passed", "failure", "error", "skipped"] = "passed"
+    outcome: Outcome = "passed"
     text: str = ""
 
 
@@ -65,6 +68,16 @@ def markdown_table(columns: Sequence[Column]) -> list[str]:
     rows = [[cell.line for cell in row] for row in zip(*(column.cells for column in columns), strict=True)]
     lines = [map(markdown, header), rule, *(map(markdown, row) for row in rows)]
     return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def markdown_section(
+    heading: str, sentences: Iterable[str], columns: Sequence[Column] = (), notes: Iterable[str] = (), level: int = 4
+) -> list[str]:
+    """The lines of a part of a GitHub page: sentences, a table and a list, as far as there are any; else no line."""
+    table = markdown_table(columns) if columns else []
+    blocks = [*map(markdown, sentences)], table, [f"- {markdown(note)}" for note in notes]
+    body = [line for block in blocks if block for line in (*block, "")]
+    return [*[f"{'#' * level} {markdown(heading)}", ""] * bool(heading), *body] if body else []
 
 
 IN_LATEX = str.maketrans(

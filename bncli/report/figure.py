@@ -9,7 +9,7 @@ import importlib.util
 import io
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -30,6 +30,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#C4649B", "#D08A00", "#3A9FDB", "#7
 LINES: Any = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1.5, 1.2)))
 INK = "#1b1b1b"  # text and axes; a web page can replace it by its own colour
 PALE = "#8a8a8a"  # what is not data: readable on white and on black
+DASHED: Any = {"color": PALE, "linestyle": (0, (5, 4)), "linewidth": 1, "zorder": 1}  # a target, a ratio of 1
 MOST_PLACES = 150  # of a curve; it needs no more at any size
 THINNED = f"Where there are more than {MOST_PLACES} evaluations: medians of these in intervals of steps."
 # Inches: of a figure whose panels stand below each other; of an axis with few numbers.
@@ -76,7 +77,7 @@ def check_path(path: Path) -> str:
     return path.suffix.lower().lstrip(".")
 
 
-def rendered(draw: Callable[[Figure], None], kind: str, dpi: int, for_page: bool = False) -> bytes:
+def rendered(draw: Callable[..., None], kind: str, dpi: int = 160, for_page: bool = False) -> bytes:
     """A file of that kind with what `draw` puts on an empty figure; on a page words are text. Raises FileError."""
     try:
         import matplotlib
@@ -157,10 +158,18 @@ def two_panels(
     return found
 
 
-def save(draw: Callable[..., None], found: Any, path: Path, style: FigureStyle) -> list[Path]:
-    """Write to `path` what `draw(figure, found, style)` draws, and return where it is. Raises FileError."""
-    write_atomically(path, rendered(lambda figure: draw(figure, found, style), check_path(path), 160))
-    return [path]
+def save(draw: Callable[..., None], found: Any, path: Path, style: FigureStyle = DEFAULT_STYLE) -> None:
+    """Write to `path` what `draw(figure, found, style)` draws. Raises FileError."""
+    write_atomically(path, rendered(lambda figure: draw(figure, found, style), check_path(path)))
+
+
+def name_rows(axes: Axes, heights: Sequence[float], names: Iterable[str], **style: Any) -> None:
+    """Names at the heights of bars or dots in place of an axis, and a grid for their lengths."""
+    axes.set_yticks(heights, list(names), parse_math=False, **style)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_axisbelow(True)
+    axes.grid(axis="x", color=PALE, alpha=0.25, linewidth=0.8)
 
 
 def plain_ticks(axes: Axes, finest: int | None = None) -> None:

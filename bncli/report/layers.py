@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import quantiles
 from typing import TYPE_CHECKING, NamedTuple
 
 from bncli.report import figure as figures
-from bncli.report.figure import DEFAULT_STYLE, INK, PALE, FigureStyle, check_path, line_style, rendered, write_caption
-from bncli.report.files import write_atomically
+from bncli.report.figure import DEFAULT_STYLE, INK, PALE, FigureStyle, line_style, write_caption
 from bncli.report.text import count
 from bncli.report.train import rows_of
 from bncli.results.compare import Comparison
@@ -57,18 +55,6 @@ def has_layers(shown: Comparison | Arm) -> bool:
     """Whether there is something to draw."""
     arms = _arms(shown)
     return bool(_columns(arms) and _rows(arms))
-
-
-def plot(shown: Comparison | Arm, path: Path, style: FigureStyle = DEFAULT_STYLE) -> Path:
-    """Write the figure beside `path`, as NAME-layers with its suffix, and return where it is. Raises FileError."""
-    beside = path.with_name(f"{path.stem}-layers{path.suffix}")
-    write_atomically(beside, render(shown, check_path(path), style))
-    return beside
-
-
-def render(shown: Comparison | Arm, kind: str, style: FigureStyle = DEFAULT_STYLE) -> bytes:
-    """The figure as the bytes of a file of that kind. Raises FileError without matplotlib."""
-    return rendered(lambda figure: draw(figure, shown, style), kind, 160)
 
 
 def draw(figure: Figure, shown: Comparison | Arm, style: FigureStyle = DEFAULT_STYLE) -> None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bncli.errors import FileError
 from bncli.report.figure import COLOURS, INK, PALE, FigureStyle, rendered
@@ -59,10 +58,10 @@ def table_section(table: ResponsiveTable, heading: str = "", folded: bool = Fals
     return Section(heading or table.title, table.subtitle, [table.table], notes=table.notes, folded=folded)
 
 
-def figure_section(heading: str, draw: Callable[..., None], key: str = "") -> Section:
-    """What `draw` puts on an empty figure in a `style`, and how to read it; without matplotlib why there is none."""
+def figure_section(heading: str, draw: Callable[..., None], found: Any, key: str = "") -> Section:
+    """What `draw(figure, found, style)` draws, and how to read it; without matplotlib why there is none."""
     try:
-        wide, narrow = (rendered(partial(draw, style=style), "svg", 100, for_page=True) for style in STYLES)
+        wide, narrow = (rendered(lambda it, s=style: draw(it, found, s), "svg", for_page=True) for style in STYLES)
     except FileError as error:
         return Section(heading, f"No figure: {error}")
     return Section(heading, figure=(wide, narrow), notes=[key] * bool(key))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bncli.report import figure as figures
-from bncli.report import layers
-from bncli.report.figure import INK, PALE, FigureStyle
+from bncli.report.figure import INK, FigureStyle
+from bncli.report.layers import Arm
 from bncli.report.text import figure, setting
 from bncli.report.train import status_words
 from bncli.results.train import TargetReached
@@ -19,13 +18,7 @@ if TYPE_CHECKING:
 KEY = "Diamond: steps spent below a target. Training loss: of the last batch before each evaluation."
 
 
-def plot(run: layers.Arm, path: Path, style: FigureStyle) -> list[Path]:
-    """Write the curves to `path` and what the probes measured beside it; where they are. Raises FileError."""
-    beside = [layers.plot(run, path, style)] if layers.has_layers(run) else []
-    return [*figures.save(draw, run, path, style), *beside]
-
-
-def draw(picture: Figure, run: layers.Arm, style: FigureStyle) -> None:
+def draw(picture: Figure, run: Arm, style: FigureStyle) -> None:
     """Put a panel of the accuracy and one of the losses on an empty figure."""
     result = run.runs[0]
     later = [each for each in result.evaluations if each.step > 0]
@@ -37,7 +30,7 @@ def draw(picture: Figure, run: layers.Arm, style: FigureStyle) -> None:
     reached = TargetReached(result.target, result.steps_to_target, result.first_hit) if result.target else None
     for each in filter(None, (reached, *result.also)):
         panel, value = panels[each.target.metric], each.target.value
-        panel.axhline(value, color=PALE, linestyle=(0, (5, 4)), linewidth=1, zorder=1)
+        panel.axhline(value, **figures.DASHED)
         label = f"{setting(value)} {'not reached' if each.steps is None else f'in {figure(each.steps)} steps'}"
         at = ([each.steps], [value]) if each.steps else ([], [])
         panel.plot(*at, "D", color=INK, markerfacecolor=INK if each is reached else "white", markersize=5, label=label)

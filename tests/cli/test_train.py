@@ -111,6 +111,13 @@ def test_a_run_that_gives_up_before_its_first_step_leaves_no_folder(recipe: str)
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("wrong", [("--plot", "run.eps"), ("--no-caption",)])
+def test_what_could_not_be_drawn_is_refused_in_a_dry_run_too(recipe: str, wrong: tuple[str, ...]) -> None:
+    ran = bncli("train", recipe, "--dry-run", *wrong)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.count("\n") == 1
+
+
 def test_a_dry_run_of_train_gives_the_parameters_that_the_run_has(recipe: str) -> None:
     asked = ("train", recipe, "--arm", "normed", "--json")
     planned = json.loads(bncli(*asked, "--dry-run").out)

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from bncli.report.figure import DEFAULT_STYLE, FigureStyle
-from bncli.report.layers import Arm
-from bncli.report.run_figure import draw, plot
+from bncli.report.figure import DEFAULT_STYLE, FigureStyle, save
+from bncli.report.layers import Arm, has_layers
+from bncli.report.layers import draw as draw_layers
+from bncli.report.run_figure import draw
 from bncli.results.train import Evaluation, ProbePoint, Target, TargetReached
 
 pytest.importorskip("matplotlib")
@@ -56,12 +57,14 @@ def test_a_narrow_figure_has_its_panels_below_each_other_and_a_paper_has_no_capt
 @pytest.mark.parametrize("changes", [{"evaluations": EVALUATIONS[:1]}, {"target": None, "also": ()}])
 def test_a_run_without_curves_or_targets_can_be_drawn(run: Arm, changes: dict[str, Any], tmp_path: Path) -> None:
     bare = run._replace(runs=[replace(run.runs[0], **changes)])
-    assert plot(bare, tmp_path / "run.svg", DEFAULT_STYLE) == [tmp_path / "run.svg"]
+    assert not has_layers(bare)
+    save(draw, bare, tmp_path / "run.svg")
 
 
 def test_what_the_probes_measured_is_drawn_beside_it(run: Arm, tmp_path: Path) -> None:
     probed = run._replace(runs=[replace(run.runs[0], probes=PROBES)])
-    assert plot(probed, tmp_path / "run.svg", DEFAULT_STYLE) == [tmp_path / "run.svg", tmp_path / "run-layers.svg"]
+    assert has_layers(probed)
+    save(draw_layers, probed, tmp_path / "run-layers.svg")
     text = (tmp_path / "run-layers.svg").read_text()
     assert "<!-- digits: inside the layers -->" in text
     assert "<!-- norm of the weight gradient -->" in text

@@ -7,9 +7,11 @@ from typing import Any
 from bncli.report.compare.claims import HEADING, claim_columns, claim_notes, csv_row
 from bncli.report.compare.notes import warnings
 from bncli.report.compare.text import comparison_columns, footnotes, headline, side_tables, subtitle, title
-from bncli.report.export import csv_text, latex_text, markdown, markdown_table
+from bncli.report.export import csv_text, latex_text, markdown_section
 from bncli.report.text import setting
 from bncli.results.compare import ArmSummary, AtTarget, Comparison, Cost, Ratio
+
+SPEED_AND_SIZE = ("samples_per_s", "ms_per_step", "cores_lacked", "peak_memory_mib", "parameters")
 
 # --- CSV ----------------------------------------------------------------------------------------------------------
 
@@ -53,11 +55,7 @@ def _csv_row(arm: ArmSummary, fields: list[str], metric: str) -> dict[str, Any]:
         **_csv_cost("examples", arm.examples),
         **{key: value for each in arm.also for key, value in _csv_target(each).items()},
         f"best_{metric}": arm.best,
-        "samples_per_s": arm.samples_per_s,
-        "ms_per_step": arm.ms_per_step,
-        "cores_lacked": arm.cores_lacked,
-        "peak_memory_mib": arm.peak_memory_mib,
-        "parameters": arm.parameters,
+        **{name: getattr(arm, name) for name in SPEED_AND_SIZE},
     }
 
 
@@ -90,17 +88,15 @@ def _csv_ratio(name: str, ratio: Ratio | None, of_reference: int | None = 1) -> 
 
 def to_markdown(comparison: Comparison) -> str:
     """The comparison's table and its notes for a GitHub page."""
-    lines = [f"### {markdown(title(comparison))}", "", *map(markdown, headline(comparison)), ""]
-    lines += [markdown(subtitle(comparison.plan)), "", *markdown_table(comparison_columns(comparison)), ""]
-    if found := warnings(comparison):
-        lines += ["#### Warnings", "", *(f"- {markdown(each)}" for each in found), ""]
+    lines = markdown_section(title(comparison), headline(comparison), level=3)
+    lines += markdown_section("", [subtitle(comparison.plan)], comparison_columns(comparison))
+    lines += markdown_section("Warnings", (), (), warnings(comparison))
     for heading, columns in side_tables(comparison):
-        lines += [f"#### {heading.capitalize()}", "", *markdown_table(columns), ""]
-    lines += [f"- {markdown(note)}" for note in footnotes(comparison)]
+        lines += markdown_section(heading.capitalize(), (), columns)
+    lines += markdown_section("", (), (), footnotes(comparison))
     if comparison.claims:
-        lines += ["", f"#### {HEADING.capitalize()}", "", *markdown_table(claim_columns(comparison)), ""]
-        lines += [f"- {markdown(note)}" for note in claim_notes(comparison)]
-    return "\n".join(lines) + "\n"
+        lines += markdown_section(HEADING.capitalize(), (), claim_columns(comparison), claim_notes(comparison))
+    return "\n".join(lines)
 
 
 def to_latex(comparison: Comparison) -> str:

@@ -5,23 +5,11 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bncli.report import figure as figures
-from bncli.report.compare.text import (
-    LETTERS,
-    all_targets,
-    curve_points,
-    metric_range,
-    ratio_cell,
-    steps_cell,
-    subtitle,
-    targets_in_order,
-    title,
-)
-from bncli.report.figure import COLOURS, DEFAULT_STYLE, INK, PALE, FigureStyle, check_path, line_style, rendered
-from bncli.report.files import write_atomically
+from bncli.report.compare import text
+from bncli.report.figure import COLOURS, DEFAULT_STYLE, INK, PALE, FigureStyle, line_style
 from bncli.report.text import Cell, setting
 from bncli.results.compare import ArmSummary, Comparison
 from bncli.results.train import RunResult
@@ -34,16 +22,6 @@ if TYPE_CHECKING:
 WIDTH, NAMES_ABOVE = 11.0, 9.0
 CURVES, TARGETS, FRAME = 2.9, 2.4, 0.75
 NAME = 25, 44  # characters of an arm's name on a line: beside its runs, above them
-
-
-def plot(comparison: Comparison, path: Path, style: FigureStyle = DEFAULT_STYLE) -> None:
-    """Write the figure to `path`. Raises FileError for an unknown suffix or without matplotlib."""
-    write_atomically(path, render(comparison, check_path(path), style))
-
-
-def render(comparison: Comparison, kind: str, style: FigureStyle = DEFAULT_STYLE) -> bytes:
-    """The figure as the bytes of a file of that kind. Raises FileError without matplotlib."""
-    return rendered(lambda figure: draw(figure, comparison, style), kind, 160)
 
 
 def draw(figure: Figure, comparison: Comparison, style: FigureStyle = DEFAULT_STYLE) -> None:
@@ -60,7 +38,7 @@ def draw(figure: Figure, comparison: Comparison, style: FigureStyle = DEFAULT_ST
         mosaic = [["curves", name] for name in heights]
         heights["steps"] = max(heights["steps"], CURVES + 0.3 - heights.get("targets", 0))
     figure.set_size_inches(width, sum(heights.values()))
-    figures.write_caption(figure, style, title(comparison), f"{subtitle(comparison.plan)}. {key(comparison)}")
+    figures.write_caption(figure, style, text.title(comparison), f"{text.subtitle(comparison.plan)}. {key(comparison)}")
     panels = figure.subplot_mosaic(mosaic, height_ratios=list(heights.values()))
     _curves(panels["curves"], comparison)
     _steps(panels["steps"], comparison, above)
@@ -69,7 +47,7 @@ def draw(figure: Figure, comparison: Comparison, style: FigureStyle = DEFAULT_ST
 
 
 def _has_ratios_by_target(comparison: Comparison) -> bool:
-    found = (each.ratio for arm in comparison.arms for each in all_targets(comparison.plan, arm) if arm.also)
+    found = (each.ratio for arm in comparison.arms for each in text.all_targets(comparison.plan, arm) if arm.also)
     return any(ratio is not None and ratio.value is not None for ratio in found)
 
 
@@ -77,20 +55,19 @@ def _targets(axes: Axes, comparison: Comparison) -> None:
     """The ratio at each target of the runs."""
     axes.set_title("times fewer steps, by target")
     axes.set_xlabel(f"target: held-out {comparison.plan.target.metric}")
-    order = targets_in_order(comparison.plan)
-    axes.set_xticks([target.value for target in order], [setting(target.value) for target in order])
+    order = [each.target.value for each in text.all_targets(comparison.plan, comparison.arms[0])]
+    axes.set_xticks(order, list(map(setting, order)))
     for index, arm in enumerate(comparison.arms):
-        found = {each.target: each.ratio for each in all_targets(comparison.plan, arm)}
         points = [
-            (target.value, ratio.value, ratio.interval.low or ratio.value, ratio.interval.high or ratio.value)
-            for target in order
-            if (ratio := found[target]) and ratio.value is not None
+            (each.target.value, ratio.value, ratio.interval.low or ratio.value, ratio.interval.high or ratio.value)
+            for each in text.all_targets(comparison.plan, arm)
+            if (ratio := each.ratio) and ratio.value is not None
         ]
         if points:
             places, values, low, high = zip(*points, strict=True)
             axes.plot(places, values, marker="o", ms=4, **line_style(index))
             axes.vlines(places, low, high, color=line_style(index)["color"], linewidth=1)
-    axes.axhline(1, color=PALE, linestyle=(0, (5, 4)), linewidth=1, zorder=1)
+    axes.axhline(1, **figures.DASHED)
     if comparison.plan.target.metric == "loss":
         axes.invert_xaxis()
     axes.set_ylim(bottom=0)
@@ -117,14 +94,15 @@ def key(comparison: Comparison) -> str:
 
 def _curves(axes: Axes, comparison: Comparison) -> None:
     """The median curves on a log axis of steps, each with its arm's letter, and the target as a dashed line."""
-    target, bounds = comparison.plan.target, metric_range(comparison)
-    curves = {index: points for index, arm in enumerate(comparison.arms) if (points := curve_points(arm))}
+    target, bounds = comparison.plan.target, text.metric_range(comparison)
+    curves = {index: points for index, arm in enumerate(comparison.arms) if (points := text.curve_points(arm))}
     axes.set_title(f"held-out {target.metric}")
     axes.set_xlabel("optimizer steps")
     if bounds is None:
-        _empty(axes)
+        axes.set(xticks=[], yticks=[])
+        axes.text(0.5, 0.5, "no run has been evaluated yet", ha="center", transform=axes.transAxes, color=PALE)
         return
-    axes.axhline(target.value, color=PALE, linestyle=(0, (5, 4)), linewidth=1, zorder=1)
+    axes.axhline(target.value, **figures.DASHED)
     for index, points in curves.items():
         steps, medians, lows, highs = zip(*points, strict=True)
         axes.fill_between(steps, lows, highs, color=line_style(index)["color"], alpha=0.18, linewidth=0)
@@ -161,12 +139,7 @@ def _letters(axes: Axes, paths: dict[int, list[tuple[float, float]]]) -> None:
 
 
 def _letter(index: int) -> str:
-    return LETTERS[index % len(LETTERS)]
-
-
-def _empty(axes: Axes) -> None:
-    axes.set(xticks=[], yticks=[])
-    axes.text(0.5, 0.5, "no run has been evaluated yet", ha="center", transform=axes.transAxes, color=PALE)
+    return text.LETTERS[index % len(text.LETTERS)]
 
 
 # --- right: steps to target ---------------------------------------------------------------------------------------
@@ -179,7 +152,8 @@ def _names(comparison: Comparison, above: bool) -> list[str]:
 def _steps(axes: Axes, comparison: Comparison, above: bool = False) -> None:
     """Each run and the mean of an arm's; its name and figures beside its row, or above it where there is no room."""
     arms, most, names = comparison.arms, comparison.plan.most_steps, _names(comparison, above)
-    steps, ratios = [steps_cell(arm, most) for arm in arms], [ratio_cell(arm.ratio) for arm in arms]
+    steps = [text.amount_cell(arm, arm.steps, most) for arm in arms]
+    ratios = [text.ratio_cell(arm.ratio) for arm in arms]
     axes.set_title("steps to target, and vs reference" if above else "steps to target")
     axes.set_xlabel("optimizer steps")
     axes.set_xscale("log")
@@ -188,13 +162,9 @@ def _steps(axes: Axes, comparison: Comparison, above: bool = False) -> None:
         _average(axes, row + 0.2 * above, arm, most)
     margin = 0.0 if above else max(0.0, (4 - len(arms)) / 4)  # two arms are not moved to the ends of the axis
     axes.set_ylim(len(arms) - 0.45 + margin, -0.5 - margin)
-    axes.set_yticks(range(len(arms)), [""] * len(arms) if above else names, parse_math=False)
+    figures.name_rows(axes, range(len(arms)), [""] * len(arms) if above else names)
     for index, label in enumerate(axes.get_yticklabels()):
         label.set(color=COLOURS[index % len(COLOURS)], fontweight="bold")
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    axes.set_axisbelow(True)
-    axes.grid(axis="x", color=PALE, alpha=0.25, linewidth=0.8)
     if any(arm.runs for arm in arms):
         low, high = axes.get_xlim()
         axes.set_xlim(low / 1.1, max(high * 1.1, low * 2))

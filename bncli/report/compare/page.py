@@ -17,13 +17,13 @@ def to_html(comparison: Comparison, command: str, recipe: str) -> str:
     plan = comparison.plan
     sections = [
         Section("Comparison", tables=[AlignedTable(comparison_columns(comparison))]),
-        figure_section("Curves and runs", lambda it, style: figure.draw(it, comparison, style), figure.key(comparison)),
+        figure_section("Curves and runs", figure.draw, comparison, figure.key(comparison)),
         *(Section(heading.capitalize(), tables=[AlignedTable(found)]) for heading, found in side_tables(comparison)),
     ]
     if comparison.claims:
         sections.append(table_section(claims_table(comparison), "Claims"))
     if layers.has_layers(comparison):
-        sections.append(figure_section("Inside the layers", lambda it, style: layers.draw(it, comparison, style)))
+        sections.append(figure_section("Inside the layers", layers.draw, comparison))
     sections.append(Section("Notes", notes=footnotes(comparison)))
     if plan.grid and plan.tune_seeds:
         sections.append(table_section(tuning_table(comparison), "Tuning runs", folded=True))

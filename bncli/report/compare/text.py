@@ -27,7 +27,6 @@ from bncli.report.text import (
 )
 from bncli.results.compare import ArmSummary, AtTarget, Comparison, ComparisonPlan, Cost, Ratio, Steps, TuningCell
 from bncli.results.environment import Interval
-from bncli.results.train import Target
 
 LETTERS = string.ascii_lowercase + string.ascii_uppercase  # one for each arm, on its curve
 MOST_SENTENCES = 4  # of the headline
@@ -36,13 +35,11 @@ MOST_SENTENCES = 4  # of the headline
 # --- cells and columns --------------------------------------------------------------------------------------------
 
 
-def steps_cell(arm: ArmSummary, most_steps: float) -> Cell:
-    """The steps to target. `most_steps`: the most that the budget can show; runs that missed took more."""
-    return amount_cell(arm, arm.steps, most_steps)
-
-
 def amount_cell(arm: ArmSummary, steps: Steps, most_steps: float | None) -> Cell:
-    """Steps, seconds or examples to target; None for `most_steps` where the budget is in another unit."""
+    """Steps, seconds or examples to target.
+
+    most_steps: the most that the budget can show, runs that missed took more; None where it is in another unit.
+    """
     if arm.runs == 0:
         return Cell(UNKNOWN)
     if arm.diverged == arm.runs:
@@ -96,7 +93,7 @@ def comparison_columns(comparison: Comparison, grid_below_arm: bool = False) -> 
         Column("arm", names, words=True, style="bold"),
         *grid,
         Column("hits", [f"{arm.hits}/{arm.runs}" for arm in arms]),
-        Column("steps to\ntarget", [steps_cell(arm, plan.most_steps) for arm in arms]),
+        Column("steps to\ntarget", [amount_cell(arm, arm.steps, plan.most_steps) for arm in arms]),
         Column("first hit", [figure(arm.first_hit) for arm in arms], optional=True),
         Column("steps vs\nreference", [ratio_cell(arm.ratio) for arm in arms], style="bold"),
         Column("p\n(Holm)", [p_figure(arm.ratio.holm_p_value if arm.ratio else None) for arm in arms], optional=True),
@@ -125,11 +122,10 @@ def cost_columns(comparison: Comparison) -> list[Column]:
 def target_columns(comparison: Comparison) -> list[Column]:
     """One row per target, the hardest last: each arm's steps, and their ratio to the reference's."""
     plan = comparison.plan
-    order = targets_in_order(plan)
-    columns = [Column(f"held-out {plan.target.metric}", [setting(each.value) for each in order])]
+    values = [setting(each.target.value) for each in all_targets(plan, comparison.arms[0])]
+    columns = [Column(f"held-out {plan.target.metric}", values)]
     for arm in comparison.arms:
-        found = {each.target: each for each in all_targets(plan, arm)}
-        runs = [found[each] for each in order]
+        runs = all_targets(plan, arm)
         steps = [amount_cell(arm, each.steps, plan.most_steps) if each.runs else Cell(UNKNOWN) for each in runs]
         columns.append(Column(f"{arm.arm}\nsteps", steps))
         if arm.ratio is not None:
@@ -143,15 +139,10 @@ def side_tables(comparison: Comparison) -> list[tuple[str, list[Column]]]:
     return found + [("steps to each target", target_columns(comparison))] * bool(comparison.plan.also)
 
 
-def targets_in_order(plan: ComparisonPlan) -> list[Target]:
-    """All targets, the easiest first."""
-    found = [plan.target, *plan.also]
-    return sorted(found, key=lambda target: target.value, reverse=plan.target.metric == "loss")
-
-
 def all_targets(plan: ComparisonPlan, arm: ArmSummary) -> list[AtTarget]:
-    """The results of an arm at each target, the main one first."""
-    return [AtTarget(plan.target, arm.hits, arm.runs, arm.steps, arm.ratio), *arm.also]
+    """The results of an arm at each target, the easiest first."""
+    found = [AtTarget(plan.target, arm.hits, arm.runs, arm.steps, arm.ratio), *arm.also]
+    return sorted(found, key=lambda each: each.target.value, reverse=plan.target.metric == "loss")
 
 
 # --- tuning runs --------------------------------------------------------------------------------------------------

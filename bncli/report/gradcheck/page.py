@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from bncli.report.gradcheck.figure import draw_parts
 from bncli.report.gradcheck.table import groups_table, paths_table
-from bncli.report.gradcheck.text import closing, derivations, evidence_text, failure_text, heading, reasons
+from bncli.report.gradcheck.text import bug_lines, closing, derivations, failure_text, heading, reasons
 from bncli.report.page import Page, Section, figure_section, render, table_section
 from bncli.report.table import AlignedTable
 from bncli.report.text import Column
@@ -25,7 +25,7 @@ def to_html(result: Gradcheck, commands: Sequence[Sequence[str]], command: str) 
     ]
     groups = table_section(groups_table(result.groups, "Groups of cases"))
     sections = [
-        Section("Looks like", notes=[f"{each.bug}, because {evidence_text(each)}" for each in result.diagnoses]),
+        Section("Looks like", notes=bug_lines(result)),
         Section("The first failures", tables=[AlignedTable(failures)] * bool(commands)),
         replace(groups, notes=["Errors are in units of each case's tolerance: 1 or less passes."]),
         *([table_section(paths_table(result.paths, result.norm))] if result.paths else []),
@@ -33,8 +33,7 @@ def to_html(result: Gradcheck, commands: Sequence[Sequence[str]], command: str) 
         Section("How tolerances are derived", notes=derivations(replace(result, effort="full")), folded=True),
     ]
     if result.paths and result.paths[0].values:
-        parts = figure_section("dL/dx value by value", lambda it, style: draw_parts(it, result, style))
-        sections.insert(-2, parts)
+        sections.insert(-2, figure_section("dL/dx value by value", draw_parts, result))
     verdict = "good" if result.passed else "bad"
     headline = [closing(result), *(f"It looks like: {each.bug}." for each in result.diagnoses)]
     return render(Page(title, subtitle, headline, sections, [result.environment], verdict=verdict), command, "")

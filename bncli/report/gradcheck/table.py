@@ -9,21 +9,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.text import Text
 
 from bncli.names import NORMS
-from bncli.report.gradcheck.text import (
-    FAILED,
-    OK,
-    STYLES,
-    Commands,
-    agreement,
-    closing,
-    derivations,
-    evidence_text,
-    failure_text,
-    group_columns,
-    heading,
-    reasons,
-    shell_lines,
-)
+from bncli.report.gradcheck import text
 from bncli.report.table import AlignedTable, BulletList, Paragraph, ResponsiveTable, Row
 from bncli.report.text import UNKNOWN, Cell, Column, count, encodable, environment_words, figure
 from bncli.results.gradcheck import BiasStep, CheckFailure, CheckGroup, Gradcheck, GradientPaths
@@ -36,13 +22,13 @@ class GradcheckReport:
     """Case groups, the gradient's three parts, the first failure and the likely bugs."""
 
     result: Gradcheck
-    commands: Commands
+    commands: text.Commands
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         result = self.result
-        yield groups_table(result.groups, *heading(result))
-        yield BulletList("Not checked:", reasons(result.groups), "dim")
-        tolerances = derivations(result)
+        yield groups_table(result.groups, *text.heading(result))
+        yield BulletList("Not checked:", text.reasons(result.groups), "dim")
+        tolerances = text.derivations(result)
         more = (
             ". How tolerances are derived:" if tolerances else " (a check with effort full explains how it is derived)."
         )
@@ -56,18 +42,17 @@ class GradcheckReport:
         if result.failures:
             yield from _first_failure(result.failures[0], self.commands[0], options)
         if result.diagnoses:
-            for each in result.diagnoses:
-                yield Paragraph(f"{each.bug}, because {evidence_text(each)}", label="Looks like: ")
+            yield from (Paragraph(line, label="Looks like: ") for line in text.bug_lines(result))
             yield ""
-        yield Paragraph(closing(result), STYLES[OK] if result.passed else STYLES[FAILED])
+        yield Paragraph(text.closing(result), text.STYLES[text.OK] if result.passed else text.STYLES[text.FAILED])
 
 
 def _first_failure(failure: CheckFailure, command: Sequence[str], options: ConsoleOptions) -> Iterator[RenderableType]:
     """The first failing case with the command that runs it again."""
     yield Paragraph(failure.case, label="First failing case: ")
-    yield Paragraph(failure_text(failure), indent=2)
+    yield Paragraph(text.failure_text(failure), indent=2)
     yield Paragraph("Run it again:", "bold")
-    lines = shell_lines(command, options.max_width - 2)
+    lines = text.shell_lines(command, options.max_width - 2)
     yield from (Text(encodable(f"  {line}", options.encoding)) for line in lines)
     yield ""
 
@@ -79,7 +64,7 @@ def groups_table(groups: Sequence[CheckGroup], title: str, subtitle: str = "") -
     """One row per case group, below its section: cases, worst error in units of the tolerance, verdict."""
     sections = [group.section for group in groups]
     groups = sorted(groups, key=lambda group: sections.index(group.section))
-    columns = group_columns(groups)
+    columns = text.group_columns(groups)
     rows = [
         Row(heading=group.section if not index or groups[index - 1].section != group.section else "")
         for index, group in enumerate(groups)
@@ -95,14 +80,14 @@ def interrupted_table(groups: Sequence[CheckGroup], kernel: str) -> RenderableTy
         return Paragraph(f"{title} before a group of cases was finished", "bold")
     worst = [f"{group.name}: {group.worst_case or UNKNOWN}" for group in groups if group.failed]
     table = groups_table(groups, title, "The groups that were finished")
-    lists = (("Not checked:", reasons(groups)), ("Worst cases:", worst))
-    return Group(table, *(BulletList(heading, entries, "dim") for heading, entries in lists))
+    lists = (("Not checked:", text.reasons(groups)), ("Worst cases:", worst))
+    return Group(table, *(BulletList(*each, "dim") for each in lists))
 
 
 def paths_table(paths: Sequence[GradientPaths], norm: str = "batch") -> ResponsiveTable:
     """The three parts of dL/dx, the kernel's error with its bound, and what ignoring two parts loses, case by case."""
     spread = "covariance" if NORMS[norm].whitens else "variance"
-    failed = ["" if each.passed else STYLES[FAILED] for each in paths]
+    failed = ["" if each.passed else text.STYLES[text.FAILED] for each in paths]
     columns = [
         Column("case", [each.case for each in paths], words=True),
         Column("direct", [figure(each.direct) for each in paths]),
@@ -117,7 +102,7 @@ def paths_table(paths: Sequence[GradientPaths], norm: str = "batch") -> Responsi
     notes = [
         f"Each value also affects the others that share its mean and {spread}: a gradient that ignores those two "
         f"paths (only the direct part) differs from the true one by {span} of its norm.",
-        f"Error: the kernel's dL/dx against float64 central differences of the loss, relative. {agreement(paths)}",
+        f"Error: the kernel's dL/dx against float64 central differences of the loss, relative. {text.agreement(paths)}",
     ]
     narrower = [AlignedTable(columns, wrap=True)]
     return ResponsiveTable("dL/dx in its three parts (l2 norms)", AlignedTable(columns), narrower, notes=notes)

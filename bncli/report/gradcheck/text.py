@@ -7,7 +7,16 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from bncli.report.export import JunitCase, csv_text, json_text, junit_text, latex_text, markdown, markdown_table
+from bncli.report.export import (
+    JunitCase,
+    csv_text,
+    json_text,
+    junit_text,
+    latex_text,
+    markdown,
+    markdown_section,
+    markdown_table,
+)
 from bncli.report.text import UNKNOWN, Cell, Column, count, environment_words, figure, finding_text
 from bncli.results.environment import FORMAT_VERSION
 from bncli.results.gradcheck import (
@@ -136,6 +145,11 @@ def evidence_text(diagnosis: Diagnosis) -> str:
     )
 
 
+def bug_lines(result: Gradcheck) -> list[str]:
+    """The bugs that the failures look like."""
+    return [f"{each.bug}, because {evidence_text(each)}" for each in result.diagnoses]
+
+
 def _summary_text(summary: FailureSummary) -> str:
     """What fails and what does not."""
     parts = []
@@ -252,9 +266,12 @@ def in_tolerances(error: float | None) -> str:
 def to_latex(result: Gradcheck) -> str:
     """The table of the groups for a paper."""
     title, subtitle = heading(result)
-    sections = Column("section", [group.section for group in result.groups], words=True)
     notes = [closing(result), subtitle, f"Made on {environment_words(result.environment)}."]
-    return latex_text([(title, [sections, *group_columns(result.groups)])], notes)
+    return latex_text([(title, _export_columns(result))], notes)
+
+
+def _export_columns(result: Gradcheck) -> list[Column]:
+    return [Column("section", [group.section for group in result.groups], words=True), *group_columns(result.groups)]
 
 
 def heading(result: Gradcheck) -> tuple[str, str]:
@@ -286,18 +303,16 @@ def _verdict_cell(group: CheckGroup) -> Cell:
 def to_markdown(result: Gradcheck, commands: Commands) -> str:
     """The groups, the failures, the bugs that they look like, and what was not checked, for a GitHub page."""
     title, subtitle = heading(result)
-    sections = Column("section", [group.section for group in result.groups], words=True)
     lines = [f"### {markdown(title)}", "", f"**{markdown(closing(result))}** {markdown(subtitle)}", ""]
-    lines += markdown_table([sections, *group_columns(result.groups)])
+    lines += [*markdown_table(_export_columns(result)), ""]
     failures = [
         f"{markdown(f'{failure.case}: {failure_text(failure)}')}\n  `{shlex.join(command)}`"
         for failure, command in zip(result.failures, commands, strict=True)
     ]
-    bugs = [markdown(f"{each.bug}, because {evidence_text(each)}") for each in result.diagnoses]
-    idle = [markdown(reason) for reason in reasons(result.groups)]
-    for name, entries in (("Failures", failures), ("Looks like", bugs), ("Not checked", idle)):
-        lines += ["", f"#### {name}", "", *(f"- {entry}" for entry in entries)] if entries else []
-    return "\n".join([*lines, "", f"Made on {markdown(environment_words(result.environment))}."]) + "\n"
+    lines += ["#### Failures", "", *(f"- {entry}" for entry in failures), ""] if failures else []
+    for name, notes in (("Looks like", bug_lines(result)), ("Not checked", reasons(result.groups))):
+        lines += markdown_section(name, (), (), notes)
+    return "\n".join([*lines, *markdown_section("", [f"Made on {environment_words(result.environment)}."])])
 
 
 # --- for other programs -----------------------------------------------------------------------------------------------
@@ -334,7 +349,7 @@ def to_json(result: Gradcheck, commands: Commands) -> str:
         for failure, command in zip(result.failures, commands, strict=True)
     ]
     diagnoses = [{**to_plain(diagnosis), "evidence": evidence_text(diagnosis)} for diagnosis in result.diagnoses]
-    lists = {"groups": [_group(group) for group in result.groups], "failures": failures, "diagnoses": diagnoses}
+    lists = {"groups": list(map(_group, result.groups)), "failures": failures, "diagnoses": diagnoses}
     return _versioned({"passed": result.passed, **counts(result.groups), **to_plain(result), **lists})
 
 
@@ -349,7 +364,7 @@ def _group(group: CheckGroup) -> dict[str, Any]:
 
 
 def demo_to_json(steps: Sequence[BiasStep]) -> str:
-    return _versioned({"steps": [to_plain(step) for step in steps]})
+    return _versioned({"steps": list(map(to_plain, steps))})
 
 
 def _versioned(plain: dict[str, Any]) -> str:

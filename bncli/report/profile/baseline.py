@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
-from bncli.report.export import JunitCase, junit_text
+from bncli.report.export import JunitCase, Outcome, junit_text
 from bncli.report.profile.text import error_words, grouped, ratio_cell, without_asides
 from bncli.report.table import AlignedTable, BulletList, Paragraph, ResponsiveTable, Row
 from bncli.report.text import Cell, Column
@@ -69,16 +70,18 @@ def _tables(changes: Sequence[Change]) -> Iterator[AlignedTable]:
 
 def to_junit(result: Profile, gate: Gate) -> str:
     """A test for each row: a regression fails, a wrong result is an error; strict, what it cannot tell fails."""
-    wrong = {row.key: error_words(row) for row in result.rows if row.wrong}
-    found = {change.row: (change.verdict, _words(change)) for change in gate.changes}
+    found: dict[Any, tuple[str, str]] = {change.row: (change.verdict, _words(change)) for change in gate.changes}
     found |= dict.fromkeys(gate.only_baseline, ("cannot tell", "in the baseline, but without a speedup now"))
-    failing = ("regressed", "cannot tell") if gate.strict else ("regressed",)
+    found |= {row.key: ("wrong", error_words(row) or "") for row in result.rows if row.wrong}
+    outcomes: dict[str, Outcome] = {
+        "regressed": "failure",
+        "cannot tell": "failure" if gate.strict else "passed",
+        "wrong": "error",
+    }
     cases = [
-        JunitCase(row.words[0], ", ".join(row.words[1:]), 0.0, "failure" if verdict in failing else "passed", words)
+        JunitCase(row.words[0], ", ".join(row.words[1:]), 0.0, outcomes.get(verdict, "passed"), words)
         for row, (verdict, words) in found.items()
-        if row not in wrong
     ]
-    cases += [JunitCase(row.words[0], ", ".join(row.words[1:]), 0.0, "error", str(why)) for row, why in wrong.items()]
     return junit_text("bncli.profile", cases, result.environment.date)
 
 

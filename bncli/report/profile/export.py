@@ -10,24 +10,11 @@ from typing import Any
 
 from bncli.errors import FileError
 from bncli.report import files
-from bncli.report.export import csv_text, json_text, latex_text, markdown, markdown_table
+from bncli.report.export import csv_text, json_text, latex_text, markdown_section
+from bncli.report.profile import text
 from bncli.report.profile.baseline import gate_columns, gate_words
 from bncli.report.profile.kernels import ceilings_words, kernel_columns, kernel_title, mean_columns, mean_groups
 from bncli.report.profile.steps import memory_columns, share_columns, step_columns
-from bncli.report.profile.text import (
-    cache_words,
-    case_groups,
-    error_words,
-    gb_per_s,
-    measured_words,
-    norms_words,
-    note_lines,
-    of_copy,
-    quartiles,
-    remark_words,
-    samples_per_s,
-    shape_words,
-)
 from bncli.report.text import Column, environment_words
 from bncli.results.environment import PROFILE_VERSION
 from bncli.results.profile import (
@@ -73,8 +60,8 @@ def load(path: Path) -> Profile:
     return files.load(path, _from_json, "baseline")
 
 
-def _from_json(text: str) -> Profile:
-    plain = files.json_object(text, "profile", (1, PROFILE_VERSION), list(KINDS))
+def _from_json(content: str) -> Profile:
+    plain = files.json_object(content, "profile", (1, PROFILE_VERSION), list(KINDS))
     plain.pop("gate", None)
     plain["rows"] = _with_quartiles(plain.get("rows"), keep=False)
     kind = KINDS[plain.pop("kind")]
@@ -92,7 +79,7 @@ def _with_quartiles(plain: Any, keep: bool = True) -> Any:
         return [_with_quartiles(each, keep) for each in plain]
     if not isinstance(plain, dict):
         return plain
-    found = quartiles(plain.get("samples_ms") or ()) if keep else None
+    found = text.quartiles(plain.get("samples_ms") or ()) if keep else None
     inside = {key: _with_quartiles(value, keep) for key, value in plain.items() if key not in QUARTILES}
     return inside | (dict(zip(QUARTILES, found, strict=True)) if found else {})
 
@@ -129,26 +116,24 @@ def to_csv(result: Profile) -> str:
 def _kernel_row(row: KernelCost, ceilings: Ceilings) -> dict[str, Any]:
     case = row.case
     return {
-        "operation": case.operation,
-        "dtype": case.dtype,
-        "layout": case.layout,
+        **{name: getattr(case, name) for name in ("operation", "dtype", "layout")},
         "mode": "training" if case.training else "evaluation",
         "affine": case.affine,
         "tracked": case.tracked,
-        "shape": shape_words(case.shape),
+        "shape": text.shape_words(case.shape),
         "calls": row.calls,
         "kernel": row.kernel,
         "ran": row.ran,
         **_times("forward", row.forward),
         **_times("backward", row.backward),
         **_times("both", row.both),
-        "floor_gb_per_s": gb_per_s(row.both),
-        "share_of_copy": of_copy(row, ceilings),
+        "floor_gb_per_s": text.gb_per_s(row.both),
+        "share_of_copy": text.of_copy(row, ceilings),
         **_speedup(row.faster),
         "peak_memory_mib": row.peak_memory_mib,
         "saved_mib": row.saved_mib,
         "cores_lacked": row.cores_lacked,
-        "error": error_words(row),
+        "error": text.error_words(row),
         "wrong": row.wrong,
     }
 
@@ -162,7 +147,7 @@ def _times(direction: str, times: Times | None) -> dict[str, Any]:
 
 
 def _quartiles(name: str, samples_ms: Sequence[float]) -> dict[str, Any]:
-    found = quartiles(samples_ms)
+    found = text.quartiles(samples_ms)
     return {
         f"{name}_ms": found.median if found else None,
         f"{name}_lower_quartile_ms": found.low if found else None,
@@ -187,13 +172,13 @@ def _step_row(row: StepCost) -> dict[str, Any]:
         "kernel": row.kernel,
         "batch_size": row.batch_size,
         **_quartiles("step", row.samples_ms),
-        "samples_per_s": samples_per_s(row),
+        "samples_per_s": text.samples_per_s(row),
         **_speedup(row.faster),
         **{f"{name.replace(', ', '_')}_ms": row.shares_ms.get(name) for name in STEP_CLASSES},
         **{field.name: getattr(row.memory, field.name, None) for field in fields(StepMemory)},
-        "norms": norms_words(row.norms) or None,
+        "norms": text.norms_words(row.norms) or None,
         "cores_lacked": row.cores_lacked,
-        "error": error_words(row),
+        "error": text.error_words(row),
     }
 
 
@@ -203,15 +188,15 @@ def _step_row(row: StepCost) -> dict[str, Any]:
 def to_markdown(result: Profile, gate: Gate | None = None) -> str:
     """The same tables and cells for a GitHub page."""
     title, conditions, notes = _words(result)
-    lines = [f"### {markdown(title)}", "", conditions]
+    lines = markdown_section(title, [conditions], level=3)
     for heading, columns in _tables(result):
-        lines += _section(heading, columns)
-    lines += ["", *(f"- {markdown(note)}" for note in notes)]
+        lines += markdown_section(heading, (), columns)
+    lines += markdown_section("", (), (), notes)
     if gate is not None:
         names = Column("row", [str(change.row) for change in gate.changes], words=True)
-        lines += _section("Comparison with the baseline", [names, *gate_columns(gate.changes)[1:]])
-        lines += ["", markdown(gate_words(gate))]
-    return "\n".join(lines) + "\n"
+        columns = [names, *gate_columns(gate.changes)[1:]]
+        lines += markdown_section("Comparison with the baseline", [gate_words(gate)], columns)
+    return "\n".join(lines)
 
 
 def to_latex(result: Profile) -> str:
@@ -222,19 +207,18 @@ def to_latex(result: Profile) -> str:
 
 def _words(result: Profile) -> tuple[str, str, list[str]]:
     """The title, how it was measured, and the notes."""
-    notes = [*note_lines(result), f"Made on {environment_words(result.environment)}."]
+    notes = [*text.note_lines(result), f"Made on {environment_words(result.environment)}."]
     if isinstance(result, KernelProfile):
         notes.insert(0, f"Measured ceilings: {ceilings_words(result.ceilings)}.")
-        return kernel_title(result), f"{measured_words(result)}; {cache_words(result.cold)}", notes
-    remarks = [(remark.arm, *remark_words(remark)) for remark in result.remarks]
-    notes[:0] = [f"{arm}, {layer}: {finding}: {advice}" for arm, layer, finding, advice in remarks]
-    return f"{result.name}: one step of the whole model", measured_words(result), notes
+        return kernel_title(result), f"{text.measured_words(result)}; {text.cache_words(result.cold)}", notes
+    notes[:0] = text.remark_lines(result)
+    return f"{result.name}: one step of the whole model", text.measured_words(result), notes
 
 
 def _tables(result: Profile) -> Iterator[tuple[str, list[Column]]]:
     """Each table below its heading, with a column for errors where there are any."""
     if isinstance(result, KernelProfile):
-        for heading, rows in case_groups(result.rows).items():
+        for heading, rows in text.case_groups(result.rows).items():
             yield heading, [*kernel_columns(rows, result.ceilings).values(), *_errors(rows)]
         for heading, means in mean_groups(result.means).items():
             yield f"{heading}: geometric mean over shapes", mean_columns(means)
@@ -251,9 +235,5 @@ def _tables(result: Profile) -> Iterator[tuple[str, list[Column]]]:
 
 
 def _errors(rows: Sequence[KernelCost] | Sequence[StepCost]) -> list[Column]:
-    errors = [error_words(row) or "" for row in rows]
+    errors = [text.error_words(row) or "" for row in rows]
     return [Column("error", errors, words=True)] * any(errors)
-
-
-def _section(heading: str, columns: Sequence[Column]) -> list[str]:
-    return ["", f"#### {markdown(heading)}", "", *markdown_table(columns)]

@@ -10,14 +10,12 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bncli.report import figure as figures
 from bncli.report.figure import COLOURS, DEFAULT_STYLE, INK, NARROW, PALE, FigureStyle, legend_above, write_caption
-from bncli.report.files import write_atomically
 from bncli.report.profile.text import cache_words, case_groups, gb_per_s, grouped, quartiles, shape_words, size_words
 from bncli.report.text import count, figure
 from bncli.results.profile import STEP_CLASSES, Ceilings, KernelCost, KernelProfile, Profile, StepCost, StepProfile
@@ -48,14 +46,7 @@ CLASS_COLOURS = dict(zip(STEP_CLASSES, _SHADES, strict=True))
 SMALL: dict[str, Any] = {"fontsize": 8, "textcoords": "offset points"}
 
 
-def draw(profile: Profile, path: Path, style: FigureStyle = DEFAULT_STYLE) -> list[Path]:
-    """Write the figure to `path`. Raises FileError for an unknown suffix or without matplotlib."""
-    kind = figures.check_path(path)
-    write_atomically(path, figures.rendered(lambda picture: compose(picture, profile, style), kind, 130))
-    return [path]
-
-
-def compose(picture: Figure, profile: Profile, style: FigureStyle = DEFAULT_STYLE) -> None:
+def draw(picture: Figure, profile: Profile, style: FigureStyle = DEFAULT_STYLE) -> None:
     """Draw the profile on an empty figure."""
     drawn = _kernels(picture, profile, style) if isinstance(profile, KernelProfile) else _steps(picture, profile, style)
     if not drawn:
@@ -76,15 +67,6 @@ def _bars(colours: Mapping[str, str], *lines: str) -> list[Artist]:
 
     bars = [Patch(color=colour, label=name) for name, colour in colours.items()]
     return [*bars, *(Line2D([], [], color=INK, linewidth=1.3, label=words) for words in lines)]
-
-
-def _bar_axes(axes: Axes, places: Sequence[float], names: Iterable[str], **style: Any) -> None:
-    """Names at the bars' heights in place of an axis, and a grid for their lengths."""
-    axes.set_yticks(places, list(names), parse_math=False, **style)
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    axes.set_axisbelow(True)
-    axes.grid(axis="x", color=PALE, alpha=0.25, linewidth=0.8)
 
 
 # --- kernels ------------------------------------------------------------------------------------------------------
@@ -133,7 +115,10 @@ def bar_panels(rows: Sequence[KernelCost], most: int) -> Panels:
     """The timed rows: a panel of shapes for each operation, dtype and layout; with too many bars one of their means."""
     cases = case_groups(rows)
     if len(rows) > most or any(len(members) > MOST_BARS for members in cases.values()):
-        means = {title: _mean_bars(members) for title, members in cases.items()}
+        means = {
+            title: [Bar(kernel, min(it), geometric_mean(it), max(it)) for kernel, it in _speeds(members).items()]
+            for title, members in cases.items()
+        }
         return {"geometric mean over shapes (line: slowest to fastest shape)": means}
     panels: Panels = {}
     for title, members in cases.items():
@@ -144,10 +129,6 @@ def bar_panels(rows: Sequence[KernelCost], most: int) -> Panels:
                 speeds = (row.both.floor_bytes / ms / 1e6 for ms in (times.high, times.median, times.low))
                 panel.setdefault(shape_words(row.case.shape), []).append(Bar(row.kernel, *speeds))
     return panels
-
-
-def _mean_bars(rows: Sequence[KernelCost]) -> list[Bar]:
-    return [Bar(kernel, min(found), geometric_mean(found), max(found)) for kernel, found in _speeds(rows).items()]
 
 
 def _speeds(rows: Sequence[KernelCost]) -> dict[str, list[float]]:
@@ -196,7 +177,7 @@ def _panel(axes: Axes, panel: Mapping[str, Sequence[Bar]], least_bars: float, co
         top += len(bars) + GAP
     margin = max(GAP, least_bars - top) / 2
     axes.set_ylim(top - GAP + margin, -margin)
-    _bar_axes(axes, middles, [textwrap.fill(name, LONGEST) for name in panel], fontsize=8)
+    figures.name_rows(axes, middles, [textwrap.fill(name, LONGEST) for name in panel], fontsize=8)
 
 
 # --- the roofline -------------------------------------------------------------------------------------------------
@@ -306,7 +287,7 @@ def step_bars(axes: Axes, rows: Sequence[StepCost], width: float) -> None:
     axes.set_xlim(0, max(median for median, _ in found) / max(0.3, 1 - share))
     axes.set_ylim(heights[-1] + 0.5, 0.5 - apart)
     axes.set_xlabel("ms per step")
-    _bar_axes(axes, heights, [""] * len(rows) if narrow else names)
+    figures.name_rows(axes, heights, [""] * len(rows) if narrow else names)
 
 
 def _stacked_bar(axes: Axes, height: float, row: StepCost) -> tuple[float, str]:

@@ -10,27 +10,7 @@ from typing import TypeVar
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
-from bncli.report.profile.text import (
-    MEDIAN,
-    NATIVE,
-    VS_NATIVE,
-    cache_words,
-    case_groups,
-    error_words,
-    gb_per_s,
-    grouped,
-    measured_words,
-    memory_column,
-    note_lines,
-    of_copy,
-    percent,
-    samples_cell,
-    shape_words,
-    size_words,
-    speedup_cell,
-    speedup_legend,
-    without_asides,
-)
+from bncli.report.profile import text
 from bncli.report.table import AlignedTable, BulletList, Paragraph, ResponsiveTable, Row
 from bncli.report.text import UNKNOWN, Column, count, environment_words, figure
 from bncli.results.profile import Case, Ceilings, KernelCost, KernelMean, KernelProfile, StepCost
@@ -50,16 +30,16 @@ class KernelReport:
         profile = self.profile
         yield from kernel_tables(profile)
         yield Paragraph(f"Measured ceilings: {ceilings_words(profile.ceilings)}")
-        yield BulletList("", (*without_empty_cases(profile.rows)[1], *note_lines(profile)))
-        made = f"Made on {environment_words(profile.environment)}; {cache_words(profile.cold)}."
+        yield BulletList("", (*without_empty_cases(profile.rows)[1], *text.note_lines(profile)))
+        made = f"Made on {environment_words(profile.environment)}; {text.cache_words(profile.cold)}."
         yield from (Paragraph(line, "dim") for line in (made, *legend(profile)))
 
 
 def kernel_tables(profile: KernelProfile) -> Iterator[ResponsiveTable]:
     """The rows, then their means over shapes."""
     rows, _ = without_empty_cases(profile.rows)
-    tables = _kernel_tables(case_groups(rows), profile.ceilings)
-    yield ResponsiveTable(kernel_title(profile), next(tables), list(tables), measured_words(profile))
+    tables = _kernel_tables(text.case_groups(rows), profile.ceilings)
+    yield ResponsiveTable(kernel_title(profile), next(tables), list(tables), text.measured_words(profile))
     if profile.means:
         yield ResponsiveTable("Geometric mean over all shapes", *_mean_tables(profile.means))
 
@@ -68,14 +48,14 @@ def legend(profile: KernelProfile) -> Iterator[str]:
     """How to read the table of kernels, in a few lines."""
     if not profile.rows:
         return
-    yield f"ms: {MEDIAN}. both: forward and backward together."
+    yield f"ms: {text.MEDIAN}. both: forward and backward together."
     speed = "GB/s: the minimum bytes of both (each tensor read or written once) divided by their time."
     if profile.ceilings.copies:
         above = "" if profile.cold else "; what fits in a cache can exceed 100%"
-        speed += f" % of copy: relative to a copy of {size_words(profile.ceilings.copies[-1][0])}{above}."
+        speed += f" % of copy: relative to a copy of {text.size_words(profile.ceilings.copies[-1][0])}{above}."
     yield speed
     if any(row.faster for row in profile.rows):
-        yield speedup_legend("the native kernel")
+        yield text.speedup_legend("the native kernel")
     yield "peak: memory of forward and backward, without the inputs. saved: what forward keeps for backward."
 
 
@@ -87,7 +67,7 @@ def kernel_title(profile: KernelProfile) -> str:
 def ceilings_words(ceilings: Ceilings) -> str:
     """What the machine reached in the same run, the largest copy first."""
     flops = f"multiply-adds {figure(ceilings.gflop_per_s)} GFLOP/s in fp32" if ceilings.gflop_per_s else ""
-    copies = [f"{figure(speed)} GB/s at {size_words(size)}" for size, speed in reversed(ceilings.copies)]
+    copies = [f"{figure(speed)} GB/s at {text.size_words(size)}" for size, speed in reversed(ceilings.copies)]
     return "; ".join(filter(None, [f"copy {', '.join(copies)}" * bool(copies), flops])) or "none measured"
 
 
@@ -98,7 +78,7 @@ def without_empty_cases(rows: Sequence[KernelCost]) -> tuple[list[KernelCost], l
     """
     reasons: dict[Case, set[str | None]] = {}
     for row in rows:
-        reasons.setdefault(row.case, set()).add(None if row.wrong else error_words(row))
+        reasons.setdefault(row.case, set()).add(None if row.wrong else text.error_words(row))
     empty = {case: next(iter(errors)) for case, errors in reasons.items() if len(errors) == 1 and None not in errors}
     if len(empty) == len(reasons):
         return list(rows), []
@@ -113,18 +93,18 @@ def without_empty_cases(rows: Sequence[KernelCost]) -> tuple[list[KernelCost], l
 def kernel_columns(rows: Sequence[KernelCost], ceilings: Ceilings) -> dict[str, Column]:
     """A column's key -> its cells, one a row."""
     samples = {name: [times.samples_ms if (times := getattr(row, name)) else () for row in rows] for name in TIMES}
-    cells = {name: [samples_cell(each) for each in found] for name, found in samples.items()}
+    cells = {name: [text.samples_cell(each) for each in found] for name, found in samples.items()}
     return {
-        "shape": Column("shape", [shape_words(row.case.shape) for row in rows], words=True, once=True),
+        "shape": Column("shape", [text.shape_words(row.case.shape) for row in rows], words=True, once=True),
         "kernel": Column("kernel", [row.kernel for row in rows], words=True),
         "forward": Column("forward\nms", cells["forward"], optional=True, short="fwd\nms"),
         "backward": Column("backward\nms", cells["backward"], optional=True, short="bwd\nms"),
-        "both": Column("both\nms", list(map(samples_cell, samples["both"], (row.cores_lacked for row in rows)))),
-        "gb_per_s": Column("GB/s", [figure(gb_per_s(row.both)) for row in rows], optional=True),
-        "of_copy": Column("% of\ncopy", [percent(of_copy(row, ceilings)) for row in rows]),
-        "speedup": Column(VS_NATIVE, [speedup_cell(row.faster, row.kernel) for row in rows]),
-        "peak": memory_column("peak", [row.peak_memory_mib for row in rows]),
-        "saved": memory_column("saved", [row.saved_mib for row in rows]),
+        "both": Column("both\nms", list(map(text.samples_cell, samples["both"], (row.cores_lacked for row in rows)))),
+        "gb_per_s": Column("GB/s", [figure(text.gb_per_s(row.both)) for row in rows], optional=True),
+        "of_copy": Column("% of\ncopy", [text.percent(text.of_copy(row, ceilings)) for row in rows]),
+        "speedup": Column(text.VS_NATIVE, [text.speedup_cell(row.faster, row.kernel) for row in rows]),
+        "peak": text.memory_column("peak", [row.peak_memory_mib for row in rows]),
+        "saved": text.memory_column("saved", [row.saved_mib for row in rows]),
         "implementation": Column("implementation", [row.ran or UNKNOWN for row in rows], words=True),
     }
 
@@ -135,9 +115,9 @@ def _kernel_tables(groups: Mapping[str, list[KernelCost]], ceilings: Ceilings) -
     lines = table_rows(groups, _message)
     columns = kernel_columns(rows, ceilings)
     yield AlignedTable(list(columns.values()), lines)
-    spread = columns | {name: without_asides(columns[name]) for name in ("forward", "backward")}
+    spread = columns | {name: text.without_asides(columns[name]) for name in ("forward", "backward")}
     yield AlignedTable(list(spread.values()), lines)
-    plain = spread | {"both": without_asides(columns["both"])}
+    plain = spread | {"both": text.without_asides(columns["both"])}
     implementations = " | ".join(_implementations(rows))
     # backward and forward are hidden together.
     for hidden, found in itertools.product((0, 1, 2, 3, 4, 6), (spread, plain)):
@@ -149,21 +129,21 @@ def _kernel_tables(groups: Mapping[str, list[KernelCost]], ceilings: Ceilings) -
 def table_rows(groups: Mapping[str, list[AnyRow]], message: Callable[[AnyRow], str]) -> list[Row]:
     """A heading above each group, the native kernel's rows dim, and messages in place of figures."""
     return [
-        Row(heading if not place else "", "dim" if row.kernel == NATIVE else "", message(row))
+        Row(heading if not place else "", "dim" if row.kernel == text.NATIVE else "", message(row))
         for heading, members in groups.items()
         for place, row in enumerate(members)
     ]
 
 
 def _message(row: KernelCost) -> str:
-    words = error_words(row)
+    words = text.error_words(row)
     return "" if words is None else f"{'WRONG: ' * row.wrong}{words}"
 
 
 def _implementations(rows: Sequence[KernelCost]) -> Iterator[str]:
     """`fused: in cache (two passes at 8x64x32x32)`: what ran most, then what else did and where."""
     for kernel in dict.fromkeys(row.kernel for row in rows if row.ran):
-        found = [(row.ran, shape_words(row.case.shape)) for row in rows if row.kernel == kernel and row.ran]
+        found = [(row.ran, text.shape_words(row.case.shape)) for row in rows if row.kernel == kernel and row.ran]
         (most, _), *others = Counter(ran for ran, _ in found).most_common()
         places = [
             f"{other} at {', '.join(dict.fromkeys(shape for ran, shape in found if ran == other))}"
@@ -178,14 +158,14 @@ def mean_columns(means: Sequence[KernelMean]) -> list[Column]:
         Column("operation", [mean.operation for mean in means], words=True, once=True),
         Column("kernel", [mean.kernel for mean in means], words=True),
         Column("shapes", [figure(mean.shapes) for mean in means], optional=True),
-        Column(VS_NATIVE, [speedup_cell(mean.faster) for mean in means]),
+        Column(text.VS_NATIVE, [text.speedup_cell(mean.faster) for mean in means]),
         Column("worst", [f"{figure(mean.least)}x" for mean in means]),
-        Column("at shape", [shape_words(mean.least_shape) for mean in means], words=True, optional=True),
+        Column("at shape", [text.shape_words(mean.least_shape) for mean in means], words=True, optional=True),
     ]
 
 
 def mean_groups(means: Sequence[KernelMean]) -> dict[str, list[KernelMean]]:
-    return grouped(means, lambda mean: f"{mean.dtype}, {mean.layout}", lambda mean: mean.operation)
+    return text.grouped(means, lambda mean: f"{mean.dtype}, {mean.layout}", lambda mean: mean.operation)
 
 
 def _mean_tables(means: Sequence[KernelMean]) -> tuple[AlignedTable, list[AlignedTable]]:

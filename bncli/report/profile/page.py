@@ -15,7 +15,7 @@ def to_html(profile: Profile, gate: Gate | None, command: str, recipe: str) -> s
     """A self-contained page; with a figure where matplotlib is installed."""
     page = _kernel_page(profile) if isinstance(profile, KernelProfile) else _step_page(profile)
     heading = "Where the time of a step goes" if isinstance(profile, StepProfile) else "Speed and the machine's limits"
-    drawn = figure_section(heading, lambda picture, style: figure.compose(picture, profile, style))
+    drawn = figure_section(heading, figure.draw, profile)
     wrong = [f"{row.kernel} is wrong: {text.error_words(row)}" for row in profile.rows if row.wrong][:1]
     headline, sections, failed = [*wrong, *page.headline], [drawn, *page.sections], bool(wrong)
     if gate is not None:
@@ -31,8 +31,8 @@ def to_html(profile: Profile, gate: Gate | None, command: str, recipe: str) -> s
 
 def _kernel_page(profile: KernelProfile) -> Page:
     rows, *means = map(table_section, kernels.kernel_tables(profile))
-    notes = [f"Measured ceilings: {kernels.ceilings_words(profile.ceilings)}."]
-    notes += [
+    notes = [
+        f"Measured ceilings: {kernels.ceilings_words(profile.ceilings)}.",
         *kernels.without_empty_cases(profile.rows)[1],
         *map(text.note_words, profile.notes),
         *kernels.legend(profile),
@@ -61,10 +61,8 @@ def _of_native(speedup: Speedup) -> str:
 
 def _step_page(profile: StepProfile) -> Page:
     time, *others = map(table_section, steps.step_tables(profile))
-    remarks = [(remark.arm, *text.remark_words(remark)) for remark in profile.remarks]
-    changes = [f"{arm}, {layer}: {finding}: {advice}" for arm, layer, finding, advice in remarks]
     notes = [*steps.norm_lines(profile.rows), *map(text.note_words, profile.notes), *steps.legend(profile.rows)]
-    last = [Section("Norm layers: what to change", notes=changes), Section("Notes", notes=notes)]
+    last = [Section("Norm layers: what to change", notes=text.remark_lines(profile)), Section("Notes", notes=notes)]
     sections = [replace(time, heading="Time", words=""), *others, *last]
     return Page(time.heading, time.words, list(_times(profile)), sections, [profile.environment])
 

@@ -8,25 +8,8 @@ from dataclasses import dataclass, replace
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from bncli.report.profile import text
 from bncli.report.profile.kernels import table_rows
-from bncli.report.profile.text import (
-    MEDIAN,
-    VS_NATIVE,
-    error_words,
-    grouped,
-    measured_words,
-    memory_column,
-    norms_words,
-    note_lines,
-    percent,
-    quartiles,
-    remark_words,
-    samples_cell,
-    samples_per_s,
-    speedup_cell,
-    speedup_legend,
-    without_asides,
-)
 from bncli.report.table import AlignedTable, Bar, BulletList, Paragraph, ResponsiveTable, Row
 from bncli.report.text import UNKNOWN, Cell, Column, environment_words, figure
 from bncli.results.profile import FOLDED, STEP_CLASSES, NormRemark, StepCost, StepProfile
@@ -52,7 +35,7 @@ class StepReport:
         yield from step_tables(profile)
         yield BulletList("Norm layers:", norm_lines(rows))
         yield from _remarks(profile.remarks)
-        yield BulletList("", note_lines(profile))
+        yield BulletList("", text.note_lines(profile))
         made = f"Made on {environment_words(profile.environment)}."
         yield from (Paragraph(line, "dim") for line in (made, *legend(rows)))
 
@@ -62,10 +45,10 @@ def step_tables(profile: StepProfile) -> Iterator[ResponsiveTable]:
     rows = [row for members in _arms(profile.rows).values() for row in members]
     bar = _bars(rows) if any(row.shares_ms for row in rows) else None
     table = AlignedTable(step_columns(rows), _lines(rows, messages=True), bar=bar, key=_key(rows))
-    yield ResponsiveTable(f"{profile.name}: one step of the whole model", table, subtitle=measured_words(profile))
+    yield ResponsiveTable(f"{profile.name}: one step of the whole model", table, subtitle=text.measured_words(profile))
     if shared := [row for row in rows if row.shares_ms and row.error is None]:
         table = AlignedTable(share_columns(shared), _lines(shared))
-        plain = replace(table, columns=[without_asides(column) for column in table.columns])
+        plain = replace(table, columns=[text.without_asides(column) for column in table.columns])
         short = replace(plain, short_headers=True)
         least = replace(short, columns=[column for column in short.columns if not column.optional])
         yield ResponsiveTable("Share of a step", table, [plain, short, least])
@@ -76,9 +59,9 @@ def step_tables(profile: StepProfile) -> Iterator[ResponsiveTable]:
 
 def legend(rows: Sequence[StepCost]) -> list[str]:
     """How to read the tables of a step, in a few lines."""
-    lines = [f"ms/step: {MEDIAN}; in evaluation, of a forward pass."] * bool(rows)
+    lines = [f"ms/step: {text.MEDIAN}; in evaluation, of a forward pass."] * bool(rows)
     if any(row.faster for row in rows):
-        lines.append(speedup_legend("the same arm with the native kernel"))
+        lines.append(text.speedup_legend("the same arm with the native kernel"))
     if any(row.kernel == FOLDED for row in rows):
         lines.append("folded: evaluation after bncli.fold made the batch norms part of the layers before them.")
     if any(row.shares_ms for row in rows):
@@ -93,7 +76,7 @@ def legend(rows: Sequence[StepCost]) -> list[str]:
 
 def norm_lines(rows: Sequence[StepCost]) -> list[str]:
     """What each arm's norm layers are with each kernel, said once for training and evaluation."""
-    found = dict.fromkeys((row.arm, row.kernel or "", norms_words(row.norms)) for row in rows if row.norms)
+    found = dict.fromkeys((row.arm, row.kernel or "", text.norms_words(row.norms)) for row in rows if row.norms)
     return [f"{', '.join(filter(None, (arm, kernel)))}: {words}" for arm, kernel, words in found]
 
 
@@ -103,7 +86,7 @@ def _remarks(remarks: Sequence[NormRemark]) -> RenderResult:
     yield from ("", Paragraph("Norm layers: what to change", "bold"))
     several = len({remark.arm for remark in remarks}) > 1
     for remark in remarks:
-        layer, finding, advice = remark_words(remark)
+        layer, finding, advice = text.remark_words(remark)
         yield Paragraph(f"{f'{remark.arm}, ' * several}{layer}: {finding}", "yellow")
         yield BulletList("", [advice])
     yield ""
@@ -116,9 +99,9 @@ def step_columns(rows: Sequence[StepCost]) -> list[Column]:
     """A row an arm, mode and kernel: how long a step takes."""
     return [
         *_step_names(rows),
-        Column("ms/step", [samples_cell(row.samples_ms, row.cores_lacked) for row in rows]),
-        Column("samples/s", [figure(samples_per_s(row)) for row in rows]),
-        Column(VS_NATIVE, [speedup_cell(row.faster, row.kernel) for row in rows]),
+        Column("ms/step", [text.samples_cell(row.samples_ms, row.cores_lacked) for row in rows]),
+        Column("samples/s", [figure(text.samples_per_s(row)) for row in rows]),
+        Column(text.VS_NATIVE, [text.speedup_cell(row.faster, row.kernel) for row in rows]),
     ]
 
 
@@ -129,7 +112,7 @@ def share_columns(rows: Sequence[StepCost]) -> list[Column]:
         value, whole = row.shares_ms.get(name), sum(row.shares_ms.values())
         if value is None or whole <= 0:
             return Cell(UNKNOWN)
-        return Cell(percent(value / whole), f"{figure(value, 2 if value < 10 else 3)} ms" if value else "")
+        return Cell(text.percent(value / whole), f"{figure(value, 2 if value < 10 else 3)} ms" if value else "")
 
     shares = [
         Column(
@@ -147,7 +130,7 @@ def memory_columns(rows: Sequence[StepCost]) -> list[Column]:
     """The rows that have them: parts of the peak of a step, in MiB or KiB."""
     parts = {"parameters": "params", "gradients": "grads", "optimizer": "optim", "activations": "activ", "peak": "peak"}
     columns = [
-        memory_column(name, [getattr(row.memory, f"{name}_mib", None) for row in rows], short)
+        text.memory_column(name, [getattr(row.memory, f"{name}_mib", None) for row in rows], short)
         for name, short in parts.items()
     ]
     return [*_step_names(rows), *columns]
@@ -162,31 +145,31 @@ def _step_names(rows: Sequence[StepCost]) -> list[Column]:
 
 def _lines(rows: Sequence[StepCost], messages: bool = False) -> list[Row]:
     """messages: with the errors, each once an arm."""
-    errors = {id(row): (row.arm, error_words(row) or "") for row in rows if messages}
+    errors = {id(row): (row.arm, text.error_words(row) or "") for row in rows if messages}
     first = {error: key for key, error in reversed(errors.items())}
     shown = {key: error[1] and (error[1] if first[error] == key else "the same error") for key, error in errors.items()}
     return table_rows(_arms(rows), lambda row: shown.get(id(row), ""))
 
 
 def _arms(rows: Sequence[StepCost]) -> dict[str, list[StepCost]]:
-    return grouped(rows, lambda row: row.arm, lambda row: row.mode)
+    return text.grouped(rows, lambda row: row.arm, lambda row: row.mode)
 
 
 def _bars(rows: Sequence[StepCost]) -> Bar:
     """A step as a bar of its classes' letters; the longest step takes the whole width."""
-    medians = [found.median if (found := quartiles(row.samples_ms)) else 0.0 for row in rows]
+    medians = [found.median if (found := text.quartiles(row.samples_ms)) else 0.0 for row in rows]
     longest = max(medians)
 
     def bar(index: int, width: int) -> Text:
-        row, text, done = rows[index], Text(), 0.0
+        row, drawn, done = rows[index], Text(), 0.0
         whole = sum(row.shares_ms.values())
         if whole <= 0 or longest <= 0:
-            return text
+            return drawn
         each = width * medians[index] / longest / whole  # characters for each millisecond
         for name in STEP_CLASSES:
             begin, done = round(done * each), done + row.shares_ms.get(name, 0.0)
-            text.append(LETTERS[name] * (round(done * each) - begin), COLOURS[name])
-        return text
+            drawn.append(LETTERS[name] * (round(done * each) - begin), COLOURS[name])
+        return drawn
 
     return bar
 

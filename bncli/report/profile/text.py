@@ -21,6 +21,7 @@ from bncli.results.profile import (
     Speedup,
     StepCost,
     StepDifference,
+    StepProfile,
     Times,
 )
 
@@ -272,6 +273,11 @@ def remark_words(remark: NormRemark) -> RemarkWords:
     more = f" and {remark.more_layers} more" if remark.more_layers else ""
     layer = _layer_words(remark.layer, remark.layer_class) or "(the model)"
     return RemarkWords(layer + more, *_finding_and_advice(remark))
+
+
+def remark_lines(profile: StepProfile) -> list[str]:
+    """A line for each remark, with its arm."""
+    return [f"{remark.arm}, {': '.join(remark_words(remark))}" for remark in profile.remarks]
 
 
 def _layer_words(name: str, kind: str) -> str:

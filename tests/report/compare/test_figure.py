@@ -12,12 +12,16 @@ from xml.etree import ElementTree
 import pytest
 
 from bncli.errors import USAGE, BncliError
-from bncli.report.compare.figure import draw, plot, render
-from bncli.report.figure import THINNED, FigureStyle
+from bncli.report.compare.figure import draw
+from bncli.report.figure import THINNED, FigureStyle, rendered, save
 from bncli.results.compare import Comparison
 from tests.report.conftest import check_everything_is_inside, laid_out, seven_arms
 
 pytest.importorskip("matplotlib")
+
+
+def render(comparison: Comparison, kind: str) -> bytes:
+    return rendered(lambda figure: draw(figure, comparison), kind)
 
 
 def words(comparison: Comparison) -> list[str]:
@@ -48,8 +52,8 @@ def test_matplotlib_settings_of_the_user_have_no_effect(examples):
 
 
 def test_the_suffix_chooses_the_kind_of_file(examples, tmp_path):
-    plot(examples["no runs yet"], tmp_path / "a.png")
-    plot(examples["no runs yet"], tmp_path / "a.SVG")
+    save(draw, examples["no runs yet"], tmp_path / "a.png")
+    save(draw, examples["no runs yet"], tmp_path / "a.SVG")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "a.SVG").read_bytes().startswith(b"<?xml")
 
@@ -57,7 +61,7 @@ def test_the_suffix_chooses_the_kind_of_file(examples, tmp_path):
 @pytest.mark.parametrize("name", ["curves.eps", "curves", "svg"])
 def test_another_suffix_is_refused_before_anything_is_drawn(examples, tmp_path, name):
     with pytest.raises(BncliError, match=r"\.svg, \.png or \.pdf") as refused:
-        plot(examples["two arms"], tmp_path / name)
+        save(draw, examples["two arms"], tmp_path / name)
     assert refused.value.exit_code == USAGE
     assert name in str(refused.value)
     assert list(tmp_path.iterdir()) == []

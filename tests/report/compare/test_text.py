@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from bncli.report.compare.text import (
+    amount_cell,
     common_ratio,
     comparison_columns,
     cost_columns,
@@ -15,7 +16,6 @@ from bncli.report.compare.text import (
     headline,
     metric_range,
     ratio_cell,
-    steps_cell,
     subtitle,
     title,
     tuning_columns,
@@ -36,7 +36,8 @@ from bncli.results.environment import Interval
     ],
 )
 def test_steps_are_a_mean_a_median_a_bound_or_unknown(examples, name, arm, changes, cell):
-    assert steps_cell(replace(examples[name].arms[arm], **changes), 3000) == cell
+    changed = replace(examples[name].arms[arm], **changes)
+    assert amount_cell(changed, changed.steps, 3000) == cell
 
 
 @pytest.mark.parametrize(

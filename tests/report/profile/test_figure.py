@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 from bncli.errors import USAGE, BncliError
-from bncli.report.figure import FigureStyle
+from bncli.report.figure import FigureStyle, save
 from bncli.report.profile.figure import (
     MOST_BARS,
     bar_panels,
     clusters,
-    compose,
     draw,
     roofline,
     row_heights,
@@ -43,7 +42,7 @@ def texts(profile: Profile) -> set[str]:
     figure = Figure(layout="constrained")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        compose(figure, profile)
+        draw(figure, profile)
         figure.draw_without_rendering()
     return {artist.get_text() for artist in figure.findobj(Text)}
 
@@ -84,7 +83,7 @@ def test_every_profile_is_drawn_without_a_warning(profile: Profile, words: set[s
 def test_the_figure_names_kernels_operations_ceilings_and_machine(tmp_path: Path) -> None:
     """The same profile also gives the same bytes. An SVG holds its text as comments."""
     for name in ("a.svg", "b.SVG"):
-        draw(one_case(), tmp_path / name)
+        save(draw, one_case(), tmp_path / name)
     svg = (tmp_path / "a.svg").read_text()
     assert svg == (tmp_path / "b.SVG").read_text()
     words = ("native", "fused", "256x64x56x56", "copy at 256 MiB: 11.9 GB/s", "118 GFLOP/s", "2 threads", "fp32")
@@ -93,10 +92,10 @@ def test_the_figure_names_kernels_operations_ceilings_and_machine(tmp_path: Path
 
 
 def test_a_png_is_written_for_its_suffix_and_another_is_refused(tmp_path: Path) -> None:
-    draw(step_profile(), tmp_path / "a.png")
+    save(draw, step_profile(), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(BncliError, match=r"\.svg, \.png or \.pdf") as refused:
-        draw(one_case(), tmp_path / "a.eps")
+        save(draw, one_case(), tmp_path / "a.eps")
     assert refused.value.exit_code == USAGE
     assert not (tmp_path / "a.eps").exists()
 
@@ -159,7 +158,7 @@ def test_the_points_of_the_roofline_fill_its_width() -> None:
 @pytest.mark.parametrize("width", [3.3, 6.8, 11.0])
 @pytest.mark.parametrize("profile", [one_case(), resnet(), hundred_rows(), with_errors(), step_profile()])
 def test_at_every_width_all_words_are_inside_the_figure(profile: Profile, width: float) -> None:
-    figure = laid_out(lambda figure: compose(figure, profile, FigureStyle(width)))
+    figure = laid_out(lambda figure: draw(figure, profile, FigureStyle(width)))
     check_everything_is_inside(figure, width)
 
 
@@ -168,5 +167,5 @@ def test_without_a_caption_neither_title_nor_machine_is_written() -> None:
 
     for profile in (one_case(), step_profile()):
         figure = Figure(layout="constrained")
-        compose(figure, profile, FigureStyle(3.3, caption=False))
+        draw(figure, profile, FigureStyle(3.3, caption=False))
         assert (figure._suptitle, figure._supxlabel) == (None, None)
