@@ -201,8 +201,9 @@ class ProfileProgress(_ProgressSink):
             self.task = self.add(event.what, 1.0)
             self.line(f"{event.what}: {count(event.planned, 'row')} to measure", True)
         elif isinstance(event, Measuring):
-            # The plan may grow, but the bar never moves backwards.
-            self.fraction = min(max(event.fraction, self.fraction), 1.0)
+            # The plan may grow, but the bar never moves backwards, and is full only once every row is done.
+            most = 1.0 if self.done >= self.planned else 0.99
+            self.fraction = min(max(event.fraction, self.fraction), most)
             before, self.longer = self.longer, self._longer(event.least_s)
             label = PHASES[event.phase].format(**vars(event))
             name = f"{self.what}: {label}"
@@ -212,6 +213,7 @@ class ProfileProgress(_ProgressSink):
             self.line(f"{self.done}/{self.planned} rows, {self.fraction:.0%}{self._left()}: {label}")
         elif isinstance(event, RowDone):
             self.done += 1
+            self.planned = max(self.planned, self.done)  # a model's folded batch norms are found while it is measured
             if event.row.wrong:
                 row = event.row
                 wrong = "wrong: " * isinstance(row, KernelCost)

@@ -190,7 +190,14 @@ def test_the_bar_of_a_profile_never_moves_backwards() -> None:
     screen = shown(ProfileProgress, [*PROFILE, Measuring("again", 0.25)], terminal=True)
     assert "again" in screen
     assert "25%" not in screen
-    assert "100%" in shown(ProfileProgress, [*PROFILE, Measuring("end", 1.7)], terminal=True)
+    end = Measuring("end", 1.7)
+    assert "99%" in shown(ProfileProgress, [*PROFILE, end], terminal=True)  # a row is still to be done
+    assert "100%" in shown(ProfileProgress, [*PROFILE, RowDone(ROWS[0]), end], terminal=True)
+
+
+def test_a_profile_never_has_more_rows_done_than_planned() -> None:
+    rows = [ProfileStarted("kernels", 1), RowDone(ROWS[0]), RowDone(ROWS[1]), Measuring("end", 1.0)]
+    assert "2/2 rows, 100%: end" in shown(ProfileProgress, rows, terminal=False, step_s=20.0)
 
 
 def test_without_a_terminal_a_profile_has_few_lines_with_the_time_left() -> None:
