@@ -126,6 +126,8 @@ class Processes:
             worker, message = self._messages.get(timeout=POLL_S)
         except queue.Empty:
             return None
+        if worker not in self._workers:  # it was closed
+            return None
         if message is None:
             return self._died(worker)
         if "refused" in message:
