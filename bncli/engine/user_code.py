@@ -27,12 +27,13 @@ def imported(name: str) -> Any:
 
     Raises what the import raises, which runs the user's code, and AttributeError if the module has no such name.
     """
-    path, _, function = name.partition(":")
-    folder, _, module = path.rpartition("/")
+    path, _, function = name.rpartition(":")
+    folder, module = os.path.split(path)
     if folder not in sys.path:
         sys.path.insert(0, folder)  # a console script's path lacks the current folder, where the user's code is
     found = importlib.import_module(module)
-    if folder and not os.path.realpath(file := _file_of(found)).startswith(os.path.realpath(folder) + os.sep):
+    inside = os.path.join(os.path.realpath(folder), "")
+    if folder and not os.path.realpath(file := _file_of(found)).startswith(inside):
         raise ImportError(f"another module named {module} is imported already, from {file}; rename one of them")
     return getattr(found, function)
 

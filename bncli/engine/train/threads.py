@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bncli.engine.data.splits import Dataset
 from bncli.engine.models.init import global_generators, restore_global_generators
-from bncli.engine.train.state import TrainState
 from bncli.recipe.layers import layers, size
+from bncli.recipe.sections import Recipe
 
 PASSES = 3  # of a layer's products: its output, and the gradients of its weights and of its input
 # Where a second thread begins to pay: the shortest steps with one over two, of nets with two layers of 100, 200, 300
@@ -18,20 +21,22 @@ PASSES = 3  # of a layer's products: its output, and the gradients of its weight
 FEWEST = 25_000_000
 
 
-def multiply_adds(state: TrainState) -> int | None:
+def multiply_adds(recipe: Recipe, dataset: Dataset, model: nn.Module | None = None) -> float:
     """Of linear layers and convolutions for a (micro-)batch, forward and backward.
 
-    The user's own model is counted in a pass of a copy without data; None where there is no such pass.
+    model: the user's own, which is counted in a pass of a copy without data; infinite where there is no such pass.
     """
-    batch, shape = state.recipe.train.micro_batch_size, state.dataset.shape
-    if model := layers(state.recipe, shape, state.dataset.classes):
-        return PASSES * batch * size(model, shape)[0].multiply_adds
-    before = global_generators(state.device)
+    batch, shape = recipe.train.micro_batch_size, dataset.shape
+    if model is None:
+        planned = layers(recipe, shape, dataset.classes)
+        return PASSES * batch * size(planned, shape)[0].multiply_adds if planned else math.inf
+    cpu = torch.device("cpu")
+    before = global_generators(cpu)
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            copy.deepcopy(state.model).to("meta").forward(torch.empty(batch, *shape, device="meta"))
+            copy.deepcopy(model).to("meta").forward(torch.empty(batch, *shape, device="meta"))
     except Exception:  # an operator that needs data, or a branch on a value
-        return None
+        return math.inf
     finally:
-        restore_global_generators(before, state.device)
+        restore_global_generators(before, cpu)
     return PASSES * counter.get_total_flops() // 2  # which are two for a multiply-add

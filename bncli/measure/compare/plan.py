@@ -296,7 +296,9 @@ def named_runs(study: Study, records: Mapping[str, RunRecord]) -> KnownRuns:
     Searches for the largest learning rate come last, since each names one run after the other.
     """
     tuning, report, searches = [], [], []
-    untuned, later, searched = set(), 0, searched_arms(study.plan)
+    untuned, later = set(), 0
+    claims = [claim for claim in study.plan.claims if claim.measure == "largest_learning_rate"]
+    searched = {name for claim in claims for name in (claim.arm, claim.over)}
     for arm in study.arms:
         points = study.points(arm)
         jobs = study.jobs(arm, "tune", points)
@@ -319,12 +321,6 @@ def named_runs(study: Study, records: Mapping[str, RunRecord]) -> KnownRuns:
             if not search or search[-1].key not in records:
                 later += max(0, rates.USUAL_RUNS - len(search))
     return KnownRuns(report + tuning + searches, len(untuned) * len(study.plan.report_seeds), later)
-
-
-def searched_arms(plan: ComparisonPlan) -> set[str]:
-    """The arms whose largest learning rate a claim is about."""
-    claims = [claim for claim in plan.claims if claim.measure == "largest_learning_rate"]
-    return {name for claim in claims for name in (claim.arm, claim.over)}
 
 
 def _search(study: Study, arm: Arm, point: dict[str, Any], seed: int, records: Mapping[str, RunRecord]) -> list[Job]:

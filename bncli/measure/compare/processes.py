@@ -78,7 +78,9 @@ class Processes:
             gpu = number % self._gpus
             environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if len(visible) == self._gpus else str(gpu)
         self.folder.mkdir(parents=True, exist_ok=True)
-        log = self._free_log(number)
+        # A name that no file has yet: logs of earlier workers are kept.
+        names = (f"worker-{number}{f'-{count}' if count else ''}.log" for count in itertools.count())
+        log = next(each for name in names if not os.path.lexists(each := self.folder / name))
         with log.open("x") as stderr:
             process = subprocess.Popen(
                 [*self.command, "--device", self.device, "--threads", str(self.threads)],
@@ -94,11 +96,6 @@ class Processes:
         worker = _Worker(number, process, log)
         self._workers.append(worker)
         threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
-
-    def _free_log(self, number: int) -> Path:
-        """A name that no file has yet: logs of earlier workers are kept."""
-        names = (f"worker-{number}{f'-{count}' if count else ''}.log" for count in itertools.count())
-        return next(log for name in names if not os.path.lexists(log := self.folder / name))
 
     def _listen(self, worker: _Worker) -> None:
         assert worker.process.stdout is not None
@@ -125,6 +122,8 @@ class Processes:
         try:
             worker, message = self._messages.get(timeout=POLL_S)
         except queue.Empty:
+            return None
+        if worker not in self._workers:  # it was closed
             return None
         if message is None:
             return self._died(worker)

@@ -50,13 +50,10 @@ def not_reused(jobs: Iterable[Job], kept: Iterable[RunRecord], identity: Mapping
     """A note of how many of the jobs were done by earlier runs that cannot be used, and why, if there are any."""
     keys, earlier = usable(kept), {record.recipe_key: record for record in sorted(kept, key=_date)}
     lost = {job.key: earlier[job.recipe_key] for job in jobs if job.key not in keys and job.recipe_key in earlier}
-    changed = Counter(_changed(record, identity) for record in lost.values())
+    # The first part that is another now; the user's own code is compared file by file.
+    parts = ([each for each in IDENTITY if record.identity.get(each) != identity.get(each)] for record in lost.values())
+    changed = Counter(next(iter(each), "code") for each in parts)
     return [Note.of("not reused", runs=len(lost), changed=dict(changed.most_common()))] if changed else []
-
-
-def _changed(record: RunRecord, identity: Mapping[str, str]) -> str:
-    """The first part of a run's identity that is another now; the user's own code is compared file by file."""
-    return next((part for part in IDENTITY if record.identity.get(part) != identity.get(part)), "code")
 
 
 def _date(record: RunRecord) -> str:

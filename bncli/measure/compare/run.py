@@ -48,6 +48,10 @@ class Executor(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """End the processes that did them; another `run` starts new ones."""
+        ...
+
 
 class _OpenRuns:
     """The runs of a study that are not done, in the order in which they are to be handed out.
@@ -109,6 +113,8 @@ def check(
         note()
     ended = [event for event in executor.run(deque(trials.values()), stop) if isinstance(event, Ended)]
     failures = {arm: event.failure for event in ended for arm in arms[event.job.key] if event.failure is not None}
+    if any(isinstance(job.recipe.model, OwnModel) for job in trials.values()):
+        executor.close()  # what the user's code keeps in its process must not reach the runs
     if failures:
         raise Refused(*by_arm((arm, failures[arm]) for arm in probes if arm in failures), exit_code=USAGE)
     return bool(trials)

@@ -111,11 +111,7 @@ def kept_points(plan: ComparisonPlan, tuning: Sequence[RunRecord]) -> list[Point
     if sample.hit.shape[1] >= 2 and sample.hit.any():
         keep = stats.kept_points(sample.logs, sample.hit)
         return [point for (point, _), kept in zip(arm.results, keep, strict=True) if kept]
-    hit = [
-        point
-        for point, results in arm.results
-        if any(result.steps_to_target is not None for result in results.values())
-    ]
+    hit = [point for point, found in arm.results if any(each.steps_to_target is not None for each in found.values())]
     if hit or not arm.results:
         return hit
     highest = plan.target.metric == "accuracy"

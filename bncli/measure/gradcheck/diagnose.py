@@ -44,9 +44,7 @@ def diagnose(verdicts: list[Verdict], norm: str) -> tuple[Diagnosis, ...]:
 # --- known bugs -------------------------------------------------------------------------------------------------------
 
 Result = tuple[str, str]  # identifier of a case, quantity
-Distances = tuple[
-    float, float
-]  # relative l2 distances of what was seen from the wrong kernel's output and from the truth
+Distances = tuple[float, float]  # relative l2 ones of what was seen from the wrong kernel's output and from the truth
 
 
 def _likely(verdicts: list[Verdict]) -> list[Diagnosis]:
@@ -63,19 +61,14 @@ def _likely(verdicts: list[Verdict]) -> list[Diagnosis]:
         best = max(matches, key=lambda known: len(matches[known]))
         if len(matches[best]) < max(2 if found else 1, SHARE * count):
             return found
-        found.append(_diagnosis(best, matches[best], count))
+        (case, quantity), near = min(matches[best].items(), key=lambda item: item[1][0] / item[1][1])
+        match = BugMatch(case, quantity, best.equals, *near, alike=len(matches[best]), failing=count)
+        found.append(Diagnosis(best.bug, match))
         done = matches[best].keys()
         matches = {
             known: {result: near for result, near in its.items() if result not in done}
             for known, its in matches.items()
         }
-
-
-def _diagnosis(known: KnownBug, matches: dict[Result, Distances], failing: int) -> Diagnosis:
-    (case, quantity), (from_wrong, from_truth) = min(matches.items(), key=lambda item: item[1][0] / item[1][1])
-    return Diagnosis(
-        known.bug, BugMatch(case, quantity, known.equals, from_wrong, from_truth, alike=len(matches), failing=failing)
-    )
 
 
 def _spread(verdicts: list[Verdict]) -> dict[str, Evidence]:

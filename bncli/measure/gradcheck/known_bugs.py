@@ -20,10 +20,6 @@ Kernel = Callable[[Case], Forward]
 Results = Callable[[Values, Case], Values]
 
 
-def any_case(case: Case) -> bool:
-    return True
-
-
 @dataclass(frozen=True, eq=False)
 class KnownBug:
     """A bug and the results of a kernel with it. `bug`: its name. `equals`: what the failing quantity then equals."""
@@ -31,7 +27,7 @@ class KnownBug:
     bug: str
     equals: str
     forward: Kernel | None = None  # None: the right results, changed by `results`
-    applies: Callable[[Case], bool] = any_case
+    applies: Callable[[Case], bool] = lambda case: True
     results: Results = lambda values, case: values
     inputs: Callable[[Inputs], Inputs] = lambda given: given
 
@@ -118,18 +114,6 @@ def back_in_memory(tensor: Tensor) -> Tensor:
         return tensor
     n, c, *s = tensor.shape
     return tensor.reshape(n, *s, c).movedim(-1, 1)
-
-
-def all_misread(given: Inputs) -> Inputs:
-    return given.each(memory_of)
-
-
-def g_misread(given: Inputs) -> Inputs:
-    return replace(given, g=memory_of(given.g))
-
-
-def read_back(values: Values, case: Case) -> Values:
-    return {name: back_in_memory(value) for name, value in values.items()}
 
 
 # --- the cases that show it -------------------------------------------------------------------------------------------
@@ -300,14 +284,14 @@ KNOWN_BUGS = (
         "what the memory gives when it is read in the order of a contiguous tensor",
         right,
         channels_last,
-        read_back,
-        all_misread,
+        lambda values, case: {name: back_in_memory(value) for name, value in values.items()},
+        lambda given: given.each(memory_of),
     ),
     KnownBug(
         "upstream gradient read as contiguous",
         "what the upstream gradient's memory gives when it is read in the order of a contiguous tensor",
         right,
         channels_last,
-        inputs=g_misread,
+        inputs=lambda given: replace(given, g=memory_of(given.g)),
     ),
 )

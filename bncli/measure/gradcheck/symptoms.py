@@ -55,28 +55,18 @@ def whole_calls(verdicts: Verdicts) -> Verdicts:
     return [verdict for verdict in verdicts if verdict.quantity == "forward"]
 
 
-def something_else(verdicts: Verdicts) -> Verdicts:
-    """An output of a wrong type, shape, dtype or device."""
-    return of_kind(*SOMETHING_ELSE)(whole_calls(verdicts))
+def of_whole_calls(*kinds: FindingKind) -> Callable[[Verdicts], Verdicts]:
+    return lambda verdicts: of_kind(*kinds)(whole_calls(verdicts))
 
 
 def written(verdicts: Verdicts) -> Verdicts:
     return of_kind("input_written", "running_moved")(verdicts) + of_kind("leaf_written")(verdicts)
 
 
-def raising(verdicts: Verdicts) -> Verdicts:
-    return of_kind(*RAISED)(whole_calls(verdicts))
-
-
 def mostly_raising(verdicts: Verdicts) -> Verdicts:
     """The calls that raise, if they are most of the failing ones."""
-    found = raising(verdicts)
+    found = of_whole_calls(*RAISED)(verdicts)
     return found if 2 * len(found) > len(failed(whole_calls(verdicts))) else []
-
-
-def raising_too(verdicts: Verdicts) -> Verdicts:
-    """The calls that raise, if most failing calls return wrong numbers."""
-    return [] if mostly_raising(verdicts) else raising(verdicts)
 
 
 def how_many(verdicts: Verdicts, found: Verdicts) -> dict[str, Any]:
@@ -192,14 +182,6 @@ def beside_nan(verdicts: Verdicts) -> Verdicts:
     return wrong if all(v.row == NOT_FINITE for v in wrong) else []
 
 
-def nan_swallowed(verdicts: Verdicts) -> Verdicts:
-    return of_kind("nan_missing")(beside_nan(verdicts))
-
-
-def nan_leaks(verdicts: Verdicts) -> Verdicts:
-    return of_kind("nan_unexpected")(beside_nan(verdicts))
-
-
 def derivative_at_nan(verdicts: Verdicts) -> Verdicts:
     """Wrong finite gradients at a NaN before an activation with a kink, if there are no other failures."""
     found = beside_nan(verdicts)
@@ -246,7 +228,7 @@ def strided_input(verdicts: Verdicts) -> Verdicts:
 
 
 SYMPTOMS = (
-    Symptom("the output has a wrong type, shape, dtype or device", something_else, decisive=True),
+    Symptom("the output has a wrong type, shape, dtype or device", of_whole_calls(*SOMETHING_ELSE), decisive=True),
     Symptom("an input is modified", written, decisive=True),
     Symptom("a tensor saved for the backward pass is modified", of_kind("saved_written"), decisive=True),
     Symptom("the kernel raises an exception", mostly_raising, decisive=True, numbers=how_many),
@@ -255,12 +237,12 @@ SYMPTOMS = (
     Symptom("half-precision statistics", half_precision),
     Symptom("no second derivative", second_missing, compatible=True),
     Symptom("a wrong second derivative", second_wrong, compatible=True),
-    Symptom("NaN disappears", nan_swallowed),
-    Symptom("NaN leaks into other channels", nan_leaks),
+    Symptom("NaN disappears", lambda verdicts: of_kind("nan_missing")(beside_nan(verdicts))),
+    Symptom("NaN leaks into other channels", lambda verdicts: of_kind("nan_unexpected")(beside_nan(verdicts))),
     Symptom("the activation's derivative at NaN is not torch's", derivative_at_nan),
     Symptom("upstream gradient read as contiguous", upstream_layout),
     Symptom("an input's strides are ignored", strided_input),
-    Symptom("the kernel raises an exception", raising_too, compatible=True, numbers=how_many),
+    Symptom("the kernel raises an exception", of_whole_calls(*RAISED), compatible=True, numbers=how_many),
     Symptom("not deterministic", of_kind("not_deterministic"), compatible=True),
     Symptom("one value per channel accepted", of_check("one-value"), compatible=True),
     Symptom("an empty batch is not handled as in torch", of_check("empty"), compatible=True),

@@ -297,8 +297,8 @@ class UserModel:
         return Trainable(model, optimizer, lambda: batch, step, forward, batch[0], TrainingPlan(real_data=False))
 
     def _loss(self, output: object) -> Tensor:
-        tensors = [each for each in tree_leaves(output) if isinstance(each, Tensor) and each.requires_grad]
-        floats = [each for each in tensors if each.is_floating_point()]
+        tensors = [each for each in tree_leaves(output) if isinstance(each, Tensor)]
+        floats = [each for each in tensors if each.requires_grad and each.is_floating_point()]
         if not floats:
             raise RunFailed(f"{self.name}: its output holds no floating-point tensor to train on")
         return torch.stack([each.float().square().mean() for each in floats]).sum()

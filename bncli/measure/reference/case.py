@@ -206,15 +206,11 @@ def cases(effort: Effort, norm: str, fuses: bool, evaluates: bool, interpreted: 
         found += [replace(case, repeat=repeat) for repeat in (2, 3) for case in found]
     dtypes = {"quick": ("float32",), "default": ("float32", "bfloat16"), "full": tuple(DTYPES)}[effort]
     large = product_of(dtypes, LARGE_SHAPES[:3] if effort == "quick" else LARGE_SHAPES, "quick")
-    return found + [case for case in large if not (_overflows(case) or (interpreted and _takes_minutes(case)))]
-
-
-def _overflows(case: Case) -> bool:
-    return case.dtype == "float16" and (case.shape[0], *case.shape[2:]) == MOST_VALUES
-
-
-def _takes_minutes(case: Case) -> bool:
-    return case.layout == "contiguous" and case.shape[1] > INTERPRETED_CHANNELS
+    for case in large:
+        overflows = case.dtype == "float16" and (case.shape[0], *case.shape[2:]) == MOST_VALUES
+        takes_minutes = interpreted and case.layout == "contiguous" and case.shape[1] > INTERPRETED_CHANNELS
+        found += [] if overflows or takes_minutes else [case]
+    return found
 
 
 def _fusions(effort: Effort, fusions: tuple[str, ...], spatial: int, turn: int) -> tuple[str, ...]:

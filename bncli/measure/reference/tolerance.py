@@ -9,16 +9,15 @@ sums.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from bncli.engine.device import cpu_threads
 from bncli.kernels.definition import definition
 from bncli.kernels.layout import over_channels, per_channel
 from bncli.measure.reference.candidate import NATIVE, Rule
@@ -129,18 +128,7 @@ def _native_results(question: _Question, places: tuple[object, ...]) -> Values:
     return {name: value.clone() for name, value in seen.items()}  # dresidual may be g, which a kernel may write to
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """One CPU thread, for many short operators, which thread synchronization would slow down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@_one_thread()
+@cpu_threads(1)  # many short operators, which thread synchronization would slow down
 def computed(case: Case, given: Inputs, second: bool, device: torch.device, most: int | None = None) -> Expected:
     """`expected` on a device, not cached. most: elements of x that are perturbed, a sample of every channel."""
     wide = given.wide(device)

@@ -57,7 +57,12 @@ class FreshProcesses:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=[self._theirs.fileno()],
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": _path()},
+                env={
+                    **os.environ,
+                    "CUDA_VISIBLE_DEVICES": "",
+                    "OMP_NUM_THREADS": "1",
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                },
                 start_new_session=True,  # Ctrl-C is for the program, which then ends the server
             )
         with contextlib.suppress(OSError):  # if the server has ended already, the first call reports it
@@ -87,10 +92,6 @@ class FreshProcesses:
             with contextlib.suppress(OSError):
                 os.killpg(self._server.pid, signal.SIGKILL)  # it leads the process group of its children
             self._server.wait()
-
-
-def _path() -> str:
-    return os.pathsep.join(entry for entry in sys.path if entry)
 
 
 # --- in the server ------------------------------------------------------------------------------------------------

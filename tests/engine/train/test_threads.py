@@ -26,6 +26,10 @@ def state(recipe: Recipe) -> TrainState:
     return TrainState(recipe, data.load(recipe.data, CPU), CPU)
 
 
+def counted(recipe: Recipe) -> float:
+    return multiply_adds(recipe, data.load(recipe.data, CPU))
+
+
 def finished(recipe: Recipe, **options: Any) -> RunResult:
     *_, last = train(recipe, "cpu", **options)
     assert isinstance(last, RunFinished)
@@ -33,27 +37,25 @@ def finished(recipe: Recipe, **options: Any) -> RunResult:
 
 
 def test_every_weight_counts_once_for_an_example_and_each_place_in_an_image() -> None:
-    assert multiply_adds(state(tiny())) == PASSES * 20 * (8 * 16 + 16 * 3)
+    assert counted(tiny()) == PASSES * 20 * (8 * 16 + 16 * 3)
     cnn = tiny(data=IMAGES, model={"kind": "cnn", "channels": [4, 6]})
-    assert multiply_adds(state(cnn)) == PASSES * 20 * (9 * 3 * 4 * 64 + 9 * 4 * 6 * 16 + 6 * 3)
+    assert counted(cnn) == PASSES * 20 * (9 * 3 * 4 * 64 + 9 * 4 * 6 * 16 + 6 * 3)
     halves = tiny(train={"accumulate": 2})
-    assert multiply_adds(state(halves)) == PASSES * 10 * (8 * 16 + 16 * 3)
+    assert counted(halves) == PASSES * 10 * (8 * 16 + 16 * 3)
 
 
 @pytest.mark.parametrize("model", [{"kind": "cnn", "channels": [4, 6]}, {"kind": "resnet", "depth": 20}])
 def test_a_model_of_the_users_own_is_counted_like_a_recipes(model: dict[str, Any], own_recipe: OwnRecipe) -> None:
     known = state(tiny(data=IMAGES, model=model))
     own = state(own_recipe(OWN.format(act="pass")))
-    expected = multiply_adds(known)
-    known.recipe = own.recipe
-    assert multiply_adds(known) == expected
+    assert multiply_adds(own.recipe, known.dataset, known.model) == counted(known.recipe)
 
 
 def test_counting_leaves_random_generators_and_statistics_as_they_were(own_recipe: OwnRecipe) -> None:
     made = state(own_recipe(OWN.format(act="import random, torch; random.random(); torch.rand(1)")))
     made.model.norm = nn.BatchNorm1d(3)
     before = random.getstate(), torch.get_rng_state()
-    assert multiply_adds(made)
+    assert multiply_adds(made.recipe, made.dataset, made.model)
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
 
@@ -74,6 +76,14 @@ def test_a_large_step_and_one_that_cannot_be_counted_take_torchs_choice(
     assert branching.environment.threads == 2
     monkeypatch.setattr("bncli.engine.train.FEWEST", 1000)
     assert finished(tiny()).environment.threads == 2
+
+
+def test_the_same_threads_give_the_same_initial_weights_whether_chosen_or_asked_for() -> None:
+    torch.set_num_threads(2)
+    size = {"data": IMAGES, "model": {"kind": "cnn", "channels": [64, 256], "init": {"kind": "orthogonal"}}}
+    chosen, asked = finished(tiny(**size)), finished(tiny(**size), threads=2)
+    assert chosen.environment.threads == 2
+    assert chosen.evaluations == asked.evaluations
 
 
 def test_threads_that_are_asked_for_are_taken() -> None:

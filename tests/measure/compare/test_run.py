@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from bncli.errors import Refused
 from bncli.measure.compare import run
 from bncli.measure.compare.plan import Job, Study, collect, named_runs, planned_runs, wanted
+from bncli.measure.compare.processes import Processes
 from bncli.measure.compare.run import Ended, Started, check, execute
 from bncli.measure.compare.summary import summarise
 from bncli.report.compare.notes import sentences
@@ -36,6 +39,9 @@ class Serial:
             yield RunProgressed(0, 5, 0.5)
             steps = self.answer(job)
             yield Ended(0, job, None, steps) if isinstance(steps, str) else Ended(0, job, to_plain(self.result(steps)))
+
+    def close(self) -> None:
+        pass
 
 
 class Kept(dict[str, RunRecord]):
@@ -265,3 +271,41 @@ def test_a_dry_run_tries_what_the_recipe_does_not_tell(study_of: StudyOf, text: 
     asked = study_of(text + ALIKE)
     found, tried = checked(asked, lambda job: 100.0, dry=True)
     assert (found, bool(tried)) == (tries, tries)
+
+
+COUNTING = """
+from torch import nn
+made = 0
+def make(shape, classes, norm):
+    global made
+    made += 1
+    model = nn.Sequential(norm(shape[0]), nn.Linear(shape[0], classes))
+    nn.init.constant_(model[1].weight, 0.01 * made)
+    return model
+"""
+KINDS = """
+arms:
+  own: {model: {kind: module, module: "mine:make"}, norm: batch}
+  fused: {norm: {kind: batch, kernel: fused}, train: {accumulate: 2}}
+seeds: {report: 2}
+"""
+
+
+def test_no_bit_of_any_run_depends_on_the_check_before_them(
+    study_of: StudyOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the code of the one arm counts in its process how often it was called."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(COUNTING)
+    asked = study_of(BASE.replace("1000", "20") + KINDS)
+    found = []
+    for with_check in (False, True):
+        store = Kept()
+        with contextlib.closing(Processes("cpu", 1, 1, tmp_path)) as executor:
+            assert not with_check or check(asked, wanted(asked, {}), executor, lambda: False, lambda: None, False)
+            list(execute(asked, store.save, executor, {}))
+        results = [(record.arm, record.seed, record.result) for record in store.values()]
+        found.append([(arm, seed, result and result.evaluations) for arm, seed, result in results])
+    assert len(found[0]) == 4
+    assert all(evaluations for *_, evaluations in found[0])
+    assert found[0] == found[1]
