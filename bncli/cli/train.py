@@ -87,7 +87,8 @@ def train(
                 if isinstance(event, RunStarted):
                     enable_gc()
                     folder.begin(dump(plain(chosen.recipe)))
-                    sinks += [board.TensorBoard(folder.path / "tensorboard")] * tensorboard
+                    if tensorboard:
+                        sinks.append(board.TensorBoard(folder.path / "tensorboard"))
                 for sink in sinks:
                     sink(event)
                 if isinstance(event, RunFinished):

@@ -72,7 +72,10 @@ def main(arguments: list[str]) -> int:
     for name, recipe in nets():
         state = TrainState(recipe, data.load(recipe.data, CPU), CPU)
         ms = shortest_ms(state, seconds)
-        print(f"{name:16} {multiply_adds(state):14,} {ms[1]:12.3f} {ms[2]:12.3f} {ms[1] / ms[2]:9.2f}", flush=True)
+        print(
+            f"{name:16} {multiply_adds(recipe, state.dataset):14,.0f} {ms[1]:12.3f} {ms[2]:12.3f} {ms[1] / ms[2]:9.2f}",
+            flush=True,
+        )
     return 0
 
 

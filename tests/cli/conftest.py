@@ -149,3 +149,5 @@ def made_up_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "Processes", Training)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
+        monkeypatch.delitem(sys.modules, name)  # of a test before, in another folder

@@ -245,7 +245,7 @@ from torch import nn
 def make(shape, classes, norm):
     while len(list(pathlib.Path("runs/small/runs").glob("*.json"))) == 3 and not pathlib.Path("go").exists():
         time.sleep(0.02)
-    return nn.Linear(shape[0], classes)
+    return nn.Sequential(norm(shape[0]) if norm else nn.Identity(), nn.Linear(shape[0], classes))
 """
 OWN_MODEL = ("--set", "model={kind: module, module: 'mine:make'}", "--set", "grid={}", "--allow-code", "-j", "1")
 
@@ -298,7 +298,8 @@ def test_a_change_in_a_package_that_an_own_model_imports_is_seen(recipe: str) ->
     Path("mine/models.py").write_text(
         "from torch import nn\nfrom mine.parts.block import WIDTH\n"
         "def make(shape, classes, norm):\n"
-        "    return nn.Sequential(nn.Linear(shape[0], WIDTH), nn.ReLU(), nn.Linear(WIDTH, classes))\n"
+        "    made = norm(WIDTH) if norm else nn.ReLU()\n"
+        "    return nn.Sequential(nn.Linear(shape[0], WIDTH), made, nn.Linear(WIDTH, classes))\n"
     )
 
     def parameters(width: int) -> tuple[int, str]:
@@ -327,6 +328,7 @@ def test_runs_by_code_changed_meanwhile_are_left_out_and_done_again(recipe: str)
         "    if begun.read_text() == '....':\n"  # in the second run, after the checks of both arms
         "        pathlib.Path('width.py').write_text('WIDTH = 20')\n"
         "        os.kill(os.getpid(), 9)\n"
+        "    norm and norm(WIDTH)\n"
         "    return nn.Sequential(nn.Linear(shape[0], WIDTH), nn.ReLU(), nn.Linear(WIDTH, classes))\n"
     )
     ran = bncli("compare", recipe, *OWN_MODEL, "--json")

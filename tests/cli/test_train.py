@@ -275,6 +275,12 @@ def test_tensorboards_files_are_in_the_runs_folder_beside_the_record(recipe: str
     assert found.Tags()["histograms"] == ["inputs/hidden1.activation"]
 
 
+def test_a_run_needs_neither_matplotlib_nor_tensorboard(recipe: str, monkeypatch) -> None:
+    for name in ("matplotlib", "tensorboard", "jinja2"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert bncli("train", recipe, "-o", "run", "-q").code == 0
+
+
 def test_tensorboard_is_refused_before_training_where_it_is_missing(recipe: str, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     ran = bncli("train", recipe, "-o", "run", "--tensorboard")

@@ -168,11 +168,22 @@ def _own(section: OwnModel, shape: tuple[int, ...], classes: int, norm: NormFact
         f"It is called with shape={shape}, classes={classes}, norm= a function of the channels that returns the norm "
         "module (or None), and model.arguments"
     )
+    asked = list[int]()  # the channels of each norm
+
+    def counted(channels: int) -> nn.Module:
+        assert norm is not None
+        asked.append(channels)
+        return norm(channels)
+
     seed_global_generators(stream_seed(seed, "own model"))
     with blame_user_code(where, contract, RecipeError), SeparateDraws(seed):
-        model = function(shape=shape, classes=classes, norm=norm, **section.arguments)
+        model = function(shape=shape, classes=classes, norm=norm and counted, **section.arguments)
     if not isinstance(model, nn.Module):
         returned = "nothing (None)" if model is None else f"a {type(model).__name__}"
         raise RecipeError(f"{where} returned {returned}; expected a torch.nn.Module")
+    if norm is not None and not asked:
+        raise RecipeError(
+            f"{where} never called norm, so the recipe's norm has no effect; call it, or write norm: none"
+        )
     seed_global_generators(stream_seed(seed, "own model's forward"))  # whatever the constructor drew
     return model

@@ -22,7 +22,7 @@ from bncli.engine.target import evaluation_steps
 from bncli.engine.train.optim import set_learning_rate
 from bncli.engine.train.population import precise
 from bncli.engine.train.probes import probe, probe_steps
-from bncli.engine.train.state import TrainState
+from bncli.engine.train.state import TrainState, check_fit
 from bncli.engine.train.threads import FEWEST, multiply_adds
 from bncli.errors import RunFailed
 from bncli.recipe.sections import BatchNorm, OwnModel, Recipe
@@ -77,6 +77,7 @@ def train(
         kernels.get(recipe.norm.kernel, on)
     if dataset is None:
         dataset = data.load(recipe.data, on, data.MEMORY_FORMATS[recipe.train.memory_format])
+    check_fit(recipe, dataset)
     own, by_size = isinstance(recipe.model, OwnModel), threads is None and on.type == "cpu"
     most = threads or torch.get_num_threads()
     # Initial weights depend on the threads in their last bits, so these are set before, or are 1 where unknown yet.

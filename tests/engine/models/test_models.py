@@ -213,11 +213,18 @@ def test_orthogonal_weights_of_the_users_own_model_are_alike_in_arms(own_recipe:
         "def make(shape, classes, norm):\n"
         "    layer = nn.Sequential(nn.Linear(8, 8, bias=norm is None), nn.Linear(8, 3))\n"
         "    nn.init.orthogonal_(layer[1].weight)\n"
-        "    return layer"
+        "    return nn.Sequential(*layer, norm(3)) if norm else layer"
     )
     plain, normed = (built(own_recipe(code, norm))[1].weight.detach() for norm in ("none", "batch"))
     assert torch.equal(plain, normed)
     torch.testing.assert_close(plain @ plain.T, torch.eye(3), atol=1e-5, rtol=0)
+
+
+def test_a_model_of_the_users_own_that_ignores_its_norm_is_refused(own_recipe: OwnRecipe) -> None:
+    code = "def make(shape, classes, norm):\n    return nn.Sequential(nn.Linear(8, 3), nn.BatchNorm1d(3))"
+    with pytest.raises(RecipeError, match="never called norm, so the recipe's norm has no effect"):
+        built(own_recipe(code, "batch"))
+    built(own_recipe(code, "none"))
 
 
 def test_building_a_model_of_the_users_own_does_not_load_the_compiler(own_recipe: OwnRecipe) -> None:
