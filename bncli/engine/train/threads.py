@@ -7,7 +7,6 @@ import math
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from bncli.engine.data.splits import Dataset
 from bncli.engine.models.init import global_generators, restore_global_generators
@@ -30,6 +29,8 @@ def multiply_adds(recipe: Recipe, dataset: Dataset, model: nn.Module | None = No
     if model is None:
         planned = layers(recipe, shape, dataset.classes)
         return PASSES * batch * size(planned, shape)[0].multiply_adds if planned else math.inf
+    from torch.utils.flop_counter import FlopCounterMode  # loads Triton: 70 MiB that a recipe's own nets can do without
+
     cpu = torch.device("cpu")
     before = global_generators(cpu)
     try:

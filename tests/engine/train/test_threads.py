@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -91,3 +93,8 @@ def test_threads_that_are_asked_for_are_taken() -> None:
     assert result.environment.threads == 2
     assert result.cores_lacked is not None
     assert result.cores_lacked >= 0
+
+
+def test_the_training_loop_does_not_load_triton() -> None:
+    code = "import sys; import bncli.engine.train; print('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
