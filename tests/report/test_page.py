@@ -332,6 +332,15 @@ def test_nothing_is_off_screen_and_nothing_is_loaded(name: str, width: int, open
     assert page.messages == []
 
 
+@pytest.mark.browser
+def test_the_card_of_an_arm_on_a_phone_begins_with_its_ratio_and_its_steps(opened: Callable[..., Opened]) -> None:
+    places = """[...document.querySelector('tbody tr').children].map(cell => [
+        cell.getBoundingClientRect().y, cell.getBoundingClientRect().x, cell.dataset.name ?? 'arm'
+    ])"""
+    names = [name for *_, name in sorted(opened("seven arms", 390).ask(places))]
+    assert names[:4] == ["arm", "steps vs reference", "steps to target", "lr"]
+
+
 # The least size in pixels of the words of the figures that are displayed, and how many figures that are.
 FIGURES = """() => [...document.querySelectorAll('svg')].filter(svg => svg.checkVisibility()).map(svg =>
     Math.min(...[...svg.querySelectorAll('text')].map(text => parseFloat(getComputedStyle(text).fontSize))) *
