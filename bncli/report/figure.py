@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -115,8 +116,8 @@ def write_caption(figure: Figure, style: FigureStyle, title: str, *notes: str) -
 
 def legend_above(figure: Figure, handles: Sequence[Artist]) -> SubFigure:
     """Put a legend on a strip above the figure, whose height grows, and return the part below, as high as it was."""
-    height, longest = figure.get_figheight(), max(len(str(handle.get_label())) for handle in handles)
-    columns = max(1, min(len(handles), int(figure.get_figwidth() / (0.6 + 0.078 * longest))))
+    height = figure.get_figheight()
+    columns = legend_columns([str(handle.get_label()) for handle in handles], figure.get_figwidth())
     strip = 0.08 + 0.19 * math.ceil(len(handles) / columns)
     figure.set_figheight(height + strip)
     parts: list[SubFigure] = list(figure.subfigures(2, 1, squeeze=False, height_ratios=(strip, height)).flat)
@@ -124,6 +125,19 @@ def legend_above(figure: Figure, handles: Sequence[Artist]) -> SubFigure:
     for text in shown.get_texts():
         text.set_parse_math(False)
     return parts[1]
+
+
+def panel_legend(axes: Axes) -> None:
+    """A legend above a panel, where it covers no line; the layout will make the panel about 1.15 times as wide."""
+    columns = legend_columns(axes.get_legend_handles_labels()[1], 1.15 * axes.bbox.width / axes.figure.dpi)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, borderpad=0)
+
+
+def legend_columns(labels: Sequence[str], width: float) -> int:
+    """The most columns of a legend that fit a width in inches, each as wide as its longest label."""
+    ends = ([k * (len(labels) // n) + min(k, len(labels) % n) for k in range(n + 1)] for n in range(1, len(labels) + 1))
+    longest = ([max(map(len, labels[i:j])) for i, j in itertools.pairwise(each)] for each in ends)
+    return max((len(each) for each in longest if 0.6 * len(each) + 0.078 * sum(each) <= width), default=1)
 
 
 def thinned(points: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
@@ -144,17 +158,18 @@ def two_panels(
     words: tuple[str, str],
     x: tuple[str, Sequence[float]],
     panels: Mapping[str, Mapping[str, Sequence[float]]],
+    examples: bool = False,  # mark each value, and give both panels one range of y
 ) -> list[Axes]:
     """Lines in two panels. words: title and note. x: label and values. panels: a y label -> a line's name -> its y."""
     width = style.width_inches or 10.0
-    figure.set_size_inches(width, 3.7 if width > NARROW else 5.8)
+    figure.set_size_inches(width, 4.0 if width > NARROW else 6.4)
     write_caption(figure, style, *words)
-    found = list(figure.subplots(*((1, 2) if width > NARROW else (2, 1))))
+    found = list(figure.subplots(*((1, 2) if width > NARROW else (2, 1)), sharey=examples))
     for axes, (name, lines) in zip(found, panels.items(), strict=True):
         axes.set(xlabel=x[0], ylabel=name)
         for place, (label, y) in enumerate(lines.items()):
-            axes.plot(x[1], y, label=label, **line_style(place))
-        axes.legend(frameon=False)
+            axes.plot(x[1], y, label=label, marker="o" * examples, markersize=4.5, **line_style(place))
+        panel_legend(axes)
     return found
 
 

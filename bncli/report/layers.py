@@ -211,7 +211,8 @@ def _key(columns: Sequence[Column], arms: Sequence[Arm], drawn: int, layers: int
         unit = (
             "Inputs of one unit: 15th, 50th and 85th percentile over a fixed sample of training examples, in training"
         )
-        parts.append(f"{unit} mode; the first unit of the layer, seed {arms[0].seeds[0]}.")
+        most = f"; the first {MOST_BANDS} of {len(arms)} arms" * (len(arms) > MOST_BANDS)
+        parts.append(f"{unit} mode; the first unit of the layer, seed {arms[0].seeds[0]}{most}.")
     if any(column.arm is None for column in columns) and max(len(arm.runs) for arm in arms) > 1:
         parts.append(f"Curves: median over {count(max(len(arm.runs) for arm in arms), 'seed')}, band: quartiles.")
     if any(len({point.step for point in arm.runs[0].probes}) > figures.MOST_PLACES for arm in arms):

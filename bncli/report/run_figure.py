@@ -34,7 +34,7 @@ def draw(picture: Figure, run: Arm, style: FigureStyle) -> None:
         label = f"{setting(value)} {'not reached' if each.steps is None else f'in {figure(each.steps)} steps'}"
         at = ([each.steps], [value]) if each.steps else ([], [])
         panel.plot(*at, "D", color=INK, markerfacecolor=INK if each is reached else "white", markersize=5, label=label)
-        panel.legend(frameon=False)
+        figures.panel_legend(panel)
     for panel in panels.values() if later else ():
         panel.set_xscale("log")
         figures.plain_ticks(panel)

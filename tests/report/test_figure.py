@@ -125,6 +125,25 @@ def test_a_legend_has_as_many_columns_as_fit() -> None:
     assert figures[3.3].get_figheight() > figures[11.0].get_figheight() > 2
 
 
+def test_one_long_name_does_not_put_all_names_of_a_legend_below_each_other() -> None:
+    from matplotlib.patches import Patch
+
+    names = [
+        "plain",
+        "batch norm",
+        "layer norm",
+        "rectified linear units instead of sigmoid",
+        "weight norm",
+        "group norm",
+    ]
+    figure = empty_figure(6.8)
+    legend_above(figure, [Patch(label=name) for name in names])
+    figure.draw_without_rendering()
+    (legend,) = figure.subfigs[0].legends
+    assert legend.get_window_extent().x1 <= figure.bbox.x1
+    assert len({round(text.get_window_extent().x0) for text in legend.get_texts()}) >= 2
+
+
 # --- curves -------------------------------------------------------------------------------------------------------
 
 

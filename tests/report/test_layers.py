@@ -104,6 +104,12 @@ def test_at_most_six_layers_and_three_arms_percentiles_are_drawn(examples):
     assert len(found) == 6 * 3
 
 
+def test_the_caption_says_whose_percentiles_are_drawn(examples):
+    shown = {name: render(probed(examples[name], points(["inputs"])), "svg") for name in ("two arms", "six arms")}
+    assert b"the first 3 of 6 arms" in b" ".join(shown["six arms"].split())
+    assert b" arms." not in shown["two arms"]
+
+
 def test_layers_that_are_numbered_in_one_sequential_have_rows_of_their_own(examples):
     names = ("features.0", "features.2", "features.4")
     found = tuple(

@@ -189,6 +189,11 @@ def test_a_page_has_the_answer_and_what_it_rests_on(name: str, found: str) -> No
     assert found in Page(made(name)).text
 
 
+def test_what_was_not_checked_stands_behind_the_groups_and_before_the_parts_of_the_gradient() -> None:
+    text = Page(made("gradients that pass")).text
+    assert text.index("Groups of cases") < text.index("Not checked") < text.index("dL/dx in its three parts")
+
+
 @pytest.fixture
 def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -327,6 +332,15 @@ def test_nothing_is_off_screen_and_nothing_is_loaded(name: str, width: int, open
     assert page.messages == []
 
 
+@pytest.mark.browser
+def test_the_card_of_an_arm_on_a_phone_begins_with_its_ratio_and_its_steps(opened: Callable[..., Opened]) -> None:
+    places = """[...document.querySelector('tbody tr').children].map(cell => [
+        cell.getBoundingClientRect().y, cell.getBoundingClientRect().x, cell.dataset.name ?? 'arm'
+    ])"""
+    names = [name for *_, name in sorted(opened("seven arms", 390).ask(places))]
+    assert names[:4] == ["arm", "steps vs reference", "steps to target", "lr"]
+
+
 # The least size in pixels of the words of the figures that are displayed, and how many figures that are.
 FIGURES = """() => [...document.querySelectorAll('svg')].filter(svg => svg.checkVisibility()).map(svg =>
     Math.min(...[...svg.querySelectorAll('text')].map(text => parseFloat(getComputedStyle(text).fontSize))) *
@@ -402,6 +416,25 @@ def test_print_shows_everything_and_cuts_nothing(name: str, opened: Callable[...
         "[...document.querySelectorAll('tr')].map(row => row.lastElementChild.firstChild.textContent)"
     ):
         assert not missing_words(cell, printed)
+
+
+@pytest.mark.browser
+def test_the_first_failures_begin_on_the_first_printed_page_and_are_broken_between_rows(
+    browser: Any, tmp_path: Path
+) -> None:
+    if shutil.which("pdftotext") is None:
+        pytest.skip("needs pdftotext: apt-get install poppler-utils")
+    cases = [f"train/float32/channels_last/4x3x5x{place}/plain/running_mean" for place in range(18)]
+    many = replace(BAD, failures=tuple(replace(BAD.failures[0], case=case) for case in cases))
+    (tmp_path / "many.html").write_text(of_gradcheck.to_html(many, [["bncli", case] for case in cases], COMMAND))
+    tab = browser.new_page()
+    tab.goto((tmp_path / "many.html").as_uri())
+    (tmp_path / "many.pdf").write_bytes(tab.pdf(prefer_css_page_size=True))
+    tab.close()
+    printed = ["pdftotext", "-l", "1", tmp_path / "many.pdf", "-"]
+    first = subprocess.run(printed, capture_output=True, text=True, check=True).stdout
+    assert "run it again" in first
+    assert cases[0] in first  # in the command, whose words are whole
 
 
 def missing_words(cell: str, printed: str) -> list[str]:

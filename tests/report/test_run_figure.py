@@ -13,6 +13,7 @@ from bncli.report.layers import Arm, has_layers
 from bncli.report.layers import draw as draw_layers
 from bncli.report.run_figure import draw
 from bncli.results.train import Evaluation, ProbePoint, Target, TargetReached
+from tests.report.conftest import check_everything_is_inside, laid_out
 
 pytest.importorskip("matplotlib")
 
@@ -69,3 +70,11 @@ def test_what_the_probes_measured_is_drawn_beside_it(run: Arm, tmp_path: Path) -
     assert "<!-- digits: inside the layers -->" in text
     assert "<!-- norm of the weight gradient -->" in text
     assert "median over" not in text
+
+
+@pytest.mark.parametrize("width", [3.3, 10.0])
+def test_the_legend_stands_above_its_panel_and_inside_the_figure(run: Arm, width: float) -> None:
+    figure = laid_out(lambda picture: draw(picture, run, FigureStyle(width)))
+    check_everything_is_inside(figure, width)
+    for panel in figure.axes:
+        assert panel.get_legend().get_window_extent().y0 >= panel.get_window_extent().y1

@@ -182,6 +182,7 @@ def _steps(axes: Axes, comparison: Comparison, above: bool = False) -> None:
 def _words_above(axes: Axes, names: Sequence[str], figures: Sequence[str]) -> None:
     for row, (name, below) in enumerate(zip(names, figures, strict=True)):
         place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "va": "top"}
+        place["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # no grid runs through the words
         colour, lines = COLOURS[row % len(COLOURS)], name.count("\n") + 1
         axes.annotate(
             name, (0, row - 0.5), (0, -3), color=colour, fontweight="bold", fontsize=8, parse_math=False, **place

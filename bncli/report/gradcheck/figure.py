@@ -25,8 +25,7 @@ def draw_parts(picture: Figure, found: Gradcheck, style: FigureStyle) -> None:
     note += f"the same for all{'' if spread == 'covariance' else ', that through the variance a straight line in x'}."
     parts = {"direct": direct, "through the mean": mean, f"through the {spread}": other}
     whole = {"direct part alone": direct, "all three: dL/dx": [sum(each[1:]) for each in case.values]}
-    for axes in two_panels(picture, style, (title, note), ("x", x), {"parts of dL/dx": parts, "dL/dx": whole}):
-        axes.margins(y=0.35)
+    two_panels(picture, style, (title, note), ("x", x), {"parts of dL/dx": parts, "dL/dx": whole}, examples=True)
 
 
 def draw_demo(picture: Figure, steps: Sequence[BiasStep], style: FigureStyle) -> None:
@@ -41,4 +40,4 @@ def draw_demo(picture: Figure, steps: Sequence[BiasStep], style: FigureStyle) ->
         for name, field in (("bias b", "bias"), ("loss", "loss"))
     }
     for axes in two_panels(picture, style, (title, note), ("step", [each.step for each in steps]), panels):
-        axes.set_ylim(min(0, axes.get_ylim()[0]), 1.25 * axes.get_ylim()[1])
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))

@@ -28,12 +28,12 @@ def to_html(result: Gradcheck, commands: Sequence[Sequence[str]], command: str) 
         Section("Looks like", notes=bug_lines(result)),
         Section("The first failures", tables=[AlignedTable(failures)] * bool(commands)),
         replace(groups, notes=["Errors are in units of each case's tolerance: 1 or less passes."]),
-        *([table_section(paths_table(result.paths, result.norm))] if result.paths else []),
         Section("Not checked", notes=reasons(result.groups)),
+        *([table_section(paths_table(result.paths, result.norm))] if result.paths else []),
         Section("How tolerances are derived", notes=derivations(replace(result, effort="full")), folded=True),
     ]
     if result.paths and result.paths[0].values:
-        sections.insert(-2, figure_section("dL/dx value by value", draw_parts, result))
+        sections.insert(-1, figure_section("dL/dx value by value", draw_parts, result))
     verdict = "good" if result.passed else "bad"
     headline = [closing(result), *(f"It looks like: {each.bug}." for each in result.diagnoses)]
     return render(Page(title, subtitle, headline, sections, [result.environment], verdict=verdict), command, "")

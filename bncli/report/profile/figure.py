@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from bncli.report import figure as figures
 from bncli.report.figure import COLOURS, DEFAULT_STYLE, INK, NARROW, PALE, FigureStyle, legend_above, write_caption
 from bncli.report.profile.text import cache_words, case_groups, gb_per_s, grouped, quartiles, shape_words, size_words
-from bncli.report.text import count, figure
+from bncli.report.text import busy_mark, busy_words, count, figure
 from bncli.results.profile import STEP_CLASSES, Ceilings, KernelCost, KernelProfile, Profile, StepCost, StepProfile
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ LONGEST = 24  # characters of a name beside bars, on a line
 GAP = 0.5  # bars' heights between two shapes
 LEAST_BARS = 10  # a column of panels has room for so many, so that few bars are not thick
 MOST_BARS, BARS_PER_INCH = 40, 12  # in a panel, in a figure by its width; of more, geometric means over shapes
+MOST_COPY = 8  # times the longest bar: a larger copy is named and not drawn, so that bars of small shapes can be seen
 LABEL_SHARE = 0.13  # the height of three lines of text as a share of the roofline's
 KEY = (
     "Roofline: a dot is a shape in a layout, the large marker the geometric mean over all of them; flop/B: arithmetic "
@@ -146,21 +147,23 @@ def row_heights(panels: Panels, across: int) -> list[float]:
 
 
 def _bar_panels(part: SubFigure, panels: Panels, across: int, ceilings: Ceilings, colours: Mapping[str, str]) -> None:
-    """All panels on one scale, with the largest copy as a line."""
+    """All panels on one scale, with the largest copy as a line where bars are not too short beside it."""
     heights, inches = row_heights(panels, across), part.bbox.width / part.dpi / across
     grid = list(part.subplots(len(heights), across, squeeze=False, height_ratios=heights).flat)
     copy = ceilings.copy_gb_per_s if ceilings.copies else 0.0
     longest = max(bar.high for panel in panels.values() for bars in panel.values() for bar in bars)
+    near = 0 < copy <= MOST_COPY * longest
+    label = f"GB/s of the minimum bytes to move{f' (copy: {figure(copy)}, beyond the axis)' * (copy > 0 and not near)}"
     for index, (axes, (title, panel)) in enumerate(zip(grid, panels.items(), strict=False)):
         # Characters of a line above or below the bars.
         room = int(12.4 * (inches - 0.28 - 0.06 * min(LONGEST, max(map(len, panel)))))
         axes.set_title(textwrap.fill(title, room), parse_math=False)
         _panel(axes, panel, LEAST_BARS / len(heights), colours)
-        axes.set_xlim(0, 1.02 * max(longest, copy))
-        if copy:
+        axes.set_xlim(0, 1.02 * max(longest, copy if near else 0))
+        if near:
             axes.axvline(copy, color=INK, linewidth=1.3, zorder=2)
         if index >= len(panels) - across:
-            axes.set_xlabel(textwrap.fill("GB/s of the minimum bytes to move", room))
+            axes.set_xlabel(textwrap.fill(label, room))
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
 
@@ -238,13 +241,13 @@ def _column(axes: Axes, place: float, speeds: Sequence[float], colour: str) -> N
 
 
 def _copies(axes: Axes, ceilings: Ceilings) -> None:
-    """Copies by size as horizontal lines, the largest in ink, named where there is room."""
+    """Copies by size as horizontal lines with their names, the largest in ink; only those that there is room for."""
     bottom, top = axes.get_ylim()
     named: list[float] = []
     for size, speed in reversed(ceilings.copies):
         colour, width = (PALE, 0.9) if named else (INK, 1.3)
-        axes.axhline(speed, color=colour, linewidth=width, zorder=1)
         if all(max(speed / other, other / speed) > (top / bottom) ** LABEL_SHARE for other in named):
+            axes.axhline(speed, color=colour, linewidth=width, zorder=1)
             words = f"copy at\n{size_words(size)}:\n{figure(speed)} GB/s"
             place = (1, speed), (4, 0)
             axes.annotate(words, *place, xycoords=axes.get_yaxis_transform(), va="center", color=colour, **SMALL)
@@ -264,7 +267,8 @@ def _steps(picture: Figure, profile: StepProfile, style: FigureStyle) -> bool:
     used = [name for name in STEP_CLASSES if any(row.shares_ms.get(name) for row in rows)]
     part = legend_above(picture, _bars({name: CLASS_COLOURS[name] for name in used})) if used else picture
     step_bars(part.subplots(), rows, width)
-    write_caption(picture, style, f"{profile.name}: where the time of a step goes", _machine(profile))
+    busy = busy_words(row.cores_lacked for row in rows)
+    write_caption(picture, style, f"{profile.name}: where the time of a step goes", _machine(profile), busy)
     return True
 
 
@@ -274,7 +278,7 @@ def step_bars(axes: Axes, rows: Sequence[StepCost], width: float) -> None:
     rows = [row for members in arms.values() for row in members]
     apart = 2 if narrow else 1  # bars' heights
     heights = [apart * place + 0.4 * list(arms).index(row.arm) for place, row in enumerate(rows)]  # a gap between arms
-    names = [f"{row.arm}: {', '.join(filter(None, (row.mode, row.kernel)))}" for row in rows]
+    names = [f"{f'{row.arm}: ' * (len(arms) > 1)}{', '.join(filter(None, (row.mode, row.kernel)))}" for row in rows]
     found = [_stacked_bar(axes, height, row) for height, row in zip(heights, rows, strict=True)]
     for height, name, (median, words) in zip(heights, names, found, strict=True):
         if narrow:
@@ -301,5 +305,6 @@ def _stacked_bar(axes: Axes, height: float, row: StepCost) -> tuple[float, str]:
         left += length
     if whole <= 0:
         axes.barh(height, median, 0.72, color="white", edgecolor=PALE, linewidth=0.8)
-    speedup = f" ({figure(row.faster.value)}x vs native)" if row.faster else ""
-    return median, f"{figure(median)} ms{speedup}"
+    gain, mark = row.faster, busy_mark(row.cores_lacked)
+    told = gain and not (mark or gain.contradicted or (gain.interval.low or 0) <= 1 <= (gain.interval.high or math.inf))
+    return median, f"{figure(median)} ms{mark}" + (f" ({figure(gain.value)}x vs native)" if gain and told else "")

@@ -175,3 +175,10 @@ def test_hundreds_of_evaluations_are_thinned_and_the_caption_says_so(examples):
     assert all(len(line.get_xdata()) <= 150 for line in curves)
     assert THINNED in figure._supxlabel.get_text().replace("\n", " ")
     assert THINNED not in " ".join(words(examples["two arms"])).replace("\n", " ")
+
+
+@pytest.mark.parametrize("width", [3.3, 6.8])
+def test_no_line_of_the_grid_runs_through_the_words_above_runs(examples, width):
+    runs = drawn(examples["six arms"], FigureStyle(width)).axes[1]
+    assert len(runs.texts) == 12
+    assert all(text.get_bbox_patch().get_facecolor() == (1, 1, 1, 1) for text in runs.texts)

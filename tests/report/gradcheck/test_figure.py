@@ -60,3 +60,10 @@ def test_a_narrow_figure_has_its_panels_below_each_other_and_a_paper_has_no_titl
     above, below = figure.axes
     assert above.get_position().y0 > below.get_position().y1
     assert (figure.get_figwidth(), figure.get_suptitle()) == (4.0, "")
+
+
+def test_the_values_are_marked_and_the_parts_have_the_range_of_the_whole() -> None:
+    left, right = drawn(draw_parts, CHECKED).axes
+    assert {line.get_marker() for line in (*left.lines, *right.lines)} == {"o"}
+    assert left.get_ylim() == right.get_ylim()
+    assert left.get_ylim()[0] < -1.5  # the least of the whole gradient, which is less than each part

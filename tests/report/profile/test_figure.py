@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,8 @@ from bncli.report.profile.figure import (
     roofline,
     row_heights,
 )
-from bncli.results.profile import Ceilings, Profile
+from bncli.results.environment import Interval
+from bncli.results.profile import Ceilings, Profile, Speedup
 from tests.report.conftest import check_everything_is_inside, laid_out
 from tests.report.made_up_costs import (
     CEILINGS,
@@ -116,6 +118,17 @@ def test_a_bar_reaches_from_its_slow_to_its_fast_quartile() -> None:
     assert all(bar.low < bar.value < bar.high for bars in panel.values() for bar in bars)
 
 
+def test_bars_are_not_squeezed_by_a_copy_that_is_many_times_as_fast() -> None:
+    from matplotlib.figure import Figure
+
+    for speed, words in ((13.0, ""), (4000.0, " (copy: 4,000, beyond the axis)")):
+        figure = Figure(layout="constrained")
+        draw(figure, replace(one_case(), ceilings=Ceilings(((2**28, speed),), None)))
+        bars = figure.axes[1]
+        assert max(bar.get_width() for bar in bars.patches) > 0.3 * bars.get_xlim()[1]
+        assert bars.get_xlabel().replace("\n", " ") == f"GB/s of the minimum bytes to move{words}"
+
+
 def test_too_many_bars_become_geometric_means_and_the_figure_stays_small() -> None:
     rows = kernel_profile(9, kernels=("native", "fused", "compiled", "flaggems", "native")).rows
     (panel,) = bar_panels(rows, 160).values()
@@ -150,6 +163,41 @@ def test_the_points_of_the_roofline_fill_its_width() -> None:
         "bn\nbf16\n1.5 flop/B",
         "bn+relu\nbf16\n1.6 flop/B",
     ]
+
+
+def test_copies_without_room_for_their_names_are_not_drawn() -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    copies = Ceilings(((2**20, 12.3), (2**24, 12.2), (2**28, 12.1)), None)
+    roofline(axes, resnet().rows, copies, {"native": "#111111", "fused": "#222222"})
+    lines = [line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_xdata()[0] == 0]
+    assert [line.get_ydata()[0] for line in lines] == [12.1]
+    assert len(axes.texts) == 1
+
+
+# --- steps --------------------------------------------------------------------------------------------------------
+
+
+def test_a_bar_of_the_only_arm_is_named_without_it() -> None:
+    found = texts(replace(step_profile(), rows=step_profile().rows[:2]))
+    assert {"training, native", "training, fused"} <= found
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "83.1 ms (1.23x vs native)"),
+        ({"cores_lacked": 3.0}, "83.1 ms!"),
+        ({"faster": Speedup(1.02, Interval(0.97, 1.08))}, "83.1 ms"),
+        ({"faster": Speedup(1.23, Interval(1.2, 1.27), of_medians=0.8)}, "83.1 ms"),
+    ],
+)
+def test_a_ratio_is_said_where_nothing_is_marked_and_its_interval_excludes_1(changes: Any, words: str) -> None:
+    native, fused, *_ = step_profile().rows
+    found = texts(replace(step_profile(), rows=(native, replace(fused, **changes))))
+    assert words in found
+    assert any("measured while other programs" in text for text in found) == ("!" in words)
 
 
 # --- widths -------------------------------------------------------------------------------------------------------
