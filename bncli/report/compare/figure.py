@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -83,9 +84,9 @@ def key(comparison: Comparison) -> str:
     if len(missed) < len(results):
         parts.append("Dot: a run; diamond: geometric mean (median where runs missed) with its 95% interval.")
     if any(result.status != "diverged" for result in missed):
-        parts.append("Open triangle: a run that used up its budget.")
+        parts.append("Open triangle: runs that missed, at the most steps that their budget can show.")
     if any(result.status == "diverged" for result in missed):
-        parts.append("Cross: a run that diverged.")
+        parts.append("Cross: runs that diverged.")
     return " ".join(parts)
 
 
@@ -206,9 +207,12 @@ def _arm_runs(axes: Axes, row: int, lower: float, results: list[RunResult], most
         height = row + lower + 0.3 * ((index + 0.5) / len(results) - 0.5) - 0.12
         if result.steps_to_target is not None:
             axes.plot(max(result.steps_to_target, 1), height, "o", color=colour, alpha=0.65, markersize=4.5, mec="none")
-        else:
-            marker = "x" if result.status == "diverged" else ">"
-            axes.plot(most, height, marker, mec=colour, mfc="none", markersize=5, clip_on=False)
+    missed = Counter("x" if each.status == "diverged" else ">" for each in results if each.steps_to_target is None)
+    for place, (marker, count) in enumerate(missed.items()):
+        height = row + lower + 0.09 - 0.18 * place
+        axes.plot(most, height, marker, mec=colour, mfc="none", markersize=5, clip_on=False)
+        words: dict[str, Any] = {"ha": "right", "va": "center", "color": colour, "fontsize": 8}
+        axes.annotate(f"{count}×", (most, height), (-5, 0), textcoords="offset points", **words)
 
 
 def _average(axes: Axes, row: float, arm: ArmSummary, most: float) -> None:
