@@ -102,7 +102,9 @@ def kernel_columns(rows: Sequence[KernelCost], ceilings: Ceilings) -> dict[str, 
         "both": Column("both\nms", list(map(text.samples_cell, samples["both"], (row.cores_lacked for row in rows)))),
         "gb_per_s": Column("GB/s", [figure(text.gb_per_s(row.both)) for row in rows], optional=True),
         "of_copy": Column("% of\ncopy", [text.percent(text.of_copy(row, ceilings)) for row in rows]),
-        "speedup": Column(text.VS_NATIVE, [text.speedup_cell(row.faster, row.kernel) for row in rows]),
+        "speedup": Column(
+            text.VS_NATIVE, [text.speedup_cell(row.faster, row.kernel, row.cores_lacked) for row in rows]
+        ),
         "peak": text.memory_column("peak", [row.peak_memory_mib for row in rows]),
         "saved": text.memory_column("saved", [row.saved_mib for row in rows]),
         "implementation": Column("implementation", [row.ran or UNKNOWN for row in rows], words=True),
@@ -158,7 +160,7 @@ def mean_columns(means: Sequence[KernelMean]) -> list[Column]:
         Column("operation", [mean.operation for mean in means], words=True, once=True),
         Column("kernel", [mean.kernel for mean in means], words=True),
         Column("shapes", [figure(mean.shapes) for mean in means], optional=True),
-        Column(text.VS_NATIVE, [text.speedup_cell(mean.faster) for mean in means]),
+        Column(text.VS_NATIVE, [text.speedup_cell(mean.faster, None, mean.cores_lacked) for mean in means]),
         Column("worst", [f"{figure(mean.least)}x" for mean in means]),
         Column("at shape", [text.shape_words(mean.least_shape) for mean in means], words=True, optional=True),
     ]
