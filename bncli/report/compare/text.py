@@ -84,6 +84,7 @@ def comparison_columns(comparison: Comparison, grid_below_arm: bool = False) -> 
         Column(name, [best_point_cell(arm, field) for arm in arms]) for field, name in short_names(plan.grid).items()
     ]
     names = [Cell(arm.arm) for arm in arms]
+    failed = [f", {len(arm.failures)} failed" * bool(arm.failures) for arm in arms]
     if grid_below_arm:
         for index, arm in enumerate(arms):
             values = [f"{each.name} {each.cells[index].main} {each.cells[index].aside}".strip() for each in grid]
@@ -92,7 +93,7 @@ def comparison_columns(comparison: Comparison, grid_below_arm: bool = False) -> 
     return [
         Column("arm", names, words=True, style="bold"),
         *grid,
-        Column("hits", [f"{arm.hits}/{arm.runs}" for arm in arms]),
+        Column("hits", [f"{arm.hits}/{arm.runs}{bad}" for arm, bad in zip(arms, failed, strict=True)]),
         Column("steps to\ntarget", [amount_cell(arm, arm.steps, plan.most_steps) for arm in arms]),
         Column("first hit", [figure(arm.first_hit) for arm in arms], optional=True),
         Column("steps vs\nreference", [ratio_cell(arm.ratio) for arm in arms], style="bold"),
@@ -245,22 +246,33 @@ def headline(comparison: Comparison) -> list[str]:
     points = {arm.choice.points if arm.choice else 1 for arm in comparison.arms if arm.runs} or {1}
     settings = " to ".join(map(str, sorted({min(points), max(points)})))
     tuned = ", without tuning" if settings == "1" else f", each at its best of {settings} settings"
-    answers = [_answer(arm, reference, tuned * (arm is others[0])) for arm in others[:MOST_SENTENCES]]
+    answered = [arm for arm in others if arm.runs and reference.runs]
+    answers = [_answer(arm, reference, tuned * (arm is answered[0])) for arm in answered[:MOST_SENTENCES]]
+    # (the reference where it has no result, whether that is a failure) -> arms
+    without: dict[tuple[str, bool], list[str]] = {}
+    for arm in others:
+        if blamed := next((each for each in (reference, arm) if not each.runs), None):
+            whose = reference.arm if blamed is reference else ""
+            without.setdefault((whose, bool(blamed.failures)), []).append(arm.arm)
+    for (whose, failed), names in without.items():
+        several = not whose and len(names) > 1
+        why = "failed" if failed else "have no result yet" if several else "has no result yet"
+        who = "they" if several else whose or names[0]
+        answers.append(f"{', '.join(names)} cannot be compared with {reference.arm}: {who} {why}")
     first, *rest = answers or [f"only {reference.arm} was trained"]
-    more = [f"{count(len(others) - MOST_SENTENCES, 'more arm')} in the table"] * (len(others) > MOST_SENTENCES)
+    more = [f"{count(len(answered) - MOST_SENTENCES, 'more arm')} in the table"] * (len(answered) > MOST_SENTENCES)
     return [f"{each}." for each in (f"{so_far} {target_words(comparison.plan.target)}, {first}", *rest, *more)]
 
 
 def _answer(arm: ArmSummary, reference: ArmSummary, tuned: str) -> str:
-    """How an arm compares with the reference, or why nothing can be said."""
+    """How an arm with runs compares with the reference, or why nothing can be said."""
     of, to, ratio = arm.arm, reference.arm, arm.ratio
-    for each in (arm, reference):
-        if not each.runs:
-            return f"{of} cannot be compared with {to}: {each.arm} {'failed' if each.failures else 'has no result yet'}"
     hits = f"{arm.hits} of {arm.runs} runs reached it, {reference.hits} of {reference.runs} of {to}"
     ends = [end for end in (ratio.interval.low, ratio.interval.high) if end] if ratio else []
     if ratio is None or (ratio.value is None and not ends):
-        return f"{of} and {to} give no ratio: {hits}"
+        lost = [f"{count(len(each.failures), 'run')} of {each.arm}" for each in (arm, reference) if each.failures]
+        few = f"{arm.runs} and {reference.runs} runs are too few" + f", since {' and '.join(lost)} failed" * bool(lost)
+        return f"{of} and {to} give no ratio: {hits if ratio and ratio.method == 'hits' else few}"
     if ratio.method == "same recipe":
         return f"{of} is {to} under another name"
     missed = f"; {hits}" * (arm.hits < arm.runs or reference.hits < reference.runs)
