@@ -23,6 +23,7 @@ from bncli.results.gradcheck import BugMatch, Diagnosis, Facet, FailureSummary
 SHOWN = 3
 CASES = 24  # failing cases that the known bugs are tried on
 NEAR = 0.02  # largest distance to the wrong kernel's output, relative to the distance to the truth
+EQUAL = 0.01  # largest relative distance of an example, if there is one so near
 SHARE = 0.05  # smallest fraction of the failing results that a bug has to explain
 UNKNOWN = "unknown bug"
 FLOORS = 30  # smaller differences, in floors, are no evidence
@@ -72,7 +73,10 @@ def _likely(verdicts: list[Verdict]) -> list[Diagnosis]:
 
 
 def _diagnosis(known: KnownBug, matches: dict[Result, Distances], failing: int) -> Diagnosis:
-    (case, quantity), (from_wrong, from_truth) = min(matches.items(), key=lambda item: item[1][0] / item[1][1])
+    """The diagnosis, with the clearest example: near the wrong output in relation to the true one's size too."""
+    (case, quantity), (from_wrong, from_truth) = min(
+        matches.items(), key=lambda item: (item[1][0] >= EQUAL, item[1][0] / item[1][1])
+    )
     return Diagnosis(
         known.bug, BugMatch(case, quantity, known.equals, from_wrong, from_truth, alike=len(matches), failing=failing)
     )

@@ -83,13 +83,22 @@ def how_many(verdicts: Verdicts, found: Verdicts) -> dict[str, Any]:
     return {"alike": len(found), "of": len(whole_calls(verdicts))}
 
 
+def without_gradient(verdicts: Verdicts) -> Verdicts:
+    """Outputs that carry no gradient, if most failures are of that."""
+    found = of_kind("no_graph")(verdicts)
+    return found if 2 * len(found) > len(failed(verdicts)) and any(v.quantity == "dx" for v in found) else []
+
+
 # --- derivatives ------------------------------------------------------------------------------------------------------
 
 
 def second_alone(verdicts: Verdicts) -> Verdicts:
-    """Second derivatives that fail while the first derivatives are right."""
+    """Second derivatives that fail while the first ones of the case are right, as they are in most plain cases."""
     wrong = failed(verdicts)
     wrong_first = {v.check.identifier for v in wrong if v.quantity in ("forward", "dx", "dweight", "dbias")}
+    plain = {v.check.identifier for v in verdicts if v.check.section == "values"}
+    if 2 * len(plain & wrong_first) > len(plain):
+        return []
     found = [v for v in wrong if v.quantity == "double backward" and v.check.identifier not in wrong_first]
     if not found and not wrong_first:
         found = of_check("gradgradcheck")(wrong)
@@ -98,7 +107,7 @@ def second_alone(verdicts: Verdicts) -> Verdicts:
 
 def _is_missing(verdict: Verdict) -> bool:
     """Whether the second derivative is missing or zero."""
-    if verdict.finding.kind in (*RAISED, "no_second_derivative"):
+    if verdict.finding.kind in (*RAISED, "no_graph", "no_second_derivative"):
         return True
     seen = {} if verdict.evidence is None else verdict.evidence.seen
     return verdict.evidence is not None and not (SECOND[0] in seen and float(seen[SECOND[0]].norm()))
@@ -250,6 +259,7 @@ SYMPTOMS = (
     Symptom("an input is modified", written, decisive=True),
     Symptom("a tensor saved for the backward pass is modified", of_kind("saved_written"), decisive=True),
     Symptom("the kernel raises an exception", mostly_raising, decisive=True, numbers=how_many),
+    Symptom("the output carries no gradient", without_gradient, decisive=True),
     Symptom("one-pass variance, E[x^2] - E[x]^2", one_pass_variance, numbers=relative_errors),
     Symptom("less accurate than native", less_accurate, numbers=times_native),
     Symptom("half-precision statistics", half_precision),
