@@ -99,7 +99,7 @@ def compare(
         log(f"Stopped: {runs} are kept in {folder}; the same command continues from there")
         raise typer.Exit(stopped)
     if output.form in ("table", "markdown"):
-        _log_next(comparison, folder, output, _command(folder, comparison) if saved else join(["bncli", *sys.argv[1:]]))
+        _log_next(comparison, folder, output, bool(saved))
     missed = require_target and any(arm.hits < arm.runs for arm in comparison.arms)
     unfinished = any(note.kind == "unfinished" for note in comparison.notes)
     not_shown = require_claims and (unfinished or any(claim.verdict != "shown" for claim in comparison.claims))
@@ -221,45 +221,37 @@ def _show(comparison: Comparison, output: Output) -> None:
     output.write(comparison, figures, lambda found: page.to_html(found, *origin(plan.recipes, **made)))
 
 
-def _command(folder: Path, comparison: Comparison) -> str:
-    """The command that trains a saved comparison, or words where its recipes are not known."""
-    from bncli.report.folder import ComparisonFolder
-
-    begun = ComparisonFolder(folder).begun() if folder.is_dir() else None
-    if begun is None or not begun.sources:
-        return "the command that trained it, with"
-    elsewhere = [] if folder == Path("runs") / comparison.plan.name else ["--out", str(folder)]
-    return join(["bncli", "compare", *begun.sources, *elsewhere])
-
-
 def _wider_grid(comparison: Comparison, again: str) -> str:
-    """The command with a value of the grid beyond each edge with a best point; words where none is sure to be valid.
+    """The command with a value beyond the grid's edge, in the grid's own ratio; words where none is sure to be valid.
 
-    The value continues the grid's own ratio. Empty without such a point.
+    Empty without a best point at an edge.
     """
     from bncli.recipe.load import with_values
     from bncli.recipe.sections import Recipe
 
-    plan, edge = comparison.plan, next((field for arm in comparison.arms for field in arm.at_edge), "")
-    values, beyond = sorted(plan.grid.get(edge, ())), set()
+    found = [(arm, arm.at_edge[0]) for arm in comparison.arms if arm.at_edge]
+    if not found:
+        return ""
+    arm, edge = found[0]
+    best, values = arm.point[edge], sorted(comparison.plan.grid[edge])
     try:
-        for arm in comparison.arms:
-            if edge in arm.at_edge:
-                best = arm.point[edge]
-                value = float(f"{best**2 / values[1 if best == values[0] else -2]:.3g}")
-                value = int(value) if isinstance(best, int) and value.is_integer() else value
-                with_values(Recipe.model_validate(plan.recipes[arm.arm]), {edge: value})
-                beyond.add(value)
+        beyond = float(f"{best**2 / values[1 if best == values[0] else -2]:.3g}")
+        values.append(int(beyond) if isinstance(best, int) and beyond.is_integer() else beyond)
+        with_values(Recipe.model_validate(comparison.plan.recipes[arm.arm]), {edge: values[-1]})
     except (ArithmeticError, KeyError, ValueError):  # pydantic's is a ValueError
-        beyond = {*values}
-    if beyond <= {*values}:
-        return edge and f"add values to grid.{edge} beyond its edge, as far as the field allows"
-    listed = ", ".join(map(str, sorted({*values, *beyond})))
-    return f"{again} --set {quote(f'grid.{edge}=[{listed}]')}"
+        return f"add values to grid.{edge} beyond its edge, as far as the field allows"
+    return f"{again} --set {quote(f'grid.{edge}={sorted(values)}')}"
 
 
-def _log_next(comparison: Comparison, folder: Path, output: Output, again: str) -> None:
-    """Say where the results are, and which command would tell most next. again: the command that trained."""
+def _log_next(comparison: Comparison, folder: Path, output: Output, saved: bool) -> None:
+    """Say where the results are, and which command would tell most next."""
+    from bncli.report.folder import ComparisonFolder
+
+    again = join(["bncli", *sys.argv[1:]])
+    if saved:
+        begun = ComparisonFolder(folder).begun() if folder.is_dir() else None
+        known = begun and begun.sources and join(["bncli", "compare", *begun.sources, "--out", str(folder)])
+        again = known or "the command that trained it, with"
     edge = _wider_grid(comparison, again)
     seeds = max((claim.seeds_needed or 0 for claim in comparison.claims), default=0)
     page = quote(f"{comparison.plan.name}.html")

@@ -168,7 +168,7 @@ def test_the_report_is_made_again_from_files(copied: Ran) -> None:
     for source in ("runs/small", "runs/small/comparison.json"):
         again = bncli("compare", "--from", source)
         assert again.out == copied.out
-        trained = "/small.yaml" if Path(source).is_dir() else "the command that trained it, with"
+        trained = "/small.yaml --out runs/small" if Path(source).is_dir() else "the command that trained it, with"
         assert f"{trained} --set 'grid.optimizer.lr=[" in again.err
     rows = list(csv.DictReader(io.StringIO(bncli("compare", "--from", "runs/small", "--csv").out)))
     assert [row["arm"] for row in rows] == ["plain", "normed"]

@@ -83,12 +83,6 @@ def how_many(verdicts: Verdicts, found: Verdicts) -> dict[str, Any]:
     return {"alike": len(found), "of": len(whole_calls(verdicts))}
 
 
-def without_gradient(verdicts: Verdicts) -> Verdicts:
-    """Outputs that carry no gradient, if most failures are of that."""
-    found = of_kind("no_graph")(verdicts)
-    return found if 2 * len(found) > len(failed(verdicts)) and any(v.quantity == "dx" for v in found) else []
-
-
 # --- derivatives ------------------------------------------------------------------------------------------------------
 
 
@@ -259,7 +253,7 @@ SYMPTOMS = (
     Symptom("an input is modified", written, decisive=True),
     Symptom("a tensor saved for the backward pass is modified", of_kind("saved_written"), decisive=True),
     Symptom("the kernel raises an exception", mostly_raising, decisive=True, numbers=how_many),
-    Symptom("the output carries no gradient", without_gradient, decisive=True),
+    Symptom("the output carries no gradient", of_kind("no_graph"), compatible=True),
     Symptom("one-pass variance, E[x^2] - E[x]^2", one_pass_variance, numbers=relative_errors),
     Symptom("less accurate than native", less_accurate, numbers=times_native),
     Symptom("half-precision statistics", half_precision),

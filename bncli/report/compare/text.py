@@ -84,7 +84,6 @@ def comparison_columns(comparison: Comparison, grid_below_arm: bool = False) -> 
         Column(name, [best_point_cell(arm, field) for arm in arms]) for field, name in short_names(plan.grid).items()
     ]
     names = [Cell(arm.arm) for arm in arms]
-    failed = [f", {len(arm.failures)} failed" * bool(arm.failures) for arm in arms]
     if grid_below_arm:
         for index, arm in enumerate(arms):
             values = [f"{each.name} {each.cells[index].main} {each.cells[index].aside}".strip() for each in grid]
@@ -93,7 +92,9 @@ def comparison_columns(comparison: Comparison, grid_below_arm: bool = False) -> 
     return [
         Column("arm", names, words=True, style="bold"),
         *grid,
-        Column("hits", [f"{arm.hits}/{arm.runs}{bad}" for arm, bad in zip(arms, failed, strict=True)]),
+        Column(
+            "hits", [f"{arm.hits}/{arm.runs}{f', {len(arm.failures)} failed' * bool(arm.failures)}" for arm in arms]
+        ),
         Column("steps to\ntarget", [amount_cell(arm, arm.steps, plan.most_steps) for arm in arms]),
         Column("first hit", [figure(arm.first_hit) for arm in arms], optional=True),
         Column("steps vs\nreference", [ratio_cell(arm.ratio) for arm in arms], style="bold"),
@@ -248,17 +249,11 @@ def headline(comparison: Comparison) -> list[str]:
     tuned = ", without tuning" if settings == "1" else f", each at its best of {settings} settings"
     answered = [arm for arm in others if arm.runs and reference.runs]
     answers = [_answer(arm, reference, tuned * (arm is answered[0])) for arm in answered[:MOST_SENTENCES]]
-    # (the reference where it has no result, whether that is a failure) -> arms
-    without: dict[tuple[str, bool], list[str]] = {}
-    for arm in others:
-        if blamed := next((each for each in (reference, arm) if not each.runs), None):
-            whose = reference.arm if blamed is reference else ""
-            without.setdefault((whose, bool(blamed.failures)), []).append(arm.arm)
-    for (whose, failed), names in without.items():
-        several = not whose and len(names) > 1
-        why = "failed" if failed else "have no result yet" if several else "has no result yet"
-        who = "they" if several else whose or names[0]
-        answers.append(f"{', '.join(names)} cannot be compared with {reference.arm}: {who} {why}")
+    of = "" if reference.runs else f" of {reference.arm}"
+    for failed, why in ((False, f"no result{of} yet"), (True, f"runs{of} failed")):
+        without = [arm for arm in others if arm not in answered and bool((reference if of else arm).failures) == failed]
+        names = ", ".join(arm.arm for arm in without)
+        answers += [f"{names} cannot be compared with {reference.arm}: {why}"] * bool(without)
     first, *rest = answers or [f"only {reference.arm} was trained"]
     more = [f"{count(len(answered) - MOST_SENTENCES, 'more arm')} in the table"] * (len(answered) > MOST_SENTENCES)
     return [f"{each}." for each in (f"{so_far} {target_words(comparison.plan.target)}, {first}", *rest, *more)]

@@ -81,10 +81,7 @@ def ratio_cell(ratio: Speedup) -> Cell:
 
 
 def speedup_cell(speedup: Speedup | None, kernel: str | None = None, cores_lacked: float | None = None) -> Cell:
-    """Green where the interval is above 1, red where it is below; native is 1.
-
-    Marked if the medians contradict it, or if other programs disturbed it, which also leaves it without a colour.
-    """
+    """Green above 1, red below, plain if other programs disturbed it; marked if they did or the medians contradict."""
     if speedup is None:
         return Cell("1x" if kernel == NATIVE else UNKNOWN)
     low, high = speedup.interval.low, speedup.interval.high
@@ -99,10 +96,9 @@ def of_native(speedup: Speedup, cores_lacked: float | None = None) -> str:
     if low is None or high is None or low <= 1 <= high or speedup.contradicted:
         main, aside, _ = speedup_cell(speedup, None, cores_lacked)
         return f"not distinguishable from native ({main}, {aside})"
-    size, span, word = speedup.value, speedup.interval, "faster"
-    if size < 1:
-        size, span, word = 1 / size, Interval(1 / high, 1 / low), "slower"
-    return f"{figure(size)}{busy} times {word} than native ({interval_figure(span)})"
+    span, word = (speedup.interval, "faster") if low > 1 else (Interval(1 / high, 1 / low), "slower")
+    size = figure(max(speedup.value, 1 / speedup.value))
+    return f"{size}{busy} times {word} than native ({interval_figure(span)})"
 
 
 def speedup_legend(reference: str) -> str:

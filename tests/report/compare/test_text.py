@@ -107,8 +107,8 @@ def test_a_ratio_is_a_figure_with_its_direction_and_interval_or_a_bound_or_unkno
             "batch norm and plain give no ratio: 4 and 10 runs are too few, since 2 runs of batch norm failed",
         ),
         ({"ratio": Ratio(1.0, Interval(1.0, 1.0), "same recipe", None)}, "batch norm is plain under another name"),
-        ({"runs": 0, "hits": 0}, "batch norm cannot be compared with plain: batch norm has no result yet"),
-        ({"runs": 0, "failures": ("it died",)}, "batch norm cannot be compared with plain: batch norm failed"),
+        ({"runs": 0, "hits": 0}, "batch norm cannot be compared with plain: no result yet"),
+        ({"runs": 0, "failures": ("it died",)}, "batch norm cannot be compared with plain: runs failed"),
     ],
 )
 def test_the_headline_says_what_is_known_of_an_arm_and_no_more(examples, changes, words):
@@ -138,11 +138,11 @@ def test_arms_without_a_result_share_a_sentence(examples):
     none = [replace(batch, arm=name, runs=0, hits=0, choice=None) for name in ("a", "b", "c")]
     failed = replace(none[2], failures=("it died",))
     assert headline(replace(found, arms=(plain, *none[:2], batch, failed)))[1:] == [
-        "a, b cannot be compared with plain: they have no result yet.",
-        "c cannot be compared with plain: c failed.",
+        "a, b cannot be compared with plain: no result yet.",
+        "c cannot be compared with plain: runs failed.",
     ]
     assert headline(replace(found, arms=(replace(plain, runs=0), *none))) == [
-        "To held-out accuracy 0.95, a, b, c cannot be compared with plain: plain has no result yet."
+        "To held-out accuracy 0.95, a, b, c cannot be compared with plain: no result of plain yet."
     ]
 
 
