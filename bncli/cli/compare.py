@@ -222,10 +222,7 @@ def _show(comparison: Comparison, output: Output) -> None:
 
 
 def _wider_grid(comparison: Comparison, again: str) -> str:
-    """The command with a value beyond the grid's edge, in the grid's own ratio; words where none is sure to be valid.
-
-    Empty without a best point at an edge.
-    """
+    """The command with a value beyond the edge that a best point is at, or words if it may be invalid; else empty."""
     from bncli.recipe.load import with_values
     from bncli.recipe.sections import Recipe
 

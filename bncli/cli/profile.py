@@ -129,8 +129,7 @@ def profile(
     no_caption: options.NoCaption = False,
     html: options.Html = None,
     junit: Annotated[
-        Path | None,
-        BaselineOption(metavar="FILE.xml", help="Write a JUnit report of the verdicts on --baseline."),
+        Path | None, BaselineOption(metavar="FILE.xml", help="Write a JUnit report of the verdicts on --baseline.")
     ] = None,
     trace: Annotated[
         Path | None, StepOption(metavar="FILE.json", help="Write a Chrome trace of one training step per kernel.")

@@ -73,7 +73,6 @@ def _likely(verdicts: list[Verdict]) -> list[Diagnosis]:
 
 
 def _diagnosis(known: KnownBug, matches: dict[Result, Distances], failing: int) -> Diagnosis:
-    """The diagnosis, with the clearest example: near the wrong output in relation to the true one's size too."""
     (case, quantity), (from_wrong, from_truth) = min(
         matches.items(), key=lambda item: (item[1][0] >= EQUAL, item[1][0] / item[1][1])
     )

@@ -91,12 +91,10 @@ def second_alone(verdicts: Verdicts) -> Verdicts:
     wrong = failed(verdicts)
     wrong_first = {v.check.identifier for v in wrong if v.quantity in ("forward", "dx", "dweight", "dbias")}
     plain = {v.check.identifier for v in verdicts if v.check.section == "values"}
-    if 2 * len(plain & wrong_first) > len(plain):
-        return []
     found = [v for v in wrong if v.quantity == "double backward" and v.check.identifier not in wrong_first]
     if not found and not wrong_first:
         found = of_check("gradgradcheck")(wrong)
-    return [] if of_check("gradcheck")(wrong) else found
+    return [] if of_check("gradcheck")(wrong) or 2 * len(plain & wrong_first) > len(plain) else found
 
 
 def _is_missing(verdict: Verdict) -> bool:

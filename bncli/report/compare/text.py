@@ -92,9 +92,7 @@ def comparison_columns(comparison: Comparison, grid_below_arm: bool = False) -> 
     return [
         Column("arm", names, words=True, style="bold"),
         *grid,
-        Column(
-            "hits", [f"{arm.hits}/{arm.runs}{f', {len(arm.failures)} failed' * bool(arm.failures)}" for arm in arms]
-        ),
+        Column("hits", [f"{a.hits}/{a.runs}{f', {len(a.failures)} failed' * bool(a.failures)}" for a in arms]),
         Column("steps to\ntarget", [amount_cell(arm, arm.steps, plan.most_steps) for arm in arms]),
         Column("first hit", [figure(arm.first_hit) for arm in arms], optional=True),
         Column("steps vs\nreference", [ratio_cell(arm.ratio) for arm in arms], style="bold"),

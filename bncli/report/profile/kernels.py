@@ -102,9 +102,7 @@ def kernel_columns(rows: Sequence[KernelCost], ceilings: Ceilings) -> dict[str, 
         "both": Column("both\nms", list(map(text.samples_cell, samples["both"], (row.cores_lacked for row in rows)))),
         "gb_per_s": Column("GB/s", [figure(text.gb_per_s(row.both)) for row in rows], optional=True),
         "of_copy": Column("% of\ncopy", [text.percent(text.of_copy(row, ceilings)) for row in rows]),
-        "speedup": Column(
-            text.VS_NATIVE, [text.speedup_cell(row.faster, row.kernel, row.cores_lacked) for row in rows]
-        ),
+        "speedup": Column(text.VS_NATIVE, [text.speedup_cell(r.faster, r.kernel, r.cores_lacked) for r in rows]),
         "peak": text.memory_column("peak", [row.peak_memory_mib for row in rows]),
         "saved": text.memory_column("saved", [row.saved_mib for row in rows]),
         "implementation": Column("implementation", [row.ran or UNKNOWN for row in rows], words=True),
