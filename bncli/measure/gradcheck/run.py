@@ -152,7 +152,10 @@ def _selected(context: CheckContext, refused: Collection[str], only: Sequence[st
             parts = dict.fromkeys(f"{name.split('/')[0]}/*" for name in known)
             near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.6) or parts
             hint = f"{begun:,} begin with it: {pattern}*" if begun else f"The nearest are {', '.join(near)}"
-            left_out = f" Left out: {', '.join(sorted(refused))}, which it may need." if refused else ""
+            others = _plans(replace(context, effort="full"), ())
+            if not begun and any(_matching(plan, [f"{pattern}*"]).checks for plan in others):
+                hint = "The cases of that name have other dtypes"
+            left_out = f" Left out: {', '.join(sorted(refused))}." if refused else ""
             raise UsageError(f"no case of that name. {hint}.{left_out}", field="only", value=pattern)
         if not any(_matching(plan, [pattern]).checks for plan in plans):
             plans = every
