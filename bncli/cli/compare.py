@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import tempfile
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from shlex import quote
+from shlex import join, quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -88,6 +89,9 @@ def compare(
             raise UsageError(NO_CLAIMS)
         comparison, stopped = _run_comparison(loaded, device, jobs, threads, out, quiet, output.form if dry_run else "")
     folder = saved or out or Path("runs") / comparison.plan.name
+    if stopped and output.form != "json" and not any(run.result for run in comparison.runs):
+        log("Stopped before any run ended; the same command begins again")
+        raise typer.Exit(stopped)
     with full_disk(f"the runs in {folder} are kept; free space, then: bncli compare --from {folder}"):
         _show(comparison, output)
     if stopped:
@@ -95,7 +99,7 @@ def compare(
         log(f"Stopped: {runs} are kept in {folder}; the same command continues from there")
         raise typer.Exit(stopped)
     if output.form in ("table", "markdown"):
-        _log_next(comparison, folder, output, "the command that trained it" if saved else "the same command")
+        _log_next(comparison, folder, output, bool(saved))
     missed = require_target and any(arm.hits < arm.runs for arm in comparison.arms)
     unfinished = any(note.kind == "unfinished" for note in comparison.notes)
     not_shown = require_claims and (unfinished or any(claim.verdict != "shown" for claim in comparison.claims))
@@ -217,17 +221,43 @@ def _show(comparison: Comparison, output: Output) -> None:
     output.write(comparison, figures, lambda found: page.to_html(found, *origin(plan.recipes, **made)))
 
 
-def _log_next(comparison: Comparison, folder: Path, output: Output, again: str) -> None:
-    """Say where the results are, and which command would tell most next. again: the command that trained."""
-    edge = next((field for arm in comparison.arms for field in arm.at_edge), "")
-    values = ", ".join(map(str, comparison.plan.grid.get(edge, ())))
+def _wider_grid(comparison: Comparison, again: str) -> str:
+    """The command with a value beyond the edge that a best point is at, or words if it may be invalid; else empty."""
+    from bncli.recipe.load import with_values
+    from bncli.recipe.sections import Recipe
+
+    found = [(arm, arm.at_edge[0]) for arm in comparison.arms if arm.at_edge]
+    if not found:
+        return ""
+    arm, edge = found[0]
+    best, values = arm.point[edge], sorted(comparison.plan.grid[edge])
+    try:
+        beyond = float(f"{best**2 / values[1 if best == values[0] else -2]:.3g}")
+        values.append(int(beyond) if isinstance(best, int) and beyond.is_integer() else beyond)
+        with_values(Recipe.model_validate(comparison.plan.recipes[arm.arm]), {edge: values[-1]})
+    except (ArithmeticError, KeyError, ValueError):  # pydantic's is a ValueError
+        return f"add values to grid.{edge} beyond its edge, as far as the field allows"
+    return f"{again} --set {quote(f'grid.{edge}={sorted(values)}')}"
+
+
+def _log_next(comparison: Comparison, folder: Path, output: Output, saved: bool) -> None:
+    """Say where the results are, and which command would tell most next."""
+    from bncli.report.folder import ComparisonFolder
+
+    again = join(["bncli", *sys.argv[1:]])
+    if saved:
+        begun = ComparisonFolder(folder).begun() if folder.is_dir() else None
+        known = begun and begun.sources and join(["bncli", "compare", *begun.sources, "--out", str(folder)])
+        again = known or "the command that trained it, with"
+    edge = _wider_grid(comparison, again)
     seeds = max((claim.seeds_needed or 0 for claim in comparison.claims), default=0)
     page = quote(f"{comparison.plan.name}.html")
     page += "" if find_spec("matplotlib") else " (with figures after: pip install matplotlib)"
     advice = {
-        f"{again} makes the runs that are missing": any(note.kind == "unfinished" for note in comparison.notes),
-        f"{again} with --set 'grid.{edge}=[{values}, ...]', and values beyond the edge for ...": edge,
-        f"{again} with --set seeds.report={seeds} has the seeds that claims lack": seeds,
+        "mend what failed, see Warnings; until then it will fail again": any(arm.failures for arm in comparison.arms),
+        again.removesuffix(", with"): any(note.kind == "unfinished" for note in comparison.notes),
+        edge: edge,
+        f"{again} --set seeds.report={seeds}": seeds,
         f"bncli compare --from {quote(str(folder))} --html {page}": not output.html,
     }
     step = next((f" Next: {words}" for words, fits in advice.items() if fits), "")

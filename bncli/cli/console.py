@@ -132,7 +132,7 @@ class StopSignal:
     def _take(self, number: int, frame: FrameType | None) -> None:
         second, self.number = self.number != 0, number
         if second or self.at_once:
-            log("\nStopped at once; what was finished before is kept")
+            log("\nStopped at once; what was finished before, if anything, is shown")
             raise StopAtOnce(128 + number)
         log("\nStopping after this step; a second signal stops at once")
 

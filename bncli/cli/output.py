@@ -54,6 +54,9 @@ class Output:
             check_path(self.plot)
         elif asked:
             raise UsageError(f"{', '.join(asked)}: without --plot FILE nothing is drawn; give one")
+        for file, suffix in ((self.html, ".html"), (self.junit, ".xml")):
+            if file and file.suffix not in ("", suffix):
+                raise UsageError(f"{file}: this report's file name must end in {suffix}")
         for file in (self.plot, self.html, self.junit, *others):
             if file:
                 check_writable(file)

@@ -128,7 +128,9 @@ def profile(
     plot_width: options.PlotWidth = None,
     no_caption: options.NoCaption = False,
     html: options.Html = None,
-    junit: options.Junit = None,
+    junit: Annotated[
+        Path | None, BaselineOption(metavar="FILE.xml", help="Write a JUnit report of the verdicts on --baseline.")
+    ] = None,
     trace: Annotated[
         Path | None, StepOption(metavar="FILE.json", help="Write a Chrome trace of one training step per kernel.")
     ] = None,

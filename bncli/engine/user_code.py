@@ -42,8 +42,8 @@ def imported(name: str) -> Any:
 def blame_user_code(name: str, contract: str, kind: type[BncliError] = RunFailed) -> Iterator[None]:
     """Convert an exception of the user's code to an error of that kind: one sentence with the line that raised it.
 
-    name: the user's name of the called object. contract: how it is called and what it has to return. Errors of bncli
-    itself pass unchanged.
+    name: the user's name of the called object. contract: how it is called and what it has to return, said where the
+    error is of a call or of shapes. Errors of bncli itself pass unchanged.
     """
     try:
         yield
@@ -53,9 +53,9 @@ def blame_user_code(name: str, contract: str, kind: type[BncliError] = RunFailed
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
         where = [f", in {frame.filename}:{frame.lineno}" for frame in frames if not frame.filename.startswith(HERE)]
         text = " ".join(str(error).split())
-        raise kind(
-            f"{name} raised {type(error).__name__}{': ' * bool(text)}{text}{where[-1] if where else ''}. {contract}"
-        ) from error
+        raised = f"{name} raised {type(error).__name__}{': ' * bool(text)}{text}{where[-1] if where else ''}"
+        explained = isinstance(error, TypeError) or any(word in text for word in ("shape", "size", "dimension"))
+        raise kind(raised + f". {contract}" * explained) from error
 
 
 class LoadedFiles:

@@ -191,6 +191,7 @@ FINDINGS: dict[FindingKind, str] = {
     "no_memory": "{raised}{text}",
     "leaf_written": "{raised}{text}",
     "saved_written": "{raised}{text}",
+    "no_graph": "{raised}{text}",
 }
 # The sentence where the kernel raised an exception; the shapes are then those of the statistics, not of y.
 RAISED: dict[FindingKind, str] = {

@@ -24,6 +24,7 @@ FindingKind = Literal[
     "no_memory",  # the machine has no room for the case
     "leaf_written",  # autograd's words on an input that is written to
     "saved_written",  # autograd's words on a tensor saved for the backward pass, by its version counter
+    "no_graph",  # autograd's words on an output, or gradients, that do not require a gradient
     "no_second_derivative",  # gradients without a graph, under create_graph=True
     "not_derivative",  # torch.autograd.gradcheck's words; or central differences of the loss
     "wrong_exception",  # where a ValueError belongs

@@ -128,6 +128,7 @@ class KernelMean:
     faster: Speedup
     least: float  # of the shapes' own values
     least_shape: tuple[int, ...]
+    cores_lacked: float | None = None  # the most of its rows
 
 
 @dataclass(frozen=True)

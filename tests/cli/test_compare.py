@@ -154,7 +154,9 @@ def test_compare_answers_and_keeps_every_run(copied: Ran) -> None:
     runs = {file: file.stat().st_mtime_ns for file in Path("runs/small/runs").glob("*.json")}
     assert len(runs) == 16
 
-    assert copied.err.splitlines()[-1].startswith("Runs and result in runs/small. Next: the same command with --set ")
+    assert copied.err.splitlines()[-1].startswith(
+        "Runs and result in runs/small. Next: bncli compare small.yaml -j 2 --plot curves.svg --html report.html --set "
+    )
 
     again = bncli("compare", "small.yaml")  # all runs are found again
     assert "16 of them already done" in again.err
@@ -164,7 +166,10 @@ def test_compare_answers_and_keeps_every_run(copied: Ran) -> None:
 
 def test_the_report_is_made_again_from_files(copied: Ran) -> None:
     for source in ("runs/small", "runs/small/comparison.json"):
-        assert bncli("compare", "--from", source).out == copied.out
+        again = bncli("compare", "--from", source)
+        assert again.out == copied.out
+        trained = "/small.yaml --out runs/small" if Path(source).is_dir() else "the command that trained it, with"
+        assert f"{trained} --set 'grid.optimizer.lr=[" in again.err
     rows = list(csv.DictReader(io.StringIO(bncli("compare", "--from", "runs/small", "--csv").out)))
     assert [row["arm"] for row in rows] == ["plain", "normed"]
     assert "| normed |" in bncli("compare", "--from", "runs/small", "--markdown").out
@@ -211,9 +216,12 @@ def test_a_full_disk_names_the_file_and_what_is_kept(monkeypatch: pytest.MonkeyP
         (["--set", "grid={}"], "Next: bncli compare --from runs/small --html small.html"),
         (["--set", "grid={}", "--html", "a.html"], ""),
         (["--set", "grid.optimizer.lr=[0.5, 0.7]", "--html", "a.html"],
-         "Next: the same command with --set 'grid.optimizer.lr=[0.5, 0.7, ...]', and values beyond the edge for ..."),
+         "Next: bncli compare small.yaml --set 'grid.optimizer.lr=[0.5, 0.7]' --html a.html "
+         "--set 'grid.optimizer.lr=[0.357, 0.5, 0.7]'"),
+        (["--set", "grid={train.batch_size: [20, 30]}", "--html", "a.html"],
+         "Next: add values to grid.train.batch_size beyond its edge, as far as the field allows"),
         (["--set", "arms={plain: {}, deadly: {norm: batch}}"],
-         "Next: the same command makes the runs that are missing"),
+         "Next: mend what failed, see Warnings; until then it will fail again"),
         (["--json"], None),
         (["--quiet"], None),
     ],
@@ -289,6 +297,26 @@ def test_ctrl_c_in_a_comparison_says_how_to_go_on(waiting: tuple[subprocess.Pope
     assert started.returncode == 130
     assert "3 of 8 runs are kept in runs/small; the same command continues from there" in err
     assert "3 of 8 runs are done" in out
+
+
+@pytest.mark.usefixtures("folder")
+def test_ctrl_c_before_any_run_has_ended_is_one_line(recipe: str) -> None:
+    Path("mine.py").write_text(
+        "import pathlib, time\nfrom torch import nn\n"
+        "def make(shape, classes, norm):\n"
+        "    if pathlib.Path('runs/small/plan.json').exists():\n"  # after the checks
+        "        pathlib.Path('begun').touch()\n"
+        "        time.sleep(600)\n"
+        "    return nn.Linear(shape[0], classes)\n"
+    )
+    started = process("compare", recipe, *OWN_MODEL)
+    while not Path("begun").exists():
+        assert started.poll() is None
+        time.sleep(0.02)
+    started.send_signal(signal.SIGINT)
+    out, err = started.communicate(timeout=600)
+    assert (started.returncode, out) == (130, "")
+    assert err.splitlines()[-1] == "Stopped before any run ended; the same command begins again"
 
 
 @pytest.mark.usefixtures("runs_here")

@@ -40,6 +40,12 @@ def test_what_could_not_be_written_is_refused_before_any_work(tmp_path: Path) ->
         Output().check(None, missing / "trace.json")
 
 
+def test_a_wrong_suffix_is_refused_before_any_work(tmp_path: Path) -> None:
+    for output, suffix in ((Output(html=tmp_path / "a.pdf"), "html"), (Output(junit=tmp_path / "a.json"), "xml")):
+        with pytest.raises(UsageError, match=rf"must end in \.{suffix}"):
+            output.check()
+
+
 @pytest.mark.parametrize("style", [FigureStyle(3.3), FigureStyle(caption=False)])
 def test_a_style_without_a_plot_is_refused(style: FigureStyle, tmp_path: Path) -> None:
     option = "--no-caption" if style.width_inches is None else "--plot-width"

@@ -23,6 +23,7 @@ from bncli.report.table import AlignedTable
 from bncli.report.text import Column
 from bncli.results.compare import Comparison, Note, Ratio
 from bncli.results.environment import Interval
+from bncli.results.profile import Speedup
 from tests.report import conftest, made_up_costs
 from tests.report.compare.test_claims import RATE, SHIFT
 from tests.report.gradcheck.made_up_checks import BAD, GOOD
@@ -168,12 +169,12 @@ def test_a_page_can_be_read_aloud(name: str) -> None:
         ("seven arms", "Warnings 52 of 56 runs are done, 1 failed"),
         ("seven arms", "Claims"),
         ("seven arms", "Inside the layers"),
-        ("kernels", "fused has 2.31x (2.24–2.38) native's speed, geometric mean over shapes, for 6 kinds of"),
+        ("kernels", "fused is 2.31 times faster than native (2.24–2.38), geometric mean over shapes, for 6 kinds of"),
         ("kernels", "Measured ceilings: copy 11.9 GB/s"),
         ("kernels beside a baseline", "2 ok, 1 regressed, 1 cannot tell: FAILED"),
         ("kernels beside a baseline", "mine:norm is wrong: dx is wrong"),
         ("kernels beside a baseline", "Not in the baseline: bn fp32 contiguous, 60x100, fused"),
-        ("steps", "batch norm: a training step takes 83.1 ms with fused, 1.23x (1.20–1.27) native's speed."),
+        ("steps", "batch norm: a training step takes 83.1 ms with fused, 1.23 times faster than native (1.20–1.27)."),
         ("steps", "Memory of a training step"),
         ("steps", "Norm layers: what to change batch norm, stem.norm: momentum 0.9"),
         ("steps", "ran out of memory"),
@@ -192,6 +193,17 @@ def test_a_page_has_the_answer_and_what_it_rests_on(name: str, found: str) -> No
 def test_what_was_not_checked_stands_behind_the_groups_and_before_the_parts_of_the_gradient() -> None:
     text = Page(made("gradients that pass")).text
     assert text.index("Groups of cases") < text.index("Not checked") < text.index("dL/dx in its three parts")
+
+
+@pytest.mark.usefixtures("no_matplotlib")
+def test_several_means_of_a_kernel_are_one_sentence_from_the_slowest_to_the_fastest() -> None:
+    found = made_up_costs.resnet()
+    slowest = replace(found.means[0], faster=Speedup(1.96, Interval(0.188, 3.2)), cores_lacked=0.5)
+    page = Page(of_profile.to_html(replace(found, means=(slowest, *found.means[1:])), None, *ORIGIN))
+    assert (
+        "fused is between not distinguishable from native (1.96x!, 0.188–3.20) and 2.31 times faster than native "
+        "(2.24–2.38), geometric mean over shapes, for 6 kinds of operation, dtype and layout."
+    ) in page.text
 
 
 @pytest.fixture

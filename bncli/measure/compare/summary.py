@@ -321,7 +321,7 @@ def _ratio_notes(comparison: Comparison, arms: Mapping[str, ArmRuns]) -> Iterato
     for name, ratio in measured.items():
         of_arm, of_reference = arms[name].seeds(count), reference.seeds(count)
         common = of_arm & of_reference
-        if of_arm != of_reference:
+        if of_arm != of_reference and (ratio.value is not None or ratio.interval != stats.OPEN):
             yield Note.of("common seeds", name, seeds=len(common), reference=plan.reference)
         if ratio.method in ("means", "medians", "bound") and ratio.interval == stats.OPEN:
             needed = stats.FEWEST_WITH_A_MISS if ratio.method != "means" else 2

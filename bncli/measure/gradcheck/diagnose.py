@@ -23,6 +23,7 @@ from bncli.results.gradcheck import BugMatch, Diagnosis, Facet, FailureSummary
 SHOWN = 3
 CASES = 24  # failing cases that the known bugs are tried on
 NEAR = 0.02  # largest distance to the wrong kernel's output, relative to the distance to the truth
+EQUAL = 0.01  # largest relative distance of an example, if there is one so near
 SHARE = 0.05  # smallest fraction of the failing results that a bug has to explain
 UNKNOWN = "unknown bug"
 FLOORS = 30  # smaller differences, in floors, are no evidence
@@ -61,7 +62,8 @@ def _likely(verdicts: list[Verdict]) -> list[Diagnosis]:
         best = max(matches, key=lambda known: len(matches[known]))
         if len(matches[best]) < max(2 if found else 1, SHARE * count):
             return found
-        (case, quantity), near = min(matches[best].items(), key=lambda item: item[1][0] / item[1][1])
+        ranked = sorted(matches[best].items(), key=lambda item: (item[1][0] >= EQUAL, item[1][0] / item[1][1]))
+        (case, quantity), near = ranked[0]
         match = BugMatch(case, quantity, best.equals, *near, alike=len(matches[best]), failing=count)
         found.append(Diagnosis(best.bug, match))
         done = matches[best].keys()

@@ -149,8 +149,12 @@ def _selected(context: CheckContext, refused: Collection[str], only: Sequence[st
         if not any(_matching(plan, [pattern]).checks for plan in every):
             known = [check.named(name) for plan in every for check in plan.checks for name in check.quantities]
             begun = sum(name.startswith(pattern) for name in known)
-            near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
+            parts = dict.fromkeys(f"{name.split('/')[0]}/*" for name in known)
+            near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.6) or parts
             hint = f"{begun:,} begin with it: {pattern}*" if begun else f"The nearest are {', '.join(near)}"
+            others = _plans(replace(context, effort="full"), ())
+            if not begun and any(_matching(plan, [f"{pattern}*"]).checks for plan in others):
+                hint = "The cases of that name have other dtypes"
             left_out = f" Left out: {', '.join(sorted(refused))}." if refused else ""
             raise UsageError(f"no case of that name. {hint}.{left_out}", field="only", value=pattern)
         if not any(_matching(plan, [pattern]).checks for plan in plans):

@@ -77,18 +77,19 @@ def how_many(verdicts: Verdicts, found: Verdicts) -> dict[str, Any]:
 
 
 def second_alone(verdicts: Verdicts) -> Verdicts:
-    """Second derivatives that fail while the first derivatives are right."""
+    """Second derivatives that fail while the first ones of the case are right, as they are in most plain cases."""
     wrong = failed(verdicts)
     wrong_first = {v.check.identifier for v in wrong if v.quantity in ("forward", "dx", "dweight", "dbias")}
+    plain = {v.check.identifier for v in verdicts if v.check.section == "values"}
     found = [v for v in wrong if v.quantity == "double backward" and v.check.identifier not in wrong_first]
     if not found and not wrong_first:
         found = of_check("gradgradcheck")(wrong)
-    return [] if of_check("gradcheck")(wrong) else found
+    return [] if of_check("gradcheck")(wrong) or 2 * len(plain & wrong_first) > len(plain) else found
 
 
 def _is_missing(verdict: Verdict) -> bool:
     """Whether the second derivative is missing or zero."""
-    if verdict.finding.kind in (*RAISED, "no_second_derivative"):
+    if verdict.finding.kind in (*RAISED, "no_graph", "no_second_derivative"):
         return True
     seen = {} if verdict.evidence is None else verdict.evidence.seen
     return verdict.evidence is not None and not (SECOND[0] in seen and float(seen[SECOND[0]].norm()))
@@ -232,6 +233,7 @@ SYMPTOMS = (
     Symptom("an input is modified", written, decisive=True),
     Symptom("a tensor saved for the backward pass is modified", of_kind("saved_written"), decisive=True),
     Symptom("the kernel raises an exception", mostly_raising, decisive=True, numbers=how_many),
+    Symptom("the output carries no gradient", of_kind("no_graph"), compatible=True),
     Symptom("one-pass variance, E[x^2] - E[x]^2", one_pass_variance, numbers=relative_errors),
     Symptom("less accurate than native", less_accurate, numbers=times_native),
     Symptom("half-precision statistics", half_precision),

@@ -352,5 +352,6 @@ def means(rows: Sequence[KernelCost]) -> tuple[KernelMean, ...]:
     for key, group in groups.items():
         pairs = [(native[row.case].samples_ms, row.both.samples_ms) for row in group if row.both is not None]
         least, shape = min((row.faster.value, row.case.shape) for row in group if row.faster is not None)
-        found.append(KernelMean(*key, len(group), speedup.faster_over(pairs), least, shape))
+        lacked = max((row.cores_lacked for row in group if row.cores_lacked is not None), default=None)
+        found.append(KernelMean(*key, len(group), speedup.faster_over(pairs), least, shape, lacked))
     return tuple(found)

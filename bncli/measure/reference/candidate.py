@@ -6,7 +6,6 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -180,10 +179,8 @@ def _load(kernel: str) -> Callable[..., Any]:
     module_name, _, function_name = kernel.partition(":")
     parts = [*module_name.split("."), function_name]
     if module_name.endswith(".py") or not all(part.isidentifier() for part in parts):
-        name = Path(module_name.removesuffix(".py")).name or "module"
         raise UsageError(
-            "expected package.module:function, a module's name and not its file, as in "
-            f"{name}:{function_name or 'batch_norm'}",
+            "expected package.module:function, a module's name and not its file, as in mine:batch_norm",
             field="kernel",
             value=kernel,
         )

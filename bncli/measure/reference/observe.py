@@ -147,6 +147,8 @@ def finding_of(error: BaseException) -> Finding:
         kind = "saved_written"
     elif "leaf Variable" in text and "in-place" in text:
         kind = "leaf_written"
+    elif "does not require grad and does not have a grad_fn" in text:
+        kind = "no_graph"
     return Finding(kind, exception=type(error).__name__, text=text.strip().split("\n")[0])
 
 

@@ -92,7 +92,7 @@ def comparison_columns(comparison: Comparison, grid_below_arm: bool = False) -> 
     return [
         Column("arm", names, words=True, style="bold"),
         *grid,
-        Column("hits", [f"{arm.hits}/{arm.runs}" for arm in arms]),
+        Column("hits", [f"{a.hits}/{a.runs}{f', {len(a.failures)} failed' * bool(a.failures)}" for a in arms]),
         Column("steps to\ntarget", [amount_cell(arm, arm.steps, plan.most_steps) for arm in arms]),
         Column("first hit", [figure(arm.first_hit) for arm in arms], optional=True),
         Column("steps vs\nreference", [ratio_cell(arm.ratio) for arm in arms], style="bold"),
@@ -245,22 +245,27 @@ def headline(comparison: Comparison) -> list[str]:
     points = {arm.choice.points if arm.choice else 1 for arm in comparison.arms if arm.runs} or {1}
     settings = " to ".join(map(str, sorted({min(points), max(points)})))
     tuned = ", without tuning" if settings == "1" else f", each at its best of {settings} settings"
-    answers = [_answer(arm, reference, tuned * (arm is others[0])) for arm in others[:MOST_SENTENCES]]
+    answered = [arm for arm in others if arm.runs and reference.runs]
+    answers = [_answer(arm, reference, tuned * (arm is answered[0])) for arm in answered[:MOST_SENTENCES]]
+    of = "" if reference.runs else f" of {reference.arm}"
+    for failed, why in ((False, f"no result{of} yet"), (True, f"runs{of} failed")):
+        without = [arm for arm in others if arm not in answered and bool((reference if of else arm).failures) == failed]
+        names = ", ".join(arm.arm for arm in without)
+        answers += [f"{names} cannot be compared with {reference.arm}: {why}"] * bool(without)
     first, *rest = answers or [f"only {reference.arm} was trained"]
-    more = [f"{count(len(others) - MOST_SENTENCES, 'more arm')} in the table"] * (len(others) > MOST_SENTENCES)
+    more = [f"{count(len(answered) - MOST_SENTENCES, 'more arm')} in the table"] * (len(answered) > MOST_SENTENCES)
     return [f"{each}." for each in (f"{so_far} {target_words(comparison.plan.target)}, {first}", *rest, *more)]
 
 
 def _answer(arm: ArmSummary, reference: ArmSummary, tuned: str) -> str:
-    """How an arm compares with the reference, or why nothing can be said."""
+    """How an arm with runs compares with the reference, or why nothing can be said."""
     of, to, ratio = arm.arm, reference.arm, arm.ratio
-    for each in (arm, reference):
-        if not each.runs:
-            return f"{of} cannot be compared with {to}: {each.arm} {'failed' if each.failures else 'has no result yet'}"
     hits = f"{arm.hits} of {arm.runs} runs reached it, {reference.hits} of {reference.runs} of {to}"
     ends = [end for end in (ratio.interval.low, ratio.interval.high) if end] if ratio else []
     if ratio is None or (ratio.value is None and not ends):
-        return f"{of} and {to} give no ratio: {hits}"
+        lost = [f"{count(len(each.failures), 'run')} of {each.arm}" for each in (arm, reference) if each.failures]
+        few = f"{arm.runs} and {reference.runs} runs are too few" + f", since {' and '.join(lost)} failed" * bool(lost)
+        return f"{of} and {to} give no ratio: {hits if ratio and ratio.method == 'hits' else few}"
     if ratio.method == "same recipe":
         return f"{of} is {to} under another name"
     missed = f"; {hits}" * (arm.hits < arm.runs or reference.hits < reference.runs)

@@ -92,8 +92,8 @@ NOT_CHECKED_REASONS = {
 # Bug -> the evidence for it. Most bugs have `{first}` alone: the first failure that shows it.
 EVIDENCE = {
     "the kernel raises an exception": "{alike} of {of} calls; {first}",
-    "no second derivative": "dx is right; {first}",
-    "a wrong second derivative": "dx is right; {first}",
+    "no second derivative": "in that case dx is right; {first}",
+    "a wrong second derivative": "in that case dx is right; {first}",
     "one-pass variance, E[x^2] - E[x]^2": "relative errors by mean/deviation: {errors}; {message}",
     "less accurate than native": (
         "{alike} of {of} cases barely exceed their tolerance{by}; the worst, {tolerances:.2g} tolerances, is {first}. "

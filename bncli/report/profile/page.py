@@ -7,8 +7,7 @@ from dataclasses import replace
 
 from bncli.report.page import Page, Section, figure_section, render, table_section
 from bncli.report.profile import baseline, figure, kernels, steps, text
-from bncli.report.text import figure as number
-from bncli.results.profile import Gate, KernelProfile, Profile, Speedup, StepProfile
+from bncli.results.profile import Gate, KernelProfile, Profile, StepProfile
 
 
 def to_html(profile: Profile, gate: Gate | None, command: str, recipe: str) -> str:
@@ -46,17 +45,11 @@ def _speeds(profile: KernelProfile) -> Iterator[str]:
     """A sentence for each kernel beside native."""
     for kernel in dict.fromkeys(mean.kernel for mean in profile.means):
         means = sorted((mean for mean in profile.means if mean.kernel == kernel), key=lambda mean: mean.faster.value)
-        speeds = dict.fromkeys(_of_native(mean.faster) for mean in (means[0], means[-1]))
+        ends = [*dict.fromkeys(text.of_native(mean.faster, mean.cores_lacked) for mean in (means[0], means[-1]))]
         cases = f"{means[0].operation}, {means[0].dtype}, {means[0].layout}"
         cases = cases if len(means) == 1 else f"{len(means)} kinds of operation, dtype and layout"
-        yield f"{kernel} has {' to '.join(speeds)} native's speed, geometric mean over shapes, for {cases}."
-
-
-def _of_native(speedup: Speedup) -> str:
-    """`2.31x (2.24–2.38)`."""
-    low, high = speedup.interval.low, speedup.interval.high
-    unclear = low is None or high is None or low <= 1 <= high
-    return text.ratio_cell(speedup).line + ", not distinguishable from" * unclear
+        speeds = "between " * (len(ends) > 1) + " and ".join(ends)
+        yield f"{kernel} is {speeds}, geometric mean over shapes, for {cases}."
 
 
 def _step_page(profile: StepProfile) -> Page:
@@ -71,6 +64,7 @@ def _times(profile: StepProfile) -> Iterator[str]:
     """A sentence for each training step that is compared with native, or for every one where none is."""
     timed = [row for row in profile.rows if row.mode == "training" and row.samples_ms]
     for row in [row for row in timed if row.faster] or timed:
-        times, kernel = text.quartiles(row.samples_ms), f" with {row.kernel}" * bool(row.kernel)
-        speed = f", {_of_native(row.faster)} native's speed" if row.faster else ""
-        yield f"{row.arm}: a training step takes {number(times and times.median)} ms{kernel}{speed}."
+        time = text.samples_cell(row.samples_ms, row.cores_lacked).main
+        kernel = f" with {row.kernel}" * bool(row.kernel)
+        speed = f", {text.of_native(row.faster, row.cores_lacked)}" if row.faster else ""
+        yield f"{row.arm}: a training step takes {time} ms{kernel}{speed}."

@@ -101,7 +101,7 @@ def step_columns(rows: Sequence[StepCost]) -> list[Column]:
         *_step_names(rows),
         Column("ms/step", [text.samples_cell(row.samples_ms, row.cores_lacked) for row in rows]),
         Column("samples/s", [figure(text.samples_per_s(row)) for row in rows]),
-        Column(text.VS_NATIVE, [text.speedup_cell(row.faster, row.kernel) for row in rows]),
+        Column(text.VS_NATIVE, [text.speedup_cell(row.faster, row.kernel, row.cores_lacked) for row in rows]),
     ]
 
 

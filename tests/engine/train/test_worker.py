@@ -95,9 +95,9 @@ BUILT = "from torch import nn\ndef make(shape, classes, norm):\n    {}\n    retu
         (
             "raising",
             OWN.format(act="raise ValueError('two\\nlines')"),
-            "raised ValueError: two lines, in {folder}/raising.py:5. It takes batches",
+            "raised ValueError: two lines, in {folder}/raising.py:5",
         ),
-        ("leaving", OWN.format(act="import sys; sys.exit(0)"), "raised SystemExit: 0, in {folder}/leaving.py:5."),
+        ("leaving", OWN.format(act="import sys; sys.exit(0)"), "raised SystemExit: 0, in {folder}/leaving.py:5"),
         ("misshapen", OWN.format(act="x = x[:, 1:]"), "raised RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
         ("unbuilt", BUILT.format("raise OSError('no weights')"), "unbuilt:make raised OSError: no weights"),
     ],
@@ -108,6 +108,7 @@ def test_a_run_that_raises_is_a_failure_and_the_worker_goes_on(
     failure = worker.outcome("bad", own(folder, name, code))
     assert failure["key"] == "bad"
     assert reason.format(folder=folder) in failure["failure"]
+    assert ("It takes batches (N, *shape)" in failure["failure"]) == (name == "misshapen")  # of shapes alone
     assert worker.outcome("good", tiny())["result"]["status"] == "reached"
 
 

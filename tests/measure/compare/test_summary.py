@@ -395,6 +395,16 @@ def test_a_single_points_further_runs_count_where_its_first_ones_failed(study_of
     assert (arm.runs, arm.hits, len(arm.failures)) == (5, 5, 3)
 
 
+@pytest.mark.parametrize(("steps", "has_a_ratio"), [(100.0, True), (None, False)])
+def test_the_seeds_in_common_are_named_only_where_there_is_a_ratio(
+    study_of: StudyOf, steps: float | None, has_a_ratio: bool
+) -> None:
+    found = carried_out(study_of(BASE + UNTUNED), lambda job: steps if job.arm == "plain" else 50.0)
+    made = summary(study_of(BASE + UNTUNED), failed(found, lambda one: normed(one) and one.seed == found[0].seed))
+    assert made.arms[1].runs == 4
+    assert any(note.kind == "common seeds" for note in made.notes) == has_a_ratio
+
+
 def test_the_curve_is_the_median_and_a_stopped_run_keeps_its_last_value(study_of: StudyOf) -> None:
     asked = study_of(BASE + UNTUNED.replace("5", "3"))
     found = []

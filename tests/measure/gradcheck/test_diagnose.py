@@ -76,6 +76,19 @@ def test_the_evidence_is_the_result_that_the_wrong_kernel_is_nearest_to() -> Non
     assert match.from_truth == pytest.approx(float((near - truth).norm() / truth.norm()))
 
 
+def test_the_example_is_one_that_is_near_the_wrong_kernels_in_size_too() -> None:
+    """A gradient that is nearly 0 gives huge relative distances, however near the wrong kernel's it is."""
+    plain, vanishing = with_bug(CONSTANTS, truth=TRUTH[:2])
+    near, nearer = (
+        each.seen["dx"] + away * (each.seen["dx"] - each.truth["dx"])
+        for each, away in ((plain, 1e-4), (vanishing, 1e-8))
+    )
+    tiny = replace(changed(vanishing, dx=nearer), truth={**vanishing.truth, "dx": 1e-20 * vanishing.truth["dx"]})
+    found = diagnose(verdicts([tiny, changed(plain, dx=near)]), "batch")[0].match
+    assert found is not None
+    assert found.from_wrong < 0.01
+
+
 @pytest.mark.parametrize(("away", "named"), [(0.01, True), (0.06, False)])
 def test_a_result_has_to_be_much_nearer_to_the_wrong_kernels_than_to_the_truth(away: float, named: bool) -> None:
     def moved(evidence: Evidence) -> Evidence:

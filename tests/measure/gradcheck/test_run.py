@@ -390,6 +390,16 @@ def test_a_name_that_matches_nothing_is_refused_with_the_nearest() -> None:
     assert caught.value.exit_code == 2
 
 
+def test_a_name_that_resembles_none_is_answered_with_the_groups_of_names() -> None:
+    with pytest.raises(UsageError, match=r"The nearest are train/\*, eval/\*"):
+        list(run(device="cpu", only=["nothing"]))
+
+
+def test_a_case_of_another_dtype_is_answered_with_the_dtypes_left_out() -> None:
+    with pytest.raises(UsageError, match=r"have other dtypes\. Left out: bfloat16, float16, float32"):
+        list(run(device="cpu", only=["hard/one-value"], dtypes=["fp64"]))
+
+
 def test_the_beginning_of_names_is_answered_with_the_glob_that_runs_them() -> None:
     with pytest.raises(
         UsageError, match=r"only eval/float64: no case of that name\. [\d,]+ begin with it: eval/float64\*"

@@ -158,6 +158,21 @@ def test_a_second_derivative_that_fails_alone_is_missing_or_wrong() -> None:
     assert "second derivative" not in " ".join(bugs(wrong, first))
 
 
+def test_no_second_derivative_is_not_named_where_first_ones_fail_in_most_plain_cases() -> None:
+    missing = verdict(Finding("no_second_derivative"), "double backward")
+    others = [replace(CASE, shape=(4, 3, k)) for k in (2, 3)]
+    first = [verdict(Finding("off", "dx", 1e6), "dx", case=case) for case in others]
+    assert "no second derivative" in bugs(missing, first[0])
+    assert "no second derivative" not in bugs(missing, *first)
+
+
+def test_an_output_without_a_gradient_is_the_first_diagnosis() -> None:
+    text = "element 0 of tensors does not require grad and does not have a grad_fn"
+    lost = [verdict(Finding("no_graph", exception="RuntimeError", text=text), name) for name in ("dx", "dweight")]
+    empty = verdict(Finding("off", "dx"), "dx", section="invariants", name="empty")
+    assert bugs(verdict(RIGHT, "forward"), *lost, empty)[0] == "the output carries no gradient"
+
+
 def test_an_unknown_bug_lists_what_fails_and_what_passes() -> None:
     large = replace(CASE, shape=(1, 2, 71, 71))
     verdicts = [

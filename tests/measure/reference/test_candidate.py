@@ -188,7 +188,7 @@ def test_a_name_that_is_none_is_refused(kernel: str, norm: str, message: str) ->
         candidate(kernel, norm, CPU, allow_code=False)
 
 
-@pytest.mark.parametrize("name", ["./mine.py:batch_norm", "mine.py:batch_norm", "mine:"])
+@pytest.mark.parametrize("name", ["./mine.py:batch_norm", "mine.py:batch_norm", "mine:", "a b:c d"])
 def test_a_file_or_half_a_name_is_refused_with_how_to_write_it(name: str) -> None:
     with pytest.raises(UsageError, match=r"expected package\.module:function, .* as in mine:batch_norm"):
         candidate(name, "batch", CPU, allow_code=True)

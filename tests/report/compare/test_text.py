@@ -98,9 +98,17 @@ def test_a_ratio_is_a_figure_with_its_direction_and_interval_or_a_bound_or_unkno
             {"ratio": Ratio(None, Interval(None, None), "hits", 0.4), "hits": 1},
             "batch norm and plain give no ratio: 1 of 10 runs reached it, 10 of 10 of plain",
         ),
+        (
+            {"ratio": Ratio(None, Interval(None, None), "bound", None), "hits": 4, "runs": 4},
+            "batch norm and plain give no ratio: 4 and 10 runs are too few",
+        ),
+        (
+            {"ratio": Ratio(None, Interval(None, None), "bound", None), "hits": 4, "runs": 4, "failures": ("a", "b")},
+            "batch norm and plain give no ratio: 4 and 10 runs are too few, since 2 runs of batch norm failed",
+        ),
         ({"ratio": Ratio(1.0, Interval(1.0, 1.0), "same recipe", None)}, "batch norm is plain under another name"),
-        ({"runs": 0, "hits": 0}, "batch norm cannot be compared with plain: batch norm has no result yet"),
-        ({"runs": 0, "failures": ("it died",)}, "batch norm cannot be compared with plain: batch norm failed"),
+        ({"runs": 0, "hits": 0}, "batch norm cannot be compared with plain: no result yet"),
+        ({"runs": 0, "failures": ("it died",)}, "batch norm cannot be compared with plain: runs failed"),
     ],
 )
 def test_the_headline_says_what_is_known_of_an_arm_and_no_more(examples, changes, words):
@@ -122,6 +130,27 @@ def test_the_headline_names_the_tuning_what_is_missing_and_at_most_four_arms(exa
     assert len(six) == 5
     assert six[-1] == "1 more arm in the table."
     assert headline(replace(found, arms=found.arms[:1])) == ["To held-out accuracy 0.95, only plain was trained."]
+
+
+def test_arms_without_a_result_share_a_sentence(examples):
+    found = examples["no grid"]
+    plain, batch = found.arms
+    none = [replace(batch, arm=name, runs=0, hits=0, choice=None) for name in ("a", "b", "c")]
+    failed = replace(none[2], failures=("it died",))
+    assert headline(replace(found, arms=(plain, *none[:2], batch, failed)))[1:] == [
+        "a, b cannot be compared with plain: no result yet.",
+        "c cannot be compared with plain: runs failed.",
+    ]
+    assert headline(replace(found, arms=(replace(plain, runs=0), *none))) == [
+        "To held-out accuracy 0.95, a, b, c cannot be compared with plain: no result of plain yet."
+    ]
+
+
+def test_failed_runs_stand_beside_the_hits(examples):
+    found = examples["no grid"]
+    arms = (found.arms[0], replace(found.arms[1], failures=("it died", "it died")))
+    hits = next(column for column in comparison_columns(replace(found, arms=arms)) if column.name == "hits")
+    assert [cell.main for cell in hits.cells] == ["10/10", "10/10, 2 failed"]
 
 
 def test_the_columns_are_those_of_the_question(examples):

@@ -15,6 +15,7 @@ from bncli.report.profile.text import (
     norms_words,
     note_lines,
     note_words,
+    of_native,
     percent,
     quartiles,
     remark_words,
@@ -55,6 +56,22 @@ def test_quartiles_are_of_the_samples_and_one_sample_has_no_spread() -> None:
     assert samples_cell((1.0, 2.0, 3.0, 4.0, 5.0)) == Cell("3.00", "±33%")
     assert samples_cell((7.0,)) == Cell("7.00")
     assert samples_cell(()) == Cell("–")
+
+
+def test_a_speedup_in_words_says_slower_below_1_and_nothing_where_it_is_unclear() -> None:
+    clear, slower = Speedup(2.31, Interval(2.24, 2.38)), Speedup(0.5, Interval(0.4, 0.8))
+    assert of_native(clear) == "2.31 times faster than native (2.24–2.38)"
+    assert of_native(slower, 0.5) == "2.00! times slower than native (1.25–2.50)"
+    assert of_native(Speedup(1.96, Interval(0.188, 3.2)), 0.5) == (
+        "not distinguishable from native (1.96x!, 0.188–3.20)"
+    )
+    assert of_native(replace(clear, of_medians=0.9)) == "not distinguishable from native (2.31x*, 2.24–2.38)"
+
+
+def test_a_speedup_that_other_programs_disturbed_has_a_mark_and_no_colour() -> None:
+    clear = Speedup(2.31, Interval(2.24, 2.38))
+    assert speedup_cell(clear) == Cell("2.31x", "2.24–2.38", "bold green")
+    assert speedup_cell(clear, None, 0.5) == Cell("2.31x!", "2.24–2.38", "bold")
 
 
 def test_a_share_that_rounds_to_nothing_is_not_nothing() -> None:
