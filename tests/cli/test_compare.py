@@ -307,7 +307,7 @@ def test_ctrl_c_before_any_run_has_ended_is_one_line(recipe: str) -> None:
         "    if pathlib.Path('runs/small/plan.json').exists():\n"  # after the checks
         "        pathlib.Path('begun').touch()\n"
         "        time.sleep(600)\n"
-        "    return nn.Linear(shape[0], classes)\n"
+        "    return nn.Sequential(*([norm(shape[0])] if norm else []), nn.Linear(shape[0], classes))\n"
     )
     started = process("compare", recipe, *OWN_MODEL)
     while not Path("begun").exists():

@@ -27,6 +27,7 @@ from bncli.report.text import (
 )
 from bncli.results.compare import ArmSummary, AtTarget, Comparison, ComparisonPlan, Cost, Ratio, Steps, TuningCell
 from bncli.results.environment import Interval
+from bncli.results.train import AHEAD
 
 LETTERS = string.ascii_lowercase + string.ascii_uppercase  # one for each arm, on its curve
 MOST_SENTENCES = 4  # of the headline
@@ -92,7 +93,7 @@ def comparison_columns(comparison: Comparison, grid_below_arm: bool = False) -> 
     return [
         Column("arm", names, words=True, style="bold"),
         *grid,
-        Column("hits", [f"{a.hits}/{a.runs}{f', {len(a.failures)} failed' * bool(a.failures)}" for a in arms]),
+        Column("hits", [Cell(f"{a.hits}/{a.runs}", f"{len(a.failures)} failed" * bool(a.failures)) for a in arms]),
         Column("steps to\ntarget", [amount_cell(arm, arm.steps, plan.most_steps) for arm in arms]),
         Column("first hit", [figure(arm.first_hit) for arm in arms], optional=True),
         Column("steps vs\nreference", [ratio_cell(arm.ratio) for arm in arms], style="bold"),
@@ -260,7 +261,7 @@ def headline(comparison: Comparison) -> list[str]:
 def _answer(arm: ArmSummary, reference: ArmSummary, tuned: str) -> str:
     """How an arm with runs compares with the reference, or why nothing can be said."""
     of, to, ratio = arm.arm, reference.arm, arm.ratio
-    hits = f"{arm.hits} of {arm.runs} runs reached it, {reference.hits} of {reference.runs} of {to}"
+    hits = f"{arm.hits} of {arm.runs} runs reached it in time, {reference.hits} of {reference.runs} of {to}"
     ends = [end for end in (ratio.interval.low, ratio.interval.high) if end] if ratio else []
     if ratio is None or (ratio.value is None and not ends):
         lost = [f"{count(len(each.failures), 'run')} of {each.arm}" for each in (arm, reference) if each.failures]
@@ -318,7 +319,8 @@ def _methods(comparison: Comparison) -> Iterator[str]:
     if used & {"means", "medians", "bound"}:
         yield f"Steps vs reference: {plan.reference}'s divided by the arm's, paired by seed; more: the other way round."
     if any(arm.steps.value is None and arm.diverged < arm.runs for arm in started):
-        yield f"> {most}, > and <: half of the runs or more missed; {figure(plan.budget)} steps show up to {most}."
+        yield f"> {most}, > and <: half of the runs or more missed; {figure(plan.budget)} steps show up to {most},"
+        yield f"since a run has to go on for {AHEAD:.0%} of its steps to target before these are settled."
     orders = "; where runs missed, medians and order statistics" * bool(used & {"median", "medians", "bound"})
     yield f"Intervals: 95 %, a jackknife over seeds{chosen}{orders}; of a ratio, one with 1 in it shows no difference."
     yield f"Best {plan.target.metric}, samples/s: medians over seeds; memory: the maximum; seconds: training alone."

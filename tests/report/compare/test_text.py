@@ -83,8 +83,8 @@ def test_a_ratio_is_a_figure_with_its_direction_and_interval_or_a_bound_or_unkno
         ),
         (
             {"ratio": Ratio(None, Interval(None, 0.29), "bound", None), "hits": 2},
-            "batch norm needed at least 3.45 times more steps than plain (95 %){tuned}; 2 of 10 runs reached it, "
-            "10 of 10 of plain",
+            "batch norm needed at least 3.45 times more steps than plain (95 %){tuned}; 2 of 10 runs reached it "
+            "in time, 10 of 10 of plain",
         ),
         (
             {"ratio": Ratio(0.9, Interval(None, 1.25), "medians", None)},
@@ -96,7 +96,7 @@ def test_a_ratio_is_a_figure_with_its_direction_and_interval_or_a_bound_or_unkno
         ),
         (
             {"ratio": Ratio(None, Interval(None, None), "hits", 0.4), "hits": 1},
-            "batch norm and plain give no ratio: 1 of 10 runs reached it, 10 of 10 of plain",
+            "batch norm and plain give no ratio: 1 of 10 runs reached it in time, 10 of 10 of plain",
         ),
         (
             {"ratio": Ratio(None, Interval(None, None), "bound", None), "hits": 4, "runs": 4},
@@ -150,7 +150,7 @@ def test_failed_runs_stand_beside_the_hits(examples):
     found = examples["no grid"]
     arms = (found.arms[0], replace(found.arms[1], failures=("it died", "it died")))
     hits = next(column for column in comparison_columns(replace(found, arms=arms)) if column.name == "hits")
-    assert [cell.main for cell in hits.cells] == ["10/10", "10/10, 2 failed"]
+    assert [cell.line for cell in hits.cells] == ["10/10", "10/10 (2 failed)"]
 
 
 def test_the_columns_are_those_of_the_question(examples):
