@@ -7,13 +7,15 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from bncli.cli.console import log, print_result
 from bncli.errors import UsageError
-from bncli.report.figure import DEFAULT_STYLE, FigureStyle, check_path, save
+
+if TYPE_CHECKING:
+    from bncli.report.figure import FigureStyle
 
 FORMS = ("json", "csv", "markdown", "latex")
 
@@ -23,19 +25,21 @@ class Output:
     """What the options of a command ask for.
 
     form: how the result is printed: table or one of FORMS. plot, html, junit: files to be written beside it. style: how
-    the plot is laid out.
+    the plot is laid out; None for its own style.
     """
 
     form: str = "table"
     plot: Path | None = None
     html: Path | None = None
     quiet: bool = False
-    style: FigureStyle = DEFAULT_STYLE
+    style: FigureStyle | None = None
     junit: Path | None = None
 
     @classmethod
     def of(cls, context: typer.Context) -> Output:
         """The options of the command that runs, of which it need not have all. Raises UsageError for two forms."""
+        from bncli.report.figure import FigureStyle
+
         asked = context.params
         chosen = [form for form in FORMS if asked.get(form)]
         if len(chosen) > 1:
@@ -47,9 +51,11 @@ class Output:
 
     def check(self, *others: Path | None) -> None:
         """Refuse before any work what could not be written after it. others: further files of the command."""
+        from bncli.report.figure import DEFAULT_STYLE, check_path
         from bncli.report.files import check_writable
 
-        asked = ["--plot-width"] * (self.style.width_inches is not None) + ["--no-caption"] * (not self.style.caption)
+        style = self.style or DEFAULT_STYLE
+        asked = ["--plot-width"] * (style.width_inches is not None) + ["--no-caption"] * (not style.caption)
         if self.plot:
             check_path(self.plot)
         elif asked:
@@ -76,12 +82,13 @@ class Output:
 
         html, junit: make the text.
         """
+        from bncli.report.figure import DEFAULT_STYLE, save
         from bncli.report.files import write_atomically
 
         for ending, draw in figures.items():
             if self.plot:
                 file = self.plot.with_stem(self.plot.stem + ending)
-                save(draw, result, file, self.style)
+                save(draw, result, file, self.style or DEFAULT_STYLE)
                 log(f"Plot written to {file}", self.quiet)
         for path, make in ((self.html, html), (self.junit, junit)):
             if path and make:

@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
-from xml.etree import ElementTree
 
 from bncli.report.text import Column
 
@@ -44,6 +43,8 @@ class JunitCase(NamedTuple):
 
 def junit_text(name: str, cases: Sequence[JunitCase], date: str) -> str:
     """A JUnit report of one suite. date: ISO 8601."""
+    from xml.etree import ElementTree
+
     outcomes = [case.outcome for case in cases]
     totals = {"name": name, "tests": f"{len(cases)}", "time": f"{sum(case.seconds for case in cases):.3f}"}
     totals |= {"failures": f"{outcomes.count('failure')}", "errors": f"{outcomes.count('error')}"}

@@ -14,9 +14,9 @@ from bncli.recipe.layers import layers, size
 from bncli.recipe.sections import Recipe
 
 PASSES = 3  # of a layer's products: its output, and the gradients of its weights and of its input
-# Where a second thread begins to pay: the shortest steps with one over two, of nets with two layers of 100, 200, 300
-# and 400 units (3, 10, 20, 34 million multiply-adds), are 0.82, 0.91, 0.90, 1.10 (tests.benchmarks.threads, two cores,
-# 2026-12-01). On busy cores a second one can cost 70 times as much.
+# Up to here a second thread gains little on idle cores, where the shortest steps with one over two are 0.93 to 1.07 for
+# mlps and 1.02 to 1.38 for cnns; above, 1.05 to 1.67 (tests.benchmarks.threads, two cores, 2026-12-01). On busy cores a
+# step with two can take 70 times as long.
 FEWEST = 25_000_000
 
 
