@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "bncli"
 
 STANDARD = sys.stdlib_module_names
-SHELVES = {"errors", "names", "results"}  # plain data that every part may use
+SHELVES = {"errors", "names", "results", "storage"}  # plain data that every part may use
 ASKED = SHELVES | {"recipe"}
 REPORT = {
     f"report.{name}"
@@ -43,6 +43,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "__main__": ({"cli"}, set()),
     "errors": (set(), set()),
     "names": ({"errors"}, set()),
+    "storage": ({"errors"}, set()),
     "results": ({"errors", "names"}, set()),
     "recipe": ({"errors", "names"}, {"pydantic", "yaml", "numpy"}),
     "kernels": ({"errors", "names"}, {"torch"}),

@@ -21,7 +21,7 @@ from bncli.errors import CHECK_FAILED, BncliError, UsageError
 if TYPE_CHECKING:
     from bncli.measure.compare.plan import Study
     from bncli.recipe.load import Loaded
-    from bncli.report.folder import ComparisonFolder
+    from bncli.report.compare.folder import ComparisonFolder
     from bncli.results.compare import Comparison, RunRecord
 
 
@@ -118,8 +118,8 @@ def _run_comparison(
     from bncli.measure.compare.plan import collect, planned_comparison, planned_runs, study, wanted
     from bncli.measure.compare.processes import Processes
     from bncli.measure.compare.run import check, execute
+    from bncli.report.compare.folder import ComparisonFolder
     from bncli.report.compare.notes import sentences
-    from bncli.report.folder import ComparisonFolder
     from bncli.report.progress import CompareProgress
     from bncli.results.compare import BegunComparison, Note
 
@@ -183,7 +183,8 @@ def _saved_comparison(saved: Path, quiet: bool) -> Comparison:
     """A saved answer, or the one that a folder's plan and runs give where they say more."""
     from bncli.measure.compare.reuse import report_of_runs, says_more
     from bncli.measure.compare.summary import summarise
-    from bncli.report.folder import PLAN, ComparisonFolder, load_comparison
+    from bncli.report.compare.folder import ComparisonFolder, load_comparison
+    from bncli.report.folder import PLAN
 
     folder = ComparisonFolder(saved)
     if saved.is_dir() and (begun := folder.begun()):
@@ -242,7 +243,7 @@ def _wider_grid(comparison: Comparison, again: str) -> str:
 
 def _log_next(comparison: Comparison, folder: Path, output: Output, saved: bool) -> None:
     """Say where the results are, and which command would tell most next."""
-    from bncli.report.folder import ComparisonFolder
+    from bncli.report.compare.folder import ComparisonFolder
 
     again = join(["bncli", *sys.argv[1:]])
     if saved:

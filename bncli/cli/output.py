@@ -52,7 +52,7 @@ class Output:
     def check(self, *others: Path | None) -> None:
         """Refuse before any work what could not be written after it. others: further files of the command."""
         from bncli.report.figure import DEFAULT_STYLE, check_path
-        from bncli.report.files import check_writable
+        from bncli.storage import check_writable
 
         style = self.style or DEFAULT_STYLE
         asked = ["--plot-width"] * (style.width_inches is not None) + ["--no-caption"] * (not style.caption)
@@ -83,7 +83,7 @@ class Output:
         html, junit: make the text.
         """
         from bncli.report.figure import DEFAULT_STYLE, save
-        from bncli.report.files import write_atomically
+        from bncli.storage import write_atomically
 
         for ending, draw in figures.items():
             if self.plot:

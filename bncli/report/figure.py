@@ -17,7 +17,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from bncli.errors import FileError
-from bncli.report.files import write_atomically
+from bncli.storage import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

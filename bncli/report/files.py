@@ -6,10 +6,7 @@ Fields of free content (`point`, `grid`, `recipes`, a note's `facts`) are not ch
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -118,56 +115,3 @@ def load(path: Path, parse: Callable[[str], T], field: str, wanted: str = "a JSO
         raise UsageError(message, field=field, value=path) from error
     except FileError as error:
         raise UsageError(str(error), field=field, value=path) from error
-
-
-def check_writable(path: Path) -> None:
-    """Raise FileError now, before any work, for a path that `write_atomically` would refuse."""
-    folder = path.parent
-    if path.is_dir():
-        raise FileError(f"{path}: is a folder; give a file's name")
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        why = "is not writable" if folder.is_dir() else "does not exist"
-        raise FileError(f"{path}: its folder {folder} {why}")
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write `path` whole or leave it as it was, even when the process is killed or the power fails.
-
-    A temporary file in the same folder is synced and takes the name's place; it is removed on failure. A link's target
-    is replaced, not the link; anything but a plain file (a pipe, /dev/stdout) is written to. Raises FileError where the
-    folder is missing or the file may not be written.
-    """
-    data = content.encode() if isinstance(content, str) else content
-    try:
-        if path.exists() and not path.is_file():
-            path.write_bytes(data)
-        else:
-            _replace(Path(os.path.realpath(path)), data)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        raise FileError(
-            f"{path}: cannot be written ({error.strerror}); choose a folder that you can write to"
-        ) from error
-    except OSError as error:
-        error.filename = str(path)  # which a full disk does not tell
-        raise
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # makes the new name durable
-        finally:
-            os.close(folder)

@@ -18,7 +18,7 @@ import pytest
 
 from bncli.errors import BncliError
 from bncli.measure.compare import reuse
-from bncli.report.folder import ComparisonFolder
+from bncli.report.compare.folder import ComparisonFolder
 from bncli.results.compare import Comparison
 from tests.cli.conftest import RECIPE, InThisProcess, Ran, bncli, process
 
