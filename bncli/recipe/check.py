@@ -15,12 +15,13 @@ from bncli.names import MEASURES, NORMS, PROBE_CHOICES, PROBES, Measure
 from bncli.recipe.epochs import STEPS, epochs_of, given_in_epochs, in_steps, steps_per_epoch
 from bncli.recipe.layers import contradictions, input_of, layers, module_names
 from bncli.recipe.overrides import arms_of, base_of, fixed_by, kinds, members, merge, model_at, nested, value_at
-from bncli.recipe.sections import ARM_NAME, FUNCTION_PATH, KINDS, Npz, Recipe, RecipeFile, Spaced
+from bncli.recipe.sections import ARM_NAME, FUNCTION_PATH, KINDS, NO_EFFECT, Npz, Recipe, RecipeFile, Spaced
 from bncli.recipe.yaml import Keys, Tree, dotted
 
 MARKS = ("[key]", "[steps]", "[spacing]")  # that pydantic appends: for a mapping's key, and for the tag of a union
 Found = tuple[Keys, str]  # where a mistake is, and the sentence about it
 SAME_FOR_ALL_RUNS = ("data", *(f"train.{name}" for name in ("target", "steps", "evaluate_every", "seed")))
+NOT_TUNED = ("train.stop_at_target", *(f"train.{name}" for name in NO_EFFECT))
 
 # --- spelling -----------------------------------------------------------------------------------------------------
 
@@ -116,7 +117,7 @@ def _grid_mistakes(path: str, values: Sequence[Any], run: dict[str, Any]) -> Ite
     known = (owner is not None and keys[-1] in owner.model_fields) or value_at(run, keys) is not None
     if any(path == same or path.startswith(f"{same}.") for same in SAME_FOR_ALL_RUNS):
         yield (), "is the same for every run of a comparison, so it cannot be tuned"
-    elif path == "train.stop_at_target" or keys[0] == "probes":
+    elif path in NOT_TUNED or path.startswith("train.checkpoint.") or keys[0] == "probes":
         yield (), "steps to target do not depend on it, so it cannot be tuned; set it in the base or in an arm"
     elif model_at(keys, run, Recipe) or keys[-1] in KINDS:
         yield (), "chooses a whole section; make each choice an arm"

@@ -20,7 +20,7 @@ from bncli.recipe.check import check, refuse_code, suggestion, words
 from bncli.recipe.epochs import given_in_epochs, in_steps
 from bncli.recipe.mnist import files_of
 from bncli.recipe.overrides import arms_of, base_of, fixed_by, leaves, override, value_at, write_out
-from bncli.recipe.sections import MNIST_5K, Mnist, Recipe, RecipeFile
+from bncli.recipe.sections import MNIST_5K, NO_EFFECT, Mnist, Recipe, RecipeFile
 from bncli.recipe.yaml import Keys, Mistake, Tree, dotted, parse
 
 MAX_BYTES = 1 << 20
@@ -168,6 +168,14 @@ def read(path: str) -> str:
 def plain(model: BaseModel) -> dict[str, Any]:
     """A section as plain JSON data, its kind first."""
     return model.model_dump(mode="json")
+
+
+def what_is_trained(recipe: Recipe) -> dict[str, Any]:
+    """The fields that decide what a run does, as plain data: all but what is kept of it and when it is saved."""
+    found = plain(recipe)
+    for name in NO_EFFECT:
+        del found["train"][name]
+    return found
 
 
 def digest(data: Any) -> str:

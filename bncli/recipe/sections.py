@@ -483,6 +483,19 @@ EvaluateEvery = Annotated[
 ]
 
 
+class Checkpoint(Section):
+    """When a run's state is saved, besides at its end and on a signal, so that it can be continued."""
+
+    every: Positive | None = described("optimizer steps between checkpoints", default=None)
+    seconds: AboveZero | None = described("between checkpoints, instead of a number of steps", default=None)
+
+    @model_validator(mode="after")
+    def has_one_interval(self) -> Checkpoint:
+        if (self.every is None) == (self.seconds is None):
+            raise ValueError("needs one of every (steps) and seconds")
+        return self
+
+
 class Train(Section):
     steps: Steps = described("budget in optimizer steps, or {epochs: n}")
     batch_size: Positive = 60
@@ -514,6 +527,18 @@ class Train(Section):
         default="running",
     )
     population_batches: Positive = described("training batches for precise statistics, at most an epoch", default=200)
+    deterministic: bool = described(
+        "on a GPU, only algorithms of torch that give the same bits every time; on a CPU they do for one number of "
+        "threads anyway",
+        default=False,
+    )
+    keep: Literal["best", "last", "both"] = described(
+        "the trained weights that `bncli train` saves: after the last step, or at the best evaluation", default="last"
+    )
+    checkpoint: Checkpoint | None = described(
+        "when the run's state is saved, besides at the end and on a signal; in a comparison only with it",
+        default=None,
+    )
 
     @property
     def micro_batch_size(self) -> int:
@@ -638,6 +663,9 @@ NormSection = Annotated[
 ]
 AnyOptimizer = Annotated[Sgd | Adam | AdamW, Field(discriminator="kind")]
 AnySchedule = Annotated[Constant | Exponential | StepDecay | Cosine, Field(discriminator="kind")]
+
+
+NO_EFFECT = ("keep", "checkpoint")  # fields of train that change nothing of what is trained
 
 
 class Recipe(Section):

@@ -125,6 +125,8 @@ class RunResult:
     evaluation_peak_memory_mib: float | None = None
     probes: tuple[ProbePoint, ...] = ()
     probes_s: float = 0.0
+    checkpoint_s: float = 0.0  # saving its state and its weights, which is not part of the training's time
+    initial_weights: str | None = None  # the file that it started from, with its SHA-256; None: the recipe's init
     constant_guess: float | None = None  # held-out accuracy of always naming the most frequent class
     # At the last evaluation with precise population statistics; None: with the running ones.
     running_statistics: tuple[RunningStatistics, ...] | None = None

@@ -22,7 +22,7 @@ from bncli.measure.dry_run import available_memory_mib, planned_arm
 from bncli.names import MEASURES
 from bncli.recipe.check import SAME_FOR_ALL_RUNS
 from bncli.recipe.layers import input_of, shape_contradictions
-from bncli.recipe.load import Arm, Loaded, digest, plain, with_values
+from bncli.recipe.load import Arm, Loaded, digest, plain, what_is_trained, with_values
 from bncli.recipe.mnist import name_of
 from bncli.recipe.overrides import value_at
 from bncli.recipe.sections import Claim as ClaimSection
@@ -79,7 +79,7 @@ class Study:
         name = f"{arm.name} {point} {seed} {phase}"
         if name not in self._jobs:
             recipe = with_values(arm.recipe, run_values(self.plan, phase, point, seed))
-            recipe_key = digest(plain(recipe))
+            recipe_key = digest(what_is_trained(recipe))
             key = digest({"recipe": recipe_key, **self.identity})
             self._jobs[name] = Job(key, arm.name, point, seed, phase, recipe, recipe_key)
         return self._jobs[name]

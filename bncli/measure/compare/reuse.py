@@ -13,7 +13,7 @@ from bncli import __version__
 from bncli.engine.user_code import digest_of
 from bncli.errors import BncliError
 from bncli.measure.compare.plan import Job, Study, collect, planned_runs, run_values
-from bncli.recipe.load import Arm, data_state, digest, plain, with_values
+from bncli.recipe.load import Arm, data_state, digest, what_is_trained, with_values
 from bncli.recipe.sections import Recipe
 from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, Note, RunRecord
 
@@ -80,7 +80,7 @@ def _fits(plan: ComparisonPlan, arm: Arm, record: RunRecord) -> bool:
         recipe = with_values(arm.recipe, run_values(plan, record.phase, record.point, record.seed))
     except (KeyError, TypeError, ValueError):  # a point of another recipe's grid
         return False
-    return digest(plain(recipe)) == record.recipe_key
+    return digest(what_is_trained(recipe)) == record.recipe_key
 
 
 def report_of_runs(begun: BegunComparison, kept: Iterable[RunRecord], failed: Iterable[RunRecord]) -> Comparison:
