@@ -23,6 +23,7 @@ Place = tuple[int, str]  # of an event in a run: its step, and its name
 
 RESULT, METRICS, RECIPE, TENSORBOARD = "result.json", "metrics.jsonl", "recipe.yaml", "tensorboard"
 CHECKPOINT, MODEL, BEST = "checkpoint.pt", "model.safetensors", "model-best.safetensors"
+SAVED = {"model": MODEL, "best": BEST, "checkpoint": CHECKPOINT}  # by the engine
 PLAN = "plan.json"  # of a comparison
 
 
@@ -33,19 +34,18 @@ class RunFolder:
     Nothing is made before `begin`, which locks the folder for this run. A file that bncli did not write, or that
     was edited since, is never written over; bncli's own are with `overwrite`.
 
-    save: what the engine saves -> where it goes; a file is replaced as a whole.
+    save: what the engine saves -> where it goes; a file is replaced as a whole. checkpoint: what it goes on from.
     """
 
     _argument, _instead, _wait = "out", "choose another folder", "choose another folder"
+    checkpoint: bytes | None = None
 
     def __init__(self, path: Path | None, name: str, overwrite: bool = False) -> None:
         self.path = path or Path("runs") / name  # without a path: the parent of the folder that begin makes
         self._dated, self._overwrite = path is None, overwrite
         self._metrics: TextIO | None = None
-        self.save = {
-            what: partial(self._save, file)
-            for what, file in (("checkpoint", CHECKPOINT), ("model", MODEL), ("best", BEST))
-        }
+        self.begun = False
+        self.save = {what: partial(self._save, file) for what, file in SAVED.items()}
         there = next(folder for folder in (self.path, *self.path.parents) if os.path.lexists(folder))
         if os.path.isdir(there) and not os.access(there, os.W_OK | os.X_OK):
             raise self._refused(f"{there} is not writable; {self._instead}")
@@ -61,8 +61,12 @@ class RunFolder:
             self._refuse_other_files()
         self._metrics = self._claim()
         self._metrics.truncate(0)
-        for name in (RESULT, CHECKPOINT, MODEL, BEST):  # of the run that is written over
+        for name in (RESULT, *SAVED.values()):  # of the run that is written over
             (self.path / name).unlink(missing_ok=True)
+        self._write_recipe(recipe_yaml)
+
+    def _write_recipe(self, recipe_yaml: str) -> None:
+        self.begun = True
         with self._writing(RECIPE):
             replace(self.path / RECIPE, signed(recipe_yaml).encode())
 
@@ -70,15 +74,11 @@ class RunFolder:
         if os.path.lexists(self.path / PLAN):
             raise self._refused("contains a comparison; choose another folder for a single run")
         there = [name for name in OWN if os.path.lexists(self.path / name)]
-        strangers = [name for name in there if not _is_own(self.path / name)]
-        board = self.path / TENSORBOARD
-        if os.path.lexists(board) and (board.is_symlink() or not board.is_dir()):
-            strangers.append(TENSORBOARD)
-        for name in strangers:
-            raise self._refused(
-                f"{self.path / name} was not written by bncli, or was edited since, and is never overwritten; "
-                f"{self._instead}"
-            )
+        for file in (self.path / name for name in (*there, TENSORBOARD)):
+            if not _is_own(file):
+                raise self._refused(
+                    f"{file} was not written by bncli, or was edited since, and is never overwritten; {self._instead}"
+                )
         if there and not self._overwrite:
             what = "a run" if RESULT in there else "an unfinished run" + "; continue it" * (CHECKPOINT in there)
             raise self._refused(f"already contains {what}; choose another folder, or overwrite it", "overwrite")
@@ -112,6 +112,11 @@ class RunFolder:
         with self._writing(RESULT):
             replace(self.path / RESULT, to_json(result).encode())
 
+    @property
+    def saved(self) -> list[str]:
+        """The files that can be continued, evaluated or started from."""
+        return [name for name in SAVED.values() if (self.path / name).is_file()]
+
     def _save(self, name: str, data: bytes) -> None:
         assert self._metrics is not None
         with self._writing(name):
@@ -141,7 +146,7 @@ class RunFolder:
 class ResumedFolder(RunFolder):
     """The folder of a run that goes on from its checkpoint: locked at once, and changed from its first new event on.
 
-    name: the run's. checkpoint: the file's content. result: of the last call that ended, or None.
+    name, recipe_yaml: of the run so far. note: the comment that its recipe begins with, if any, as a line.
     """
 
     _argument, _instead, _wait = "resume", "restore it, or move it away", "wait for it, or stop it"
@@ -160,12 +165,19 @@ class ResumedFolder(RunFolder):
         self._before = _events(path / METRICS)  # until the first new event
         self._started = ""
         self.name: str = json.loads(self._before[0][1])["name"]
-        self.result = parsed(path / RESULT, lambda text: from_json(RunResult, text))
+        self.recipe_yaml = read_plain(path / RECIPE).decode().partition("\n")[2]
+        first, end, _ = self.recipe_yaml.partition("\n")
+        self.note = (first + end) * first.startswith("#")
+
+    def finished(self, recipe_yaml: str) -> RunResult | None:
+        """The run's result, if it has ended and that is its recipe."""
+        result = parsed(self.path / RESULT, lambda text: from_json(RunResult, text))
+        ended = result is not None and result.status != "interrupted"
+        return result if ended and self.recipe_yaml == recipe_yaml else None
 
     def begin(self, recipe_yaml: str) -> None:
         """Write the recipe again, whose steps may be more than before."""
-        with self._writing(RECIPE):
-            replace(self.path / RECIPE, signed(recipe_yaml).encode())
+        self._write_recipe(recipe_yaml)
 
     def metrics(self, event: Event) -> None:
         """As of any run, without a second start. The engine yields the events after the checkpoint again, so the first
@@ -221,13 +233,14 @@ OWN: dict[str, Callable[[bytes], bool]] = {
     RECIPE: lambda data: data.decode() == signed(data.decode().partition("\n")[2]),
     METRICS: lambda data: not data or data.startswith(b'{"event": "run_started", '),  # empty until the first event
     RESULT: lambda data: isinstance(from_json(RunResult, data.decode()), RunResult),
-    CHECKPOINT: lambda data: True,
-    MODEL: lambda data: True,
-    BEST: lambda data: True,
+    CHECKPOINT: lambda data: data.startswith(b"bncli checkpoint "),
+    **dict.fromkeys((MODEL, BEST), lambda data: b'"bncli":"' in data[: int.from_bytes(data[:8], "little")]),
 }
 
 
 def _is_own(file: Path) -> bool:
+    if file.name == TENSORBOARD:
+        return not os.path.lexists(file) or (file.is_dir() and not file.is_symlink())
     with contextlib.suppress(BncliError, OSError, UnicodeDecodeError):
         return OWN[file.name](read_plain(file))
     return False
