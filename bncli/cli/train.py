@@ -123,8 +123,8 @@ def train(
             if not finished:
                 folder.finish(result)
         finally:  # printed also where it cannot be saved
-            forms = {"json": to_json, "table": lambda found: run_table(found, chosen.name, folder.saved)}
-            output.show(result, forms)
+            table = run_table(result, chosen.name, folder.saved)
+            output.show(result, {"json": to_json, "table": lambda _: table})
     run = layers.Arm(0, chosen.name, [chosen.recipe.train.seed], [result])
     output.write(run, {"": run_figure.draw} | ({"-layers": layers.draw} if layers.has_layers(run) else {}))
     if result.status == "interrupted":
@@ -189,9 +189,10 @@ def _evaluate(model: Path, device: str, threads: int | None, allow_code: bool, o
     from bncli.results.serialize import to_plain
 
     with StopSignal(at_once=True), contextlib.redirect_stdout(sys.stderr):
-        from bncli.engine.train.weights import evaluate_weights
+        from bncli.engine.train.weights import evaluate_weights, opened
 
-        _, found = evaluate_weights(model, device, threads, allow_code)
+        with opened(model) as content:
+            _, found = evaluate_weights(content, device, threads, allow_code)
     name = str(model)
     output.show(found, {"json": lambda it: json_text(to_plain(it)), "table": lambda it: evaluation_table(it, name)})
 

@@ -73,7 +73,7 @@ def run_table(result: RunResult, name: str, saved: Sequence[str] = ()) -> Group:
 
 
 def evaluation_table(found: Evaluation, name: str) -> Group:
-    """A trained model on the held-out data, for `bncli train --evaluate`."""
+    """A trained model on its held-out data."""
     values = [(f"{metric}", metric_figure(found.value(metric), metric)) for metric in ("accuracy", "loss")]
     rows = [("trained for", count(found.step, "step")), *values]
     return Group(
@@ -124,8 +124,8 @@ def rows_of(points: Sequence[ProbePoint]) -> dict[str, str]:
 
 
 def _cost(result: RunResult, seconds: float, when: str = "") -> str:
-    whole_s = result.training_s + result.evaluation_s + result.probes_s + result.checkpoint_s
-    return f"{figure(seconds)} s{when}, {seconds / whole_s:.1%} of the run, not in its throughput"
+    share = seconds / (result.training_s + result.evaluation_s + result.probes_s + result.checkpoint_s)
+    return f"{figure(seconds)} s{when}, {share:.{int(share < 0.1)}%} of the run, not in its throughput"
 
 
 def _running_statistics(layers: Sequence[RunningStatistics] | None) -> list[tuple[str, str]]:

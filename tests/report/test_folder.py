@@ -22,6 +22,7 @@ from bncli.report.compare.folder import load_comparison
 from bncli.report.folder import ResumedFolder, RunFolder
 from bncli.results.train import Evaluated, Evaluation, Event, Probed, ProbePoint, RunFinished, RunStarted, StepDone
 
+STATE = b"bncli checkpoint 1 sha256 of a test"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(bncli.__file__).parent.parent)}
 
 
@@ -190,7 +191,7 @@ def test_a_full_disk_names_the_file_and_keeps_what_was_saved(tmp_path: Path) -> 
     with RunFolder(tmp_path / "run", "name") as folder:
         folder.begin("train: {}\n")
         folder.metrics(STARTED)
-        folder.save["checkpoint"](b"first")
+        folder.save["checkpoint"](STATE)
         with full_disk(1000):
             for write in (lambda: folder.save["checkpoint"](bytes(2000)), lambda: folder.metrics(done(10**1000))):
                 with pytest.raises(
@@ -198,7 +199,7 @@ def test_a_full_disk_names_the_file_and_keeps_what_was_saved(tmp_path: Path) -> 
                 ) as full:
                     write()
                 assert full.value.exit_code == 1
-    assert (tmp_path / "run/checkpoint.pt").read_bytes() == b"first"
+    assert (tmp_path / "run/checkpoint.pt").read_bytes() == STATE
     assert {file.name for file in (tmp_path / "run").iterdir()} == {"checkpoint.pt", "metrics.jsonl", "recipe.yaml"}
 
 
@@ -234,7 +235,7 @@ def probed(step: int) -> Probed:
 EVENTS: list[Event] = [evaluated(0), probed(0), done(20), evaluated(20), probed(20), done(40), evaluated(40), done(60)]
 
 
-def write(path: Path, events: Sequence[Event], checkpoint: bytes | None = b"state") -> Path:
+def write(path: Path, events: Sequence[Event], checkpoint: bytes | None = STATE) -> Path:
     """The folder of a run that was killed after those events."""
     with RunFolder(path, "mine") as folder:
         folder.begin("train: {steps: 60}\n")
@@ -261,7 +262,7 @@ def test_a_run_that_goes_on_ends_with_the_lines_of_one_without_interruption(
             with open(run / "metrics.jsonl", "a") as metrics:
                 metrics.write(torn * (torn != "finished"))
             with ResumedFolder(run) as folder:
-                assert (folder.name, folder.checkpoint) == ("mine", b"state")
+                assert (folder.name, folder.checkpoint) == ("mine", STATE)
                 folder.begin("train: {steps: 60}\n")
                 for event in (STARTED, *EVENTS[saved:], end):
                     folder.metrics(event)
@@ -348,7 +349,8 @@ def test_a_run_that_is_written_over_leaves_nothing_of_its_own_behind(tmp_path: P
     run = write(tmp_path / "run", EVENTS)
     with pytest.raises(UsageError, match="already contains an unfinished run; continue it; choose another folder, or"):
         RunFolder(run, "mine")
-    (run / "model.safetensors").write_bytes(b"")
+    header = b'{"__metadata__":{"bncli":"0.1.0"}}'
+    (run / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     begin(run, overwrite=True)
     assert {file.name for file in run.iterdir()} == {"metrics.jsonl", "recipe.yaml"}
 
