@@ -54,21 +54,19 @@ class RunFolder:
 
     def begin(self, recipe_yaml: str) -> None:
         """Make the folder and write what is about to run. Raises UsageError where the folder holds a run already."""
-        if self._dated:
-            self.path = _make_dated(self.path)
-        else:
-            make(self.path)
-            self._refuse_other_files()
-        self._metrics = self._claim()
-        self._metrics.truncate(0)
-        for name in (RESULT, *SAVED.values()):  # of the run that is written over
-            (self.path / name).unlink(missing_ok=True)
-        self._write_recipe(recipe_yaml)
-
-    def _write_recipe(self, recipe_yaml: str) -> None:
-        self.begun = True
+        if self._metrics is None:
+            if self._dated:
+                self.path = _make_dated(self.path)
+            else:
+                make(self.path)
+                self._refuse_other_files()
+            self._metrics = self._claim()
+            self._metrics.truncate(0)
+            for name in (RESULT, *SAVED.values()):  # of the run that is written over
+                (self.path / name).unlink(missing_ok=True)
         with self._writing(RECIPE):
             replace(self.path / RECIPE, signed(recipe_yaml).encode())
+        self.begun = True
 
     def _refuse_other_files(self) -> None:
         if os.path.lexists(self.path / PLAN):
@@ -175,10 +173,6 @@ class ResumedFolder(RunFolder):
         ended = result is not None and result.status != "interrupted"
         return result if ended and self.recipe_yaml == recipe_yaml else None
 
-    def begin(self, recipe_yaml: str) -> None:
-        """Write the recipe again, whose steps may be more than before."""
-        self._write_recipe(recipe_yaml)
-
     def metrics(self, event: Event) -> None:
         """As of any run, without a second start. The engine yields the events after the checkpoint again, so the first
         new one shows which of those in the file come again, and they are dropped.
@@ -220,6 +214,13 @@ def _place(event: dict[str, Any]) -> Place:
     """Step and name of an event as JSON. No step has two of one name."""
     step = event["points"][0]["step"] if "points" in event else event.get("step", event.get("steps_run", 0))
     return int(step), str(event["event"])
+
+
+def recipe_in(run: Path) -> str:
+    """The file of the recipe in a run's folder. Raises UsageError for another folder."""
+    if not _is_own(run / RECIPE):
+        raise UsageError(f"{run} is a folder without a {RECIPE} as bncli writes one for a run; name a recipe")
+    return str(run / RECIPE)
 
 
 def signed(recipe_yaml: str) -> str:

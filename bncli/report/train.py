@@ -74,11 +74,10 @@ def run_table(result: RunResult, name: str, saved: Sequence[str] = ()) -> Group:
 
 def evaluation_table(found: Evaluation, name: str) -> Group:
     """A trained model on its held-out data."""
-    values = [(f"{metric}", metric_figure(found.value(metric), metric)) for metric in ("accuracy", "loss")]
-    rows = [("trained for", count(found.step, "step")), *values]
-    return Group(
-        Paragraph(name, "bold"), "", KeyValueList([Column(each, [words], style="bold") for each, words in rows])
-    )
+    values = {metric: metric_figure(found.value(metric), metric) for metric in ("accuracy", "loss")}
+    rows = {"steps trained": figure(found.step), **values}
+    columns = [Column(row, [words], style="bold") for row, words in rows.items()]
+    return Group(Paragraph(name, "bold"), "", KeyValueList(columns))
 
 
 def probes_table(probes: Sequence[ProbePoint]) -> ResponsiveTable | Group:
