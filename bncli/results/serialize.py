@@ -27,10 +27,8 @@ def to_plain(value: Any) -> Any:
         return value if finite else "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, list | tuple):
         return [to_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: to_plain(item) for key, item in value.items()}
-    kind: Any = type(value)
-    return {name: to_plain(getattr(value, name)) for name in _names(kind)} or value
+    value = vars(value) if dataclasses.is_dataclass(value) else value
+    return {name: to_plain(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def from_plain(kind: type[T], plain: Any) -> T:
@@ -46,12 +44,6 @@ class Mismatch(ValueError):
     def __init__(self, words: str, place: str = "") -> None:
         super().__init__((place.lstrip(".") or "the whole") + words)
         self.words, self.place = words, place
-
-
-@functools.cache
-def _names(kind: type) -> tuple[str, ...]:
-    """The fields of a dataclass; none for any other type."""
-    return tuple(field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()
 
 
 # --- readers: plain data to what they hold; each raises Mismatch ---------------------------------------------------
@@ -94,8 +86,7 @@ def _float(plain: Any) -> Any:
 
 
 def _dataclass_reader(kind: type) -> Reader:
-    hints, names = typing.get_type_hints(kind), _names(kind)
-    readers = {name: _reader(hints[name]) for name in names}
+    readers = {name: _reader(hint) for name, hint in typing.get_type_hints(kind).items()}
     missing = dataclasses.MISSING
     required = {
         each.name for each in dataclasses.fields(kind) if each.default is missing and each.default_factory is missing
@@ -105,7 +96,7 @@ def _dataclass_reader(kind: type) -> Reader:
         if unknown := sorted(_object(plain).keys() - readers.keys()):
             raise Mismatch(" is not a known field", f".{unknown[0]}")
         if absent := required - plain.keys():
-            raise Mismatch(" is missing", f".{next(name for name in names if name in absent)}")
+            raise Mismatch(" is missing", f".{next(name for name in readers if name in absent)}")
         return kind(**_values(map(readers.__getitem__, plain), plain))
 
     return read
