@@ -213,9 +213,9 @@ def tick():
         {act}
 """
 LONG = ("--set", "train.steps=45", "--set", "train.target=null", "--set", "train.checkpoint={every: 7}", "-q", "--json")
-MEASURED = {  # fields that hold times and memory
+MEASURED = {  # fields that hold times and memory, and the digest of all
     *("ms_per_step", "samples_per_s", "training_s", "evaluation_s", "checkpoint_s", "memory_mib", "environment"),
-    *("peak_memory_mib", "evaluation_peak_memory_mib", "cores_lacked"),
+    *("peak_memory_mib", "evaluation_peak_memory_mib", "cores_lacked", "sha256"),
 }
 
 
