@@ -295,7 +295,9 @@ def test_a_run_that_has_ended_is_shown_and_goes_on_with_more_steps(recipe: str) 
     )
     assert json.loads(again.out) == json.loads(before["result.json"])
     assert {file.name: file.read_bytes() for file in Path("run").iterdir()} == before
-    assert bncli("train", "--resume", "run", "--set", "train.steps=45", "-q", "--json").code == 0
+    more = bncli("train", "--resume", "run", "--set", "train.steps=45", "--set", "train.keep=both", "-q", "--json")
+    assert more.code == 0
+    assert "UserWarning" not in more.err
     bncli(*asked, "whole", "--set", "train.steps=45")
     assert left("run") == left("whole")
     assert load("run/recipe.yaml").base.train.steps == 45
@@ -369,8 +371,10 @@ def test_a_run_that_starts_from_a_file_of_weights_says_so_also_when_it_goes_on(r
 
 def test_a_runs_folder_in_the_place_of_a_recipe_is_answered_with_the_recipe_in_it(recipe: str) -> None:
     bncli("train", recipe, "-o", "run", "-q")
-    for command in ("train", "compare"):
-        assert "run: is a folder; name the recipe in it, run/recipe.yaml" in bncli(command, "run").err
+    assert (
+        "run is a folder; a run's goes on with --resume run, and --evaluate evaluates it" in bncli("train", "run").err
+    )
+    assert "run: is a folder; name the recipe in it, run/recipe.yaml" in bncli("compare", "run").err
     Path("run/recipe.yaml").unlink()
     Path("run/recipe.yaml").symlink_to("../small.yaml")
     assert "run is a folder without a recipe.yaml as bncli writes one" in bncli("profile", "run").err
