@@ -130,7 +130,7 @@ def _continued(begin: Callable[..., Iterator[Event]], file: Path | None) -> Iter
     except FileNotFoundError:
         pass
     except (BncliError, OSError) as error:
-        print(f"{file}: {error}; the run begins again", file=sys.stderr)
+        sys.stderr.write(f"{file}: {error}; the run begins again\n")
     return begin()
 
 
