@@ -42,7 +42,8 @@ def main(arguments: list[str]) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     threading.Thread(target=_listen, args=(orders, jobs, stopping), daemon=True).start()
     try:
-        serve(jobs, stopping, out, options["--device"], int(options["--threads"]))
+        memory = int(options["--memory"]) if "--memory" in options else None
+        serve(jobs, stopping, out, options["--device"], int(options["--threads"]), memory)
     except BncliError as error:
         about = {"field": error.field, "value": None if error.value is None else str(error.value)}
         _say(out, refused=error.mistakes, exit_code=error.exit_code, **about)
@@ -60,9 +61,18 @@ def _listen(orders: int, jobs: queue.Queue[dict[str, Any]], stopping: threading.
 
 
 def serve(
-    jobs: queue.Queue[dict[str, Any]], stopping: threading.Event, out: TextIO, device_name: str, threads: int
+    jobs: queue.Queue[dict[str, Any]],
+    stopping: threading.Event,
+    out: TextIO,
+    device_name: str,
+    threads: int,
+    memory: int | None = None,
 ) -> None:
-    """Serve runs from the queue forever. Raises BncliError for errors that would make every run fail."""
+    """Serve runs from the queue forever. Raises BncliError for errors that would make every run fail.
+
+    stopping: set once the run in progress is to be ended. memory: the descriptor of the file in memory through which
+    workers on a CPU share their data.
+    """
     gc.disable()  # imports create no garbage, and collection takes an eighth of the import of torch
     import torch
 
@@ -87,19 +97,16 @@ def serve(
         key, recipe = job["key"], Recipe.model_validate(job["recipe"])
         source = recipe.data.model_dump_json() + recipe.train.memory_format
         if source not in loaded:
-            loaded = {source: data.load(recipe.data, device, data.MEMORY_FORMATS[recipe.train.memory_format])}
+            loaded.clear()  # before the next is read
+            loaded[source] = data.load(recipe.data, device, data.MEMORY_FORMATS[recipe.train.memory_format], memory)
         gc.collect()  # the last run's model may be in a reference cycle
         progress = _Progress(out, key, stopping)
         metric = recipe.train.target.metric if recipe.train.target else "accuracy"
-        file = Path(job["checkpoint"]) if job.get("checkpoint") else None
-        begin = partial(train, recipe, device_name, dataset=loaded[source], threads=threads, name=key, stop=progress)
-        if file is not None:
-            begin = partial(begin, save={"checkpoint": partial(replace, file, read_back=True)})
+        checking, file = job["check"], job.get("checkpoint")
+        arguments = {"dataset": loaded[source], "threads": threads, "name": key}
+        train_it = partial(train, recipe, device_name, **arguments, stop=progress)
         try:
-            if job["check"]:
-                events = trial(recipe, device_name, dataset=loaded[source], threads=threads, name=key)
-            else:
-                events = _continued(begin, file)
+            events = trial(recipe, device_name, **arguments) if checking else _continued(train_it, file and Path(file))
             for event in events:
                 if isinstance(event, RunStarted | RunFinished):  # a forward pass may import as well
                     user_files.note()
@@ -107,7 +114,7 @@ def serve(
                     progress.step = event.step
                 elif isinstance(event, Evaluated):
                     progress.step, progress.value = event.evaluation.step, event.evaluation.value(metric)
-                elif isinstance(event, RunFinished) and event.result.status == "interrupted" and not job["check"]:
+                elif isinstance(event, RunFinished) and event.result.status == "interrupted" and not checking:
                     _say(out, key=key, stopped=event.result.steps_run)
                 elif isinstance(event, RunFinished):
                     code = user_files.files if isinstance(recipe.model, OwnModel) else {}
@@ -123,10 +130,12 @@ def serve(
 
 def _continued(begin: Callable[..., Iterator[Event]], file: Path | None) -> Iterator[Event]:
     """The events of a run from its checkpoint on; from its beginning where there is none, or none that fits."""
+    if file is None:
+        return begin()
+    begin = partial(begin, save={"checkpoint": partial(replace, file, read_back=True)})
     try:
-        if file is not None:
-            events = begin(checkpoint=read_plain(file))
-            return itertools.chain([next(events)], events)  # before its first event, another run's is refused
+        events = begin(checkpoint=read_plain(file))
+        return itertools.chain([next(events)], events)  # before its first event, another run's is refused
     except FileNotFoundError:
         pass
     except (BncliError, OSError) as error:
