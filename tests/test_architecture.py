@@ -72,7 +72,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "measure.dry_run": (ASKED | {"engine.memory"}, set()),
     "measure.compare": (
-        ASKED | {"engine.target", "engine.user_code", "measure.dry_run", "__init__"},
+        ASKED | {"engine.memory", "engine.target", "engine.user_code", "measure.dry_run", "__init__"},
         {"numpy", "scipy", "psutil"},
     ),
     "measure.profile": (
@@ -94,7 +94,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
             ASKED
             | REPORT
             | {"cli.console", "cli.options", "cli.output", f"report.{command}", f"measure.{command}"}
-            | ({"engine.train", "measure.dry_run"} if command == "train" else set()),
+            | {"train": {"engine.train", "measure.dry_run"}, "compare": {"measure.dry_run"}}.get(command, set()),
             {"typer"},
         )
         for command in ("train", "compare", "profile", "gradcheck")
