@@ -9,7 +9,7 @@ CHECK_FAILED = 1  # a check failed: a missed target that was required, a run tha
 USAGE = 2  # a recipe, an option or data that is not there
 UNAVAILABLE = 3  # a device or a kernel that cannot run here
 DIVERGED = 4  # the loss stopped being finite
-INTERRUPTED = 130  # Ctrl-C; SIGTERM is 143, as shells count
+INTERRUPTED = 130  # Ctrl-C; 143 by SIGTERM and 129 by SIGHUP, as shells count
 
 
 # Visible characters for those that act on a terminal or turn a line's direction: C0 but tab and newline, DEL, C1, ...
