@@ -1,0 +1,301 @@
+"""What is fuzzed: each kind's good files, how one input is tried, and how aimed inputs are made.
+
+A kind is a function of the folder in which its files are: it writes what its attempts need and returns a Kind. Adding
+one is a function and a row of KINDS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import pickle
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import typer
+
+from bncli.cli import PARSER_ERROR, app
+from bncli.cli.console import print_error
+from bncli.engine import data as engine_data
+from bncli.errors import BncliError, UsageError
+from bncli.measure.compare import reuse
+from bncli.measure.compare.plan import planned_comparison, study, wanted
+from bncli.measure.dry_run import planned_training
+from bncli.measure.profile import baseline, shapes
+from bncli.recipe import npz as npz_header
+from bncli.recipe import yaml
+from bncli.recipe.load import Arm, Loaded, data_state, load
+from bncli.report import dry_run
+from bncli.report.compare.folder import ComparisonFolder
+from bncli.report.files import event_line, to_json
+from bncli.report.folder import RunFolder, signed
+from bncli.report.profile import export
+from bncli.report.profile.baseline import GateReport
+from bncli.results.profile import KernelProfile, Profile, StepProfile
+from bncli.results.train import RunStarted
+from tests.fuzz import good
+from tests.fuzz.mutate import mutated
+from tests.measure.compare.conftest import ARMS, BASE, result
+from tests.report import made_up_costs
+
+
+@dataclass(frozen=True)
+class Kind:
+    """attempt: raises BncliError for an input that is refused. make: an aimed input, beside byte mutations.
+
+    trees: good plain trees, which hypothesis changes, and `written` writes as a file.
+    """
+
+    good: Sequence[bytes]
+    attempt: Callable[[bytes], None]
+    words: Sequence[bytes] = ()
+    make: Callable[[Random], bytes] | None = None
+    trees: Sequence[Any] = ()
+    written: Callable[[Any], bytes] = lambda tree: json.dumps(tree).encode()
+
+
+COMMANDS = typer.main.get_command(app)
+
+
+def command(*arguments: str) -> None:
+    """Run a command of bncli in this process. What it prints is thrown away; what it refuses is raised."""
+    sys.argv = ["bncli", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            COMMANDS.main(list(arguments), prog_name="bncli", standalone_mode=False)
+        except PARSER_ERROR as error:
+            raise UsageError(error.format_message()) from error
+        except BncliError as error:
+            print_error(error)
+            raise
+
+
+# --- recipes ------------------------------------------------------------------------------------------------------
+
+
+def recipes(folder: Path) -> Kind:
+    (folder / "good.npz").write_bytes(good.npzs()[0])
+    texts = [text.encode() for text in good.RECIPES]
+    shipped = sorted(Path(__file__).parents[2].joinpath("recipes").glob("*.yaml"))
+
+    def attempt(data: bytes) -> None:
+        (folder / "in.yaml").write_bytes(data)
+        plan(load("in.yaml"))
+
+    short = [file.read_bytes() for file in shipped if file.stat().st_size < 1200]
+    trees = [yaml.parse(text.decode(), "good").root for text in texts]
+    return Kind([*texts * 3, *short], attempt, trees=trees, written=lambda tree: written_as_yaml(tree))
+
+
+def written_as_yaml(tree: Any) -> bytes:
+    try:
+        return yaml.dump(tree).encode()
+    except Exception:  # surrogates and the like, which YAML cannot hold
+        return json.dumps(tree).encode()
+
+
+def plan(loaded: Loaded) -> None:
+    """What a dry run does with a recipe, but for the checks that worker processes make."""
+    data_state(loaded.base)
+    dry_run.to_json(planned_training(loaded, Arm(loaded.name, loaded.base)))
+    if len(loaded.arms) > 1 and loaded.base.train.target is not None:
+        dry_run.to_json(planned_comparison(study([loaded], good.IDENTITY), loaded))
+
+
+def sets(folder: Path) -> Kind:
+    texts = [text.encode() for text in good.SETS]
+    (folder / "base.yaml").write_text(BASE + ARMS)
+
+    def attempt(data: bytes) -> None:
+        plan(load("base.yaml", data.decode(errors="surrogateescape").split("\n"), sets_from="--set"))
+
+    fields = yaml.parse(good.RECIPES[3], "good").where
+    words = [yaml.dotted(keys).encode() for keys in fields if all(isinstance(key, str) for key in keys)]
+    return Kind(texts, attempt, words=[*words, b"=", b".", b"arms.", b"grid."])
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+class _Evil:
+    """Pickled, it makes a folder as soon as it is read back."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        import os
+
+        return os.mkdir, ("/tmp/the-canary",)
+
+
+PICKLE = pickle.dumps(_Evil())
+HEADERS = (
+    b"'descr': '<f4'", b"'descr': '|O'", b"'descr': '<c8'", b"'descr': '>f8'", b"'descr': '<f2'", b"'descr': '<U4'",
+    b"'descr': '<M8[s]'", b"'descr': [('a', '<f4'), ('b', '|O')]", b"'descr': '|V0'", b"'descr': '|S0'",
+    b"'descr': 'f4,f4'",
+    b"'shape': (12, 4)", b"'shape': (-1, 4)", b"'shape': (9999999999, 9999)", b"'shape': (2**62, 4)", b"'shape': (12,)",
+    b"'shape': ()", b"'shape': (0, 4)", b"'shape': (True, 48)", b"'shape': 48",
+    b"'fortran_order': True", b"'fortran_order': 1",
+    b"__import__('os').mkdir('/tmp/the-canary')", b"(" * 300, b"{" * 90, b"'x': 1", b"\x93NUMPY\x02\x00",
+    b"\x93NUMPY\x09\x00",
+)  # fmt: skip
+
+
+def npzs(folder: Path) -> Kind:
+    files = good.npzs()
+    parts = [good.members(file) for file in files]
+
+    def attempt(data: bytes) -> None:
+        (folder / "in.npz").write_bytes(data)
+        refused: list[BncliError] = []
+        for read in (npz_header.header, engine_data.read_npz):
+            try:
+                read("in.npz")
+            except BncliError as error:
+                refused.append(error)
+        if refused:
+            raise refused[0]
+
+    def make(random: Random) -> bytes:
+        """An archive whose checksums are right, with one part changed, added, doubled or left out."""
+        found = list(random.choice(parts).items())
+        at = random.randrange(len(found))
+        name, content = found[at]
+        action = random.randrange(6)
+        if action == 0:
+            found.append((random.choice(("x.npy", "x", "y", "../x.npy", "/x.npy", "x.npy\x00", "z.npy", "?")), PICKLE))
+        elif action == 1:
+            found[at] = (name, content[:10] + PICKLE)
+        elif action == 2:
+            found[at] = (random.choice((name.removesuffix(".npy"), "y.npy", "x.npy", "X.npy", "labels.npy")), content)
+        else:
+            found[at] = (name, mutated(random, [content, *random.choice(parts).values()], HEADERS))
+        compression = random.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
+        return good.archived(found, compression)
+
+    return Kind(files, attempt, words=[PICKLE, *HEADERS], make=make)
+
+
+# --- profiles -----------------------------------------------------------------------------------------------------
+
+
+def csvs(folder: Path) -> Kind:
+    def attempt(data: bytes) -> None:
+        (folder / "in.csv").write_bytes(data)
+        shapes.chosen("in.csv", (), None, cuda=False)
+
+    words = [b"n,c,spatial,calls\n", b"shape,calls\n", b",", b'"', b"\n", b"7x7", b"1x1x1"]
+    return Kind([text.encode() for text in (*good.CSVS[:2], good.CSVS[3])], attempt, words=words)
+
+
+def typed_shapes(folder: Path) -> Kind:
+    def attempt(data: bytes) -> None:
+        shapes.chosen(None, [data.decode(errors="surrogateescape")], None, cuda=False)
+
+    return Kind([text.encode() for text in good.SHAPES], attempt, words=[b"x", b"X", b"xx"])
+
+
+def baselines(folder: Path) -> Kind:
+    now: dict[type, Profile] = {
+        KernelProfile: made_up_costs.kernel_profile(),
+        StepProfile: made_up_costs.step_profile(),
+    }
+    files = good.baselines()
+
+    def attempt(data: bytes) -> None:
+        (folder / "in.json").write_bytes(data)
+        earlier = export.load(Path("in.json"))
+        mine = now[type(earlier)]
+        gate = baseline.gate(mine, earlier, 1.1)
+        export.to_markdown(mine, gate)
+        export.to_json(mine, gate)
+        with contextlib.redirect_stdout(io.StringIO()):
+            from bncli.cli.console import print_result
+
+            print_result(GateReport(gate, mine, earlier))
+
+    return Kind(files, attempt, trees=good.trees(files))
+
+
+# --- comparisons --------------------------------------------------------------------------------------------------
+
+FORMS = ((), ("--json",), ("--csv",), ("--markdown",), ("--latex",))
+
+
+def report(saved: str, data: bytes) -> None:
+    """`compare --from` in one of its forms, which the input decides."""
+    command("compare", "--from", saved, *FORMS[zlib.crc32(data) % len(FORMS)])
+
+
+def saved_comparisons(folder: Path) -> Kind:
+    files = good.saved_comparisons(folder)
+
+    def attempt(data: bytes) -> None:
+        (folder / "in.json").write_bytes(data)
+        report("in.json", data)
+
+    return Kind(files, attempt, trees=good.trees(files))
+
+
+def file_of_comparison(folder: Path, place: str) -> Kind:
+    """A whole comparison with one file changed: a record, the plan or the answer; it is opened as `compare` does."""
+    asked = good.asked(folder)
+    good.write_comparison(folder / "all", asked)
+    file = min((folder / "all").glob(place))
+    content = file.read_bytes()
+
+    def attempt(data: bytes) -> None:
+        file.write_bytes(data)
+        with contextlib.suppress(BncliError):
+            report("all", data)
+        try:
+            with ComparisonFolder(Path("all")) as opened:
+                kept = list(opened.finished().values())
+                opened.failed()
+                records = reuse.usable(kept)
+                reuse.not_reused(wanted(asked, records), kept, asked.identity)
+                reuse.fits(asked, kept)
+        finally:
+            file.write_bytes(content)
+
+    return Kind([content], attempt, trees=good.trees([content]))
+
+
+def file_of_run(folder: Path, name: str) -> Kind:
+    """A whole folder of `bncli train` with one file changed; it is written over as with --force."""
+    recipe = signed(yaml.dump({"model": {"kind": "mlp"}}))
+    started = event_line(RunStarted("x", "cpu", 3, 10, 4, None)) + "\n"
+    files = {"recipe.yaml": recipe, "metrics.jsonl": started, "result.json": to_json(result(120))}
+    (folder / "run").mkdir()
+
+    def attempt(data: bytes) -> None:
+        for each, text in files.items():
+            (folder / "run" / each).write_text(text)
+        (folder / "run" / name).write_bytes(data)
+        with RunFolder(Path("run"), "x", overwrite=True) as opened:
+            opened.begin("a: 1\n")
+
+    content = files[name].encode()
+    return Kind([content], attempt, trees=good.trees([content]) if name == "result.json" else ())
+
+
+KINDS: dict[str, Callable[[Path], Kind]] = {
+    "recipe": recipes,
+    "set": sets,
+    "npz": npzs,
+    "shapes-csv": csvs,
+    "shape": typed_shapes,
+    "baseline": baselines,
+    "from": saved_comparisons,
+    "run-record": lambda folder: file_of_comparison(folder, "runs/*.json"),
+    "plan": lambda folder: file_of_comparison(folder, "plan.json"),
+    "answer": lambda folder: file_of_comparison(folder, "comparison.json"),
+    "run-result": lambda folder: file_of_run(folder, "result.json"),
+    "run-metrics": lambda folder: file_of_run(folder, "metrics.jsonl"),
+    "run-recipe": lambda folder: file_of_run(folder, "recipe.yaml"),
+}
