@@ -46,7 +46,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "storage": ({"errors"}, set()),
     "results": ({"errors", "names"}, set()),
     "recipe": ({"errors", "names"}, {"pydantic", "yaml", "numpy"}),
-    "kernels": ({"errors", "names"}, {"torch"}),
+    "kernels": ({"errors", "names", "storage"}, {"torch"}),
     "kernels.definition": ({"names"}, {"torch"}),
     "kernels.fused.triton": ({"errors", "names", "kernels"}, {"torch", "triton"}),
     "kernels.fused.triton_launch": ({"errors", "names", "kernels"}, {"torch", "triton"}),
