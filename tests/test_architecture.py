@@ -63,7 +63,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy"},
     ),
     "engine.convert": ({"errors", "names", "recipe", "kernels", "engine.device", "engine.models.norms"}, {"torch"}),
-    "engine.train": (ASKED | {"engine", "kernels"}, {"torch", "numpy"}),
+    "engine.train": (ASKED | {"engine", "kernels", "__init__"}, {"torch", "numpy", "pydantic", "safetensors"}),
     "measure.timing": ({"errors", "results", "engine.device"}, {"torch", "numpy", "scipy", "psutil"}),
     "measure.reference": (ASKED | {"kernels", "engine.device", "engine.models", "engine.user_code"}, {"torch"}),
     "measure.dry_run": (ASKED, {"psutil"}),
