@@ -12,7 +12,7 @@ from pathlib import Path
 
 NAMES = (
     "recipe", "set", "npz", "shapes-csv", "shape", "baseline", "from", "run-record", "plan", "answer", "run-result",
-    "run-metrics", "run-recipe",
+    "run-metrics", "run-recipe", "checkpoint", "safetensors", "cache",
 )  # fmt: skip
 HEAD = struct.Struct("<QQ")
 

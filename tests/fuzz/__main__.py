@@ -84,9 +84,9 @@ class Worker:
                 found: dict[str, Any] = json.loads(line)
                 return found
             code = self.process.wait()
-            raise Died(
-                f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit {code}", *AtHand.read(self.at_hand)
-            )
+            if code >= 0:
+                raise RuntimeError(f"the process that reads the inputs failed by itself with {code}, see above")
+            raise Died(f"killed by {signal.Signals(-code).name}", *AtHand.read(self.at_hand))
 
     def _cpu_s(self) -> float:
         try:

@@ -67,6 +67,14 @@ largest_learning_rate: {steps: 10, accuracy: 0.8}
     ),
     BASE.replace(DATA, "mnist"),
 )
+TRAINED = """\
+data: {source: synthetic, shape: [8], classes: 3, examples: 20, held_out: 5}
+model: {kind: mlp, hidden: [4]}
+norm: batch
+optimizer: {kind: adamw, lr: 0.1}
+schedule: {kind: step, milestones: [3], warmup: 2}
+train: {steps: 6, batch_size: 5, evaluate_every: 2, target: {value: 0.9}, stop_at_target: false}
+"""
 SETS = (
     "optimizer.lr=0.3", "train.steps=10\nnorm=batch", "norm={kind: group, groups: 4}", "grid.optimizer.lr=[0.1, 1]",
     "arms={a: {}, b: {norm: layer}}", "arms.plain.optimizer.lr=2", "model.hidden=[16, 16]", "schedule.kind=cosine",

@@ -12,7 +12,7 @@ import resource
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ PROCESSES = {"os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "o
 CONNECTIONS = {"socket.connect", "socket.bind", "socket.sendto", "urllib.Request", "ftplib.connect"}
 CHANGES = {"os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "os.chown", "shutil.rmtree", "os.utime"}
 CHANGES_OF_TWO = {"os.rename", "os.link", "os.symlink"}
+HARMLESS = {os.devnull, "/proc/self/clear_refs"}  # the latter begins another peak of memory
 # Packages that parts of bncli look for and do without.
 OPTIONAL = {"triton", "mlxtend", "tensorboard", "datasets", "matplotlib"}
 
@@ -58,7 +59,7 @@ class Guard:
 
     def __init__(self, folder: Path, seconds: float) -> None:
         self.folder, self.seconds = os.path.realpath(folder) + os.sep, seconds
-        self.libraries: set[str] = set()  # digests of those that may be loaded
+        self._libraries: set[str] = set()  # digests of those that may be loaded
         self.may_compile = False
         self._seen: list[str] = []
         self._watching = False
@@ -70,6 +71,10 @@ class Guard:
         sys.dont_write_bytecode = True
         sys.addaudithook(self._audit)
         sys.meta_path.insert(0, self)
+
+    def allow(self, libraries: Iterable[bytes]) -> None:
+        """Let these libraries be loaded."""
+        self._libraries |= {hashlib.sha256(content).hexdigest() for content in libraries}
 
     def result_of(self, attempt: Callable[[bytes], None], data: bytes) -> bool | Finding:
         """Whether an input is accepted, or what it did that it must not."""
@@ -127,7 +132,7 @@ class Guard:
         elif event == "ctypes.dlopen" and str(arguments[0]).startswith(self.folder):
             library = Path(arguments[0])
             digest = hashlib.sha256(library.read_bytes()).hexdigest()
-            if digest not in self.libraries:
+            if digest not in self._libraries:
                 self._note(f"loading of a changed library, {library.name}")
 
     def _writes(self, event: str, path: Any) -> None:
@@ -135,7 +140,7 @@ class Guard:
             return
         name = os.fsdecode(path)
         parent, last = os.path.split(os.path.abspath(name))
-        if not os.path.join(os.path.realpath(parent), last, "").startswith(self.folder) and name != os.devnull:
+        if not os.path.join(os.path.realpath(parent), last, "").startswith(self.folder) and name not in HARMLESS:
             self._note(f"{event} outside the folder, of {name}")
 
     def _note(self, seen: str) -> None:

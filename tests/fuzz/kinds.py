@@ -7,24 +7,34 @@ one is a function and a row of KINDS.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
+import os
 import pickle
+import subprocess
 import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest import mock
 
+import torch
 import typer
 
 from bncli.cli import PARSER_ERROR, app
 from bncli.cli.console import print_error
 from bncli.engine import data as engine_data
+from bncli.engine.data.splits import Dataset
+from bncli.engine.train import checkpoint, train
+from bncli.engine.train.weights import load_model
 from bncli.errors import BncliError, UsageError
+from bncli.kernels.fused import build
 from bncli.measure.compare import reuse
 from bncli.measure.compare.plan import planned_comparison, study, wanted
 from bncli.measure.dry_run import planned_training
@@ -32,6 +42,7 @@ from bncli.measure.profile import baseline, shapes
 from bncli.recipe import npz as npz_header
 from bncli.recipe import yaml
 from bncli.recipe.load import Arm, Loaded, data_state, load
+from bncli.recipe.sections import Recipe
 from bncli.report import dry_run
 from bncli.report.compare.folder import ComparisonFolder
 from bncli.report.files import event_line, to_json
@@ -50,7 +61,8 @@ from tests.report import made_up_costs
 class Kind:
     """attempt: raises BncliError for an input that is refused. make: an aimed input, beside byte mutations.
 
-    trees: good plain trees, which hypothesis changes, and `written` writes as a file.
+    trees: good plain trees, which hypothesis changes, and `written` writes as a file. libraries: contents of those that
+    may be loaded. compiles: whether it may start a compiler.
     """
 
     good: Sequence[bytes]
@@ -59,6 +71,8 @@ class Kind:
     make: Callable[[Random], bytes] | None = None
     trees: Sequence[Any] = ()
     written: Callable[[Any], bytes] = lambda tree: json.dumps(tree).encode()
+    libraries: Sequence[bytes] = ()
+    compiles: bool = False
 
 
 COMMANDS = typer.main.get_command(app)
@@ -284,6 +298,129 @@ def file_of_run(folder: Path, name: str) -> Kind:
     return Kind([content], attempt, trees=good.trees([content]) if name == "result.json" else ())
 
 
+# --- what training leaves -----------------------------------------------------------------------------------------
+
+
+def trained(folder: Path, **options: Any) -> tuple[Recipe, Dataset, dict[str, bytes]]:
+    """A short run: its recipe, its data, and the last content of each file that it saves."""
+    (folder / "run.yaml").write_text(good.TRAINED)
+    recipe, saved = load(str(folder / "run.yaml")).base, dict[str, bytes]()
+    dataset = engine_data.load(recipe.data, torch.device("cpu"))
+    save = {name: partial(saved.__setitem__, name) for name in ("checkpoint", "model")}
+    stop = iter([False] * 4 + [True] * 99).__next__ if options.get("stopped") else lambda: False
+    for _ in train(recipe, "cpu", dataset=dataset, threads=1, save=save, stop=stop):
+        pass
+    return recipe, dataset, saved
+
+
+def checkpoints(folder: Path) -> Kind:
+    recipe, dataset, saved = trained(folder, stopped=True)
+    content = saved["checkpoint"]
+    head = len(checkpoint.FIRST_LINE.format("0" * 64))
+
+    def attempt(data: bytes) -> None:
+        for _ in train(recipe, "cpu", dataset=dataset, threads=1, checkpoint=data):
+            pass
+
+    def signed_again(body: bytes) -> bytes:
+        return checkpoint.FIRST_LINE.format(hashlib.sha256(body).hexdigest()).encode() + body
+
+    def make(random: Random) -> bytes:
+        """One whose digest and checksums are right, with another pickle or other tensors."""
+        parts = list(good.members(content[head:]).items())
+        at = random.choice(
+            [n for n, (name, _) in enumerate(parts) if name.endswith("data.pkl")] * 3 + [*range(len(parts))]
+        )
+        name, inside = parts[at]
+        changed = mutated(random, [inside, *good.members(content[head:]).values()], OPCODES)
+        parts[at] = name, random.choice((changed, changed, changed, PICKLE, pickle.dumps(_Evil(), 2)))
+        return signed_again(good.archived(parts, random.choice((zipfile.ZIP_STORED,) * 4 + (zipfile.ZIP_DEFLATED,))))
+
+    return Kind([content], attempt, make=make, trees=[checkpoint.unpacked(content)], written=checkpoint.packed)
+
+
+# Of pickles: a global, a call, an object by its state, a number of many digits, a reference to nothing.
+OPCODES = (
+    PICKLE, b"cos\nmkdir\n", b"cbuiltins\nexec\n", b"ctorch._utils\n_rebuild_tensor_v2\n",
+    b"ccollections\nOrderedDict\n",
+    b"R", b"b", b"\x81", b"(t", b"}", b"]", b"N", b"0", b"2", b"h\xff", b"j\xff\xff\xff\xff", b"\x8a\xff",
+    b"J\xff\xff\xff\x7f",
+    b"\x8c\x04", b"X\xff\xff\xff\x7f", b"Q", b"P1\n", b".", b"ctorch\nload\n", b"ctorch\nFloatStorage\n",
+)  # fmt: skip
+
+
+def models(folder: Path) -> Kind:
+    _, _, saved = trained(folder)
+    with_code = json.dumps({"kind": "module", "module": "the_canary:make", "arguments": {}})
+    (folder / "the_canary.py").write_text("import os\nos.mkdir('/tmp/the-canary')\n")
+
+    def attempt(data: bytes) -> None:
+        (folder / "in.safetensors").write_bytes(data)
+        model = load_model("in.safetensors")
+        model(torch.zeros(2, 8))
+
+    size = 8 + int.from_bytes(saved["model"][:8], "little")
+    header = json.loads(saved["model"][8:size])
+    about = {name: text if name in ("bncli", "version", "format") else json.loads(text)
+             for name, text in header["__metadata__"].items()}  # fmt: skip
+
+    def written(tree: Any) -> bytes:
+        """The file with other metadata, whose values are text."""
+        tree = tree if isinstance(tree, dict) else {"tree": tree}
+        plain = {str(name): each if isinstance(each, str) else json.dumps(each) for name, each in tree.items()}
+        text = json.dumps({**header, "__metadata__": plain}).encode(errors="replace")
+        return len(text).to_bytes(8, "little") + text + saved["model"][size:]
+
+    def make(random: Random) -> bytes:
+        """A header that is changed, with its right length."""
+        text = mutated(random, [saved["model"][8:size]], WORDS_OF_TENSORS)
+        return len(text).to_bytes(8, "little") + text + saved["model"][size:]
+
+    trees = [about, {**about, "recipe": {**about["recipe"], "model": json.loads(with_code)}}]
+    return Kind([saved["model"]], attempt, make=make, trees=trees, written=written)
+
+
+WORDS_OF_TENSORS = (
+    b"F16", b"BF16", b"F64", b"I64", b"BOOL", b"F8_E4M3", b"C64", b"[0,4]", b"[4,0]", b"[]", b"[9999999999,9999999999]",
+    b"[-1]",
+    b"the_canary:make", b'"module"', b"data_offsets", b"__metadata__",
+)  # fmt: skip
+
+
+# --- the compile cache --------------------------------------------------------------------------------------------
+
+C_SOURCE = "int answer(void) { return 42; }\n"
+
+
+def cached_libraries(folder: Path) -> Kind:
+    """A small library in the cache, changed; the compiler is a stand-in that copies one that was compiled before."""
+    source, cache = folder / "small.c", folder / "cache"
+    source.write_text(C_SOURCE)
+    cache.mkdir(mode=0o700)
+    subprocess.run([*build.compiler(), "-shared", "-fPIC", str(source), "-o", str(folder / "made.so")], check=True)
+    compiler = folder / "cc"
+    compiler.write_text(
+        f'#!/bin/sh\nfor last; do [ "$before" = -o ] && cp {folder}/made.so "$last"; before=$last; done\n'
+    )
+    compiler.chmod(0o755)
+
+    def library() -> None:
+        build.library.cache_clear()
+        with mock.patch.dict(os.environ, BNCLI_CACHE=str(cache), CC=str(compiler)):
+            assert build.library(source).answer() == 42
+
+    library()
+    [built] = cache.glob("*.so")
+    content = built.read_bytes()
+
+    def attempt(data: bytes) -> None:
+        built.unlink()  # the one that is loaded must not change under this process
+        built.write_bytes(data)
+        library()
+
+    return Kind([content], attempt, libraries=(content,), compiles=True)
+
+
 KINDS: dict[str, Callable[[Path], Kind]] = {
     "recipe": recipes,
     "set": sets,
@@ -298,4 +435,7 @@ KINDS: dict[str, Callable[[Path], Kind]] = {
     "run-result": lambda folder: file_of_run(folder, "result.json"),
     "run-metrics": lambda folder: file_of_run(folder, "metrics.jsonl"),
     "run-recipe": lambda folder: file_of_run(folder, "recipe.yaml"),
+    "checkpoint": checkpoints,
+    "safetensors": models,
+    "cache": cached_libraries,
 }

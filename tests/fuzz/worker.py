@@ -64,8 +64,11 @@ class Fuzzer:
                 except Exception as error:
                     if not name.startswith("recipe"):  # some name what is not there
                         raise AssertionError(f"{name}: a good file is refused: {error}") from error
+            self.guard.allow(kind.libraries)
+        kind = self._kinds[name]
+        self.guard.may_compile = kind.compiles
         os.chdir(self.folder / name)
-        return self._kinds[name]
+        return kind
 
     def batch(self, name: str, number: int) -> dict[str, Any]:
         kind, self._counts, self._findings = self.kind(name), Counter[str](), list[dict[str, str]]()
