@@ -110,10 +110,7 @@ def check_belongs(
 
 def _other_fields(saved: Mapping[str, Any], recipe: Recipe) -> Iterator[str]:
     """The fields of the recipe that are not those of the run. train.steps may differ: nothing before depends on it."""
-    try:
-        began, step = Recipe.model_validate(saved["recipe"]), int(saved["state"]["step"])
-    except Exception as error:
-        raise FileError("holds no recipe or no step of a run; begin it again", field="resume") from error
+    began = Recipe.model_validate(saved["recipe"])
     old, new = (dict(leaves(what_is_trained(each))) for each in (began, recipe))
     steps = ("train", "steps")
     for keys in [*old, *(keys for keys in new if keys not in old)]:
@@ -121,8 +118,8 @@ def _other_fields(saved: Mapping[str, Any], recipe: Recipe) -> Iterator[str]:
             why = ", over which the learning rate of a cosine schedule is spread" if keys == steps else ""
             then, now = (tree.get(keys, "not there") for tree in (old, new))
             yield f"{dotted(keys)} was {then} when the run began, and is {now} now{why}"
-    if recipe.train.steps < step:
-        yield f"train.steps is {recipe.train.steps}, and {step} steps are done"
+    if recipe.train.steps < saved["state"]["step"]:
+        yield f"train.steps is {recipe.train.steps}, and {saved['state']['step']} steps are done"
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------
