@@ -9,7 +9,7 @@ CHECK_FAILED = 1  # a check failed: a missed target that was required, a run tha
 USAGE = 2  # a recipe, an option or data that is not there
 UNAVAILABLE = 3  # a device or a kernel that cannot run here
 DIVERGED = 4  # the loss stopped being finite
-INTERRUPTED = 130  # Ctrl-C; SIGTERM is 143, as shells count
+INTERRUPTED = 130  # Ctrl-C; 143 by SIGTERM and 129 by SIGHUP, as shells count
 
 
 CODE_OF_YOURS = "your own code, which would be executed; allow it"  # with allow_code, the permission of that error

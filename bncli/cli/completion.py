@@ -30,6 +30,16 @@ def recipes(incomplete: str) -> list[str]:
     return [file for below in ("", "*/", "*/*/") for file in sorted(glob.glob(f"{folder}{below}*.y*ml"))]
 
 
+def runs(incomplete: str) -> list[str]:
+    """Folders of runs that can be continued: the one that is typed, and those in folders below it."""
+    typed = glob.escape(incomplete)
+    return [
+        str(Path(file).parent)
+        for below in ("", "*/", "*/*/")
+        for file in sorted(glob.glob(f"{typed}*/{below}checkpoint.pt"))
+    ]
+
+
 def arms(context: typer.Context) -> list[str]:
     """The arms of the recipe on the line; in bash their spaces are escaped, unless the word begins with a quote."""
     from bncli.recipe.yaml import parse
@@ -50,6 +60,7 @@ def names(*known: str) -> Callable[[str], list[str]]:
 COMPLETED = {  # parameter -> what completes it
     "recipe": recipes,
     "recipes": recipes,
+    "resume": runs,
     "example": lambda: [("list", "their names"), *examples.purposes().items()],
     "arm": arms,
     "sets": lambda: [(f"{field}=", text) for field, text in dict(examples.fields()).items()],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -95,9 +96,17 @@ def full_disk(kept: str = "what was written before is kept") -> Iterator[None]:
 
 
 def log(text: str, quiet: bool = False) -> None:
-    """A message, to stderr."""
-    if not quiet:
+    """A message, to stderr. It is lost where the terminal is gone, as is all that is printed later; work goes on."""
+    if quiet:
+        return
+    try:
         print(text, file=sys.stderr)
+    except (OSError, RuntimeError):  # RuntimeError: in a signal's handler, while the same stream is being written to
+        for number in (1, 2):
+            try:
+                os.write(number, b"")
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 class StopAtOnce(KeyboardInterrupt):
@@ -109,9 +118,10 @@ class StopAtOnce(KeyboardInterrupt):
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM: the first asks the work to end at the next step, the second ends it at once.
+    """Ctrl-C, SIGTERM or SIGHUP: the first asks the work to end at the next step, the second ends it at once.
 
-    With `at_once` the first ends it at once, for work that yields what it has finished.
+    With `at_once` the first ends it at once, for work that yields what it has finished. A SIGHUP that is ignored, as
+    under nohup, stays ignored.
     """
 
     number: int = 0
@@ -120,7 +130,11 @@ class StopSignal:
         self.at_once = at_once
 
     def __enter__(self) -> StopSignal:
-        self._before = {each: signal.signal(each, self._take) for each in (signal.SIGINT, signal.SIGTERM)}
+        names = ("SIGINT", "SIGTERM", "SIGHUP")  # there is no SIGHUP on Windows
+        signals: list[signal.Signals] = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        if signal.getsignal(signals[-1]) == signal.SIG_IGN:
+            signals.pop()
+        self._before = {each: signal.signal(each, self._take) for each in signals}
         return self
 
     def __exit__(
@@ -132,7 +146,7 @@ class StopSignal:
     def _take(self, number: int, frame: FrameType | None) -> None:
         second, self.number = self.number != 0, number
         if second or self.at_once:
-            log("\nStopped at once; what was finished before, if anything, is shown")
+            log("\nStopped at once" + "; what was finished before, if anything, is shown" * self.at_once)
             raise StopAtOnce(128 + number)
         log("\nStopping after this step; a second signal stops at once")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,6 +83,21 @@ def packed_weights(state: TrainState, best: bool) -> bytes:
 
 
 # --- read and checked -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[bytes]:
+    """The content of a file of weights, given itself or as its run's folder. Errors about it name the file."""
+    in_folder = path.is_dir()
+    file = path / MODEL if in_folder else path
+    try:
+        content = read_plain(file, follow=not in_folder)
+    except (OSError, ValueError) as error:
+        raise FileError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        yield content
+    except FileError as error:
+        raise FileError(*(f"{file}: {mistake}" for mistake in error.mistakes)) from error
 
 
 def tensors_of(content: bytes) -> dict[str, Tensor]:
@@ -178,7 +194,7 @@ def load_model(path: str | Path, allow_code: bool = False, device: str = "cpu") 
     images or feature of vectors has the mean of the training examples subtracted and is divided by their deviation.
 
     Args:
-        path: the folder of a run of `bncli train`, or a file of its weights (model.safetensors, best.safetensors).
+        path: the folder of a run of `bncli train`, or a file of its weights (.safetensors).
         allow_code: run the code of a model of the user's own, which the file's recipe names.
         device: auto, cpu, cuda, cuda:N or mps.
 
@@ -190,15 +206,9 @@ def load_model(path: str | Path, allow_code: bool = False, device: str = "cpu") 
         UsageError: for a model of the user's own without `allow_code`, or whose code does not fit the file.
         Unavailable: for a device or a kernel that cannot run here.
     """
-    on, file = resolve(device), Path(path)
-    in_folder = file.is_dir()
-    file = file / MODEL if in_folder else file
-    try:
-        saved = unpacked_weights(read_plain(file, follow=not in_folder), allow_code)
-    except (OSError, ValueError) as error:
-        raise FileError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    except FileError as error:
-        raise FileError(*(f"{file}: {mistake}" for mistake in error.mistakes)) from error
+    on = resolve(device)
+    with opened(Path(path)) as content:
+        saved = unpacked_weights(content, allow_code)
     cpu = torch.device("cpu")
     before = global_generators(cpu)
     try:
@@ -206,7 +216,7 @@ def load_model(path: str | Path, allow_code: bool = False, device: str = "cpu") 
     finally:
         restore_global_generators(before, cpu)
     if mistakes := misfits(saved.tensors, model):
-        raise FileError(*(f"{file}: {mistake}" for mistake in mistakes))
+        raise FileError(*(f"{path}: {mistake}" for mistake in mistakes))
     model.load_state_dict(saved.tensors, strict=False)
     return model.to(on).eval()
 
