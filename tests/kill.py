@@ -23,13 +23,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
+import safetensors.numpy
 
 import bncli.cli
-import bncli.engine.train
+from bncli.engine.train import checkpoint
+from bncli.engine.train.weights import unpacked_weights
+from bncli.errors import BncliError
 from bncli.measure.compare import processes
+from bncli.recipe.load import load
 from bncli.report.compare.folder import COMPARISON, ComparisonFolder
-from bncli.report.folder import METRICS, PLAN, RESULT
+from bncli.report.files import from_json
+from bncli.report.folder import CHECKPOINT, METRICS, MODEL, PLAN, RESULT
+from bncli.report.folder import RECIPE as RECIPE_FILE
+from bncli.results.train import RunResult
 from bncli.storage import TEMPORARY, replace, sweep
 
 RECIPE = """\
@@ -141,6 +149,8 @@ class Trial:
     folder: Path
     problems: list[str] = field(default_factory=list)
     kept: dict[Path, bytes] = field(default_factory=dict)  # files that must never change again
+    seen: set[str] = field(default_factory=set)  # names of files that were there
+    counts: Counter[str] = field(default_factory=Counter)
 
     def next_start(self) -> Callable[[], object]:
         raise NotImplementedError
@@ -159,6 +169,57 @@ class Trial:
 
     def temporary(self) -> set[Path]:
         return {file for file in self.folder.rglob(".*") if TEMPORARY.fullmatch(file.name)}
+
+
+class TrainTrial(Trial):
+    """With checkpoints; a run that has one goes on from it, and any other begins again."""
+
+    files = (RECIPE_FILE, METRICS, RESULT, CHECKPOINT, MODEL)
+
+    def next_start(self) -> Callable[[], object]:
+        recipe = self.folder.parent / "run.yaml"
+        recipe.write_text(RECIPE)
+        if (self.folder / CHECKPOINT).exists():
+            self.counts["starts from a checkpoint"] += 1
+            return bncli_("train", "--resume", str(self.folder), "--quiet")
+        fixed = ["--device", "cpu", "--threads", "1", "--quiet", "--force"]
+        return bncli_("train", str(recipe), "--out", str(self.folder), *fixed, "--set", "train.checkpoint.every=50")
+
+    def begun(self) -> bool:
+        return (self.folder / METRICS).exists()
+
+    def look(self) -> None:
+        if (self.folder / METRICS).exists():
+            *whole, last = (self.folder / METRICS).read_text().split("\n")
+            try:
+                found = [json.loads(line) for line in whole]
+            except ValueError as error:
+                self.problems.append(f"{METRICS} has a broken line before its last: {error}")
+                found = []
+            self.counts["torn last lines of metrics"] += bool(last)
+            names = [(each["event"], each.get("step"), str(each.get("points"))) for each in found]
+            self.problems += [f"{METRICS} has {count} of {name}" for name, count in Counter(names).items() if count > 1]
+        read: dict[str, Callable[[bytes], object]] = {
+            CHECKPOINT: checkpoint.unpacked,
+            MODEL: unpacked_weights,
+            RESULT: lambda data: from_json(RunResult, data.decode()),
+            RECIPE_FILE: lambda data: load(str(self.folder / RECIPE_FILE)),
+        }
+        for name, reader in read.items():
+            if (self.folder / name).exists():
+                try:
+                    reader((self.folder / name).read_bytes())
+                except BncliError as error:
+                    self.problems.append(f"{name} does not read: {error}")
+            elif name == CHECKPOINT and name in self.seen:
+                self.problems.append(f"{name} is gone")
+        self.seen |= {name for name in self.files if (self.folder / name).exists()}
+
+    def outcome(self) -> Any:
+        self.look()
+        events = [json.loads(line) for line in (self.folder / METRICS).read_text().splitlines()]
+        result = without_times(json.loads((self.folder / RESULT).read_bytes()))
+        return without_times(events), result, safetensors.numpy.load_file(self.folder / MODEL)
 
 
 class CompareTrial(Trial):
@@ -233,6 +294,7 @@ class WriteTrial(Trial):
 
 
 TRIALS: dict[str, type[Trial]] = {
+    "train": TrainTrial,
     "compare": CompareTrial,
     "compare-checkpoint": CheckpointedCompareTrial,
     "compare-fake": FakeCompareTrial,
@@ -247,6 +309,15 @@ def without_times(plain: Any) -> Any:
 
 
 # --- killing ------------------------------------------------------------------------------------------------------
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two outcomes are equal, to the bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(each, other[name]) for name, each in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one.tobytes() == other.tobytes() if isinstance(one, np.ndarray) else bool(one == other)
 
 
 def uninterrupted(trial: Trial, log: Path) -> tuple[Any, float]:
@@ -276,13 +347,14 @@ def kill_often(name: str, times: int, seed: int) -> tuple[Counter[str], list[str
             ended = _kill_until_it_ends(trial, log, chance, longest_s, times, counts)
             if ended is not None and ended.code != 0:
                 trial.problems.append(f"ended with {ended.code}: {log.read_text()[-1500:]}")
-            elif ended is not None and trial.outcome() != expected:
+            elif ended is not None and not same(trial.outcome(), expected):
                 trial.problems.append("its result differs from the uninterrupted call's")
             if endless:
                 sweep(trial.folder)
             if (left := trial.temporary()) and not trial.problems:
                 trial.problems.append(f"stale temporary files: {', '.join(sorted(map(str, left)))}")
             counts["finished runs kept"] += len(trial.kept)
+            counts.update(trial.counts)
             problems += [f"{trial.folder.name}: {each}" for each in trial.problems]
     return counts, problems
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize(("command", "times"), [("compare-fake", 4), ("write", 20)])
+@pytest.mark.parametrize(("command", "times"), [("train", 6), ("compare-fake", 4), ("write", 20)])
 def test_a_killed_command_loses_nothing(command: str, times: int) -> None:
     asked = ["--command", command, "--times", str(times)]
     done = subprocess.run([sys.executable, "-m", "tests.kill", *asked], capture_output=True, text=True)
