@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bncli.measure.compare.plan import Study
     from bncli.recipe.load import Loaded
     from bncli.report.compare.folder import ComparisonFolder
-    from bncli.results.compare import Comparison, RunRecord
+    from bncli.results.compare import Comparison
 
 
 NO_CLAIMS = "--require-claims: there are no claims; write them into the recipe under claims"
@@ -115,13 +115,13 @@ def _run_comparison(
     plan_as: the form in which a dry run prints its plan, which leaves by typer.Exit; empty for no dry run.
     """
     from bncli.measure.compare import reuse
-    from bncli.measure.compare.plan import collect, planned_comparison, planned_runs, study, wanted
+    from bncli.measure.compare.plan import collect, known_runs, planned_comparison, planned_runs, study, wanted
     from bncli.measure.compare.processes import Processes
     from bncli.measure.compare.run import check, execute
     from bncli.report.compare.folder import ComparisonFolder
     from bncli.report.compare.notes import sentences
     from bncli.report.progress import CompareProgress
-    from bncli.results.compare import BegunComparison, Note
+    from bncli.results.compare import BegunComparison, Note, RunRecord
 
     asked = study(loaded, reuse.identity(device, loaded[0].base))
     folder = ComparisonFolder(out or Path("runs") / asked.plan.name)
@@ -133,11 +133,21 @@ def _run_comparison(
             opened.enter_context(full_disk(kept_words))
             opened.enter_context(folder)
         executor = opened.enter_context(contextlib.closing(Processes(device, jobs, threads, logs)))
-        kept = list(folder.finished().values())
-        sources = _sources(folder, asked, kept, loaded)
-        records = reuse.usable(kept)
-        for words in sentences(reuse.not_reused(wanted(asked, records), kept, asked.identity)):
+        sources = _sources(folder, asked, loaded)
+        records, kept = dict[str, RunRecord](), dict[str, RunRecord]()  # kept: of earlier calls
+
+        def find(keys: set[str]) -> dict[str, RunRecord]:
+            kept.update(reuse.usable(folder.finished(keys)))
+            return kept
+
+        def not_reused() -> list[Note]:
+            lost = [job for job in wanted(asked, records) if job.key not in kept]
+            return reuse.not_reused(lost, folder.finished({job.recipe_key for job in lost}), asked.identity)
+
+        known_runs(asked, records, find)
+        for words in sentences(not_reused()):
             log(words, quiet)
+        _log_unfit(folder, quiet)
         with StopSignal() as stop, CompareProgress(quiet) as progress:
             to_do = [job for job in wanted(asked, records) if job.key not in records]
             checked = check(asked, to_do, executor, stop, progress.check, bool(plan_as))
@@ -146,11 +156,12 @@ def _run_comparison(
                 show_plan(replace(planned, checked=checked and not stop.number), plan_as == "json")
                 raise typer.Exit(stop.number and stop.exit_code)
             folder.begin(BegunComparison(asked.plan, asked.identity, threads, sources))
-            for event in execute(asked, folder.save, executor, records, stop):
+            for event in execute(asked, folder.save, executor, records, stop, find):
                 progress(event)
         from bncli.measure.compare.summary import summarise  # imports scipy, which a dry run does without
 
-        remarks = reuse.not_reused(wanted(asked, records), kept, asked.identity)
+        remarks = not_reused()
+        _log_unfit(folder, quiet)
         latest = {record.key: record for record in reuse.of_one_code(records.values())}
         if left_out := len({record.key for record in collect(asked, records)} - latest.keys()):
             remarks.append(Note.of("earlier code", runs=left_out))
@@ -163,20 +174,29 @@ def _run_comparison(
     return comparison, stop.exit_code if stop.number else 0
 
 
-def _sources(folder: ComparisonFolder, asked: Study, kept: list[RunRecord], loaded: list[Loaded]) -> tuple[str, ...]:
+def _sources(folder: ComparisonFolder, asked: Study, loaded: list[Loaded]) -> tuple[str, ...]:
     """The recipes' files. Raises UsageError where the runs of the folder are another comparison's."""
-    from bncli.measure.compare.reuse import fits
+    from bncli.measure.compare.plan import wanted
 
     sources = [str(Path(each.source).resolve()) for each in loaded if each.source != "standard input"]
     before = folder.begun()
-    known = [record for record in kept if record.recipe_key]
-    if known and not (before and set(sources) & set(before.sources)) and not fits(asked, known):
+    same = before and set(sources) & set(before.sources)
+    if folder.count and not same and not folder.finished({job.recipe_key for job in wanted(asked, {})}):
         of = f" of {', '.join(before.sources)}" if before and before.sources else ""
         raise UsageError(
-            f"{folder.path}: contains {len(known)} runs of another comparison{of}, none of which fits this one; choose "
-            "another folder with --out"
+            f"{folder.path}: contains {folder.count} runs of another comparison{of}, none of which fits this one; "
+            "choose another folder with --out"
         )
     return tuple(sources)
+
+
+def _log_unfit(folder: ComparisonFolder, quiet: bool) -> None:
+    """Say which files of a folder could not be used, once."""
+    unfit = [f"{file} ({why})" for file, why in folder.unfit.items()]
+    if unfit:
+        more = f" and {len(unfit) - 3} more" if len(unfit) > 3 else ""
+        log(f"{folder.path}: {len(unfit)} of its files cannot be used: {', '.join(unfit[:3])}{more}", quiet)
+    folder.unfit.clear()
 
 
 def _saved_comparison(saved: Path, quiet: bool) -> Comparison:
@@ -189,10 +209,11 @@ def _saved_comparison(saved: Path, quiet: bool) -> Comparison:
     folder = ComparisonFolder(saved)
     if saved.is_dir() and (begun := folder.begun()):
         try:
-            made = report_of_runs(begun, folder.finished().values(), folder.failed().values())
+            made = report_of_runs(begun, folder.finished, folder.failed().values())
         except BncliError as error:
             raise UsageError(str(error), field="saved", value=saved / PLAN) from error
         answer = folder.answer()
+        _log_unfit(folder, quiet)
         if answer is None or says_more(made, answer):
             why = "has no comparison.json" if answer is None else "contains runs that its comparison.json does not"
             log(f"{saved} {why}: the report is made from its plan and runs", quiet)

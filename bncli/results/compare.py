@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -9,6 +12,12 @@ from bncli.results.environment import COMPARISON_VERSION, Interval
 from bncli.results.train import RunResult, Target, most_steps_to_target
 
 Phase = Literal["tune", "report", "rate"]  # rate: of the search for the largest learning rate
+
+
+def run_key(recipe_key: str, identity: Mapping[str, str]) -> str:
+    """A run's key, by the digest of its resolved recipe and whatever else its outcome depends on."""
+    parts = json.dumps({"recipe": recipe_key, **identity}, sort_keys=True)
+    return hashlib.sha256(parts.encode()).hexdigest()[:20]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ import pytest
 from bncli.errors import BncliError
 from bncli.measure.compare import reuse
 from bncli.report.compare.folder import ComparisonFolder
-from bncli.results.compare import Comparison
+from bncli.report.files import from_json, to_json
+from bncli.results.compare import BegunComparison, Comparison
 from tests.cli.conftest import RECIPE, InThisProcess, Ran, bncli, process
 
 
@@ -182,7 +184,10 @@ def test_the_report_is_made_again_from_files(copied: Ran) -> None:
     Path("copy.json").write_text(saved)
     copy = bncli("compare", "--from", "copy.json")
     assert (copy.code, copy.out) == (0, copied.out)
-    Path("runs/small/plan.json").write_text(Path("runs/small/plan.json").read_text().replace('"mlp"', '"later"'))
+    plan = Path("runs/small/plan.json")
+    begun = from_json(BegunComparison, plan.read_text())
+    later = {name: {**each, "model": {"kind": "later"}} for name, each in begun.plan.recipes.items()}
+    plan.write_text(to_json(replace(begun, plan=replace(begun.plan, recipes=later))))
     unknown = bncli("compare", "--from", "runs/small")
     assert unknown.code == 2
     assert "--from runs/small/plan.json: its recipes are not as this bncli has them" in unknown.err
