@@ -52,10 +52,11 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "kernels.fused.triton_launch": ({"errors", "names", "kernels"}, {"torch", "triton"}),
     "engine.device": ({"errors", "names", "results", "__init__"}, {"torch", "psutil"}),
     "engine.load": (set(), {"psutil"}),
+    "engine.memory": ({"errors"}, {"psutil"}),
     "engine.target": (ASKED, set()),
     "engine.user_code": ({"errors"}, set()),
     "engine.data": (
-        {"errors", "names", "recipe", "kernels", "engine.device"},
+        {"errors", "names", "recipe", "kernels", "engine.device", "engine.memory"},
         {"torch", "numpy", "sklearn", "datasets", "PIL", "huggingface_hub"},
     ),
     "engine.models": (
@@ -65,8 +66,11 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "engine.convert": ({"errors", "names", "recipe", "kernels", "engine.device", "engine.models.norms"}, {"torch"}),
     "engine.train": (ASKED | {"engine", "kernels", "__init__"}, {"torch", "numpy", "pydantic", "safetensors"}),
     "measure.timing": ({"errors", "results", "engine.device"}, {"torch", "numpy", "scipy", "psutil"}),
-    "measure.reference": (ASKED | {"kernels", "engine.device", "engine.models", "engine.user_code"}, {"torch"}),
-    "measure.dry_run": (ASKED, {"psutil"}),
+    "measure.reference": (
+        ASKED | {"kernels", "engine.device", "engine.memory", "engine.models", "engine.user_code"},
+        {"torch"},
+    ),
+    "measure.dry_run": (ASKED | {"engine.memory"}, set()),
     "measure.compare": (
         ASKED | {"engine.target", "engine.user_code", "measure.dry_run", "__init__"},
         {"numpy", "scipy", "psutil"},

@@ -34,7 +34,8 @@ def main(arguments: list[str]) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     threading.Thread(target=_listen, args=(orders, jobs), daemon=True).start()
     try:
-        serve(jobs, out, options["--device"], int(options["--threads"]))
+        memory = int(options["--memory"]) if "--memory" in options else None
+        serve(jobs, out, options["--device"], int(options["--threads"]), memory)
     except BncliError as error:
         about = {"field": error.field, "value": None if error.value is None else str(error.value)}
         _say(out, refused=error.mistakes, exit_code=error.exit_code, **about)
@@ -50,8 +51,13 @@ def _listen(orders: int, jobs: queue.Queue[dict[str, Any]]) -> None:
     os._exit(0)
 
 
-def serve(jobs: queue.Queue[dict[str, Any]], out: TextIO, device_name: str, threads: int) -> None:
-    """Serve runs from the queue forever. Raises BncliError for errors that would make every run fail."""
+def serve(
+    jobs: queue.Queue[dict[str, Any]], out: TextIO, device_name: str, threads: int, memory: int | None = None
+) -> None:
+    """Serve runs from the queue forever. Raises BncliError for errors that would make every run fail.
+
+    memory: the descriptor of the file in memory through which workers on a CPU share their data.
+    """
     gc.disable()  # imports create no garbage, and collection takes an eighth of the import of torch
     import torch
 
@@ -76,7 +82,8 @@ def serve(jobs: queue.Queue[dict[str, Any]], out: TextIO, device_name: str, thre
         key, recipe = job["key"], Recipe.model_validate(job["recipe"])
         source = recipe.data.model_dump_json() + recipe.train.memory_format
         if source not in loaded:
-            loaded = {source: data.load(recipe.data, device, data.MEMORY_FORMATS[recipe.train.memory_format])}
+            loaded.clear()  # before the next is read
+            loaded[source] = data.load(recipe.data, device, data.MEMORY_FORMATS[recipe.train.memory_format], memory)
         gc.collect()  # the last run's model may be in a reference cycle
         last_report = 0.0
         try:

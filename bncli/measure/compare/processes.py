@@ -54,6 +54,7 @@ class Processes:
     limit: int = 1  # workers, until the first has said which device it found
     _greeted: bool = False
     _idle_deaths: int = 0
+    _memory: int | None = None  # descriptor of the file in memory that holds the workers' data once
 
     def run(self, wanted: deque[Job], stop: Callable[[], bool]) -> Iterator[Started | RunProgressed | Ended | None]:
         """As `Executor.run`; the workers stay until `close`. Raises Refused when no worker can take any run."""
@@ -81,9 +82,13 @@ class Processes:
         # A name that no file has yet: logs of earlier workers are kept.
         names = (f"worker-{number}{f'-{count}' if count else ''}.log" for count in itertools.count())
         log = next(each for name in names if not os.path.lexists(each := self.folder / name))
+        if self._memory is None and hasattr(os, "memfd_create"):  # Linux; elsewhere each worker loads its own data
+            self._memory = os.memfd_create("bncli-data")
+        shared = () if self._memory is None else ("--memory", str(self._memory))
         with log.open("x") as stderr:
             process = subprocess.Popen(
-                [*self.command, "--device", self.device, "--threads", str(self.threads)],
+                [*self.command, "--device", self.device, "--threads", str(self.threads), *shared],
+                pass_fds=() if self._memory is None else (self._memory,),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -170,6 +175,9 @@ class Processes:
             if not worker.log.stat().st_size:
                 worker.log.unlink()
         self._workers.clear()
+        if self._memory is not None:
+            os.close(self._memory)
+            self._memory = None
 
 
 def cores() -> int:
