@@ -242,14 +242,18 @@ class CompareTrial(Trial):
             elif file.read_bytes() != content:
                 self.problems.append(f"{file.name}: a finished run has changed")
         opened = ComparisonFolder(self.folder)
-        for name, found in (("runs", opened.finished()), ("failed", opened.failed())):
-            files = list((self.folder / name).glob("*.json"))
-            self.problems += [f"{name}/{file.name} does not read" for file in files if file.stem not in found]
-            self.problems += [f"{name}/{each}: {record.failure}" for each, record in found.items() if record.failure]
-            self.kept.update({file: file.read_bytes() for file in files if name == "runs"})
+        files = list((self.folder / "runs").glob("*.json"))
+        found = opened.finished({key for file in files for key in file.stem.split("-")})
+        if len(found) != len(files):
+            self.problems.append(f"{len(files)} runs have ended and {len(found)} are found")
+        self.problems += [f"failed: {record.failure}" for record in opened.failed().values()]
+        self.kept.update({file: file.read_bytes() for file in files})
         for name, read in ((PLAN, opened.begun), (COMPARISON, opened.answer)):
             if (self.folder / name).exists() and read() is None:
-                self.problems.append(f"{name} does not read")
+                self.problems.append(f"{name} is there and cannot be used")
+        self.problems += [f"{file} does not read: {why}" for file, why in opened.unfit.items()]
+        for file in (self.folder / "checkpoints").glob("[!.]*.pt"):
+            checkpoint.unpacked(file.read_bytes())
 
     def outcome(self) -> Any:
         self.look()

@@ -42,7 +42,7 @@ from bncli.measure.profile import baseline, shapes
 from bncli.recipe import npz as npz_header
 from bncli.recipe import yaml
 from bncli.recipe.load import Arm, Loaded, data_state, load
-from bncli.recipe.sections import Recipe
+from bncli.recipe.sections import Npz, Recipe
 from bncli.report import dry_run
 from bncli.report.compare.folder import ComparisonFolder
 from bncli.report.files import event_line, to_json
@@ -167,12 +167,13 @@ def npzs(folder: Path) -> Kind:
     def attempt(data: bytes) -> None:
         (folder / "in.npz").write_bytes(data)
         refused: list[BncliError] = []
-        for read in (npz_header.header, engine_data.read_npz):
+        for held_out in (None, 4):
             try:
-                read("in.npz")
+                npz_header.header("in.npz")
+                engine_data.load(Npz(source="npz", path="in.npz", held_out=held_out), torch.device("cpu"))
             except BncliError as error:
                 refused.append(error)
-        if refused:
+        if len(refused) == 2:
             raise refused[0]
 
     def make(random: Random) -> bytes:
@@ -262,6 +263,7 @@ def file_of_comparison(folder: Path, place: str) -> Kind:
     good.write_comparison(folder / "all", asked)
     file = min((folder / "all").glob(place))
     content = file.read_bytes()
+    jobs = wanted(asked, {})
 
     def attempt(data: bytes) -> None:
         file.write_bytes(data)
@@ -269,15 +271,15 @@ def file_of_comparison(folder: Path, place: str) -> Kind:
             report("all", data)
         try:
             with ComparisonFolder(Path("all")) as opened:
-                kept = list(opened.finished().values())
+                kept = opened.finished({key for job in jobs for key in (job.key, job.recipe_key)})
                 opened.failed()
-                records = reuse.usable(kept)
-                reuse.not_reused(wanted(asked, records), kept, asked.identity)
-                reuse.fits(asked, kept)
+                reuse.not_reused(jobs, kept, asked.identity)
+                planned_comparison(asked, loaded, reuse.usable(kept))
         finally:
             file.write_bytes(content)
 
-    return Kind([content], attempt, trees=good.trees([content]))
+    loaded, unsigned = load(str(folder / "asked.yaml")), good.unsigned(content)
+    return Kind([content, unsigned, unsigned], attempt, trees=good.trees([unsigned]))
 
 
 def file_of_run(folder: Path, name: str) -> Kind:
@@ -294,8 +296,10 @@ def file_of_run(folder: Path, name: str) -> Kind:
         with RunFolder(Path("run"), "x", overwrite=True) as opened:
             opened.begin("a: 1\n")
 
-    content = files[name].encode()
-    return Kind([content], attempt, trees=good.trees([content]) if name == "result.json" else ())
+    contents = [files[name].encode()]
+    if name == "result.json":
+        contents.append(good.unsigned(contents[0]))
+    return Kind(contents, attempt, trees=good.trees(contents[1:]))
 
 
 # --- what training leaves -----------------------------------------------------------------------------------------
