@@ -22,6 +22,7 @@ from tests.measure.compare.conftest import ARMS, BASE, UNTUNED, carried_out
 from tests.report import made_up_costs
 
 IDENTITY = {"bncli": "0", "torch": "2", "device": "cpu", "data": "none"}
+FEW = BASE + UNTUNED.replace("report: 5", "report: 2")  # few runs, since each input means reading all
 DATA = "synthetic, shape: [8], classes: 3, examples: 200, held_out: 50"
 RECIPES = (
     BASE,
@@ -93,7 +94,7 @@ CSVS = (
 )
 
 
-def asked(folder: Path, text: str = BASE + UNTUNED) -> Study:
+def asked(folder: Path, text: str = FEW) -> Study:
     """The study of the small recipe, which is written into the folder."""
     (folder / "asked.yaml").write_text(text)
     return study([load(str(folder / "asked.yaml"))], IDENTITY)
@@ -136,7 +137,7 @@ def baselines() -> list[bytes]:
 
 
 def saved_comparisons(folder: Path) -> list[bytes]:
-    return [files.to_json(comparison(asked(folder, text))).encode() for text in (BASE + UNTUNED, BASE + ARMS)]
+    return [files.to_json(comparison(asked(folder, text))).encode() for text in (FEW, BASE + ARMS)]
 
 
 def npz(**arrays: np.ndarray) -> bytes:
