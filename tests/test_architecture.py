@@ -247,6 +247,7 @@ TESTS_OF_SEVERAL = {
     "kernels/fused/test_ahead_of_time.py": "the compilation of every kernel without a GPU",
     "kernels/fused/test_models.py": "whole models with the fused kernel",
     "kernels/fused/test_team.py": "programs that share a channel, on a GPU",
+    "test_control_characters.py": "what no name, message or file brings to a terminal, in any form of any report",
     "measure/reference/test_one_standard.py": "profile and gradcheck call the same kernels wrong",
 }
 
@@ -268,6 +269,20 @@ def test_only_the_command_line_and_the_report_print() -> None:
         calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
         printing = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
         assert not printing, f"{file}: prints in lines {printing}"
+
+
+def test_what_is_shown_leaves_where_control_characters_are_made_visible() -> None:
+    """Names, messages and files can have some: `cli.console` and the reports' Terminal show them, and nothing else."""
+    ways = re.compile(
+        r"print|(rich\.)?(console\.)?Console|(sys\.)?(__)?std(out|err)(__)?\.(buffer\.)?write|(typer\.)?s?echo"
+    )
+    found = set()
+    for module, file in MODULES.items():
+        if part_of(module).startswith(("cli", "report")):
+            calls = [node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+            found |= {(module, word) for word in map(ast.unparse, calls) if ways.fullmatch(word)}
+    # The version is no text from outside.
+    assert found == {("cli.console", "print"), ("cli.console", "sys.stdout.write"), ("cli.__init__", "typer.echo")}
 
 
 def modules_after(code: str) -> set[str]:

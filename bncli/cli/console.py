@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bncli.errors import BncliError
+from bncli.errors import BncliError, printable
 
 if TYPE_CHECKING:
     import typer
@@ -47,13 +47,15 @@ def enable_gc() -> None:
 
 
 def print_result(result: Any) -> None:
-    """A result, to stdout: text as it is, anything else through rich."""
+    """A result, to stdout: text as it is, but for control characters, anything else through rich."""
     if isinstance(result, str):
-        sys.stdout.write(result if result.endswith("\n") else result + "\n")
-        return
-    from rich.console import Console
+        from bncli.report.text import encodable
 
-    Console(highlight=False).print(result)
+        sys.stdout.write(encodable(result.removesuffix("\n") + "\n", sys.stdout.encoding or "utf-8"))
+        return
+    from bncli.report.table import Terminal
+
+    Terminal(highlight=False).print(result)
 
 
 # Arguments whose options have another name; every other one is --its-name.
@@ -78,9 +80,9 @@ def print_error(error: BncliError) -> None:
     """A user's mistakes, to stderr; an argument is shown as the option that it came from."""
     lines = [line for each in error.errors for line in each.lines(_option(each.field), _option(each.permission))]
     if len(lines) > 1:
-        print(f"bncli: {len(lines)} mistakes", file=sys.stderr)
+        log(f"bncli: {len(lines)} mistakes")
     for line in lines:
-        print(f"  {line}" if len(lines) > 1 else f"bncli: {line}", file=sys.stderr)
+        log(f"  {line}" if len(lines) > 1 else f"bncli: {line}")
 
 
 @contextlib.contextmanager
@@ -100,7 +102,7 @@ def log(text: str, quiet: bool = False) -> None:
     if quiet:
         return
     try:
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)
     except (OSError, RuntimeError):  # RuntimeError: in a signal's handler, while the same stream is being written to
         for number in (1, 2):
             try:

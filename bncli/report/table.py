@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
+from rich.segment import Segment
 from rich.text import Text
 
+from bncli.errors import printable
 from bncli.report.text import Cell, Column, encodable
 
 UNBOUNDED = 10_000  # columns: wider than any table
@@ -23,6 +25,15 @@ LEAST_BAR, LONGEST_BAR = 12, 40  # columns
 # A number whose decimal point stands below the others': its whole part, and the rest.
 NUMBER = re.compile(r"((?:[<>] )?-?[\d,]+)((?:\.\d+)?(?:e[+-]\d+)?[x%*]?(?: (?:fewer|less|more))?)")
 Bar = Callable[[int, int], Text]  # of a row, in so many columns
+
+
+class Terminal(Console):
+    """A terminal or a pipe, which gets rich's own control sequences and no other."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for each in super().render(renderable, options):
+            text, style, control = each
+            yield each if control or text.isprintable() else Segment(printable(text), style)
 
 
 @dataclass(frozen=True)
