@@ -40,7 +40,7 @@ def train(
     context: typer.Context,
     recipe: Annotated[
         str | None,
-        typer.Argument(metavar="[RECIPE]", help="YAML recipe; - reads standard input. With --resume: the run's own."),
+        typer.Argument(metavar="[RECIPE]", help="YAML recipe; - reads standard input. Not needed with --resume."),
     ] = None,
     sets: options.Set = None,
     arm: options.ArmName = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -90,7 +91,8 @@ class _ProgressSink:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bars.stop()
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            self.bars.stop()
 
     def add(self, name: str, total: float | None, notes: Sequence[str] = (), completed: int = 0) -> TaskID:
         return self.bars.add_task(name, total=total, completed=completed, notes=notes)

@@ -309,7 +309,7 @@ def test_what_a_run_cannot_go_on_with_is_refused_and_it_is_left_as_it_was(recipe
         ("--arm", "plain"): "--arm with --resume:",
         ("--from-weights", "x"): "--from-weights with --resume:",
         ("--set", "optimizer.lr=0.1"): "optimizer.lr was 0.5 when the run began, and is 0.1 now",
-        ("--set", "train.steps=2"): "train.steps is 2, and ",
+        ("--set", "train.steps=5"): "train.steps is 5, and ",
         ("--set", "train.steps=90", "--threads", "3"): "--resume: threads was 1",
     }.items():
         refused = bncli("train", "--resume", "run", *options)
