@@ -16,11 +16,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
+from bncli.engine.device import cpu_threads
 from bncli.kernels import fused
 from bncli.recipe.sections import Recipe
 
-THREADS = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-torch.set_num_threads(THREADS)
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     # Without a GPU the fused kernel in Triton is tested in its interpreter. Triton decides that when it is first
@@ -56,11 +56,9 @@ def tiny(**sections: Any) -> Recipe:
 
 @pytest.fixture(autouse=True)
 def threads_are_restored() -> Iterator[None]:
-    """A test that left more than it found would slow down all that follow."""
-    yield
-    left = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    assert left == THREADS
+    """More than there were before a test, or a command that it ran, would slow down all tests that follow."""
+    with cpu_threads(torch.get_num_threads()):
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
