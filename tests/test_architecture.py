@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import re
 import subprocess
@@ -126,10 +127,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = {module_of(file): file for file in FILES}
 
 
+@functools.cache
+def syntax(file: Path) -> tuple[ast.AST, ...]:
+    """The module's syntax tree and every node below it."""
+    return tuple(ast.walk(ast.parse(file.read_text())))
+
+
+@functools.cache
 def imports(file: Path) -> set[tuple[str, str]]:
     """(`in`, a module of the package) or (`out`, a package) for every import in a file, wherever it stands."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in syntax(file):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -179,7 +187,7 @@ def test_options_are_named_in_the_command_line_alone() -> None:
     below = {module: file for module, file in MODULES.items() if not part_of(module).startswith("cli")}
     named = set()
     for module in below.keys() - OPTIONS_OF_OTHER_PROGRAMS:
-        for node in ast.walk(ast.parse(below[module].read_text())):
+        for node in syntax(below[module]):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 named |= {(module, node.lineno, option) for option in OPTION.findall(node.value)}
     assert not named
@@ -223,7 +231,7 @@ def path_of_test(file: Path) -> str:
 
 def test_every_module_has_its_test_file_or_a_reason() -> None:
     """tests/ is the package's tree: `measure/profile/steps.py` is tested by `tests/measure/profile/test_steps.py`."""
-    with_code = {module: file for module, file in MODULES.items() if len(ast.parse(file.read_text()).body) > 1}
+    with_code = {module: file for module, file in MODULES.items() if len(syntax(file)[0].body) > 1}  # type: ignore[attr-defined]
     missing = {module for module, file in with_code.items() if not (ROOT / "tests" / path_of_test(file)).exists()}
     assert missing == set(TESTED_ELSEWHERE)
 
@@ -266,7 +274,7 @@ def test_only_the_command_line_and_the_report_print() -> None:
     for module, file in MODULES.items():
         if part_of(module).startswith(("cli", "report")) or module == "recipe.schema":  # printed when it is run
             continue
-        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        calls = [node for node in syntax(file) if isinstance(node, ast.Call)]
         printing = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
         assert not printing, f"{file}: prints in lines {printing}"
 
