@@ -200,14 +200,15 @@ def check_fit(recipe: Recipe, dataset: Dataset) -> None:
         raise DataError(f"{dotted(keys)}: {text}")
 
 
+def can_hold(value: Any) -> bool:
+    """Whether a safetensors file can hold an entry of a state_dict."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and value.dtype not in NOT_HELD
+
+
 def copies(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     """Those of a state_dict that a safetensors file can hold, copied to the CPU."""
-    held = {
-        name: each.detach()
-        for name, each in tensors.items()
-        if isinstance(each, Tensor) and each.layout is torch.strided and each.dtype not in NOT_HELD
-    }
     contiguous = torch.contiguous_format
+    held = {name: each.detach() for name, each in tensors.items() if can_hold(each)}
     return {name: each.to("cpu", copy=True, memory_format=contiguous) for name, each in held.items()}
 
 

@@ -19,8 +19,8 @@ from bncli.engine.device import cpu_threads, deterministic, resolve, tf32_allowe
 from bncli.engine.models import blame_own_model, build
 from bncli.engine.models.init import global_generators, restore_global_generators
 from bncli.engine.train.evaluation import measured
-from bncli.engine.train.state import TrainState, check_fit, copies
-from bncli.errors import CODE_OF_YOURS, BncliError, FileError, UsageError
+from bncli.engine.train.state import TrainState, can_hold, check_fit, copies
+from bncli.errors import CODE_OF_YOURS, FileError, UsageError
 from bncli.recipe.layers import Norm, contradictions, layers, shape_contradictions, size, walk
 from bncli.recipe.load import plain
 from bncli.recipe.sections import Init, OwnModel, Recipe
@@ -31,6 +31,7 @@ from bncli.storage import read_plain
 
 MODEL = "model.safetensors"
 VERSION = 1
+NAME = "the file of weights"  # in errors, where its path is not known
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def packed_weights(state: TrainState, best: bool) -> bytes:
 # --- read and checked -----------------------------------------------------------------------------------------------
 
 
-def tensors_of(content: bytes, where: str = "the file of weights") -> dict[str, Tensor]:
+def tensors_of(content: bytes, where: str = NAME) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises FileError, in whose sentence it is called `where`, for another file."""
     try:
         return safetensors.torch.load(content)
@@ -83,7 +84,7 @@ def tensors_of(content: bytes, where: str = "the file of weights") -> dict[str, 
 
 
 def unpacked_weights(
-    content: bytes, allow_code: bool = False, where: str = "the file of weights"
+    content: bytes, allow_code: bool = False, where: str = NAME
 ) -> tuple[dict[str, Tensor], Recipe, About]:
     """The content of a file of weights that a run saved.
 
@@ -117,10 +118,10 @@ def unpacked_weights(
     return tensors, recipe, about
 
 
-def put(weights: Mapping[str, Any], model: nn.Module, kind: type[BncliError] = UsageError) -> None:
-    """Load a state_dict whole. Raises an error of that kind, field from_weights, for one of another model."""
+def put(weights: Mapping[str, Any], model: nn.Module, file: str | None = None) -> None:
+    """Load a state_dict whole. For one of another model it raises FileError, about that file, or UsageError."""
     held = model.state_dict()
-    tensors = {name: tuple(each.shape) for name, each in held.items() if isinstance(each, Tensor)}
+    tensors = {name: tuple(each.shape) for name, each in held.items() if can_hold(each)}
     shapes = {name: tuple(weights[name].shape) for name in tensors if name in weights}
     found = {
         "not there": [name for name in tensors if name not in weights],
@@ -133,8 +134,10 @@ def put(weights: Mapping[str, Any], model: nn.Module, kind: type[BncliError] = U
         for what, names in found.items()
         if names
     ]
+    if mistakes and file:
+        raise FileError(*(f"{file}: {mistake}" for mistake in mistakes))
     if mistakes:
-        raise kind(*mistakes, field="from_weights" if kind is UsageError else None)
+        raise UsageError(*mistakes, field="from_weights")
     model.load_state_dict(weights, strict=False)
 
 
@@ -174,7 +177,7 @@ def load_model(path: str | Path, allow_code: bool = False, device: str = "cpu") 
         model = build(recipe, about.shape, about.classes, device=on)
     finally:
         restore_global_generators(before, torch.device("cpu"))
-    put(tensors, model, FileError)
+    put(tensors, model, str(file))
     return model.to(on).eval()
 
 
@@ -205,6 +208,6 @@ def evaluate_weights(
         dataset = data.load(recipe.data, on, data.MEMORY_FORMATS[options.memory_format])
         check_fit(recipe, dataset)
         state = TrainState(recipe, dataset, on)
-        put(tensors, state.model, FileError)
+        put(tensors, state.model, NAME)
         state.step = about.metrics.step if about.metrics else 0
         return Recipe.model_validate(about.recipe), measured(state)
