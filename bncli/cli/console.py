@@ -53,9 +53,11 @@ def print_result(result: Any) -> None:
 
         sys.stdout.write(encodable(result.removesuffix("\n") + "\n", sys.stdout.encoding or "utf-8"))
         return
-    from bncli.report.table import Terminal
+    from rich.console import Console
 
-    Terminal(highlight=False).print(result)
+    from bncli.report.table import Visible
+
+    Console(highlight=False).print(Visible(result))
 
 
 # Arguments whose options have another name; every other one is --its-name.

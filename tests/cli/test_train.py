@@ -126,7 +126,7 @@ def test_a_dry_run_of_train_gives_the_parameters_that_the_run_has(recipe: str) -
     asked = ("train", recipe, "--arm", "normed", "--json")
     planned = json.loads(bncli(*asked, "--dry-run").out)
     assert planned["arms"][0]["parameters"] == json.loads(bncli(*asked, "-q").out)["parameters"]
-    assert 0 < planned["arms"][0]["memory_mib"] < planned["available_memory_mib"]
+    assert 0 < planned["arms"][0]["memory_mib"] < planned["memory"]["available_mib"]
 
 
 # --- recipes that bncli comes with ----------------------------------------------------------------------------------
