@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bncli.cli import options
-from bncli.cli.console import StopSignal, enable_gc, given_options, log, print_result, show_plan, warnings_as_messages
+from bncli.cli.console import StopSignal, enable_gc, given_options, log, print_result, show_plan
 from bncli.cli.output import Output
 from bncli.errors import CHECK_FAILED, DIVERGED, UsageError
 from bncli.recipe import examples
@@ -109,8 +110,8 @@ def train(
         finished = resumed and resumed.finished(recipe_yaml)
         if finished:
             log("This run has ended, so nothing is trained; --set train.steps=N continues it", quiet)
-        again = ["--allow-code"] * allow_code + ["--device", device] * (device != "auto")
-        again += ["--tensorboard"] * tensorboard
+        again = ["--device", device] * (device != "auto") + ["--tensorboard"] * tensorboard
+        again += ["--allow-code"] * allow_code
         try:
             result = finished or _run(
                 chosen, recipe_yaml, folder, from_weights, tensorboard, quiet, device=device, threads=threads, stop=stop
@@ -161,7 +162,8 @@ def _run(
     first = recipe_yaml.partition("\n")[0]
     initial = first.removeprefix(INITIAL_WEIGHTS) if first.startswith(INITIAL_WEIGHTS) else None
     # What a user's model prints must not get between the lines of a result.
-    with TrainProgress(quiet) as progress, contextlib.redirect_stdout(sys.stderr), warnings_as_messages():
+    with TrainProgress(quiet) as progress, contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: log(f"\nWarning: {message}")  # not with a line of bncli's code
         sinks: list[Callable[[Event], None]] = [folder.metrics, progress]
         of_engine |= {"checkpoint": folder.checkpoint, "save": folder.save}
         for event in engine.train(arm.recipe, name=arm.name, **of_engine):
