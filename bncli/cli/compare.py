@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import tempfile
 from dataclasses import replace
@@ -19,10 +20,10 @@ from bncli.cli.output import Output, origin
 from bncli.errors import CHECK_FAILED, BncliError, UsageError
 
 if TYPE_CHECKING:
-    from bncli.measure.compare.plan import Study
+    from bncli.measure.compare.plan import Job, Study
     from bncli.recipe.load import Loaded
     from bncli.report.compare.folder import ComparisonFolder
-    from bncli.results.compare import Comparison
+    from bncli.results.compare import Comparison, MemoryNeeded
 
 
 NO_CLAIMS = "--require-claims: there are no claims; write them into the recipe under claims"
@@ -169,10 +170,11 @@ def _run_comparison(
         _log_unfit(folder, quiet)
         with StopSignal() as stop, CompareProgress(quiet) as progress:
             to_do = [job for job in wanted(asked, records) if job.key not in records]
+            executor.jobs, memory = _jobs(asked, to_do, jobs, quiet)
             checked = check(asked, to_do, executor, stop, progress.check, bool(plan_as))
             if plan_as:
                 planned = planned_comparison(asked, loaded[0], records)
-                show_plan(replace(planned, checked=checked and not stop.number), plan_as == "json")
+                show_plan(replace(planned, checked=checked and not stop.number, memory=memory), plan_as == "json")
                 raise typer.Exit(stop.number and stop.exit_code)
             folder.begin(BegunComparison(asked.plan, asked.identity, threads, sources))
             for event in execute(asked, folder.save, executor, records, stop, find):
@@ -191,6 +193,21 @@ def _run_comparison(
         comparison = summarise(asked.plan, collect(asked, latest), all_runs, threads, tuple(remarks))
         folder.finish(comparison)
     return comparison, stop.exit_code if stop.number else 0
+
+
+def _jobs(asked: Study, to_do: list[Job], jobs: int | None, quiet: bool) -> tuple[int | None, MemoryNeeded]:
+    """How many runs at a time, and the memory that they need. Raises UsageError where `jobs` are too many for it."""
+    from bncli.measure.compare.processes import cores
+    from bncli.measure.dry_run import memory_needed
+    from bncli.report.dry_run import memory_words
+
+    needed = memory_needed([job.recipe for job in to_do], jobs or cores(), shared=hasattr(os, "memfd_create"))
+    if asked.identity["device"] != "cpu" or (fits := needed.fitting) == needed.jobs:
+        return jobs, needed
+    if jobs:
+        raise UsageError(f"{memory_words(needed)}; free memory, or use {fits}", field="jobs", value=jobs)
+    log(f"--jobs {fits}, since for one a core {memory_words(needed)}", quiet)
+    return fits, replace(needed, jobs=fits, copies=min(fits, needed.copies))
 
 
 def _sources(folder: ComparisonFolder, asked: Study, loaded: list[Loaded]) -> tuple[str, ...]:

@@ -84,11 +84,6 @@ def test_a_worker_says_hello_then_takes_many_runs(worker: Driver) -> None:
         assert result.environment.threads == 1
 
 
-def test_a_worker_takes_the_threads_that_it_was_started_with_for_a_small_step_too(tmp_path: Path) -> None:
-    with Driver(tmp_path, threads="2") as worker:
-        assert worker.outcome("one", tiny())["result"]["environment"]["threads"] == 2
-
-
 BUILT = "from torch import nn\ndef make(shape, classes, norm):\n    {}\n    return nn.Linear(shape[0], classes)\n"
 
 
@@ -152,9 +147,12 @@ def test_data_that_are_decoded_by_child_processes_are_read(worker: Driver, tmp_p
     assert worker.outcome("streamed", recipe)["result"]["status"] == "budget"
 
 
-def test_missing_data_refuse_every_run_with_the_exit_code(tmp_path: Path) -> None:
+def test_a_worker_of_two_threads_takes_them_for_a_small_step_too_and_missing_data_refuse_every_run(
+    tmp_path: Path,
+) -> None:
     missing = str(tmp_path / "none.npz")
-    with Driver(tmp_path) as worker:
+    with Driver(tmp_path, threads="2") as worker:
+        assert worker.outcome("one", tiny())["result"]["environment"]["threads"] == 2
         message = worker.outcome("run", tiny(data={"source": "npz", "path": missing, "held_out": 5}))
     assert missing in message["refused"][0]
     assert message["exit_code"] == 2
