@@ -41,6 +41,14 @@ def compare(
         ),
     ] = None,
     threads: Annotated[int, options.ThreadsOption(help="CPU threads per run.")] = 1,
+    run_timeout: Annotated[
+        float | None,
+        options.MachineOption(
+            min=0.1,
+            metavar="SECONDS",
+            help="End a run that makes no step for so long; loading the data, compilation and evaluation count.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, options.FolderOption(help="Folder of the runs.  [default: runs/NAME, or runs/A+B]")
     ] = None,
@@ -71,7 +79,7 @@ def compare(
     output = Output.of(context)
     if bool(recipes) == bool(saved):
         raise UsageError("give a recipe, as in: bncli compare recipes/digits.yaml (or --from a saved comparison)")
-    training = ("sets", "dry_run", "out", "jobs", "device", "threads", "allow_code")
+    training = ("sets", "dry_run", "out", "jobs", "device", "threads", "run_timeout", "allow_code")
     if saved and (idle := given_options(context, *training)):
         raise UsageError(f"{idle}: nothing is trained with --from, so that would have no effect")
     output.check()
@@ -88,10 +96,12 @@ def compare(
         loaded = [load(path, sets or (), allow_code=allow_code, sets_from="--set") for path in recipes or ()]
         if require_claims and not any(each.file.claims for each in loaded):
             raise UsageError(NO_CLAIMS)
-        comparison, stopped = _run_comparison(loaded, device, jobs, threads, out, quiet, output.form if dry_run else "")
+        plan_as = output.form if dry_run else ""
+        comparison, stopped = _run_comparison(loaded, device, jobs, threads, run_timeout, out, quiet, plan_as)
     folder = saved or out or Path("runs") / comparison.plan.name
     if stopped and output.form != "json" and not any(run.result for run in comparison.runs):
-        log("Stopped before any run ended; the same command begins again")
+        goes_on = "continues from their checkpoints" if any(folder.glob("checkpoints/*.pt")) else "begins again"
+        log(f"Stopped before any run ended; the same command {goes_on}")
         raise typer.Exit(stopped)
     with full_disk(f"the runs in {folder} are kept; free space, then: bncli compare --from {folder}"):
         _show(comparison, output)
@@ -109,7 +119,14 @@ def compare(
 
 
 def _run_comparison(
-    loaded: list[Loaded], device: str, jobs: int | None, threads: int, out: Path | None, quiet: bool, plan_as: str
+    loaded: list[Loaded],
+    device: str,
+    jobs: int | None,
+    threads: int,
+    run_timeout: float | None,
+    out: Path | None,
+    quiet: bool,
+    plan_as: str,
 ) -> tuple[Comparison, int]:
     """The comparison, and the exit code of the signal that ended it before its time, or 0.
 
@@ -133,7 +150,9 @@ def _run_comparison(
             kept_words = f"the runs in {folder.path} are kept; free space, and the same command continues"
             opened.enter_context(full_disk(kept_words))
             opened.enter_context(folder)
-        executor = opened.enter_context(contextlib.closing(Processes(device, jobs, threads, logs)))
+        checkpoints = None if plan_as else folder.path / "checkpoints"
+        workers = Processes(device, jobs, threads, logs, checkpoints, run_timeout)
+        executor = opened.enter_context(contextlib.closing(workers))
         sources = _sources(folder, asked, loaded)
         records, kept = dict[str, RunRecord](), dict[str, RunRecord]()  # kept: of earlier calls
 

@@ -48,7 +48,8 @@ class RunFolder:
         self.save = {what: partial(self._save, file) for what, file in SAVED.items()}
         there = next(folder for folder in (self.path, *self.path.parents) if os.path.lexists(folder))
         if os.path.isdir(there) and not os.access(there, os.W_OK | os.X_OK):
-            raise self._refused(f"{there} is not writable; {self._instead}")
+            instead = ", or choose another folder" * (self._argument == "out")
+            raise self._refused(f"{there.absolute()} is not writable; change its mode{instead}")
         if not self._dated:
             self._refuse_other_files()
 

@@ -271,7 +271,7 @@ class RunBegan:
 class RunProgressed:
     worker: int
     step: int
-    value: float  # of the target's metric
+    value: float | None  # of the target's metric; None before the first evaluation
 
 
 @dataclass(frozen=True)

@@ -213,9 +213,9 @@ def tick():
         {act}
 """
 LONG = ("--set", "train.steps=45", "--set", "train.target=null", "--set", "train.checkpoint={every: 7}", "-q", "--json")
-MEASURED = {  # fields that hold times and memory
+MEASURED = {  # fields that hold times and memory, and the digest of all
     *("ms_per_step", "samples_per_s", "training_s", "evaluation_s", "checkpoint_s", "memory_mib", "environment"),
-    *("peak_memory_mib", "evaluation_peak_memory_mib", "cores_lacked"),
+    *("peak_memory_mib", "evaluation_peak_memory_mib", "cores_lacked", "sha256"),
 }
 
 
@@ -295,7 +295,9 @@ def test_a_run_that_has_ended_is_shown_and_goes_on_with_more_steps(recipe: str) 
     )
     assert json.loads(again.out) == json.loads(before["result.json"])
     assert {file.name: file.read_bytes() for file in Path("run").iterdir()} == before
-    assert bncli("train", "--resume", "run", "--set", "train.steps=45", "-q", "--json").code == 0
+    more = bncli("train", "--resume", "run", "--set", "train.steps=45", "--set", "train.keep=both", "-q", "--json")
+    assert more.code == 0
+    assert "UserWarning" not in more.err
     bncli(*asked, "whole", "--set", "train.steps=45")
     assert left("run") == left("whole")
     assert load("run/recipe.yaml").base.train.steps == 45
@@ -309,7 +311,7 @@ def test_what_a_run_cannot_go_on_with_is_refused_and_it_is_left_as_it_was(recipe
         ("--arm", "plain"): "--arm with --resume:",
         ("--from-weights", "x"): "--from-weights with --resume:",
         ("--set", "optimizer.lr=0.1"): "optimizer.lr was 0.5 when the run began, and is 0.1 now",
-        ("--set", "train.steps=2"): "train.steps is 2, and ",
+        ("--set", "train.steps=5"): "train.steps is 5, and ",
         ("--set", "train.steps=90", "--threads", "3"): "--resume: threads was 1",
     }.items():
         refused = bncli("train", "--resume", "run", *options)
@@ -369,8 +371,10 @@ def test_a_run_that_starts_from_a_file_of_weights_says_so_also_when_it_goes_on(r
 
 def test_a_runs_folder_in_the_place_of_a_recipe_is_answered_with_the_recipe_in_it(recipe: str) -> None:
     bncli("train", recipe, "-o", "run", "-q")
-    for command in ("train", "compare"):
-        assert "run: is a folder; name the recipe in it, run/recipe.yaml" in bncli(command, "run").err
+    assert (
+        "run is a folder; a run's goes on with --resume run, and --evaluate evaluates it" in bncli("train", "run").err
+    )
+    assert "run: is a folder; name the recipe in it, run/recipe.yaml" in bncli("compare", "run").err
     Path("run/recipe.yaml").unlink()
     Path("run/recipe.yaml").symlink_to("../small.yaml")
     assert "run is a folder without a recipe.yaml as bncli writes one" in bncli("profile", "run").err

@@ -369,6 +369,6 @@ def test_a_folder_that_is_not_writable_is_refused_before_any_work(
         try:
             RunFolder(Path("run"), "name")
         except UsageError as error:
-            code = 0 if "is not writable; choose another folder" in str(error) else 2
+            code = 0 if "is not writable; change its mode, or choose another folder" in str(error) else 2
         os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

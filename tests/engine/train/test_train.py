@@ -52,6 +52,33 @@ def losses(recipe: Recipe) -> list[float]:
     return [event.loss for event in events(recipe) if isinstance(event, StepDone)]
 
 
+# --- what a run loads ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_loads_neither_scikit_learn_nor_triton_nor_the_compiler(own_recipe: OwnRecipe) -> None:
+    """Digits are read without the first. A copied optimizer's `load_state_dict`, as torch has it, would load the last
+    where a run is probed: a second, and 140 MiB of its memory."""
+    deep = {"kind": "mlp", "hidden": [16, 12], "activation": "sigmoid"}
+    few = {"steps": 7, "target": None}
+    recipes = [
+        tiny(data={"source": "digits"}, model=deep, probes={"at": 7}, train=few),
+        own_recipe(OWN.format(act="pass")),
+    ]
+    code = (
+        "import sys; from bncli.engine.models import build; from bncli.engine.train import train\n"
+        "print('triton' in sys.modules)\n"
+        "from bncli.recipe.sections import Recipe\n"
+        "probed, own = map(Recipe.model_validate_json, sys.argv[1:])\n"
+        "build(own, (8,), 3)\n"
+        "*_, last = train(probed, 'cpu')\n"
+        "print(*sorted({point.step for point in last.result.probes}))\n"
+        "print(*{'sklearn', 'torch._dynamo'} & sys.modules.keys())"
+    )
+    command = [sys.executable, "-c", code, *(recipe.model_dump_json() for recipe in recipes)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines() == ["False", "0 7", ""]
+
+
 # --- events and results -------------------------------------------------------------------------------------------
 
 
