@@ -200,7 +200,7 @@ def _jobs(asked: Study, to_do: list[Job], jobs: int | None, quiet: bool) -> tupl
         return jobs, needed
     if jobs:
         raise UsageError(f"{memory_words(needed)}; free memory, or use {fits}", field="jobs", value=jobs)
-    log(f"--jobs {fits}, since for one a core {memory_words(needed)}", quiet)
+    log(f"--jobs {fits} instead of one per core: {memory_words(needed)}", quiet)
     return fits, replace(needed, jobs=fits, copies=min(fits, needed.copies))
 
 

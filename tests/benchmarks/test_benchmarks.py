@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -24,6 +26,7 @@ from tests.benchmarks import (
     checkpoints,
     coverage,
     crossings,
+    data_memory,
     gate,
     hazards,
     intervals,
@@ -288,3 +291,19 @@ def test_help_mistakes_and_dry_runs_start_at_once() -> None:
 def test_training_begins_soon_after_torch_is_there() -> None:
     train, torch = start_up.train_and_torch_ms(rounds=5)
     assert train <= 1.2 * torch  # the target's 150 ms beside the 0.8 s that torch takes where it was set
+
+
+# --- data in memory -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="PSS and files in memory are Linux's")
+def test_workers_hold_their_data_once_and_take_batches_as_fast_as_from_their_own_memory(capsys: Printed) -> None:
+    assert data_memory.main(["--gb", "0.4", "--jobs", "2"]) == 0
+    words = capsys.readouterr().out
+    found = re.search(r"beyond: [\d,]+ MiB, ([\d.]+) of the data", words)
+    ratio = re.search(r"of 9 pairs: ([\d.]+)", words)
+    assert found
+    assert ratio
+    assert float(found[1]) < 1.3
+    assert float(ratio[1]) < 1.1

@@ -62,6 +62,17 @@ def test_more_jobs_than_the_memory_holds_are_refused_with_the_figures(recipe: st
         assert re.search(rf"--jobs 1000000: {figures}its training 1 MiB\); free memory, or use \d+", ran.err)
 
 
+def test_without_jobs_there_are_as_many_as_the_memory_holds_and_that_is_said(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bncli.measure.dry_run.available_mib", lambda: 190.0)
+    monkeypatch.setattr("bncli.measure.compare.processes.cores", lambda: 3)
+    ran = bncli("compare", recipe, "--device", "cpu", "--dry-run")
+    assert ran.code == 0
+    assert "--jobs 1 instead of one per core: 3 processes need about 511 of 190 MiB available (data 1 MiB" in ran.err
+    assert "one process needs about 171 of 190 MiB available" in ran.words
+
+
 def test_a_dry_run_shows_where_each_value_came_from_and_trains_nothing(recipe: str) -> None:
     ran = bncli("compare", recipe, "--dry-run", "--set", "train.seed=3")
     assert ran.code == 0
