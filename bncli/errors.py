@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 OK = 0
 CHECK_FAILED = 1  # a check failed: a missed target that was required, a run that died
@@ -101,6 +102,23 @@ class Refused(BncliError):
 
 class RunFailed(BncliError):
     """A run that the user's own code ended."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory was refused, for which torch and the dynamic linker have no class."""
+    words = ("out of memory", "CPUAllocator: can't allocate", "Storage size calculation overflowed", "failed to map")
+    return isinstance(error, MemoryError) or any(each in str(error) for each in words)
+
+
+@contextlib.contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    """Turn what they raise into a sentence with that advice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not out_of_memory(error):
+            raise
+        raise RunFailed(f"out of memory; {advice} ({str(error).strip().partition(chr(10))[0]})") from error
 
 
 class Unavailable(BncliError):

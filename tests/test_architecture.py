@@ -45,7 +45,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "names": ({"errors"}, set()),
     "storage": ({"errors"}, set()),
     "results": ({"errors", "names"}, set()),
-    "recipe": ({"errors", "names"}, {"pydantic", "yaml", "numpy"}),
+    "recipe": ({"errors", "names", "storage"}, {"pydantic", "yaml", "numpy"}),
     "kernels": ({"errors", "names"}, {"torch"}),
     "kernels.definition": ({"names"}, {"torch"}),
     "kernels.fused.triton": ({"errors", "names", "kernels"}, {"torch", "triton"}),

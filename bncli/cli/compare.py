@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bncli.cli import options
-from bncli.cli.console import StopSignal, enable_gc, full_disk, given_options, log, show_plan
+from bncli.cli.console import StopSignal, enable_gc, given_options, log, show_plan, system_errors
 from bncli.cli.output import Output, origin
 from bncli.errors import CHECK_FAILED, BncliError, UsageError
 
@@ -92,7 +92,7 @@ def compare(
     if stopped and output.form != "json" and not any(run.result for run in comparison.runs):
         log("Stopped before any run ended; the same command begins again")
         raise typer.Exit(stopped)
-    with full_disk(f"the runs in {folder} are kept; free space, then: bncli compare --from {folder}"):
+    with system_errors(f"the runs in {folder} are kept; free space, then: bncli compare --from {folder}"):
         _show(comparison, output)
     if stopped:
         runs = f"{len({run.key for run in comparison.runs})} of {comparison.planned_runs} runs"
@@ -130,7 +130,7 @@ def _run_comparison(
         logs = Path(opened.enter_context(tempfile.TemporaryDirectory())) if plan_as else folder.path / "logs"
         if not plan_as:
             kept_words = f"the runs in {folder.path} are kept; free space, and the same command continues"
-            opened.enter_context(full_disk(kept_words))
+            opened.enter_context(system_errors(kept_words))
             opened.enter_context(folder)
         executor = opened.enter_context(contextlib.closing(Processes(device, jobs, threads, logs)))
         kept = list(folder.finished().values())

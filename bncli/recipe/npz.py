@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import zipfile
+from os.path import exists, expanduser, isfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def header(path: str) -> tuple[tuple[int, ...], int, bool]:
     """The shape of x with its examples, the number of classes, and whether there is a fixed test set; x is not read."""
     import numpy as np
 
-    file = Path(path).expanduser()
+    file = Path(expanduser(path))
     try:
         names = array_names(path)
         with zipfile.ZipFile(file) as archive, archive.open("x.npy") as start:
@@ -39,15 +40,20 @@ def header(path: str) -> tuple[tuple[int, ...], int, bool]:
 
 def array_names(path: str) -> list[str]:
     """The names of a file's arrays. Raises DataError, without the path, for no archive or one without x and y."""
-    file = Path(path).expanduser()
-    if not file.is_file():
+    file = Path(expanduser(path))
+    if not isfile(file):
+        if exists(file):
+            raise DataError("is not a plain file; name an .npz archive")
         near = difflib.get_close_matches(file.name, [each.name for each in file.parent.glob("*.npz")], n=1)
         did_you_mean = "".join(f"; did you mean {file.with_name(name)}?" for name in near)
         raise DataError(f"does not exist{did_you_mean or f'; create it with numpy.savez({path!r}, x=..., y=...)'}")
     if not zipfile.is_zipfile(file):
         raise DataError(f"is not an .npz archive; create it with numpy.savez({path!r}, x=..., y=...)")
-    with zipfile.ZipFile(file) as archive:
-        found = [name.removesuffix(".npy") for name in archive.namelist()]
+    try:
+        with zipfile.ZipFile(file) as archive:
+            found = [name.removesuffix(".npy") for name in archive.namelist()]
+    except Exception as error:  # see `header`
+        raise DataError(UNREADABLE.format(error)) from error
     needed = KEYS if set(KEYS[2:]) & set(found) else KEYS[:2]
     if missing := [key for key in needed if key not in found]:
         meant = {key: name for name in found for key in missing if name.lower() in (key, *USUAL_NAMES.get(key, ()))}

@@ -53,6 +53,8 @@ def _rebuilt(hint: Any, plain: Any, path: str) -> Any:
     if origin is dict:
         _expect(isinstance(plain, dict), path, "an object", plain)
         return {key: _rebuilt(arguments[1], item, f"{path}.{key}") for key, item in plain.items()}
+    if isinstance(plain, int):
+        _expect(abs(plain) < 1 << 63, path, "a number of at most 64 bits", plain)
     if hint is float:
         plain = NOT_FINITE.get(plain, plain) if isinstance(plain, str) else plain
         _expect(isinstance(plain, int | float) and not isinstance(plain, bool), path, "a number", plain)

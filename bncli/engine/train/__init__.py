@@ -24,7 +24,7 @@ from bncli.engine.train.population import precise
 from bncli.engine.train.probes import probe, probe_steps
 from bncli.engine.train.state import TrainState, check_fit
 from bncli.engine.train.threads import FEWEST, multiply_adds
-from bncli.errors import RunFailed
+from bncli.errors import RunFailed, memory_errors
 from bncli.recipe.sections import BatchNorm, OwnModel, Recipe
 from bncli.results.environment import Environment
 from bncli.results.train import (
@@ -82,7 +82,8 @@ def train(
     most = threads or torch.get_num_threads()
     # Initial weights depend on the threads in their last bits, so these are set before, or are 1 where unknown yet.
     first = 1 if own or (by_size and multiply_adds(recipe, dataset) < FEWEST) else most
-    with blame_own_model(recipe), tf32_allowed(recipe.train.tf32), cpu_threads(first):
+    advised = memory_errors(f"try train.batch_size {max(1, recipe.train.batch_size // 2)}, or a smaller model")
+    with blame_own_model(recipe), advised, tf32_allowed(recipe.train.tf32), cpu_threads(first):
         state = TrainState(recipe, dataset, on)
         if own and not (by_size and multiply_adds(recipe, dataset, state.model) < FEWEST):
             torch.set_num_threads(most)
