@@ -96,10 +96,10 @@ def system_errors(kept: str = "what was written before is kept") -> Iterator[Non
     except BrokenPipeError:  # the reader has left, as `head` does
         sys.exit(CHECK_FAILED)
     except OSError as error:
-        reason, kind = error.strerror or str(error), FileError if error.filename else BncliError
+        reason, where = error.strerror or str(error), error.filename or "the system"
         if error.errno in CANNOT_WRITE:
             raise BncliError(f"{error.filename or 'standard output'}: cannot be written: {reason}; {kept}") from error
-        where = error.filename or "the system"
+        kind = FileError if error.filename and error.errno != errno.EMFILE else BncliError
         raise kind(f"{where}: {reason}; check that path, and the limits that ulimit -a shows; {kept}") from error
     except UnicodeEncodeError as error:
         raise FileError(f"{error.object!a}: {error.reason} in {error.encoding}; set LC_ALL=C.UTF-8") from error

@@ -13,6 +13,7 @@ from bncli.recipe.epochs import in_steps
 from bncli.recipe.sections import KINDS, Recipe, RecipeFile, Spaced, shorthand_key
 from bncli.recipe.yaml import MAX_DEPTH, Keys, Mistake, Tree, dotted, parse
 
+LONGEST_SHOWN = 500  # characters of an override
 COMPARISON_KEYS = ("arms", "reference", "grid", "seeds", "claims", "largest_learning_rate")
 
 # --- sections -----------------------------------------------------------------------------------------------------
@@ -125,7 +126,7 @@ def override(tree: Tree, sets: Sequence[str], sets_from: str) -> None:
     """Apply each "key.path=value", in order. Values are read exactly as the file's are; their place is `sets_from`."""
     for text in sets:
         path, equals, value = text.partition("=")
-        source = f"{sets_from} {text if text.isprintable() else repr(text)}"
+        source = f"{sets_from} {text if text.isprintable() else repr(text)}"[:LONGEST_SHOWN]
         keys = split_path(path.strip())
         if not equals or "" in keys or len(keys) > MAX_DEPTH:
             tree.mistakes.append(Mistake(source, "expected key.path=value, as in optimizer.lr=0.1"))

@@ -151,7 +151,7 @@ class CompareProgress(_ProgressSink):
             task, notes = self.workers[event.worker], [f"{self.metric} –"]
             self.bars.reset(task, description=f"  {event.label}", total=event.budget, notes=notes)
         elif isinstance(event, RunProgressed) and event.worker in self.workers:
-            notes = [f"{self.metric} {event.value:.3f}"]
+            notes = [f"{self.metric} {'–' if event.value is None else f'{event.value:.3f}'}"]
             self.bars.update(self.workers[event.worker], completed=event.step, notes=notes)
         elif isinstance(event, RunEnded):
             self.planned = event.planned
