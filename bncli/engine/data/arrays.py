@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from bncli.engine.data.splits import evaluation_order, holdout_split
-from bncli.engine.memory import available_mib, out_of_memory_is
-from bncli.errors import DataError
+from bncli.engine.memory import available_mib
+from bncli.errors import DataError, out_of_memory_is
 
 ALIGNMENT = 64  # bytes, torch's own for new tensors: at another one, matrix products may differ in their last bits
 UNCHECKED = 2**26  # bytes; asking for the available memory takes 10 ms

@@ -17,7 +17,6 @@ from bncli.engine import data
 from bncli.engine.data.splits import Dataset, InMemory
 from bncli.engine.device import autocast, cpu_threads, deterministic, environment, in_tf32, resolve, tf32_allowed
 from bncli.engine.load import CoreWait
-from bncli.engine.memory import out_of_memory_is
 from bncli.engine.models import blame_own_model
 from bncli.engine.target import evaluation_steps
 from bncli.engine.train.checkpoint import Saving, check_belongs, origin, restore, unpacked
@@ -29,7 +28,7 @@ from bncli.engine.train.state import TrainState, check_fit
 from bncli.engine.train.threads import FEWEST, multiply_adds
 from bncli.engine.train.weights import put
 from bncli.engine.user_code import LoadedFiles
-from bncli.errors import RunFailed
+from bncli.errors import RunFailed, out_of_memory_is
 from bncli.recipe.sections import OwnModel, Recipe
 from bncli.results.environment import Environment
 from bncli.results.train import (
