@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+from rich.text import Text
 
 from bncli.cli.console import log, print_error, print_result
 from bncli.errors import BncliError, Unavailable, UsageError
@@ -31,7 +33,7 @@ from bncli.report.gradcheck.table import GradcheckReport
 from bncli.report.profile import baseline, export
 from bncli.report.profile.kernels import KernelReport
 from bncli.report.profile.steps import StepReport
-from bncli.report.table import Terminal
+from bncli.report.table import Visible
 from bncli.report.train import run_table
 from bncli.results.compare import Note
 from bncli.results.serialize import Mismatch, from_plain, to_plain
@@ -209,10 +211,12 @@ def test_no_text_of_a_result_brings_one_into_any_form(what: str, monkeypatch: py
 
 def test_rich_writes_its_own_control_sequences_and_no_other() -> None:
     screen = Screen(terminal=True)
-    Terminal(file=screen, force_terminal=True, color_system="standard").print(f"a{ALL}b[bold]c[/]\td\ne", markup=True)
+    console = Console(file=screen, force_terminal=True, color_system="standard")
+    console.print(Visible(Text.assemble(f"a{ALL}b", ("c", "bold"), "\td\ne")))
     assert not screen.leaked
     assert "\x1b[1mc" in screen.getvalue()
     assert "\u2400\u2401" in screen.getvalue()
+    assert len(screen.getvalue().splitlines()) == 2
 
 
 def test_a_page_and_a_figure_have_none_either() -> None:

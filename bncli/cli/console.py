@@ -8,7 +8,9 @@ import gc
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -53,9 +55,11 @@ def print_result(result: Any) -> None:
 
         sys.stdout.write(encodable(result.removesuffix("\n") + "\n", sys.stdout.encoding or "utf-8"))
         return
-    from bncli.report.table import Terminal
+    from rich.console import Console
 
-    Terminal(highlight=False).print(result)
+    from bncli.report.table import Visible
+
+    Console(highlight=False).print(Visible(result))
 
 
 # Arguments whose options have another name; every other one is --its-name.
@@ -109,6 +113,17 @@ def log(text: str, quiet: bool = False) -> None:
                 os.write(number, b"")
             except OSError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
+@contextlib.contextmanager
+def warnings_as_messages() -> Iterator[None]:
+    """While inside, bncli's own warnings are shown without the line of code, which is of no use to their reader."""
+    with warnings.catch_warnings():
+        show, own = warnings.showwarning, str(Path(__file__).parents[1])
+        warnings.showwarning = lambda message, kind, file, *place: (
+            log(f"\nbncli: {message}") if file.startswith(own) else show(message, kind, file, *place)
+        )
+        yield
 
 
 class StopAtOnce(KeyboardInterrupt):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bncli.cli import options
-from bncli.cli.console import StopSignal, enable_gc, given_options, log, print_result, show_plan
+from bncli.cli.console import StopSignal, enable_gc, given_options, log, print_result, show_plan, warnings_as_messages
 from bncli.cli.output import Output
 from bncli.errors import CHECK_FAILED, DIVERGED, UsageError
 from bncli.recipe import examples
@@ -161,7 +161,7 @@ def _run(
     first = recipe_yaml.partition("\n")[0]
     initial = first.removeprefix(INITIAL_WEIGHTS) if first.startswith(INITIAL_WEIGHTS) else None
     # What a user's model prints must not get between the lines of a result.
-    with TrainProgress(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
+    with TrainProgress(quiet) as progress, contextlib.redirect_stdout(sys.stderr), warnings_as_messages():
         sinks: list[Callable[[Event], None]] = [folder.metrics, progress]
         of_engine |= {"checkpoint": folder.checkpoint, "save": folder.save}
         for event in engine.train(arm.recipe, name=arm.name, **of_engine):
@@ -201,6 +201,8 @@ def _check_combination(context: typer.Context, recipe: str | None, resume: Path 
     """Refuse options that contradict each other, and a missing recipe."""
     if recipe is None and resume is None:
         raise UsageError(f"RECIPE is missing; see {context.command_path} --help")
+    if recipe and Path(recipe).is_dir() and not evaluate:
+        raise UsageError(f"{recipe} is a folder; a run's goes on with --resume {recipe}, and --evaluate evaluates it")
     if evaluate:
         kept = ("recipe", "evaluate", "device", "threads", "json", "quiet", "allow_code")
         others = [each.name for each in context.command.params if each.name not in kept]

@@ -15,7 +15,6 @@ from rich.progress import Progress, Task, TaskID
 from rich.text import Text
 
 from bncli.report.profile.text import error_words
-from bncli.report.table import Terminal
 from bncli.report.text import count, encodable
 from bncli.results.compare import ComparisonEvent, ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
 from bncli.results.gradcheck import CheckGroup, CheckProgress
@@ -71,7 +70,7 @@ class _ProgressSink:
     def __init__(
         self, quiet: bool = False, console: Console | None = None, clock: Callable[[], float] = monotonic
     ) -> None:
-        self.console = console or Terminal(stderr=True, highlight=False)
+        self.console = console or Console(stderr=True, highlight=False)
         self.quiet, self.clock = quiet, clock
         # FORCE_COLOR makes rich take any stream for a terminal (briefcase PR 1267), so the stream itself is asked.
         terminal = self.console.file.isatty() if console is None else console.is_terminal
@@ -154,7 +153,7 @@ class CompareProgress(_ProgressSink):
             task, notes = self.workers[event.worker], [f"{self.metric} –"]
             self.bars.reset(task, description=f"  {event.label}", total=event.budget, notes=notes)
         elif isinstance(event, RunProgressed) and event.worker in self.workers:
-            notes = [f"{self.metric} {event.value:.3f}"]
+            notes = [f"{self.metric} {'–' if event.value is None else f'{event.value:.3f}'}"]
             self.bars.update(self.workers[event.worker], completed=event.step, notes=notes)
         elif isinstance(event, RunEnded):
             self.planned = event.planned

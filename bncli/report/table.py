@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,13 +27,16 @@ NUMBER = re.compile(r"((?:[<>] )?-?[\d,]+)((?:\.\d+)?(?:e[+-]\d+)?[x%*]?(?: (?:f
 Bar = Callable[[int, int], Text]  # of a row, in so many columns
 
 
-class Terminal(Console):
-    """A terminal or a pipe, which gets rich's own control sequences and no other."""
+@dataclass(frozen=True)
+class Visible:
+    """What is printed, with visible characters in the place of all control characters but rich's own."""
 
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        for each in super().render(renderable, options):
-            text, style, control = each
-            yield each if control or text.isprintable() else Segment(printable(text), style)
+    renderable: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.renderable, options):
+            text, style, control = segment
+            yield segment if control or text.isprintable() else Segment(printable(text), style)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
+PLAIN = (str, int, bool, type(None))
 NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 def to_plain(value: Any) -> Any:
     """Dataclasses to dicts, tuples to lists, non-finite floats to text, all the way down: what `json.dumps` takes."""
+    if type(value) in PLAIN:
+        return value
     if isinstance(value, float):
         finite = math.isfinite(value)
         return value if finite else "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

@@ -106,6 +106,8 @@ class InThisProcess:
     jobs: int | None
     threads: int
     folder: Path
+    checkpoints: Path | None = None
+    longest_silence_s: float | None = None
 
     def run(self, wanted: deque[Job], stop: Callable[[], bool]) -> Iterator[Started | Ended]:
         while wanted and not stop():

@@ -126,7 +126,7 @@ def test_a_dry_run_of_train_gives_the_parameters_that_the_run_has(recipe: str) -
     asked = ("train", recipe, "--arm", "normed", "--json")
     planned = json.loads(bncli(*asked, "--dry-run").out)
     assert planned["arms"][0]["parameters"] == json.loads(bncli(*asked, "-q").out)["parameters"]
-    assert 0 < planned["arms"][0]["memory_mib"] < planned["available_memory_mib"]
+    assert 0 < planned["arms"][0]["memory_mib"] < planned["memory"]["available_mib"]
 
 
 # --- recipes that bncli comes with ----------------------------------------------------------------------------------
@@ -213,9 +213,9 @@ def tick():
         {act}
 """
 LONG = ("--set", "train.steps=45", "--set", "train.target=null", "--set", "train.checkpoint={every: 7}", "-q", "--json")
-MEASURED = {  # fields that hold times and memory
+MEASURED = {  # fields that hold times and memory, and the digest of all
     *("ms_per_step", "samples_per_s", "training_s", "evaluation_s", "checkpoint_s", "memory_mib", "environment"),
-    *("peak_memory_mib", "evaluation_peak_memory_mib", "cores_lacked"),
+    *("peak_memory_mib", "evaluation_peak_memory_mib", "cores_lacked", "sha256"),
 }
 
 
@@ -295,7 +295,9 @@ def test_a_run_that_has_ended_is_shown_and_goes_on_with_more_steps(recipe: str) 
     )
     assert json.loads(again.out) == json.loads(before["result.json"])
     assert {file.name: file.read_bytes() for file in Path("run").iterdir()} == before
-    assert bncli("train", "--resume", "run", "--set", "train.steps=45", "-q", "--json").code == 0
+    more = bncli("train", "--resume", "run", "--set", "train.steps=45", "--set", "train.keep=both", "-q", "--json")
+    assert more.code == 0
+    assert "UserWarning" not in more.err
     bncli(*asked, "whole", "--set", "train.steps=45")
     assert left("run") == left("whole")
     assert load("run/recipe.yaml").base.train.steps == 45
@@ -369,8 +371,10 @@ def test_a_run_that_starts_from_a_file_of_weights_says_so_also_when_it_goes_on(r
 
 def test_a_runs_folder_in_the_place_of_a_recipe_is_answered_with_the_recipe_in_it(recipe: str) -> None:
     bncli("train", recipe, "-o", "run", "-q")
-    for command in ("train", "compare"):
-        assert "run: is a folder; name the recipe in it, run/recipe.yaml" in bncli(command, "run").err
+    assert (
+        "run is a folder; a run's goes on with --resume run, and --evaluate evaluates it" in bncli("train", "run").err
+    )
+    assert "run: is a folder; name the recipe in it, run/recipe.yaml" in bncli("compare", "run").err
     Path("run/recipe.yaml").unlink()
     Path("run/recipe.yaml").symlink_to("../small.yaml")
     assert "run is a folder without a recipe.yaml as bncli writes one" in bncli("profile", "run").err

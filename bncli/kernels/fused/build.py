@@ -46,14 +46,14 @@ def library(source: Path, *definitions: str) -> ctypes.CDLL:
     native = [flag for flags in FOR_THIS_CPU for flag in flags]
     parts = [*command, *_identity(command[0]), *OPTIMIZED, *native, *definitions, _processor(), *_openmp()]
     name = f"{source.stem}-{'-'.join(definitions).lower()}-{_hash(repr((text, parts)).encode())}"
-    folder = _folder()
     try:
+        folder = _folder()
         if (built := _cached(folder, name)) is None:
             with _one_at_a_time(folder):
                 built = _cached(folder, name) or _compile(command, source, definitions, folder, name)
         return ctypes.CDLL(str(built))
     except (OSError, FileError) as error:
-        why = f"the compiled kernel cannot be kept in {folder} or loaded from it ({error})"
+        why = f"the compiled kernel cannot be kept or loaded ({error})"
         raise Unavailable(f"{why}; mend that, or name another folder in BNCLI_CACHE or compiler in CC") from error
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from bncli.errors import RecipeError
 from bncli.measure.compare import rates
-from bncli.measure.dry_run import available_memory_mib, planned_arm
+from bncli.measure.dry_run import planned_arm
 from bncli.names import MEASURES
 from bncli.recipe.check import SAME_FOR_ALL_RUNS
 from bncli.recipe.layers import input_of, shape_contradictions
@@ -154,7 +154,6 @@ def planned_comparison(asked: Study, first: Loaded, records: Mapping[str, RunRec
         dict(plan.grid),
         runs,
         (runs - done) * plan.budget,
-        available_memory_mib(),
         plan.claims,
         searches + named.later_searches,
         (plan.largest_learning_rate or {}).get("steps", 0),

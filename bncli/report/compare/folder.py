@@ -57,7 +57,7 @@ class ComparisonFolder:
         if not lock(self._lock):
             self._lock.close()
             raise BncliError(f"{self.path}: another comparison is writing here; wait for it, or choose another folder")
-        begun, answer = self.begun(), self.answer()
+        begun, answer = self.begun(), self.answer(without="runs")
         for file, read in ((PLAN, begun), (COMPARISON, answer)):
             if os.path.lexists(self.path / file) and read is None:
                 self._lock.close()
@@ -85,9 +85,9 @@ class ComparisonFolder:
         """The plan of the last call; None where it is not known."""
         return self._result(PLAN, BegunComparison)
 
-    def answer(self) -> Comparison | None:
-        """The last call's answer; None where there is none."""
-        return self._result(COMPARISON, Comparison)
+    def answer(self, without: str = "") -> Comparison | None:
+        """The last call's answer, without the items of that list; None where there is none."""
+        return self._result(COMPARISON, Comparison, without)
 
     @cached_property
     def _names(self) -> dict[str, list[str]]:
@@ -134,10 +134,10 @@ class ComparisonFolder:
             with contextlib.suppress(OSError):  # one that stays is never read again
                 (self.path / "checkpoints" / f"{record.key}.pt").unlink()
 
-    def _result(self, file: str, kind: type[Result]) -> Result | None:
+    def _result(self, file: str, kind: type[Result], without: str = "") -> Result | None:
         """What a file holds; None where it is missing and, with the reason in `unfit`, where bncli cannot read it."""
         try:
-            return from_json(kind, read_plain(self.path / file).decode())
+            return from_json(kind, read_plain(self.path / file).decode(), without)
         except FileNotFoundError:
             return None
         except (BncliError, OSError, UnicodeDecodeError) as error:

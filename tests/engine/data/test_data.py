@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from itertools import islice
 
 import numpy as np
@@ -121,11 +119,6 @@ def test_digits_are_those_of_scikit_learn_also_where_its_file_has_moved(monkeypa
     assert all(map(np.array_equal, data.read_digits(), expected))
     monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
     assert all(map(np.array_equal, data.read_digits(), expected))
-
-
-def test_digits_do_not_import_scikit_learn():
-    code = "import sys; from bncli.engine.data import read_digits; read_digits(); print('sklearn' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
 def test_digits_are_64_features_or_8x8_pixels_of_0_to_1_in_10_classes():
