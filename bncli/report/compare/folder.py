@@ -69,7 +69,9 @@ class ComparisonFolder:
             sweep(folder)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, FileNotFoundError) and not (self.path / ".lock").exists():
+            raise UsageError("was removed or renamed meanwhile", field="out", value=self.path) from error
         if self._new and not any(self.path.rglob("*.json")):  # nothing was begun, so nothing is left behind
             shutil.rmtree(self.path)
         if self._lock is not None:
