@@ -140,17 +140,17 @@ def _check_claims(tree: Tree, arms: dict[str, dict[str, Any]]) -> None:
     if claims and not arms:
         tree.refuse(("claims",), "the recipe has no arms; a claim is about two of them")
         return
-    measures = [value_at(claim, ("measure",)) for claim in claims] if isinstance(claims, list) else []
+    claims = claims if isinstance(claims, list) else []
+    measures = [value_at(claim, ("measure",)) for claim in claims]
     # Costs to the target are judged over the tuning seeds too.
     by_report = [each for each in measures if not str(each).endswith("_to_target") or not tree.root.get("grid")]
     if by_report and value_at(tree.root, ("seeds", "report")) == 1:
         tree.refuse(("seeds", "report"), f"{by_report[0]} is judged by pairs of runs, one a seed: expected at least 2")
     search = in_steps(tree.root).get("largest_learning_rate")
-    for index, claim in enumerate(claims if isinstance(claims, list) else ()):
+    for index, claim in enumerate(claims):
         for key, text in _claim_mistakes(claim, arms, search) if isinstance(claim, dict) else ():
             tree.refuse(("claims", index, key), text)
-    measured = [claim.get("measure") for claim in claims or () if isinstance(claim, dict)]
-    if search is not None and "largest_learning_rate" not in measured:
+    if search is not None and "largest_learning_rate" not in measures:
         tree.refuse(("largest_learning_rate",), "no claim is about it, so no search is made; add one, or leave it out")
 
 

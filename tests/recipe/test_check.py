@@ -433,6 +433,12 @@ def test_a_misspelt_measure_has_the_right_one_suggested(mistakes_of: MistakesOf)
     assert found.startswith("r.yaml:7: claims.1.measure: expected steps_to_target, ")
 
 
+@pytest.mark.parametrize("claims", ["4", "true", "text", "{a: 1}"])
+def test_claims_that_are_no_list_are_refused_beside_a_search(mistakes_of: MistakesOf, claims: str) -> None:
+    found = mistakes_of(f"{TWO_ARMS}claims: {claims}\nlargest_learning_rate: {{steps: 10, accuracy: 0.8}}\n")
+    assert found[0].startswith("r.yaml:6: claims: expected a list, found ")
+
+
 def test_the_mistakes_of_all_claims_are_found_in_one_pass(mistakes_of: MistakesOf) -> None:
     text = TWO_ARMS + claiming({}, {"arm": "bach norm", "measure": "final"}, {"measure": "final", "at_lest": 1})
     assert mistakes_of(text) == (
