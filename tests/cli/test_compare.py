@@ -270,6 +270,7 @@ def waiting(folder: Path, recipe: str) -> tuple[subprocess.Popen[str], tuple[str
     return started, command
 
 
+@pytest.mark.usefixtures("runs_here")
 def test_a_comparison_that_is_killed_goes_on_where_it_stopped(
     waiting: tuple[subprocess.Popen[str], tuple[str, ...]],
 ) -> None:
