@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bncli.engine.convert.fold import fold
     from bncli.engine.models.norms import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
     from bncli.engine.train import train
+    from bncli.engine.train.weights import load_model
     from bncli.kernels.api import batch_norm
     from bncli.recipe.load import load as load_recipe
 
@@ -24,6 +25,7 @@ __all__ = [
     "batch_norm",
     "convert",
     "fold",
+    "load_model",
     "load_recipe",
     "train",
 ]
@@ -37,6 +39,7 @@ _PUBLIC = {
     "batch_norm": "bncli.kernels.api",
     "convert": "bncli.engine.convert",
     "fold": "bncli.engine.convert.fold",
+    "load_model": "bncli.engine.train.weights",
     "load_recipe": "bncli.recipe.load:load",
     "train": "bncli.engine.train",
 }

@@ -84,8 +84,10 @@ def replace(path: Path, data: bytes, read_back: bool = False) -> None:
         if path.is_file() and not path.is_symlink():
             shutil.copymode(path, temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # which a full disk does not tell, and the temporary name is nobody's
         raise
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)

@@ -20,7 +20,7 @@ app = typer.Typer(
     help="How many training steps does batch normalization save, what does it cost, are its gradients right?\n\n"
     "Example: bncli compare recipes/digits.yaml",
     epilog="Exit codes: 0 success; 1 a check or a run failed; 2 a mistake in a recipe, an option or the data; "
-    "3 a device or kernel is not available; 4 diverged; 130 interrupted (143 by SIGTERM).",
+    "3 a device or kernel is not available; 4 diverged; 130 interrupted (143 by SIGTERM, 129 by SIGHUP).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

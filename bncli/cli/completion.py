@@ -27,7 +27,18 @@ def complete(command: Callable[..., None]) -> None:
 def recipes(incomplete: str) -> list[str]:
     """YAML files in the folder that is typed and in those below it; a shell completes other files by itself."""
     folder = glob.escape(incomplete[: incomplete.rfind("/") + 1])
-    return [file for below in ("", "*/", "*/*/") for file in sorted(glob.glob(f"{folder}{below}*.y*ml"))]
+    patterns = (f"{folder}{below}*.y*ml" for below in ("", "*/", "*/*/"))
+    return [file for pattern in patterns for file in sorted(glob.glob(pattern)) if file.isprintable()]
+
+
+def runs(incomplete: str) -> list[str]:
+    """Folders of runs that can be continued: the one that is typed, and those in folders below it."""
+    typed = glob.escape(incomplete)
+    return [
+        str(Path(file).parent)
+        for below in ("", "*/", "*/*/")
+        for file in sorted(glob.glob(f"{typed}*/{below}checkpoint.pt"))
+    ]
 
 
 def arms(context: typer.Context) -> list[str]:
@@ -39,7 +50,7 @@ def arms(context: typer.Context) -> list[str]:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no recipe, or one without arms
             found += parse(Path(word).read_text(), word).root["arms"]
     quoted = os.environ.get("COMP_WORDS", "'").split("\n")[-1][:1] in ("'", '"')  # other shells quote by themselves
-    return [name if quoted else name.replace(" ", "\\ ") for name in found]
+    return [name if quoted else name.replace(" ", "\\ ") for name in found if name.isprintable()]
 
 
 def names(*known: str) -> Callable[[str], list[str]]:
@@ -50,6 +61,7 @@ def names(*known: str) -> Callable[[str], list[str]]:
 COMPLETED = {  # parameter -> what completes it
     "recipe": recipes,
     "recipes": recipes,
+    "resume": runs,
     "example": lambda: [("list", "their names"), *examples.purposes().items()],
     "arm": arms,
     "sets": lambda: [(f"{field}=", text) for field, text in dict(examples.fields()).items()],

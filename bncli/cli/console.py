@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bncli.errors import BncliError
+from bncli.errors import BncliError, printable
 
 if TYPE_CHECKING:
     import typer
@@ -46,13 +49,17 @@ def enable_gc() -> None:
 
 
 def print_result(result: Any) -> None:
-    """A result, to stdout: text as it is, anything else through rich."""
+    """A result, to stdout: text as it is, but for control characters, anything else through rich."""
     if isinstance(result, str):
-        sys.stdout.write(result if result.endswith("\n") else result + "\n")
+        from bncli.report.text import encodable
+
+        sys.stdout.write(encodable(result.removesuffix("\n") + "\n", sys.stdout.encoding or "utf-8"))
         return
     from rich.console import Console
 
-    Console(highlight=False).print(result)
+    from bncli.report.table import Visible
+
+    Console(highlight=False).print(Visible(result))
 
 
 # Arguments whose options have another name; every other one is --its-name.
@@ -77,9 +84,9 @@ def print_error(error: BncliError) -> None:
     """A user's mistakes, to stderr; an argument is shown as the option that it came from."""
     lines = [line for each in error.errors for line in each.lines(_option(each.field), _option(each.permission))]
     if len(lines) > 1:
-        print(f"bncli: {len(lines)} mistakes", file=sys.stderr)
+        log(f"bncli: {len(lines)} mistakes")
     for line in lines:
-        print(f"  {line}" if len(lines) > 1 else f"bncli: {line}", file=sys.stderr)
+        log(f"  {line}" if len(lines) > 1 else f"bncli: {line}")
 
 
 @contextlib.contextmanager
@@ -95,9 +102,28 @@ def full_disk(kept: str = "what was written before is kept") -> Iterator[None]:
 
 
 def log(text: str, quiet: bool = False) -> None:
-    """A message, to stderr."""
-    if not quiet:
-        print(text, file=sys.stderr)
+    """A message, to stderr. It is lost where the terminal is gone, as is all that is printed later; work goes on."""
+    if quiet:
+        return
+    try:
+        print(printable(text), file=sys.stderr)
+    except (OSError, RuntimeError):  # RuntimeError: in a signal's handler, while the same stream is being written to
+        for number in (1, 2):
+            try:
+                os.write(number, b"")
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
+@contextlib.contextmanager
+def warnings_as_messages() -> Iterator[None]:
+    """While inside, bncli's own warnings are shown without the line of code, which is of no use to their reader."""
+    with warnings.catch_warnings():
+        show, own = warnings.showwarning, str(Path(__file__).parents[1])
+        warnings.showwarning = lambda message, kind, file, *place: (
+            log(f"\nbncli: {message}") if file.startswith(own) else show(message, kind, file, *place)
+        )
+        yield
 
 
 class StopAtOnce(KeyboardInterrupt):
@@ -109,9 +135,10 @@ class StopAtOnce(KeyboardInterrupt):
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM: the first asks the work to end at the next step, the second ends it at once.
+    """Ctrl-C, SIGTERM or SIGHUP: the first asks the work to end at the next step, the second ends it at once.
 
-    With `at_once` the first ends it at once, for work that yields what it has finished.
+    With `at_once` the first ends it at once, for work that yields what it has finished. A SIGHUP that is ignored, as
+    under nohup, stays ignored.
     """
 
     number: int = 0
@@ -120,7 +147,11 @@ class StopSignal:
         self.at_once = at_once
 
     def __enter__(self) -> StopSignal:
-        self._before = {each: signal.signal(each, self._take) for each in (signal.SIGINT, signal.SIGTERM)}
+        names = ("SIGINT", "SIGTERM", "SIGHUP")  # there is no SIGHUP on Windows
+        signals: list[signal.Signals] = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        if signal.getsignal(signals[-1]) == signal.SIG_IGN:
+            signals.pop()
+        self._before = {each: signal.signal(each, self._take) for each in signals}
         return self
 
     def __exit__(
@@ -132,7 +163,7 @@ class StopSignal:
     def _take(self, number: int, frame: FrameType | None) -> None:
         second, self.number = self.number != 0, number
         if second or self.at_once:
-            log("\nStopped at once; what was finished before, if anything, is shown")
+            log("\nStopped at once" + "; what was finished before, if anything, is shown" * self.at_once)
             raise StopAtOnce(128 + number)
         log("\nStopping after this step; a second signal stops at once")
 

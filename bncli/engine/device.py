@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 import platform
 import re
 import sys
@@ -120,6 +121,34 @@ def tf32_allowed(allowed: bool) -> Iterator[None]:
         matmul.allow_tf32, cudnn.allow_tf32 = before[0] == "tf32", before[1] == "tf32"
         for setting, precision in zip(settings, before, strict=True):
             setting.fp32_precision = precision
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """A context in which torch takes only algorithms on CUDA that give the same bits every time, if that is wanted.
+
+    Raises Unavailable for an operator that has none.
+    """
+    if not wanted:
+        yield
+        return
+    cudnn, name = torch.backends.cudnn, "CUBLAS_WORKSPACE_CONFIG"  # which torch and cuBLAS read at their first product
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark, workspace = cudnn.benchmark, os.environ.get(name)
+    os.environ[name] = workspace or ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    cudnn.benchmark = False
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise Unavailable(f"train.deterministic: {' '.join(str(error).split('. ')[0].split())}") from error
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        cudnn.benchmark = benchmark
+        if workspace is None:
+            del os.environ[name]
 
 
 def in_tf32(device: torch.device) -> bool:

@@ -69,8 +69,10 @@ class LoadedFiles:
         self.files: dict[str, str] = {}
         self._seen = set(sys.modules)
 
-    def note(self) -> None:
+    def note(self, function: str = "") -> None:
+        """Take in what was imported since; function: `package.module:function`, whose module counts in any case."""
         here = os.getcwd() + os.sep
+        self._seen.discard(os.path.basename(function.rpartition(":")[0]))
         for name in sys.modules.keys() - self._seen:
             self._seen.add(name)
             file = os.path.abspath(_file_of(sys.modules[name]))

@@ -152,7 +152,9 @@ def read(path: str) -> str:
         hint = f"; {suggestion(Path(path).name, names)}" if names else ""
         raise RecipeError(f"{name}: there is no such file{hint}") from error
     except IsADirectoryError as error:
-        raise RecipeError(f"{name}: is a folder; name a recipe file in it") from error
+        own = Path(path, "recipe.yaml")
+        hint = f"name the recipe in it, {own}, if it is a run's" if own.exists() else "name a recipe file in it"
+        raise RecipeError(f"{name}: is a folder; {hint}") from error
     except OSError as error:
         raise RecipeError(f"{name}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

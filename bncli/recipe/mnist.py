@@ -85,7 +85,7 @@ def _read_header(stream: BinaryIO, path: Path) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def training_images(folder: str) -> int:
-    """The number of training images in a folder, from the file's header. Raises DataError."""
-    with open_idx(find_file(folder, "train", "images-idx3")) as (shape, _):
+def images_in(folder: str, part: str = "train") -> int:
+    """The number of images of a part, train or t10k, from the file's header. Raises DataError."""
+    with open_idx(find_file(folder, part, "images-idx3")) as (shape, _):
         return shape[0]

@@ -29,6 +29,7 @@ from tests.benchmarks import (
     kernels,
     large_tensor,
     small_calls,
+    soak,
     start_up,
     step_overhead,
 )
@@ -248,6 +249,17 @@ def test_step_overhead_prints_both_loops_and_their_ratio(capsys: Printed) -> Non
     assert first.startswith("hand-written ")
     assert second.startswith("bncli train ")
     assert ratio.startswith("ratio bncli train / hand-written, paired over 3 rounds: ")
+
+
+def test_a_soak_tells_growth_from_none_and_leaves_out_the_first_runs() -> None:
+    def sample(runs: int, mib: float) -> soak.Sample:
+        return soak.Sample(runs, "parent", mib, mib, 3, 10)
+
+    leak = [sample(runs, 90 + 0.01 * runs) for runs in range(10, 1001, 10)]
+    loads = [sample(runs, 60.0 if runs < 50 else 90.0) for runs in range(10, 1001, 10)]
+    assert soak.growth(leak, "rss_mib") == pytest.approx(10)
+    assert soak.growth(loads, "rss_mib") == 0
+    assert "parent: rss_mib 90.1 to 100 (+10 over 1,000 runs)" in soak.summary(leak, 1000, 1.0)
 
 
 # --- the ratios that they print, held to their targets ----------------------------------------------------------------

@@ -11,15 +11,17 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bncli.errors import BncliError
+from bncli.errors import USAGE, BncliError
 from bncli.measure.compare import reuse
 from bncli.report.compare.folder import ComparisonFolder
-from bncli.results.compare import Comparison
+from bncli.report.files import from_json, to_json
+from bncli.results.compare import BegunComparison, Comparison
 from tests.cli.conftest import RECIPE, InThisProcess, Ran, bncli, process
 
 
@@ -51,6 +53,14 @@ def test_what_could_not_be_obeyed_is_refused_before_any_work(arguments: list[str
     assert not Path("runs").exists()
 
 
+def test_more_jobs_than_the_memory_holds_are_refused_with_the_figures(recipe: str) -> None:
+    for dry in ((), ("--dry-run",)):
+        ran = bncli("compare", recipe, "--jobs", "1000000", "--device", "cpu", *dry)
+        assert (ran.code, ran.out) == (USAGE, "")
+        figures = r"1000000 processes need about [\d,]+ of [\d,]+ MiB available \(data 1 MiB, each with torch 170 MiB, "
+        assert re.search(rf"--jobs 1000000: {figures}its training 1 MiB\); free memory, or use \d+", ran.err)
+
+
 def test_a_dry_run_shows_where_each_value_came_from_and_trains_nothing(recipe: str) -> None:
     ran = bncli("compare", recipe, "--dry-run", "--set", "train.seed=3")
     assert ran.code == 0
@@ -61,7 +71,7 @@ def test_a_dry_run_shows_where_each_value_came_from_and_trains_nothing(recipe: s
     assert rows["normed"][-3:] == ["6", "+", "2"]
     steps = "16 runs, 960 optimizer steps at most, more where an arm keeps several points of the grid."
     assert f"{steps} Nothing was trained." in ran.words
-    assert re.search(r"available on this machine \(CPU\): [\d,]+\.\d MiB", ran.words)
+    assert re.search(r"On a CPU .* about [\d,]+ of [\d,]+ MiB available", ran.words)
     assert not Path("runs").exists()
 
 
@@ -182,7 +192,10 @@ def test_the_report_is_made_again_from_files(copied: Ran) -> None:
     Path("copy.json").write_text(saved)
     copy = bncli("compare", "--from", "copy.json")
     assert (copy.code, copy.out) == (0, copied.out)
-    Path("runs/small/plan.json").write_text(Path("runs/small/plan.json").read_text().replace('"mlp"', '"later"'))
+    plan = Path("runs/small/plan.json")
+    begun = from_json(BegunComparison, plan.read_text())
+    later = {name: {**each, "model": {"kind": "later"}} for name, each in begun.plan.recipes.items()}
+    plan.write_text(to_json(replace(begun, plan=replace(begun.plan, recipes=later))))
     unknown = bncli("compare", "--from", "runs/small")
     assert unknown.code == 2
     assert "--from runs/small/plan.json: its recipes are not as this bncli has them" in unknown.err

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bncli.engine.data.splits import Dataset, order
+from bncli.engine.data.splits import Batch, Dataset, order
 from bncli.engine.device import autocast
 from bncli.engine.models.init import global_generators, restore_global_generators, stream
 from bncli.engine.models.variants import BatchRenorm, GhostBatchNorm, NoisyBatchNorm
@@ -29,6 +29,18 @@ from bncli.results.train import RunningStatistics
 
 # Layers that evaluate with the mean and variance of (N, C, *S) over N and *S.
 ESTIMATED = (_BatchNorm, GhostBatchNorm, BatchRenorm, NoisyBatchNorm)
+
+
+class GivenUp(Exception):
+    """An evaluation was given up since the run is to stop."""
+
+
+def unless(stop: Callable[[], bool], batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches; raises GivenUp between two of them once `stop()` is true."""
+    for number, batch in enumerate(batches):
+        if number and stop():
+            raise GivenUp
+        yield batch
 
 
 class Moments:
@@ -57,7 +69,11 @@ class Moments:
 
 @contextlib.contextmanager
 def precise(
-    model: nn.Module, recipe: Recipe, dataset: Dataset, device: torch.device
+    model: nn.Module,
+    recipe: Recipe,
+    dataset: Dataset,
+    device: torch.device,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[RunningStatistics, ...]]:
     """A context in which the running statistics are those of the population; afterwards the model is as it was before.
 
@@ -69,6 +85,7 @@ def precise(
     Args:
         model: in the mode of training; a batch norm that is in evaluation mode keeps its statistics.
         recipe, dataset, device: of the run.
+        stop: called between batches; GivenUp, and everything as before, once it is true.
 
     Yields:
         How far the running statistics of each layer are from those of the population; of a model that called no batch
@@ -87,7 +104,7 @@ def precise(
     generators = global_generators(device)
     try:
         with autocast(device, train.precision), _uncompiled():
-            found = moments(model, (x for x, _ in batches))
+            found = moments(model, (x for x, _ in unless(stop, batches)))
     finally:
         restore_global_generators(generators, device)
         _restore(buffers)

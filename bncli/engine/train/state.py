@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any
@@ -27,7 +28,7 @@ from bncli.results.train import Evaluation, ProbePoint, RunningStatistics, Targe
 
 LSUV_EXAMPLES = 500
 # Attributes that are saved as they are, and by their state_dict.
-NUMBERS = ("step", "batches", "skipped", "train_loss", "evaluation_s")
+NUMBERS = ("step", "batches", "skipped", "train_loss", "evaluation_s", "checkpoint_s")
 PARTS = ("model", "optimizer", "scaler")
 
 
@@ -38,7 +39,9 @@ class TrainState:
 
     step: optimizer steps taken. batches: batches taken from the data; more than steps if the fp16 scaler skipped some.
     skipped: consecutive batches, up to now, whose step was skipped. augmentation: the generator of the augmentation.
-    train_loss: of the last batch whose loss was read. evaluation_s: seconds spent in evaluations.
+    train_loss: of the last batch whose loss was read. evaluation_s: seconds spent in evaluations. checkpoint_s: in
+    copying and saving weights and states. best: step and weights, on the CPU, of the best evaluation so far, where
+    `keeps_best`. population: the buffers that the last evaluation had in place of the model's (precise statistics).
     """
 
     def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device) -> None:
@@ -68,7 +71,11 @@ class TrainState:
         self.running_statistics: tuple[RunningStatistics, ...] | None = None
         self.targets = _targets(recipe)
         self.train_loss: float | None = None
-        self.evaluation_s = 0.0
+        self.evaluation_s = self.checkpoint_s = 0.0
+        self.keeps_best = False
+        self.best_evaluation: Evaluation | None = None
+        self.best: tuple[int, dict[str, Tensor]] | None = None
+        self.population: dict[str, Tensor] = {}
         self.clock = Clock(train.batch_size, device)
         self.memory = PeakMemory(device)  # read in evaluations, which do not count for the throughput
 
@@ -83,8 +90,32 @@ class TrainState:
 
     def record(self, evaluation: Evaluation) -> None:
         self.evaluations.append(evaluation)
+        if self.best_evaluation is None or self.rank(evaluation) > self.rank(self.best_evaluation):
+            self.best_evaluation = evaluation
         for target in self.targets:
             target.add(evaluation)
+
+    def keep_weights(self) -> None:
+        """Copy the weights if the last evaluation is the best, and in any case the statistics that are precise."""
+        began, is_best = perf_counter(), self.best_evaluation is self.evaluations[-1]
+        if self.running_statistics is not None:
+            held = self.model.state_dict(keep_vars=True).items()
+            self.population = copies({name: each for name, each in held if not isinstance(each, nn.Parameter)})
+        if self.keeps_best and is_best:
+            self.best = self.step, copies(self.model.state_dict())
+            self.memory.end("saving")
+        self.checkpoint_s += perf_counter() - began
+
+    def rank(self, evaluation: Evaluation) -> float:
+        """Larger is better by the target's metric, accuracy without a target; NaN is the worst."""
+        metric = self.targets[0].target.metric if self.targets else "accuracy"
+        value = evaluation.value(metric) * (1 if metric == "accuracy" else -1)
+        return -math.inf if math.isnan(value) else value
+
+    @property
+    def phase(self) -> str:
+        """What takes memory between the evaluations."""
+        return "training" if self.step else "preparation"
 
     @property
     def learning_rate(self) -> float:
@@ -101,17 +132,24 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """All that changes in training, as tensors, numbers and text, for torch.save and torch.load(weights_only=True).
 
-        As in torch, the tensors are not copies: save or copy them before the next step. Buffers that a user's model
-        keeps out of its state_dict are not included.
+        As in torch, the tensors are not copies: save or copy them before the next step. Of a user's model, what is
+        neither in its state_dict nor a buffer nor a flag of a module or parameter is not included.
         """
+        model, kept = self.model, self.model.state_dict()
         return {
             **{name: getattr(self, name) for name in NUMBERS},
             **{name: getattr(self, name).state_dict() for name in PARTS},
+            "buffers": {name: buffer for name, buffer in model.named_buffers() if name not in kept},
+            "modes": [module.training for module in model.modules()],
+            "trained": [parameter.requires_grad for parameter in model.parameters()],
+            "best": self.best,
+            "population": self.population,
             "augmentation": self.augmentation.get_state(),
             "global generators": global_generators(self.device),
             "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
             "running statistics": self.running_statistics and [asdict(layer) for layer in self.running_statistics],
             "intervals": self.clock.so_far(self.step),
+            "warm_ups": self.clock.warm_ups,
             "peak_memory_mib": dict(self.memory.mib),
             "probes": self.probes and self.probes.state_dict(),
         }
@@ -125,18 +163,28 @@ class TrainState:
             setattr(self, name, saved[name])
         for name in PARTS:
             getattr(self, name).load_state_dict(saved[name])
-        self.evaluations, self.targets = [], _targets(self.recipe)
+        for name, buffer in saved["buffers"].items():
+            self.model.get_buffer(name).copy_(buffer)
+        for module, training in zip(self.model.modules(), saved["modes"], strict=True):
+            module.training = training
+        for parameter, trained in zip(self.model.parameters(), saved["trained"], strict=True):
+            parameter.requires_grad_(trained)
+        self.best, self.population = saved["best"], saved["population"]
+        self.evaluations, self.targets, self.best_evaluation = [], _targets(self.recipe), None
         for evaluation in saved["evaluations"]:
             self.record(Evaluation(**evaluation))
         layers = saved["running statistics"]
         self.running_statistics = layers and tuple(RunningStatistics(**layer) for layer in layers)
-        self.clock = Clock(self.recipe.train.batch_size, self.device, intervals=list(saved["intervals"]))
+        intervals = list(saved["intervals"])
+        self.clock = Clock(self.recipe.train.batch_size, self.device, intervals=intervals)
+        self.clock.warm_ups = [*saved["warm_ups"], len(intervals)]
         self.memory.mib = dict(saved["peak_memory_mib"])
         if self.probes:
             self.probes.load_state_dict(saved["probes"])
         self.augmentation.set_state(saved["augmentation"])
         self._coming = self._batches_to_come()
         restore_global_generators(saved["global generators"], self.device)
+        self.memory.end("preparation")
 
     def _batches_to_come(self) -> Iterator[Batch]:
         train, split = self.recipe.train, self.dataset.train
@@ -149,6 +197,11 @@ def check_fit(recipe: Recipe, dataset: Dataset) -> None:
     """Raises DataError for contradictions that only the loaded data reveal; the rest of a recipe is checked before."""
     for keys, text in shape_contradictions(recipe, dataset.shape, dataset.classes):
         raise DataError(f"{dotted(keys)}: {text}")
+
+
+def copies(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state_dict, copied to the CPU; what is no tensor is left out."""
+    return {name: each.detach().to("cpu", copy=True) for name, each in tensors.items() if isinstance(each, Tensor)}
 
 
 def sample(dataset: Dataset, seed: int, count: int) -> Tensor:
@@ -225,16 +278,22 @@ class Probes:
 
 @dataclass
 class Clock:
-    """Training time without evaluations. The first interval is warm-up (lazy initialization, compilation)."""
+    """Training time without evaluations.
+
+    warm_ups: the intervals of lazy initialization and compilation, the first of each process that a run is trained in.
+    """
 
     batch_size: int
     device: torch.device
     now: Callable[[], float] = perf_counter
     intervals: list[tuple[int, float]] = field(default_factory=list)  # steps, seconds
+    warm_ups: list[int] = field(default_factory=lambda: [0])
     _started: float | None = None
 
     def start(self) -> None:
-        self._started = self.now()
+        """Go on, if it is paused."""
+        if self._started is None:
+            self._started = self.now()
 
     def pause(self, step: int) -> None:
         self.intervals = self.so_far(step)
@@ -257,7 +316,8 @@ class Clock:
         return sum(seconds for _, seconds in self.intervals)
 
     def ms_per_step(self) -> float | None:
-        measured = self.intervals[1:] or self.intervals
+        later = [each for number, each in enumerate(self.intervals) if number not in self.warm_ups]
+        measured = later or self.intervals
         steps = sum(count for count, _ in measured)
         return 1e3 * sum(seconds for _, seconds in measured) / steps if steps else None
 

@@ -85,7 +85,7 @@ def new_state(recipe: Recipe) -> TrainState:
 
 def trained(state: TrainState, until: int = STEPS) -> tuple[list[Evaluation], RunResult]:
     """The evaluations of a run on to that step, and its result."""
-    events = list(training_loop(state, stop=lambda: state.step == until))
+    events = list(training_loop(state, stop=lambda: state.step == until < STEPS))
     assert isinstance(events[-1], RunFinished)
     return [event.evaluation for event in events if isinstance(event, Evaluated)], events[-1].result
 
@@ -104,7 +104,14 @@ def assert_same_bits(one: Any, other: Any, where: str = "state") -> None:
         assert one.numpy().tobytes() == other.numpy().tobytes(), where
     elif isinstance(one, dict):
         assert one.keys() == other.keys(), where
-        for key in one.keys() - {"evaluation_s", "intervals", "peak_memory_mib", "probes_s"}:
+        for key in one.keys() - {
+            "evaluation_s",
+            "checkpoint_s",
+            "intervals",
+            "warm_ups",
+            "peak_memory_mib",
+            "probes_s",
+        }:
             assert_same_bits(one[key], other[key], f"{where}[{key!r}]")
     elif isinstance(one, list | tuple):
         assert len(one) == len(other), where

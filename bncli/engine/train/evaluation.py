@@ -1,0 +1,91 @@
+"""Evaluation of all held-out examples, which leaves the run as it was, and which a signal can end early."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from time import perf_counter
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bncli.engine.device import autocast
+from bncli.engine.train.population import precise, unless
+from bncli.engine.train.state import TrainState
+from bncli.errors import RunFailed
+from bncli.recipe.sections import BatchNorm, OwnModel, Recipe
+from bncli.results.train import Evaluated, Evaluation
+
+EVALUATED_VALUES = 2**17  # input values of one evaluation chunk, 512 KiB of float32
+
+
+@torch.no_grad()  # not inference_mode: a model may cache tensors of its first pass for training
+def evaluate(state: TrainState, stop: Callable[[], bool] = lambda: False) -> Evaluated:
+    """Evaluate all held-out examples, and keep the weights where they are the best so far and the best are kept.
+
+    Raises GivenUp, with the state as before, once `stop()` is true. An evaluation of a user's model ends first, since
+    its forward pass may draw random numbers and change buffers.
+    """
+    began = perf_counter()
+    state.memory.end(state.phase)
+    if isinstance(state.recipe.model, OwnModel):
+        stop = lambda: False  # noqa: E731
+    parts = (state.model, state.recipe, state.dataset, state.device)
+    is_precise = state.recipe.train.population_statistics == "precise"
+    with precise(*parts, stop) if is_precise else nullcontext() as running_statistics:
+        found = measured(state, stop)
+        state.memory.end("evaluation")
+        state.evaluation_s += perf_counter() - began
+        state.running_statistics = running_statistics
+        state.record(found)
+        state.keep_weights()
+    return Evaluated(found, state.learning_rate)
+
+
+@torch.no_grad()
+def measured(state: TrainState, stop: Callable[[], bool] = lambda: False) -> Evaluation:
+    """The model on all held-out examples in evaluation mode; then every module is in the mode that it was in.
+
+    A NaN or +inf among the logits counts as wrong; -inf may mask a class.
+    """
+    flags = [(module, module.training) for module in state.model.modules()]
+    state.model.eval()
+    right = loss = torch.zeros((), device=state.device)
+    count = 0
+    try:
+        for x, y in unless(stop, state.dataset.held_out.chunks(evaluation_size(state.recipe, state.dataset.shape))):
+            with autocast(state.device, state.recipe.train.precision):
+                logits = state.model(x)
+            expected = (len(y), state.dataset.classes)
+            if isinstance(state.recipe.model, OwnModel) and getattr(logits, "shape", None) != expected:
+                found = (
+                    f"of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+                )
+                raise RunFailed(
+                    f"model.module: {state.recipe.model.module}: the output for a batch of {len(y)} examples is "
+                    f"{found}; expected a tensor of shape {expected}, a logit for each example and class"
+                )
+            highest, predicted = logits.max(1)  # NaN where any of an example's logits is
+            right = right + ((predicted == y) & highest.isfinite()).sum()
+            loss = loss + F.cross_entropy(logits.float(), y, reduction="sum")
+            count += len(y)
+    finally:
+        for module, training in flags:  # parents come first; a class may override `train`
+            if module.training != training:
+                module.train(training)
+    return Evaluation(state.step, right.item() / count, loss.item() / count, state.train_loss)
+
+
+def evaluation_size(recipe: Recipe, shape: tuple[int, ...]) -> int:
+    """The number of held-out examples of that shape per evaluation chunk: about a training (micro-)batch.
+
+    If the logits of an example are known not to depend on other examples, small examples come in larger chunks: for a
+    tiny net, a pass over 60 takes half as long as one over 500.
+    """
+    norm = recipe.norm
+    by_batch = isinstance(norm, BatchNorm) and not norm.track_running_stats
+    if by_batch or isinstance(recipe.model, OwnModel):
+        return recipe.train.micro_batch_size
+    return max(recipe.train.batch_size, EVALUATED_VALUES // math.prod(shape))
