@@ -295,6 +295,7 @@ def waiting(folder: Path, recipe: str) -> tuple[subprocess.Popen[str], tuple[str
     return started, command
 
 
+@pytest.mark.usefixtures("runs_here")
 def test_a_comparison_that_is_killed_goes_on_where_it_stopped(
     waiting: tuple[subprocess.Popen[str], tuple[str, ...]],
 ) -> None:
@@ -430,7 +431,9 @@ def test_a_change_in_a_package_that_an_own_model_imports_is_seen(recipe: str) ->
     assert "4 of them already done" in err
 
 
-def test_runs_by_code_changed_meanwhile_are_left_out_and_done_again(recipe: str) -> None:
+def test_runs_by_code_changed_meanwhile_are_left_out_and_done_again(
+    recipe: str, request: pytest.FixtureRequest
+) -> None:
     Path("width.py").write_text("WIDTH = 8\n")
     Path("mine.py").write_text(
         "import os, pathlib\nfrom torch import nn\nfrom width import WIDTH\n"
@@ -451,6 +454,7 @@ def test_runs_by_code_changed_meanwhile_are_left_out_and_done_again(recipe: str)
     assert {"kind": "unfinished", "arm": None, "facts": {"done": 2, "planned": 4, "failed": 1}} in found["notes"]
     assert found["remarks"] == [{"kind": "earlier code", "arm": None, "facts": {"runs": 1}}]
     assert found["notes"][-1] == found["remarks"][0]
+    request.getfixturevalue("runs_here")  # a process of their own was needed for the death of one
     ran = bncli("compare", recipe, *OWN_MODEL, "--json")
     assert ran.code == 0
     assert "2 of them already done" in ran.err
