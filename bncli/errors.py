@@ -1,15 +1,27 @@
-"""User-facing errors and their exit codes. An error carries its whole message: what, where, what to do."""
+"""User-facing errors with exit codes and whole messages (what, where, what to do); text made safe to be shown."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import errno
+from collections.abc import Iterable, Iterator
 
 OK = 0
 CHECK_FAILED = 1  # a check failed: a missed target that was required, a run that died
 USAGE = 2  # a recipe, an option or data that is not there
 UNAVAILABLE = 3  # a device or a kernel that cannot run here
 DIVERGED = 4  # the loss stopped being finite
-INTERRUPTED = 130  # Ctrl-C; SIGTERM is 143, as shells count
+INTERRUPTED = 130  # Ctrl-C; 143 by SIGTERM and 129 by SIGHUP, as shells count
+
+
+# Visible characters for those that act on a terminal or turn a line's direction: C0 but tab and newline, DEL, C1, ...
+VISIBLE = {code: chr(0x2400 + code) for code in range(32) if code not in b"\t\n"} | {0x7F: "\u2421"}
+VISIBLE |= dict.fromkeys((*range(0x80, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd")
+
+
+def printable(text: str) -> str:
+    """The text with a visible character in the place of every control character; all that is shown passes here."""
+    return text if text.isprintable() else text.translate(VISIBLE)
 
 
 CODE_OF_YOURS = "your own code, which would be executed; allow it"  # with allow_code, the permission of that error
@@ -101,6 +113,27 @@ class Refused(BncliError):
 
 class RunFailed(BncliError):
     """A run that the user's own code ended."""
+
+
+# Of torch's allocator on a CPU, of NumPy's sizes, and of the dynamic linker, which have no class of their own for it.
+NO_MEMORY = ("DefaultCPUAllocator: ", "out of memory", "Storage size calculation overflowed", "failed to map")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory could not be allocated, on any device."""
+    words = isinstance(error, RuntimeError | ImportError) and any(each in str(error) for each in NO_MEMORY)
+    return words or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+
+
+@contextlib.contextmanager
+def out_of_memory_is(explained: BncliError) -> Iterator[None]:
+    """A context in which an error that says that memory was short becomes that one."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise explained from error
 
 
 class Unavailable(BncliError):

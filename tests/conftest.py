@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+# Processes that test at the same time share the cores: two threads each would wait for one another. Where a test asks
+# for several, one that waits leaves its core to others, which libgomp reads as torch loads it, here and in processes
+# that tests start: 0.13 ms of CPU for a small batch norm on two busy cores, and 16 ms where it spins.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
+from bncli.engine.device import cpu_threads
 from bncli.kernels import fused
 from bncli.recipe.sections import Recipe
 
-# Processes that test at the same time share the cores: two threads each would wait for one another.
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
@@ -45,6 +52,13 @@ def tiny(**sections: Any) -> Recipe:
     """The small recipe with whole sections replaced, and `train` fields changed one by one."""
     train = {**TINY["train"], **sections.pop("train", {})}
     return Recipe.model_validate({**TINY, **sections, "train": train})
+
+
+@pytest.fixture(autouse=True)
+def threads_are_restored() -> Iterator[None]:
+    """More than there were before a test, or a command that it ran, would slow down all tests that follow."""
+    with cpu_threads(torch.get_num_threads()):
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import re
 import subprocess
@@ -45,17 +46,18 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "names": ({"errors"}, set()),
     "storage": ({"errors"}, set()),
     "results": ({"errors", "names"}, set()),
-    "recipe": ({"errors", "names"}, {"pydantic", "yaml", "numpy"}),
-    "kernels": ({"errors", "names"}, {"torch"}),
+    "recipe": ({"errors", "names", "storage"}, {"pydantic", "yaml", "numpy"}),
+    "kernels": ({"errors", "names", "storage"}, {"torch"}),
     "kernels.definition": ({"names"}, {"torch"}),
     "kernels.fused.triton": ({"errors", "names", "kernels"}, {"torch", "triton"}),
     "kernels.fused.triton_launch": ({"errors", "names", "kernels"}, {"torch", "triton"}),
     "engine.device": ({"errors", "names", "results", "__init__"}, {"torch", "psutil"}),
     "engine.load": (set(), {"psutil"}),
+    "engine.memory": (set(), {"psutil"}),
     "engine.target": (ASKED, set()),
     "engine.user_code": ({"errors"}, set()),
     "engine.data": (
-        {"errors", "names", "recipe", "kernels", "engine.device"},
+        {"errors", "names", "recipe", "kernels", "engine.device", "engine.memory"},
         {"torch", "numpy", "sklearn", "datasets", "PIL", "huggingface_hub"},
     ),
     "engine.models": (
@@ -65,10 +67,13 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "engine.convert": ({"errors", "names", "recipe", "kernels", "engine.device", "engine.models.norms"}, {"torch"}),
     "engine.train": (ASKED | {"engine", "kernels", "__init__"}, {"torch", "numpy", "pydantic", "safetensors"}),
     "measure.timing": ({"errors", "results", "engine.device"}, {"torch", "numpy", "scipy", "psutil"}),
-    "measure.reference": (ASKED | {"kernels", "engine.device", "engine.models", "engine.user_code"}, {"torch"}),
-    "measure.dry_run": (ASKED, {"psutil"}),
+    "measure.reference": (
+        ASKED | {"kernels", "engine.device", "engine.models", "engine.user_code"},
+        {"torch"},
+    ),
+    "measure.dry_run": (ASKED | {"engine.memory"}, set()),
     "measure.compare": (
-        ASKED | {"engine.target", "engine.user_code", "measure.dry_run", "__init__"},
+        ASKED | {"engine.memory", "engine.target", "engine.user_code", "measure.dry_run", "__init__"},
         {"numpy", "scipy", "psutil"},
     ),
     "measure.profile": (
@@ -90,7 +95,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
             ASKED
             | REPORT
             | {"cli.console", "cli.options", "cli.output", f"report.{command}", f"measure.{command}"}
-            | ({"engine.train", "measure.dry_run"} if command == "train" else set()),
+            | {"train": {"engine.train", "measure.dry_run"}, "compare": {"measure.dry_run"}}.get(command, set()),
             {"typer"},
         )
         for command in ("train", "compare", "profile", "gradcheck")
@@ -122,10 +127,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = {module_of(file): file for file in FILES}
 
 
+@functools.cache
+def syntax(file: Path) -> tuple[ast.AST, ...]:
+    """The module's syntax tree and every node below it."""
+    return tuple(ast.walk(ast.parse(file.read_text())))
+
+
+@functools.cache
 def imports(file: Path) -> set[tuple[str, str]]:
     """(`in`, a module of the package) or (`out`, a package) for every import in a file, wherever it stands."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in syntax(file):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -175,7 +187,7 @@ def test_options_are_named_in_the_command_line_alone() -> None:
     below = {module: file for module, file in MODULES.items() if not part_of(module).startswith("cli")}
     named = set()
     for module in below.keys() - OPTIONS_OF_OTHER_PROGRAMS:
-        for node in ast.walk(ast.parse(below[module].read_text())):
+        for node in syntax(below[module]):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 named |= {(module, node.lineno, option) for option in OPTION.findall(node.value)}
     assert not named
@@ -219,7 +231,7 @@ def path_of_test(file: Path) -> str:
 
 def test_every_module_has_its_test_file_or_a_reason() -> None:
     """tests/ is the package's tree: `measure/profile/steps.py` is tested by `tests/measure/profile/test_steps.py`."""
-    with_code = {module: file for module, file in MODULES.items() if len(ast.parse(file.read_text()).body) > 1}
+    with_code = {module: file for module, file in MODULES.items() if len(syntax(file)[0].body) > 1}  # type: ignore[attr-defined]
     missing = {module for module, file in with_code.items() if not (ROOT / "tests" / path_of_test(file)).exists()}
     assert missing == set(TESTED_ELSEWHERE)
 
@@ -238,9 +250,12 @@ TESTS_OF_SEVERAL = {
     "benchmarks/test_benchmarks.py": "the benchmark commands",
     "engine/train/test_fused_training.py": "training with the fused kernel, through all its modules",
     "engine/train/test_step.py": "the options of the optimizer step: accumulation, clipping, label smoothing",
+    "fuzz/test_fuzz.py": "the fuzzing command, and a fixed number of its inputs",
+    "test_kill.py": "the command that kills others, and ten of its kills",
     "kernels/fused/test_ahead_of_time.py": "the compilation of every kernel without a GPU",
     "kernels/fused/test_models.py": "whole models with the fused kernel",
     "kernels/fused/test_team.py": "programs that share a channel, on a GPU",
+    "test_control_characters.py": "what no name, message or file brings to a terminal, in any form of any report",
     "measure/reference/test_one_standard.py": "profile and gradcheck call the same kernels wrong",
 }
 
@@ -259,9 +274,26 @@ def test_only_the_command_line_and_the_report_print() -> None:
     for module, file in MODULES.items():
         if part_of(module).startswith(("cli", "report")) or module == "recipe.schema":  # printed when it is run
             continue
-        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        calls = [node for node in syntax(file) if isinstance(node, ast.Call)]
         printing = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
         assert not printing, f"{file}: prints in lines {printing}"
+
+
+def test_what_is_shown_leaves_where_control_characters_are_made_visible() -> None:
+    """Names, messages and files can have some: `cli.console` shows results and messages, `report.progress` the rest."""
+    ways = re.compile(
+        r"print|(rich\.)?(console\.)?Console|(sys\.)?(__)?std(out|err)(__)?\.(buffer\.)?write|(typer\.)?s?echo"
+    )
+    found = set()
+    for module, file in MODULES.items():
+        if part_of(module).startswith(("cli", "report")):
+            calls = [node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+            found |= {(module, word) for word in map(ast.unparse, calls) if ways.fullmatch(word)}
+    of_console = {("cli.console", way) for way in ("print", "sys.stdout.write", "Console")}
+    assert found == of_console | {
+        ("report.progress", "Console"),
+        ("cli.__init__", "typer.echo"),
+    }  # of the version alone
 
 
 def modules_after(code: str) -> set[str]:

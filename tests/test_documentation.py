@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import typer.main
 from PIL import Image
 
 from bncli.cli import app
+from tests.cli.conftest import bncli, forget_modules
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -127,21 +129,19 @@ SESSIONS = re.findall(r"^bncli .*(?:\nbncli .*--from .*)?$", "\n".join(COMMANDS)
 # What shortens a command that trains or measures; the scheduled checks run the same commands word for word.
 SHORT = {
     "train": ["--set", "train.steps=50"],
-    "compare": ["--set", "grid={optimizer.lr: [3]}", "--set", "seeds.report=3", "--set", "train.steps=40"],
+    "compare": ["-j", "1", *shlex.split("--set 'grid={optimizer.lr: [3]}' --set seeds.report=3 --set train.steps=40")],
     "profile": ["--time", "1", "--min-rounds", "1"],
 }
 
 
-def run(session: str, folder: Path, shorter: bool) -> None:
-    """Run commands of the README in a folder that has the recipes."""
-    (folder / "recipes").symlink_to(ROOT / "recipes")
-    for line in session.splitlines():
-        words = shlex.split(line, comments=True)
-        if shorter and "--from" not in words:
-            words += SHORT.get(words[1], [])
-        done = subprocess.run([sys.executable, "-m", *words], cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder, which has the recipes; what is imported from it is forgotten."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    forget_modules(tmp_path)
 
 
 def test_the_sessions_are_all_commands_of_the_readme() -> None:
@@ -150,14 +150,24 @@ def test_the_sessions_are_all_commands_of_the_readme() -> None:
 
 
 @pytest.mark.parametrize("session", SESSIONS)
-def test_a_command_of_the_readme_runs(session: str, tmp_path: Path) -> None:
-    run(session, tmp_path, shorter=True)
+@pytest.mark.usefixtures("folder")
+def test_a_command_of_the_readme_runs(session: str) -> None:
+    for line in session.splitlines():
+        _, command, *arguments = shlex.split(line, comments=True)
+        ran = bncli(command, *arguments, *([] if "--from" in arguments else SHORT.get(command, [])))
+        assert ran.code == 0, ran.err
+        assert ran.out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("session", SESSIONS)
-def test_a_command_of_the_readme_runs_word_for_word(session: str, tmp_path: Path) -> None:
-    run(session, tmp_path, shorter=False)
+@pytest.mark.usefixtures("folder")
+def test_a_command_of_the_readme_runs_word_for_word(session: str) -> None:
+    for line in session.splitlines():
+        words = shlex.split(line, comments=True)
+        done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
 
 
 # --- the user's own model -------------------------------------------------------------------------------------------
@@ -171,18 +181,17 @@ train: {steps: 30, batch_size: 20, evaluate_every: 10}
 
 
 @pytest.mark.parametrize("norm", ["none", "batch"])
-def test_the_model_of_the_readme_trains_as_it_stands(norm: str, tmp_path: Path) -> None:
+def test_the_model_of_the_readme_trains_as_it_stands(norm: str, folder: Path) -> None:
     (section,) = re.findall(r"^## Your own model and data\n(.*?)^## ", README, re.M | re.S)
     (code,) = fences(section, "python")
     assert len(code.splitlines()) <= 10
-    (tmp_path / "mine.py").write_text(code)
-    (tmp_path / "r.yaml").write_text(OWN_RECIPE)
+    (folder / "mine.py").write_text(code)
+    (folder / "r.yaml").write_text(OWN_RECIPE)
     random = np.random.default_rng(0)
-    np.savez(tmp_path / "mine.npz", x=random.normal(size=(100, 1, 4, 4)), y=np.arange(100) % 3)
-    command = [sys.executable, "-m", "bncli", "train", "r.yaml", "--allow-code", "--set", f"norm={norm}", "--json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    np.savez(folder / "mine.npz", x=random.normal(size=(100, 1, 4, 4)), y=np.arange(100) % 3)
+    ran = bncli("train", "r.yaml", "--allow-code", "--set", f"norm={norm}", "--json")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
     assert found["steps_run"] == 30
     assert found["parameters"] == (16 * 64 + 64) + (64 * 3 + 3) + (2 * 64 if norm == "batch" else 0)
 

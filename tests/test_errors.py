@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 from bncli import errors
-from bncli.errors import BncliError, RecipeError, Refused, UsageError, UsageErrors
+from bncli.errors import BncliError, RecipeError, Refused, UsageError, UsageErrors, printable
 
 
 @pytest.mark.parametrize(
@@ -85,3 +85,11 @@ def test_the_exit_codes_are_those_that_the_command_line_documents() -> None:
     }
     for code, meaning in words.items():
         assert f"{code} {meaning}" in str(app.info.epilog)
+
+
+def test_a_control_character_is_shown_as_one_visible_character_and_all_others_as_they_are() -> None:
+    kept = "a\tb\n\u00a0\u00e9\u6279\U0001f600\u2400\u200d"
+    assert printable(kept) == kept
+    assert (
+        printable("\0\x1b[31m\r\x7f\x80\x9b\u2028\u202e\u2069.") == "\u2400\u241b[31m\u240d\u2421" + "\ufffd" * 5 + "."
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import tempfile
 from dataclasses import replace
@@ -14,15 +15,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bncli.cli import options
-from bncli.cli.console import StopSignal, enable_gc, full_disk, given_options, log, show_plan
+from bncli.cli.console import StopSignal, enable_gc, given_options, log, show_plan, system_errors
 from bncli.cli.output import Output, origin
 from bncli.errors import CHECK_FAILED, BncliError, UsageError
 
 if TYPE_CHECKING:
-    from bncli.measure.compare.plan import Study
+    from bncli.measure.compare.plan import Job, Study
+    from bncli.measure.compare.processes import Processes
     from bncli.recipe.load import Loaded
     from bncli.report.compare.folder import ComparisonFolder
-    from bncli.results.compare import Comparison, RunRecord
+    from bncli.results.compare import Comparison, MemoryNeeded
 
 
 NO_CLAIMS = "--require-claims: there are no claims; write them into the recipe under claims"
@@ -40,6 +42,14 @@ def compare(
         ),
     ] = None,
     threads: Annotated[int, options.ThreadsOption(help="CPU threads per run.")] = 1,
+    run_timeout: Annotated[
+        float | None,
+        options.MachineOption(
+            min=0.1,
+            metavar="SECONDS",
+            help="End a run that makes no step for so long; loading the data, compilation and evaluation count.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, options.FolderOption(help="Folder of the runs.  [default: runs/NAME, or runs/A+B]")
     ] = None,
@@ -70,7 +80,7 @@ def compare(
     output = Output.of(context)
     if bool(recipes) == bool(saved):
         raise UsageError("give a recipe, as in: bncli compare recipes/digits.yaml (or --from a saved comparison)")
-    training = ("sets", "dry_run", "out", "jobs", "device", "threads", "allow_code")
+    training = ("sets", "dry_run", "out", "jobs", "device", "threads", "run_timeout", "allow_code")
     if saved and (idle := given_options(context, *training)):
         raise UsageError(f"{idle}: nothing is trained with --from, so that would have no effect")
     output.check()
@@ -80,6 +90,7 @@ def compare(
         if require_claims and not comparison.plan.claims:
             raise UsageError(NO_CLAIMS)
     else:
+        from bncli.measure.compare.processes import Processes
         from bncli.recipe.load import load
 
         if (recipes or []).count("-") > 1:
@@ -87,12 +98,14 @@ def compare(
         loaded = [load(path, sets or (), allow_code=allow_code, sets_from="--set") for path in recipes or ()]
         if require_claims and not any(each.file.claims for each in loaded):
             raise UsageError(NO_CLAIMS)
-        comparison, stopped = _run_comparison(loaded, device, jobs, threads, out, quiet, output.form if dry_run else "")
+        executor = Processes(device, jobs, threads, longest_silence_s=run_timeout)
+        comparison, stopped = _run_comparison(loaded, executor, out, quiet, output.form if dry_run else "")
     folder = saved or out or Path("runs") / comparison.plan.name
     if stopped and output.form != "json" and not any(run.result for run in comparison.runs):
-        log("Stopped before any run ended; the same command begins again")
+        goes_on = "continues from their checkpoints" if any(folder.glob("checkpoints/*.pt")) else "begins again"
+        log(f"Stopped before any run ended; the same command {goes_on}")
         raise typer.Exit(stopped)
-    with full_disk(f"the runs in {folder} are kept; free space, then: bncli compare --from {folder}"):
+    with system_errors(f"the runs in {folder} are kept; free space, then: bncli compare --from {folder}"):
         _show(comparison, output)
     if stopped:
         runs = f"{len({run.key for run in comparison.runs})} of {comparison.planned_runs} runs"
@@ -108,49 +121,62 @@ def compare(
 
 
 def _run_comparison(
-    loaded: list[Loaded], device: str, jobs: int | None, threads: int, out: Path | None, quiet: bool, plan_as: str
+    loaded: list[Loaded], executor: Processes, out: Path | None, quiet: bool, plan_as: str
 ) -> tuple[Comparison, int]:
     """The comparison, and the exit code of the signal that ended it before its time, or 0.
 
     plan_as: the form in which a dry run prints its plan, which leaves by typer.Exit; empty for no dry run.
     """
     from bncli.measure.compare import reuse
-    from bncli.measure.compare.plan import collect, planned_comparison, planned_runs, study, wanted
-    from bncli.measure.compare.processes import Processes
+    from bncli.measure.compare.plan import collect, known_runs, planned_comparison, planned_runs, study, wanted
     from bncli.measure.compare.run import check, execute
     from bncli.report.compare.folder import ComparisonFolder
     from bncli.report.compare.notes import sentences
     from bncli.report.progress import CompareProgress
-    from bncli.results.compare import BegunComparison, Note
+    from bncli.results.compare import BegunComparison, Note, RunRecord
 
-    asked = study(loaded, reuse.identity(device, loaded[0].base))
+    asked = study(loaded, reuse.identity(executor.device, loaded[0].base))
     folder = ComparisonFolder(out or Path("runs") / asked.plan.name)
     enable_gc()
     with contextlib.ExitStack() as opened:
-        logs = Path(opened.enter_context(tempfile.TemporaryDirectory())) if plan_as else folder.path / "logs"
-        if not plan_as:
+        if plan_as:
+            executor.folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
+        else:
+            executor.folder, executor.checkpoints = folder.path / "logs", folder.path / "checkpoints"
             kept_words = f"the runs in {folder.path} are kept; free space, and the same command continues"
-            opened.enter_context(full_disk(kept_words))
+            opened.enter_context(system_errors(kept_words))
             opened.enter_context(folder)
-        executor = opened.enter_context(contextlib.closing(Processes(device, jobs, threads, logs)))
-        kept = list(folder.finished().values())
-        sources = _sources(folder, asked, kept, loaded)
-        records = reuse.usable(kept)
-        for words in sentences(reuse.not_reused(wanted(asked, records), kept, asked.identity)):
+        opened.enter_context(contextlib.closing(executor))
+        sources = _sources(folder, asked, loaded)
+        records, kept = dict[str, RunRecord](), dict[str, RunRecord]()  # kept: of earlier calls
+
+        def find(keys: set[str]) -> dict[str, RunRecord]:
+            kept.update(reuse.usable(folder.finished(keys)))
+            return kept
+
+        def not_reused() -> list[Note]:
+            lost = [job for job in wanted(asked, records) if job.key not in kept]
+            return reuse.not_reused(lost, folder.finished({job.recipe_key for job in lost}), asked.identity)
+
+        known_runs(asked, records, find)
+        for words in sentences(not_reused()):
             log(words, quiet)
+        _log_unfit(folder, quiet)
         with StopSignal() as stop, CompareProgress(quiet) as progress:
             to_do = [job for job in wanted(asked, records) if job.key not in records]
+            executor.jobs, memory = _jobs(asked, to_do, executor.jobs, quiet)
             checked = check(asked, to_do, executor, stop, progress.check, bool(plan_as))
             if plan_as:
                 planned = planned_comparison(asked, loaded[0], records)
-                show_plan(replace(planned, checked=checked and not stop.number), plan_as == "json")
+                show_plan(replace(planned, checked=checked and not stop.number, memory=memory), plan_as == "json")
                 raise typer.Exit(stop.number and stop.exit_code)
-            folder.begin(BegunComparison(asked.plan, asked.identity, threads, sources))
-            for event in execute(asked, folder.save, executor, records, stop):
+            folder.begin(BegunComparison(asked.plan, asked.identity, executor.threads, sources))
+            for event in execute(asked, folder.save, executor, records, stop, find):
                 progress(event)
         from bncli.measure.compare.summary import summarise  # imports scipy, which a dry run does without
 
-        remarks = reuse.not_reused(wanted(asked, records), kept, asked.identity)
+        remarks = not_reused()
+        _log_unfit(folder, quiet)
         latest = {record.key: record for record in reuse.of_one_code(records.values())}
         if left_out := len({record.key for record in collect(asked, records)} - latest.keys()):
             remarks.append(Note.of("earlier code", runs=left_out))
@@ -158,25 +184,48 @@ def _run_comparison(
             remarks.append(Note.of("earlier answer", file=earlier.name))
             log(f"{folder.path}: {sentences(remarks[-1:])[0]}", quiet)
         all_runs = planned_runs(asked, latest)
-        comparison = summarise(asked.plan, collect(asked, latest), all_runs, threads, tuple(remarks))
+        comparison = summarise(asked.plan, collect(asked, latest), all_runs, executor.threads, tuple(remarks))
         folder.finish(comparison)
     return comparison, stop.exit_code if stop.number else 0
 
 
-def _sources(folder: ComparisonFolder, asked: Study, kept: list[RunRecord], loaded: list[Loaded]) -> tuple[str, ...]:
+def _jobs(asked: Study, to_do: list[Job], jobs: int | None, quiet: bool) -> tuple[int | None, MemoryNeeded]:
+    """How many runs at a time, and the memory that they need. Raises UsageError where `jobs` are too many for it."""
+    from bncli.measure.compare.processes import cores
+    from bncli.measure.dry_run import memory_needed
+    from bncli.report.dry_run import memory_words
+
+    needed = memory_needed([job.recipe for job in to_do], jobs or cores(), shared=hasattr(os, "memfd_create"))
+    if asked.identity["device"] != "cpu" or (fits := needed.fitting) == needed.jobs:
+        return jobs, needed
+    if jobs:
+        raise UsageError(f"{memory_words(needed)}; free memory, or use {fits}", field="jobs", value=jobs)
+    log(f"--jobs {fits} instead of one per core: {memory_words(needed)}", quiet)
+    return fits, replace(needed, jobs=fits, copies=min(fits, needed.copies))
+
+
+def _sources(folder: ComparisonFolder, asked: Study, loaded: list[Loaded]) -> tuple[str, ...]:
     """The recipes' files. Raises UsageError where the runs of the folder are another comparison's."""
-    from bncli.measure.compare.reuse import fits
+    from bncli.measure.compare.plan import wanted
 
     sources = [str(Path(each.source).resolve()) for each in loaded if each.source != "standard input"]
     before = folder.begun()
-    known = [record for record in kept if record.recipe_key]
-    if known and not (before and set(sources) & set(before.sources)) and not fits(asked, known):
+    same = before and set(sources) & set(before.sources)
+    if folder.count and not same and not folder.finished({job.recipe_key for job in wanted(asked, {})}):
         of = f" of {', '.join(before.sources)}" if before and before.sources else ""
         raise UsageError(
-            f"{folder.path}: contains {len(known)} runs of another comparison{of}, none of which fits this one; choose "
-            "another folder with --out"
+            f"{folder.path}: contains {folder.count} runs of another comparison{of}, none of which fits this one; "
+            "choose another folder with --out"
         )
     return tuple(sources)
+
+
+def _log_unfit(folder: ComparisonFolder, quiet: bool) -> None:
+    """Say which files of a folder could not be used, once."""
+    if unfit := [f"{file} ({why})" for file, why in folder.unfit.items()]:
+        more = f" and {len(unfit) - 3} more" if len(unfit) > 3 else ""
+        log(f"{folder.path}: {len(unfit)} of its files cannot be used: {', '.join(unfit[:3])}{more}", quiet)
+    folder.unfit.clear()
 
 
 def _saved_comparison(saved: Path, quiet: bool) -> Comparison:
@@ -189,10 +238,11 @@ def _saved_comparison(saved: Path, quiet: bool) -> Comparison:
     folder = ComparisonFolder(saved)
     if saved.is_dir() and (begun := folder.begun()):
         try:
-            made = report_of_runs(begun, folder.finished().values(), folder.failed().values())
+            made = report_of_runs(begun, folder.finished, folder.failed().values())
         except BncliError as error:
             raise UsageError(str(error), field="saved", value=saved / PLAN) from error
         answer = folder.answer()
+        _log_unfit(folder, quiet)
         if answer is None or says_more(made, answer):
             why = "has no comparison.json" if answer is None else "contains runs that its comparison.json does not"
             log(f"{saved} {why}: the report is made from its plan and runs", quiet)

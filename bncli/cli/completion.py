@@ -27,7 +27,14 @@ def complete(command: Callable[..., None]) -> None:
 def recipes(incomplete: str) -> list[str]:
     """YAML files in the folder that is typed and in those below it; a shell completes other files by itself."""
     folder = glob.escape(incomplete[: incomplete.rfind("/") + 1])
-    return [file for below in ("", "*/", "*/*/") for file in sorted(glob.glob(f"{folder}{below}*.y*ml"))]
+    patterns = (f"{folder}{below}*.y*ml" for below in ("", "*/", "*/*/"))
+    return [file for pattern in patterns for file in sorted(glob.glob(pattern)) if file.isprintable()]
+
+
+def runs(incomplete: str) -> list[str]:
+    """Folders of runs that can be continued, in the folder that is typed and in those below it."""
+    found = (sorted(glob.glob(f"{glob.escape(incomplete)}*/{below}checkpoint.pt")) for below in ("", "*/", "*/*/"))
+    return [str(Path(file).parent) for files in found for file in files]
 
 
 def arms(context: typer.Context) -> list[str]:
@@ -35,11 +42,11 @@ def arms(context: typer.Context) -> list[str]:
     from bncli.recipe.yaml import parse
 
     found: list[str] = []
-    for word in context.args:  # a line that is not complete has no parameters yet
+    for word in filter(os.path.isfile, context.args):  # a line that is not complete has no parameters yet
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no recipe, or one without arms
             found += parse(Path(word).read_text(), word).root["arms"]
     quoted = os.environ.get("COMP_WORDS", "'").split("\n")[-1][:1] in ("'", '"')  # other shells quote by themselves
-    return [name if quoted else name.replace(" ", "\\ ") for name in found]
+    return [name if quoted else name.replace(" ", "\\ ") for name in found if name.isprintable()]
 
 
 def names(*known: str) -> Callable[[str], list[str]]:
@@ -50,6 +57,7 @@ def names(*known: str) -> Callable[[str], list[str]]:
 COMPLETED = {  # parameter -> what completes it
     "recipe": recipes,
     "recipes": recipes,
+    "resume": runs,
     "example": lambda: [("list", "their names"), *examples.purposes().items()],
     "arm": arms,
     "sets": lambda: [(f"{field}=", text) for field, text in dict(examples.fields()).items()],

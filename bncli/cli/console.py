@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import io
+import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bncli.errors import BncliError
+from bncli.errors import CHECK_FAILED, BncliError, FileError, out_of_memory_is, printable
 
 if TYPE_CHECKING:
     import typer
@@ -46,13 +48,17 @@ def enable_gc() -> None:
 
 
 def print_result(result: Any) -> None:
-    """A result, to stdout: text as it is, anything else through rich."""
+    """A result, to stdout: text as it is, but for control characters, anything else through rich."""
     if isinstance(result, str):
-        sys.stdout.write(result if result.endswith("\n") else result + "\n")
+        from bncli.report.text import encodable
+
+        sys.stdout.write(encodable(result.removesuffix("\n") + "\n", sys.stdout.encoding or "utf-8"))
         return
     from rich.console import Console
 
-    Console(highlight=False).print(result)
+    from bncli.report.table import Visible
+
+    Console(highlight=False).print(Visible(result))
 
 
 # Arguments whose options have another name; every other one is --its-name.
@@ -77,27 +83,82 @@ def print_error(error: BncliError) -> None:
     """A user's mistakes, to stderr; an argument is shown as the option that it came from."""
     lines = [line for each in error.errors for line in each.lines(_option(each.field), _option(each.permission))]
     if len(lines) > 1:
-        print(f"bncli: {len(lines)} mistakes", file=sys.stderr)
+        log(f"bncli: {len(lines)} mistakes")
     for line in lines:
-        print(f"  {line}" if len(lines) > 1 else f"bncli: {line}", file=sys.stderr)
+        log(f"  {line}" if len(lines) > 1 else f"bncli: {line}")
+
+
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EBADF)
 
 
 @contextlib.contextmanager
-def full_disk(kept: str = "what was written before is kept") -> Iterator[None]:
-    """Turn a full or broken disk into an error that names the file, and what is kept."""
+def system_errors(kept: str = "what was written before is kept") -> Iterator[None]:
+    """Turn what the system refuses (a file, memory, a character) into an error that names it, and what is kept."""
+    try:
+        with out_of_memory_is(BncliError(f"out of memory; free some, raise its limit, or ask for less; {kept}")):
+            yield
+    except BrokenPipeError:  # the reader has left, as `head` does
+        sys.exit(CHECK_FAILED)
+    except OSError as error:
+        reason, where = error.strerror or str(error), error.filename or "the system"
+        if error.errno in CANNOT_WRITE:
+            raise BncliError(f"{error.filename or 'standard output'}: cannot be written: {reason}; {kept}") from error
+        kind = FileError if error.filename and error.errno != errno.EMFILE else BncliError
+        raise kind(f"{where}: {reason}; check that path, and the limits that ulimit -a shows; {kept}") from error
+    except UnicodeEncodeError as error:
+        raise FileError(f"{error.object!a}: {error.reason} in {error.encoding}; set LC_ALL=C.UTF-8") from error
+
+
+class Messages(io.FileIO):
+    """Standard error, whose full disk or closed terminal ends no work. Its reader, when it leaves, does."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            return len(data)
+
+
+@contextlib.contextmanager
+def standard_streams() -> Iterator[None]:
+    """Escape the characters that a stream lacks, replace closed ones, and write all of the output before the end.
+
+    The number of a closed one must not become that of a file which the run writes.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
+    if os.environ.get("COLUMNS") == "0":  # of an unknown width; rich would print nothing
+        del os.environ["COLUMNS"]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.__stderr__ and sys.stderr is sys.__stderr__:
+        raw = io.BufferedWriter(Messages(2, "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(raw, sys.__stderr__.encoding, "backslashreplace", line_buffering=True)
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # Python would try again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise
-        file = error.filename or "standard output"
-        raise BncliError(f"{file}: cannot be written: {error.strerror}; {kept}") from error
 
 
 def log(text: str, quiet: bool = False) -> None:
-    """A message, to stderr."""
-    if not quiet:
-        print(text, file=sys.stderr)
+    """A message, to stderr. It is lost where the terminal is gone, as is all that is printed later; work goes on."""
+    if quiet:
+        return
+    try:
+        print(printable(text), file=sys.stderr)
+    except (OSError, RuntimeError):  # RuntimeError: in a signal's handler, while the same stream is being written to
+        for number in (1, 2):
+            try:
+                os.write(number, b"")
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 class StopAtOnce(KeyboardInterrupt):
@@ -109,9 +170,10 @@ class StopAtOnce(KeyboardInterrupt):
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM: the first asks the work to end at the next step, the second ends it at once.
+    """Ctrl-C, SIGTERM or SIGHUP: the first asks the work to end at the next step, the second ends it at once.
 
-    With `at_once` the first ends it at once, for work that yields what it has finished.
+    With `at_once` the first ends it at once, for work that yields what it has finished. A SIGHUP that is ignored, as
+    under nohup, stays ignored.
     """
 
     number: int = 0
@@ -120,7 +182,11 @@ class StopSignal:
         self.at_once = at_once
 
     def __enter__(self) -> StopSignal:
-        self._before = {each: signal.signal(each, self._take) for each in (signal.SIGINT, signal.SIGTERM)}
+        names = ("SIGINT", "SIGTERM", "SIGHUP")  # there is no SIGHUP on Windows
+        signals: list[signal.Signals] = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        if signal.getsignal(signals[-1]) == signal.SIG_IGN:
+            signals.pop()
+        self._before = {each: signal.signal(each, self._take) for each in signals}
         return self
 
     def __exit__(
@@ -132,7 +198,7 @@ class StopSignal:
     def _take(self, number: int, frame: FrameType | None) -> None:
         second, self.number = self.number != 0, number
         if second or self.at_once:
-            log("\nStopped at once; what was finished before, if anything, is shown")
+            log("\nStopped at once" + "; what was finished before, if anything, is shown" * self.at_once)
             raise StopAtOnce(128 + number)
         log("\nStopping after this step; a second signal stops at once")
 

@@ -17,7 +17,7 @@ from bncli.cli import options
 from bncli.cli.console import StopSignal, enable_gc, given_options, listed, log, print_result
 from bncli.cli.output import Output, origin
 from bncli.errors import CHECK_FAILED, CODE_OF_YOURS, INTERRUPTED, UNAVAILABLE, UsageError
-from bncli.measure.profile.shapes import SETS
+from bncli.measure.profile.shapes import MOST_SIZE, SETS
 from bncli.names import PROFILE_KERNELS, RECIPE_KERNELS, check_kernel
 from bncli.results.environment import FEWEST_ROUNDS
 
@@ -59,7 +59,10 @@ class _Asked:
 def profile(
     context: typer.Context,
     recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE]", help="YAML recipe, for the step view; without one: kernel view.")
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE]", help="YAML recipe or folder of a run, for the step view; without one: kernel view."
+        ),
     ] = None,
     sets: options.Set = None,
     arm: options.ArmName = None,
@@ -101,7 +104,7 @@ def profile(
     ] = None,
     batch: Annotated[
         int | None,
-        KernelOption(min=1, metavar="N", help="Batch size of --shapes.  [default: the set's own]"),
+        KernelOption(min=1, max=MOST_SIZE, metavar="N", help="Batch size of --shapes.  [default: the set's own]"),
     ] = None,
     warm: Annotated[bool, KernelOption("--warm", help="Do not flush the cache before each sample.")] = False,
     threads: options.Threads = None,
@@ -157,6 +160,10 @@ def profile(
     """
     of_steps = recipe is not None or model is not None
     _check_recipe_name(recipe)
+    from bncli.report.folder import recipe_in
+
+    run = Path(recipe) if recipe and Path(recipe).is_dir() else None
+    recipe = recipe_in(run) if run else recipe
     if idle := given_options(context, *(KERNEL_VIEW if of_steps else STEP_VIEW)):
         view = "the kernel view: omit the recipe or --model" if of_steps else "the step view: give a recipe"
         raise UsageError(f"{idle} {'belong' if ',' in idle else 'belongs'} to {view}")
@@ -180,7 +187,7 @@ def profile(
     for name in asked.kernels:
         check_kernel(name, PROFILE_KERNELS, allow_code)
     if of_steps:
-        _profile_steps(asked, recipe, model, sets or [], arm, inputs, trace)
+        _profile_steps(asked, recipe, run, model, sets or [], arm, inputs, trace)
     else:
         names = {"operations": listed(operations), "dtypes": listed(dtypes), "layouts": listed(layouts)}
         _profile_kernels(asked, **names, shapes=shapes, own_shapes=own_shapes or (), batch=batch, cold=not warm)
@@ -216,13 +223,14 @@ def _profile_kernels(asked: _Asked, **of_cases: Any) -> None:
 def _profile_steps(
     asked: _Asked,
     recipe: str | None,
+    run_folder: Path | None,
     model: str | None,
     sets: list[str],
     arm: str | None,
     inputs: str | None,
     trace: Path | None,
 ) -> None:
-    """The step view of a recipe, or of the user's own model."""
+    """The step view of a recipe, of that in a run's folder, or of the user's own model."""
     from bncli.report.profile.steps import StepReport
     from bncli.results.profile import StepProfile
 
@@ -240,7 +248,7 @@ def _profile_steps(
         from bncli.measure.profile.run import model_run, recipe_run
 
         if recipe is not None:
-            run = recipe_run(_run_options(asked), recipe, sets, arm, trace, sets_from="--set")
+            run = recipe_run(_run_options(asked), recipe, sets, arm, trace, "--set", run_folder)
         else:
             run = model_run(_run_options(asked), model or "", inputs or "", trace)
         stopped = _measure(run, stop, asked.output.quiet)

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import shlex
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bncli.cli import options
-from bncli.cli.console import StopSignal, enable_gc, log, print_result, show_plan
+from bncli.cli.console import StopSignal, enable_gc, given_options, log, print_result, show_plan
 from bncli.cli.output import Output
-from bncli.errors import CHECK_FAILED, DIVERGED
+from bncli.errors import CHECK_FAILED, DIVERGED, UsageError
 from bncli.recipe import examples
+
+if TYPE_CHECKING:
+    from bncli.recipe.load import Arm
+    from bncli.report.folder import RunFolder
+    from bncli.results.train import RunResult
+
+
+INITIAL_WEIGHTS = "# Initial weights: "  # in a saved recipe, of which they are no field
 
 
 def _show_example(context: typer.Context, name: str | None) -> None:
@@ -27,9 +39,21 @@ def _show_example(context: typer.Context, name: str | None) -> None:
 
 def train(
     context: typer.Context,
-    recipe: options.Recipe_,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="[RECIPE]", help="YAML recipe; - reads standard input. Not needed with --resume."),
+    ] = None,
     sets: options.Set = None,
     arm: options.ArmName = None,
+    resume: Annotated[
+        Path | None, options.RecipeOption(metavar="RUN", help="Continue the run in that folder from its checkpoint.")
+    ] = None,
+    from_weights: Annotated[
+        Path | None, options.RecipeOption(metavar="FILE", help="Start from the weights in a .safetensors file.")
+    ] = None,
+    evaluate: Annotated[
+        bool, options.RecipeOption("--evaluate", help="Evaluate a trained model: RECIPE is its run's folder or file.")
+    ] = False,
     device: options.Device = "auto",
     threads: Annotated[int | None, options.ThreadsOption(help="CPU threads.  [default: by a step's size]")] = None,
     out: Annotated[Path | None, options.FolderOption(help="The run's folder.  [default: runs/NAME/DATE-TIME]")] = None,
@@ -54,49 +78,58 @@ def train(
 
     Example: bncli train recipes/smoke.yaml --set optimizer.lr=0.3
     """
-    from bncli.recipe.load import Arm, load, plain
-
+    _check_combination(context, recipe, resume, evaluate)
     output = Output.of(context)
     output.check()
-    loaded = load(recipe, sets or (), allow_code=allow_code, sets_from="--set")
-    chosen = Arm(loaded.name, loaded.base) if arm is None else loaded.arm(arm)
+    from bncli.report import folder as folders
+
+    if evaluate:
+        _evaluate(Path(recipe or ""), device, threads, allow_code, output)
+        return
+    from bncli.recipe.load import Arm, load, plain
+
+    resumed = folders.ResumedFolder(resume) if resume else None
+    loaded = load(recipe or f"{resume}/{folders.RECIPE}", sets or (), allow_code=allow_code, sets_from="--set")
+    chosen = loaded.arm(arm) if arm else Arm(resumed.name if resumed else loaded.name, loaded.base)
     if dry_run:
         from bncli.measure.dry_run import planned_training
 
         show_plan(planned_training(loaded, chosen), json)
         return
-    from bncli.report import tensorboard as board
-
     if tensorboard:
-        board.check_installed()
+        from bncli.report.tensorboard import check_installed
+
+        check_installed()
     from bncli.recipe.yaml import dump
     from bncli.report import layers, run_figure
     from bncli.report.files import to_json
-    from bncli.report.folder import RunFolder
-    from bncli.report.progress import TrainProgress
     from bncli.report.train import run_table
-    from bncli.results.train import Event, RunFinished, RunStarted
 
-    with RunFolder(out, loaded.name, force) as folder, StopSignal() as stop:
-        from bncli.engine import train as engine
-
-        # What a user's model prints must not get between the lines of a result.
-        with TrainProgress(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
-            sinks: list[Callable[[Event], None]] = [folder.metrics, progress]
-            for event in engine.train(chosen.recipe, device, threads=threads, name=chosen.name, stop=stop):
-                if isinstance(event, RunStarted):
-                    enable_gc()
-                    folder.begin(dump(plain(chosen.recipe)))
-                    if tensorboard:
-                        sinks.append(board.TensorBoard(folder.path / "tensorboard"))
-                for sink in sinks:
-                    sink(event)
-                if isinstance(event, RunFinished):
-                    result = event.result
-        folder.finish(result)
-    output.show(result, {"json": to_json, "table": lambda found: run_table(found, chosen.name)})
+    recipe_yaml = (resumed.note if resumed else "") + dump(plain(chosen.recipe))
+    with resumed or folders.RunFolder(out, loaded.name, force) as folder, StopSignal() as stop:
+        finished = resumed and resumed.finished(recipe_yaml)
+        if finished:
+            log("This run has ended, so nothing is trained; --set train.steps=N continues it", quiet)
+        again = ["--device", device] * (device != "auto") + ["--tensorboard"] * tensorboard
+        again += ["--allow-code"] * allow_code
+        try:
+            result = finished or _run(
+                chosen, recipe_yaml, folder, from_weights, tensorboard, quiet, device=device, threads=threads, stop=stop
+            )
+        except BaseException:  # of any kind: what is saved can be continued
+            if folder.begun and folders.CHECKPOINT in folder.saved:
+                log(_continue_words(folder, again))
+            raise
+        try:
+            if not finished:
+                folder.finish(result)
+        finally:  # printed also where it cannot be saved
+            table = run_table(result, chosen.name, folder.saved)
+            output.show(result, {"json": to_json, "table": lambda _: table})
     run = layers.Arm(0, chosen.name, [chosen.recipe.train.seed], [result])
     output.write(run, {"": run_figure.draw} | ({"-layers": layers.draw} if layers.has_layers(run) else {}))
+    if result.status == "interrupted":
+        log(_continue_words(folder, again))
     log(f"Saved in {folder.path}", quiet)
     if stop.number:
         raise typer.Exit(stop.exit_code)
@@ -104,3 +137,81 @@ def train(
         raise typer.Exit(DIVERGED)
     if require_target and result.steps_to_target is None:
         raise typer.Exit(CHECK_FAILED)
+
+
+def _run(
+    arm: Arm,
+    recipe_yaml: str,
+    folder: RunFolder,
+    from_weights: Path | None,
+    tensorboard: bool,
+    quiet: bool,
+    **of_engine: Any,
+) -> RunResult:
+    """Train, with what happens in the folder. of_engine: as `engine.train` takes them."""
+    from bncli.engine import train as engine
+    from bncli.engine.train.weights import read, tensors_of
+    from bncli.report.progress import TrainProgress
+    from bncli.report.tensorboard import TensorBoard
+    from bncli.results.train import Event, RunFinished, RunStarted
+
+    if from_weights:
+        content, file = read(from_weights)
+        of_engine["weights"] = tensors_of(content, file)
+        recipe_yaml = f"{INITIAL_WEIGHTS}{from_weights} sha256 {hashlib.sha256(content).hexdigest()}\n{recipe_yaml}"
+    first = recipe_yaml.partition("\n")[0]
+    initial = first.removeprefix(INITIAL_WEIGHTS) if first.startswith(INITIAL_WEIGHTS) else None
+    # What a user's model prints must not get between the lines of a result.
+    with TrainProgress(quiet) as progress, contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: log(f"\nWarning: {message}")  # not with a line of bncli's code
+        sinks: list[Callable[[Event], None]] = [folder.metrics, progress]
+        of_engine |= {"checkpoint": folder.checkpoint, "save": folder.save}
+        for event in engine.train(arm.recipe, name=arm.name, **of_engine):
+            if isinstance(event, RunStarted):
+                enable_gc()
+                folder.begin(recipe_yaml)
+                if tensorboard:
+                    sinks.append(TensorBoard(folder.path / "tensorboard", goes_on=folder.checkpoint is not None))
+            elif isinstance(event, RunFinished):
+                result = replace(event.result, initial_weights=initial)
+                event = RunFinished(result)
+            for sink in sinks:
+                sink(event)
+    return result
+
+
+def _continue_words(folder: RunFolder, options: Sequence[str]) -> str:
+    return f"Continue it with: {shlex.join(['bncli', 'train', '--resume', str(folder.path), *options])}"
+
+
+def _evaluate(model: Path, device: str, threads: int | None, allow_code: bool, output: Output) -> None:
+    """Print how well a trained model does on the held-out data of its recipe."""
+    from bncli.report.export import json_text
+    from bncli.report.train import evaluation_table
+    from bncli.results.serialize import to_plain
+
+    with StopSignal(at_once=True), contextlib.redirect_stdout(sys.stderr):
+        from bncli.engine.train.weights import evaluate_weights
+
+        _, found = evaluate_weights(model, device, threads, allow_code)
+    name = str(model)
+    output.show(found, {"json": lambda it: json_text(to_plain(it)), "table": lambda it: evaluation_table(it, name)})
+
+
+def _check_combination(context: typer.Context, recipe: str | None, resume: Path | None, evaluate: bool) -> None:
+    """Refuse options that contradict each other, and a missing recipe."""
+    if recipe is None and resume is None:
+        raise UsageError(f"RECIPE is missing; see {context.command_path} --help")
+    if recipe and Path(recipe).is_dir() and not evaluate:
+        raise UsageError(f"{recipe} is a folder; a run's goes on with --resume {recipe}, and --evaluate evaluates it")
+    if evaluate:
+        kept = ("recipe", "evaluate", "device", "threads", "json", "quiet", "allow_code")
+        others = [each.name for each in context.command.params if each.name not in kept]
+        why = "--evaluate: nothing is trained, and the model's recipe is in its file"
+    elif resume:
+        others = ["out", "force", "from_weights", *["arm"] * (recipe is None)]
+        why = "--resume: a run goes on in its folder, from its checkpoint, as what it was"
+    else:
+        return
+    if idle := given_options(context, *filter(None, others)):
+        raise UsageError(f"{idle} with {why}; omit {'them' if ',' in idle else 'it'}")

@@ -2,27 +2,70 @@
 
 from __future__ import annotations
 
-from bncli.errors import RecipeError
-from bncli.recipe.layers import estimated_memory_mib, input_of, layers, shape_contradictions, size
+import math
+from collections.abc import Iterable
+
+from bncli.engine.memory import available_mib
+from bncli.errors import DataError, RecipeError
+from bncli.recipe import mnist, npz
+from bncli.recipe.layers import (
+    estimated_memory_mib,
+    input_of,
+    layers,
+    shape_contradictions,
+    size,
+    training_examples,
+)
 from bncli.recipe.load import Arm, Loaded, plain
 from bncli.recipe.overrides import leaves
-from bncli.recipe.sections import Npz, Recipe
+from bncli.recipe.sections import MNIST_5K, Hub, Mnist, Npz, Recipe
 from bncli.recipe.yaml import dotted
-from bncli.results.compare import Planned, PlannedArm
+from bncli.results.compare import MemoryNeeded, Planned, PlannedArm
+
+PROCESS_MIB = 170.0  # a worker's own after a small run: PSS of each of 3, Linux, torch 2.13 for CPUs (2026-12-01)
 
 
 def planned_training(loaded: Loaded, arm: Arm) -> Planned:
     """One run of `bncli train`."""
     one = planned_arm(loaded.base, arm, 0, 1)
-    fields = tuple(loaded.provenance(arm))
-    return Planned(arm.name, fields, (one,), {}, 1, arm.recipe.train.steps, available_memory_mib())
+    fields, memory = tuple(loaded.provenance(arm)), memory_needed([arm.recipe], 1, shared=False)
+    return Planned(arm.name, fields, (one,), {}, 1, arm.recipe.train.steps, memory=memory)
 
 
-def available_memory_mib() -> float:
-    """Memory of this machine that is available without swapping."""
-    import psutil  # here, since other commands do not need it
+def memory_needed(recipes: Iterable[Recipe], jobs: int, shared: bool) -> MemoryNeeded:
+    """What that many processes take to train the recipes. shared: whether they share the data."""
+    distinct = {(r.data, r.norm, r.train.batch_size, r.train.accumulate, repr(r.model)): r for r in recipes}
+    data = [data_mib(recipe) for recipe in {recipe.data: recipe for recipe in distinct.values()}.values()]
+    training = [sizes(recipe)[1] for recipe in distinct.values()]
+    return MemoryNeeded(
+        None if None in data else sum(mib or 0.0 for mib in data),
+        1 if shared else jobs,
+        PROCESS_MIB,
+        None if None in training else max((mib or 0.0 for mib in training), default=0.0),
+        jobs,
+        available_mib(),
+    )
 
-    return float(psutil.virtual_memory().available) / 2**20
+
+def data_mib(recipe: Recipe) -> float | None:
+    """A recipe's data in memory; 0 if they are decoded batch by batch, None if no file here tells."""
+    data = recipe.data
+    try:
+        shape, _ = input_of(recipe)
+        as_bytes = len(shape) == 3 and isinstance(data, Hub | Mnist)
+        examples = (training_examples(data) or 0) + (getattr(data, "held_out", None) or 0)
+        if isinstance(data, Npz):
+            found = npz.headers(data.path)
+            examples = sum(found[key].shape[0] for key in ("x", "x_test") if key in found)
+            as_bytes = len(shape) == 3 and found["x"].dtype == "uint8"
+        elif isinstance(data, Mnist) and data.path != MNIST_5K:
+            examples += mnist.images_in(data.path, "t10k")
+    except DataError:
+        return None
+    mib = examples * (math.prod(shape) * (1 if as_bytes else 4) + 8) / 2**20
+    if isinstance(data, Hub):
+        return 0.0 if mib > 1024 * data.in_memory_gib else mib or None
+    return mib
 
 
 def planned_arm(base: Recipe, arm: Arm, tuning_runs: int, report_runs: int) -> PlannedArm:

@@ -383,7 +383,7 @@ def training_examples(data: DataSection) -> int | None:
     Raises DataError for a file that is missing or damaged.
     """
     if isinstance(data, Mnist) and data.path != MNIST_5K:
-        return mnist.training_images(data.path)
+        return mnist.images_in(data.path)
     if isinstance(data, Npz):
         (examples, *_), _, has_test = npz.header(data.path)
         return examples if has_test else max(0, examples - (data.held_out or 0))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os.path import exists, expanduser, isfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bncli.errors import DataError
 
@@ -16,38 +20,89 @@ HINTS = {"f": " (whole numbers as floats: y.astype(int))", "U": " (names: numpy.
 UNREADABLE = "cannot be read as arrays of numbers ({}); write it again with numpy.savez"
 
 
+class Header(NamedTuple):
+    """What an array's file says about it before its values."""
+
+    shape: tuple[int, ...]
+    fortran_order: bool  # whether the first dimension varies fastest in the file
+    dtype: Any  # NumPy's
+    start: int  # bytes before the values
+
+
 def header(path: str) -> tuple[tuple[int, ...], int, bool]:
     """The shape of x with its examples, the number of classes, and whether there is a fixed test set; x is not read."""
-    import numpy as np
+    with blame(path):
+        found = headers(path)
+        return found["x"].shape, int(labels(path, "y", found["y"]).max()) + 1, "x_test" in found
 
-    file = Path(path).expanduser()
+
+@contextmanager
+def blame(path: str) -> Iterator[None]:
+    """A context in which an error of a file or of its reading becomes a DataError that names it."""
     try:
-        names = array_names(path)
-        with zipfile.ZipFile(file) as archive, archive.open("x.npy") as start:
-            version = np.lib.format.read_magic(start)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape: tuple[int, ...] = tuple(read(start)[0])
-        with np.load(file, allow_pickle=False) as arrays:
-            y = np.asarray(arrays["y"])
-        check_labels("y", y)
+        yield
     except DataError as error:
         raise DataError(f"data.path: {path} {error}") from error
     except Exception as error:  # what a damaged file raises is zipfile's, zlib's, NumPy's or tokenize's
-        raise DataError(f"data.path: {path} {UNREADABLE.format(error)}") from error
-    return shape, int(y.max()) + 1, "x_test" in names
+        text = str(error) or type(error).__name__
+        raise DataError(f"data.path: {path} {UNREADABLE.format(text)}") from error
+
+
+def headers(path: str) -> dict[str, Header]:
+    """The headers of the arrays that a recipe uses, compared with the sizes that the archive says.
+
+    Raises DataError, without the path, and whatever a damaged archive raises.
+    """
+    import numpy as np
+
+    names, found = array_names(path), {}
+    with zipfile.ZipFile(Path(path).expanduser()) as archive:
+        for key in (key for key in KEYS if key in names):
+            with archive.open(f"{key}.npy") as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                found[key] = Header(*read(file), file.tell())
+            shape, _, dtype, start = found[key]
+            if dtype.hasobject:
+                raise ValueError(f"Object arrays are not loaded, and {key} is one")
+            said, held = math.prod(shape) * dtype.itemsize, archive.getinfo(f"{key}.npy").file_size - start
+            if said != held:
+                raise ValueError(f"{key} has {held:,} bytes of values, and its header says {said:,}")
+    return found
+
+
+def labels(path: str, key: str, found: Header) -> Any:
+    """The labels of a file as an array of integers. Raises DataError, without the path."""
+    import numpy as np
+
+    if found.dtype.kind not in "iu" or len(found.shape) != 1 or not found.shape[0]:
+        hint = " (one-hot rows: y.argmax(1))" if len(found.shape) == 2 else HINTS.get(found.dtype.kind, "")
+        raise DataError(
+            f"has {key} of type {found.dtype} and shape {found.shape}; labels must be integers, one per example{hint}"
+        )
+    with np.load(Path(path).expanduser(), allow_pickle=False) as arrays:
+        y = arrays[key]
+    if y.min() < 0 or y.max() >= 2**31:
+        raise DataError(f"has labels from {y.min()} to {y.max()} in {key}; number the classes from 0")
+    return y
 
 
 def array_names(path: str) -> list[str]:
     """The names of a file's arrays. Raises DataError, without the path, for no archive or one without x and y."""
-    file = Path(path).expanduser()
-    if not file.is_file():
+    file = Path(expanduser(path))
+    if not isfile(file):
+        if exists(file):
+            raise DataError("is not a plain file; name an .npz archive")
         near = difflib.get_close_matches(file.name, [each.name for each in file.parent.glob("*.npz")], n=1)
         did_you_mean = "".join(f"; did you mean {file.with_name(name)}?" for name in near)
         raise DataError(f"does not exist{did_you_mean or f'; create it with numpy.savez({path!r}, x=..., y=...)'}")
     if not zipfile.is_zipfile(file):
         raise DataError(f"is not an .npz archive; create it with numpy.savez({path!r}, x=..., y=...)")
-    with zipfile.ZipFile(file) as archive:
-        found = [name.removesuffix(".npy") for name in archive.namelist()]
+    try:
+        with zipfile.ZipFile(file) as archive:
+            found = [name.removesuffix(".npy") for name in archive.namelist()]
+    except Exception as error:  # see `header`
+        raise DataError(UNREADABLE.format(error)) from error
     needed = KEYS if set(KEYS[2:]) & set(found) else KEYS[:2]
     if missing := [key for key in needed if key not in found]:
         meant = {key: name for name in found for key in missing if name.lower() in (key, *USUAL_NAMES.get(key, ()))}
@@ -58,14 +113,3 @@ def array_names(path: str) -> list[str]:
             f"x and y, and for a fixed test set x_test and y_test as well: numpy.savez({path!r}, {arrays})"
         )
     return found
-
-
-def check_labels(key: str, y: Any) -> None:
-    """Raises DataError, without the path, for what cannot be the numbers of classes."""
-    if y.dtype.kind not in "iu" or y.ndim != 1 or not len(y):
-        hint = " (one-hot rows: y.argmax(1))" if y.ndim == 2 else HINTS.get(y.dtype.kind, "")
-        raise DataError(
-            f"has {key} of type {y.dtype} and shape {y.shape}; labels must be integers, one per example{hint}"
-        )
-    if y.min() < 0 or y.max() >= 2**31:
-        raise DataError(f"has labels from {y.min()} to {y.max()} in {key}; number the classes from 0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import ceil
 from typing import Any
 
 from rich.console import Group
@@ -10,7 +11,7 @@ from rich.console import Group
 from bncli.report.export import json_text
 from bncli.report.table import AlignedTable, Paragraph, ResponsiveTable, Row
 from bncli.report.text import UNKNOWN, Cell, Column, bound_words, count, figure, measure_words, setting
-from bncli.results.compare import Planned, PlannedArm
+from bncli.results.compare import MemoryNeeded, Planned, PlannedArm
 from bncli.results.serialize import to_plain
 
 
@@ -18,9 +19,9 @@ def render(planned: Planned) -> Group:
     """The resolved recipe, the arms with their sizes, and how many runs there would be."""
     lines = []
     if any(arm.memory_mib is not None for arm in planned.arms):
-        lines.append("memory: parameters, gradients, optimizer state and activations; torch itself comes on top")
-        if planned.available_memory_mib is not None:
-            lines.append(f"available on this machine (CPU): {_memory(planned.available_memory_mib)}")
+        lines.append("memory: parameters, gradients, optimizer state and activations of one run")
+    if planned.memory is not None:
+        lines.append(f"On a CPU {memory_words(planned.memory)}.")
     lines += [f"grid: {path} in {', '.join(map(setting, values))}" for path, values in planned.grid.items()]
     lines += ["Checked: the data were read, and each model made its first step."] * planned.checked
     if any(path == "data.source" and value in ("hub", "mnist") for path, value, _ in planned.fields):
@@ -90,6 +91,15 @@ def _changes(arm: PlannedArm) -> str:
     lines = [f"{path}: {_value(value)}" for path, value in arm.changes]
     lines += [f"({path} is fixed: not tuned)" for path in arm.fixed]
     return "\n".join(lines) or "nothing"
+
+
+def memory_words(needed: MemoryNeeded) -> str:
+    """What a number of processes need, and for what."""
+    data = "data" if needed.copies == 1 else "data in each"
+    sizes = {data: needed.data_mib, "each with torch": needed.process_mib, "its training": needed.training_mib}
+    parts = ", ".join(f"{name} {'unknown' if mib is None else f'{ceil(mib):,} MiB'}" for name, mib in sizes.items())
+    subject = f"{needed.jobs} processes need" if needed.jobs > 1 else "one process needs"
+    return f"{subject} about {ceil(needed.total_mib):,} of {needed.available_mib:,.0f} MiB available ({parts})"
 
 
 def _memory(mib: float | None) -> str:

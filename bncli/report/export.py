@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
+from bncli.errors import printable
 from bncli.report.text import Column
 
 NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # colours of a compiler's message
@@ -59,7 +60,7 @@ def junit_text(name: str, cases: Sequence[JunitCase], date: str) -> str:
         elif case.text:
             ElementTree.SubElement(test, "system-out").text = case.text
     ElementTree.indent(root)
-    return NOT_IN_XML.sub("", ElementTree.tostring(root, "unicode", xml_declaration=True)) + "\n"
+    return NOT_IN_XML.sub("", printable(ElementTree.tostring(root, "unicode", xml_declaration=True))) + "\n"
 
 
 def markdown_table(columns: Sequence[Column]) -> list[str]:

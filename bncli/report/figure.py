@@ -10,6 +10,7 @@ import io
 import itertools
 import math
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,14 +84,15 @@ def rendered(draw: Callable[..., None], kind: str, dpi: int = 160, for_page: boo
     try:
         import matplotlib
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise FileError(MISSING) from error
-    with matplotlib.rc_context():
+    except (ImportError, ValueError) as error:  # ValueError: of MPLBACKEND
+        raise FileError(f"{MISSING} ({error})") from error
+    with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE | {"svg.fonttype": "none" if for_page else "path"})
         figure = Figure(layout="constrained")
         draw(figure)
         file = io.BytesIO()
+        warnings.filterwarnings("ignore", "Glyph")  # its message would have the character, for which a box is drawn
         figure.savefig(file, format=kind, dpi=dpi, metadata={OMITTED[kind]: None}, transparent=for_page)
     return file.getvalue()
 

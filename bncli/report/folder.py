@@ -1,4 +1,4 @@
-"""Folder of a run: its recipe, its metrics and its result."""
+"""Folder of a run: its recipe, its metrics, its result, and what continues it."""
 
 from __future__ import annotations
 
@@ -6,96 +6,222 @@ import contextlib
 import datetime
 import hashlib
 import itertools
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from bncli.errors import BncliError, FileError, UsageError
 from bncli.report.files import event_line, from_json, to_json
-from bncli.results.train import Event, RunResult
-from bncli.storage import lock, make, open_plain, read_plain, replace
+from bncli.results.train import Event, RunResult, RunStarted
+from bncli.storage import lock, make, open_plain, read_plain, replace, sweep
 
 T = TypeVar("T")
+Place = tuple[int, str]  # of an event in a run: its step, and its name
 
-RESULT, METRICS, RECIPE = "result.json", "metrics.jsonl", "recipe.yaml"
+RESULT, METRICS, RECIPE, TENSORBOARD = "result.json", "metrics.jsonl", "recipe.yaml", "tensorboard"
+CHECKPOINT, MODEL, BEST = "checkpoint.pt", "model.safetensors", "model-best.safetensors"
+SAVED = {"model": MODEL, "best": BEST, "checkpoint": CHECKPOINT}  # by the engine
 PLAN = "plan.json"  # of a comparison
-TAKEN = "already contains {}; choose another folder, or overwrite it"
 
 
 class RunFolder:
-    """One run of `bncli train`: recipe.yaml (resolved), metrics.jsonl (one event per line), result.json.
+    """One run of `bncli train`: recipe.yaml (resolved), metrics.jsonl (one event per line), result.json, checkpoint.pt
+    and its trained weights.
 
     Nothing is made before `begin`, which locks the folder for this run. A file that bncli did not write, or that
     was edited since, is never written over; bncli's own are with `overwrite`.
+
+    save: what the engine saves -> where it goes; a file is replaced as a whole. checkpoint: what it goes on from.
     """
+
+    _argument, _instead, _wait = "out", "choose another folder", "choose another folder"
+    checkpoint: bytes | None = None
 
     def __init__(self, path: Path | None, name: str, overwrite: bool = False) -> None:
         self.path = path or Path("runs") / name  # without a path: the parent of the folder that begin makes
         self._dated, self._overwrite = path is None, overwrite
         self._metrics: TextIO | None = None
+        self.begun = False
+        self.save = {what: partial(self._save, file) for what, file in SAVED.items()}
+        there = next(folder for folder in (self.path, *self.path.parents) if os.path.lexists(folder))
+        if os.path.isdir(there) and not os.access(there, os.W_OK | os.X_OK):
+            instead = ", or choose another folder" * (self._argument == "out")
+            raise self._refused(f"{there.absolute()} is not writable; change its mode{instead}")
         if not self._dated:
             self._refuse_other_files()
 
     def begin(self, recipe_yaml: str) -> None:
         """Make the folder and write what is about to run. Raises UsageError where the folder holds a run already."""
-        if self._dated:
-            self.path = _make_dated(self.path)
-        else:
-            make(self.path)
-            self._refuse_other_files()
-        self._metrics = self._claim()
-        self._metrics.truncate(0)
-        (self.path / RESULT).unlink(missing_ok=True)
-        replace(self.path / RECIPE, signed(recipe_yaml).encode())
+        if self._metrics is None:
+            if self._dated:
+                self.path = _make_dated(self.path)
+            else:
+                make(self.path)
+                self._refuse_other_files()
+            self._metrics = self._claim()
+            self._metrics.truncate(0)
+            for name in (RESULT, *SAVED.values()):  # of the run that is written over
+                (self.path / name).unlink(missing_ok=True)
+        with self._writing(RECIPE):
+            replace(self.path / RECIPE, signed(recipe_yaml).encode())
+        self.begun = True
 
     def _refuse_other_files(self) -> None:
         if os.path.lexists(self.path / PLAN):
             raise self._refused("contains a comparison; choose another folder for a single run")
         there = [name for name in OWN if os.path.lexists(self.path / name)]
-        for file in (self.path / name for name in there):
-            if not parsed(file, OWN[file.name]):
+        for file in (self.path / name for name in (*there, TENSORBOARD)):
+            if not _is_own(file):
                 raise self._refused(
-                    f"{file} was not written by bncli, or was edited since, and is never overwritten; "
-                    "choose another folder"
+                    f"{file} was not written by bncli, or was edited since, and is never overwritten; {self._instead}"
                 )
         if there and not self._overwrite:
-            raise self._refused(TAKEN.format("a run" if RESULT in there else "an unfinished run"), "overwrite")
+            what = "a run" if RESULT in there else "an unfinished run" + "; continue it" * (CHECKPOINT in there)
+            raise self._refused(f"already contains {what}; choose another folder, or overwrite it", "overwrite")
 
     def _claim(self) -> TextIO:
-        """metrics.jsonl, open and locked: only one of several runs gets the folder."""
+        """metrics.jsonl, open and locked, so that only one of several runs gets the folder; what killed ones left half
+        written is swept."""
         try:
             file = open_plain(self.path / METRICS, 0 if self._overwrite else os.O_EXCL)
         except FileExistsError:
-            raise self._refused(TAKEN.format("a run"), "overwrite") from None
+            raise self._refused("already contains a run; choose another folder, or overwrite it", "overwrite") from None
         except OSError as error:
             raise self._refused(f"cannot be written to: {error.strerror}") from error
         if not lock(file):
             file.close()
-            raise self._refused("another run is writing there; choose another folder")
+            raise self._refused(f"another run is writing there; {self._wait}")
+        sweep(self.path)
         return file
 
     def _refused(self, why: str, permission: str | None = None) -> UsageError:
-        return UsageError(why, field="out", value=self.path, permission=permission)
+        return UsageError(why, field=self._argument, value=self.path, permission=permission)
 
     def metrics(self, event: Event) -> None:
         """A sink: writes the event as a line of metrics.jsonl and flushes it."""
         assert self._metrics is not None
-        self._metrics.write(event_line(event) + "\n")
-        self._metrics.flush()
+        with self._writing(METRICS):
+            self._metrics.write(event_line(event) + "\n")
+            self._metrics.flush()
 
     def finish(self, result: RunResult) -> None:
-        replace(self.path / RESULT, to_json(result).encode())
+        with self._writing(RESULT):
+            replace(self.path / RESULT, to_json(result).encode())
+
+    @property
+    def saved(self) -> list[str]:
+        """The files that can be continued, evaluated or started from."""
+        return [name for name in SAVED.values() if (self.path / name).is_file()]
+
+    def _save(self, name: str, data: bytes) -> None:
+        assert self._metrics is not None
+        with self._writing(name):
+            os.fsync(self._metrics.fileno())  # the events before a checkpoint are on the disk before it
+            replace(self.path / name, data, read_back=name == CHECKPOINT)
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """Turn what the disk or another program does to the folder into an error that names the file."""
+        try:
+            yield
+        except OSError as error:
+            why = error.strerror or str(error)
+            if not self.path.is_dir():
+                why = f"the run's folder {self.path} was removed or renamed while it was in use"
+            raise BncliError(f"{self.path / name}: cannot be written: {why}; what was saved before is kept") from error
 
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):  # of a full disk, which does not tell the file
-            error.filename = error.filename or str(self.path / METRICS)
+    def __exit__(self, *_: object) -> None:
         if self._metrics is not None:
             with contextlib.suppress(OSError):  # each line was flushed, or failed to be
                 self._metrics.close()
+
+
+class ResumedFolder(RunFolder):
+    """The folder of a run that goes on from its checkpoint: locked at once, and changed from its first new event on.
+
+    name, recipe_yaml: of the run so far. note: the comment that its recipe begins with, if any, as a line.
+    """
+
+    _argument, _instead, _wait = "resume", "restore it, or move it away", "wait for it, or stop it"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, path.name, overwrite=True)
+        if missing := [name for name in (RECIPE, METRICS) if not os.path.lexists(path / name)]:
+            raise self._refused(f"is not the folder of a run: it has no {missing[0]}")
+        if not os.path.lexists(path / CHECKPOINT):
+            raise self._refused(
+                f"has no {CHECKPOINT} to continue from: one is saved at the end, on a signal and as often as the "
+                f"recipe's train.checkpoint says; train {path / RECIPE} again in another folder, or overwrite this one"
+            )
+        self._metrics = self._claim()
+        self.checkpoint = read_plain(path / CHECKPOINT)
+        self._before = _events(path / METRICS)  # until the first new event
+        self._started = ""
+        self.name: str = json.loads(self._before[0][1])["name"]
+        self.recipe_yaml = read_plain(path / RECIPE).decode().partition("\n")[2]
+        first, end, _ = self.recipe_yaml.partition("\n")
+        self.note = (first + end) * first.startswith("#")
+
+    def finished(self, recipe_yaml: str) -> RunResult | None:
+        """The run's result, if it has ended and that is its recipe."""
+        result = parsed(self.path / RESULT, lambda text: from_json(RunResult, text))
+        ended = result is not None and result.status != "interrupted"
+        return result if ended and self.recipe_yaml == recipe_yaml else None
+
+    def metrics(self, event: Event) -> None:
+        """As of any run, without a second start. The engine yields the events after the checkpoint again, so the first
+        new one shows which of those in the file come again, and they are dropped.
+        """
+        if isinstance(event, RunStarted):
+            self._started = event_line(event) + "\n"
+            return
+        if self._before:
+            new = _place(json.loads(event_line(event)))
+            kept = itertools.takewhile(lambda old: old[0] != new and old[0][0] <= new[0], self._before[1:])
+            with self._writing(METRICS):
+                replace(self.path / METRICS, "".join([self._started, *(line for _, line in kept)]).encode())
+                self._metrics = self._claim()  # the new file, while the one before is still locked
+            self._metrics.seek(0, os.SEEK_END)
+            self._before = []
+        super().metrics(event)
+
+
+def _events(file: Path) -> list[tuple[Place, str]]:
+    """Each event in metrics.jsonl, with its line, but the run's end and a last line that is torn.
+
+    Raises FileError for a line that is no event.
+    """
+    found = []
+    lines = read_plain(file).decode().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            place = _place(json.loads(line))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            if number > 1 and number == len(lines):
+                break
+            raise FileError(f"{file}:{number}: is not an event of a run; restore it, or train the run again") from None
+        if line.endswith("\n") and place[1] != "run_finished":
+            found.append((place, line))
+    return found
+
+
+def _place(event: dict[str, Any]) -> Place:
+    """Step and name of an event as JSON. No step has two of one name."""
+    step = event["points"][0]["step"] if "points" in event else event.get("step", event.get("steps_run", 0))
+    return int(step), str(event["event"])
+
+
+def recipe_in(run: Path) -> str:
+    """The file of the recipe in a run's folder. Raises UsageError for another folder."""
+    if not _is_own(run / RECIPE):
+        raise UsageError(f"{run} is a folder without a {RECIPE} as bncli writes one for a run; name a recipe")
+    return str(run / RECIPE)
 
 
 def signed(recipe_yaml: str) -> str:
@@ -105,11 +231,21 @@ def signed(recipe_yaml: str) -> str:
 
 
 # File of a run's folder -> whether its content is as bncli wrote it.
-OWN: dict[str, Callable[[str], bool]] = {
-    RECIPE: lambda text: text == signed(text.partition("\n")[2]),
-    METRICS: lambda text: not text or text.startswith('{"event": "run_started", '),  # empty until the first event
-    RESULT: lambda text: isinstance(from_json(RunResult, text), RunResult),
+OWN: dict[str, Callable[[bytes], bool]] = {
+    RECIPE: lambda data: data.decode() == signed(data.decode().partition("\n")[2]),
+    METRICS: lambda data: not data or data.startswith(b'{"event": "run_started", '),  # empty until the first event
+    RESULT: lambda data: isinstance(from_json(RunResult, data.decode()), RunResult),
+    CHECKPOINT: lambda data: data.startswith(b"bncli checkpoint "),
+    **dict.fromkeys((MODEL, BEST), lambda data: b'"bncli":"' in data[: int.from_bytes(data[:8], "little")]),
 }
+
+
+def _is_own(file: Path) -> bool:
+    if file.name == TENSORBOARD:
+        return not os.path.lexists(file) or (file.is_dir() and not file.is_symlink())
+    with contextlib.suppress(BncliError, OSError, UnicodeDecodeError):
+        return OWN[file.name](read_plain(file))
+    return False
 
 
 def parsed(file: Path, parse: Callable[[str], T]) -> T | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bncli.errors import FileError
+from bncli.errors import FileError, printable
 from bncli.report.figure import COLOURS, INK, PALE, FigureStyle, rendered
 from bncli.report.table import AlignedTable, ResponsiveTable, Row
 from bncli.report.text import Cell, Column, environment_words
@@ -75,7 +75,8 @@ def render(page: Page, command: str, recipe: str) -> str:
     made = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     made.globals |= {"blocks": blocks, "lines": lines, "inline": inline, "naming": naming}
     machines = dict.fromkeys(f"{environment_words(each)}; {each.date[:10]}" for each in page.environments)
-    return made.get_template("page.html").render(page=page, command=command, recipe=recipe, machines=machines)
+    template = made.get_template("page.html")
+    return printable(template.render(page=page, command=command, recipe=recipe, machines=machines))
 
 
 # --- tables -------------------------------------------------------------------------------------------------------

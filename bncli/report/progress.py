@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -89,7 +90,8 @@ class _ProgressSink:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bars.stop()
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            self.bars.stop()
 
     def add(self, name: str, total: float | None, notes: Sequence[str] = (), completed: int = 0) -> TaskID:
         return self.bars.add_task(name, total=total, completed=completed, notes=notes)
@@ -151,7 +153,7 @@ class CompareProgress(_ProgressSink):
             task, notes = self.workers[event.worker], [f"{self.metric} –"]
             self.bars.reset(task, description=f"  {event.label}", total=event.budget, notes=notes)
         elif isinstance(event, RunProgressed) and event.worker in self.workers:
-            notes = [f"{self.metric} {event.value:.3f}"]
+            notes = [f"{self.metric} {'–' if event.value is None else f'{event.value:.3f}'}"]
             self.bars.update(self.workers[event.worker], completed=event.step, notes=notes)
         elif isinstance(event, RunEnded):
             self.planned = event.planned

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
+from rich.segment import Segment
 from rich.text import Text
 
+from bncli.errors import printable
 from bncli.report.text import Cell, Column, encodable
 
 UNBOUNDED = 10_000  # columns: wider than any table
@@ -23,6 +25,18 @@ LEAST_BAR, LONGEST_BAR = 12, 40  # columns
 # A number whose decimal point stands below the others': its whole part, and the rest.
 NUMBER = re.compile(r"((?:[<>] )?-?[\d,]+)((?:\.\d+)?(?:e[+-]\d+)?[x%*]?(?: (?:fewer|less|more))?)")
 Bar = Callable[[int, int], Text]  # of a row, in so many columns
+
+
+@dataclass(frozen=True)
+class Visible:
+    """What is printed, with visible characters in the place of all control characters but rich's own."""
+
+    renderable: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.renderable, options):
+            text, style, control = segment
+            yield segment if control or text.isprintable() else Segment(printable(text), style)
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ def check_installed() -> None:
 
 
 class TensorBoard:
-    """A sink that writes to a folder; what an earlier run left there is kept, and hidden by TensorBoard."""
+    """A sink that writes to a folder. What is there is kept, and hidden by TensorBoard unless the run `goes_on`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, goes_on: bool = False) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=0)
+        self._writer = SummaryWriter(str(folder), purge_step=None if goes_on else 0)
 
     def __call__(self, event: Event) -> None:
         from torch import tensor

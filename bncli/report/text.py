@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from bncli.errors import printable
 from bncli.results.compare import Claim
 from bncli.results.environment import Environment, Interval, disturbed
 from bncli.results.finding import Finding, FindingKind
@@ -68,9 +69,9 @@ def setting(value: Any) -> str:
 
 
 def encodable(text: str, encoding: str) -> str:
-    """The text in characters that the encoding has: - for a dash, +- for ±, ? for any other that it lacks."""
+    """The text in printable characters of the encoding: - for a dash, +- for ±, ? for any other that it lacks."""
     try:
-        return text.encode(encoding, "in ASCII").decode(encoding)
+        return printable(text).encode(encoding, "in ASCII").decode(encoding)
     except LookupError:
         return encodable(text, "ascii")
 

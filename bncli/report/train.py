@@ -9,7 +9,7 @@ from rich.console import Group
 
 from bncli.report.table import AlignedTable, KeyValueList, Paragraph, ResponsiveTable
 from bncli.report.text import Column, busy_words, count, environment_words, figure, metric_figure, setting, target_words
-from bncli.results.train import ProbePoint, RunningStatistics, RunResult, most_steps_to_target
+from bncli.results.train import Evaluation, ProbePoint, RunningStatistics, RunResult, most_steps_to_target
 
 # Values of probes that the summary shows; the others are in result.json.
 OF_A_LAYER = {
@@ -31,8 +31,8 @@ OF_THE_NETWORK = {
 MOST_LAYERS = 20
 
 
-def run_table(result: RunResult, name: str) -> Group:
-    """The result with units, for the end of `bncli train`."""
+def run_table(result: RunResult, name: str, saved: Sequence[str] = ()) -> Group:
+    """The result with units, for the end of `bncli train`. saved: names of files beside it that it can be used with."""
     metric = result.target.metric if result.target else "accuracy"
     hit = f"{figure(result.first_hit)} (the first evaluation at or past the target)"
     most = figure(most_steps_to_target(result.budget))
@@ -47,6 +47,7 @@ def run_table(result: RunResult, name: str) -> Group:
         ("steps to target", steps(result.steps_to_target)),
         ("first hit", hit if result.first_hit is not None else figure(None)),
     ]
+    probed = count(len({point.step for point in result.probes}), "step")
     rows = [
         ("status", status_words(result)),
         ("steps run", f"{figure(result.steps_run)} of {figure(result.budget)}"),
@@ -56,16 +57,27 @@ def run_table(result: RunResult, name: str) -> Group:
         (f"best {metric}", metric_figure(result.best, metric)),
         ("throughput", f"{speed} (training only)"),
         ("time", f"{figure(result.training_s)} s training, {figure(result.evaluation_s)} s evaluating"),
-        *([("probes", _cost(result))] if result.probes else ()),
+        *([("probes", _cost(result, result.probes_s, f" at {probed}"))] if result.probes else ()),
+        *([("checkpoints", _cost(result, result.checkpoint_s))] if result.checkpoint_s else ()),
         ("peak memory", _memory(result)),
         ("parameters", figure(result.parameters)),
         *_running_statistics(result.running_statistics),
+        *([("initial weights", result.initial_weights)] if result.initial_weights else ()),
+        *([("saved", ", ".join(saved))] if saved else ()),
     ]
     columns = [Column(name, [words], style="bold") for name, words in rows]
     made = Paragraph(f"Made on {environment_words(result.environment)}.", "dim")
     inside: list[Any] = [probes_table(result.probes), ""] if result.probes else []
     inside += [Paragraph(busy, "yellow")] * bool(busy)
     return Group(Paragraph(name, "bold"), "", KeyValueList(columns), "", *inside, made)
+
+
+def evaluation_table(found: Evaluation, name: str) -> Group:
+    """A trained model on its held-out data."""
+    values = {metric: metric_figure(found.value(metric), metric) for metric in ("accuracy", "loss")}
+    rows = {"steps trained": figure(found.step), **values}
+    columns = [Column(row, [words], style="bold") for row, words in rows.items()]
+    return Group(Paragraph(name, "bold"), "", KeyValueList(columns))
 
 
 def probes_table(probes: Sequence[ProbePoint]) -> ResponsiveTable | Group:
@@ -110,10 +122,9 @@ def rows_of(points: Sequence[ProbePoint]) -> dict[str, str]:
     return {point.layer: unit[point.layer] if merged else point.layer for point in first if point.layer}
 
 
-def _cost(result: RunResult) -> str:
-    share = result.probes_s / (result.training_s + result.evaluation_s + result.probes_s)
-    times = len({point.step for point in result.probes})
-    return f"{figure(result.probes_s)} s at {count(times, 'step')}, {share:.0%} of the run, not in its throughput"
+def _cost(result: RunResult, seconds: float, when: str = "") -> str:
+    share = seconds / (result.training_s + result.evaluation_s + result.probes_s + result.checkpoint_s)
+    return f"{figure(seconds)} s{when}, {share:.{int(share < 0.1)}%} of the run, not in its throughput"
 
 
 def _running_statistics(layers: Sequence[RunningStatistics] | None) -> list[tuple[str, str]]:

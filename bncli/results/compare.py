@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -9,6 +12,12 @@ from bncli.results.environment import COMPARISON_VERSION, Interval
 from bncli.results.train import RunResult, Target, most_steps_to_target
 
 Phase = Literal["tune", "report", "rate"]  # rate: of the search for the largest learning rate
+
+
+def run_key(recipe_key: str, identity: Mapping[str, str]) -> str:
+    """A run's key, by the digest of its resolved recipe and whatever else its outcome depends on."""
+    parts = json.dumps({"recipe": recipe_key, **identity}, sort_keys=True)
+    return hashlib.sha256(parts.encode()).hexdigest()[:20]
 
 
 @dataclass(frozen=True)
@@ -262,7 +271,7 @@ class RunBegan:
 class RunProgressed:
     worker: int
     step: int
-    value: float  # of the target's metric
+    value: float | None  # of the target's metric; None before the first evaluation
 
 
 @dataclass(frozen=True)
@@ -294,11 +303,32 @@ class PlannedArm:
 
 
 @dataclass(frozen=True)
-class Planned:
-    """The outcome of a dry run. runs, steps_at_most: if each arm keeps a single point of the grid; of runs to be done.
+class MemoryNeeded:
+    """Estimated memory on the CPU's side, in MiB. None where only the user's own code or a server could tell."""
 
-    available_memory_mib: of this machine, on the CPU's side, at the time of the dry run.
-    """
+    data_mib: float | None  # each data set once
+    copies: int  # 1 where the processes share the data
+    process_mib: float  # of each, without any training
+    training_mib: float | None  # of each, the largest
+    jobs: int  # processes
+    available_mib: float
+
+    @property
+    def fitting(self) -> int:
+        """How many of the processes the available memory has room for; at least one, since these are estimates."""
+        each, data = self.process_mib + (self.training_mib or 0.0), self.data_mib or 0.0
+        fits = (self.available_mib - data) // each if self.copies == 1 else self.available_mib // (each + data)
+        return max(1, min(self.jobs, int(fits)))
+
+    @property
+    def total_mib(self) -> float:
+        """What is unknown counts as nothing."""
+        return (self.data_mib or 0.0) * self.copies + self.jobs * (self.process_mib + (self.training_mib or 0.0))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The outcome of a dry run. runs, steps_at_most: to be done, if each arm keeps a single point of the grid."""
 
     name: str
     fields: tuple[tuple[str, Any, str], ...]  # of the base run: dotted field, value, and where the value came from
@@ -306,10 +336,10 @@ class Planned:
     grid: dict[str, tuple[Any, ...]]
     runs: int
     steps_at_most: int
-    available_memory_mib: float | None = None
     claims: tuple[Claim, ...] = ()
     search_runs: int = 0  # about, on top of `runs`: of the searches for the largest learning rate
     search_steps: int = 0  # of each of these runs
     done: int = 0  # of `runs`, in the folder already
     open_choices: bool = False  # whether an arm may keep several points of the grid, and have more runs
     checked: bool = False  # whether the data were read and each model made its first step
+    memory: MemoryNeeded | None = None

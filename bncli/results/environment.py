@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FORMAT_VERSION = 1  # of JSON files that hold gradient checks; raised when a field changes its meaning
-RUNS_VERSION = 2  # of those of runs and plans; 2: steps to target are the steps below it
+RUNS_VERSION = 3  # of those of runs and plans; 2: steps to target are the steps below it; 3: with a digest
 COMPARISON_VERSION = 3  # of those of comparisons; 3: notes are fields and no longer sentences
 PROFILE_VERSION = 2  # of those of profiles; 2: notes, remarks and norm layers are fields and no longer sentences
 

@@ -7,88 +7,124 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
+import sys
 import types
 import typing
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
+PLAIN = (str, int, bool, type(None))
 NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 def to_plain(value: Any) -> Any:
     """Dataclasses to dicts, tuples to lists, non-finite floats to text, all the way down: what `json.dumps` takes."""
-    return _finite(dataclasses.asdict(value))
+    if type(value) in PLAIN:
+        return value
+    if isinstance(value, float):
+        finite = math.isfinite(value)
+        return value if finite else "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    value = vars(value) if dataclasses.is_dataclass(value) else value
+    return {name: to_plain(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def from_plain(kind: type[T], plain: Any) -> T:
     """The dataclass that `to_plain` took apart. Raises Mismatch, with the place, for data of another shape."""
-    made: T = _rebuilt(kind, plain, "")
+    hint: Any = kind
+    made: T = _reader(hint)(plain)
     return made
 
 
 class Mismatch(ValueError):
-    """Where plain data are not what a dataclass holds."""
+    """Where plain data are not what a dataclass holds. words: what is wrong there, after the place."""
+
+    def __init__(self, words: str, place: str = "") -> None:
+        super().__init__((place.lstrip(".") or "the whole") + words)
+        self.words, self.place = words, place
 
 
-def _rebuilt(hint: Any, plain: Any, path: str) -> Any:
-    """Plain data as the type that the hint names, all the way down. Raises Mismatch with the place."""
+# --- readers: plain data to what they hold; each raises Mismatch ---------------------------------------------------
+
+Reader = Callable[[Any], Any]
+
+
+@functools.cache  # a hint is looked into once: that takes longer than to read what it describes
+def _reader(hint: Any) -> Reader:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
-        return plain
+        return lambda plain: plain
     if dataclasses.is_dataclass(hint):
-        return _rebuilt_dataclass(typing.cast(type, hint), plain, path)
+        return _dataclass_reader(typing.cast(type, hint))
     if origin in (typing.Union, types.UnionType):  # here always `X | None`
-        present = next(argument for argument in arguments if argument is not type(None))
-        return None if plain is None else _rebuilt(present, plain, path)
+        present = _reader(next(argument for argument in arguments if argument is not type(None)))
+        return lambda plain: None if plain is None else present(plain)
     if origin is typing.Literal:
-        _expect(plain in arguments, path, " or ".join(map(json.dumps, arguments)), plain)
-        return plain
+        return lambda plain: plain if plain in arguments else _refuse(" or ".join(map(json.dumps, arguments)), plain)
     if origin is tuple:
-        same = arguments[-1] is ...
-        _expect(isinstance(plain, list) and (same or len(plain) == len(arguments)), path, "a list", plain)
-        hints = [arguments[0]] * len(plain) if same else arguments
-        return tuple(_rebuilt(h, item, f"{path}[{i}]") for i, (h, item) in enumerate(zip(hints, plain, strict=True)))
+        same, readers = arguments[-1] is ..., [_reader(each) for each in arguments if each is not ...]
+        return lambda plain: (
+            tuple(_each(itertools.repeat(readers[0]) if same else readers, plain))
+            if isinstance(plain, list) and (same or len(plain) == len(readers))
+            else _refuse("a list", plain)
+        )
     if origin is dict:
-        _expect(isinstance(plain, dict), path, "an object", plain)
-        return {key: _rebuilt(arguments[1], item, f"{path}.{key}") for key, item in plain.items()}
+        value = _reader(arguments[1])
+        return lambda plain: _values(itertools.repeat(value), _object(plain))
     if hint is float:
-        plain = NOT_FINITE.get(plain, plain) if isinstance(plain, str) else plain
-        _expect(isinstance(plain, int | float) and not isinstance(plain, bool), path, "a number", plain)
-        return plain
-    _expect(type(plain) is hint, path, {int: "a whole number", str: "text"}.get(hint, str(hint)), plain)
-    return plain
+        return _float
+    expected = {int: "a whole number", str: "text"}.get(hint, str(hint))
+    return lambda plain: plain if type(plain) is hint else _refuse(expected, plain)
 
 
-_hints = functools.cache(typing.get_type_hints)
+def _float(plain: Any) -> Any:
+    plain = NOT_FINITE.get(plain, plain) if isinstance(plain, str) else plain
+    right = type(plain) is float or (type(plain) is int and abs(plain) < sys.float_info.max)
+    return plain if right else _refuse("a number", plain)
 
 
-def _rebuilt_dataclass(kind: type, plain: Any, path: str) -> Any:
-    _expect(isinstance(plain, dict), path, "an object", plain)
-    hints = _hints(kind)
-    values = {}
-    unknown = sorted(plain.keys() - hints.keys())
-    if unknown:
-        raise Mismatch(f"{path}{'.' * bool(path)}{unknown[0]} is not a known field")
-    for field in dataclasses.fields(kind):
-        place = f"{path}.{field.name}".lstrip(".")
-        if field.name in plain:
-            values[field.name] = _rebuilt(hints[field.name], plain[field.name], place)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise Mismatch(f"{place} is missing")
-    return kind(**values)
+def _dataclass_reader(kind: type) -> Reader:
+    readers = {name: _reader(hint) for name, hint in typing.get_type_hints(kind).items()}
+    missing = dataclasses.MISSING
+    required = {
+        each.name for each in dataclasses.fields(kind) if each.default is missing and each.default_factory is missing
+    }
+
+    def read(plain: Any) -> Any:
+        if unknown := sorted(_object(plain).keys() - readers.keys()):
+            raise Mismatch(" is not a known field", f".{unknown[0]}")
+        if absent := required - plain.keys():
+            raise Mismatch(" is missing", f".{next(name for name in readers if name in absent)}")
+        return kind(**_values(map(readers.__getitem__, plain), plain))
+
+    return read
 
 
-def _expect(right: bool, path: str, expected: str, found: Any) -> None:
-    if not right:
-        shown = json.dumps(found)
-        raise Mismatch(f"{path or 'the whole'}: expected {expected}, found {shown[:40]}{'...' * (len(shown) > 40)}")
+def _values(readers: Iterable[Reader], plain: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(plain, _each(readers, plain.values(), list(plain)), strict=True))
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+def _each(readers: Iterable[Reader], items: Iterable[Any], names: Sequence[str] = ()) -> list[Any]:
+    """Each item by its reader. names: of the items, for the place of a mistake, where they are no list's."""
+    made: list[Any] = []
+    try:
+        for reader, item in zip(readers, items, strict=False):  # one reader may be repeated
+            made.append(reader(item))
+    except Mismatch as error:
+        at = len(made)
+        raise Mismatch(error.words, (f".{names[at]}" if names else f"[{at}]") + error.place) from None
+    return made
+
+
+def _object(plain: Any) -> dict[str, Any]:
+    return plain if isinstance(plain, dict) else _refuse("an object", plain)
+
+
+def _refuse(expected: str, found: Any) -> NoReturn:
+    shown = json.dumps(found)
+    raise Mismatch(f": expected {expected}, found {shown[:40]}{'...' * (len(shown) > 40)}")

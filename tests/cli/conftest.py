@@ -105,7 +105,9 @@ class InThisProcess:
     device: str
     jobs: int | None
     threads: int
-    folder: Path
+    folder: Path = Path()
+    checkpoints: Path | None = None
+    longest_silence_s: float | None = None
 
     def run(self, wanted: deque[Job], stop: Callable[[], bool]) -> Iterator[Started | Ended]:
         while wanted and not stop():
@@ -120,8 +122,11 @@ class InThisProcess:
         """A result that is made up; the arm called deadly fails, the one called late misses its target."""
         if job.arm == "deadly" and not job.check:
             return Ended(0, job, None, "its worker process was killed by SIGKILL")
-        found = result(None if job.arm == "late" else 5.0 + job.seed + 50 * (job.recipe.optimizer.lr < 0.5))
+        steps, budget = 5.0 + job.seed + 50 * (job.recipe.optimizer.lr < 0.5), job.recipe.train.steps
+        found = result(None if job.arm == "late" or steps > budget else steps)
         environment = replace(found.environment, threads=self.threads)
+        evaluations = tuple(each for each in found.evaluations if each.step <= budget)
+        found = replace(found, budget=budget, steps_run=min(found.steps_run, budget), evaluations=evaluations)
         return Ended(0, job, to_plain(replace(found, ms_per_step=float(self.threads), environment=environment)))
 
 

@@ -41,6 +41,23 @@ def test_a_recipe_is_a_yaml_file_here_or_in_a_folder_below(completed, folder: Pa
     assert completed("train", "nothing") == []
 
 
+def test_a_run_to_continue_is_a_folder_with_a_checkpoint(completed, folder: Path) -> None:
+    for name in ("runs/small/1", "runs/small/2", "runs/digits", "mine"):
+        (folder / name).mkdir(parents=True)
+    for name in ("runs/small/1", "runs/small/2", "mine"):
+        (folder / name / "checkpoint.pt").touch()
+    assert completed("train", "--resume", "") == ["mine", "runs/small/1", "runs/small/2"]
+    assert completed("train", "--resume", "runs/small/") == ["runs/small/1", "runs/small/2"]
+    assert completed("train", "--resume", "ru") == ["runs/small/1", "runs/small/2"]
+
+
+def test_a_name_with_control_characters_is_not_offered(completed, folder: Path) -> None:
+    (folder / "other\x1b]0;x\x07.yaml").write_text("")
+    (folder / "small.yaml").write_text('arms: {plain: {}, "p\\e[31m": {}, 3: {}}')
+    assert completed("train", "") == ["small.yaml"]
+    assert completed("train", "small.yaml", "--arm", "p") == ["plain"]
+
+
 def test_an_arm_is_one_of_the_recipe_on_the_line(completed, folder: Path) -> None:
     text = (folder / "small.yaml").read_text().replace("normed:", "batch norm:")
     (folder / "spaced.yaml").write_text(text)

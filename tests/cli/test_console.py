@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import errno
+import io
 import signal
+import sys
 
 import pytest
 
@@ -80,7 +83,7 @@ def test_a_text_is_printed_as_it_is_and_ends_its_line_once(capsys: pytest.Captur
 # --- signals ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_the_first_signal_asks_to_stop_and_the_second_stops_at_once(
     capsys: pytest.CaptureFixture[str], number: signal.Signals, code: int
 ) -> None:
@@ -102,3 +105,32 @@ def test_work_that_yields_what_it_has_finished_stops_at_the_first_signal() -> No
         signal.raise_signal(signal.SIGINT)
     assert stopped.value.exit_code == 130
     assert isinstance(stopped.value, KeyboardInterrupt)
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop()
+            signal.raise_signal(signal.SIGTERM)
+            assert stop()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_message_that_cannot_be_written_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise self.error
+
+        error: Exception
+
+    for error in (OSError(errno.EIO, "gone"), RuntimeError("reentrant call")):
+        stream = Gone()
+        stream.error = error
+        monkeypatch.setattr(sys, "stderr", stream)
+        with StopSignal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop()

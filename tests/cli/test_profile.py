@@ -90,15 +90,19 @@ class NoProcesses(FreshProcesses):
         return 7.0
 
 
+def measure_less(patch: pytest.MonkeyPatch) -> None:
+    """Less time, small ceilings, and no processes for the memory."""
+    patch.setattr(profile, "QUICK_SECONDS", 0.1)
+    patch.setattr(ceilings, "SIZES", (4096,))
+    patch.setattr(ceilings, "BEYOND_CACHE", {"cpu": 2**20})
+    patch.setattr(ceilings, "MATRIX_SIDE", {"cpu": 16})
+    patch.setattr(memory, "kernel_processes", NoProcesses)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
-    """Less time, small ceilings, and no processes for the memory."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profile, "QUICK_SECONDS", 0.1)
-        patch.setattr(ceilings, "SIZES", (4096,))
-        patch.setattr(ceilings, "BEYOND_CACHE", {"cpu": 2**20})
-        patch.setattr(ceilings, "MATRIX_SIDE", {"cpu": 16})
-        patch.setattr(memory, "kernel_processes", NoProcesses)
+        measure_less(patch)
         patch.setitem(StepRun.__init__.__kwdefaults__, "step_memory", lambda *_: StepMemory(1.0, 1.0, 0.0, 2.0, 30.0))
         with cpu_threads(1):  # two wait for each other where other tests run beside these
             yield

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.numpy import load_file
 
 from bncli.kernels import fused
 from bncli.names import RECIPE_KERNELS
@@ -122,7 +126,7 @@ def test_a_dry_run_of_train_gives_the_parameters_that_the_run_has(recipe: str) -
     asked = ("train", recipe, "--arm", "normed", "--json")
     planned = json.loads(bncli(*asked, "--dry-run").out)
     assert planned["arms"][0]["parameters"] == json.loads(bncli(*asked, "-q").out)["parameters"]
-    assert 0 < planned["arms"][0]["memory_mib"] < planned["available_memory_mib"]
+    assert 0 < planned["arms"][0]["memory_mib"] < planned["memory"]["available_mib"]
 
 
 # --- recipes that bncli comes with ----------------------------------------------------------------------------------
@@ -171,10 +175,13 @@ def test_the_recipes_of_an_own_model_train_as_they_are(
 # --- models of the user's own, and signals ------------------------------------------------------------------------
 
 
+OF_OWN = ("--set", "model={kind: module, module: 'mine:make'}", "--allow-code")
+
+
 def own(recipe: str, act: str, *arguments: str) -> Ran:
     """Training of a model of the user's own that does something in its forward pass."""
     Path("mine.py").write_text(OWN.format(act=act))
-    return bncli("train", recipe, "--set", "model={kind: module, module: 'mine:make'}", "--allow-code", *arguments)
+    return bncli("train", recipe, *OF_OWN, *arguments)
 
 
 @pytest.mark.parametrize("act", ["import sys; sys.exit(0)", "raise RuntimeError('no')"])
@@ -192,17 +199,185 @@ def test_what_an_own_model_prints_stays_out_of_the_result(recipe: str) -> None:
     assert "hello" in ran.err
 
 
-@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_ctrl_c_ends_a_run_after_its_step_and_keeps_what_is_computed(recipe: str, number: str, code: int) -> None:
-    count = "self.calls = getattr(self, 'calls', 0) + 1"
-    act = f"import os, signal; {count}; self.calls == 30 and os.kill(os.getpid(), signal.{number})"
-    many = ("--set", "train.steps=10000", "--set", "train.target=null", "--set", "train.evaluate_every=10")
-    ran = own(recipe, act, "-o", "run", *many)
-    assert ran.code == code
-    assert "interrupted" in ran.out
-    result = json.loads(Path("run/result.json").read_text())
-    assert result["status"] == "interrupted"
-    assert 1 <= result["steps_run"] <= 30
+# --- runs that go on ----------------------------------------------------------------------------------------------
+
+# A module that acts at the call whose number is in at.txt, once.
+AT = """
+import os, pathlib, shutil, signal
+calls, at = 0, pathlib.Path("at.txt")
+def tick():
+    global calls
+    calls += 1
+    if at.exists() and calls == int(at.read_text()):
+        at.unlink()
+        {act}
+"""
+LONG = ("--set", "train.steps=45", "--set", "train.target=null", "--set", "train.checkpoint={every: 7}", "-q", "--json")
+MEASURED = {  # fields that hold times and memory, and the digest of all
+    *("ms_per_step", "samples_per_s", "training_s", "evaluation_s", "checkpoint_s", "memory_mib", "environment"),
+    *("peak_memory_mib", "evaluation_peak_memory_mib", "cores_lacked", "sha256"),
+}
+
+
+def acting(recipe: str, act: str, at: int, *arguments: str) -> Ran:
+    """Training of a model of the user's own that does something at a call of its forward pass."""
+    Path("at.txt").write_text(str(at))
+    Path("beside.py").write_text(AT.format(act=act))
+    forget_modules(Path.cwd())
+    return own(recipe, "__import__('beside').tick()", *LONG, *arguments)
+
+
+def left(run: str) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, list[float]]]:
+    """What a run left: its metrics and its result without times, and its weights."""
+    lines = [*Path(run, "metrics.jsonl").read_text().splitlines(), Path(run, "result.json").read_text()]
+    *metrics, result = (
+        {name: each for name, each in json.loads(line).items() if name not in MEASURED} for line in lines
+    )
+    weights = load_file(f"{run}/model.safetensors")
+    return metrics, result, {name: each.flatten().tolist() for name, each in weights.items()}
+
+
+def test_a_run_that_a_signal_stopped_anywhere_goes_on_as_if_it_had_not(recipe: str) -> None:
+    acting(recipe, "pass", 0, "-o", "whole")
+    stopped = 0
+    # An evaluation of 60 examples is 3 calls: before the first step, in a step, and in the evaluation after step 5.
+    for at, number, code in ((2, "SIGINT", 130), (6, "SIGTERM", 143), (10, "SIGHUP", 129), (70, "SIGTERM", 143)):
+        ran = acting(recipe, f"os.kill(os.getpid(), signal.{number})", at, "-o", f"run {at}")
+        assert (ran.code, json.loads(ran.out)["status"]) == (code, "interrupted")
+        assert not Path(f"run {at}/model.safetensors").exists()
+        command = ran.err.splitlines()[-1].partition("Continue it with: bncli ")[2]
+        assert command == f"train --resume 'run {at}' --allow-code"
+        stopped = max(stopped, json.loads(ran.out)["steps_run"])
+        forget_modules(Path.cwd())
+        ran = bncli(*shlex.split(command), "-q", "--json")
+        assert ran.code == 0, ran.err
+        assert left(f"run {at}") == left("whole")
+    assert 20 < stopped < 45
+
+
+def test_a_run_whose_process_was_killed_goes_on_from_its_last_checkpoint(recipe: str) -> None:
+    acting(recipe, "pass", 0, "-o", "whole")
+    Path("at.txt").write_text("60")
+    Path("beside.py").write_text(AT.format(act="os.kill(os.getpid(), signal.SIGKILL)"))
+    killed = process("train", recipe, *LONG, *OF_OWN, "-o", "run")
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert not Path("run/result.json").exists()
+    forget_modules(Path.cwd())
+    assert bncli("train", "--resume", "run", "--allow-code", "-q").code == 0
+    assert left("run") == left("whole")
+
+
+def test_an_error_that_ends_a_run_leaves_a_command_that_continues_it(recipe: str) -> None:
+    ran = acting(recipe, "raise RuntimeError('no')", 60, "-o", "run")
+    first, second = ran.err.splitlines()[:2]
+    assert (ran.code, first) == (1, "Continue it with: bncli train --resume run --allow-code")
+    assert second.startswith("bncli: model.module: mine:make raised RuntimeError")
+    forget_modules(Path.cwd())
+    assert bncli("train", "--resume", "run", "--allow-code", "-q").code == 0
+
+
+def test_a_folder_that_is_removed_meanwhile_ends_the_run_and_stays_removed(recipe: str) -> None:
+    ran = acting(recipe, "shutil.rmtree('run')", 60, "-o", "run")
+    assert (ran.code, ran.out) == (1, "")
+    assert "the run's folder run was removed or renamed while it was in use; what was saved before is kept" in ran.err
+    assert not Path("run").exists()
+
+
+def test_a_run_that_has_ended_is_shown_and_goes_on_with_more_steps(recipe: str) -> None:
+    asked = ("train", recipe, "--set", "train.target=null", "-q", "--json", "-o")
+    bncli(*asked, "run", "--set", "train.steps=30")
+    before = {file.name: file.read_bytes() for file in Path("run").iterdir()}
+    again = bncli("train", "--resume", "run", "--json")
+    assert (again.code, again.err.splitlines()[0]) == (
+        0,
+        "This run has ended, so nothing is trained; --set train.steps=N continues it",
+    )
+    assert json.loads(again.out) == json.loads(before["result.json"])
+    assert {file.name: file.read_bytes() for file in Path("run").iterdir()} == before
+    more = bncli("train", "--resume", "run", "--set", "train.steps=45", "--set", "train.keep=both", "-q", "--json")
+    assert more.code == 0
+    assert "UserWarning" not in more.err
+    bncli(*asked, "whole", "--set", "train.steps=45")
+    assert left("run") == left("whole")
+    assert load("run/recipe.yaml").base.train.steps == 45
+
+
+def test_what_a_run_cannot_go_on_with_is_refused_and_it_is_left_as_it_was(recipe: str) -> None:
+    bncli("train", recipe, "-o", "run", "-q")
+    before = {file.name: file.read_bytes() for file in Path("run").iterdir()}
+    for options, words in {
+        ("--out", "other", "--force"): "--out, --force with --resume: a run goes on in its folder, from its checkpoint",
+        ("--arm", "plain"): "--arm with --resume:",
+        ("--from-weights", "x"): "--from-weights with --resume:",
+        ("--set", "optimizer.lr=0.1"): "optimizer.lr was 0.5 when the run began, and is 0.1 now",
+        ("--set", "train.steps=5"): "train.steps is 5, and ",
+        ("--set", "train.steps=90", "--threads", "3"): "--resume: threads was 1",
+    }.items():
+        refused = bncli("train", "--resume", "run", *options)
+        assert (refused.code, refused.out) == (2, "")
+        assert words in refused.err
+        assert "Continue it with" not in refused.err
+    assert {file.name: file.read_bytes() for file in Path("run").iterdir()} == before
+    Path("run/checkpoint.pt").unlink()
+    assert "--resume run: has no checkpoint.pt to continue from" in bncli("train", "--resume", "run").err
+    assert "--resume none: is not the folder of a run" in bncli("train", "--resume", "none").err
+    assert "RECIPE is missing; see bncli train --help" in bncli("train", "--quiet").err
+
+
+# --- trained models -----------------------------------------------------------------------------------------------
+
+
+def test_a_trained_model_is_evaluated_as_its_run_did(recipe: str) -> None:
+    asked = ("train", recipe, "--arm", "normed", "--set", "train.keep=both", "-q", "--json", "-o", "run")
+    last = json.loads(bncli(*asked).out)["evaluations"][-1]
+    found = bncli("train", "run", "--evaluate", "--json")
+    assert json.loads(found.out) == {**last, "train_loss": None}
+    assert bncli("train", "run/model.safetensors", "--evaluate", "--json").out == found.out
+    assert bncli("train", "run/model-best.safetensors", "--evaluate").words.startswith(
+        "run/model-best.safetensors steps trained "
+    )
+    for model, words in {
+        "none": "none: cannot be read: No such file or directory",
+        "small.yaml": "small.yaml: is damaged or no safetensors file",
+    }.items():
+        refused = bncli("train", model, "--evaluate")
+        assert (refused.code, refused.out) == (2, "")
+        assert words in refused.err
+    refused = bncli("train", "run", "--evaluate", "--set", "train.seed=3", "--plot", "x.svg")
+    assert "--set, --plot with --evaluate: nothing is trained, and the model's recipe is in its file" in refused.err
+
+
+def test_a_run_that_starts_from_a_file_of_weights_says_so_also_when_it_goes_on(recipe: str) -> None:
+    bncli("train", recipe, "-o", "first", "-q")
+    asked = ("--set", "train.target=null", "--set", "train.steps=20", "-q", "--json")
+    begun = json.loads(bncli("train", recipe, *asked, "-o", "run", "--from-weights", "first/model.safetensors").out)
+    assert begun["initial_weights"].startswith("first/model.safetensors sha256 ")
+    assert (
+        begun["evaluations"][0]["loss"] == json.loads(Path("first/result.json").read_text())["evaluations"][-1]["loss"]
+    )
+    Path("first/model.safetensors").unlink()
+    ran = bncli("train", "--resume", "run", "--set", "train.steps=30")
+    assert f"initial weights {begun['initial_weights'][:20]}" in ran.words
+    assert "saved model.safetensors, checkpoint.pt" in ran.words
+    assert json.loads(Path("run/result.json").read_text())["initial_weights"] == begun["initial_weights"]
+    refused = bncli(
+        "train", recipe, "--set", "model.hidden=[8]", "--from-weights", "run/model.safetensors", "-o", "other"
+    )
+    assert refused.code == 2
+    assert "--from-weights: " in refused.err
+    assert not Path("other").exists()
+
+
+def test_a_runs_folder_in_the_place_of_a_recipe_is_answered_with_the_recipe_in_it(recipe: str) -> None:
+    bncli("train", recipe, "-o", "run", "-q")
+    assert (
+        "run is a folder; a run's goes on with --resume run, and --evaluate evaluates it" in bncli("train", "run").err
+    )
+    assert "run: is a folder; name the recipe in it, run/recipe.yaml" in bncli("compare", "run").err
+    Path("run/recipe.yaml").unlink()
+    Path("run/recipe.yaml").symlink_to("../small.yaml")
+    assert "run is a folder without a recipe.yaml as bncli writes one" in bncli("profile", "run").err
 
 
 # --- terminals ----------------------------------------------------------------------------------------------------
@@ -230,6 +405,21 @@ def test_the_bar_on_a_terminal_leaves_stdout_to_the_result(recipe: str) -> None:
     assert json.loads(out)["status"] == "reached"
     assert b"\x1b[" in screen  # a bar was drawn
     assert b"steps_to_target" not in screen
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals")
+def test_a_terminal_that_is_closed_stops_the_run_which_is_saved(recipe: str) -> None:
+    ours, theirs = os.openpty()
+    long = ("--set", "train.steps=1000000", "--set", "train.target=null")
+    started = process("train", recipe, *long, "-o", "run", stdin=theirs, stdout=theirs, stderr=theirs, process_group=0)
+    os.close(theirs)
+    while b"accuracy" not in os.read(ours, 65536):  # the bar of a run that goes on
+        pass
+    os.close(ours)
+    started.send_signal(signal.SIGHUP)
+    assert started.wait() == 129
+    assert json.loads(Path("run/result.json").read_text())["status"] == "interrupted"
+    assert Path("run/checkpoint.pt").exists()
 
 
 def test_no_bar_and_no_colour_off_a_terminal_whatever_is_forced(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +455,7 @@ def test_tensorboards_files_are_in_the_runs_folder_beside_the_record(recipe: str
     assert ran.code == 0
     assert (ran.err, {file.name for file in Path("run").iterdir()}) == (
         "",
-        {"recipe.yaml", "metrics.jsonl", "result.json", "tensorboard"},
+        {"recipe.yaml", "metrics.jsonl", "result.json", "checkpoint.pt", "model.safetensors", "tensorboard"},
     )
     found = event_accumulator.EventAccumulator("run/tensorboard")
     found.Reload()

@@ -118,6 +118,9 @@ def test_deterministic_algorithms_are_asked_for_and_the_settings_come_back(monke
     with deterministic(True):
         assert settings() == (True, False, False, ":4096:8")
     assert settings() == before
+    with pytest.raises(KeyError), deterministic(True):
+        raise KeyError
+    assert settings() == before
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     with deterministic(True):
         assert settings()[-1] == ":16:8"

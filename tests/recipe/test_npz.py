@@ -16,6 +16,12 @@ from bncli.recipe.npz import header
 X, Y = np.zeros((3, 2)), np.array([0, 2, 1])
 
 
+def array(values: np.ndarray) -> bytes:
+    made = io.BytesIO()
+    np.save(made, values)
+    return made.getvalue()
+
+
 def archive_of(x: bytes) -> bytes:
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w") as archive:
@@ -72,3 +78,30 @@ def test_a_missing_file_is_told_with_the_nearest_name_or_how_to_make_one(tmp_pat
     np.savez(tmp_path / "set.npz", x=X, y=Y)
     with pytest.raises(DataError, match=r"sets\.npz does not exist; did you mean .*/set\.npz\?"):
         header(path)
+
+
+def damaged(content: bytes, what: str) -> bytes:
+    """An archive with another compression, version or size than it has; np.savez writes x first."""
+    entry = content.index(b"PK\x01\x02")  # in the list at the end; its fields: version needed, flags, compression
+    at, value = {"version": (entry + 6, 99), "compression": (entry + 10, 97)}[what]
+    return content[:at] + value.to_bytes(2, "little") + content[at + 2 :]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda made: damaged(made, "version"), "cannot be read as arrays of numbers (zip file version 9.9); write it"),
+        (lambda made: damaged(made, "compression"), "cannot be read as arrays of numbers (That compression method"),
+        (lambda made: archive_of(array(X).replace(b"(3, 2), }          ", b"(3, 10000000000), }")),
+         "cannot be read as arrays of numbers (x has 48 bytes of values, and its header says 240,000,000,000); write"),
+        (lambda made: made.replace(b"x.npy", b"x.txt"), "has no x; it holds x.txt, y."),
+        (lambda made: made[:-30], "is not an .npz archive"),
+    ],
+)  # fmt: skip
+def test_a_damaged_archive_is_refused_with_its_reason(tmp_path: Path, change: Any, reason: str) -> None:
+    path = tmp_path / "set.npz"
+    np.savez(path, x=X, y=Y)
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(DataError) as caught:
+        header(str(path))
+    assert reason in str(caught.value)

@@ -48,7 +48,7 @@ NOTHING = Interval(None, None)
 
 def run_result(steps: float | None, *, status: str = "reached", tau: float = 300.0, loss: bool = False) -> RunResult:
     """A run whose accuracy follows 0.1 + 0.87 (1 - exp(-step / tau)), evaluated every 10 steps up to its target."""
-    last = BUDGET if steps is None else int(steps) + 20
+    last = BUDGET if steps is None else min(BUDGET, int(steps) + 20)
     at = list(range(0, last, max(10, last // 1000 * 50)))
     seen = [0.1 + 0.87 * (1 - math.exp(-step / tau)) for step in at]
     evaluations = tuple(
@@ -223,7 +223,7 @@ def six_arms() -> Comparison:
         + report_runs(names[1], spread(67), 20)
         + report_runs(names[2], spread(45), 14)
         + report_runs(names[3], some, 700)
-        + report_runs(names[4], [*[None] * 4, *spread(2800, 2)], 1500)
+        + report_runs(names[4], [*[None] * 4, *spread(2600, 2)], 1500)
         + report_runs(names[5], [None] * 5, 9000, status="diverged")
     )
     failed = RunRecord("k", names[4], {"optimizer.lr": 0.3}, 106, "report", None, "worker killed by signal 9")
@@ -299,6 +299,7 @@ def two_fields() -> Comparison:
     grid = {"optimizer.lr": (0.1, 0.3, 1.0), "optimizer.momentum": (0.0, 0.9)}
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     runs = report_runs("plain", spread(812), 250) + report_runs("batch norm", spread(67), 20)
+    runs = [replace(run, point={**run.point, "optimizer.momentum": 0.9}) for run in runs]
     cells = {"plain": (2711.0, 903, 806, 451, None, 433), "batch norm": (98.0, 61, 64, 55, 51, 70)}
     filled = {
         name: tuple(

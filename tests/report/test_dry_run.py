@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from bncli.report.dry_run import render, to_json
-from bncli.results.compare import Claim, Planned, PlannedArm
+from bncli.results.compare import Claim, MemoryNeeded, Planned, PlannedArm
 
 PLANNED = Planned(
     "small",
@@ -74,3 +74,18 @@ def test_an_ascii_output_gets_ascii(show):
 @pytest.mark.parametrize("field", ["name", "fields", "arms", "grid", "runs", "steps_at_most"])
 def test_json_has_every_field(field):
     assert field in json.loads(to_json(PLANNED))
+
+
+def test_the_memory_of_all_processes_is_said_with_what_is_unknown(show):
+    for needed, words in (
+        (
+            MemoryNeeded(954.2, 1, 170.0, 2.5, 2, 8000.0),
+            "2 processes need about 1,300 of 8,000 MiB available (data",
+        ),
+        (
+            MemoryNeeded(10.0, 3, 170.0, 2.0, 3, 8000.0),
+            "3 processes need about 546 of 8,000 MiB available (data in",
+        ),
+        (MemoryNeeded(None, 1, 170.0, None, 1, 99.0), "(data unknown, each with torch 170 MiB, its training unknown)"),
+    ):
+        assert words in " ".join(show(render(replace(PLANNED, memory=needed)), 120).split())

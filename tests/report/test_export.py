@@ -45,7 +45,7 @@ def test_junit_counts_each_outcome_and_keeps_what_is_said():
     found = [(case.get("classname"), case.get("name"), case.get("time"), case[0].tag, case[0].text) for case in suite]
     assert found == [
         ("tool.a", "one", "0.250", "system-out", "said"),
-        ("tool.a", 'two "<&>"', "0.500", "failure", "first\nsecond, [31mred"),
+        ("tool.a", 'two "<&>"', "0.500", "failure", "first\nsecond, \u241b[31mred"),
         ("tool.b", "three", "0.000", "error", "no result"),
         ("tool.b", "four", "0.000", "skipped", "why"),
     ]

@@ -19,7 +19,8 @@ from bncli.results.compare import Comparison, RunRecord
 from bncli.results.environment import COMPARISON_VERSION, RUNS_VERSION
 from bncli.results.train import Evaluated, Evaluation, RunFinished, RunResult, RunStarted, StepDone, Target
 
-FLOATS = st.floats(allow_nan=False) | st.none()
+FLOATS = st.floats() | st.none()
+SHARES = st.floats(0, 1)
 
 
 # --- there and back -----------------------------------------------------------------------------------------------
@@ -45,10 +46,13 @@ def test_a_run_and_a_result_come_back_equal(examples, make_result):
         assert from_json(RunResult, to_json(result)) == result
 
 
-@given(steps=FLOATS, best=FLOATS, accuracy=st.floats(), text=st.text(), value=st.integers() | st.booleans() | st.text())
-def test_any_number_and_any_text_survive(make_result, steps, best, accuracy, text, value):
-    seen = (Evaluation(0, accuracy, math.inf, None), Evaluation(10, -math.inf, 0.1, -0.0))
-    result = replace(make_result(50.0), steps_to_target=steps, best=best, evaluations=seen, reason=text)
+@given(
+    steps=st.floats(0, 3000) | st.none(), best=SHARES | st.none(), accuracy=SHARES, final=FLOATS, text=st.text(),
+    value=st.integers() | st.booleans() | st.text(),
+)  # fmt: skip
+def test_any_number_and_any_text_survive(make_result, steps, best, accuracy, final, text, value):
+    seen = (Evaluation(0, accuracy, math.inf, None), Evaluation(10, 0.5, -math.inf, -0.0))
+    result = replace(make_result(50.0), steps_to_target=steps, best=best, final=final, evaluations=seen, reason=text)
     record = RunRecord("key", text, {"model.name": value}, 7, "report", result)
     back = from_json(RunRecord, to_json(record))
     assert repr(back) == repr(record)  # nan is not equal to itself, and -0.0 is to 0.0

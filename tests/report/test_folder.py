@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import resource
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import bncli
-from bncli.errors import UsageError
+from bncli.errors import BncliError, UsageError
 from bncli.report.compare.folder import load_comparison
-from bncli.report.folder import RunFolder
-from bncli.results.train import Evaluated, Evaluation, RunStarted
+from bncli.report.folder import ResumedFolder, RunFolder
+from bncli.results.train import Evaluated, Evaluation, Event, Probed, ProbePoint, RunFinished, RunStarted, StepDone
+
+STATE = b"bncli checkpoint 1 sha256 of a test"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(bncli.__file__).parent.parent)}
 
 
 def test_metrics_can_be_read_while_the_run_goes_on(tmp_path: Path) -> None:
@@ -61,8 +69,10 @@ except BncliError as error:
 def begun_at_once(count: int, cwd: Path, out: str = "", force: str = "") -> list[str]:
     """What as many processes say that begin a run at the same time, all of them still there."""
     commands = [[sys.executable, "-c", BEGIN, out, force, str(number)] for number in range(count)]
-    pipe, paths = subprocess.PIPE, {**os.environ, "PYTHONPATH": str(Path(bncli.__file__).parent.parent)}
-    started = [subprocess.Popen(each, stdin=pipe, stdout=pipe, text=True, cwd=cwd, env=paths) for each in commands]
+    pipe = subprocess.PIPE
+    started = [
+        subprocess.Popen(each, stdin=pipe, stdout=pipe, text=True, cwd=cwd, env=ENVIRONMENT) for each in commands
+    ]
     said = []
     for step in ("ready", "begun"):
         said = [one.stdout.readline().strip() for one in started if one.stdout]
@@ -166,7 +176,199 @@ def test_a_folder_that_cannot_be_made_read_or_shared_is_named(tmp_path: Path) ->
         RunFolder(tmp_path, "small", overwrite=True).begin("data: {}")
 
 
-def test_a_full_disk_in_a_run_names_the_file_of_its_events(tmp_path):
-    with pytest.raises(OSError, match="No space left") as full, RunFolder(tmp_path / "run", "digits"):
-        raise OSError(28, "No space left on device")
-    assert full.value.filename == str(tmp_path / "run" / "metrics.jsonl")
+@contextlib.contextmanager
+def full_disk(most: int) -> Iterator[None]:
+    """No file grows beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_names_the_file_and_keeps_what_was_saved(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run", "name") as folder:
+        folder.begin("train: {}\n")
+        folder.metrics(STARTED)
+        folder.save["checkpoint"](STATE)
+        with full_disk(1000):
+            for write in (lambda: folder.save["checkpoint"](bytes(2000)), lambda: folder.metrics(done(10**1000))):
+                with pytest.raises(
+                    BncliError, match=r"run/(checkpoint.pt|metrics.jsonl): cannot be written: File too"
+                ) as full:
+                    write()
+                assert full.value.exit_code == 1
+    assert (tmp_path / "run/checkpoint.pt").read_bytes() == STATE
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {"checkpoint.pt", "metrics.jsonl", "recipe.yaml"}
+
+
+def test_a_folder_that_is_removed_while_its_run_goes_on_is_not_made_again(tmp_path: Path, make_result) -> None:
+    with RunFolder(tmp_path / "run", "name") as folder:
+        folder.begin("train: {}\n")
+        shutil.rmtree(tmp_path / "run")
+        folder.metrics(STARTED)
+        for write in (lambda: folder.save["model"](b"weights"), lambda: folder.finish(make_result(100.0))):
+            with pytest.raises(BncliError, match=r"the run's folder .*/run was removed or renamed while it was in use"):
+                write()
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- continued ----------------------------------------------------------------------------------------------------
+
+STARTED = RunStarted("mine", "cpu", 1, 60, 1, None)
+
+
+def done(step: int) -> StepDone:
+    return StepDone(step, 0.5, 0.1, 1e4, None)
+
+
+def evaluated(step: int) -> Evaluated:
+    return Evaluated(Evaluation(step, 0.5, 0.7, None), 0.1)
+
+
+def probed(step: int) -> Probed:
+    return Probed((ProbePoint("loss", None, step, {"training": 0.5}),), 0.1)
+
+
+# What an uninterrupted run yields, in this order.
+EVENTS: list[Event] = [evaluated(0), probed(0), done(20), evaluated(20), probed(20), done(40), evaluated(40), done(60)]
+
+
+def write(path: Path, events: Sequence[Event], checkpoint: bytes | None = STATE) -> Path:
+    """The folder of a run that was killed after those events."""
+    with RunFolder(path, "mine") as folder:
+        folder.begin("train: {steps: 60}\n")
+        for event in (STARTED, *events):
+            folder.metrics(event)
+        if checkpoint is not None:
+            folder.save["checkpoint"](checkpoint)
+    return path
+
+
+def lines(path: Path) -> list[str]:
+    return (path / "metrics.jsonl").read_text().splitlines()
+
+
+@pytest.mark.parametrize("killed", range(len(EVENTS) + 1))
+def test_a_run_that_goes_on_ends_with_the_lines_of_one_without_interruption(
+    tmp_path: Path, make_result, killed: int
+) -> None:
+    end = RunFinished(replace(make_result(100.0), steps_run=60))
+    whole = lines(write(tmp_path / "whole", [*EVENTS, end]))
+    for saved in range(killed + 1):
+        for torn in ("", '{"event": "step_done", "st', "finished"):
+            run = write(tmp_path / f"{saved}-{torn[:3]}", [*EVENTS[:killed], *[end] * (torn == "finished")])
+            with open(run / "metrics.jsonl", "a") as metrics:
+                metrics.write(torn * (torn != "finished"))
+            with ResumedFolder(run) as folder:
+                assert (folder.name, folder.checkpoint) == ("mine", STATE)
+                folder.begin("train: {steps: 60}\n")
+                for event in (STARTED, *EVENTS[saved:], end):
+                    folder.metrics(event)
+            assert lines(run) == whole
+
+
+def test_a_run_that_goes_on_is_unchanged_until_its_first_event(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", EVENTS)
+    (run / ".checkpoint.pt.0123456789ab").write_bytes(b"of a writer that was killed")
+    before = {file.name: file.read_bytes() for file in run.iterdir() if not file.name.startswith(".")}
+    with ResumedFolder(run) as folder:
+        folder.begin("train: {steps: 60}\n")
+        folder.metrics(STARTED)
+    assert {file.name: file.read_bytes() for file in run.iterdir()} == before
+
+
+def test_more_steps_are_in_the_recipe_and_in_the_first_event(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", EVENTS)
+    with ResumedFolder(run) as folder:
+        folder.begin("train: {steps: 120}\n")
+        folder.metrics(replace(STARTED, budget=120))
+        folder.metrics(done(80))
+    assert (run / "recipe.yaml").read_text().endswith("train: {steps: 120}\n")
+    assert json.loads(lines(run)[0])["budget"] == 120
+    assert len(lines(run)) == 1 + len(EVENTS) + 1
+
+
+def test_a_run_goes_on_in_one_process_at_a_time_and_also_after_its_first_event(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", EVENTS)
+    with ResumedFolder(run) as folder:
+        for _ in range(2):
+            with pytest.raises(UsageError, match="another run is writing there; wait for it, or stop it"):
+                ResumedFolder(run)
+            folder.begin("train: {steps: 60}\n")
+            folder.metrics(STARTED)
+            folder.metrics(done(60))
+    with ResumedFolder(run):
+        pass
+
+
+def changed(name: str, change: Callable[[Path], object]) -> Callable[[Path], object]:
+    def apply(run: Path) -> None:
+        (run / name).unlink()
+        change(run / name)
+
+    return apply
+
+
+FOREIGN = "was not written by bncli, or was edited since, and is never overwritten; restore it, or move it away"
+UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no checkpoint": (lambda run: (run / "checkpoint.pt").unlink(), "has no checkpoint.pt to continue from"),
+    "no metrics": (lambda run: (run / "metrics.jsonl").unlink(), "is not the folder of a run: it has no metrics.jsonl"),
+    "no folder": (shutil.rmtree, "is not the folder of a run: it has no recipe.yaml"),
+    "an edited recipe": (changed("recipe.yaml", lambda file: file.write_text("train: {steps: 9}\n")), FOREIGN),
+    "a broken line": (
+        lambda run: (run / "metrics.jsonl").write_text('{"event": "run_started", "name": "x"}\n{"ev\n{"event": "a"}\n'),
+        "metrics.jsonl:2: is not an event of a run",
+    ),
+    **{
+        f"{kind} for {name}": (changed(name, change), FOREIGN)
+        for name in ("checkpoint.pt", "metrics.jsonl", "recipe.yaml")
+        for kind, change in {
+            "a link": lambda file: file.symlink_to("/etc/hostname"),
+            "a pipe": os.mkfifo,
+            "a folder": Path.mkdir,
+        }.items()
+    },
+    "a link for TensorBoard": (lambda run: (run / "tensorboard").symlink_to("/tmp"), FOREIGN),
+    "a link for a model": (lambda run: (run / "model.safetensors").symlink_to("/etc/hostname"), FOREIGN),
+}
+
+
+@pytest.mark.parametrize("unfit", UNFIT)
+def test_what_cannot_go_on_is_refused_with_what_to_do(tmp_path: Path, unfit: str) -> None:
+    run = write(tmp_path / "run", EVENTS)
+    change, message = UNFIT[unfit]
+    change(run)
+    with pytest.raises(BncliError, match=re.escape(message)) as refused:
+        ResumedFolder(run)
+    assert refused.value.exit_code == 2
+
+
+def test_a_run_that_is_written_over_leaves_nothing_of_its_own_behind(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", EVENTS)
+    with pytest.raises(UsageError, match="already contains an unfinished run; continue it; choose another folder, or"):
+        RunFolder(run, "mine")
+    header = b'{"__metadata__":{"bncli":"0.1.0"}}'
+    (run / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    begin(run, overwrite=True)
+    assert {file.name for file in run.iterdir()} == {"metrics.jsonl", "recipe.yaml"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="rights")
+def test_a_folder_that_is_not_writable_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o555)
+    child = os.fork()
+    if child == 0:  # as an ordinary user
+        code = 1
+        with contextlib.suppress(OSError):
+            os.setuid(65534)
+        try:
+            RunFolder(Path("run"), "name")
+        except UsageError as error:
+            code = 0 if "is not writable; change its mode, or choose another folder" in str(error) else 2
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

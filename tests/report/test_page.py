@@ -297,27 +297,30 @@ class Opened:
     def ask(self, script: str, *argument: float) -> Any:
         return self.tab.evaluate(script, *argument)
 
+    def resize(self, width: int) -> None:
+        self.tab.set_viewport_size({"width": width, "height": 844})
 
-@pytest.fixture
-def opened(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
-    """Opens a page at a width, in light or dark."""
-    tabs = []
+
+@pytest.fixture(scope="module")
+def opened(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Opened]:
+    """Loads a page anew, in the one tab of all tests, at a width and in light or dark."""
+    folder = tmp_path_factory.mktemp("pages")
+    page = Opened(browser.new_page(), [], [])
+    page.tab.on("request", lambda request: page.requests.append(request.url))
+    page.tab.on("console", lambda message: page.messages.append(message.text))
+    page.tab.on("pageerror", lambda error: page.messages.append(str(error)))
 
     def open_page(name: str, width: int, scheme: str = "light") -> Opened:
-        file = tmp_path / f"{name}.html"
+        file = folder / f"{name}.html"
         file.write_text(made(name), encoding="utf-8")
-        tab = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
-        tabs.append(tab)
-        page = Opened(tab, [], [])
-        tab.on("request", lambda request: page.requests.append(request.url))
-        tab.on("console", lambda message: page.messages.append(message.text))
-        tab.on("pageerror", lambda error: page.messages.append(str(error)))
-        tab.goto(file.as_uri())
+        page.resize(width)
+        page.tab.emulate_media(media="screen", color_scheme=scheme)
+        page.requests.clear()
+        page.messages.clear()
+        page.tab.goto(file.as_uri())
         return page
 
-    yield open_page
-    for tab in tabs:
-        tab.close()
+    return open_page
 
 
 # Words of the cells, headings and notes that reach beyond the width, where they are displayed at all.
@@ -331,15 +334,16 @@ WIDTHS = (390, 768, 1280)
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", PAGES)
-def test_nothing_is_off_screen_and_nothing_is_loaded(name: str, width: int, opened: Callable[..., Opened]) -> None:
-    page = opened(name, width)
-    assert page.ask("document.documentElement.scrollWidth <= innerWidth")
-    assert page.ask(BEYOND, 1) == []
-    page.ask("document.querySelectorAll('details').forEach(each => each.open = true)")
-    assert page.ask("document.documentElement.scrollWidth <= innerWidth")
-    assert page.ask(BEYOND, 1) == []
+def test_nothing_is_off_screen_and_nothing_is_loaded(name: str, opened: Callable[..., Opened]) -> None:
+    page = opened(name, WIDTHS[0])
+    for unfolded in ("false", "true"):
+        page.ask(f"document.querySelectorAll('details').forEach(each => each.open = {unfolded})")
+        for width in WIDTHS:
+            page.resize(width)
+            assert page.ask("innerWidth") == width
+            assert page.ask("document.documentElement.scrollWidth <= innerWidth"), width
+            assert page.ask(BEYOND, 1) == [], width
     assert len(page.requests) == 1  # the file itself
     assert page.messages == []
 
@@ -360,13 +364,15 @@ FIGURES = """() => [...document.querySelectorAll('svg')].filter(svg => svg.check
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", ["seven arms", "kernels", "steps"])
-def test_the_words_of_a_figure_can_be_read(name: str, width: int, opened: Callable[..., Opened]) -> None:
+def test_the_words_of_a_figure_can_be_read(name: str, opened: Callable[..., Opened]) -> None:
     pytest.importorskip("matplotlib")
-    sizes = opened(name, width).ask(FIGURES)
-    assert len(sizes) == made(name).count("<figure>")
-    assert min(sizes) >= 7.5
+    page = opened(name, WIDTHS[0])
+    for width in WIDTHS:
+        page.resize(width)
+        sizes = page.ask(FIGURES)
+        assert len(sizes) == made(name).count("<figure>"), width
+        assert min(sizes) >= 7.5, width
 
 
 # Words with too little contrast to what is behind them (WCAG 2: 4.5): their text, colour and background.

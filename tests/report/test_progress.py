@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import re
@@ -255,3 +256,20 @@ def test_a_failed_group_is_logged_at_once() -> None:
     log = shown(GradcheckProgress, events, terminal=False)
     assert log == "gradcheck: 144/200 cases, 40 failed; last: dx\n"
     assert shown(GradcheckProgress, GROUPS, terminal=False, step_s=20.0).count("\n") == len(GROUPS)
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    class Terminal(io.StringIO):
+        gone = False
+
+        def write(self, text: str) -> int:
+            if self.gone:
+                raise OSError(errno.EIO, "gone")
+            return super().write(text)
+
+    terminal = Terminal()
+    with TrainProgress(console=Console(file=terminal, force_terminal=True)) as progress:
+        progress(RunStarted("digits", "cpu", 1, 10, 1, None))
+        progress(StepDone(5, 0.5, 0.1, 1e4, None))
+        terminal.gone = True
+    assert "digits" in terminal.getvalue()

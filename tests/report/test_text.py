@@ -80,6 +80,10 @@ def test_fields_that_end_alike_keep_their_whole_names():
     assert list(names.values()) == ["optimizer.momentum", "norm.momentum", "lr"]
 
 
+def test_control_characters_are_replaced_before_a_table_is_laid_out():
+    assert encodable("a\x1b\x9b\n", "utf-8") == "a\u241b\ufffd\n"
+
+
 def test_characters_that_an_encoding_lacks_are_replaced():
     assert encodable("9.81–14.9 naïve", "utf-8") == "9.81–14.9 naïve"
     assert encodable("9.81–14.9 naïve ±2%", "ascii") == "9.81-14.9 na?ve +-2%"

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from bncli.report.train import probes_table, run_table
-from bncli.results.train import ProbePoint, RunningStatistics, Target, TargetReached
+from bncli.report.train import evaluation_table, probes_table, run_table
+from bncli.results.train import Evaluation, ProbePoint, RunningStatistics, Target, TargetReached
 
 NO_TARGET = {"target": None}
 LAYERS = (RunningStatistics("first.norm", 0.25, 1.0), RunningStatistics("second.norm", 0.1, 0.5))
@@ -95,6 +95,22 @@ def test_what_probing_cost_is_shown_beside_the_times_of_the_run(make_result, sho
     assert "probes 0.500 s at 2 steps, 25% of the run, not in its throughput" in text
     assert "Inside the network at step 500" in text
     assert "probes" not in show(run_table(make_result(None), "digits"))
+
+
+def test_what_saving_cost_and_what_was_saved_is_shown(make_result, show):
+    result = replace(
+        make_result(None), training_s=6.0, evaluation_s=2.0, checkpoint_s=0.12, initial_weights="w sha256 0"
+    )
+    text = " ".join(show(run_table(result, "digits", ["model.safetensors", "checkpoint.pt"])).split())
+    assert "checkpoints 0.120 s, 1.5% of the run, not in its throughput" in text
+    assert "initial weights w sha256 0 saved model.safetensors, checkpoint.pt" in text
+    plain = show(run_table(make_result(None), "digits"))
+    assert not any(word in plain for word in ("checkpoints", "saved", "initial"))
+
+
+def test_an_evaluation_is_shown_with_its_step(show):
+    text = show(evaluation_table(Evaluation(1200, 0.98765, 0.0456789, None), "runs/digits/1"))
+    assert " ".join(text.split()) == "runs/digits/1 steps trained 1,200 accuracy 0.9877 loss 0.04568"
 
 
 def test_the_last_values_of_the_probes_have_a_row_for_each_unit_in_the_order_of_execution(show):

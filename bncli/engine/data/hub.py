@@ -9,6 +9,7 @@ import importlib
 import logging
 import math
 import multiprocessing
+import os
 import re
 import signal
 import ssl
@@ -27,11 +28,10 @@ import torch
 from torch import Generator, Tensor
 from torch.utils import data as torch_data
 
+from bncli.engine.data.arrays import Arrays, Place, arrays
 from bncli.engine.data.splits import (
     Batch,
     Conversion,
-    Dataset,
-    InMemory,
     Split,
     byte_counts,
     byte_statistics,
@@ -40,6 +40,7 @@ from bncli.engine.data.splits import (
     evaluation_order,
     holdout_split,
     normalization,
+    parts,
 )
 from bncli.errors import DataError
 
@@ -53,13 +54,12 @@ DECODED_AT_ONCE = 256  # images per call
 SAMPLE = 4096  # training images for the mean and deviation of a set that is not held in memory
 
 
-def load_hub(spec: Hub, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> Dataset:
-    """The image data set that `spec` names, its images as (C, H, W) of `spec.shape`.
+def read_images(spec: Hub, place: Place) -> Arrays | tuple[EncodedImages, EncodedImages]:
+    """The image data set that `spec` names, its images as (C, H, W) of `spec.shape`; as they are if larger than memory.
 
     Images are converted to grey (C = 1) or RGB (C = 3) and resized to H x W if their size differs, by Pillow's bilinear
-    filter, which averages when it shrinks; the aspect ratio is not kept. The mean and deviation of `standard` are over
-    all training images, or over a seeded sample of 4,096 if the set is not held in memory. Raises DataError for a
-    library, a data set, a split or a column that is missing or contradicts `spec`.
+    filter, which averages when it shrinks; the aspect ratio is not kept. The held-out ones are in the order of their
+    evaluation. Raises DataError for a library, a data set, a split or a column that is missing or contradicts `spec`.
     """
     if spec.shape[0] not in (1, 3):
         raise DataError(f"data.shape: images have 1 (grey) or 3 (red, green, blue) channels, not {spec.shape[0]}")
@@ -69,30 +69,26 @@ def load_hub(spec: Hub, device: torch.device, memory_format: torch.memory_format
             f"data.examples: {spec.name} has {len(train)} training examples, the recipe says {spec.examples}"
         )
     held_out = in_order.at(evaluation_order(len(in_order), spec.split_seed))
+    if (len(train) + len(held_out)) * math.prod(spec.shape) > spec.in_memory_gib * 2**30:
+        return train, held_out
+    made = arrays(place, spec.shape, len(train), len(held_out), spec.classes, as_bytes=True)
+    for part, first in ((train, 0), (held_out, made.held_out)):
+        for at in parts(len(part), DECODED_AT_ONCE):
+            index = torch.arange(at.start, at.stop)
+            made.put(first + index, *part.decode(index.tolist()))
+    return made
+
+
+def streamed(
+    spec: Hub, images: tuple[EncodedImages, ...], device: torch.device, memory_format: torch.memory_format
+) -> tuple[Split, Split]:
+    """The training and the held-out images, decoded batch by batch; `standard` is over a seeded sample of SAMPLE."""
     workers = 0 if multiprocessing.current_process().daemon else spec.workers  # a daemon may not have children
+    train, held_out = images
+    mean, std = _sampled_normalization(train, spec, workers)
+    convert = Conversion(mean.to(device), std.to(device), memory_format)
     augment = spec.augment == "crop-flip"
-    splits: tuple[Split, Split]
-    if (len(train) + len(held_out)) * math.prod(spec.shape) <= spec.in_memory_gib * 2**30:
-        (x, y), (held_out_x, held_out_y) = _decoded(train), _decoded(held_out)
-        mean, std = normalization(x, spec.normalize)
-        convert = Conversion(mean.to(device), std.to(device), memory_format)
-        splits = (
-            InMemory(x.to(device), y.to(device), convert, augment),
-            InMemory(held_out_x.to(device), held_out_y.to(device), convert),
-        )
-    else:
-        mean, std = _sampled_normalization(train, spec, workers)
-        convert = Conversion(mean.to(device), std.to(device), memory_format)
-        splits = Streamed(train, convert, device, workers, augment), Streamed(held_out, convert, device, workers)
-    name = spec.name if spec.config is None else f"{spec.name} ({spec.config})"
-    return Dataset(name, splits[0], splits[1], spec.shape, spec.classes)
-
-
-def _decoded(part: EncodedImages) -> tuple[Tensor, Tensor]:
-    x = torch.empty(len(part), *part.shape, dtype=torch.uint8)
-    for index in torch.arange(len(part)).split(DECODED_AT_ONCE):
-        x[index] = part.decode(index.tolist())[0]
-    return x, part.labels
+    return Streamed(train, convert, device, workers, augment), Streamed(held_out, convert, device, workers)
 
 
 def _sampled_normalization(train: EncodedImages, spec: Hub, workers: int) -> tuple[Tensor, Tensor]:
@@ -127,7 +123,7 @@ def open_tables(
     A single Parquet file is the training split. If the Hub cannot be reached, the library's cache is used. Raises
     DataError if there is no such data set, and for any exception of the library, with its last line.
     """
-    library, path = _library(), Path(name).expanduser()
+    library, path = _library(), Path(os.path.expanduser(name))
     if path.is_dir():
         return _tables(name, LOCAL, partial(library.load_dataset, str(path), name=config))
     if path.suffix == ".parquet" and path.is_file():

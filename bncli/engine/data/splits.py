@@ -5,6 +5,7 @@ Letters: N examples, B batch size, C channels, H height, W width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,6 +17,7 @@ from torch.nn.functional import pad
 from bncli.errors import DataError
 
 Batch = tuple[Tensor, Tensor]  # x (B, *shape) float32, y (B,) int64
+PART = 2**22  # values, 32 MiB of float64; with as many or fewer, statistics are those of one pass
 
 
 class Split(Protocol):
@@ -78,13 +80,36 @@ def normalization(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     if kind == "unit":
         return torch.zeros(size), torch.full(size, 255.0 if x.dtype == torch.uint8 else 1.0)
     if x.dtype == torch.uint8:
-        return byte_statistics(byte_counts(x))
+        return byte_statistics(
+            sum((byte_counts(x[at]) for at in examples_of(x)), start=torch.zeros((), dtype=torch.int64))
+        )
     around = (0, 2, 3) if x.dim() == 4 else (0,)
-    variance, mean = torch.var_mean(x.double(), dim=around, correction=0)
+    mean, variance = _mean_and_variance(x, around)
     low, high = x.amin(around), x.amax(around)
     mean = torch.where(low == high, low, mean)  # the rounded mean of equal values need not be that value
     std = torch.where(low == high, 1.0, variance.sqrt())
     return mean.float().view(size), std.float().view(size)
+
+
+def parts(count: int, size: int) -> list[slice]:
+    """0 to count in slices of at most `size`, so that what is computed of them takes little memory."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def examples_of(x: Tensor) -> list[slice]:
+    """Slices of x's examples with about PART values each."""
+    return parts(len(x), max(1, PART // max(1, math.prod(x.shape[1:]))))
+
+
+def _mean_and_variance(x: Tensor, around: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """In float64, part by part, put together as in Chan, Golub & LeVeque 1983 (American Statistician 37, eq. 2.1)."""
+    mean = variance = torch.zeros((), dtype=torch.float64)
+    for at in examples_of(x):
+        of_part, part_mean = torch.var_mean(x[at].double(), dim=around, correction=0)
+        share, off = (at.stop - at.start) / at.stop, part_mean - mean
+        mean = mean + share * off
+        variance = (1 - share) * variance + share * of_part + share * (1 - share) * off**2
+    return mean, variance
 
 
 def byte_counts(x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from bncli.engine.train.state import TrainState, check_fit
 from bncli.engine.train.threads import FEWEST, multiply_adds
 from bncli.engine.train.weights import put
 from bncli.engine.user_code import LoadedFiles
+from bncli.errors import RunFailed, out_of_memory_is
 from bncli.recipe.sections import OwnModel, Recipe
 from bncli.results.environment import Environment
 from bncli.results.train import (
@@ -84,7 +85,7 @@ def train(
         DataError, RecipeError: for missing data or a model that cannot be built, at the first event.
         UsageError: for a checkpoint of another run, or weights of another model.
         FileError: for a checkpoint that is damaged.
-        RunFailed: for an exception of the user's model.
+        RunFailed: for an exception of the user's model, or too little memory.
         Unavailable: for a device or a kernel that cannot run here.
     """
     on, code = resolve(device), LoadedFiles()
@@ -102,7 +103,8 @@ def train(
         most = threads or torch.get_num_threads()
         # Initial weights depend on the threads in their last bits, so these are set before, or are 1 where unknown yet.
         first = 1 if own or (by_size and multiply_adds(recipe, dataset) < FEWEST) else most
-        with blame_own_model(recipe), tf32_allowed(recipe.train.tf32), cpu_threads(first):
+        no_memory = out_of_memory_is(RunFailed(smaller_batches(recipe, on)))
+        with blame_own_model(recipe), no_memory, tf32_allowed(recipe.train.tf32), cpu_threads(first):
             state = TrainState(recipe, dataset, on)
             if own and not (by_size and multiply_adds(recipe, dataset, state.model) < FEWEST):
                 torch.set_num_threads(most)
@@ -111,6 +113,19 @@ def train(
             elif weights is not None:
                 put(weights, state.model)
             yield from training_loop(state, name, stop, Saving(state, save, code) if save else None)
+
+
+def smaller_batches(recipe: Recipe, device: torch.device) -> str:
+    """What to do where the memory of the device is too small for a step."""
+    batch, micro, parts = recipe.train.batch_size, recipe.train.micro_batch_size, recipe.train.accumulate
+    words = f"out of memory on {device.type} with {micro} examples at a time; "
+    split = next((n for n in range(2 * parts, batch // 2 + 1) if batch % n == 0), None)
+    if split is None:
+        return words + "use a smaller model, or free memory"
+    return (
+        f"{words}try train.batch_size: {micro // 2 * parts}, or train.accumulate: {split}, which keeps the batch of "
+        f"{batch} in parts of {batch // split}, of each of which batch norm takes its statistics"
+    )
 
 
 def trial(

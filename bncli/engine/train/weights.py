@@ -75,6 +75,16 @@ def packed_weights(state: TrainState, best: bool) -> bytes:
 # --- read and checked -----------------------------------------------------------------------------------------------
 
 
+def read(path: Path) -> tuple[bytes, str]:
+    """The content of a file of weights, given itself or as its run's folder, and its path. Raises FileError."""
+    in_folder = path.is_dir()
+    file = path / MODEL if in_folder else path
+    try:
+        return read_plain(file, follow=not in_folder), str(file)
+    except (OSError, ValueError) as error:
+        raise FileError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
 def tensors_of(content: bytes, where: str = NAME) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises FileError, in whose sentence it is called `where`, for another file."""
     import safetensors.torch
@@ -167,32 +177,25 @@ def load_model(path: str | Path, allow_code: bool = False, device: str = "cpu") 
         UsageError: for a model of the user's own, without `allow_code` or if it cannot be built.
         Unavailable: for a device or a kernel that cannot run here.
     """
-    on, file = resolve(device), Path(path)
-    in_folder = file.is_dir()
-    file = file / MODEL if in_folder else file
-    try:
-        content = read_plain(file, follow=not in_folder)
-    except (OSError, ValueError) as error:
-        raise FileError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    tensors, recipe, about = unpacked_weights(content, allow_code, str(file))
+    on, (content, file) = resolve(device), read(Path(path))
+    tensors, recipe, about = unpacked_weights(content, allow_code, file)
     before = global_generators(torch.device("cpu"))
     try:
         model = build(recipe, about.shape, about.classes, device=on)
     finally:
         restore_global_generators(before, torch.device("cpu"))
-    put(tensors, model, str(file))
+    put(tensors, model, file)
     return model.to(on).eval()
 
 
 def evaluate_weights(
-    content: bytes, device: str = "auto", threads: int | None = None, allow_code: bool = False
+    path: Path, device: str = "auto", threads: int | None = None, allow_code: bool = False
 ) -> tuple[Recipe, Evaluation]:
     """Evaluate a file of weights on the held-out data of its recipe: all digits are the run's, on the same machine.
 
     Args:
-        content: of the file.
+        path, device, allow_code: as for `load_model`.
         threads: CPU threads; None for the run's.
-        device, allow_code: as for `load_model`.
 
     Returns:
         The recipe, and the evaluation at the step of these weights.
@@ -200,7 +203,8 @@ def evaluate_weights(
     Raises:
         As `load_model` and `train`.
     """
-    (tensors, recipe, about), on = unpacked_weights(content, allow_code), resolve(device)
+    on, (content, file) = resolve(device), read(path)
+    tensors, recipe, about = unpacked_weights(content, allow_code, file)
     options = recipe.train
     with (
         deterministic(options.deterministic and on.type == "cuda"),
@@ -211,6 +215,6 @@ def evaluate_weights(
         dataset = data.load(recipe.data, on, data.MEMORY_FORMATS[options.memory_format])
         check_fit(recipe, dataset)
         state = TrainState(recipe, dataset, on)
-        put(tensors, state.model, NAME)
+        put(tensors, state.model, file)
         state.step = about.metrics.step if about.metrics else 0
         return Recipe.model_validate(about.recipe), measured(state)

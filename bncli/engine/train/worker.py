@@ -1,24 +1,32 @@
 """Worker process that serves many training runs: `python -m bncli.engine.train.worker --device cpu --threads 1`.
 
-One JSON object per line. In: {"key", "recipe", "check"}; a check is of the first step alone. Out: {"hello"} once, then
-{"key", "step", "value"} at evaluations and {"key", "result", "code"} or {"key", "failure"} for each run, with the files
-of the user that the process loaded; {"refused": mistakes, "field", "value", "exit_code"} when no run can succeed (data
-or a device that are absent). The process exits when standard input ends, so that it does not outlive its parent.
+One JSON object per line. In: {"key", "recipe", "check", "checkpoint"}: a check is of the first step alone, and a
+checkpoint is the file to go on from and to save in; {"stop"}: save the run in progress and end it. Out: {"hello"} once,
+then {"key", "step", "value"} while a run makes steps and {"key", "result", "code"}, {"key", "failure"} or {"key",
+"stopped"} for each run, with the files of the user that the process loaded; {"refused": mistakes, "field", "value",
+"exit_code"} when no run can succeed (data or a device that are absent). The process exits when standard input ends, so
+that it does not outlive its parent.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import queue
 import sys
 import threading
 import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from time import monotonic
 from typing import Any, TextIO
 
 from bncli.errors import BncliError, DataError, Unavailable
+from bncli.results.train import Event
+from bncli.storage import read_plain, replace
 
 REPORT_EVERY_S = 0.25
 
@@ -28,30 +36,43 @@ def main(arguments: list[str]) -> int:
     options = dict(zip(arguments[::2], arguments[1::2], strict=True))
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that output of a user's model does not enter the protocol
-    jobs: queue.Queue[dict[str, Any]] = queue.Queue()
+    jobs, stopping = queue.Queue[dict[str, Any]](), threading.Event()
     # sys.stdin is not used: a forked data loader would wait forever for the lock that its reader holds.
     orders = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    threading.Thread(target=_listen, args=(orders, jobs), daemon=True).start()
+    threading.Thread(target=_listen, args=(orders, jobs, stopping), daemon=True).start()
     try:
-        serve(jobs, out, options["--device"], int(options["--threads"]))
+        memory = int(options["--memory"]) if "--memory" in options else None
+        serve(jobs, stopping, out, options["--device"], int(options["--threads"]), memory)
     except BncliError as error:
         about = {"field": error.field, "value": None if error.value is None else str(error.value)}
         _say(out, refused=error.mistakes, exit_code=error.exit_code, **about)
     return 0
 
 
-def _listen(orders: int, jobs: queue.Queue[dict[str, Any]]) -> None:
+def _listen(orders: int, jobs: queue.Queue[dict[str, Any]], stopping: threading.Event) -> None:
     rest = b""
     while read := os.read(orders, 65536):
         *lines, rest = (rest + read).split(b"\n")
         for line in lines:
-            jobs.put(json.loads(line))
+            order = json.loads(line)
+            stopping.set() if "stop" in order else jobs.put(order)
     os._exit(0)
 
 
-def serve(jobs: queue.Queue[dict[str, Any]], out: TextIO, device_name: str, threads: int) -> None:
-    """Serve runs from the queue forever. Raises BncliError for errors that would make every run fail."""
+def serve(
+    jobs: queue.Queue[dict[str, Any]],
+    stopping: threading.Event,
+    out: TextIO,
+    device_name: str,
+    threads: int,
+    memory: int | None = None,
+) -> None:
+    """Serve runs from the queue forever. Raises BncliError for errors that would make every run fail.
+
+    stopping: set once the run in progress is to be ended. memory: the descriptor of the file in memory through which
+    workers on a CPU share their data.
+    """
     gc.disable()  # imports create no garbage, and collection takes an eighth of the import of torch
     import torch
 
@@ -62,7 +83,7 @@ def serve(jobs: queue.Queue[dict[str, Any]], out: TextIO, device_name: str, thre
     from bncli.engine.user_code import LoadedFiles
     from bncli.recipe.sections import OwnModel, Recipe
     from bncli.results.serialize import to_plain
-    from bncli.results.train import Evaluated, RunFinished, RunStarted
+    from bncli.results.train import Evaluated, RunFinished, RunStarted, StepDone
 
     gc.freeze()
     gc.enable()
@@ -76,18 +97,24 @@ def serve(jobs: queue.Queue[dict[str, Any]], out: TextIO, device_name: str, thre
         key, recipe = job["key"], Recipe.model_validate(job["recipe"])
         source = recipe.data.model_dump_json() + recipe.train.memory_format
         if source not in loaded:
-            loaded = {source: data.load(recipe.data, device, data.MEMORY_FORMATS[recipe.train.memory_format])}
+            loaded.clear()  # before the next is read
+            loaded[source] = data.load(recipe.data, device, data.MEMORY_FORMATS[recipe.train.memory_format], memory)
         gc.collect()  # the last run's model may be in a reference cycle
-        last_report = 0.0
+        progress = _Progress(out, key, stopping)
+        metric = recipe.train.target.metric if recipe.train.target else "accuracy"
+        checking, file = job["check"], job.get("checkpoint")
+        begin = partial(trial if checking else partial(train, stop=progress), recipe, device_name)
+        begin = partial(begin, dataset=loaded[source], threads=threads, name=key)
         try:
-            run = trial if job["check"] else train
-            for event in run(recipe, device_name, dataset=loaded[source], threads=threads, name=key):
+            for event in _continued(begin, Path(file)) if file else begin():
                 if isinstance(event, RunStarted | RunFinished):  # a forward pass may import as well
                     user_files.note()
-                if isinstance(event, Evaluated) and monotonic() - last_report > REPORT_EVERY_S:
-                    last_report = monotonic()
-                    metric = recipe.train.target.metric if recipe.train.target else "accuracy"
-                    _say(out, key=key, step=event.evaluation.step, value=event.evaluation.value(metric))
+                if isinstance(event, StepDone):
+                    progress(step=event.step)
+                elif isinstance(event, Evaluated):
+                    progress(step=event.evaluation.step, value=event.evaluation.value(metric))
+                elif isinstance(event, RunFinished) and event.result.status == "interrupted" and not checking:
+                    _say(out, key=key, stopped=event.result.steps_run)
                 elif isinstance(event, RunFinished):
                     code = user_files.files if isinstance(recipe.model, OwnModel) else {}
                     _say(out, key=key, result=to_plain(event.result), code=code)
@@ -97,6 +124,34 @@ def serve(jobs: queue.Queue[dict[str, Any]], out: TextIO, device_name: str, thre
             traceback.print_exc()  # into the worker's log; only the reason goes into the report
             name = "" if isinstance(error, BncliError) else f"{type(error).__name__}: "
             _say(out, key=key, failure=name + " ".join((str(error) or "no message").split()))
+
+
+def _continued(begin: Callable[..., Iterator[Event]], file: Path) -> Iterator[Event]:
+    """The events of a run from its checkpoint on; from its beginning where there is none, or none that fits."""
+    begin = partial(begin, save={"checkpoint": partial(replace, file, read_back=True)})
+    try:
+        events = begin(checkpoint=read_plain(file))
+        return itertools.chain([next(events)], events)  # before its first event, another run's is refused
+    except FileNotFoundError:
+        pass
+    except (BncliError, OSError) as error:
+        sys.stderr.write(f"{file}: {error}; the run begins again\n")
+    return begin()
+
+
+class _Progress:
+    """Says how far a run is, at most every REPORT_EVERY_S. Called after every step; returns whether to stop."""
+
+    def __init__(self, out: TextIO, key: str, stopping: threading.Event) -> None:
+        self.out, self.stopping, self._said = out, stopping, 0.0
+        self.message = {"key": key, "step": 0, "value": None}
+
+    def __call__(self, **seen: Any) -> bool:
+        self.message |= seen
+        if monotonic() - self._said > REPORT_EVERY_S:
+            self._said = monotonic()
+            _say(self.out, **self.message)
+        return self.stopping.is_set()
 
 
 def _say(out: TextIO, **message: Any) -> None:

@@ -1,11 +1,13 @@
 """Compilation of a C file on first use, with the system's compiler, into a cache of shared libraries.
 
-The cache is a folder that only the user can write. A file's name is a hash of the source, the flags, the compiler and
-the CPU. It is written under a temporary name and then renamed, so that processes may compile at the same time.
+The cache is a folder that only the user can write. A file's name has a hash of the source, the flags, the compiler and
+the CPU, and one of the file's content: a damaged library can kill the process that loads it, so it is found before and
+compiled again. One process compiles at a time, and the others wait for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -13,19 +15,25 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bncli.errors import Unavailable
+from bncli.errors import FileError, Unavailable
+from bncli.storage import lock, open_plain, read_plain, replace, sweep
 
 OPTIMIZED = ("-std=gnu11", "-O2", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
 FOR_THIS_CPU = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler accepts is used
 HOW_TO_GET_ONE = "Install one (Debian, Ubuntu: apt install gcc; Fedora: dnf install gcc; macOS: xcode-select --install)"
-LONGEST_S = 120.0
+LONGEST_S = 120.0  # of one call of the compiler, of which there are two: compiling and linking
+BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 @functools.cache
@@ -37,65 +45,111 @@ def library(source: Path, *definitions: str) -> ctypes.CDLL:
     text, command = source.read_bytes(), compiler()
     native = [flag for flags in FOR_THIS_CPU for flag in flags]
     parts = [*command, *_identity(command[0]), *OPTIMIZED, *native, *definitions, _processor(), *_openmp()]
-    name = hashlib.sha256(repr((text, parts)).encode()).hexdigest()[:24]
-    built = _folder() / f"{source.stem}-{'-'.join(definitions).lower()}-{name}.so"
-    if not built.exists():
-        _compile(command, source, definitions, built)
+    name = f"{source.stem}-{'-'.join(definitions).lower()}-{_hash(repr((text, parts)).encode())}"
     try:
+        folder = _folder()
+        if (built := _cached(folder, name)) is None:
+            with _one_at_a_time(folder):
+                built = _cached(folder, name) or _compile(command, source, definitions, folder, name)
         return ctypes.CDLL(str(built))
-    except OSError as error:
-        raise Unavailable(f"{built} cannot be loaded: {error}. Delete that file to compile it again") from error
+    except (OSError, FileError) as error:
+        why = f"the compiled kernel cannot be kept or loaded ({error})"
+        raise Unavailable(f"{why}; mend that, or name another folder in BNCLI_CACHE or compiler in CC") from error
 
 
 def compiler() -> list[str]:
     """The C compiler as a command: $CC, or the first of cc, gcc and clang. Raises Unavailable without one."""
-    asked = shlex.split(os.environ.get("CC", ""))
+    try:
+        asked = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise Unavailable(f"the variable CC has a quotation mark without its second: {os.environ['CC']}") from error
     for command in [asked] if asked else [["cc"], ["gcc"], ["clang"]]:
         found = shutil.which(command[0])
         if found:
             return [found, *command[1:]]
     if asked:
-        raise Unavailable(f"there is no C compiler {asked[0]}, which the variable CC names. Unset or correct CC")
+        raise Unavailable(f"there is no C compiler {asked[0]!r}, which the variable CC names. Unset or correct CC")
     raise Unavailable(
         f"there is no C compiler (cc, gcc or clang) to build it with. {HOW_TO_GET_ONE}, or name yours in CC"
     )
 
 
-def _compile(command: list[str], source: Path, definitions: tuple[str, ...], built: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=built.parent) as temporary:
+def _cached(folder: Path, name: str) -> Path | None:
+    """The library of that name, if its content is whole and nobody else can have written it."""
+    for file in folder.glob(f"{name}-*.so"):
+        with contextlib.suppress(OSError, FileError):
+            status, content = file.lstat(), read_plain(file, most=1 << 26)
+            ours = status.st_uid == os.getuid() and not status.st_mode & BY_OTHERS
+            if ours and file.name == f"{name}-{_hash(content)}.so":
+                return file
+    return None
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:24]
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """The lock of the cache folder. Deletes the temporary files of killed processes."""
+    patience_s, began = 2 * LONGEST_S, time.monotonic()
+    with open_plain(folder / ".lock") as file:
+        while not lock(file):
+            if time.monotonic() - began > patience_s:
+                holds = f"another process had {folder / '.lock'} locked for {patience_s:.0f} s in order to compile"
+                raise Unavailable(f"{holds}. Try again when it has ended, or name another folder in BNCLI_CACHE")
+            time.sleep(0.05)
+        for stale in folder.glob("build-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        sweep(folder)
+        yield
+
+
+def _compile(command: list[str], source: Path, definitions: tuple[str, ...], folder: Path, name: str) -> Path:
+    for damaged in folder.glob(f"{name}-*.so"):
+        damaged.unlink()
+    with tempfile.TemporaryDirectory(prefix="build-", dir=folder, ignore_cleanup_errors=True) as temporary:
         unlinked, linked = Path(temporary) / "kernel.o", Path(temporary) / "kernel.so"
         macros = [f"-D{name}" for name in definitions]
         compiling = [*command, *OPTIMIZED, *macros, "-c", str(source), "-o", str(unlinked)]
         linking = [*command, "-shared", str(unlinked), "-o", str(linked), "-lm"]
         openmp = [flags for flags in (_openmp(), ["-fopenmp"]) if flags]  # torch's own, else the compiler's
-        failed = _first_that_works([[*compiling, *native] for native in FOR_THIS_CPU])
-        failed = failed or _first_that_works([[*linking, *flags] for flags in openmp])
-        if failed:
-            raise Unavailable(f"the C compiler {command[0]} could not build it: {failed}")
-        os.replace(linked, built)
+        attempts = [[*compiling, *native] for native in FOR_THIS_CPU], [[*linking, *flags] for flags in openmp]
+        for commands in attempts:
+            for each in commands:  # until one works
+                if not (failed := _run(each, temporary)):
+                    break
+            else:
+                raise Unavailable(f"the C compiler {shlex.join(command)} could not build it: {failed}")
+        content = linked.read_bytes()
+    built = folder / f"{name}-{_hash(content)}.so"
+    replace(built, content)
+    built.chmod(0o600)
+    return built
 
 
-def _first_that_works(commands: list[list[str]]) -> str:
-    """Run the commands until one succeeds. Returns the last one's error, or an empty string."""
-    failed = ""
-    for command in commands:
-        if not (failed := _run(command)):
-            break
-    return failed
+def _run(command: list[str], temporary: str) -> str:
+    """The error in one line; empty if there is none. Raises Unavailable if it takes too long.
 
-
-def _run(command: list[str]) -> str:
-    """The error in one line; empty if there is none."""
+    The compiler's own temporary files are in the folder `temporary`, and the processes that it starts end with it.
+    """
+    told = Path(temporary) / "messages"
+    quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "start_new_session": True}
+    environment = {**os.environ, "TMPDIR": temporary}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_S)
-    except subprocess.TimeoutExpired:
-        return f"it had not finished after {LONGEST_S:.0f} s"
+        with told.open("wb") as file, subprocess.Popen(command, stderr=file, env=environment, **quiet) as process:
+            try:
+                code = process.wait(LONGEST_S)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+    except subprocess.TimeoutExpired as error:
+        late = f"the C compiler {command[0]} had not finished after {LONGEST_S:.0f} s"
+        raise Unavailable(f"{late}. Try again when the machine is less busy, or name another one in CC") from error
     except OSError as error:
         return str(error)
-    if done.returncode == 0:
-        return ""
-    message = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
-    return next((line for line in message if "error" in line), message[0])
+    lines = told.read_text(errors="replace").strip().splitlines() or [f"it ended with code {code}"]
+    return "" if code == 0 else next((line for line in lines if "error" in line), lines[0])
 
 
 def _openmp() -> list[str]:
@@ -121,22 +175,34 @@ def _processor() -> str:
 
 
 def _folder() -> Path:
-    """The cache folder. Raises Unavailable if other users could put a file there."""
-    caches = os.environ.get("XDG_CACHE_HOME")
-    home = Path(caches) if caches else Path.home() / ".cache"
-    named = os.environ.get("BNCLI_CACHE")
-    for folder in [Path(named)] if named else [home / "bncli", Path(tempfile.gettempdir()) / f"bncli-{os.getuid()}"]:
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if not os.access(folder, os.W_OK | os.X_OK):
-            continue
-        status = folder.stat()
-        if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise Unavailable(
-                f"{folder}, where compiled kernels are kept, can be written by others: chmod 700 it, or name another "
-                "folder in BNCLI_CACHE"
-            )
-        return folder
-    raise Unavailable("there is no folder to keep the compiled kernel in; name one that you can write in BNCLI_CACHE")
+    """The cache folder: the first that can be used. Raises Unavailable with the reasons if there is none."""
+    named, caches = os.environ.get("BNCLI_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    reasons = []
+    for name in [named] if named else [f"{caches}/bncli", f"{tempfile.gettempdir()}/bncli-{os.getuid()}"]:
+        folder = Path(os.path.realpath(os.path.expanduser(name)))
+        reason = "its user is unknown" if os.path.expanduser(name)[0] == "~" else _unusable_reason(folder)
+        if reason is None:
+            return folder
+        reasons.append(f"{name}: {reason}")
+    raise Unavailable(f"there is no folder for the compiled kernel ({'; '.join(reasons)}); name one in BNCLI_CACHE")
+
+
+def _unusable_reason(folder: Path) -> str | None:
+    """Why a folder, which is made where it is missing, cannot be the cache; None if it can."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        return f"it cannot be created ({error.strerror})"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return "it is not writable"
+    if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):
+        return "it is on a file system that is mounted with noexec, from which no code can be loaded"
+    # Who can write in a folder above it could put another in its place. Who owns the topmost one owns the machine.
+    trusted = {0, os.stat("/").st_uid}
+    for each in (folder, *folder.parents):
+        status, above = each.stat(), each != folder
+        if status.st_uid != os.getuid() and not (above and status.st_uid in trusted):
+            return f"{each} belongs to another user"
+        if status.st_mode & BY_OTHERS and not (above and status.st_mode & stat.S_ISVTX):
+            return f"{each} can be written by others; chmod {'go-w' if above else '700'} it"
+    return None

@@ -11,14 +11,14 @@ import contextlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
 from bncli.errors import RecipeError
 from bncli.measure.compare import rates
-from bncli.measure.dry_run import available_memory_mib, planned_arm
+from bncli.measure.dry_run import planned_arm
 from bncli.names import MEASURES
 from bncli.recipe.check import SAME_FOR_ALL_RUNS
 from bncli.recipe.layers import input_of, shape_contradictions
@@ -27,7 +27,7 @@ from bncli.recipe.mnist import name_of
 from bncli.recipe.overrides import value_at
 from bncli.recipe.sections import Claim as ClaimSection
 from bncli.recipe.sections import Digits, Mnist, Npz, Recipe
-from bncli.results.compare import Claim, ComparisonPlan, Phase, Planned, RunRecord
+from bncli.results.compare import Claim, ComparisonPlan, Phase, Planned, RunRecord, run_key
 from bncli.results.train import RunResult, Target
 
 MOST_RUNS = 20_000  # each is planned in memory; a longer list of values is a slip, or several comparisons
@@ -80,7 +80,7 @@ class Study:
         if name not in self._jobs:
             recipe = with_values(arm.recipe, run_values(self.plan, phase, point, seed))
             recipe_key = digest(what_is_trained(recipe))
-            key = digest({"recipe": recipe_key, **self.identity})
+            key = run_key(recipe_key, self.identity)
             self._jobs[name] = Job(key, arm.name, point, seed, phase, recipe, recipe_key)
         return self._jobs[name]
 
@@ -154,7 +154,6 @@ def planned_comparison(asked: Study, first: Loaded, records: Mapping[str, RunRec
         dict(plan.grid),
         runs,
         (runs - done) * plan.budget,
-        available_memory_mib(),
         plan.claims,
         searches + named.later_searches,
         (plan.largest_learning_rate or {}).get("steps", 0),
@@ -263,6 +262,9 @@ def _check_size(first: Loaded, arms: int, tune: int) -> None:
 # --- the runs to be done ------------------------------------------------------------------------------------------
 
 
+Find = Callable[[set[str]], Mapping[str, RunRecord]]  # keys -> those of them that were done before
+
+
 @dataclass(frozen=True)
 class KnownRuns:
     """The runs that can be named now, done or not, and how many more there will be, as far as that is known."""
@@ -321,6 +323,18 @@ def named_runs(study: Study, records: Mapping[str, RunRecord]) -> KnownRuns:
             if not search or search[-1].key not in records:
                 later += max(0, rates.USUAL_RUNS - len(search))
     return KnownRuns(report + tuning + searches, len(untuned) * len(study.plan.report_seeds), later)
+
+
+def known_runs(study: Study, records: dict[str, RunRecord], find: Find) -> KnownRuns:
+    """As `named_runs`, after the runs that `find` has by their keys are added to the records."""
+    named, asked = named_runs(study, records), set[str]()
+    while more := {job.key for job in named.jobs} - asked - records.keys():
+        asked |= more
+        records.update(find(more))
+        if records.keys().isdisjoint(more):
+            break
+        named = named_runs(study, records)
+    return named
 
 
 def _search(study: Study, arm: Arm, point: dict[str, Any], seed: int, records: Mapping[str, RunRecord]) -> list[Job]:

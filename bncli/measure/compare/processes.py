@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import queue
 import signal
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from bncli.errors import BncliError, Refused
@@ -24,6 +26,7 @@ from bncli.recipe.load import plain
 from bncli.results.compare import RunProgressed
 
 POLL_S = 0.1
+GRACE_S = 20.0  # to save the runs in progress, once they are told to stop
 MOST_IDLE_DEATHS = 10  # of workers without a run, one after another, before it is given up
 # Without the current folder on the path, which -m and -c put there: a torch.py in it must not be run.
 WORKER = "import sys; sys.path.remove(''); from bncli.engine.train.worker import main; sys.exit(main(sys.argv[1:]))"
@@ -37,6 +40,8 @@ class _Worker:
     ready: bool = False
     job: Job | None = None  # the run in progress
     logged: int = 0  # bytes of the log before that run
+    silent_s: float = 0.0  # since its last message
+    hanging: str | None = None  # why it was killed
 
 
 @dataclass
@@ -46,7 +51,9 @@ class Processes:
     device: str
     jobs: int | None
     threads: int
-    folder: Path  # for the workers' logs
+    folder: Path = Path()  # for the workers' logs
+    checkpoints: Path | None = None  # folder for the states of runs whose recipes have train.checkpoint
+    longest_silence_s: float | None = None  # between two messages of a worker; then its run is ended
     command: Sequence[str] = (sys.executable, "-c", WORKER)
     _messages: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = field(default_factory=queue.Queue)
     _workers: list[_Worker] = field(default_factory=list)
@@ -54,6 +61,8 @@ class Processes:
     limit: int = 1  # workers, until the first has said which device it found
     _greeted: bool = False
     _idle_deaths: int = 0
+    _looked: float = 0.0  # when the workers' silence was last counted
+    _memory: int | None = None  # descriptor of the file in memory that holds the workers' data once
 
     def run(self, wanted: deque[Job], stop: Callable[[], bool]) -> Iterator[Started | RunProgressed | Ended | None]:
         """As `Executor.run`; the workers stay until `close`. Raises Refused when no worker can take any run."""
@@ -62,12 +71,18 @@ class Processes:
         while not stop():
             if not wanted and all(worker.job is None for worker in self._workers):
                 return
-            for worker in [worker for worker in self._workers if worker.ready and worker.job is None]:
-                if wanted and self._hand_out(worker, wanted[0]):
-                    yield Started(worker.number, wanted.popleft())
+            yield from self._hand_outs(wanted)
             idle = sum(worker.job is None for worker in self._workers)
             for _ in range(min(self.limit - len(self._workers), len(wanted) - idle)):
                 self._start()
+            event = self._next_event()
+            yield from self._hand_outs(wanted)  # so that a worker goes on while the caller saves what it did
+            yield event
+        saving = [worker for worker in self._workers if worker.job and self._checkpoint(worker.job)]
+        for worker in saving:
+            self._send(worker, {"stop": True})
+        end = monotonic() + GRACE_S
+        while any(worker.job for worker in saving) and monotonic() < end:
             yield self._next_event()
 
     def _start(self) -> None:
@@ -81,9 +96,13 @@ class Processes:
         # A name that no file has yet: logs of earlier workers are kept.
         names = (f"worker-{number}{f'-{count}' if count else ''}.log" for count in itertools.count())
         log = next(each for name in names if not os.path.lexists(each := self.folder / name))
+        if self._memory is None and hasattr(os, "memfd_create"):  # Linux; elsewhere each worker loads its own data
+            self._memory = os.memfd_create("bncli-data")
+        shared = () if self._memory is None else ("--memory", str(self._memory))
         with log.open("x") as stderr:
             process = subprocess.Popen(
-                [*self.command, "--device", self.device, "--threads", str(self.threads)],
+                [*self.command, "--device", self.device, "--threads", str(self.threads), *shared],
+                pass_fds=() if self._memory is None else (self._memory,),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -106,23 +125,37 @@ class Processes:
                 break
         self._messages.put((worker, None))
 
-    def _hand_out(self, worker: _Worker, job: Job) -> bool:
+    def _hand_outs(self, wanted: deque[Job]) -> Iterator[Started]:
+        for worker in [worker for worker in self._workers if worker.ready and worker.job is None]:
+            if wanted:
+                job, worker.logged, worker.silent_s = wanted[0], worker.log.stat().st_size, 0.0
+                order = {"key": job.key, "recipe": plain(job.recipe), "check": job.check}
+                if self._send(worker, order | {"checkpoint": self._checkpoint(job)}):
+                    worker.job = wanted.popleft()
+                    yield Started(worker.number, job)
+
+    def _checkpoint(self, job: Job) -> str | None:
+        """The file for a run's state, where it is to be saved."""
+        if self.checkpoints is None or job.check or job.recipe.train.checkpoint is None:
+            return None
+        return str(self.checkpoints.absolute() / f"{job.key}.pt")
+
+    def _send(self, worker: _Worker, order: dict[str, Any]) -> bool:
         assert worker.process.stdin is not None
-        worker.logged = worker.log.stat().st_size
         try:
-            order = {"key": job.key, "recipe": plain(job.recipe), "check": job.check}
             worker.process.stdin.write(json.dumps(order) + "\n")
             worker.process.stdin.flush()
         except (BrokenPipeError, OSError):
             return False  # it has just died; the end of its stream will be read next
-        worker.job = job
         return True
 
     def _next_event(self) -> RunProgressed | Ended | None:
+        self._end_hanging()
         try:
             worker, message = self._messages.get(timeout=POLL_S)
         except queue.Empty:
             return None
+        worker.silent_s = 0.0
         if worker not in self._workers:  # it was closed
             return None
         if message is None:
@@ -143,8 +176,19 @@ class Processes:
         job, worker.job = worker.job, None
         assert job is not None
         self._idle_deaths = 0
+        if "stopped" in message:
+            return None
         result, failure, code = message.get("result"), message.get("failure"), message.get("code", {})
         return Ended(worker.number, job, result, failure, code, self.limit)
+
+    def _end_hanging(self) -> None:
+        """Kill the workers that were silent for too long, however long this process itself was suspended meanwhile."""
+        longest, before, self._looked = self.longest_silence_s or math.inf, self._looked, monotonic()
+        for worker in [worker for worker in self._workers if worker.job and not worker.hanging]:
+            worker.silent_s += min(self._looked - before, 1.0)
+            if worker.silent_s > longest:
+                worker.hanging = f"it made no progress for {longest:g} s and was ended"
+                _kill(worker)
 
     def _died(self, worker: _Worker) -> Ended | None:
         code = worker.process.wait()
@@ -157,19 +201,27 @@ class Processes:
         if worker.job is None:
             return None
         last = _tail(worker.log, 1, worker.logged)
-        failure = _cause(code) + (f"; its log ends: {last}" if last else "")
-        return Ended(worker.number, worker.job, None, failure, at_a_time=self.limit)
+        failure = (worker.hanging or _cause(code)) + (f"; its log ends: {last}" if last else "")
+        job, worker.job = worker.job, None
+        return Ended(worker.number, job, None, failure, at_a_time=self.limit)
 
     def close(self) -> None:
         """End every worker now; a run in progress is lost."""
         for worker in self._workers:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(worker.process.pid, signal.SIGKILL)  # it leads its session: what it started goes with it
+            _kill(worker)
         for worker in self._workers:
             worker.process.wait()
             if not worker.log.stat().st_size:
                 worker.log.unlink()
         self._workers.clear()
+        if self._memory is not None:
+            os.close(self._memory)
+            self._memory = None
+
+
+def _kill(worker: _Worker) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.process.pid, signal.SIGKILL)  # it leads its session: what it started goes with it
 
 
 def cores() -> int:

@@ -6,16 +6,16 @@ import hashlib
 import importlib.metadata
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 from bncli import __version__
 from bncli.engine.user_code import digest_of
 from bncli.errors import BncliError
-from bncli.measure.compare.plan import Job, Study, collect, planned_runs, run_values
-from bncli.recipe.load import Arm, data_state, digest, what_is_trained, with_values
+from bncli.measure.compare.plan import Job, Study, collect, known_runs, planned_runs
+from bncli.recipe.load import Arm, data_state, digest
 from bncli.recipe.sections import Recipe
-from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, Note, RunRecord
+from bncli.results.compare import BegunComparison, Comparison, Note, RunRecord
 
 PACKAGE = Path(__file__).parents[2]
 IDENTITY = ("bncli", "torch", "device", "data")  # the parts of a run's identity, as `identity` gives them
@@ -68,23 +68,13 @@ def of_one_code(kept: Iterable[RunRecord]) -> list[RunRecord]:
     return [record for record in records if record.code.items() <= latest.items()]
 
 
-def fits(study: Study, kept: Iterable[RunRecord]) -> bool:
-    """Whether any of the runs could be one of this study's, at another point of the grid or seed, or by other code."""
-    return any(_fits(study.plan, arm, record) for record in kept for arm in study.arms)
+def report_of_runs(
+    begun: BegunComparison, finished: Callable[[set[str]], list[RunRecord]], failed: Collection[RunRecord]
+) -> Comparison:
+    """The result from the runs that exist so far, without running anything. finished: those with some keys that ended.
 
-
-def _fits(plan: ComparisonPlan, arm: Arm, record: RunRecord) -> bool:
-    if record.phase == "rate" and plan.largest_learning_rate is None:
-        return False
-    try:
-        recipe = with_values(arm.recipe, run_values(plan, record.phase, record.point, record.seed))
-    except (KeyError, TypeError, ValueError):  # a point of another recipe's grid
-        return False
-    return digest(what_is_trained(recipe)) == record.recipe_key
-
-
-def report_of_runs(begun: BegunComparison, kept: Iterable[RunRecord], failed: Iterable[RunRecord]) -> Comparison:
-    """The result from the runs that exist so far, without running anything. Raises BncliError."""
+    Raises BncliError.
+    """
     from bncli.measure.compare.summary import summarise  # imports scipy, which a dry run does without
 
     plan = begun.plan
@@ -93,7 +83,14 @@ def report_of_runs(begun: BegunComparison, kept: Iterable[RunRecord], failed: It
     except (KeyError, ValueError) as error:
         raise BncliError("its recipes are not as this bncli has them; run compare again with the recipe") from error
     study = Study(plan, tuple(arms), begun.identity)
-    records = {record.key: record for record in (*failed, *of_one_code(kept))}
+    kept, records = list[RunRecord](), dict[str, RunRecord]()
+
+    def find(keys: set[str]) -> dict[str, RunRecord]:
+        kept.extend(finished(keys))
+        return {record.key: record for record in (*failed, *of_one_code(kept))}
+
+    known_runs(study, records, find)
+    records = find(set())  # of one code, now that all are read
     return summarise(plan, collect(study, records), planned_runs(study, records), begun.threads)
 
 

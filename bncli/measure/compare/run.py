@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from bncli.errors import USAGE, Refused, by_arm
-from bncli.measure.compare.plan import Job, Study, named_runs
+from bncli.measure.compare.plan import Find, Job, Study, known_runs
 from bncli.recipe.load import digest, plain
 from bncli.recipe.sections import Hub, Mnist, Npz, OwnModel
 from bncli.results.compare import ComparisonEvent, ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
@@ -60,8 +60,8 @@ class _OpenRuns:
     learning rate, which alone can change its answer; so a run that ends costs the same however many are open.
     """
 
-    def __init__(self, study: Study, records: dict[str, RunRecord]) -> None:
-        self.study, self.records = study, records
+    def __init__(self, study: Study, records: dict[str, RunRecord], find: Find) -> None:
+        self.study, self.records, self.find = study, records, find
         self.waiting: deque[Job] = deque()
         self.running: set[str] = set()
         self._ask()
@@ -76,7 +76,7 @@ class _OpenRuns:
             self._ask()
 
     def _ask(self) -> None:
-        named = named_runs(self.study, self.records)
+        named = known_runs(self.study, self.records, self.find)
         self.planned = named.planned
         self.done = len({job.key for job in named.jobs} & self.records.keys())
         self._open: dict[tuple[str, int | None], set[str]] = {}  # arm, seed of a search -> keys of runs not done
@@ -126,12 +126,14 @@ def execute(
     executor: Executor,
     records: dict[str, RunRecord],
     stop: Callable[[], bool] = lambda: False,
+    find: Find = lambda keys: {},
 ) -> Iterator[ComparisonEvent]:
     """Do every run of the study that `records`, by key, does not hold; each new record is saved and added to it.
 
+    find: those of some keys that were done in earlier calls; asked when runs are named that depend on others.
     A run that fails is recorded with its reason and not tried again in this call. Raises what the executor raises.
     """
-    runs, plan = _OpenRuns(study, records), study.plan
+    runs, plan = _OpenRuns(study, records, find), study.plan
     done = runs.done
     yield ComparisonStarted(plan.name, runs.planned, done, plan.target.metric)
     for event in executor.run(runs.waiting, stop):

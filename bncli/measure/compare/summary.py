@@ -246,7 +246,7 @@ def _notes(comparison: Comparison, arms: Mapping[str, ArmRuns]) -> Iterator[Note
             yield Note.of("runs at a time", most=most)
     if busy := {row.arm: row.cores_lacked for row in comparison.arms if disturbed(row.cores_lacked)}:
         yield Note.of("disturbed", cores_lacked=busy)
-    if any(recipe.get("norm", {}).get("kind") == "batch" for recipe in plan.recipes.values()):
+    if any(value_at(recipe, ("norm", "kind")) == "batch" for recipe in plan.recipes.values()):
         yield Note.of("paper")
 
 

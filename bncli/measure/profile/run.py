@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -68,15 +68,24 @@ def kernel_run(
 
 
 def recipe_run(
-    options: Options, recipe: str, sets: Sequence[str], arm: str | None, trace: Path | None, sets_from: str = "sets"
+    options: Options,
+    recipe: str,
+    sets: Sequence[str],
+    arm: str | None,
+    trace: Path | None,
+    sets_from: str = "sets",
+    run: Path | None = None,
 ) -> StepRun:
-    """The step of each arm of a recipe, or of one. sets_from: how a mistake in `sets` names it.
+    """The step of each arm of a recipe, or of one. sets_from: how a mistake in `sets` names it. run: the folder of the
+    run whose recipe it is; its norms are watched with its trained weights.
 
     Raises UsageError and Unavailable.
     """
     device = options.resolved()
     loaded = load(recipe, sets, allow_code=options.allow_code, sets_from=sets_from)
-    return _step_run(loaded.name, recipe_models(loaded, arm), device, options, trace)
+    loaded = replace(loaded, name=str(run)) if run else loaded
+    models = [replace(model, run=run) for model in recipe_models(loaded, arm)]
+    return _step_run(loaded.name, models, device, options, trace)
 
 
 def model_run(options: Options, model: str, inputs: str, trace: Path | None) -> StepRun:

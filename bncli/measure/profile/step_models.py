@@ -7,6 +7,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from bncli.engine.models.whitening import Whitening
 from bncli.engine.train import optimizer_step, trial
 from bncli.engine.train.optim import uncompiled
 from bncli.engine.train.state import TrainState, check_fit
+from bncli.engine.train.weights import put, read, tensors_of
 from bncli.engine.user_code import blame_user_code, imported
 from bncli.errors import RunFailed, UsageError
 from bncli.measure.profile.norm_diagnostics import TrainingPlan
@@ -114,6 +116,7 @@ class RecipeModel:
     name: str
     recipe: Recipe
     stands_for: tuple[str, ...] = ()  # further arms whose step takes the same work
+    run: Path | None = None  # whose trained weights a model that learns begins with
 
     @property
     def batch_size(self) -> int:
@@ -154,6 +157,9 @@ class RecipeModel:
         recipe = with_values(self.recipe, values if kernel is None else {**values, "norm.kernel": kernel})
         with blame_own_model(recipe):
             state = TrainState(recipe, dataset, device)
+        if learns and self.run:
+            content, file = read(self.run)
+            put(tensors_of(content, file), state.model, file)
         held_out = dataset.held_out
         indices = torch.arange(min(self.batch_size, len(held_out)), device=held_out.index_device)
         x, _ = next(held_out.batches([indices]))

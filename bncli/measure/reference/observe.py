@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bncli.errors import is_out_of_memory
 from bncli.kernels.definition import Forward
 from bncli.measure.reference.candidate import KernelFailed
 from bncli.measure.reference.case import CPU, Case, Inputs, arguments
@@ -18,7 +19,6 @@ from bncli.results.finding import Finding, FindingKind
 
 RUNNING = ("running_mean", "running_var")
 GRADIENTS = ("dx", "dweight", "dbias", "dresidual")
-CPU_WITHOUT_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # of a RuntimeError of torch's
 SECOND = ("double backward in x", "double backward in weight", "double backward in g")
 
 
@@ -141,7 +141,7 @@ def finding_of(error: BaseException) -> Finding:
         return error.finding
     text = str(error)
     kind: FindingKind = "raised"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or CPU_WITHOUT_MEMORY in text:
+    if is_out_of_memory(error):
         kind = "no_memory"
     elif "modified by an inplace operation" in text:
         kind = "saved_written"

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import TextIO
 
-from bncli.errors import BncliError, UsageError
+from bncli.errors import BncliError, FileError, UsageError
 from bncli.report.files import Result, from_json, load, to_json
-from bncli.report.folder import PLAN, parsed
+from bncli.report.folder import PLAN
 from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, RunRecord
 from bncli.results.serialize import to_plain
-from bncli.storage import lock, make, open_plain, replace
+from bncli.storage import lock, make, open_plain, read_plain, replace, sweep
 
 COMPARISON = "comparison.json"
+FOLDERS = ("runs", "failed", "checkpoints", "logs")
+# A run's file: its recipe's key (not in files of format 2), its key, and the digest of the user's code, if it has any.
+RUN_NAME = re.compile(r"(?:([0-9a-f]{20})-)?([0-9a-f]{20})(?:-[0-9a-f]{8})?\.json")
 
 
 class ComparisonFolder:
     """All runs of a comparison, each in a file under its key, so that a killed call continues where it stopped.
 
-    plan.json: the plan of the last call. runs/KEY.json: runs that ended; KEY-CODE.json with a model
-    of the user's, so that runs of earlier code are kept. failed/KEY.json: runs that died, to be tried again.
-    comparison.json: the answer. A lock, which ends with its process, lets one process at a time write here.
-    A file that does not read as what bncli writes there is never written over or deleted.
+    plan.json: the plan of the last call. runs/RECIPEKEY-KEY.json: runs that ended; RECIPEKEY-KEY-CODE.json with a model
+    of the user's, so that runs of earlier code are kept. failed: runs that died, to be tried again. checkpoints/KEY.pt:
+    states of runs that have not ended. comparison.json: the answer. A lock, which ends with its process, lets one
+    process at a time write here. A file that does not read as what bncli writes there is never written over or deleted.
+
+    unfit: files that were read and cannot be used, with the reason.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.unfit = path, dict[str, str]()
         self._lock: TextIO | None = None
+        self._read = dict[str, RunRecord | None]()
+        for folder in (path / name for name in FOLDERS):
+            if folder.is_symlink():
+                raise FileError(f"{folder}: is a symbolic link, which is not followed here; choose another folder")
 
     def __enter__(self) -> ComparisonFolder:
         self._new = not self.path.exists()
@@ -43,16 +57,21 @@ class ComparisonFolder:
         if not lock(self._lock):
             self._lock.close()
             raise BncliError(f"{self.path}: another comparison is writing here; wait for it, or choose another folder")
-        for file, read in ((PLAN, self.begun), (COMPARISON, self.answer)):
-            if os.path.lexists(self.path / file) and read() is None:
+        begun, answer = self.begun(), self.answer(without="runs")
+        for file, read in ((PLAN, begun), (COMPARISON, answer)):
+            if os.path.lexists(self.path / file) and read is None:
                 self._lock.close()
                 why = f"{self.path / file} was not written by this version of bncli and is never overwritten"
                 raise UsageError(f"{why}; choose another folder", field="out", value=self.path)
-        for folder in (self.path / "runs", self.path / "failed"):
+        self._answered = answer and answer.plan
+        for folder in (self.path, *(self.path / name for name in FOLDERS)):
             make(folder)
+            sweep(folder)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, FileNotFoundError) and not (self.path / ".lock").exists():
+            raise UsageError("was removed or renamed meanwhile", field="out", value=self.path) from error
         if self._new and not any(self.path.rglob("*.json")):  # nothing was begun, so nothing is left behind
             shutil.rmtree(self.path)
         if self._lock is not None:
@@ -61,55 +80,88 @@ class ComparisonFolder:
     def begin(self, begun: BegunComparison) -> None:
         """Save the plan, and delete the runs that failed before."""
         for name in self.failed():
-            (self.path / "failed" / f"{name}.json").unlink()
+            (self.path / "failed" / name).unlink()
         replace(self.path / PLAN, to_json(begun).encode())
 
     def begun(self) -> BegunComparison | None:
         """The plan of the last call; None where it is not known."""
-        return _result(self.path / PLAN, BegunComparison)
+        return self._result(PLAN, BegunComparison)
 
-    def answer(self) -> Comparison | None:
-        """The last call's answer; None where there is none."""
-        return _result(self.path / COMPARISON, Comparison)
+    def answer(self, without: str = "") -> Comparison | None:
+        """The last call's answer, without the items of that list; None where there is none."""
+        return self._result(COMPARISON, Comparison, without)
 
-    def finished(self) -> dict[str, RunRecord]:
-        """The runs that ended, by name. A run whose file cannot be read is missing and will be done again."""
-        return self._records("runs")
+    @cached_property
+    def _names(self) -> dict[str, list[str]]:
+        """A run's key, or its recipe's -> the names of files in runs."""
+        found = defaultdict[str, list[str]](list)
+        with contextlib.suppress(FileNotFoundError):
+            for match in filter(None, map(RUN_NAME.fullmatch, sorted(os.listdir(self.path / "runs")))):
+                record = self._run(match[0]) if match[1] is None else None  # which alone tells its recipe
+                for key in (match[2], match[1] or (record and record.recipe_key)):
+                    found[key or ""].append(match[0])
+        return found
+
+    @property
+    def count(self) -> int:
+        """The files of runs that ended, readable or not."""
+        return len(set().union(*self._names.values()))
+
+    def finished(self, keys: Iterable[str]) -> list[RunRecord]:
+        """The runs that ended with any of those keys, theirs or their recipe's: one for each version of their code."""
+        names = dict.fromkeys(name for key in keys for name in self._names.get(key, ()))
+        return [record for name in names if (record := self._run(name))]
 
     def failed(self) -> dict[str, RunRecord]:
-        """The failed runs of the last call, by name."""
-        return self._records("failed")
+        """The failed runs of the last call, by file name."""
+        names = filter(RUN_NAME.fullmatch, os.listdir(folder) if (folder := self.path / "failed").exists() else ())
+        return {name: record for name in names if (record := self._run(name, "failed"))}
 
-    def _records(self, folder: str) -> dict[str, RunRecord]:
-        found = {file.stem: _result(file, RunRecord) for file in (self.path / folder).glob("*.json")}
-        return {name: record for name, record in found.items() if record is not None and name == _name(record)}
+    def _run(self, name: str, folder: str = "runs") -> RunRecord | None:
+        """A run's record, read once; None, with the reason in `unfit`, where its file is not as bncli writes it."""
+        file = f"{folder}/{name}"
+        if file not in self._read:
+            record = self._result(file, RunRecord)
+            if record and name not in (_name(record), _name(record).removeprefix(f"{record.recipe_key}-")):
+                self.unfit[file], record = "holds another run than its name says", None
+            self._read[file] = record
+        return self._read[file]
 
     def save(self, record: RunRecord) -> None:
-        file = self.path / ("runs" if record.result is not None else "failed") / f"{_name(record)}.json"
-        there = _result(file, RunRecord)
-        if os.path.lexists(file) and (there is None or _name(there) != file.stem):
+        name, folder = _name(record), "runs" if record.result is not None else "failed"
+        file = self.path / folder / name
+        if os.path.lexists(file) and self._run(name, folder) is None:
             _keep_beside(file)
         replace(file, to_json(record).encode())
+        if record.result is not None:
+            with contextlib.suppress(OSError):  # one that stays is never read again
+                (self.path / "checkpoints" / f"{record.key}.pt").unlink()
+
+    def _result(self, file: str, kind: type[Result], without: str = "") -> Result | None:
+        """What a file holds; None where it is missing and, with the reason in `unfit`, where bncli cannot read it."""
+        try:
+            return from_json(kind, read_plain(self.path / file).decode(), without)
+        except FileNotFoundError:
+            return None
+        except (BncliError, OSError, UnicodeDecodeError) as error:
+            self.unfit[file] = str(error)
+            return None
 
     def keep_other(self, plan: ComparisonPlan) -> Path | None:
         """Rename an existing answer to another plan, so that it is kept. Its new name; None where there was none."""
-        answer = self.answer()
-        if answer is None or to_plain(answer.plan) == to_plain(plan):
+        if self._answered is None or to_plain(self._answered) == to_plain(plan):
             return None
         return _keep_beside(self.path / COMPARISON)
 
     def finish(self, comparison: Comparison) -> None:
+        self._answered = comparison.plan
         replace(self.path / COMPARISON, to_json(comparison).encode())
 
 
 def _name(record: RunRecord) -> str:
-    """A run's file name without its suffix."""
-    code = hashlib.sha256(json.dumps(record.code, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{record.key}-{code}" if record.code else record.key
-
-
-def _result(file: Path, kind: type[Result]) -> Result | None:
-    return parsed(file, lambda text: from_json(kind, text))
+    """A run's file name."""
+    code = hashlib.sha256(json.dumps(record.code, sort_keys=True).encode()).hexdigest()[:8] if record.code else ""
+    return "-".join(filter(None, (record.recipe_key, record.key, code))) + ".json"
 
 
 def _keep_beside(file: Path) -> Path:

@@ -323,7 +323,8 @@ def _methods(comparison: Comparison) -> Iterator[str]:
         yield f"since a run has to go on for {AHEAD:.0%} of its steps to target before these are settled."
     orders = "; where runs missed, medians and order statistics" * bool(used & {"median", "medians", "bound"})
     yield f"Intervals: 95 %, a jackknife over seeds{chosen}{orders}; of a ratio, one with 1 in it shows no difference."
-    yield f"Best {plan.target.metric}, samples/s: medians over seeds; memory: the maximum; seconds: training alone."
+    yield f"Best {plan.target.metric}, samples/s: medians over seeds; seconds: training alone."
+    yield "Memory: the largest peak in training; on a CPU the process's, with all of the data that the processes share."
 
 
 # --- curves -------------------------------------------------------------------------------------------------------

@@ -1,10 +1,7 @@
-"""Every data set that a recipe can name but those of the hub, and the reading of .npz files."""
+"""Every data set that a recipe can name but those of the hub."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import zipfile
 from itertools import islice
 
 import numpy as np
@@ -12,9 +9,9 @@ import pytest
 import torch
 
 from bncli.engine import data
-from bncli.engine.data import load, read_npz
+from bncli.engine.data import load
 from bncli.engine.data.splits import evaluation_order, holdout_split, order
-from bncli.errors import USAGE, DataError
+from bncli.errors import DataError
 from bncli.recipe.sections import Digits, Npz, Synthetic
 
 CPU = torch.device("cpu")
@@ -26,6 +23,11 @@ def seeded(seed: int) -> torch.Generator:
 
 def digits(**fields) -> data.Dataset:
     return load(Digits(source="digits", **fields), CPU)
+
+
+def save(folder, **arrays) -> str:
+    np.savez(folder / "set.npz", **arrays)
+    return str(folder / "set.npz")
 
 
 def synthetic(**fields) -> data.Dataset:
@@ -119,11 +121,6 @@ def test_digits_are_those_of_scikit_learn_also_where_its_file_has_moved(monkeypa
     assert all(map(np.array_equal, data.read_digits(), expected))
 
 
-def test_digits_do_not_import_scikit_learn():
-    code = "import sys; from bncli.engine.data import read_digits; read_digits(); print('sklearn' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
-
-
 def test_digits_are_64_features_or_8x8_pixels_of_0_to_1_in_10_classes():
     loaded, images = digits(), digits(images=True)
     assert (loaded.name, loaded.shape, loaded.classes) == ("digits (scikit-learn)", (64,), 10)
@@ -211,119 +208,3 @@ def test_a_gpu_gets_the_batches_that_the_cpu_gets(byte_images):
         indices = islice(order(len(split), 8, seeded(0), split.index_device), 5)
         batches.append([x.cpu() for x, _ in split.batches(indices, seeded(1))])
     assert all(map(torch.equal, *batches))
-
-
-# --- NumPy's .npz files -------------------------------------------------------------------------------------------
-
-VECTORS = np.arange(12, dtype=np.float64).reshape(4, 3)
-LABELS = np.array([0, 1, 0, 1])
-
-
-def save(folder, **arrays) -> str:
-    np.savez(folder / "set.npz", **arrays)
-    return str(folder / "set.npz")
-
-
-@pytest.mark.parametrize(("x_type", "y_type"), [("f8", "u1"), (">f4", ">i2")])
-def test_arrays_of_either_byte_order_come_back_as_float32_and_int64(tmp_path, x_type, y_type):
-    arrays = read_npz(save(tmp_path, x=VECTORS.astype(x_type), y=LABELS.astype(y_type), unrelated=np.zeros(3)))
-    assert list(arrays) == ["x", "y"]
-    assert (arrays["x"].dtype, arrays["y"].dtype) == (torch.float32, torch.int64)
-    assert (arrays["x"].tolist(), arrays["y"].tolist()) == (VECTORS.tolist(), LABELS.tolist())
-
-
-def test_a_fixed_test_set_comes_with_them(tmp_path):
-    arrays = read_npz(save(tmp_path, x=VECTORS, y=LABELS, x_test=VECTORS[:2] + 1, y_test=LABELS[:2]))
-    assert arrays["x_test"].tolist() == (VECTORS[:2] + 1).tolist()
-    assert arrays["y_test"].tolist() == [0, 1]
-
-
-def test_byte_images_stay_bytes_and_byte_vectors_become_0_to_1(tmp_path):
-    images = np.full((4, 1, 2, 2), 51, dtype=np.uint8)
-    assert read_npz(save(tmp_path, x=images, y=LABELS))["x"].dtype == torch.uint8
-    vectors = read_npz(save(tmp_path, x=images.reshape(4, 4), y=LABELS))["x"]
-    assert vectors.tolist() == torch.full((4, 4), 51 / 255).tolist()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"y": None}, r"has no y; it holds x\. Required are x and y, .*: numpy\.savez\('.*', x=x, y=\.\.\.\)"),
-        ({"x": None, "y": None, "images": VECTORS}, "has no x and no y; it holds images."),
-        ({"x": None, "y": None}, "it holds nothing"),
-        ({"x_test": VECTORS}, "has no y_test; it holds x, y, x_test"),
-        ({"x": VECTORS.astype(np.int64)}, "has x of type int64; it must be float, or uint8 for 0..255"),
-        ({"x": VECTORS.astype(str)}, "it must be float, or uint8"),
-        ({"x": VECTORS[0]}, r"has x of shape \(3,\); it must be \(examples, features\) or \(examples, channels"),
-        ({"x": VECTORS[:, :0]}, r"has x of shape \(4, 0\).*not empty"),
-        (
-            {"x": np.where(VECTORS == 5, np.nan, VECTORS)},
-            "not finite in float32, in 1 of 4 examples, the first at index 1",
-        ),
-        ({"x": VECTORS * 1e300}, "not finite in float32, in 4 of 4 examples"),
-        (
-            {"y": LABELS.astype(float)},
-            r"has y of type float64 and shape \(4,\); labels must be integers, one per example",
-        ),
-        ({"y": np.eye(4, dtype=int)}, r"has y of type int64 and shape \(4, 4\); labels must be"),
-        ({"y": LABELS[:0]}, r"shape \(0,\); labels must be"),
-        ({"y": LABELS - 1}, "has labels from -1 to 0 in y; number the classes from 0"),
-        ({"y": LABELS.astype(np.uint64) + 2**63}, "has labels from 9223372036854775808 to"),
-        ({"y": LABELS + 1}, "has labels up to 2 in y but no label 0; number them from 0, without gaps"),
-        ({"y": LABELS * 2}, "has labels up to 2 in y but no label 1"),
-        ({"y": LABELS * 0}, "has only label 0 in y; there must be at least 2 classes"),
-        ({"y": LABELS[:3]}, "has 4 examples in x and 3 labels in y"),
-        ({"x_test": VECTORS, "y_test": LABELS[:3]}, "has 4 examples in x_test and 3 labels in y_test"),
-        ({"x_test": VECTORS[:, :2], "y_test": LABELS}, r"has examples of shape \(3,\) in x and \(2,\) in x_test"),
-        ({"x_test": VECTORS.astype(np.uint8), "y_test": LABELS}, "has x of type float64 and x_test of type uint8"),
-        ({"x_test": VECTORS, "y_test": LABELS + 1}, "has label 2 in y_test, beyond y's 0 to 1"),
-        ({"x": np.array([{}, {}])}, "cannot be read as arrays of numbers"),
-    ],
-)
-def test_unsuitable_arrays_are_named_with_their_file(tmp_path, changes, message):
-    arrays = {"x": VECTORS, "y": LABELS} | changes
-    path = save(tmp_path, **{key: array for key, array in arrays.items() if array is not None})
-    with pytest.raises(DataError, match=message) as caught:
-        read_npz(path)
-    assert str(caught.value).startswith(f"data.path: {path} ")
-    assert caught.value.exit_code == USAGE
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, r"set\.npz does not exist; create it with numpy\.savez\('.*set\.npz', x=\.\.\."),
-        ("a folder", "does not exist"),
-        (b"", r"is not an \.npz archive"),
-        (b"label,pixel\n1,2\n", r"is not an \.npz archive"),
-        (b"\x93NUMPY\x01\x00", r"is not an \.npz archive"),
-    ],
-    ids=["missing", "folder", "empty", "csv", "npy"],
-)
-def test_what_is_no_archive_is_refused(tmp_path, content, message):
-    if isinstance(content, bytes):
-        (tmp_path / "set.npz").write_bytes(content)
-    elif content:
-        (tmp_path / "set.npz").mkdir()
-    with pytest.raises(DataError, match=message):
-        read_npz(str(tmp_path / "set.npz"))
-
-
-@pytest.mark.parametrize(
-    ("x", "message"), [(b"junk", r"has x of type \|S4"), (b"\x93NUMPY\x01\x00\x02\x00{(", "cannot be read as arrays")]
-)
-def test_an_archive_of_no_arrays_is_refused(tmp_path, x, message):
-    with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:
-        archive.writestr("x.npy", x)
-        archive.writestr("y.npy", b"junk")
-    with pytest.raises(DataError, match=message):
-        read_npz(str(tmp_path / "set.npz"))
-
-
-def test_a_damaged_archive_is_refused(tmp_path):
-    path = save(tmp_path, x=VECTORS, y=LABELS)
-    content = bytearray((tmp_path / "set.npz").read_bytes())
-    content[200:210] = bytes(10)  # inside x: its checksum no longer holds
-    (tmp_path / "set.npz").write_bytes(content)
-    with pytest.raises(DataError, match="cannot be read as arrays of numbers"):
-        read_npz(path)

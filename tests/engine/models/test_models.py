@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -225,16 +223,6 @@ def test_a_model_of_the_users_own_that_ignores_its_norm_is_refused(own_recipe: O
     with pytest.raises(RecipeError, match="never called norm, so the recipe's norm has no effect"):
         built(own_recipe(code, "batch"))
     built(own_recipe(code, "none"))
-
-
-def test_building_a_model_of_the_users_own_does_not_load_the_compiler(own_recipe: OwnRecipe) -> None:
-    recipe = own_recipe(LAYER.format(""))
-    code = (
-        "import sys; from bncli.engine.models import build; from bncli.recipe.sections import Recipe\n"
-        "build(Recipe.model_validate_json(sys.argv[1]), (8,), 3); print('torch._dynamo' in sys.modules)"
-    )
-    command = [sys.executable, "-c", code, recipe.model_dump_json()]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "False"
 
 
 def test_the_users_own_constructor_may_compile_and_use_higher_order_operators(own_recipe: OwnRecipe) -> None:

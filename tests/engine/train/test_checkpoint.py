@@ -15,7 +15,7 @@ import torch
 
 from bncli.engine.train import train
 from bncli.engine.train.checkpoint import FORMAT, START, packed, unpacked
-from bncli.engine.train.weights import evaluate_weights, tensors_of
+from bncli.engine.train.weights import MODEL, evaluate_weights, tensors_of
 from bncli.errors import FileError, UsageError
 from bncli.recipe.load import with_values
 from bncli.recipe.sections import Recipe
@@ -81,11 +81,12 @@ def assert_same_run(run: Run, whole: Run) -> None:
 
 
 @pytest.mark.parametrize("name", [*RUNS, pytest.param("compiled", marks=pytest.mark.slow)])
-def test_a_run_that_was_interrupted_ends_with_the_same_bits(name: str) -> None:
+def test_a_run_that_was_interrupted_ends_with_the_same_bits(tmp_path: Path, name: str) -> None:
     recipe = changed(recipe_of("momentum"), compile=True) if name == "compiled" else recipe_of(name)
     whole, saving = Run(recipe), Run(changed(recipe, checkpoint={"every": 1}))
     assert_same_run(saving, whole)
-    last, (_, evaluated) = whole.result.evaluations[-1], evaluate_weights(whole.files["model"][0], "cpu", None, True)
+    (tmp_path / MODEL).write_bytes(whole.files["model"][0])
+    last, (_, evaluated) = whole.result.evaluations[-1], evaluate_weights(tmp_path, "cpu", None, True)
     assert (evaluated.step, evaluated.accuracy, evaluated.loss) == (last.step, last.accuracy, last.loss)
     contents = saving.files["checkpoint"]
     steps = [state_of(content)["step"] for content in contents]

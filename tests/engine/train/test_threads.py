@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from bncli.engine import data
+from bncli.engine.device import cpu_threads
 from bncli.engine.train import train
 from bncli.engine.train.state import TrainState
 from bncli.engine.train.threads import PASSES, multiply_adds
@@ -62,28 +62,35 @@ def test_counting_leaves_random_generators_and_statistics_as_they_were(own_recip
     assert torch.equal(torch.get_rng_state(), before[1])
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    with cpu_threads(2):
+        yield
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_a_small_step_takes_one_thread_and_the_number_is_restored(own_recipe: OwnRecipe) -> None:
-    torch.set_num_threads(before := 2)
     for recipe in (tiny(), own_recipe(OWN.format(act="pass"))):
         result = finished(recipe)
         assert result.environment.threads == 1
-        assert torch.get_num_threads() == before
+        assert torch.get_num_threads() == 2
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_a_large_step_and_one_that_cannot_be_counted_take_torchs_choice(
     own_recipe: OwnRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.set_num_threads(2)
     branching = finished(own_recipe(OWN.format(act="assert x.sum() < 1e9")))
     assert branching.environment.threads == 2
     monkeypatch.setattr("bncli.engine.train.FEWEST", 1000)
     assert finished(tiny()).environment.threads == 2
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_the_same_threads_give_the_same_initial_weights_whether_chosen_or_asked_for() -> None:
-    torch.set_num_threads(2)
-    size = {"data": IMAGES, "model": {"kind": "cnn", "channels": [64, 256], "init": {"kind": "orthogonal"}}}
-    chosen, asked = finished(tiny(**size)), finished(tiny(**size), threads=2)
+    model = {"kind": "cnn", "channels": [64, 256], "init": {"kind": "orthogonal"}}
+    recipe = tiny(data=IMAGES, model=model, train={"steps": 5})
+    chosen, asked = finished(recipe), finished(recipe, threads=2)
     assert chosen.environment.threads == 2
     assert chosen.evaluations == asked.evaluations
 
@@ -93,8 +100,3 @@ def test_threads_that_are_asked_for_are_taken() -> None:
     assert result.environment.threads == 2
     assert result.cores_lacked is not None
     assert result.cores_lacked >= 0
-
-
-def test_the_training_loop_does_not_load_triton() -> None:
-    code = "import sys; import bncli.engine.train; print('triton' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

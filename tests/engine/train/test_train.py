@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import subprocess
 import sys
 import warnings
 from dataclasses import replace
@@ -20,9 +22,10 @@ from bncli.engine.data.splits import order
 from bncli.engine.device import cpu_threads
 from bncli.engine.models import build
 from bncli.engine.models.init import stream
-from bncli.engine.train import evaluate, evaluation_size, optimizer_step, train
+from bncli.engine.train import evaluate, evaluation_size, optimizer_step, smaller_batches, train
 from bncli.engine.train.state import TrainState
-from bncli.errors import DataError
+from bncli.errors import CHECK_FAILED, DataError, RunFailed
+from bncli.recipe.load import plain
 from bncli.recipe.sections import Recipe
 from bncli.results.train import Evaluated, Event, RunFinished, RunResult, RunStarted, StepDone
 from tests.conftest import OWN, TINY, tiny
@@ -47,6 +50,33 @@ def state(recipe: Recipe) -> TrainState:
 
 def losses(recipe: Recipe) -> list[float]:
     return [event.loss for event in events(recipe) if isinstance(event, StepDone)]
+
+
+# --- what a run loads ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_loads_neither_scikit_learn_nor_triton_nor_the_compiler(own_recipe: OwnRecipe) -> None:
+    """Digits are read without the first. A copied optimizer's `load_state_dict`, as torch has it, would load the last
+    where a run is probed: a second, and 140 MiB of its memory."""
+    deep = {"kind": "mlp", "hidden": [16, 12], "activation": "sigmoid"}
+    few = {"steps": 7, "target": None}
+    recipes = [
+        tiny(data={"source": "digits"}, model=deep, probes={"at": 7}, train=few),
+        own_recipe(OWN.format(act="pass")),
+    ]
+    code = (
+        "import sys; from bncli.engine.models import build; from bncli.engine.train import train\n"
+        "print('triton' in sys.modules)\n"
+        "from bncli.recipe.sections import Recipe\n"
+        "probed, own = map(Recipe.model_validate_json, sys.argv[1:])\n"
+        "build(own, (8,), 3)\n"
+        "*_, last = train(probed, 'cpu')\n"
+        "print(*sorted({point.step for point in last.result.probes}))\n"
+        "print(*{'sklearn', 'torch._dynamo'} & sys.modules.keys())"
+    )
+    command = [sys.executable, "-c", code, *(recipe.model_dump_json() for recipe in recipes)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines() == ["False", "0 7", ""]
 
 
 # --- events and results -------------------------------------------------------------------------------------------
@@ -413,3 +443,55 @@ def test_steps_between_two_looks_at_the_loss_do_not_wait_for_the_gpu() -> None:
             torch.cuda.set_sync_debug_mode("default")
     # Three looks at the loss and the figures of one evaluation, in 60 steps.
     assert len([wait for wait in waits if "synchroniz" in str(wait.message)]) < 12
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def test_a_device_without_memory_for_a_step_is_told_with_what_to_try(own_recipe: OwnRecipe) -> None:
+    recipe = own_recipe(OWN.format(act="import torch; raise torch.OutOfMemoryError('CUDA out of memory.')"))
+    with pytest.raises(RunFailed) as caught:
+        run(recipe)
+    assert str(caught.value) == (
+        "out of memory on cpu with 20 examples at a time; try train.batch_size: 10, or train.accumulate: 2, which "
+        "keeps the batch of 20 in parts of 10, of each of which batch norm takes its statistics"
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch", "parts", "advice"),
+    [
+        (60, 2, "with 30 examples at a time; try train.batch_size: 30, or train.accumulate: 4, which keeps the batch"),
+        (7, 1, "with 7 examples at a time; use a smaller model"),
+        (9, 1, "train.batch_size: 4, or train.accumulate: 3, which keeps the batch of 9 in parts of 3"),
+    ],
+)
+def test_a_batch_is_split_into_equal_parts_of_two_or_more(batch: int, parts: int, advice: str) -> None:
+    assert advice in smaller_batches(tiny(train={"batch_size": batch, "accumulate": parts}), CPU)
+
+
+LIMITED = """
+import resource, sys, torch
+from bncli.engine import train
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**29,) * 2)
+sys.argv = ["bncli", "train", "-", "--quiet", "--device", "cpu", "--threads", "1", "-o", sys.argv[1]]
+from bncli.cli import main
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no such limit, or no /proc")
+def test_a_cpu_without_memory_for_a_step_ends_train_with_a_sentence(tmp_path: Path) -> None:
+    data_section = {**TINY["data"], "examples": 40_000}
+    recipe = tiny(data=data_section, model={"kind": "mlp", "hidden": [4000]}, train={"batch_size": 40_000})
+    ended = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path / "run")],
+        input=json.dumps(plain(recipe)),
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.returncode, ended.stdout) == (CHECK_FAILED, "")
+    assert ended.stderr.startswith(
+        "bncli: out of memory on cpu with 40000 examples at a time; try train.batch_size: 20000"
+    )

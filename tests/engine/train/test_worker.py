@@ -36,18 +36,21 @@ class Driver:
         self.process.kill()
         self.process.communicate()
 
-    def give(self, key: str, recipe: Recipe, check: bool = False) -> None:
+    def give(self, key: str, recipe: Recipe, check: bool = False, checkpoint: Path | None = None) -> None:
+        self.send(key=key, recipe=plain(recipe), check=check, checkpoint=checkpoint and str(checkpoint))
+
+    def send(self, **order: Any) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"key": key, "recipe": plain(recipe), "check": check}) + "\n")
+        self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
 
     def hear(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         return dict(json.loads(self.process.stdout.readline()))
 
-    def outcome(self, key: str, recipe: Recipe, check: bool = False) -> dict[str, Any]:
+    def outcome(self, key: str, recipe: Recipe, check: bool = False, checkpoint: Path | None = None) -> dict[str, Any]:
         """The message about a run that is not about its progress."""
-        self.give(key, recipe, check)
+        self.give(key, recipe, check, checkpoint)
         while "step" in (message := self.hear()):
             pass
         return message
@@ -79,11 +82,6 @@ def test_a_worker_says_hello_then_takes_many_runs(worker: Driver) -> None:
         assert (message["key"], message["code"]) == (key, {})
         assert result.status == "reached"
         assert result.environment.threads == 1
-
-
-def test_a_worker_takes_the_threads_that_it_was_started_with_for_a_small_step_too(tmp_path: Path) -> None:
-    with Driver(tmp_path, threads="2") as worker:
-        assert worker.outcome("one", tiny())["result"]["environment"]["threads"] == 2
 
 
 BUILT = "from torch import nn\ndef make(shape, classes, norm):\n    {}\n    return nn.Linear(shape[0], classes)\n"
@@ -149,9 +147,12 @@ def test_data_that_are_decoded_by_child_processes_are_read(worker: Driver, tmp_p
     assert worker.outcome("streamed", recipe)["result"]["status"] == "budget"
 
 
-def test_missing_data_refuse_every_run_with_the_exit_code(tmp_path: Path) -> None:
+def test_a_worker_of_two_threads_takes_them_for_a_small_step_too_and_missing_data_refuse_every_run(
+    tmp_path: Path,
+) -> None:
     missing = str(tmp_path / "none.npz")
-    with Driver(tmp_path) as worker:
+    with Driver(tmp_path, threads="2") as worker:
+        assert worker.outcome("one", tiny())["result"]["environment"]["threads"] == 2
         message = worker.outcome("run", tiny(data={"source": "npz", "path": missing, "held_out": 5}))
     assert missing in message["refused"][0]
     assert message["exit_code"] == 2
@@ -164,6 +165,40 @@ def test_an_absent_device_is_refused_before_any_run(tmp_path: Path) -> None:
     assert message["exit_code"] == 3
     assert message["refused"][0].startswith("this torch")
     assert (message["field"], message["value"]) == ("device", "cuda")
+
+
+SAVED = {"steps": 4000, "target": None, "evaluate_every": 500, "checkpoint": {"every": 100}}
+
+
+def test_a_run_goes_on_from_its_checkpoint_in_another_worker_and_ends_as_without_interruption(
+    worker: Driver, tmp_path: Path
+) -> None:
+    def evaluations(message: dict[str, Any]) -> list[Any]:
+        return message["result"]["evaluations"]
+
+    recipe, file = tiny(train=SAVED), tmp_path / "long.pt"
+    whole = evaluations(worker.outcome("whole", recipe))
+    with Driver(tmp_path) as first:
+        first.give("long", recipe, checkpoint=file)
+        assert "step" in first.hear()
+        while not file.exists():
+            pass
+        first.send(stop=True)
+        while "step" in (message := first.hear()):
+            pass
+        assert message["key"] == "long"
+        assert 0 < message["stopped"] < 4000
+    saved = file.read_bytes()
+    assert evaluations(worker.outcome("long", recipe, checkpoint=file)) == whole
+    for content in (saved[:-1], b"mine"):
+        file.write_bytes(content)
+        assert evaluations(worker.outcome("long", recipe, checkpoint=file)) == whole
+    file.write_bytes(saved)
+    other = tiny(train=SAVED | {"seed": 3, "steps": 1000})
+    assert evaluations(worker.outcome("other", other, checkpoint=file)) == evaluations(worker.outcome("other", other))
+    log = worker.log.read_text()
+    assert log.count("the run begins again") == 3
+    assert "train.seed was 0 when the run began, and is 3 now" in log
 
 
 def test_a_worker_in_the_middle_of_a_run_dies_when_its_driver_is_gone(tmp_path: Path) -> None:

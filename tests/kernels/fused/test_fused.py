@@ -380,31 +380,38 @@ def test_the_interpreted_kernel_is_for_the_cpu_alone() -> None:
         kernels.get("fused-interpreted", torch.device("cuda"))
 
 
-@pytest.mark.parametrize(
-    ("script", "refused"),
-    [
-        (
-            "import triton; kernels.get('fused-interpreted', torch.device('cpu'))",
-            "set TRITON_INTERPRET=1 before Python",
-        ),
-        (
-            "get = kernels.get('fused-interpreted'); import triton; get(torch.ones(3, 2), None, None, 1.0)",
-            "set TRITON_INTERPRET=1 before Python",
-        ),
-        (
-            "x = torch.ones(3, 2); kernels.get('fused-interpreted')(x, None, None, 1.0); "
-            "kernels.get('fused', torch.device('cuda'))",
-            "Triton's interpreter is on in this process",
-        ),
-    ],
-)
-def test_one_process_either_compiles_triton_or_interprets_it(script: str, refused: str) -> None:
+IN_ORDER = {  # what a process does, and why the last of it is refused
+    "import triton; kernels.get('fused-interpreted', torch.device('cpu'))": "set TRITON_INTERPRET=1 before Python",
+    "get = kernels.get('fused-interpreted'); import triton; get(torch.ones(3, 2), None, None, 1.0)": (
+        "set TRITON_INTERPRET=1 before Python"
+    ),
+    "x = torch.ones(3, 2); kernels.get('fused-interpreted')(x, None, None, 1.0); "
+    "kernels.get('fused', torch.device('cuda'))": "Triton's interpreter is on in this process",
+}
+EACH_IN_A_PROCESS = """
+import os, sys, torch
+torch.cuda.get_device_capability = lambda device: (9, 0)
+torch.cuda.get_device_name = lambda device: "GPU"
+from bncli import kernels
+for script in sys.argv[1:]:
+    if os.fork() == 0:
+        try:
+            exec(script)
+        except Exception as error:
+            print(str(error).splitlines()[-1], flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_one_process_either_compiles_triton_or_interprets_it() -> None:
     pytest.importorskip("triton")
-    gpu = "torch.cuda.get_device_capability = lambda device: (9, 0); torch.cuda.get_device_name = lambda device: 'GPU'"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", f"import torch; {gpu}; from bncli import kernels; {script}"]
-    found = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert refused in found.stderr.splitlines()[-1]
+    command = [sys.executable, "-c", EACH_IN_A_PROCESS, *IN_ORDER]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout.splitlines()
+    assert len(found) == len(IN_ORDER)
+    for line, (script, refused) in zip(found, IN_ORDER.items(), strict=True):
+        assert refused in line, script
 
 
 def test_the_environment_does_not_replace_the_c_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 
 def say(**message: object) -> None:
@@ -37,6 +38,18 @@ def main() -> None:
             continue
         if act == "sleep":
             time.sleep(3600)  # until the worker is killed
+        if act == "freeze":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if act == "save":
+            assert "stop" in json.loads(sys.stdin.readline())
+            Path(job["checkpoint"]).write_text(key)
+            say(key=key, stopped=1)
+            continue
+        if act == "save slowly":  # and is done before it has seen that it is to stop
+            assert "stop" in json.loads(sys.stdin.readline())
+        for step in range(60 * (act == "go on")):  # 3 s
+            time.sleep(0.05)
+            say(key=key, step=step, value=0.5)
         if act == "refuse":
             say(refused=["data.path: there is no file"], exit_code=2)
             return

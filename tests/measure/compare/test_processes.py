@@ -8,6 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -26,7 +27,7 @@ class Act:
     """A recipe of the fake worker: what it is to do. Counts how often it is made ready to be sent."""
 
     def __init__(self, act: str) -> None:
-        self.act, self.dumps = act, 0
+        self.act, self.dumps, self.train = act, 0, SimpleNamespace(checkpoint={"every": 5} if "save" in act else None)
 
     def model_dump(self, **_: Any) -> dict[str, str]:
         self.dumps += 1
@@ -201,3 +202,51 @@ def test_stop_ends_the_workers_at_once(tmp_path: Path) -> None:
     _, ended = carry_out(made, {"one": "sleep", "two": "sleep"}, stop)
     assert ended == {}
     assert not any(alive(pid) for pid in set(pids))
+
+
+def test_runs_with_a_checkpoint_are_told_to_stop_and_what_ends_meanwhile_is_kept(tmp_path: Path) -> None:
+    progressed: set[int] = set()
+    made = Processes("cpu", 3, 1, tmp_path, checkpoints=tmp_path / "saved", command=FAKE)
+    (tmp_path / "saved").mkdir()
+    ended = {}
+    with contextlib.closing(made):
+        jobs = jobs_of({"saved": "save", "ended": "save slowly", "lost": "sleep"})
+        for event in made.run(jobs, lambda: len(progressed) == 3):
+            if isinstance(event, RunProgressed):
+                progressed.add(event.worker)
+            elif isinstance(event, Ended):
+                ended[event.job.key] = event.failure
+        assert ended == {"ended": None}
+        pids = [worker.process.pid for worker in made._workers]
+    assert [file.name for file in (tmp_path / "saved").iterdir()] == ["saved.pt"]
+    assert len(pids) == 3
+    assert not any(map(alive, pids))
+
+
+def test_a_worker_that_does_not_stop_is_killed_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bncli.measure.compare.processes.GRACE_S", 0.2)
+    made = Processes("cpu", 1, 1, tmp_path, checkpoints=tmp_path, command=FAKE)
+    recipe = Act("sleep")
+    recipe.train.checkpoint = {"every": 5}
+    with contextlib.closing(made):
+        started = [
+            event
+            for event in made.run(
+                deque([Job("run", "plain", {}, 0, "tune", recipe)]),
+                lambda: bool(made._workers[:1] and made._workers[0].job),
+            )  # type: ignore[arg-type]
+            if isinstance(event, Started | Ended)
+        ]
+        assert len(started) == 1
+        (pid,) = (worker.process.pid for worker in made._workers)
+    assert not alive(pid)
+
+
+def test_a_run_without_progress_for_too_long_is_ended_and_the_others_go_on(tmp_path: Path) -> None:
+    acts = {"asleep": "sleep", "frozen": "freeze", "slow": "go on", "next": "work"}
+    made = Processes("cpu", 2, 1, tmp_path, longest_silence_s=2.0, command=FAKE)
+    _, ended = carry_out(made, acts)
+    reason = "it made no progress for 2 s and was ended"
+    assert {key: event.failure for key, event in ended.items()} == {
+        "asleep": reason, "frozen": reason, "slow": None, "next": None,
+    }  # fmt: skip

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bncli.errors import BncliError
-from bncli.measure.compare.plan import Job, Study, collect, planned_runs, wanted
+from bncli.measure.compare.plan import Study, collect, planned_runs, wanted
 from bncli.measure.compare.reuse import (
     PACKAGE,
-    fits,
     identity,
     not_reused,
     of_one_code,
@@ -26,7 +26,7 @@ from bncli.report.compare.notes import sentences
 from bncli.results.compare import BegunComparison, Comparison, RunRecord
 from bncli.results.serialize import to_plain
 from tests.conftest import tiny
-from tests.measure.compare.conftest import ARMS, BASE, StudyOf, carried_out, changed, failed, record
+from tests.measure.compare.conftest import carried_out, changed, failed, record
 
 IDENTITY = {"bncli": "0 one", "torch": "2", "device": "cpu", "data": "d"}
 
@@ -144,44 +144,6 @@ def test_several_reasons_are_each_counted(asked: Study, here: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("arms", "fit"),
-    [
-        (ARMS, True),
-        (ARMS.replace("tune: 3", "tune: 4"), True),
-        (ARMS.replace("normed: {norm: batch}", "layer: {norm: layer}"), True),
-        (ARMS.replace("0.1, 1, 10", "3, 30"), True),
-        (ARMS.replace("grid: {optimizer.lr: [0.1, 1, 10]}", ""), True),
-        (ARMS.replace("plain:", "plain: {norm: group}").replace("norm: batch", "norm: layer"), False),
-    ],
-)
-def test_runs_fit_a_study_that_shares_an_arm_with_theirs(asked: Study, study_of: StudyOf, arms: str, fit: bool) -> None:
-    kept = done(of(asked, bncli="0 zero"))
-    assert fits(of(study_of(BASE + arms)), kept) is fit
-
-
-def test_runs_of_a_grid_over_a_field_that_does_not_exist_do_not_fit(asked: Study) -> None:
-    assert not fits(asked, [replace(each, point={"optimizer.betas": [0.9]}) for each in done(asked)])
-
-
-def test_runs_of_a_search_fit_a_study_that_searches_alike(study_of: StudyOf) -> None:
-    claim = "\nclaims: [{say: so, measure: largest_learning_rate, arm: normed, over: plain, at_least: 3}]"
-    search = "\nlargest_learning_rate: {steps: 300, accuracy: 0.8}"
-    asked = study_of(BASE + ARMS + claim + search)
-    searched = [one for one in carried_out(asked, lambda job: 100.0) if one.phase == "rate"]
-    kept = [
-        replace(one, recipe_key=job.recipe_key) for one, job in zip(searched, jobs_of(asked, searched), strict=True)
-    ]
-    assert fits(asked, kept)
-    assert not fits(study_of(BASE + ARMS + claim + search.replace("300", "200")), kept)
-    assert not fits(study_of(BASE + ARMS), kept)
-
-
-def jobs_of(asked: Study, records: list[RunRecord]) -> list[Job]:
-    by_key = {job.key: job for job in wanted(asked, {one.key: one for one in carried_out(asked, lambda job: 100.0)})}
-    return [by_key[one.key] for one in records]
-
-
 # --- threads ------------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +167,11 @@ def test_runs_with_other_threads_give_their_steps_and_not_their_cost(asked: Stud
 # --- the report of a comparison that was killed -------------------------------------------------------------------
 
 
+def of_keys(kept: list[RunRecord]) -> Callable[[Collection[str]], list[RunRecord]]:
+    """What a folder finds among the runs that it holds."""
+    return lambda keys: [record for record in kept if record.key in keys]
+
+
 def begun(study: Study) -> BegunComparison:
     return BegunComparison(study.plan, study.identity, 1, ("small.yaml",))
 
@@ -220,12 +187,12 @@ def test_the_report_of_a_plan_and_its_runs_is_that_of_the_call(
 ) -> None:
     records = {one.key: one for one in finished[:count]}
     expected = summarise(asked.plan, collect(asked, records), planned_runs(asked, records), 1)
-    report = report_of_runs(begun(asked), records.values(), failed(finished[:2]) if count > 2 else [])
+    report = report_of_runs(begun(asked), of_keys(finished[:count]), failed(finished[:2]) if count > 2 else [])
     assert to_plain(report) == to_plain(expected)
 
 
 def test_failed_runs_are_part_of_the_report(asked: Study, finished: list[RunRecord]) -> None:
-    said = sentences(report_of_runs(begun(asked), [], failed(finished[-2:])).notes)
+    said = sentences(report_of_runs(begun(asked), of_keys([]), failed(finished[-2:])).notes)
     assert said[0].startswith("0 of 28 runs are done, 2 failed")
 
 
@@ -239,7 +206,7 @@ def test_runs_by_earlier_code_are_left_out(asked: Study, finished: list[RunRecor
     assert sorted(one.key for one in of_one_code(kept)) == sorted(one.key for one in (runs[0], runs[2]))
 
     def report(kept: list[RunRecord]) -> Comparison:
-        return report_of_runs(begun(asked), kept, [])
+        return report_of_runs(begun(asked), of_keys(kept), [])
 
     now = report(kept)
     assert {run.key for run in now.runs} == {runs[0].key, runs[2].key}
@@ -252,4 +219,4 @@ def test_runs_by_earlier_code_are_left_out(asked: Study, finished: list[RunRecor
 def test_a_plan_whose_recipes_this_bncli_does_not_know_is_refused(asked: Study) -> None:
     recipes = {**asked.plan.recipes, "normed": {"norm": "of another kind"}}
     with pytest.raises(BncliError, match="its recipes are not as this bncli has them; run compare again"):
-        report_of_runs(replace(begun(asked), plan=replace(asked.plan, recipes=recipes)), [], [])
+        report_of_runs(replace(begun(asked), plan=replace(asked.plan, recipes=recipes)), of_keys([]), [])

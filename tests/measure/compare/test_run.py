@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bncli.errors import Refused
-from bncli.measure.compare import run
+from bncli.measure.compare import plan
 from bncli.measure.compare.plan import Job, Study, collect, named_runs, planned_runs, wanted
 from bncli.measure.compare.processes import Processes
 from bncli.measure.compare.run import Ended, Started, check, execute
@@ -130,7 +130,7 @@ def test_the_study_is_asked_no_more_often_than_arms_are_tuned(
 ) -> None:
     """However many runs are open: asking takes as long as they are many."""
     asked: list[int] = []
-    monkeypatch.setattr(run, "named_runs", lambda *given: asked.append(1) or named_runs(*given))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(plan, "named_runs", lambda *given: asked.append(1) or named_runs(*given))  # type: ignore[func-returns-value]
     executor = Serial()
     carry_out(study_of(BASE + ARMS.replace("report: 5", f"report: {seeds}")), Kept(), executor)
     assert len(set(executor.ran)) == len(executor.ran) == 18 + 2 * 3 * seeds

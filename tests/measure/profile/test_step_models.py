@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from bncli.engine.models import build
+from bncli.engine.train import train
 from bncli.errors import UsageError
 from bncli.measure.profile.step_models import RecipeModel, UserModel, norms_of, recipe_models
 from bncli.measure.profile.steps import StepRun
@@ -128,3 +131,16 @@ def test_batch_norm_that_ignores_its_statistics_is_a_kernel_of_its_own_that_no_o
     (found,) = norms_of(build(recipe, (8,), 3))
     assert (found.kind, found.kernel) == ("batch norm", "bncli.engine.models.norms:ignoring_statistics")
     assert not RecipeModel("arm", recipe).has_kernels
+
+
+def test_a_model_that_learns_begins_with_the_weights_of_its_run(tmp_path: Path) -> None:
+    recipe = tiny()
+    saved = {"model": lambda content: (tmp_path / "model.safetensors").write_bytes(content)}
+    deque(train(recipe, "cpu", threads=1, save=saved), maxlen=0)
+    model = RecipeModel("tiny", recipe, run=tmp_path)
+    dataset = model.dataset(CPU)
+    trained = model.trainable("native", dataset, CPU, learns=True).model.state_dict()
+    for name, expected in load_file(tmp_path / "model.safetensors").items():
+        assert torch.equal(trained[name], expected)
+    new = model.trainable("native", dataset, CPU).model.state_dict()
+    assert not torch.equal(new["output.weight"], trained["output.weight"])

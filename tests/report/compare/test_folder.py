@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bncli.errors import BncliError, UsageError
+from bncli.errors import BncliError, FileError, UsageError
 from bncli.report.compare.folder import ComparisonFolder, load_comparison
 from bncli.report.files import to_json
-from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, RunRecord
+from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, RunRecord, run_key
 from bncli.results.environment import RUNS_VERSION
 from bncli.results.train import Target
 
 
-def record(make_result, key: str, failure: str | None = None) -> RunRecord:
-    return RunRecord(key, "plain", {}, 0, "report", None if failure else make_result(100.0), failure)
+def record(make_result, recipe: str, failure: str | None = None) -> RunRecord:
+    """A run of some recipe, whose key is a digest."""
+    key = hashlib.sha256(recipe.encode()).hexdigest()[:20]
+    result = None if failure else make_result(100.0)
+    return RunRecord(run_key(key, {}), "plain", {}, 0, "report", result, failure, recipe_key=key)
+
+
+def file_of(made: RunRecord) -> str:
+    return f"{made.recipe_key}-{made.key}.json"
 
 
 GRID = {"optimizer.lr": (0.1, 1)}
@@ -30,11 +41,12 @@ def answer(plan: ComparisonPlan = PLAN) -> Comparison:
 
 def test_records_come_back_by_key_and_failures_are_tried_again(tmp_path: Path, make_result) -> None:
     with ComparisonFolder(tmp_path / "runs") as folder:
-        folder.save(record(make_result, "good"))
-        folder.save(record(make_result, "bad", "it died"))
+        folder.save(good := record(make_result, "good"))
+        folder.save(bad := record(make_result, "bad", "it died"))
     with ComparisonFolder(tmp_path / "runs") as folder:
-        assert set(folder.finished()) == {"good"}
-        assert set(folder.failed()) == {"bad"}
+        assert folder.finished([good.key, bad.key, good.recipe_key]) == folder.finished([good.recipe_key]) == [good]
+        assert folder.failed() == {file_of(bad): bad}
+        assert (folder.count, folder.unfit) == (1, {})
         folder.begin(BEGUN)
         assert not list((tmp_path / "runs/failed").iterdir())
     assert ComparisonFolder(tmp_path / "runs").begun() == BEGUN
@@ -50,12 +62,55 @@ def test_a_folder_in_which_nothing_began_is_removed_unless_it_was_there(tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "begun"}
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format_version": 99}', b"\xff\x00"])
-def test_a_run_whose_file_cannot_be_read_is_done_again(tmp_path: Path, make_result, content: bytes) -> None:
-    with ComparisonFolder(tmp_path) as folder:
-        folder.save(record(make_result, "good"))
-        (tmp_path / "runs/damaged.json").write_bytes(content)
-        assert set(folder.finished()) == {"good"}
+def test_a_run_whose_file_cannot_be_used_is_as_if_it_were_not_done_and_is_told(tmp_path: Path, make_result) -> None:
+    made = record(make_result, "good")
+    text = to_json(made)
+    damaged = {
+        b"": "is not JSON",
+        b"[]": "is JSON, but not a run",
+        b"\xff\x00": "decode",
+        text.replace('"seed": 0', '"seed": 1').encode(): "was changed after bncli wrote it",
+        text.replace("\n", "").encode(): "was changed after bncli wrote it",
+        text.replace(f'"format_version": {RUNS_VERSION}', '"format_version": 2').encode(): "is not a known field",
+        text.replace(f'"format_version": {RUNS_VERSION}', '"format_version": 99').encode(): "update bncli",
+        to_json(record(make_result, "other")).encode(): "holds another run than its name says",
+    }
+    (tmp_path / "runs").mkdir()
+    for content, why in damaged.items():
+        (tmp_path / "runs" / file_of(made)).write_bytes(content)
+        folder = ComparisonFolder(tmp_path)
+        assert folder.finished([made.key, made.recipe_key]) == []
+        assert folder.count == 1
+        assert why in folder.unfit.pop(f"runs/{file_of(made)}")
+        assert not folder.unfit
+
+
+def test_files_of_format_2_are_read_by_their_shorter_names_and_without_a_digest(tmp_path: Path, make_result) -> None:
+    made = record(make_result, "old")
+    (tmp_path / "runs").mkdir()
+    plain = json.loads(to_json(made)) | {"format_version": 2}
+    del plain["sha256"]
+    (tmp_path / f"runs/{made.key}.json").write_text(json.dumps(plain))
+    (tmp_path / "runs/0123456789abcdef0123.json").write_text("{")
+    folder = ComparisonFolder(tmp_path)
+    assert folder.finished([made.key]) == folder.finished([made.recipe_key]) == [made]
+    assert folder.count == 2
+
+
+def test_a_file_with_flipped_bits_or_an_end_cut_off_is_never_taken_for_the_run(tmp_path: Path, make_result) -> None:
+    made, dice = record(make_result, "good"), random.Random(0)
+    whole = to_json(made).encode()
+    (tmp_path / "runs").mkdir()
+    for number in range(300):
+        damaged = bytearray(whole)
+        if number % 3:
+            damaged[dice.randrange(len(whole))] ^= 1 << dice.randrange(8)
+        else:
+            del damaged[dice.randrange(len(whole)) :]
+        (tmp_path / "runs" / file_of(made)).write_bytes(damaged)
+        folder = ComparisonFolder(tmp_path)
+        assert folder.finished([made.key]) == []
+        assert len(folder.unfit) == 1
 
 
 def test_runs_of_different_user_code_are_both_kept(tmp_path: Path, make_result) -> None:
@@ -63,16 +118,17 @@ def test_runs_of_different_user_code_are_both_kept(tmp_path: Path, make_result) 
     with ComparisonFolder(tmp_path) as folder:
         for each in made:
             folder.save(each)
-        assert list(folder.finished().values()) in (made, made[::-1])
+        assert folder.finished([made[0].key]) in (made, made[::-1])
 
 
 def test_other_files_in_a_comparisons_folder_stay_as_they_are(tmp_path: Path, make_result) -> None:
-    good, other = (to_json(record(make_result, key, why)) for key, why in (("good", None), ("other", "it died")))
+    good, bad = record(make_result, "good"), record(make_result, "bad", "it died")
+    other = to_json(record(make_result, "other", "it died"))
     mine = {
         "failed/notes.json": '{"mine": 1}',
-        "failed/bad.json": other,  # a run under another run's name
+        f"failed/{file_of(bad)}": other,  # a run under another run's name
         "failed/copy.json": other,
-        "runs/good.json": good.replace(f'"format_version": {RUNS_VERSION}', '"format_version": 99'),
+        f"runs/{file_of(good)}": to_json(good).replace('"seed": 0', '"seed": 1'),
         ".lock": "mine",
         "notes.txt": "mine",
     }
@@ -80,15 +136,39 @@ def test_other_files_in_a_comparisons_folder_stay_as_they_are(tmp_path: Path, ma
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     with ComparisonFolder(tmp_path) as folder:
-        assert not folder.finished()
+        assert not folder.finished([good.key])
         assert not folder.failed()
         folder.begin(BEGUN)
-        folder.save(record(make_result, "good"))
-        folder.save(record(make_result, "bad", "it died"))
-        assert set(folder.finished()) == {"good"}
-        assert set(folder.failed()) == {"bad"}
-    moved = {"failed/bad.json": "failed/bad-1.json", "runs/good.json": "runs/good-1.json"}
+        folder.save(good)
+        folder.save(bad)
+    folder = ComparisonFolder(tmp_path)
+    assert folder.finished([good.key]) == [good]
+    assert folder.failed() == {file_of(bad): bad}
+    moved = {name: name.replace(".json", "-1.json") for name in (f"failed/{file_of(bad)}", f"runs/{file_of(good)}")}
     assert {name: (tmp_path / moved.get(name, name)).read_text() for name in mine} == mine
+
+
+def test_what_killed_processes_left_half_written_is_swept_once_nobody_else_writes(tmp_path: Path) -> None:
+    left = [tmp_path / folder / ".a.json.0123456789ab" for folder in ("", "runs", "failed", "checkpoints")]
+    for file in left:
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    with ComparisonFolder(tmp_path):
+        assert not any(file.exists() for file in left)
+        left[1].touch()
+        with pytest.raises(BncliError, match="another comparison is writing here"):
+            ComparisonFolder(tmp_path).__enter__()
+        assert left[1].exists()
+
+
+def test_a_checkpoint_is_deleted_once_its_run_is_saved(tmp_path: Path, make_result) -> None:
+    runs = record(make_result, "ended"), record(make_result, "failed", "it died"), record(make_result, "other")
+    with ComparisonFolder(tmp_path) as folder:
+        for run in runs:
+            (tmp_path / f"checkpoints/{run.key}.pt").touch()
+        for run in runs[:2]:
+            folder.save(run)
+    assert {file.stem for file in (tmp_path / "checkpoints").iterdir()} == {runs[1].key, runs[2].key}
 
 
 @pytest.mark.parametrize("file", ["comparison.json", "plan.json"])
@@ -101,19 +181,41 @@ def test_an_unreadable_answer_or_plan_is_refused(tmp_path: Path, file: str, cont
     assert (tmp_path / file).read_text() == content
 
 
-@pytest.mark.parametrize("link", [".lock", "comparison.json", "plan.json", "runs/key.json"])
+@pytest.mark.parametrize("link", [".lock", "comparison.json", "plan.json", "runs/{}"])
 def test_a_link_is_not_followed(tmp_path: Path, make_result, link: str) -> None:
+    made = record(make_result, "key")
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "x/runs").mkdir(parents=True)
-    (tmp_path / "x" / link).symlink_to(tmp_path / "precious")
+    (tmp_path / "x" / link.format(file_of(made))).symlink_to(tmp_path / "precious")
     try:
         with ComparisonFolder(tmp_path / "x") as folder:
             folder.begin(BEGUN)
-            folder.save(record(make_result, "key"))
+            folder.save(made)
             folder.finish(answer())
     except UsageError:
-        assert link != "runs/key.json"
+        assert link != "runs/{}"
     assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["runs", "failed", "checkpoints", "logs"])
+def test_a_folder_that_is_a_link_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileError, match=f"{name}: is a symbolic link, which is not followed here"):
+        ComparisonFolder(tmp_path / "x")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names here")
+def test_a_pipe_in_the_place_of_a_run_is_not_waited_for(tmp_path: Path, make_result) -> None:
+    made = record(make_result, "key")
+    (tmp_path / "runs").mkdir()
+    os.mkfifo(pipe := tmp_path / "runs" / file_of(made))
+    with ComparisonFolder(tmp_path) as folder:
+        assert folder.finished([made.key]) == []
+        folder.save(made)
+    assert ComparisonFolder(tmp_path).finished([made.key]) == [made]
+    assert pipe.with_name(f"{pipe.stem}-1.json").is_fifo()
 
 
 def test_an_answer_to_another_plan_is_kept_under_another_name(tmp_path: Path) -> None:

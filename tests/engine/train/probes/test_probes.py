@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -207,17 +205,6 @@ def test_a_model_that_cannot_be_copied_is_refused_with_the_reason(own_recipe: Ow
     )
     with pytest.raises(RunFailed, match=r"^model.module: mine:make: copy.deepcopy .*TypeError: it holds a lock"):
         finished(new_state(own_recipe(code, probes=ALL)))
-
-
-def test_probes_do_not_load_the_compiler() -> None:
-    """A copied optimizer's `load_state_dict`, as torch has it, would: a second, and 140 MiB of the run's memory."""
-    code = (
-        "import sys; from bncli.engine.train import train; from bncli.recipe.sections import Recipe\n"
-        "*_, last = train(Recipe.model_validate_json(sys.argv[1]), 'cpu')\n"
-        "print(len({point.step for point in last.result.probes}), 'torch._dynamo' in sys.modules)"
-    )
-    command = [sys.executable, "-c", code, recipe_of(DEEP, probes={"at": 7}).model_dump_json()]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["2", "False"]
 
 
 # --- against the same by hand -----------------------------------------------------------------------------------------
