@@ -42,7 +42,7 @@ def arms(context: typer.Context) -> list[str]:
     from bncli.recipe.yaml import parse
 
     found: list[str] = []
-    for word in context.args:  # a line that is not complete has no parameters yet
+    for word in filter(os.path.isfile, context.args):  # a line that is not complete has no parameters yet
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no recipe, or one without arms
             found += parse(Path(word).read_text(), word).root["arms"]
     quoted = os.environ.get("COMP_WORDS", "'").split("\n")[-1][:1] in ("'", '"')  # other shells quote by themselves

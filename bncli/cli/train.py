@@ -150,14 +150,14 @@ def _run(
 ) -> RunResult:
     """Train, with what happens in the folder. of_engine: as `engine.train` takes them."""
     from bncli.engine import train as engine
-    from bncli.engine.train.weights import opened, tensors_of
+    from bncli.engine.train.weights import read, tensors_of
     from bncli.report.progress import TrainProgress
     from bncli.report.tensorboard import TensorBoard
     from bncli.results.train import Event, RunFinished, RunStarted
 
     if from_weights:
-        with opened(from_weights) as content:
-            of_engine["weights"] = tensors_of(content)
+        content, file = read(from_weights)
+        of_engine["weights"] = tensors_of(content, file)
         recipe_yaml = f"{INITIAL_WEIGHTS}{from_weights} sha256 {hashlib.sha256(content).hexdigest()}\n{recipe_yaml}"
     first = recipe_yaml.partition("\n")[0]
     initial = first.removeprefix(INITIAL_WEIGHTS) if first.startswith(INITIAL_WEIGHTS) else None
@@ -191,10 +191,9 @@ def _evaluate(model: Path, device: str, threads: int | None, allow_code: bool, o
     from bncli.results.serialize import to_plain
 
     with StopSignal(at_once=True), contextlib.redirect_stdout(sys.stderr):
-        from bncli.engine.train.weights import evaluate_weights, opened
+        from bncli.engine.train.weights import evaluate_weights
 
-        with opened(model) as content:
-            _, found = evaluate_weights(content, device, threads, allow_code)
+        _, found = evaluate_weights(model, device, threads, allow_code)
     name = str(model)
     output.show(found, {"json": lambda it: json_text(to_plain(it)), "table": lambda it: evaluation_table(it, name)})
 

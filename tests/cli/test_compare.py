@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from bncli.errors import USAGE, BncliError
@@ -59,6 +60,17 @@ def test_more_jobs_than_the_memory_holds_are_refused_with_the_figures(recipe: st
         assert (ran.code, ran.out) == (USAGE, "")
         figures = r"1000000 processes need about [\d,]+ of [\d,]+ MiB available \(data 1 MiB, each with torch 170 MiB, "
         assert re.search(rf"--jobs 1000000: {figures}its training 1 MiB\); free memory, or use \d+", ran.err)
+
+
+def test_without_jobs_there_are_as_many_as_the_memory_holds_and_that_is_said(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bncli.measure.dry_run.available_mib", lambda: 190.0)
+    monkeypatch.setattr("bncli.measure.compare.processes.cores", lambda: 3)
+    ran = bncli("compare", recipe, "--device", "cpu", "--dry-run")
+    assert ran.code == 0
+    assert "--jobs 1 instead of one per core: 3 processes need about 511 of 190 MiB available (data 1 MiB" in ran.err
+    assert "one process needs about 171 of 190 MiB available" in ran.words
 
 
 def test_a_dry_run_shows_where_each_value_came_from_and_trains_nothing(recipe: str) -> None:
@@ -283,12 +295,17 @@ def waiting(folder: Path, recipe: str) -> tuple[subprocess.Popen[str], tuple[str
     return started, command
 
 
+@pytest.mark.usefixtures("runs_here")
 def test_a_comparison_that_is_killed_goes_on_where_it_stopped(
     waiting: tuple[subprocess.Popen[str], tuple[str, ...]],
 ) -> None:
     started, command = waiting
+    workers = psutil.Process(started.pid).children(recursive=True)
     started.kill()
     started.communicate()
+    assert workers
+    while any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
+        time.sleep(0.02)  # they end by themselves, though a model of the user's is in the middle of something
     kept = {file: file.read_text() for file in Path("runs/small/runs").glob("*.json")}
     assert len(kept) == 3
     report = bncli("compare", "--from", "runs/small")
@@ -301,6 +318,61 @@ def test_a_comparison_that_is_killed_goes_on_where_it_stopped(
     assert "3 of them already done" in ended.err
     assert "4/4" in ended.out
     assert {file: file.read_text() for file in kept} == kept
+
+
+LONG = (
+    "--set",
+    "grid={}",
+    "--set",
+    "seeds.report=1",
+    "--set",
+    "train.evaluate_every=1000",
+    "--set",
+    "train.steps=9000",
+)
+LONG += ("--set", "train.stop_at_target=false", "-j", "2")
+
+
+def test_runs_of_a_comparison_that_is_stopped_or_killed_go_on_from_their_checkpoints(recipe: str) -> None:
+    command = ("compare", recipe, *LONG, "--set", "train.checkpoint={every: 100}")
+    saved = Path("runs/small/checkpoints")
+
+    def stopped_by(number: int) -> tuple[int, str]:
+        """After both runs have gone on from where they were, and saved their states."""
+        before = {file: file.stat().st_mtime_ns for file in saved.glob("*.pt")}
+        started = process(*command)
+        while len([file for file in saved.glob("*.pt") if file.stat().st_mtime_ns != before.get(file)]) < 2:
+            assert started.poll() is None
+            time.sleep(0.005)
+        started.send_signal(number)
+        return started.wait(), started.communicate()[1]
+
+    code, err = stopped_by(signal.SIGINT)
+    assert code == 130
+    assert err.splitlines()[-1] == "Stopped before any run ended; the same command continues from their checkpoints"
+    assert stopped_by(signal.SIGKILL)[0] == -signal.SIGKILL
+    assert not list(Path("runs/small/runs").iterdir())
+    ended = bncli(*command, "--json")
+    assert ended.code == 0
+    assert not list(saved.iterdir())
+    found = [
+        json.loads(out)["runs"] for out in (ended.out, bncli("compare", recipe, *LONG, "-o", "at once", "--json").out)
+    ]
+    for runs in found:
+        assert [(run["key"], run["result"]["steps_run"]) for run in runs] == [(run["key"], 9000) for run in found[0]]
+    assert [run["result"]["evaluations"] for run in found[0]] == [run["result"]["evaluations"] for run in found[1]]
+
+
+def test_a_folder_that_vanishes_ends_the_comparison_with_a_sentence(
+    waiting: tuple[subprocess.Popen[str], tuple[str, ...]],
+) -> None:
+    started, _ = waiting
+    Path("runs").rename("moved")
+    Path("go").touch()
+    _, err = started.communicate(timeout=600)
+    assert started.returncode == 2
+    assert err.splitlines()[-1] == "bncli: --out runs/small: was removed or renamed meanwhile"
+    assert len(list(Path("moved/small/runs").iterdir())) == 3
 
 
 def test_ctrl_c_in_a_comparison_says_how_to_go_on(waiting: tuple[subprocess.Popen[str], tuple[str, ...]]) -> None:
@@ -359,7 +431,9 @@ def test_a_change_in_a_package_that_an_own_model_imports_is_seen(recipe: str) ->
     assert "4 of them already done" in err
 
 
-def test_runs_by_code_changed_meanwhile_are_left_out_and_done_again(recipe: str) -> None:
+def test_runs_by_code_changed_meanwhile_are_left_out_and_done_again(
+    recipe: str, request: pytest.FixtureRequest
+) -> None:
     Path("width.py").write_text("WIDTH = 8\n")
     Path("mine.py").write_text(
         "import os, pathlib\nfrom torch import nn\nfrom width import WIDTH\n"
@@ -380,6 +454,7 @@ def test_runs_by_code_changed_meanwhile_are_left_out_and_done_again(recipe: str)
     assert {"kind": "unfinished", "arm": None, "facts": {"done": 2, "planned": 4, "failed": 1}} in found["notes"]
     assert found["remarks"] == [{"kind": "earlier code", "arm": None, "facts": {"runs": 1}}]
     assert found["notes"][-1] == found["remarks"][0]
+    request.getfixturevalue("runs_here")  # a process of their own was needed for the death of one
     ran = bncli("compare", recipe, *OWN_MODEL, "--json")
     assert ran.code == 0
     assert "2 of them already done" in ran.err
