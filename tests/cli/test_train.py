@@ -255,6 +255,13 @@ def test_a_run_that_a_signal_stopped_anywhere_goes_on_as_if_it_had_not(recipe: s
     assert 20 < stopped < 45
 
 
+def test_a_second_signal_ends_a_run_in_its_step_and_the_last_checkpoint_stays(recipe: str) -> None:
+    ran = acting(recipe, "[os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]", 60, "-o", "run")
+    assert (ran.code, ran.out) == (143, "")
+    assert ran.err.endswith("Stopped at once\nContinue it with: bncli train --resume run --allow-code\n")
+    assert not Path("run/result.json").exists()
+
+
 def test_an_error_that_ends_a_run_leaves_a_command_that_continues_it(recipe: str) -> None:
     ran = acting(recipe, "raise RuntimeError('no')", 60, "-o", "run")
     first, second = ran.err.splitlines()[:2]
