@@ -148,17 +148,11 @@ def standard_streams() -> Iterator[None]:
 
 
 def log(text: str, quiet: bool = False) -> None:
-    """A message, to stderr. It is lost where the terminal is gone, as is all that is printed later; work goes on."""
-    if quiet:
-        return
-    try:
-        print(printable(text), file=sys.stderr)
-    except (OSError, RuntimeError):  # RuntimeError: in a signal's handler, while the same stream is being written to
-        for number in (1, 2):
-            try:
-                os.write(number, b"")
-            except OSError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    """A message, to stderr. Where it cannot be written it is lost, and nothing else."""
+    if not quiet:
+        # RuntimeError: in a signal's handler, while the same stream is being written to.
+        with contextlib.suppress(OSError, RuntimeError):
+            print(printable(text), file=sys.stderr)
 
 
 class StopAtOnce(KeyboardInterrupt):
@@ -197,6 +191,10 @@ class StopSignal:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         second, self.number = self.number != 0, number
+        try:
+            os.write(1, b"")
+        except OSError:  # a terminal that is gone, with all that would be printed there
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if second or self.at_once:
             log("\nStopped at once" + "; what was finished before, if anything, is shown" * self.at_once)
             raise StopAtOnce(128 + number)
