@@ -28,6 +28,7 @@ from tests.benchmarks import (
     intervals,
     kernels,
     large_tensor,
+    many_runs,
     small_calls,
     soak,
     start_up,
@@ -280,3 +281,14 @@ def test_help_mistakes_and_dry_runs_start_at_once() -> None:
 def test_training_begins_soon_after_torch_is_there() -> None:
     train, torch = start_up.train_and_torch_ms(rounds=5)
     assert train <= 1.2 * torch  # the target's 150 ms beside the 0.8 s that torch takes where it was set
+
+
+def test_many_runs_prints_the_cost_of_each_run_and_of_a_small_comparison_beside_them(
+    capsys: Printed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    many_runs.main(["--runs", "120"])
+    header, row = capsys.readouterr().out.splitlines()
+    assert "CPU of the parent" in header
+    assert row.split()[0] == "120"
+    assert all(float(cell) > 0 for cell in row.split()[1:])
