@@ -243,7 +243,7 @@ class CompareTrial(Trial):
                 self.problems.append(f"{file.name}: a finished run has changed")
         opened = ComparisonFolder(self.folder)
         files = list((self.folder / "runs").glob("*.json"))
-        found = opened.finished({key for file in files for key in file.stem.split("-")})
+        found = opened.finished({file.stem.split("-")[1] for file in files})
         if len(found) != len(files):
             self.problems.append(f"{len(files)} runs have ended and {len(found)} are found")
         self.problems += [f"failed: {record.failure}" for record in opened.failed().values()]

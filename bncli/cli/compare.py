@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bncli.cli import options
-from bncli.cli.console import StopSignal, enable_gc, full_disk, given_options, log, show_plan
+from bncli.cli.console import StopSignal, enable_gc, given_options, log, show_plan, system_errors
 from bncli.cli.output import Output, origin
 from bncli.errors import CHECK_FAILED, BncliError, UsageError
 
@@ -105,7 +105,7 @@ def compare(
         goes_on = "continues from their checkpoints" if any(folder.glob("checkpoints/*.pt")) else "begins again"
         log(f"Stopped before any run ended; the same command {goes_on}")
         raise typer.Exit(stopped)
-    with full_disk(f"the runs in {folder} are kept; free space, then: bncli compare --from {folder}"):
+    with system_errors(f"the runs in {folder} are kept; free space, then: bncli compare --from {folder}"):
         _show(comparison, output)
     if stopped:
         runs = f"{len({run.key for run in comparison.runs})} of {comparison.planned_runs} runs"
@@ -144,7 +144,7 @@ def _run_comparison(
         else:
             executor.folder, executor.checkpoints = folder.path / "logs", folder.path / "checkpoints"
             kept_words = f"the runs in {folder.path} are kept; free space, and the same command continues"
-            opened.enter_context(full_disk(kept_words))
+            opened.enter_context(system_errors(kept_words))
             opened.enter_context(folder)
         opened.enter_context(contextlib.closing(executor))
         sources = _sources(folder, asked, loaded)
@@ -200,7 +200,7 @@ def _jobs(asked: Study, to_do: list[Job], jobs: int | None, quiet: bool) -> tupl
         return jobs, needed
     if jobs:
         raise UsageError(f"{memory_words(needed)}; free memory, or use {fits}", field="jobs", value=jobs)
-    log(f"--jobs {fits}, since for one a core {memory_words(needed)}", quiet)
+    log(f"--jobs {fits} instead of one per core: {memory_words(needed)}", quiet)
     return fits, replace(needed, jobs=fits, copies=min(fits, needed.copies))
 
 

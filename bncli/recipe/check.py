@@ -21,6 +21,7 @@ from bncli.recipe.yaml import Keys, Tree, dotted
 MARKS = ("[key]", "[steps]", "[spacing]")  # that pydantic appends: for a mapping's key, and for the tag of a union
 Found = tuple[Keys, str]  # where a mistake is, and the sentence about it
 SAME_FOR_ALL_RUNS = ("data", *(f"train.{name}" for name in ("target", "steps", "evaluate_every", "seed")))
+MOST_MISTAKES = 50  # of a recipe, shown
 NOT_TUNED = ("train.stop_at_target", *(f"train.{name}" for name in NO_EFFECT))
 
 # --- spelling -----------------------------------------------------------------------------------------------------
@@ -139,17 +140,17 @@ def _check_claims(tree: Tree, arms: dict[str, dict[str, Any]]) -> None:
     if claims and not arms:
         tree.refuse(("claims",), "the recipe has no arms; a claim is about two of them")
         return
-    measures = [value_at(claim, ("measure",)) for claim in claims] if isinstance(claims, list) else []
+    claims = claims if isinstance(claims, list) else []
+    measures = [value_at(claim, ("measure",)) for claim in claims]
     # Costs to the target are judged over the tuning seeds too.
     by_report = [each for each in measures if not str(each).endswith("_to_target") or not tree.root.get("grid")]
     if by_report and value_at(tree.root, ("seeds", "report")) == 1:
         tree.refuse(("seeds", "report"), f"{by_report[0]} is judged by pairs of runs, one a seed: expected at least 2")
     search = in_steps(tree.root).get("largest_learning_rate")
-    for index, claim in enumerate(claims if isinstance(claims, list) else ()):
+    for index, claim in enumerate(claims):
         for key, text in _claim_mistakes(claim, arms, search) if isinstance(claim, dict) else ():
             tree.refuse(("claims", index, key), text)
-    measured = [claim.get("measure") for claim in claims or () if isinstance(claim, dict)]
-    if search is not None and "largest_learning_rate" not in measured:
+    if search is not None and "largest_learning_rate" not in measures:
         tree.refuse(("largest_learning_rate",), "no claim is about it, so no search is made; add one, or leave it out")
 
 
@@ -253,8 +254,10 @@ def mistakes(model: type[BaseModel], plain: dict[str, Any]) -> list[Found]:
         model.model_validate(plain)
     except ValidationError as error:
         found: list[Found] = []
-        for each in error.errors(include_url=False):
+        for number, each in enumerate(all_found := error.errors(include_url=False)):
             keys = _keys(each["loc"], model)
+            if number == MOST_MISTAKES:
+                return [*found, (keys, f"is wrong, as {len(all_found) - number - 1:,} more are")]
             if each["type"] == "too_short" and len(each["input"]) >= each["ctx"]["min_length"]:
                 continue  # pydantic has counted right elements only
             if each["type"] in ("union_tag_invalid", "union_tag_not_found"):

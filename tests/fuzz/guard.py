@@ -5,20 +5,23 @@ An audit hook stays until its process ends, so only the process that reads the i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
+import io
 import os
+import re
 import resource
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from bncli.cli.console import print_error
 from bncli.errors import BncliError
 
 MOST_MIB = 1024  # more than the process has when it begins
@@ -29,6 +32,7 @@ PROCESSES = {"os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "o
 CONNECTIONS = {"socket.connect", "socket.bind", "socket.sendto", "urllib.Request", "ftplib.connect"}
 CHANGES = {"os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "os.chown", "shutil.rmtree", "os.utime"}
 CHANGES_OF_TWO = {"os.rename", "os.link", "os.symlink"}
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 HARMLESS = {os.devnull, "/proc/self/clear_refs"}  # the latter begins another peak of memory
 # Packages that parts of bncli look for and do without.
 OPTIONAL = {"triton", "mlxtend", "tensorboard", "datasets", "matplotlib"}
@@ -83,8 +87,8 @@ class Guard:
             with self._limits():
                 attempt(data)
             accepted: bool | Finding = True
-        except BncliError:
-            accepted = False
+        except BncliError as error:
+            accepted = _message_of(error)
         except (KeyboardInterrupt, GeneratorExit):
             raise
         except BaseException as error:
@@ -96,7 +100,7 @@ class Guard:
             return Finding(f"more than {MOST_MIB} MiB", "the process", f"{grown_mib} MiB more than at the start")
         return accepted
 
-    @contextmanager
+    @contextlib.contextmanager
     def _limits(self) -> Iterator[None]:
         self._watching = True
         signal.setitimer(signal.ITIMER_PROF, self.seconds)
@@ -148,6 +152,14 @@ class Guard:
         place = _line(stack[-1]) if stack else "no code of bncli"
         self._seen.append(f"{seen} in {place}")
         raise PermissionError(f"not allowed: {seen}")
+
+
+def _message_of(error: BncliError) -> bool | Finding:
+    """False, for refused, if the message that the command line prints has no control character."""
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        print_error(error)
+    found = CONTROL.search(printed.getvalue())
+    return Finding(f"{found[0]!r} in a message", _innermost(error), printed.getvalue()) if found else False
 
 
 def _peak_kib() -> int:

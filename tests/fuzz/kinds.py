@@ -28,7 +28,7 @@ import torch
 import typer
 
 from bncli.cli import PARSER_ERROR, app
-from bncli.cli.console import print_error
+from bncli.cli.console import print_result, show_plan
 from bncli.engine import data as engine_data
 from bncli.engine.data.splits import Dataset
 from bncli.engine.train import checkpoint, train
@@ -43,15 +43,16 @@ from bncli.recipe import npz as npz_header
 from bncli.recipe import yaml
 from bncli.recipe.load import Arm, Loaded, data_state, load
 from bncli.recipe.sections import Npz, Recipe
-from bncli.report import dry_run
 from bncli.report.compare.folder import COMPARISON, ComparisonFolder
 from bncli.report.files import event_line, to_json
 from bncli.report.folder import RunFolder, signed
 from bncli.report.profile import export
 from bncli.report.profile.baseline import GateReport
+from bncli.results.compare import Planned
 from bncli.results.profile import KernelProfile, Profile, StepProfile
 from bncli.results.train import RunStarted
 from tests.fuzz import good
+from tests.fuzz.guard import CONTROL
 from tests.fuzz.mutate import mutated
 from tests.measure.compare.conftest import ARMS, BASE, result
 from tests.report import made_up_costs
@@ -78,17 +79,21 @@ class Kind:
 COMMANDS = typer.main.get_command(app)
 
 
+class PrintedControl(Exception):
+    """A control character of an input that reaches the terminal."""
+
+
 def command(*arguments: str) -> None:
-    """Run a command of bncli in this process. What it prints is thrown away; what it refuses is raised."""
+    """Run a command of bncli in this process. What it prints is looked through; what it refuses is raised."""
     sys.argv = ["bncli", *arguments]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         try:
             COMMANDS.main(list(arguments), prog_name="bncli", standalone_mode=False)
         except PARSER_ERROR as error:
             raise UsageError(error.format_message()) from error
-        except BncliError as error:
-            print_error(error)
-            raise
+    for printed in (out.getvalue(), err.getvalue()):
+        if found := CONTROL.search(printed):
+            raise PrintedControl(repr(printed[max(0, found.start() - 100) : found.end() + 20]))
 
 
 # --- recipes ------------------------------------------------------------------------------------------------------
@@ -118,9 +123,18 @@ def written_as_yaml(tree: Any) -> bytes:
 def plan(loaded: Loaded) -> None:
     """What a dry run does with a recipe, but for the checks that worker processes make."""
     data_state(loaded.base)
-    dry_run.to_json(planned_training(loaded, Arm(loaded.name, loaded.base)))
+    show(planned_training(loaded, Arm(loaded.name, loaded.base)))
     if len(loaded.arms) > 1 and loaded.base.train.target is not None:
-        dry_run.to_json(planned_comparison(study([loaded], good.IDENTITY), loaded))
+        show(planned_comparison(study([loaded], good.IDENTITY), loaded))
+
+
+def show(planned: Planned) -> None:
+    """Print a dry run's plan as the commands do, in both forms."""
+    for as_json in (False, True):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            show_plan(planned, as_json)
+        if found := CONTROL.search(out.getvalue()):
+            raise PrintedControl(repr(out.getvalue()[max(0, found.start() - 100) : found.end() + 20]))
 
 
 def sets(folder: Path) -> Kind:
@@ -230,8 +244,6 @@ def baselines(folder: Path) -> Kind:
         export.to_markdown(mine, gate)
         export.to_json(mine, gate)
         with contextlib.redirect_stdout(io.StringIO()):
-            from bncli.cli.console import print_result
-
             print_result(GateReport(gate, mine, earlier))
 
     return Kind(files, attempt, trees=good.trees(files))
@@ -322,14 +334,14 @@ def trained(folder: Path, **options: Any) -> tuple[Recipe, Dataset, dict[str, by
 def checkpoints(folder: Path) -> Kind:
     recipe, dataset, saved = trained(folder, stopped=True)
     content = saved["checkpoint"]
-    head = len(checkpoint.FIRST_LINE.format("0" * 64))
+    head = checkpoint.START
 
     def attempt(data: bytes) -> None:
         for _ in train(recipe, "cpu", dataset=dataset, threads=1, checkpoint=data):
             pass
 
     def signed_again(body: bytes) -> bytes:
-        return checkpoint.FIRST_LINE.format(hashlib.sha256(body).hexdigest()).encode() + body
+        return checkpoint.FORMAT + hashlib.sha256(body).hexdigest().encode() + b"\n" + body
 
     def make(random: Random) -> bytes:
         """One whose digest and checksums are right, with another pickle or other tensors."""

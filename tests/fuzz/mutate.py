@@ -18,7 +18,9 @@ CANARY = "the-canary"  # a name that nothing but the code of an input gives a fo
 WORDS = (
     b"", b"null", b"~", b"true", b"false", b"no", b"[]", b"{}", b'""', b"[[]]", b"{a: b}", b"'", b'"', b"\\", b"\x00",
     b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\x1b]0;title\a\x1b[31m", "\u2028".encode(), "\U0010ffff".encode(),
-    b"\\U00110000", b"\\ud800", b"\r", b"\r\n", b"\t", b"\n\n", b"---\n", b"...", b"#", b": ", b"- ", b", ", b"? ",
+    b"\\U00110000", b"\\ud800", b"\r",
+    b'"\\U00110000"', b'"\\ud800"', b'"\\e]0;title\\a"', b'"\\u009b31m"', b'"\\x7f\\n"', "\x9b2J".encode(),
+    b"\r\n", b"\t", b"\n\n", b"---\n", b"...", b"#", b": ", b"- ", b", ", b"? ",
     b"x" * 5000, b"[" * 50, b"[" * 3000, b"{a: " * 60, b"(" * 200, b"&a ", b"*a", b"&a [*a]", b"<<: ", b"|\n", b">\n",
     b"!!python/object/apply:os.mkdir [the-canary]", b"!!python/name:os.system", b"!!python/module:os", b"!x ",
     b"!!set ", b"!!binary aGk=", b"!!timestamp 2001-01-01", b"!<tag:yaml.org,2002:python/object/apply:os.mkdir> ",
