@@ -32,13 +32,9 @@ def recipes(incomplete: str) -> list[str]:
 
 
 def runs(incomplete: str) -> list[str]:
-    """Folders of runs that can be continued: the one that is typed, and those in folders below it."""
-    typed = glob.escape(incomplete)
-    return [
-        str(Path(file).parent)
-        for below in ("", "*/", "*/*/")
-        for file in sorted(glob.glob(f"{typed}*/{below}checkpoint.pt"))
-    ]
+    """Folders of runs that can be continued, in the folder that is typed and in those below it."""
+    found = (sorted(glob.glob(f"{glob.escape(incomplete)}*/{below}checkpoint.pt")) for below in ("", "*/", "*/*/"))
+    return [str(Path(file).parent) for files in found for file in files]
 
 
 def arms(context: typer.Context) -> list[str]:

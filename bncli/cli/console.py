@@ -8,9 +8,7 @@ import gc
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -113,17 +111,6 @@ def log(text: str, quiet: bool = False) -> None:
                 os.write(number, b"")
             except OSError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-
-
-@contextlib.contextmanager
-def warnings_as_messages() -> Iterator[None]:
-    """While inside, bncli's own warnings are shown without the line of code, which is of no use to their reader."""
-    with warnings.catch_warnings():
-        show, own = warnings.showwarning, str(Path(__file__).parents[1])
-        warnings.showwarning = lambda message, kind, file, *place: (
-            log(f"\nbncli: {message}") if file.startswith(own) else show(message, kind, file, *place)
-        )
-        yield
 
 
 class StopAtOnce(KeyboardInterrupt):

@@ -23,6 +23,7 @@ from bncli.cli import app
 from bncli.kernels.fused import cpu
 from bncli.measure.timing.clock import Work
 from tests.benchmarks import (
+    checkpoints,
     coverage,
     crossings,
     data_memory,
@@ -242,6 +243,13 @@ def test_start_up_prints_a_row_for_each_command(capsys: Printed) -> None:
     printed = capsys.readouterr().out
     assert all(f"\n{name}" in printed for name in start_up.COMMANDS)
     assert "`bncli train` begins its first step after" in printed
+
+
+def test_checkpoints_prints_what_one_costs_and_both_throughputs(capsys: Printed) -> None:
+    checkpoints.main(["--rounds", "1", "--steps", "20", "--every", "5"])
+    printed = capsys.readouterr().out
+    assert "ResNet-18  11,181,642 parameters     89.57 MB" in printed
+    assert "throughput with / without, paired: " in printed
 
 
 def test_step_overhead_prints_both_loops_and_their_ratio(capsys: Printed) -> None:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from bncli.errors import USAGE, BncliError
@@ -298,8 +299,12 @@ def test_a_comparison_that_is_killed_goes_on_where_it_stopped(
     waiting: tuple[subprocess.Popen[str], tuple[str, ...]],
 ) -> None:
     started, command = waiting
+    workers = psutil.Process(started.pid).children(recursive=True)
     started.kill()
     started.communicate()
+    assert workers
+    while any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
+        time.sleep(0.02)  # they end by themselves, though a model of the user's is in the middle of something
     kept = {file: file.read_text() for file in Path("runs/small/runs").glob("*.json")}
     assert len(kept) == 3
     report = bncli("compare", "--from", "runs/small")
@@ -312,6 +317,61 @@ def test_a_comparison_that_is_killed_goes_on_where_it_stopped(
     assert "3 of them already done" in ended.err
     assert "4/4" in ended.out
     assert {file: file.read_text() for file in kept} == kept
+
+
+LONG = (
+    "--set",
+    "grid={}",
+    "--set",
+    "seeds.report=1",
+    "--set",
+    "train.evaluate_every=1000",
+    "--set",
+    "train.steps=9000",
+)
+LONG += ("--set", "train.stop_at_target=false", "-j", "2")
+
+
+def test_runs_of_a_comparison_that_is_stopped_or_killed_go_on_from_their_checkpoints(recipe: str) -> None:
+    command = ("compare", recipe, *LONG, "--set", "train.checkpoint={every: 100}")
+    saved = Path("runs/small/checkpoints")
+
+    def stopped_by(number: int) -> tuple[int, str]:
+        """After both runs have gone on from where they were, and saved their states."""
+        before = {file: file.stat().st_mtime_ns for file in saved.glob("*.pt")}
+        started = process(*command)
+        while len([file for file in saved.glob("*.pt") if file.stat().st_mtime_ns != before.get(file)]) < 2:
+            assert started.poll() is None
+            time.sleep(0.005)
+        started.send_signal(number)
+        return started.wait(), started.communicate()[1]
+
+    code, err = stopped_by(signal.SIGINT)
+    assert code == 130
+    assert err.splitlines()[-1] == "Stopped before any run ended; the same command continues from their checkpoints"
+    assert stopped_by(signal.SIGKILL)[0] == -signal.SIGKILL
+    assert not list(Path("runs/small/runs").iterdir())
+    ended = bncli(*command, "--json")
+    assert ended.code == 0
+    assert not list(saved.iterdir())
+    found = [
+        json.loads(out)["runs"] for out in (ended.out, bncli("compare", recipe, *LONG, "-o", "at once", "--json").out)
+    ]
+    for runs in found:
+        assert [(run["key"], run["result"]["steps_run"]) for run in runs] == [(run["key"], 9000) for run in found[0]]
+    assert [run["result"]["evaluations"] for run in found[0]] == [run["result"]["evaluations"] for run in found[1]]
+
+
+def test_a_folder_that_vanishes_ends_the_comparison_with_a_sentence(
+    waiting: tuple[subprocess.Popen[str], tuple[str, ...]],
+) -> None:
+    started, _ = waiting
+    Path("runs").rename("moved")
+    Path("go").touch()
+    _, err = started.communicate(timeout=600)
+    assert started.returncode == 2
+    assert err.splitlines()[-1] == "bncli: --out runs/small: was removed or renamed meanwhile"
+    assert len(list(Path("moved/small/runs").iterdir())) == 3
 
 
 def test_ctrl_c_in_a_comparison_says_how_to_go_on(waiting: tuple[subprocess.Popen[str], tuple[str, ...]]) -> None:

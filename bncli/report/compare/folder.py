@@ -69,7 +69,9 @@ class ComparisonFolder:
             sweep(folder)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, FileNotFoundError) and not (self.path / ".lock").exists():
+            raise UsageError("was removed or renamed meanwhile", field="out", value=self.path) from error
         if self._new and not any(self.path.rglob("*.json")):  # nothing was begun, so nothing is left behind
             shutil.rmtree(self.path)
         if self._lock is not None:
@@ -107,7 +109,8 @@ class ComparisonFolder:
 
     def finished(self, keys: Iterable[str]) -> list[RunRecord]:
         """The runs that ended with any of those keys, theirs or their recipe's: one for each version of their code."""
-        return [record for key in keys for name in self._names.get(key, ()) if (record := self._run(name))]
+        names = dict.fromkeys(name for key in keys for name in self._names.get(key, ()))
+        return [record for name in names if (record := self._run(name))]
 
     def failed(self) -> dict[str, RunRecord]:
         """The failed runs of the last call, by file name."""
