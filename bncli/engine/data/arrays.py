@@ -24,9 +24,8 @@ ALIGNMENT = 64  # bytes, torch's own for new tensors: at another one, matrix pro
 UNCHECKED = 2**26  # bytes; asking for the available memory takes 10 ms
 HEADER = 2**16  # bytes; a multiple of every page size
 
-Place = Callable[
-    [tuple[int, ...], torch.dtype], Tensor
-]  # makes a tensor that is not yet filled; DataError without room
+# Makes a tensor of a shape, not yet filled. Raises DataError without room.
+Place = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
 class Arrays(NamedTuple):
