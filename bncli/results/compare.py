@@ -306,7 +306,7 @@ class PlannedArm:
 class MemoryNeeded:
     """Estimated memory on the CPU's side, in MiB. None where only the user's own code or a server could tell."""
 
-    data_mib: float | None  # each data set once
+    data_mib: float | None  # once
     copies: int  # 1 where the processes share the data
     process_mib: float  # of each, without any training
     training_mib: float | None  # of each, the largest
