@@ -205,7 +205,7 @@ class ComparisonPlan:
     target: Target
     budget: int
     data: str
-    recipes: dict[str, Any] = field(default_factory=dict)  # arm -> its resolved recipe, as plain data
+    recipes: dict[str, dict[str, Any]] = field(default_factory=dict)  # arm -> its resolved recipe, as plain data
     also: tuple[Target, ...] = ()
     claims: tuple[Claim, ...] = ()
     largest_learning_rate: dict[str, Any] | None = None  # the recipe's section, as plain data
