@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import errno
+from collections.abc import Iterable, Iterator
 
 OK = 0
 CHECK_FAILED = 1  # a check failed: a missed target that was required, a run that died
@@ -111,6 +113,27 @@ class Refused(BncliError):
 
 class RunFailed(BncliError):
     """A run that the user's own code ended."""
+
+
+# Of torch's allocator on a CPU, of NumPy's sizes, and of the dynamic linker, which have no class of their own for it.
+NO_MEMORY = ("DefaultCPUAllocator: ", "out of memory", "Storage size calculation overflowed", "failed to map")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory could not be allocated, on any device."""
+    words = isinstance(error, RuntimeError | ImportError) and any(each in str(error) for each in NO_MEMORY)
+    return words or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+
+
+@contextlib.contextmanager
+def out_of_memory_is(explained: BncliError) -> Iterator[None]:
+    """A context in which an error that says that memory was short becomes that one."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise explained from error
 
 
 class Unavailable(BncliError):

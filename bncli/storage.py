@@ -18,6 +18,7 @@ from typing import BinaryIO, TextIO
 from bncli.errors import FileError, UsageError
 
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}")  # a file that is being written, or that a killed process left behind
+LONGEST_NAME = 255 - len("..") - 12  # bytes of a file system's names, of which a temporary one needs more
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
 NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # opening a pipe waits for its other end without it
 
@@ -36,32 +37,26 @@ def make(folder: Path) -> None:
 def check_writable(path: Path) -> None:
     """Raise FileError now, before any work, for a path that `write_atomically` would refuse."""
     folder = path.parent
-    if path.is_dir():
+    if os.path.isdir(path):
         raise FileError(f"{path}: is a folder; give a file's name")
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        why = "is not writable" if folder.is_dir() else "does not exist"
+    if not os.access(folder, os.W_OK) or not os.path.isdir(folder):
+        why = "is not writable" if os.path.isdir(folder) else "does not exist"
         raise FileError(f"{path}: its folder {folder} {why}")
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise FileError(f"{path}: its name is too long; give one of at most {LONGEST_NAME} bytes")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file that the user named, whole or not at all, even when the process is killed or the power fails.
 
     A link's target is replaced, not the link; anything but a plain file (a pipe, /dev/stdout) is written to. Raises
-    FileError where the folder is missing or the file may not be written.
+    OSError with the path where that cannot be done.
     """
-    data = content.encode() if isinstance(content, str) else content
-    try:
-        if path.exists() and not path.is_file():
-            path.write_bytes(data)
-        else:
-            replace(Path(os.path.realpath(path)), data)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        raise FileError(
-            f"{path}: cannot be written ({error.strerror}); choose a folder that you can write to"
-        ) from error
-    except OSError as error:
-        error.filename = str(path)  # which a full disk does not tell
-        raise
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+    else:
+        replace(Path(os.path.realpath(path)), data)
 
 
 def replace(path: Path, data: bytes, read_back: bool = False) -> None:
@@ -85,9 +80,10 @@ def replace(path: Path, data: bytes, read_back: bool = False) -> None:
             shutil.copymode(path, temporary)
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            error.filename = str(path)  # which a full disk does not tell, and the temporary name is nobody's
+            error.filename = str(path)  # which a full disk does not tell
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)

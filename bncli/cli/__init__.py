@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 from bncli import __version__
 from bncli.cli import compare, gradcheck, profile, train
 from bncli.cli.completion import complete
-from bncli.cli.console import StopAtOnce, full_disk, print_error
+from bncli.cli.console import StopAtOnce, print_error, standard_streams, system_errors
 from bncli.errors import INTERRUPTED, USAGE, BncliError, UsageError
 
 app = typer.Typer(
@@ -70,7 +70,7 @@ def main() -> None:
     """The console script: runs a command and turns a user's mistake into a message and an exit code."""
     gc.disable()  # while modules load there is no garbage, and looking for it is an eighth of importing torch
     try:
-        with full_disk():
+        with system_errors(), standard_streams():
             sys.exit(app(prog_name="bncli", standalone_mode=False))
     except PARSER_ERROR as error:
         if len(sys.argv) > 1:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bncli.cli import options
-from bncli.cli.console import StopSignal, enable_gc, full_disk, given_options, log, show_plan
+from bncli.cli.console import StopSignal, enable_gc, given_options, log, show_plan, system_errors
 from bncli.cli.output import Output, origin
 from bncli.errors import CHECK_FAILED, BncliError, UsageError
 
 if TYPE_CHECKING:
     from bncli.measure.compare.plan import Job, Study
+    from bncli.measure.compare.processes import Processes
     from bncli.recipe.load import Loaded
     from bncli.report.compare.folder import ComparisonFolder
     from bncli.results.compare import Comparison, MemoryNeeded
@@ -89,6 +90,7 @@ def compare(
         if require_claims and not comparison.plan.claims:
             raise UsageError(NO_CLAIMS)
     else:
+        from bncli.measure.compare.processes import Processes
         from bncli.recipe.load import load
 
         if (recipes or []).count("-") > 1:
@@ -96,14 +98,14 @@ def compare(
         loaded = [load(path, sets or (), allow_code=allow_code, sets_from="--set") for path in recipes or ()]
         if require_claims and not any(each.file.claims for each in loaded):
             raise UsageError(NO_CLAIMS)
-        plan_as = output.form if dry_run else ""
-        comparison, stopped = _run_comparison(loaded, device, jobs, threads, run_timeout, out, quiet, plan_as)
+        executor = Processes(device, jobs, threads, longest_silence_s=run_timeout)
+        comparison, stopped = _run_comparison(loaded, executor, out, quiet, output.form if dry_run else "")
     folder = saved or out or Path("runs") / comparison.plan.name
     if stopped and output.form != "json" and not any(run.result for run in comparison.runs):
         goes_on = "continues from their checkpoints" if any(folder.glob("checkpoints/*.pt")) else "begins again"
         log(f"Stopped before any run ended; the same command {goes_on}")
         raise typer.Exit(stopped)
-    with full_disk(f"the runs in {folder} are kept; free space, then: bncli compare --from {folder}"):
+    with system_errors(f"the runs in {folder} are kept; free space, then: bncli compare --from {folder}"):
         _show(comparison, output)
     if stopped:
         runs = f"{len({run.key for run in comparison.runs})} of {comparison.planned_runs} runs"
@@ -119,14 +121,7 @@ def compare(
 
 
 def _run_comparison(
-    loaded: list[Loaded],
-    device: str,
-    jobs: int | None,
-    threads: int,
-    run_timeout: float | None,
-    out: Path | None,
-    quiet: bool,
-    plan_as: str,
+    loaded: list[Loaded], executor: Processes, out: Path | None, quiet: bool, plan_as: str
 ) -> tuple[Comparison, int]:
     """The comparison, and the exit code of the signal that ended it before its time, or 0.
 
@@ -134,25 +129,24 @@ def _run_comparison(
     """
     from bncli.measure.compare import reuse
     from bncli.measure.compare.plan import collect, known_runs, planned_comparison, planned_runs, study, wanted
-    from bncli.measure.compare.processes import Processes
     from bncli.measure.compare.run import check, execute
     from bncli.report.compare.folder import ComparisonFolder
     from bncli.report.compare.notes import sentences
     from bncli.report.progress import CompareProgress
     from bncli.results.compare import BegunComparison, Note, RunRecord
 
-    asked = study(loaded, reuse.identity(device, loaded[0].base))
+    asked = study(loaded, reuse.identity(executor.device, loaded[0].base))
     folder = ComparisonFolder(out or Path("runs") / asked.plan.name)
     enable_gc()
     with contextlib.ExitStack() as opened:
-        logs = Path(opened.enter_context(tempfile.TemporaryDirectory())) if plan_as else folder.path / "logs"
-        if not plan_as:
+        if plan_as:
+            executor.folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
+        else:
+            executor.folder, executor.checkpoints = folder.path / "logs", folder.path / "checkpoints"
             kept_words = f"the runs in {folder.path} are kept; free space, and the same command continues"
-            opened.enter_context(full_disk(kept_words))
+            opened.enter_context(system_errors(kept_words))
             opened.enter_context(folder)
-        checkpoints = None if plan_as else folder.path / "checkpoints"
-        workers = Processes(device, jobs, threads, logs, checkpoints, run_timeout)
-        executor = opened.enter_context(contextlib.closing(workers))
+        opened.enter_context(contextlib.closing(executor))
         sources = _sources(folder, asked, loaded)
         records, kept = dict[str, RunRecord](), dict[str, RunRecord]()  # kept: of earlier calls
 
@@ -170,13 +164,13 @@ def _run_comparison(
         _log_unfit(folder, quiet)
         with StopSignal() as stop, CompareProgress(quiet) as progress:
             to_do = [job for job in wanted(asked, records) if job.key not in records]
-            executor.jobs, memory = _jobs(asked, to_do, jobs, quiet)
+            executor.jobs, memory = _jobs(asked, to_do, executor.jobs, quiet)
             checked = check(asked, to_do, executor, stop, progress.check, bool(plan_as))
             if plan_as:
                 planned = planned_comparison(asked, loaded[0], records)
                 show_plan(replace(planned, checked=checked and not stop.number, memory=memory), plan_as == "json")
                 raise typer.Exit(stop.number and stop.exit_code)
-            folder.begin(BegunComparison(asked.plan, asked.identity, threads, sources))
+            folder.begin(BegunComparison(asked.plan, asked.identity, executor.threads, sources))
             for event in execute(asked, folder.save, executor, records, stop, find):
                 progress(event)
         from bncli.measure.compare.summary import summarise  # imports scipy, which a dry run does without
@@ -190,7 +184,7 @@ def _run_comparison(
             remarks.append(Note.of("earlier answer", file=earlier.name))
             log(f"{folder.path}: {sentences(remarks[-1:])[0]}", quiet)
         all_runs = planned_runs(asked, latest)
-        comparison = summarise(asked.plan, collect(asked, latest), all_runs, threads, tuple(remarks))
+        comparison = summarise(asked.plan, collect(asked, latest), all_runs, executor.threads, tuple(remarks))
         folder.finish(comparison)
     return comparison, stop.exit_code if stop.number else 0
 
@@ -206,7 +200,7 @@ def _jobs(asked: Study, to_do: list[Job], jobs: int | None, quiet: bool) -> tupl
         return jobs, needed
     if jobs:
         raise UsageError(f"{memory_words(needed)}; free memory, or use {fits}", field="jobs", value=jobs)
-    log(f"--jobs {fits}, since for one a core {memory_words(needed)}", quiet)
+    log(f"--jobs {fits} instead of one per core: {memory_words(needed)}", quiet)
     return fits, replace(needed, jobs=fits, copies=min(fits, needed.copies))
 
 
@@ -228,8 +222,7 @@ def _sources(folder: ComparisonFolder, asked: Study, loaded: list[Loaded]) -> tu
 
 def _log_unfit(folder: ComparisonFolder, quiet: bool) -> None:
     """Say which files of a folder could not be used, once."""
-    unfit = [f"{file} ({why})" for file, why in folder.unfit.items()]
-    if unfit:
+    if unfit := [f"{file} ({why})" for file, why in folder.unfit.items()]:
         more = f" and {len(unfit) - 3} more" if len(unfit) > 3 else ""
         log(f"{folder.path}: {len(unfit)} of its files cannot be used: {', '.join(unfit[:3])}{more}", quiet)
     folder.unfit.clear()

@@ -32,13 +32,9 @@ def recipes(incomplete: str) -> list[str]:
 
 
 def runs(incomplete: str) -> list[str]:
-    """Folders of runs that can be continued: the one that is typed, and those in folders below it."""
-    typed = glob.escape(incomplete)
-    return [
-        str(Path(file).parent)
-        for below in ("", "*/", "*/*/")
-        for file in sorted(glob.glob(f"{typed}*/{below}checkpoint.pt"))
-    ]
+    """Folders of runs that can be continued, in the folder that is typed and in those below it."""
+    found = (sorted(glob.glob(f"{glob.escape(incomplete)}*/{below}checkpoint.pt")) for below in ("", "*/", "*/*/"))
+    return [str(Path(file).parent) for files in found for file in files]
 
 
 def arms(context: typer.Context) -> list[str]:
@@ -46,7 +42,7 @@ def arms(context: typer.Context) -> list[str]:
     from bncli.recipe.yaml import parse
 
     found: list[str] = []
-    for word in context.args:  # a line that is not complete has no parameters yet
+    for word in filter(os.path.isfile, context.args):  # a line that is not complete has no parameters yet
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no recipe, or one without arms
             found += parse(Path(word).read_text(), word).root["arms"]
     quoted = os.environ.get("COMP_WORDS", "'").split("\n")[-1][:1] in ("'", '"')  # other shells quote by themselves

@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import io
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bncli.errors import BncliError, printable
+from bncli.errors import CHECK_FAILED, BncliError, FileError, out_of_memory_is, printable
 
 if TYPE_CHECKING:
     import typer
@@ -89,16 +88,63 @@ def print_error(error: BncliError) -> None:
         log(f"  {line}" if len(lines) > 1 else f"bncli: {line}")
 
 
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EBADF)
+
+
 @contextlib.contextmanager
-def full_disk(kept: str = "what was written before is kept") -> Iterator[None]:
-    """Turn a full or broken disk into an error that names the file, and what is kept."""
+def system_errors(kept: str = "what was written before is kept") -> Iterator[None]:
+    """Turn what the system refuses (a file, memory, a character) into an error that names it, and what is kept."""
+    try:
+        with out_of_memory_is(BncliError(f"out of memory; free some, raise its limit, or ask for less; {kept}")):
+            yield
+    except BrokenPipeError:  # the reader has left, as `head` does
+        sys.exit(CHECK_FAILED)
+    except OSError as error:
+        reason, where = error.strerror or str(error), error.filename or "the system"
+        if error.errno in CANNOT_WRITE:
+            raise BncliError(f"{error.filename or 'standard output'}: cannot be written: {reason}; {kept}") from error
+        kind = FileError if error.filename and error.errno != errno.EMFILE else BncliError
+        raise kind(f"{where}: {reason}; check that path, and the limits that ulimit -a shows; {kept}") from error
+    except UnicodeEncodeError as error:
+        raise FileError(f"{error.object!a}: {error.reason} in {error.encoding}; set LC_ALL=C.UTF-8") from error
+
+
+class Messages(io.FileIO):
+    """Standard error, whose full disk or closed terminal ends no work. Its reader, when it leaves, does."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            return len(data)
+
+
+@contextlib.contextmanager
+def standard_streams() -> Iterator[None]:
+    """Escape the characters that a stream lacks, replace closed ones, and write all of the output before the end.
+
+    The number of a closed one must not become that of a file which the run writes.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
+    if os.environ.get("COLUMNS") == "0":  # of an unknown width; rich would print nothing
+        del os.environ["COLUMNS"]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.__stderr__ and sys.stderr is sys.__stderr__:
+        raw = io.BufferedWriter(Messages(2, "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(raw, sys.__stderr__.encoding, "backslashreplace", line_buffering=True)
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # Python would try again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise
-        file = error.filename or "standard output"
-        raise BncliError(f"{file}: cannot be written: {error.strerror}; {kept}") from error
 
 
 def log(text: str, quiet: bool = False) -> None:
@@ -113,17 +159,6 @@ def log(text: str, quiet: bool = False) -> None:
                 os.write(number, b"")
             except OSError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-
-
-@contextlib.contextmanager
-def warnings_as_messages() -> Iterator[None]:
-    """While inside, bncli's own warnings are shown without the line of code, which is of no use to their reader."""
-    with warnings.catch_warnings():
-        show, own = warnings.showwarning, str(Path(__file__).parents[1])
-        warnings.showwarning = lambda message, kind, file, *place: (
-            log(f"\nbncli: {message}") if file.startswith(own) else show(message, kind, file, *place)
-        )
-        yield
 
 
 class StopAtOnce(KeyboardInterrupt):

@@ -17,7 +17,7 @@ from bncli.cli import options
 from bncli.cli.console import StopSignal, enable_gc, given_options, listed, log, print_result
 from bncli.cli.output import Output, origin
 from bncli.errors import CHECK_FAILED, CODE_OF_YOURS, INTERRUPTED, UNAVAILABLE, UsageError
-from bncli.measure.profile.shapes import SETS
+from bncli.measure.profile.shapes import MOST_SIZE, SETS
 from bncli.names import PROFILE_KERNELS, RECIPE_KERNELS, check_kernel
 from bncli.results.environment import FEWEST_ROUNDS
 
@@ -104,7 +104,7 @@ def profile(
     ] = None,
     batch: Annotated[
         int | None,
-        KernelOption(min=1, metavar="N", help="Batch size of --shapes.  [default: the set's own]"),
+        KernelOption(min=1, max=MOST_SIZE, metavar="N", help="Batch size of --shapes.  [default: the set's own]"),
     ] = None,
     warm: Annotated[bool, KernelOption("--warm", help="Do not flush the cache before each sample.")] = False,
     threads: options.Threads = None,

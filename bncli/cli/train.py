@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bncli.cli import options
-from bncli.cli.console import StopSignal, enable_gc, given_options, log, print_result, show_plan, warnings_as_messages
+from bncli.cli.console import StopSignal, enable_gc, given_options, log, print_result, show_plan
 from bncli.cli.output import Output
 from bncli.errors import CHECK_FAILED, DIVERGED, UsageError
 from bncli.recipe import examples
@@ -109,8 +110,8 @@ def train(
         finished = resumed and resumed.finished(recipe_yaml)
         if finished:
             log("This run has ended, so nothing is trained; --set train.steps=N continues it", quiet)
-        again = ["--allow-code"] * allow_code + ["--device", device] * (device != "auto")
-        again += ["--tensorboard"] * tensorboard
+        again = ["--device", device] * (device != "auto") + ["--tensorboard"] * tensorboard
+        again += ["--allow-code"] * allow_code
         try:
             result = finished or _run(
                 chosen, recipe_yaml, folder, from_weights, tensorboard, quiet, device=device, threads=threads, stop=stop
@@ -149,19 +150,20 @@ def _run(
 ) -> RunResult:
     """Train, with what happens in the folder. of_engine: as `engine.train` takes them."""
     from bncli.engine import train as engine
-    from bncli.engine.train.weights import opened, tensors_of
+    from bncli.engine.train.weights import read, tensors_of
     from bncli.report.progress import TrainProgress
     from bncli.report.tensorboard import TensorBoard
     from bncli.results.train import Event, RunFinished, RunStarted
 
     if from_weights:
-        with opened(from_weights) as content:
-            of_engine["weights"] = tensors_of(content)
+        content, file = read(from_weights)
+        of_engine["weights"] = tensors_of(content, file)
         recipe_yaml = f"{INITIAL_WEIGHTS}{from_weights} sha256 {hashlib.sha256(content).hexdigest()}\n{recipe_yaml}"
     first = recipe_yaml.partition("\n")[0]
     initial = first.removeprefix(INITIAL_WEIGHTS) if first.startswith(INITIAL_WEIGHTS) else None
     # What a user's model prints must not get between the lines of a result.
-    with TrainProgress(quiet) as progress, contextlib.redirect_stdout(sys.stderr), warnings_as_messages():
+    with TrainProgress(quiet) as progress, contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: log(f"\nWarning: {message}")  # not with a line of bncli's code
         sinks: list[Callable[[Event], None]] = [folder.metrics, progress]
         of_engine |= {"checkpoint": folder.checkpoint, "save": folder.save}
         for event in engine.train(arm.recipe, name=arm.name, **of_engine):
@@ -189,10 +191,9 @@ def _evaluate(model: Path, device: str, threads: int | None, allow_code: bool, o
     from bncli.results.serialize import to_plain
 
     with StopSignal(at_once=True), contextlib.redirect_stdout(sys.stderr):
-        from bncli.engine.train.weights import evaluate_weights, opened
+        from bncli.engine.train.weights import evaluate_weights
 
-        with opened(model) as content:
-            _, found = evaluate_weights(content, device, threads, allow_code)
+        _, found = evaluate_weights(model, device, threads, allow_code)
     name = str(model)
     output.show(found, {"json": lambda it: json_text(to_plain(it)), "table": lambda it: evaluation_table(it, name)})
 

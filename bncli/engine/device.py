@@ -24,7 +24,7 @@ def resolve(name: str) -> torch.device:
 
     Raises UsageError for an invalid name.
     """
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name):
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?|mps", name):
         raise UsageError("expected one of auto, cpu, cuda, cuda:N, mps", field="device", value=name)
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":

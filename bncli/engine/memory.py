@@ -1,15 +1,9 @@
-"""Memory of the machine that is available, and errors that say that there was too little. No torch."""
+"""Memory of the machine that is available. No torch."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-from collections.abc import Iterator
 from pathlib import Path
-
-from bncli.errors import BncliError
-
-CPU_WITHOUT_MEMORY = "DefaultCPUAllocator: "  # a RuntimeError of torch's: can't allocate memory, not enough memory
 
 
 def available_mib(line: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")) -> float:
@@ -39,21 +33,3 @@ def _left_in(group: Path, version_2: bool) -> float:
     except (OSError, ValueError):  # no such group here, or the root, which has no limit
         return float("inf")
     return bounds[0] - bounds[1] + sum(float(stat.get(f"{prefix}{kind}active_file", 0)) for kind in ("", "in"))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception, of Python, NumPy or torch on any device, says that memory could not be allocated."""
-    if isinstance(error, RuntimeError):
-        return type(error).__name__ == "OutOfMemoryError" or CPU_WITHOUT_MEMORY in str(error)
-    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
-
-
-@contextlib.contextmanager
-def out_of_memory_is(explained: BncliError) -> Iterator[None]:
-    """A context in which an error that says that memory was short becomes that one."""
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise explained from error

@@ -21,6 +21,7 @@ from bncli.recipe.yaml import Keys, Tree, dotted
 MARKS = ("[key]", "[steps]", "[spacing]")  # that pydantic appends: for a mapping's key, and for the tag of a union
 Found = tuple[Keys, str]  # where a mistake is, and the sentence about it
 SAME_FOR_ALL_RUNS = ("data", *(f"train.{name}" for name in ("target", "steps", "evaluate_every", "seed")))
+MOST_MISTAKES = 50  # of a recipe, shown
 NOT_TUNED = ("train.stop_at_target", *(f"train.{name}" for name in NO_EFFECT))
 
 # --- spelling -----------------------------------------------------------------------------------------------------
@@ -253,8 +254,10 @@ def mistakes(model: type[BaseModel], plain: dict[str, Any]) -> list[Found]:
         model.model_validate(plain)
     except ValidationError as error:
         found: list[Found] = []
-        for each in error.errors(include_url=False):
+        for number, each in enumerate(all_found := error.errors(include_url=False)):
             keys = _keys(each["loc"], model)
+            if number == MOST_MISTAKES:
+                return [*found, (keys, f"is wrong, as {len(all_found) - number - 1:,} more are")]
             if each["type"] == "too_short" and len(each["input"]) >= each["ctx"]["min_length"]:
                 continue  # pydantic has counted right elements only
             if each["type"] in ("union_tag_invalid", "union_tag_not_found"):

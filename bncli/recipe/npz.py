@@ -7,6 +7,7 @@ import math
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os.path import exists, expanduser, isfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,15 +89,20 @@ def labels(path: str, key: str, found: Header) -> Any:
 
 def array_names(path: str) -> list[str]:
     """The names of a file's arrays. Raises DataError, without the path, for no archive or one without x and y."""
-    file = Path(path).expanduser()
-    if not file.is_file():
+    file = Path(expanduser(path))
+    if not isfile(file):
+        if exists(file):
+            raise DataError("is not a plain file; name an .npz archive")
         near = difflib.get_close_matches(file.name, [each.name for each in file.parent.glob("*.npz")], n=1)
         did_you_mean = "".join(f"; did you mean {file.with_name(name)}?" for name in near)
         raise DataError(f"does not exist{did_you_mean or f'; create it with numpy.savez({path!r}, x=..., y=...)'}")
     if not zipfile.is_zipfile(file):
         raise DataError(f"is not an .npz archive; create it with numpy.savez({path!r}, x=..., y=...)")
-    with zipfile.ZipFile(file) as archive:
-        found = [name.removesuffix(".npy") for name in archive.namelist()]
+    try:
+        with zipfile.ZipFile(file) as archive:
+            found = [name.removesuffix(".npy") for name in archive.namelist()]
+    except Exception as error:  # see `header`
+        raise DataError(UNREADABLE.format(error)) from error
     needed = KEYS if set(KEYS[2:]) & set(found) else KEYS[:2]
     if missing := [key for key in needed if key not in found]:
         meant = {key: name for name in found for key in missing if name.lower() in (key, *USUAL_NAMES.get(key, ()))}

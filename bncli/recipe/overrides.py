@@ -11,8 +11,9 @@ from pydantic import BaseModel, ValidationError
 
 from bncli.recipe.epochs import in_steps
 from bncli.recipe.sections import KINDS, Recipe, RecipeFile, Spaced, shorthand_key
-from bncli.recipe.yaml import Keys, Mistake, Tree, dotted, parse
+from bncli.recipe.yaml import MAX_DEPTH, Keys, Mistake, Tree, dotted, parse
 
+LONGEST_SHOWN = 500  # characters of an override
 COMPARISON_KEYS = ("arms", "reference", "grid", "seeds", "claims", "largest_learning_rate")
 
 # --- sections -----------------------------------------------------------------------------------------------------
@@ -125,13 +126,14 @@ def override(tree: Tree, sets: Sequence[str], sets_from: str) -> None:
     """Apply each "key.path=value", in order. Values are read exactly as the file's are; their place is `sets_from`."""
     for text in sets:
         path, equals, value = text.partition("=")
-        source = f"{sets_from} {text if text.isprintable() else repr(text)}"
+        source = f"{sets_from} {text if text.isprintable() else repr(text)}"[:LONGEST_SHOWN]
         keys = split_path(path.strip())
+        if not equals or "" in keys or len(keys) > MAX_DEPTH:
+            tree.mistakes.append(Mistake(source, "expected key.path=value, as in optimizer.lr=0.1"))
+            continue
         around = [keys[:end] for end in range(1, len(keys))]
         full = [at for at in around if not isinstance(value_at(tree.root, at), dict | None)]
-        if not equals or "" in keys:
-            tree.mistakes.append(Mistake(source, "expected key.path=value, as in optimizer.lr=0.1"))
-        elif full:
+        if full:
             within = f"{dotted(full[0])} is a value and has no field {keys[len(full[0])]}"
             tree.mistakes.append(Mistake(source, within))
         else:

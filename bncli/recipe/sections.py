@@ -31,7 +31,8 @@ from bncli.names import (
     RecipeKernel,
 )
 
-Positive = Annotated[int, Field(ge=1)]
+LARGEST, LARGEST_FLOAT = 10**12, 1e30  # of a recipe; torch has 64 bits for sizes, and 32 for numbers
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Count = Annotated[int, Field(ge=0)]
 EPOCHS = {  # in place of steps; `recipe.epochs` replaces it by their number before a recipe is validated
     "type": "object",
@@ -42,8 +43,10 @@ EPOCHS = {  # in place of steps; `recipe.epochs` replaces it by their number bef
 Steps = Annotated[Positive, WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, EPOCHS]})]
 StepsOrNone = Annotated[Count, WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, EPOCHS]})]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-AboveZero = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+AboveZero = Annotated[float, Field(gt=0, le=LARGEST_FLOAT)]
+NotNegative = Annotated[float, Field(ge=0, le=LARGEST_FLOAT)]
+FromOne = Annotated[float, Field(ge=1, le=LARGEST_FLOAT)]
+Number = Annotated[float, Field(ge=-LARGEST_FLOAT, le=LARGEST_FLOAT)]
 UpToOne = Annotated[float, Field(gt=0, le=1)]
 Ints = Annotated[tuple[Positive, ...], Strict(False)]  # YAML has lists only; the elements stay strict
 FUNCTION_PATH = r"^(.*/)?[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
@@ -110,7 +113,7 @@ class Synthetic(Section):
 
     source: Literal["synthetic"]
     shape: Ints = described("of one example: [features] or [channels, height, width]", default=(64,))
-    classes: Annotated[int, Field(ge=2)] = 10
+    classes: Annotated[int, Field(ge=2, le=LARGEST)] = 10
     examples: Positive = described("training examples", default=2000)
     held_out: Positive = described("examples kept for evaluation", default=500)
     noise: NotNegative = described("deviation of the noise; prototypes have deviation 1", default=1.0)
@@ -136,7 +139,7 @@ class Hub(Section):
     name: str = described("a name on the Hub (cifar10, mnist), a folder of class folders, or Parquet")
     config: str | None = described("the data set's configuration, where it has several", default=None)
     shape: Annotated[tuple[Positive, Positive, Positive], Strict(False)] = described("[channels, height, width]")
-    classes: Annotated[int, Field(ge=2)]
+    classes: Annotated[int, Field(ge=2, le=LARGEST)]
     train_split: str = "train"
     held_out_split: str = "test"
     held_out: Positive | None = described("examples to hold out when there is no such split", default=None)
@@ -251,7 +254,7 @@ class BatchNorm(Section):
     kernel: RecipeKernel = described(
         "; ".join(f"{name}: {KERNELS[name].help}" for name in RECIPE_KERNELS), default="native"
     )
-    init_weight: float = described(INIT_WEIGHT, default=1.0)
+    init_weight: Number = described(INIT_WEIGHT, default=1.0)
     backward: Literal["full", "ignore_statistics"] = described(
         "ignore_statistics: the gradient takes mean and variance for constants, against which the paper warns in "
         "section 2; for kernel native",
@@ -265,7 +268,7 @@ class AffineNorm(Section):
     kind: str
     eps: AboveZero = 1e-5
     affine: bool = True
-    init_weight: float = described(INIT_WEIGHT, default=1.0)
+    init_weight: Number = described(INIT_WEIGHT, default=1.0)
 
 
 class LayerNorm(AffineNorm):
@@ -300,7 +303,7 @@ class DynamicTanh(Section):
     kind: Literal["dyt"]
     alpha: AboveZero = described("initial alpha, one number for each norm", default=0.5)
     affine: bool = True
-    init_weight: float = described(INIT_WEIGHT, default=1.0)
+    init_weight: Number = described(INIT_WEIGHT, default=1.0)
 
 
 class BatchVariant(AffineNorm):
@@ -320,7 +323,7 @@ class BatchRenorm(BatchVariant):
     """Ioffe 2017 (arXiv 1702.03275): corrects a batch's statistics towards the running ones, within limits."""
 
     kind: Literal["renorm"]
-    r_max: Annotated[float, Field(ge=1)] = described("final limit of the ratio of the deviations, r", default=3.0)
+    r_max: FromOne = described("final limit of the ratio of the deviations, r", default=3.0)
     d_max: NotNegative = described("final limit of the distance of the means in deviations, d", default=5.0)
     warmup: StepsOrNone = described(
         "batches of plain batch norm (limits 1 and 0), before the limits grow", default=5_000
@@ -343,7 +346,7 @@ class NoisyBatchNorm(BatchVariant):
 
     kind: Literal["noisy"]
     shift: NotNegative = described("a channel's mean shift is uniform in +- this, drawn at each step", default=0.5)
-    scale: Annotated[float, Field(ge=1)] = described("its mean scale is uniform from 1 to this", default=1.25)
+    scale: FromOne = described("its mean scale is uniform from 1 to this", default=1.25)
     shift_spread: NotNegative = described("a value's shift is uniform in +- this about the channel's", default=0.1)
     scale_spread: NotNegative = described("deviation of a value's normal scale about the channel's", default=0.1)
 

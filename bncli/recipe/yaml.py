@@ -59,6 +59,14 @@ class CoreLoader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012 -- as PyYAML has it
     values = depth = 0
 
+    def scan_flow_scalar_non_spaces(self, double: bool, start_mark: yaml.Mark) -> list[str]:
+        try:
+            found: list[str] = super().scan_flow_scalar_non_spaces(double, start_mark)
+            "".join(found).encode()  # neither "\\ud800", half a character, nor "\\U00110000", none
+        except ValueError as error:
+            raise yaml.scanner.ScannerError(None, None, "an escape is of no character", start_mark) from error
+        return found
+
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self.values += 1
         self.depth += 1

@@ -84,8 +84,8 @@ def rendered(draw: Callable[..., None], kind: str, dpi: int = 160, for_page: boo
     try:
         import matplotlib
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise FileError(MISSING) from error
+    except (ImportError, ValueError) as error:  # ValueError: of MPLBACKEND
+        raise FileError(f"{MISSING} ({error})") from error
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE | {"svg.fonttype": "none" if for_page else "path"})

@@ -19,6 +19,7 @@ from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, R
 from bncli.results.environment import COMPARISON_VERSION, RUNS_VERSION
 from bncli.results.serialize import Mismatch, from_plain, to_plain
 from bncli.results.train import Evaluated, Event, RunFinished, RunResult
+from bncli.storage import read_plain
 
 T = TypeVar("T")
 Result = TypeVar("Result", BegunComparison, Comparison, RunRecord, RunResult)
@@ -169,10 +170,10 @@ def event_line(event: Event) -> str:
 def load(path: Path, parse: Callable[[str], T], field: str, wanted: str = "a JSON file that bncli wrote") -> T:
     """What `parse` makes of a file that was named for the argument `field`. Raises UsageError."""
     try:
-        return parse(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        return parse(read_plain(path, follow=True).decode())
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text, or nested too deeply"
         message = f"cannot be read: {why}; give {wanted}"
         raise UsageError(message, field=field, value=path) from error
     except FileError as error:
-        raise UsageError(str(error), field=field, value=path) from error
+        raise UsageError(str(error).removeprefix(f"{path}: "), field=field, value=path) from error

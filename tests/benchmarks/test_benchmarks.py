@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -21,8 +23,10 @@ from bncli.cli import app
 from bncli.kernels.fused import cpu
 from bncli.measure.timing.clock import Work
 from tests.benchmarks import (
+    checkpoints,
     coverage,
     crossings,
+    data_memory,
     gate,
     hazards,
     intervals,
@@ -234,11 +238,20 @@ def test_the_gate_is_tried_on_slowed_kernels_and_on_the_same(capsys: Printed) ->
     ]
 
 
-def test_start_up_prints_a_row_for_each_command(capsys: Printed) -> None:
+def test_start_up_prints_a_row_for_each_command(capsys: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start_up, "train_and_torch_ms", lambda rounds: (900.0, 800.0))
     start_up.main(["--rounds", "0"])
     printed = capsys.readouterr().out
     assert all(f"\n{name}" in printed for name in start_up.COMMANDS)
-    assert "`bncli train` begins its first step after" in printed
+    times = "`bncli train` begins its first step after 900 ms, `import torch` takes 800 ms: 100 ms or 12% above"
+    assert printed.splitlines()[-1] == times
+
+
+def test_checkpoints_prints_what_one_costs_and_both_throughputs(capsys: Printed) -> None:
+    checkpoints.main(["--rounds", "1", "--steps", "20", "--every", "5"])
+    printed = capsys.readouterr().out
+    assert "ResNet-18  11,181,642 parameters     89.57 MB" in printed
+    assert "throughput with / without, paired: " in printed
 
 
 def test_step_overhead_prints_both_loops_and_their_ratio(capsys: Printed) -> None:
@@ -280,3 +293,19 @@ def test_help_mistakes_and_dry_runs_start_at_once() -> None:
 def test_training_begins_soon_after_torch_is_there() -> None:
     train, torch = start_up.train_and_torch_ms(rounds=5)
     assert train <= 1.2 * torch  # the target's 150 ms beside the 0.8 s that torch takes where it was set
+
+
+# --- data in memory -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="PSS and files in memory are Linux's")
+def test_workers_hold_their_data_once_and_take_batches_as_fast_as_from_their_own_memory(capsys: Printed) -> None:
+    assert data_memory.main(["--gb", "0.4", "--jobs", "2"]) == 0
+    words = capsys.readouterr().out
+    found = re.search(r"beyond: [\d,]+ MiB, ([\d.]+) of the data", words)
+    ratio = re.search(r"of 9 pairs: ([\d.]+)", words)
+    assert found
+    assert ratio
+    assert float(found[1]) < 1.3
+    assert float(ratio[1]) < 1.1

@@ -105,7 +105,7 @@ class InThisProcess:
     device: str
     jobs: int | None
     threads: int
-    folder: Path
+    folder: Path = Path()
     checkpoints: Path | None = None
     longest_silence_s: float | None = None
 

@@ -62,6 +62,17 @@ def test_more_jobs_than_the_memory_holds_are_refused_with_the_figures(recipe: st
         assert re.search(rf"--jobs 1000000: {figures}its training 1 MiB\); free memory, or use \d+", ran.err)
 
 
+def test_without_jobs_there_are_as_many_as_the_memory_holds_and_that_is_said(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bncli.measure.dry_run.available_mib", lambda: 190.0)
+    monkeypatch.setattr("bncli.measure.compare.processes.cores", lambda: 3)
+    ran = bncli("compare", recipe, "--device", "cpu", "--dry-run")
+    assert ran.code == 0
+    assert "--jobs 1 instead of one per core: 3 processes need about 511 of 190 MiB available (data 1 MiB" in ran.err
+    assert "one process needs about 171 of 190 MiB available" in ran.words
+
+
 def test_a_dry_run_shows_where_each_value_came_from_and_trains_nothing(recipe: str) -> None:
     ran = bncli("compare", recipe, "--dry-run", "--set", "train.seed=3")
     assert ran.code == 0
@@ -284,6 +295,7 @@ def waiting(folder: Path, recipe: str) -> tuple[subprocess.Popen[str], tuple[str
     return started, command
 
 
+@pytest.mark.usefixtures("runs_here")
 def test_a_comparison_that_is_killed_goes_on_where_it_stopped(
     waiting: tuple[subprocess.Popen[str], tuple[str, ...]],
 ) -> None:
@@ -419,7 +431,9 @@ def test_a_change_in_a_package_that_an_own_model_imports_is_seen(recipe: str) ->
     assert "4 of them already done" in err
 
 
-def test_runs_by_code_changed_meanwhile_are_left_out_and_done_again(recipe: str) -> None:
+def test_runs_by_code_changed_meanwhile_are_left_out_and_done_again(
+    recipe: str, request: pytest.FixtureRequest
+) -> None:
     Path("width.py").write_text("WIDTH = 8\n")
     Path("mine.py").write_text(
         "import os, pathlib\nfrom torch import nn\nfrom width import WIDTH\n"
@@ -440,6 +454,7 @@ def test_runs_by_code_changed_meanwhile_are_left_out_and_done_again(recipe: str)
     assert {"kind": "unfinished", "arm": None, "facts": {"done": 2, "planned": 4, "failed": 1}} in found["notes"]
     assert found["remarks"] == [{"kind": "earlier code", "arm": None, "facts": {"runs": 1}}]
     assert found["notes"][-1] == found["remarks"][0]
+    request.getfixturevalue("runs_here")  # a process of their own was needed for the death of one
     ran = bncli("compare", recipe, *OWN_MODEL, "--json")
     assert ran.code == 0
     assert "2 of them already done" in ran.err

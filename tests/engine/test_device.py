@@ -1,6 +1,9 @@
-"""Devices by name, peaks of memory, the environment of a result, and TF32."""
+"""Devices by name, peaks of memory, the environment of a result, TF32, and deterministic algorithms."""
 
 from __future__ import annotations
+
+import os
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ import torch
 from bncli.engine.device import (
     PeakMemory,
     cpu_threads,
+    deterministic,
     environment,
     in_tf32,
     peak_memory_mib,
@@ -98,3 +102,34 @@ def test_the_number_of_threads_is_restored_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), cpu_threads(before + 1):
         raise ZeroDivisionError
     assert torch.get_num_threads() == before
+
+
+def settings() -> tuple[Any, ...]:
+    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    return *algorithms, torch.backends.cudnn.benchmark, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+
+
+def test_deterministic_algorithms_are_asked_for_and_the_settings_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    before = settings()
+    with deterministic(False):
+        assert settings() == before
+    with deterministic(True):
+        assert settings() == (True, False, False, ":4096:8")
+    assert settings() == before
+    with pytest.raises(KeyError), deterministic(True):
+        raise KeyError
+    assert settings() == before
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    with deterministic(True):
+        assert settings()[-1] == ":16:8"
+    assert settings()[-1] == ":16:8"
+
+
+def test_an_operator_without_a_deterministic_algorithm_is_named() -> None:
+    said = "x_backward_cuda does not have a deterministic implementation, but you set ... You can turn it off"
+    with pytest.raises(Unavailable, match=r"train\.deterministic: x_backward_cuda does not have"), deterministic(True):
+        raise RuntimeError(said)
+    with pytest.raises(RuntimeError, match="something else"), deterministic(True):
+        raise RuntimeError("something else")

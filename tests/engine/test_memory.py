@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bncli.engine.memory import available_mib, is_out_of_memory
+from bncli.engine.memory import available_mib
+from bncli.errors import is_out_of_memory
 
 NOWHERE = Path("/nonexistent")
 MIB = 2**20

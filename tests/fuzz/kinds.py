@@ -334,14 +334,14 @@ def trained(folder: Path, **options: Any) -> tuple[Recipe, Dataset, dict[str, by
 def checkpoints(folder: Path) -> Kind:
     recipe, dataset, saved = trained(folder, stopped=True)
     content = saved["checkpoint"]
-    head = len(checkpoint.FIRST_LINE.format("0" * 64))
+    head = checkpoint.START
 
     def attempt(data: bytes) -> None:
         for _ in train(recipe, "cpu", dataset=dataset, threads=1, checkpoint=data):
             pass
 
     def signed_again(body: bytes) -> bytes:
-        return checkpoint.FIRST_LINE.format(hashlib.sha256(body).hexdigest()).encode() + body
+        return checkpoint.FORMAT + hashlib.sha256(body).hexdigest().encode() + b"\n" + body
 
     def make(random: Random) -> bytes:
         """One whose digest and checksums are right, with another pickle or other tensors."""

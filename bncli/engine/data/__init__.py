@@ -39,7 +39,6 @@ def load(
 
     memory: the descriptor of a file in memory that processes share on a CPU, see `arrays.shared`.
     """
-
     if isinstance(spec, Hub):
         from bncli.engine.data import hub
 

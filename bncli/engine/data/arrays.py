@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from bncli.engine.data.splits import evaluation_order, holdout_split
-from bncli.engine.memory import available_mib, out_of_memory_is
-from bncli.errors import DataError
+from bncli.engine.memory import available_mib
+from bncli.errors import DataError, out_of_memory_is
 
 ALIGNMENT = 64  # bytes, torch's own for new tensors: at another one, matrix products may differ in their last bits
 UNCHECKED = 2**26  # bytes; asking for the available memory takes 10 ms
-INDEX = 2**16  # bytes; a multiple of every page size
+INDEX = 2**22  # bytes, of about 18,000 data sets; a multiple of every page size. What is not written takes no memory
 
 Place = Callable[
     [tuple[int, ...], torch.dtype], Tensor
@@ -78,13 +78,13 @@ def in_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def _room(nbytes: int) -> Iterator[None]:
-    """A context that allocates so many bytes. Raises DataError for more than are available or the system gives."""
+def _room(nbytes: int, taken: bool = False) -> Iterator[None]:
+    """A context that allocates so many bytes, or maps those `taken` before. Raises DataError where it cannot."""
     words = (
         f"data: the examples take {nbytes / 2**20:,.0f} MiB in memory, and {{}}; free memory, store fewer or smaller "
         "examples, or use images by data.source: hub, which decodes large sets batch by batch"
     )
-    if nbytes > UNCHECKED and nbytes / 2**20 > (available := available_mib()):
+    if not taken and nbytes > UNCHECKED and nbytes / 2**20 > (available := available_mib()):
         raise DataError(words.format(f"{available:,.0f} MiB are available"))
     with out_of_memory_is(DataError(words.format("the system refuses them to this process"))):
         yield
@@ -93,39 +93,42 @@ def _room(nbytes: int) -> Iterator[None]:
 def shared(descriptor: int, key: str, read: Callable[[Place], Any]) -> Any:
     """What `read` gives; Arrays are read by the first process that asks for `key`, and mapped by all.
 
-    descriptor: an empty file in memory (`os.memfd_create`) that the processes inherit. It begins with an index in JSON,
-    key -> the tensors, which is written when they are filled, under a lock that ends with its process: the next one
-    reads anew what one that died left unfinished. What a process writes into its tensors afterwards stays its own.
+    descriptor: an empty file in memory (`os.memfd_create`) that the processes inherit. It begins with an index, a line
+    of JSON a data set, which is written when its tensors are filled, under a lock that ends with its process: the next
+    one reads anew what one that died left unfinished. What a process writes into its tensors afterwards stays its own.
     """
     import fcntl  # not on Windows, which has no such files either
 
     with open(f"/proc/self/fd/{descriptor}", "r+b", buffering=0) as file:  # opened anew, since a lock is an opening's
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
-            index = json.loads(os.pread(file.fileno(), INDEX, 0).rstrip(b"\0") or b"{}")
-            os.truncate(file.fileno(), end := max([INDEX, *(each["end"] for each in index.values())]))
-            placed: list[tuple[int, tuple[int, ...], str]] = []
+            *lines, _ = os.pread(file.fileno(), INDEX, 0).rstrip(b"\0").split(b"\n")  # the last is empty, or cut short
+            index = [json.loads(line) for line in lines]
+            known = next((each for each in index if each["key"] == key), None)
+            if known is None:
+                end, placed = max([INDEX, *(each["end"] for each in index)]), list[tuple[int, tuple[int, ...], str]]()
+                os.truncate(file.fileno(), end)
 
-            def place(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-                nonlocal end
-                nbytes = math.prod(shape) * dtype.itemsize
-                placed.append((end, shape, str(dtype).removeprefix("torch.")))
-                with _room(nbytes):
-                    os.truncate(file.fileno(), end := end + -(-nbytes // INDEX) * INDEX)
+                def place(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+                    nonlocal end
+                    placed.append((end, shape, str(dtype).removeprefix("torch.")))
+                    end += -(-math.prod(shape) * dtype.itemsize // INDEX) * INDEX
+                    os.truncate(file.fileno(), end)
                     return _mapped(file.fileno(), mmap.ACCESS_WRITE, *placed[-1])
 
-            if key not in index:
                 if not isinstance(found := read(place), Arrays):
                     return found
-                index[key] = {"end": end, "tensors": placed, "counts": [found.train, found.classes]}
-                os.pwrite(file.fileno(), json.dumps(index).encode(), 0)
-            x, y, mean, std = (_mapped(file.fileno(), mmap.ACCESS_COPY, *each) for each in index[key]["tensors"])
-            return Arrays(x, y, mean, std, *index[key]["counts"])
+                known = {"key": key, "end": end, "tensors": placed, "counts": [found.train, found.classes]}
+                os.pwrite(file.fileno(), json.dumps(known).encode() + b"\n", sum(len(line) + 1 for line in lines))
+            x, y, mean, std = (_mapped(file.fileno(), mmap.ACCESS_COPY, *each) for each in known["tensors"])
+            return Arrays(x, y, mean, std, *known["counts"])
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: a mapping keeps the file open
 
 
 def _mapped(file: int, access: int, start: int, shape: tuple[int, ...], dtype: str) -> Tensor:
     kind: torch.dtype = getattr(torch, dtype)
-    mapping = mmap.mmap(file, math.prod(shape) * kind.itemsize, access=access, offset=start)
+    nbytes = math.prod(shape) * kind.itemsize
+    with _room(nbytes, taken=access == mmap.ACCESS_COPY):
+        mapping = mmap.mmap(file, nbytes, access=access, offset=start)
     return torch.frombuffer(mapping, dtype=kind).view(shape)

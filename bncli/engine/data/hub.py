@@ -9,6 +9,7 @@ import importlib
 import logging
 import math
 import multiprocessing
+import os
 import re
 import signal
 import ssl
@@ -122,7 +123,7 @@ def open_tables(
     A single Parquet file is the training split. If the Hub cannot be reached, the library's cache is used. Raises
     DataError if there is no such data set, and for any exception of the library, with its last line.
     """
-    library, path = _library(), Path(name).expanduser()
+    library, path = _library(), Path(os.path.expanduser(name))
     if path.is_dir():
         return _tables(name, LOCAL, partial(library.load_dataset, str(path), name=config))
     if path.suffix == ".parquet" and path.is_file():

@@ -17,10 +17,9 @@ from bncli.engine import data
 from bncli.engine.data.splits import Dataset, InMemory
 from bncli.engine.device import autocast, cpu_threads, deterministic, environment, in_tf32, resolve, tf32_allowed
 from bncli.engine.load import CoreWait
-from bncli.engine.memory import out_of_memory_is
 from bncli.engine.models import blame_own_model
 from bncli.engine.target import evaluation_steps
-from bncli.engine.train.checkpoint import Saving, check_belongs, restore, unpacked
+from bncli.engine.train.checkpoint import Saving, check_belongs, origin, restore, unpacked
 from bncli.engine.train.evaluation import evaluate, evaluation_size
 from bncli.engine.train.optim import set_learning_rate
 from bncli.engine.train.population import GivenUp
@@ -29,7 +28,7 @@ from bncli.engine.train.state import TrainState, check_fit
 from bncli.engine.train.threads import FEWEST, multiply_adds
 from bncli.engine.train.weights import put
 from bncli.engine.user_code import LoadedFiles
-from bncli.errors import RunFailed
+from bncli.errors import RunFailed, out_of_memory_is
 from bncli.recipe.sections import OwnModel, Recipe
 from bncli.results.environment import Environment
 from bncli.results.train import (
@@ -98,8 +97,8 @@ def train(
             dataset = data.load(recipe.data, on, data.MEMORY_FORMATS[recipe.train.memory_format])
         check_fit(recipe, dataset)
         if saved:
-            check_belongs(saved, recipe, dataset, on, threads)
-            threads = saved["threads"]
+            threads = threads or saved["origin"]["threads"]
+            check_belongs(saved, origin(recipe, dataset, on, threads))
         own, by_size = isinstance(recipe.model, OwnModel), threads is None and on.type == "cpu"
         most = threads or torch.get_num_threads()
         # Initial weights depend on the threads in their last bits, so these are set before, or are 1 where unknown yet.

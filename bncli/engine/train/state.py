@@ -29,6 +29,7 @@ from bncli.results.train import Evaluation, ProbePoint, RunningStatistics, Targe
 LSUV_EXAMPLES = 500
 # Attributes that are saved as they are, and by their state_dict.
 NUMBERS = ("step", "batches", "skipped", "train_loss", "evaluation_s", "checkpoint_s")
+NOT_HELD = (torch.complex32, torch.complex128, torch.quint8, torch.qint8, torch.qint32)  # in safetensors files
 PARTS = ("model", "optimizer", "scaler")
 
 
@@ -65,7 +66,7 @@ class TrainState:
         self.scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
         if train.compile:
             torch.compiler.reset()  # earlier runs of this process count towards the recompile limit
-            self.model.compile()
+            self.model.compile(dynamic=False)
         begin_training(self.model)
         self.evaluations: list[Evaluation] = []
         self.running_statistics: tuple[RunningStatistics, ...] | None = None
@@ -199,9 +200,16 @@ def check_fit(recipe: Recipe, dataset: Dataset) -> None:
         raise DataError(f"{dotted(keys)}: {text}")
 
 
+def can_hold(value: Any) -> bool:
+    """Whether a safetensors file can hold an entry of a state_dict."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and value.dtype not in NOT_HELD
+
+
 def copies(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state_dict, copied to the CPU; what is no tensor is left out."""
-    return {name: each.detach().to("cpu", copy=True) for name, each in tensors.items() if isinstance(each, Tensor)}
+    """Those of a state_dict that a safetensors file can hold, copied to the CPU."""
+    contiguous = torch.contiguous_format
+    held = {name: each.detach() for name, each in tensors.items() if can_hold(each)}
+    return {name: each.to("cpu", copy=True, memory_format=contiguous) for name, each in held.items()}
 
 
 def sample(dataset: Dataset, seed: int, count: int) -> Tensor:

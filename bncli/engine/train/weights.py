@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors.torch
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 import bncli
@@ -20,167 +19,136 @@ from bncli.engine.device import cpu_threads, deterministic, resolve, tf32_allowe
 from bncli.engine.models import blame_own_model, build
 from bncli.engine.models.init import global_generators, restore_global_generators
 from bncli.engine.train.evaluation import measured
-from bncli.engine.train.state import TrainState, check_fit, copies
+from bncli.engine.train.state import TrainState, can_hold, check_fit, copies
 from bncli.errors import CODE_OF_YOURS, FileError, UsageError
 from bncli.recipe.layers import Norm, contradictions, layers, shape_contradictions, size, walk
+from bncli.recipe.load import plain
 from bncli.recipe.sections import Init, OwnModel, Recipe
 from bncli.recipe.yaml import dotted
 from bncli.results.serialize import from_plain, to_plain
 from bncli.results.train import Evaluation
 from bncli.storage import read_plain
 
-VERSION = "1"
 MODEL = "model.safetensors"
-NOT_HELD = (torch.complex32, torch.complex128)  # by the format
+VERSION = 1
+NAME = "the file of weights"  # in errors, where its path is not known
 
 
-class SavedModel(NamedTuple):
-    """What a file of weights holds. left_out: of the state_dict; no tensors. evaluation: of these weights, if any."""
+@dataclass(frozen=True)
+class About:
+    """What a file says about its weights: its metadata, each value in JSON."""
 
-    tensors: dict[str, Tensor]
-    recipe: Recipe
-    evaluation: Evaluation | None
+    recipe: dict[str, Any]
+    metrics: Evaluation | None  # of these weights; None where the run ended between two evaluations
     shape: tuple[int, ...]  # of an example
     classes: int
-    threads: int
-    left_out: list[str]
+    threads: int  # of the CPU
+    left_out: tuple[str, ...]  # of the state_dict, since the format cannot hold them
+    bncli: str
+    version: int
 
 
 def packed_weights(state: TrainState, best: bool) -> bytes:
-    """The state's weights, or those at its best evaluation, with their recipe and evaluation, as a safetensors file."""
-    last, evaluation = state.evaluations[-1], state.best_evaluation
-    if best and evaluation and state.best and state.best[0] == evaluation.step:
+    """The state's weights, or those at its best evaluation, as a safetensors file with what belongs to them."""
+    last, metrics = state.evaluations[-1], state.best_evaluation
+    if best and state.best and metrics and state.best[0] == metrics.step:
         weights = state.best[1]
     else:
-        if best and evaluation and evaluation.step != state.step:
-            warnings.warn(
-                f"the weights at the best evaluation, after step {evaluation.step}, were not kept, as train.keep was "
-                f"last then; those after step {state.step} are saved",
-                stacklevel=2,
-            )
-        evaluation = last if last.step == state.step else None
-        weights = copies(state.model.state_dict()) | (state.population if evaluation else {})
-    held = {
-        name: each.contiguous()
-        for name, each in weights.items()
-        if each.layout is torch.strided and not each.is_quantized and each.dtype not in NOT_HELD
-    }
-    left_out = [name for name in state.model.state_dict() if name not in held]
+        if best and metrics and metrics.step != state.step:
+            why = "train.keep was last then"
+            text = f"the weights after step {metrics.step}, the best, were not kept, as {why}; step {state.step} is"
+            warnings.warn(text, stacklevel=2)
+        metrics = last if last.step == state.step else None
+        weights = copies(state.model.state_dict()) | (state.population if metrics else {})
+    left_out = tuple(name for name in state.model.state_dict() if name not in weights)
     if left_out:
-        warnings.warn(f"not in the file of the weights: {', '.join(left_out)}, which it cannot hold", stacklevel=2)
-    metadata = {
-        "format": "pt",  # by which other programs know whose tensors they are
-        "bncli": bncli.__version__,
-        "version": VERSION,
-        "recipe": state.recipe.model_dump_json(),
-        "metrics": json.dumps(evaluation and to_plain(evaluation)),
-        "shape": json.dumps(state.dataset.shape),
-        "classes": str(state.dataset.classes),
-        "threads": str(torch.get_num_threads()),
-        "left_out": json.dumps(left_out),
-    }
-    return safetensors.torch.save(held, metadata)
+        warnings.warn(f"a file of weights cannot hold {', '.join(left_out)}, which it leaves out", stacklevel=2)
+    shape, classes = state.dataset.shape, state.dataset.classes
+    threads, recipe = torch.get_num_threads(), plain(state.recipe)
+    about = About(recipe, metrics, shape, classes, threads, left_out, bncli.__version__, VERSION)
+    return safetensors.torch.save(
+        weights, {"format": "pt"} | {name: json.dumps(value) for name, value in to_plain(about).items()}
+    )
 
 
 # --- read and checked -----------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[bytes]:
-    """The content of a file of weights, given itself or as its run's folder. Errors about it name the file."""
+def read(path: Path) -> tuple[bytes, str]:
+    """The content of a file of weights, given itself or as its run's folder, and its path. Raises FileError."""
     in_folder = path.is_dir()
     file = path / MODEL if in_folder else path
     try:
-        content = read_plain(file, follow=not in_folder)
+        return read_plain(file, follow=not in_folder), str(file)
     except (OSError, ValueError) as error:
         raise FileError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    try:
-        yield content
-    except FileError as error:
-        raise FileError(*(f"{file}: {mistake}" for mistake in error.mistakes)) from error
 
 
-def tensors_of(content: bytes) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises FileError for any other content."""
+def tensors_of(content: bytes, where: str = NAME) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises FileError, in whose sentence it is called `where`, for another file."""
     try:
         return safetensors.torch.load(content)
     except Exception as error:  # of the format's own kind, or for a type that torch does not have
-        raise FileError(f"is damaged or no safetensors file: {' '.join(str(error).split())[:200]}") from error
+        why = " ".join(str(error).split())[:200]
+        raise FileError(f"{where}: is damaged, or no safetensors file: {why}") from error
 
 
-def unpacked_weights(content: bytes, allow_code: bool = False) -> SavedModel:
-    """The content of a file of weights that bncli saved.
+def unpacked_weights(
+    content: bytes, allow_code: bool = False, where: str = NAME
+) -> tuple[dict[str, Tensor], Recipe, About]:
+    """The content of a file of weights that a run saved.
 
-    Raises FileError for any other content, and UsageError for one whose model is the user's own code, which is run only
-    if `allow_code`.
+    Raises FileError for another file, and UsageError for one whose model is the user's own code, unless `allow_code`.
     """
-    tensors = tensors_of(content)
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    about: dict[str, str] = header.get("__metadata__") or {}
-    if about.get("version") != VERSION or "recipe" not in about:
-        raise FileError("was not saved by this version of bncli, or names no recipe: its tensors are all that it holds")
+    tensors = tensors_of(content, where)
+    said = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
+    if json.dumps(VERSION) != said.pop("version", None):
+        raise FileError(f"{where}: no run of this version of bncli saved it; it holds tensors alone")
     try:
-        recipe = Recipe.model_validate_json(about["recipe"])
-        metrics = json.loads(about["metrics"])
-        evaluation = None if metrics is None else from_plain(Evaluation, metrics)
-        shape, classes, threads = (json.loads(about[name]) for name in ("shape", "classes", "threads"))
-        left_out = [str(name) for name in json.loads(about["left_out"])]
-        numbers = [*shape, classes, threads]
-        if not all(type(each) is int and 0 < each < 2**31 for each in numbers) or threads >= 2**12:
-            raise ValueError("a size that is no positive number")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        what = "its recipe" if isinstance(error, ValidationError) else str(error)[:200]
-        raise FileError(f"what it says about its weights cannot be read: {what}") from error
+        values = {name: json.loads(text) for name, text in said.items() if name != "format"}
+        about = from_plain(About, values | {"version": VERSION})
+        recipe = Recipe.model_validate(about.recipe)
+        if not all(0 < number < 2**31 for number in (*about.shape, about.classes)) or not 0 < about.threads < 2**12:
+            raise ValueError("a size is out of range")
+        wrong = [*contradictions(recipe), *shape_contradictions(recipe, about.shape, about.classes)]
+        if wrong:
+            raise ValueError(f"{dotted(wrong[0][0])}: {wrong[0][1]}")
+    except (ValueError, RecursionError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise FileError(f"{where}: what it says about its weights is wrong: {why}") from error
     if isinstance(recipe.model, OwnModel) and not allow_code:
-        raise UsageError(f"its model is {recipe.model.module}, {CODE_OF_YOURS}", permission="allow_code")
-    saved = SavedModel(tensors, recipe, evaluation, tuple(shape), classes, threads, left_out)
-    _check_size(saved)
-    return saved
+        raise UsageError(f"{where}: its model is {recipe.model.module}, {CODE_OF_YOURS}", permission="allow_code")
+    if planned := layers(recipe, about.shape, about.classes):  # before anything of that size is made
+        channels = sum(layer.channels for layer, _, _ in walk(planned, about.shape) if isinstance(layer, Norm))
+        needs = size(planned, about.shape)[0].parameters + channels * getattr(recipe.norm, "group_size", 0)
+        if needs > (has := sum(tensor.numel() for tensor in tensors.values())):
+            raise FileError(f"{where}: holds {has:,} numbers, and the model of its recipe needs {needs:,}")
+        # They are replaced, so they need neither data nor time.
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"init": Init()})})
+    return tensors, recipe, about
 
 
-def _check_size(saved: SavedModel) -> None:
-    """Raises FileError for a recipe that contradicts itself, or whose model has more weights than the file."""
-    recipe = saved.recipe
-    found = [*contradictions(recipe), *shape_contradictions(recipe, saved.shape, saved.classes)]
-    if found:
-        keys, why = found[0]
-        raise FileError(f"its recipe is wrong: {dotted(keys)}: {why}")
-    if planned := layers(recipe, saved.shape, saved.classes):
-        norms = [layer.channels for layer, _, _ in walk(planned, saved.shape) if isinstance(layer, Norm)]
-        needed = size(planned, saved.shape)[0].parameters + sum(norms) * getattr(recipe.norm, "group_size", 0)
-        if needed > (has := sum(each.numel() for each in saved.tensors.values())):
-            raise FileError(f"has {has:,} numbers, and its recipe's model needs {needed:,}")
-
-
-def misfits(weights: Mapping[str, Any], model: nn.Module) -> list[str]:
-    """In what a state_dict is not of that model, in sentences; what is no tensor in the model's may be missing."""
-    held = {name: each for name, each in model.state_dict().items() if isinstance(each, Tensor)}
-    shapes = [f"{name} {tuple(weights[name].shape)} in place of {tuple(each.shape)}" for name, each in held.items()
-              if name in weights and weights[name].shape != each.shape]  # fmt: skip
+def put(weights: Mapping[str, Any], model: nn.Module, file: str | None = None) -> None:
+    """Load a state_dict whole. For one of another model it raises FileError, about that file, or UsageError."""
+    held = model.state_dict()
+    tensors = {name: tuple(each.shape) for name, each in held.items() if can_hold(each)}
+    shapes = {name: tuple(weights[name].shape) for name in tensors if name in weights}
     found = {
-        "is missing": [name for name in held if name not in weights],
-        "does not belong to this model": [name for name in weights if name not in model.state_dict()],
-        "has another shape": shapes,
+        "not there": [name for name in tensors if name not in weights],
+        "not of this model": [name for name in weights if name not in held],
+        "of another shape": [f"{k} {shape} for {tensors[k]}" for k, shape in shapes.items() if shape != tensors[k]],
     }
-    return [
-        f"{len(names)} of {len(held)} tensors: {', '.join(names[:3])}{', ...' * (len(names) > 3)} {what}"
+    mistakes = [
+        f"{len(names)} of its tensors {'is' if len(names) == 1 else 'are'} {what}: "
+        f"{', '.join(names[:3])}{', ...' * (len(names) > 3)}"
         for what, names in found.items()
         if names
     ]
-
-
-def put(weights: Mapping[str, Any], model: nn.Module) -> None:
-    """Load a state_dict, all of it. Raises UsageError, field from_weights, for one of another model."""
-    if mistakes := misfits(weights, model):
+    if mistakes and file:
+        raise FileError(*(f"{file}: {mistake}" for mistake in mistakes))
+    if mistakes:
         raise UsageError(*mistakes, field="from_weights")
     model.load_state_dict(weights, strict=False)
-
-
-def _cheaply_initialized(recipe: Recipe) -> Recipe:
-    """The recipe with initial weights that need neither data nor time, as they will be replaced."""
-    if isinstance(recipe.model, OwnModel):
-        return recipe
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"init": Init()}), "probes": None})
 
 
 # --- used -----------------------------------------------------------------------------------------------------------
@@ -189,48 +157,42 @@ def _cheaply_initialized(recipe: Recipe) -> Recipe:
 def load_model(path: str | Path, allow_code: bool = False, device: str = "cpu") -> nn.Module:
     """The trained model of a run, in evaluation mode.
 
-    It takes (N, *shape) float32 that are normalized as data.normalize says in the run's recipe: with `unit` pixels are
-    divided by 255 (those of the digits by 16) and other numbers are as they are; with `standard`, each channel of
-    images or feature of vectors has the mean of the training examples subtracted and is divided by their deviation.
+    Its inputs must be normalized as the recipe's data.normalize says. unit: pixels as bytes divided by 255 (digits: by
+    16), other numbers as they are. standard: less the mean and divided by the deviation of the training examples, of
+    each channel for images, of each feature for vectors.
 
     Args:
-        path: the folder of a run of `bncli train`, or a file of its weights (.safetensors).
-        allow_code: run the code of a model of the user's own, which the file's recipe names.
+        path: the folder of a run of `bncli train`, or one of its .safetensors files.
+        allow_code: run a model of the user's own, which the file names.
         device: auto, cpu, cuda, cuda:N or mps.
 
     Returns:
-        A module from (N, *shape) to (N, classes) logits.
+        A module from (N, *shape), float32, to (N, classes) logits.
 
     Raises:
-        FileError: for a file that is missing, damaged, or not of a run.
-        UsageError: for a model of the user's own without `allow_code`, or whose code does not fit the file.
+        FileError: for a file that is missing, damaged, not of a run, or does not fit its model.
+        UsageError: for a model of the user's own, without `allow_code` or if it cannot be built.
         Unavailable: for a device or a kernel that cannot run here.
     """
-    on = resolve(device)
-    with opened(Path(path)) as content:
-        saved = unpacked_weights(content, allow_code)
-    cpu = torch.device("cpu")
-    before = global_generators(cpu)
+    on, (content, file) = resolve(device), read(Path(path))
+    tensors, recipe, about = unpacked_weights(content, allow_code, file)
+    before = global_generators(torch.device("cpu"))
     try:
-        model = build(_cheaply_initialized(saved.recipe), saved.shape, saved.classes, device=on)
+        model = build(recipe, about.shape, about.classes, device=on)
     finally:
-        restore_global_generators(before, cpu)
-    if mistakes := misfits(saved.tensors, model):
-        raise FileError(*(f"{path}: {mistake}" for mistake in mistakes))
-    model.load_state_dict(saved.tensors, strict=False)
+        restore_global_generators(before, torch.device("cpu"))
+    put(tensors, model, file)
     return model.to(on).eval()
 
 
 def evaluate_weights(
-    content: bytes, device: str = "auto", threads: int | None = None, allow_code: bool = False
+    path: Path, device: str = "auto", threads: int | None = None, allow_code: bool = False
 ) -> tuple[Recipe, Evaluation]:
-    """Evaluate saved weights on the held-out data of their recipe, in chunks and precision as the run did.
+    """Evaluate a file of weights on the held-out data of its recipe: all digits are the run's, on the same machine.
 
     Args:
-        content: of a file of weights.
-        device: auto, cpu, cuda, cuda:N or mps.
-        threads: CPU threads; None for the run's. On the same machine with the same number, all digits are the run's.
-        allow_code: run the code of a model of the user's own, which the file's recipe names.
+        path, device, allow_code: as for `load_model`.
+        threads: CPU threads; None for the run's.
 
     Returns:
         The recipe, and the evaluation at the step of these weights.
@@ -238,20 +200,18 @@ def evaluate_weights(
     Raises:
         As `load_model` and `train`.
     """
-    saved, on = unpacked_weights(content, allow_code), resolve(device)
-    recipe = _cheaply_initialized(saved.recipe)
+    on, (content, file) = resolve(device), read(path)
+    tensors, recipe, about = unpacked_weights(content, allow_code, file)
     options = recipe.train
     with (
         deterministic(options.deterministic and on.type == "cuda"),
         blame_own_model(recipe),
         tf32_allowed(options.tf32),
-        cpu_threads(threads or saved.threads),
+        cpu_threads(threads or about.threads),
     ):
         dataset = data.load(recipe.data, on, data.MEMORY_FORMATS[options.memory_format])
         check_fit(recipe, dataset)
         state = TrainState(recipe, dataset, on)
-        if mistakes := misfits(saved.tensors, state.model):
-            raise FileError(*mistakes)
-        state.model.load_state_dict(saved.tensors, strict=False)
-        state.step = saved.evaluation.step if saved.evaluation else 0
-        return saved.recipe, measured(state)
+        put(tensors, state.model, file)
+        state.step = about.metrics.step if about.metrics else 0
+        return Recipe.model_validate(about.recipe), measured(state)

@@ -103,23 +103,21 @@ def serve(
         progress = _Progress(out, key, stopping)
         metric = recipe.train.target.metric if recipe.train.target else "accuracy"
         checking, file = job["check"], job.get("checkpoint")
-        arguments = {"dataset": loaded[source], "threads": threads, "name": key}
-        train_it = partial(train, recipe, device_name, **arguments, stop=progress)
+        begin = partial(trial if checking else partial(train, stop=progress), recipe, device_name)
+        begin = partial(begin, dataset=loaded[source], threads=threads, name=key)
         try:
-            events = trial(recipe, device_name, **arguments) if checking else _continued(train_it, file and Path(file))
-            for event in events:
+            for event in _continued(begin, Path(file)) if file else begin():
                 if isinstance(event, RunStarted | RunFinished):  # a forward pass may import as well
                     user_files.note()
                 if isinstance(event, StepDone):
-                    progress.step = event.step
+                    progress(step=event.step)
                 elif isinstance(event, Evaluated):
-                    progress.step, progress.value = event.evaluation.step, event.evaluation.value(metric)
+                    progress(step=event.evaluation.step, value=event.evaluation.value(metric))
                 elif isinstance(event, RunFinished) and event.result.status == "interrupted" and not checking:
                     _say(out, key=key, stopped=event.result.steps_run)
                 elif isinstance(event, RunFinished):
                     code = user_files.files if isinstance(recipe.model, OwnModel) else {}
                     _say(out, key=key, result=to_plain(event.result), code=code)
-                progress()
         except (DataError, Unavailable):
             raise
         except (Exception, SystemExit) as error:
@@ -128,10 +126,8 @@ def serve(
             _say(out, key=key, failure=name + " ".join((str(error) or "no message").split()))
 
 
-def _continued(begin: Callable[..., Iterator[Event]], file: Path | None) -> Iterator[Event]:
+def _continued(begin: Callable[..., Iterator[Event]], file: Path) -> Iterator[Event]:
     """The events of a run from its checkpoint on; from its beginning where there is none, or none that fits."""
-    if file is None:
-        return begin()
     begin = partial(begin, save={"checkpoint": partial(replace, file, read_back=True)})
     try:
         events = begin(checkpoint=read_plain(file))
@@ -147,14 +143,14 @@ class _Progress:
     """Says how far a run is, at most every REPORT_EVERY_S. Called after every step; returns whether to stop."""
 
     def __init__(self, out: TextIO, key: str, stopping: threading.Event) -> None:
-        self.out, self.key, self.stopping = out, key, stopping
-        self.step, self._said = 0, 0.0
-        self.value: float | None = None
+        self.out, self.stopping, self._said = out, stopping, 0.0
+        self.message = {"key": key, "step": 0, "value": None}
 
-    def __call__(self) -> bool:
+    def __call__(self, **seen: Any) -> bool:
+        self.message |= seen
         if monotonic() - self._said > REPORT_EVERY_S:
             self._said = monotonic()
-            _say(self.out, key=self.key, step=self.step, value=self.value)
+            _say(self.out, **self.message)
         return self.stopping.is_set()
 
 

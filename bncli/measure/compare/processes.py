@@ -51,7 +51,7 @@ class Processes:
     device: str
     jobs: int | None
     threads: int
-    folder: Path  # for the workers' logs
+    folder: Path = Path()  # for the workers' logs
     checkpoints: Path | None = None  # folder for the states of runs whose recipes have train.checkpoint
     longest_silence_s: float | None = None  # between two messages of a worker; then its run is ended
     command: Sequence[str] = (sys.executable, "-c", WORKER)

@@ -6,15 +6,19 @@ Shape letters: N batch, C channels, *S positions.
 from __future__ import annotations
 
 import csv
+import io
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bncli.errors import UsageError, UsageErrors
+from bncli.errors import FileError, UsageError, UsageErrors
+from bncli.storage import read_plain
 
 Shape = tuple[int, ...]
 MOST_MISTAKES = 5  # of a file, shown
+MOST_SIZE, SIZE = 10**9 - 1, r"0*[1-9][0-9]{0,8}"
 
 
 class Calls(NamedTuple):
@@ -117,11 +121,10 @@ def chosen(name: str | None, typed: Sequence[str], batch: int | None, *, cuda: b
 
 def parse(text: str, field: str = "shape") -> Shape:
     """256x64x56x56 -> (256, 64, 56, 56). Raises UsageError for what is no (N, C, *S) of two to five sizes."""
-    sizes = text.lower().split("x")
-    if not (2 <= len(sizes) <= 5 and all(size.isascii() and size.isdigit() and int(size) > 0 for size in sizes)):
-        expected = "expected the batch, the channels and up to three sides, whole numbers above 0"
+    if not re.fullmatch(rf"{SIZE}(x{SIZE}){{1,4}}", text.lower()):
+        expected = "expected the batch, the channels and up to three sides, whole numbers above 0 of at most 9 digits"
         raise UsageError(f"{expected}, as in 256x64x56x56 or 60x100", field=field, value=text)
-    return tuple(map(int, sizes))
+    return tuple(map(int, text.lower().split("x")))
 
 
 def read_csv(file: Path) -> tuple[Calls, ...]:
@@ -133,15 +136,15 @@ def read_csv(file: Path) -> tuple[Calls, ...]:
     calls: Counter[Shape] = Counter()
     mistakes = []
     try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:
-            for row in _rows(csv.DictReader(lines), file):
-                if isinstance(row, UsageError):
-                    mistakes.append(row)
-                else:
-                    calls[row.shape] += row.calls
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        why = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
-        raise UsageError(why, field="shapes", value=file) from error
+        lines = io.StringIO(read_plain(file, 1 << 24, follow=True).decode("utf-8-sig"), newline="")
+        for row in _rows(csv.DictReader(lines), file):
+            if isinstance(row, UsageError):
+                mistakes.append(row)
+            else:
+                calls[row.shape] += row.calls
+    except (OSError, ValueError, csv.Error, FileError) as error:
+        why = "there is no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", error)
+        raise UsageError(str(why), field="shapes", value=file) from error
     if mistakes:
         more = len(mistakes) - MOST_MISTAKES
         raise UsageErrors(mistakes[:MOST_MISTAKES] + [UsageError(f"and {more} more")] * (more > 0))
@@ -166,10 +169,9 @@ def _rows(lines: csv.DictReader[str], file: Path) -> Iterator[Calls | UsageError
         try:
             sides = [row["spatial"]] if row.get("spatial") else []
             shape = row["shape"] if "shape" in row else "x".join([row["n"], row["c"], *sides])
-            calls = int(row.get("calls", "1"))
-            if calls < 1:
-                raise ValueError
-            yield Calls(parse(shape), calls)
-        except (ValueError, UsageError):
-            mistake = f"{', '.join(row.values())}; expected: {expected}"
+            if not re.fullmatch(SIZE, calls := row.get("calls", "1")):
+                raise UsageError(calls)
+            yield Calls(parse(shape), int(calls))
+        except UsageError:
+            mistake = f"{', '.join(row.values())[:80]}; expected: {expected}"
             yield UsageError(mistake, field="shapes", value=f"{file}, line {lines.line_num}")

@@ -25,7 +25,7 @@ from bncli.engine.models.whitening import Whitening
 from bncli.engine.train import optimizer_step, trial
 from bncli.engine.train.optim import uncompiled
 from bncli.engine.train.state import TrainState, check_fit
-from bncli.engine.train.weights import opened, put, tensors_of
+from bncli.engine.train.weights import put, read, tensors_of
 from bncli.engine.user_code import blame_user_code, imported
 from bncli.errors import RunFailed, UsageError
 from bncli.measure.profile.norm_diagnostics import TrainingPlan
@@ -158,8 +158,8 @@ class RecipeModel:
         with blame_own_model(recipe):
             state = TrainState(recipe, dataset, device)
         if learns and self.run:
-            with opened(self.run) as content:
-                put(tensors_of(content), state.model)
+            content, file = read(self.run)
+            put(tensors_of(content, file), state.model, file)
         held_out = dataset.held_out
         indices = torch.arange(min(self.batch_size, len(held_out)), device=held_out.index_device)
         x, _ = next(held_out.batches([indices]))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bncli.engine.memory import is_out_of_memory
+from bncli.errors import is_out_of_memory
 from bncli.kernels.definition import Forward
 from bncli.measure.reference.candidate import KernelFailed
 from bncli.measure.reference.case import CPU, Case, Inputs, arguments

@@ -109,7 +109,8 @@ class ComparisonFolder:
 
     def finished(self, keys: Iterable[str]) -> list[RunRecord]:
         """The runs that ended with any of those keys, theirs or their recipe's: one for each version of their code."""
-        return [record for key in keys for name in self._names.get(key, ()) if (record := self._run(name))]
+        names = dict.fromkeys(name for key in keys for name in self._names.get(key, ()))
+        return [record for name in names if (record := self._run(name))]
 
     def failed(self) -> dict[str, RunRecord]:
         """The failed runs of the last call, by file name."""

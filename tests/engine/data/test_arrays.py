@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -86,7 +88,22 @@ def test_what_is_not_held_in_memory_and_what_failed_leave_nothing(memory: int) -
     assert (shared(memory, "a", filled(1.0)).x == 1).all()
 
 
-def child(work: Callable[[], None]) -> int:
+def test_a_line_of_the_index_that_was_cut_short_is_not_read(memory: int) -> None:
+    shared(memory, "a", filled(1.0))
+    written = len(os.pread(memory, 10_000, 0).rstrip(b"\0"))
+    os.pwrite(memory, b'{"key": "b", "end": 99999999, "tensors": [' + b"9" * 500, written)
+    shared(memory, "b", filled(2.0))
+    values = {key: shared(memory, key, never).x.max().item() for key in "ab"}
+    assert values == {"a": 1.0, "b": 2.0}
+
+
+def test_files_in_memory_take_what_is_written_alone(memory: int) -> None:
+    for number in range(50):
+        shared(memory, str(number), filled(1.0))
+    assert 512 * os.fstat(memory).st_blocks < 50 * 6 * mmap.PAGESIZE + 2**16
+
+
+def child(work: Callable[[], object]) -> int:
     """A process that does the work and ends with 0, or with 1 where it raises."""
     if (pid := os.fork()) == 0:
         try:
@@ -116,7 +133,9 @@ def test_processes_wait_for_the_one_that_reads_and_read_anew_if_it_dies(memory: 
     assert (shared(memory, "a", never).x == 1).all()
     reading = child(lambda: shared(memory, "b", read))
     os.read(begun[0], 1)
-    waiting = child(lambda: shared(memory, "b", never))
+    waiting = child(lambda: (os.write(begun[1], b"!"), shared(memory, "b", never)))
+    os.read(begun[0], 1)
+    time.sleep(0.2)  # without a lock it would read by now
     os.write(go_on[1], b"!")
     assert [os.waitpid(pid, 0)[1] for pid in (reading, waiting)] == [0, 0]
     assert (shared(memory, "b", never).x == 9).all()

@@ -150,10 +150,13 @@ def test_an_archive_of_no_arrays_is_refused(tmp_path, x, message):
         read(str(tmp_path / "set.npz"), held_out=1)
 
 
-def test_a_damaged_archive_is_refused(tmp_path):
-    path = save(tmp_path, x=VECTORS, y=LABELS)
-    content = bytearray((tmp_path / "set.npz").read_bytes())
-    content[200:210] = bytes(10)  # inside x: its checksum no longer holds
-    (tmp_path / "set.npz").write_bytes(content)
-    with pytest.raises(DataError, match="cannot be read as arrays of numbers"):
-        read(path, held_out=1)
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_a_damaged_archive_is_refused(tmp_path, write):
+    path = tmp_path / "set.npz"
+    write(path, x=np.zeros((2**15, 33), np.float32), y=np.arange(2**15) % 2)  # x is more than one chunk
+    content = bytearray(path.read_bytes())
+    entry = content.index(b"PK\x01\x02")  # of x, in the list at the end; its checksum is 16 bytes on
+    content[entry + 16] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"cannot be read as arrays of numbers \(Bad CRC-32 for file 'x\.npy'\)"):
+        read(str(path), held_out=1)

@@ -7,6 +7,7 @@ from itertools import islice
 import pytest
 import torch
 
+from bncli.engine.data import splits
 from bncli.engine.data.splits import (
     Conversion,
     InMemory,
@@ -121,6 +122,22 @@ def test_unit_brings_bytes_to_0_to_1_and_leaves_floats_as_they_are():
     assert Conversion(mean, std)(images).flatten().tolist() == pytest.approx([0, 0.2, 1])
     mean, std = normalization(vectors, "unit")
     assert torch.equal((vectors - mean) / std, vectors)
+
+
+@pytest.mark.parametrize("shape", [(1000, 5), (700, 3, 4, 2)])
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_the_statistics_of_parts_are_those_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], as_bytes: bool
+) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul_(5).add_(100)
+    x += torch.arange(len(x)).view(-1, *[1] * (x.dim() - 1)) / 100  # the parts differ in their means
+    x[:, 1] = 3.0
+    x = x.byte() if as_bytes else x
+    whole = normalization(x, "standard")
+    monkeypatch.setattr(splits, "PART", 7 * x[0].numel() + 1)
+    assert len(splits.examples_of(x)) == -(-len(x) // 7)
+    for of_parts, of_whole in zip(normalization(x, "standard"), whole, strict=True):
+        torch.testing.assert_close(of_parts, of_whole, rtol=2**-23, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(200, 5), (40, 3, 6, 4)], ids=["vectors", "images"])

@@ -21,12 +21,20 @@ CPU = torch.device("cpu")
 STEPS = 20  # of batches of 20, with 6 batches an epoch and an evaluation every 5 steps
 IMAGES = {**TINY["data"], "shape": [3, 8, 8], "held_out": 33}
 
+NOT_COMPARED = {"evaluation_s", "checkpoint_s", "probes_s", "intervals", "warm_ups", "peak_memory_mib"}
+
 # A model of the user's own that draws from each of the global generators in its forward pass.
 NOISY = """
 class Noisy(nn.Sequential):
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.register_buffer("passes", torch.tensor(0), persistent=False)
     def forward(self, x):
+        self.passes += 1
+        self[0].bias.requires_grad_(bool(self.passes < 12))
         if self.training:
-            x = x + 0.1 * random.gauss(0, 1) + 0.1 * numpy.random.standard_normal() + 0.1 * torch.randn_like(x)
+            x = x * (1 + self.passes / 100) + 0.1 * random.gauss(0, 1)
+            x = x + 0.1 * numpy.random.standard_normal() + 0.1 * torch.randn_like(x)
         return super().forward(x)
 def make(shape, classes, norm):
     return Noisy(nn.Linear(shape[0], 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, classes))
@@ -34,14 +42,16 @@ def make(shape, classes, norm):
 
 RUNS: dict[str, dict[str, Any]] = {
     "momentum": {"optimizer": {"kind": "sgd", "lr": 0.1, "momentum": 0.9}},
+    "adam": {"optimizer": {"kind": "adam", "lr": 0.01}},
     "adamw": {"optimizer": {"kind": "adamw", "lr": 0.01, "weight_decay": 0.1}},
     "schedule": {
         "optimizer": {"kind": "sgd", "lr": 0.1, "momentum": 0.9},
         "schedule": {"kind": "cosine", "warmup": 3, "final": 0.1},
     },
     "bf16": {"train": {"precision": "bf16"}},
-    "probes": {"probes": {"at": 3}},
-    "precise statistics": {"train": {"population_statistics": "precise"}},
+    "micro-batches, clipped gradients": {"train": {"accumulate": 2, "clip_gradients": 0.1, "label_smoothing": 0.1}},
+    "probes": {"probes": {"at": 3, "measure": ["all"]}},
+    "precise statistics": {"train": {"population_statistics": "precise", "keep": "both"}},
     "fp16 with skipped steps": {
         "data": {**TINY["data"], "noise": 50.0},
         "norm": {"kind": "none"},
@@ -58,10 +68,18 @@ RUNS: dict[str, dict[str, Any]] = {
     "augmentation": {"data": {"source": "npz", "path": "images.npz", "held_out": 40, "augment": "crop-flip"},
                      "model": {"kind": "cnn", "channels": [8]}},
     "dropout": {"model": {"kind": "mlp", "hidden": [16], "dropout": 0.5}, "norm": {"kind": "none"}},
+    "ghost batch norm": {"norm": {"kind": "ghost", "size": 5}},
     "noisy batch norm": {"norm": {"kind": "noisy"}},
     "batch renorm": {"norm": {"kind": "renorm", "warmup": 4, "r_steps": 16, "d_steps": 10}},
     "frozen batch norm": {"norm": {"kind": "frozen", "after": 9}},
+    "whitening": {"norm": {"kind": "whiten"}},
     "a model of the user's own": {"model": {"kind": "module", "module": "mine:make"}, "norm": {"kind": "none"}},
+    "probes and precise statistics of such a model": {
+        "model": {"kind": "module", "module": "mine:make"},
+        "norm": {"kind": "none"},
+        "probes": {"at": 3},
+        "train": {"population_statistics": "precise"},
+    },
 }  # fmt: skip
 
 
@@ -104,43 +122,14 @@ def assert_same_bits(one: Any, other: Any, where: str = "state") -> None:
         assert one.numpy().tobytes() == other.numpy().tobytes(), where
     elif isinstance(one, dict):
         assert one.keys() == other.keys(), where
-        for key in one.keys() - {
-            "evaluation_s",
-            "checkpoint_s",
-            "intervals",
-            "warm_ups",
-            "peak_memory_mib",
-            "probes_s",
-        }:
+        for key in one.keys() - NOT_COMPARED:
             assert_same_bits(one[key], other[key], f"{where}[{key!r}]")
     elif isinstance(one, list | tuple):
         assert len(one) == len(other), where
         for k, (a, b) in enumerate(zip(one, other, strict=True)):
             assert_same_bits(a, b, f"{where}[{k}]")
     else:
-        assert one == other, where
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_a_run_that_is_saved_and_loaded_goes_on_bit_for_bit(name: str, folder: Path) -> None:
-    recipe = recipe_of(name)
-    whole = new_state(recipe)
-    evaluations, result = trained(whole)
-    assert [evaluation.step for evaluation in evaluations] == [0, 5, 10, 15, 20]
-    for step in (1, 5, 6, 13):  # at an evaluation, at an epoch's end, in the third epoch
-        first = new_state(recipe)
-        before, _ = trained(first, step)
-        saved = saved_and_loaded(first, folder / "state.pt")
-        second = new_state(recipe)
-        torch.manual_seed(1)  # what else the process does must not matter
-        second.load_state_dict(saved)
-        assert_same_bits(second.state_dict(), saved)
-        after, resumed = trained(second)
-        assert before + after == evaluations
-        assert_same_bits(second.state_dict(), whole.state_dict())
-        assert (resumed.evaluations, resumed.steps_to_target, resumed.first_hit, resumed.steps_run) == (
-            result.evaluations, result.steps_to_target, result.first_hit, result.steps_run)  # fmt: skip
-        assert sum(steps for steps, _ in second.clock.intervals) == STEPS
+        assert repr(one) == repr(other), where  # of NaN too
 
 
 @pytest.mark.parametrize("name", ["dropout", "noisy batch norm"])
