@@ -154,13 +154,13 @@ SLOW: dict[str, tuple[Call, set[int]]] = {
                                                         {OK, FAILED})
        for arguments, more in ((TRAIN, ("--plot", "x.svg")), (COMPARE, ("--html", "x.html")),
                                (GRADCHECK, ("--html", "x.html")))
-       for most in (0, 300, 1000, 5000, 20_000)},
+       for most in (300, 1000, 5000, 20_000)},
     **{f"{arguments[0]} in a folder of mode {mode:o}": (Call((*arguments, *more), folder("d", mode), ordinary=True),
                                                           {USAGE})
        for mode in (0, 0o555, 0o755)
        for arguments, more in ((TRAIN[:2], ("-o", "d/r")), (COMPARE[:2], ("-o", "d/c")),
                                (GRADCHECK, ("--html", "d/x.html")), (TRAIN[:2], ("--plot", "d/x.svg")))},
-    **{f"train with {name}={value!a}": (Call((*TRAIN, "--plot", "x.svg"), environment={name: value}), {OK, USAGE})
+    **{f"train with {name}={value[:9]!a}": (Call((*TRAIN, "--plot", "x.svg"), environment={name: value}), {OK, USAGE})
        for name, value in (("MPLBACKEND", "none"), ("MPLCONFIGDIR", "/proc/x"), ("TMPDIR", "/none"), ("HOME", "/proc"),
                            ("TERM", "none"), ("TZ", "None/Such"), ("LINES", DIGITS), ("OMP_NUM_THREADS", "x"))},
     **{f"a deep {kind} of {depth}": (call, {USAGE}) for depth in (100, 500, 900, 3000, 100_000) for kind, call in (

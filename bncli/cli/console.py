@@ -7,6 +7,7 @@ import errno
 import gc
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -130,8 +131,9 @@ def standard_streams() -> Iterator[None]:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
-    if os.environ.get("COLUMNS") == "0":  # of an unknown width; rich would print nothing
-        del os.environ["COLUMNS"]
+    for name in ("COLUMNS", "LINES"):  # of which 0 would make rich print nothing
+        if not re.fullmatch("[1-9][0-9]{0,8}", os.environ.get(name, "1")):
+            del os.environ[name]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     if sys.__stderr__ and sys.stderr is sys.__stderr__:

@@ -160,8 +160,11 @@ class Saving:
         """Save what is saved at the end of a run; its weights, unless it is to go on."""
         if "checkpoint" in self.save:
             self.checkpoint()
-        began, keep = perf_counter(), self.state.recipe.train.keep
+        state, keep = self.state, self.state.recipe.train.keep
+        state.memory.end(state.phase)
+        began = perf_counter()
         for name, best in (("model", keep == "best"), ("best", True)):
             if status != "interrupted" and name in self.save and (name == "model" or keep == "both"):
-                self.save[name](packed_weights(self.state, best))
-        self.state.checkpoint_s += perf_counter() - began
+                self.save[name](packed_weights(state, best))
+        state.checkpoint_s += perf_counter() - began
+        state.memory.end("saving")
