@@ -333,7 +333,7 @@ def test_a_trained_model_is_evaluated_as_its_run_did(recipe: str) -> None:
     )
     for model, words in {
         "none": "none: cannot be read: No such file or directory",
-        "small.yaml": "small.yaml: is damaged or no safetensors file",
+        "small.yaml": "small.yaml: is damaged, or no safetensors file",
     }.items():
         refused = bncli("train", model, "--evaluate")
         assert (refused.code, refused.out) == (2, "")
