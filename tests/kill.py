@@ -60,7 +60,7 @@ SAVED = ["--set", "train.checkpoint.every=50"]
 MARK = "BNCLI_KILLED"  # in the environment of the processes of one trial
 GONE_S = 10.0  # after which a process whose parent was killed must have ended
 LONGEST_S = 300.0  # of one start on a busy machine
-# Fields that differ from call to call: times, memory, the day, and the digest of all.
+# Fields that differ from call to call: times, memory, the day, and the digest of a text with these.
 TIMES = {
     "ms_per_step", "samples_per_s", "training_s", "evaluation_s", "probes_s", "checkpoint_s", "peak_memory_mib",
     "evaluation_peak_memory_mib", "memory_mib", "environment", "cores_lacked", "at_a_time", "seconds", "notes",
@@ -315,13 +315,16 @@ def without_times(plain: Any) -> Any:
 # --- killing ------------------------------------------------------------------------------------------------------
 
 
-def same(one: Any, other: Any) -> bool:
-    """Whether two outcomes are equal, to the bit."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(each, other[name]) for name, each in one.items())
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one.tobytes() == other.tobytes() if isinstance(one, np.ndarray) else bool(one == other)
+def difference(one: Any, other: Any, place: str = "its result") -> str | None:
+    """The first place at which two outcomes are not equal to the bit."""
+    if isinstance(one, dict) and one.keys() == other.keys():
+        found = (difference(each, other[name], f"{place}, {name}") for name, each in one.items())
+        return next(filter(None, found), None)
+    if isinstance(one, list | tuple) and len(one) == len(other):
+        found = (difference(each, other[index], f"{place}, {index}") for index, each in enumerate(one))
+        return next(filter(None, found), None)
+    same = one.tobytes() == other.tobytes() if isinstance(one, np.ndarray) else one == other
+    return None if same else place
 
 
 def uninterrupted(trial: Trial, log: Path) -> tuple[Any, float]:
@@ -351,8 +354,8 @@ def kill_often(name: str, times: int, seed: int) -> tuple[Counter[str], list[str
             ended = _kill_until_it_ends(trial, log, chance, longest_s, times, counts)
             if ended is not None and ended.code != 0:
                 trial.problems.append(f"ended with {ended.code}: {log.read_text()[-1500:]}")
-            elif ended is not None and not same(trial.outcome(), expected):
-                trial.problems.append("its result differs from the uninterrupted call's")
+            elif ended is not None and (place := difference(trial.outcome(), expected)):
+                trial.problems.append(f"{place}: differs from the uninterrupted call's")
             if endless:
                 sweep(trial.folder)
             if (left := trial.temporary()) and not trial.problems:
