@@ -60,11 +60,11 @@ SAVED = ["--set", "train.checkpoint.every=50"]
 MARK = "BNCLI_KILLED"  # in the environment of the processes of one trial
 GONE_S = 10.0  # after which a process whose parent was killed must have ended
 LONGEST_S = 300.0  # of one start on a busy machine
-# Fields that differ from call to call: times, memory and the day.
+# Fields that differ from call to call: times, memory, the day, and the digest of all.
 TIMES = {
     "ms_per_step", "samples_per_s", "training_s", "evaluation_s", "probes_s", "checkpoint_s", "peak_memory_mib",
     "evaluation_peak_memory_mib", "memory_mib", "environment", "cores_lacked", "at_a_time", "seconds", "notes",
-    "remarks", "sources",
+    "remarks", "sources", "sha256",
 }  # fmt: skip
 
 

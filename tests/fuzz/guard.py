@@ -159,7 +159,7 @@ def _message_of(error: BncliError) -> bool | Finding:
     with contextlib.redirect_stderr(io.StringIO()) as printed:
         print_error(error)
     found = CONTROL.search(printed.getvalue())
-    return Finding(f"{found[0]!r} in a message", _innermost(error), printed.getvalue()) if found else False
+    return Finding("a control character in a message", _innermost(error), printed.getvalue()) if found else False
 
 
 def _peak_kib() -> int:

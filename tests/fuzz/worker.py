@@ -99,7 +99,7 @@ class Fuzzer:
 
         try:
             search()
-        except _Found:
+        except (_Found, hypothesis.errors.Flaky):
             assert last is not None
             self._keep(*last)
 

@@ -71,7 +71,7 @@ def train(
         threads: CPU threads; None for torch's default, one per core, or on a CPU one if a step is too small for more.
         name: the run's name in its first event.
         stop: called after every optimizer step and during evaluations; True ends the run.
-        weights: a state_dict of the recipe's model to start from, instead of its initial weights.
+        weights: a state_dict of the recipe's model to start from, instead of its initial weights; a checkpoint has its.
         checkpoint: the content of one of the same run, to go on from; no code in it is run.
         save: who takes the contents of files. `checkpoint`: each checkpoint, when train.checkpoint says, when `stop()`
             ends the run, and at its end. `model`, at the end of a run that was not stopped: the weights after the last

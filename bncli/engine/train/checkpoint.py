@@ -7,7 +7,7 @@ import io
 import math
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 import bncli
 from bncli.engine.data.splits import Dataset
+from bncli.engine.train.optim import optimizer
 from bncli.engine.train.state import TrainState
 from bncli.engine.train.weights import packed_weights
 from bncli.engine.user_code import LoadedFiles, digest_of
@@ -68,9 +69,35 @@ def unpacked(content: bytes) -> dict[str, Any]:
 def restore(state: TrainState, saved: dict[str, Any]) -> None:
     """Raises FileError for a saved state that the run's model, optimizer and so on cannot take."""
     try:
+        if wrong := next(_other_kinds(saved["state"], state.state_dict(), "state"), None):
+            raise TypeError(f"{wrong} is of another kind")
+        example = torch.nn.Linear(1, 1)  # shows what an update by this optimizer leaves of a weight
+        example.weight.grad, updater = torch.zeros(1, 1), optimizer(state.recipe, example)
+        updater.step()
         state.load_state_dict(saved["state"])
+        best = state.best[1] if state.best else {}
+        held, mine = {**state.model.state_dict(), **state.population, **best}, state.model.state_dict()
+        if held.keys() != mine.keys() or any(held[name].shape != each.shape for name, each in mine.items()):
+            raise ValueError("the weights at the best evaluation, or the statistics, are of another model")
+        for weight, kept in state.optimizer.state.items():
+            left = updater.state[example.weight].items()
+            right = {name: each is not None and (weight.shape if each.dim() else each.shape) for name, each in left}
+            if kept and {name: each is not None and each.shape for name, each in kept.items()} != right:
+                raise ValueError("the optimizer's state is not of its weights")
     except Exception as error:
         raise FileError(f"does not hold a state of this run: {_brief(error)}", field="resume") from error
+
+
+def _other_kinds(saved: Any, own: Any, place: str) -> Iterator[str]:
+    """Where a saved state holds other types than the state of a run that begins, whose None may become anything."""
+    if own is not None and type(saved) is not type(own) and not {type(saved), type(own)} <= {int, float}:
+        yield place
+    elif isinstance(own, dict):
+        for name, mine in own.items():  # of which none may be missing
+            yield from _other_kinds(saved.get(name, ...), mine, f"{place}.{name}")
+    elif isinstance(own, list | tuple):
+        for index, (each, mine) in enumerate(zip(saved, own, strict=False)):
+            yield from _other_kinds(each, mine, f"{place}.{index}")
 
 
 def _brief(error: Exception) -> str:
@@ -103,7 +130,7 @@ def check_belongs(saved: dict[str, Any], now: dict[str, Any]) -> None:
         f"{name} was {then.get(name, 'absent')} when the run began, and is {now.get(name, 'absent')} now"
         + ", over which a cosine schedule is spread" * (name == steps)
         for name in then | now
-        if then.get(name) != now.get(name) and (name != steps or cosine)
+        if repr(then.get(name)) != repr(now.get(name)) and (name != steps or cosine)
     ]
     if now[steps] < step:
         mistakes.append(f"{steps} is {now[steps]}, and the run is at step {step}")
@@ -160,8 +187,11 @@ class Saving:
         """Save what is saved at the end of a run; its weights, unless it is to go on."""
         if "checkpoint" in self.save:
             self.checkpoint()
-        began, keep = perf_counter(), self.state.recipe.train.keep
+        state, keep = self.state, self.state.recipe.train.keep
+        state.memory.end(state.phase)
+        began = perf_counter()
         for name, best in (("model", keep == "best"), ("best", True)):
             if status != "interrupted" and name in self.save and (name == "model" or keep == "both"):
-                self.save[name](packed_weights(self.state, best))
-        self.state.checkpoint_s += perf_counter() - began
+                self.save[name](packed_weights(state, best))
+        state.checkpoint_s += perf_counter() - began
+        state.memory.end("saving")

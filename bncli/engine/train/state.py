@@ -24,6 +24,7 @@ from bncli.names import PROBES
 from bncli.recipe.layers import shape_contradictions
 from bncli.recipe.sections import BatchNorm, OwnModel, Recipe
 from bncli.recipe.yaml import dotted
+from bncli.results.serialize import from_plain
 from bncli.results.train import Evaluation, ProbePoint, RunningStatistics, Target
 
 LSUV_EXAMPLES = 500
@@ -162,6 +163,9 @@ class TrainState:
         """
         for name in NUMBERS:
             setattr(self, name, saved[name])
+        whole = type(self.step) is type(self.batches) is int and isinstance(self.train_loss, float | None)
+        if not (whole and 0 <= self.step <= self.batches <= 51 * (self.step + 1)):  # of fp16, up to 50 are skipped
+            raise ValueError("its step does not fit its place in the data, or its loss is none")
         for name in PARTS:
             getattr(self, name).load_state_dict(saved[name])
         for name, buffer in saved["buffers"].items():
@@ -173,13 +177,13 @@ class TrainState:
         self.best, self.population = saved["best"], saved["population"]
         self.evaluations, self.targets, self.best_evaluation = [], _targets(self.recipe), None
         for evaluation in saved["evaluations"]:
-            self.record(Evaluation(**evaluation))
+            self.record(from_plain(Evaluation, evaluation))
         layers = saved["running statistics"]
-        self.running_statistics = layers and tuple(RunningStatistics(**layer) for layer in layers)
-        intervals = list(saved["intervals"])
+        self.running_statistics = layers and tuple(from_plain(RunningStatistics, layer) for layer in layers)
+        intervals = [(int(steps), float(seconds)) for steps, seconds in saved["intervals"]]
         self.clock = Clock(self.recipe.train.batch_size, self.device, intervals=intervals)
         self.clock.warm_ups = [*saved["warm_ups"], len(intervals)]
-        self.memory.mib = dict(saved["peak_memory_mib"])
+        self.memory.mib = {str(phase): mib and float(mib) for phase, mib in saved["peak_memory_mib"].items()}
         if self.probes:
             self.probes.load_state_dict(saved["probes"])
         self.augmentation.set_state(saved["augmentation"])
@@ -280,7 +284,7 @@ class Probes:
         return {"points": points, "probes_s": self.seconds, "first": dict(self.first), "last": dict(self.last)}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self.points = [ProbePoint(**point) for point in saved["points"]]
+        self.points = [from_plain(ProbePoint, point) for point in saved["points"]]
         self.seconds, self.first, self.last = saved["probes_s"], dict(saved["first"]), dict(saved["last"])
 
 

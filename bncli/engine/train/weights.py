@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +49,8 @@ class About:
 
 def packed_weights(state: TrainState, best: bool) -> bytes:
     """The state's weights, or those at its best evaluation, as a safetensors file with what belongs to them."""
+    import safetensors.torch  # which most runs of a comparison can do without
+
     last, metrics = state.evaluations[-1], state.best_evaluation
     if best and state.best and metrics and state.best[0] == metrics.step:
         weights = state.best[1]
@@ -86,6 +87,8 @@ def read(path: Path) -> tuple[bytes, str]:
 
 def tensors_of(content: bytes, where: str = NAME) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises FileError, in whose sentence it is called `where`, for another file."""
+    import safetensors.torch
+
     try:
         return safetensors.torch.load(content)
     except Exception as error:  # of the format's own kind, or for a type that torch does not have
