@@ -35,7 +35,7 @@ CHANGES_OF_TWO = {"os.rename", "os.link", "os.symlink"}
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 HARMLESS = {os.devnull, "/proc/self/clear_refs"}  # the latter begins another peak of memory
 # Packages that parts of bncli look for and do without.
-OPTIONAL = {"triton", "mlxtend", "tensorboard", "datasets", "matplotlib"}
+OPTIONAL = {"scikits", "triton", "mlxtend", "tensorboard", "datasets", "matplotlib"}
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ class Guard:
             what = f"more than {self.seconds:g} CPU seconds" if isinstance(error, TooSlow) else type(error).__name__
             accepted = Finding(what, _innermost(error), "".join(traceback.format_exception(error)))
         if self._seen:
-            return Finding(self._seen[0], _last_seen(self._seen), "\n".join(self._seen))
+            what, _, place = self._seen[0].rpartition(" in ")
+            return Finding(what, place, "\n".join(self._seen))
         if (grown_mib := (_peak_kib() - self._start_kib) >> 10) > MOST_MIB:
             return Finding(f"more than {MOST_MIB} MiB", "the process", f"{grown_mib} MiB more than at the start")
         return accepted
@@ -178,7 +179,3 @@ def _innermost(error: BaseException) -> str:
 
 def _line(frame: traceback.FrameSummary) -> str:
     return f"{frame.filename.removeprefix(PACKAGE)}:{frame.lineno}"
-
-
-def _last_seen(seen: list[str]) -> str:
-    return seen[0].rpartition(" in ")[2]
