@@ -53,10 +53,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     OSError with the path where that cannot be done.
     """
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
-    if path.exists() and not path.is_file():
-        path.write_bytes(data)
-    else:
-        replace(Path(os.path.realpath(path)), data)
+    try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+        else:
+            replace(Path(os.path.realpath(path)), data)
+    except OSError as error:
+        error.filename = str(path)  # which a full disk does not tell
+        raise
 
 
 def replace(path: Path, data: bytes, read_back: bool = False) -> None:

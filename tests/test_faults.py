@@ -135,7 +135,7 @@ QUICK: dict[str, tuple[Call, set[int]]] = {
         Call((*TRAIN, "--set=data.examples=40000", "--set=train.batch_size=20000", "--set=model.hidden=[4000]"),
              limits={resource.RLIMIT_AS: 200 * MIB}), {FAILED}),
     "little memory for the data": (Call((*TRAIN, "--set", "data.examples=100000000"),
-                                        limits={resource.RLIMIT_AS: 200 * MIB}), {FAILED}),
+                                        limits={resource.RLIMIT_AS: 200 * MIB}), {USAGE}),
 }  # fmt: skip
 FORMS = ("--json", "--csv", "--markdown", "--latex")
 SLOW: dict[str, tuple[Call, set[int]]] = {
@@ -154,13 +154,13 @@ SLOW: dict[str, tuple[Call, set[int]]] = {
                                                         {OK, FAILED})
        for arguments, more in ((TRAIN, ("--plot", "x.svg")), (COMPARE, ("--html", "x.html")),
                                (GRADCHECK, ("--html", "x.html")))
-       for most in (0, 300, 1000, 5000, 20_000)},
+       for most in (300, 1000, 5000, 20_000)},
     **{f"{arguments[0]} in a folder of mode {mode:o}": (Call((*arguments, *more), folder("d", mode), ordinary=True),
                                                           {USAGE})
        for mode in (0, 0o555, 0o755)
        for arguments, more in ((TRAIN[:2], ("-o", "d/r")), (COMPARE[:2], ("-o", "d/c")),
                                (GRADCHECK, ("--html", "d/x.html")), (TRAIN[:2], ("--plot", "d/x.svg")))},
-    **{f"train with {name}={value!a}": (Call((*TRAIN, "--plot", "x.svg"), environment={name: value}), {OK, USAGE})
+    **{f"train with {name}={value[:9]!a}": (Call((*TRAIN, "--plot", "x.svg"), environment={name: value}), {OK, USAGE})
        for name, value in (("MPLBACKEND", "none"), ("MPLCONFIGDIR", "/proc/x"), ("TMPDIR", "/none"), ("HOME", "/proc"),
                            ("TERM", "none"), ("TZ", "None/Such"), ("LINES", DIGITS), ("OMP_NUM_THREADS", "x"))},
     **{f"a deep {kind} of {depth}": (call, {USAGE}) for depth in (100, 500, 900, 3000, 100_000) for kind, call in (
@@ -217,4 +217,4 @@ def test_a_recipe_called_after_the_folder_above_runs_in_a_folder_of_its_own(
 def test_out_of_memory_names_the_batch_size_to_try(tmp_path: Path, processes: FreshProcesses) -> None:
     call, _ = QUICK["little memory for a batch"]
     _, _, err = processes.call(run, call, str(tmp_path), limit_s=LONGEST_S)
-    assert "out of memory; try train.batch_size 10000, or a smaller model" in err
+    assert "out of memory on cpu with 20000 examples at a time; try train.batch_size: 10000, or train.accumulate" in err

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bncli.storage import write_atomically
+from bncli.errors import FileError
+from bncli.storage import check_writable, write_atomically
 
 
 def test_a_file_is_written_and_written_over(tmp_path):
@@ -66,6 +67,25 @@ def test_the_old_file_s_permissions_are_kept(tmp_path):
 def test_a_device_is_written_to_and_not_replaced():
     write_atomically(Path(os.devnull), "gone")
     assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+
+
+@pytest.mark.parametrize(("place", "why"), [
+    ("x" * 242, "its name is too long; give one of at most 241 bytes"),
+    ("missing/result.json", "does not exist"),
+    ("x" * 300 + "/result.json", "does not exist"),
+    (".", "is a folder; give a file's name"),
+])  # fmt: skip
+def test_a_path_that_cannot_be_written_is_refused_before_any_work(tmp_path, place, why):
+    with pytest.raises(FileError, match=why):
+        check_writable(tmp_path / place)
+    longest = tmp_path / ("x" * 241)
+    check_writable(longest)
+    write_atomically(longest, "new")
+
+
+def test_a_text_with_a_name_that_is_not_utf_8_is_written_with_its_bytes_escaped(tmp_path):
+    write_atomically(tmp_path / "report.html", "runs/a\udcff")
+    assert (tmp_path / "report.html").read_text() == "runs/a\\udcff"
 
 
 @pytest.mark.parametrize("place", ["missing/result.json", "file/result.json", "."])

@@ -46,6 +46,12 @@ def _root(
 class Command(TyperCommand):
     """A command whose help lists its options under the headings that they name, in the order of their declaration."""
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except StopAtOnce as stopped:  # of which the parser would make 130, whatever the signal
+            raise typer.Exit(stopped.exit_code) from stopped
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
@@ -81,8 +87,8 @@ def main() -> None:
     except BncliError as error:
         print_error(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt as stopped:
-        sys.exit(stopped.exit_code if isinstance(stopped, StopAtOnce) else INTERRUPTED)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
 
 
 def _parser_words(error: Any) -> str:

@@ -7,6 +7,7 @@ import errno
 import gc
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -130,8 +131,9 @@ def standard_streams() -> Iterator[None]:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
-    if os.environ.get("COLUMNS") == "0":  # of an unknown width; rich would print nothing
-        del os.environ["COLUMNS"]
+    for name in ("COLUMNS", "LINES"):  # of which 0 would make rich print nothing
+        if not re.fullmatch("[1-9][0-9]{0,8}", os.environ.get(name, "1")):
+            del os.environ[name]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     if sys.__stderr__ and sys.stderr is sys.__stderr__:
@@ -148,17 +150,11 @@ def standard_streams() -> Iterator[None]:
 
 
 def log(text: str, quiet: bool = False) -> None:
-    """A message, to stderr. It is lost where the terminal is gone, as is all that is printed later; work goes on."""
-    if quiet:
-        return
-    try:
-        print(printable(text), file=sys.stderr)
-    except (OSError, RuntimeError):  # RuntimeError: in a signal's handler, while the same stream is being written to
-        for number in (1, 2):
-            try:
-                os.write(number, b"")
-            except OSError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    """A message, to stderr. Where it cannot be written it is lost, and nothing else."""
+    if not quiet:
+        # RuntimeError: in a signal's handler, while the same stream is being written to.
+        with contextlib.suppress(OSError, RuntimeError):
+            print(printable(text), file=sys.stderr)
 
 
 class StopAtOnce(KeyboardInterrupt):
@@ -197,6 +193,10 @@ class StopSignal:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         second, self.number = self.number != 0, number
+        try:
+            os.write(1, b"")
+        except OSError:  # a terminal that is gone, with all that would be printed there
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if second or self.at_once:
             log("\nStopped at once" + "; what was finished before, if anything, is shown" * self.at_once)
             raise StopAtOnce(128 + number)

@@ -33,12 +33,11 @@ def planned_training(loaded: Loaded, arm: Arm) -> Planned:
 
 
 def memory_needed(recipes: Iterable[Recipe], jobs: int, shared: bool) -> MemoryNeeded:
-    """What that many processes take to train the recipes. shared: whether they share the data."""
-    distinct = {(r.data, r.norm, r.train.batch_size, r.train.accumulate, repr(r.model)): r for r in recipes}
-    data = [data_mib(recipe) for recipe in {recipe.data: recipe for recipe in distinct.values()}.values()]
+    """What that many processes take to train the recipes, which have the same data. shared: whether once for all."""
+    distinct = {(r.norm, r.train.batch_size, r.train.accumulate, repr(r.model)): r for r in recipes}
     training = [sizes(recipe)[1] for recipe in distinct.values()]
     return MemoryNeeded(
-        None if None in data else sum(mib or 0.0 for mib in data),
+        next(map(data_mib, distinct.values()), 0.0),
         1 if shared else jobs,
         PROCESS_MIB,
         None if None in training else max((mib or 0.0 for mib in training), default=0.0),

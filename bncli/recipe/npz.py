@@ -65,9 +65,9 @@ def headers(path: str) -> dict[str, Header]:
             shape, _, dtype, start = found[key]
             if dtype.hasobject:
                 raise ValueError(f"Object arrays are not loaded, and {key} is one")
-            said, held = math.prod(shape) * dtype.itemsize, archive.getinfo(f"{key}.npy").file_size - start
-            if said != held:
-                raise ValueError(f"{key} has {held:,} bytes of values, and its header says {said:,}")
+            held = archive.getinfo(f"{key}.npy").file_size - start
+            if math.prod(shape) * dtype.itemsize != held or min(shape, default=0) < 0:
+                raise ValueError(f"{key} has {held:,} bytes of values, and its header says {shape} of {dtype}")
     return found
 
 

@@ -63,7 +63,7 @@ class CoreLoader(yaml.SafeLoader):
         try:
             found: list[str] = super().scan_flow_scalar_non_spaces(double, start_mark)
             "".join(found).encode()  # neither "\\ud800", half a character, nor "\\U00110000", none
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise yaml.scanner.ScannerError(None, None, "an escape is of no character", start_mark) from error
         return found
 

@@ -205,7 +205,7 @@ class ComparisonPlan:
     target: Target
     budget: int
     data: str
-    recipes: dict[str, Any] = field(default_factory=dict)  # arm -> its resolved recipe, as plain data
+    recipes: dict[str, dict[str, Any]] = field(default_factory=dict)  # arm -> its resolved recipe, as plain data
     also: tuple[Target, ...] = ()
     claims: tuple[Claim, ...] = ()
     largest_learning_rate: dict[str, Any] | None = None  # the recipe's section, as plain data
@@ -306,7 +306,7 @@ class PlannedArm:
 class MemoryNeeded:
     """Estimated memory on the CPU's side, in MiB. None where only the user's own code or a server could tell."""
 
-    data_mib: float | None  # each data set once
+    data_mib: float | None  # once
     copies: int  # 1 where the processes share the data
     process_mib: float  # of each, without any training
     training_mib: float | None  # of each, the largest

@@ -32,6 +32,7 @@ from tests.benchmarks import (
     intervals,
     kernels,
     large_tensor,
+    many_runs,
     small_calls,
     soak,
     start_up,
@@ -260,6 +261,17 @@ def test_step_overhead_prints_both_loops_and_their_ratio(capsys: Printed) -> Non
     assert first.startswith("hand-written ")
     assert second.startswith("bncli train ")
     assert ratio.startswith("ratio bncli train / hand-written, paired over 3 rounds: ")
+
+
+def test_many_runs_prints_the_cost_of_each_run_and_of_a_small_comparison_beside_them(
+    capsys: Printed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    many_runs.main(["--runs", "120"])
+    header, row = capsys.readouterr().out.splitlines()
+    assert "CPU of the parent" in header
+    assert row.split()[0] == "120"
+    assert all(float(cell) > 0 for cell in row.split()[1:])
 
 
 def test_a_soak_tells_growth_from_none_and_leaves_out_the_first_runs() -> None:

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from bncli.cli.console import OPTIONS, StopAtOnce, StopSignal, listed, print_error, print_result
+from bncli.cli.console import OPTIONS, StopAtOnce, StopSignal, listed, print_error, print_result, system_errors
 from bncli.errors import CODE_OF_YOURS, BncliError, RecipeError, RunFailed, UsageError, UsageErrors
 from tests.cli.conftest import bncli
 from tests.test_architecture import MODULES
@@ -64,6 +64,43 @@ def test_every_argument_that_an_error_names_has_its_option() -> None:
                 fields |= {value.value for value in values if isinstance(value, ast.Constant)}
     assert fields
     assert {OPTIONS.get(field, "--" + field.replace("_", "-")) for field in fields} <= options
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (
+            FileNotFoundError(2, "No such file", "a.txt"),
+            2,
+            "a.txt: No such file; check that path",
+        ),
+        (OSError(errno.ENAMETOOLONG, "Name too long", "a"), 2, "a: Name too long; check that path"),
+        (OSError(errno.ENOSPC, "No space", "a"), 1, "a: cannot be written: No space; it is kept"),
+        (OSError(errno.ENOSPC, "No space"), 1, "standard output: cannot be written: No space; it is kept"),
+        (
+            OSError(errno.EMFILE, "Too many", "a"),
+            1,
+            "a: Too many; check that path, and the limits",
+        ),
+        (BlockingIOError(errno.EAGAIN, "No process"), 1, "the system: No process; check "),
+        (MemoryError(), 1, "out of memory; free some, raise its limit, or ask for less; it is kept"),
+        (RuntimeError("CUDA out of memory. Tried 2 GiB.\nMore."), 1, "out of memory; free some"),
+        (ImportError("libtorch.so: failed to map segment from shared object"), 1, "out of memory"),
+        (UnicodeEncodeError("ascii", "\xe9", 0, 1, "ordinal not in range"), 2, "set LC_ALL=C.UTF-8"),
+    ],
+)
+def test_what_the_system_refuses_is_a_sentence_with_an_exit_code(error: Exception, code: int, said: str) -> None:
+    with pytest.raises(BncliError) as refused, system_errors("it is kept"):
+        raise error
+    assert said in str(refused.value)
+    assert refused.value.exit_code == code
+
+
+@pytest.mark.parametrize("bug", [RuntimeError("shapes differ"), ImportError("no module"), ValueError("0"), KeyError(1)])
+def test_any_other_error_stays_visible(bug: Exception) -> None:
+    with pytest.raises(type(bug)) as raised, system_errors():
+        raise bug
+    assert raised.value is bug
 
 
 # --- options and results ------------------------------------------------------------------------------------------

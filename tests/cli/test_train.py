@@ -255,17 +255,11 @@ def test_a_run_that_a_signal_stopped_anywhere_goes_on_as_if_it_had_not(recipe: s
     assert 20 < stopped < 45
 
 
-def test_a_run_whose_process_was_killed_goes_on_from_its_last_checkpoint(recipe: str) -> None:
-    acting(recipe, "pass", 0, "-o", "whole")
-    Path("at.txt").write_text("60")
-    Path("beside.py").write_text(AT.format(act="os.kill(os.getpid(), signal.SIGKILL)"))
-    killed = process("train", recipe, *LONG, *OF_OWN, "-o", "run")
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
+def test_a_second_signal_ends_a_run_in_its_step_and_the_last_checkpoint_stays(recipe: str) -> None:
+    ran = acting(recipe, "[os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]", 60, "-o", "run")
+    assert (ran.code, ran.out) == (143, "")
+    assert ran.err.endswith("Stopped at once\nContinue it with: bncli train --resume run --allow-code\n")
     assert not Path("run/result.json").exists()
-    forget_modules(Path.cwd())
-    assert bncli("train", "--resume", "run", "--allow-code", "-q").code == 0
-    assert left("run") == left("whole")
 
 
 def test_an_error_that_ends_a_run_leaves_a_command_that_continues_it(recipe: str) -> None:
@@ -339,7 +333,7 @@ def test_a_trained_model_is_evaluated_as_its_run_did(recipe: str) -> None:
     )
     for model, words in {
         "none": "none: cannot be read: No such file or directory",
-        "small.yaml": "small.yaml: is damaged or no safetensors file",
+        "small.yaml": "small.yaml: is damaged, or no safetensors file",
     }.items():
         refused = bncli("train", model, "--evaluate")
         assert (refused.code, refused.out) == (2, "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def steps_to_target(evaluations: Sequence[Evaluation], target: Target) -> tuple[
 
 
 @pytest.fixture
-def own_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OwnRecipe:
+def own_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OwnRecipe]:
     """Makes a recipe whose model is the `make` of some code, which becomes the module `mine` of the current folder."""
     monkeypatch.chdir(tmp_path)
 
@@ -37,7 +37,8 @@ def own_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OwnRecipe:
         model = {"kind": "module", "module": "mine:make", "arguments": arguments or {}}
         return tiny(model=model, norm={"kind": norm}, **sections)
 
-    return write
+    yield write
+    sys.modules.pop("mine", None)  # other tests have a module of that name too
 
 
 @pytest.fixture

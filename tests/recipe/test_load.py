@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from bncli.errors import RecipeError
+from bncli.recipe.check import MOST_MISTAKES
 from bncli.recipe.load import MAX_BYTES, Arm, digest, load, plain, with_values
 from bncli.recipe.overrides import leaves
 from bncli.recipe.sections import Recipe
@@ -180,6 +181,25 @@ def test_provenance_follows_the_flags(loaded: Load) -> None:
     assert {path: place for path, place in places.items() if path.startswith("model")} == dict.fromkeys(
         ["model.kind", "model.hidden", "model.init.kind"], f"sets {flag}"
     )
+
+
+def test_of_many_mistakes_the_first_are_shown_and_the_others_counted(loaded: Load) -> None:
+    with pytest.raises(RecipeError) as refused:
+        loaded(BASE + "".join(f"key{number}: 1\n" for number in range(300)))
+    shown = refused.value.mistakes
+    assert len(shown) == MOST_MISTAKES + 1
+    assert shown[-1].endswith("key50: is wrong, as 249 more are")
+    with pytest.raises(RecipeError) as refused:
+        loaded(BASE + "key: 1\n" * 300)
+    assert refused.value.mistakes[-1] == "and 249 more"
+
+
+@pytest.mark.parametrize(("file", "name"), [("a.b.yaml", "a.b"), ("...yaml", "recipe"), (".yaml", "yaml")])
+def test_a_recipe_is_named_after_its_file_and_never_after_the_folder_above(
+    tmp_path: Path, file: str, name: str
+) -> None:
+    (tmp_path / file).write_text(BASE)
+    assert load(str(tmp_path / file)).name == name
 
 
 # --- resolved recipes ---------------------------------------------------------------------------------------------

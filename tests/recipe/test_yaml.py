@@ -39,6 +39,13 @@ def test_a_scalar_means_what_the_core_schema_says(text: str, meaning: Any) -> No
     assert (type(value), value) == (type(meaning), meaning)
 
 
+@pytest.mark.parametrize("escape", [r"\U00110000", r"\Uffffffff", r"\ud800", r"\ud83d\ude00"])
+def test_an_escape_of_no_character_or_of_half_a_one_is_refused_with_its_line(escape: str) -> None:
+    for text in (f'a: 1\nb: "x{escape}"', f'a: 1\n"{escape}": 2'):
+        assert problems(text) == ["r.yaml:2: not YAML: an escape is of no character"]
+    assert parse(r'"\U0001F600"', "r.yaml").root == "\U0001f600"
+
+
 def test_not_a_number_is_a_float() -> None:
     assert math.isnan(parse(".nan", "r.yaml").root)
 

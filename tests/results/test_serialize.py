@@ -134,3 +134,10 @@ def test_what_is_read_back_is_made_of_types_that_can_be(result: type) -> None:
             assert arguments[0] is str
         elif origin not in (tuple, Literal) and not dataclasses.is_dataclass(each):
             assert each in {int, float, str, bool, type(None), Any, ...}
+
+
+@pytest.mark.parametrize("plain", [{"step": 10**400, "loss": 1.0}, {"step": 1, "loss": -(10**400)}])
+def test_a_whole_number_that_no_float_holds_is_refused_with_its_place(plain: dict[str, Any]) -> None:
+    place = "step" if plain["loss"] == 1 else "loss"
+    with pytest.raises(Mismatch, match=f"^{place}: expected a number of at most 64 bits, found -?1000"):
+        from_plain(Point, plain)

@@ -22,11 +22,10 @@ from bncli.errors import DataError, out_of_memory_is
 
 ALIGNMENT = 64  # bytes, torch's own for new tensors: at another one, matrix products may differ in their last bits
 UNCHECKED = 2**26  # bytes; asking for the available memory takes 10 ms
-INDEX = 2**22  # bytes, of about 18,000 data sets; a multiple of every page size. What is not written takes no memory
+HEADER = 2**16  # bytes; a multiple of every page size
 
-Place = Callable[
-    [tuple[int, ...], torch.dtype], Tensor
-]  # makes a tensor that is not yet filled; DataError without room
+# Makes a tensor of a shape, not yet filled. Raises DataError without room.
+Place = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
 class Arrays(NamedTuple):
@@ -91,37 +90,38 @@ def _room(nbytes: int, taken: bool = False) -> Iterator[None]:
 
 
 def shared(descriptor: int, key: str, read: Callable[[Place], Any]) -> Any:
-    """What `read` gives; Arrays are read by the first process that asks for `key`, and mapped by all.
+    """What `read` gives; Arrays are read by the first process that asks, and mapped by all that ask for the same key.
 
-    descriptor: an empty file in memory (`os.memfd_create`) that the processes inherit. It begins with an index, a line
-    of JSON a data set, which is written when its tensors are filled, under a lock that ends with its process: the next
-    one reads anew what one that died left unfinished. What a process writes into its tensors afterwards stays its own.
+    descriptor: an empty file in memory (`os.memfd_create`) that the processes inherit, for one data set, as all runs of
+    a comparison have. It begins with a header in JSON, which is written when the tensors are filled, under a lock that
+    ends with its process: the next one reads anew what one that died left unfinished. What a process writes into its
+    tensors afterwards stays its own.
     """
     import fcntl  # not on Windows, which has no such files either
 
     with open(f"/proc/self/fd/{descriptor}", "r+b", buffering=0) as file:  # opened anew, since a lock is an opening's
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
-            *lines, _ = os.pread(file.fileno(), INDEX, 0).rstrip(b"\0").split(b"\n")  # the last is empty, or cut short
-            index = [json.loads(line) for line in lines]
-            known = next((each for each in index if each["key"] == key), None)
-            if known is None:
-                end, placed = max([INDEX, *(each["end"] for each in index)]), list[tuple[int, tuple[int, ...], str]]()
+            header = json.loads(os.pread(file.fileno(), HEADER, 0).rstrip(b"\0") or b"{}")
+            end, placed = HEADER, list[tuple[int, tuple[int, ...], str]]()
+
+            def place(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+                nonlocal end
+                placed.append((end, shape, str(dtype).removeprefix("torch.")))
+                end += -(-math.prod(shape) * dtype.itemsize // HEADER) * HEADER
                 os.truncate(file.fileno(), end)
+                return _mapped(file.fileno(), mmap.ACCESS_WRITE, *placed[-1])
 
-                def place(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-                    nonlocal end
-                    placed.append((end, shape, str(dtype).removeprefix("torch.")))
-                    end += -(-math.prod(shape) * dtype.itemsize // INDEX) * INDEX
-                    os.truncate(file.fileno(), end)
-                    return _mapped(file.fileno(), mmap.ACCESS_WRITE, *placed[-1])
-
+            if not header:
+                os.truncate(file.fileno(), 0)
                 if not isinstance(found := read(place), Arrays):
                     return found
-                known = {"key": key, "end": end, "tensors": placed, "counts": [found.train, found.classes]}
-                os.pwrite(file.fileno(), json.dumps(known).encode() + b"\n", sum(len(line) + 1 for line in lines))
-            x, y, mean, std = (_mapped(file.fileno(), mmap.ACCESS_COPY, *each) for each in known["tensors"])
-            return Arrays(x, y, mean, std, *known["counts"])
+                header = {"key": key, "tensors": placed, "counts": [found.train, found.classes]}
+                os.pwrite(file.fileno(), json.dumps(header).encode(), 0)
+            if header["key"] != key:
+                return read(in_memory)
+            x, y, mean, std = (_mapped(file.fileno(), mmap.ACCESS_COPY, *each) for each in header["tensors"])
+            return Arrays(x, y, mean, std, *header["counts"])
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: a mapping keeps the file open
 

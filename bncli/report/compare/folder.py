@@ -66,6 +66,8 @@ class ComparisonFolder:
         self._answered = answer and answer.plan
         for folder in (self.path, *(self.path / name for name in FOLDERS)):
             make(folder)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise UsageError(f"{folder} is not writable; choose another folder", field="out", value=self.path)
             sweep(folder)
         return self
 

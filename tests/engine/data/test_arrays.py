@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,14 +65,18 @@ def test_the_rows_of_a_set_are_each_used_once() -> None:
 
 
 def test_what_one_has_read_another_maps_and_no_write_reaches_the_other(memory: int) -> None:
-    one, other = shared(memory, "a", filled(1.0)), shared(memory, "a", never)
-    one.x[0] = 7.0
+    made = filled(1.0, lambda place: arrays(place, (2, 2, 2), 9, 9, 4, as_bytes=True))
+    one, other = shared(memory, "a", made), shared(memory, "a", never)
+    one.x[0] = 7
     assert (other.x == 1).all()
-    assert (shared(memory, "a", never).x == 1).all()
-    shared(memory, "b", filled(2.0, lambda place: arrays(place, (2, 2, 2), 9, 9, 4, as_bytes=True)))
-    again = shared(memory, "b", never)
+    again = shared(memory, "a", never)
+    assert (again.x == 1).all()
     assert (again.x.shape, again.x.dtype, again.train, again.classes) == ((73, 2, 2, 2), torch.uint8, 9, 4)
-    assert (again.x == 2).all()
+
+
+def test_other_data_are_read_into_memory_of_their_own(memory: int) -> None:
+    shared(memory, "a", filled(1.0))
+    assert (shared(memory, "b", filled(2.0)).x == 2).all()
     assert (shared(memory, "a", never).x == 1).all()
 
 
@@ -86,21 +90,6 @@ def test_what_is_not_held_in_memory_and_what_failed_leave_nothing(memory: int) -
     with pytest.raises(DataError, match="damaged"):
         shared(memory, "a", fail)
     assert (shared(memory, "a", filled(1.0)).x == 1).all()
-
-
-def test_a_line_of_the_index_that_was_cut_short_is_not_read(memory: int) -> None:
-    shared(memory, "a", filled(1.0))
-    written = len(os.pread(memory, 10_000, 0).rstrip(b"\0"))
-    os.pwrite(memory, b'{"key": "b", "end": 99999999, "tensors": [' + b"9" * 500, written)
-    shared(memory, "b", filled(2.0))
-    values = {key: shared(memory, key, never).x.max().item() for key in "ab"}
-    assert values == {"a": 1.0, "b": 2.0}
-
-
-def test_files_in_memory_take_what_is_written_alone(memory: int) -> None:
-    for number in range(50):
-        shared(memory, str(number), filled(1.0))
-    assert 512 * os.fstat(memory).st_blocks < 50 * 6 * mmap.PAGESIZE + 2**16
 
 
 def child(work: Callable[[], object]) -> int:
@@ -131,6 +120,7 @@ def test_processes_wait_for_the_one_that_reads_and_read_anew_if_it_dies(memory: 
     assert os.waitstatus_to_exitcode(os.waitpid(dying, 0)[1]) == -signal.SIGKILL
     assert os.waitpid(waiting, 0)[1] == 0
     assert (shared(memory, "a", never).x == 1).all()
+    memory = os.memfd_create("another")
     reading = child(lambda: shared(memory, "b", read))
     os.read(begun[0], 1)
     waiting = child(lambda: (os.write(begun[1], b"!"), shared(memory, "b", never)))
@@ -139,29 +129,35 @@ def test_processes_wait_for_the_one_that_reads_and_read_anew_if_it_dies(memory: 
     os.write(go_on[1], b"!")
     assert [os.waitpid(pid, 0)[1] for pid in (reading, waiting)] == [0, 0]
     assert (shared(memory, "b", never).x == 9).all()
+    os.close(memory)
+
+
+SPECS: dict[str, dict[str, Any]] = {
+    "digits": {},
+    "synthetic": {"shape": (2, 4, 4), "examples": 30, "held_out": 9},
+    "npz": {"path": "set.npz", "held_out": 8, "augment": "crop-flip"},
+}
 
 
 @pytest.mark.parametrize("normalize", ["unit", "standard"])
-def test_shared_data_are_those_of_one_process(tmp_path: Path, memory: int, normalize: str) -> None:
-    random = np.random.default_rng(0)
-    path, y = str(tmp_path / "set.npz"), np.arange(40) % 3
-    np.savez(path, x=random.integers(0, 256, (40, 3, 8, 8), dtype=np.uint8), y=y)
-    specs = [
-        Digits(source="digits", normalize=normalize),
-        Synthetic(source="synthetic", shape=(2, 4, 4), examples=30, held_out=9, normalize=normalize),
-        Npz(source="npz", path=path, held_out=8, normalize=normalize, augment="crop-flip"),
-    ]
-    for spec in specs:
-        expected = load(spec, CPU)
-        for _ in ("read", "mapped"):
-            found = load(spec, CPU, MEMORY_FORMATS["contiguous"], memory)
-            assert (found.name, found.shape, found.classes) == (expected.name, expected.shape, expected.classes)
-            for ours, theirs in ((found.train, expected.train), (found.held_out, expected.held_out)):
-                assert torch.equal(ours.x, theirs.x)
-                assert torch.equal(ours.y, theirs.y)
-                index = [torch.arange(7)]
-                batches = (next(split.batches(index, torch.Generator().manual_seed(0)))[0] for split in (ours, theirs))
-                assert torch.equal(*batches)
+@pytest.mark.parametrize("source", SPECS)
+def test_shared_data_are_those_of_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, source: str, normalize: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("set.npz", x=np.random.default_rng(0).integers(0, 256, (40, 3, 8, 8), np.uint8), y=np.arange(40) % 3)
+    section = {"digits": Digits, "synthetic": Synthetic, "npz": Npz}[source]
+    spec = section(source=source, normalize=normalize, **SPECS[source])
+    expected = load(spec, CPU)
+    for _ in ("read", "mapped"):
+        found = load(spec, CPU, MEMORY_FORMATS["contiguous"], memory)
+        assert (found.name, found.shape, found.classes) == (expected.name, expected.shape, expected.classes)
+        for ours, theirs in ((found.train, expected.train), (found.held_out, expected.held_out)):
+            assert torch.equal(ours.x, theirs.x)
+            assert torch.equal(ours.y, theirs.y)
+            index = [torch.arange(7)]
+            batches = (next(split.batches(index, torch.Generator().manual_seed(0)))[0] for split in (ours, theirs))
+            assert torch.equal(*batches)
 
 
 def test_more_than_the_available_memory_is_refused_before_it_is_allocated() -> None:

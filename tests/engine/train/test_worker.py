@@ -196,6 +196,7 @@ def test_a_run_goes_on_from_its_checkpoint_in_another_worker_and_ends_as_without
     file.write_bytes(saved)
     other = tiny(train=SAVED | {"seed": 3, "steps": 1000})
     assert evaluations(worker.outcome("other", other, checkpoint=file)) == evaluations(worker.outcome("other", other))
+    assert "No such file" in worker.outcome("unsaved", recipe, checkpoint=tmp_path / "gone" / "x.pt")["failure"]
     log = worker.log.read_text()
     assert log.count("the run begins again") == 3
     assert "train.seed was 0 when the run began, and is 3 now" in log

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -237,3 +238,28 @@ def test_a_second_writer_is_refused_while_the_first_is_there(tmp_path: Path) -> 
         ComparisonFolder(tmp_path).__enter__()
     with ComparisonFolder(tmp_path):
         pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="rights")
+@pytest.mark.parametrize("inside", ["", "runs"])
+def test_a_folder_that_is_not_writable_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
+    with ComparisonFolder(tmp_path / "x") as folder:
+        folder.begin(BEGUN)
+    (tmp_path / "x" / ".lock").chmod(0o666)
+    (tmp_path / "x" / inside).chmod(0o555)
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o755)
+    child = os.fork()
+    if child == 0:  # as an ordinary user
+        code = 1
+        with contextlib.suppress(OSError):
+            os.setuid(65534)
+        try:
+            ComparisonFolder(Path("x")).__enter__()
+        except UsageError as error:
+            code = 0 if "is not writable" in str(error) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
