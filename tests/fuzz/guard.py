@@ -35,7 +35,7 @@ CHANGES_OF_TWO = {"os.rename", "os.link", "os.symlink"}
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 HARMLESS = {os.devnull, "/proc/self/clear_refs"}  # the latter begins another peak of memory
 # Packages that parts of bncli look for and do without.
-OPTIONAL = {"scikits", "triton", "mlxtend", "tensorboard", "datasets", "matplotlib"}
+OPTIONAL = {"triton", "mlxtend", "tensorboard", "datasets", "matplotlib"}
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,11 @@ class Guard:
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         """A finder of modules that finds none, and notes each that an input alone can have named."""
         if self._watching and name.partition(".")[0] not in self._known:
-            self._note(f"import of {name!r}")
+            frame = sys._getframe(1)
+            while frame.f_back and "importlib" in frame.f_code.co_filename:
+                frame = frame.f_back
+            if "site-packages" not in frame.f_code.co_filename:  # a package looks for one that it can do without
+                self._note(f"import of {name!r}")
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self._watching:
