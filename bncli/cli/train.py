@@ -109,7 +109,8 @@ def train(
     with resumed or folders.RunFolder(out, loaded.name, force) as folder, StopSignal() as stop:
         finished = resumed and resumed.finished(recipe_yaml)
         if finished:
-            log("This run has ended, so nothing is trained; --set train.steps=N continues it", quiet)
+            on = {"budget": "train.steps=N", "reached": "train.stop_at_target=false"}.get(finished.status)
+            log("This run has ended, so nothing is trained" + f"; --set {on} continues it" * bool(on), quiet)
         again = ["--device", device] * (device != "auto") + ["--tensorboard"] * tensorboard
         again += ["--allow-code"] * allow_code
         try:
@@ -158,7 +159,10 @@ def _run(
     if from_weights:
         content, file = read(from_weights)
         of_engine["weights"] = tensors_of(content, file)
-        recipe_yaml = f"{INITIAL_WEIGHTS}{from_weights} sha256 {hashlib.sha256(content).hexdigest()}\n{recipe_yaml}"
+        name = (
+            str(from_weights).encode("unicode_escape").decode()
+        )  # a comment has neither line ends nor control characters
+        recipe_yaml = f"{INITIAL_WEIGHTS}{name} sha256 {hashlib.sha256(content).hexdigest()}\n{recipe_yaml}"
     first = recipe_yaml.partition("\n")[0]
     initial = first.removeprefix(INITIAL_WEIGHTS) if first.startswith(INITIAL_WEIGHTS) else None
     # What a user's model prints must not get between the lines of a result.

@@ -11,14 +11,13 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 from bncli.errors import BncliError, FileError, UsageError
 from bncli.report.files import event_line, from_json, to_json
 from bncli.results.train import Event, RunResult, RunStarted
 from bncli.storage import lock, make, open_plain, read_plain, replace, sweep
 
-T = TypeVar("T")
 Place = tuple[int, str]  # of an event in a run: its step, and its name
 
 RESULT, METRICS, RECIPE, TENSORBOARD = "result.json", "metrics.jsonl", "recipe.yaml", "tensorboard"
@@ -34,10 +33,10 @@ class RunFolder:
     Nothing is made before `begin`, which locks the folder for this run. A file that bncli did not write, or that
     was edited since, is never written over; bncli's own are with `overwrite`.
 
-    save: what the engine saves -> where it goes; a file is replaced as a whole. checkpoint: what it goes on from.
+    save: what the engine saves -> what takes its content. checkpoint: what the run goes on from.
     """
 
-    _argument, _instead, _wait = "out", "choose another folder", "choose another folder"
+    _argument, _instead = "out", ", or choose another folder"
     checkpoint: bytes | None = None
 
     def __init__(self, path: Path | None, name: str, overwrite: bool = False) -> None:
@@ -48,8 +47,7 @@ class RunFolder:
         self.save = {what: partial(self._save, file) for what, file in SAVED.items()}
         there = next(folder for folder in (self.path, *self.path.parents) if os.path.lexists(folder))
         if os.path.isdir(there) and not os.access(there, os.W_OK | os.X_OK):
-            instead = ", or choose another folder" * (self._argument == "out")
-            raise self._refused(f"{there.absolute()} is not writable; change its mode{instead}")
+            raise self._refused(f"{there.absolute()} is not writable; change its mode{self._instead}")
         if not self._dated:
             self._refuse_other_files()
 
@@ -63,9 +61,10 @@ class RunFolder:
                 self._refuse_other_files()
             self._metrics = self._claim()
             self._metrics.truncate(0)
-            for name in (RESULT, *SAVED.values()):  # of the run that is written over
+            for name in SAVED.values():  # of the run that is written over
                 (self.path / name).unlink(missing_ok=True)
         with self._writing(RECIPE):
+            (self.path / RESULT).unlink(missing_ok=True)  # it is not that of the new recipe, or of more steps
             replace(self.path / RECIPE, signed(recipe_yaml).encode())
         self.begun = True
 
@@ -75,9 +74,8 @@ class RunFolder:
         there = [name for name in OWN if os.path.lexists(self.path / name)]
         for file in (self.path / name for name in (*there, TENSORBOARD)):
             if not _is_own(file):
-                raise self._refused(
-                    f"{file} was not written by bncli, or was edited since, and is never overwritten; {self._instead}"
-                )
+                why = "was not written by bncli, or was edited since, and is never overwritten"
+                raise self._refused(f"{file} {why}; restore it, or move it away{self._instead}")
         if there and not self._overwrite:
             what = "a run" if RESULT in there else "an unfinished run" + "; continue it" * (CHECKPOINT in there)
             raise self._refused(f"already contains {what}; choose another folder, or overwrite it", "overwrite")
@@ -93,7 +91,7 @@ class RunFolder:
             raise self._refused(f"cannot be written to: {error.strerror}") from error
         if not lock(file):
             file.close()
-            raise self._refused(f"another run is writing there; {self._wait}")
+            raise self._refused(f"another run is writing there; wait for it{self._instead}")
         sweep(self.path)
         return file
 
@@ -148,7 +146,7 @@ class ResumedFolder(RunFolder):
     name, recipe_yaml: of the run so far. note: the comment that its recipe begins with, if any, as a line.
     """
 
-    _argument, _instead, _wait = "resume", "restore it, or move it away", "wait for it, or stop it"
+    _argument, _instead = "resume", ""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, path.name, overwrite=True)
@@ -161,18 +159,18 @@ class ResumedFolder(RunFolder):
             )
         self._metrics = self._claim()
         self.checkpoint = read_plain(path / CHECKPOINT)
-        self._before = _events(path / METRICS)  # until the first new event
-        self._started = ""
-        self.name: str = json.loads(self._before[0][1])["name"]
+        self.name, self._before = _events(path / METRICS)
+        self._started = ""  # the line of that event, until the first new one
         self.recipe_yaml = read_plain(path / RECIPE).decode().partition("\n")[2]
         first, end, _ = self.recipe_yaml.partition("\n")
         self.note = (first + end) * first.startswith("#")
 
     def finished(self, recipe_yaml: str) -> RunResult | None:
         """The run's result, if it has ended and that is its recipe."""
-        result = parsed(self.path / RESULT, lambda text: from_json(RunResult, text))
-        ended = result is not None and result.status != "interrupted"
-        return result if ended and self.recipe_yaml == recipe_yaml else None
+        if self.recipe_yaml != recipe_yaml or not os.path.lexists(self.path / RESULT):
+            return None
+        result = from_json(RunResult, read_plain(self.path / RESULT).decode())
+        return result if result.status != "interrupted" else None
 
     def metrics(self, event: Event) -> None:
         """As of any run, without a second start. The engine yields the events after the checkpoint again, so the first
@@ -181,34 +179,35 @@ class ResumedFolder(RunFolder):
         if isinstance(event, RunStarted):
             self._started = event_line(event) + "\n"
             return
-        if self._before:
+        if self._started:
             new = _place(json.loads(event_line(event)))
-            kept = itertools.takewhile(lambda old: old[0] != new and old[0][0] <= new[0], self._before[1:])
+            kept = itertools.takewhile(lambda old: old[0] != new and old[0][0] <= new[0], self._before)
             with self._writing(METRICS):
-                replace(self.path / METRICS, "".join([self._started, *(line for _, line in kept)]).encode())
+                replace(self.path / METRICS, b"".join([self._started.encode(), *(line for _, line in kept)]))
                 self._metrics = self._claim()  # the new file, while the one before is still locked
             self._metrics.seek(0, os.SEEK_END)
-            self._before = []
+            self._started = ""
         super().metrics(event)
 
 
-def _events(file: Path) -> list[tuple[Place, str]]:
-    """Each event in metrics.jsonl, with its line, but the run's end and a last line that is torn.
+def _events(file: Path) -> tuple[str, list[tuple[Place, bytes]]]:
+    """The run's name, and its later events in metrics.jsonl with their lines, but its end and a line that is torn.
 
     Raises FileError for a line that is no event.
     """
-    found = []
-    lines = read_plain(file).decode().splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
-        try:
-            place = _place(json.loads(line))
-        except (ValueError, LookupError, TypeError, AttributeError):
-            if number > 1 and number == len(lines):
-                break
-            raise FileError(f"{file}:{number}: is not an event of a run; restore it, or train the run again") from None
-        if line.endswith("\n") and place[1] != "run_finished":
-            found.append((place, line))
-    return found
+    found, number = [], 1
+    first, *lines = read_plain(file).splitlines(keepends=True) or [b""]
+    try:
+        name = json.loads(first)["name"]
+        if not isinstance(name, str):
+            raise TypeError
+        for line in lines:
+            number += 1
+            if line.endswith(b"\n") and (place := _place(json.loads(line)))[1] != "run_finished":
+                found.append((place, line))
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise FileError(f"{file}:{number}: is not an event of a run; restore it, or train the run again") from error
+    return name, found
 
 
 def _place(event: dict[str, Any]) -> Place:
@@ -248,24 +247,13 @@ def _is_own(file: Path) -> bool:
     return False
 
 
-def parsed(file: Path, parse: Callable[[str], T]) -> T | None:
-    """The parsed content of a plain file; None where it is missing, a link, or not readable by `parse`."""
-    with contextlib.suppress(BncliError, OSError, UnicodeDecodeError):
-        return parse(read_plain(file).decode())
-    return None
-
-
 def _make_dated(parent: Path) -> Path:
     """A new folder named after the time; with a number where a run of the same second has made that one."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     make(parent)
-    names = (f"{now}-{number}" if number else now for number in itertools.count())
-    while True:
-        path = parent / next(names)
-        try:
+    for number in itertools.count():
+        path = parent / (f"{now}-{number}" if number else now)
+        with contextlib.suppress(FileExistsError):
             path.mkdir()
-            return path
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise FileError(f"{path}: cannot be created: {error.strerror}") from error
+            break
+    return path
