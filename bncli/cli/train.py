@@ -159,9 +159,7 @@ def _run(
     if from_weights:
         content, file = read(from_weights)
         of_engine["weights"] = tensors_of(content, file)
-        name = (
-            str(from_weights).encode("unicode_escape").decode()
-        )  # a comment has neither line ends nor control characters
+        name = str(from_weights).encode("unicode_escape").decode()  # a comment is a line without control characters
         recipe_yaml = f"{INITIAL_WEIGHTS}{name} sha256 {hashlib.sha256(content).hexdigest()}\n{recipe_yaml}"
     first = recipe_yaml.partition("\n")[0]
     initial = first.removeprefix(INITIAL_WEIGHTS) if first.startswith(INITIAL_WEIGHTS) else None
