@@ -13,7 +13,7 @@ import secrets
 import shutil
 import stat
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import IO, Any, TextIO
 
 from bncli.errors import FileError, UsageError
 
@@ -117,39 +117,35 @@ def read_plain(file: Path, most: int | None = None, follow: bool = False) -> byt
     if not follow and file.is_symlink():
         raise FileError(f"{file}: is a symbolic link, which is not followed here")
     with open(os.open(file, os.O_RDONLY | NO_WAIT | (0 if follow else NO_LINK)), "rb") as opened:
-        found = _plain(opened, file)
+        found = _size(opened, file)
         if most is not None and found > most:
             raise FileError(f"{file}: has {found:,} bytes, more than the {most:,} that such a file can have")
         return opened.read()
 
 
-def open_plain(file: Path, flags: int = 0) -> TextIO:
-    """A plain file for writing, created where missing, not truncated. Raises OSError, and FileError for any other."""
+def locked(file: Path, flags: int = 0) -> TextIO | None:
+    """A plain file to write to, locked until it is closed; None where another process holds the lock.
+
+    It is created where it is missing, and not truncated. Raises OSError, and FileError for what is no plain file.
+    """
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | NO_LINK | NO_WAIT | flags, 0o666)
     opened = os.fdopen(descriptor, "w", encoding="utf-8")
     try:
-        _plain(opened, file)
-    except FileError:
+        _size(opened, file)
+        with contextlib.suppress(ImportError):  # no such lock on Windows
+            import fcntl
+
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (OSError, FileError) as error:
         opened.close()
-        raise
+        if not isinstance(error, BlockingIOError):
+            raise
+        return None
     return opened
 
 
-def _plain(opened: BinaryIO | TextIO, file: Path) -> int:
-    """The size of an open plain file."""
+def _size(opened: IO[Any], file: Path) -> int:
     found = os.fstat(opened.fileno())
     if not stat.S_ISREG(found.st_mode):
         raise FileError(f"{file}: is not a plain file")
     return found.st_size
-
-
-def lock(file: TextIO) -> bool:
-    """Lock an open file until this process closes it or ends; False where another process holds the lock."""
-    with contextlib.suppress(ImportError):  # no such lock on Windows
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-    return True

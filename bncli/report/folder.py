@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from bncli.errors import BncliError, FileError, UsageError
 from bncli.report.files import event_line, from_json, to_json
 from bncli.results.train import Event, RunResult, RunStarted
-from bncli.storage import lock, make, open_plain, read_plain, replace, sweep
+from bncli.storage import locked, make, read_plain, replace, sweep
 
 Place = tuple[int, str]  # of an event in a run: its step, and its name
 
@@ -81,16 +81,14 @@ class RunFolder:
             raise self._refused(f"already contains {what}; choose another folder, or overwrite it", "overwrite")
 
     def _claim(self) -> TextIO:
-        """metrics.jsonl, open and locked, so that only one of several runs gets the folder; what killed ones left half
-        written is swept."""
+        """metrics.jsonl, locked, so that only one run gets the folder; what killed ones left half written is swept."""
         try:
-            file = open_plain(self.path / METRICS, 0 if self._overwrite else os.O_EXCL)
+            file = locked(self.path / METRICS, 0 if self._overwrite else os.O_EXCL)
         except FileExistsError:
             raise self._refused("already contains a run; choose another folder, or overwrite it", "overwrite") from None
         except OSError as error:
             raise self._refused(f"cannot be written to: {error.strerror}") from error
-        if not lock(file):
-            file.close()
+        if file is None:
             raise self._refused(f"another run is writing there; wait for it{self._instead}")
         sweep(self.path)
         return file
