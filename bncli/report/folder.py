@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from bncli.errors import BncliError, FileError, UsageError
 from bncli.report.files import event_line, from_json, to_json
+from bncli.results.serialize import from_plain
 from bncli.results.train import Event, RunResult, RunStarted
 from bncli.storage import locked, make, read_plain, replace, sweep
 
@@ -38,6 +39,7 @@ class RunFolder:
 
     _argument, _instead = "out", ", or choose another folder"
     checkpoint: bytes | None = None
+    initial_weights: str | None = None
 
     def __init__(self, path: Path | None, name: str, overwrite: bool = False) -> None:
         self.path = path or Path("runs") / name  # without a path: the parent of the folder that begin makes
@@ -141,7 +143,7 @@ class RunFolder:
 class ResumedFolder(RunFolder):
     """The folder of a run that goes on from its checkpoint: locked at once, and changed from its first new event on.
 
-    name, recipe_yaml: of the run so far. note: the comment that its recipe begins with, if any, as a line.
+    name, initial_weights, recipe_yaml: of the run so far.
     """
 
     _argument, _instead = "resume", ""
@@ -157,11 +159,10 @@ class ResumedFolder(RunFolder):
             )
         self._metrics = self._claim()
         self.checkpoint = read_plain(path / CHECKPOINT)
-        self.name, self._before = _events(path / METRICS)
-        self._started = ""  # the line of that event, until the first new one
+        began, self._before = _events(path / METRICS)
+        self.name, self.initial_weights = began.name, began.initial_weights
+        self._started = b""  # the line of the new start, until the first event after it
         self.recipe_yaml = read_plain(path / RECIPE).decode().partition("\n")[2]
-        first, end, _ = self.recipe_yaml.partition("\n")
-        self.note = (first + end) * first.startswith("#")
 
     def finished(self, recipe_yaml: str) -> RunResult | None:
         """The run's result, if it has ended and that is its recipe."""
@@ -175,37 +176,36 @@ class ResumedFolder(RunFolder):
         new one shows which of those in the file come again, and they are dropped.
         """
         if isinstance(event, RunStarted):
-            self._started = event_line(event) + "\n"
+            self._started = event_line(event).encode() + b"\n"
             return
         if self._started:
             new = _place(json.loads(event_line(event)))
             kept = itertools.takewhile(lambda old: old[0] != new and old[0][0] <= new[0], self._before)
             with self._writing(METRICS):
-                replace(self.path / METRICS, b"".join([self._started.encode(), *(line for _, line in kept)]))
+                replace(self.path / METRICS, b"".join([self._started, *(line for _, line in kept)]))
                 self._metrics = self._claim()  # the new file, while the one before is still locked
             self._metrics.seek(0, os.SEEK_END)
-            self._started = ""
+            self._started = b""
         super().metrics(event)
 
 
-def _events(file: Path) -> tuple[str, list[tuple[Place, bytes]]]:
-    """The run's name, and its later events in metrics.jsonl with their lines, but its end and a line that is torn.
+def _events(file: Path) -> tuple[RunStarted, list[tuple[Place, bytes]]]:
+    """A run's first event, and the later ones in metrics.jsonl with their lines, but its end and a line that is torn.
 
     Raises FileError for a line that is no event.
     """
     found, number = [], 1
     first, *lines = read_plain(file).splitlines(keepends=True) or [b""]
     try:
-        name = json.loads(first)["name"]
-        if not isinstance(name, str):
-            raise TypeError
+        plain = json.loads(first)
+        began = from_plain(RunStarted, {name: plain[name] for name in plain if name != "event"})
         for line in lines:
             number += 1
             if line.endswith(b"\n") and (place := _place(json.loads(line)))[1] != "run_finished":
                 found.append((place, line))
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise FileError(f"{file}:{number}: is not an event of a run; restore it, or train the run again") from error
-    return name, found
+    return began, found
 
 
 def _place(event: dict[str, Any]) -> Place:

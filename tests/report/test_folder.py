@@ -19,6 +19,7 @@ import pytest
 import bncli
 from bncli.errors import BncliError, UsageError
 from bncli.report.compare.folder import load_comparison
+from bncli.report.files import event_line
 from bncli.report.folder import ResumedFolder, RunFolder
 from bncli.results.train import Evaluated, Evaluation, Event, Probed, ProbePoint, RunFinished, RunStarted, StepDone
 
@@ -262,7 +263,7 @@ def test_a_run_that_goes_on_ends_with_the_lines_of_one_without_interruption(
             with open(run / "metrics.jsonl", "a") as metrics:
                 metrics.write(torn * (torn != "finished"))
             with ResumedFolder(run) as folder:
-                assert (folder.name, folder.checkpoint) == ("mine", STATE)
+                assert (folder.name, folder.checkpoint) == (STARTED.name, STATE)
                 folder.begin("train: {steps: 60}\n")
                 for event in (STARTED, *EVENTS[saved:], end):
                     folder.metrics(event)
@@ -324,7 +325,7 @@ def changed(name: str, change: Callable[[Path], object]) -> Callable[[Path], obj
 
 
 FOREIGN = "was not written by bncli, or was edited since, and is never overwritten; restore it, or move it away"
-BEGAN = b'{"event": "run_started", "name": "x"}\n'
+BEGAN = event_line(STARTED).encode() + b"\n"
 UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
     "no checkpoint": (lambda run: (run / "checkpoint.pt").unlink(), "has no checkpoint.pt to continue from"),
     "no metrics": (lambda run: (run / "metrics.jsonl").unlink(), "is not the folder of a run: it has no metrics.jsonl"),
@@ -342,7 +343,7 @@ UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
             lambda run, first=first: (run / "metrics.jsonl").write_bytes(first),
             "metrics.jsonl:1: is not an event of a run",
         )
-        for first in (b"", BEGAN.replace(b"name", b"x"), BEGAN.replace(b'"x"', b"3"), BEGAN[:-4])
+        for first in (b"", BEGAN.replace(b"name", b"x"), BEGAN.replace(b'"mine"', b"3"), BEGAN[:-4])
     },
     **{
         f"{kind} for {name}": (changed(name, change), FOREIGN)

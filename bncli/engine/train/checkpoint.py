@@ -105,9 +105,6 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-# --- which run it is of ---------------------------------------------------------------------------------------------
-
-
 def origin(recipe: Recipe, dataset: Dataset, device: torch.device, threads: int) -> dict[str, Any]:
     """All that decides a run, as name and plain value: the recipe's fields, the data, the versions, the machine."""
     labels = b"|".join(split.labels.cpu().numpy().tobytes() for split in (dataset.train, dataset.held_out))
@@ -141,15 +138,11 @@ def check_belongs(saved: dict[str, Any], now: dict[str, Any]) -> None:
         raise UsageError(*mistakes, field="resume")
 
 
-# --- saving ---------------------------------------------------------------------------------------------------------
-
-
 class Saving:
     """What of a run is given to whom to be saved (see `train`)."""
 
     def __init__(self, state: TrainState, save: Mapping[str, Callable[[bytes], None]], code: LoadedFiles) -> None:
         recipe, self.state, self.save, self.code = state.recipe, state, dict(save), code
-        self.own = isinstance(recipe.model, OwnModel)
         if isinstance(recipe.model, OwnModel):
             code.note(recipe.model.module)
         self.origin = origin(recipe, state.dataset, state.device, torch.get_num_threads())
@@ -178,7 +171,7 @@ class Saving:
         state.clock.pause(state.step)
         state.memory.end(state.phase)
         began = perf_counter()
-        if self.own:
+        if isinstance(state.recipe.model, OwnModel):
             self.code.note()  # a forward pass may import as well
         self.save["checkpoint"](packed({"state": state.state_dict(), "origin": self.origin, "code": self.code.files}))
         self.last_step, self.last_time = state.step, perf_counter()
@@ -192,8 +185,9 @@ class Saving:
         state, keep = self.state, self.state.recipe.train.keep
         state.memory.end(state.phase)
         began = perf_counter()
-        for name, best in (("model", keep == "best"), ("best", True)):
-            if status != "interrupted" and name in self.save and (name == "model" or keep == "both"):
+        best_of = {"model": keep == "best"} | ({"best": True} if keep == "both" else {})
+        for name, best in best_of.items():
+            if name in self.save and status != "interrupted":
                 self.save[name](packed_weights(state, best))
         state.checkpoint_s += perf_counter() - began
         state.memory.end("saving")
