@@ -31,17 +31,14 @@ def make(folder: Path) -> None:
         raise UsageError(f"cannot be created: {error.strerror}", field="out", value=folder) from error
 
 
-# --- writing ------------------------------------------------------------------------------------------------------
-
-
 def check_writable(path: Path) -> None:
     """Raise FileError now, before any work, for a path that `write_atomically` would refuse."""
-    folder = path.parent
     if os.path.isdir(path):
         raise FileError(f"{path}: is a folder; give a file's name")
-    if not os.access(folder, os.W_OK) or not os.path.isdir(folder):
-        why = "is not writable" if os.path.isdir(folder) else "does not exist"
-        raise FileError(f"{path}: its folder {folder} {why}")
+    if not os.path.isdir(path.parent):
+        raise FileError(f"{path}: its folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise FileError(f"{path}: its folder {path.parent} is not writable")
     if len(os.fsencode(path.name)) > LONGEST_NAME:
         raise FileError(f"{path}: its name is too long; give one of at most {LONGEST_NAME} bytes")
 
@@ -103,9 +100,6 @@ def sweep(folder: Path) -> None:
         for entry in entries:
             if TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                 os.unlink(entry.path)
-
-
-# --- reading and locking ------------------------------------------------------------------------------------------
 
 
 def read_plain(file: Path, most: int | None = None, follow: bool = False) -> bytes:

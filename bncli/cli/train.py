@@ -106,7 +106,8 @@ def train(
     with resumed or folders.RunFolder(out, loaded.name, force) as folder, StopSignal() as stop:
         finished = resumed and resumed.finished(recipe_yaml)
         if finished:
-            on = {"budget": "train.steps=N", "reached": "train.stop_at_target=false"}.get(finished.status)
+            grows = chosen.recipe.schedule.kind != "cosine"  # which is spread over its steps
+            on = {"budget": "train.steps=N" * grows, "reached": "train.stop_at_target=false"}.get(finished.status)
             log("This run has ended, so nothing is trained" + f"; --set {on} continues it" * bool(on), quiet)
         again = ["--device", device] * (device != "auto") + ["--tensorboard"] * tensorboard
         again += ["--allow-code"] * allow_code

@@ -46,7 +46,7 @@ class RunFolder:
         self._dated, self._overwrite = path is None, overwrite
         self._metrics: TextIO | None = None
         self.begun = False
-        self.save = {what: partial(self._save, file) for what, file in SAVED.items()}
+        self.save = {what: partial(self._write, file) for what, file in SAVED.items()}
         there = next(folder for folder in (self.path, *self.path.parents) if os.path.lexists(folder))
         if os.path.isdir(there) and not os.access(there, os.W_OK | os.X_OK):
             raise self._refused(f"{there.absolute()} is not writable; change its mode{self._instead}")
@@ -65,9 +65,8 @@ class RunFolder:
             self._metrics.truncate(0)
             for name in SAVED.values():  # of the run that is written over
                 (self.path / name).unlink(missing_ok=True)
-        with self._writing(RECIPE):
-            (self.path / RESULT).unlink(missing_ok=True)  # it is not that of the new recipe, or of more steps
-            replace(self.path / RECIPE, signed(recipe_yaml).encode())
+        (self.path / RESULT).unlink(missing_ok=True)  # it is not that of the new recipe, or of more steps
+        self._write(RECIPE, signed(recipe_yaml).encode())
         self.begun = True
 
     def _refuse_other_files(self) -> None:
@@ -106,18 +105,17 @@ class RunFolder:
             self._metrics.flush()
 
     def finish(self, result: RunResult) -> None:
-        with self._writing(RESULT):
-            replace(self.path / RESULT, to_json(result).encode())
+        self._write(RESULT, to_json(result).encode())
 
     @property
     def saved(self) -> list[str]:
         """The files that can be continued, evaluated or started from."""
         return [name for name in SAVED.values() if (self.path / name).is_file()]
 
-    def _save(self, name: str, data: bytes) -> None:
-        assert self._metrics is not None
+    def _write(self, name: str, data: bytes) -> None:
         with self._writing(name):
-            os.fsync(self._metrics.fileno())  # the events before a checkpoint are on the disk before it
+            if self._metrics:
+                os.fsync(self._metrics.fileno())  # what happened before is on the disk before
             replace(self.path / name, data, read_back=name == CHECKPOINT)
 
     @contextlib.contextmanager

@@ -303,6 +303,9 @@ def test_a_run_that_reached_its_target_says_what_continues_it(recipe: str) -> No
     shown = bncli("train", "--resume", "run", "--json")
     further = "train.stop_at_target=false"
     assert f"This run has ended, so nothing is trained; --set {further} continues it\n" in shown.err
+    for name, field in (("cosine", "schedule={kind: cosine}"), ("diverged", "optimizer.lr=1e30")):
+        bncli(*asked, name, "--set", field, "--set", "train.target=null")
+        assert bncli("train", "--resume", name).err.startswith("This run has ended, so nothing is trained\n")
     ran = bncli("train", "--resume", "run", "--set", further, "-q", "--json")
     assert (ran.code, reached["status"], json.loads(ran.out)["status"]) == (0, "reached", "budget")
     bncli(*asked, "whole", "--set", further)

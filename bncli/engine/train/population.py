@@ -79,17 +79,10 @@ def precise(
 
     `train.population_batches` (micro-)batches of the training set, at most an epoch, pass the network in training mode:
     each layer sees its inputs as they are in training, batch statistics in the layers below included, so one forward
-    pass of each batch serves all layers. They are the same batches, augmented alike, every time. Weights, buffers, the
-    global random streams and the flags are left or restored as they were.
+    pass of each batch serves all layers. They are the same batches, augmented alike, every time. A batch norm that is
+    in evaluation mode keeps its statistics. Raises GivenUp between two batches once `stop()` is true.
 
-    Args:
-        model: in the mode of training; a batch norm that is in evaluation mode keeps its statistics.
-        recipe, dataset, device: of the run.
-        stop: called between batches; GivenUp, and everything as before, once it is true.
-
-    Yields:
-        How far the running statistics of each layer are from those of the population; of a model that called no batch
-        norm with running statistics in training mode, nothing.
+    Yields how far the running statistics of each layer that was called are from those of the population.
     """
     train, split = recipe.train, dataset.train
     size = train.micro_batch_size

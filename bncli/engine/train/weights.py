@@ -90,10 +90,7 @@ def tensors_of(content: bytes, file: str = "the file") -> dict[str, Tensor]:
 def unpacked_weights(
     content: bytes, allow_code: bool = False, file: str = "the file"
 ) -> tuple[dict[str, Tensor], Recipe, About]:
-    """The content of a file of weights that a run saved.
-
-    Raises FileError for another file, and UsageError for one whose model is the user's own code, unless `allow_code`.
-    """
+    """What a run saved. Raises FileError for another file, UsageError for a model of the user's unless `allow_code`."""
     tensors = tensors_of(content, file)
     said = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
     if json.dumps(VERSION) != said.pop("version", None):

@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -132,11 +131,14 @@ def _run(command: list[str], temporary: str) -> str:
 
     The compiler's own temporary files are in the folder `temporary`, and the processes that it starts end with it.
     """
-    told = Path(temporary) / "messages"
-    quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "start_new_session": True}
-    environment = {**os.environ, "TMPDIR": temporary}
+    said, none, environment = Path(temporary) / "messages", subprocess.DEVNULL, {**os.environ, "TMPDIR": temporary}
     try:
-        with told.open("wb") as file, subprocess.Popen(command, stderr=file, env=environment, **quiet) as process:
+        with (
+            said.open("wb") as file,
+            subprocess.Popen(
+                command, stdin=none, stdout=none, stderr=file, env=environment, start_new_session=True
+            ) as process,
+        ):
             try:
                 code = process.wait(LONGEST_S)
             finally:
@@ -147,7 +149,7 @@ def _run(command: list[str], temporary: str) -> str:
         raise Unavailable(f"{late}. Try again when the machine is less busy, or name another one in CC") from error
     except OSError as error:
         return str(error)
-    lines = told.read_text(errors="replace").strip().splitlines() or [f"it ended with code {code}"]
+    lines = said.read_text(errors="replace").strip().splitlines() or [f"it ended with code {code}"]
     return "" if code == 0 else next((line for line in lines if "error" in line), lines[0])
 
 
