@@ -28,8 +28,7 @@ PLAN = "plan.json"  # of a comparison
 
 
 class RunFolder:
-    """One run of `bncli train`: recipe.yaml (resolved), metrics.jsonl (one event per line), result.json, checkpoint.pt
-    and its trained weights.
+    """One run of `bncli train`: its recipe (resolved), metrics (an event per line), result, checkpoint and weights.
 
     Nothing is made before `begin`, which locks the folder for this run. A file that bncli did not write, or that
     was edited since, is never written over; bncli's own are with `overwrite`.

@@ -76,8 +76,8 @@ def train(
             run was stopped: the last weights, or the best with train.keep: best. `best`: those, with keep: both.
 
     Yields:
-        The events of the run as they happen (`bncli.results.train.Event`); the last, a RunFinished, holds the result.
-        From a checkpoint: RunStarted, then the events after it.
+        The events of the run as they happen (`bncli.results.train.Event`), or those after the checkpoint; the last, a
+        RunFinished, holds the result.
 
     Raises:
         DataError, RecipeError: for missing data or a model that cannot be built, at the first event.

@@ -139,7 +139,7 @@ def check_belongs(saved: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 class Saving:
-    """What of a run is given to whom to be saved (see `train`)."""
+    """Saving of a run; `save` is as in `train`."""
 
     def __init__(self, state: TrainState, save: Mapping[str, Callable[[bytes], None]], code: LoadedFiles) -> None:
         recipe, self.state, self.save, self.code = state.recipe, state, dict(save), code

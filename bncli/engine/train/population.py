@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bncli.engine.data.splits import Batch, Dataset, order
+from bncli.engine.data.splits import Batch, order
 from bncli.engine.device import autocast
 from bncli.engine.models.init import global_generators, restore_global_generators, stream
 from bncli.engine.models.variants import BatchRenorm, GhostBatchNorm, NoisyBatchNorm
-from bncli.recipe.sections import Recipe
+from bncli.engine.train.state import TrainState
 from bncli.results.train import RunningStatistics
 
 # Layers that evaluate with the mean and variance of (N, C, *S) over N and *S.
@@ -68,13 +68,7 @@ class Moments:
 
 
 @contextlib.contextmanager
-def precise(
-    model: nn.Module,
-    recipe: Recipe,
-    dataset: Dataset,
-    device: torch.device,
-    stop: Callable[[], bool] = lambda: False,
-) -> Iterator[tuple[RunningStatistics, ...]]:
+def precise(state: TrainState, stop: Callable[[], bool] = lambda: False) -> Iterator[tuple[RunningStatistics, ...]]:
     """A context in which the running statistics are those of the population; afterwards the model is as it was before.
 
     `train.population_batches` (micro-)batches of the training set, at most an epoch, pass the network in training mode:
@@ -84,7 +78,7 @@ def precise(
 
     Yields how far the running statistics of each layer that was called are from those of the population.
     """
-    train, split = recipe.train, dataset.train
+    train, split, model, device = state.recipe.train, state.dataset.train, state.model, state.device
     size = train.micro_batch_size
     indices = order(len(split), size, stream(train.seed, "population order"), split.index_device)
     count = min(train.population_batches, len(split) // size)

@@ -68,10 +68,9 @@ def packed_weights(state: TrainState, best: bool) -> bytes:
 
 def read(path: Path) -> tuple[bytes, str]:
     """The content of a file of weights, given itself or as its run's folder, and its path. Raises FileError."""
-    in_folder = path.is_dir()
-    file = path / MODEL if in_folder else path
+    file = path / MODEL if path.is_dir() else path
     try:
-        return read_plain(file, follow=not in_folder), str(file)
+        return read_plain(file, follow=file is path), str(file)
     except (OSError, ValueError) as error:
         raise FileError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
