@@ -10,7 +10,6 @@ import functools
 import itertools
 import json
 import math
-import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -76,16 +75,20 @@ def _reader(hint: Any) -> Reader:
     if origin is dict:
         value = _reader(arguments[1])
         return lambda plain: _values(itertools.repeat(value), _object(plain))
-    if hint is float:
-        return _float
-    expected = {int: "a whole number", str: "text"}.get(hint, str(hint))
+    if hint in (int, float):
+        return lambda plain: _number(hint, plain)
+    expected = "text" if hint is str else str(hint)
     return lambda plain: plain if type(plain) is hint else _refuse(expected, plain)
 
 
-def _float(plain: Any) -> Any:
-    plain = NOT_FINITE.get(plain, plain) if isinstance(plain, str) else plain
-    right = type(plain) is float or (type(plain) is int and abs(plain) < sys.float_info.max)
-    return plain if right else _refuse("a number", plain)
+def _number(kind: type, plain: Any) -> Any:
+    if kind is float:
+        plain = NOT_FINITE.get(plain, plain) if isinstance(plain, str) else plain
+        if type(plain) is float:
+            return plain
+    if type(plain) is not int:
+        _refuse("a number" if kind is float else "a whole number", plain)
+    return plain if abs(plain) < 1 << 63 else _refuse("a number of at most 64 bits", plain)
 
 
 def _dataclass_reader(kind: type) -> Reader:

@@ -23,6 +23,13 @@ from tests.report import made_up_costs
 
 IDENTITY = {"bncli": "0", "torch": "2", "device": "cpu", "data": "none"}
 FEW = BASE + UNTUNED.replace("report: 5", "report: 2")  # few runs, since each input means reading all
+CLAIMS = """
+claims:
+  - {say: fewer steps, measure: steps_to_target, arm: normed, over: plain, expect: less}
+  - {say: ends better, measure: final, arm: normed, over: plain, at_least: 0.01}
+  - {say: larger rates, measure: largest_learning_rate, arm: normed, over: plain, at_least: 2}
+largest_learning_rate: {steps: 1000, accuracy: 0.8}
+"""
 DATA = "synthetic, shape: [8], classes: 3, examples: 200, held_out: 50"
 RECIPES = (
     BASE,
@@ -137,7 +144,7 @@ def baselines() -> list[bytes]:
 
 
 def saved_comparisons(folder: Path) -> list[bytes]:
-    return [files.to_json(comparison(asked(folder, text))).encode() for text in (FEW, BASE + ARMS)]
+    return [files.to_json(comparison(asked(folder, text))).encode() for text in (FEW, BASE + ARMS, FEW + CLAIMS)]
 
 
 def npz(**arrays: np.ndarray) -> bytes:

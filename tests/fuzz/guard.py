@@ -95,7 +95,8 @@ class Guard:
             what = f"more than {self.seconds:g} CPU seconds" if isinstance(error, TooSlow) else type(error).__name__
             accepted = Finding(what, _innermost(error), "".join(traceback.format_exception(error)))
         if self._seen:
-            return Finding(self._seen[0], _last_seen(self._seen), "\n".join(self._seen))
+            what, _, place = self._seen[0].rpartition(" in ")
+            return Finding(what, place, "\n".join(self._seen))
         if (grown_mib := (_peak_kib() - self._start_kib) >> 10) > MOST_MIB:
             return Finding(f"more than {MOST_MIB} MiB", "the process", f"{grown_mib} MiB more than at the start")
         return accepted
@@ -115,7 +116,11 @@ class Guard:
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         """A finder of modules that finds none, and notes each that an input alone can have named."""
         if self._watching and name.partition(".")[0] not in self._known:
-            self._note(f"import of {name!r}")
+            frame = sys._getframe(1)
+            while frame.f_back and "importlib" in frame.f_code.co_filename:
+                frame = frame.f_back
+            if "site-packages" not in frame.f_code.co_filename:  # a package looks for one that it can do without
+                self._note(f"import of {name!r}")
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self._watching:
@@ -178,7 +183,3 @@ def _innermost(error: BaseException) -> str:
 
 def _line(frame: traceback.FrameSummary) -> str:
     return f"{frame.filename.removeprefix(PACKAGE)}:{frame.lineno}"
-
-
-def _last_seen(seen: list[str]) -> str:
-    return seen[0].rpartition(" in ")[2]

@@ -48,6 +48,7 @@ class Fuzzer:
     def __init__(self, folder: Path, seed: int, seconds: float, at_hand: Path) -> None:
         self.folder, self.seed, self.known = folder, seed, set[str]()
         self._kinds: dict[str, Kind] = {}
+        self._counts, self._findings = Counter[str](), list[dict[str, str]]()  # of the batch at hand
         self._at_hand = AtHand(at_hand)
         self.guard = Guard(folder, seconds)
 

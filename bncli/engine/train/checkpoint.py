@@ -83,7 +83,9 @@ def restore(state: TrainState, saved: dict[str, Any]) -> None:
         for weight, kept in state.optimizer.state.items():
             left = updater.state[example.weight].items()
             right = {name: each is not None and (weight.shape if each.dim() else each.shape) for name, each in left}
-            if kept and {name: each is not None and each.shape for name, each in kept.items()} != right:
+            counts = [each for each in kept.values() if each is not None and not each.dim() and weight.dim()]
+            found = {name: each is not None and each.shape for name, each in kept.items()}
+            if (kept and found != right) or not all(0 <= each <= state.step for each in counts):
                 raise ValueError("the optimizer's state is not of its weights")
     except Exception as error:
         raise FileError(f"does not hold a state of this run: {_brief(error)}", field="resume") from error

@@ -179,7 +179,8 @@ class TrainState:
         intervals = [(int(steps), float(seconds)) for steps, seconds in saved["intervals"]]
         self.clock = Clock(self.recipe.train.batch_size, self.device, intervals=intervals)
         self.clock.warm_ups = [*saved["warm_ups"], len(intervals)]
-        self.memory.mib = {str(phase): mib and float(mib) for phase, mib in saved["peak_memory_mib"].items()}
+        peaks = saved["peak_memory_mib"].items()
+        self.memory.mib = {str(phase): None if mib is None else float(mib) for phase, mib in peaks}
         if self.probes:
             self.probes.load_state_dict(saved["probes"])
         self.augmentation.set_state(saved["augmentation"])

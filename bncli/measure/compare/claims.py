@@ -150,12 +150,12 @@ def _pair(*values: float | NoInterval | None) -> Pair | NoInterval:
 def _largest_rate(arm: ArmRuns, seed: int) -> float | NoInterval | None:
     """The largest learning rate of one seed, or why its search has none; None where runs are missing."""
     point = tuned_point(arm.plan, arm.name, arm.records) if arm.plan.tune_seeds else next(iter(arm.kept), None)
-    by_rate = {record.point[rates.FIELD]: record.result for record in arm.searched if record.seed == seed}
-    if point is None or not by_rate:
-        return None
     try:
+        by_rate = {record.point[rates.FIELD]: record.result for record in arm.searched if record.seed == seed}
+        if point is None or not by_rate:
+            return None
         found = rates.search(arm.plan, arm.name, point, by_rate.get)
-    except rates.UnknownOutcome:
+    except (rates.UnknownOutcome, KeyError, TypeError, ValueError):  # or a rate in a saved file is no number
         return None
     return "no rate trains" if found.trains is None else "no rate fails" if found.fails is None else found.trains
 

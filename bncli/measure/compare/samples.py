@@ -194,7 +194,7 @@ def seconds(arm: ArmRuns, point: Point, result: RunResult) -> tuple[float, bool]
 def examples(arm: ArmRuns, point: Point, result: RunResult) -> tuple[float, bool] | None:
     """Log of the training examples seen on the way to the target."""
     batch_size = point.get("train.batch_size", value_at(arm.plan.recipes, (arm.name, "train", "batch_size")))
-    if batch_size is None:
+    if not isinstance(batch_size, int | float):
         return None
     taken, hit = steps(arm.plan.target)(arm, point, result)
     return taken + _log(batch_size), hit

@@ -109,8 +109,8 @@ def claim_notes(comparison: Comparison) -> Iterator[str]:
 def _stops(comparison: Comparison, claim: Claim) -> bool:
     """Whether a claim is about the whole of runs that stop at their target."""
     whole = "." in claim.measure or claim.measure in ("final", "best")
-    recipes = (comparison.plan.recipes.get(name, {}) for name in (claim.arm, claim.over))
-    return whole and any(recipe.get("train", {}).get("stop_at_target") for recipe in recipes)
+    sections = (comparison.plan.recipes.get(name, {}).get("train") for name in (claim.arm, claim.over))
+    return whole and any(isinstance(train, dict) and train.get("stop_at_target") for train in sections)
 
 
 def csv_row(claim: JudgedClaim) -> dict[str, Any]:
