@@ -192,7 +192,7 @@ def _evaluate(model: Path, device: str, threads: int | None, allow_code: bool, o
     with StopSignal(at_once=True), contextlib.redirect_stdout(sys.stderr):
         from bncli.engine.train.weights import evaluate_weights
 
-        _, found = evaluate_weights(model, device, threads, allow_code)
+        found = evaluate_weights(model, device, threads, allow_code)
     forms = {"json": lambda it: json_text(to_plain(it)), "table": lambda it: evaluation_table(it, str(model))}
     output.show(found, forms)
 

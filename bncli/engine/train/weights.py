@@ -172,13 +172,10 @@ def load_model(path: str | Path, allow_code: bool = False, device: str = "cpu") 
     return model.to(on).eval()
 
 
-def evaluate_weights(
-    path: Path, device: str = "auto", threads: int | None = None, allow_code: bool = False
-) -> tuple[Recipe, Evaluation]:
+def evaluate_weights(path: Path, device: str, threads: int | None = None, allow_code: bool = False) -> Evaluation:
     """Evaluate a file of weights on the held-out data of its recipe: all digits are the run's, on the same machine.
 
-    Arguments and errors are those of `load_model` and `train`; threads: None for the run's. Returns the recipe, and the
-    evaluation at the step of these weights.
+    Arguments and errors are those of `load_model` and `train`; threads: None for the run's.
     """
     on, (content, file) = resolve(device), read(path)
     tensors, recipe, about = unpacked_weights(content, allow_code, file)
@@ -193,4 +190,4 @@ def evaluate_weights(
         state = TrainState(recipe, dataset, on)
         put(tensors, state.model, file)
         state.step = about.metrics.step if about.metrics else 0
-        return Recipe.model_validate(about.recipe), measured(state)
+        return measured(state)

@@ -86,7 +86,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(tmp_path: Path, name
     whole, saving = Run(recipe), Run(changed(recipe, checkpoint={"every": 1}))
     assert_same_run(saving, whole)
     (tmp_path / MODEL).write_bytes(whole.files["model"][0])
-    last, (_, evaluated) = whole.result.evaluations[-1], evaluate_weights(tmp_path, "cpu", None, True)
+    last, evaluated = whole.result.evaluations[-1], evaluate_weights(tmp_path, "cpu", None, True)
     assert (evaluated.step, evaluated.accuracy, evaluated.loss) == (last.step, last.accuracy, last.loss)
     contents = saving.files["checkpoint"]
     steps = [state_of(content)["step"] for content in contents]
