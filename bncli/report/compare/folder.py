@@ -20,7 +20,7 @@ from bncli.report.files import Result, from_json, load, to_json
 from bncli.report.folder import PLAN
 from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, RunRecord
 from bncli.results.serialize import to_plain
-from bncli.storage import lock, make, open_plain, read_plain, replace, sweep
+from bncli.storage import locked, make, read_plain, replace, sweep
 
 COMPARISON = "comparison.json"
 FOLDERS = ("runs", "failed", "checkpoints", "logs")
@@ -51,11 +51,10 @@ class ComparisonFolder:
         self._new = not self.path.exists()
         make(self.path)
         try:
-            self._lock = open_plain(self.path / ".lock")
+            self._lock = locked(self.path / ".lock")
         except OSError as error:
             raise UsageError(f"cannot be written to: {error.strerror}", field="out", value=self.path) from error
-        if not lock(self._lock):
-            self._lock.close()
+        if self._lock is None:
             raise BncliError(f"{self.path}: another comparison is writing here; wait for it, or choose another folder")
         begun, answer = self.begun(), self.answer(without="runs")
         for file, read in ((PLAN, begun), (COMPARISON, answer)):
