@@ -213,7 +213,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_all_that_differs() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["bncli", "torch", "device", "the labels of the data"])
+@pytest.mark.parametrize("name", ["bncli", "torch", "device", "the digest of the data"])
 def test_a_checkpoint_of_other_versions_devices_or_data_is_refused(name: str) -> None:
     recipe = recipe_of("momentum")
     contents = unpacked(Run(recipe).files["checkpoint"][0])
