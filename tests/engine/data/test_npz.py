@@ -122,7 +122,7 @@ def test_unsuitable_arrays_are_named_with_their_file(tmp_path, changes, message)
     ("content", "message"),
     [
         (None, r"set\.npz does not exist; create it with numpy\.savez\('.*set\.npz', x=\.\.\."),
-        ("a folder", "does not exist"),
+        ("a folder", "is not a plain file"),
         (b"", r"is not an \.npz archive"),
         (b"label,pixel\n1,2\n", r"is not an \.npz archive"),
         (b"\x93NUMPY\x01\x00", r"is not an \.npz archive"),
