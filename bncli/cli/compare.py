@@ -209,10 +209,11 @@ def _sources(folder: ComparisonFolder, asked: Study, loaded: list[Loaded]) -> tu
     from bncli.measure.compare.plan import named_runs
 
     sources = [str(Path(each.source).resolve()) for each in loaded if each.source != "standard input"]
-    before = folder.begun()
-    same = before and set(sources) & set(before.sources)
-    if folder.count and not same and not folder.finished({job.recipe_key for job in named_runs(asked, {}).jobs}):
-        of = f" of {', '.join(before.sources)}" if before and before.sources else ""
+    begun = folder.begun()
+    before = begun.sources if begun else ()
+    other = folder.count and not set(sources) & set(before)
+    if other and not folder.finished({job.recipe_key for job in named_runs(asked, {}).jobs}):
+        of = f" of {', '.join(before)}" * bool(before)
         raise UsageError(
             f"{folder.path}: contains {folder.count} runs of another comparison{of}, none of which fits this one; "
             "choose another folder with --out"

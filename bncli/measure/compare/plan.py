@@ -314,14 +314,12 @@ def named_runs(study: Study, records: Mapping[str, RunRecord]) -> KnownRuns:
 
 def known_runs(study: Study, records: dict[str, RunRecord], find: Find) -> KnownRuns:
     """As `named_runs`, after the runs that `find` has by their keys are added to the records."""
-    named, asked = named_runs(study, records), set[str]()
-    while more := {job.key for job in named.jobs} - asked - records.keys():
-        asked |= more
+    while True:
+        named = named_runs(study, records)
+        more = {job.key for job in named.jobs} - records.keys()
         records.update(find(more))
         if records.keys().isdisjoint(more):
-            break
-        named = named_runs(study, records)
-    return named
+            return named
 
 
 def _search(study: Study, arm: Arm, point: dict[str, Any], seed: int, records: Mapping[str, RunRecord]) -> list[Job]:

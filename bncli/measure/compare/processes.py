@@ -186,6 +186,7 @@ class Processes:
         for worker in [worker for worker in self._workers if worker.job and not worker.hanging]:
             worker.silent_s += min(self._looked - before, POLL_S)
             if worker.silent_s > longest:
+                worker.ready = False  # gets no other run, should this one have ended just now
                 worker.hanging = f"it made no progress for {longest:g} s and was ended"
                 _kill(worker)
 
