@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import itertools
 import json
 import math
 import os
@@ -48,7 +49,9 @@ class Worker:
         self.seconds, self.at_hand = seconds, folder / "at-hand"
         self.at_hand.unlink(missing_ok=True)
         command = [sys.executable, "-m", "tests.fuzz.worker", str(seed), str(seconds), str(self.at_hand)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
         self._lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
         self._answer(limit_s=600)
@@ -103,7 +106,7 @@ class Worker:
 
     def close(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        self.process.stdin.close()  # it ends after the batch at hand
         self.process.wait()
 
 
@@ -132,8 +135,7 @@ def fuzz(
     known: dict[str, list[str]] = {name: [] for name in kinds}
     with tempfile.TemporaryDirectory() as folder:
         worker = Worker(seed, seconds, Path(folder))
-        number = 0
-        while True:
+        for number in itertools.count():
             for name in kinds:
                 if sum(each.tried for each in tallies.values()) >= inputs or time.monotonic() > end:
                     worker.close()
@@ -156,10 +158,12 @@ def fuzz(
                         encoded = base64.b64encode(death.data).decode()
                         save(out, name, len(known[name]), death.what, "", encoded)
                     memory = True
+                except KeyboardInterrupt:  # what has been tried so far is shown
+                    end, memory = 0.0, False
                 if memory:
                     worker.close()
                     worker = Worker(seed, seconds, Path(folder))
-            number += 1
+    raise AssertionError("the loop ends by its limits")
 
 
 def save(out: Path, kind: str, number: int, signature: str, details: str, encoded: str) -> None:
