@@ -160,8 +160,7 @@ class Processes:
         if message is None:
             return self._died(worker)
         if "refused" in message:
-            about = {name: message.get(name) for name in ("field", "value")}
-            raise Refused(*message["refused"], exit_code=message["exit_code"], **about)
+            raise Refused(*message.pop("refused"), **message)
         if "hello" in message:
             worker.ready = True
             if not self._greeted:  # a later worker sees its own GPU only
