@@ -13,7 +13,7 @@ import secrets
 import shutil
 import stat
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import IO, Any, TextIO
 
 from bncli.errors import FileError, UsageError
 
@@ -31,17 +31,14 @@ def make(folder: Path) -> None:
         raise UsageError(f"cannot be created: {error.strerror}", field="out", value=folder) from error
 
 
-# --- writing ------------------------------------------------------------------------------------------------------
-
-
 def check_writable(path: Path) -> None:
     """Raise FileError now, before any work, for a path that `write_atomically` would refuse."""
-    folder = path.parent
     if os.path.isdir(path):
         raise FileError(f"{path}: is a folder; give a file's name")
-    if not os.access(folder, os.W_OK) or not os.path.isdir(folder):
-        why = "is not writable" if os.path.isdir(folder) else "does not exist"
-        raise FileError(f"{path}: its folder {folder} {why}")
+    if not os.path.isdir(path.parent):
+        raise FileError(f"{path}: its folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise FileError(f"{path}: its folder {path.parent} is not writable")
     if len(os.fsencode(path.name)) > LONGEST_NAME:
         raise FileError(f"{path}: its name is too long; give one of at most {LONGEST_NAME} bytes")
 
@@ -105,9 +102,6 @@ def sweep(folder: Path) -> None:
                 os.unlink(entry.path)
 
 
-# --- reading and locking ------------------------------------------------------------------------------------------
-
-
 def read_plain(file: Path, most: int | None = None, follow: bool = False) -> bytes:
     """The content of a plain file of at most `most` bytes.
 
@@ -117,39 +111,35 @@ def read_plain(file: Path, most: int | None = None, follow: bool = False) -> byt
     if not follow and file.is_symlink():
         raise FileError(f"{file}: is a symbolic link, which is not followed here")
     with open(os.open(file, os.O_RDONLY | NO_WAIT | (0 if follow else NO_LINK)), "rb") as opened:
-        found = _plain(opened, file)
+        found = _size(opened, file)
         if most is not None and found > most:
             raise FileError(f"{file}: has {found:,} bytes, more than the {most:,} that such a file can have")
         return opened.read()
 
 
-def open_plain(file: Path, flags: int = 0) -> TextIO:
-    """A plain file for writing, created where missing, not truncated. Raises OSError, and FileError for any other."""
+def locked(file: Path, flags: int = 0) -> TextIO | None:
+    """A plain file to write to, locked until it is closed; None where another process holds the lock.
+
+    It is created where it is missing, and not truncated. Raises OSError, and FileError for what is no plain file.
+    """
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | NO_LINK | NO_WAIT | flags, 0o666)
     opened = os.fdopen(descriptor, "w", encoding="utf-8")
     try:
-        _plain(opened, file)
-    except FileError:
+        _size(opened, file)
+        with contextlib.suppress(ImportError):  # no such lock on Windows
+            import fcntl
+
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (OSError, FileError) as error:
         opened.close()
-        raise
+        if not isinstance(error, BlockingIOError):
+            raise
+        return None
     return opened
 
 
-def _plain(opened: BinaryIO | TextIO, file: Path) -> int:
-    """The size of an open plain file."""
+def _size(opened: IO[Any], file: Path) -> int:
     found = os.fstat(opened.fileno())
     if not stat.S_ISREG(found.st_mode):
         raise FileError(f"{file}: is not a plain file")
     return found.st_size
-
-
-def lock(file: TextIO) -> bool:
-    """Lock an open file until this process closes it or ends; False where another process holds the lock."""
-    with contextlib.suppress(ImportError):  # no such lock on Windows
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-    return True

@@ -55,7 +55,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "engine.load": (set(), {"psutil"}),
     "engine.memory": (set(), {"psutil"}),
     "engine.target": (ASKED, set()),
-    "engine.user_code": ({"errors"}, set()),
+    "engine.user_code": ({"errors", "storage"}, set()),
     "engine.data": (
         {"errors", "names", "recipe", "kernels", "engine.device", "engine.memory"},
         {"torch", "numpy", "sklearn", "datasets", "PIL", "huggingface_hub"},

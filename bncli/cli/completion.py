@@ -26,15 +26,18 @@ def complete(command: Callable[..., None]) -> None:
 
 def recipes(incomplete: str) -> list[str]:
     """YAML files in the folder that is typed and in those below it; a shell completes other files by itself."""
-    folder = glob.escape(incomplete[: incomplete.rfind("/") + 1])
-    patterns = (f"{folder}{below}*.y*ml" for below in ("", "*/", "*/*/"))
-    return [file for pattern in patterns for file in sorted(glob.glob(pattern)) if file.isprintable()]
+    return _files(incomplete[: incomplete.rfind("/") + 1], "", "*.y*ml")
 
 
 def runs(incomplete: str) -> list[str]:
     """Folders of runs that can be continued, in the folder that is typed and in those below it."""
-    found = (sorted(glob.glob(f"{glob.escape(incomplete)}*/{below}checkpoint.pt")) for below in ("", "*/", "*/*/"))
-    return [str(Path(file).parent) for files in found for file in files]
+    return [str(Path(file).parent) for file in _files(incomplete, "*/", "checkpoint.pt")]
+
+
+def _files(start: str, folder: str, name: str) -> list[str]:
+    """Files whose paths begin so, at most two folders further down; none that a terminal might take for commands."""
+    found = (sorted(glob.glob(f"{glob.escape(start)}{folder}{below}{name}")) for below in ("", "*/", "*/*/"))
+    return [file for files in found for file in files if file.isprintable()]
 
 
 def arms(context: typer.Context) -> list[str]:

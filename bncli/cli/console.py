@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bncli.errors import CHECK_FAILED, BncliError, FileError, out_of_memory_is, printable
@@ -76,17 +76,14 @@ OPTIONS = {
 }
 
 
-def _option(argument: str | None) -> str | None:
-    return argument and OPTIONS.get(argument, "--" + argument.replace("_", "-"))
-
-
 def print_error(error: BncliError) -> None:
     """A user's mistakes, to stderr; an argument is shown as the option that it came from."""
-    lines = [line for each in error.errors for line in each.lines(_option(each.field), _option(each.permission))]
-    if len(lines) > 1:
-        log(f"bncli: {len(lines)} mistakes")
-    for line in lines:
-        log(f"  {line}" if len(lines) > 1 else f"bncli: {line}")
+
+    def option(argument: str | None) -> str | None:
+        return argument and OPTIONS.get(argument, "--" + argument.replace("_", "-"))
+
+    lines = [line for each in error.errors for line in each.lines(option(each.field), option(each.permission))]
+    log(f"bncli: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"bncli: {len(lines)} mistakes", *lines]))
 
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EBADF)
@@ -101,11 +98,12 @@ def system_errors(kept: str = "what was written before is kept") -> Iterator[Non
     except BrokenPipeError:  # the reader has left, as `head` does
         sys.exit(CHECK_FAILED)
     except OSError as error:
-        reason, where = error.strerror or str(error), error.filename or "the system"
+        reason, file = error.strerror or str(error), error.filename
         if error.errno in CANNOT_WRITE:
-            raise BncliError(f"{error.filename or 'standard output'}: cannot be written: {reason}; {kept}") from error
-        kind = FileError if error.filename and error.errno != errno.EMFILE else BncliError
-        raise kind(f"{where}: {reason}; check that path, and the limits that ulimit -a shows; {kept}") from error
+            raise BncliError(f"{file or 'standard output'}: cannot be written: {reason}; {kept}") from error
+        kind = FileError if file and error.errno != errno.EMFILE else BncliError
+        advice = "check that path, and the limits that ulimit -a shows"
+        raise kind(f"{file or 'the system'}: {reason}; {advice}; {kept}") from error
     except UnicodeEncodeError as error:
         raise FileError(f"{error.object!a}: {error.reason} in {error.encoding}; set LC_ALL=C.UTF-8") from error
 
@@ -116,9 +114,9 @@ class Messages(io.FileIO):
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
-            raise
-        except OSError:
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                raise
             return len(data)
 
 
@@ -168,8 +166,8 @@ class StopAtOnce(KeyboardInterrupt):
 class StopSignal:
     """Ctrl-C, SIGTERM or SIGHUP: the first asks the work to end at the next step, the second ends it at once.
 
-    With `at_once` the first ends it at once, for work that yields what it has finished. A SIGHUP that is ignored, as
-    under nohup, stays ignored.
+    With `at_once` the first ends it at once, for work that yields what it has finished. A SIGHUP that is ignored,
+    as under nohup, stays ignored.
     """
 
     number: int = 0
@@ -178,16 +176,13 @@ class StopSignal:
         self.at_once = at_once
 
     def __enter__(self) -> StopSignal:
-        names = ("SIGINT", "SIGTERM", "SIGHUP")  # there is no SIGHUP on Windows
-        signals: list[signal.Signals] = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        if signal.getsignal(signals[-1]) == signal.SIG_IGN:
-            signals.pop()
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not on Windows
+            signals.append(signal.SIGHUP)
         self._before = {each: signal.signal(each, self._take) for each in signals}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for each, handler in self._before.items():
             signal.signal(each, handler)
 

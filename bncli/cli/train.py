@@ -7,7 +7,7 @@ import hashlib
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from bncli.recipe.load import Arm
     from bncli.report.folder import RunFolder
     from bncli.results.train import RunResult
-
-
-INITIAL_WEIGHTS = "# Initial weights: "  # in a saved recipe, of which they are no field
 
 
 def _show_example(context: typer.Context, name: str | None) -> None:
@@ -105,20 +102,26 @@ def train(
     from bncli.report.files import to_json
     from bncli.report.train import run_table
 
-    recipe_yaml = (resumed.note if resumed else "") + dump(plain(chosen.recipe))
+    recipe_yaml = dump(plain(chosen.recipe))
     with resumed or folders.RunFolder(out, loaded.name, force) as folder, StopSignal() as stop:
         finished = resumed and resumed.finished(recipe_yaml)
         if finished:
-            log("This run has ended, so nothing is trained; --set train.steps=N continues it", quiet)
+            grows = chosen.recipe.schedule.kind != "cosine"  # which is spread over its steps
+            on = {"budget": "train.steps=N" * grows, "reached": "train.stop_at_target=false"}.get(finished.status)
+            log("This run has ended, so nothing is trained" + f"; --set {on} continues it" * bool(on), quiet)
         again = ["--device", device] * (device != "auto") + ["--tensorboard"] * tensorboard
         again += ["--allow-code"] * allow_code
+
+        def say_how_to_continue() -> None:
+            log(f"Continue it with: {shlex.join(['bncli', 'train', '--resume', str(folder.path), *again])}")
+
         try:
             result = finished or _run(
                 chosen, recipe_yaml, folder, from_weights, tensorboard, quiet, device=device, threads=threads, stop=stop
             )
         except BaseException:  # of any kind: what is saved can be continued
             if folder.begun and folders.CHECKPOINT in folder.saved:
-                log(_continue_words(folder, again))
+                say_how_to_continue()
             raise
         try:
             if not finished:
@@ -129,7 +132,7 @@ def train(
     run = layers.Arm(0, chosen.name, [chosen.recipe.train.seed], [result])
     output.write(run, {"": run_figure.draw} | ({"-layers": layers.draw} if layers.has_layers(run) else {}))
     if result.status == "interrupted":
-        log(_continue_words(folder, again))
+        say_how_to_continue()
     log(f"Saved in {folder.path}", quiet)
     if stop.number:
         raise typer.Exit(stop.exit_code)
@@ -148,19 +151,18 @@ def _run(
     quiet: bool,
     **of_engine: Any,
 ) -> RunResult:
-    """Train, with what happens in the folder. of_engine: as `engine.train` takes them."""
+    """Train, and keep in the folder what happens. of_engine: as `engine.train` takes them."""
     from bncli.engine import train as engine
     from bncli.engine.train.weights import read, tensors_of
     from bncli.report.progress import TrainProgress
     from bncli.report.tensorboard import TensorBoard
     from bncli.results.train import Event, RunFinished, RunStarted
 
+    initial = folder.initial_weights
     if from_weights:
         content, file = read(from_weights)
         of_engine["weights"] = tensors_of(content, file)
-        recipe_yaml = f"{INITIAL_WEIGHTS}{from_weights} sha256 {hashlib.sha256(content).hexdigest()}\n{recipe_yaml}"
-    first = recipe_yaml.partition("\n")[0]
-    initial = first.removeprefix(INITIAL_WEIGHTS) if first.startswith(INITIAL_WEIGHTS) else None
+        initial = f"{from_weights} sha256 {hashlib.sha256(content).hexdigest()}"
     # What a user's model prints must not get between the lines of a result.
     with TrainProgress(quiet) as progress, contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: log(f"\nWarning: {message}")  # not with a line of bncli's code
@@ -168,6 +170,7 @@ def _run(
         of_engine |= {"checkpoint": folder.checkpoint, "save": folder.save}
         for event in engine.train(arm.recipe, name=arm.name, **of_engine):
             if isinstance(event, RunStarted):
+                event = replace(event, initial_weights=initial)
                 enable_gc()
                 folder.begin(recipe_yaml)
                 if tensorboard:
@@ -180,10 +183,6 @@ def _run(
     return result
 
 
-def _continue_words(folder: RunFolder, options: Sequence[str]) -> str:
-    return f"Continue it with: {shlex.join(['bncli', 'train', '--resume', str(folder.path), *options])}"
-
-
 def _evaluate(model: Path, device: str, threads: int | None, allow_code: bool, output: Output) -> None:
     """Print how well a trained model does on the held-out data of its recipe."""
     from bncli.report.export import json_text
@@ -193,9 +192,9 @@ def _evaluate(model: Path, device: str, threads: int | None, allow_code: bool, o
     with StopSignal(at_once=True), contextlib.redirect_stdout(sys.stderr):
         from bncli.engine.train.weights import evaluate_weights
 
-        _, found = evaluate_weights(model, device, threads, allow_code)
-    name = str(model)
-    output.show(found, {"json": lambda it: json_text(to_plain(it)), "table": lambda it: evaluation_table(it, name)})
+        found = evaluate_weights(model, device, threads, allow_code)
+    forms = {"json": lambda it: json_text(to_plain(it)), "table": lambda it: evaluation_table(it, str(model))}
+    output.show(found, forms)
 
 
 def _check_combination(context: typer.Context, recipe: str | None, resume: Path | None, evaluate: bool) -> None:

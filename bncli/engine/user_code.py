@@ -16,7 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bncli.errors import BncliError, RunFailed
+from bncli.errors import BncliError, FileError, RunFailed
+from bncli.storage import read_plain
 
 HERE = str(Path(__file__).parents[1])  # bncli's own code
 PACKAGES = ("site-packages", "dist-packages")  # names of folders with installed packages, anywhere
@@ -83,10 +84,9 @@ class LoadedFiles:
 
 def digest_of(file: str) -> str | None:
     """The SHA-256 of a file's contents; None if it cannot be read."""
-    try:
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    except OSError:
-        return None
+    with contextlib.suppress(OSError, ValueError, FileError):  # no name that a file can have, or no plain file
+        return hashlib.sha256(read_plain(Path(file), follow=True)).hexdigest()
+    return None
 
 
 def _file_of(module: ModuleType | None) -> str:

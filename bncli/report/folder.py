@@ -11,14 +11,14 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 from bncli.errors import BncliError, FileError, UsageError
 from bncli.report.files import event_line, from_json, to_json
+from bncli.results.serialize import from_plain
 from bncli.results.train import Event, RunResult, RunStarted
-from bncli.storage import lock, make, open_plain, read_plain, replace, sweep
+from bncli.storage import locked, make, read_plain, replace, sweep
 
-T = TypeVar("T")
 Place = tuple[int, str]  # of an event in a run: its step, and its name
 
 RESULT, METRICS, RECIPE, TENSORBOARD = "result.json", "metrics.jsonl", "recipe.yaml", "tensorboard"
@@ -28,28 +28,27 @@ PLAN = "plan.json"  # of a comparison
 
 
 class RunFolder:
-    """One run of `bncli train`: recipe.yaml (resolved), metrics.jsonl (one event per line), result.json, checkpoint.pt
-    and its trained weights.
+    """One run of `bncli train`: its recipe (resolved), metrics (an event per line), result, checkpoint and weights.
 
     Nothing is made before `begin`, which locks the folder for this run. A file that bncli did not write, or that
     was edited since, is never written over; bncli's own are with `overwrite`.
 
-    save: what the engine saves -> where it goes; a file is replaced as a whole. checkpoint: what it goes on from.
+    save: what the engine saves -> what takes its content. checkpoint: what the run goes on from.
     """
 
-    _argument, _instead, _wait = "out", "choose another folder", "choose another folder"
+    _argument, _instead = "out", ", or choose another folder"
     checkpoint: bytes | None = None
+    initial_weights: str | None = None
 
     def __init__(self, path: Path | None, name: str, overwrite: bool = False) -> None:
         self.path = path or Path("runs") / name  # without a path: the parent of the folder that begin makes
         self._dated, self._overwrite = path is None, overwrite
         self._metrics: TextIO | None = None
         self.begun = False
-        self.save = {what: partial(self._save, file) for what, file in SAVED.items()}
+        self.save = {what: partial(self._write, file) for what, file in SAVED.items()}
         there = next(folder for folder in (self.path, *self.path.parents) if os.path.lexists(folder))
         if os.path.isdir(there) and not os.access(there, os.W_OK | os.X_OK):
-            instead = ", or choose another folder" * (self._argument == "out")
-            raise self._refused(f"{there.absolute()} is not writable; change its mode{instead}")
+            raise self._refused(f"{there.absolute()} is not writable; change its mode{self._instead}")
         if not self._dated:
             self._refuse_other_files()
 
@@ -63,10 +62,10 @@ class RunFolder:
                 self._refuse_other_files()
             self._metrics = self._claim()
             self._metrics.truncate(0)
-            for name in (RESULT, *SAVED.values()):  # of the run that is written over
+            for name in SAVED.values():  # of the run that is written over
                 (self.path / name).unlink(missing_ok=True)
-        with self._writing(RECIPE):
-            replace(self.path / RECIPE, signed(recipe_yaml).encode())
+        (self.path / RESULT).unlink(missing_ok=True)  # it is not that of the new recipe, or of more steps
+        self._write(RECIPE, signed(recipe_yaml).encode())
         self.begun = True
 
     def _refuse_other_files(self) -> None:
@@ -75,25 +74,22 @@ class RunFolder:
         there = [name for name in OWN if os.path.lexists(self.path / name)]
         for file in (self.path / name for name in (*there, TENSORBOARD)):
             if not _is_own(file):
-                raise self._refused(
-                    f"{file} was not written by bncli, or was edited since, and is never overwritten; {self._instead}"
-                )
+                why = "was not written by bncli, or was edited since, and is never overwritten"
+                raise self._refused(f"{file} {why}; restore it, or move it away{self._instead}")
         if there and not self._overwrite:
             what = "a run" if RESULT in there else "an unfinished run" + "; continue it" * (CHECKPOINT in there)
             raise self._refused(f"already contains {what}; choose another folder, or overwrite it", "overwrite")
 
     def _claim(self) -> TextIO:
-        """metrics.jsonl, open and locked, so that only one of several runs gets the folder; what killed ones left half
-        written is swept."""
+        """metrics.jsonl, locked, so that only one run gets the folder; what killed ones left half written is swept."""
         try:
-            file = open_plain(self.path / METRICS, 0 if self._overwrite else os.O_EXCL)
+            file = locked(self.path / METRICS, 0 if self._overwrite else os.O_EXCL)
         except FileExistsError:
             raise self._refused("already contains a run; choose another folder, or overwrite it", "overwrite") from None
         except OSError as error:
             raise self._refused(f"cannot be written to: {error.strerror}") from error
-        if not lock(file):
-            file.close()
-            raise self._refused(f"another run is writing there; {self._wait}")
+        if file is None:
+            raise self._refused(f"another run is writing there; wait for it{self._instead}")
         sweep(self.path)
         return file
 
@@ -108,18 +104,17 @@ class RunFolder:
             self._metrics.flush()
 
     def finish(self, result: RunResult) -> None:
-        with self._writing(RESULT):
-            replace(self.path / RESULT, to_json(result).encode())
+        self._write(RESULT, to_json(result).encode())
 
     @property
     def saved(self) -> list[str]:
         """The files that can be continued, evaluated or started from."""
         return [name for name in SAVED.values() if (self.path / name).is_file()]
 
-    def _save(self, name: str, data: bytes) -> None:
-        assert self._metrics is not None
+    def _write(self, name: str, data: bytes) -> None:
         with self._writing(name):
-            os.fsync(self._metrics.fileno())  # the events before a checkpoint are on the disk before it
+            if self._metrics:
+                os.fsync(self._metrics.fileno())  # what happened before is on the disk before
             replace(self.path / name, data, read_back=name == CHECKPOINT)
 
     @contextlib.contextmanager
@@ -145,10 +140,10 @@ class RunFolder:
 class ResumedFolder(RunFolder):
     """The folder of a run that goes on from its checkpoint: locked at once, and changed from its first new event on.
 
-    name, recipe_yaml: of the run so far. note: the comment that its recipe begins with, if any, as a line.
+    name, initial_weights, recipe_yaml: of the run so far.
     """
 
-    _argument, _instead, _wait = "resume", "restore it, or move it away", "wait for it, or stop it"
+    _argument, _instead = "resume", ""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, path.name, overwrite=True)
@@ -161,54 +156,53 @@ class ResumedFolder(RunFolder):
             )
         self._metrics = self._claim()
         self.checkpoint = read_plain(path / CHECKPOINT)
-        self._before = _events(path / METRICS)  # until the first new event
-        self._started = ""
-        self.name: str = json.loads(self._before[0][1])["name"]
+        began, self._before = _events(path / METRICS)
+        self.name, self.initial_weights = began.name, began.initial_weights
+        self._started = b""  # the line of the new start, until the first event after it
         self.recipe_yaml = read_plain(path / RECIPE).decode().partition("\n")[2]
-        first, end, _ = self.recipe_yaml.partition("\n")
-        self.note = (first + end) * first.startswith("#")
 
     def finished(self, recipe_yaml: str) -> RunResult | None:
         """The run's result, if it has ended and that is its recipe."""
-        result = parsed(self.path / RESULT, lambda text: from_json(RunResult, text))
-        ended = result is not None and result.status != "interrupted"
-        return result if ended and self.recipe_yaml == recipe_yaml else None
+        if self.recipe_yaml != recipe_yaml or not os.path.lexists(self.path / RESULT):
+            return None
+        result = from_json(RunResult, read_plain(self.path / RESULT).decode())
+        return result if result.status != "interrupted" else None
 
     def metrics(self, event: Event) -> None:
         """As of any run, without a second start. The engine yields the events after the checkpoint again, so the first
         new one shows which of those in the file come again, and they are dropped.
         """
         if isinstance(event, RunStarted):
-            self._started = event_line(event) + "\n"
+            self._started = event_line(event).encode() + b"\n"
             return
-        if self._before:
+        if self._started:
             new = _place(json.loads(event_line(event)))
-            kept = itertools.takewhile(lambda old: old[0] != new and old[0][0] <= new[0], self._before[1:])
+            kept = itertools.takewhile(lambda old: old[0] != new and old[0][0] <= new[0], self._before)
             with self._writing(METRICS):
-                replace(self.path / METRICS, "".join([self._started, *(line for _, line in kept)]).encode())
+                replace(self.path / METRICS, b"".join([self._started, *(line for _, line in kept)]))
                 self._metrics = self._claim()  # the new file, while the one before is still locked
             self._metrics.seek(0, os.SEEK_END)
-            self._before = []
+            self._started = b""
         super().metrics(event)
 
 
-def _events(file: Path) -> list[tuple[Place, str]]:
-    """Each event in metrics.jsonl, with its line, but the run's end and a last line that is torn.
+def _events(file: Path) -> tuple[RunStarted, list[tuple[Place, bytes]]]:
+    """A run's first event, and the later ones in metrics.jsonl with their lines, but its end and a line that is torn.
 
     Raises FileError for a line that is no event.
     """
-    found = []
-    lines = read_plain(file).decode().splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
-        try:
-            place = _place(json.loads(line))
-        except (ValueError, LookupError, TypeError, AttributeError):
-            if number > 1 and number == len(lines):
-                break
-            raise FileError(f"{file}:{number}: is not an event of a run; restore it, or train the run again") from None
-        if line.endswith("\n") and place[1] != "run_finished":
-            found.append((place, line))
-    return found
+    found, number = [], 1
+    first, *lines = read_plain(file).splitlines(keepends=True) or [b""]
+    try:
+        plain = json.loads(first)
+        began = from_plain(RunStarted, {name: plain[name] for name in plain if name != "event"})
+        for line in lines:
+            number += 1
+            if line.endswith(b"\n") and (place := _place(json.loads(line)))[1] != "run_finished":
+                found.append((place, line))
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise FileError(f"{file}:{number}: is not an event of a run; restore it, or train the run again") from error
+    return began, found
 
 
 def _place(event: dict[str, Any]) -> Place:
@@ -248,24 +242,13 @@ def _is_own(file: Path) -> bool:
     return False
 
 
-def parsed(file: Path, parse: Callable[[str], T]) -> T | None:
-    """The parsed content of a plain file; None where it is missing, a link, or not readable by `parse`."""
-    with contextlib.suppress(BncliError, OSError, UnicodeDecodeError):
-        return parse(read_plain(file).decode())
-    return None
-
-
 def _make_dated(parent: Path) -> Path:
     """A new folder named after the time; with a number where a run of the same second has made that one."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     make(parent)
-    names = (f"{now}-{number}" if number else now for number in itertools.count())
-    while True:
-        path = parent / next(names)
-        try:
+    for number in itertools.count():
+        path = parent / (f"{now}-{number}" if number else now)
+        with contextlib.suppress(FileExistsError):
             path.mkdir()
-            return path
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise FileError(f"{path}: cannot be created: {error.strerror}") from error
+            break
+    return path

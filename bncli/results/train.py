@@ -54,6 +54,7 @@ class RunStarted:
     budget: int  # optimizer steps
     batch_size: int
     target: Target | None
+    initial_weights: str | None = None  # as of a result
 
 
 @dataclass(frozen=True)

@@ -342,7 +342,7 @@ LONG += ("--set", "train.stop_at_target=false", "-j", "1")
 
 
 def test_runs_of_a_comparison_that_is_stopped_or_killed_go_on_from_their_checkpoints(recipe: str) -> None:
-    command = ("compare", recipe, *LONG, "--set", "train.checkpoint={every: 100}")
+    command = ("compare", recipe, *LONG, "--set", "train.checkpoint={every: 1000}")  # each waits for the disk
     saved = Path("runs/small/checkpoints")
 
     def stopped_by(number: int) -> tuple[int, str]:

@@ -48,6 +48,8 @@ def test_a_run_to_continue_is_a_folder_with_a_checkpoint(completed, folder: Path
         (folder / name / "checkpoint.pt").touch()
     assert completed("train", "--resume", "") == ["mine", "runs/small/1", "runs/small/2"]
     assert completed("train", "--resume", "runs/small/") == ["runs/small/1", "runs/small/2"]
+    (folder / "runs/\x1b[2J").mkdir()
+    (folder / "runs/\x1b[2J/checkpoint.pt").touch()
     assert completed("train", "--resume", "ru") == ["runs/small/1", "runs/small/2"]
 
 

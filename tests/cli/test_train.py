@@ -297,6 +297,21 @@ def test_a_run_that_has_ended_is_shown_and_goes_on_with_more_steps(recipe: str) 
     assert load("run/recipe.yaml").base.train.steps == 45
 
 
+def test_a_run_that_reached_its_target_says_what_continues_it(recipe: str) -> None:
+    asked = ("train", recipe, "-q", "--json", "-o")
+    reached = json.loads(bncli(*asked, "run").out)
+    shown = bncli("train", "--resume", "run", "--json")
+    further = "train.stop_at_target=false"
+    assert f"This run has ended, so nothing is trained; --set {further} continues it\n" in shown.err
+    for name, field in (("cosine", "schedule={kind: cosine}"), ("diverged", "optimizer.lr=1e30")):
+        bncli(*asked, name, "--set", field, "--set", "train.target=null")
+        assert bncli("train", "--resume", name).err.startswith("This run has ended, so nothing is trained\n")
+    ran = bncli("train", "--resume", "run", "--set", further, "-q", "--json")
+    assert (ran.code, reached["status"], json.loads(ran.out)["status"]) == (0, "reached", "budget")
+    bncli(*asked, "whole", "--set", further)
+    assert left("run") == left("whole")
+
+
 def test_what_a_run_cannot_go_on_with_is_refused_and_it_is_left_as_it_was(recipe: str) -> None:
     bncli("train", recipe, "-o", "run", "-q")
     before = {file.name: file.read_bytes() for file in Path("run").iterdir()}
@@ -350,7 +365,10 @@ def test_a_run_that_starts_from_a_file_of_weights_says_so_also_when_it_goes_on(r
     assert (
         begun["evaluations"][0]["loss"] == json.loads(Path("first/result.json").read_text())["evaluations"][-1]["loss"]
     )
-    Path("first/model.safetensors").unlink()
+    Path("first/model.safetensors").rename("a\n\x1b\udcff.safetensors")
+    odd = ("--from-weights", "a\n\x1b\udcff.safetensors", "-o", "odd")
+    assert bncli("train", recipe, *asked, *odd).code == bncli("train", "--resume", "odd", "-q").code == 0
+    Path("a\n\x1b\udcff.safetensors").unlink()
     ran = bncli("train", "--resume", "run", "--set", "train.steps=30")
     assert f"initial weights {begun['initial_weights'][:20]}" in ran.words
     assert "saved model.safetensors, checkpoint.pt" in ran.words

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -68,9 +69,10 @@ def test_installed_packages_are_left_out_and_files_elsewhere_have_whole_paths(
     assert list(loaded.files) == [str(tmp_path / "elsewhere" / f"{package}_else.py")]
 
 
-def test_a_file_that_is_gone_has_no_digest(tmp_path: Path) -> None:
-    assert digest_of(str(tmp_path / "gone.py")) is None
-    assert digest_of(str(tmp_path)) is None
+def test_what_is_no_plain_file_has_no_digest(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.py")
+    for name in ("gone.py", "", "pipe.py", "a\0b"):
+        assert digest_of(f"{tmp_path}/{name}") is None
 
 
 # --- a folder in front ----------------------------------------------------------------------------------------------

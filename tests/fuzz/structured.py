@@ -21,7 +21,7 @@ VALUES = st.one_of(
     st.text(max_size=8),
     st.lists(st.one_of(st.none(), st.integers(), st.floats(), st.text(max_size=3)), max_size=4),
     st.dictionaries(st.text(max_size=4), st.one_of(st.none(), st.integers(), st.text(max_size=3)), max_size=3),
-)
+).map(copy.deepcopy)  # a later change may be inside it
 
 
 @st.composite
@@ -46,7 +46,9 @@ def changed(draw: st.DrawFn, trees: Sequence[Any]) -> Any:
             other, other_key = places[draw(st.integers(0, len(places) - 1))]
             owner[key] = copy.deepcopy(other[other_key])
         elif change == "wrap":
-            owner[key] = draw(st.sampled_from(([owner[key]], {"a": owner[key]}, [owner[key]] * 30)))
+            owner[key] = draw(st.sampled_from((lambda it: [it], lambda it: {"a": it}, lambda it: [it] * 30)))(
+                owner[key]
+            )
         elif isinstance(owner, dict):
             owner[draw(st.text(max_size=6))] = owner.pop(key)
     return tree

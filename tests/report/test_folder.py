@@ -19,6 +19,7 @@ import pytest
 import bncli
 from bncli.errors import BncliError, UsageError
 from bncli.report.compare.folder import load_comparison
+from bncli.report.files import event_line
 from bncli.report.folder import ResumedFolder, RunFolder
 from bncli.results.train import Evaluated, Evaluation, Event, Probed, ProbePoint, RunFinished, RunStarted, StepDone
 
@@ -262,7 +263,7 @@ def test_a_run_that_goes_on_ends_with_the_lines_of_one_without_interruption(
             with open(run / "metrics.jsonl", "a") as metrics:
                 metrics.write(torn * (torn != "finished"))
             with ResumedFolder(run) as folder:
-                assert (folder.name, folder.checkpoint) == ("mine", STATE)
+                assert (folder.name, folder.checkpoint) == (STARTED.name, STATE)
                 folder.begin("train: {steps: 60}\n")
                 for event in (STARTED, *EVENTS[saved:], end):
                     folder.metrics(event)
@@ -290,11 +291,23 @@ def test_more_steps_are_in_the_recipe_and_in_the_first_event(tmp_path: Path) -> 
     assert len(lines(run)) == 1 + len(EVENTS) + 1
 
 
+def test_the_result_of_fewer_steps_is_gone_once_a_run_goes_on(tmp_path: Path, make_result) -> None:
+    run = write(tmp_path / "run", EVENTS)
+    for recipe, status, ended in (("60", "budget", True), ("60", "interrupted", False), ("120", "budget", False)):
+        with ResumedFolder(run) as folder:
+            folder.finish(replace(make_result(100.0), status=status))
+            assert (folder.finished(f"train: {{steps: {recipe}}}\n") is not None) is ended
+    with ResumedFolder(run) as folder:
+        folder.begin("train: {steps: 120}\n")  # and is killed
+    with ResumedFolder(run) as folder:
+        assert folder.finished("train: {steps: 120}\n") is None
+
+
 def test_a_run_goes_on_in_one_process_at_a_time_and_also_after_its_first_event(tmp_path: Path) -> None:
     run = write(tmp_path / "run", EVENTS)
     with ResumedFolder(run) as folder:
         for _ in range(2):
-            with pytest.raises(UsageError, match="another run is writing there; wait for it, or stop it"):
+            with pytest.raises(UsageError, match="another run is writing there; wait for it"):
                 ResumedFolder(run)
             folder.begin("train: {steps: 60}\n")
             folder.metrics(STARTED)
@@ -312,15 +325,26 @@ def changed(name: str, change: Callable[[Path], object]) -> Callable[[Path], obj
 
 
 FOREIGN = "was not written by bncli, or was edited since, and is never overwritten; restore it, or move it away"
+BEGAN = event_line(STARTED).encode() + b"\n"
 UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
     "no checkpoint": (lambda run: (run / "checkpoint.pt").unlink(), "has no checkpoint.pt to continue from"),
     "no metrics": (lambda run: (run / "metrics.jsonl").unlink(), "is not the folder of a run: it has no metrics.jsonl"),
     "no folder": (shutil.rmtree, "is not the folder of a run: it has no recipe.yaml"),
     "an edited recipe": (changed("recipe.yaml", lambda file: file.write_text("train: {steps: 9}\n")), FOREIGN),
-    "a broken line": (
-        lambda run: (run / "metrics.jsonl").write_text('{"event": "run_started", "name": "x"}\n{"ev\n{"event": "a"}\n'),
-        "metrics.jsonl:2: is not an event of a run",
-    ),
+    **{
+        f"metrics with {line[:20]!r}": (
+            lambda run, line=line: (run / "metrics.jsonl").write_bytes(BEGAN + line + b'\n{"event": "done"}\n'),
+            "metrics.jsonl:2: is not an event of a run",
+        )
+        for line in (b'{"ev', b"\xff", b"[" * 10**5, b'{"event": "a", "step": Infinity}', b'{"points": []}', b"[]")
+    },
+    **{
+        f"metrics of {first!r}": (
+            lambda run, first=first: (run / "metrics.jsonl").write_bytes(first),
+            "metrics.jsonl:1: is not an event of a run",
+        )
+        for first in (b"", BEGAN.replace(b"name", b"x"), BEGAN.replace(b'"mine"', b"3"), BEGAN[:-4])
+    },
     **{
         f"{kind} for {name}": (changed(name, change), FOREIGN)
         for name in ("checkpoint.pt", "metrics.jsonl", "recipe.yaml")

@@ -60,8 +60,7 @@ def train(
 ) -> Iterator[Event]:
     """Train a recipe until its target, its budget, a loss that is not finite, or `stop()`.
 
-    A run that goes on from a checkpoint has the same weights, buffers, evaluations and probes to the bit as one that
-    was not interrupted, on the same machine, where `stop`, `save` and the place of the checkpoint make no difference.
+    A run that goes on from a checkpoint ends, on the same machine, with the same bits as one that was not interrupted.
     With more train.steps than before, it is also evaluated where it ended at first.
 
     Args:
@@ -71,15 +70,14 @@ def train(
         threads: CPU threads; None for torch's default, one per core, or on a CPU one if a step is too small for more.
         name: the run's name in its first event.
         stop: called after every optimizer step and during evaluations; True ends the run.
-        weights: a state_dict of the recipe's model to start from, instead of its initial weights; a checkpoint has its.
+        weights: a state_dict to start from, instead of the recipe's initial weights.
         checkpoint: the content of one of the same run, to go on from; no code in it is run.
-        save: who takes the contents of files. `checkpoint`: each checkpoint, when train.checkpoint says, when `stop()`
-            ends the run, and at its end. `model`, at the end of a run that was not stopped: the weights after the last
-            step, or at the best evaluation with train.keep: best. `best`, with keep: both: those at the best one.
+        save: what takes the contents of files. `checkpoint`: each checkpoint, and one at the end. `model`, unless the
+            run was stopped: the last weights, or the best with train.keep: best. `best`: those, with keep: both.
 
     Yields:
-        The events of the run as they happen (`bncli.results.train.Event`); the last, a RunFinished, holds the result.
-        From a checkpoint: RunStarted, then the events after it.
+        The events of the run as they happen (`bncli.results.train.Event`), or those after the checkpoint; the last, a
+        RunFinished, holds the result.
 
     Raises:
         DataError, RecipeError: for missing data or a model that cannot be built, at the first event.
@@ -116,16 +114,14 @@ def train(
 
 
 def smaller_batches(recipe: Recipe, device: torch.device) -> str:
-    """What to do where the memory of the device is too small for a step."""
+    """What to do where the memory of the device is too small for a step: smaller batches, or more parts of a batch."""
     batch, micro, parts = recipe.train.batch_size, recipe.train.micro_batch_size, recipe.train.accumulate
-    words = f"out of memory on {device.type} with {micro} examples at a time; "
-    split = next((n for n in range(2 * parts, batch // 2 + 1) if batch % n == 0), None)
-    if split is None:
-        return words + "use a smaller model, or free memory"
-    return (
-        f"{words}try train.batch_size: {micro // 2 * parts}, or train.accumulate: {split}, which keeps the batch of "
-        f"{batch} in parts of {batch // split}, of each of which batch norm takes its statistics"
-    )
+    advice = [f"train.batch_size: {micro // 2 * parts}"] * (micro > 3)
+    if split := next((count for count in range(2 * parts, batch // 2 + 1) if batch % count == 0), None):
+        keeps = f"which keeps the batch of {batch} in parts of {batch // split}"
+        advice.append(f"train.accumulate: {split}, {keeps}, of each of which batch norm takes its statistics")
+    what = f"try {', or '.join(advice)}" if advice else "use a smaller model, or free memory"
+    return f"out of memory on {device.type} with {micro} examples at a time; {what}"
 
 
 def trial(

@@ -77,7 +77,8 @@ def restore(state: TrainState, saved: dict[str, Any]) -> None:
         state.load_state_dict(saved["state"])
         best = state.best[1] if state.best else {}
         held, mine = {**state.model.state_dict(), **state.population, **best}, state.model.state_dict()
-        if held.keys() != mine.keys() or any(held[name].shape != each.shape for name, each in mine.items()):
+        shapes = [{name: getattr(each, "shape", None) for name, each in one.items()} for one in (held, mine)]
+        if shapes[0] != shapes[1]:
             raise ValueError("the weights at the best evaluation, or the statistics, are of another model")
         for weight, kept in state.optimizer.state.items():
             left = updater.state[example.weight].items()
@@ -106,9 +107,6 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-# --- which run it is of ---------------------------------------------------------------------------------------------
-
-
 def origin(recipe: Recipe, dataset: Dataset, device: torch.device, threads: int) -> dict[str, Any]:
     """All that decides a run, as name and plain value: the recipe's fields, the data, the versions, the machine."""
     labels = b"|".join(split.labels.cpu().numpy().tobytes() for split in (dataset.train, dataset.held_out))
@@ -124,41 +122,38 @@ def origin(recipe: Recipe, dataset: Dataset, device: torch.device, threads: int)
 def check_belongs(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises UsageError, which names all that differs, for a checkpoint of a run of another `origin`.
 
-    train.steps may differ: nothing before its end depends on it, but for the rate of a cosine schedule.
+    What decides only how long it trains may differ, but for the steps over which a cosine schedule is spread.
     """
     then, step, steps = saved["origin"], saved["state"]["step"], "train.steps"
-    cosine = now["schedule.kind"] == "cosine"
+    may_differ = ["train.stop_at_target", *[steps] * (now["schedule.kind"] != "cosine")]
     mistakes = [
         f"{name} was {then.get(name, 'absent')} when the run began, and is {now.get(name, 'absent')} now"
         + ", over which a cosine schedule is spread" * (name == steps)
         for name in then | now
-        if repr(then.get(name)) != repr(now.get(name)) and (name != steps or cosine)
+        if repr(then.get(name)) != repr(now.get(name)) and name not in may_differ
     ]
     if now[steps] < step:
         mistakes.append(f"{steps} is {now[steps]}, and the run is at step {step}")
-    changed = [file for file, digest in saved["code"].items() if digest_of(file) != digest]
+    changed = [file for file, digest in saved["code"].items() if digest_of(str(file)) != digest]
     mistakes += [f"{file}, which the run has loaded, has changed or is not there" for file in changed]
     if mistakes:
         raise UsageError(*mistakes, field="resume")
 
 
-# --- saving ---------------------------------------------------------------------------------------------------------
-
-
 class Saving:
-    """What of a run is given to whom to be saved (see `train`)."""
+    """Saving of a run; `save` is as in `train`."""
 
     def __init__(self, state: TrainState, save: Mapping[str, Callable[[bytes], None]], code: LoadedFiles) -> None:
         recipe, self.state, self.save, self.code = state.recipe, state, dict(save), code
-        self.own = isinstance(recipe.model, OwnModel)
         if isinstance(recipe.model, OwnModel):
             code.note(recipe.model.module)
         self.origin = origin(recipe, state.dataset, state.device, torch.get_num_threads())
         state.keeps_best = recipe.train.keep != "last" and not save.keys().isdisjoint(("model", "best"))
-        extras = {name: each for name, each in state.model.state_dict().items() if not isinstance(each, Tensor)}
+        held = dict(state.model.named_buffers()) | state.model.state_dict()
+        extras = {name: each for name, each in held.items() if type(each) is not Tensor}
         try:
             if extras and "checkpoint" in save:
-                unpacked(packed({"state": {"step": 0, **extras}, "origin": self.origin, "code": {}}))
+                unpacked(packed({"state": extras | {"step": 0}, "origin": self.origin, "code": {}}))
         except Exception:
             del self.save["checkpoint"]
             warnings.warn(f"no checkpoint is saved: the model's {', '.join(extras)} is not plain data", stacklevel=2)
@@ -178,7 +173,7 @@ class Saving:
         state.clock.pause(state.step)
         state.memory.end(state.phase)
         began = perf_counter()
-        if self.own:
+        if isinstance(state.recipe.model, OwnModel):
             self.code.note()  # a forward pass may import as well
         self.save["checkpoint"](packed({"state": state.state_dict(), "origin": self.origin, "code": self.code.files}))
         self.last_step, self.last_time = state.step, perf_counter()
@@ -192,8 +187,9 @@ class Saving:
         state, keep = self.state, self.state.recipe.train.keep
         state.memory.end(state.phase)
         began = perf_counter()
-        for name, best in (("model", keep == "best"), ("best", True)):
-            if status != "interrupted" and name in self.save and (name == "model" or keep == "both"):
+        best_of = {"model": keep == "best"} | ({"best": True} if keep == "both" else {})
+        for name, best in best_of.items():
+            if name in self.save and status != "interrupted":
                 self.save[name](packed_weights(state, best))
         state.checkpoint_s += perf_counter() - began
         state.memory.end("saving")

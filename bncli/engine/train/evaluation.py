@@ -32,9 +32,8 @@ def evaluate(state: TrainState, stop: Callable[[], bool] = lambda: False) -> Eva
     state.memory.end(state.phase)
     if isinstance(state.recipe.model, OwnModel):
         stop = lambda: False  # noqa: E731
-    parts = (state.model, state.recipe, state.dataset, state.device)
     is_precise = state.recipe.train.population_statistics == "precise"
-    with precise(*parts, stop) if is_precise else nullcontext() as running_statistics:
+    with precise(state, stop) if is_precise else nullcontext() as running_statistics:
         found = measured(state, stop)
         state.memory.end("evaluation")
         state.evaluation_s += perf_counter() - began

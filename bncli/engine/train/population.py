@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bncli.engine.data.splits import Batch, Dataset, order
+from bncli.engine.data.splits import Batch, order
 from bncli.engine.device import autocast
 from bncli.engine.models.init import global_generators, restore_global_generators, stream
 from bncli.engine.models.variants import BatchRenorm, GhostBatchNorm, NoisyBatchNorm
-from bncli.recipe.sections import Recipe
+from bncli.engine.train.state import TrainState
 from bncli.results.train import RunningStatistics
 
 # Layers that evaluate with the mean and variance of (N, C, *S) over N and *S.
@@ -68,30 +68,17 @@ class Moments:
 
 
 @contextlib.contextmanager
-def precise(
-    model: nn.Module,
-    recipe: Recipe,
-    dataset: Dataset,
-    device: torch.device,
-    stop: Callable[[], bool] = lambda: False,
-) -> Iterator[tuple[RunningStatistics, ...]]:
+def precise(state: TrainState, stop: Callable[[], bool] = lambda: False) -> Iterator[tuple[RunningStatistics, ...]]:
     """A context in which the running statistics are those of the population; afterwards the model is as it was before.
 
     `train.population_batches` (micro-)batches of the training set, at most an epoch, pass the network in training mode:
     each layer sees its inputs as they are in training, batch statistics in the layers below included, so one forward
-    pass of each batch serves all layers. They are the same batches, augmented alike, every time. Weights, buffers, the
-    global random streams and the flags are left or restored as they were.
+    pass of each batch serves all layers. They are the same batches, augmented alike, every time. A batch norm that is
+    in evaluation mode keeps its statistics. Raises GivenUp between two batches once `stop()` is true.
 
-    Args:
-        model: in the mode of training; a batch norm that is in evaluation mode keeps its statistics.
-        recipe, dataset, device: of the run.
-        stop: called between batches; GivenUp, and everything as before, once it is true.
-
-    Yields:
-        How far the running statistics of each layer are from those of the population; of a model that called no batch
-        norm with running statistics in training mode, nothing.
+    Yields how far the running statistics of each layer that was called are from those of the population.
     """
-    train, split = recipe.train, dataset.train
+    train, split, model, device = state.recipe.train, state.dataset.train, state.model, state.device
     size = train.micro_batch_size
     indices = order(len(split), size, stream(train.seed, "population order"), split.index_device)
     count = min(train.population_batches, len(split) // size)

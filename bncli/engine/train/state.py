@@ -40,10 +40,9 @@ class TrainState:
     A new state of the same recipe and data that loads `state_dict()` of another continues bit for bit.
 
     step: optimizer steps taken. batches: batches taken from the data; more than steps if the fp16 scaler skipped some.
-    skipped: consecutive batches, up to now, whose step was skipped. augmentation: the generator of the augmentation.
-    train_loss: of the last batch whose loss was read. evaluation_s: seconds spent in evaluations. checkpoint_s: in
-    copying and saving weights and states. best: step and weights, on the CPU, of the best evaluation so far, where
-    `keeps_best`. population: the buffers that the last evaluation had in place of the model's (precise statistics).
+    skipped: consecutive batches, up to now, whose step was skipped. train_loss: of the last batch whose loss was read.
+    checkpoint_s: seconds spent in copying and saving weights and states. best: step and weights, on the CPU, of the
+    best evaluation so far, where `keeps_best`. population: the buffers of the last evaluation (precise statistics).
     """
 
     def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device) -> None:
@@ -132,10 +131,10 @@ class TrainState:
     # --- saved and loaded -----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes in training, as tensors, numbers and text, for torch.save and torch.load(weights_only=True).
+        """All that changes in training, as tensors (no copies, as in torch), numbers and text.
 
-        As in torch, the tensors are not copies: save or copy them before the next step. Of a user's model, what is
-        neither in its state_dict nor a buffer nor a flag of a module or parameter is not included.
+        Of a user's model, what is neither in its state_dict nor a buffer nor a flag of a module or parameter is not
+        included.
         """
         model, kept = self.model, self.model.state_dict()
         return {
@@ -157,10 +156,7 @@ class TrainState:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Continue from a `state_dict()` of the same recipe, data and device.
-
-        The global generators of Python, numpy and torch are restored too, since a user's model may draw from them.
-        """
+        """Continue from a `state_dict()` of the same recipe, data and device; Python's and numpy's generators too."""
         for name in NUMBERS:
             setattr(self, name, saved[name])
         whole = type(self.step) is type(self.batches) is int and isinstance(self.train_loss, float | None)

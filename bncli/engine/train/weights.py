@@ -18,7 +18,7 @@ from bncli.engine.device import cpu_threads, deterministic, resolve, tf32_allowe
 from bncli.engine.models import blame_own_model, build
 from bncli.engine.models.init import global_generators, restore_global_generators
 from bncli.engine.train.evaluation import measured
-from bncli.engine.train.state import TrainState, can_hold, check_fit, copies
+from bncli.engine.train.state import TrainState, can_hold, copies
 from bncli.errors import CODE_OF_YOURS, FileError, UsageError
 from bncli.recipe.layers import Norm, contradictions, layers, shape_contradictions, size, walk
 from bncli.recipe.load import plain
@@ -30,7 +30,6 @@ from bncli.storage import read_plain
 
 MODEL = "model.safetensors"
 VERSION = 1
-NAME = "the file of weights"  # in errors, where its path is not known
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,6 @@ class About:
     shape: tuple[int, ...]  # of an example
     classes: int
     threads: int  # of the CPU
-    left_out: tuple[str, ...]  # of the state_dict, since the format cannot hold them
     bncli: str
     version: int
 
@@ -61,52 +59,41 @@ def packed_weights(state: TrainState, best: bool) -> bytes:
             warnings.warn(text, stacklevel=2)
         metrics = last if last.step == state.step else None
         weights = copies(state.model.state_dict()) | (state.population if metrics else {})
-    left_out = tuple(name for name in state.model.state_dict() if name not in weights)
-    if left_out:
+    if left_out := [name for name in state.model.state_dict() if name not in weights]:
         warnings.warn(f"a file of weights cannot hold {', '.join(left_out)}, which it leaves out", stacklevel=2)
-    shape, classes = state.dataset.shape, state.dataset.classes
-    threads, recipe = torch.get_num_threads(), plain(state.recipe)
-    about = About(recipe, metrics, shape, classes, threads, left_out, bncli.__version__, VERSION)
-    return safetensors.torch.save(
-        weights, {"format": "pt"} | {name: json.dumps(value) for name, value in to_plain(about).items()}
-    )
-
-
-# --- read and checked -----------------------------------------------------------------------------------------------
+    shape, classes, threads = state.dataset.shape, state.dataset.classes, torch.get_num_threads()
+    about = to_plain(About(plain(state.recipe), metrics, shape, classes, threads, bncli.__version__, VERSION))
+    return safetensors.torch.save(weights, {"format": "pt"} | {name: json.dumps(about[name]) for name in about})
 
 
 def read(path: Path) -> tuple[bytes, str]:
     """The content of a file of weights, given itself or as its run's folder, and its path. Raises FileError."""
-    in_folder = path.is_dir()
-    file = path / MODEL if in_folder else path
+    file = path / MODEL if path.is_dir() else path
     try:
-        return read_plain(file, follow=not in_folder), str(file)
+        return read_plain(file, follow=file is path), str(file)
     except (OSError, ValueError) as error:
         raise FileError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def tensors_of(content: bytes, where: str = NAME) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises FileError, in whose sentence it is called `where`, for another file."""
+def tensors_of(content: bytes, file: str = "the file") -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises FileError, which names the file, for another one."""
     import safetensors.torch
 
     try:
         return safetensors.torch.load(content)
     except Exception as error:  # of the format's own kind, or for a type that torch does not have
         why = " ".join(str(error).split())[:200]
-        raise FileError(f"{where}: is damaged, or no safetensors file: {why}") from error
+        raise FileError(f"{file}: is damaged, or no safetensors file: {why}") from error
 
 
 def unpacked_weights(
-    content: bytes, allow_code: bool = False, where: str = NAME
+    content: bytes, allow_code: bool = False, file: str = "the file"
 ) -> tuple[dict[str, Tensor], Recipe, About]:
-    """The content of a file of weights that a run saved.
-
-    Raises FileError for another file, and UsageError for one whose model is the user's own code, unless `allow_code`.
-    """
-    tensors = tensors_of(content, where)
+    """What a run saved. Raises FileError for another file, UsageError for a model of the user's unless `allow_code`."""
+    tensors = tensors_of(content, file)
     said = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
     if json.dumps(VERSION) != said.pop("version", None):
-        raise FileError(f"{where}: no run of this version of bncli saved it; it holds tensors alone")
+        raise FileError(f"{file}: no run of this version of bncli saved it; it holds tensors alone")
     try:
         values = {name: json.loads(text) for name, text in said.items() if name != "format"}
         about = from_plain(About, values | {"version": VERSION})
@@ -118,43 +105,40 @@ def unpacked_weights(
             raise ValueError(f"{dotted(wrong[0][0])}: {wrong[0][1]}")
     except (ValueError, RecursionError) as error:
         why = " ".join(str(error).split())[:200]
-        raise FileError(f"{where}: what it says about its weights is wrong: {why}") from error
+        raise FileError(f"{file}: what it says about its weights is wrong: {why}") from error
     if isinstance(recipe.model, OwnModel) and not allow_code:
-        raise UsageError(f"{where}: its model is {recipe.model.module}, {CODE_OF_YOURS}", permission="allow_code")
+        raise UsageError(f"{file}: its model is {recipe.model.module}, {CODE_OF_YOURS}", permission="allow_code")
     if planned := layers(recipe, about.shape, about.classes):  # before anything of that size is made
         channels = sum(layer.channels for layer, _, _ in walk(planned, about.shape) if isinstance(layer, Norm))
         needs = size(planned, about.shape)[0].parameters + channels * getattr(recipe.norm, "group_size", 0)
         if needs > (has := sum(tensor.numel() for tensor in tensors.values())):
-            raise FileError(f"{where}: holds {has:,} numbers, and the model of its recipe needs {needs:,}")
+            raise FileError(f"{file}: holds {has:,} numbers, and the model of its recipe needs {needs:,}")
         # They are replaced, so they need neither data nor time.
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"init": Init()})})
     return tensors, recipe, about
 
 
-def put(weights: Mapping[str, Any], model: nn.Module, file: str | None = None) -> None:
+def put(weights: Mapping[str, Tensor], model: nn.Module, file: str | None = None) -> None:
     """Load a state_dict whole. For one of another model it raises FileError, about that file, or UsageError."""
     held = model.state_dict()
-    tensors = {name: tuple(each.shape) for name, each in held.items() if can_hold(each)}
-    shapes = {name: tuple(weights[name].shape) for name in tensors if name in weights}
+    wanted = {name: tuple(each.shape) for name, each in held.items() if can_hold(each)}
+    shapes = {name: tuple(each.shape) for name, each in weights.items()}
     found = {
-        "not there": [name for name in tensors if name not in weights],
-        "not of this model": [name for name in weights if name not in held],
-        "of another shape": [f"{k} {shape} for {tensors[k]}" for k, shape in shapes.items() if shape != tensors[k]],
+        "not there": [name for name in wanted if name not in shapes],
+        "not of this model": [name for name in shapes if name not in held],
+        "of another shape": [
+            f"{k} {shapes[k]} for {wanted[k]}" for k in wanted if shapes.get(k, wanted[k]) != wanted[k]
+        ],
     }
-    mistakes = [
-        f"{len(names)} of its tensors {'is' if len(names) == 1 else 'are'} {what}: "
-        f"{', '.join(names[:3])}{', ...' * (len(names) > 3)}"
-        for what, names in found.items()
-        if names
-    ]
+    mistakes = []
+    for what, names in ((what, names) for what, names in found.items() if names):
+        count = f"{len(names)} of its tensors {'is' if len(names) == 1 else 'are'}"
+        mistakes.append(f"{count} {what}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}")
     if mistakes and file:
         raise FileError(*(f"{file}: {mistake}" for mistake in mistakes))
     if mistakes:
         raise UsageError(*mistakes, field="from_weights")
     model.load_state_dict(weights, strict=False)
-
-
-# --- used -----------------------------------------------------------------------------------------------------------
 
 
 def load_model(path: str | Path, allow_code: bool = False, device: str = "cpu") -> nn.Module:
@@ -188,20 +172,10 @@ def load_model(path: str | Path, allow_code: bool = False, device: str = "cpu") 
     return model.to(on).eval()
 
 
-def evaluate_weights(
-    path: Path, device: str = "auto", threads: int | None = None, allow_code: bool = False
-) -> tuple[Recipe, Evaluation]:
+def evaluate_weights(path: Path, device: str, threads: int | None = None, allow_code: bool = False) -> Evaluation:
     """Evaluate a file of weights on the held-out data of its recipe: all digits are the run's, on the same machine.
 
-    Args:
-        path, device, allow_code: as for `load_model`.
-        threads: CPU threads; None for the run's.
-
-    Returns:
-        The recipe, and the evaluation at the step of these weights.
-
-    Raises:
-        As `load_model` and `train`.
+    Arguments and errors are those of `load_model` and `train`; threads: None for the run's.
     """
     on, (content, file) = resolve(device), read(path)
     tensors, recipe, about = unpacked_weights(content, allow_code, file)
@@ -213,8 +187,7 @@ def evaluate_weights(
         cpu_threads(threads or about.threads),
     ):
         dataset = data.load(recipe.data, on, data.MEMORY_FORMATS[options.memory_format])
-        check_fit(recipe, dataset)
         state = TrainState(recipe, dataset, on)
         put(tensors, state.model, file)
         state.step = about.metrics.step if about.metrics else 0
-        return Recipe.model_validate(about.recipe), measured(state)
+        return measured(state)

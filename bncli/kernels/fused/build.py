@@ -22,12 +22,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from bncli.errors import FileError, Unavailable
-from bncli.storage import lock, open_plain, read_plain, replace, sweep
+from bncli.storage import locked, read_plain, replace, sweep
 
 OPTIMIZED = ("-std=gnu11", "-O2", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
 FOR_THIS_CPU = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler accepts is used
@@ -43,8 +42,9 @@ def library(source: Path, *definitions: str) -> ctypes.CDLL:
     Raises Unavailable, with the reason and a remedy, if there is no compiler or it fails.
     """
     text, command = source.read_bytes(), compiler()
-    native = [flag for flags in FOR_THIS_CPU for flag in flags]
-    parts = [*command, *_identity(command[0]), *OPTIMIZED, *native, *definitions, _processor(), *_openmp()]
+    program = os.stat(command[0])  # to ask for its version would take longer than everything else here
+    identity = os.path.realpath(command[0]), program.st_size, program.st_mtime_ns
+    parts = [*command, *identity, *OPTIMIZED, *FOR_THIS_CPU, *definitions, _processor(), *_openmp()]
     name = f"{source.stem}-{'-'.join(definitions).lower()}-{_hash(repr((text, parts)).encode())}"
     try:
         folder = _folder()
@@ -64,23 +64,21 @@ def compiler() -> list[str]:
     except ValueError as error:
         raise Unavailable(f"the variable CC has a quotation mark without its second: {os.environ['CC']}") from error
     for command in [asked] if asked else [["cc"], ["gcc"], ["clang"]]:
-        found = shutil.which(command[0])
-        if found:
+        if found := shutil.which(command[0]):
             return [found, *command[1:]]
     if asked:
         raise Unavailable(f"there is no C compiler {asked[0]!r}, which the variable CC names. Unset or correct CC")
-    raise Unavailable(
-        f"there is no C compiler (cc, gcc or clang) to build it with. {HOW_TO_GET_ONE}, or name yours in CC"
-    )
+    none = "there is no C compiler (cc, gcc or clang) to build it with"
+    raise Unavailable(f"{none}. {HOW_TO_GET_ONE}, or name yours in CC")
 
 
 def _cached(folder: Path, name: str) -> Path | None:
     """The library of that name, if its content is whole and nobody else can have written it."""
     for file in folder.glob(f"{name}-*.so"):
         with contextlib.suppress(OSError, FileError):
-            status, content = file.lstat(), read_plain(file, most=1 << 26)
+            status = file.lstat()
             ours = status.st_uid == os.getuid() and not status.st_mode & BY_OTHERS
-            if ours and file.name == f"{name}-{_hash(content)}.so":
+            if ours and file.name == f"{name}-{_hash(read_plain(file, most=1 << 26))}.so":
                 return file
     return None
 
@@ -92,13 +90,13 @@ def _hash(content: bytes) -> str:
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
     """The lock of the cache folder. Deletes the temporary files of killed processes."""
-    patience_s, began = 2 * LONGEST_S, time.monotonic()
-    with open_plain(folder / ".lock") as file:
-        while not lock(file):
-            if time.monotonic() - began > patience_s:
-                holds = f"another process had {folder / '.lock'} locked for {patience_s:.0f} s in order to compile"
-                raise Unavailable(f"{holds}. Try again when it has ended, or name another folder in BNCLI_CACHE")
-            time.sleep(0.05)
+    began = time.monotonic()
+    while (file := locked(folder / ".lock")) is None:
+        if time.monotonic() - began > 2 * LONGEST_S:
+            holds = f"another process had {folder / '.lock'} locked for {2 * LONGEST_S:.0f} s in order to compile"
+            raise Unavailable(f"{holds}. Try again when it has ended, or name another folder in BNCLI_CACHE")
+        time.sleep(0.05)
+    with file:
         for stale in folder.glob("build-*"):
             shutil.rmtree(stale, ignore_errors=True)
         sweep(folder)
@@ -133,11 +131,14 @@ def _run(command: list[str], temporary: str) -> str:
 
     The compiler's own temporary files are in the folder `temporary`, and the processes that it starts end with it.
     """
-    told = Path(temporary) / "messages"
-    quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "start_new_session": True}
-    environment = {**os.environ, "TMPDIR": temporary}
+    said, none, environment = Path(temporary) / "messages", subprocess.DEVNULL, {**os.environ, "TMPDIR": temporary}
     try:
-        with told.open("wb") as file, subprocess.Popen(command, stderr=file, env=environment, **quiet) as process:
+        with (
+            said.open("wb") as file,
+            subprocess.Popen(
+                command, stdin=none, stdout=none, stderr=file, env=environment, start_new_session=True
+            ) as process,
+        ):
             try:
                 code = process.wait(LONGEST_S)
             finally:
@@ -148,7 +149,7 @@ def _run(command: list[str], temporary: str) -> str:
         raise Unavailable(f"{late}. Try again when the machine is less busy, or name another one in CC") from error
     except OSError as error:
         return str(error)
-    lines = told.read_text(errors="replace").strip().splitlines() or [f"it ended with code {code}"]
+    lines = said.read_text(errors="replace").strip().splitlines() or [f"it ended with code {code}"]
     return "" if code == 0 else next((line for line in lines if "error" in line), lines[0])
 
 
@@ -156,12 +157,6 @@ def _openmp() -> list[str]:
     """The OpenMP runtime that torch has loaded: threads of a second runtime would compete for the same cores."""
     folder = Path(torch.__file__).parent / "lib"
     return [str(file) for pattern in ("libgomp*", "libiomp5*", "libomp*") for file in sorted(folder.glob(pattern))][:1]
-
-
-def _identity(program: str) -> list[str]:
-    """Path, size and time of the compiler. Asking for its version would take longer than everything else here."""
-    file = os.stat(program)
-    return [os.path.realpath(program), str(file.st_size), str(file.st_mtime_ns)]
 
 
 def _processor() -> str:

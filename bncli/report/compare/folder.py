@@ -19,7 +19,7 @@ from bncli.report.files import Result, from_json, load, to_json
 from bncli.report.folder import PLAN
 from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, RunRecord
 from bncli.results.serialize import to_plain
-from bncli.storage import lock, make, open_plain, read_plain, replace, sweep
+from bncli.storage import locked, make, read_plain, replace, sweep
 
 COMPARISON = "comparison.json"
 FOLDERS = ("runs", "failed", "checkpoints", "logs")
@@ -50,12 +50,13 @@ class ComparisonFolder:
         make(self.path)
         with contextlib.ExitStack() as opened:
             try:
-                file = opened.enter_context(open_plain(self.path / ".lock"))
+                file = locked(self.path / ".lock")
             except OSError as error:
                 raise self._refused(f"cannot be written to: {error.strerror}") from error
-            if not lock(file):
+            if file is None:
                 why = "another comparison is writing here; wait for it, or choose another folder"
                 raise BncliError(f"{self.path}: {why}")
+            opened.enter_context(file)
             begun, answer = self.begun(), self.answer(without="runs")
             for name, read in ((PLAN, begun), (COMPARISON, answer)):
                 if os.path.lexists(self.path / name) and read is None:

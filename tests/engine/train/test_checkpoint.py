@@ -86,7 +86,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(tmp_path: Path, name
     whole, saving = Run(recipe), Run(changed(recipe, checkpoint={"every": 1}))
     assert_same_run(saving, whole)
     (tmp_path / MODEL).write_bytes(whole.files["model"][0])
-    last, (_, evaluated) = whole.result.evaluations[-1], evaluate_weights(tmp_path, "cpu", None, True)
+    last, evaluated = whole.result.evaluations[-1], evaluate_weights(tmp_path, "cpu", None, True)
     assert (evaluated.step, evaluated.accuracy, evaluated.loss) == (last.step, last.accuracy, last.loss)
     contents = saving.files["checkpoint"]
     steps = [state_of(content)["step"] for content in contents]
@@ -180,12 +180,14 @@ def test_a_run_goes_on_beyond_its_first_end() -> None:
     assert [each.step for each in shorter.result.evaluations] == [0, 5, 10, 15, 20, 24]
 
 
-def test_a_run_that_reached_its_target_has_nothing_to_go_on_with() -> None:
+def test_a_run_that_reached_its_target_goes_on_only_where_it_is_not_to_stop_there() -> None:
     recipe = changed(recipe_of("momentum"), target={"value": 0.01}, stop_at_target=True)
     first = Run(recipe)
     again = Run(changed(recipe, steps=40), checkpoint=first.files["checkpoint"][-1])
     assert first.result.status == again.result.status == "reached"
-    assert again.result.steps_run == first.result.steps_run
+    assert again.result.steps_run == first.result.steps_run < STEPS
+    further = changed(recipe, stop_at_target=False)
+    assert_same_run(Run(further, checkpoint=first.files["checkpoint"][-1]), Run(further))
 
 
 def refusal(recipe: Recipe, content: bytes, **arguments: Any) -> str:
@@ -283,12 +285,22 @@ class Odd(nn.Linear):
 def make(shape, classes, norm): return Odd(shape[0], classes)
 """
     plain, odd = (extra.format(value=value) for value in ("{'passes': 3}", "lambda: 3"))
+    of_a_class = """
+class Mine(torch.Tensor): pass
+def make(shape, classes, norm):
+    model = nn.Linear(shape[0], classes)
+    model.register_buffer("mine", torch.ones(2).as_subclass(Mine), persistent=False)
+    return model
+"""
     train_fields = {"steps": 5, "target": None}
     with pytest.warns(UserWarning, match="a file of weights cannot hold _extra_state, which it leaves out"):
-        kept = Run(own_recipe(plain, train=train_fields))
-    assert len(kept.files["checkpoint"]) == 1
-    with pytest.warns(UserWarning, match="no checkpoint is saved: the model's _extra_state is not plain data"):
-        run = Run(own_recipe(odd, train=train_fields))
-    assert run.files["checkpoint"] == []
-    assert run.result.status == "budget"
-    assert set(run.weights) == {"weight", "bias"}
+        kept = Run(own_recipe(plain, train=train_fields)).files["checkpoint"]
+    with pytest.warns(UserWarning, match="leaves out"):
+        again = Run(own_recipe(plain, train={**train_fields, "steps": 8}), checkpoint=kept[0])
+    assert again.result.steps_run == 8
+    for code, name in ((odd, "_extra_state"), (of_a_class, "mine")):
+        with pytest.warns(UserWarning, match=f"no checkpoint is saved: the model's {name} is not plain data"):
+            run = Run(own_recipe(code, train=train_fields))
+        assert run.files["checkpoint"] == []
+        assert run.result.status == "budget"
+        assert set(run.weights) == {"weight", "bias"}

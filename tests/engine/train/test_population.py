@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from bncli.engine import data
-from bncli.engine.data.splits import Dataset
 from bncli.engine.models.init import global_generators
 from bncli.engine.models.norms import BatchNorm
 from bncli.engine.models.variants import GhostBatchNorm
@@ -106,7 +105,7 @@ def test_layers_evaluate_with_the_statistics_of_the_batches_of_an_epoch() -> Non
     state = state_of(tiny(train={"batch_size": 40, **PRECISE}))
     layer = state.model.get_submodule("hidden1.norm")
     linear: Any = state.model.get_submodule("hidden1.linear")
-    with torch.no_grad(), precise(state.model, state.recipe, state.dataset, CPU):
+    with torch.no_grad(), precise(state):
         every = linear(state.dataset.train.x)  # type: ignore[attr-defined]
         torch.testing.assert_close(layer.running_mean, every.mean(0))
         torch.testing.assert_close(layer.running_var, every.var(0))
@@ -118,7 +117,7 @@ def test_as_many_batches_are_taken_as_the_recipe_says_and_an_epoch_has() -> None
         state = state_of(tiny(train={"population_batches": batches, **PRECISE}))
         seen = []
         state.model.register_forward_hook(lambda module, inputs, y, seen=seen: seen.append(len(y)))
-        with torch.no_grad(), precise(state.model, state.recipe, state.dataset, CPU):
+        with torch.no_grad(), precise(state):
             assert seen == [20] * taken
 
 
@@ -126,7 +125,7 @@ def test_micro_batches_are_taken_as_in_training() -> None:
     state = state_of(tiny(train={"accumulate": 4, **PRECISE}))
     seen: list[int] = []
     state.model.register_forward_hook(lambda module, inputs, y: seen.append(len(y)))
-    with torch.no_grad(), precise(state.model, state.recipe, state.dataset, CPU):
+    with torch.no_grad(), precise(state):
         assert seen == [5] * 24
 
 
@@ -176,13 +175,13 @@ def test_the_distance_is_that_of_the_worst_channel() -> None:
     state = state_of(tiny(train=PRECISE))
     layer: Any = state.model.get_submodule("hidden1.norm")
     with torch.no_grad():
-        with precise(state.model, state.recipe, state.dataset, CPU):
+        with precise(state):
             mean, variance = layer.running_mean.clone(), layer.running_var.clone()
         layer.running_mean.copy_(mean)
         layer.running_mean[3] += 0.5 * (variance[3] + layer.eps).sqrt()
         layer.running_var.copy_(variance)
         layer.running_var[5] = 0.25 * (variance[5] + layer.eps) - layer.eps
-        with precise(state.model, state.recipe, state.dataset, CPU) as (distance,):
+        with precise(state) as (distance,):
             assert distance.layer == "hidden1.norm"
             assert distance.mean_deviations == pytest.approx(0.5, rel=1e-5)
             assert distance.variance_ratio == pytest.approx(0.25, rel=1e-5)
@@ -200,9 +199,8 @@ def test_flags_and_random_streams_are_as_before_also_after_an_error(own_recipe: 
     evaluate(state)
     assert state.running_statistics == ()  # the only batch norm keeps its own statistics
     assert observed() == before
-    broken = Dataset("broken", state.dataset.train, state.dataset.held_out, (8,), 3)
     state.model.register_forward_pre_hook(lambda module, inputs: (_ for _ in ()).throw(RuntimeError("stop")))
-    with pytest.raises(RuntimeError, match="stop"), precise(state.model, recipe, broken, CPU):
+    with pytest.raises(RuntimeError, match="stop"), precise(state):
         pass
     assert observed() == before
 

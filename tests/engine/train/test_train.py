@@ -462,7 +462,8 @@ def test_a_device_without_memory_for_a_step_is_told_with_what_to_try(own_recipe:
     ("batch", "parts", "advice"),
     [
         (60, 2, "with 30 examples at a time; try train.batch_size: 30, or train.accumulate: 4, which keeps the batch"),
-        (7, 1, "with 7 examples at a time; use a smaller model"),
+        (7, 1, "with 7 examples at a time; try train.batch_size: 3"),
+        (3, 1, "with 3 examples at a time; use a smaller model"),
         (9, 1, "train.batch_size: 4, or train.accumulate: 3, which keeps the batch of 9 in parts of 3"),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 
 from bncli.errors import Unavailable
 from bncli.kernels.fused.build import library
-from bncli.storage import lock
+from bncli.storage import locked
 
 SOURCE = "int answer(void) { return ANSWER; }\n"
 
@@ -118,12 +118,13 @@ def test_a_process_waits_for_another_that_compiles_but_not_for_ever(
 ) -> None:
     monkeypatch.setattr("bncli.kernels.fused.build.LONGEST_S", 0.1)
     cache.mkdir(mode=0o700)
-    with (cache / ".lock").open("w") as file:
-        assert lock(file)
-        with pytest.raises(
-            Unavailable, match=r"another process had .*\.lock locked for 0 s.*Try again when it has ended"
-        ):
-            library(source(), "ANSWER=1")
+    holder = locked(cache / ".lock")
+    assert holder is not None
+    with (
+        holder,
+        pytest.raises(Unavailable, match=r"another process had .*\.lock locked for 0 s.*Try again when it has ended"),
+    ):
+        library(source(), "ANSWER=1")
 
 
 def test_a_compiler_that_takes_too_long_ends_with_all_its_processes_and_is_not_tried_again(
