@@ -128,7 +128,7 @@ def _run_comparison(
     plan_as: the form in which a dry run prints its plan, which leaves by typer.Exit; empty for no dry run.
     """
     from bncli.measure.compare import reuse
-    from bncli.measure.compare.plan import collect, known_runs, planned_comparison, planned_runs, study, wanted
+    from bncli.measure.compare.plan import collect, known_runs, named_runs, planned_comparison, study
     from bncli.measure.compare.run import check, execute
     from bncli.report.compare.folder import ComparisonFolder
     from bncli.report.compare.notes import sentences
@@ -154,16 +154,16 @@ def _run_comparison(
             kept.update(reuse.usable(folder.finished(keys)))
             return kept
 
-        def not_reused() -> list[Note]:
-            lost = [job for job in wanted(asked, records) if job.key not in kept]
+        def not_reused(named: list[Job]) -> list[Note]:
+            lost = [job for job in named if job.key not in kept]
             return reuse.not_reused(lost, folder.finished({job.recipe_key for job in lost}), asked.identity)
 
-        known_runs(asked, records, find)
-        for words in sentences(not_reused()):
+        named = known_runs(asked, records, find).jobs
+        for words in sentences(not_reused(named)):
             log(words, quiet)
         _log_unfit(folder, quiet)
         with StopSignal() as stop, CompareProgress(quiet) as progress:
-            to_do = [job for job in wanted(asked, records) if job.key not in records]
+            to_do = [job for job in named if job.key not in records]
             executor.jobs, memory = _jobs(asked, to_do, executor.jobs, quiet)
             checked = check(asked, to_do, executor, stop, progress.check, bool(plan_as))
             if plan_as:
@@ -175,7 +175,7 @@ def _run_comparison(
                 progress(event)
         from bncli.measure.compare.summary import summarise  # imports scipy, which a dry run does without
 
-        remarks = not_reused()
+        remarks = not_reused(named_runs(asked, records).jobs)
         _log_unfit(folder, quiet)
         latest = {record.key: record for record in reuse.of_one_code(records.values())}
         if left_out := len({record.key for record in collect(asked, records)} - latest.keys()):
@@ -183,8 +183,8 @@ def _run_comparison(
         if earlier := folder.keep_other(asked.plan):
             remarks.append(Note.of("earlier answer", file=earlier.name))
             log(f"{folder.path}: {sentences(remarks[-1:])[0]}", quiet)
-        all_runs = planned_runs(asked, latest)
-        comparison = summarise(asked.plan, collect(asked, latest), all_runs, executor.threads, tuple(remarks))
+        planned_runs = named_runs(asked, latest).planned
+        comparison = summarise(asked.plan, collect(asked, latest), planned_runs, executor.threads, tuple(remarks))
         folder.finish(comparison)
     return comparison, stop.exit_code if stop.number else 0
 
@@ -201,18 +201,19 @@ def _jobs(asked: Study, to_do: list[Job], jobs: int | None, quiet: bool) -> tupl
     if jobs:
         raise UsageError(f"{memory_words(needed)}; free memory, or use {fits}", field="jobs", value=jobs)
     log(f"--jobs {fits} instead of one per core: {memory_words(needed)}", quiet)
-    return fits, replace(needed, jobs=fits, copies=min(fits, needed.copies))
+    return fits, replace(needed, jobs=fits)
 
 
 def _sources(folder: ComparisonFolder, asked: Study, loaded: list[Loaded]) -> tuple[str, ...]:
     """The recipes' files. Raises UsageError where the runs of the folder are another comparison's."""
-    from bncli.measure.compare.plan import wanted
+    from bncli.measure.compare.plan import named_runs
 
     sources = [str(Path(each.source).resolve()) for each in loaded if each.source != "standard input"]
-    before = folder.begun()
-    same = before and set(sources) & set(before.sources)
-    if folder.count and not same and not folder.finished({job.recipe_key for job in wanted(asked, {})}):
-        of = f" of {', '.join(before.sources)}" if before and before.sources else ""
+    begun = folder.begun()
+    before = begun.sources if begun else ()
+    other = folder.count and not set(sources) & set(before)
+    if other and not folder.finished({job.recipe_key for job in named_runs(asked, {}).jobs}):
+        of = f" of {', '.join(before)}" * bool(before)
         raise UsageError(
             f"{folder.path}: contains {folder.count} runs of another comparison{of}, none of which fits this one; "
             "choose another folder with --out"
@@ -236,7 +237,10 @@ def _saved_comparison(saved: Path, quiet: bool) -> Comparison:
     from bncli.report.folder import PLAN
 
     folder = ComparisonFolder(saved)
-    if saved.is_dir() and (begun := folder.begun()):
+    begun = folder.begun() if saved.is_dir() else None
+    if begun is None:
+        _log_unfit(folder, quiet)
+    else:
         try:
             made = report_of_runs(begun, folder.finished, folder.failed().values())
         except BncliError as error:

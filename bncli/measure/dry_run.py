@@ -38,7 +38,7 @@ def memory_needed(recipes: Iterable[Recipe], jobs: int, shared: bool) -> MemoryN
     training = [sizes(recipe)[1] for recipe in distinct.values()]
     return MemoryNeeded(
         next(map(data_mib, distinct.values()), 0.0),
-        1 if shared else jobs,
+        shared or jobs == 1,
         PROCESS_MIB,
         None if None in training else max((mib or 0.0 for mib in training), default=0.0),
         jobs,

@@ -142,12 +142,12 @@ def read(path: str) -> str:
     """A recipe's text; `-` is standard input. Raises RecipeError for what is not a readable text file."""
     name = "standard input" if path == "-" else path
     try:
-        if path == "-":
-            raw = sys.stdin.buffer.read(MAX_BYTES + 1) if sys.stdin else b""  # None where it is closed
-            if len(raw) > MAX_BYTES:
-                raise FileError(f"{name}: is larger than 1 MiB")
-        else:
+        if path != "-":
             raw = read_plain(Path(path), MAX_BYTES, follow=True)
+        else:
+            raw = sys.stdin.buffer.read(MAX_BYTES + 1) if sys.stdin else b""  # None where it is closed
+        if len(raw) > MAX_BYTES:
+            raise FileError(f"{name}: is larger than 1 MiB")
         text = raw.decode("utf-8-sig")
     except FileNotFoundError as error:
         names = sorted(other.name for other in Path(path).parent.glob("*.y*ml"))

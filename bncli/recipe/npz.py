@@ -17,7 +17,6 @@ KEYS = ("x", "y", "x_test", "y_test")
 USUAL_NAMES = {"x": ("images", "data", "features", "inputs"), "y": ("labels", "label", "targets", "target", "classes")}
 # What labels of a type of numpy's probably are.
 HINTS = {"f": " (whole numbers as floats: y.astype(int))", "U": " (names: numpy.unique(y, return_inverse=True)[1])"}
-UNREADABLE = "cannot be read as arrays of numbers ({}); write it again with numpy.savez"
 
 
 class Header(NamedTuple):
@@ -44,8 +43,8 @@ def blame(path: str) -> Iterator[None]:
     except DataError as error:
         raise DataError(f"data.path: {path} {error}") from error
     except Exception as error:  # what a damaged file raises is zipfile's, zlib's, NumPy's or tokenize's
-        text = str(error) or type(error).__name__
-        raise DataError(f"data.path: {path} {UNREADABLE.format(text)}") from error
+        why = f"cannot be read as arrays of numbers ({str(error) or type(error).__name__})"
+        raise DataError(f"data.path: {path} {why}; write it again with numpy.savez") from error
 
 
 def headers(path: str) -> dict[str, Header]:
@@ -55,13 +54,23 @@ def headers(path: str) -> dict[str, Header]:
     """
     import numpy as np
 
-    names, found = array_names(path), {}
-    with zipfile.ZipFile(Path(path).expanduser()) as archive:
+    file, found = Path(expanduser(path)), dict[str, Header]()
+    if not isfile(file):
+        if exists(file):
+            raise DataError("is not a plain file; name an .npz archive")
+        near = difflib.get_close_matches(file.name, [each.name for each in file.parent.glob("*.npz")], n=1)
+        did_you_mean = "".join(f"; did you mean {file.with_name(name)}?" for name in near)
+        raise DataError(f"does not exist{did_you_mean or f'; create it with numpy.savez({path!r}, x=..., y=...)'}")
+    if not zipfile.is_zipfile(file):
+        raise DataError(f"is not an .npz archive; create it with numpy.savez({path!r}, x=..., y=...)")
+    with zipfile.ZipFile(file) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        _check_names(names, path)
         for key in (key for key in KEYS if key in names):
-            with archive.open(f"{key}.npy") as file:
-                version = np.lib.format.read_magic(file)
+            with archive.open(f"{key}.npy") as array:
+                version = np.lib.format.read_magic(array)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                found[key] = Header(*read(file), file.tell())
+                found[key] = Header(*read(array), array.tell())
             shape, _, dtype, start = found[key]
             if dtype.hasobject:
                 raise ValueError(f"Object arrays are not loaded, and {key} is one")
@@ -69,6 +78,18 @@ def headers(path: str) -> dict[str, Header]:
             if math.prod(shape) * dtype.itemsize != held or min(shape, default=0) < 0:
                 raise ValueError(f"{key} has {held:,} bytes of values, and its header says {shape} of {dtype}")
     return found
+
+
+def _check_names(found: list[str], path: str) -> None:
+    needed = KEYS if set(KEYS[2:]) & set(found) else KEYS[:2]
+    if missing := [key for key in needed if key not in found]:
+        meant = {key: name for name in found for key in missing if name.lower() in (key, *USUAL_NAMES.get(key, ()))}
+        arrays = ", ".join(f"{key}={meant.get(key, '...' if key in missing else key)}" for key in needed)
+        did_you_mean = f"Did you mean {' and '.join(meant.values())}? " if meant else ""
+        raise DataError(
+            f"has no {' and no '.join(missing)}; it holds {', '.join(found) or 'nothing'}. {did_you_mean}Required are "
+            f"x and y, and for a fixed test set x_test and y_test as well: numpy.savez({path!r}, {arrays})"
+        )
 
 
 def labels(path: str, key: str, found: Header) -> Any:
@@ -85,31 +106,3 @@ def labels(path: str, key: str, found: Header) -> Any:
     if y.min() < 0 or y.max() >= 2**31:
         raise DataError(f"has labels from {y.min()} to {y.max()} in {key}; number the classes from 0")
     return y
-
-
-def array_names(path: str) -> list[str]:
-    """The names of a file's arrays. Raises DataError, without the path, for no archive or one without x and y."""
-    file = Path(expanduser(path))
-    if not isfile(file):
-        if exists(file):
-            raise DataError("is not a plain file; name an .npz archive")
-        near = difflib.get_close_matches(file.name, [each.name for each in file.parent.glob("*.npz")], n=1)
-        did_you_mean = "".join(f"; did you mean {file.with_name(name)}?" for name in near)
-        raise DataError(f"does not exist{did_you_mean or f'; create it with numpy.savez({path!r}, x=..., y=...)'}")
-    if not zipfile.is_zipfile(file):
-        raise DataError(f"is not an .npz archive; create it with numpy.savez({path!r}, x=..., y=...)")
-    try:
-        with zipfile.ZipFile(file) as archive:
-            found = [name.removesuffix(".npy") for name in archive.namelist()]
-    except Exception as error:  # see `header`
-        raise DataError(UNREADABLE.format(error)) from error
-    needed = KEYS if set(KEYS[2:]) & set(found) else KEYS[:2]
-    if missing := [key for key in needed if key not in found]:
-        meant = {key: name for name in found for key in missing if name.lower() in (key, *USUAL_NAMES.get(key, ()))}
-        arrays = ", ".join(f"{key}={meant.get(key, '...' if key in missing else key)}" for key in needed)
-        did_you_mean = f"Did you mean {' and '.join(meant.values())}? " if meant else ""
-        raise DataError(
-            f"has no {' and no '.join(missing)}; it holds {', '.join(found) or 'nothing'}. {did_you_mean}Required are "
-            f"x and y, and for a fixed test set x_test and y_test as well: numpy.savez({path!r}, {arrays})"
-        )
-    return found

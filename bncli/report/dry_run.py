@@ -95,7 +95,7 @@ def _changes(arm: PlannedArm) -> str:
 
 def memory_words(needed: MemoryNeeded) -> str:
     """What a number of processes need, and for what."""
-    data = "data" if needed.copies == 1 else "data in each"
+    data = "data" if needed.shared else "data in each"
     sizes = {data: needed.data_mib, "each with torch": needed.process_mib, "its training": needed.training_mib}
     parts = ", ".join(f"{name} {'unknown' if mib is None else f'{ceil(mib):,} MiB'}" for name, mib in sizes.items())
     subject = f"{needed.jobs} processes need" if needed.jobs > 1 else "one process needs"

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from bncli.errors import FileError, UsageError
 from bncli.report.export import json_text
-from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, RunRecord, run_key
+from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, RunRecord
 from bncli.results.environment import COMPARISON_VERSION, RUNS_VERSION
 from bncli.results.serialize import Mismatch, from_plain, to_plain
 from bncli.results.train import Evaluated, Event, RunFinished, RunResult
@@ -108,32 +108,27 @@ def rebuilt(kind: type[T], plain: dict[str, Any], what: str) -> T:
 
 
 def _mistakes(found: BegunComparison | Comparison | RunRecord | RunResult) -> Iterator[str]:
-    """What shows that bncli cannot have written it so, whatever its types and its digest."""
-    result = found.result if isinstance(found, RunRecord) else found
-    if isinstance(result, RunResult):
-        yield from _mistakes_of_result(result)
-    if isinstance(found, RunRecord):
-        if found.recipe_key and found.key != run_key(found.recipe_key, found.identity):
-            yield "its key is not that of its recipe and its versions"
-    elif isinstance(found, BegunComparison | Comparison):
+    """What shows that bncli cannot have written it so; comparisons and files of format 2 have no digest that would."""
+    results = {"": found if isinstance(found, RunResult) else found.result if isinstance(found, RunRecord) else None}
+    if isinstance(found, BegunComparison | Comparison):
         if found.plan.reference not in found.plan.arms or found.plan.budget < 1:
             yield "its plan has no reference arm or no budget"
         for run in found.runs if isinstance(found, Comparison) else ():
-            planned = () if _is_planned(found.plan, run) else ("is not of the plan",)
-            yield from (f"run {run.key}: {mistake}" for mistake in (*planned, *_mistakes(run)))
+            results[f"run {run.key}: "] = run.result
+            if not _is_planned(found.plan, run):
+                yield f"run {run.key}: is not of the plan"
+    for where, result in results.items():
+        yield from (where + mistake for mistake in _mistakes_of_result(result)) if result else ()
 
 
 def _mistakes_of_result(result: RunResult) -> Iterator[str]:
     at = [each.step for each in result.evaluations]
-    reached = [step for each in result.also for step in (each.first_hit, each.steps)]
-    steps = [result.steps_run, *at, result.first_hit, result.steps_to_target, *reached]
+    steps = [result.steps_run, *at, result.first_hit, result.steps_to_target]
+    steps += [step for each in result.also for step in (each.first_hit, each.steps)]
     shares = [result.constant_guess, *(each.accuracy for each in result.evaluations)]
     amounts = [result.ms_per_step, result.samples_per_s, result.training_s, result.evaluation_s, result.peak_memory_mib]
-    for what, values, most in (
-        ("steps", steps, result.budget),
-        ("accuracy", shares, 1),
-        ("cost", amounts, sys.maxsize),
-    ):
+    limits = {"steps": (steps, result.budget), "accuracy": (shares, 1), "cost": (amounts, sys.maxsize)}
+    for what, (values, most) in limits.items():
         if not all(0 <= value <= most for value in values if value is not None):  # NaN is in no range
             yield f"{what} outside of 0 to {most:g}"
     if at != sorted(set(at)):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,12 +9,6 @@ from bncli.results.environment import COMPARISON_VERSION, Interval
 from bncli.results.train import RunResult, Target, most_steps_to_target
 
 Phase = Literal["tune", "report", "rate"]  # rate: of the search for the largest learning rate
-
-
-def run_key(recipe_key: str, identity: Mapping[str, str]) -> str:
-    """A run's key, by the digest of its resolved recipe and whatever else its outcome depends on."""
-    parts = json.dumps({"recipe": recipe_key, **identity}, sort_keys=True)
-    return hashlib.sha256(parts.encode()).hexdigest()[:20]
 
 
 @dataclass(frozen=True)
@@ -307,7 +298,7 @@ class MemoryNeeded:
     """Estimated memory on the CPU's side, in MiB. None where only the user's own code or a server could tell."""
 
     data_mib: float | None  # once
-    copies: int  # 1 where the processes share the data
+    shared: bool  # whether all processes have the data once, or each for itself
     process_mib: float  # of each, without any training
     training_mib: float | None  # of each, the largest
     jobs: int  # processes
@@ -316,14 +307,19 @@ class MemoryNeeded:
     @property
     def fitting(self) -> int:
         """How many of the processes the available memory has room for; at least one, since these are estimates."""
-        each, data = self.process_mib + (self.training_mib or 0.0), self.data_mib or 0.0
-        fits = (self.available_mib - data) // each if self.copies == 1 else self.available_mib // (each + data)
-        return max(1, min(self.jobs, int(fits)))
+        each, once = self._each_and_once
+        return max(1, min(self.jobs, int((self.available_mib - once) // each)))
 
     @property
     def total_mib(self) -> float:
         """What is unknown counts as nothing."""
-        return (self.data_mib or 0.0) * self.copies + self.jobs * (self.process_mib + (self.training_mib or 0.0))
+        each, once = self._each_and_once
+        return self.jobs * each + once
+
+    @property
+    def _each_and_once(self) -> tuple[float, float]:
+        each, data = self.process_mib + (self.training_mib or 0.0), self.data_mib or 0.0
+        return (each, data) if self.shared else (each + data, 0.0)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
@@ -74,7 +74,7 @@ def _reader(hint: Any) -> Reader:
         )
     if origin is dict:
         value = _reader(arguments[1])
-        return lambda plain: _values(itertools.repeat(value), _object(plain))
+        return lambda plain: dict(zip(plain, _each(itertools.repeat(value), _object(plain)), strict=True))
     if hint in (int, float):
         return lambda plain: _number(hint, plain)
     expected = "text" if hint is str else str(hint)
@@ -82,45 +82,40 @@ def _reader(hint: Any) -> Reader:
 
 
 def _number(kind: type, plain: Any) -> Any:
-    if kind is float:
-        plain = NOT_FINITE.get(plain, plain) if isinstance(plain, str) else plain
-        if type(plain) is float:
-            return plain
-    if type(plain) is not int:
+    if kind is float and isinstance(plain, str):
+        plain = NOT_FINITE.get(plain, plain)
+    if type(plain) not in (int, kind):
         _refuse("a number" if kind is float else "a whole number", plain)
-    return plain if abs(plain) < 1 << 63 else _refuse("a number of at most 64 bits", plain)
+    return plain if type(plain) is float or abs(plain) < 1 << 63 else _refuse("a number of at most 64 bits", plain)
 
 
 def _dataclass_reader(kind: type) -> Reader:
     readers = {name: _reader(hint) for name, hint in typing.get_type_hints(kind).items()}
-    missing = dataclasses.MISSING
-    required = {
-        each.name for each in dataclasses.fields(kind) if each.default is missing and each.default_factory is missing
-    }
+    fields, missing = dataclasses.fields(kind), dataclasses.MISSING
+    required = [each.name for each in fields if each.default is missing and each.default_factory is missing]
 
     def read(plain: Any) -> Any:
         if unknown := sorted(_object(plain).keys() - readers.keys()):
             raise Mismatch(" is not a known field", f".{unknown[0]}")
-        if absent := required - plain.keys():
-            raise Mismatch(" is missing", f".{next(name for name in readers if name in absent)}")
-        return kind(**_values(map(readers.__getitem__, plain), plain))
+        for name in required:
+            if name not in plain:
+                raise Mismatch(" is missing", f".{name}")
+        return kind(**dict(zip(plain, _each(map(readers.__getitem__, plain), plain), strict=True)))
 
     return read
 
 
-def _values(readers: Iterable[Reader], plain: dict[str, Any]) -> dict[str, Any]:
-    return dict(zip(plain, _each(readers, plain.values(), list(plain)), strict=True))
-
-
-def _each(readers: Iterable[Reader], items: Iterable[Any], names: Sequence[str] = ()) -> list[Any]:
-    """Each item by its reader. names: of the items, for the place of a mistake, where they are no list's."""
+def _each(readers: Iterable[Reader], plain: list[Any] | dict[str, Any]) -> list[Any]:
+    """Each item of a list, or value of a dict, by its reader."""
     made: list[Any] = []
     try:
-        for reader, item in zip(readers, items, strict=False):  # one reader may be repeated
+        for reader, item in zip(readers, plain.values() if isinstance(plain, dict) else plain, strict=False):
             made.append(reader(item))
     except Mismatch as error:
         at = len(made)
-        raise Mismatch(error.words, (f".{names[at]}" if names else f"[{at}]") + error.place) from None
+        raise Mismatch(
+            error.words, (f".{list(plain)[at]}" if isinstance(plain, dict) else f"[{at}]") + error.place
+        ) from None
     return made
 
 

@@ -201,6 +201,11 @@ def test_the_report_is_made_again_from_files(copied: Ran) -> None:
     assert b"/MediaBox [ 0 0 237.6 " in Path("column.pdf").read_bytes()  # points
     saved = bncli("compare", "--from", "runs/small", "--json").out
     assert len(json.loads(saved)["runs"]) == 16
+    plan = Path("runs/small/plan.json").read_text()
+    Path("runs/small/plan.json").write_text(plan + " ")
+    told = bncli("compare", "--from", "runs/small").err
+    assert "runs/small: 1 of its files cannot be used: plan.json (was changed after bncli wrote it" in told
+    Path("runs/small/plan.json").write_text(plan)
     Path("copy.json").write_text(saved)
     copy = bncli("compare", "--from", "copy.json")
     assert (copy.code, copy.out) == (0, copied.out)

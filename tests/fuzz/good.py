@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bncli.measure.compare.plan import Study, planned_runs, study
+from bncli.measure.compare.plan import Study, named_runs, study
 from bncli.measure.compare.summary import summarise
 from bncli.recipe.load import load
 from bncli.report import files
@@ -111,7 +111,7 @@ def comparison(of: Study) -> Comparison:
     """Its runs, all done, with an outcome that depends on the run's place alone."""
     records = carried_out(of, lambda job: 90 + 7 * job.seed + 200 * (job.arm == "plain"))
     records = [_short(replace(each, identity=IDENTITY, recipe_key=_recipe_key(of, each.key))) for each in records]
-    return summarise(of.plan, records, planned_runs(of, {each.key: each for each in records}), 1)
+    return summarise(of.plan, records, named_runs(of, {each.key: each for each in records}).planned, 1)
 
 
 def _short(record: RunRecord) -> RunRecord:

@@ -36,7 +36,7 @@ from bncli.engine.train.weights import load_model
 from bncli.errors import BncliError, UsageError
 from bncli.kernels.fused import build
 from bncli.measure.compare import reuse
-from bncli.measure.compare.plan import planned_comparison, study, wanted
+from bncli.measure.compare.plan import named_runs, planned_comparison, study
 from bncli.measure.dry_run import planned_training
 from bncli.measure.profile import baseline, shapes
 from bncli.recipe import npz as npz_header
@@ -277,7 +277,7 @@ def file_of_comparison(folder: Path, place: str) -> Kind:
     content = file.read_bytes()
     if file.name != COMPARISON:  # then the answer would be the report, where the runs do not say more
         (folder / "all" / COMPARISON).unlink()
-    jobs = wanted(asked, {})
+    jobs = named_runs(asked, {}).jobs
 
     def attempt(data: bytes) -> None:
         file.write_bytes(data)

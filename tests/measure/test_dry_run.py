@@ -111,10 +111,19 @@ def test_data_count_once_where_they_are_shared_and_the_largest_training_in_every
 
 
 @pytest.mark.parametrize(
-    ("available", "copies", "fits"),
-    [(10_000, 1, 8), (1000, 1, 3), (1000, 8, 1), (900, 8, 1), (4000, 8, 6), (10, 1, 1), (1090, 1, 3), (1100, 1, 4)],
+    ("available", "shared", "fits"),
+    [
+        (10_000, True, 8),
+        (1000, True, 3),
+        (1000, False, 1),
+        (900, False, 1),
+        (4000, False, 6),
+        (10, True, 1),
+        (1090, True, 3),
+        (1100, True, 4),
+    ],
 )
-def test_as_many_processes_fit_as_the_available_memory_has_room_for(available: float, copies: int, fits: int) -> None:
-    needed = MemoryNeeded(500.0, copies, 100.0, 50.0, 8, available)
+def test_as_many_processes_fit_as_the_available_memory_has_room_for(available: float, shared: bool, fits: int) -> None:
+    needed = MemoryNeeded(500.0, shared, 100.0, 50.0, 8, available)
     assert needed.fitting == fits
     assert (needed.total_mib <= available) == (fits == 8)

@@ -79,13 +79,16 @@ def test_json_has_every_field(field):
 def test_the_memory_of_all_processes_is_said_with_what_is_unknown(show):
     for needed, words in (
         (
-            MemoryNeeded(954.2, 1, 170.0, 2.5, 2, 8000.0),
+            MemoryNeeded(954.2, True, 170.0, 2.5, 2, 8000.0),
             "2 processes need about 1,300 of 8,000 MiB available (data",
         ),
         (
-            MemoryNeeded(10.0, 3, 170.0, 2.0, 3, 8000.0),
+            MemoryNeeded(10.0, False, 170.0, 2.0, 3, 8000.0),
             "3 processes need about 546 of 8,000 MiB available (data in",
         ),
-        (MemoryNeeded(None, 1, 170.0, None, 1, 99.0), "(data unknown, each with torch 170 MiB, its training unknown)"),
+        (
+            MemoryNeeded(None, True, 170.0, None, 1, 99.0),
+            "(data unknown, each with torch 170 MiB, its training unknown)",
+        ),
     ):
         assert words in " ".join(show(render(replace(PLANNED, memory=needed)), 120).split())

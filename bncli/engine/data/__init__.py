@@ -17,7 +17,7 @@ from torch import Generator
 from bncli.engine.data import mnist
 from bncli.engine.data.arrays import Arrays, Place, arrays, in_memory, shared
 from bncli.engine.data.npz import read_npz
-from bncli.engine.data.splits import Conversion, Dataset, InMemory, examples_of, normalization
+from bncli.engine.data.splits import Conversion, Dataset, InMemory, examples_of
 from bncli.errors import DataError
 from bncli.recipe.load import digest
 from bncli.recipe.mnist import CLASSES, SIDE, name_of
@@ -45,7 +45,7 @@ def load(
     def read(place: Place) -> Any:
         found = hub.read_images(spec, place) if isinstance(spec, Hub) else _READ[spec.source](spec, place)
         if isinstance(found, Arrays):
-            _normalize(found, spec.normalize)
+            found.normalize(spec.normalize)
         return found
 
     if memory is not None and device.type == "cpu":
@@ -60,16 +60,6 @@ def load(
     augment = getattr(spec, "augment", "none") == "crop-flip"
     train = InMemory(x[: found.train], y[: found.train], convert, augment)
     return Dataset(_name(spec), train, InMemory(x[first:], y[first:], convert), tuple(shape), found.classes)
-
-
-def _normalize(found: Arrays, kind: str) -> None:
-    """Write the mean and deviation of the training examples, and normalize the floats of all examples by them."""
-    train = found.x[: found.train]
-    for kept, value in zip((found.mean, found.std), normalization(train, kind), strict=True):
-        kept.copy_(value)
-    if found.x.is_floating_point() and kind == "standard":
-        for x in (train, found.x[found.held_out :]):
-            x.sub_(found.mean).div_(found.std)
 
 
 def _name(spec: DataSection) -> str:
@@ -131,10 +121,8 @@ def _synthetic(spec: Synthetic, place: Place) -> Arrays:
     if len(spec.shape) not in (1, 3):
         kinds = "neither [features] for vectors nor [channels, height, width] for images"
         raise DataError(f"data.shape: {list(spec.shape)} is {kinds}")
-    made, examples = (
-        arrays(place, spec.shape, spec.examples, spec.held_out, spec.classes),
-        spec.examples + spec.held_out,
-    )
+    made = arrays(place, spec.shape, spec.examples, spec.held_out, spec.classes)
+    examples = spec.examples + spec.held_out
     generator = Generator().manual_seed(spec.split_seed)
     prototypes = torch.randn(spec.classes, *spec.shape, generator=generator)
     y = torch.randint(spec.classes, (examples,), generator=generator)

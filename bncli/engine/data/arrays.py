@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bncli.engine.data.splits import evaluation_order, holdout_split
+from bncli.engine.data.splits import evaluation_order, holdout_split, normalization
 from bncli.engine.memory import available_mib
 from bncli.errors import DataError, out_of_memory_is
 
@@ -54,6 +54,15 @@ class Arrays(NamedTuple):
         for index, row in zip(parts, self.rows(split_seed), strict=True):
             rows[index] = row
         return rows
+
+    def normalize(self, kind: str) -> None:
+        """Write the mean and deviation of the training examples, and normalize the floats of all examples by them."""
+        train = self.x[: self.train]
+        for kept, value in zip((self.mean, self.std), normalization(train, kind), strict=True):
+            kept.copy_(value)
+        if self.x.is_floating_point() and kind == "standard":
+            for x in (train, self.x[self.held_out :]):
+                x.sub_(self.mean).div_(self.std)
 
     def put(self, rows: Tensor, x: Tensor, y: Tensor) -> None:
         self.x.index_copy_(0, rows, x)

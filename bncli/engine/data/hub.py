@@ -85,20 +85,15 @@ def streamed(
     """The training and the held-out images, decoded batch by batch; `standard` is over a seeded sample of SAMPLE."""
     workers = 0 if multiprocessing.current_process().daemon else spec.workers  # a daemon may not have children
     train, held_out = images
-    mean, std = _sampled_normalization(train, spec, workers)
+    if spec.normalize == "unit":
+        mean, std = normalization(torch.empty(0, *spec.shape, dtype=torch.uint8), "unit")
+    else:
+        sample = torch.randperm(len(train), generator=Generator().manual_seed(spec.split_seed))[:SAMPLE].sort().values
+        decoded = loaded(train, sample.split(DECODED_AT_ONCE), workers)
+        mean, std = byte_statistics(torch.stack([byte_counts(x) for x, _ in decoded]).sum(0))
     convert = Conversion(mean.to(device), std.to(device), memory_format)
     augment = spec.augment == "crop-flip"
     return Streamed(train, convert, device, workers, augment), Streamed(held_out, convert, device, workers)
-
-
-def _sampled_normalization(train: EncodedImages, spec: Hub, workers: int) -> tuple[Tensor, Tensor]:
-    if spec.normalize == "unit":
-        return normalization(torch.empty(0, *spec.shape, dtype=torch.uint8), "unit")
-    shuffled = torch.randperm(len(train), generator=Generator().manual_seed(spec.split_seed))
-    counts = torch.zeros(spec.shape[0], 256, dtype=torch.int64)
-    for x, _ in loaded(train, shuffled[:SAMPLE].sort().values.split(DECODED_AT_ONCE), workers):
-        counts += byte_counts(x)
-    return byte_statistics(counts)
 
 
 # --- opening ------------------------------------------------------------------------------------------------------

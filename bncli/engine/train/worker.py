@@ -45,8 +45,8 @@ def main(arguments: list[str]) -> int:
         memory = int(options["--memory"]) if "--memory" in options else None
         serve(jobs, stopping, out, options["--device"], int(options["--threads"]), memory)
     except BncliError as error:
-        about = {"field": error.field, "value": None if error.value is None else str(error.value)}
-        _say(out, refused=error.mistakes, exit_code=error.exit_code, **about)
+        value = None if error.value is None else str(error.value)
+        _say(out, refused=error.mistakes, exit_code=error.exit_code, field=error.field, value=value)
     return 0
 
 

@@ -27,7 +27,7 @@ from bncli.recipe.mnist import name_of
 from bncli.recipe.overrides import value_at
 from bncli.recipe.sections import Claim as ClaimSection
 from bncli.recipe.sections import Digits, Mnist, Npz, Recipe
-from bncli.results.compare import Claim, ComparisonPlan, Phase, Planned, RunRecord, run_key
+from bncli.results.compare import Claim, ComparisonPlan, Phase, Planned, RunRecord
 from bncli.results.train import RunResult, Target
 
 MOST_RUNS = 20_000  # each is planned in memory; a longer list of values is a slip, or several comparisons
@@ -80,7 +80,7 @@ class Study:
         if name not in self._jobs:
             recipe = with_values(arm.recipe, run_values(self.plan, phase, point, seed))
             recipe_key = digest(what_is_trained(recipe))
-            key = run_key(recipe_key, self.identity)
+            key = digest({"recipe": recipe_key, **self.identity})
             self._jobs[name] = Job(key, arm.name, point, seed, phase, recipe, recipe_key)
         return self._jobs[name]
 
@@ -278,24 +278,11 @@ class KnownRuns:
         return len({job.key for job in self.jobs}) + self.later + self.later_searches
 
 
-def planned_runs(study: Study, records: Mapping[str, RunRecord] | None = None) -> int:
-    """How many runs the comparison rests on in all, each once.
-
-    For an arm whose tuning is not complete it is not known yet how many points of the grid it keeps: one is counted. A
-    search for the largest learning rate counts as USUAL_RUNS runs until it has ended.
-    """
-    return named_runs(study, records or {}).planned
-
-
-def wanted(study: Study, records: Mapping[str, RunRecord]) -> list[Job]:
-    """The runs that can be named now, done or not: all tuning runs, and an arm's further runs once it is tuned."""
-    return named_runs(study, records).jobs
-
-
 def named_runs(study: Study, records: Mapping[str, RunRecord]) -> KnownRuns:
-    """What `wanted` and `planned_runs` tell.
+    """All tuning runs, and an arm's further runs once it is tuned; then searches, which name one run after the other.
 
-    Searches for the largest learning rate come last, since each names one run after the other.
+    It is not known yet how many points of the grid an arm keeps whose tuning is not complete: one is counted. A search
+    for the largest learning rate counts as USUAL_RUNS runs until it has ended.
     """
     tuning, report, searches = [], [], []
     untuned, later = set(), 0
@@ -327,14 +314,12 @@ def named_runs(study: Study, records: Mapping[str, RunRecord]) -> KnownRuns:
 
 def known_runs(study: Study, records: dict[str, RunRecord], find: Find) -> KnownRuns:
     """As `named_runs`, after the runs that `find` has by their keys are added to the records."""
-    named, asked = named_runs(study, records), set[str]()
-    while more := {job.key for job in named.jobs} - asked - records.keys():
-        asked |= more
+    while True:
+        named = named_runs(study, records)
+        more = {job.key for job in named.jobs} - records.keys()
         records.update(find(more))
         if records.keys().isdisjoint(more):
-            break
-        named = named_runs(study, records)
-    return named
+            return named
 
 
 def _search(study: Study, arm: Arm, point: dict[str, Any], seed: int, records: Mapping[str, RunRecord]) -> list[Job]:
@@ -353,7 +338,7 @@ def _search(study: Study, arm: Arm, point: dict[str, Any], seed: int, records: M
 
 def collect(study: Study, records: Mapping[str, RunRecord]) -> list[RunRecord]:
     """The records of this study's runs, each under its own arm, point, seed and phase."""
-    return _records(wanted(study, records), records)
+    return _records(named_runs(study, records).jobs, records)
 
 
 def _records(jobs: Sequence[Job], records: Mapping[str, RunRecord]) -> list[RunRecord]:

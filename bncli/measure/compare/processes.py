@@ -41,7 +41,7 @@ class _Worker:
     job: Job | None = None  # the run in progress
     logged: int = 0  # bytes of the log before that run
     silent_s: float = 0.0  # since its last message
-    hanging: str | None = None  # why it was killed
+    hanging: str = ""  # why it was killed
 
 
 @dataclass
@@ -92,7 +92,6 @@ class Processes:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             gpu = number % self._gpus
             environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if len(visible) == self._gpus else str(gpu)
-        self.folder.mkdir(parents=True, exist_ok=True)
         # A name that no file has yet: logs of earlier workers are kept.
         names = (f"worker-{number}{f'-{count}' if count else ''}.log" for count in itertools.count())
         log = next(each for name in names if not os.path.lexists(each := self.folder / name))
@@ -145,7 +144,7 @@ class Processes:
         try:
             worker.process.stdin.write(json.dumps(order) + "\n")
             worker.process.stdin.flush()
-        except (BrokenPipeError, OSError):
+        except OSError:
             return False  # it has just died; the end of its stream will be read next
         return True
 
@@ -161,8 +160,7 @@ class Processes:
         if message is None:
             return self._died(worker)
         if "refused" in message:
-            about = {name: message.get(name) for name in ("field", "value")}
-            raise Refused(*message["refused"], exit_code=message["exit_code"], **about)
+            raise Refused(*message.pop("refused"), **message)
         if "hello" in message:
             worker.ready = True
             if not self._greeted:  # a later worker sees its own GPU only
@@ -182,11 +180,12 @@ class Processes:
         return Ended(worker.number, job, result, failure, code, self.limit)
 
     def _end_hanging(self) -> None:
-        """Kill the workers that were silent for too long, however long this process itself was suspended meanwhile."""
+        """Kill the workers that were silent for too long; time in which this process did not look does not count."""
         longest, before, self._looked = self.longest_silence_s or math.inf, self._looked, monotonic()
         for worker in [worker for worker in self._workers if worker.job and not worker.hanging]:
-            worker.silent_s += min(self._looked - before, 1.0)
+            worker.silent_s += min(self._looked - before, POLL_S)
             if worker.silent_s > longest:
+                worker.ready = False  # gets no other run, should this one have ended just now
                 worker.hanging = f"it made no progress for {longest:g} s and was ended"
                 _kill(worker)
 

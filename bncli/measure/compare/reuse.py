@@ -12,7 +12,7 @@ from pathlib import Path
 from bncli import __version__
 from bncli.engine.user_code import digest_of
 from bncli.errors import BncliError
-from bncli.measure.compare.plan import Job, Study, collect, known_runs, planned_runs
+from bncli.measure.compare.plan import Job, Study, collect, known_runs, named_runs
 from bncli.recipe.load import Arm, data_state, digest
 from bncli.recipe.sections import Recipe
 from bncli.results.compare import BegunComparison, Comparison, Note, RunRecord
@@ -91,7 +91,7 @@ def report_of_runs(
 
     known_runs(study, records, find)
     records = find(set())  # of one code, now that all are read
-    return summarise(plan, collect(study, records), planned_runs(study, records), begun.threads)
+    return summarise(plan, collect(study, records), named_runs(study, records).planned, begun.threads)
 
 
 def says_more(made: Comparison, answer: Comparison) -> bool:

@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import TextIO
 
 from bncli.errors import BncliError, FileError, UsageError
 from bncli.report.files import Result, from_json, load, to_json
@@ -41,7 +40,6 @@ class ComparisonFolder:
 
     def __init__(self, path: Path) -> None:
         self.path, self.unfit = path, dict[str, str]()
-        self._lock: TextIO | None = None
         self._read = dict[str, RunRecord | None]()
         for folder in (path / name for name in FOLDERS):
             if folder.is_symlink():
@@ -50,33 +48,38 @@ class ComparisonFolder:
     def __enter__(self) -> ComparisonFolder:
         self._new = not self.path.exists()
         make(self.path)
-        try:
-            self._lock = locked(self.path / ".lock")
-        except OSError as error:
-            raise UsageError(f"cannot be written to: {error.strerror}", field="out", value=self.path) from error
-        if self._lock is None:
-            raise BncliError(f"{self.path}: another comparison is writing here; wait for it, or choose another folder")
-        begun, answer = self.begun(), self.answer(without="runs")
-        for file, read in ((PLAN, begun), (COMPARISON, answer)):
-            if os.path.lexists(self.path / file) and read is None:
-                self._lock.close()
-                why = f"{self.path / file} was not written by this version of bncli and is never overwritten"
-                raise UsageError(f"{why}; choose another folder", field="out", value=self.path)
-        self._answered = answer and answer.plan
-        for folder in (self.path, *(self.path / name for name in FOLDERS)):
-            make(folder)
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise UsageError(f"{folder} is not writable; choose another folder", field="out", value=self.path)
-            sweep(folder)
+        with contextlib.ExitStack() as opened:
+            try:
+                file = locked(self.path / ".lock")
+            except OSError as error:
+                raise self._refused(f"cannot be written to: {error.strerror}") from error
+            if file is None:
+                why = "another comparison is writing here; wait for it, or choose another folder"
+                raise BncliError(f"{self.path}: {why}")
+            opened.enter_context(file)
+            begun, answer = self.begun(), self.answer(without="runs")
+            for name, read in ((PLAN, begun), (COMPARISON, answer)):
+                if os.path.lexists(self.path / name) and read is None:
+                    why = f"{self.path / name} was not written by this version of bncli and is never overwritten"
+                    raise self._refused(f"{why}; choose another folder")
+            for folder in (self.path, *(self.path / name for name in FOLDERS)):
+                make(folder)
+                if not os.access(folder, os.W_OK | os.X_OK):
+                    raise self._refused(f"{folder} is not writable; choose another folder")
+                sweep(folder)
+            self._answered = answer and answer.plan
+            self._opened = opened.pop_all()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, FileNotFoundError) and not (self.path / ".lock").exists():
-            raise UsageError("was removed or renamed meanwhile", field="out", value=self.path) from error
-        if self._new and not any(self.path.rglob("*.json")):  # nothing was begun, so nothing is left behind
-            shutil.rmtree(self.path)
-        if self._lock is not None:
-            self._lock.close()
+        with self._opened:
+            if isinstance(error, FileNotFoundError) and not (self.path / ".lock").exists():
+                raise self._refused("was removed or renamed meanwhile") from error
+            if self._new and not any(self.path.rglob("*.json")):  # nothing was begun, so nothing is left behind
+                shutil.rmtree(self.path, ignore_errors=True)  # or it was removed meanwhile
+
+    def _refused(self, why: str) -> UsageError:
+        return UsageError(why, field="out", value=self.path)
 
     def begin(self, begun: BegunComparison) -> None:
         """Save the plan, and delete the runs that failed before."""
@@ -85,7 +88,7 @@ class ComparisonFolder:
         replace(self.path / PLAN, to_json(begun).encode())
 
     def begun(self) -> BegunComparison | None:
-        """The plan of the last call; None where it is not known."""
+        """The plan of the last call; None where it is missing or not fit."""
         return self._result(PLAN, BegunComparison)
 
     def answer(self, without: str = "") -> Comparison | None:
@@ -96,12 +99,17 @@ class ComparisonFolder:
     def _names(self) -> dict[str, list[str]]:
         """A run's key, or its recipe's -> the names of files in runs."""
         found = defaultdict[str, list[str]](list)
-        with contextlib.suppress(FileNotFoundError):
-            for match in filter(None, map(RUN_NAME.fullmatch, sorted(os.listdir(self.path / "runs")))):
-                record = self._run(match[0]) if match[1] is None else None  # which alone tells its recipe
-                for key in (match[2], match[1] or (record and record.recipe_key)):
-                    found[key or ""].append(match[0])
+        for match in self._listed("runs"):
+            record = self._run("runs", match[0]) if match[1] is None else None  # which alone tells its recipe
+            for key in (match[2], match[1] or (record and record.recipe_key)):
+                found[key or ""].append(match[0])
         return found
+
+    def _listed(self, folder: str) -> list[re.Match[str]]:
+        """The names of the runs in a folder, in order."""
+        with contextlib.suppress(FileNotFoundError):
+            return list(filter(None, map(RUN_NAME.fullmatch, sorted(os.listdir(self.path / folder)))))
+        return []
 
     @property
     def count(self) -> int:
@@ -111,14 +119,14 @@ class ComparisonFolder:
     def finished(self, keys: Iterable[str]) -> list[RunRecord]:
         """The runs that ended with any of those keys, theirs or their recipe's: one for each version of their code."""
         names = dict.fromkeys(name for key in keys for name in self._names.get(key, ()))
-        return [record for name in names if (record := self._run(name))]
+        return [record for name in names if (record := self._run("runs", name))]
 
     def failed(self) -> dict[str, RunRecord]:
         """The failed runs of the last call, by file name."""
-        names = filter(RUN_NAME.fullmatch, os.listdir(folder) if (folder := self.path / "failed").exists() else ())
-        return {name: record for name in names if (record := self._run(name, "failed"))}
+        names = [match[0] for match in self._listed("failed")]
+        return {name: record for name in names if (record := self._run("failed", name))}
 
-    def _run(self, name: str, folder: str = "runs") -> RunRecord | None:
+    def _run(self, folder: str, name: str) -> RunRecord | None:
         """A run's record, read once; None, with the reason in `unfit`, where its file is not as bncli writes it."""
         file = f"{folder}/{name}"
         if file not in self._read:
@@ -131,7 +139,7 @@ class ComparisonFolder:
     def save(self, record: RunRecord) -> None:
         name, folder = _name(record), "runs" if record.result is not None else "failed"
         file = self.path / folder / name
-        if os.path.lexists(file) and self._run(name, folder) is None:
+        if os.path.lexists(file) and self._run(folder, name) is None:
             _keep_beside(file)
         replace(file, to_json(record).encode())
         if record.result is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bncli.measure.compare.plan import Job, Study, collect, study, wanted
+from bncli.measure.compare.plan import Job, Study, collect, named_runs, study
 from bncli.recipe.load import load
 from bncli.results.compare import RunRecord
 from bncli.results.environment import Environment
@@ -75,7 +75,7 @@ def record(job: Job, steps: float | None, **changes: Any) -> RunRecord:
 def carried_out(asked: Study, steps: Callable[[Job], float | None]) -> list[RunRecord]:
     """Every run of a study done, `steps(job)` giving its steps to target."""
     records: dict[str, RunRecord] = {}
-    while to_do := [job for job in wanted(asked, records) if job.key not in records]:
+    while to_do := [job for job in named_runs(asked, records).jobs if job.key not in records]:
         records.update({job.key: record(job, steps(job)) for job in to_do})
     return collect(asked, records)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from bncli.measure.compare.plan import Study, planned_runs
+from bncli.measure.compare.plan import Study, named_runs
 from bncli.measure.compare.summary import summarise
 from bncli.results.compare import JudgedClaim, RunRecord
 from bncli.results.train import Evaluation, ProbePoint
@@ -32,7 +32,7 @@ def judged(study_of: StudyOf) -> Callable[..., Any]:
     def judge(*each: str, values: Callable[[str, int], dict[str, Any]], seeds: int = 5) -> tuple[JudgedClaim, ...]:
         asked = study_of(BASE + PROBED + UNTUNED.replace("5", str(seeds)) + "\n" + claims(*each))
         records = [of_values(asked, one, values) for one in carried_out(asked, lambda job: 100.0)]
-        return summarise(asked.plan, records, planned_runs(asked)).claims
+        return summarise(asked.plan, records, named_runs(asked, {}).planned).claims
 
     return judge
 

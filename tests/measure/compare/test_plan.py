@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bncli.errors import RecipeError
-from bncli.measure.compare.plan import Job, Study, planned_comparison, planned_runs, study, wanted
+from bncli.measure.compare.plan import Job, Study, named_runs, planned_comparison, study
 from bncli.measure.compare.rates import USUAL_RUNS
 from bncli.measure.compare.reuse import identity
 from bncli.recipe.load import load
@@ -21,26 +21,26 @@ def of_arm(name: str, jobs: list[Job]) -> list[Job]:
 
 
 def keys(asked: Study) -> list[str]:
-    return [job.key for job in wanted(asked, {})]
+    return [job.key for job in named_runs(asked, {}).jobs]
 
 
 def test_every_arm_gets_the_same_grid_and_seeds_and_then_further_ones(asked: Study) -> None:
     assert asked.plan.tune_seeds == (7, 8, 9)
     assert asked.plan.report_seeds == (10, 11, 12, 13, 14)
-    jobs = wanted(asked, {})
+    jobs = named_runs(asked, {}).jobs
     for arm in ("plain", "normed"):
         points = [(job.point["optimizer.lr"], job.seed) for job in of_arm(arm, jobs)]
         assert sorted(points) == [(lr, seed) for lr in (0.1, 1, 10) for seed in (7, 8, 9)]
-    assert planned_runs(asked) == 2 * 3 * 3 + 2 * 5
+    assert named_runs(asked, {}).planned == 2 * 3 * 3 + 2 * 5
 
 
 def test_further_seeds_are_named_once_an_arm_is_tuned(asked: Study) -> None:
-    tuning = of_arm("plain", wanted(asked, {}))
+    tuning = of_arm("plain", named_runs(asked, {}).jobs)
     records = {job.key: record(job, 100 * (1 + job.point["optimizer.lr"])) for job in tuning[:-1]}
-    assert {job.phase for job in wanted(asked, records)} == {"tune"}
-    assert planned_runs(asked, records) == 28
+    assert {job.phase for job in named_runs(asked, records).jobs} == {"tune"}
+    assert named_runs(asked, records).planned == 28
     records[tuning[-1].key] = record(tuning[-1], 700)
-    report = [job for job in wanted(asked, records) if job.phase == "report"]
+    report = [job for job in named_runs(asked, records).jobs if job.phase == "report"]
     assert [(job.arm, job.point["optimizer.lr"], job.seed) for job in report] == [
         ("plain", 0.1, s) for s in range(10, 15)
     ]
@@ -48,19 +48,22 @@ def test_further_seeds_are_named_once_an_arm_is_tuned(asked: Study) -> None:
 
 def test_every_point_as_good_as_the_best_gets_the_further_seeds(asked: Study) -> None:
     steps = {(0.1, 7): 100, (0.1, 8): 120, (0.1, 9): 110, (1, 7): 112, (1, 8): 115, (1, 9): 108}
-    records = {job.key: record(job, steps.get((job.point["optimizer.lr"], job.seed), 700)) for job in wanted(asked, {})}
-    report = [(job.seed, job.point["optimizer.lr"]) for job in wanted(asked, records) if job.phase == "report"]
+    records = {
+        job.key: record(job, steps.get((job.point["optimizer.lr"], job.seed), 700))
+        for job in named_runs(asked, {}).jobs
+    }
+    report = [(job.seed, job.point["optimizer.lr"]) for job in named_runs(asked, records).jobs if job.phase == "report"]
     assert report[:4] == [(10, 0.1), (10, 1), (11, 0.1), (11, 1)]  # seed by seed
     assert len(report) == 2 * 2 * 5
-    assert planned_runs(asked, records) == 18 + 20
+    assert named_runs(asked, records).planned == 18 + 20
 
 
 def test_an_arm_that_fixes_a_field_of_the_grid_is_not_tuned_in_it(study_of: StudyOf) -> None:
     asked = study_of(BASE + ARMS.replace("normed:", "slow: {optimizer: {lr: 0.01}}\n  normed:"))
-    slow = of_arm("slow", wanted(asked, {}))
+    slow = of_arm("slow", named_runs(asked, {}).jobs)
     assert [job.seed for job in slow] == [7, 8, 9]  # as many seeds as the others, further ones once these have ended
     records = {job.key: record(job, None) for job in slow}
-    further = [job for job in of_arm("slow", wanted(asked, records)) if job.phase == "report"]
+    further = [job for job in of_arm("slow", named_runs(asked, records).jobs) if job.phase == "report"]
     assert [job.seed for job in further] == [10, 11, 12, 13, 14]
     assert {job.point["optimizer.lr"] for job in [*slow, *further]} == {0.01}
     assert {job.recipe.optimizer.lr for job in slow} == {0.01}
@@ -69,14 +72,14 @@ def test_an_arm_that_fixes_a_field_of_the_grid_is_not_tuned_in_it(study_of: Stud
 
 def test_several_grid_fields_make_every_combination(study_of: StudyOf) -> None:
     grid = ARMS.replace("[0.1, 1, 10]}", "[0.1, 1], train.batch_size: [10, 20]}")
-    jobs = of_arm("plain", wanted(study_of(BASE + grid), {}))
+    jobs = of_arm("plain", named_runs(study_of(BASE + grid), {}).jobs)
     assert len({tuple(job.point.values()) for job in jobs}) == 4
 
 
 def test_without_a_grid_nothing_is_tuned(study_of: StudyOf) -> None:
     asked = study_of(BASE + UNTUNED.replace("5", "4"))
-    assert {job.phase for job in wanted(asked, {})} == {"report"}
-    assert planned_runs(asked) == 8
+    assert {job.phase for job in named_runs(asked, {}).jobs} == {"report"}
+    assert named_runs(asked, {}).planned == 8
 
 
 def test_a_key_depends_on_recipe_and_identity_and_not_on_the_arms_name(asked: Study, study_of: StudyOf) -> None:
@@ -108,7 +111,7 @@ def test_data_that_changed_on_disk_make_new_runs(tmp_path: Path, monkeypatch: py
 def test_an_added_arm_costs_only_its_own_runs(asked: Study, study_of: StudyOf) -> None:
     records = {one.key: one for one in carried_out(asked, lambda job: 100.0)}
     more = study_of(BASE + ARMS.replace("normed:", "layer: {norm: layer}\n  normed:"))
-    assert {job.arm for job in wanted(more, records) if job.key not in records} == {"layer"}
+    assert {job.arm for job in named_runs(more, records).jobs if job.key not in records} == {"layer"}
 
 
 @pytest.mark.parametrize(

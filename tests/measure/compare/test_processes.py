@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -240,6 +241,15 @@ def test_a_worker_that_does_not_stop_is_killed_after_a_while(tmp_path: Path, mon
         assert len(started) == 1
         (pid,) = (worker.process.pid for worker in made._workers)
     assert not alive(pid)
+
+
+def test_the_time_between_two_calls_is_no_silence_of_a_worker(tmp_path: Path) -> None:
+    made = Processes("cpu", 1, 1, tmp_path, longest_silence_s=0.9, command=FAKE)
+    with contextlib.closing(made):
+        for name in ("first", "second"):
+            events = list(made.run(jobs_of({name: "work"}), lambda: False))
+            assert [event.failure for event in events if isinstance(event, Ended)] == [None]
+            time.sleep(1.0)  # as the caller's own work may take
 
 
 def test_a_run_without_progress_for_too_long_is_ended_and_the_others_go_on(tmp_path: Path) -> None:

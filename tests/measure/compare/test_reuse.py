@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bncli.errors import BncliError
-from bncli.measure.compare.plan import Study, collect, planned_runs, wanted
+from bncli.measure.compare.plan import Study, collect, named_runs
 from bncli.measure.compare.reuse import (
     PACKAGE,
     identity,
@@ -51,7 +51,7 @@ def done(study: Study, **code: str) -> list[RunRecord]:
     """The tuning runs of a study, as a call leaves them."""
     return [
         replace(record(job, 100.0), recipe_key=job.recipe_key, identity=study.identity, code=code)
-        for job in wanted(study, {})
+        for job in named_runs(study, {}).jobs
     ]
 
 
@@ -89,7 +89,7 @@ def test_bnclis_own_code_is_part_of_a_runs_identity() -> None:
 
 @pytest.mark.parametrize("part", IDENTITY)
 def test_a_change_of_anything_in_the_identity_makes_other_keys(asked: Study, part: str) -> None:
-    before, after = wanted(asked, {}), wanted(of(asked, **{part: "another"}), {})
+    before, after = named_runs(asked, {}).jobs, named_runs(of(asked, **{part: "another"}), {}).jobs
     assert not {job.key for job in before} & {job.key for job in after}
     assert [job.recipe_key for job in before] == [job.recipe_key for job in after]
 
@@ -125,11 +125,11 @@ def test_a_run_is_used_while_all_code_that_it_loaded_stands_as_it_was(asked: Stu
 )
 def test_runs_that_are_not_used_are_counted_with_the_reason(asked: Study, here: Path, part: str, reason: str) -> None:
     kept = done(asked, **net(here, "old"))
-    assert not_reused(wanted(asked, {}), kept, IDENTITY) == []
+    assert not_reused(named_runs(asked, {}).jobs, kept, IDENTITY) == []
     if part == "code":
         net(here, "new")
     study = asked if part == "code" else of(asked, **{part: "another"})
-    jobs = wanted(study, {})
+    jobs = named_runs(study, {}).jobs
     for count, runs in ((18, "18 earlier runs are"), (1, "1 earlier run is")):
         said = sentences(not_reused(jobs, kept[:count], study.identity))
         assert said == [f"{runs} not reused: {reason} ({count})"]
@@ -139,7 +139,7 @@ def test_runs_that_are_not_used_are_counted_with_the_reason(asked: Study, here: 
 def test_several_reasons_are_each_counted(asked: Study, here: Path) -> None:
     kept = [*done(of(asked, bncli="0 zero"))[:8], *done(asked, **net(here, "old"))[8:12], *done(asked)[12:]]
     net(here, "new")
-    assert sentences(not_reused(wanted(asked, {}), kept, asked.identity)) == [
+    assert sentences(not_reused(named_runs(asked, {}).jobs, kept, asked.identity)) == [
         "12 earlier runs are not reused: bncli's own code has changed since (8), the model's code has changed (4)"
     ]
 
@@ -186,7 +186,7 @@ def test_the_report_of_a_plan_and_its_runs_is_that_of_the_call(
     asked: Study, finished: list[RunRecord], count: int
 ) -> None:
     records = {one.key: one for one in finished[:count]}
-    expected = summarise(asked.plan, collect(asked, records), planned_runs(asked, records), 1)
+    expected = summarise(asked.plan, collect(asked, records), named_runs(asked, records).planned, 1)
     report = report_of_runs(begun(asked), of_keys(finished[:count]), failed(finished[:2]) if count > 2 else [])
     assert to_plain(report) == to_plain(expected)
 

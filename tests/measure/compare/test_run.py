@@ -12,7 +12,7 @@ import pytest
 
 from bncli.errors import Refused
 from bncli.measure.compare import plan
-from bncli.measure.compare.plan import Job, Study, collect, named_runs, planned_runs, wanted
+from bncli.measure.compare.plan import Job, Study, collect, named_runs
 from bncli.measure.compare.processes import Processes
 from bncli.measure.compare.run import Ended, Started, check, execute
 from bncli.measure.compare.summary import summarise
@@ -109,7 +109,7 @@ def test_runs_that_arms_share_are_done_and_counted_once(study_of: StudyOf) -> No
     assert (events[-1].done, events[-1].planned) == (48, 48)
     events, _ = carry_out(asked, store, executor)
     assert events == [ComparisonStarted("recipe0", 48, 48, "accuracy")]
-    found = summarise(asked.plan, collect(asked, store), planned_runs(asked, store))
+    found = summarise(asked.plan, collect(asked, store), named_runs(asked, store).planned)
     assert [arm.runs for arm in found.arms] == [8, 8, 8]
     assert not any("runs are done" in note for note in sentences(found.notes))
 
@@ -170,12 +170,12 @@ def test_the_largest_rate_of_each_arm_and_seed_is_searched_by_runs_that_are_kept
         (arm, seed) for arm in study.plan.arms for seed in study.plan.report_seeds
     }
     assert (events[-1].done, events[-1].planned) == (len(records), len(records))
-    report = summarise(study.plan, found, planned_runs(study, records))
+    report = summarise(study.plan, found, named_runs(study, records).planned)
     (claim,) = report.claims
     assert claim.value == pytest.approx(10, rel=0.2)
     assert claim.verdict == "shown"
     assert not any("runs are done" in note for note in sentences(report.notes))
-    without = summarise(asked.plan, collect(asked, records), planned_runs(asked, records))
+    without = summarise(asked.plan, collect(asked, records), named_runs(asked, records).planned)
     assert report.arms == without.arms  # the table is of the other runs alone
 
 
@@ -208,7 +208,7 @@ def test_a_search_with_a_failed_run_ends_without_a_rate(study_of: StudyOf) -> No
     steps = executor.steps
     executor.answer = lambda job: "it died" if job.phase == "rate" and job.seed == 10 else steps(job)
     _, records = carry_out(study, Kept(), executor)
-    report = summarise(study.plan, collect(study, records), planned_runs(study, records))
+    report = summarise(study.plan, collect(study, records), named_runs(study, records).planned)
     assert (report.claims[0].seeds, report.claims[0].of_seeds) == (4, 5)
     assert any("seed 10: it died" in failure for failure in report.arms[0].failures)
 
@@ -223,7 +223,7 @@ def test_a_seed_without_a_largest_rate_leaves_the_claim_without_an_interval(
     steps = executor.steps
     executor.answer = lambda job: (100.0 if trains else None) if (job.phase, job.seed) == ("rate", 10) else steps(job)
     _, records = carry_out(study, Kept(), executor)
-    (claim,) = summarise(study.plan, collect(study, records), planned_runs(study, records)).claims
+    (claim,) = summarise(study.plan, collect(study, records), named_runs(study, records).planned).claims
     assert (claim.verdict, claim.no_interval, claim.seeds) == ("cannot tell", reason, 4)
 
 
@@ -237,7 +237,7 @@ def checked(asked: Study, answer: Callable[[Job], float | str | None], dry: bool
     """Whether the check tried something, and what it tried."""
     tried = list[Job]()
     executor = Serial(lambda job: tried.append(job) or answer(job))  # type: ignore[func-returns-value]
-    return check(asked, wanted(asked, {}), executor, lambda: False, lambda: None, dry), tried
+    return check(asked, named_runs(asked, {}).jobs, executor, lambda: False, lambda: None, dry), tried
 
 
 def test_a_model_that_arms_and_points_have_in_common_is_tried_once_with_the_arms_probes(study_of: StudyOf) -> None:
@@ -302,7 +302,9 @@ def test_no_bit_of_any_run_depends_on_the_check_before_them(
     for with_check in (False, True):
         store = Kept()
         with contextlib.closing(Processes("cpu", 1, 1, tmp_path)) as executor:
-            assert not with_check or check(asked, wanted(asked, {}), executor, lambda: False, lambda: None, False)
+            assert not with_check or check(
+                asked, named_runs(asked, {}).jobs, executor, lambda: False, lambda: None, False
+            )
             list(execute(asked, store.save, executor, {}))
         results = [(record.arm, record.seed, record.result) for record in store.values()]
         found.append([(arm, seed, result and result.evaluations) for arm, seed, result in results])

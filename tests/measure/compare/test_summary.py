@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from bncli.measure.compare.plan import Job, Study, planned_runs, wanted
+from bncli.measure.compare.plan import Job, Study, named_runs
 from bncli.measure.compare.summary import summarise
 from bncli.report.compare.notes import sentences
 from bncli.results.compare import Comparison, RunRecord
@@ -29,7 +29,7 @@ from tests.measure.compare.conftest import (
 
 
 def summary(asked: Study, found: Sequence[RunRecord]) -> Comparison:
-    return summarise(asked.plan, found, planned_runs(asked, {one.key: one for one in found}))
+    return summarise(asked.plan, found, named_runs(asked, {one.key: one for one in found}).planned)
 
 
 def notes(asked: Study, found: Sequence[RunRecord]) -> list[str]:
@@ -368,7 +368,7 @@ def test_a_comparison_that_has_only_begun_has_rows_without_figures(asked: Study)
 
 
 def test_no_best_value_is_named_before_the_tuning_is_complete(asked: Study) -> None:
-    arm = summarise(asked.plan, [record(job, 100.0) for job in wanted(asked, {})[:4]], 28).arms[0]
+    arm = summarise(asked.plan, [record(job, 100.0) for job in named_runs(asked, {}).jobs[:4]], 28).arms[0]
     assert (arm.point, arm.choice, arm.runs) == ({}, None, 0)
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,16 +16,16 @@ import pytest
 from bncli.errors import BncliError, FileError, UsageError
 from bncli.report.compare.folder import ComparisonFolder, load_comparison
 from bncli.report.files import to_json
-from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, RunRecord, run_key
+from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, RunRecord
 from bncli.results.environment import RUNS_VERSION
 from bncli.results.train import Target
 
 
 def record(make_result, recipe: str, failure: str | None = None) -> RunRecord:
     """A run of some recipe, whose key is a digest."""
-    key = hashlib.sha256(recipe.encode()).hexdigest()[:20]
+    key, recipe_key = (hashlib.sha256(text.encode()).hexdigest()[:20] for text in (f"{recipe} here", recipe))
     result = None if failure else make_result(100.0)
-    return RunRecord(run_key(key, {}), "plain", {}, 0, "report", result, failure, recipe_key=key)
+    return RunRecord(key, "plain", {}, 0, "report", result, failure, recipe_key=recipe_key)
 
 
 def file_of(made: RunRecord) -> str:
@@ -38,6 +39,16 @@ BEGUN = BegunComparison(PLAN, {"torch": "2.13"}, 1, ("/recipes/small.yaml",))
 
 def answer(plan: ComparisonPlan = PLAN) -> Comparison:
     return Comparison(plan, (), (), (), 6)
+
+
+def test_a_folder_that_is_removed_meanwhile_hides_no_error(tmp_path: Path) -> None:
+    def removed() -> None:
+        with ComparisonFolder(tmp_path / "new"):
+            shutil.rmtree(tmp_path / "new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        removed()
 
 
 def test_records_come_back_by_key_and_failures_are_tried_again(tmp_path: Path, make_result) -> None:
