@@ -47,7 +47,7 @@ def compare(
         options.MachineOption(
             min=0.1,
             metavar="SECONDS",
-            help="End a run that makes no step for so long; loading the data, compilation and evaluation count.",
+            help="End a run that makes no step for so long; loading the data and compilation count.",
         ),
     ] = None,
     out: Annotated[
