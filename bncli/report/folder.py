@@ -116,6 +116,8 @@ class RunFolder:
             if self._metrics:
                 os.fsync(self._metrics.fileno())  # what happened before is on the disk before
             replace(self.path / name, data, read_back=name == CHECKPOINT)
+            if name == MODEL:  # of an earlier end; the engine saves the best, if it is kept too, after the last
+                (self.path / BEST).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[None]:

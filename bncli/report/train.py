@@ -62,7 +62,7 @@ def run_table(result: RunResult, name: str, saved: Sequence[str] = ()) -> Group:
         ("peak memory", _memory(result)),
         ("parameters", figure(result.parameters)),
         *_running_statistics(result.running_statistics),
-        *([("initial weights", result.initial_weights)] if result.initial_weights else ()),
+        *([("initial weights", _short(result.initial_weights))] if result.initial_weights else ()),
         *([("saved", ", ".join(saved))] if saved else ()),
     ]
     columns = [Column(name, [words], style="bold") for name, words in rows]
@@ -162,3 +162,9 @@ def status_words(result: RunResult) -> str:
     if result.first_hit is not None:
         return f"used up its budget before the steps to {target} were settled"
     return f"used up its budget without reaching {target}"
+
+
+def _short(initial_weights: str) -> str:
+    """A file and the first digits of its SHA-256."""
+    file, _, digest = initial_weights.rpartition(" ")
+    return f"{file} {digest[:12]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,6 +70,8 @@ def packed_weights(state: TrainState, best: bool) -> bytes:
 def read(path: Path) -> tuple[bytes, str]:
     """The content of a file of weights, given itself or as its run's folder, and its path. Raises FileError."""
     file = path / MODEL if path.is_dir() else path
+    if file is not path and not os.path.lexists(file):
+        raise FileError(f"{path}: has no {MODEL}, which a run saves at its end; continue it, or name a file")
     try:
         return read_plain(file, follow=file is path), str(file)
     except (OSError, ValueError) as error:
@@ -125,7 +128,7 @@ def put(weights: Mapping[str, Tensor], model: nn.Module, file: str | None = None
     shapes = {name: tuple(each.shape) for name, each in weights.items()}
     found = {
         "not there": [name for name in wanted if name not in shapes],
-        "not of this model": [name for name in shapes if name not in held],
+        "not of this model": sorted(name for name in shapes if name not in held),
         "of another shape": [
             f"{k} {shapes[k]} for {wanted[k]}" for k in wanted if shapes.get(k, wanted[k]) != wanted[k]
         ],
@@ -190,4 +193,8 @@ def evaluate_weights(path: Path, device: str, threads: int | None = None, allow_
         state = TrainState(recipe, dataset, on)
         put(tensors, state.model, file)
         state.step = about.metrics.step if about.metrics else 0
-        return measured(state)
+        found, before = measured(state), about.metrics
+    if before and not abs(found.accuracy - before.accuracy) < 0.01:  # more than rounding on another machine
+        text = f"{file}: the accuracy was {before.accuracy:.4f} in training; the weights or the data have changed since"
+        warnings.warn(text, stacklevel=2)
+    return found

@@ -186,7 +186,7 @@ class Processes:
             worker.silent_s += min(self._looked - before, POLL_S)
             if worker.silent_s > longest:
                 worker.ready = False  # gets no other run, should this one have ended just now
-                worker.hanging = f"it made no progress for {longest:g} s and was ended"
+                worker.hanging = f"it made no progress for {longest:g} s, the limit given, and was ended"
                 _kill(worker)
 
     def _died(self, worker: _Worker) -> Ended | None:

@@ -60,8 +60,8 @@ class ComparisonFolder:
             begun, answer = self.begun(), self.answer(without="runs")
             for name, read in ((PLAN, begun), (COMPARISON, answer)):
                 if os.path.lexists(self.path / name) and read is None:
-                    why = f"{self.path / name} was not written by this version of bncli and is never overwritten"
-                    raise self._refused(f"{why}; choose another folder")
+                    why = f"{self.path / name} was not written by this version of bncli, or was changed since"
+                    raise self._refused(f"{why}, and is never overwritten; move it away: the runs beside it are kept")
             for folder in (self.path, *(self.path / name for name in FOLDERS)):
                 make(folder)
                 if not os.access(folder, os.W_OK | os.X_OK):

@@ -222,7 +222,7 @@ def test_what_is_no_plain_file_is_refused(tmp_path: Path) -> None:
         ("pipe", "is not a plain file"),
         ("run", "is a symbolic link"),
         ("none", "cannot be read: No such file"),
-        ("", "cannot be read: No such file"),
+        ("", r"has no model\.safetensors, which a run saves at its end"),
         ("a\0b", "cannot be read: embedded null byte"),
     ):
         with pytest.raises(FileError, match=why):
@@ -240,3 +240,12 @@ def test_a_state_with_other_initial_weights_evaluates_the_same_file_alike(tmp_pa
     assert evaluate_weights(tmp_path / MODEL, "cpu").loss == last.loss
     assert TINY["model"] != recipe.model.model_dump()
     assert TrainState(recipe, data.load(recipe.data, CPU), CPU).step == 0
+
+
+def test_weights_that_were_changed_since_are_evaluated_with_a_warning(tmp_path: Path) -> None:
+    before = trained(short(), tmp_path).evaluations[-1]
+    content = (tmp_path / MODEL).read_bytes()
+    tensors = {name: -tensor for name, tensor in tensors_of(content).items()}
+    (tmp_path / MODEL).write_bytes(safetensors.torch.save(tensors, metadata(content)))
+    with pytest.warns(UserWarning, match=f"the accuracy was {before.accuracy:.4f} in training"):
+        assert evaluate_weights(tmp_path / MODEL, "cpu").accuracy < before.accuracy

@@ -256,7 +256,7 @@ def test_a_run_without_progress_for_too_long_is_ended_and_the_others_go_on(tmp_p
     acts = {"asleep": "sleep", "frozen": "freeze", "slow": "go on", "next": "work"}
     made = Processes("cpu", 2, 1, tmp_path, longest_silence_s=2.0, command=FAKE)
     _, ended = carry_out(made, acts)
-    reason = "it made no progress for 2 s and was ended"
+    reason = "it made no progress for 2 s, the limit given, and was ended"
     assert {key: event.failure for key, event in ended.items()} == {
         "asleep": reason, "frozen": reason, "slow": None, "next": None,
     }  # fmt: skip
