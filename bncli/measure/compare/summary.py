@@ -64,7 +64,8 @@ def _place(plan: ComparisonPlan, record: RunRecord) -> tuple[Any, ...]:
     """The plan's order, so that a report does not depend on which run happened to end first."""
     point = [values.index(record.point[path]) for path, values in plan.grid.items() if record.point.get(path) in values]
     phase = ("tune", "report", "rate").index(record.phase)
-    return plan.arms.index(record.arm), phase, point, record.seed, record.point.get(rates.FIELD)
+    rate = record.point.get(rates.FIELD)
+    return plan.arms.index(record.arm), phase, point, record.seed, rate if isinstance(rate, int | float) else 0.0
 
 
 def _without_other_costs(record: RunRecord, threads: int | None) -> RunRecord:
