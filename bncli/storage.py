@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import shutil
 import stat
 from pathlib import Path
@@ -67,7 +66,7 @@ def replace(path: Path, data: bytes, read_back: bool = False) -> None:
     leaves it to `sweep`. read_back: whether the earlier file stays until the new one has been read from the disk as it
     was written; OSError if not.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
     try:
         with open(temporary, "xb") as file:
             file.write(data)

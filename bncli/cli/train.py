@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import shlex
 import sys
 import warnings
@@ -152,6 +151,8 @@ def _run(
     **of_engine: Any,
 ) -> RunResult:
     """Train, and keep in the folder what happens. of_engine: as `engine.train` takes them."""
+    import hashlib  # here, as the help does without
+
     from bncli.engine import train as engine
     from bncli.engine.train.weights import read, tensors_of
     from bncli.report.progress import TrainProgress
