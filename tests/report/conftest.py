@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from bncli.errors import UsageError
 from bncli.results.compare import (
     ArmSummary,
     AtTarget,
@@ -412,3 +415,22 @@ def show() -> Show:
         return file.read()
 
     return shown
+
+
+def refusal_to_an_ordinary_user(action: Callable[[], object]) -> str:
+    """The words of the UsageError that it raises where its process has no rights of root; empty if there is none."""
+    reads, writes = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with contextlib.suppress(OSError):
+                os.setuid(65534)
+            action()
+        except UsageError as error:
+            os.write(writes, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writes)
+    os.waitpid(child, 0)
+    with open(reads) as said:
+        return said.read()

@@ -22,6 +22,7 @@ from bncli.report.compare.folder import load_comparison
 from bncli.report.files import event_line
 from bncli.report.folder import ResumedFolder, RunFolder
 from bncli.results.train import Evaluated, Evaluation, Event, Probed, ProbePoint, RunFinished, RunStarted, StepDone
+from tests.report.conftest import refusal_to_an_ordinary_user
 
 STATE = b"bncli checkpoint 1 sha256 of a test"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(bncli.__file__).parent.parent)}
@@ -385,14 +386,5 @@ def test_a_folder_that_is_not_writable_is_refused_before_any_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tmp_path.chmod(0o555)
-    child = os.fork()
-    if child == 0:  # as an ordinary user
-        code = 1
-        with contextlib.suppress(OSError):
-            os.setuid(65534)
-        try:
-            RunFolder(Path("run"), "name")
-        except UsageError as error:
-            code = 0 if "is not writable; change its mode, or choose another folder" in str(error) else 2
-        os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    refusal = refusal_to_an_ordinary_user(lambda: RunFolder(Path("run"), "name"))
+    assert "is not writable; change its mode, or choose another folder" in refusal
