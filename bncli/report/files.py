@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from bncli.errors import FileError, UsageError
 from bncli.report.export import json_text
-from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, RunRecord
+from bncli.results.compare import RATE, BegunComparison, Comparison, ComparisonPlan, RunRecord
 from bncli.results.environment import COMPARISON_VERSION, RUNS_VERSION
 from bncli.results.serialize import Mismatch, from_plain, to_plain
 from bncli.results.train import Evaluated, Event, RunFinished, RunResult
@@ -139,7 +139,10 @@ def _is_planned(plan: ComparisonPlan, run: RunRecord) -> bool:
     searched, free = run.phase == "rate", plan.grid.keys() - plan.fixed.get(run.arm, ())
     seeds = plan.tune_seeds if run.phase == "tune" else plan.report_seeds
     budget = (plan.largest_learning_rate or {}).get("steps") if searched else plan.budget
-    in_grid = searched or all(run.point.get(path) in plan.grid[path] for path in free)
+    if searched:
+        in_grid = isinstance(run.point.get(RATE), int | float)
+    else:
+        in_grid = all(run.point.get(path) in plan.grid[path] for path in free)
     in_budget = run.result is None or run.result.budget == budget
     return run.arm in plan.arms and run.seed in seeds and in_grid and in_budget
 

@@ -9,6 +9,7 @@ from bncli.results.environment import COMPARISON_VERSION, Interval
 from bncli.results.train import RunResult, Target, most_steps_to_target
 
 Phase = Literal["tune", "report", "rate"]  # rate: of the search for the largest learning rate
+RATE = "optimizer.lr"  # the field of a run's point that a search for the largest learning rate changes
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,18 @@ def test_a_missing_field_is_named(examples):
     assert "plan.budget is missing" in refusal(json.dumps(plain))
 
 
+@pytest.mark.parametrize("point", [{}, {"optimizer.lr": None}, {"optimizer.lr": "0.3"}])
+def test_a_run_of_a_search_has_a_number_as_its_rate(examples, point):
+    example = examples["two arms"]
+    run = example.runs[0]
+    steps = {"steps": run.result.budget}
+    searched = [replace(run, phase="rate", point={**run.point, "optimizer.lr": rate}) for rate in (0.3, 0.6)]
+    found = replace(example, plan=replace(example.plan, largest_learning_rate=steps), runs=(*example.runs, *searched))
+    assert from_json(Comparison, to_json(found)) == found
+    wrong = replace(found, runs=(*example.runs, searched[0], replace(run, phase="rate", point=point)))
+    assert f"run {run.key}: is not of the plan" in refusal(to_json(wrong))
+
+
 def test_a_run_is_no_comparison(examples):
     assert "comparison" in refusal(to_json(examples["two arms"].runs[0]))
 

@@ -21,7 +21,7 @@ from bncli.measure.compare import rates, samples, stats
 from bncli.measure.compare.samples import ArmRuns, tuned_point
 from bncli.measure.compare.stats import Floats
 from bncli.names import MEASURES, Compared
-from bncli.results.compare import Claim, ComparisonPlan, JudgedClaim, NoInterval, Verdict
+from bncli.results.compare import RATE, Claim, ComparisonPlan, JudgedClaim, NoInterval, Verdict
 from bncli.results.environment import Interval
 from bncli.results.train import RunResult
 
@@ -150,12 +150,16 @@ def _pair(*values: float | NoInterval | None) -> Pair | NoInterval:
 def _largest_rate(arm: ArmRuns, seed: int) -> float | NoInterval | None:
     """The largest learning rate of one seed, or why its search has none; None where runs are missing."""
     point = tuned_point(arm.plan, arm.name, arm.records) if arm.plan.tune_seeds else next(iter(arm.kept), None)
+    by_rate = {record.point[RATE]: record.result for record in arm.searched if record.seed == seed}
+    if point is None or not by_rate:
+        return None
     try:
-        by_rate = {record.point[rates.FIELD]: record.result for record in arm.searched if record.seed == seed}
-        if point is None or not by_rate:
-            return None
         found = rates.search(arm.plan, arm.name, point, by_rate.get)
-    except (rates.UnknownOutcome, KeyError, TypeError, ValueError):  # or a rate in a saved file is no number
+    except (
+        rates.UnknownOutcome,
+        TypeError,
+        ValueError,
+    ):  # or a saved plan has no search, or no start of one
         return None
     return "no rate trains" if found.trains is None else "no rate fails" if found.fails is None else found.trains
 

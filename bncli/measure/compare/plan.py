@@ -27,7 +27,7 @@ from bncli.recipe.mnist import name_of
 from bncli.recipe.overrides import value_at
 from bncli.recipe.sections import Claim as ClaimSection
 from bncli.recipe.sections import Digits, Mnist, Npz, Recipe
-from bncli.results.compare import Claim, ComparisonPlan, Phase, Planned, RunRecord
+from bncli.results.compare import RATE, Claim, ComparisonPlan, Phase, Planned, RunRecord
 from bncli.results.train import RunResult, Target
 
 MOST_RUNS = 20_000  # each is planned in memory; a longer list of values is a slip, or several comparisons
@@ -327,7 +327,7 @@ def _search(study: Study, arm: Arm, point: dict[str, Any], seed: int, records: M
     jobs: dict[float, Job] = {}
 
     def result_of(rate: float) -> RunResult | None:
-        jobs[rate] = study._job(arm, {**point, rates.FIELD: rate}, seed, "rate")
+        jobs[rate] = study._job(arm, {**point, RATE: rate}, seed, "rate")
         record = records.get(jobs[rate].key)
         return record.result if record else None
 

@@ -16,10 +16,9 @@ from typing import Any
 
 from bncli.recipe.overrides import value_at
 from bncli.recipe.sections import LargestLearningRate
-from bncli.results.compare import ComparisonPlan
+from bncli.results.compare import RATE, ComparisonPlan
 from bncli.results.train import RunResult
 
-FIELD = "optimizer.lr"
 DOUBLINGS_AROUND = 10  # of the start, in either direction, for a first rate that trains
 MOST_DOUBLINGS = 20  # above the start
 DOUBLINGS_BELOW = 3  # a rate that fails: without one that trains there the rate was too small, not too large
@@ -45,7 +44,7 @@ def search(plan: ComparisonPlan, arm: str, point: Mapping[str, Any], result_of: 
     Raises UnknownOutcome at the first run that is missing.
     """
     asked = LargestLearningRate.model_validate(plan.largest_learning_rate)
-    start = point.get(FIELD, value_at(plan.recipes, (arm, *FIELD.split("."))))
+    start = point.get(RATE, value_at(plan.recipes, (arm, *RATE.split("."))))
 
     def rate(k: int) -> float:
         return float(f"{start * asked.factor**k:.6g}")

@@ -10,12 +10,13 @@ from operator import attrgetter
 from statistics import geometric_mean, median
 from typing import Any
 
-from bncli.measure.compare import rates, samples, stats
+from bncli.measure.compare import samples, stats
 from bncli.measure.compare.claims import judged
 from bncli.measure.compare.plan import point_and_seed
 from bncli.measure.compare.samples import ArmRuns, Measure, Point, points_of
 from bncli.recipe.overrides import value_at
 from bncli.results.compare import (
+    RATE,
     ArmSummary,
     AtTarget,
     Choice,
@@ -64,8 +65,7 @@ def _place(plan: ComparisonPlan, record: RunRecord) -> tuple[Any, ...]:
     """The plan's order, so that a report does not depend on which run happened to end first."""
     point = [values.index(record.point[path]) for path, values in plan.grid.items() if record.point.get(path) in values]
     phase = ("tune", "report", "rate").index(record.phase)
-    rate = record.point.get(rates.FIELD)
-    return plan.arms.index(record.arm), phase, point, record.seed, rate if isinstance(rate, int | float) else 0.0
+    return plan.arms.index(record.arm), phase, point, record.seed, record.point.get(RATE)
 
 
 def _without_other_costs(record: RunRecord, threads: int | None) -> RunRecord:
