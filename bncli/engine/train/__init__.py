@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from types import MappingProxyType
@@ -111,6 +111,24 @@ def train(
             elif weights is not None:
                 put(weights, state.model)
             yield from training_loop(state, name, stop, Saving(state, save, code) if save else None)
+
+
+def train_together(
+    recipes: Sequence[Recipe],
+    device: str = "auto",
+    *,
+    dataset: Dataset,
+    threads: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    leave: Callable[[], Collection[int]] = lambda: (),
+) -> Iterator[tuple[int, Event]]:
+    """Train runs that differ only in seed, learning rate and initial weights, one after the other.
+
+    Yields the index of a run with each of its events, as in `train`.
+    """
+    for index, recipe in enumerate(recipes):
+        if not stop():
+            yield from ((index, event) for event in train(recipe, device, dataset=dataset, threads=threads, stop=stop))
 
 
 def smaller_batches(recipe: Recipe, device: torch.device) -> str:
