@@ -263,7 +263,8 @@ class RunBegan:
 class RunProgressed:
     worker: int
     step: int
-    value: float | None  # of the target's metric; None before the first evaluation
+    value: float | None  # of the target's metric, of one of the runs; None before the first evaluation
+    below: dict[str, float] = field(default_factory=dict)  # key -> a run's steps below its target so far
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from bncli.results.environment import Environment
 
-Status = Literal["reached", "budget", "diverged", "interrupted"]
+Status = Literal["reached", "budget", "diverged", "interrupted", "given up"]  # given up: it could no longer win
 AHEAD = 0.3  # of its steps to target, how much longer a run has to go on before they are settled
 
 

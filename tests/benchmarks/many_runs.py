@@ -17,7 +17,6 @@ import os
 import resource
 import sys
 import tempfile
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter, process_time
@@ -25,8 +24,8 @@ from unittest import mock
 
 from bncli.cli import main as command
 from bncli.measure.compare import processes
-from bncli.measure.compare.plan import Job
 from bncli.measure.compare.run import Ended, Started
+from bncli.measure.compare.work import Work
 from bncli.results.environment import Environment
 from bncli.results.serialize import to_plain
 from bncli.results.train import Evaluation, RunResult, Target
@@ -46,9 +45,10 @@ HERE = Environment("0", "3", "2", "Linux", "a processor", "cpu", None, 1, "2026-
 class AtOnce(processes.Processes):
     """An executor that answers every run at once, by a run of 13 evaluations."""
 
-    def run(self, wanted: deque[Job], stop: Callable[[], bool]) -> Iterator[Started | Ended]:
-        while wanted and not stop():
-            job = wanted.popleft()
+    def run(self, work: Work, stop: Callable[[], bool]) -> Iterator[Started | Ended]:
+        while work.more and not stop():
+            (job,) = work.take(workers=10**9)
+            work.ended(job)
             yield Started(0, job)
             found = _result((10.0 if job.recipe.optimizer.lr == 1 else 30.0) + job.seed % 7)
             yield Ended(0, job, json.loads(json.dumps(to_plain(found))))

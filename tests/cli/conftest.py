@@ -9,7 +9,6 @@ import io
 import json
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from bncli.engine.user_code import LoadedFiles
 from bncli.measure.compare import processes
 from bncli.measure.compare.plan import Job
 from bncli.measure.compare.run import Ended, Started
+from bncli.measure.compare.work import Work
 from bncli.results.serialize import to_plain
 from bncli.results.train import RunFinished
 from tests.measure.compare.conftest import result
@@ -109,9 +109,10 @@ class InThisProcess:
     checkpoints: Path | None = None
     longest_silence_s: float | None = None
 
-    def run(self, wanted: deque[Job], stop: Callable[[], bool]) -> Iterator[Started | Ended]:
-        while wanted and not stop():
-            job = wanted.popleft()
+    def run(self, work: Work, stop: Callable[[], bool]) -> Iterator[Started | Ended]:
+        while work.more and not stop():
+            (job,) = work.take(workers=10**9)
+            work.ended(job)
             yield Started(0, job)
             yield self.ended(job)
 

@@ -20,6 +20,7 @@ from bncli.errors import RecipeError
 from bncli.measure.compare import rates
 from bncli.measure.dry_run import planned_arm
 from bncli.names import MEASURES
+from bncli.recipe import batches
 from bncli.recipe.check import SAME_FOR_ALL_RUNS
 from bncli.recipe.layers import input_of, shape_contradictions
 from bncli.recipe.load import Arm, Loaded, digest, plain, what_is_trained, with_values
@@ -46,6 +47,7 @@ class Job:
     recipe: Recipe
     recipe_key: str = ""
     check: bool = False  # only whether its first step can be made
+    company: str = ""  # what runs that train together have in common; empty: the run trains alone
 
     @property
     def label(self) -> str:
@@ -69,6 +71,7 @@ class Study:
     arms: tuple[Arm, ...]
     identity: dict[str, str]  # versions, device and data: a change of these makes every run a new one
     _jobs: dict[str, Job] = field(default_factory=dict, repr=False, compare=False)  # made once: checking takes time
+    _alone: dict[str, bool] = field(default_factory=dict, repr=False, compare=False)  # company -> whether it has none
 
     def jobs(self, arm: Arm, phase: Phase, points: Sequence[dict[str, Any]]) -> list[Job]:
         """Seed by seed, so that a comparison that is interrupted has the same seeds at every point."""
@@ -81,7 +84,11 @@ class Study:
             recipe = with_values(arm.recipe, run_values(self.plan, phase, point, seed))
             recipe_key = digest(what_is_trained(recipe))
             key = digest({"recipe": recipe_key, **self.identity})
-            self._jobs[name] = Job(key, arm.name, point, seed, phase, recipe, recipe_key)
+            company = f"{arm.name} {phase} {batches.common(point)}"
+            if company not in self._alone:
+                self._alone[company] = batches.alone(recipe) is not None
+            company = "" if self._alone[company] else company
+            self._jobs[name] = Job(key, arm.name, point, seed, phase, recipe, recipe_key, company=company)
         return self._jobs[name]
 
     def points(self, arm: Arm) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Worker processes of a comparison: each serves many runs; a crash loses one run and the worker is restarted."""
+"""Worker processes of a comparison: each serves many runs, some together; after a crash the worker is restarted."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -22,6 +21,7 @@ from typing import Any
 from bncli.errors import BncliError, Refused
 from bncli.measure.compare.plan import Job
 from bncli.measure.compare.run import Ended, Started
+from bncli.measure.compare.work import Work
 from bncli.recipe.load import plain
 from bncli.results.compare import RunProgressed
 
@@ -38,8 +38,8 @@ class _Worker:
     process: subprocess.Popen[str]
     log: Path
     ready: bool = False
-    job: Job | None = None  # the run in progress
-    logged: int = 0  # bytes of the log before that run
+    jobs: dict[str, Job] = field(default_factory=dict)  # key -> run in progress
+    logged: int = 0  # bytes of the log before those runs
     silent_s: float = 0.0  # since its last message
     hanging: str = ""  # why it was killed
 
@@ -64,26 +64,26 @@ class Processes:
     _looked: float = 0.0  # when the workers' silence was last counted
     _memory: int | None = None  # descriptor of the file in memory that holds the workers' data once
 
-    def run(self, wanted: deque[Job], stop: Callable[[], bool]) -> Iterator[Started | RunProgressed | Ended | None]:
+    def run(self, work: Work, stop: Callable[[], bool]) -> Iterator[Started | RunProgressed | Ended | None]:
         """As `Executor.run`; the workers stay until `close`. Raises Refused when no worker can take any run."""
         if not self._greeted:
             self.limit = (self.jobs or cores()) if self.device == "cpu" else 1
         while not stop():
-            if not wanted and all(worker.job is None for worker in self._workers):
+            if not work.more and not any(worker.jobs for worker in self._workers):
                 return
-            yield from self._hand_outs(wanted)
-            idle = sum(worker.job is None for worker in self._workers)
-            for _ in range(min(self.limit - len(self._workers), len(wanted) - idle)):
+            yield from self._hand_outs(work)
+            idle = sum(not worker.jobs for worker in self._workers)
+            for _ in range(min(self.limit - len(self._workers), len(work.waiting) - idle)):
                 self._start()
-            event = self._next_event()
-            yield from self._hand_outs(wanted)  # so that a worker goes on while the caller saves what it did
+            event = self._next_event(work)
+            yield from self._hand_outs(work)  # so that a worker goes on while the caller saves what it did
             yield event
-        saving = [worker for worker in self._workers if worker.job and self._checkpoint(worker.job)]
+        saving = [worker for worker in self._workers if any(map(self._checkpoint, worker.jobs.values()))]
         for worker in saving:
             self._send(worker, {"stop": True})
         end = monotonic() + GRACE_S
-        while any(worker.job for worker in saving) and monotonic() < end:
-            yield self._next_event()
+        while any(worker.jobs for worker in saving) and monotonic() < end:
+            yield self._next_event(work)
 
     def _start(self) -> None:
         number = next(n for n in range(len(self._workers) + 1) if n not in {w.number for w in self._workers})
@@ -124,14 +124,25 @@ class Processes:
                 break
         self._messages.put((worker, None))
 
-    def _hand_outs(self, wanted: deque[Job]) -> Iterator[Started]:
-        for worker in [worker for worker in self._workers if worker.ready and worker.job is None]:
-            if wanted:
-                job, worker.logged, worker.silent_s = wanted[0], worker.log.stat().st_size, 0.0
-                order = {"key": job.key, "recipe": plain(job.recipe), "check": job.check}
-                if self._send(worker, order | {"checkpoint": self._checkpoint(job)}):
-                    worker.job = wanted.popleft()
-                    yield Started(worker.number, job)
+    def _hand_outs(self, work: Work) -> Iterator[Started]:
+        for worker in [worker for worker in self._workers if worker.ready and not worker.jobs]:
+            if jobs := work.take(self.limit):
+                worker.logged, worker.silent_s = worker.log.stat().st_size, 0.0
+                runs = [
+                    {"key": job.key, "recipe": plain(job.recipe), "checkpoint": self._checkpoint(job)} for job in jobs
+                ]
+                together = bool(jobs[0].company) and not jobs[0].check
+                if self._send(worker, {"runs": runs, "check": jobs[0].check, "together": together}):
+                    worker.jobs = {job.key: job for job in jobs}
+                    yield from (Started(worker.number, job) for job in jobs)
+                else:
+                    work.put_back(jobs)
+
+    def give_up(self, keys: Collection[str]) -> None:
+        """As `Executor.give_up`."""
+        for worker in self._workers:
+            if given_up := [key for key in worker.jobs if key in keys]:
+                self._send(worker, {"give up": given_up})
 
     def _checkpoint(self, job: Job) -> str | None:
         """The file for a run's state, where it is to be saved."""
@@ -148,7 +159,7 @@ class Processes:
             return False  # it has just died; the end of its stream will be read next
         return True
 
-    def _next_event(self) -> RunProgressed | Ended | None:
+    def _next_event(self, work: Work) -> RunProgressed | Ended | None:
         self._end_hanging()
         try:
             worker, message = self._messages.get(timeout=POLL_S)
@@ -158,7 +169,7 @@ class Processes:
         if worker not in self._workers:  # it was closed
             return None
         if message is None:
-            return self._died(worker)
+            return self._died(worker, work)
         if "refused" in message:
             raise Refused(*message.pop("refused"), **message)
         if "hello" in message:
@@ -170,9 +181,9 @@ class Processes:
                 self.limit = self.jobs or self._gpus or (1 if named else cores())
             return None
         if "step" in message:
-            return RunProgressed(worker.number, message["step"], message["value"])
-        job, worker.job = worker.job, None
-        assert job is not None
+            return RunProgressed(worker.number, message["step"], message["value"], message.get("below", {}))
+        job = worker.jobs.pop(message["key"])
+        work.ended(job)
         self._idle_deaths = 0
         if "stopped" in message:
             return None
@@ -182,26 +193,28 @@ class Processes:
     def _end_hanging(self) -> None:
         """Kill the workers that were silent for too long; time in which this process did not look does not count."""
         longest, before, self._looked = self.longest_silence_s or math.inf, self._looked, monotonic()
-        for worker in [worker for worker in self._workers if worker.job and not worker.hanging]:
+        for worker in [worker for worker in self._workers if worker.jobs and not worker.hanging]:
             worker.silent_s += min(self._looked - before, POLL_S)
             if worker.silent_s > longest:
                 worker.ready = False  # gets no other run, should this one have ended just now
                 worker.hanging = f"it made no progress for {longest:g} s, the limit given, and was ended"
                 _kill(worker)
 
-    def _died(self, worker: _Worker) -> Ended | None:
+    def _died(self, worker: _Worker, work: Work) -> Ended | None:
         code = worker.process.wait()
         self._workers.remove(worker)
-        self._idle_deaths += worker.job is None
+        self._idle_deaths += not worker.jobs
         if not self._greeted or self._idle_deaths > MOST_IDLE_DEATHS:
             raise BncliError(
                 f"a worker process could not start (exit {code}); its log, {worker.log}, ends:\n{_tail(worker.log)}"
             )
-        if worker.job is None:
+        if len(worker.jobs) != 1:
+            work.put_back(list(worker.jobs.values()), one_by_one=True)
             return None
         last = _tail(worker.log, 1, worker.logged)
         failure = (worker.hanging or _cause(code)) + (f"; its log ends: {last}" if last else "")
-        job, worker.job = worker.job, None
+        (job,) = worker.jobs.values()
+        work.ended(job)
         return Ended(worker.number, job, None, failure, at_a_time=self.limit)
 
     def close(self) -> None:

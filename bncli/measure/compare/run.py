@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from bncli.errors import USAGE, Refused, by_arm
 from bncli.measure.compare.plan import Find, Job, Study, known_runs
+from bncli.measure.compare.work import Work
 from bncli.recipe.load import digest, plain
 from bncli.recipe.sections import Hub, Mnist, Npz, OwnModel
 from bncli.results.compare import ComparisonEvent, ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
@@ -40,12 +40,17 @@ class Executor(Protocol):
     The folder of run files is authoritative: an executor only distributes work, and a lost run is repeated.
     """
 
-    def run(self, wanted: deque[Job], stop: Callable[[], bool]) -> Iterator[Started | RunProgressed | Ended | None]:
-        """Execute the wanted runs until none is left or `stop()` is true.
+    def run(self, work: Work, stop: Callable[[], bool]) -> Iterator[Started | RunProgressed | Ended | None]:
+        """Execute runs until there are no more or `stop()` is true.
 
-        A run is taken from the left of `wanted` when it starts; the caller may change the waiting runs after every
-        event. Yields events, and None now and then so that a progress bar can be updated. It can be called again.
+        A worker that is free takes the runs that it trains together, often a single one. Yields events, and None now
+        and then so that a progress bar can be updated. Every run that was taken has an Ended, or is put back, but those
+        that `stop` has ended. It can be called again.
         """
+        ...
+
+    def give_up(self, keys: Collection[str]) -> None:
+        """End those of the runs in progress soon, as `given up`; a hint that an executor may leave alone."""
         ...
 
     def close(self) -> None:
@@ -53,7 +58,7 @@ class Executor(Protocol):
         ...
 
 
-class _OpenRuns:
+class _OpenRuns(Work):
     """The runs of a study that are not done, in the order in which they are to be handed out.
 
     The study is asked again once every named run of an arm has ended, or of one of its searches for the largest
@@ -61,13 +66,12 @@ class _OpenRuns:
     """
 
     def __init__(self, study: Study, records: dict[str, RunRecord], find: Find) -> None:
+        super().__init__()
         self.study, self.records, self.find = study, records, find
-        self.waiting: deque[Job] = deque()
-        self.running: set[str] = set()
         self._ask()
 
-    def ended(self, record: RunRecord) -> None:
-        self.running.discard(record.key)
+    def record(self, record: RunRecord) -> None:
+        """Of a run that has ended."""
         self.records[record.key] = record
         arms = [keys for keys in self._open.values() if record.key in keys]
         for keys in arms:
@@ -111,7 +115,7 @@ def check(
         arms.setdefault(key, []).append(arm)
     if trials:
         note()
-    ended = [event for event in executor.run(deque(trials.values()), stop) if isinstance(event, Ended)]
+    ended = [event for event in executor.run(Work(trials.values()), stop) if isinstance(event, Ended)]
     failures = {arm: event.failure for event in ended for arm in arms[event.job.key] if event.failure is not None}
     if any(isinstance(job.recipe.model, OwnModel) for job in trials.values()):
         executor.close()  # what the user's code keeps in its process must not reach the runs
@@ -136,9 +140,8 @@ def execute(
     runs, plan = _OpenRuns(study, records, find), study.plan
     done = runs.done
     yield ComparisonStarted(plan.name, runs.planned, done, plan.target.metric)
-    for event in executor.run(runs.waiting, stop):
+    for event in executor.run(runs, stop):
         if isinstance(event, Started):
-            runs.running.add(event.job.key)
             yield RunBegan(event.worker, event.job.label, event.job.recipe.train.steps)
         elif isinstance(event, RunProgressed):
             yield event
@@ -158,6 +161,6 @@ def execute(
                 code=event.code,
             )
             save(record)
-            runs.ended(record)
+            runs.record(record)
             done += 1
             yield RunEnded(event.worker, job.label, done, runs.planned, record)

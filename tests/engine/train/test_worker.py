@@ -37,7 +37,8 @@ class Driver:
         self.process.communicate()
 
     def give(self, key: str, recipe: Recipe, check: bool = False, checkpoint: Path | None = None) -> None:
-        self.send(key=key, recipe=plain(recipe), check=check, checkpoint=checkpoint and str(checkpoint))
+        run = {"key": key, "recipe": plain(recipe), "checkpoint": checkpoint and str(checkpoint)}
+        self.send(runs=[run], check=check, together=False)
 
     def send(self, **order: Any) -> None:
         assert self.process.stdin is not None

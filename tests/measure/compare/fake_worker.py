@@ -24,7 +24,10 @@ def main() -> None:
         sys.exit(1)
     say(hello=device, gpus=2 if device == "cuda" else 0)
     for line in sys.stdin:
-        job = json.loads(line)
+        order = json.loads(line)
+        if "give up" in order:
+            continue
+        (job,) = order["runs"]
         key, act = job["key"], job["recipe"]["act"]
         say(key=key, step=1, value=0.5)
         if act == "die":

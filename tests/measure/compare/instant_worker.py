@@ -26,10 +26,10 @@ def result(recipe: dict[str, object], seed: int) -> RunResult:
 def main() -> None:
     print(json.dumps({"hello": "cpu", "gpus": 0}), flush=True)
     for line in sys.stdin:
-        job = json.loads(line)
-        time.sleep(0.02)
-        found = result(job["recipe"], job["recipe"]["train"]["seed"])
-        print(json.dumps({"key": job["key"], "result": to_plain(found), "code": {}}), flush=True)
+        for job in json.loads(line).get("runs", ()):
+            time.sleep(0.02)
+            found = result(job["recipe"], job["recipe"]["train"]["seed"])
+            print(json.dumps({"key": job["key"], "result": to_plain(found), "code": {}}), flush=True)
 
 
 if __name__ == "__main__":

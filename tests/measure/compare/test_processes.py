@@ -6,7 +6,6 @@ import contextlib
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ from bncli.errors import BncliError, Refused
 from bncli.measure.compare.plan import Job
 from bncli.measure.compare.processes import Processes, cores
 from bncli.measure.compare.run import Ended, Started
+from bncli.measure.compare.work import Work
 from bncli.results.compare import RunProgressed
 
 FAKE = (sys.executable, "-m", "tests.measure.compare.fake_worker")
@@ -35,8 +35,8 @@ class Act:
         return {"act": self.act}
 
 
-def jobs_of(acts: dict[str, str]) -> deque[Job]:
-    return deque(Job(key, "plain", {}, 0, "tune", Act(act)) for key, act in acts.items())  # type: ignore[arg-type]
+def jobs_of(acts: dict[str, str]) -> Work:
+    return Work(Job(key, "plain", {}, 0, "tune", Act(act)) for key, act in acts.items())  # type: ignore[arg-type]
 
 
 def processes(folder: Path, device: str = "cpu", jobs: int | None = 2) -> Processes:
@@ -128,7 +128,7 @@ def test_runs_that_are_named_later_are_done_too(tmp_path: Path) -> None:
         for event in executor.run(wanted, lambda: False):
             if isinstance(event, Ended):
                 done.append(event.job.key)
-                wanted.extend(jobs_of({"second": "work"}) if event.job.key == "first" else [])
+                wanted.waiting.extend(jobs_of({"second": "work"}).waiting if event.job.key == "first" else [])
     assert done == ["first", "second"]
 
 
@@ -151,7 +151,7 @@ def test_workers_stay_for_the_next_runs_until_they_are_closed(tmp_path: Path) ->
 def test_what_a_worker_is_sent_is_made_once_a_run(tmp_path: Path) -> None:
     """Not for all that wait after every run, which took 0.29 s a run where 4,000 waited."""
     jobs = jobs_of({f"run{n}": "work" for n in range(12)})
-    recipes: list[Any] = [job.recipe for job in jobs]
+    recipes: list[Any] = [job.recipe for job in jobs.waiting]
     with contextlib.closing(processes(tmp_path)) as executor:
         list(executor.run(jobs, lambda: False))
     assert [recipe.dumps for recipe in recipes] == [1] * 12
@@ -197,7 +197,7 @@ def test_stop_ends_the_workers_at_once(tmp_path: Path) -> None:
     made = processes(tmp_path)
 
     def stop() -> bool:
-        pids.extend(worker.process.pid for worker in made._workers if worker.job)
+        pids.extend(worker.process.pid for worker in made._workers if worker.jobs)
         return len(set(pids)) == 2
 
     _, ended = carry_out(made, {"one": "sleep", "two": "sleep"}, stop)
@@ -233,8 +233,8 @@ def test_a_worker_that_does_not_stop_is_killed_after_a_while(tmp_path: Path, mon
         started = [
             event
             for event in made.run(
-                deque([Job("run", "plain", {}, 0, "tune", recipe)]),
-                lambda: bool(made._workers[:1] and made._workers[0].job),
+                Work([Job("run", "plain", {}, 0, "tune", recipe)]),
+                lambda: bool(made._workers[:1] and made._workers[0].jobs),
             )  # type: ignore[arg-type]
             if isinstance(event, Started | Ended)
         ]

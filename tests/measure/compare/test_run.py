@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from bncli.measure.compare.plan import Job, Study, collect, named_runs
 from bncli.measure.compare.processes import Processes
 from bncli.measure.compare.run import Ended, Started, check, execute
 from bncli.measure.compare.summary import summarise
+from bncli.measure.compare.work import Work
 from bncli.report.compare.notes import sentences
 from bncli.results.compare import ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
 from bncli.results.serialize import to_plain
@@ -30,9 +30,10 @@ class Serial:
         self.answer, self.ran = answer, list[str]()
         self.result: Callable[[float | None], RunResult] = result
 
-    def run(self, wanted: deque[Job], stop: Callable[[], bool]) -> Iterator[Started | RunProgressed | Ended | None]:
-        while wanted and not stop():
-            job = wanted.popleft()
+    def run(self, work: Work, stop: Callable[[], bool]) -> Iterator[Started | RunProgressed | Ended | None]:
+        while work.more and not stop():
+            (job,) = work.take(workers=10**9)
+            work.ended(job)
             self.ran.append(job.key)
             yield Started(0, job)
             yield None
