@@ -11,8 +11,8 @@ target of bncli's `train`, which starts from the same weights and takes the same
 Printed: wall and CPU time of both sides; the ratio of their wall times, which is in each round the product of three
 ratios, of run-steps (what racing saves), of CPU time for a run-step (what batching saves) and of cores in use (what
 processes save); the ratio for each run-step that was trained; and seconds of start-up, which all of these include. The
-target is a ratio of 5 for recipes/digits.yaml on 2 cores; with --quick, a smaller plan only shows that all this works. On
-a machine that is in use, the ratio of wall times says little, and that of CPU time still holds.
+target is a ratio of 5 for recipes/digits.yaml on 2 cores; with --quick, a smaller plan only shows that all this works.
+On a machine that is in use, the ratio of wall times says little; the ratios of run-steps and of CPU time still hold.
 """
 
 from __future__ import annotations
