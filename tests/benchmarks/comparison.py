@@ -204,9 +204,12 @@ def compared(recipe: str, sets: Sequence[str], folder: Path) -> Side:
 
 
 def quick_sets(recipe: str) -> list[str]:
-    """Overrides that leave two values of each list of the grid, and few seeds."""
+    """Overrides that leave at most two values of each list of the grid, and few seeds."""
     lists = load(recipe).file.grid.items()
-    return ["seeds={tune: 3, report: 2}", *(f"grid.{path}={json.dumps(values[1:3])}" for path, values in lists)]
+    return [
+        "seeds={tune: 3, report: 2}",
+        *(f"grid.{path}={json.dumps(values[1:3] or values)}" for path, values in lists),
+    ]
 
 
 def planned(recipe: str, sets: Sequence[str], kept: Mapping[str, list[dict[str, Any]]]) -> dict[str, Recipe]:
