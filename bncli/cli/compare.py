@@ -10,7 +10,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from shlex import join, quote
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -20,6 +20,7 @@ from bncli.cli.output import Output, origin
 from bncli.errors import CHECK_FAILED, BncliError, UsageError
 
 if TYPE_CHECKING:
+    from bncli.measure.compare.cluster import Cluster
     from bncli.measure.compare.plan import Job, Study
     from bncli.measure.compare.processes import Processes
     from bncli.recipe.load import Loaded
@@ -49,6 +50,14 @@ def compare(
             metavar="SECONDS",
             help="End a run that makes no step for so long; loading the data and compilation count.",
         ),
+    ] = None,
+    executor: Annotated[
+        Literal["processes", "dask"],
+        options.MachineOption(help="Train in processes of this machine, or on a Dask cluster."),
+    ] = "processes",
+    scheduler: Annotated[
+        str | None,
+        options.MachineOption(metavar="ADDRESS", help="Of the Dask cluster.  [default: a cluster on this machine]"),
     ] = None,
     out: Annotated[
         Path | None, options.FolderOption(help="Folder of the runs.  [default: runs/NAME, or runs/A+B]")
@@ -80,9 +89,22 @@ def compare(
     output = Output.of(context)
     if bool(recipes) == bool(saved):
         raise UsageError("give a recipe, as in: bncli compare recipes/digits.yaml (or --from a saved comparison)")
-    training = ("sets", "dry_run", "out", "jobs", "device", "threads", "run_timeout", "allow_code")
+    training = (
+        "sets",
+        "dry_run",
+        "out",
+        "jobs",
+        "device",
+        "threads",
+        "run_timeout",
+        "executor",
+        "scheduler",
+        "allow_code",
+    )
     if saved and (idle := given_options(context, *training)):
         raise UsageError(f"{idle}: nothing is trained with --from, so that would have no effect")
+    if scheduler and executor != "dask":
+        raise UsageError("is of no use without --executor dask", field="scheduler", value=scheduler)
     output.check()
     stopped = 0
     if saved:
@@ -90,6 +112,7 @@ def compare(
         if require_claims and not comparison.plan.claims:
             raise UsageError(NO_CLAIMS)
     else:
+        from bncli.measure.compare.cluster import Cluster
         from bncli.measure.compare.processes import Processes
         from bncli.recipe.load import load
 
@@ -98,8 +121,12 @@ def compare(
         loaded = [load(path, sets or (), allow_code=allow_code, sets_from="--set") for path in recipes or ()]
         if require_claims and not any(each.file.claims for each in loaded):
             raise UsageError(NO_CLAIMS)
-        executor = Processes(device, jobs, threads, longest_silence_s=run_timeout)
-        comparison, stopped = _run_comparison(loaded, executor, out, quiet, output.form if dry_run else "")
+        trained_by: Cluster | Processes = (
+            Cluster(device, jobs, threads, run_timeout, scheduler)
+            if executor == "dask"
+            else Processes(device, jobs, threads, longest_silence_s=run_timeout)
+        )
+        comparison, stopped = _run_comparison(loaded, trained_by, out, quiet, output.form if dry_run else "")
     folder = saved or out or Path("runs") / comparison.plan.name
     if stopped and output.form != "json" and not any(run.result for run in comparison.runs):
         goes_on = "continues from their checkpoints" if any(folder.glob("checkpoints/*.pt")) else "begins again"
@@ -121,7 +148,7 @@ def compare(
 
 
 def _run_comparison(
-    loaded: list[Loaded], executor: Processes, out: Path | None, quiet: bool, plan_as: str
+    loaded: list[Loaded], executor: Cluster | Processes, out: Path | None, quiet: bool, plan_as: str
 ) -> tuple[Comparison, int]:
     """The comparison, and the exit code of the signal that ended it before its time, or 0.
 
