@@ -89,19 +89,8 @@ def compare(
     output = Output.of(context)
     if bool(recipes) == bool(saved):
         raise UsageError("give a recipe, as in: bncli compare recipes/digits.yaml (or --from a saved comparison)")
-    training = (
-        "sets",
-        "dry_run",
-        "out",
-        "jobs",
-        "device",
-        "threads",
-        "run_timeout",
-        "executor",
-        "scheduler",
-        "allow_code",
-    )
-    if saved and (idle := given_options(context, *training)):
+    training = ("sets", "dry_run", "out", "jobs", "device", "threads", "run_timeout", "allow_code")
+    if saved and (idle := given_options(context, *training, "executor", "scheduler")):
         raise UsageError(f"{idle}: nothing is trained with --from, so that would have no effect")
     if scheduler and executor != "dask":
         raise UsageError("is of no use without --executor dask", field="scheduler", value=scheduler)
@@ -121,12 +110,10 @@ def compare(
         loaded = [load(path, sets or (), allow_code=allow_code, sets_from="--set") for path in recipes or ()]
         if require_claims and not any(each.file.claims for each in loaded):
             raise UsageError(NO_CLAIMS)
-        trained_by: Cluster | Processes = (
-            Cluster(device, jobs, threads, run_timeout, scheduler)
-            if executor == "dask"
-            else Processes(device, jobs, threads, longest_silence_s=run_timeout)
-        )
-        comparison, stopped = _run_comparison(loaded, trained_by, out, quiet, output.form if dry_run else "")
+        made: Cluster | Processes = Processes(device, jobs, threads, longest_silence_s=run_timeout)
+        if executor == "dask":
+            made = Cluster(device, jobs, threads, scheduler, run_timeout)
+        comparison, stopped = _run_comparison(loaded, made, out, quiet, output.form if dry_run else "")
     folder = saved or out or Path("runs") / comparison.plan.name
     if stopped and output.form != "json" and not any(run.result for run in comparison.runs):
         goes_on = "continues from their checkpoints" if any(folder.glob("checkpoints/*.pt")) else "begins again"
@@ -191,7 +178,7 @@ def _run_comparison(
         _log_unfit(folder, quiet)
         with StopSignal() as stop, CompareProgress(quiet) as progress:
             to_do = [job for job in named if job.key not in records]
-            executor.jobs, memory = _jobs(asked, to_do, executor.jobs, quiet)
+            executor.jobs, memory = _jobs(asked, to_do, executor, quiet)
             checked = check(asked, to_do, executor, stop, progress.check, bool(plan_as))
             if plan_as:
                 planned = planned_comparison(asked, loaded[0], records)
@@ -216,13 +203,18 @@ def _run_comparison(
     return comparison, stop.exit_code if stop.number else 0
 
 
-def _jobs(asked: Study, to_do: list[Job], jobs: int | None, quiet: bool) -> tuple[int | None, MemoryNeeded]:
-    """How many runs at a time, and the memory that they need. Raises UsageError where `jobs` are too many for it."""
-    from bncli.measure.compare.processes import cores
+def _jobs(
+    asked: Study, to_do: list[Job], executor: Cluster | Processes, quiet: bool
+) -> tuple[int | None, MemoryNeeded | None]:
+    """How many runs at a time, and the memory that they need here. Raises UsageError where they are too many for it."""
+    from bncli.measure.compare.processes import Processes, cores
     from bncli.measure.dry_run import memory_needed
     from bncli.report.dry_run import memory_words
 
-    needed = memory_needed([job.recipe for job in to_do], jobs or cores(), shared=hasattr(os, "memfd_create"))
+    jobs, shared = executor.jobs, isinstance(executor, Processes) and hasattr(os, "memfd_create")
+    if not isinstance(executor, Processes) and executor.scheduler:
+        return jobs, None
+    needed = memory_needed([job.recipe for job in to_do], jobs or cores(), shared)
     if asked.identity["device"] != "cpu" or (fits := needed.fitting) == needed.jobs:
         return jobs, needed
     if jobs:

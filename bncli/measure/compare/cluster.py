@@ -36,10 +36,11 @@ JOIN_S = 60.0  # without a worker that can take a run, before it is given up
 LOOK_S = 2.0  # between two looks at which workers there are
 GATHER_S = 5.0  # for a result, before other messages are read
 TELL_S = 1.0  # between two messages about the progress of a task
-# In the workers of a local cluster: Ctrl-C is for the driver, which then ends its tasks itself.
+# For the workers of a local cluster. Ctrl-C is for the driver, which then ends its tasks itself.
 PRELOAD = """import logging, signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 for handler in logging.getLogger("distributed").handlers: handler.setLevel(logging.CRITICAL)"""
+LOCAL: dict[str, Any] = {"threads_per_worker": 1, "memory_limit": None, "dashboard_address": "127.0.0.1:0"}
 
 
 @dataclass
@@ -51,20 +52,21 @@ class _Task:
 
 @dataclass
 class Cluster:
-    """Executor of tasks on the Dask cluster of a scheduler; None: on a local cluster that is started for them.
+    """Executor of tasks on the Dask cluster of a scheduler, given by its address; None: on a local one of its own.
 
     jobs: tasks at a time. None: as many as all workers have threads; a local cluster has as many as the machine cores.
+    The rest is as of Processes; folder, checkpoints: where a worker finds them, else an interrupted run begins again.
     """
 
     device: str
     jobs: int | None
     threads: int
+    scheduler: str | None = None
     longest_silence_s: float | None = None
-    scheduler: str | None = None  # address
-    folder: Path = Path()  # for logs, where a worker finds it; elsewhere they go with the worker
+    folder: Path = Path()
+    checkpoints: Path | None = None
     command: Sequence[str] = Processes.command
-    checkpoints: Path | None = None  # where a worker finds it; elsewhere an interrupted run begins again
-    _messages: queue.Queue[dict[str, Any]] = field(default_factory=queue.Queue)
+    _said: queue.Queue[dict[str, Any]] = field(default_factory=queue.Queue)  # by Dask workers and futures
     _tasks: dict[str, _Task] = field(default_factory=dict)  # Dask's key -> task in progress
     _client: Any = None
     _local: Any = None
@@ -94,6 +96,7 @@ class Cluster:
             return
         try:
             from distributed import Client, LocalCluster
+            from distributed.comm.addressing import get_address_host_port
         except ImportError as error:
             needed = f"needs the package distributed ({error}); run: pip install 'bncli[dask]'"
             raise UsageError(needed, field="executor", value="dask") from None
@@ -102,18 +105,14 @@ class Cluster:
         try:
             if self.scheduler is None:
                 count = self.jobs or (cores() if self.device == "cpu" else 1)
-                self._local = LocalCluster(
-                    n_workers=count,
-                    threads_per_worker=1,
-                    memory_limit=None,
-                    dashboard_address="127.0.0.1:0",
-                    preload=[PRELOAD],
-                )
+                self._local = LocalCluster(n_workers=count, preload=[PRELOAD], **LOCAL)
+            else:
+                get_address_host_port(self.scheduler)  # a Client would be left half made by what is no address
             self._client = Client(self._local or self.scheduler, timeout=CONNECT_S, set_as_default=False)
-        except (OSError, ValueError) as error:  # ValueError: what is no address
+        except (OSError, ValueError) as error:
             reason = f"no Dask scheduler answers ({' '.join(str(error).split())})"
             raise Unavailable(reason, field="scheduler", value=self.scheduler) from None
-        self._client.subscribe_topic(self._client.id, lambda event: self._messages.put(event[1]))
+        self._client.subscribe_topic(self._client.id, lambda event: self._said.put(event[1]))
         self._seen = monotonic()
 
     def _look(self) -> None:
@@ -122,7 +121,9 @@ class Cluster:
             raise Unavailable("the Dask scheduler is gone; the same command continues from the runs that ended")
         if monotonic() - self._looked < LOOK_S:
             return
-        self._looked, workers = monotonic(), self._client.scheduler_info(n_workers=-1)["workers"]
+        self._looked, workers = monotonic(), self._client.scheduler_info(n_workers=-1).get("workers")
+        if workers is None:  # it tries to connect again
+            return
         needed = {"CPU": self.threads, **({"GPU": 1} if self.device.startswith("cuda") else {})}
         declared = {name for worker in workers.values() for name in worker["resources"]}
         self._resources, self._places = {name: needed[name] for name in needed if name in declared}, {}
@@ -153,12 +154,12 @@ class Cluster:
             future = self._client.submit(train_runs, jobs, *self._asked, key=key, resources=self._resources)
             number = min(set(range(len(self._tasks) + 1)) - {task.number for task in self._tasks.values()})
             self._tasks[key] = _Task(number, future, {job.key: job for job in jobs})
-            future.add_done_callback(lambda future: self._messages.put({"task": future.key}))
+            future.add_done_callback(lambda future: self._said.put({"task": future.key}))
             yield from (Started(number, job) for job in jobs)
 
     def _next_event(self, work: Work) -> Iterator[RunProgressed | Ended | None]:
         try:
-            message = self._messages.get(timeout=POLL_S)
+            message = self._said.get(timeout=POLL_S)
         except queue.Empty:
             message = {}
         if (task := self._tasks.get(message.get("task", ""))) is None:  # or Dask's own message
@@ -168,7 +169,7 @@ class Cluster:
         elif "ended" in message:
             yield from self._ends(task, work, pickle.loads(message["ended"]))
         elif (ended := self._outcome(task)) is None:
-            self._messages.put(message)
+            self._said.put(message)
         else:
             del self._tasks[task.future.key]
             yield from self._ends(task, work, ended)
