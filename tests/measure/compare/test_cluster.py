@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -26,37 +27,21 @@ from bncli.measure.compare.work import Work
 from bncli.results.compare import RunProgressed
 from bncli.results.serialize import from_plain
 from bncli.results.train import RunFinished, RunResult
+from tests.cli.conftest import RECIPE
 from tests.conftest import tiny
+from tests.kill import difference, without_times
 from tests.measure.compare.acts import FAKE, jobs_of
+from tests.measure.compare.dask_cluster import two_workers
 from tests.measure.compare.test_processes import alive
 
 pytest.importorskip("distributed")
 
-TWO_WORKERS = """
-import logging, sys
-from distributed import LocalCluster
-if __name__ == "__main__":
-    with LocalCluster(n_workers=2, threads_per_worker=1, silence_logs=logging.CRITICAL,
-                      dashboard_address="127.0.0.1:0") as cluster:
-        print(cluster.scheduler_address, flush=True)
-        sys.stdin.read()
-"""
-
 
 @pytest.fixture(scope="module")
-def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def scheduler() -> Iterator[str]:
     """The address of one with two workers; a task whose Dask worker died is begun once again."""
-    file = tmp_path_factory.mktemp("dask") / "two_workers.py"
-    file.write_text(TWO_WORKERS)
-    environment = os.environ | {
-        "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH")))),
-    }
-    pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, str(file)], stdin=pipe, stdout=pipe, text=True, env=environment)
-    assert process.stdout is not None
-    yield process.stdout.readline().strip()
-    process.communicate()
+    with two_workers() as (address, _):
+        yield address
 
 
 def carry_out(
@@ -160,8 +145,11 @@ DRIVER = """
 from bncli.measure.compare.cluster import Cluster
 from bncli.results.serialize import from_plain
 from bncli.results.train import RunFinished, RunResult
+from tests.cli.conftest import RECIPE
 from tests.conftest import tiny
+from tests.kill import difference, without_times
 from tests.measure.compare.acts import FAKE, jobs_of
+from tests.measure.compare.dask_cluster import two_workers
 from tests.measure.compare.test_processes import alive
 work, executor = jobs_of(dict(one="sleep")), Cluster("cpu", None, 1, scheduler={address!r}, command=FAKE)
 for event in executor.run(work, lambda: False):
@@ -183,6 +171,31 @@ def test_a_killed_drivers_runs_are_ended(scheduler: str) -> None:
         driver.kill()
         driver.communicate()
         wait_until(lambda: not any(worker.children() for worker in workers))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["driver", "driver and Dask workers"])
+def test_the_same_command_goes_on_after_a_kill_to_the_same_report(scheduler: str, tmp_path: Path, killed: str) -> None:
+    (tmp_path / "small.yaml").write_text(RECIPE)
+
+    def start(*options: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "bncli", "compare", "small.yaml", "--json", *options]
+        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+
+    dask = ("--executor", "dask", "--scheduler", scheduler, "--out", "dask")
+    driver, local = start(*dask), start("--out", "local", "--jobs", "1")
+    wait_until(lambda: len([*(tmp_path / "dask" / "runs").glob("*.json")]) >= 2)
+    with contextlib.closing(Cluster("cpu", None, 1, scheduler, command=FAKE)) as cluster:
+        cluster._connect()
+        driver.kill()
+        for pid in cluster._client.run(os.getpid).values() if "Dask" in killed else ():
+            os.kill(pid, signal.SIGKILL)
+    driver.communicate()
+    done = {file.name: file.read_bytes() for file in (tmp_path / "dask" / "runs").glob("*.json")}
+    found, expected = (json.loads(process.communicate()[0]) for process in (start(*dask), local))
+    assert difference(without_times(found), without_times(expected)) is None
+    assert 2 <= len(done) < len(expected["runs"])
+    assert all((tmp_path / "dask" / "runs" / name).read_bytes() == content for name, content in done.items())
 
 
 def test_without_a_scheduler_there_is_a_local_cluster_that_ends_with_the_call() -> None:
