@@ -160,10 +160,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                   f"{(parent + workers) / workers:.2f} (target: at most 1.3); {took:.1f} s on the clock")  # fmt: skip
         if options.dask:
             driver, scheduler, took = (1e3 * each / options.dask for each in through_dask(options.dask, "small.yaml"))
-            first = "driver" if driver > scheduler else "scheduler"
+            first, full = "driver" if driver > scheduler else "scheduler", 1e4 / max(driver, scheduler)
             print(f"{options.dask:,} runs through Dask: {driver:.2f} ms of the driver's CPU a run, {scheduler:.2f} ms "
-                  f"of the scheduler's, {took:.2f} ms on the clock with 2 workers; with runs of 10 s the {first} is busy "
-                  f"all the time from {1e4 / max(driver, scheduler):,.0f} workers on")  # fmt: skip
+                  f"of the scheduler's, {took:.2f} ms on the clock with 2 workers; with runs of 10 s the {first} is "
+                  f"busy all the time from {full:,.0f} workers on")  # fmt: skip
 
 
 if __name__ == "__main__":

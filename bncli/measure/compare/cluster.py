@@ -70,6 +70,7 @@ class Cluster:
     _tasks: dict[str, _Task] = field(default_factory=dict)  # Dask's key -> task in progress
     _client: Any = None
     _local: Any = None
+    _telling: threading.Thread | None = None
     _asked: tuple[Any, ...] = ()  # of every task, besides its runs
     _resources: dict[str, float] = field(default_factory=dict)  # that a task takes of its Dask worker's
     _places: dict[str, int] = field(default_factory=dict)  # host -> tasks at a time
@@ -203,9 +204,11 @@ class Cluster:
             raise Unavailable(f"a Dask worker could not begin ({words}); each needs this same bncli") from error
 
     def give_up(self, keys: Collection[str]) -> None:
-        """As `Executor.give_up`; does not wait until the workers know."""
-        arguments, options = (give_up, self._client.id, list(keys)), {"on_error": "ignore"}
-        threading.Thread(target=self._client.run, args=arguments, kwargs=options, daemon=True).start()
+        """As `Executor.give_up`; does not wait until the workers know, and says nothing more until then."""
+        if self._telling is None or not self._telling.is_alive():
+            arguments, options = (give_up, self._client.id, list(keys)), {"on_error": "ignore"}
+            self._telling = threading.Thread(target=self._client.run, args=arguments, kwargs=options, daemon=True)
+            self._telling.start()
 
     def close(self) -> None:
         """End the processes that did these runs, and a local cluster; a run in progress is lost."""
