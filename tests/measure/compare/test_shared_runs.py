@@ -19,7 +19,7 @@ from bncli.measure.compare.work import Work
 from bncli.report.compare import leases
 from bncli.report.compare.folder import ComparisonFolder
 from bncli.report.files import to_json
-from bncli.results.compare import BegunComparison, OtherCalls, RunEnded, RunRecord
+from bncli.results.compare import BegunComparison, RunEnded, RunRecord
 from tests.measure.compare.conftest import ARMS, BASE, UNTUNED, StudyOf
 from tests.measure.compare.test_run import SEARCHED, Serial, Trained
 
