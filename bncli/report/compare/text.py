@@ -329,6 +329,8 @@ def _methods(comparison: Comparison) -> Iterator[str]:
     orders = "; where runs missed, medians and order statistics" * bool(used & {"median", "medians", "bound"})
     yield f"Intervals: 95 %, a jackknife over seeds{chosen}{orders}; of a ratio, one with 1 in it shows no difference."
     yield f"Best {plan.target.metric}, samples/s: medians over seeds; seconds: training alone."
+    if any(run.phase == "cost" for run in comparison.runs):
+        yield "Runs of an arm trained together; samples/s, seconds and memory are of a short run alone."
     yield "Memory: the largest peak in training; on a CPU the process's, with all of the data that the processes share."
 
 
