@@ -370,7 +370,8 @@ def known_runs(study: Study, records: dict[str, RunRecord], find: Find) -> Known
     while True:
         named = named_runs(study, records)
         more = {job.key for job in named.jobs} - records.keys()
-        records.update(find(more))
+        found = find(more)
+        records.update((key, found[key]) for key in more & found.keys())  # no run that was done again meanwhile
         if records.keys().isdisjoint(more):
             return named
 
