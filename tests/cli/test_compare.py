@@ -33,6 +33,7 @@ from tests.cli.conftest import RECIPE, InThisProcess, Ran, bncli, process
         (["--from", "runs", "--set", "train.steps=4"], "--set: nothing is trained with --from"),
         (["--from", "runs", "--dry-run", "-j", "3"], "--dry-run, --jobs: nothing is trained with --from"),
         (["--from", "runs", "--device", "nonsense", "--allow-code"], "--device, --allow-code: nothing is trained with"),
+        (["--from", "runs", "--full-grid"], "--full-grid: nothing is trained with --from"),
         (["--from", "runs", "--threads", "1"], "--threads: nothing is trained with --from"),  # its default, but asked
         (["small.yaml", "--html", "nowhere/x.html"], "nowhere/x.html: its folder nowhere does not exist"),
         (["small.yaml", "--plot-width", "3.3", "--no-caption"], "--plot-width, --no-caption: without --plot FILE"),
