@@ -288,14 +288,19 @@ class RunProgressed:
 
 @dataclass(frozen=True)
 class RunEnded:
-    worker: int
+    worker: int | None  # None: of another call in the same folder
     label: str
     done: int
     planned: int  # grows when an arm keeps several points of the grid
     record: RunRecord
 
 
-ComparisonEvent = ComparisonStarted | RunBegan | RunProgressed | RunEnded
+@dataclass(frozen=True)
+class OtherCalls:
+    runs: int  # that other calls are doing, in the same folder
+
+
+ComparisonEvent = ComparisonStarted | RunBegan | RunProgressed | RunEnded | OtherCalls
 
 
 # --- what would be done -------------------------------------------------------------------------------------------

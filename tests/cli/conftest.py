@@ -111,9 +111,12 @@ class InThisProcess:
     checkpoints: Path | None = None
     longest_silence_s: float | None = None
 
-    def run(self, work: Work, stop: Callable[[], bool]) -> Iterator[Started | Ended]:
+    def run(self, work: Work, stop: Callable[[], bool]) -> Iterator[Started | Ended | None]:
         while work.more and not stop():
-            (job,) = work.take(workers=10**9)
+            if not (jobs := work.take(workers=10**9)):  # other calls do the rest
+                yield None
+                continue
+            (job,) = jobs
             work.ended(job)
             yield Started(0, job)
             yield self.ended(job)

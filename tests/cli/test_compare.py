@@ -18,11 +18,10 @@ import numpy as np
 import psutil
 import pytest
 
-from bncli.errors import USAGE, BncliError
+from bncli.errors import USAGE
 from bncli.measure.compare import reuse
-from bncli.report.compare.folder import ComparisonFolder
 from bncli.report.files import from_json, to_json
-from bncli.results.compare import BegunComparison, Comparison
+from bncli.results.compare import BegunComparison
 from tests.cli.conftest import RECIPE, InThisProcess, Ran, bncli, process
 
 
@@ -363,7 +362,7 @@ def test_runs_of_a_comparison_that_is_stopped_or_killed_go_on_from_their_checkpo
     assert code == 130
     assert err.splitlines()[-1] == "Stopped before any run ended; the same command continues from their checkpoints"
     assert stopped_by(signal.SIGKILL)[0] == -signal.SIGKILL
-    assert not list(Path("runs/small/runs").iterdir())
+    assert not list(Path("runs/small/runs").glob("*.json"))
     ended = bncli(*command, "--json")
     assert ended.code == 0
     assert not list(saved.iterdir())
@@ -385,7 +384,7 @@ def test_a_folder_that_vanishes_ends_the_comparison_with_a_sentence(
     _, err = started.communicate(timeout=600)
     assert started.returncode == 2
     assert err.splitlines()[-1] == "bncli: --out runs/small: was removed or renamed meanwhile"
-    assert len(list(Path("moved/small/runs").iterdir())) == 3
+    assert len(list(Path("moved/small/runs").glob("*.json"))) == 3
 
 
 def test_ctrl_c_in_a_comparison_says_how_to_go_on(waiting: tuple[subprocess.Popen[str], tuple[str, ...]]) -> None:
@@ -477,26 +476,50 @@ def test_runs_by_code_changed_meanwhile_are_left_out_and_done_again(
 # --- the folder ---------------------------------------------------------------------------------------------------
 
 
-def test_two_comparisons_do_not_write_into_one_folder(recipe: str) -> None:
-    with ComparisonFolder(Path("runs/small")):
-        ran = bncli("compare", recipe)
-    assert ran.code == 1
-    assert "runs/small: another comparison is writing here" in ran.err
+@pytest.mark.slow
+def test_two_comparisons_at_the_same_time_share_the_runs_of_a_folder(
+    waiting: tuple[subprocess.Popen[str], tuple[str, ...]],
+) -> None:
+    started, command = waiting
+    second, third = process(*command, "--json"), process(*command)
+    while len(list(Path("runs/small/calls").iterdir())) < 3 or len(list(Path("runs/small/runs").glob("*.json"))) < 6:
+        assert second.poll() is third.poll() is None
+        time.sleep(0.02)
+    third.send_signal(signal.SIGINT)
+    assert third.wait(600) == 130
+    assert "the same command continues from there" in third.communicate()[1]
+    Path("go").touch()
+    (out, err), _ = second.communicate(timeout=600), started.communicate(timeout=600)
+    assert (started.returncode, second.returncode) == (0, 0), err
+    found = json.loads(out)
+    assert len(found["runs"]) == len(list(Path("runs/small/runs").iterdir())) == 8
+    assert json.loads(Path("runs/small/comparison.json").read_text()) == found
+    assert not list(Path("runs/small/calls").iterdir())
 
 
 @pytest.mark.usefixtures("made_up_runs")
-def test_the_answer_is_written_while_no_other_process_may_write(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    finish, refused = ComparisonFolder.finish, []
+def test_shares_of_a_comparison_are_gathered_in_one_folder(recipe: str) -> None:
+    whole = json.loads(bncli("compare", recipe, "-o", "whole", "--json").out)
+    for share in ("1/2", "2/2"):
+        ran = bncli("compare", recipe, "--shard", share, "-o", share.replace("/", "of"))
+        assert (ran.code, ran.out) == (0, "")
+        assert f"Share {share} is done: " in ran.err
+        assert " of 16 runs are in " in ran.err
+    for file in Path("2of2/runs").iterdir():
+        file.rename(Path("1of2/runs") / file.name)
+    ran = bncli("compare", recipe, "-o", "1of2", "--json")
+    assert ran.code == 0
+    assert "12 of them already done" in ran.err
+    assert [arm["steps"] for arm in json.loads(ran.out)["arms"]] == [arm["steps"] for arm in whole["arms"]]
+    ran = bncli("compare", recipe, "--shard", "1/2", "-o", "1of2")
+    assert "plain" in ran.out  # all is done, so that there is a report
 
-    def finish_beside_another(folder: ComparisonFolder, comparison: Comparison) -> None:
-        with pytest.raises(BncliError, match="another comparison is writing here") as error:
-            ComparisonFolder(folder.path).__enter__()
-        refused.append(error)
-        finish(folder, comparison)
 
-    monkeypatch.setattr(ComparisonFolder, "finish", finish_beside_another)
-    assert bncli("compare", recipe).code == 0
-    assert len(refused) == 1
+@pytest.mark.parametrize("share", ["0/2", "3/2", "1", "a/b", "1/2/3", "-1/2"])
+def test_a_share_that_is_none_is_refused(recipe: str, share: str) -> None:
+    ran = bncli("compare", recipe, "--shard", share)
+    assert ran.code == 2
+    assert f"--shard {share}: write I/N" in ran.err
 
 
 @pytest.mark.usefixtures("made_up_runs")
