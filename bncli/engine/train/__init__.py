@@ -21,10 +21,10 @@ from bncli.engine.models import blame_own_model
 from bncli.engine.target import evaluation_steps
 from bncli.engine.train.checkpoint import Saving, check_belongs, origin, restore, unpacked
 from bncli.engine.train.evaluation import evaluate, evaluation_size
-from bncli.engine.train.optim import set_learning_rate
+from bncli.engine.train.optim import learning_rate, set_learning_rate
 from bncli.engine.train.population import GivenUp
 from bncli.engine.train.probes import probe, probe_steps
-from bncli.engine.train.state import TrainState, check_fit
+from bncli.engine.train.state import Run, TrainState, check_fit
 from bncli.engine.train.threads import FEWEST, multiply_adds
 from bncli.engine.train.weights import put
 from bncli.engine.user_code import LoadedFiles
@@ -36,7 +36,6 @@ from bncli.results.train import (
     RunFinished,
     RunResult,
     RunStarted,
-    Status,
     StepDone,
     Target,
     TargetReached,
@@ -110,7 +109,8 @@ def train(
                 restore(state, saved)
             elif weights is not None:
                 put(weights, state.model)
-            yield from training_loop(state, name, stop, Saving(state, save, code) if save else None)
+            saving = Saving(state, save, code) if save else None
+            yield from (event for _, event in training_loop(state, name, stop, saving))
 
 
 def train_together(
@@ -157,77 +157,86 @@ def trial(
 
 
 def training_loop(
-    state: TrainState, name: str = "run", stop: Callable[[], bool] = lambda: False, saving: Saving | None = None
-) -> Iterator[Event]:
-    """Train from the state's step until the run ends; see `train`."""
+    state: TrainState,
+    name: str = "run",
+    stop: Callable[[], bool] = lambda: False,
+    saving: Saving | None = None,
+    leave: Callable[[], Collection[int]] = lambda: (),
+) -> Iterator[tuple[int, Event]]:
+    """Train from the state's step until its runs end, and yield their events with their indices; see `train`.
+
+    A run that ends leaves the others. saving: of one run alone.
+    """
     options, budget, began = state.recipe.train, state.recipe.train.steps, state.step
-    last = state.evaluations[-1].step if state.evaluations else -1
+    last = state.runs[0].evaluations[-1].step if state.runs[0].evaluations else -1
     to_evaluate = (step for step in chain([0], evaluation_steps(options.evaluate_every, budget)) if step > last)
     to_probe = probe_steps(state)
     next_evaluation, next_probe = next(to_evaluate, None), next(to_probe, None)
     machine = environment(state.device, in_tf32(state.device))
     load = CoreWait(machine.threads if state.device.type == "cpu" else 1)
-    parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    target = state.targets[0].target if state.targets else None
-    yield RunStarted(name, machine.device, parameters, budget, options.batch_size, target)
-    reason = divergence(state)
-    reached = options.stop_at_target and state.reached
-    status: Status | None = "diverged" if reason else "reached" if reached else None
-    while status is None:
+    parameters = sum(parameter.numel() for parameter in state.model.parameters()) // len(state.runs)
+    for run in state.runs:
+        target = run.targets[0].target if run.targets else None
+        yield run.index, RunStarted(name, machine.device, parameters, budget, options.batch_size, target)
+        check_divergence(state, run)
+    while True:
         step = state.step
-        if step in (next_evaluation, next_probe):
+        for run in state.runs:
+            if options.stop_at_target and run.reached:
+                run.status = run.status or "reached"
+        if ended := [run for run in state.runs if run.status]:
             state.clock.pause(step)
-            if step == next_evaluation:
-                try:
-                    evaluated = evaluate(state, stop)
-                except GivenUp:
-                    status = "interrupted"
-                    break
-                yield evaluated
-                next_evaluation = next(to_evaluate, None)
-            if step == next_probe:
-                yield probe(state)
-                next_probe = next(to_probe, None)
-            if options.stop_at_target and state.reached:
-                status = "reached"
-                break
-        if step == budget:
-            status = "budget"
-            break
-        if step > began and stop():
-            status = "interrupted"
-            break
-        if saving and saving.due(step):
-            saving.checkpoint()
-        state.clock.start()
-        loss = optimizer_step(state, *state.next_batch())
-        step = state.step
-        if state.skipped:
-            reason = divergence(state)
-        elif step == next_evaluation or step % LOG_EVERY == 0:
-            state.train_loss = value = loss.item()
-            reason = divergence(state)
-            if reason is None:
-                peak_mib = state.memory.mib.get("training")
-                yield StepDone(step, value, state.learning_rate, state.clock.samples_per_s(step), peak_mib)
-        if reason:
-            status = "diverged"
-    state.clock.pause(state.step)
-    # An interrupted run has not ended: loaded again, it would have one point more than without the interruption.
-    if state.probes and state.probes.last_step < state.step and status != "interrupted":
-        yield probe(state)
-    if saving:
-        saving.end(status)
-    yield RunFinished(replace(result(state, status, reason, parameters, machine), cores_lacked=load.cores()))
+            # An interrupted run has not ended: loaded again, it would have one point more than without it.
+            if state.probes and state.probes.last_step < step and ended[0].status != "interrupted":
+                yield ended[0].index, probe(state)
+            if saving:
+                saving.end()
+            for run in ended:
+                yield run.index, RunFinished(result(state, run, parameters, machine, load))
+            return
+        elif step == next_evaluation:
+            state.clock.pause(step)
+            try:
+                found = evaluate(state, stop)
+            except GivenUp:
+                state.end("interrupted")
+                continue
+            next_evaluation = next(to_evaluate, None)
+            yield from ((run.index, evaluated) for run, evaluated in zip(state.runs, found, strict=True))
+        elif step == next_probe:
+            state.clock.pause(step)
+            yield state.runs[0].index, probe(state)
+            next_probe = next(to_probe, None)
+        elif step == budget:
+            state.end("budget")
+        elif step > began and stop():
+            state.end("interrupted")
+        elif step > began and (given_up := {run.index for run in state.runs}.intersection(leave())):
+            state.end("given up", given_up)
+        else:
+            if saving and saving.due(step):
+                saving.checkpoint()
+            state.clock.start()
+            losses = optimizer_step(state, *state.next_batch())
+            if state.skipped:
+                check_divergence(state, state.runs[0])
+            elif (step := state.step) == next_evaluation or step % LOG_EVERY == 0:
+                for run, loss in zip(state.runs, losses.view(-1).tolist(), strict=True):
+                    run.train_loss = loss
+                    check_divergence(state, run)
+                    if run.status is None:
+                        rate, samples_per_s = learning_rate(run.recipe, step - 1), state.clock.samples_per_s(step)
+                        peak_mib = state.memory.mib.get("training")
+                        yield run.index, StepDone(step, loss, rate, samples_per_s, peak_mib)
 
 
-def divergence(state: TrainState) -> str | None:
-    """Why the run has diverged, if it has."""
+def check_divergence(state: TrainState, run: Run) -> None:
+    """End the run, with the reason, if it has diverged."""
     if state.skipped >= SKIPPED_AT_MOST:
-        return f"after step {state.step} the fp16 gradients of {SKIPPED_AT_MOST} batches in a row were not finite"
-    if state.train_loss is not None and not math.isfinite(state.train_loss):
-        return f"the training loss is {state.train_loss} at step {state.step}"
-    return None
+        run.reason = f"after step {state.step} the fp16 gradients of {SKIPPED_AT_MOST} batches in a row were not finite"
+    elif run.train_loss is not None and not math.isfinite(run.train_loss):
+        run.reason = f"the training loss is {run.train_loss} at step {state.step}"
+    run.status = "diverged" if run.reason else None
 
 
 def optimizer_step(state: TrainState, x: Tensor, y: Tensor) -> Tensor:
@@ -264,18 +273,19 @@ def add_gradients(state: TrainState, x: Tensor, y: Tensor) -> Tensor:
     return loss.detach()
 
 
-def result(state: TrainState, status: Status, reason: str | None, parameters: int, machine: Environment) -> RunResult:
+def result(state: TrainState, run: Run, parameters: int, machine: Environment, load: CoreWait) -> RunResult:
     """The result of a run that has ended."""
-    if not state.evaluations or state.step > state.evaluations[-1].step:
+    assert run.status is not None
+    if not run.evaluations or state.step > run.evaluations[-1].step:
         state.memory.end(state.phase)
-    reached = [TargetReached(each.target, each.steps, each.first_hit) for each in state.targets]
+    reached = [TargetReached(each.target, each.steps, each.first_hit) for each in run.targets]
     target = reached[0].target if reached else Target("accuracy", 1.0)
-    values = [evaluation.value(target.metric) for evaluation in state.evaluations]
+    values = [evaluation.value(target.metric) for evaluation in run.evaluations]
     finite = [value for value in values if math.isfinite(value)]
     labels = state.dataset.held_out.labels
     ms = state.clock.ms_per_step()
     return RunResult(
-        status=status,
+        status=run.status,
         steps_run=state.step,
         budget=state.recipe.train.steps,
         target=target if reached else None,
@@ -283,7 +293,7 @@ def result(state: TrainState, status: Status, reason: str | None, parameters: in
         first_hit=reached[0].first_hit if reached else None,
         final=values[-1] if values else None,
         best=(max if target.metric == "accuracy" else min)(finite, default=None),
-        evaluations=tuple(state.evaluations),
+        evaluations=tuple(run.evaluations),
         ms_per_step=ms,
         samples_per_s=1e3 * state.recipe.train.batch_size / ms if ms else None,
         training_s=state.clock.training_s,
@@ -291,7 +301,7 @@ def result(state: TrainState, status: Status, reason: str | None, parameters: in
         peak_memory_mib=state.memory.mib.get("training"),
         parameters=parameters,
         environment=machine,
-        reason=reason,
+        reason=run.reason,
         also=tuple(reached[1:]),
         evaluation_peak_memory_mib=state.memory.mib.get("evaluation"),
         probes=tuple(state.probes.points) if state.probes else (),
@@ -299,4 +309,5 @@ def result(state: TrainState, status: Status, reason: str | None, parameters: in
         checkpoint_s=state.checkpoint_s,
         constant_guess=labels.bincount().max().item() / len(labels),
         running_statistics=state.running_statistics,
+        cores_lacked=load.cores(),
     )

@@ -25,7 +25,6 @@ from bncli.recipe.load import what_is_trained
 from bncli.recipe.overrides import leaves
 from bncli.recipe.sections import OwnModel, Recipe
 from bncli.recipe.yaml import dotted
-from bncli.results.train import Status
 
 FORMAT = b"bncli checkpoint 1 sha256 "  # the first line; then what torch.save writes, whose SHA-256 it names
 START = len(FORMAT) + 65
@@ -184,7 +183,7 @@ class Saving:
         state.checkpoint_s += self.last_time - began
         state.memory.end("saving")
 
-    def end(self, status: Status) -> None:
+    def end(self) -> None:
         """Save what is saved at the end of a run; its weights, unless it is to go on."""
         if "checkpoint" in self.save:
             self.checkpoint()
@@ -193,7 +192,7 @@ class Saving:
         began = perf_counter()
         best_of = {"model": keep == "best"} | ({"best": True} if keep == "both" else {})
         for name, best in best_of.items():
-            if name in self.save and status != "interrupted":
+            if name in self.save and state.runs[0].status != "interrupted":
                 self.save[name](packed_weights(state, best))
         state.checkpoint_s += perf_counter() - began
         state.memory.end("saving")

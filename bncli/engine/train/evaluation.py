@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bncli.engine.device import autocast
+from bncli.engine.train.optim import learning_rate
 from bncli.engine.train.population import precise, unless
 from bncli.engine.train.state import TrainState
 from bncli.errors import RunFailed
@@ -22,8 +23,8 @@ EVALUATED_VALUES = 2**17  # input values of one evaluation chunk, 512 KiB of flo
 
 
 @torch.no_grad()  # not inference_mode: a model may cache tensors of its first pass for training
-def evaluate(state: TrainState, stop: Callable[[], bool] = lambda: False) -> Evaluated:
-    """Evaluate all held-out examples, and keep the weights where they are the best so far and the best are kept.
+def evaluate(state: TrainState, stop: Callable[[], bool] = lambda: False) -> list[Evaluated]:
+    """Evaluate each run on all held-out examples, and keep weights that are the best so far where the best are kept.
 
     Raises GivenUp, with the state as before, once `stop()` is true. An evaluation of a user's model ends first, since
     its forward pass may draw random numbers and change buffers.
@@ -34,18 +35,20 @@ def evaluate(state: TrainState, stop: Callable[[], bool] = lambda: False) -> Eva
         stop = lambda: False  # noqa: E731
     is_precise = state.recipe.train.population_statistics == "precise"
     with precise(state, stop) if is_precise else nullcontext() as running_statistics:
-        found = measured(state, stop)
+        evaluations = measured(state, stop)
         state.memory.end("evaluation")
         state.evaluation_s += perf_counter() - began
         state.running_statistics = running_statistics
-        state.record(found)
+        for run, evaluation in zip(state.runs, evaluations, strict=True):
+            run.record(evaluation)
         state.keep_weights()
-    return Evaluated(found, state.learning_rate)
+    rates = [learning_rate(run.recipe, max(0, state.step - 1)) for run in state.runs]
+    return [Evaluated(*found) for found in zip(evaluations, rates, strict=True)]
 
 
 @torch.no_grad()
-def measured(state: TrainState, stop: Callable[[], bool] = lambda: False) -> Evaluation:
-    """The model on all held-out examples in evaluation mode; then every module is in the mode that it was in.
+def measured(state: TrainState, stop: Callable[[], bool] = lambda: False) -> list[Evaluation]:
+    """Each run on all held-out examples in evaluation mode; then every module is in the mode that it was in.
 
     A NaN or +inf among the logits counts as wrong; -inf may mask a class.
     """
@@ -74,7 +77,8 @@ def measured(state: TrainState, stop: Callable[[], bool] = lambda: False) -> Eva
         for module, training in flags:  # parents come first; a class may override `train`
             if module.training != training:
                 module.train(training)
-    return Evaluation(state.step, right.item() / count, loss.item() / count, state.train_loss)
+    sums = zip(state.runs, *torch.stack([right, loss]).view(2, -1).tolist(), strict=True)  # one copy to the host
+    return [Evaluation(state.step, right / count, loss / count, run.train_loss) for run, right, loss in sums]
 
 
 def evaluation_size(recipe: Recipe, shape: tuple[int, ...]) -> int:

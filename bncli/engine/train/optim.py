@@ -54,10 +54,15 @@ def learning_rate_factor(recipe: Recipe, step: int) -> float:
     return factor
 
 
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """The rate for the update after `step` earlier ones."""
+    return recipe.optimizer.lr * learning_rate_factor(recipe, step)
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> None:
     """Set the rate for the update after `step` earlier ones. A schedule is a function of the step, without state."""
     if recipe.schedule.kind == "constant" and step > recipe.schedule.warmup:
         return  # it is final; computing it takes 0.5 % of a step of a small network
-    rate = recipe.optimizer.lr * learning_rate_factor(recipe, step)
+    rate = learning_rate(recipe, step)
     for group in optimizer.param_groups:
         group["lr"] = rate

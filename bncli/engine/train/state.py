@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bncli.engine import data
-from bncli.engine.data.splits import Batch, Dataset, order
+from bncli.engine.data.splits import Batch, Dataset, Split, order
 from bncli.engine.device import PeakMemory, synchronize
 from bncli.engine.models import build
 from bncli.engine.models.init import global_generators, restore_global_generators, stream
@@ -25,13 +25,52 @@ from bncli.recipe.layers import shape_contradictions
 from bncli.recipe.sections import BatchNorm, OwnModel, Recipe
 from bncli.recipe.yaml import dotted
 from bncli.results.serialize import from_plain
-from bncli.results.train import Evaluation, ProbePoint, RunningStatistics, Target
+from bncli.results.train import Evaluation, ProbePoint, RunningStatistics, Status, Target
 
 LSUV_EXAMPLES = 500
 # Attributes that are saved as they are, and by their state_dict.
-NUMBERS = ("step", "batches", "skipped", "train_loss", "evaluation_s", "checkpoint_s")
+NUMBERS = ("step", "batches", "skipped", "evaluation_s", "checkpoint_s")
 NOT_HELD = (torch.complex32, torch.complex128, torch.quint8, torch.qint8, torch.qint32)  # in safetensors files
 PARTS = ("model", "optimizer", "scaler")
+
+
+class Run:
+    """What a run has of its own: its place among those that train together, its order of the data, its results so far.
+
+    train_loss: of the last batch whose loss was read. status: None until it ends, for the reason of a divergence.
+    """
+
+    def __init__(self, index: int, recipe: Recipe, split: Split, batches: int = 0) -> None:
+        """batches: taken from the data so far."""
+        self.index, self.recipe = index, recipe
+        generator = stream(recipe.train.seed, "order")
+        self.order = order(len(split), recipe.train.batch_size, generator, split.index_device, start=batches)
+        self.evaluations: list[Evaluation] = []
+        self.best_evaluation: Evaluation | None = None
+        target = recipe.train.target
+        values = () if target is None else (target.value, *target.also)
+        self.targets = [StepsToTarget(Target(target.metric, value)) for value in values if target]
+        self.train_loss: float | None = None
+        self.status: Status | None = None
+        self.reason: str | None = None
+
+    def record(self, evaluation: Evaluation) -> None:
+        self.evaluations.append(evaluation)
+        if self.best_evaluation is None or self._rank(evaluation) > self._rank(self.best_evaluation):
+            self.best_evaluation = evaluation
+        for target in self.targets:
+            target.add(evaluation)
+
+    def _rank(self, evaluation: Evaluation) -> float:
+        """Larger is better by the target's metric, accuracy without a target; NaN is the worst."""
+        metric = self.targets[0].target.metric if self.targets else "accuracy"
+        value = evaluation.value(metric) * (1 if metric == "accuracy" else -1)
+        return -math.inf if math.isnan(value) else value
+
+    @property
+    def reached(self) -> bool:
+        """Whether the steps to every target are final."""
+        return bool(self.targets) and all(target.steps is not None for target in self.targets)
 
 
 class TrainState:
@@ -40,7 +79,7 @@ class TrainState:
     A new state of the same recipe and data that loads `state_dict()` of another continues bit for bit.
 
     step: optimizer steps taken. batches: batches taken from the data; more than steps if the fp16 scaler skipped some.
-    skipped: consecutive batches, up to now, whose step was skipped. train_loss: of the last batch whose loss was read.
+    skipped: consecutive batches, up to now, whose step was skipped. runs: what each run has of its own.
     checkpoint_s: seconds spent in copying and saving weights and states. best: step and weights, on the CPU, of the
     best evaluation so far, where `keeps_best`. population: the buffers of the last evaluation (precise statistics).
     """
@@ -52,6 +91,7 @@ class TrainState:
         self.recipe, self.dataset, self.device = recipe, dataset, device
         self.step = self.batches = self.skipped = 0
         self.augmentation = stream(train.seed, "augment")
+        self.runs = [Run(0, recipe, dataset.train)]
         self._coming = self._batches_to_come()
         model = build(
             recipe, dataset.shape, dataset.classes, lambda: sample(dataset, train.seed, LSUV_EXAMPLES), device
@@ -68,13 +108,9 @@ class TrainState:
             torch.compiler.reset()  # earlier runs of this process count towards the recompile limit
             self.model.compile(dynamic=False)
         begin_training(self.model)
-        self.evaluations: list[Evaluation] = []
         self.running_statistics: tuple[RunningStatistics, ...] | None = None
-        self.targets = _targets(recipe)
-        self.train_loss: float | None = None
         self.evaluation_s = self.checkpoint_s = 0.0
         self.keeps_best = False
-        self.best_evaluation: Evaluation | None = None
         self.best: tuple[int, dict[str, Tensor]] | None = None
         self.population: dict[str, Tensor] = {}
         self.clock = Clock(train.batch_size, device)
@@ -89,29 +125,22 @@ class TrainState:
         self.step += 1
         self.skipped = 0
 
-    def record(self, evaluation: Evaluation) -> None:
-        self.evaluations.append(evaluation)
-        if self.best_evaluation is None or self.rank(evaluation) > self.rank(self.best_evaluation):
-            self.best_evaluation = evaluation
-        for target in self.targets:
-            target.add(evaluation)
+    def end(self, status: Status, indices: Collection[int] | None = None) -> None:
+        """End the runs with those indices, or all of them."""
+        for run in self.runs:
+            if indices is None or run.index in indices:
+                run.status = status
 
     def keep_weights(self) -> None:
         """Copy the weights if the last evaluation is the best, and in any case the statistics that are precise."""
-        began, is_best = perf_counter(), self.best_evaluation is self.evaluations[-1]
+        began, run = perf_counter(), self.runs[0]
         if self.running_statistics is not None:
             held = self.model.state_dict(keep_vars=True).items()
             self.population = copies({name: each for name, each in held if not isinstance(each, nn.Parameter)})
-        if self.keeps_best and is_best:
+        if self.keeps_best and run.best_evaluation is run.evaluations[-1]:
             self.best = self.step, copies(self.model.state_dict())
             self.memory.end("saving")
         self.checkpoint_s += perf_counter() - began
-
-    def rank(self, evaluation: Evaluation) -> float:
-        """Larger is better by the target's metric, accuracy without a target; NaN is the worst."""
-        metric = self.targets[0].target.metric if self.targets else "accuracy"
-        value = evaluation.value(metric) * (1 if metric == "accuracy" else -1)
-        return -math.inf if math.isnan(value) else value
 
     @property
     def phase(self) -> str:
@@ -123,11 +152,6 @@ class TrainState:
         """The rate of the last update, or of the first one if there was none."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    @property
-    def reached(self) -> bool:
-        """Whether the steps to every target are final."""
-        return bool(self.targets) and all(target.steps is not None for target in self.targets)
-
     # --- saved and loaded -----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,9 +160,10 @@ class TrainState:
         Of a user's model, what is neither in its state_dict nor a buffer nor a flag of a module or parameter is not
         included.
         """
-        model, kept = self.model, self.model.state_dict()
+        model, kept, [run] = self.model, self.model.state_dict(), self.runs
         return {
             **{name: getattr(self, name) for name in NUMBERS},
+            "train_loss": run.train_loss,
             **{name: getattr(self, name).state_dict() for name in PARTS},
             "buffers": {name: buffer for name, buffer in model.named_buffers() if name not in kept},
             "modes": [module.training for module in model.modules()],
@@ -147,7 +172,7 @@ class TrainState:
             "population": self.population,
             "augmentation": self.augmentation.get_state(),
             "global generators": global_generators(self.device),
-            "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
+            "evaluations": [asdict(evaluation) for evaluation in run.evaluations],
             "running statistics": self.running_statistics and [asdict(layer) for layer in self.running_statistics],
             "intervals": self.clock.so_far(self.step),
             "warm_ups": self.clock.warm_ups,
@@ -159,7 +184,8 @@ class TrainState:
         """Continue from a `state_dict()` of the same recipe, data and device; Python's and numpy's generators too."""
         for name in NUMBERS:
             setattr(self, name, saved[name])
-        whole = type(self.step) is type(self.batches) is int and isinstance(self.train_loss, float | None)
+        train_loss = saved["train_loss"]
+        whole = type(self.step) is type(self.batches) is int and isinstance(train_loss, float | None)
         if not (whole and 0 <= self.step <= self.batches <= 51 * (self.step + 1)):  # of fp16, up to 50 are skipped
             raise ValueError("its step does not fit its place in the data, or its loss is none")
         for name in PARTS:
@@ -171,9 +197,10 @@ class TrainState:
         for parameter, trained in zip(self.model.parameters(), saved["trained"], strict=True):
             parameter.requires_grad_(trained)
         self.best, self.population = saved["best"], saved["population"]
-        self.evaluations, self.targets, self.best_evaluation = [], _targets(self.recipe), None
+        self.runs = [run := Run(0, self.recipe, self.dataset.train, self.batches)]
+        run.train_loss = train_loss
         for evaluation in saved["evaluations"]:
-            self.record(from_plain(Evaluation, evaluation))
+            run.record(from_plain(Evaluation, evaluation))
         layers = saved["running statistics"]
         self.running_statistics = layers and tuple(from_plain(RunningStatistics, layer) for layer in layers)
         intervals = [(int(steps), float(seconds)) for steps, seconds in saved["intervals"]]
@@ -189,10 +216,8 @@ class TrainState:
         self.memory.end("preparation")
 
     def _batches_to_come(self) -> Iterator[Batch]:
-        train, split = self.recipe.train, self.dataset.train
-        generator = stream(train.seed, "order")
-        indices = order(len(split), train.batch_size, generator, split.index_device, start=self.batches)
-        return split.batches(indices, self.augmentation)
+        [run] = self.runs
+        return self.dataset.train.batches(run.order, self.augmentation)
 
 
 def check_fit(recipe: Recipe, dataset: Dataset) -> None:
@@ -240,13 +265,6 @@ def begin_training(model: nn.Module) -> None:
     for module, training in flags:
         if not training and module.training:
             module.eval()
-
-
-def _targets(recipe: Recipe) -> list[StepsToTarget]:
-    """The recipe's target and its further targets, before the first evaluation."""
-    target = recipe.train.target
-    values = () if target is None else (target.value, *target.also)
-    return [StepsToTarget(Target(target.metric, value)) for value in values if target]
 
 
 class Probes:

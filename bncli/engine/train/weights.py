@@ -50,7 +50,8 @@ def packed_weights(state: TrainState, best: bool) -> bytes:
     """The state's weights, or those at its best evaluation, as a safetensors file with what belongs to them."""
     import safetensors.torch  # which most runs of a comparison can do without
 
-    last, metrics = state.evaluations[-1], state.best_evaluation
+    [run] = state.runs
+    last, metrics = run.evaluations[-1], run.best_evaluation
     if best and state.best and metrics and state.best[0] == metrics.step:
         weights = state.best[1]
     else:
@@ -193,7 +194,7 @@ def evaluate_weights(path: Path, device: str, threads: int | None = None, allow_
         state = TrainState(recipe, dataset, on)
         put(tensors, state.model, file)
         state.step = about.metrics.step if about.metrics else 0
-        found, before = measured(state), about.metrics
+        [found], before = measured(state), about.metrics
     if before and not abs(found.accuracy - before.accuracy) < 0.01:  # more than rounding on another machine
         text = f"{file}: the accuracy was {before.accuracy:.4f} in training; the weights or the data have changed since"
         warnings.warn(text, stacklevel=2)

@@ -381,6 +381,6 @@ def test_a_net_with_each_variant_learns(kind: str) -> None:
         train={"steps": 150, "batch_size": 60, "evaluate_every": 10, "target": {"value": 0.7}},
     )
     cpu = torch.device("cpu")
-    *_, last = training_loop(TrainState(recipe, data.load(recipe.data, cpu, torch.contiguous_format), cpu))
+    *_, (_, last) = training_loop(TrainState(recipe, data.load(recipe.data, cpu, torch.contiguous_format), cpu))
     assert isinstance(last, RunFinished)
     assert last.result.status == "reached"

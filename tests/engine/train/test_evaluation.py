@@ -22,6 +22,6 @@ def test_an_evaluation_that_is_given_up_leaves_the_run_as_it_was(statistics: str
     before = {name: each.clone() for name, each in state.model.state_dict().items()}
     with pytest.raises(GivenUp):
         evaluate(state, stop=lambda: True)
-    assert state.evaluations == []
+    assert state.runs[0].evaluations == []
     assert all(module.training for module in state.model.modules())
     assert all(torch.equal(each, before[name]) for name, each in state.model.state_dict().items())

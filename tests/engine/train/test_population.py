@@ -61,7 +61,7 @@ def run(sections: dict[str, Any], **train: Any) -> tuple[dict[str, Tensor], RunR
     """The state_dict and the result of a short run."""
     options = {"steps": 12, "evaluate_every": 4, "stop_at_target": False, **sections.get("train", {}), **train}
     state = state_of(tiny(**{**sections, "train": options}))
-    *_, last = training_loop(state)
+    *_, (_, last) = training_loop(state)
     assert isinstance(last, RunFinished)
     return state.model.state_dict(), last.result
 
@@ -162,10 +162,10 @@ def test_norms_that_no_batch_meets_are_left_out_and_an_input_may_be_named() -> N
 
 def test_the_evaluation_does_not_depend_on_the_running_statistics() -> None:
     state = state_of(tiny(train=PRECISE))
-    before = evaluate(state).evaluation
+    before = evaluate(state)[0].evaluation
     layer: Any = state.model.get_submodule("hidden1.norm")
     layer.running_mean.fill_(math.nan)
-    assert evaluate(state).evaluation == before
+    assert evaluate(state)[0].evaluation == before
     assert layer.running_mean.isnan().all()
     assert state.running_statistics is not None
     assert math.isnan(state.running_statistics[0].mean_deviations)

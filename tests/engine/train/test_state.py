@@ -103,7 +103,7 @@ def new_state(recipe: Recipe) -> TrainState:
 
 def trained(state: TrainState, until: int = STEPS) -> tuple[list[Evaluation], RunResult]:
     """The evaluations of a run on to that step, and its result."""
-    events = list(training_loop(state, stop=lambda: state.step == until < STEPS))
+    events = [event for _, event in training_loop(state, stop=lambda: state.step == until < STEPS)]
     assert isinstance(events[-1], RunFinished)
     return [event.evaluation for event in events if isinstance(event, Evaluated)], events[-1].result
 
@@ -151,7 +151,7 @@ def test_a_state_saved_between_an_update_and_its_evaluation_loses_nothing(step: 
     whole = new_state(recipe)
     evaluations, result = trained(whole)
     first = new_state(recipe)
-    events = training_loop(first)
+    events = (event for _, event in training_loop(first))
     before = []
     for event in events:
         if isinstance(event, Evaluated):

@@ -119,7 +119,7 @@ def test_fp16_gradients_are_clipped_without_the_loss_scale() -> None:
 
 def test_label_smoothing_is_of_the_training_loss_and_not_of_the_held_out_loss() -> None:
     plain, smooth = state(double=False), state(double=False, label_smoothing=0.1)
-    assert evaluate(plain).evaluation == evaluate(smooth).evaluation
+    assert evaluate(plain)[0].evaluation == evaluate(smooth)[0].evaluation
     x, y = smooth.next_batch()
     shares = torch.full((len(y), 3), 0.1 / 3)
     shares[torch.arange(len(y)), y] += 0.9

@@ -207,7 +207,7 @@ def test_evaluation_uses_the_running_statistics_and_changes_no_buffer() -> None:
     for _ in range(3):
         optimizer_step(one, *one.next_batch())
     before = {name: value.clone() for name, value in one.model.state_dict().items()}
-    found = evaluate(one).evaluation
+    found = evaluate(one)[0].evaluation
     assert one.model.training
     assert all(torch.equal(value, before[name]) for name, value in one.model.state_dict().items())
     (x, y), *rest = one.dataset.held_out.chunks(1000)

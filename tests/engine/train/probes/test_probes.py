@@ -71,7 +71,7 @@ def seeded_state(recipe: Recipe) -> TrainState:
 
 
 def finished(state: TrainState) -> RunResult:
-    *_, last = training_loop(state)
+    *_, (_, last) = training_loop(state)
     assert isinstance(last, RunFinished)
     return last.result
 
@@ -157,7 +157,7 @@ def test_time_of_probes_is_no_time_of_training() -> None:
     state = new_state(recipe_of({}, probes={"at": 1}))
     hours = [0.0]
     state.clock.now = lambda: hours[0]
-    for event in training_loop(state):
+    for _, event in training_loop(state):
         if isinstance(event, Probed):
             hours[0] += 1.0
     assert isinstance(event, RunFinished)
@@ -213,7 +213,7 @@ def test_a_model_that_cannot_be_copied_is_refused_with_the_reason(own_recipe: Ow
 def probed(recipe: Recipe, steps: int = 0) -> tuple[TrainState, tuple[ProbePoint, ...]]:
     """A state after so many steps, and what a probing finds then."""
     state = new_state(recipe)
-    for event in training_loop(state, stop=lambda: state.step >= steps):
+    for _, event in training_loop(state, stop=lambda: state.step >= steps):
         if isinstance(event, Evaluated) and not steps:
             break
     return state, probe(state).points
