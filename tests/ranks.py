@@ -45,9 +45,9 @@ class Group:
 
 @contextlib.contextmanager
 def group(size: int) -> Iterator[Group]:
-    """A group of that many processes, forked of one that has loaded torch and run nothing."""
+    """A group of that many processes, forked of one that has loaded what they need and run nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bncli.engine.train", "bncli.engine.convert", "pytest"])
+    context.set_forkserver_preload(["tests.conftest", "bncli.engine.convert", "torch._dynamo"])
     pipes, processes, port = [], [], free_port()
     for rank in range(size):
         ours, theirs = context.Pipe()

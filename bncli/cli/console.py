@@ -36,6 +36,11 @@ def given_options(context: typer.Context, *parameters: str) -> str:
     return ", ".join(options[name] for name, source in sources.items() if source and source.name == "COMMANDLINE")
 
 
+def rank() -> int | None:
+    """This process's number among those that torchrun has started for one run; None where it has started none."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
 def show_plan(planned: Planned, as_json: bool) -> None:
     from bncli.report import dry_run
 

@@ -27,11 +27,11 @@ def evaluate(state: TrainState, stop: Callable[[], bool] = lambda: False) -> lis
     """Evaluate each run on all held-out examples, and keep weights that are the best so far where the best are kept.
 
     Raises GivenUp, with the state as before, once `stop()` is true. An evaluation of a user's model ends first, since
-    its forward pass may draw random numbers and change buffers.
+    its forward pass may draw random numbers and change buffers, and so does one that ranks share.
     """
     began = perf_counter()
     state.memory.end(state.phase)
-    if isinstance(state.recipe.model, OwnModel):
+    if state.ranks or isinstance(state.recipe.model, OwnModel):
         stop = lambda: False  # noqa: E731
     is_precise = state.recipe.train.population_statistics == "precise"
     with precise(state, stop) if is_precise else nullcontext() as running_statistics:
@@ -50,14 +50,20 @@ def evaluate(state: TrainState, stop: Callable[[], bool] = lambda: False) -> lis
 def measured(state: TrainState, stop: Callable[[], bool] = lambda: False) -> list[Evaluation]:
     """Each run on all held-out examples in evaluation mode; then every module is in the mode that it was in.
 
-    A NaN or +inf among the logits counts as wrong; -inf may mask a class.
+    A NaN or +inf among the logits counts as wrong; -inf may mask a class. Ranks take turns at the chunks, all with the
+    buffers of rank 0.
     """
+    ranks, held_out = state.ranks, state.dataset.held_out
+    if ranks:
+        ranks.make_equal(state.model)
+    size = evaluation_size(state.recipe, state.dataset.shape, -(-len(held_out) // ranks.count) if ranks else None)
+    chunks = held_out.chunks(size, *((ranks.rank, ranks.count) if ranks else ()))
     flags = [(module, module.training) for module in state.model.modules()]
     state.model.eval()
     right = loss = torch.zeros((), device=state.device)
     count = 0
     try:
-        for x, y in unless(stop, state.dataset.held_out.chunks(evaluation_size(state.recipe, state.dataset.shape))):
+        for x, y in unless(stop, chunks):
             with autocast(state.device, state.recipe.train.precision):
                 logits = state.model(x)
             expected = (len(y), state.dataset.classes)
@@ -77,18 +83,22 @@ def measured(state: TrainState, stop: Callable[[], bool] = lambda: False) -> lis
         for module, training in flags:  # parents come first; a class may override `train`
             if module.training != training:
                 module.train(training)
-    sums = zip(state.runs, *torch.stack([right, loss]).view(2, -1).tolist(), strict=True)  # one copy to the host
-    return [Evaluation(state.step, right / count, loss / count, run.train_loss) for run, right, loss in sums]
+    sums = torch.stack([right, loss])
+    if ranks:
+        sums, count = ranks.sum(sums.double()), len(held_out)
+    each = zip(state.runs, *sums.view(2, -1).tolist(), strict=True)  # one copy to the host
+    return [Evaluation(state.step, right / count, loss / count, run.train_loss) for run, right, loss in each]
 
 
-def evaluation_size(recipe: Recipe, shape: tuple[int, ...]) -> int:
+def evaluation_size(recipe: Recipe, shape: tuple[int, ...], most: int | None = None) -> int:
     """The number of held-out examples of that shape per evaluation chunk: about a training (micro-)batch.
 
     If the logits of an example are known not to depend on other examples, small examples come in larger chunks: for a
-    tiny net, a pass over 60 takes half as long as one over 500.
+    tiny net, a pass over 60 takes half as long as one over 500. most: of those.
     """
     norm = recipe.norm
     by_batch = isinstance(norm, BatchNorm) and not norm.track_running_stats
     if by_batch or isinstance(recipe.model, OwnModel):
         return recipe.train.micro_batch_size
-    return max(recipe.train.batch_size, EVALUATED_VALUES // math.prod(shape))
+    size = max(recipe.train.batch_size, EVALUATED_VALUES // math.prod(shape))
+    return min(size, most or size)

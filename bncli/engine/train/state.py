@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,13 @@ from bncli.engine import data
 from bncli.engine.data.splits import Batch, Dataset, Split, order
 from bncli.engine.device import PeakMemory, synchronize
 from bncli.engine.models import build
-from bncli.engine.models.init import global_generators, restore_global_generators, stream
+from bncli.engine.models.init import (
+    global_generators,
+    restore_global_generators,
+    seed_global_generators,
+    stream,
+    stream_seed,
+)
 from bncli.engine.target import StepsToTarget
 from bncli.engine.train.optim import optimizer, set_learning_rate
 from bncli.errors import DataError
@@ -26,6 +32,9 @@ from bncli.recipe.sections import BatchNorm, OwnModel, Recipe
 from bncli.recipe.yaml import dotted
 from bncli.results.serialize import from_plain
 from bncli.results.train import Evaluation, ProbePoint, RunningStatistics, Status, Target
+
+if TYPE_CHECKING:
+    from bncli.engine.distributed import Ranks
 
 LSUV_EXAMPLES = 500
 # Attributes that are saved as they are, and by their state_dict.
@@ -84,11 +93,11 @@ class TrainState:
     best evaluation so far, where `keeps_best`. population: the buffers of the last evaluation (precise statistics).
     """
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device, ranks: Ranks | None = None) -> None:
         """Raises DataError for data that do not fit the recipe, and whatever `build` raises."""
         train = recipe.train
         check_fit(recipe, dataset)
-        self.recipe, self.dataset, self.device = recipe, dataset, device
+        self.recipe, self.dataset, self.device, self.ranks = recipe, dataset, device, ranks
         self.step = self.batches = self.skipped = 0
         self.augmentation = stream(train.seed, "augment")
         self.runs = [Run(0, recipe, dataset.train)]
@@ -99,6 +108,7 @@ class TrainState:
         self.probes = Probes(recipe, model) if recipe.probes else None
         fuse(model, recipe)
         self.model: nn.Module = model.to(device, memory_format=data.MEMORY_FORMATS[train.memory_format])  # type: ignore[call-overload]
+        self.parallel = self.model  # what trains it: with ranks, DistributedDataParallel
         self.optimizer = optimizer(recipe, self.model)
         set_learning_rate(self.optimizer, recipe, 0)
         # The hook counts updates that the fp16 scaler did not skip, without a host sync.
@@ -117,8 +127,12 @@ class TrainState:
         self.memory = PeakMemory(device)  # read in evaluations, which do not count for the throughput
 
     def next_batch(self) -> Batch:
-        """x (B, *shape) float32 and y (B,) int64, augmented, on the device."""
+        """x (B, *shape) float32 and y (B,) int64, augmented, on the device; with ranks, this rank's part of them."""
         self.batches += 1
+        if self.ranks and self.ranks.rank:  # other draws than rank 0's, whose generators alone are saved
+            seed = stream_seed(self.recipe.train.seed, f"rank {self.ranks.rank}, batch {self.batches}")
+            self.augmentation.manual_seed(seed)
+            seed_global_generators(seed, self.device)
         return next(self._coming)
 
     def _count_update(self, *_: Any) -> None:
@@ -217,7 +231,10 @@ class TrainState:
 
     def _batches_to_come(self) -> Iterator[Batch]:
         [run] = self.runs
-        return self.dataset.train.batches(run.order, self.augmentation)
+        indices = run.order
+        if ranks := self.ranks:
+            indices = (ranks.part(batch, self.recipe.train.accumulate) for batch in run.order)
+        return self.dataset.train.batches(indices, self.augmentation)
 
 
 def check_fit(recipe: Recipe, dataset: Dataset) -> None:
@@ -250,7 +267,7 @@ def fuse(model: nn.Module, recipe: Recipe) -> None:
     if isinstance(recipe.norm, BatchNorm) and recipe.norm.kernel != "native" and not isinstance(recipe.model, OwnModel):
         from bncli.engine.convert import convert  # which loads torch.fx
 
-        convert(model, recipe.norm.kernel)
+        convert(model, recipe.norm.kernel, sync=recipe.norm.sync)
 
 
 def begin_training(model: nn.Module) -> None:

@@ -1,0 +1,132 @@
+"""Ranks: the processes that torchrun starts for one run, which share its batches, its evaluations and its decisions."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from bncli.engine.device import resolve
+from bncli.errors import BncliError, Refused, RunFailed, UsageError
+
+TIMEOUT_S = 600.0  # after which a rank that does not answer ends the others; one that dies ends them at once
+DIFFERENT = 1e-5  # relative distance of two ranks' sums of squared weights, far above rounding on unlike processors
+
+
+class LostRank(RunFailed):
+    """Another rank has ended, or does not answer."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One of the processes: its rank from 0, their number, and its device. They make all calls in the same order."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    def part(self, batch: Tensor, micro_batches: int = 1) -> Tensor:
+        """This rank's of the indices (B,) of a batch: a slice of each micro-batch, the first ones the longer."""
+        return batch.view(micro_batches, -1).tensor_split(self.count, 1)[self.rank].flatten()
+
+    def parallel(self, model: nn.Module, any_graph: bool) -> nn.Module:
+        """The model with gradients that are the mean over all ranks; its weights and buffers become rank 0's.
+
+        Before each forward pass the buffers become rank 0's too. any_graph: whether a parameter may be left unused.
+        """
+        on = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=on, find_unused_parameters=any_graph)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, the same bits on each."""
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    def any(self, stop: Callable[[], bool]) -> bool:
+        """Whether `stop()` is true on any rank."""
+        flag = torch.tensor(int(stop()))  # on the CPU, so that nothing waits for a GPU
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def share(self, value: Any = None) -> Any:
+        """Rank 0's value, on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, 0, device=torch.device("cpu"))
+        return values[0]
+
+    @torch.no_grad()
+    def make_equal(self, model: nn.Module) -> None:
+        """Give each rank the buffers of rank 0. Raises RunFailed where the ranks' weights differ."""
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+        squares = [parameter.square().sum(dtype=torch.float64) for parameter in model.parameters()]
+        lowest = -torch.stack(squares).sum()
+        both = torch.stack([lowest, -lowest])
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+        if both.sum() > DIFFERENT * both[1]:
+            raise RunFailed(
+                "the weights differ between ranks: the model changes them, or what is trained, while it trains; "
+                "DistributedDataParallel averages the gradients of those weights that require one at the start"
+            )
+
+    @contextlib.contextmanager
+    def losses_explained(self) -> Iterator[None]:
+        """A context in which the error of a connection to a rank that is gone becomes LostRank."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+                raise
+            why = "another rank has ended, or did not answer; the message of that rank, or of torchrun, says why"
+            raise LostRank(why) from error
+
+
+@contextlib.contextmanager
+def joined(device: str, timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
+    """A context in which this process, started by torchrun, is one of its ranks: by gloo on CPUs, by nccl on GPUs.
+
+    Of the ranks whose runs end in an error of the same words, one says it; a loss of another rank is for rank 0 to say.
+    """
+    on = resolve(device)
+    if on.index is not None or on.type == "mps":
+        raise UsageError("under torchrun, expected auto, cpu or cuda, of which each rank takes its own", field="device")
+    if on.type == "cuda":
+        on = resolve(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(on)
+    limit = timedelta(seconds=timeout_s)
+    store, rank, count = next(dist.rendezvous("env://", timeout=limit))
+    backend = "cpu:gloo,cuda:nccl" if on.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=limit)
+    try:
+        yield Ranks(rank, count, on)
+    except BncliError as error:
+        get_error_handler().record_exception(error)  # which torchrun shows in its summary
+        if rank == 0:
+            store.add(str(error), 1)
+            raise
+        time.sleep(1)  # which leaves it to rank 0, if it is about to say the same
+        with contextlib.suppress(dist.DistError):  # the store is gone with its process
+            if isinstance(error, LostRank) or store.add(str(error), 1) > 1:
+                raise SystemExit(error.exit_code) from None
+        raise Refused(f"rank {rank}: {error}", exit_code=error.exit_code) from error
+    dist.destroy_process_group()
+
+
+def started_again(folder: Path) -> bool:
+    """Whether torchrun, after a failure, has started this process again, and the folder was written since its start."""
+    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) or not folder.is_dir():
+        return False
+    began_s = psutil.Process(os.getppid()).create_time()
+    return any(file.stat().st_mtime > began_s for file in folder.iterdir())
