@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -168,6 +169,9 @@ class StopAtOnce(KeyboardInterrupt):
         self.exit_code = exit_code
 
 
+REPEATED_S = 3.0  # in which torchrun repeats a signal that its processes get as well, as by Ctrl-C
+
+
 class StopSignal:
     """Ctrl-C, SIGTERM or SIGHUP: the first asks the work to end at the next step, the second ends it at once.
 
@@ -176,6 +180,7 @@ class StopSignal:
     """
 
     number: int = 0
+    _first_s = 0.0
 
     def __init__(self, at_once: bool = False) -> None:
         self.at_once = at_once
@@ -192,7 +197,9 @@ class StopSignal:
             signal.signal(each, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        second, self.number = self.number != 0, number
+        if rank() is not None and self.number and time.monotonic() - self._first_s < REPEATED_S:
+            return
+        second, self.number, self._first_s = self.number != 0, number, time.monotonic()
         try:
             os.write(1, b"")
         except OSError:  # a terminal that is gone, with all that would be printed there

@@ -76,8 +76,11 @@ def train(
 
     Example: bncli train recipes/smoke.yaml --set optimizer.lr=0.3
     """
+    if rank() is not None:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DistributedDataParallel's advice about its options
     if rank():
-        _follow(device)
+        if not (dry_run or evaluate):
+            _follow(device)
         return
     _check_combination(context, recipe, resume, evaluate)
     output = Output.of(context)
@@ -109,7 +112,7 @@ def train(
     from bncli.report.train import run_table
 
     recipe_yaml = dump(plain(chosen.recipe))
-    with resumed or folders.RunFolder(out, loaded.name, force) as folder, StopSignal() as stop, _ranks(device) as ranks:
+    with resumed or folders.RunFolder(out, loaded.name, force) as folder, _ranks(device) as ranks, StopSignal() as stop:
         finished = resumed and resumed.finished(recipe_yaml)
         if finished:
             grows = chosen.recipe.schedule.kind != "cosine"  # which is spread over its steps
@@ -204,14 +207,14 @@ def _ranks(device: str) -> contextlib.AbstractContextManager[Ranks | None]:
 
 def _after_restart(out: Path | None, resume: Path | None, force: bool) -> tuple[Path | None, bool]:
     """The run to continue, and whether to overwrite one: as torchrun starts rank 0 again after a failure."""
-    from bncli.engine.distributed import started_again
+    from bncli.engine.distributed import is_of_earlier_start
     from bncli.report.folder import CHECKPOINT
 
     if out is None and resume is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         raise UsageError(
             "torchrun --max-restarts continues a run from the checkpoint in its folder; name one", field="out"
         )
-    if out and started_again(out):
+    if out and is_of_earlier_start(out):
         return (out, False) if (out / CHECKPOINT).exists() else (None, True)
     return resume, force
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,6 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from bncli.engine.device import resolve
 from bncli.errors import BncliError, Refused, RunFailed, UsageError
@@ -106,13 +106,19 @@ def joined(device: str, timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
         on = resolve(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(on)
     limit = timedelta(seconds=timeout_s)
-    store, rank, count = next(dist.rendezvous("env://", timeout=limit))
     backend = "cpu:gloo,cuda:nccl" if on.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=limit)
+    try:
+        store, rank, count = next(dist.rendezvous("env://", timeout=limit))
+        store = dist.PrefixStore(f"start {restarts()}", store)  # not with the addresses of the ranks before
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=limit)
+    except (RuntimeError, ValueError) as error:
+        raise RunFailed(f"the ranks cannot connect: {' '.join(str(error).split())}") from error
     try:
         yield Ranks(rank, count, on)
     except BncliError as error:
-        get_error_handler().record_exception(error)  # which torchrun shows in its summary
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # of torchrun's summary
+            details = {"py_callstack": str(error), "timestamp": str(int(time.time()))}
+            Path(file).write_text(json.dumps({"message": {"message": str(error), "extraInfo": details}}))
         if rank == 0:
             store.add(str(error), 1)
             raise
@@ -124,9 +130,14 @@ def joined(device: str, timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def started_again(folder: Path) -> bool:
-    """Whether torchrun, after a failure, has started this process again, and the folder was written since its start."""
-    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) or not folder.is_dir():
+def restarts() -> int:
+    """How many times torchrun has started the ranks again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def is_of_earlier_start(folder: Path) -> bool:
+    """Whether torchrun has started the ranks before, and the run in that folder was written since then."""
+    if not restarts() or not folder.is_dir():
         return False
     began_s = psutil.Process(os.getppid()).create_time()
     return any(file.stat().st_mtime > began_s for file in folder.iterdir())
