@@ -67,6 +67,12 @@ def compare(
     html: options.Html = None,
     quiet: options.Quiet = False,
     dry_run: options.DryRun = False,
+    full_grid: Annotated[
+        bool,
+        options.RecipeOption(
+            "--full-grid", help="Train every point of the grid to its end, also those that can no longer be the best."
+        ),
+    ] = False,
     require_target: options.RequireTarget = False,
     require_claims: options.RequireClaims = False,
     allow_code: options.AllowCode = False,
@@ -80,7 +86,7 @@ def compare(
     output = Output.of(context)
     if bool(recipes) == bool(saved):
         raise UsageError("give a recipe, as in: bncli compare recipes/digits.yaml (or --from a saved comparison)")
-    training = ("sets", "dry_run", "out", "jobs", "device", "threads", "run_timeout", "allow_code")
+    training = ("sets", "dry_run", "full_grid", "out", "jobs", "device", "threads", "run_timeout", "allow_code")
     if saved and (idle := given_options(context, *training)):
         raise UsageError(f"{idle}: nothing is trained with --from, so that would have no effect")
     output.check()
@@ -90,7 +96,9 @@ def compare(
         if require_claims and not comparison.plan.claims:
             raise UsageError(NO_CLAIMS)
     else:
+        from bncli.measure.compare.plan import study
         from bncli.measure.compare.processes import Processes
+        from bncli.measure.compare.reuse import identity
         from bncli.recipe.load import load
 
         if (recipes or []).count("-") > 1:
@@ -99,7 +107,8 @@ def compare(
         if require_claims and not any(each.file.claims for each in loaded):
             raise UsageError(NO_CLAIMS)
         executor = Processes(device, jobs, threads, longest_silence_s=run_timeout)
-        comparison, stopped = _run_comparison(loaded, executor, out, quiet, output.form if dry_run else "")
+        asked = study(loaded, identity(executor.device, loaded[0].base), full_grid)
+        comparison, stopped = _run_comparison(asked, loaded, executor, out, quiet, output.form if dry_run else "")
     folder = saved or out or Path("runs") / comparison.plan.name
     if stopped and output.form != "json" and not any(run.result for run in comparison.runs):
         goes_on = "continues from their checkpoints" if any(folder.glob("checkpoints/*.pt")) else "begins again"
@@ -121,21 +130,20 @@ def compare(
 
 
 def _run_comparison(
-    loaded: list[Loaded], executor: Processes, out: Path | None, quiet: bool, plan_as: str
+    asked: Study, loaded: list[Loaded], executor: Processes, out: Path | None, quiet: bool, plan_as: str
 ) -> tuple[Comparison, int]:
     """The comparison, and the exit code of the signal that ended it before its time, or 0.
 
     plan_as: the form in which a dry run prints its plan, which leaves by typer.Exit; empty for no dry run.
     """
     from bncli.measure.compare import reuse
-    from bncli.measure.compare.plan import collect, known_runs, named_runs, planned_comparison, study
+    from bncli.measure.compare.plan import collect, known_runs, named_runs, planned_comparison
     from bncli.measure.compare.run import check, execute
     from bncli.report.compare.folder import ComparisonFolder
     from bncli.report.compare.notes import sentences
     from bncli.report.progress import CompareProgress
     from bncli.results.compare import BegunComparison, Note, RunRecord
 
-    asked = study(loaded, reuse.identity(executor.device, loaded[0].base))
     folder = ComparisonFolder(out or Path("runs") / asked.plan.name)
     enable_gc()
     with contextlib.ExitStack() as opened:
@@ -158,14 +166,13 @@ def _run_comparison(
             lost = [job for job in named if job.key not in kept]
             return reuse.not_reused(lost, folder.finished({job.recipe_key for job in lost}), asked.identity)
 
-        named = known_runs(asked, records, find).jobs
-        for words in sentences(not_reused(named)):
+        named = known_runs(asked, records, find)
+        for words in sentences(not_reused(named.jobs)):
             log(words, quiet)
         _log_unfit(folder, quiet)
         with StopSignal() as stop, CompareProgress(quiet) as progress:
-            to_do = [job for job in named if job.key not in records]
-            executor.jobs, memory = _jobs(asked, to_do, executor.jobs, quiet)
-            checked = check(asked, to_do, executor, stop, progress.check, bool(plan_as))
+            executor.jobs, memory = _jobs(asked, named.to_do, executor.jobs, quiet)
+            checked = check(asked, named.to_do, executor, stop, progress.check, bool(plan_as))
             if plan_as:
                 planned = planned_comparison(asked, loaded[0], records)
                 show_plan(replace(planned, checked=checked and not stop.number, memory=memory), plan_as == "json")

@@ -23,6 +23,7 @@ def alone(recipe: Recipe) -> str | None:
         "model.kind": not isinstance(model, Mlp),
         "model.dropout": getattr(model, "dropout", 0.0) > 0,
         "norm": not (isinstance(norm, NoNorm) or native),
+        "norm.momentum": getattr(norm, "momentum", 0.1) is None,
         "data.source": recipe.data.source == "hub",
         "data.augment": getattr(recipe.data, "augment", "none") != "none",
         "train.precision": train.precision != "fp32",

@@ -28,6 +28,11 @@ class RunRecord:
     identity: dict[str, str] = field(default_factory=dict)  # what the key depends on besides: versions, device, data
     code: dict[str, str] = field(default_factory=dict)  # the user's own that the run loaded: file -> SHA-256
 
+    @property
+    def given_up(self) -> bool:
+        """Whether it was ended before its time, since its point of the grid could no longer win."""
+        return self.result is not None and self.result.status == "given up"
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -55,10 +60,11 @@ class TuningCell:
 
     point: dict[str, Any]
     hits: int
-    runs: int
+    runs: int  # that ended by themselves
     steps: float | None  # geometric mean over the runs that hit; None without one
     diverged: int = 0
     kept: bool = False
+    stopped_at: int | None = None  # the step at which runs were given up; None where none was
 
 
 @dataclass(frozen=True)
@@ -201,6 +207,7 @@ class ComparisonPlan:
     also: tuple[Target, ...] = ()
     claims: tuple[Claim, ...] = ()
     largest_learning_rate: dict[str, Any] | None = None  # the recipe's section, as plain data
+    full_grid: bool = False  # whether runs go on whose point of the grid can no longer win
 
     @property
     def most_steps(self) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from bncli.kernels.fused import cpu
 from bncli.measure.timing.clock import Work
 from tests.benchmarks import (
     checkpoints,
+    comparison,
     coverage,
     crossings,
     data_memory,
@@ -39,6 +41,7 @@ from tests.benchmarks import (
     step_overhead,
 )
 from tests.benchmarks.hazards import Captured, Case
+from tests.conftest import tiny
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
@@ -201,6 +204,44 @@ def test_coverage_counts_calls_and_bytes_read_once(tmp_path: Path, capsys: Print
     assert len(lines) == 4
 
 
+def test_comparison_times_only_a_loop_with_the_steps_to_target_of_train() -> None:
+    runs = [
+        tiny(norm={"kind": kind}, train={"target": {"value": 0.9, "also": [0.8]}, "seed": 1})
+        for kind in ("none", "batch")
+    ]
+    assert comparison.check_loop(runs) == "steps to all targets equal to those of bncli's train in 2 of 2 runs"
+    with pytest.raises(SystemExit, match="in 2 of 3 runs: the hand-written loop does not train this recipe"):
+        comparison.check_loop([*runs, tiny(train={"label_smoothing": 0.5, "seed": 1})])
+
+
+def test_comparison_plans_all_runs_of_the_points_kept_and_counts_those_that_agree(tmp_path: Path) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text(many_runs.RECIPE + "seeds: {tune: 3, report: 4}\n")
+    sets = ["grid.optimizer.lr=[0.1, 1]"]
+    assert len(comparison.planned(str(file), sets, {})) == 2 * 2 * (3 + 4)
+    runs = comparison.planned(str(file), sets, {"plain": [{"optimizer.lr": 1}]})
+    assert len(runs) == 2 * 2 * 3 + 4 + 2 * 4
+    result = {"status": "reached", "steps_run": 20, "steps_to_target": 11.5, "also": []}
+    results = [result, result | {"steps_to_target": 12.5}, result | {"status": "given up", "steps_to_target": None}]
+    answer = {"runs": [{"recipe_key": key, "result": each} for key, each in zip(runs, results, strict=False)]}
+    words = comparison.agreement(answer, dict.fromkeys(runs, comparison.Outcome(20, (11.5,))))
+    assert words.endswith("2 reached, 1 given up; steps to all targets equal to the loops' in 1 of 2 not given up")
+
+
+def test_comparison_prints_what_its_ratio_is_made_of(capsys: Printed) -> None:
+    hand, ours = comparison.Side(80, 80, 100_000, 4, 0), comparison.Side(20, 36, 80_000, 2, 1)
+    ratio, *parts = comparison.parts(hand, ours).values()
+    assert ratio == pytest.approx(math.prod(parts)) == 4
+    comparison.show([(hand, ours), (hand, ours)])
+    printed = capsys.readouterr().out
+    assert "wall time 4.00 [4.00, 4.00]x" in printed
+    assert "= run-steps 1.25 [1.25, 1.25]x" in printed
+    assert "x cores in use 1.80 [1.80, 1.80]x" in printed
+    assert "run-steps saved: 20,000 of 100,000, 20.0%" in printed
+    assert "each run-step that was trained: 3.20 [3.20, 3.20]x" in printed
+    assert "before the first run and after the last: 4.47 [4.47, 4.47]x" in printed
+
+
 def test_crossings_prints_a_row_for_each_estimator(capsys: Printed) -> None:
     crossings.main(["--only", "simulated", "--runs", "2"])
     printed = capsys.readouterr().out
@@ -305,6 +346,14 @@ def test_help_mistakes_and_dry_runs_start_at_once() -> None:
 def test_training_begins_soon_after_torch_is_there() -> None:
     train, torch = start_up.train_and_torch_ms(rounds=5)
     assert train <= 1.2 * torch  # the target's 150 ms beside the 0.8 s that torch takes where it was set
+
+
+@pytest.mark.slow
+def test_a_small_comparison_is_timed_beside_hand_written_loops(capsys: Printed) -> None:
+    comparison.main(["--quick", "--threads", "1"])
+    printed = capsys.readouterr().out
+    assert "equal to those of bncli's train in 4 of 4 runs" in printed
+    assert re.search(r"hand-written loops / bncli compare: wall time [\d.]+ ", printed)
 
 
 # --- data in memory -----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from tests.conftest import tiny
         ("norm", {"norm": {"kind": "layer"}}),
         ("norm", {"norm": {"kind": "batch", "kernel": "fused"}}),
         ("norm", {"norm": {"kind": "batch", "backward": "ignore_statistics"}}),
+        ("norm.momentum", {"norm": {"kind": "batch", "momentum": None}}),
         ("probes", {"probes": {}}),
     ],
 )

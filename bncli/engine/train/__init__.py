@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from bncli import kernels
 from bncli.engine import data
@@ -26,6 +25,7 @@ from bncli.engine.train.evaluation import evaluate, evaluation_size
 from bncli.engine.train.optim import learning_rate, set_learning_rate
 from bncli.engine.train.population import GivenUp
 from bncli.engine.train.probes import probe, probe_steps
+from bncli.engine.train.stacked import cross_entropy
 from bncli.engine.train.state import Run, TrainState, check_fit
 from bncli.engine.train.threads import FEWEST, multiply_adds
 from bncli.engine.train.weights import put
@@ -143,13 +143,29 @@ def train_together(
     stop: Callable[[], bool] = lambda: False,
     leave: Callable[[], Collection[int]] = lambda: (),
 ) -> Iterator[tuple[int, Event]]:
-    """Train runs that differ only in seed, learning rate and initial weights, one after the other.
+    """Train runs that differ only in seed, learning rate and initial weights, each as in `train`, in one pass a step.
 
-    Yields the index of a run with each of its events, as in `train`.
+    Runs that end leave the others. On one thread of a CPU with Intel's MKL, a run's bits do not depend on its company.
+
+    Args:
+        recipes: R of `train`, for none of which `recipe.batches` finds a reason to train alone.
+        device, dataset, threads, stop: as in `train`; stop ends all runs.
+        leave: called after every optimizer step, for the places in `recipes` of runs to be given up.
+
+    Yields:
+        The place of a run in `recipes`, and one of its events. Its result has no throughput, memory or lack of cores;
+        its seconds are its share of those of all runs.
+
+    Raises:
+        DataError, RunFailed, Unavailable: as `train`.
     """
-    for index, recipe in enumerate(recipes):
-        if not stop():
-            yield from ((index, event) for event in train(recipe, device, dataset=dataset, threads=threads, stop=stop))
+    on, recipe = resolve(device), recipes[0]
+    by_size = threads is None and on.type == "cpu"
+    chosen = 1 if by_size and multiply_adds(recipe, dataset) < FEWEST else threads or torch.get_num_threads()
+    no_memory = out_of_memory_is(RunFailed(smaller_batches(recipe, on)))
+    deterministically = deterministic(recipe.train.deterministic and on.type == "cuda")
+    with deterministically, no_memory, tf32_allowed(recipe.train.tf32), cpu_threads(chosen):
+        yield from training_loop(TrainState(recipes, dataset, on), stop=stop, leave=leave)
 
 
 def check_parts(recipe: Recipe, dataset: Dataset, ranks: int) -> None:
@@ -233,7 +249,9 @@ def training_loop(
                 saving.end()
             for run in ended:
                 yield run.index, RunFinished(result(state, run, parameters, machine, load))
-            return
+            if ended == state.runs:
+                return
+            state.keep([run for run in state.runs if not run.status])
         elif step == next_evaluation:
             state.clock.pause(step)
             try:
@@ -284,6 +302,8 @@ def check_divergence(state: TrainState, run: Run) -> None:
 def optimizer_step(state: TrainState, x: Tensor, y: Tensor) -> Tensor:
     """Update the weights by one batch, x (B, *shape) and y (B,), and return its loss, on the device.
 
+    Of stacked runs, it is a batch each, x (R, B, *shape) and y (R, B), and a loss each, (R,).
+
     An update that the fp16 scaler skips because of non-finite gradients counts neither for the budget nor for the
     schedule. `bncli profile` times this function.
     """
@@ -308,12 +328,13 @@ def add_gradients(state: TrainState, x: Tensor, y: Tensor) -> Tensor:
     """Add a micro-batch's share of the batch's gradients to the parameters', and return its share of the loss."""
     options = state.recipe.train
     with autocast(state.device, options.precision):
-        loss = F.cross_entropy(state.parallel(x), y, label_smoothing=options.label_smoothing)
+        loss = cross_entropy(state.parallel(x), y, label_smoothing=options.label_smoothing)
     if state.ranks:  # whose mean it is to be; their parts need not be equal
         loss = loss * (state.ranks.count * len(y) / options.micro_batch_size)
     if options.accumulate > 1:
         loss = loss / options.accumulate
-    state.scaler.scale(loss).backward()
+    scaled = state.scaler.scale(loss)
+    scaled.backward(torch.ones_like(scaled))
     return loss.detach()
 
 
@@ -327,7 +348,8 @@ def result(state: TrainState, run: Run, parameters: int, machine: Environment, l
     values = [evaluation.value(target.metric) for evaluation in run.evaluations]
     finite = [value for value in values if math.isfinite(value)]
     labels, norm = state.dataset.held_out.labels, state.recipe.norm
-    ms = state.clock.ms_per_step()
+    ms = None if state.stacked else state.clock.ms_per_step()
+    memory_mib = {} if state.stacked else state.memory.mib
     return RunResult(
         status=run.status,
         steps_run=state.step,
@@ -342,18 +364,18 @@ def result(state: TrainState, run: Run, parameters: int, machine: Environment, l
         samples_per_s=1e3 * state.recipe.train.batch_size / ms if ms else None,
         training_s=state.clock.training_s,
         evaluation_s=state.evaluation_s,
-        peak_memory_mib=state.memory.mib.get("training"),
+        peak_memory_mib=memory_mib.get("training"),
         parameters=parameters,
         environment=machine,
         reason=run.reason,
         also=tuple(reached[1:]),
-        evaluation_peak_memory_mib=state.memory.mib.get("evaluation"),
+        evaluation_peak_memory_mib=memory_mib.get("evaluation"),
         probes=tuple(state.probes.points) if state.probes else (),
         probes_s=state.probes.seconds if state.probes else 0.0,
         checkpoint_s=state.checkpoint_s,
         constant_guess=labels.bincount().max().item() / len(labels),
         running_statistics=state.running_statistics,
-        cores_lacked=load.cores(),
+        cores_lacked=None if state.stacked else load.cores(),
         ranks=state.ranks.count if state.ranks else 1,
         synchronized=getattr(norm, "sync", False) if state.ranks and norm.kind in OVER_BATCH else None,
     )

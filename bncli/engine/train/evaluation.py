@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from time import perf_counter
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from bncli.engine.device import autocast
 from bncli.engine.train.optim import learning_rate
 from bncli.engine.train.population import precise, unless
+from bncli.engine.train.stacked import cross_entropy
 from bncli.engine.train.state import TrainState
 from bncli.errors import RunFailed
 from bncli.recipe.sections import BatchNorm, OwnModel, Recipe
 from bncli.results.train import Evaluated, Evaluation
 
 EVALUATED_VALUES = 2**17  # input values of one evaluation chunk, 512 KiB of float32
+STACKED_EXAMPLES = 100  # of one evaluation chunk
 
 
 @torch.no_grad()  # not inference_mode: a model may cache tensors of its first pass for training
@@ -37,7 +39,7 @@ def evaluate(state: TrainState, stop: Callable[[], bool] = lambda: False) -> lis
     with precise(state, stop) if is_precise else nullcontext() as running_statistics:
         evaluations = measured(state, stop)
         state.memory.end("evaluation")
-        state.evaluation_s += perf_counter() - began
+        state.evaluation_s += (perf_counter() - began) / len(state.runs)
         state.running_statistics = running_statistics
         for run, evaluation in zip(state.runs, evaluations, strict=True):
             run.record(evaluation)
@@ -56,14 +58,17 @@ def measured(state: TrainState, stop: Callable[[], bool] = lambda: False) -> lis
     ranks, held_out = state.ranks, state.dataset.held_out
     if ranks:
         ranks.make_equal(state.model)
-    size = evaluation_size(state.recipe, state.dataset.shape, -(-len(held_out) // ranks.count) if ranks else None)
-    chunks = held_out.chunks(size, *((ranks.rank, ranks.count) if ranks else ()))
+    first, step = (ranks.rank, ranks.count) if ranks else (0, 1)
+    size = evaluation_size(state.recipe, state.dataset.shape, state.stacked, -(-len(held_out) // step))
+    chunks = held_out.chunks(size, first, step)
     flags = [(module, module.training) for module in state.model.modules()]
     state.model.eval()
     right = loss = torch.zeros((), device=state.device)
     count = 0
     try:
         for x, y in unless(stop, chunks):
+            if state.stacked:
+                x = x.expand(len(state.runs), *x.shape)
             with autocast(state.device, state.recipe.train.precision):
                 logits = state.model(x)
             expected = (len(y), state.dataset.classes)
@@ -75,9 +80,9 @@ def measured(state: TrainState, stop: Callable[[], bool] = lambda: False) -> lis
                     f"model.module: {state.recipe.model.module}: the output for a batch of {len(y)} examples is "
                     f"{found}; expected a tensor of shape {expected}, a logit for each example and class"
                 )
-            highest, predicted = logits.max(1)  # NaN where any of an example's logits is
-            right = right + ((predicted == y) & highest.isfinite()).sum()
-            loss = loss + F.cross_entropy(logits.float(), y, reduction="sum")
+            highest, predicted = logits.max(-1)  # NaN where any of an example's logits is
+            right = right + ((predicted == y) & highest.isfinite()).sum(-1)
+            loss = loss + cross_entropy(logits if state.stacked else logits.float(), y, reduction="sum")
             count += len(y)
     finally:
         for module, training in flags:  # parents come first; a class may override `train`
@@ -90,15 +95,17 @@ def measured(state: TrainState, stop: Callable[[], bool] = lambda: False) -> lis
     return [Evaluation(state.step, right / count, loss / count, run.train_loss) for run, right, loss in each]
 
 
-def evaluation_size(recipe: Recipe, shape: tuple[int, ...], most: int | None = None) -> int:
+def evaluation_size(recipe: Recipe, shape: tuple[int, ...], stacked: bool = False, most: int = sys.maxsize) -> int:
     """The number of held-out examples of that shape per evaluation chunk: about a training (micro-)batch.
 
-    If the logits of an example are known not to depend on other examples, small examples come in larger chunks: for a
-    tiny net, a pass over 60 takes half as long as one over 500. most: of those.
+    If the logits of an example are known not to depend on other examples, small examples come in larger chunks, of at
+    most `most`: for a tiny net, a pass over 60 takes half as long as one over 500. Those of stacked runs are smaller,
+    so that a layer of all runs stays in the cache, whatever their number, on which no bit of a run's sums may depend.
     """
     norm = recipe.norm
     by_batch = isinstance(norm, BatchNorm) and not norm.track_running_stats
     if by_batch or isinstance(recipe.model, OwnModel):
         return recipe.train.micro_batch_size
-    size = max(recipe.train.batch_size, EVALUATED_VALUES // math.prod(shape))
-    return min(size, most or size)
+    return (
+        STACKED_EXAMPLES if stacked else min(most, max(recipe.train.batch_size, EVALUATED_VALUES // math.prod(shape)))
+    )

@@ -8,24 +8,76 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bncli.recipe.sections import Adam, AdamW, Cosine, Exponential, Recipe, Sgd, StepDecay
 
 
-def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """torch's optimizer with two parameter groups: with and without weight decay."""
+def optimizer(recipe: Recipe, model: nn.Module, rates: Tensor | None = None) -> torch.optim.Optimizer:
+    """torch's optimizer with two parameter groups: with and without weight decay. rates: (R,) of a stacked model."""
     section = recipe.optimizer
-    everything = section.weight_decay_on == "all"
-    decayed = [p for p in model.parameters() if everything or p.dim() > 1]
-    spared = [p for p in model.parameters() if not everything and p.dim() <= 1]
+    everything, vector = section.weight_decay_on == "all", 1 if rates is None else 2  # dimensions
+    decayed = [p for p in model.parameters() if everything or p.dim() > vector]
+    spared = [p for p in model.parameters() if not everything and p.dim() <= vector]
     groups: list[dict[str, Any]] = [{"params": decayed}]
     if spared:
         groups.append({"params": spared, "weight_decay": 0.0})
     arguments = section.model_dump(exclude={"kind", "weight_decay_on"})
+    if rates is not None:
+        together = {"lr": rates, "decoupled": isinstance(section, AdamW)}
+        stacked: torch.optim.Optimizer = uncompiled(RatePerRun)(groups, **arguments | together)
+        return stacked
     kinds: dict[type, type] = {Sgd: torch.optim.SGD, Adam: torch.optim.Adam, AdamW: torch.optim.AdamW}
     made: torch.optim.Optimizer = uncompiled(kinds[type(section)])(groups, **arguments)
     return made
+
+
+class RatePerRun(torch.optim.Optimizer):
+    """SGD, Adam or AdamW of a stacked model's parameters (R, *shape) with rates (R,), by the formulas of torch's own.
+
+    Each product and sum is rounded by itself, or has a factor for each run: a loop ends in scalar code, which may round
+    a product and a sum otherwise than vectorized code, and where it ends depends on the number of runs.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: Tensor, decoupled: bool, **options: Any) -> None:
+        """lr: without the schedule's factor. decoupled: the decay of weights, as in AdamW. options: of the section."""
+        super().__init__(groups, {"lr": lr, **options})
+        self.rates, self.decoupled, self.updates = lr, decoupled, 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update the parameters by their gradients."""
+        self.updates += 1
+        for group in self.param_groups:
+            decay = group["weight_decay"]
+            for p in group["params"]:
+                g, rate, state = p.grad, group["lr"].view(-1, *[1] * (p.dim() - 1)), self.state[p]
+                if decay and self.decoupled:
+                    p.mul_(1 - rate * decay)
+                elif decay:
+                    g = g + decay * p
+                if "betas" in group:
+                    (share, square_share), eps = group["betas"], group["eps"]
+                    if not state:
+                        state.update(mean=torch.zeros_like(p), square=torch.zeros_like(p))
+                    state["mean"].mul_(share).add_((1 - share) * g)
+                    state["square"].mul_(square_share).add_((1 - square_share) * g.square())
+                    g = state["mean"] / (state["square"].sqrt() / (1 - square_share**self.updates) ** 0.5 + eps)
+                    rate = rate / (1 - share**self.updates)
+                elif momentum := group["momentum"]:
+                    state["mean"] = state["mean"].mul_(momentum).add_(g) if state else g.clone()
+                    g = g + momentum * state["mean"] if group["nesterov"] else state["mean"]
+                p.addcmul_(g, rate, value=-1)
+
+    @torch.no_grad()
+    def keep(self, kept: Tensor) -> None:
+        """Keep the runs at those places of the run axis, of the parameters too."""
+        self.rates = self.rates[kept]
+        for group in self.param_groups:
+            group["lr"] = group["lr"][kept]
+            for p in group["params"]:
+                p.data, p.grad = p[kept], None
+                self.state[p] = {name: each[kept] for name, each in self.state[p].items()}
 
 
 @functools.cache
@@ -63,6 +115,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, step: in
     """Set the rate for the update after `step` earlier ones. A schedule is a function of the step, without state."""
     if recipe.schedule.kind == "constant" and step > recipe.schedule.warmup:
         return  # it is final; computing it takes 0.5 % of a step of a small network
-    rate = learning_rate(recipe, step)
+    rate: float | Tensor = learning_rate(recipe, step)
+    if isinstance(optimizer, RatePerRun):
+        rate = optimizer.rates * learning_rate_factor(recipe, step)
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from bncli.engine.models.init import (
 )
 from bncli.engine.target import StepsToTarget
 from bncli.engine.train.optim import optimizer, set_learning_rate
+from bncli.engine.train.stacked import stack
 from bncli.errors import DataError
 from bncli.names import PROBES
 from bncli.recipe.layers import shape_contradictions
@@ -93,23 +95,35 @@ class TrainState:
     best evaluation so far, where `keeps_best`. population: the buffers of the last evaluation (precise statistics).
     """
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device, ranks: Ranks | None = None) -> None:
-        """Raises DataError for data that do not fit the recipe, and whatever `build` raises."""
+    def __init__(
+        self,
+        recipe: Recipe | Sequence[Recipe],
+        dataset: Dataset,
+        device: torch.device,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """recipe: one, whose model is trained as it is; or several, of runs whose models are stacked.
+
+        Raises DataError for data that do not fit the recipe, and whatever `build` raises.
+        """
+        self.stacked = not isinstance(recipe, Recipe)
+        recipes = [recipe] if isinstance(recipe, Recipe) else recipe
+        self.recipe = recipe = recipes[0]  # for what the runs have in common
         train = recipe.train
         check_fit(recipe, dataset)
-        self.recipe, self.dataset, self.device, self.ranks = recipe, dataset, device, ranks
+        self.dataset, self.device, self.ranks = dataset, device, ranks
         self.step = self.batches = self.skipped = 0
         self.augmentation = stream(train.seed, "augment")
-        self.runs = [Run(0, recipe, dataset.train)]
+        self.runs = [Run(index, each, dataset.train) for index, each in enumerate(recipes)]
         self._coming = self._batches_to_come()
-        model = build(
-            recipe, dataset.shape, dataset.classes, lambda: sample(dataset, train.seed, LSUV_EXAMPLES), device
-        )
+        models = [_built(each, dataset, device) for each in recipes]
+        model = stack(models) if self.stacked else models[0]
         self.probes = Probes(recipe, model) if recipe.probes else None
         fuse(model, recipe)
         self.model: nn.Module = model.to(device, memory_format=data.MEMORY_FORMATS[train.memory_format])  # type: ignore[call-overload]
         self.parallel = self.model  # what trains it: with ranks, DistributedDataParallel
-        self.optimizer = optimizer(recipe, self.model)
+        rates = torch.tensor([each.optimizer.lr for each in recipes], device=device) if self.stacked else None
+        self.optimizer = optimizer(recipe, self.model, rates)
         set_learning_rate(self.optimizer, recipe, 0)
         # The hook counts updates that the fp16 scaler did not skip, without a host sync.
         self.optimizer.register_step_post_hook(self._count_update)
@@ -123,17 +137,30 @@ class TrainState:
         self.keeps_best = False
         self.best: tuple[int, dict[str, Tensor]] | None = None
         self.population: dict[str, Tensor] = {}
-        self.clock = Clock(train.batch_size, device)
+        self.clock = Clock(train.batch_size, device, runs=len(self.runs))
         self.memory = PeakMemory(device)  # read in evaluations, which do not count for the throughput
 
     def next_batch(self) -> Batch:
-        """x (B, *shape) float32 and y (B,) int64, augmented, on the device; with ranks, this rank's part of them."""
+        """x (B, *shape) float32 and y (B,) int64, augmented, on the device; with a leading run axis of stacked runs.
+
+        With ranks, it is this rank's part of the batch.
+        """
         self.batches += 1
         if self.ranks and self.ranks.rank:  # other draws than rank 0's, whose generators alone are saved
             seed = stream_seed(self.recipe.train.seed, f"rank {self.ranks.rank}, batch {self.batches}")
             self.augmentation.manual_seed(seed)
             seed_global_generators(seed, self.device)
-        return next(self._coming)
+        x, y = next(self._coming)
+        runs = len(self.runs)
+        return (x.unflatten(0, (runs, -1)), y.view(runs, -1)) if self.stacked else (x, y)
+
+    def keep(self, runs: list[Run]) -> None:
+        """Go on with these runs alone."""
+        kept = torch.tensor([self.runs.index(run) for run in runs], device=self.device)
+        self.model.keep(kept)  # type: ignore[operator]
+        self.optimizer.keep(kept)  # type: ignore[attr-defined]
+        self.runs, self.clock.runs = runs, len(runs)
+        self._coming = self._batches_to_come()
 
     def _count_update(self, *_: Any) -> None:
         self.step += 1
@@ -230,10 +257,10 @@ class TrainState:
         self.memory.end("preparation")
 
     def _batches_to_come(self) -> Iterator[Batch]:
-        [run] = self.runs
-        indices = run.order
+        orders = [run.order for run in self.runs]
+        indices = map(torch.cat, zip(*orders, strict=True)) if self.stacked else orders[0]
         if ranks := self.ranks:
-            indices = (ranks.part(batch, self.recipe.train.accumulate) for batch in run.order)
+            indices = (ranks.part(batch, self.recipe.train.accumulate) for batch in orders[0])
         return self.dataset.train.batches(indices, self.augmentation)
 
 
@@ -241,6 +268,11 @@ def check_fit(recipe: Recipe, dataset: Dataset) -> None:
     """Raises DataError for contradictions that only the loaded data reveal; the rest of a recipe is checked before."""
     for keys, text in shape_contradictions(recipe, dataset.shape, dataset.classes):
         raise DataError(f"{dotted(keys)}: {text}")
+
+
+def _built(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
+    examples = partial(sample, dataset, recipe.train.seed, LSUV_EXAMPLES)
+    return build(recipe, dataset.shape, dataset.classes, examples, device)
 
 
 def can_hold(value: Any) -> bool:
@@ -330,6 +362,7 @@ class Clock:
     batch_size: int
     device: torch.device
     now: Callable[[], float] = perf_counter
+    runs: int = 1  # that share the time
     intervals: list[tuple[int, float]] = field(default_factory=list)  # steps, seconds
     warm_ups: list[int] = field(default_factory=lambda: [0])
     _started: float | None = None
@@ -349,7 +382,7 @@ class Clock:
         if self._started is None or not steps:
             return list(self.intervals)
         synchronize(self.device)
-        return [*self.intervals, (steps, self.now() - self._started)]
+        return [*self.intervals, (steps, (self.now() - self._started) / self.runs)]
 
     @property
     def _measured_steps(self) -> int:

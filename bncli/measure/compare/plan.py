@@ -91,11 +91,35 @@ class Study:
             self._jobs[name] = Job(key, arm.name, point, seed, phase, recipe, recipe_key, company=company)
         return self._jobs[name]
 
+    def out(self, arm: Arm, records: Mapping[str, RunRecord], below: Mapping[str, float]) -> set[str]:
+        """Keys of the tuning runs at those points of the grid that are out (`measure.compare.racing`), done or not.
+
+        below: key -> steps below the target so far, of runs in progress.
+        """
+        points = self.points(arm)
+        jobs = self.jobs(arm, "tune", points)
+        known = [record for job in jobs if (record := records.get(job.key))]
+        raced = len(known) < len(jobs) or any(record.given_up for record in known)
+        if not raced or not any(record.result and record.result.steps_to_target for record in known):
+            return set()
+        from bncli.measure.compare.racing import points_out  # imports scipy: not before a run has hit
+
+        rows = [jobs[row :: len(points)] for row in range(len(points))]
+        out = points_out(self.plan, [[records.get(job.key, below.get(job.key, 0.0)) for job in row] for row in rows])
+        return {job.key for row, is_out in zip(rows, out, strict=True) if is_out for job in row}
+
     def points(self, arm: Arm) -> list[dict[str, Any]]:
         """The grid's points for an arm; a field that the arm fixes keeps its value."""
         free = {path: values for path, values in self.plan.grid.items() if path not in arm.fixed}
         fixed = {path: value_at(self.plan.recipes[arm.name], path.split(".")) for path in arm.fixed}
         return [{**dict(zip(free, values, strict=True)), **fixed} for values in itertools.product(*free.values())]
+
+    def middle_out(self, arm: Arm) -> list[int]:
+        """The places of an arm's points of the grid, from its middle outwards: the best point is seldom at an edge."""
+        free = [len(values) for path, values in self.plan.grid.items() if path not in arm.fixed]
+        places = list(itertools.product(*map(range, free)))
+        away = [sum(abs(2 * k + 1 - n) / n for k, n in zip(place, free, strict=True)) for place in places]
+        return sorted(range(len(places)), key=away.__getitem__)
 
 
 def run_values(plan: ComparisonPlan, phase: Phase, point: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -110,8 +134,11 @@ def run_values(plan: ComparisonPlan, phase: Phase, point: Mapping[str, Any], see
     return values
 
 
-def study(recipes: Sequence[Loaded], identity: Mapping[str, str] | None = None) -> Study:
-    """The study that one or more recipes ask for. Raises RecipeError for recipes that cannot be compared."""
+def study(recipes: Sequence[Loaded], identity: Mapping[str, str] | None = None, full_grid: bool = False) -> Study:
+    """The study that one or more recipes ask for. Raises RecipeError for recipes that cannot be compared.
+
+    full_grid: whether runs go on whose point of the grid can no longer win.
+    """
     first = recipes[0]
     seeds, base, grid = first.file.seeds, first.base.train.seed, first.file.grid
     tune = seeds.tune if any(len(values) > 1 for values in grid.values()) else 0
@@ -138,6 +165,7 @@ def study(recipes: Sequence[Loaded], identity: Mapping[str, str] | None = None) 
         also=tuple(Target(target.metric, value) for value in target.also),
         claims=tuple(_claims(recipes, arms)),
         largest_learning_rate=plain(searches[0]) if searches else None,
+        full_grid=full_grid,
     )
     return Study(plan, tuple(arms), dict(identity or {}))
 
@@ -150,10 +178,10 @@ def planned_comparison(asked: Study, first: Loaded, records: Mapping[str, RunRec
         planned_arm(first.base, arm, len(asked.points(arm)) * len(plan.tune_seeds), len(plan.report_seeds))
         for arm in asked.arms
     ]
-    keys = {job.key: job.phase for job in named.jobs}
+    keys, to_do = ({job.key: job.phase for job in jobs} for jobs in (named.jobs, named.to_do))
     runs = sum(phase != "rate" for phase in keys.values()) + named.later
-    done = sum(phase != "rate" for key, phase in keys.items() if key in records)
-    searches = sum(phase == "rate" for key, phase in keys.items() if key not in records)
+    done = sum(phase != "rate" for key, phase in keys.items() if key not in to_do)
+    searches = sum(phase == "rate" for phase in to_do.values())
     return Planned(
         plan.name,
         tuple(first.provenance(Arm("", first.base))),
@@ -274,9 +302,13 @@ Find = Callable[[set[str]], Mapping[str, RunRecord]]  # keys -> those of them th
 
 @dataclass(frozen=True)
 class KnownRuns:
-    """The runs that can be named now, done or not, and how many more there will be, as far as that is known."""
+    """The runs that can be named now, done or not, and how many more there will be, as far as that is known.
+
+    A run that was given up is done as long as its point of the grid is out; one that was not begun is then not named.
+    """
 
     jobs: list[Job]
+    to_do: list[Job]  # those of them that are not done
     later: int  # of arms whose tuning is not complete
     later_searches: int  # of the searches for the largest learning rate
 
@@ -291,21 +323,23 @@ def named_runs(study: Study, records: Mapping[str, RunRecord]) -> KnownRuns:
     It is not known yet how many points of the grid an arm keeps whose tuning is not complete: one is counted. A search
     for the largest learning rate counts as USUAL_RUNS runs until it has ended.
     """
-    tuning, report, searches = [], [], []
+    tuning, report, searches, again = [], [], [], set[str]()
     untuned, later = set(), 0
     claims = [claim for claim in study.plan.claims if claim.measure == "largest_learning_rate"]
     searched = {name for claim in claims for name in (claim.arm, claim.over)}
     for arm in study.arms:
         points = study.points(arm)
-        jobs = study.jobs(arm, "tune", points)
-        tuning += jobs
+        jobs, out = study.jobs(arm, "tune", points), study.out(arm, records, {})
+        again |= {job.key for job in jobs if job.key in records and records[job.key].given_up} - out
+        in_order = (jobs[seed + at] for seed in range(0, len(jobs), len(points)) for at in study.middle_out(arm))
+        tuning += [job for job in in_order if job.key in records or job.key not in out]
         start: dict[str, Any] | None = points[0]
-        if tuned := all(job.key in records for job in jobs):
+        if tuned := all(job.key in out or (job.key in records and job.key not in again) for job in jobs):
             if jobs:
-                from bncli.measure.compare.samples import kept_points, tuned_point  # import scipy: not before
+                from bncli.measure.compare.samples import ArmRuns, steps  # import scipy: not before
 
-                found = _records(jobs, records)
-                points, start = kept_points(study.plan, found), tuned_point(study.plan, arm.name, found)
+                arm_runs = ArmRuns.of(study.plan, arm.name, _records(jobs, records))
+                points, start = list(arm_runs.kept), arm_runs.best(steps(study.plan.target))
             report += study.jobs(arm, "report", points)
         else:
             untuned.add(tuple(job.key for job in jobs))
@@ -316,7 +350,9 @@ def named_runs(study: Study, records: Mapping[str, RunRecord]) -> KnownRuns:
             searches += search
             if not search or search[-1].key not in records:
                 later += max(0, rates.USUAL_RUNS - len(search))
-    return KnownRuns(report + tuning + searches, len(untuned) * len(study.plan.report_seeds), later)
+    jobs = report + tuning + searches
+    to_do = [job for job in jobs if job.key not in records or job.key in again]
+    return KnownRuns(jobs, to_do, len(untuned) * len(study.plan.report_seeds), later)
 
 
 def known_runs(study: Study, records: dict[str, RunRecord], find: Find) -> KnownRuns:

@@ -133,11 +133,13 @@ def _cells(arm: ArmRuns) -> tuple[TuningCell, ...]:
     tuning = [record for record in arm.records if record.phase == "tune"]
     cells = []
     for point in points_of(tuning):
-        results = [record.result for record in tuning if record.point == point and record.result is not None]
+        found = [record.result for record in tuning if record.point == point and record.result is not None]
+        results = [result for result in found if result.status != "given up"]
+        stopped_at = max((result.steps_run for result in found if result.status == "given up"), default=None)
         hits = [result.steps_to_target for result in results if result.steps_to_target is not None]
         diverged = sum(result.status == "diverged" for result in results)
         mean = None if not hits else geometric_mean(hits) if min(hits) > 0 else 0.0
-        cells.append(TuningCell(point, len(hits), len(results), mean, diverged, point in arm.kept))
+        cells.append(TuningCell(point, len(hits), len(results), mean, diverged, point in arm.kept, stopped_at))
     return tuple(cells)
 
 

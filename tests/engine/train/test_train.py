@@ -10,6 +10,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from bncli.engine.data.splits import order
 from bncli.engine.device import cpu_threads
 from bncli.engine.models import build
 from bncli.engine.models.init import stream
-from bncli.engine.train import evaluate, evaluation_size, optimizer_step, smaller_batches, train
+from bncli.engine.train import evaluate, evaluation_size, optimizer_step, smaller_batches, train, train_together
 from bncli.engine.train.state import TrainState
 from bncli.errors import CHECK_FAILED, DataError, RunFailed
 from bncli.recipe.load import plain
@@ -496,3 +497,75 @@ def test_a_cpu_without_memory_for_a_step_ends_train_with_a_sentence(tmp_path: Pa
     assert ended.stderr.startswith(
         "bncli: out of memory on cpu with 40000 examples at a time; try train.batch_size: 20000"
     )
+
+
+# --- runs that train together ---------------------------------------------------------------------------------------
+
+
+def several(*rates: float, **train: Any) -> list[Recipe]:
+    """Of runs without norm, with the seeds 0, 1, ..."""
+    sections = [
+        {"optimizer": {"kind": "sgd", "lr": rate}, "train": train | {"seed": k}} for k, rate in enumerate(rates)
+    ]
+    return [tiny(norm={"kind": "none"}, **each) for each in sections]
+
+
+def together(recipes: list[Recipe], **arguments: Any) -> list[list[Event]]:
+    """The events of each run."""
+    dataset, found = data.load(recipes[0].data, CPU), [[] for _ in recipes]  # type: ignore[var-annotated]
+    for run, event in train_together(recipes, "cpu", dataset=dataset, **arguments):
+        found[run].append(event)
+    return found
+
+
+def test_runs_that_train_together_have_the_events_of_each_alone() -> None:
+    recipes = several(0.1, 0.2, 0.4)
+    for found, recipe in zip(together(recipes), recipes, strict=True):
+        expected = events(recipe)
+        assert [type(event) for event in found] == [type(event) for event in expected]
+        assert found[0] == expected[0]
+        assert [event.learning_rate for event in found if isinstance(event, StepDone)] == [recipe.optimizer.lr] * (
+            len([event for event in expected if isinstance(event, StepDone)])
+        )
+        assert isinstance(found[-1], RunFinished)
+        assert isinstance(expected[-1], RunFinished)
+        one, other = found[-1].result, expected[-1].result
+        assert (one.status, one.steps_run, one.first_hit) == ("reached", other.steps_run, other.first_hit)
+        assert one.steps_to_target == pytest.approx(other.steps_to_target, rel=1e-3)
+        assert one.parameters == other.parameters
+        costs = (one.ms_per_step, one.samples_per_s, one.peak_memory_mib, one.evaluation_peak_memory_mib)
+        assert (*costs, one.cores_lacked) == (None,) * 5
+    assert len({found[-1].result.steps_run for found in together(recipes)}) > 1  # type: ignore[union-attr]
+
+
+def test_a_run_that_diverges_leaves_the_others_as_they_are() -> None:
+    recipes = several(0.1, 1e30, 0.2, evaluate_every=1, target=None)
+    found = together(recipes)
+    results = [each[-1].result for each in found]  # type: ignore[union-attr]
+    assert [result.status for result in results] == ["budget", "diverged", "budget"]
+    assert results[1].reason == "the training loss is nan at step 2"
+    without = together([recipes[0], recipes[2]])
+    for one, other in zip((found[0], found[2]), without, strict=True):
+        assert one[-1].result.final == pytest.approx(other[-1].result.final)  # type: ignore[union-attr]
+
+
+def test_runs_can_be_given_up_and_interrupted() -> None:
+    recipes, looks = several(0.1, 0.2, 0.4, target=None), itertools.count(1)
+    leave = lambda: [0, 2] if next(looks) >= 3 else []  # noqa: E731
+    results = [each[-1].result for each in together(recipes, leave=leave)]  # type: ignore[union-attr]
+    assert [(result.status, result.steps_run) for result in results] == [
+        ("given up", 3),
+        ("budget", 60),
+        ("given up", 3),
+    ]
+    steps = itertools.count(1)
+    results = [each[-1].result for each in together(recipes, stop=lambda: next(steps) > 7)]  # type: ignore[union-attr]
+    assert [(result.status, result.steps_run) for result in results] == [("interrupted", 8)] * 3
+
+
+def test_runs_that_train_together_share_the_time() -> None:
+    began = perf_counter()
+    found = together(several(*[0.1] * 8, target=None))
+    seconds = perf_counter() - began
+    shares = [each[-1].result.training_s + each[-1].result.evaluation_s for each in found]  # type: ignore[union-attr]
+    assert 0 < sum(shares) <= seconds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,9 @@ class Serial:
             steps = self.answer(job)
             yield Ended(0, job, None, steps) if isinstance(steps, str) else Ended(0, job, to_plain(self.result(steps)))
 
+    def give_up(self, keys: Collection[str]) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -65,7 +68,7 @@ def test_every_planned_run_is_done_and_kept_as_it_ends(asked: Study) -> None:
     assert len(records) == 48
     assert events[0] == ComparisonStarted("recipe0", 28, 0, "accuracy")
     assert [type(event) for event in events[1:4]] == [RunBegan, RunProgressed, RunEnded]
-    assert events[1].label == "plain, lr 0.1, seed 7"
+    assert events[1].label == "plain, lr 1, seed 7"  # from the middle of the grid outwards
     planned = [event.planned for event in events if isinstance(event, RunEnded)]
     assert planned == sorted(planned)  # 28, and more with each arm that keeps all three of its points
     assert (planned[0], planned[-1]) == (28, 48)
