@@ -169,9 +169,6 @@ class StopAtOnce(KeyboardInterrupt):
         self.exit_code = exit_code
 
 
-REPEATED_S = 3.0  # in which torchrun repeats a signal that its processes get as well, as by Ctrl-C
-
-
 class StopSignal:
     """Ctrl-C, SIGTERM or SIGHUP: the first asks the work to end at the next step, the second ends it at once.
 
@@ -197,8 +194,8 @@ class StopSignal:
             signal.signal(each, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if rank() is not None and self.number and time.monotonic() - self._first_s < REPEATED_S:
-            return
+        if rank() is not None and self.number and time.monotonic() - self._first_s < 3:
+            return  # torchrun repeats what its processes get as well, as by Ctrl-C
         second, self.number, self._first_s = self.number != 0, number, time.monotonic()
         try:
             os.write(1, b"")

@@ -92,8 +92,12 @@ def train(
         return
     from bncli.recipe.load import Arm, load, plain
 
+    ranked: contextlib.AbstractContextManager[Ranks | None] = contextlib.nullcontext()
     if rank() is not None and not dry_run:
+        from bncli.engine.distributed import joined
+
         resume, force = _after_restart(out, resume, force)
+        ranked = joined(device)
     resumed = folders.ResumedFolder(resume) if resume else None
     loaded = load(recipe or f"{resume}/{folders.RECIPE}", sets or (), allow_code=allow_code, sets_from="--set")
     chosen = loaded.arm(arm) if arm else Arm(resumed.name if resumed else loaded.name, loaded.base)
@@ -112,7 +116,7 @@ def train(
     from bncli.report.train import run_table
 
     recipe_yaml = dump(plain(chosen.recipe))
-    with resumed or folders.RunFolder(out, loaded.name, force) as folder, _ranks(device) as ranks, StopSignal() as stop:
+    with resumed or folders.RunFolder(out, loaded.name, force) as folder, ranked as ranks, StopSignal() as stop:
         finished = resumed and resumed.finished(recipe_yaml)
         if finished:
             grows = chosen.recipe.schedule.kind != "cosine"  # which is spread over its steps
@@ -128,7 +132,7 @@ def train(
             log(f"Continue it with: {shlex.join([*start, 'bncli', 'train', '--resume', str(folder.path), *again])}")
 
         try:
-            of_engine = {"device": device, "threads": threads, "stop": stop, "ranks": ranks}
+            of_engine = {"device": device, "threads": threads, "stop": stop} | ({"ranks": ranks} if ranks else {})
             result = finished or _run(chosen, recipe_yaml, folder, from_weights, tensorboard, quiet, **of_engine)
         except BaseException:  # of any kind: what is saved can be continued
             if folder.begun and folders.CHECKPOINT in folder.saved:
@@ -196,24 +200,13 @@ def _run(
     return result
 
 
-def _ranks(device: str) -> contextlib.AbstractContextManager[Ranks | None]:
-    """A context in which this process is a rank, where torchrun has started it."""
-    if rank() is None:
-        return contextlib.nullcontext()
-    from bncli.engine.distributed import joined
-
-    return joined(device)
-
-
 def _after_restart(out: Path | None, resume: Path | None, force: bool) -> tuple[Path | None, bool]:
     """The run to continue, and whether to overwrite one: as torchrun starts rank 0 again after a failure."""
     from bncli.engine.distributed import is_of_earlier_start
     from bncli.report.folder import CHECKPOINT
 
     if out is None and resume is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        raise UsageError(
-            "torchrun --max-restarts continues a run from the checkpoint in its folder; name one", field="out"
-        )
+        raise UsageError("torchrun --max-restarts continues the run in its folder; name one", field="out")
     if out and is_of_earlier_start(out):
         return (out, False) if (out / CHECKPOINT).exists() else (None, True)
     return resume, force

@@ -12,7 +12,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -32,9 +31,9 @@ class LostRank(RunFailed):
 class Ranks:
     """One of the processes: its rank from 0, their number, and its device. They make all calls in the same order."""
 
-    rank: int
-    count: int
-    device: torch.device
+    rank: int = 0
+    count: int = 1
+    device: torch.device | None = None  # None: of one process that torchrun has not started
 
     def part(self, batch: Tensor, micro_batches: int = 1) -> Tensor:
         """This rank's of the indices (B,) of a batch: a slice of each micro-batch, the first ones the longer."""
@@ -45,17 +44,23 @@ class Ranks:
 
         Before each forward pass the buffers become rank 0's too. any_graph: whether a parameter may be left unused.
         """
-        on = [self.device] if self.device.type == "cuda" else None
+        if self.count == 1:
+            return model
+        on = [self.device] if self.device and self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=on, find_unused_parameters=any_graph)
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks, the same bits on each."""
-        total = values.clone()
+        """The sum over all ranks, in float64, the same bits on each; of one process the values themselves."""
+        if self.count == 1:
+            return values
+        total = values.double()
         dist.all_reduce(total)
         return total
 
     def any(self, stop: Callable[[], bool]) -> bool:
         """Whether `stop()` is true on any rank."""
+        if self.count == 1:
+            return stop()
         flag = torch.tensor(int(stop()))  # on the CPU, so that nothing waits for a GPU
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
@@ -69,6 +74,8 @@ class Ranks:
     @torch.no_grad()
     def make_equal(self, model: nn.Module) -> None:
         """Give each rank the buffers of rank 0. Raises RunFailed where the ranks' weights differ."""
+        if self.count == 1:
+            return
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
         squares = [parameter.square().sum(dtype=torch.float64) for parameter in model.parameters()]
@@ -76,13 +83,11 @@ class Ranks:
         both = torch.stack([lowest, -lowest])
         dist.all_reduce(both, dist.ReduceOp.MAX)
         if both.sum() > DIFFERENT * both[1]:
-            raise RunFailed(
-                "the weights differ between ranks: the model changes them, or what is trained, while it trains; "
-                "DistributedDataParallel averages the gradients of those weights that require one at the start"
-            )
+            why = "DistributedDataParallel averages the gradients of those weights alone that require one at the start"
+            raise RunFailed(f"the ranks have different weights: {why}")
 
     @contextlib.contextmanager
-    def losses_explained(self) -> Iterator[None]:
+    def connected(self) -> Iterator[None]:
         """A context in which the error of a connection to a rank that is gone becomes LostRank."""
         try:
             yield
@@ -91,6 +96,9 @@ class Ranks:
                 raise
             why = "another rank has ended, or did not answer; the message of that rank, or of torchrun, says why"
             raise LostRank(why) from error
+
+
+ALONE = Ranks()
 
 
 @contextlib.contextmanager
@@ -139,5 +147,7 @@ def is_of_earlier_start(folder: Path) -> bool:
     """Whether torchrun has started the ranks before, and the run in that folder was written since then."""
     if not restarts() or not folder.is_dir():
         return False
+    import psutil  # 10 ms that other runs can save
+
     began_s = psutil.Process(os.getppid()).create_time()
     return any(file.stat().st_mtime > began_s for file in folder.iterdir())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from bncli.engine.distributed import LostRank, Ranks
+from bncli.engine.distributed import ALONE, LostRank, Ranks
 from bncli.engine.train import train
 from bncli.errors import RecipeError, RunFailed
 from bncli.recipe.sections import Recipe
@@ -74,18 +74,20 @@ Found = tuple[list[Event], dict[str, bytes]]
 
 def trained(recipe: Recipe, in_ranks: bool = True, stops: tuple[int, int] = (0, 0), **options: Any) -> Found:
     """The events of a run and what it saves. stops: on which rank, and after which step, it is to stop."""
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu")) if in_ranks else None
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu")) if in_ranks else ALONE
     saved: dict[str, bytes] = {}
     save = {name: partial(saved.__setitem__, name) for name in ("checkpoint", "model")}
-    rank, calls = ranks.rank if ranks else 0, []
+    calls = list[int]()
 
     def stop() -> bool:
         calls.append(0)
-        return stops == (rank, len(calls))
+        return stops == (ranks.rank, len(calls))
 
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        events = list(train(recipe, "cpu", stop=stop, save={} if rank else save, ranks=ranks, threads=1, **options))
+        events = list(
+            train(recipe, "cpu", stop=stop, save={} if ranks.rank else save, ranks=ranks, threads=1, **options)
+        )
     return events, saved | {"warned": "; ".join(str(each.message) for each in warned).encode()}
 
 
@@ -198,9 +200,9 @@ def test_precise_statistics_and_probes_are_those_of_one_process(two: Group) -> N
 
 def lost() -> str:
     ranks = Ranks(0, 1, torch.device("cpu"))
-    with pytest.raises(LostRank) as error, ranks.losses_explained():
+    with pytest.raises(LostRank) as error, ranks.connected():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
-    with pytest.raises(RuntimeError, match="of the user's model"), ranks.losses_explained():
+    with pytest.raises(RuntimeError, match="of the user's model"), ranks.connected():
         raise RuntimeError("of the user's model")
     return str(error.value)
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from bncli import kernels
 from bncli.engine import data
 from bncli.engine.data.splits import Dataset, InMemory
 from bncli.engine.device import autocast, cpu_threads, deterministic, environment, in_tf32, resolve, tf32_allowed
+from bncli.engine.distributed import ALONE, Ranks
 from bncli.engine.load import CoreWait
 from bncli.engine.models import blame_own_model
 from bncli.engine.target import evaluation_steps
@@ -46,9 +46,6 @@ from bncli.results.train import (
     TargetReached,
 )
 
-if TYPE_CHECKING:
-    from bncli.engine.distributed import Ranks
-
 SKIPPED_AT_MOST = 50  # consecutive fp16 steps; each halves the loss scale, which starts at 2^16
 OVER_BATCH = [row.name for row in NORMS.values() if row.over_batch]
 LOG_EVERY = 20  # steps between two readings of the loss, at most; each is a host sync
@@ -65,7 +62,7 @@ def train(
     weights: Mapping[str, Tensor] | None = None,
     checkpoint: bytes | None = None,
     save: Mapping[str, Callable[[bytes], None]] = MappingProxyType({}),
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Event]:
     """Train a recipe until its target, its budget, a loss that is not finite, or `stop()`.
 
@@ -99,7 +96,7 @@ def train(
         RunFailed: for an exception of the user's model, or too little memory.
         Unavailable: for a device or a kernel that cannot run here.
     """
-    on, code = ranks.device if ranks else resolve(device), LoadedFiles()
+    on, code = ranks.device or resolve(device), LoadedFiles()
     if recipe.norm.kind == "batch":
         kernels.get(recipe.norm.kernel, on)
     saved = None if checkpoint is None else unpacked(checkpoint)
@@ -107,11 +104,10 @@ def train(
         if dataset is None:
             dataset = data.load(recipe.data, on, data.MEMORY_FORMATS[recipe.train.memory_format])
         check_fit(recipe, dataset)
-        if ranks:
-            check_parts(recipe, dataset, ranks.count)
+        check_parts(recipe, dataset, ranks.count)
         if saved:
             threads = threads or saved["origin"]["threads"]
-            check_belongs(saved, origin(recipe, dataset, on, threads, ranks.count if ranks else 1))
+            check_belongs(saved, origin(recipe, dataset, on, threads, ranks.count))
         own, by_size = isinstance(recipe.model, OwnModel), threads is None and on.type == "cpu"
         most = threads or torch.get_num_threads()
         # Initial weights depend on the threads in their last bits, so these are set before, or are 1 where unknown yet.
@@ -126,10 +122,7 @@ def train(
             elif weights is not None:
                 put(weights, state.model)
             saving = Saving(state, save, code) if save else None
-            if ranks is None:
-                yield from (event for _, event in training_loop(state, name, stop, saving))
-                return
-            with ranks.losses_explained():
+            with ranks.connected():
                 state.parallel = ranks.parallel(state.model, any_graph=own)
                 yield from (event for _, event in training_loop(state, name, partial(ranks.any, stop), saving))
 
@@ -170,21 +163,16 @@ def train_together(
 
 def check_parts(recipe: Recipe, dataset: Dataset, ranks: int) -> None:
     """Raises RecipeError for what ranks cannot train together: the compiled model, and parts too small for the norm."""
-    train = recipe.train
+    train, micro, sync = recipe.train, recipe.train.micro_batch_size, getattr(recipe.norm, "sync", False)
     if train.compile and ranks > 1:
-        raise RecipeError(
-            "train.compile: is for one process; ranks exchange statistics and gradients between operators"
-        )
-    for size in {train.micro_batch_size // ranks, -(-train.micro_batch_size // ranks)}:
-        part = train.model_copy(update={"batch_size": size * train.accumulate})
-        of_rank = recipe.model_copy(update={"train": part})
-        if size == 0:
-            raise RecipeError(f"train.batch_size: has no example for each of {ranks} ranks")
-        if not getattr(recipe.norm, "sync", False):
-            for keys, text in chain(
-                contradictions(of_rank), shape_contradictions(of_rank, dataset.shape, dataset.classes)
-            ):
-                raise RecipeError(f"{dotted(keys)}: {text}; of {train.micro_batch_size} examples, a rank has {size}")
+        raise RecipeError("train.compile: is for one process; ranks exchange tensors in the middle of a step")
+    if micro < ranks:
+        raise RecipeError(f"train.batch_size: has no example for each of {ranks} ranks")
+    for size in {micro // ranks, -(-micro // ranks)} if ranks > 1 and not sync else ():
+        part = recipe.model_copy(update={"train": train.model_copy(update={"batch_size": size * train.accumulate})})
+        wrong = chain(contradictions(part), shape_contradictions(part, dataset.shape, dataset.classes))
+        for keys, text in wrong:
+            raise RecipeError(f"{dotted(keys)}: {text}; of {micro} examples, a rank has {size}")
 
 
 def smaller_batches(recipe: Recipe, device: torch.device) -> str:
@@ -279,9 +267,8 @@ def training_loop(
             if state.skipped:
                 check_divergence(state, state.runs[0])
             elif (step := state.step) == next_evaluation or step % LOG_EVERY == 0:
-                if state.ranks:
-                    losses = state.ranks.sum(losses) / state.ranks.count
-                for run, loss in zip(state.runs, losses.view(-1).tolist(), strict=True):
+                losses = state.ranks.sum(losses).view(-1) / state.ranks.count
+                for run, loss in zip(state.runs, losses.tolist(), strict=True):
                     run.train_loss = loss
                     check_divergence(state, run)
                     if run.status is None:
@@ -329,7 +316,7 @@ def add_gradients(state: TrainState, x: Tensor, y: Tensor) -> Tensor:
     options = state.recipe.train
     with autocast(state.device, options.precision):
         loss = cross_entropy(state.parallel(x), y, label_smoothing=options.label_smoothing)
-    if state.ranks:  # whose mean it is to be; their parts need not be equal
+    if state.ranks.count > 1:  # whose mean it is to be; their parts need not be equal
         loss = loss * (state.ranks.count * len(y) / options.micro_batch_size)
     if options.accumulate > 1:
         loss = loss / options.accumulate
@@ -376,6 +363,6 @@ def result(state: TrainState, run: Run, parameters: int, machine: Environment, l
         constant_guess=labels.bincount().max().item() / len(labels),
         running_statistics=state.running_statistics,
         cores_lacked=None if state.stacked else load.cores(),
-        ranks=state.ranks.count if state.ranks else 1,
-        synchronized=getattr(norm, "sync", False) if state.ranks and norm.kind in OVER_BATCH else None,
+        ranks=state.ranks.count,
+        synchronized=getattr(norm, "sync", False) if state.ranks.count > 1 and norm.kind in OVER_BATCH else None,
     )

@@ -145,8 +145,8 @@ def check_belongs(saved: dict[str, Any], now: dict[str, Any]) -> None:
         raise UsageError(*mistakes, field="resume")
     if (before := then.get("ranks", 1)) != now["ranks"]:
         parts = "" if now.get("norm.sync", True) else ", and statistics are of other parts of a batch"
-        text = f"the run began with {before} ranks and goes on with {now['ranks']}: sums are rounded otherwise{parts}"
-        warnings.warn(text + "; it is not bit for bit the run that it would have been", stacklevel=2)
+        text = f"the run began with {before} ranks and goes on with {now['ranks']}: its bits differ from here on{parts}"
+        warnings.warn(text, stacklevel=2)
 
 
 class Saving:
@@ -156,9 +156,7 @@ class Saving:
         recipe, self.state, self.save, self.code = state.recipe, state, dict(save), code
         if isinstance(recipe.model, OwnModel):
             code.note(recipe.model.module)
-        self.origin = origin(
-            recipe, state.dataset, state.device, torch.get_num_threads(), state.ranks.count if state.ranks else 1
-        )
+        self.origin = origin(recipe, state.dataset, state.device, torch.get_num_threads(), state.ranks.count)
         state.keeps_best = recipe.train.keep != "last" and not save.keys().isdisjoint(("model", "best"))
         held = dict(state.model.named_buffers()) | state.model.state_dict()
         extras = {name: each for name, each in held.items() if type(each) is not Tensor}

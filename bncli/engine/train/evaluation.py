@@ -33,7 +33,7 @@ def evaluate(state: TrainState, stop: Callable[[], bool] = lambda: False) -> lis
     """
     began = perf_counter()
     state.memory.end(state.phase)
-    if state.ranks or isinstance(state.recipe.model, OwnModel):
+    if state.ranks.count > 1 or isinstance(state.recipe.model, OwnModel):
         stop = lambda: False  # noqa: E731
     is_precise = state.recipe.train.population_statistics == "precise"
     with precise(state, stop) if is_precise else nullcontext() as running_statistics:
@@ -56,17 +56,13 @@ def measured(state: TrainState, stop: Callable[[], bool] = lambda: False) -> lis
     buffers of rank 0.
     """
     ranks, held_out = state.ranks, state.dataset.held_out
-    if ranks:
-        ranks.make_equal(state.model)
-    first, step = (ranks.rank, ranks.count) if ranks else (0, 1)
-    size = evaluation_size(state.recipe, state.dataset.shape, state.stacked, -(-len(held_out) // step))
-    chunks = held_out.chunks(size, first, step)
+    ranks.make_equal(state.model)
+    size = evaluation_size(state.recipe, state.dataset.shape, state.stacked, -(-len(held_out) // ranks.count))
     flags = [(module, module.training) for module in state.model.modules()]
     state.model.eval()
     right = loss = torch.zeros((), device=state.device)
-    count = 0
     try:
-        for x, y in unless(stop, chunks):
+        for x, y in unless(stop, held_out.chunks(size, ranks.rank, ranks.count)):
             if state.stacked:
                 x = x.expand(len(state.runs), *x.shape)
             with autocast(state.device, state.recipe.train.precision):
@@ -83,16 +79,13 @@ def measured(state: TrainState, stop: Callable[[], bool] = lambda: False) -> lis
             highest, predicted = logits.max(-1)  # NaN where any of an example's logits is
             right = right + ((predicted == y) & highest.isfinite()).sum(-1)
             loss = loss + cross_entropy(logits if state.stacked else logits.float(), y, reduction="sum")
-            count += len(y)
     finally:
         for module, training in flags:  # parents come first; a class may override `train`
             if module.training != training:
                 module.train(training)
-    sums = torch.stack([right, loss])
-    if ranks:
-        sums, count = ranks.sum(sums.double()), len(held_out)
-    each = zip(state.runs, *sums.view(2, -1).tolist(), strict=True)  # one copy to the host
-    return [Evaluation(state.step, right / count, loss / count, run.train_loss) for run, right, loss in each]
+    both, count = ranks.sum(torch.stack([right, loss])), len(held_out)
+    sums = zip(state.runs, *both.view(2, -1).tolist(), strict=True)  # one copy to the host
+    return [Evaluation(state.step, right / count, loss / count, run.train_loss) for run, right, loss in sums]
 
 
 def evaluation_size(recipe: Recipe, shape: tuple[int, ...], stacked: bool = False, most: int = sys.maxsize) -> int:
@@ -106,6 +99,5 @@ def evaluation_size(recipe: Recipe, shape: tuple[int, ...], stacked: bool = Fals
     by_batch = isinstance(norm, BatchNorm) and not norm.track_running_stats
     if by_batch or isinstance(recipe.model, OwnModel):
         return recipe.train.micro_batch_size
-    return (
-        STACKED_EXAMPLES if stacked else min(most, max(recipe.train.batch_size, EVALUATED_VALUES // math.prod(shape)))
-    )
+    size = max(recipe.train.batch_size, EVALUATED_VALUES // math.prod(shape))
+    return STACKED_EXAMPLES if stacked else min(size, most)

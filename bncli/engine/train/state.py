@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,9 @@ from torch import Tensor, nn
 from bncli.engine import data
 from bncli.engine.data.splits import Batch, Dataset, Split, order
 from bncli.engine.device import PeakMemory, synchronize
-from bncli.engine.models import build
-from bncli.engine.models.init import (
-    global_generators,
-    restore_global_generators,
-    seed_global_generators,
-    stream,
-    stream_seed,
-)
+from bncli.engine.distributed import ALONE, Ranks
+from bncli.engine.models import build, init
+from bncli.engine.models.init import global_generators, restore_global_generators, stream
 from bncli.engine.target import StepsToTarget
 from bncli.engine.train.optim import optimizer, set_learning_rate
 from bncli.engine.train.stacked import stack
@@ -34,9 +29,6 @@ from bncli.recipe.sections import BatchNorm, OwnModel, Recipe
 from bncli.recipe.yaml import dotted
 from bncli.results.serialize import from_plain
 from bncli.results.train import Evaluation, ProbePoint, RunningStatistics, Status, Target
-
-if TYPE_CHECKING:
-    from bncli.engine.distributed import Ranks
 
 LSUV_EXAMPLES = 500
 # Attributes that are saved as they are, and by their state_dict.
@@ -96,11 +88,7 @@ class TrainState:
     """
 
     def __init__(
-        self,
-        recipe: Recipe | Sequence[Recipe],
-        dataset: Dataset,
-        device: torch.device,
-        ranks: Ranks | None = None,
+        self, recipe: Recipe | Sequence[Recipe], dataset: Dataset, device: torch.device, ranks: Ranks = ALONE
     ) -> None:
         """recipe: one, whose model is trained as it is; or several, of runs whose models are stacked.
 
@@ -146,10 +134,10 @@ class TrainState:
         With ranks, it is this rank's part of the batch.
         """
         self.batches += 1
-        if self.ranks and self.ranks.rank:  # other draws than rank 0's, whose generators alone are saved
-            seed = stream_seed(self.recipe.train.seed, f"rank {self.ranks.rank}, batch {self.batches}")
+        if self.ranks.rank:  # other draws than rank 0's, whose generators alone are saved
+            seed = init.stream_seed(self.recipe.train.seed, f"rank {self.ranks.rank}, batch {self.batches}")
             self.augmentation.manual_seed(seed)
-            seed_global_generators(seed, self.device)
+            init.seed_global_generators(seed, self.device)
         x, y = next(self._coming)
         runs = len(self.runs)
         return (x.unflatten(0, (runs, -1)), y.view(runs, -1)) if self.stacked else (x, y)
@@ -259,8 +247,8 @@ class TrainState:
     def _batches_to_come(self) -> Iterator[Batch]:
         orders = [run.order for run in self.runs]
         indices = map(torch.cat, zip(*orders, strict=True)) if self.stacked else orders[0]
-        if ranks := self.ranks:
-            indices = (ranks.part(batch, self.recipe.train.accumulate) for batch in orders[0])
+        if self.ranks.count > 1:
+            indices = (self.ranks.part(batch, self.recipe.train.accumulate) for batch in orders[0])
         return self.dataset.train.batches(indices, self.augmentation)
 
 
