@@ -17,7 +17,8 @@ from bncli.results.serialize import from_plain
 from bncli.results.train import RunResult
 
 RACE_EVERY_S = 0.2  # at most so often it is looked which points of the grid can no longer win,
-RACE_REST = 50  # and for one part of the time in so many
+RACE_REST = 50  # and for one part of the time in so many,
+RACE_AGAIN_S = 2.0  # but after so long in any case: the first time includes the import of scipy
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class _OpenRuns(Work):
         tuning = {job.key for job in (*self.waiting, *self.running.values()) if job.phase == "tune"}
         arms = [arm for arm in self.study.arms if tuning & self._open.get((arm.name, None), set())]
         out: dict[Any, set[str]] = {(arm.name, None): self.study.out(arm, self.records, below) for arm in arms}
-        self._race_at = monotonic() + max(RACE_EVERY_S, RACE_REST * (monotonic() - began))
+        rest = max(RACE_EVERY_S, RACE_REST * (monotonic() - began))
+        self._race_at = monotonic() + min(RACE_AGAIN_S, rest)
         needed = set().union(*(keys - out.get(group, set()) for group, keys in self._open.items()))
         lost = set().union(*out.values()) - needed
         if dropped := [job for job in self.waiting if job.key in lost]:
