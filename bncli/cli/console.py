@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -177,7 +176,6 @@ class StopSignal:
     """
 
     number: int = 0
-    _first_s = 0.0
 
     def __init__(self, at_once: bool = False) -> None:
         self.at_once = at_once
@@ -194,9 +192,9 @@ class StopSignal:
             signal.signal(each, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if rank() is not None and self.number and time.monotonic() - self._first_s < 3:
-            return  # torchrun repeats what its processes get as well, as by Ctrl-C
-        second, self.number, self._first_s = self.number != 0, number, time.monotonic()
+        if rank() is not None and self.number:
+            return  # torchrun repeats a signal, and kills after 30 s
+        second, self.number = self.number != 0, number
         try:
             os.write(1, b"")
         except OSError:  # a terminal that is gone, with all that would be printed there
@@ -204,7 +202,7 @@ class StopSignal:
         if second or self.at_once:
             log("\nStopped at once" + "; what was finished before, if anything, is shown" * self.at_once)
             raise StopAtOnce(128 + number)
-        log("\nStopping after this step; a second signal stops at once")
+        log("\nStopping after this step" + "; a second signal stops at once" * (rank() is None))
 
     def __call__(self) -> bool:
         return self.number != 0

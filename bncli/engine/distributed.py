@@ -53,17 +53,13 @@ class Ranks:
         """The sum over all ranks, in float64, the same bits on each; of one process the values themselves."""
         if self.count == 1:
             return values
-        total = values.double()
+        total = values.to(torch.float64, copy=True)
         dist.all_reduce(total)
         return total
 
     def any(self, stop: Callable[[], bool]) -> bool:
         """Whether `stop()` is true on any rank."""
-        if self.count == 1:
-            return stop()
-        flag = torch.tensor(int(stop()))  # on the CPU, so that nothing waits for a GPU
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+        return stop() if self.count == 1 else bool(self.sum(torch.tensor(stop())))  # on the CPU: no GPU is waited for
 
     def share(self, value: Any = None) -> Any:
         """Rank 0's value, on every rank."""
@@ -78,11 +74,8 @@ class Ranks:
             return
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-        squares = [parameter.square().sum(dtype=torch.float64) for parameter in model.parameters()]
-        lowest = -torch.stack(squares).sum()
-        both = torch.stack([lowest, -lowest])
-        dist.all_reduce(both, dist.ReduceOp.MAX)
-        if both.sum() > DIFFERENT * both[1]:
+        squares = torch.stack([weight.square().sum(dtype=torch.float64) for weight in model.parameters()]).sum()
+        if (self.sum(squares) / self.count - squares).abs() > DIFFERENT * squares:
             why = "DistributedDataParallel averages the gradients of those weights alone that require one at the start"
             raise RunFailed(f"the ranks have different weights: {why}")
 
@@ -127,13 +120,12 @@ def joined(device: str, timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
         if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # of torchrun's summary
             details = {"py_callstack": str(error), "timestamp": str(int(time.time()))}
             Path(file).write_text(json.dumps({"message": {"message": str(error), "extraInfo": details}}))
-        if rank == 0:
-            store.add(str(error), 1)
-            raise
-        time.sleep(1)  # which leaves it to rank 0, if it is about to say the same
+        time.sleep(min(rank, 1))  # which leaves it to rank 0, if it is about to say the same
         with contextlib.suppress(dist.DistError):  # the store is gone with its process
-            if isinstance(error, LostRank) or store.add(str(error), 1) > 1:
+            if store.add(str(error), 1) > 1 or (rank and isinstance(error, LostRank)):
                 raise SystemExit(error.exit_code) from None
+        if rank == 0:
+            raise
         raise Refused(f"rank {rank}: {error}", exit_code=error.exit_code) from error
     dist.destroy_process_group()
 
@@ -149,5 +141,4 @@ def is_of_earlier_start(folder: Path) -> bool:
         return False
     import psutil  # 10 ms that other runs can save
 
-    began_s = psutil.Process(os.getppid()).create_time()
-    return any(file.stat().st_mtime > began_s for file in folder.iterdir())
+    return folder.stat().st_mtime > psutil.Process(os.getppid()).create_time()

@@ -179,7 +179,7 @@ def refused(recipe: Recipe) -> str:
         (tiny(train={"batch_size": 4}), "one value to average over"),
         (tiny(norm={"kind": "ghost", "size": 10}), "slices of 10 examples do not divide the batch of 6"),
         (tiny(train={"compile": True}), "train.compile"),
-        (double({"kind": "batch", "sync": True}, "thaws"), "the weights differ between ranks"),
+        (double({"kind": "batch", "sync": True}, "thaws"), "the ranks have different weights"),
     ],
 )
 def test_what_ranks_cannot_train_is_refused_on_all_of_them(three: Group, recipe: Recipe, reason: str) -> None:

@@ -73,8 +73,7 @@ def convert(
 
     Works in place and returns the model. nn.BatchNorm1d, 2d and 3d, and timm's BatchNormAct2d with its activation,
     become bncli's: the same objects with the same parameters, buffers, hooks, state_dict and flags, so that optimizers
-    and checkpoints still serve. Lazy ones and classes with a forward of their own are left, and so is SyncBatchNorm but
-    with `sync`.
+    and checkpoints still serve. Lazy ones, classes with a forward of their own and, without `sync`, SyncBatchNorm stay.
 
     A norm takes along what follows it in an nn.Sequential (ReLU, LeakyReLU with slope 0.01, SiLU) and in residual
     blocks whose forward is, word for word, that of torchvision's BasicBlock or Bottleneck. These modules become objects
@@ -95,8 +94,7 @@ def convert(
         kernel: native, fused, fused-interpreted, or a function with the arguments that bncli.kernels describes.
         fuse: Whether norms take along what follows them.
         trace: Whether to fuse a graph of the whole model as well.
-        sync: Whether training normalizes by the statistics of all ranks of torch's default process group together, on a
-            CPU too and whatever their numbers of examples; see bncli.batch_norm. nn.SyncBatchNorm is converted too.
+        sync: Whether training normalizes by the statistics of all ranks' examples, as bncli.batch_norm says.
 
     Returns:
         The model, or its graph. `bncli_conversion` of either is a `Conversion`: what was done to each norm and why not

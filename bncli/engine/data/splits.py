@@ -41,7 +41,7 @@ class Split(Protocol):
     def chunks(self, size: int, first: int = 0, step: int = 1) -> Iterator[Batch]:
         """Every example once, in a fixed order, without augmentation, in chunks of about `size` (see `chunk_count`).
 
-        first, step: the first chunk, from 0, and the distance to the next one, of those that are wanted.
+        first, step: of the chunks, as of a slice.
         """
         ...
 

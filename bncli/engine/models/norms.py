@@ -34,8 +34,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         activation: relu, leaky_relu (slope 0.01) or silu, the default of every call; None for no activation.
         kernel: native, torch's own operator; fused, one operator for everything; or a function with the signature of
             `bncli.kernels.Kernel`.
-        sync: normalize in training by the statistics of all ranks of torch's default process group, whatever their
-            numbers of examples; see `bncli.batch_norm`.
+        sync: normalize in training by the statistics of all ranks' examples, as `bncli.batch_norm` says.
 
     Raises:
         Unavailable: with the reason, for a kernel that cannot run on this machine.

@@ -81,16 +81,14 @@ def train(
         save: what takes the contents of files. `checkpoint`: each checkpoint, and one at the end. `model`, unless the
             run was stopped: the last weights, or the best with train.keep: best. `best`: those, with keep: both.
         ranks: of `bncli.engine.distributed.joined`, where processes train the run together: each takes its part of each
-            batch, all yield the same events, and weights are rank 0's. The recipe and the checkpoint are the same on
-            each; rank 0 alone needs `weights` and saves.
+            batch. Recipe and checkpoint are the same on each, `weights` rank 0's, which alone saves.
 
     Yields:
         The events of the run as they happen (`bncli.results.train.Event`), or those after the checkpoint; the last, a
         RunFinished, holds the result.
 
     Raises:
-        DataError, RecipeError: for missing data or a model that cannot be built, at the first event, or a recipe whose
-            batch does not fit the ranks.
+        DataError, RecipeError: for missing data or a model that cannot be built, at the first event.
         UsageError: for a checkpoint of another run, or weights of another model.
         FileError: for a checkpoint that is damaged.
         RunFailed: for an exception of the user's model, or too little memory.

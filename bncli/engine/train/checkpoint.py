@@ -126,8 +126,8 @@ def origin(recipe: Recipe, dataset: Dataset, device: torch.device, threads: int,
 def check_belongs(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises UsageError, which names all that differs, for a checkpoint of a run of another `origin`.
 
-    What decides only how long it trains may differ, but for the steps over which a cosine schedule is spread. So may
-    the number of ranks, with a warning.
+    What decides only how long it trains may differ, but for the steps over which a cosine schedule is spread, and the
+    number of ranks, of which it warns.
     """
     then, step, steps = saved["origin"], saved["state"]["step"], "train.steps"
     may_differ = ["train.stop_at_target", "ranks", *[steps] * (now["schedule.kind"] != "cosine")]
