@@ -28,7 +28,7 @@ from bncli.recipe.mnist import name_of
 from bncli.recipe.overrides import value_at
 from bncli.recipe.sections import Claim as ClaimSection
 from bncli.recipe.sections import Digits, Mnist, Npz, Recipe
-from bncli.results.compare import RATE, Claim, ComparisonPlan, Phase, Planned, RunRecord
+from bncli.results.compare import COST_STEPS, RATE, Claim, ComparisonPlan, Phase, Planned, RunRecord
 from bncli.results.train import RunResult, Target
 
 MOST_RUNS = 20_000  # each is planned in memory; a longer list of values is a slip, or several comparisons
@@ -87,7 +87,7 @@ class Study:
             company = f"{arm.name} {phase} {batches.common(point)}"
             if company not in self._alone:
                 self._alone[company] = batches.alone(recipe) is not None
-            company = "" if self._alone[company] else company
+            company = "" if phase == "cost" or self._alone[company] else company
             self._jobs[name] = Job(key, arm.name, point, seed, phase, recipe, recipe_key, company=company)
         return self._jobs[name]
 
@@ -125,12 +125,14 @@ class Study:
 def run_values(plan: ComparisonPlan, phase: Phase, point: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """The fields in which a run differs from its arm's recipe: only the report seeds' runs are probed.
 
-    A run of the search for the largest learning rate goes on to the end of its own budget.
+    A run of the search for the largest learning rate or of a step's cost goes on to the end of its own budget.
     """
     values = {**point, "train.seed": seed} | ({"probes": None} if phase != "report" else {})
-    if phase == "rate":
-        assert plan.largest_learning_rate is not None
-        values |= {"train.steps": plan.largest_learning_rate["steps"], "train.stop_at_target": False}
+    if phase in ("rate", "cost"):
+        values |= {"train.steps": plan.budget_of(phase), "train.stop_at_target": False}
+    if phase == "cost":  # the first interval between evaluations is a warm-up
+        every = max(1, min(plan.budget, COST_STEPS) // 5)
+        values |= {"train.evaluate_every": every, "schedule": {"kind": "constant"}}
     return values
 
 
@@ -175,12 +177,15 @@ def planned_comparison(asked: Study, first: Loaded, records: Mapping[str, RunRec
     records = records or {}
     plan, named = asked.plan, named_runs(asked, records)
     arms = [
-        planned_arm(first.base, arm, len(asked.points(arm)) * len(plan.tune_seeds), len(plan.report_seeds))
+        replace(
+            planned_arm(first.base, arm, len(asked.points(arm)) * len(plan.tune_seeds), len(plan.report_seeds)),
+            alone=batches.alone(arm.recipe),
+        )
         for arm in asked.arms
     ]
     keys, to_do = ({job.key: job.phase for job in jobs} for jobs in (named.jobs, named.to_do))
-    runs = sum(phase != "rate" for phase in keys.values()) + named.later
-    done = sum(phase != "rate" for key, phase in keys.items() if key not in to_do)
+    runs = sum(phase in ("tune", "report") for phase in keys.values()) + named.later
+    done = sum(phase in ("tune", "report") for key, phase in keys.items() if key not in to_do)
     searches = sum(phase == "rate" for phase in to_do.values())
     return Planned(
         plan.name,
@@ -193,6 +198,7 @@ def planned_comparison(asked: Study, first: Loaded, records: Mapping[str, RunRec
         searches + named.later_searches,
         (plan.largest_learning_rate or {}).get("steps", 0),
         done,
+        raced=bool(plan.tune_seeds) and not plan.full_grid,
         open_choices=named.later > 0,
     )
 
@@ -320,10 +326,12 @@ class KnownRuns:
 def named_runs(study: Study, records: Mapping[str, RunRecord]) -> KnownRuns:
     """All tuning runs, and an arm's further runs once it is tuned; then searches, which name one run after the other.
 
+    Last a short run for each company of runs, since times and memory of runs that train together are of all of them.
+
     It is not known yet how many points of the grid an arm keeps whose tuning is not complete: one is counted. A search
     for the largest learning rate counts as USUAL_RUNS runs until it has ended.
     """
-    tuning, report, searches, again = [], [], [], set[str]()
+    tuning, report, searches, costs, again = [], [], [], [], set[str]()
     untuned, later = set(), 0
     claims = [claim for claim in study.plan.claims if claim.measure == "largest_learning_rate"]
     searched = {name for claim in claims for name in (claim.arm, claim.over)}
@@ -340,7 +348,9 @@ def named_runs(study: Study, records: Mapping[str, RunRecord]) -> KnownRuns:
 
                 arm_runs = ArmRuns.of(study.plan, arm.name, _records(jobs, records))
                 points, start = list(arm_runs.kept), arm_runs.best(steps(study.plan.target))
-            report += study.jobs(arm, "report", points)
+            report += (of_arm := study.jobs(arm, "report", points))
+            together = {job.company: job for job in reversed(of_arm) if job.company}
+            costs += [study._job(arm, job.point, job.seed, "cost") for job in together.values()]
         else:
             untuned.add(tuple(job.key for job in jobs))
         if arm.name not in searched or start is None:  # None: no tuning run ended
@@ -350,7 +360,7 @@ def named_runs(study: Study, records: Mapping[str, RunRecord]) -> KnownRuns:
             searches += search
             if not search or search[-1].key not in records:
                 later += max(0, rates.USUAL_RUNS - len(search))
-    jobs = report + tuning + searches
+    jobs = report + tuning + searches + costs
     to_do = [job for job in jobs if job.key not in records or job.key in again]
     return KnownRuns(jobs, to_do, len(untuned) * len(study.plan.report_seeds), later)
 
@@ -360,7 +370,8 @@ def known_runs(study: Study, records: dict[str, RunRecord], find: Find) -> Known
     while True:
         named = named_runs(study, records)
         more = {job.key for job in named.jobs} - records.keys()
-        records.update(find(more))
+        found = find(more)
+        records.update((key, found[key]) for key in more & found.keys())  # no run that was done again meanwhile
         if records.keys().isdisjoint(more):
             return named
 

@@ -37,7 +37,7 @@ class ArmRuns:
     def of(plan: ComparisonPlan, name: str, records: Sequence[RunRecord]) -> ArmRuns:
         """The arm's part of a comparison's records. Before its tuning is complete it has kept no point."""
         searched = [record for record in records if record.arm == name and record.phase == "rate"]
-        records = [record for record in records if record.arm == name and record.phase != "rate"]
+        records = [record for record in records if record.arm == name and record.compared]
         if not plan.tune_seeds:
             return ArmRuns(plan, name, records, points_of(records), searched)
         tuning = [record for record in records if record.phase == "tune"]

@@ -234,7 +234,7 @@ def tuning_notes(comparison: Comparison) -> list[str]:
         f"Steps to target (geometric mean of the runs that hit it) and hits over {seeds}; below: how many times "
         f"fewer than {reference}'s at the same value, or more, without an interval.",
         "[ ]: the best point; ( ): not told from it by the tuning seeds, so trained with further ones too.",
-        *["stopped at a step: could no longer win, whatever its runs still came to."] * stopped,
+        *["stopped: from that step on it could no longer win, whatever its runs still came to."] * stopped,
         *[f"Kept: {'; '.join(kept)}."] * bool(kept),
     ]
 
@@ -329,6 +329,8 @@ def _methods(comparison: Comparison) -> Iterator[str]:
     orders = "; where runs missed, medians and order statistics" * bool(used & {"median", "medians", "bound"})
     yield f"Intervals: 95 %, a jackknife over seeds{chosen}{orders}; of a ratio, one with 1 in it shows no difference."
     yield f"Best {plan.target.metric}, samples/s: medians over seeds; seconds: training alone."
+    if any(run.phase == "cost" for run in comparison.runs):
+        yield "Runs of an arm trained together; samples/s, seconds and memory are of a short run alone."
     yield "Memory: the largest peak in training; on a CPU the process's, with all of the data that the processes share."
 
 
