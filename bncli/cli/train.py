@@ -125,7 +125,7 @@ def train(
         again = ["--device", device] * (device != "auto") + ["--tensorboard"] * tensorboard
         again += ["--allow-code"] * allow_code
         if ranks:
-            ranks.share(None if finished else (plain(chosen.recipe), folder.checkpoint, threads))
+            ranks.share(None if finished else (chosen.recipe, folder.checkpoint, threads))
 
         def say_how_to_continue() -> None:
             start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m"] if ranks else []
@@ -216,7 +216,6 @@ def _follow(device: str) -> None:
     """Train as a rank above 0: what, rank 0 says, which alone reads the recipe, prints and writes."""
     from bncli.engine import train as engine
     from bncli.engine.distributed import joined
-    from bncli.recipe.sections import Recipe
 
     enable_gc()
     with (
@@ -228,7 +227,6 @@ def _follow(device: str) -> None:
     ):
         if task := ranks.share():
             recipe, checkpoint, threads = task
-            recipe = Recipe.model_validate(recipe)
             for _ in engine.train(recipe, checkpoint=checkpoint, threads=threads, stop=stop, ranks=ranks):
                 pass
 

@@ -72,9 +72,7 @@ def batch_norm(
         return native.finish(y, residual, activation)
     if input.dim() < 2:
         raise RuntimeError(f"batch norm takes (N, C, *S), not an input of {input.dim()} dimensions")
-    if sync or not isinstance(
-        kernel, str
-    ):  # a function may broadcast what does not fit; the kernels with names refuse it
+    if sync or not isinstance(kernel, str):  # which may broadcast what does not fit; the kernels with names refuse it
         vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
         for name, vector in vectors.items():
             if vector is not None and vector.numel() != input.size(1):
@@ -98,8 +96,7 @@ def batch_norm(
         run = functools.partial(synchronized.batch_norm, run)
     elif input.size(0) == 1 and math.prod(input.shape[2:]) == 1:
         raise ValueError(f"training needs more than one value per channel; the input has shape {tuple(input.shape)}")
-    is_empty = input.numel() == 0 and not sync  # and has no statistics
-    if running_mean is None or running_var is None or is_empty:
+    if running_mean is None or running_var is None or (input.numel() == 0 and not sync):  # which has no statistics
         return run(input, weight, bias, eps, residual, activation)[0]
     return run(input, weight, bias, eps, residual, activation, None, running=(running_mean, running_var, momentum))[0]
 
