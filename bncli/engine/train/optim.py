@@ -33,7 +33,7 @@ def optimizer(recipe: Recipe, model: nn.Module, rates: Tensor | None = None) -> 
 
 
 class RatePerRun(torch.optim.Optimizer):
-    """SGD, Adam or AdamW of a stacked model's parameters, (R, out, in) and (R, C), with rates (R,), by torch's formulas.
+    """SGD, Adam or AdamW of a stacked model's parameters, (R, out, in) and (R, C), with rates (R,): torch's formulas.
 
     Each product and sum is rounded by itself, or has a factor for each run: a loop ends in scalar code, which may round
     a product and a sum otherwise than vectorized code, and where it ends depends on the number of runs.
