@@ -247,6 +247,7 @@ def test_every_test_file_has_its_module_or_a_reason() -> None:
 # Test files of more than one module, or of a property of the whole.
 TESTS_OF_SEVERAL = {
     "test_architecture.py": "the plan of the code",
+    "cli/test_ranks.py": "train, its console and the ranks, as torchrun starts them",
     "test_faults.py": "every command under faults of files, streams and limits",
     "test_action.py": "the steps of the action in .github",
     "test_packaging.py": "the wheel, and what works where it alone is installed",
