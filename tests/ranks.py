@@ -43,18 +43,24 @@ class Group:
         return found
 
 
-@contextlib.contextmanager
-def group(size: int) -> Iterator[Group]:
-    """A group of that many processes, forked of one that has loaded what they need and run nothing."""
+def started(target: Callable[..., None], size: int, *arguments: Any) -> tuple[list[Connection], list[Any]]:
+    """Processes that call `target` with a pipe and arguments, forked of one that has loaded what they need."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.conftest", "bncli.engine.convert", "torch._dynamo"])
     pipes, processes, port = [], [], free_port()
     for rank in range(size):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, rank, size, port), daemon=True)
+        process = context.Process(target=_with_rank, args=(rank, size, port, target, theirs, *arguments), daemon=True)
         process.start()
         pipes.append(ours)
         processes.append(process)
+    return pipes, processes
+
+
+@contextlib.contextmanager
+def group(size: int) -> Iterator[Group]:
+    """A group of that many processes."""
+    pipes, processes = started(_serve, size)
     yield Group(pipes)
     for pipe in pipes:
         pipe.send(None)
@@ -63,9 +69,14 @@ def group(size: int) -> Iterator[Group]:
         process.kill()
 
 
-def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
+def _with_rank(rank: int, size: int, port: int, target: Callable[..., None], *arguments: Any) -> None:
+    """Call a function in the environment that torchrun makes."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
+    target(*arguments)
+
+
+def _serve(pipe: Connection) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
     while job := pipe.recv():
         function, arguments = job
