@@ -52,6 +52,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "kernels.fused.triton": ({"errors", "names", "kernels"}, {"torch", "triton"}),
     "kernels.fused.triton_launch": ({"errors", "names", "kernels"}, {"torch", "triton"}),
     "engine.device": ({"errors", "names", "results", "__init__"}, {"torch", "psutil"}),
+    "engine.distributed": ({"errors", "engine.device"}, {"torch", "psutil"}),
     "engine.load": (set(), {"psutil"}),
     "engine.memory": (set(), {"psutil"}),
     "engine.target": (ASKED, set()),
@@ -95,7 +96,9 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
             ASKED
             | REPORT
             | {"cli.console", "cli.options", "cli.output", f"report.{command}", f"measure.{command}"}
-            | {"train": {"engine.train", "measure.dry_run"}, "compare": {"measure.dry_run"}}.get(command, set()),
+            | {"train": {"engine.train", "engine.distributed", "measure.dry_run"}, "compare": {"measure.dry_run"}}.get(
+                command, set()
+            ),
             {"typer"},
         )
         for command in ("train", "compare", "profile", "gradcheck")
@@ -244,6 +247,7 @@ def test_every_test_file_has_its_module_or_a_reason() -> None:
 # Test files of more than one module, or of a property of the whole.
 TESTS_OF_SEVERAL = {
     "test_architecture.py": "the plan of the code",
+    "cli/test_ranks.py": "train, its console and the ranks, as torchrun starts them",
     "test_faults.py": "every command under faults of files, streams and limits",
     "test_action.py": "the steps of the action in .github",
     "test_packaging.py": "the wheel, and what works where it alone is installed",
