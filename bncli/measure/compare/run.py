@@ -65,7 +65,7 @@ class Executor(Protocol):
 
 
 class Leases(Protocol):
-    """Which of the calls that share a folder does which run; after `lease` and `free`, `find` sees what others ended."""
+    """Which of the calls on a folder does which run; after `lease` and `free`, `find` sees what others have ended."""
 
     def lease(self, key: str, recipe_key: str, own_code: bool) -> bool:
         """Take the lease of a run; False where another call does it."""
