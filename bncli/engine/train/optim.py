@@ -33,7 +33,7 @@ def optimizer(recipe: Recipe, model: nn.Module, rates: Tensor | None = None) -> 
 
 
 class RatePerRun(torch.optim.Optimizer):
-    """SGD, Adam or AdamW of a stacked model's parameters (R, *shape) with rates (R,), by the formulas of torch's own.
+    """SGD, Adam or AdamW of a stacked model's parameters, (R, out, in) and (R, C), with rates (R,): torch's formulas.
 
     Each product and sum is rounded by itself, or has a factor for each run: a loop ends in scalar code, which may round
     a product and a sum otherwise than vectorized code, and where it ends depends on the number of runs.
@@ -49,9 +49,9 @@ class RatePerRun(torch.optim.Optimizer):
         """Update the parameters by their gradients."""
         self.updates += 1
         for group in self.param_groups:
-            decay = group["weight_decay"]
+            decay, rates = group["weight_decay"], (group["lr"][:, None], group["lr"][:, None, None])
             for p in group["params"]:
-                g, rate, state = p.grad, group["lr"].view(-1, *[1] * (p.dim() - 1)), self.state[p]
+                g, rate, state = p.grad, rates[p.dim() - 2], self.state[p]
                 if decay and self.decoupled:
                     p.mul_(1 - rate * decay)
                 elif decay:

@@ -93,9 +93,9 @@ class _Elementwise(torch.autograd.Function):
 
 
 def _with_gaps(x: Tensor) -> Tensor:
-    """An empty tensor like (R, *S) whose runs are GAP values apart."""
-    values = x[0].numel()
-    return x.new_empty(len(x), values + GAP)[:, :values].view_as(x)
+    """An empty tensor like (R, C, N) whose runs are GAP values apart."""
+    channels, examples = x.shape[1:]
+    return x.new_empty_strided(x.shape, (channels * examples + GAP, examples, 1))
 
 
 def _gelu(x: Tensor, out: Tensor) -> Tensor:
