@@ -106,7 +106,9 @@ class FileError(BncliError):
 class Refused(BncliError):
     """What a worker process said when no run at all can succeed, with the exit code of the error behind it."""
 
-    def __init__(self, *mistakes: str, exit_code: int, field: str | None = None, value: object = None) -> None:
+    def __init__(
+        self, *mistakes: str, exit_code: int = CHECK_FAILED, field: str | None = None, value: object = None
+    ) -> None:
         super().__init__(*mistakes, field=field, value=value)
         self.exit_code = exit_code
 

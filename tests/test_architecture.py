@@ -74,7 +74,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "measure.dry_run": (ASKED | {"engine.memory"}, set()),
     "measure.compare": (
         ASKED | {"engine.memory", "engine.target", "engine.user_code", "measure.dry_run", "__init__"},
-        {"numpy", "scipy", "psutil"},
+        {"numpy", "scipy", "psutil", "distributed"},  # the last for a Dask cluster alone
     ),
     "measure.profile": (
         ASKED | {"kernels", "engine", "measure.timing", "measure.reference"},

@@ -10,7 +10,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from shlex import join, quote
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -20,6 +20,7 @@ from bncli.cli.output import Output, origin
 from bncli.errors import CHECK_FAILED, BncliError, UsageError
 
 if TYPE_CHECKING:
+    from bncli.measure.compare.cluster import Cluster
     from bncli.measure.compare.plan import Job, Study
     from bncli.measure.compare.processes import Processes
     from bncli.recipe.load import Loaded
@@ -50,6 +51,14 @@ def compare(
             help="End a run that makes no step for so long; loading the data and compilation count.",
         ),
     ] = None,
+    executor: Annotated[
+        Literal["processes", "dask"],
+        options.MachineOption(help="Train in processes of this machine, or on a Dask cluster."),
+    ] = "processes",
+    scheduler: Annotated[
+        str | None,
+        options.MachineOption(metavar="ADDRESS", help="Of the Dask cluster.  [default: a cluster on this machine]"),
+    ] = None,
     out: Annotated[
         Path | None, options.FolderOption(help="Folder of the runs.  [default: runs/NAME, or runs/A+B]")
     ] = None,
@@ -67,6 +76,12 @@ def compare(
     html: options.Html = None,
     quiet: options.Quiet = False,
     dry_run: options.DryRun = False,
+    full_grid: Annotated[
+        bool,
+        options.RecipeOption(
+            "--full-grid", help="Train every point of the grid to its end, also those that can no longer be the best."
+        ),
+    ] = False,
     require_target: options.RequireTarget = False,
     require_claims: options.RequireClaims = False,
     allow_code: options.AllowCode = False,
@@ -80,9 +95,11 @@ def compare(
     output = Output.of(context)
     if bool(recipes) == bool(saved):
         raise UsageError("give a recipe, as in: bncli compare recipes/digits.yaml (or --from a saved comparison)")
-    training = ("sets", "dry_run", "out", "jobs", "device", "threads", "run_timeout", "allow_code")
-    if saved and (idle := given_options(context, *training)):
+    training = ("sets", "dry_run", "full_grid", "out", "jobs", "device", "threads", "run_timeout", "allow_code")
+    if saved and (idle := given_options(context, *training, "executor", "scheduler")):
         raise UsageError(f"{idle}: nothing is trained with --from, so that would have no effect")
+    if scheduler and executor != "dask":
+        raise UsageError("is of no use without --executor dask", field="scheduler", value=scheduler)
     output.check()
     stopped = 0
     if saved:
@@ -90,7 +107,10 @@ def compare(
         if require_claims and not comparison.plan.claims:
             raise UsageError(NO_CLAIMS)
     else:
+        from bncli.measure.compare.cluster import Cluster
+        from bncli.measure.compare.plan import study
         from bncli.measure.compare.processes import Processes
+        from bncli.measure.compare.reuse import identity
         from bncli.recipe.load import load
 
         if (recipes or []).count("-") > 1:
@@ -98,8 +118,11 @@ def compare(
         loaded = [load(path, sets or (), allow_code=allow_code, sets_from="--set") for path in recipes or ()]
         if require_claims and not any(each.file.claims for each in loaded):
             raise UsageError(NO_CLAIMS)
-        executor = Processes(device, jobs, threads, longest_silence_s=run_timeout)
-        comparison, stopped = _run_comparison(loaded, executor, out, quiet, output.form if dry_run else "")
+        made: Cluster | Processes = Processes(device, jobs, threads, longest_silence_s=run_timeout)
+        if executor == "dask":
+            made = Cluster(device, jobs, threads, scheduler, run_timeout)
+        asked = study(loaded, identity(device, loaded[0].base), full_grid)
+        comparison, stopped = _run_comparison(asked, loaded, made, out, quiet, output.form if dry_run else "")
     folder = saved or out or Path("runs") / comparison.plan.name
     if stopped and output.form != "json" and not any(run.result for run in comparison.runs):
         goes_on = "continues from their checkpoints" if any(folder.glob("checkpoints/*.pt")) else "begins again"
@@ -121,21 +144,20 @@ def compare(
 
 
 def _run_comparison(
-    loaded: list[Loaded], executor: Processes, out: Path | None, quiet: bool, plan_as: str
+    asked: Study, loaded: list[Loaded], executor: Cluster | Processes, out: Path | None, quiet: bool, plan_as: str
 ) -> tuple[Comparison, int]:
     """The comparison, and the exit code of the signal that ended it before its time, or 0.
 
     plan_as: the form in which a dry run prints its plan, which leaves by typer.Exit; empty for no dry run.
     """
     from bncli.measure.compare import reuse
-    from bncli.measure.compare.plan import collect, known_runs, named_runs, planned_comparison, study
+    from bncli.measure.compare.plan import collect, known_runs, named_runs, planned_comparison
     from bncli.measure.compare.run import check, execute
     from bncli.report.compare.folder import ComparisonFolder
     from bncli.report.compare.notes import sentences
     from bncli.report.progress import CompareProgress
     from bncli.results.compare import BegunComparison, Note, RunRecord
 
-    asked = study(loaded, reuse.identity(executor.device, loaded[0].base))
     folder = ComparisonFolder(out or Path("runs") / asked.plan.name)
     enable_gc()
     with contextlib.ExitStack() as opened:
@@ -158,14 +180,13 @@ def _run_comparison(
             lost = [job for job in named if job.key not in kept]
             return reuse.not_reused(lost, folder.finished({job.recipe_key for job in lost}), asked.identity)
 
-        named = known_runs(asked, records, find).jobs
-        for words in sentences(not_reused(named)):
+        named = known_runs(asked, records, find)
+        for words in sentences(not_reused(named.jobs)):
             log(words, quiet)
         _log_unfit(folder, quiet)
         with StopSignal() as stop, CompareProgress(quiet) as progress:
-            to_do = [job for job in named if job.key not in records]
-            executor.jobs, memory = _jobs(asked, to_do, executor.jobs, quiet)
-            checked = check(asked, to_do, executor, stop, progress.check, bool(plan_as))
+            executor.jobs, memory = _jobs(asked, named.to_do, executor, quiet)
+            checked = check(asked, named.to_do, executor, stop, progress.check, bool(plan_as))
             if plan_as:
                 planned = planned_comparison(asked, loaded[0], records)
                 show_plan(replace(planned, checked=checked and not stop.number, memory=memory), plan_as == "json")
@@ -189,13 +210,18 @@ def _run_comparison(
     return comparison, stop.exit_code if stop.number else 0
 
 
-def _jobs(asked: Study, to_do: list[Job], jobs: int | None, quiet: bool) -> tuple[int | None, MemoryNeeded]:
-    """How many runs at a time, and the memory that they need. Raises UsageError where `jobs` are too many for it."""
-    from bncli.measure.compare.processes import cores
+def _jobs(
+    asked: Study, to_do: list[Job], executor: Cluster | Processes, quiet: bool
+) -> tuple[int | None, MemoryNeeded | None]:
+    """How many runs at a time, and the memory that they need here. Raises UsageError where they are too many for it."""
+    from bncli.measure.compare.processes import Processes, cores
     from bncli.measure.dry_run import memory_needed
     from bncli.report.dry_run import memory_words
 
-    needed = memory_needed([job.recipe for job in to_do], jobs or cores(), shared=hasattr(os, "memfd_create"))
+    jobs, shared = executor.jobs, isinstance(executor, Processes) and hasattr(os, "memfd_create")
+    if not isinstance(executor, Processes) and executor.scheduler:
+        return jobs, None
+    needed = memory_needed([job.recipe for job in to_do], jobs or cores(), shared)
     if asked.identity["device"] != "cpu" or (fits := needed.fitting) == needed.jobs:
         return jobs, needed
     if jobs:

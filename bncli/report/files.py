@@ -138,12 +138,11 @@ def _mistakes_of_result(result: RunResult) -> Iterator[str]:
 def _is_planned(plan: ComparisonPlan, run: RunRecord) -> bool:
     searched, free = run.phase == "rate", plan.grid.keys() - plan.fixed.get(run.arm, ())
     seeds = plan.tune_seeds if run.phase == "tune" else plan.report_seeds
-    budget = (plan.largest_learning_rate or {}).get("steps") if searched else plan.budget
     if searched:
         in_grid = isinstance(run.point.get(RATE), int | float)
     else:
         in_grid = all(run.point.get(path) in plan.grid[path] for path in free)
-    in_budget = run.result is None or run.result.budget == budget
+    in_budget = run.result is None or run.result.budget == plan.budget_of(run.phase)
     return run.arm in plan.arms and run.seed in seeds and in_grid and in_budget
 
 

@@ -175,6 +175,10 @@ def _outcome(record: RunRecord) -> str:
     result = record.result
     if result is None:
         return f"failed: {record.failure}"
+    if record.phase == "cost":
+        return "times measured" if result.ms_per_step is None else f"{result.ms_per_step:.3g} ms a step"
+    if record.given_up:
+        return f"stopped at step {result.steps_run:,}: could no longer win"
     if result.steps_to_target is not None:
         return f"target after {result.steps_to_target:,.0f} steps"
     if result.first_hit is not None and result.reason is None:

@@ -8,7 +8,9 @@ from typing import Any, Literal
 from bncli.results.environment import COMPARISON_VERSION, Interval
 from bncli.results.train import RunResult, Target, most_steps_to_target
 
-Phase = Literal["tune", "report", "rate"]  # rate: of the search for the largest learning rate
+# rate: of the search for the largest learning rate; cost: a short run alone, of an arm whose other runs train together
+Phase = Literal["tune", "report", "rate", "cost"]
+COST_STEPS = 500  # of a run of phase cost, at most
 RATE = "optimizer.lr"  # the field of a run's point that a search for the largest learning rate changes
 
 
@@ -27,6 +29,16 @@ class RunRecord:
     recipe_key: str = ""  # of the resolved recipe alone: runs of one recipe have it in common
     identity: dict[str, str] = field(default_factory=dict)  # what the key depends on besides: versions, device, data
     code: dict[str, str] = field(default_factory=dict)  # the user's own that the run loaded: file -> SHA-256
+
+    @property
+    def given_up(self) -> bool:
+        """Whether it was ended before its time, since its point of the grid could no longer win."""
+        return self.result is not None and self.result.status == "given up"
+
+    @property
+    def compared(self) -> bool:
+        """Whether it is one of those whose steps to the target are compared."""
+        return self.phase in ("tune", "report")
 
 
 @dataclass(frozen=True)
@@ -55,10 +67,11 @@ class TuningCell:
 
     point: dict[str, Any]
     hits: int
-    runs: int
+    runs: int  # that ended by themselves
     steps: float | None  # geometric mean over the runs that hit; None without one
     diverged: int = 0
     kept: bool = False
+    stopped_at: int | None = None  # the step at which runs were given up; None where none was
 
 
 @dataclass(frozen=True)
@@ -201,11 +214,17 @@ class ComparisonPlan:
     also: tuple[Target, ...] = ()
     claims: tuple[Claim, ...] = ()
     largest_learning_rate: dict[str, Any] | None = None  # the recipe's section, as plain data
+    full_grid: bool = False  # whether runs go on whose point of the grid can no longer win
 
     @property
     def most_steps(self) -> float:
         """The most steps to target that the budget can show; a run that misses took more."""
         return most_steps_to_target(self.budget)
+
+    def budget_of(self, phase: Phase) -> int | None:
+        """Optimizer steps of a run; None where the plan has no such run."""
+        searched = (self.largest_learning_rate or {}).get("steps")
+        return searched if phase == "rate" else min(self.budget, COST_STEPS) if phase == "cost" else self.budget
 
 
 @dataclass(frozen=True)
@@ -224,7 +243,7 @@ class Comparison:
 
     def results_by_seed(self, arm: ArmSummary) -> dict[int, RunResult]:
         """The runs that an arm's row rests on: those at its best point that ended by themselves."""
-        mine = [run for run in self.runs if (run.arm, run.point) == (arm.arm, arm.point) and run.phase != "rate"]
+        mine = [run for run in self.runs if (run.arm, run.point) == (arm.arm, arm.point) and run.compared]
         return {run.seed: run.result for run in mine if run.result and run.result.status != "interrupted"}
 
     def results_of(self, arm: ArmSummary) -> list[RunResult]:
@@ -293,6 +312,7 @@ class PlannedArm:
     memory_mib: float | None  # estimated: parameters, gradients, optimizer state, activations; without the framework
     tuning_runs: int
     report_runs: int
+    alone: str | None = None  # the field for which a run of the arm trains alone; None: with others of the arm
 
 
 @dataclass(frozen=True)
@@ -338,6 +358,7 @@ class Planned:
     search_runs: int = 0  # about, on top of `runs`: of the searches for the largest learning rate
     search_steps: int = 0  # of each of these runs
     done: int = 0  # of `runs`, in the folder already
+    raced: bool = False  # whether points of the grid are given up that can no longer win
     open_choices: bool = False  # whether an arm may keep several points of the grid, and have more runs
     checked: bool = False  # whether the data were read and each model made its first step
     memory: MemoryNeeded | None = None

@@ -133,6 +133,12 @@ class RunResult:
     running_statistics: tuple[RunningStatistics, ...] | None = None
     cores_lacked: float | None = None  # that other programs had meanwhile, on average (engine.load); None: unknown
 
+    def steps_to(self, target: Target) -> float | None:
+        """The steps to one of the run's targets; None for a miss."""
+        if target == self.target:
+            return self.steps_to_target
+        return next((each.steps for each in self.also if each.target == target), None)
+
 
 @dataclass(frozen=True)
 class RunFinished:

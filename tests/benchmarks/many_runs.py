@@ -3,7 +3,8 @@
 The first table is of the whole command with workers that answer at once: CPU of the parent for each run, which must
 not grow with their number; the same command again, which reads every run; a dry run; and a small comparison in a folder
 that holds the run files of all these. With --real N, N tiny runs are trained by worker processes, and the CPU of parent
-and workers together is compared with the workers' alone.
+and workers together is compared with the workers' alone. With --dask N, N runs that do nothing pass through a Dask
+cluster of two workers: the CPU that each costs the driver and the scheduler says how many workers they can feed.
 """
 
 from __future__ import annotations
@@ -18,17 +19,22 @@ import resource
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter, process_time
 from unittest import mock
 
 from bncli.cli import main as command
 from bncli.measure.compare import processes
+from bncli.measure.compare.cluster import Cluster
+from bncli.measure.compare.plan import named_runs, study
 from bncli.measure.compare.run import Ended, Started
 from bncli.measure.compare.work import Work
+from bncli.recipe.load import load
 from bncli.results.environment import Environment
 from bncli.results.serialize import to_plain
 from bncli.results.train import Evaluation, RunResult, Target
+from tests.measure.compare.dask_cluster import two_workers
 
 RECIPE = """
 data: {source: synthetic, shape: [8], classes: 3, examples: 120, held_out: 60, noise: 0.5}
@@ -112,11 +118,30 @@ def of_workers(runs: int, jobs: int, recipe: str) -> tuple[float, float, float]:
     return parent, workers, took
 
 
+def through_dask(runs: int, recipe: str) -> tuple[float, float, float]:
+    """CPU seconds of this process and of the scheduler's, and seconds on the clock, of so many runs that do nothing."""
+    asked = study([load(recipe, [f"seeds={{tune: {math.ceil(runs / 2 / POINTS)}, report: 1}}"])])
+    jobs = [replace(job, company="") for job in named_runs(asked, {}).jobs[:runs]]
+    assert len(jobs) == runs
+    command = (sys.executable, "-m", "tests.measure.compare.instant_worker", "--at-once")
+    with two_workers() as (address, scheduler):
+        executor = Cluster("cpu", None, 1, address, command=command)
+        with contextlib.closing(executor):
+            list(executor.run(Work(jobs[:20]), lambda: False))  # starts the processes
+            before, began, clock = sum(scheduler.cpu_times()[:2]), process_time(), perf_counter()
+            ended = [event for event in executor.run(Work(jobs), lambda: False) if isinstance(event, Ended)]
+            driver, took = process_time() - began, perf_counter() - clock
+            of_scheduler = sum(scheduler.cpu_times()[:2]) - before
+    assert sum(event.failure is None for event in ended) == runs
+    return driver, of_scheduler, took
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, nargs="*", default=[500, 1000, 2000, 5000])
     parser.add_argument("--real", type=int, default=0, metavar="N")
     parser.add_argument("--jobs", type=int, default=2, help="workers, with --real")
+    parser.add_argument("--dask", type=int, default=0, metavar="N")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -133,6 +158,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{options.real:,} runs by {options.jobs} workers: {1e3 * workers / options.real:.1f} ms of a "
                   f"worker's CPU a run, {1e3 * parent / options.real:.1f} ms of the parent's; all over the workers' "
                   f"{(parent + workers) / workers:.2f} (target: at most 1.3); {took:.1f} s on the clock")  # fmt: skip
+        if options.dask:
+            driver, scheduler, took = (1e3 * each / options.dask for each in through_dask(options.dask, "small.yaml"))
+            first, full = "driver" if driver > scheduler else "scheduler", 1e4 / max(driver, scheduler)
+            print(f"{options.dask:,} runs through Dask: {driver:.2f} ms of the driver's CPU a run, {scheduler:.2f} ms "
+                  f"of the scheduler's, {took:.2f} ms on the clock with 2 workers; with runs of 10 s the {first} is "
+                  f"busy all the time from {full:,.0f} workers on")  # fmt: skip
 
 
 if __name__ == "__main__":

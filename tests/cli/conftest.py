@@ -9,7 +9,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,9 @@ class InThisProcess:
             work.ended(job)
             yield Started(0, job)
             yield self.ended(job)
+
+    def give_up(self, keys: Collection[str]) -> None:
+        pass
 
     def close(self) -> None:
         pass

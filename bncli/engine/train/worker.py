@@ -11,6 +11,7 @@ The process exits when standard input ends, so that it does not outlive its pare
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import json
@@ -118,11 +119,12 @@ def serve(orders: Orders, out: TextIO, device_name: str, threads: int, memory: i
         target = Target(asked.metric, asked.value) if asked else Target("accuracy", 1.0)
         counts = {key: StepsToTarget(target) for key in keys}
         progress, ended = _Progress(out, keys[0], orders.stopping), set[str]()
-        begin = partial(trial if check else partial(train, stop=progress), first, device_name)
+        given_up = lambda: [index for index, key in enumerate(keys) if key in orders.given_up]  # noqa: E731
+        stop = lambda: progress() or bool(given_up())  # noqa: E731
+        begin = partial(trial if check else partial(train, stop=stop), first, device_name)
         begin = partial(begin, dataset=dataset(first), threads=threads, name=keys[0])
         try:
             if together:
-                given_up = lambda: [index for index, key in enumerate(keys) if key in orders.given_up]  # noqa: E731
                 events = train_together(
                     recipes, device_name, dataset=dataset(first), threads=threads, stop=progress, leave=given_up
                 )
@@ -141,11 +143,14 @@ def serve(orders: Orders, out: TextIO, device_name: str, threads: int, memory: i
                     progress(step=event.evaluation.step, value=event.evaluation.value(target.metric), below=below)
                 elif isinstance(event, RunFinished):
                     ended.add(key)
-                    if event.result.status == "interrupted" and not check:
-                        _say(out, key=key, stopped=event.result.steps_run)
+                    result = event.result
+                    if result.status == "interrupted" and key in orders.given_up:
+                        result = dataclasses.replace(result, status="given up")
+                    if result.status == "interrupted" and not check:
+                        _say(out, key=key, stopped=result.steps_run)
                     else:
                         code = user_files.files if isinstance(recipes[index].model, OwnModel) else {}
-                        _say(out, key=key, result=to_plain(event.result), code=code)
+                        _say(out, key=key, result=to_plain(result), code=code)
         except (DataError, Unavailable):
             raise
         except (Exception, SystemExit) as error:

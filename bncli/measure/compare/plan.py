@@ -28,7 +28,7 @@ from bncli.recipe.mnist import name_of
 from bncli.recipe.overrides import value_at
 from bncli.recipe.sections import Claim as ClaimSection
 from bncli.recipe.sections import Digits, Mnist, Npz, Recipe
-from bncli.results.compare import RATE, Claim, ComparisonPlan, Phase, Planned, RunRecord
+from bncli.results.compare import COST_STEPS, RATE, Claim, ComparisonPlan, Phase, Planned, RunRecord
 from bncli.results.train import RunResult, Target
 
 MOST_RUNS = 20_000  # each is planned in memory; a longer list of values is a slip, or several comparisons
@@ -87,9 +87,26 @@ class Study:
             company = f"{arm.name} {phase} {batches.common(point)}"
             if company not in self._alone:
                 self._alone[company] = batches.alone(recipe) is not None
-            company = "" if self._alone[company] else company
+            company = "" if phase == "cost" or self._alone[company] else company
             self._jobs[name] = Job(key, arm.name, point, seed, phase, recipe, recipe_key, company=company)
         return self._jobs[name]
+
+    def out(self, arm: Arm, records: Mapping[str, RunRecord], below: Mapping[str, float]) -> set[str]:
+        """Keys of the tuning runs at those points of the grid that are out (`measure.compare.racing`), done or not.
+
+        below: key -> steps below the target so far, of runs in progress.
+        """
+        points = self.points(arm)
+        jobs = self.jobs(arm, "tune", points)
+        known = [record for job in jobs if (record := records.get(job.key))]
+        raced = len(known) < len(jobs) or any(record.given_up for record in known)
+        if not raced or not any(record.result and record.result.steps_to_target for record in known):
+            return set()
+        from bncli.measure.compare.racing import points_out  # imports scipy: not before a run has hit
+
+        rows = [jobs[row :: len(points)] for row in range(len(points))]
+        out = points_out(self.plan, [[records.get(job.key, below.get(job.key, 0.0)) for job in row] for row in rows])
+        return {job.key for row, is_out in zip(rows, out, strict=True) if is_out for job in row}
 
     def points(self, arm: Arm) -> list[dict[str, Any]]:
         """The grid's points for an arm; a field that the arm fixes keeps its value."""
@@ -97,21 +114,33 @@ class Study:
         fixed = {path: value_at(self.plan.recipes[arm.name], path.split(".")) for path in arm.fixed}
         return [{**dict(zip(free, values, strict=True)), **fixed} for values in itertools.product(*free.values())]
 
+    def middle_out(self, arm: Arm) -> list[int]:
+        """The places of an arm's points of the grid, from its middle outwards: the best point is seldom at an edge."""
+        free = [len(values) for path, values in self.plan.grid.items() if path not in arm.fixed]
+        places = list(itertools.product(*map(range, free)))
+        away = [sum(abs(2 * k + 1 - n) / n for k, n in zip(place, free, strict=True)) for place in places]
+        return sorted(range(len(places)), key=away.__getitem__)
+
 
 def run_values(plan: ComparisonPlan, phase: Phase, point: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """The fields in which a run differs from its arm's recipe: only the report seeds' runs are probed.
 
-    A run of the search for the largest learning rate goes on to the end of its own budget.
+    A run of the search for the largest learning rate or of a step's cost goes on to the end of its own budget.
     """
     values = {**point, "train.seed": seed} | ({"probes": None} if phase != "report" else {})
-    if phase == "rate":
-        assert plan.largest_learning_rate is not None
-        values |= {"train.steps": plan.largest_learning_rate["steps"], "train.stop_at_target": False}
+    if phase in ("rate", "cost"):
+        values |= {"train.steps": plan.budget_of(phase), "train.stop_at_target": False}
+    if phase == "cost":  # the first interval between evaluations is a warm-up
+        every = max(1, min(plan.budget, COST_STEPS) // 5)
+        values |= {"train.evaluate_every": every, "schedule": {"kind": "constant"}}
     return values
 
 
-def study(recipes: Sequence[Loaded], identity: Mapping[str, str] | None = None) -> Study:
-    """The study that one or more recipes ask for. Raises RecipeError for recipes that cannot be compared."""
+def study(recipes: Sequence[Loaded], identity: Mapping[str, str] | None = None, full_grid: bool = False) -> Study:
+    """The study that one or more recipes ask for. Raises RecipeError for recipes that cannot be compared.
+
+    full_grid: whether runs go on whose point of the grid can no longer win.
+    """
     first = recipes[0]
     seeds, base, grid = first.file.seeds, first.base.train.seed, first.file.grid
     tune = seeds.tune if any(len(values) > 1 for values in grid.values()) else 0
@@ -138,6 +167,7 @@ def study(recipes: Sequence[Loaded], identity: Mapping[str, str] | None = None) 
         also=tuple(Target(target.metric, value) for value in target.also),
         claims=tuple(_claims(recipes, arms)),
         largest_learning_rate=plain(searches[0]) if searches else None,
+        full_grid=full_grid,
     )
     return Study(plan, tuple(arms), dict(identity or {}))
 
@@ -147,13 +177,16 @@ def planned_comparison(asked: Study, first: Loaded, records: Mapping[str, RunRec
     records = records or {}
     plan, named = asked.plan, named_runs(asked, records)
     arms = [
-        planned_arm(first.base, arm, len(asked.points(arm)) * len(plan.tune_seeds), len(plan.report_seeds))
+        replace(
+            planned_arm(first.base, arm, len(asked.points(arm)) * len(plan.tune_seeds), len(plan.report_seeds)),
+            alone=batches.alone(arm.recipe),
+        )
         for arm in asked.arms
     ]
-    keys = {job.key: job.phase for job in named.jobs}
-    runs = sum(phase != "rate" for phase in keys.values()) + named.later
-    done = sum(phase != "rate" for key, phase in keys.items() if key in records)
-    searches = sum(phase == "rate" for key, phase in keys.items() if key not in records)
+    keys, to_do = ({job.key: job.phase for job in jobs} for jobs in (named.jobs, named.to_do))
+    runs = sum(phase in ("tune", "report") for phase in keys.values()) + named.later
+    done = sum(phase in ("tune", "report") for key, phase in keys.items() if key not in to_do)
+    searches = sum(phase == "rate" for phase in to_do.values())
     return Planned(
         plan.name,
         tuple(first.provenance(Arm("", first.base))),
@@ -165,6 +198,7 @@ def planned_comparison(asked: Study, first: Loaded, records: Mapping[str, RunRec
         searches + named.later_searches,
         (plan.largest_learning_rate or {}).get("steps", 0),
         done,
+        raced=bool(plan.tune_seeds) and not plan.full_grid,
         open_choices=named.later > 0,
     )
 
@@ -274,9 +308,13 @@ Find = Callable[[set[str]], Mapping[str, RunRecord]]  # keys -> those of them th
 
 @dataclass(frozen=True)
 class KnownRuns:
-    """The runs that can be named now, done or not, and how many more there will be, as far as that is known."""
+    """The runs that can be named now, done or not, and how many more there will be, as far as that is known.
+
+    A run that was given up is done as long as its point of the grid is out; one that was not begun is then not named.
+    """
 
     jobs: list[Job]
+    to_do: list[Job]  # those of them that are not done
     later: int  # of arms whose tuning is not complete
     later_searches: int  # of the searches for the largest learning rate
 
@@ -288,25 +326,31 @@ class KnownRuns:
 def named_runs(study: Study, records: Mapping[str, RunRecord]) -> KnownRuns:
     """All tuning runs, and an arm's further runs once it is tuned; then searches, which name one run after the other.
 
+    Last a short run for each company of runs, since times and memory of runs that train together are of all of them.
+
     It is not known yet how many points of the grid an arm keeps whose tuning is not complete: one is counted. A search
     for the largest learning rate counts as USUAL_RUNS runs until it has ended.
     """
-    tuning, report, searches = [], [], []
+    tuning, report, searches, costs, again = [], [], [], [], set[str]()
     untuned, later = set(), 0
     claims = [claim for claim in study.plan.claims if claim.measure == "largest_learning_rate"]
     searched = {name for claim in claims for name in (claim.arm, claim.over)}
     for arm in study.arms:
         points = study.points(arm)
-        jobs = study.jobs(arm, "tune", points)
-        tuning += jobs
+        jobs, out = study.jobs(arm, "tune", points), study.out(arm, records, {})
+        again |= {job.key for job in jobs if job.key in records and records[job.key].given_up} - out
+        in_order = (jobs[seed + at] for seed in range(0, len(jobs), len(points)) for at in study.middle_out(arm))
+        tuning += [job for job in in_order if job.key in records or job.key not in out]
         start: dict[str, Any] | None = points[0]
-        if tuned := all(job.key in records for job in jobs):
+        if tuned := all(job.key in out or (job.key in records and job.key not in again) for job in jobs):
             if jobs:
-                from bncli.measure.compare.samples import kept_points, tuned_point  # import scipy: not before
+                from bncli.measure.compare.samples import ArmRuns, steps  # import scipy: not before
 
-                found = _records(jobs, records)
-                points, start = kept_points(study.plan, found), tuned_point(study.plan, arm.name, found)
-            report += study.jobs(arm, "report", points)
+                arm_runs = ArmRuns.of(study.plan, arm.name, _records(jobs, records))
+                points, start = list(arm_runs.kept), arm_runs.best(steps(study.plan.target))
+            report += (of_arm := study.jobs(arm, "report", points))
+            together = {job.company: job for job in reversed(of_arm) if job.company}
+            costs += [study._job(arm, job.point, job.seed, "cost") for job in together.values()]
         else:
             untuned.add(tuple(job.key for job in jobs))
         if arm.name not in searched or start is None:  # None: no tuning run ended
@@ -316,7 +360,9 @@ def named_runs(study: Study, records: Mapping[str, RunRecord]) -> KnownRuns:
             searches += search
             if not search or search[-1].key not in records:
                 later += max(0, rates.USUAL_RUNS - len(search))
-    return KnownRuns(report + tuning + searches, len(untuned) * len(study.plan.report_seeds), later)
+    jobs = report + tuning + searches + costs
+    to_do = [job for job in jobs if job.key not in records or job.key in again]
+    return KnownRuns(jobs, to_do, len(untuned) * len(study.plan.report_seeds), later)
 
 
 def known_runs(study: Study, records: dict[str, RunRecord], find: Find) -> KnownRuns:
@@ -324,7 +370,8 @@ def known_runs(study: Study, records: dict[str, RunRecord], find: Find) -> Known
     while True:
         named = named_runs(study, records)
         more = {job.key for job in named.jobs} - records.keys()
-        records.update(find(more))
+        found = find(more)
+        records.update((key, found[key]) for key in more & found.keys())  # no run that was done again meanwhile
         if records.keys().isdisjoint(more):
             return named
 

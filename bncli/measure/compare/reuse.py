@@ -96,5 +96,5 @@ def report_of_runs(
 
 def says_more(made: Comparison, answer: Comparison) -> bool:
     """Whether a report holds runs that ended, or were done again by other code, and that the answer does not hold."""
-    held = {run.key: run.code for run in answer.runs}
-    return any(held.get(run.key) != run.code for run in made.runs if run.result is not None)
+    held = {run.key: (run.code, run.given_up) for run in answer.runs}
+    return any(held.get(run.key) != (run.code, run.given_up) for run in made.runs if run.result is not None)

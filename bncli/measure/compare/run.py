@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from time import monotonic
 from typing import Any, Protocol
 
 from bncli.errors import USAGE, Refused, by_arm
@@ -14,6 +15,10 @@ from bncli.recipe.sections import Hub, Mnist, Npz, OwnModel
 from bncli.results.compare import ComparisonEvent, ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
 from bncli.results.serialize import from_plain
 from bncli.results.train import RunResult
+
+RACE_EVERY_S = 0.2  # at most so often it is looked which points of the grid can no longer win,
+RACE_REST = 50  # and for one part of the time in so many,
+RACE_AGAIN_S = 2.0  # but after so long in any case: the first time includes the import of scipy
 
 
 @dataclass(frozen=True)
@@ -63,16 +68,20 @@ class _OpenRuns(Work):
 
     The study is asked again once every named run of an arm has ended, or of one of its searches for the largest
     learning rate, which alone can change its answer; so a run that ends costs the same however many are open.
+
+    below: key -> steps below the target so far, of runs in progress.
     """
 
     def __init__(self, study: Study, records: dict[str, RunRecord], find: Find) -> None:
         super().__init__()
         self.study, self.records, self.find = study, records, find
+        self.below: dict[str, float] = {}
         self._ask()
 
     def record(self, record: RunRecord) -> None:
         """Of a run that has ended."""
         self.records[record.key] = record
+        self.done += 1
         arms = [keys for keys in self._open.values() if record.key in keys]
         for keys in arms:
             keys.remove(record.key)
@@ -82,15 +91,43 @@ class _OpenRuns(Work):
     def _ask(self) -> None:
         named = known_runs(self.study, self.records, self.find)
         self.planned = named.planned
-        self.done = len({job.key for job in named.jobs} & self.records.keys())
+        self.done = len({job.key for job in named.jobs}) - len({job.key for job in named.to_do})
         self._open: dict[tuple[str, int | None], set[str]] = {}  # arm, seed of a search -> keys of runs not done
+        self._race_at = 0.0  # at once: runs that wait again may be without a chance
         self.waiting.clear()
-        for job in named.jobs:
-            if job.key not in self.records:
-                if job.key not in self.running and not any(job.key in keys for keys in self._open.values()):
-                    self.waiting.append(job)
-                group = (job.arm, job.seed if job.phase == "rate" else None)
-                self._open.setdefault(group, set()).add(job.key)
+        for job in named.to_do:
+            if job.key not in self.running and not any(job.key in keys for keys in self._open.values()):
+                self.waiting.append(job)
+            group = (job.arm, job.seed if job.phase == "rate" else None)
+            self._open.setdefault(group, set()).add(job.key)
+
+    def without_a_chance(self) -> set[str]:
+        """Keys of the runs in progress at points of the grid that can no longer win; those that wait are dropped.
+
+        Looked at now and then alone, since it takes longer the more runs there are. Runs that arms share are kept as
+        long as one of the arms needs them.
+        """
+        if (began := monotonic()) < self._race_at:
+            return set()
+        below = {key: self.below[key] for key in self.running if key in self.below}
+        tuning = {job.key for job in (*self.waiting, *self.running.values()) if job.phase == "tune"}
+        arms = [arm for arm in self.study.arms if tuning & self._open.get((arm.name, None), set())]
+        out: dict[Any, set[str]] = {(arm.name, None): self.study.out(arm, self.records, below) for arm in arms}
+        rest = max(RACE_EVERY_S, RACE_REST * (monotonic() - began))
+        self._race_at = monotonic() + min(RACE_AGAIN_S, rest)
+        needed = set().union(*(keys - out.get(group, set()) for group, keys in self._open.items()))
+        lost = set().union(*out.values()) - needed
+        if dropped := [job for job in self.waiting if job.key in lost]:
+            kept = [job for job in self.waiting if job.key not in lost]
+            self.waiting.clear()
+            self.waiting.extend(kept)
+            for keys in self._open.values():
+                keys.difference_update(job.key for job in dropped)
+            self.planned -= len(dropped)
+            if not all(self._open.values()):
+                self._ask()
+                return (lost & self.running.keys()) | self.without_a_chance()
+        return lost & self.running.keys()
 
 
 def check(
@@ -138,12 +175,12 @@ def execute(
     A run that fails is recorded with its reason and not tried again in this call. Raises what the executor raises.
     """
     runs, plan = _OpenRuns(study, records, find), study.plan
-    done = runs.done
-    yield ComparisonStarted(plan.name, runs.planned, done, plan.target.metric)
+    yield ComparisonStarted(plan.name, runs.planned, runs.done, plan.target.metric)
     for event in executor.run(runs, stop):
         if isinstance(event, Started):
             yield RunBegan(event.worker, event.job.label, event.job.recipe.train.steps)
         elif isinstance(event, RunProgressed):
+            runs.below |= event.below
             yield event
         elif isinstance(event, Ended):
             job = event.job
@@ -162,5 +199,6 @@ def execute(
             )
             save(record)
             runs.record(record)
-            done += 1
-            yield RunEnded(event.worker, job.label, done, runs.planned, record)
+            yield RunEnded(event.worker, job.label, runs.done, runs.planned, record)
+        if event is not None and (lost := runs.without_a_chance()):
+            executor.give_up(lost)

@@ -13,6 +13,7 @@ import numpy as np
 
 from bncli.engine.target import StepsToTarget
 from bncli.measure.compare import stats
+from bncli.measure.compare.racing import points_out
 from bncli.measure.compare.stats import Sample
 from bncli.recipe.overrides import value_at
 from bncli.results.compare import ComparisonPlan, Ratio, RunRecord
@@ -36,13 +37,13 @@ class ArmRuns:
     def of(plan: ComparisonPlan, name: str, records: Sequence[RunRecord]) -> ArmRuns:
         """The arm's part of a comparison's records. Before its tuning is complete it has kept no point."""
         searched = [record for record in records if record.arm == name and record.phase == "rate"]
-        records = [record for record in records if record.arm == name and record.phase != "rate"]
+        records = [record for record in records if record.arm == name and record.compared]
         if not plan.tune_seeds:
             return ArmRuns(plan, name, records, points_of(records), searched)
         tuning = [record for record in records if record.phase == "tune"]
         tuned = [values for path, values in plan.grid.items() if path not in plan.fixed.get(name, ())]
-        complete = len(tuning) == math.prod(map(len, tuned)) * len(plan.tune_seeds)
-        return ArmRuns(plan, name, records, kept_points(plan, tuning) if complete else [], searched)
+        left = _still_in(plan, tuning, math.prod(map(len, tuned)))
+        return ArmRuns(plan, name, records, kept_points(plan, left), searched)
 
     @cached_property
     def results(self) -> list[tuple[Point, dict[int, RunResult]]]:
@@ -94,6 +95,17 @@ class ArmRuns:
             by=table(by)[..., 0] if by else None,
             chosen=points.index(best) if best in points else None,
         )
+
+
+def _still_in(plan: ComparisonPlan, tuning: Sequence[RunRecord], points: int) -> Sequence[RunRecord]:
+    """One arm's tuning runs without those of points that are out; none before all that are left have ended."""
+    seeds, found = plan.tune_seeds, points_of(tuning)
+    if len(tuning) < points * len(seeds) or any(run.given_up for run in tuning):
+        by_place = {(found.index(run.point), run.seed): run for run in tuning}
+        runs = [[by_place.get((row, seed), 0.0) for seed in seeds] for row in range(len(found))]
+        out = [point for point, out in zip(found, points_out(plan, runs), strict=True) if out]
+        tuning, points = [run for run in tuning if run.point not in out and not run.given_up], points - len(out)
+    return tuning if len(tuning) == points * len(seeds) else []
 
 
 def kept_points(plan: ComparisonPlan, tuning: Sequence[RunRecord]) -> list[Point]:
@@ -174,10 +186,7 @@ def steps(target: Target) -> Callable[[ArmRuns, Point, RunResult], tuple[float, 
     """Log of the steps to a target of the plan; a miss took more than the budget can show."""
 
     def measure(arm: ArmRuns, point: Point, result: RunResult) -> tuple[float, bool]:
-        if target == result.target:
-            found = result.steps_to_target
-        else:
-            found = next((each.steps for each in result.also if each.target == target), None)
+        found = result.steps_to(target)
         return (_log(arm.plan.most_steps), False) if found is None else (_log(found), True)
 
     return measure

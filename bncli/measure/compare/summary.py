@@ -14,6 +14,7 @@ from bncli.measure.compare import samples, stats
 from bncli.measure.compare.claims import judged
 from bncli.measure.compare.plan import point_and_seed
 from bncli.measure.compare.samples import ArmRuns, Measure, Point, points_of
+from bncli.recipe.batches import common
 from bncli.recipe.overrides import value_at
 from bncli.results.compare import (
     RATE,
@@ -32,6 +33,7 @@ from bncli.results.environment import disturbed
 from bncli.results.train import RunResult, Target
 
 FEWEST_EVALUATIONS = 10  # within an arm's steps to target; 5 would do for the bias, 10 keep single runs from scattering
+COSTS = ("ms_per_step", "samples_per_s", "peak_memory_mib", "cores_lacked")  # of a run, by itself alone
 MOVED = 0.05  # by how much every second evaluation may move the ratio before a note says so
 
 
@@ -47,7 +49,7 @@ def summarise(
     With `threads`, costs are taken only from runs with that many threads. `remarks` are added to the notes.
     """
     records = sorted(records, key=lambda record: _place(plan, record))
-    shown = [_without_other_costs(record, threads) for record in records]
+    shown = _with_costs([_without_other_costs(record, threads) for record in records])
     arms = {name: ArmRuns.of(plan, name, shown) for name in plan.arms}
     rows = [_row(arm, arms[plan.reference]) for arm in arms.values()]
     corrected = stats.holm([row.ratio.p_value if row.ratio else None for row in rows])
@@ -64,7 +66,7 @@ def summarise(
 def _place(plan: ComparisonPlan, record: RunRecord) -> tuple[Any, ...]:
     """The plan's order, so that a report does not depend on which run happened to end first."""
     point = [values.index(record.point[path]) for path, values in plan.grid.items() if record.point.get(path) in values]
-    phase = ("tune", "report", "rate").index(record.phase)
+    phase = ("tune", "report", "rate", "cost").index(record.phase)
     return plan.arms.index(record.arm), phase, point, record.seed, record.point.get(RATE)
 
 
@@ -72,8 +74,20 @@ def _without_other_costs(record: RunRecord, threads: int | None) -> RunRecord:
     """A run with another number of threads took as many steps, and other seconds and memory."""
     if record.result is None or threads in (None, record.result.environment.threads):
         return record
-    result = replace(record.result, ms_per_step=None, samples_per_s=None, peak_memory_mib=None, cores_lacked=None)
-    return replace(record, result=result)
+    unknown: dict[str, Any] = dict.fromkeys(COSTS)
+    return replace(record, result=replace(record.result, **unknown))
+
+
+def _with_costs(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """The records; runs that trained together have the costs of the run that was made alone for them."""
+    alone = {(one.arm, str(common(one.point))): one.result for one in records if one.phase == "cost" and one.result}
+    found = []
+    for one in records:
+        cost = alone.get((one.arm, str(common(one.point))))
+        if cost and one.compared and one.result and one.result.ms_per_step is None:
+            one = replace(one, result=replace(one.result, **{name: getattr(cost, name) for name in COSTS}))
+        found.append(one)
+    return found
 
 
 def _other_threads(records: Sequence[RunRecord], threads: int | None) -> Iterator[Note]:
@@ -133,11 +147,13 @@ def _cells(arm: ArmRuns) -> tuple[TuningCell, ...]:
     tuning = [record for record in arm.records if record.phase == "tune"]
     cells = []
     for point in points_of(tuning):
-        results = [record.result for record in tuning if record.point == point and record.result is not None]
+        found = [record.result for record in tuning if record.point == point and record.result is not None]
+        results = [result for result in found if result.status != "given up"]
+        stopped_at = max((result.steps_run for result in found if result.status == "given up"), default=None)
         hits = [result.steps_to_target for result in results if result.steps_to_target is not None]
         diverged = sum(result.status == "diverged" for result in results)
         mean = None if not hits else geometric_mean(hits) if min(hits) > 0 else 0.0
-        cells.append(TuningCell(point, len(hits), len(results), mean, diverged, point in arm.kept))
+        cells.append(TuningCell(point, len(hits), len(results), mean, diverged, point in arm.kept, stopped_at))
     return tuple(cells)
 
 

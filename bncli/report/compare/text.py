@@ -187,6 +187,8 @@ def _at(arm: ArmSummary | None, point: dict[str, Any]) -> TuningCell | None:
 
 def _tuning_cell(arm: ArmSummary, point: dict[str, Any], reference: ArmSummary | None, most_steps: float) -> Cell:
     cell, other = _at(arm, point), _at(reference, point)
+    if cell is not None and cell.stopped_at is not None:
+        return Cell("stopped", f"at {cell.stopped_at:,}")
     if cell is None or cell.runs == 0:
         return Cell(UNKNOWN)
     words = figure(cell.steps) if cell.hits else "diverged" if cell.diverged == cell.runs else "never"
@@ -203,7 +205,9 @@ def common_ratio(cell: TuningCell, reference: TuningCell, most_steps: float) -> 
     """
 
     def log_mean(of: TuningCell) -> float | None:
-        if of.runs == 0 or (of.hits and not of.steps):  # no geometric mean: a run was at the target before training
+        if (
+            of.runs == 0 or of.stopped_at is not None or (of.hits and not of.steps)
+        ):  # no geometric mean: a run was at the target before training
             return None
         return (of.hits * math.log(of.steps or 1) + (of.runs - of.hits) * math.log(most_steps)) / of.runs
 
@@ -220,7 +224,7 @@ def common_ratio(cell: TuningCell, reference: TuningCell, most_steps: float) -> 
 
 def tuning_notes(comparison: Comparison) -> list[str]:
     seeds, reference = count(len(comparison.plan.tune_seeds), "tuning seed"), comparison.plan.reference
-    kept = []
+    kept, stopped = [], any(cell.stopped_at is not None for arm in comparison.arms for cell in arm.tuning)
     for arm in comparison.arms:
         if arm.choice:
             doubt = arm.choice.doubt if arm.choice.kept > 1 else None
@@ -230,6 +234,7 @@ def tuning_notes(comparison: Comparison) -> list[str]:
         f"Steps to target (geometric mean of the runs that hit it) and hits over {seeds}; below: how many times "
         f"fewer than {reference}'s at the same value, or more, without an interval.",
         "[ ]: the best point; ( ): not told from it by the tuning seeds, so trained with further ones too.",
+        *["stopped: from that step on it could no longer win, whatever its runs still came to."] * stopped,
         *[f"Kept: {'; '.join(kept)}."] * bool(kept),
     ]
 
@@ -324,6 +329,8 @@ def _methods(comparison: Comparison) -> Iterator[str]:
     orders = "; where runs missed, medians and order statistics" * bool(used & {"median", "medians", "bound"})
     yield f"Intervals: 95 %, a jackknife over seeds{chosen}{orders}; of a ratio, one with 1 in it shows no difference."
     yield f"Best {plan.target.metric}, samples/s: medians over seeds; seconds: training alone."
+    if any(run.phase == "cost" for run in comparison.runs):
+        yield "Runs of an arm trained together; samples/s, seconds and memory are of a short run alone."
     yield "Memory: the largest peak in training; on a CPU the process's, with all of the data that the processes share."
 
 

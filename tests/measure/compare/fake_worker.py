@@ -33,6 +33,9 @@ def main() -> None:
         if act == "die":
             print("I die", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
+        if act == "end Dask":
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(3600)  # until the end of standard input
         if act == "exit":
             os._exit(7)
         if act == "fail":
@@ -50,7 +53,7 @@ def main() -> None:
             continue
         if act == "save slowly":  # and is done before it has seen that it is to stop
             assert "stop" in json.loads(sys.stdin.readline())
-        for step in range(60 * (act == "go on")):  # 3 s
+        for step in range({"go on": 60, "go on a while": 10}.get(act, 0)):  # 3 s, 0.5 s
             time.sleep(0.05)
             say(key=key, step=step, value=0.5)
         if act == "refuse":

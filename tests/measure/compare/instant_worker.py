@@ -27,7 +27,7 @@ def main() -> None:
     print(json.dumps({"hello": "cpu", "gpus": 0}), flush=True)
     for line in sys.stdin:
         for job in json.loads(line).get("runs", ()):
-            time.sleep(0.02)
+            time.sleep(0.0 if "--at-once" in sys.argv else 0.02)
             found = result(job["recipe"], job["recipe"]["train"]["seed"])
             print(json.dumps({"key": job["key"], "result": to_plain(found), "code": {}}), flush=True)
 

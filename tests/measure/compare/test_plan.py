@@ -55,7 +55,7 @@ def test_every_point_as_good_as_the_best_gets_the_further_seeds(asked: Study) ->
     report = [(job.seed, job.point["optimizer.lr"]) for job in named_runs(asked, records).jobs if job.phase == "report"]
     assert report[:4] == [(10, 0.1), (10, 1), (11, 0.1), (11, 1)]  # seed by seed
     assert len(report) == 2 * 2 * 5
-    assert named_runs(asked, records).planned == 18 + 20
+    assert named_runs(asked, records).planned == 18 + 20 + 2  # two that measure what a step costs
 
 
 def test_an_arm_that_fixes_a_field_of_the_grid_is_not_tuned_in_it(study_of: StudyOf) -> None:
@@ -78,8 +78,8 @@ def test_several_grid_fields_make_every_combination(study_of: StudyOf) -> None:
 
 def test_without_a_grid_nothing_is_tuned(study_of: StudyOf) -> None:
     asked = study_of(BASE + UNTUNED.replace("5", "4"))
-    assert {job.phase for job in named_runs(asked, {}).jobs} == {"report"}
-    assert named_runs(asked, {}).planned == 8
+    assert {job.phase for job in named_runs(asked, {}).jobs} == {"report", "cost"}
+    assert named_runs(asked, {}).planned == 8 + 2
 
 
 def test_a_key_depends_on_recipe_and_identity_and_not_on_the_arms_name(asked: Study, study_of: StudyOf) -> None:

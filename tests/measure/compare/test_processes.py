@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -20,23 +18,7 @@ from bncli.measure.compare.processes import Processes, cores
 from bncli.measure.compare.run import Ended, Started
 from bncli.measure.compare.work import Work
 from bncli.results.compare import RunProgressed
-
-FAKE = (sys.executable, "-m", "tests.measure.compare.fake_worker")
-
-
-class Act:
-    """A recipe of the fake worker: what it is to do. Counts how often it is made ready to be sent."""
-
-    def __init__(self, act: str) -> None:
-        self.act, self.dumps, self.train = act, 0, SimpleNamespace(checkpoint={"every": 5} if "save" in act else None)
-
-    def model_dump(self, **_: Any) -> dict[str, str]:
-        self.dumps += 1
-        return {"act": self.act}
-
-
-def jobs_of(acts: dict[str, str]) -> Work:
-    return Work(Job(key, "plain", {}, 0, "tune", Act(act)) for key, act in acts.items())  # type: ignore[arg-type]
+from tests.measure.compare.acts import FAKE, Act, jobs_of
 
 
 def processes(folder: Path, device: str = "cpu", jobs: int | None = 2) -> Processes:

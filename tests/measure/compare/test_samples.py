@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from bncli.measure.compare.plan import Study, named_runs
+from bncli.measure.compare.plan import Study
 from bncli.measure.compare.samples import kept_points
 from bncli.results.compare import RunRecord
 from tests.measure.compare.conftest import failed, record
@@ -15,7 +15,7 @@ from tests.measure.compare.conftest import failed, record
 def tuning(
     asked: Study, steps: dict[float, list[float | None]], best: dict[float, float] | None = None
 ) -> list[RunRecord]:
-    jobs = [job for job in named_runs(asked, {}).jobs if job.arm == "plain"]
+    jobs = asked.jobs(asked.arms[0], "tune", asked.points(asked.arms[0]))
     return [
         record(job, steps[lr][job.seed - 7], best=(best or {}).get(lr, 0.95))
         for job in jobs

@@ -69,7 +69,7 @@ def test_the_ratio_is_that_of_both_arms_steps_at_their_best_rates(asked: Study) 
     assert (plain.point, normed.point) == ({"optimizer.lr": 1}, {"optimizer.lr": 0.1})
     assert [cell.kept for cell in plain.tuning] == [False, True, False]
     assert (plain.choice.points, plain.choice.kept, plain.choice.doubt) == (3, 1, 0)
-    assert comparison.planned_runs == len(comparison.runs) == 28
+    assert comparison.planned_runs == len(comparison.runs) == 30
 
 
 def test_an_unclear_choice_tells_the_points_kept_and_how_often_others_win(asked: Study) -> None:
@@ -77,7 +77,7 @@ def test_an_unclear_choice_tells_the_points_kept_and_how_often_others_win(asked:
     plain, normed = comparison.arms
     assert plain.choice.kept == 3
     assert 0 < plain.choice.doubt < 1
-    assert comparison.planned_runs == len(comparison.runs) == 18 + 15 + 5
+    assert comparison.planned_runs == len(comparison.runs) == 18 + 15 + 5 + 2
     clear = summary(asked, carried_out(asked, by_arm_and_rate(RATES, TENTH))).arms[1].ratio
     assert normed.ratio.interval.high / normed.ratio.value > clear.interval.high / clear.value
 
@@ -306,10 +306,10 @@ def test_diverged_runs_are_misses_and_are_counted(asked: Study) -> None:
 
 def test_failed_runs_are_named_and_not_counted_as_misses(asked: Study) -> None:
     found = failed(carried_out(asked, by_arm_and_rate(RATES, RATES, 1e-6)), lambda one: one.seed == 11)
-    comparison = summarise(asked.plan, found, 28)
+    comparison = summarise(asked.plan, found, 30)
     assert comparison.arms[0].runs == 7
     assert comparison.arms[0].failures == ("lr 1, seed 11: it died",)
-    assert "26 of 28 runs are done, 2 failed; the figures are based on those" in sentences(comparison.notes)
+    assert "28 of 30 runs are done, 2 failed; the figures are based on those" in sentences(comparison.notes)
 
 
 def test_failures_of_one_text_are_one_fact_with_their_count_and_arms(asked: Study) -> None:
