@@ -100,15 +100,11 @@ def sweep(*folders: Path, alone: Callable[[], bool] = lambda: True) -> None:
     alone: whether nobody else writes there, by default since the caller holds a lock. It is asked after the files are
     listed, so that those of whoever comes later are not among them.
     """
-    left: list[str] = []
-    for folder in folders:
-        with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
-            left += [
-                each.path for each in entries if TEMPORARY.fullmatch(each.name) and each.is_file(follow_symlinks=False)
-            ]
+    files = (file for folder in folders for file in folder.glob(".*") if TEMPORARY.fullmatch(file.name))
+    left = [file for file in files if file.is_file() and not file.is_symlink()]
     if left and alone():
         for file in left:
-            Path(file).unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
 
 
 def read_plain(file: Path, most: int | None = None, follow: bool = False) -> bytes:

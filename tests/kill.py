@@ -278,6 +278,7 @@ class SharedCompareTrial(FakeCompareTrial):
     """Several calls at the same time, of which one or all are killed, and others take their places."""
 
     calls = 3
+    options = SAVED  # so that each worker does one run at a time
 
     def next_start(self) -> Callable[[], object]:
         os.environ[RAN] = str(self.folder.with_suffix(".ran"))

@@ -16,15 +16,7 @@ from rich.text import Text
 
 from bncli.report.profile.text import error_words
 from bncli.report.text import count, encodable
-from bncli.results.compare import (
-    ComparisonEvent,
-    ComparisonStarted,
-    OtherCalls,
-    RunBegan,
-    RunEnded,
-    RunProgressed,
-    RunRecord,
-)
+from bncli.results.compare import ComparisonEvent, ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
 from bncli.results.gradcheck import CheckGroup, CheckProgress
 from bncli.results.profile import KernelCost, Measuring, ProfileEvent, ProfileStarted, RowDone
 from bncli.results.train import Evaluated, Event, RunStarted, StepDone
@@ -151,7 +143,6 @@ class CompareProgress(_ProgressSink):
                 self.bars.remove_task(task)
             self.failed: dict[str, list[str]] = {}  # how runs failed -> their labels
             self.metric, self.planned, self.workers = event.metric, event.planned, dict[int, TaskID]()
-            self.others: list[str] = []
             notes = [f"{event.done} already done"] if event.done else []
             self.all = self.add(event.name, event.planned, notes, event.done)
             found = f", {event.done} of them already done" if event.done else ""
@@ -164,19 +155,15 @@ class CompareProgress(_ProgressSink):
         elif isinstance(event, RunProgressed) and event.worker in self.workers:
             notes = [f"{self.metric} {'–' if event.value is None else f'{event.value:.3f}'}"]
             self.bars.update(self.workers[event.worker], completed=event.step, notes=notes)
-        elif isinstance(event, OtherCalls):
-            self.others = [f"{count(event.runs, 'run')} in other calls"] * bool(event.runs)
-            self.bars.update(self.all, notes=self.others)
-            for words in self.others:
-                self.line(words)
         elif isinstance(event, RunEnded):
             self.planned = event.planned
-            self.bars.update(self.all, completed=event.done, total=event.planned, notes=self.others)
+            notes = [f"{count(event.elsewhere, 'run')} in other calls"] * bool(event.elsewhere)
+            self.bars.update(self.all, completed=event.done, total=event.planned, notes=notes)
             failed, outcome = event.record.result is None, _outcome(event.record)
             alike = self.failed.setdefault(outcome, []) if failed else []
             alike.append(event.label)
             if len(alike) == 1:
-                self.line(f"{event.done}/{self.planned} {event.label}: {outcome}", failed)
+                self.line("; ".join([f"{event.done}/{self.planned} {event.label}: {outcome}", *notes]), failed)
                 if failed and self.live:
                     self._print(f"{event.label}: {outcome}")
             for first, *others in self.failed.values() if event.done == event.planned else ():

@@ -288,19 +288,15 @@ class RunProgressed:
 
 @dataclass(frozen=True)
 class RunEnded:
-    worker: int | None  # None: of another call in the same folder
+    worker: int | None  # None: in another call on the same folder
     label: str
     done: int
     planned: int  # grows when an arm keeps several points of the grid
     record: RunRecord
+    elsewhere: int = 0  # runs that other calls on the same folder are doing now
 
 
-@dataclass(frozen=True)
-class OtherCalls:
-    runs: int  # that other calls are doing, in the same folder
-
-
-ComparisonEvent = ComparisonStarted | RunBegan | RunProgressed | RunEnded | OtherCalls
+ComparisonEvent = ComparisonStarted | RunBegan | RunProgressed | RunEnded
 
 
 # --- what would be done -------------------------------------------------------------------------------------------

@@ -12,15 +12,7 @@ from bncli.measure.compare.plan import Find, Job, Study, known_runs, point_and_s
 from bncli.measure.compare.work import Work
 from bncli.recipe.load import digest, plain
 from bncli.recipe.sections import Hub, Mnist, Npz, OwnModel
-from bncli.results.compare import (
-    ComparisonEvent,
-    ComparisonStarted,
-    OtherCalls,
-    RunBegan,
-    RunEnded,
-    RunProgressed,
-    RunRecord,
-)
+from bncli.results.compare import ComparisonEvent, ComparisonStarted, RunBegan, RunEnded, RunProgressed, RunRecord
 from bncli.results.serialize import from_plain
 from bncli.results.train import RunResult
 
@@ -73,23 +65,19 @@ class Executor(Protocol):
 
 
 class Leases(Protocol):
-    """Which of the calls that share a folder does which run. Both questions make `find` know what others have ended."""
+    """Which of the calls on a folder does which run; after `lease` and `free`, `find` sees what others have ended."""
 
     def lease(self, key: str, recipe_key: str, own_code: bool) -> bool:
         """Take the lease of a run; False where another call does it."""
-        ...
-
-    def release(self, key: str) -> None:
-        """Give back the lease of a run that another call has ended before."""
-        ...
 
     def free(self, keys: Collection[str]) -> Collection[str]:
         """Those runs of other calls which no call does any more."""
-        ...
+
+    def release(self, key: str) -> None:
+        """Give back the lease of a run."""
 
     def alone(self) -> bool:
         """Whether no other call is there."""
-        ...
 
 
 class _OpenRuns(Work):
@@ -104,6 +92,7 @@ class _OpenRuns(Work):
     def __init__(self, study: Study, records: dict[str, RunRecord], find: Find) -> None:
         super().__init__()
         self.study, self.records, self.find = study, records, find
+        self.elsewhere: dict[str, Job] = {}  # key -> run that another call is doing
         self.below: dict[str, float] = {}
         self._ask()
 
@@ -116,6 +105,10 @@ class _OpenRuns(Work):
             keys.remove(record.key)
         if not all(arms):
             self._ask()
+
+    def of_others(self) -> Iterator[RunRecord]:
+        """The runs that other calls have ended since the last time."""
+        yield from ()
 
     def _ask(self) -> None:
         named = known_runs(self.study, self.records, self.find)
@@ -162,13 +155,13 @@ class _OpenRuns(Work):
 class _SharedRuns(_OpenRuns):
     """The open runs of a study that other calls may do too, each run in one of them.
 
-    elsewhere: those that other calls are doing. share: whether this call is to do a run, by its key.
+    share: whether this call is to do a run, by its key.
     """
 
     def __init__(
         self, study: Study, records: dict[str, RunRecord], find: Find, leases: Leases, share: Callable[[str], bool]
     ) -> None:
-        self.leases, self.share, self.elsewhere, self._looked_s = leases, share, dict[str, Job](), 0.0
+        self.leases, self.share, self._looked_s = leases, share, 0.0
         self._mine: set[str] = set()  # keys of the runs that were taken and are not recorded yet
         self._given_up: set[str] = set()  # by other calls, which knew more of the runs in progress
         super().__init__(study, records, find)
@@ -209,10 +202,9 @@ class _SharedRuns(_OpenRuns):
         return [found[key] for key in keys if key in found and found[key] != self.records.get(key)]
 
     def of_others(self) -> Iterator[RunRecord]:
-        """The runs that other calls have ended since the last time; those that they left undone wait again."""
         if monotonic() - self._looked_s < LOOK_EVERY_S or (not self.elsewhere and self.leases.alone()):
             return
-        free = self.leases.free(self.elsewhere)
+        free = self.leases.free(self.elsewhere)  # they wait again
         new = self._new(set().union(*self._open.values()) - self._mine)
         ended = {record.key for record in new}
         self._wait([*self.waiting, *(self.elsewhere.pop(key) for key in free)], ended)
@@ -271,7 +263,7 @@ def check(
 
 def execute(
     study: Study,
-    save: Callable[[RunRecord], RunRecord],
+    save: Callable[[RunRecord], None],
     executor: Executor,
     records: dict[str, RunRecord],
     stop: Callable[[], bool] = lambda: False,
@@ -281,7 +273,7 @@ def execute(
 ) -> Iterator[ComparisonEvent]:
     """Do every run of the study that `records`, by key, does not hold; each new record is saved and added to it.
 
-    save: returns the record as it is kept. find: those of some keys that were done in earlier calls; asked when runs
+    find: those of some keys that were done in earlier calls; asked when runs
     are named that depend on others. leases: where other calls do runs of the same folder; those are waited for. share:
     whether a run, by its key, is this call's; the others are neither done nor waited for.
     A run that fails is recorded with its reason and not tried again in this call. Raises what the executor raises.
@@ -289,14 +281,10 @@ def execute(
     plan = study.plan
     runs = _SharedRuns(study, records, find, leases, share) if leases else _OpenRuns(study, records, find)
     yield ComparisonStarted(plan.name, runs.planned, runs.done, plan.target.metric)
-    elsewhere = 0
     for event in executor.run(runs, stop):
-        if isinstance(runs, _SharedRuns):
-            for record in runs.of_others():
-                label = f"{record.arm}, {point_and_seed(record.point, record.seed)}"
-                yield RunEnded(None, label, runs.done, runs.planned, record)
-            if len(runs.elsewhere) != elsewhere:
-                yield OtherCalls(elsewhere := len(runs.elsewhere))
+        for record in runs.of_others():
+            label = f"{record.arm}, {point_and_seed(record.point, record.seed)}"
+            yield RunEnded(None, label, runs.done, runs.planned, record, len(runs.elsewhere))
         if isinstance(event, Started):
             yield RunBegan(event.worker, event.job.label, event.job.recipe.train.steps)
         elif isinstance(event, RunProgressed):
@@ -317,7 +305,8 @@ def execute(
                 identity=study.identity,
                 code=event.code,
             )
-            runs.record(record := save(record))
-            yield RunEnded(event.worker, job.label, runs.done, runs.planned, record)
+            save(record)
+            runs.record(record)
+            yield RunEnded(event.worker, job.label, runs.done, runs.planned, record, len(runs.elsewhere))
         if event is not None and (lost := runs.without_a_chance()):
             executor.give_up(lost)

@@ -37,7 +37,7 @@ class ComparisonFolder:
     what bncli writes there is never written over or deleted.
 
     unfit: files that were read and cannot be used, with the reason. failures: key -> a run that failed in another call
-    which is still there; this one does not try it again.
+    meanwhile, and is not tried again in this one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,18 +77,16 @@ class ComparisonFolder:
 
     def _sweep(self) -> None:
         """Delete what killed calls left half written, unless another call is there, which may be writing."""
-        sweep(self.path, *(self.path / name for name in FOLDERS), alone=self._leases.alone)
+        sweep(self.path, *(self.path / name for name in FOLDERS), alone=self.alone)
 
     def _refused(self, why: str) -> UsageError:
         return UsageError(why, field="out", value=self.path)
 
     def begin(self, begun: BegunComparison) -> None:
-        """Save the plan, and delete the runs that failed in calls which have ended."""
-        for name, record in self.failed().items():
-            if self._leases.held(record.key):
-                self.failures[record.key] = record
-            else:
-                (self.path / "failed" / name).unlink(missing_ok=True)
+        """Save the plan, and delete the runs that failed before."""
+        for name in self.failed():
+            (self.path / "failed" / name).unlink(missing_ok=True)
+            del self._read[f"failed/{name}"]
         replace(self.path / PLAN, to_json(begun).encode())
 
     def begun(self) -> BegunComparison | None:
@@ -139,27 +137,24 @@ class ComparisonFolder:
             self._read[file] = record
         return self._read[file]
 
-    def _run_now(self, folder: str, name: str) -> RunRecord | None:
-        """As `_run`, but read again: another call may have replaced it."""
-        if self._read.get(file := f"{folder}/{name}"):
-            del self._read[file]
-        return self._run(folder, name)
-
     def lease(self, key: str, recipe_key: str, own_code: bool) -> bool:
-        """Take the lease of a run; False where another call does it. `finished` then knows whether one has done it.
+        """Take the lease of a run; False where another call does it. Looks again whether one has ended it.
 
         own_code: whether it loads code of the user's, so that there may be several files with that key.
         """
         if not self._leases.take(key):
             return False
-        name = f"{recipe_key}-{key}.json"
-        if own_code or os.path.lexists(self.path / "runs" / name):
-            self._note(self._names, os.listdir(self.path / "runs") if own_code else [name])
-            for each in self._names.get(key, ()):
-                self._run_now("runs", each)
+        runs, name = self.path / "runs", f"{recipe_key}-{key}.json"
+        if own_code or os.path.lexists(runs / name):
+            self._note(self._names, os.listdir(runs) if own_code else [name])
+            for each in self._names[key]:
+                self._read.pop(f"runs/{each}", None)
+        if failed := os.path.lexists(self.path / "failed" / name) and self._run("failed", name):
+            self.failures[key] = failed
         return True
 
     def release(self, key: str) -> None:
+        """Give back the lease of a run."""
         self._leases.release(key)
 
     def alone(self) -> bool:
@@ -167,32 +162,26 @@ class ComparisonFolder:
         return self._leases.alone()
 
     def free(self, keys: Collection[str]) -> set[str]:
-        """Those runs of other calls which no call does any more. `finished` and `failures` then know what they did."""
+        """Those runs of other calls which no call does any more. Looks again what other calls have ended."""
         names = os.listdir(self.path / "runs")
         self._note(self._names, names)
         self.failures |= {record.key: record for record in self.failed().values() if record.key in keys}
         return self._leases.free(keys, {name.partition(".")[0] for name in names if name.endswith(".lease")})
 
-    def save(self, record: RunRecord) -> RunRecord:
-        """Write the file of a run that has ended, or failed; then its lease ends, or stays until this call does.
+    def save(self, record: RunRecord) -> None:
+        """Write the file of a run and end its lease.
 
-        Returns the run as the folder has it: where this call was silent for so long that another one took the run over
-        and has ended it, that is the other's.
+        A call that was silent for so long that another one has taken the run over writes the same run again.
         """
         name, folder = _name(record), "runs" if record.result is not None else "failed"
         file = self.path / folder / name
-        there = self._run_now(folder, name) if (exists := os.path.lexists(file)) else None
-        if there and there.result and record.result and there.result.steps_run >= record.result.steps_run:
-            record = there
-        else:
-            if exists and there is None:
-                _keep_beside(file)
-            replace(file, to_json(record).encode())
+        if os.path.lexists(file) and self._run(folder, name) is None:
+            _keep_beside(file)
+        replace(file, to_json(record).encode())
         if record.result is not None:
             with contextlib.suppress(OSError):  # one that stays is never read again
                 (self.path / "checkpoints" / f"{record.key}.pt").unlink()
-            self._leases.release(record.key)
-        return record
+        self.release(record.key)
 
     def _result(self, file: str, kind: type[Result], without: str = "") -> Result | None:
         """What a file holds; None where it is missing and, with the reason in `unfit`, where bncli cannot read it."""

@@ -25,7 +25,6 @@ LIMIT_S, RENEW_S = 60.0, 5.0
 CALL = re.compile(r"[0-9a-f]{12}")  # the name of a call's file
 # Its content: boot of the machine, namespace and user, number and start of the process.
 PROCESS = re.compile(r"(\S+ \S+ \d+) (\d+) \d+")
-MOST_BYTES = 1000  # of either file
 
 
 class Leases:
@@ -48,9 +47,8 @@ class Leases:
         self._ended.set()
         self._renewing.join()
         with contextlib.suppress(OSError):  # the folder was removed
-            if self.alone():
-                for key in list(self._taken):
-                    self.release(key)
+            for key in list(self._taken) if self.alone() else ():
+                self.release(key)
             self._call.unlink()
 
     def _renew(self) -> None:
@@ -65,12 +63,14 @@ class Leases:
             try:
                 with lease.open("x") as file:
                     file.write(self._call.name)
-            except FileExistsError:
-                if self._is_held(key, lease):
-                    return False
-            else:
                 self._taken[key] = number
                 break
+            except FileExistsError:
+                call = _text(lease)
+                # One that names no call has just been created, or its call was killed then: it is not renewed.
+                self._others[key] = self._calls / call if CALL.fullmatch(call) else lease
+                if self._is_alive(self._others[key]):
+                    return False
         return True
 
     def release(self, key: str) -> None:
@@ -84,11 +84,6 @@ class Leases:
         alive = {file: self._is_alive(file) for file in set(others.values())}
         return {key for key in keys if key not in others or not alive[others[key]]}
 
-    def held(self, key: str) -> bool:
-        """Whether another call has a run."""
-        leases = (self._lease(key, number) for number in itertools.count())
-        return any(self._is_held(key, lease) for lease in itertools.takewhile(os.path.lexists, leases))
-
     def alone(self) -> bool:
         """Whether no other call is there. What killed ones left in `calls` is deleted."""
         names = [name for name in os.listdir(self._calls) if CALL.fullmatch(name) and name != self._call.name]
@@ -100,14 +95,6 @@ class Leases:
     def _lease(self, key: str, number: int) -> Path:
         return self._runs / f"{key}.{number}.lease"
 
-    def _is_held(self, key: str, lease: Path) -> bool:
-        call = _text(lease)
-        if call == self._call.name:
-            return False
-        # One that names no call has just been created, or its call was killed then: it is not renewed.
-        self._others[key] = self._calls / call if CALL.fullmatch(call) else lease
-        return self._is_alive(self._others[key])
-
     def _is_alive(self, file: Path) -> bool:
         """Whether a file is there and was renewed lately, and its process is not known to be gone."""
         written = PROCESS.fullmatch(_text(file))  # to open it makes an NFS client ask the server for its time
@@ -115,25 +102,22 @@ class Leases:
         if written and mine and written[1] == mine[1] and _process(int(written[2])) != written[0]:
             return False
         self._call.touch()
-        try:
+        with contextlib.suppress(FileNotFoundError):
             return abs(self._call.stat().st_mtime - file.lstat().st_mtime) < LIMIT_S
-        except FileNotFoundError:
-            return False
+        return False
 
 
 def _text(file: Path) -> str:
-    try:
-        return read_plain(file, MOST_BYTES).decode()
-    except (OSError, FileError, UnicodeDecodeError):
-        return ""
+    with contextlib.suppress(OSError, FileError, UnicodeDecodeError):
+        return read_plain(file).decode()
+    return ""
 
 
 def _process(number: int) -> str:
     """A text that no other process has; empty where it is gone, or where there is no /proc."""
-    try:
+    with contextlib.suppress(OSError):
         state, *fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         place = f"{boot} {os.readlink('/proc/self/ns/pid')} {os.getuid()}"
         return "" if state in "ZX" else f"{place} {number} {fields[18]}"
-    except OSError:
-        return ""
+    return ""

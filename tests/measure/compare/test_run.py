@@ -54,9 +54,8 @@ class Serial:
 class Kept(dict[str, RunRecord]):
     """A store in memory."""
 
-    def save(self, record: RunRecord) -> RunRecord:
+    def save(self, record: RunRecord) -> None:
         self[record.key] = record
-        return record
 
 
 def carry_out(asked: Study, store: Kept, executor: Serial, **arguments: Any) -> tuple[list[Any], dict[str, RunRecord]]:

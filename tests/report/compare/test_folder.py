@@ -255,16 +255,11 @@ def test_two_calls_share_the_runs_and_see_what_the_other_ended(tmp_path: Path, m
         assert other.free(keys) == set()
         one.save(good)
         one.save(bad)
-        assert other.free(keys) == {good.key}
+        assert other.free(keys) == keys
         assert other.finished(keys) == [good]
         assert other.failures == {bad.key: bad}
-        other.begin(BEGUN)  # tries again only what failed in calls that have ended
-        assert other.failed() == {file_of(bad): bad}
-    with ComparisonFolder(tmp_path) as third:
-        third.begin(BEGUN)
-        assert not third.failures
-        assert not third.failed()
-        assert third.lease(bad.key, bad.recipe_key, False)
+        other.begin(BEGUN)  # a new call tries again what failed
+        assert not other.failed()
     assert {file.name for file in (tmp_path / "runs").iterdir()} == {file_of(good)}
     assert not list((tmp_path / "calls").iterdir())
 
@@ -277,18 +272,15 @@ def test_a_run_that_another_call_has_ended_is_found_when_its_lease_is_taken(tmp_
             other.save(run)
             assert one.lease(run.key, run.recipe_key, bool(run.code))
             assert one.finished([run.key]) == [run]
-
-
-def test_the_first_of_two_equal_runs_is_kept_and_one_that_went_on_for_longer(tmp_path: Path, make_result) -> None:
-    first = record(make_result, "run")
-    assert first.result is not None
-    with ComparisonFolder(tmp_path) as one, ComparisonFolder(tmp_path) as other:
-        assert one.save(first) is first
-        slow = replace(first, result=replace(first.result, samples_per_s=1.0))
-        assert other.save(slow) == first
-        longer = replace(first, result=replace(first.result, steps_run=first.result.steps_run + 5))
-        assert other.save(longer) == longer
-        assert one.save(first) == longer
+        other.save(bad := record(make_result, "bad", "it died"))
+        assert one.lease(bad.key, bad.recipe_key, False)
+        assert one.failures == {bad.key: bad}
+        assert plain.result is not None
+        other.save(
+            longer := replace(plain, result=replace(plain.result, steps_run=1))
+        )  # as one that was given up first
+        assert one.lease(plain.key, plain.recipe_key, False)
+        assert one.finished([plain.key]) == [longer]
 
 
 def test_a_call_that_began_nothing_leaves_the_folder_to_another(tmp_path: Path) -> None:
