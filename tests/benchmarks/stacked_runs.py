@@ -1,12 +1,12 @@
-"""Cost of a step of a run that trains with others, beside that of a run alone: `python -m tests.benchmarks.stacked_runs`.
+"""Cost of a step of a run that trains with others, beside a run alone: `python -m tests.benchmarks.stacked_runs`.
 
-Both arms of recipes/digits.yaml, one thread. A turn takes some steps, each with its batch, and some evaluations of a run
-alone and of each number of stacked runs, one after the other; a run's CPU time for a step includes its share of an
+Both arms of recipes/digits.yaml, one thread. A turn takes some steps, each with its batch, and some evaluations of a
+run alone and of each number of stacked runs, one after the other. A run's CPU time for a step includes its share of an
 evaluation, of which there are 88 in 2,000 steps. Printed: the 10th percentile of the turns, and the median of their
 ratios to the run alone, since other programs disturb single turns.
 
-Notes: 2026-12-01, 2 busy cores of an AMD EPYC (1 MiB of L2 a core, load 5 to 11), torch 2.13.0: the speedup of 24
-runs was 2.3 to 2.4 without batch norm and 2.3 to 2.8 with it. A prototype with none of the loop's features was as fast.
+Notes: 2026-12-01, 2 busy cores of an AMD EPYC (1 MiB of L2 a core, load 5 to 12), torch 2.13.0: the speedup of 24 runs
+was 2.3 to 2.4 without batch norm and 2.3 to 2.8 with it. A prototype with none of the loop's features was as fast.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from time import process_time
 import torch
 
 from bncli.engine import data
-from bncli.engine.train import evaluate, optimizer_step
+from bncli.engine.train import optimizer_step
+from bncli.engine.train.evaluation import evaluate
 from bncli.engine.train.state import TrainState
 from bncli.recipe.load import load, with_values
 from bncli.recipe.sections import Recipe
