@@ -38,6 +38,7 @@ from tests.benchmarks import (
     ranks,
     small_calls,
     soak,
+    stacked_runs,
     start_up,
     step_overhead,
 )
@@ -303,6 +304,13 @@ def test_step_overhead_prints_both_loops_and_their_ratio(capsys: Printed) -> Non
     assert first.startswith("hand-written ")
     assert second.startswith("bncli train ")
     assert ratio.startswith("ratio bncli train / hand-written, paired over 3 rounds: ")
+
+
+def test_stacked_runs_are_timed_beside_a_run_alone(capsys: Printed) -> None:
+    stacked_runs.main(["--turns", "1", "--runs", "2"])
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["arm", "stacked", "runs", "us", "a", "run-step", "speedup"]
+    assert [row.split()[-3] for row in rows] == ["none", "2"] * 2
 
 
 def test_many_runs_prints_the_cost_of_each_run_and_of_a_small_comparison_beside_them(
