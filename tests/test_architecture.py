@@ -256,11 +256,12 @@ TESTS_OF_SEVERAL = {
     "engine/train/test_fused_training.py": "training with the fused kernel, through all its modules",
     "engine/train/test_step.py": "the options of the optimizer step: accumulation, clipping, label smoothing",
     "fuzz/test_fuzz.py": "the fuzzing command, and a fixed number of its inputs",
-    "test_kill.py": "the command that kills others, and ten of its kills",
+    "test_kill.py": "the command that kills others, and some of its kills",
     "kernels/fused/test_ahead_of_time.py": "the compilation of every kernel without a GPU",
     "kernels/fused/test_models.py": "whole models with the fused kernel",
     "kernels/fused/test_team.py": "programs that share a channel, on a GPU",
     "test_control_characters.py": "what no name, message or file brings to a terminal, in any form of any report",
+    "measure/compare/test_shared_runs.py": "several calls on one folder: runs, leases and files together",
     "measure/reference/test_one_standard.py": "profile and gradcheck call the same kernels wrong",
 }
 

@@ -23,6 +23,7 @@ from time import monotonic
 from typing import Any
 from uuid import uuid4
 
+from bncli.engine.user_code import digest_of
 from bncli.errors import UNAVAILABLE, BncliError, Refused, Unavailable, UsageError
 from bncli.measure.compare import reuse
 from bncli.measure.compare.plan import Job
@@ -180,6 +181,9 @@ class Cluster:
         for event in ended:
             if job := task.jobs.pop(event.job.key, None):  # else it was said before
                 work.ended(job)
+                for file, digest in event.code.items():
+                    if digest_of(file) not in (digest, None):
+                        raise Refused(f"{file}: a Dask worker has another version of this file", exit_code=UNAVAILABLE)
                 yield replace(event, worker=task.number, at_a_time=max(self._places.values(), default=1))
 
     def _outcome(self, task: _Task) -> list[Ended] | None:
@@ -245,6 +249,8 @@ def train_runs(jobs: list[Job], *asked: Any) -> list[Ended]:
             raise Refused(f"the Dask worker at {worker.address} has another {words}; {needed}", exit_code=UNAVAILABLE)
         logs = tempfile.mkdtemp(prefix="dask-", dir=folder if os.path.isdir(folder) else worker.local_directory)
         states = Path(saved) if saved and os.path.isdir(saved) else None
+        # Dask has set it for its own process; training that allocates much would take a fifth longer.
+        os.environ.pop("MALLOC_TRIM_THRESHOLD_", None)
         pool = Processes(device, 1, threads, Path(logs), states, silence, command)
     _busy[thread] = asked, pool
 

@@ -51,6 +51,8 @@ def main() -> None:
             Path(job["checkpoint"]).write_text(key)
             say(key=key, stopped=1)
             continue
+        if act == "wait":
+            assert "give up" in json.loads(sys.stdin.readline())
         if act == "save slowly":  # and is done before it has seen that it is to stop
             assert "stop" in json.loads(sys.stdin.readline())
         for step in range({"go on": 60, "go on a while": 10}.get(act, 0)):  # 3 s, 0.5 s

@@ -77,6 +77,17 @@ def test_a_run_that_kills_its_process_is_reported_with_the_cause_and_the_dask_wo
     assert any(log.read_text() for log in tmp_path.glob("dask-*/worker-*.log"))
 
 
+def test_a_run_in_progress_is_given_up(scheduler: str) -> None:
+    with contextlib.closing(Cluster("cpu", None, 1, scheduler, command=FAKE)) as executor:
+        ended = []
+        for event in executor.run(jobs_of({"run": "wait"}), lambda: False):
+            if isinstance(event, RunProgressed):
+                executor.give_up({"run"})
+            elif isinstance(event, Ended):
+                ended.append((event.job.key, event.failure))
+    assert ended == [("run", None)]
+
+
 def test_a_run_whose_dask_worker_died_is_done_by_another(scheduler: str) -> None:
     killed: list[int] = []
     with contextlib.closing(Cluster("cpu", None, 1, scheduler=scheduler, command=FAKE)) as executor:
@@ -158,6 +169,7 @@ for event in executor.run(work, lambda: False):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_drivers_runs_are_ended(scheduler: str) -> None:
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER.format(address=scheduler)], stdout=subprocess.PIPE, text=True
@@ -179,7 +191,7 @@ def test_the_same_command_goes_on_after_a_kill_to_the_same_report(scheduler: str
     (tmp_path / "small.yaml").write_text(RECIPE)
 
     def start(*options: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "bncli", "compare", "small.yaml", "--json", *options]
+        command = [sys.executable, "-m", "bncli", "compare", "small.yaml", "--full-grid", "--json", *options]
         return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
 
     dask = ("--executor", "dask", "--scheduler", scheduler, "--out", "dask")
@@ -219,6 +231,43 @@ def test_real_runs_end_as_in_this_process(scheduler: str) -> None:
         result = from_plain(RunResult, found)
         for name in ("status", "steps_run", "steps_to_target", "first_hit", "best", "evaluations"):
             assert getattr(result, name) == getattr(last.result, name), name
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "resources", "taken", "places"),
+    [
+        ("cpu", 2, {}, {}, 4),
+        ("cpu", 2, {"CPU": 5, "GPU": 1}, {"CPU": 2}, 2),
+        ("cuda", 1, {"GPU": 1}, {"GPU": 1}, 1),
+        ("cuda", 1, {}, {}, None),
+        ("cpu", 6, {"CPU": 5}, {"CPU": 6}, 0),
+    ],
+)
+def test_a_dask_worker_does_a_run_per_thread_or_as_its_resources_allow(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    threads: int,
+    resources: dict[str, float],
+    taken: dict[str, float],
+    places: int | None,
+) -> None:
+    from distributed import LocalCluster
+
+    monkeypatch.setattr(cluster, "JOIN_S", -1.0)
+    here: dict[str, Any] = {"processes": False, "protocol": "tcp", "dashboard_address": "127.0.0.1:0"}
+    with LocalCluster(n_workers=1, threads_per_worker=4, resources=resources, **here) as started:
+        executor = Cluster(device, None, threads, started.scheduler_address)
+        with contextlib.closing(executor):
+            executor._connect()
+            if places is None:
+                with pytest.raises(Unavailable, match="4 runs at a time of this Dask worker would share a GPU"):
+                    executor._look()
+            elif not places:
+                with pytest.raises(Unavailable, match="had no worker for -1 s; start some"):
+                    executor._look()
+            else:
+                executor._look()
+                assert (executor._resources, [*executor._places.values()]) == (taken, [places])
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nowhere://x", "tcp://no.such.host.invalid:8786"])
