@@ -161,10 +161,8 @@ def train_together(
 
 
 def check_parts(recipe: Recipe, dataset: Dataset, ranks: int) -> None:
-    """Raises RecipeError for what ranks cannot train together: the compiled model, and parts too small for the norm."""
+    """Raises RecipeError for a batch whose part for a rank is empty, or does not fit the norm."""
     train, micro, sync = recipe.train, recipe.train.micro_batch_size, getattr(recipe.norm, "sync", False)
-    if train.compile and ranks > 1:
-        raise RecipeError("train.compile: is for one process; ranks exchange tensors in the middle of a step")
     if micro < ranks:
         raise RecipeError(f"train.batch_size: has no example for each of {ranks} ranks")
     for size in {micro // ranks, -(-micro // ranks)} if ranks > 1 and not sync else ():
