@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -93,12 +94,17 @@ def replace(path: Path, data: bytes, read_back: bool = False) -> None:
             os.close(folder)
 
 
-def sweep(folder: Path) -> None:
-    """Delete what killed processes left half written. The caller holds the folder's lock, so that nobody is writing."""
-    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
-        for entry in entries:
-            if TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                os.unlink(entry.path)
+def sweep(*folders: Path, alone: Callable[[], bool] = lambda: True) -> None:
+    """Delete what killed processes left half written.
+
+    alone: whether nobody else writes there, by default since the caller holds a lock. It is asked after the files are
+    listed, so that those of whoever comes later are not among them.
+    """
+    files = (file for folder in folders for file in folder.glob(".*") if TEMPORARY.fullmatch(file.name))
+    left = [file for file in files if file.is_file() and not file.is_symlink()]
+    if left and alone():
+        for file in left:
+            file.unlink(missing_ok=True)
 
 
 def read_plain(file: Path, most: int | None = None, follow: bool = False) -> bytes:

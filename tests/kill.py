@@ -19,7 +19,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from bncli.report.folder import CHECKPOINT, METRICS, MODEL, PLAN, RESULT
 from bncli.report.folder import RECIPE as RECIPE_FILE
 from bncli.results.train import RunResult
 from bncli.storage import TEMPORARY, replace, sweep
+from tests.measure.compare.instant_worker import RAN
 
 RECIPE = """\
 data: {source: synthetic, shape: [16], classes: 4, examples: 400, held_out: 100, noise: 0.9}
@@ -57,6 +58,7 @@ seeds: {tune: 3, report: 2}
 """
 )
 SAVED = ["--set", "train.checkpoint.every=50"]
+JOBS = 2  # workers of a comparison
 MARK = "BNCLI_KILLED"  # in the environment of the processes of one trial
 GONE_S = 10.0  # after which a process whose parent was killed must have ended
 LONGEST_S = 300.0  # of one start on a busy machine
@@ -132,7 +134,8 @@ def bncli_(*arguments: str, worker: Sequence[str] | None = None) -> Callable[[],
 
     def call() -> None:
         if worker:
-            processes.Processes = partial(processes.Processes, command=worker)  # type: ignore[assignment,misc]
+            made = partialmethod(processes.Processes.__init__, command=worker)
+            processes.Processes = type("Processes", (processes.Processes,), {"__init__": made})  # type: ignore[assignment,misc]
         sys.argv = ["bncli", *arguments]
         bncli.cli.main()
 
@@ -229,7 +232,8 @@ class CompareTrial(Trial):
     def next_start(self) -> Callable[[], object]:
         recipe = self.folder.parent / "study.yaml"
         recipe.write_text(STUDY)
-        arguments = ["compare", str(recipe), "--out", str(self.folder), "--device", "cpu", "--jobs", "2", *self.options]
+        arguments = ["compare", str(recipe), "--out", str(self.folder), "--device", "cpu"]
+        arguments += ["--jobs", str(JOBS), "--full-grid", *self.options]  # which points are given up depends on times
         return bncli_(*arguments, worker=self.worker)
 
     def begun(self) -> bool:
@@ -270,6 +274,27 @@ class FakeCompareTrial(CompareTrial):
     worker = (sys.executable, "-m", "tests.measure.compare.instant_worker")
 
 
+class SharedCompareTrial(FakeCompareTrial):
+    """Several calls at the same time, of which one or all are killed, and others take their places."""
+
+    calls = 3
+    options = SAVED  # so that each worker does one run at a time
+
+    def next_start(self) -> Callable[[], object]:
+        os.environ[RAN] = str(self.folder.with_suffix(".ran"))
+        return super().next_start()
+
+    def outcome(self) -> Any:
+        ran = self.folder.with_suffix(".ran").read_text().split()
+        again = len(ran) - len(list((self.folder / "runs").glob("*.json")))
+        self.counts["runs done again"] += again
+        if again > JOBS * self.counts["kills"]:
+            self.problems.append(f"{again} runs were done again after {self.counts['kills']} kills")
+        if left := [*(self.folder / "runs").glob("*.lease"), *(self.folder / "calls").iterdir()]:
+            self.problems.append(f"left: {', '.join(file.name for file in left)}")
+        return super().outcome()
+
+
 class WriteTrial(Trial):
     """Nothing but a file that is replaced again and again, by one of two contents."""
 
@@ -302,6 +327,7 @@ TRIALS: dict[str, type[Trial]] = {
     "compare": CompareTrial,
     "compare-checkpoint": CheckpointedCompareTrial,
     "compare-fake": FakeCompareTrial,
+    "compare-shared": SharedCompareTrial,
     "write": WriteTrial,
 }
 
@@ -351,7 +377,8 @@ def kill_often(name: str, times: int, seed: int) -> tuple[Counter[str], list[str
             counts["folders"] += 1
             trial = kind(Path(parent) / f"folder-{counts['folders']}")
             log = Path(parent) / f"folder-{counts['folders']}.log"
-            ended = _kill_until_it_ends(trial, log, chance, longest_s, times, counts)
+            kill = _kill_until_all_end if isinstance(trial, SharedCompareTrial) else _kill_until_it_ends
+            ended = kill(trial, log, chance, longest_s, times, counts)
             if ended is not None and ended.code != 0:
                 trial.problems.append(f"ended with {ended.code}: {log.read_text()[-1500:]}")
             elif ended is not None and (place := difference(trial.outcome(), expected)):
@@ -361,7 +388,7 @@ def kill_often(name: str, times: int, seed: int) -> tuple[Counter[str], list[str
             if (left := trial.temporary()) and not trial.problems:
                 trial.problems.append(f"stale temporary files: {', '.join(sorted(map(str, left)))}")
             counts["finished runs kept"] += len(trial.kept)
-            counts.update(trial.counts)
+            counts.update({what: count for what, count in trial.counts.items() if what != "kills"})
             problems += [f"{trial.folder.name}: {each}" for each in trial.problems]
     return counts, problems
 
@@ -401,6 +428,34 @@ def _kill_until_it_ends(
             trial.look()
 
 
+def _kill_until_all_end(
+    trial: Trial, log: Path, chance: random.Random, longest_s: float, times: int, counts: Counter[str]
+) -> Start | None:
+    """Start several calls at the same time, kill one or all and start others, again and again; one that has ended."""
+    assert isinstance(trial, SharedCompareTrial)
+    starts: list[Start] = []
+    while counts["kills"] < times and all(start.running() for start in starts):
+        starts += [Start(trial.next_start(), log) for _ in range(trial.calls - len(starts))]
+        time.sleep(chance.random() * longest_s)
+        for start in list(starts) if chance.random() < 0.2 else [chance.choice(starts)]:
+            if start.running() and counts["kills"] < times:
+                start.kill()
+                starts.remove(start)
+                counts["kills"] += 1
+                trial.counts["kills"] += 1
+                counts["orphans"] += len(start.orphans())
+        if trial.begun():
+            trial.look()
+    starts = starts or [Start(trial.next_start(), log)]
+    for start in starts:
+        if start.wait():
+            start.kill()
+            trial.problems.append(f"has not ended after {LONGEST_S:g} s: {log.read_text()[-1500:]}")
+        elif start.code != 0:
+            trial.problems.append(f"ended with {start.code}: {log.read_text()[-1500:]}")
+    return starts[-1]
+
+
 def _changed(trial: Trial, before: int) -> bool:
     return _last_change(trial) != before
 
@@ -418,7 +473,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     asked = parser.parse_args(arguments)
     wrong = 0
-    for name in asked.command or [each for each in TRIALS if each != "compare-fake"]:
+    for name in asked.command or [each for each in TRIALS if each not in ("compare-fake", "compare-shared")]:
         counts, problems = kill_often(name, asked.times, asked.seed)
         print(f"{name}: {', '.join(f'{count} {what}' for what, count in counts.items())}; {len(problems)} problems")
         for problem in problems:

@@ -52,6 +52,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "kernels.fused.triton": ({"errors", "names", "kernels"}, {"torch", "triton"}),
     "kernels.fused.triton_launch": ({"errors", "names", "kernels"}, {"torch", "triton"}),
     "engine.device": ({"errors", "names", "results", "__init__"}, {"torch", "psutil"}),
+    "engine.distributed": ({"errors", "engine.device"}, {"torch", "psutil"}),
     "engine.load": (set(), {"psutil"}),
     "engine.memory": (set(), {"psutil"}),
     "engine.target": (ASKED, set()),
@@ -95,7 +96,9 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
             ASKED
             | REPORT
             | {"cli.console", "cli.options", "cli.output", f"report.{command}", f"measure.{command}"}
-            | {"train": {"engine.train", "measure.dry_run"}, "compare": {"measure.dry_run"}}.get(command, set()),
+            | {"train": {"engine.train", "engine.distributed", "measure.dry_run"}, "compare": {"measure.dry_run"}}.get(
+                command, set()
+            ),
             {"typer"},
         )
         for command in ("train", "compare", "profile", "gradcheck")
@@ -244,6 +247,7 @@ def test_every_test_file_has_its_module_or_a_reason() -> None:
 # Test files of more than one module, or of a property of the whole.
 TESTS_OF_SEVERAL = {
     "test_architecture.py": "the plan of the code",
+    "cli/test_ranks.py": "train, its console and the ranks, as torchrun starts them",
     "test_faults.py": "every command under faults of files, streams and limits",
     "test_action.py": "the steps of the action in .github",
     "test_packaging.py": "the wheel, and what works where it alone is installed",
@@ -252,11 +256,12 @@ TESTS_OF_SEVERAL = {
     "engine/train/test_fused_training.py": "training with the fused kernel, through all its modules",
     "engine/train/test_step.py": "the options of the optimizer step: accumulation, clipping, label smoothing",
     "fuzz/test_fuzz.py": "the fuzzing command, and a fixed number of its inputs",
-    "test_kill.py": "the command that kills others, and ten of its kills",
+    "test_kill.py": "the command that kills others, and some of its kills",
     "kernels/fused/test_ahead_of_time.py": "the compilation of every kernel without a GPU",
     "kernels/fused/test_models.py": "whole models with the fused kernel",
     "kernels/fused/test_team.py": "programs that share a channel, on a GPU",
     "test_control_characters.py": "what no name, message or file brings to a terminal, in any form of any report",
+    "measure/compare/test_shared_runs.py": "several calls on one folder: runs, leases and files together",
     "measure/reference/test_one_standard.py": "profile and gradcheck call the same kernels wrong",
 }
 

@@ -1,4 +1,4 @@
-"""Ten kills at seeded moments: nothing is lost, and what is left is what an uninterrupted call leaves."""
+"""Some kills at seeded moments: nothing is lost, and what is left is what an uninterrupted call leaves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize(("command", "times"), [("train", 6), ("compare-fake", 4), ("write", 20)])
+@pytest.mark.parametrize(
+    ("command", "times"), [("train", 6), ("compare-fake", 4), ("compare-shared", 6), ("write", 20)]
+)
 def test_a_killed_command_loses_nothing(command: str, times: int) -> None:
     asked = ["--command", command, "--times", str(times)]
     done = subprocess.run([sys.executable, "-m", "tests.kill", *asked], capture_output=True, text=True)

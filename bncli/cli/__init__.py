@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 from bncli import __version__
 from bncli.cli import compare, gradcheck, profile, train
 from bncli.cli.completion import complete
-from bncli.cli.console import StopAtOnce, print_error, standard_streams, system_errors
+from bncli.cli.console import StopAtOnce, print_error, rank, standard_streams, system_errors
 from bncli.errors import INTERRUPTED, USAGE, BncliError, UsageError
 
 app = typer.Typer(
@@ -47,6 +47,10 @@ class Command(TyperCommand):
     """A command whose help lists its options under the headings that they name, in the order of their declaration."""
 
     def invoke(self, ctx: Any) -> Any:
+        if rank() is not None and self.name != "train":
+            if rank():
+                raise typer.Exit(USAGE)
+            raise UsageError(f"torchrun starts several processes for one run of train; start {self.name} without it")
         try:
             return super().invoke(ctx)
         except StopAtOnce as stopped:  # of which the parser would make 130, whatever the signal

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,6 +64,10 @@ def compare(
     out: Annotated[
         Path | None, options.FolderOption(help="Folder of the runs.  [default: runs/NAME, or runs/A+B]")
     ] = None,
+    shard: Annotated[
+        str | None,
+        options.MachineOption(metavar="I/N", help="Do only the I-th of N shares of the runs, and wait for no others."),
+    ] = None,
     saved: Annotated[
         Path | None,
         options.OutputOption("--from", metavar="FOLDER|FILE.json", help="Report on a saved comparison; train nothing."),
@@ -96,7 +102,7 @@ def compare(
     if bool(recipes) == bool(saved):
         raise UsageError("give a recipe, as in: bncli compare recipes/digits.yaml (or --from a saved comparison)")
     training = ("sets", "dry_run", "full_grid", "out", "jobs", "device", "threads", "run_timeout", "allow_code")
-    if saved and (idle := given_options(context, *training, "executor", "scheduler")):
+    if saved and (idle := given_options(context, *training, "executor", "scheduler", "shard")):
         raise UsageError(f"{idle}: nothing is trained with --from, so that would have no effect")
     if scheduler and executor != "dask":
         raise UsageError("is of no use without --executor dask", field="scheduler", value=scheduler)
@@ -122,17 +128,24 @@ def compare(
         if executor == "dask":
             made = Cluster(device, jobs, threads, scheduler, run_timeout)
         asked = study(loaded, identity(device, loaded[0].base), full_grid)
-        comparison, stopped = _run_comparison(asked, loaded, made, out, quiet, output.form if dry_run else "")
+        plan_as = output.form if dry_run else ""
+        comparison, stopped = _run_comparison(asked, loaded, made, _share(shard), out, quiet, plan_as)
     folder = saved or out or Path("runs") / comparison.plan.name
     if stopped and output.form != "json" and not any(run.result for run in comparison.runs):
         goes_on = "continues from their checkpoints" if any(folder.glob("checkpoints/*.pt")) else "begins again"
         log(f"Stopped before any run ended; the same command {goes_on}")
         raise typer.Exit(stopped)
+    done = f"{len({run.key for run in comparison.runs})} of {comparison.planned_runs} runs"
+    if shard and not stopped and any(note.kind == "unfinished" for note in comparison.notes):
+        log(
+            f"Share {shard} is done: {done} are in {folder}. With the runs/*.json of all shares copied there, the same "
+            "command goes on, and without --shard to the end"
+        )
+        raise typer.Exit(CHECK_FAILED if any(arm.failures for arm in comparison.arms) else 0)
     with system_errors(f"the runs in {folder} are kept; free space, then: bncli compare --from {folder}"):
         _show(comparison, output)
     if stopped:
-        runs = f"{len({run.key for run in comparison.runs})} of {comparison.planned_runs} runs"
-        log(f"Stopped: {runs} are kept in {folder}; the same command continues from there")
+        log(f"Stopped: {done} are kept in {folder}; the same command continues from there")
         raise typer.Exit(stopped)
     if output.form in ("table", "markdown"):
         _log_next(comparison, folder, output, bool(saved))
@@ -143,8 +156,24 @@ def compare(
         raise typer.Exit(CHECK_FAILED)
 
 
+def _share(shard: str | None) -> Callable[[str], bool]:
+    """Whether a run, by its key, is of a share, given as 2/4. Raises UsageError."""
+    if shard is None:
+        return lambda key: True
+    found = re.fullmatch(r"([1-9][0-9]{0,5})/([1-9][0-9]{0,5})", shard)
+    if found is None or int(found[1]) > int(found[2]):
+        raise UsageError("write I/N, such as 2/4: the second of four shares", field="shard", value=shard)
+    return lambda key: int(key, 16) % int(found[2]) == int(found[1]) - 1
+
+
 def _run_comparison(
-    asked: Study, loaded: list[Loaded], executor: Cluster | Processes, out: Path | None, quiet: bool, plan_as: str
+    asked: Study,
+    loaded: list[Loaded],
+    executor: Cluster | Processes,
+    share: Callable[[str], bool],
+    out: Path | None,
+    quiet: bool,
+    plan_as: str,
 ) -> tuple[Comparison, int]:
     """The comparison, and the exit code of the signal that ended it before its time, or 0.
 
@@ -174,26 +203,34 @@ def _run_comparison(
 
         def find(keys: set[str]) -> dict[str, RunRecord]:
             kept.update(reuse.usable(folder.finished(keys)))
+            kept.update(folder.failures)
             return kept
 
         def not_reused(named: list[Job]) -> list[Note]:
             lost = [job for job in named if job.key not in kept]
-            return reuse.not_reused(lost, folder.finished({job.recipe_key for job in lost}), asked.identity)
+            earlier = folder.finished({job.recipe_key for job in lost})
+            earlier = [run for run in earlier if run.key not in records or run.code != records[run.key].code]
+            return reuse.not_reused(lost, earlier, asked.identity)
 
         named = known_runs(asked, records, find)
         for words in sentences(not_reused(named.jobs)):
             log(words, quiet)
         _log_unfit(folder, quiet)
         with StopSignal() as stop, CompareProgress(quiet) as progress:
-            executor.jobs, memory = _jobs(asked, named.to_do, executor, quiet)
-            checked = check(asked, named.to_do, executor, stop, progress.check, bool(plan_as))
+            to_do = [job for job in named.to_do if share(job.key)]
+            executor.jobs, memory = _jobs(asked, to_do, executor, quiet)
+            checked = check(asked, to_do, executor, stop, progress.check, bool(plan_as))
             if plan_as:
                 planned = planned_comparison(asked, loaded[0], records)
                 show_plan(replace(planned, checked=checked and not stop.number, memory=memory), plan_as == "json")
                 raise typer.Exit(stop.number and stop.exit_code)
+            if not folder.alone():
+                log(f"{folder.path}: other calls are doing runs here too; each run is done by one of them", quiet)
             folder.begin(BegunComparison(asked.plan, asked.identity, executor.threads, sources))
-            for event in execute(asked, folder.save, executor, records, stop, find):
+            for event in execute(asked, folder.save, executor, records, stop, find, folder, share):
                 progress(event)
+        folder.free(records)  # of which other calls may have ended more meanwhile
+        known_runs(asked, records, find)
         from bncli.measure.compare.summary import summarise  # imports scipy, which a dry run does without
 
         remarks = not_reused(named_runs(asked, records).jobs)

@@ -36,6 +36,11 @@ def given_options(context: typer.Context, *parameters: str) -> str:
     return ", ".join(options[name] for name, source in sources.items() if source and source.name == "COMMANDLINE")
 
 
+def rank() -> int | None:
+    """This process's number among those that torchrun has started for one run; None where it has started none."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
 def show_plan(planned: Planned, as_json: bool) -> None:
     from bncli.report import dry_run
 
@@ -187,6 +192,8 @@ class StopSignal:
             signal.signal(each, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
+        if rank() is not None and self.number:
+            return  # torchrun repeats a signal, and kills after 30 s
         second, self.number = self.number != 0, number
         try:
             os.write(1, b"")
@@ -195,7 +202,7 @@ class StopSignal:
         if second or self.at_once:
             log("\nStopped at once" + "; what was finished before, if anything, is shown" * self.at_once)
             raise StopAtOnce(128 + number)
-        log("\nStopping after this step; a second signal stops at once")
+        log("\nStopping after this step" + "; a second signal stops at once" * (rank() is None))
 
     def __call__(self) -> bool:
         return self.number != 0

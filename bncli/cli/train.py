@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import sys
 import warnings
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bncli.cli import options
-from bncli.cli.console import StopSignal, enable_gc, given_options, log, print_result, show_plan
+from bncli.cli.console import StopSignal, enable_gc, given_options, log, print_result, rank, show_plan
 from bncli.cli.output import Output
-from bncli.errors import CHECK_FAILED, DIVERGED, UsageError
+from bncli.errors import CHECK_FAILED, DIVERGED, INTERRUPTED, UsageError
 from bncli.recipe import examples
 
 if TYPE_CHECKING:
+    from bncli.engine.distributed import Ranks
     from bncli.recipe.load import Arm
     from bncli.report.folder import RunFolder
     from bncli.results.train import RunResult
@@ -74,6 +76,12 @@ def train(
 
     Example: bncli train recipes/smoke.yaml --set optimizer.lr=0.3
     """
+    if rank() is not None:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DistributedDataParallel's advice about its options
+    if rank():
+        if not (dry_run or evaluate):
+            _follow(device)
+        return
     _check_combination(context, recipe, resume, evaluate)
     output = Output.of(context)
     output.check()
@@ -84,6 +92,12 @@ def train(
         return
     from bncli.recipe.load import Arm, load, plain
 
+    ranked: contextlib.AbstractContextManager[Ranks | None] = contextlib.nullcontext()
+    if rank() is not None and not dry_run:
+        from bncli.engine.distributed import joined
+
+        resume, force = _after_restart(out, resume, force)
+        ranked = joined(device)
     resumed = folders.ResumedFolder(resume) if resume else None
     loaded = load(recipe or f"{resume}/{folders.RECIPE}", sets or (), allow_code=allow_code, sets_from="--set")
     chosen = loaded.arm(arm) if arm else Arm(resumed.name if resumed else loaded.name, loaded.base)
@@ -102,7 +116,7 @@ def train(
     from bncli.report.train import run_table
 
     recipe_yaml = dump(plain(chosen.recipe))
-    with resumed or folders.RunFolder(out, loaded.name, force) as folder, StopSignal() as stop:
+    with resumed or folders.RunFolder(out, loaded.name, force) as folder, ranked as ranks, StopSignal() as stop:
         finished = resumed and resumed.finished(recipe_yaml)
         if finished:
             grows = chosen.recipe.schedule.kind != "cosine"  # which is spread over its steps
@@ -110,14 +124,16 @@ def train(
             log("This run has ended, so nothing is trained" + f"; --set {on} continues it" * bool(on), quiet)
         again = ["--device", device] * (device != "auto") + ["--tensorboard"] * tensorboard
         again += ["--allow-code"] * allow_code
+        if ranks:
+            ranks.share(None if finished else (chosen.recipe, folder.checkpoint, threads))
 
         def say_how_to_continue() -> None:
-            log(f"Continue it with: {shlex.join(['bncli', 'train', '--resume', str(folder.path), *again])}")
+            start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m"] if ranks else []
+            log(f"Continue it with: {shlex.join([*start, 'bncli', 'train', '--resume', str(folder.path), *again])}")
 
         try:
-            result = finished or _run(
-                chosen, recipe_yaml, folder, from_weights, tensorboard, quiet, device=device, threads=threads, stop=stop
-            )
+            of_engine = {"device": device, "threads": threads, "stop": stop} | ({"ranks": ranks} if ranks else {})
+            result = finished or _run(chosen, recipe_yaml, folder, from_weights, tensorboard, quiet, **of_engine)
         except BaseException:  # of any kind: what is saved can be continued
             if folder.begun and folders.CHECKPOINT in folder.saved:
                 say_how_to_continue()
@@ -133,8 +149,8 @@ def train(
     if result.status == "interrupted":
         say_how_to_continue()
     log(f"Saved in {folder.path}", quiet)
-    if stop.number:
-        raise typer.Exit(stop.exit_code)
+    if stop.number or result.status == "interrupted":  # of ranks, another may have got the signal
+        raise typer.Exit(stop.exit_code if stop.number else INTERRUPTED)
     if result.status == "diverged":
         raise typer.Exit(DIVERGED)
     if require_target and result.steps_to_target is None:
@@ -160,7 +176,7 @@ def _run(
     from bncli.results.train import Event, RunFinished, RunStarted
 
     initial = folder.initial_weights
-    if from_weights:
+    if from_weights and not folder.checkpoint:
         content, file = read(from_weights)
         of_engine["weights"] = tensors_of(content, file)
         initial = f"{from_weights} sha256 {hashlib.sha256(content).hexdigest()}"
@@ -182,6 +198,37 @@ def _run(
             for sink in sinks:
                 sink(event)
     return result
+
+
+def _after_restart(out: Path | None, resume: Path | None, force: bool) -> tuple[Path | None, bool]:
+    """The run to continue, and whether to overwrite one: as torchrun starts rank 0 again after a failure."""
+    from bncli.engine.distributed import is_of_earlier_start
+    from bncli.report.folder import CHECKPOINT
+
+    if out is None and resume is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise UsageError("torchrun --max-restarts continues the run in its folder; name one", field="out")
+    if out and is_of_earlier_start(out):
+        return (out, False) if (out / CHECKPOINT).exists() else (None, True)
+    return resume, force
+
+
+def _follow(device: str) -> None:
+    """Train as a rank above 0: what, rank 0 says, which alone reads the recipe, prints and writes."""
+    from bncli.engine import train as engine
+    from bncli.engine.distributed import joined
+
+    enable_gc()
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+        joined(device) as ranks,
+        StopSignal() as stop,
+    ):
+        if task := ranks.share():
+            recipe, checkpoint, threads = task
+            for _ in engine.train(recipe, checkpoint=checkpoint, threads=threads, stop=stop, ranks=ranks):
+                pass
 
 
 def _evaluate(model: Path, device: str, threads: int | None, allow_code: bool, output: Output) -> None:

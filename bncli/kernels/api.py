@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bncli import kernels
-from bncli.kernels import native
+from bncli.kernels import native, synchronized
 
 
 def batch_norm(
@@ -27,6 +27,7 @@ def batch_norm(
     residual: Tensor | None = None,
     activation: str | None = None,
     kernel: str | kernels.Kernel = "native",
+    sync: bool = False,
 ) -> Tensor:
     """Batch normalization, then the addition of a residual, then an activation.
 
@@ -49,6 +50,9 @@ def batch_norm(
         activation: "relu", "leaky_relu" (with the slope 0.01), "silu" or None; applied last.
         kernel: "native", "fused", "fused-interpreted", or a function with the arguments that bncli.kernels describes.
             For a function without `running`, the running statistics are updated with the statistics that it returns.
+        sync: Whether the batch is that of all ranks of torch's default process group together, which may have different
+            numbers of examples. Its gradients are those of the sum of all ranks' losses, as DistributedDataParallel
+            expects; every rank makes the same calls. Without a group the batch is this process's.
 
     Returns:
         A tensor of the input's shape and layout, differentiable in input, weight, bias and residual.
@@ -61,12 +65,14 @@ def batch_norm(
     """
     if activation is not None:
         native.check_activation(activation)
-    if kernel == "native":  # torch's operator directly: the kernel computes the statistics twice, to return them
+    sync = sync and training and synchronized.ranks() > 1
+    if kernel == "native" and not sync:
+        # torch's operator directly: the kernel computes the statistics twice, to return them.
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return native.finish(y, residual, activation)
     if input.dim() < 2:
         raise RuntimeError(f"batch norm takes (N, C, *S), not an input of {input.dim()} dimensions")
-    if not isinstance(kernel, str):  # a function may broadcast what does not fit; the kernels with names refuse it
+    if sync or not isinstance(kernel, str):  # which may broadcast what does not fit; the kernels with names refuse it
         vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
         for name, vector in vectors.items():
             if vector is not None and vector.numel() != input.size(1):
@@ -76,7 +82,8 @@ def batch_norm(
     if residual is not None and not (
         isinstance(residual, Tensor) and residual.shape == input.shape and residual.dtype == input.dtype
     ):
-        y = batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, kernel=kernel)
+        running = running_mean, running_var
+        y = batch_norm(input, *running, weight, bias, training, momentum, eps, kernel=kernel, sync=sync)
         return native.finish(y, residual, activation)
     run = _find(kernel, input.device)
     if not training:
@@ -85,9 +92,11 @@ def batch_norm(
         return run(input, weight, bias, eps, residual, activation, (running_mean, running_var))[0]
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must both be tensors or both be None")
-    if input.size(0) == 1 and math.prod(input.shape[2:]) == 1:
+    if sync:
+        run = functools.partial(synchronized.batch_norm, run)
+    elif input.size(0) == 1 and math.prod(input.shape[2:]) == 1:
         raise ValueError(f"training needs more than one value per channel; the input has shape {tuple(input.shape)}")
-    if running_mean is None or running_var is None or input.numel() == 0:  # an empty batch has no statistics
+    if running_mean is None or running_var is None or (input.numel() == 0 and not sync):  # which has no statistics
         return run(input, weight, bias, eps, residual, activation)[0]
     return run(input, weight, bias, eps, residual, activation, None, running=(running_mean, running_var, momentum))[0]
 

@@ -59,7 +59,7 @@ def finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor
     return y if activation is None else ACTIVATIONS[activation](y)
 
 
-def update_running_stats(running: tuple[Tensor, Tensor, float], mean: Tensor, var: Tensor, count: int) -> None:
+def update_running_stats(running: tuple[Tensor, Tensor, float], mean: Tensor, var: Tensor, count: int | Tensor) -> None:
     """Update in place with the mean and biased variance (C) of a batch with `count` values per channel.
 
     Ioffe & Szegedy 2015, algorithm 2, line 10: the running variance takes the unbiased one, m / (m - 1).

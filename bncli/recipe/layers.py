@@ -445,6 +445,8 @@ def _field_contradictions(recipe: Recipe) -> Iterator[Contradiction]:
         yield ("model", "zero_gamma"), "the norm has no weight that could start at 0; it takes a norm with affine: true"
     if norm.kind == "batch" and norm.backward == "ignore_statistics" and norm.kernel != "native":
         yield ("norm", "backward"), f"ignore_statistics is for kernel native; {norm.kernel} has the full gradient only"
+    if norm.kind == "batch" and norm.backward == "ignore_statistics" and norm.sync:
+        yield ("norm", "sync"), "has the gradient of the statistics of all ranks, which ignore_statistics leaves out"
     if norm.kind == "ghost" and batch % norm.size:
         yield ("norm", "size"), f"slices of {norm.size} examples do not divide the batch of {batch}"
     if norm.kind == "renorm" and norm.warmup >= batches:

@@ -231,6 +231,7 @@ class OwnModel(Section):
 
 
 INIT_WEIGHT = "initial weight (gamma) of every channel, where affine"
+SYNC = "under torchrun, the batch whose statistics normalize is that of all ranks together; false: each rank's part"
 
 
 class NoNorm(Section):
@@ -260,6 +261,7 @@ class BatchNorm(Section):
         "section 2; for kernel native",
         default="full",
     )
+    sync: bool = described(SYNC, default=False)
 
 
 class AffineNorm(Section):
@@ -364,6 +366,7 @@ class WhiteningSection(AffineNorm):
         "weight of the new batch in the running mean and covariance; null: cumulative average", default=0.1
     )
     eps: AboveZero = described("added to the diagonal of the covariance", default=1e-3)
+    sync: bool = described(SYNC, default=False)
 
 
 class Whiten(WhiteningSection):

@@ -157,12 +157,13 @@ class CompareProgress(_ProgressSink):
             self.bars.update(self.workers[event.worker], completed=event.step, notes=notes)
         elif isinstance(event, RunEnded):
             self.planned = event.planned
-            self.bars.update(self.all, completed=event.done, total=event.planned, notes=[])
+            notes = [f"{count(event.elsewhere, 'run')} in other calls"] * bool(event.elsewhere)
+            self.bars.update(self.all, completed=event.done, total=event.planned, notes=notes)
             failed, outcome = event.record.result is None, _outcome(event.record)
             alike = self.failed.setdefault(outcome, []) if failed else []
             alike.append(event.label)
             if len(alike) == 1:
-                self.line(f"{event.done}/{self.planned} {event.label}: {outcome}", failed)
+                self.line("; ".join([f"{event.done}/{self.planned} {event.label}: {outcome}", *notes]), failed)
                 if failed and self.live:
                     self._print(f"{event.label}: {outcome}")
             for first, *others in self.failed.values() if event.done == event.planned else ():

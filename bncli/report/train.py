@@ -47,6 +47,8 @@ def run_table(result: RunResult, name: str, saved: Sequence[str] = ()) -> Group:
         ("steps to target", steps(result.steps_to_target)),
         ("first hit", hit if result.first_hit is not None else figure(None)),
     ]
+    words = {True: "all together", False: "each by itself, evaluated with the running ones of rank 0", None: ""}
+    statistics = ", batch statistics of " * (result.synchronized is not None) + words[result.synchronized]
     probed = count(len({point.step for point in result.probes}), "step")
     rows = [
         ("status", status_words(result)),
@@ -56,6 +58,7 @@ def run_table(result: RunResult, name: str, saved: Sequence[str] = ()) -> Group:
         (f"final {metric}", metric_figure(result.final, metric)),
         (f"best {metric}", metric_figure(result.best, metric)),
         ("throughput", f"{speed} (training only)"),
+        *([("ranks", f"{result.ranks}{statistics}")] if result.ranks > 1 else ()),
         ("time", f"{figure(result.training_s)} s training, {figure(result.evaluation_s)} s evaluating"),
         *([("probes", _cost(result, result.probes_s, f" at {probed}"))] if result.probes else ()),
         *([("checkpoints", _cost(result, result.checkpoint_s))] if result.checkpoint_s else ()),

@@ -288,11 +288,12 @@ class RunProgressed:
 
 @dataclass(frozen=True)
 class RunEnded:
-    worker: int
+    worker: int | None  # None: in another call on the same folder
     label: str
     done: int
     planned: int  # grows when an arm keeps several points of the grid
     record: RunRecord
+    elsewhere: int = 0  # runs that other calls on the same folder are doing now
 
 
 ComparisonEvent = ComparisonStarted | RunBegan | RunProgressed | RunEnded

@@ -131,6 +131,8 @@ class RunResult:
     constant_guess: float | None = None  # held-out accuracy of always naming the most frequent class
     # At the last evaluation with precise population statistics; None: with the running ones.
     running_statistics: tuple[RunningStatistics, ...] | None = None
+    ranks: int = 1  # processes that trained it together
+    synchronized: bool | None = None  # whether batch statistics were those of all ranks; None: of one process, or none
     cores_lacked: float | None = None  # that other programs had meanwhile, on average (engine.load); None: unknown
 
     def steps_to(self, target: Target) -> float | None:

@@ -35,6 +35,7 @@ from tests.benchmarks import (
     kernels,
     large_tensor,
     many_runs,
+    ranks,
     small_calls,
     soak,
     start_up,
@@ -363,6 +364,14 @@ def test_a_small_comparison_is_timed_beside_hand_written_loops(capsys: Printed) 
     printed = capsys.readouterr().out
     assert "equal to those of bncli's train in 4 of 4 runs" in printed
     assert re.search(r"hand-written loops / bncli compare: wall time [\d.]+ ", printed)
+
+
+@pytest.mark.slow
+def test_ranks_are_timed_beside_one_process(capsys: Printed) -> None:
+    assert ranks.main(["--seconds", "0.4"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 7
+    assert all(float(line.split()[-1]) > 0 for line in printed[1:])
 
 
 # --- data in memory -----------------------------------------------------------------------------------------------

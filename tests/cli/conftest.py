@@ -18,7 +18,9 @@ from unittest import mock
 import pytest
 
 from bncli.cli import main
-from bncli.engine.train import train
+from bncli.engine import data
+from bncli.engine.device import resolve
+from bncli.engine.train import train, train_together
 from bncli.engine.user_code import LoadedFiles
 from bncli.measure.compare import processes
 from bncli.measure.compare.plan import Job
@@ -109,9 +111,12 @@ class InThisProcess:
     checkpoints: Path | None = None
     longest_silence_s: float | None = None
 
-    def run(self, work: Work, stop: Callable[[], bool]) -> Iterator[Started | Ended]:
+    def run(self, work: Work, stop: Callable[[], bool]) -> Iterator[Started | Ended | None]:
         while work.more and not stop():
-            (job,) = work.take(workers=10**9)
+            if not (jobs := work.take(workers=10**9)):  # other calls do the rest
+                yield None
+                continue
+            (job,) = jobs
             work.ended(job)
             yield Started(0, job)
             yield self.ended(job)
@@ -143,7 +148,12 @@ class Training(InThisProcess):
         self.loaded = LoadedFiles()
 
     def ended(self, job: Job) -> Ended:
-        *_, last = train(job.recipe, self.device, threads=self.threads)
+        last: Any
+        if job.company:
+            dataset = data.load(job.recipe.data, resolve(self.device))
+            *_, (_, last) = train_together([job.recipe], self.device, dataset=dataset, threads=self.threads)
+        else:
+            *_, last = train(job.recipe, self.device, threads=self.threads)
         assert isinstance(last, RunFinished)
         self.loaded.note()
         code = self.loaded.files if job.recipe.model.kind == "module" else {}

@@ -49,6 +49,18 @@ def test_what_is_done_already_and_what_was_checked_is_said(show):
     assert "The data were not read; a comparison reads them" in " ".join(show(render(hub), 120).split())
 
 
+def test_points_that_may_be_given_up_and_which_runs_train_together_are_said(show):
+    plain, own = PLANNED.arms
+    planned = replace(PLANNED, raced=True, arms=(plain, replace(own, alone="train.compile")))
+    text = " ".join(show(render(planned), 120).split())
+    assert "Points of the grid that can no longer be the best are given up, which leaves fewer." in text
+    assert "Runs of an arm that differ in seed, learning rate and initial weights train together: plain." in text
+    assert "Runs train alone, for the field in brackets: [own] (train.compile)." in text
+    single = " ".join(show(render(replace(PLANNED, arms=(plain,))), 120).split())
+    assert "together" not in single
+    assert "given up" not in single
+
+
 @pytest.mark.parametrize("measure", ["largest_learning_rate", "regularization.logit_variance"])
 def test_no_name_of_a_measure_is_broken_on_a_terminal_of_80_columns(show, measure):
     claim = Claim(

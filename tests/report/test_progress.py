@@ -151,6 +151,7 @@ def test_a_failure_is_logged_at_once() -> None:
             "first at the target at step 2,900, not settled after",
         ),
         (run_result(None, status="budget"), "target not reached in 3,000 steps"),
+        (run_result(None, status="given up"), "stopped at step 3,000: could no longer win"),
         (replace(run_result(None, status="diverged"), reason="the loss is nan at step 7"), "the loss is nan at step 7"),
     ],
 )

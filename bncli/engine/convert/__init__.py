@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import distributed as dist
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -18,6 +19,7 @@ from bncli.engine.models import norms
 from bncli.errors import UsageError
 
 EXACT: dict[type, Any] = {getattr(nn, f"BatchNorm{n}d"): getattr(norms, f"BatchNorm{n}d") for n in (1, 2, 3)}
+EXACT[nn.SyncBatchNorm] = norms.BatchNorm
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,18 @@ def aligned(rows: list[tuple[str, str, str]]) -> list[str]:
 
 
 def convert(
-    model: nn.Module, kernel: str | kernels.Kernel = "fused", *, fuse: bool = True, trace: bool = False
+    model: nn.Module,
+    kernel: str | kernels.Kernel = "fused",
+    *,
+    fuse: bool = True,
+    trace: bool = False,
+    sync: bool = False,
 ) -> nn.Module:
     """Run the batch norms of a model on a kernel, with the residual add and the activation that follow them.
 
     Works in place and returns the model. nn.BatchNorm1d, 2d and 3d, and timm's BatchNormAct2d with its activation,
     become bncli's: the same objects with the same parameters, buffers, hooks, state_dict and flags, so that optimizers
-    and checkpoints still serve. SyncBatchNorm, lazy ones and classes with a forward of their own are left.
+    and checkpoints still serve. Lazy ones, classes with a forward of their own and, without `sync`, SyncBatchNorm stay.
 
     A norm takes along what follows it in an nn.Sequential (ReLU, LeakyReLU with slope 0.01, SiLU) and in residual
     blocks whose forward is, word for word, that of torchvision's BasicBlock or Bottleneck. These modules become objects
@@ -87,6 +94,7 @@ def convert(
         kernel: native, fused, fused-interpreted, or a function with the arguments that bncli.kernels describes.
         fuse: Whether norms take along what follows them.
         trace: Whether to fuse a graph of the whole model as well.
+        sync: Whether training normalizes by the statistics of all ranks' examples, as bncli.batch_norm says.
 
     Returns:
         The model, or its graph. `bncli_conversion` of either is a `Conversion`: what was done to each norm and why not
@@ -105,7 +113,7 @@ def convert(
     modules = dict(model.named_modules())
     for module in modules.values():
         module.__class__ = blocks.original_class(module)
-    found = [(name, each, _swap(each, kernel)) for name, each in modules.items() if isinstance(each, _BatchNorm)]
+    found = [(name, each, _swap(each, kernel, sync)) for name, each in modules.items() if isinstance(each, _BatchNorm)]
     for module in modules.values():
         holds_norms = any(isinstance(part, norms.BatchNorm) for part in module.modules())
         if fuse and holds_norms and not parametrize.is_parametrized(module):  # whose class comes and goes
@@ -121,14 +129,14 @@ def convert(
     return traced
 
 
-def _swap(module: Any, kernel: str | kernels.Kernel) -> str | None:
+def _swap(module: Any, kernel: str | kernels.Kernel, sync: bool) -> str | None:
     """Make a batch norm one of ours, in place; or why it was left as it is."""
     kind, name = type(module), type(module).__name__
     has_activation = kind.__module__.startswith("timm.") and name == "BatchNormAct2d"
     if "forward" in module.__dict__:
         return "its forward was replaced on this object"
-    if isinstance(module, nn.SyncBatchNorm):
-        return "SyncBatchNorm: its statistics are those of several processes, the kernels' those of one"
+    if isinstance(module, nn.SyncBatchNorm) and not (sync and module.process_group in (None, dist.group.WORLD)):
+        return "SyncBatchNorm: its statistics are those of several processes; sync=True takes the default group's"
     if isinstance(module, LazyModuleMixin):
         return f"{name}: it has no parameters before its first forward; convert the model after it"
     if not isinstance(module, norms.BatchNorm):
@@ -142,7 +150,7 @@ def _swap(module: Any, kernel: str | kernels.Kernel) -> str | None:
         module.__class__, module.activation = EXACT[nn.BatchNorm2d if has_activation else kind], activation
     if module.kernel is norms.ignoring_statistics:
         return "its gradient ignores the batch's statistics, which every kernel's takes into account"
-    module.kernel = kernel
+    module.kernel, module.sync = kernel, sync
     return None
 
 

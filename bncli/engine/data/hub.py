@@ -356,8 +356,9 @@ class Streamed:
         for x, y in self._on_device(order):
             yield self.convert(crop_flip(x, generator) if self.augment else x), y
 
-    def chunks(self, size: int) -> Iterator[Batch]:
-        for x, y in self._on_device(torch.arange(len(self)).tensor_split(chunk_count(len(self), size))):
+    def chunks(self, size: int, first: int = 0, step: int = 1) -> Iterator[Batch]:
+        chunks = torch.arange(len(self)).tensor_split(chunk_count(len(self), size))
+        for x, y in self._on_device(chunks[first::step]):
             yield self.convert(x), y
 
     def _on_device(self, order: Iterable[Tensor]) -> Iterator[Batch]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -37,8 +38,11 @@ class Split(Protocol):
         """A batch for each tensor of indices; `generator` draws the augmentation, and must not be that of the order."""
         ...
 
-    def chunks(self, size: int) -> Iterator[Batch]:
-        """Every example once, in a fixed order, without augmentation, in chunks of about `size` (see `chunk_count`)."""
+    def chunks(self, size: int, first: int = 0, step: int = 1) -> Iterator[Batch]:
+        """Every example once, in a fixed order, without augmentation, in chunks of about `size` (see `chunk_count`).
+
+        first, step: of the chunks, as of a slice.
+        """
         ...
 
 
@@ -181,9 +185,10 @@ class InMemory:
                 x = crop_flip(x, generator)
             yield x if self.convert is None else self.convert(x), self.y.index_select(0, index)
 
-    def chunks(self, size: int) -> Iterator[Batch]:
+    def chunks(self, size: int, first: int = 0, step: int = 1) -> Iterator[Batch]:
         count = chunk_count(len(self), size)
-        for x, y in zip(self.x.tensor_split(count), self.y.tensor_split(count), strict=True):
+        x_and_y = zip(self.x.tensor_split(count), self.y.tensor_split(count), strict=True)
+        for x, y in islice(x_and_y, first, None, step):
             yield x if self.convert is None else self.convert(x), y
 
 

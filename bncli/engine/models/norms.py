@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from bncli import kernels
 from bncli.kernels import native
 from bncli.kernels.api import batch_norm
+from bncli.kernels.synchronized import ranks
 
 
 def kernel_name(kernel: str | kernels.Kernel) -> str:
@@ -33,6 +34,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         activation: relu, leaky_relu (slope 0.01) or silu, the default of every call; None for no activation.
         kernel: native, torch's own operator; fused, one operator for everything; or a function with the signature of
             `bncli.kernels.Kernel`.
+        sync: normalize in training by the statistics of all ranks' examples, as `bncli.batch_norm` says.
 
     Raises:
         Unavailable: with the reason, for a kernel that cannot run on this machine.
@@ -41,6 +43,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     activation: str | None = None
     kernel: str | kernels.Kernel = "native"
+    sync: bool = False
 
     def __init__(
         self,
@@ -55,13 +58,14 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         bias: bool = True,
         activation: str | None = None,
         kernel: str | kernels.Kernel = "native",
+        sync: bool = False,
     ) -> None:
         without_bias: dict[str, Any] = {} if bias else {"bias": False}  # newer than the oldest torch supported
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **without_bias)
         native.check_activation(activation)
         if isinstance(kernel, str):
             kernels.get(kernel)
-        self.activation, self.kernel = activation, kernel
+        self.activation, self.kernel, self.sync = activation, kernel, sync
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -82,7 +86,9 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             ValueError: for an input of other dimensions than the class takes, or one value per channel in training.
         """
         activation = activation or self.activation
-        if self.kernel == "native" and residual is None and activation is None and self.momentum is not None:
+        sync = self.sync and self.training and ranks() > 1
+        plain = self.kernel == "native" and not sync and self.momentum is not None
+        if plain and residual is None and activation is None:
             return super().forward(input)
         self._check_input_dim(input)
         mean, var, momentum = self.running_mean, self.running_var, self.momentum or 0.0
@@ -106,8 +112,9 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
             residual=residual,
             activation=activation,
             kernel=self.kernel,
+            sync=sync,
         )
-        if average is not None and input.numel() > 0:  # an empty batch has no statistics
+        if average is not None and (input.numel() > 0 or sync):  # an empty batch has no statistics
             self._average(average, (mean, var))
         return y
 
@@ -124,7 +131,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         """nn.BatchNorm's, with the activation and the kernel where they are not the default."""
         activation = f", activation={self.activation}" if self.activation else ""
         kernel = "" if self.kernel == "native" else f", kernel={kernel_name(self.kernel)}"
-        return super().extra_repr() + activation + kernel
+        return super().extra_repr() + activation + kernel + ", sync=True" * self.sync
 
 
 # torch's class comes first for its check of the input's dimensions, the only method that it defines.

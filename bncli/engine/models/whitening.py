@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bncli.engine.models.variants import affine
 from bncli.kernels.layout import accumulation, match_layout
 from bncli.kernels.native import interpolate_
+from bncli.kernels.synchronized import merged, ranks
 
 # --- the inverse square root of a covariance --------------------------------------------------------------------------
 
@@ -132,6 +133,7 @@ class Whitening(nn.Module):
         momentum: weight of the new batch in the running statistics; None for a cumulative average.
         affine: with a weight and a bias per channel.
         iterations: Newton steps of IterNorm; None for the exact ZCA.
+        sync: mean and covariance in training are those of all ranks of torch's default process group.
 
     Raises:
         ValueError: for a group size that does not divide C.
@@ -149,12 +151,13 @@ class Whitening(nn.Module):
         momentum: float | None = 0.1,
         affine: bool = True,
         iterations: int | None = None,
+        sync: bool = False,
     ) -> None:
         super().__init__()
         if channels % group_size:
             raise ValueError(f"groups of {group_size} channels do not divide {channels} channels")
         self.channels, self.group_size, self.eps, self.momentum = channels, group_size, eps, momentum
-        self.iterations = iterations
+        self.iterations, self.sync = iterations, sync
         self.weight = nn.Parameter(torch.ones(channels)) if affine else None
         self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
         identity = torch.eye(group_size).expand(channels // group_size, group_size, group_size)
@@ -190,15 +193,17 @@ class Whitening(nn.Module):
 
     def _batch_statistics(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (G, k, 1) and biased covariance (G, k, k) of (G, k, m); the running ones are updated."""
-        m = values.size(-1)
-        if m <= self.group_size:
+        m: Any = values.size(-1)
+        mean = values.mean(-1, keepdim=True) if m else values.sum(-1, keepdim=True)
+        centred = values - mean
+        covariance = centred @ centred.mT / max(1, m)
+        if self.sync and ranks() > 1:
+            mean, covariance, m = merged(mean, covariance, values.size(-1))
+        if values.size(-1) <= self.group_size and m <= self.group_size:
             raise ValueError(
                 f"expected more than {self.group_size} values per channel when training with {self.group_size} "
-                f"channels per group, got {m}: their covariance has no inverse"
+                f"channels per group, got {int(m)}: their covariance has no inverse"
             )
-        mean = values.mean(-1, keepdim=True)
-        centred = values - mean
-        covariance = centred @ centred.mT / m
         with torch.no_grad():
             self.num_batches_tracked += 1
             wide = torch.promote_types(self.running_mean.dtype, values.dtype)
@@ -215,5 +220,5 @@ class Whitening(nn.Module):
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""
-        names = ("group_size", "eps", "momentum", "iterations")
+        names = ("group_size", "eps", "momentum", "iterations", *["sync"] * self.sync)
         return ", ".join([str(self.channels), *(f"{name}={getattr(self, name)}" for name in names)])

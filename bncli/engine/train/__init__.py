@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from types import MappingProxyType
 
@@ -15,6 +16,7 @@ from bncli import kernels
 from bncli.engine import data
 from bncli.engine.data.splits import Dataset, InMemory
 from bncli.engine.device import autocast, cpu_threads, deterministic, environment, in_tf32, resolve, tf32_allowed
+from bncli.engine.distributed import ALONE, Ranks
 from bncli.engine.load import CoreWait
 from bncli.engine.models import blame_own_model
 from bncli.engine.target import evaluation_steps
@@ -28,8 +30,11 @@ from bncli.engine.train.state import Run, TrainState, check_fit
 from bncli.engine.train.threads import FEWEST, multiply_adds
 from bncli.engine.train.weights import put
 from bncli.engine.user_code import LoadedFiles
-from bncli.errors import RunFailed, out_of_memory_is
+from bncli.errors import RecipeError, RunFailed, out_of_memory_is
+from bncli.names import NORMS
+from bncli.recipe.layers import contradictions, shape_contradictions
 from bncli.recipe.sections import OwnModel, Recipe
+from bncli.recipe.yaml import dotted
 from bncli.results.environment import Environment
 from bncli.results.train import (
     Event,
@@ -42,6 +47,7 @@ from bncli.results.train import (
 )
 
 SKIPPED_AT_MOST = 50  # consecutive fp16 steps; each halves the loss scale, which starts at 2^16
+OVER_BATCH = [row.name for row in NORMS.values() if row.over_batch]
 LOG_EVERY = 20  # steps between two readings of the loss, at most; each is a host sync
 
 
@@ -56,6 +62,7 @@ def train(
     weights: Mapping[str, Tensor] | None = None,
     checkpoint: bytes | None = None,
     save: Mapping[str, Callable[[bytes], None]] = MappingProxyType({}),
+    ranks: Ranks = ALONE,
 ) -> Iterator[Event]:
     """Train a recipe until its target, its budget, a loss that is not finite, or `stop()`.
 
@@ -73,6 +80,8 @@ def train(
         checkpoint: the content of one of the same run, to go on from; no code in it is run.
         save: what takes the contents of files. `checkpoint`: each checkpoint, and one at the end. `model`, unless the
             run was stopped: the last weights, or the best with train.keep: best. `best`: those, with keep: both.
+        ranks: of `bncli.engine.distributed.joined`, where processes train the run together: each takes its part of each
+            batch. Recipe and checkpoint are the same on each, `weights` rank 0's, which alone saves.
 
     Yields:
         The events of the run as they happen (`bncli.results.train.Event`), or those after the checkpoint; the last, a
@@ -85,7 +94,7 @@ def train(
         RunFailed: for an exception of the user's model, or too little memory.
         Unavailable: for a device or a kernel that cannot run here.
     """
-    on, code = resolve(device), LoadedFiles()
+    on, code = ranks.device or resolve(device), LoadedFiles()
     if recipe.norm.kind == "batch":
         kernels.get(recipe.norm.kernel, on)
     saved = None if checkpoint is None else unpacked(checkpoint)
@@ -93,16 +102,17 @@ def train(
         if dataset is None:
             dataset = data.load(recipe.data, on, data.MEMORY_FORMATS[recipe.train.memory_format])
         check_fit(recipe, dataset)
+        check_parts(recipe, dataset, ranks.count)
         if saved:
             threads = threads or saved["origin"]["threads"]
-            check_belongs(saved, origin(recipe, dataset, on, threads))
+            check_belongs(saved, origin(recipe, dataset, on, threads, ranks.count))
         own, by_size = isinstance(recipe.model, OwnModel), threads is None and on.type == "cpu"
         most = threads or torch.get_num_threads()
         # Initial weights depend on the threads in their last bits, so these are set before, or are 1 where unknown yet.
         first = 1 if own or (by_size and multiply_adds(recipe, dataset) < FEWEST) else most
         no_memory = out_of_memory_is(RunFailed(smaller_batches(recipe, on)))
         with blame_own_model(recipe), no_memory, tf32_allowed(recipe.train.tf32), cpu_threads(first):
-            state = TrainState(recipe, dataset, on)
+            state = TrainState(recipe, dataset, on, ranks)
             if own and not (by_size and multiply_adds(recipe, dataset, state.model) < FEWEST):
                 torch.set_num_threads(most)
             if saved:
@@ -110,7 +120,9 @@ def train(
             elif weights is not None:
                 put(weights, state.model)
             saving = Saving(state, save, code) if save else None
-            yield from (event for _, event in training_loop(state, name, stop, saving))
+            with ranks.connected():
+                state.parallel = ranks.parallel(state.model, any_graph=own)
+                yield from (event for _, event in training_loop(state, name, partial(ranks.any, stop), saving))
 
 
 def train_together(
@@ -124,7 +136,8 @@ def train_together(
 ) -> Iterator[tuple[int, Event]]:
     """Train runs that differ only in seed, learning rate and initial weights, each as in `train`, in one pass a step.
 
-    Runs that end leave the others. On one thread of a CPU with Intel's MKL, a run's bits do not depend on its company.
+    Runs that end leave the others. On one thread of a CPU with Intel's MKL and batches of a multiple of 4 examples, a
+    run's bits do not depend on its company; elsewhere they are close.
 
     Args:
         recipes: R of `train`, for none of which `recipe.batches` finds a reason to train alone.
@@ -145,6 +158,20 @@ def train_together(
     deterministically = deterministic(recipe.train.deterministic and on.type == "cuda")
     with deterministically, no_memory, tf32_allowed(recipe.train.tf32), cpu_threads(chosen):
         yield from training_loop(TrainState(recipes, dataset, on), stop=stop, leave=leave)
+
+
+def check_parts(recipe: Recipe, dataset: Dataset, ranks: int) -> None:
+    """Raises RecipeError for what ranks cannot train together: the compiled model, and parts too small for the norm."""
+    train, micro, sync = recipe.train, recipe.train.micro_batch_size, getattr(recipe.norm, "sync", False)
+    if train.compile and ranks > 1:
+        raise RecipeError("train.compile: is for one process; ranks exchange tensors in the middle of a step")
+    if micro < ranks:
+        raise RecipeError(f"train.batch_size: has no example for each of {ranks} ranks")
+    for size in {micro // ranks, -(-micro // ranks)} if ranks > 1 and not sync else ():
+        part = recipe.model_copy(update={"train": train.model_copy(update={"batch_size": size * train.accumulate})})
+        wrong = chain(contradictions(part), shape_contradictions(part, dataset.shape, dataset.classes))
+        for keys, text in wrong:
+            raise RecipeError(f"{dotted(keys)}: {text}; of {micro} examples, a rank has {size}")
 
 
 def smaller_batches(recipe: Recipe, device: torch.device) -> str:
@@ -239,7 +266,8 @@ def training_loop(
             if state.skipped:
                 check_divergence(state, state.runs[0])
             elif (step := state.step) == next_evaluation or step % LOG_EVERY == 0:
-                for run, loss in zip(state.runs, losses.view(-1).tolist(), strict=True):
+                losses = state.ranks.sum(losses).view(-1) / state.ranks.count
+                for run, loss in zip(state.runs, losses.tolist(), strict=True):
                     run.train_loss = loss
                     check_divergence(state, run)
                     if run.status is None:
@@ -286,7 +314,9 @@ def add_gradients(state: TrainState, x: Tensor, y: Tensor) -> Tensor:
     """Add a micro-batch's share of the batch's gradients to the parameters', and return its share of the loss."""
     options = state.recipe.train
     with autocast(state.device, options.precision):
-        loss = cross_entropy(state.model(x), y, label_smoothing=options.label_smoothing)
+        loss = cross_entropy(state.parallel(x), y, label_smoothing=options.label_smoothing)
+    if state.ranks.count > 1:  # whose mean it is to be; their parts need not be equal
+        loss = loss * (state.ranks.count * len(y) / options.micro_batch_size)
     if options.accumulate > 1:
         loss = loss / options.accumulate
     scaled = state.scaler.scale(loss)
@@ -303,7 +333,7 @@ def result(state: TrainState, run: Run, parameters: int, machine: Environment, l
     target = reached[0].target if reached else Target("accuracy", 1.0)
     values = [evaluation.value(target.metric) for evaluation in run.evaluations]
     finite = [value for value in values if math.isfinite(value)]
-    labels = state.dataset.held_out.labels
+    labels, norm = state.dataset.held_out.labels, state.recipe.norm
     ms = None if state.stacked else state.clock.ms_per_step()
     memory_mib = {} if state.stacked else state.memory.mib
     return RunResult(
@@ -332,4 +362,6 @@ def result(state: TrainState, run: Run, parameters: int, machine: Environment, l
         constant_guess=labels.bincount().max().item() / len(labels),
         running_statistics=state.running_statistics,
         cores_lacked=None if state.stacked else load.cores(),
+        ranks=state.ranks.count,
+        synchronized=getattr(norm, "sync", False) if state.ranks.count > 1 and norm.kind in OVER_BATCH else None,
     )

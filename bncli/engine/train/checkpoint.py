@@ -106,7 +106,7 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def origin(recipe: Recipe, dataset: Dataset, device: torch.device, threads: int) -> dict[str, Any]:
+def origin(recipe: Recipe, dataset: Dataset, device: torch.device, threads: int, ranks: int = 1) -> dict[str, Any]:
     """All that decides a run, as name and plain value: the recipe's fields, the data, the versions, the machine."""
     known = hashlib.sha256()  # all labels, and about a hundred examples of each split that is in memory
     for split in (dataset.train, dataset.held_out):
@@ -119,16 +119,18 @@ def origin(recipe: Recipe, dataset: Dataset, device: torch.device, threads: int)
         "torch": str(torch.__version__),
         "device": device.type,
         "threads": threads,
+        "ranks": ranks,
     }
 
 
 def check_belongs(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises UsageError, which names all that differs, for a checkpoint of a run of another `origin`.
 
-    What decides only how long it trains may differ, but for the steps over which a cosine schedule is spread.
+    What decides only how long it trains may differ, but for the steps over which a cosine schedule is spread, and the
+    number of ranks, of which it warns.
     """
     then, step, steps = saved["origin"], saved["state"]["step"], "train.steps"
-    may_differ = ["train.stop_at_target", *[steps] * (now["schedule.kind"] != "cosine")]
+    may_differ = ["train.stop_at_target", "ranks", *[steps] * (now["schedule.kind"] != "cosine")]
     mistakes = [
         f"{name} was {then.get(name, 'absent')} when the run began, and is {now.get(name, 'absent')} now"
         + ", over which a cosine schedule is spread" * (name == steps)
@@ -141,6 +143,10 @@ def check_belongs(saved: dict[str, Any], now: dict[str, Any]) -> None:
     mistakes += [f"{file}, which the run has loaded, has changed or is not there" for file in changed]
     if mistakes:
         raise UsageError(*mistakes, field="resume")
+    if (before := then.get("ranks", 1)) != now["ranks"]:
+        parts = "" if now.get("norm.sync", True) else ", and statistics are of other parts of a batch"
+        text = f"the run began with {before} ranks and goes on with {now['ranks']}: its bits differ from here on{parts}"
+        warnings.warn(text, stacklevel=2)
 
 
 class Saving:
@@ -150,7 +156,7 @@ class Saving:
         recipe, self.state, self.save, self.code = state.recipe, state, dict(save), code
         if isinstance(recipe.model, OwnModel):
             code.note(recipe.model.module)
-        self.origin = origin(recipe, state.dataset, state.device, torch.get_num_threads())
+        self.origin = origin(recipe, state.dataset, state.device, torch.get_num_threads(), state.ranks.count)
         state.keeps_best = recipe.train.keep != "last" and not save.keys().isdisjoint(("model", "best"))
         held = dict(state.model.named_buffers()) | state.model.state_dict()
         extras = {name: each for name, each in held.items() if type(each) is not Tensor}

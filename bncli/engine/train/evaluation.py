@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from time import perf_counter
@@ -28,11 +29,11 @@ def evaluate(state: TrainState, stop: Callable[[], bool] = lambda: False) -> lis
     """Evaluate each run on all held-out examples, and keep weights that are the best so far where the best are kept.
 
     Raises GivenUp, with the state as before, once `stop()` is true. An evaluation of a user's model ends first, since
-    its forward pass may draw random numbers and change buffers.
+    its forward pass may draw random numbers and change buffers, and so does one that ranks share.
     """
     began = perf_counter()
     state.memory.end(state.phase)
-    if isinstance(state.recipe.model, OwnModel):
+    if state.ranks.count > 1 or isinstance(state.recipe.model, OwnModel):
         stop = lambda: False  # noqa: E731
     is_precise = state.recipe.train.population_statistics == "precise"
     with precise(state, stop) if is_precise else nullcontext() as running_statistics:
@@ -51,15 +52,17 @@ def evaluate(state: TrainState, stop: Callable[[], bool] = lambda: False) -> lis
 def measured(state: TrainState, stop: Callable[[], bool] = lambda: False) -> list[Evaluation]:
     """Each run on all held-out examples in evaluation mode; then every module is in the mode that it was in.
 
-    A NaN or +inf among the logits counts as wrong; -inf may mask a class.
+    A NaN or +inf among the logits counts as wrong; -inf may mask a class. Ranks take turns at the chunks, all with the
+    buffers of rank 0.
     """
+    ranks, held_out = state.ranks, state.dataset.held_out
+    ranks.make_equal(state.model)
+    size = evaluation_size(state.recipe, state.dataset.shape, state.stacked, -(-len(held_out) // ranks.count))
     flags = [(module, module.training) for module in state.model.modules()]
     state.model.eval()
     right = loss = torch.zeros((), device=state.device)
-    count = 0
     try:
-        size = evaluation_size(state.recipe, state.dataset.shape, state.stacked)
-        for x, y in unless(stop, state.dataset.held_out.chunks(size)):
+        for x, y in unless(stop, held_out.chunks(size, ranks.rank, ranks.count)):
             if state.stacked:
                 x = x.expand(len(state.runs), *x.shape)
             with autocast(state.device, state.recipe.train.precision):
@@ -76,24 +79,25 @@ def measured(state: TrainState, stop: Callable[[], bool] = lambda: False) -> lis
             highest, predicted = logits.max(-1)  # NaN where any of an example's logits is
             right = right + ((predicted == y) & highest.isfinite()).sum(-1)
             loss = loss + cross_entropy(logits if state.stacked else logits.float(), y, reduction="sum")
-            count += len(y)
     finally:
         for module, training in flags:  # parents come first; a class may override `train`
             if module.training != training:
                 module.train(training)
-    sums = zip(state.runs, *torch.stack([right, loss]).view(2, -1).tolist(), strict=True)  # one copy to the host
+    both, count = ranks.sum(torch.stack([right, loss])), len(held_out)
+    sums = zip(state.runs, *both.view(2, -1).tolist(), strict=True)  # one copy to the host
     return [Evaluation(state.step, right / count, loss / count, run.train_loss) for run, right, loss in sums]
 
 
-def evaluation_size(recipe: Recipe, shape: tuple[int, ...], stacked: bool = False) -> int:
+def evaluation_size(recipe: Recipe, shape: tuple[int, ...], stacked: bool = False, most: int = sys.maxsize) -> int:
     """The number of held-out examples of that shape per evaluation chunk: about a training (micro-)batch.
 
-    If the logits of an example are known not to depend on other examples, small examples come in larger chunks: for a
-    tiny net, a pass over 60 takes half as long as one over 500. Those of stacked runs are smaller, so that a layer of
-    all runs stays in the cache, whatever their number, on which no bit of a run's sums may depend.
+    If the logits of an example are known not to depend on other examples, small examples come in larger chunks, of at
+    most `most`: for a tiny net, a pass over 60 takes half as long as one over 500. Those of stacked runs are smaller,
+    so that a layer of all runs stays in the cache, whatever their number, on which no bit of a run's sums may depend.
     """
     norm = recipe.norm
     by_batch = isinstance(norm, BatchNorm) and not norm.track_running_stats
     if by_batch or isinstance(recipe.model, OwnModel):
         return recipe.train.micro_batch_size
-    return STACKED_EXAMPLES if stacked else max(recipe.train.batch_size, EVALUATED_VALUES // math.prod(shape))
+    size = max(recipe.train.batch_size, EVALUATED_VALUES // math.prod(shape))
+    return STACKED_EXAMPLES if stacked else min(size, most)

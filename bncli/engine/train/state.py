@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from bncli.engine import data
 from bncli.engine.data.splits import Batch, Dataset, Split, order
 from bncli.engine.device import PeakMemory, synchronize
-from bncli.engine.models import build
+from bncli.engine.distributed import ALONE, Ranks
+from bncli.engine.models import build, init
 from bncli.engine.models.init import global_generators, restore_global_generators, stream
 from bncli.engine.target import StepsToTarget
 from bncli.engine.train.optim import optimizer, set_learning_rate
@@ -86,7 +87,9 @@ class TrainState:
     best evaluation so far, where `keeps_best`. population: the buffers of the last evaluation (precise statistics).
     """
 
-    def __init__(self, recipe: Recipe | Sequence[Recipe], dataset: Dataset, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe | Sequence[Recipe], dataset: Dataset, device: torch.device, ranks: Ranks = ALONE
+    ) -> None:
         """recipe: one, whose model is trained as it is; or several, of runs whose models are stacked.
 
         Raises DataError for data that do not fit the recipe, and whatever `build` raises.
@@ -96,7 +99,7 @@ class TrainState:
         self.recipe = recipe = recipes[0]  # for what the runs have in common
         train = recipe.train
         check_fit(recipe, dataset)
-        self.dataset, self.device = dataset, device
+        self.dataset, self.device, self.ranks = dataset, device, ranks
         self.step = self.batches = self.skipped = 0
         self.augmentation = stream(train.seed, "augment")
         self.runs = [Run(index, each, dataset.train) for index, each in enumerate(recipes)]
@@ -106,6 +109,7 @@ class TrainState:
         self.probes = Probes(recipe, model) if recipe.probes else None
         fuse(model, recipe)
         self.model: nn.Module = model.to(device, memory_format=data.MEMORY_FORMATS[train.memory_format])  # type: ignore[call-overload]
+        self.parallel = self.model  # what trains it: with ranks, DistributedDataParallel
         rates = torch.tensor([each.optimizer.lr for each in recipes], device=device) if self.stacked else None
         self.optimizer = optimizer(recipe, self.model, rates)
         set_learning_rate(self.optimizer, recipe, 0)
@@ -125,8 +129,15 @@ class TrainState:
         self.memory = PeakMemory(device)  # read in evaluations, which do not count for the throughput
 
     def next_batch(self) -> Batch:
-        """x (B, *shape) float32 and y (B,) int64, augmented, on the device; with a leading run axis of stacked runs."""
+        """x (B, *shape) float32 and y (B,) int64, augmented, on the device; with a leading run axis of stacked runs.
+
+        With ranks, it is this rank's part of the batch.
+        """
         self.batches += 1
+        if self.ranks.rank:  # other draws than rank 0's, whose generators alone are saved
+            seed = init.stream_seed(self.recipe.train.seed, f"rank {self.ranks.rank}, batch {self.batches}")
+            self.augmentation.manual_seed(seed)
+            init.seed_global_generators(seed, self.device)
         x, y = next(self._coming)
         runs = len(self.runs)
         return (x.unflatten(0, (runs, -1)), y.view(runs, -1)) if self.stacked else (x, y)
@@ -236,6 +247,8 @@ class TrainState:
     def _batches_to_come(self) -> Iterator[Batch]:
         orders = [run.order for run in self.runs]
         indices = map(torch.cat, zip(*orders, strict=True)) if self.stacked else orders[0]
+        if self.ranks.count > 1:
+            indices = (self.ranks.part(batch, self.recipe.train.accumulate) for batch in orders[0])
         return self.dataset.train.batches(indices, self.augmentation)
 
 
@@ -274,7 +287,7 @@ def fuse(model: nn.Module, recipe: Recipe) -> None:
     if isinstance(recipe.norm, BatchNorm) and recipe.norm.kernel != "native" and not isinstance(recipe.model, OwnModel):
         from bncli.engine.convert import convert  # which loads torch.fx
 
-        convert(model, recipe.norm.kernel)
+        convert(model, recipe.norm.kernel, sync=recipe.norm.sync)
 
 
 def begin_training(model: nn.Module) -> None:

@@ -349,8 +349,11 @@ def named_runs(study: Study, records: Mapping[str, RunRecord]) -> KnownRuns:
                 arm_runs = ArmRuns.of(study.plan, arm.name, _records(jobs, records))
                 points, start = list(arm_runs.kept), arm_runs.best(steps(study.plan.target))
             report += (of_arm := study.jobs(arm, "report", points))
-            together = {job.company: job for job in reversed(of_arm) if job.company}
-            costs += [study._job(arm, job.point, job.seed, "cost") for job in together.values()]
+            companies = {""}  # and those that have a run for their costs
+            for job in of_arm:
+                if job.company not in companies:
+                    companies.add(job.company)
+                    costs.append(study._job(arm, job.point, job.seed, "cost"))
         else:
             untuned.add(tuple(job.key for job in jobs))
         if arm.name not in searched or start is None:  # None: no tuning run ended

@@ -92,13 +92,16 @@ class Processes:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             gpu = number % self._gpus
             environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if len(visible) == self._gpus else str(gpu)
-        # A name that no file has yet: logs of earlier workers are kept.
-        names = (f"worker-{number}{f'-{count}' if count else ''}.log" for count in itertools.count())
-        log = next(each for name in names if not os.path.lexists(each := self.folder / name))
+        # A name that no file has yet: logs of earlier workers are kept, and other calls may write here too.
+        for count in itertools.count():
+            log = self.folder / f"worker-{number}{f'-{count}' if count else ''}.log"
+            with contextlib.suppress(FileExistsError):
+                stderr = log.open("x")
+                break
         if self._memory is None and hasattr(os, "memfd_create"):  # Linux; elsewhere each worker loads its own data
             self._memory = os.memfd_create("bncli-data")
         shared = () if self._memory is None else ("--memory", str(self._memory))
-        with log.open("x") as stderr:
+        with stderr:
             process = subprocess.Popen(
                 [*self.command, "--device", self.device, "--threads", str(self.threads), *shared],
                 pass_fds=() if self._memory is None else (self._memory,),

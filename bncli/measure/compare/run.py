@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any, Protocol
 
 from bncli.errors import USAGE, Refused, by_arm
-from bncli.measure.compare.plan import Find, Job, Study, known_runs
+from bncli.measure.compare.plan import Find, Job, Study, known_runs, point_and_seed
 from bncli.measure.compare.work import Work
 from bncli.recipe.load import digest, plain
 from bncli.recipe.sections import Hub, Mnist, Npz, OwnModel
@@ -16,6 +16,7 @@ from bncli.results.compare import ComparisonEvent, ComparisonStarted, RunBegan, 
 from bncli.results.serialize import from_plain
 from bncli.results.train import RunResult
 
+LOOK_EVERY_S = 1.0  # for what other calls have done in the same folder
 RACE_EVERY_S = 0.2  # at most so often it is looked which points of the grid can no longer win,
 RACE_REST = 50  # and for one part of the time in so many,
 RACE_AGAIN_S = 2.0  # but after so long in any case: the first time includes the import of scipy
@@ -63,6 +64,22 @@ class Executor(Protocol):
         ...
 
 
+class Leases(Protocol):
+    """Which of the calls on a folder does which run; after `lease` and `free`, `find` sees what others have ended."""
+
+    def lease(self, key: str, recipe_key: str, own_code: bool) -> bool:
+        """Take the lease of a run; False where another call does it."""
+
+    def free(self, keys: Collection[str]) -> Collection[str]:
+        """Those runs of other calls which no call does any more."""
+
+    def release(self, key: str) -> None:
+        """Give back the lease of a run."""
+
+    def alone(self) -> bool:
+        """Whether no other call is there."""
+
+
 class _OpenRuns(Work):
     """The runs of a study that are not done, in the order in which they are to be handed out.
 
@@ -75,18 +92,23 @@ class _OpenRuns(Work):
     def __init__(self, study: Study, records: dict[str, RunRecord], find: Find) -> None:
         super().__init__()
         self.study, self.records, self.find = study, records, find
+        self.elsewhere: dict[str, Job] = {}  # key -> run that another call is doing
         self.below: dict[str, float] = {}
         self._ask()
 
     def record(self, record: RunRecord) -> None:
         """Of a run that has ended."""
         self.records[record.key] = record
-        self.done += 1
         arms = [keys for keys in self._open.values() if record.key in keys]
+        self.done += bool(arms)
         for keys in arms:
             keys.remove(record.key)
         if not all(arms):
             self._ask()
+
+    def of_others(self) -> Iterator[RunRecord]:
+        """The runs that other calls have ended since the last time."""
+        yield from ()
 
     def _ask(self) -> None:
         named = known_runs(self.study, self.records, self.find)
@@ -130,6 +152,84 @@ class _OpenRuns(Work):
         return lost & self.running.keys()
 
 
+class _SharedRuns(_OpenRuns):
+    """The open runs of a study that other calls may do too, each run in one of them.
+
+    share: whether this call is to do a run, by its key.
+    """
+
+    def __init__(
+        self, study: Study, records: dict[str, RunRecord], find: Find, leases: Leases, share: Callable[[str], bool]
+    ) -> None:
+        self.leases, self.share, self._looked_s = leases, share, 0.0
+        self._mine: set[str] = set()  # keys of the runs that were taken and are not recorded yet
+        self._given_up: set[str] = set()  # by other calls, which knew more of the runs in progress
+        super().__init__(study, records, find)
+
+    @property
+    def more(self) -> bool:
+        return bool(self.waiting or self.elsewhere)
+
+    def take(self, workers: int) -> list[Job]:
+        """As `Work.take`, but for the runs that another call does, or has ended meanwhile."""
+        while taken := super().take(workers):
+            mine = [job for job in taken if self._leased(job)]
+            for key in {job.key for job in taken} - {job.key for job in mine}:
+                self.elsewhere[key] = self.running.pop(key)
+            self._mine.update(job.key for job in mine)
+            if mine:
+                return mine
+        return []
+
+    def put_back(self, jobs: Sequence[Job], one_by_one: bool = False) -> None:
+        super().put_back(jobs, one_by_one)
+        self._mine.difference_update(job.key for job in jobs)
+
+    def record(self, record: RunRecord) -> None:
+        self._mine.discard(record.key)
+        super().record(record)
+
+    def _leased(self, job: Job) -> bool:
+        if not self.leases.lease(job.key, job.recipe_key, isinstance(job.recipe.model, OwnModel)):
+            return False
+        if ended := self._new({job.key}):
+            self.leases.release(job.key)
+        return not ended
+
+    def _new(self, keys: set[str]) -> list[RunRecord]:
+        """The runs with those keys that other calls have ended, as far as they are not known yet."""
+        found = self.find(keys)
+        return [found[key] for key in keys if key in found and found[key] != self.records.get(key)]
+
+    def of_others(self) -> Iterator[RunRecord]:
+        if monotonic() - self._looked_s < LOOK_EVERY_S or (not self.elsewhere and self.leases.alone()):
+            return
+        free = self.leases.free(self.elsewhere)  # they wait again
+        new = self._new(set().union(*self._open.values()) - self._mine)
+        ended = {record.key for record in new}
+        self._wait([*self.waiting, *(self.elsewhere.pop(key) for key in free)], ended)
+        for record in new:
+            self.elsewhere.pop(record.key, None)
+            self._given_up |= {record.key} if record.given_up else set()
+            self.record(record)
+            yield record
+        self._looked_s = monotonic()
+
+    def _ask(self) -> None:
+        super()._ask()
+        for keys in self._open.values():
+            if not keys <= self._given_up:  # else all that can be known says that they are to be done after all
+                keys -= self._given_up
+        open_runs = set().union(*self._open.values())
+        self.elsewhere = {key: job for key, job in self.elsewhere.items() if key in open_runs}
+        mine = [job for job in self.waiting if job.key in open_runs and self.share(job.key)]
+        self._wait(mine, self.elsewhere.keys() | self._mine)
+
+    def _wait(self, jobs: list[Job], but: Collection[str]) -> None:
+        self.waiting.clear()
+        self.waiting.extend(job for job in jobs if job.key not in but)
+
+
 def check(
     study: Study, jobs: Iterable[Job], executor: Executor, stop: Callable[[], bool], note: Callable[[], None], dry: bool
 ) -> bool:
@@ -168,15 +268,23 @@ def execute(
     records: dict[str, RunRecord],
     stop: Callable[[], bool] = lambda: False,
     find: Find = lambda keys: {},
+    leases: Leases | None = None,
+    share: Callable[[str], bool] = lambda key: True,
 ) -> Iterator[ComparisonEvent]:
     """Do every run of the study that `records`, by key, does not hold; each new record is saved and added to it.
 
-    find: those of some keys that were done in earlier calls; asked when runs are named that depend on others.
+    find: those of some keys that were done in earlier calls; asked when runs
+    are named that depend on others. leases: where other calls do runs of the same folder; those are waited for. share:
+    whether a run, by its key, is this call's; the others are neither done nor waited for.
     A run that fails is recorded with its reason and not tried again in this call. Raises what the executor raises.
     """
-    runs, plan = _OpenRuns(study, records, find), study.plan
+    plan = study.plan
+    runs = _SharedRuns(study, records, find, leases, share) if leases else _OpenRuns(study, records, find)
     yield ComparisonStarted(plan.name, runs.planned, runs.done, plan.target.metric)
     for event in executor.run(runs, stop):
+        for record in runs.of_others():
+            label = f"{record.arm}, {point_and_seed(record.point, record.seed)}"
+            yield RunEnded(None, label, runs.done, runs.planned, record, len(runs.elsewhere))
         if isinstance(event, Started):
             yield RunBegan(event.worker, event.job.label, event.job.recipe.train.steps)
         elif isinstance(event, RunProgressed):
@@ -199,6 +307,6 @@ def execute(
             )
             save(record)
             runs.record(record)
-            yield RunEnded(event.worker, job.label, runs.done, runs.planned, record)
+            yield RunEnded(event.worker, job.label, runs.done, runs.planned, record, len(runs.elsewhere))
         if event is not None and (lost := runs.without_a_chance()):
             executor.give_up(lost)

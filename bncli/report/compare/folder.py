@@ -9,20 +9,20 @@ import json
 import os
 import re
 import shutil
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 
 from bncli.errors import BncliError, FileError, UsageError
+from bncli.report.compare.leases import Leases
 from bncli.report.files import Result, from_json, load, to_json
 from bncli.report.folder import PLAN
 from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, RunRecord
 from bncli.results.serialize import to_plain
-from bncli.storage import locked, make, read_plain, replace, sweep
+from bncli.storage import make, read_plain, replace, sweep
 
 COMPARISON = "comparison.json"
-FOLDERS = ("runs", "failed", "checkpoints", "logs")
+FOLDERS = ("runs", "failed", "checkpoints", "logs", "calls")
 # A run's file: its recipe's key (not in files of format 2), its key, and the digest of the user's code, if it has any.
 RUN_NAME = re.compile(r"(?:([0-9a-f]{20})-)?([0-9a-f]{20})(?:-[0-9a-f]{8})?\.json")
 
@@ -32,15 +32,18 @@ class ComparisonFolder:
 
     plan.json: the plan of the last call. runs/RECIPEKEY-KEY.json: runs that ended; RECIPEKEY-KEY-CODE.json with a model
     of the user's, so that runs of earlier code are kept. failed: runs that died, to be tried again. checkpoints/KEY.pt:
-    states of runs that have not ended. comparison.json: the answer. A lock, which ends with its process, lets one
-    process at a time write here. A file that does not read as what bncli writes there is never written over or deleted.
+    states of runs that have not ended. comparison.json: the answer. Any number of calls write here at the same time:
+    each run has a lease (`report.compare.leases`), and every file is replaced as a whole. A file that does not read as
+    what bncli writes there is never written over or deleted.
 
-    unfit: files that were read and cannot be used, with the reason.
+    unfit: files that were read and cannot be used, with the reason. failures: key -> a run that failed in another call
+    meanwhile, and is not tried again in this one.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.unfit = path, dict[str, str]()
+        self.path, self.unfit, self.failures = path, dict[str, str](), dict[str, RunRecord]()
         self._read = dict[str, RunRecord | None]()
+        self._leases = Leases(path / "runs", path / "calls")
         for folder in (path / name for name in FOLDERS):
             if folder.is_symlink():
                 raise FileError(f"{folder}: is a symbolic link, which is not followed here; choose another folder")
@@ -48,35 +51,33 @@ class ComparisonFolder:
     def __enter__(self) -> ComparisonFolder:
         self._new = not self.path.exists()
         make(self.path)
+        for name, read in ((PLAN, self.begun()), (COMPARISON, self.answer(without="runs"))):
+            if read is None and name in self.unfit:  # and not missing, though another call may write it just now
+                why = f"{self.path / name} was not written by this version of bncli, or was changed since"
+                raise self._refused(f"{why}, and is never overwritten; move it away: the runs beside it are kept")
+        for folder in (self.path, *(self.path / name for name in FOLDERS)):
+            make(folder)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise self._refused(f"{folder} is not writable; choose another folder")
         with contextlib.ExitStack() as opened:
-            try:
-                file = locked(self.path / ".lock")
-            except OSError as error:
-                raise self._refused(f"cannot be written to: {error.strerror}") from error
-            if file is None:
-                why = "another comparison is writing here; wait for it, or choose another folder"
-                raise BncliError(f"{self.path}: {why}")
-            opened.enter_context(file)
-            begun, answer = self.begun(), self.answer(without="runs")
-            for name, read in ((PLAN, begun), (COMPARISON, answer)):
-                if os.path.lexists(self.path / name) and read is None:
-                    why = f"{self.path / name} was not written by this version of bncli, or was changed since"
-                    raise self._refused(f"{why}, and is never overwritten; move it away: the runs beside it are kept")
-            for folder in (self.path, *(self.path / name for name in FOLDERS)):
-                make(folder)
-                if not os.access(folder, os.W_OK | os.X_OK):
-                    raise self._refused(f"{folder} is not writable; choose another folder")
-                sweep(folder)
-            self._answered = answer and answer.plan
+            opened.enter_context(self._leases)
+            self._sweep()
             self._opened = opened.pop_all()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         with self._opened:
-            if isinstance(error, FileNotFoundError) and not (self.path / ".lock").exists():
+            if isinstance(error, FileNotFoundError) and not (self.path / "runs").exists():
                 raise self._refused("was removed or renamed meanwhile") from error
-            if self._new and not any(self.path.rglob("*.json")):  # nothing was begun, so nothing is left behind
-                shutil.rmtree(self.path, ignore_errors=True)  # or it was removed meanwhile
+            self._sweep()
+        if self._new and not any(self.path.rglob("*.json")):  # nothing was begun, so nothing is left behind
+            with contextlib.suppress(OSError):  # another call is there, or it was removed meanwhile
+                (self.path / "calls").rmdir()
+                shutil.rmtree(self.path)
+
+    def _sweep(self) -> None:
+        """Delete what killed calls left half written, unless another call is there, which may be writing."""
+        sweep(self.path, *(self.path / name for name in FOLDERS), alone=self.alone)
 
     def _refused(self, why: str) -> UsageError:
         return UsageError(why, field="out", value=self.path)
@@ -84,7 +85,8 @@ class ComparisonFolder:
     def begin(self, begun: BegunComparison) -> None:
         """Save the plan, and delete the runs that failed before."""
         for name in self.failed():
-            (self.path / "failed" / name).unlink()
+            (self.path / "failed" / name).unlink(missing_ok=True)
+            del self._read[f"failed/{name}"]
         replace(self.path / PLAN, to_json(begun).encode())
 
     def begun(self) -> BegunComparison | None:
@@ -98,18 +100,17 @@ class ComparisonFolder:
     @cached_property
     def _names(self) -> dict[str, list[str]]:
         """A run's key, or its recipe's -> the names of files in runs."""
-        found = defaultdict[str, list[str]](list)
-        for match in self._listed("runs"):
-            record = self._run("runs", match[0]) if match[1] is None else None  # which alone tells its recipe
-            for key in (match[2], match[1] or (record and record.recipe_key)):
-                found[key or ""].append(match[0])
+        found = dict[str, list[str]]()
+        self._note(found, os.listdir(runs) if (runs := self.path / "runs").is_dir() else ())
         return found
 
-    def _listed(self, folder: str) -> list[re.Match[str]]:
-        """The names of the runs in a folder, in order."""
-        with contextlib.suppress(FileNotFoundError):
-            return list(filter(None, map(RUN_NAME.fullmatch, sorted(os.listdir(self.path / folder)))))
-        return []
+    def _note(self, found: dict[str, list[str]], names: Iterable[str]) -> None:
+        """Add those of the names in runs that are not known yet."""
+        for match in filter(None, map(RUN_NAME.fullmatch, sorted(names))):
+            if match[0] not in found.setdefault(match[2], []):
+                record = self._run("runs", match[0]) if match[1] is None else None  # which alone tells its recipe
+                for key in (match[2], match[1] or (record and record.recipe_key)):
+                    found.setdefault(key or "", []).append(match[0])
 
     @property
     def count(self) -> int:
@@ -123,8 +124,8 @@ class ComparisonFolder:
 
     def failed(self) -> dict[str, RunRecord]:
         """The failed runs of the last call, by file name."""
-        names = [match[0] for match in self._listed("failed")]
-        return {name: record for name in names if (record := self._run("failed", name))}
+        names = sorted(os.listdir(failed)) if (failed := self.path / "failed").is_dir() else ()
+        return {name: record for name in names if RUN_NAME.fullmatch(name) and (record := self._run("failed", name))}
 
     def _run(self, folder: str, name: str) -> RunRecord | None:
         """A run's record, read once; None, with the reason in `unfit`, where its file is not as bncli writes it."""
@@ -136,7 +137,42 @@ class ComparisonFolder:
             self._read[file] = record
         return self._read[file]
 
+    def lease(self, key: str, recipe_key: str, own_code: bool) -> bool:
+        """Take the lease of a run; False where another call does it. Looks again whether one has ended it.
+
+        own_code: whether it loads code of the user's, so that there may be several files with that key.
+        """
+        if not self._leases.take(key):
+            return False
+        runs, name = self.path / "runs", f"{recipe_key}-{key}.json"
+        if own_code or os.path.lexists(runs / name):
+            self._note(self._names, os.listdir(runs) if own_code else [name])
+            for each in self._names[key]:
+                self._read.pop(f"runs/{each}", None)
+        if failed := os.path.lexists(self.path / "failed" / name) and self._run("failed", name):
+            self.failures[key] = failed
+        return True
+
+    def release(self, key: str) -> None:
+        """Give back the lease of a run."""
+        self._leases.release(key)
+
+    def alone(self) -> bool:
+        """Whether no other call is there."""
+        return self._leases.alone()
+
+    def free(self, keys: Collection[str]) -> set[str]:
+        """Those runs of other calls which no call does any more. Looks again what other calls have ended."""
+        names = os.listdir(self.path / "runs")
+        self._note(self._names, names)
+        self.failures |= {record.key: record for record in self.failed().values() if record.key in keys}
+        return self._leases.free(keys, {name.partition(".")[0] for name in names if name.endswith(".lease")})
+
     def save(self, record: RunRecord) -> None:
+        """Write the file of a run and end its lease.
+
+        A call that was silent for so long that another one has taken the run over writes the same run again.
+        """
         name, folder = _name(record), "runs" if record.result is not None else "failed"
         file = self.path / folder / name
         if os.path.lexists(file) and self._run(folder, name) is None:
@@ -145,6 +181,7 @@ class ComparisonFolder:
         if record.result is not None:
             with contextlib.suppress(OSError):  # one that stays is never read again
                 (self.path / "checkpoints" / f"{record.key}.pt").unlink()
+        self.release(record.key)
 
     def _result(self, file: str, kind: type[Result], without: str = "") -> Result | None:
         """What a file holds; None where it is missing and, with the reason in `unfit`, where bncli cannot read it."""
@@ -158,12 +195,12 @@ class ComparisonFolder:
 
     def keep_other(self, plan: ComparisonPlan) -> Path | None:
         """Rename an existing answer to another plan, so that it is kept. Its new name; None where there was none."""
-        if self._answered is None or to_plain(self._answered) == to_plain(plan):
+        answer = self.answer(without="runs")  # of another call, perhaps, which has ended since this one began
+        if answer is None or to_plain(answer.plan) == to_plain(plan):
             return None
         return _keep_beside(self.path / COMPARISON)
 
     def finish(self, comparison: Comparison) -> None:
-        self._answered = comparison.plan
         replace(self.path / COMPARISON, to_json(comparison).encode())
 
 
@@ -175,8 +212,12 @@ def _name(record: RunRecord) -> str:
 
 def _keep_beside(file: Path) -> Path:
     """Rename a file to the first free one of NAME-1, NAME-2 and so on."""
-    names = (file.with_name(f"{file.stem}-{number}{file.suffix}") for number in itertools.count(1))
-    return file.rename(next(name for name in names if not os.path.lexists(name)))
+    for number in itertools.count(1):
+        beside = file.with_name(f"{file.stem}-{number}{file.suffix}")
+        with contextlib.suppress(FileExistsError):
+            beside.open("x").close()  # so that of two calls each has a name of its own
+            break
+    return file.replace(beside)
 
 
 def load_comparison(path: Path) -> Comparison:

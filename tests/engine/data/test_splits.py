@@ -96,6 +96,9 @@ def test_chunks_are_even_of_about_the_size_and_never_of_one_example(examples, si
     assert min(sizes) > 1
     assert max(sizes) <= max(size, 3)
     assert len(sizes) == chunk_count(examples, size) <= -(-examples // size)
+    every_third = [y for _, y in split.chunks(size, 1, 3)]
+    assert all(map(torch.equal, every_third, labels[1::3]))
+    assert len(every_third) == len(labels[1::3])
 
 
 def test_training_batches_alone_are_augmented_and_both_are_converted():

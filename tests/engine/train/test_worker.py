@@ -85,6 +85,20 @@ def test_a_worker_says_hello_then_takes_many_runs(worker: Driver) -> None:
         assert result.environment.threads == 1
 
 
+def test_a_run_alone_that_is_given_up_ends_soon_and_says_so(worker: Driver) -> None:
+    long = tiny(train={"steps": 10**6, "batch_size": 20, "evaluate_every": 5, "stop_at_target": False})
+    worker.give("long", long)
+    while "step" not in worker.hear():
+        pass
+    worker.send(**{"give up": ["long", "another"]})
+    while "step" in (message := worker.hear()):
+        assert message["below"].keys() <= {"long"}
+    result = from_plain(RunResult, message["result"])
+    assert (message["key"], result.status) == ("long", "given up")
+    assert 0 < result.steps_run < 10**6
+    assert worker.outcome("long", tiny())["result"]["status"] == "reached"
+
+
 BUILT = "from torch import nn\ndef make(shape, classes, norm):\n    {}\n    return nn.Linear(shape[0], classes)\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 import time
@@ -12,6 +13,8 @@ from bncli.results.serialize import to_plain
 from bncli.results.train import Evaluation, RunResult, Target
 
 HERE = Environment("0", "3", "2", "Linux", "a processor", "cpu", None, 1, "2026-01-01T00:00:00+00:00")
+
+RAN = "BNCLI_RAN"  # in the environment: a file for the keys of the runs that were done
 
 
 def result(recipe: dict[str, object], seed: int) -> RunResult:
@@ -28,6 +31,9 @@ def main() -> None:
     for line in sys.stdin:
         for job in json.loads(line).get("runs", ()):
             time.sleep(0.0 if "--at-once" in sys.argv else 0.02)
+            if log := os.environ.get(RAN):
+                with open(log, "a") as file:
+                    file.write(f"{job['key']}\n")
             found = result(job["recipe"], job["recipe"]["train"]["seed"])
             print(json.dumps({"key": job["key"], "result": to_plain(found), "code": {}}), flush=True)
 

@@ -58,6 +58,32 @@ def test_every_point_as_good_as_the_best_gets_the_further_seeds(asked: Study) ->
     assert named_runs(asked, records).planned == 18 + 20 + 2  # two that measure what a step costs
 
 
+def test_tuning_begins_in_the_middle_of_the_grid(study_of: StudyOf) -> None:
+    grid = ARMS.replace("[0.1, 1, 10]}", "[0.1, 1, 10], train.batch_size: [5, 10, 20, 40]}")
+    jobs = of_arm("plain", named_runs(study_of(BASE + grid), {}).jobs)
+    points = [(job.point["optimizer.lr"], job.point["train.batch_size"]) for job in jobs]
+    assert points[:2] == [(1, 10), (1, 20)]
+    assert {*points[8:12]} == {(lr, size) for lr in (0.1, 10) for size in (5, 40)}
+    assert points[:12] == points[12:24] == points[24:]
+    assert [job.seed for job in jobs] == sorted(job.seed for job in jobs)
+
+
+def test_runs_that_train_together_have_a_short_run_alone_for_each_arm_and_batch_size(
+    study_of: StudyOf, tmp_path: Path
+) -> None:
+    grid = ARMS.replace("[0.1, 1, 10]}", "[1, 10], train.batch_size: [10, 20]}")
+    schedule = "\nschedule: {kind: cosine, warmup: 600}"
+    asked = study_of(BASE + schedule + grid.replace("normed: {norm: batch}", "normed: {train: {precision: bf16}}"))
+    found = carried_out(asked, lambda job: 100.0)
+    costs = [one for one in found if one.phase == "cost"]
+    assert [(one.arm, one.point["train.batch_size"]) for one in costs] == [("plain", 10), ("plain", 20)]
+    jobs = [job for job in named_runs(asked, {one.key: one for one in found}).jobs if job.phase == "cost"]
+    trains = [(job.recipe.train.steps, job.recipe.train.stop_at_target, job.company) for job in jobs]
+    assert trains == [(500, False, "")] * 2
+    planned = planned_comparison(asked, load(str(tmp_path / "recipe0.yaml")), {})
+    assert [arm.alone for arm in planned.arms] == [None, "train.precision"]
+
+
 def test_an_arm_that_fixes_a_field_of_the_grid_is_not_tuned_in_it(study_of: StudyOf) -> None:
     asked = study_of(BASE + ARMS.replace("normed:", "slow: {optimizer: {lr: 0.01}}\n  normed:"))
     slow = of_arm("slow", named_runs(asked, {}).jobs)

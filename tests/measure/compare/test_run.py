@@ -32,7 +32,10 @@ class Serial:
 
     def run(self, work: Work, stop: Callable[[], bool]) -> Iterator[Started | RunProgressed | Ended | None]:
         while work.more and not stop():
-            (job,) = work.take(workers=10**9)
+            if not (jobs := work.take(workers=10**9)):
+                yield None
+                continue
+            (job,) = jobs
             work.ended(job)
             self.ran.append(job.key)
             yield Started(0, job)

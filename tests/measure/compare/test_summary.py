@@ -87,6 +87,23 @@ def test_the_order_of_the_records_does_not_matter(asked: Study) -> None:
     assert summary(asked, random.Random(0).sample(found, len(found))) == summary(asked, found)
 
 
+def test_runs_that_trained_together_have_the_costs_of_the_run_that_was_made_alone(asked: Study) -> None:
+    found = changed(carried_out(asked, by_arm_and_rate(RATES, TENTH)), ms_per_step=None, samples_per_s=None)
+    costs: dict[str, float] = {"plain": 2.0, "normed": 3.0}
+    for arm, ms in costs.items():
+        found = changed(found, lambda one, arm=arm: (one.arm, one.phase) == (arm, "cost"), ms_per_step=ms)  # type: ignore[misc]
+    rows = summary(asked, found).arms
+    assert [row.ms_per_step for row in rows] == [2.0, 3.0]
+    assert [row.seconds and row.seconds.typical.value for row in rows] == [
+        pytest.approx(ms / 1e3 * (row.steps.value or 0)) for ms, row in zip(costs.values(), rows, strict=True)
+    ]
+    assert [row.runs for row in rows] == [8, 8]
+    alone = changed(found, lambda one: one.phase == "report", ms_per_step=7.0)
+    assert summary(asked, alone).arms[0].ms_per_step == 7.0
+    without = [one for one in found if one.phase != "cost"]
+    assert summary(asked, without).arms[0].seconds is None
+
+
 def test_every_target_has_its_own_ratio(study_of: StudyOf) -> None:
     asked = study_of(BASE.replace("{value: 0.9}", "{value: 0.9, also: [0.8, 0.95]}") + ARMS)
     easier, harder = asked.plan.also

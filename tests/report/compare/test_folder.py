@@ -1,4 +1,4 @@
-"""Folder of a comparison: nothing lost, one writer at a time."""
+"""Folder of a comparison: nothing lost, any number of writers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bncli.errors import BncliError, FileError, UsageError
+from bncli.errors import FileError, UsageError
 from bncli.report.compare.folder import ComparisonFolder, load_comparison
 from bncli.report.files import to_json
 from bncli.results.compare import BegunComparison, Comparison, ComparisonPlan, RunRecord
@@ -141,7 +141,7 @@ def test_other_files_in_a_comparisons_folder_stay_as_they_are(tmp_path: Path, ma
         f"failed/{file_of(bad)}": other,  # a run under another run's name
         "failed/copy.json": other,
         f"runs/{file_of(good)}": to_json(good).replace('"seed": 0', '"seed": 1'),
-        ".lock": "mine",
+        "calls/notes.txt": "mine",
         "notes.txt": "mine",
     }
     for name, text in mine.items():
@@ -168,9 +168,9 @@ def test_what_killed_processes_left_half_written_is_swept_once_nobody_else_write
     with ComparisonFolder(tmp_path):
         assert not any(file.exists() for file in left)
         left[1].touch()
-        with pytest.raises(BncliError, match="another comparison is writing here"):
-            ComparisonFolder(tmp_path).__enter__()
-        assert left[1].exists()
+        with ComparisonFolder(tmp_path):
+            assert left[1].exists()
+    assert not left[1].exists()
 
 
 def test_a_checkpoint_is_deleted_once_its_run_is_saved(tmp_path: Path, make_result) -> None:
@@ -189,11 +189,11 @@ def test_an_unreadable_answer_or_plan_is_refused(tmp_path: Path, file: str, cont
     (tmp_path / file).write_text(content)
     with pytest.raises(UsageError, match=rf"{file} was not written by .*, and is never overwritten; move it away"):
         ComparisonFolder(tmp_path).__enter__()
-    assert sorted(each.name for each in tmp_path.iterdir()) == [".lock", file]
+    assert [each.name for each in tmp_path.iterdir()] == [file]
     assert (tmp_path / file).read_text() == content
 
 
-@pytest.mark.parametrize("link", [".lock", "comparison.json", "plan.json", "runs/{}"])
+@pytest.mark.parametrize("link", ["comparison.json", "plan.json", "runs/{}"])
 def test_a_link_is_not_followed(tmp_path: Path, make_result, link: str) -> None:
     made = record(make_result, "key")
     (tmp_path / "precious").write_text("mine")
@@ -209,7 +209,7 @@ def test_a_link_is_not_followed(tmp_path: Path, make_result, link: str) -> None:
     assert (tmp_path / "precious").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["runs", "failed", "checkpoints", "logs"])
+@pytest.mark.parametrize("name", ["runs", "failed", "checkpoints", "logs", "calls"])
 def test_a_folder_that_is_a_link_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "x").mkdir()
@@ -244,11 +244,53 @@ def test_an_answer_to_another_plan_is_kept_under_another_name(tmp_path: Path) ->
         assert load_comparison(tmp_path).plan.report_seeds == (1, 2)
 
 
-def test_a_second_writer_is_refused_while_the_first_is_there(tmp_path: Path) -> None:
-    with ComparisonFolder(tmp_path), pytest.raises(BncliError, match="another comparison is writing here"):
-        ComparisonFolder(tmp_path).__enter__()
-    with ComparisonFolder(tmp_path):
+def test_two_calls_share_the_runs_and_see_what_the_other_ended(tmp_path: Path, make_result) -> None:
+    good, bad = record(make_result, "good"), record(make_result, "bad", "it died")
+    keys = {good.key, bad.key}
+    with ComparisonFolder(tmp_path) as one, ComparisonFolder(tmp_path) as other:
+        assert not one.alone()
+        for run in (good, bad):
+            assert one.lease(run.key, run.recipe_key, False)
+            assert not other.lease(run.key, run.recipe_key, False)
+        assert other.free(keys) == set()
+        one.save(good)
+        one.save(bad)
+        assert other.free(keys) == keys
+        assert other.finished(keys) == [good]
+        assert other.failures == {bad.key: bad}
+        other.begin(BEGUN)  # a new call tries again what failed
+        assert not other.failed()
+    assert {file.name for file in (tmp_path / "runs").iterdir()} == {file_of(good)}
+    assert not list((tmp_path / "calls").iterdir())
+
+
+def test_a_run_that_another_call_has_ended_is_found_when_its_lease_is_taken(tmp_path: Path, make_result) -> None:
+    plain, own = record(make_result, "plain"), replace(record(make_result, "own"), code={"net.py": "one"})
+    with ComparisonFolder(tmp_path) as one, ComparisonFolder(tmp_path) as other:
+        assert not one.finished([plain.key, own.key])
+        for run in (plain, own):
+            other.save(run)
+            assert one.lease(run.key, run.recipe_key, bool(run.code))
+            assert one.finished([run.key]) == [run]
+        other.save(bad := record(make_result, "bad", "it died"))
+        assert one.lease(bad.key, bad.recipe_key, False)
+        assert one.failures == {bad.key: bad}
+        assert plain.result is not None
+        other.save(
+            longer := replace(plain, result=replace(plain.result, steps_run=1))
+        )  # as one that was given up first
+        assert one.lease(plain.key, plain.recipe_key, False)
+        assert one.finished([plain.key]) == [longer]
+
+
+def test_a_call_that_began_nothing_leaves_the_folder_to_another(tmp_path: Path) -> None:
+    with ComparisonFolder(tmp_path / "new") as one, ComparisonFolder(tmp_path / "new"):
         pass
+    assert one.path.is_dir() is False
+    with ComparisonFolder(tmp_path / "new"):
+        one.__enter__()
+    assert one.path.is_dir()
+    one.__exit__(None, None, None)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="rights")
@@ -258,7 +300,6 @@ def test_a_folder_that_is_not_writable_is_refused_before_any_work(
 ) -> None:
     with ComparisonFolder(tmp_path / "x") as folder:
         folder.begin(BEGUN)
-    (tmp_path / "x" / ".lock").chmod(0o666)
     (tmp_path / "x" / inside).chmod(0o555)
     monkeypatch.chdir(tmp_path)
     tmp_path.chmod(0o755)

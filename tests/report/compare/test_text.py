@@ -19,6 +19,7 @@ from bncli.report.compare.text import (
     subtitle,
     title,
     tuning_columns,
+    tuning_notes,
 )
 from bncli.report.text import UNKNOWN, Cell
 from bncli.results.compare import Ratio, Steps, TuningCell
@@ -260,6 +261,20 @@ def test_never_and_diverged_are_words(examples):
     columns = {column.header: column.cells for column in tuning_columns(examples["two arms"])}
     assert columns["lr 0.03"][0] == Cell("never 0/3")
     assert columns["lr 3"][1] == Cell("diverged", "> 2.86x more")
+
+
+def test_a_point_that_was_given_up_shows_the_step_and_is_no_bound(examples):
+    found = examples["two arms"]
+    arms = [
+        replace(arm, tuning=tuple(replace(cell, runs=1, hits=1, stopped_at=1240) for cell in arm.tuning[:1]))
+        for arm in found.arms
+    ]
+    stopped = replace(found, arms=(arms[0], found.arms[1]))
+    assert tuning_columns(stopped)[1].cells == (Cell("stopped", "at 1,240"), Cell("175 3/3", UNKNOWN))
+    assert "stopped: from that step on it could no longer win, whatever its runs still came to." in tuning_notes(
+        stopped
+    )
+    assert not any("stopped" in note for note in tuning_notes(found))
 
 
 def test_the_longest_field_goes_across_and_the_others_down(examples):
