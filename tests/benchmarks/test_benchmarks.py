@@ -324,6 +324,15 @@ def test_many_runs_prints_the_cost_of_each_run_and_of_a_small_comparison_beside_
     assert all(float(cell) > 0 for cell in row.split()[1:])
 
 
+@pytest.mark.slow
+def test_many_runs_prints_what_a_dask_cluster_costs(
+    capsys: Printed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    many_runs.main(["--runs", "--dask", "60"])
+    assert re.search(r"^60 runs through Dask: [\d.]+ ms of the driver's CPU a run, ", capsys.readouterr().out, re.M)
+
+
 def test_a_soak_tells_growth_from_none_and_leaves_out_the_first_runs() -> None:
     def sample(runs: int, mib: float) -> soak.Sample:
         return soak.Sample(runs, "parent", mib, mib, 3, 10)
