@@ -233,7 +233,7 @@ class CompareTrial(Trial):
         recipe = self.folder.parent / "study.yaml"
         recipe.write_text(STUDY)
         arguments = ["compare", str(recipe), "--out", str(self.folder), "--device", "cpu"]
-        arguments += ["--jobs", str(JOBS), *self.options]
+        arguments += ["--jobs", str(JOBS), "--full-grid", *self.options]  # which points are given up depends on times
         return bncli_(*arguments, worker=self.worker)
 
     def begun(self) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 200.0
 
 
 def free_port() -> int:

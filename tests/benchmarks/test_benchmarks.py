@@ -38,6 +38,7 @@ from tests.benchmarks import (
     ranks,
     small_calls,
     soak,
+    stacked_runs,
     start_up,
     step_overhead,
 )
@@ -305,6 +306,13 @@ def test_step_overhead_prints_both_loops_and_their_ratio(capsys: Printed) -> Non
     assert ratio.startswith("ratio bncli train / hand-written, paired over 3 rounds: ")
 
 
+def test_stacked_runs_are_timed_beside_a_run_alone(capsys: Printed) -> None:
+    stacked_runs.main(["--turns", "1", "--runs", "2"])
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["arm", "stacked", "runs", "us", "a", "run-step", "speedup"]
+    assert [row.split()[-3] for row in rows] == ["none", "2"] * 2
+
+
 def test_many_runs_prints_the_cost_of_each_run_and_of_a_small_comparison_beside_them(
     capsys: Printed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,6 +322,15 @@ def test_many_runs_prints_the_cost_of_each_run_and_of_a_small_comparison_beside_
     assert "CPU of the parent" in header
     assert row.split()[0] == "120"
     assert all(float(cell) > 0 for cell in row.split()[1:])
+
+
+@pytest.mark.slow
+def test_many_runs_prints_what_a_dask_cluster_costs(
+    capsys: Printed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    many_runs.main(["--runs", "--dask", "60"])
+    assert re.search(r"^60 runs through Dask: [\d.]+ ms of the driver's CPU a run, ", capsys.readouterr().out, re.M)
 
 
 def test_a_soak_tells_growth_from_none_and_leaves_out_the_first_runs() -> None:

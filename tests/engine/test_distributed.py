@@ -132,6 +132,16 @@ def test_ranks_train_what_one_process_trains(request: pytest.FixtureRequest, siz
     assert (result.ranks, result.synchronized) == (len(together), None if kind == "no norm" else True)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["native", "fused"])
+def test_a_compiled_model_trains_alike(two: Group, kernel: str) -> None:
+    fields = {"steps": 12, "batch_size": 21, "target": None}
+    recipe = tiny(norm={"kind": "batch", "sync": True, "kernel": kernel}, train=fields | {"compile": True})
+    alone, together = trained(tiny(norm={"kind": "batch"}, train=fields), in_ranks=False), two(trained, recipe)[0]
+    for name, expected in weights(alone).items():
+        torch.testing.assert_close(weights(together)[name], expected, rtol=1e-4, atol=1e-5)
+
+
 DRAWS = {"kind": "mlp", "hidden": [16], "activation": "relu", "dropout": 0.3}
 EACH_BY_ITSELF = tiny(model=DRAWS, optimizer={"kind": "adam", "lr": 0.01}, train={"batch_size": 15, "target": None})
 
@@ -180,7 +190,6 @@ def refused(recipe: Recipe) -> str:
         (tiny(train={"batch_size": 2}), "train.batch_size: has no example for each of 3 ranks"),
         (tiny(train={"batch_size": 4}), "one value to average over"),
         (tiny(norm={"kind": "ghost", "size": 10}), "slices of 10 examples do not divide the batch of 6"),
-        (tiny(train={"compile": True}), "train.compile"),
         (double({"kind": "batch", "sync": True}, "thaws"), "the ranks have different weights"),
     ],
 )

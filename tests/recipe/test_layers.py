@@ -309,6 +309,7 @@ CONTRADICTIONS = [
     (recipe({"kind": "mlp"}, FROZEN), "norm.after"),
     (recipe({"kind": "mlp"}, RENORM), "norm.warmup"),
     (recipe({"kind": "mlp"}, {**IGNORING, "kernel": "fused"}), "norm.backward"),
+    (recipe({"kind": "mlp"}, {**IGNORING, "sync": True}), "norm.sync"),
     (recipe({"kind": "mlp"}, {"kind": "dyt", "affine": False, "init_weight": 2.0}), "norm.init_weight"),
     (recipe(ZERO), "model.zero_gamma"),
     (recipe(ZERO, {"kind": "batch", "affine": False}), "model.zero_gamma"),

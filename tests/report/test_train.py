@@ -48,6 +48,14 @@ TARGET = "its target held-out accuracy 0.95"
             {"running_statistics": LAYERS},
             ("mean off by 0.250 deviations (first.norm), variance 0.500x (second.norm) at most, over 2 layers",),
         ),
+        (812.4, "reached", {"ranks": 3}, ("ranks 3 time",)),
+        (812.4, "reached", {"ranks": 3, "synchronized": True}, ("ranks 3, batch statistics of all together time",)),
+        (
+            812.4,
+            "reached",
+            {"ranks": 2, "synchronized": False},
+            ("of each by itself, evaluated with the running ones",),
+        ),
         (812.4, "reached", {"running_statistics": ()}, ("none in this net, so precise ones changed nothing",)),
         (812.4, "reached", UNKNOWN, ("– samples/s, – ms/step", "peak memory – parameters")),
         (

@@ -198,7 +198,7 @@ class Cluster:
         except CancelledError:  # by the scheduler, which was restarted
             return []
         except KilledWorker as error:
-            last = f"the last of them {error.last_worker.address}; see the logs of that worker, or of its node"
+            last = f"the last of them {error.last_worker.address}; the log of its nanny there says of what"
             failure = f"its Dask worker died {error.allowed_failures + 1} times, {last}"
             return [Ended(task.number, job, None, failure) for job in task.jobs.values() if len(task.jobs) == 1]
         except BncliError:

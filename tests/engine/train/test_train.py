@@ -66,14 +66,17 @@ def test_a_run_loads_neither_scikit_learn_nor_triton_nor_the_compiler(own_recipe
         own_recipe(OWN.format(act="pass")),
     ]
     code = (
-        "import sys; from bncli.engine.models import build; from bncli.engine.train import train\n"
+        "import sys; from bncli.engine.models import build\n"
+        "from bncli.engine.train import data, train, train_together\n"
         "print('triton' in sys.modules)\n"
         "from bncli.recipe.sections import Recipe\n"
         "probed, own = map(Recipe.model_validate_json, sys.argv[1:])\n"
         "build(own, (8,), 3)\n"
         "*_, last = train(probed, 'cpu')\n"
         "print(*sorted({point.step for point in last.result.probes}))\n"
-        "print(*{'sklearn', 'torch._dynamo'} & sys.modules.keys())"
+        "two = [probed.model_copy(update={'probes': None})] * 2\n"
+        "list(train_together(two, 'cpu', dataset=data.load(probed.data, 'cpu')))\n"
+        "print(*{'sklearn', 'torch._dynamo', 'sympy'} & sys.modules.keys())"
     )
     command = [sys.executable, "-c", code, *(recipe.model_dump_json() for recipe in recipes)]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 
@@ -17,7 +18,8 @@ def two_workers() -> Iterator[tuple[str, psutil.Process]]:
     """The scheduler's address, and its process; a task whose Dask worker died is begun once again."""
     environment = os.environ | {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "1"}
     command, pipe = [sys.executable, "-m", "tests.measure.compare.dask_cluster"], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
+    root = Path(__file__).parents[3]  # where the fake workers are found
+    with subprocess.Popen(command, cwd=root, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
         assert process.stdout is not None
         try:
             yield process.stdout.readline().strip(), psutil.Process(process.pid)
