@@ -110,6 +110,7 @@ class InThisProcess:
     folder: Path = Path()
     checkpoints: Path | None = None
     longest_silence_s: float | None = None
+    command: Sequence[str] = ()
 
     def run(self, work: Work, stop: Callable[[], bool]) -> Iterator[Started | Ended | None]:
         while work.more and not stop():
