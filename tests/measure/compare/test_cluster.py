@@ -137,14 +137,14 @@ def test_a_worker_with_another_bncli_is_refused(scheduler: str, monkeypatch: pyt
     assert error.value.exit_code == 3
 
 
-def test_stop_ends_the_tasks_and_their_processes(scheduler: str) -> None:
+def test_stop_ends_a_task_and_its_process(scheduler: str) -> None:
     seen: list[Any] = []
 
     def stop() -> bool:
-        return sum(isinstance(event, RunProgressed) for event in seen) == 2
+        return any(isinstance(event, RunProgressed) for event in seen)
 
     with contextlib.closing(of_two(scheduler)) as executor:
-        for event in executor.run(jobs_of({"one": "sleep", "two": "sleep"}), stop):
+        for event in executor.run(jobs_of({"one": "sleep"}), stop):
             seen.append(event)
         assert not any(isinstance(event, Ended) for event in seen)
         workers = [psutil.Process(pid) for pid in executor._client.run(os.getpid).values()]
