@@ -447,7 +447,9 @@ def _kill_until_all_end(
                 counts["orphans"] += len(start.orphans())
         if trial.begun():
             trial.look()
-    starts = starts or [Start(trial.next_start(), log)]
+    for start in starts:
+        start.wait()
+    starts.append(Start(trial.next_start(), log))  # which deletes what those that were killed last have left
     for start in starts:
         if start.wait():
             start.kill()
