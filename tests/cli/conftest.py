@@ -117,7 +117,6 @@ class InThisProcess:
                 yield None
                 continue
             (job,) = jobs
-            work.ended(job)
             yield Started(0, job)
             yield self.ended(job)
 

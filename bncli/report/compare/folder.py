@@ -147,7 +147,7 @@ class ComparisonFolder:
         runs, name = self.path / "runs", f"{recipe_key}-{key}.json"
         if own_code or os.path.lexists(runs / name):
             self._note(self._names, os.listdir(runs) if own_code else [name])
-            for each in self._names[key]:
+            for each in self._names.get(key, ()):
                 self._read.pop(f"runs/{each}", None)
         if failed := os.path.lexists(self.path / "failed" / name) and self._run("failed", name):
             self.failures[key] = failed
