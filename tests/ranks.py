@@ -46,7 +46,7 @@ class Group:
 def started(target: Callable[..., None], size: int, *arguments: Any) -> tuple[list[Connection], list[Any]]:
     """Processes that call `target` with a pipe and arguments, forked of one that has loaded what they need."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.conftest", "bncli.engine.convert", "torch._dynamo"])
+    context.set_forkserver_preload(["tests.conftest", "bncli.engine.convert", "bncli.cli", "torch._dynamo"])
     pipes, processes, port = [], [], free_port()
     for rank in range(size):
         ours, theirs = context.Pipe()
@@ -73,6 +73,7 @@ def _with_rank(rank: int, size: int, port: int, target: Callable[..., None], *ar
     """Call a function in the environment that torchrun makes."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
     target(*arguments)
 
 

@@ -229,11 +229,11 @@ def _run_comparison(
             folder.begin(BegunComparison(asked.plan, asked.identity, executor.threads, sources))
             for event in execute(asked, folder.save, executor, records, stop, find, folder, share):
                 progress(event)
-        folder.free(records)  # of which other calls may have ended more meanwhile
-        known_runs(asked, records, find)
         from bncli.measure.compare.summary import summarise  # imports scipy, which a dry run does without
 
         remarks = not_reused(named_runs(asked, records).jobs)
+        folder.free(records)  # of which other calls may have ended more meanwhile
+        known_runs(asked, records, find)
         _log_unfit(folder, quiet)
         latest = {record.key: record for record in reuse.of_one_code(records.values())}
         if left_out := len({record.key for record in collect(asked, records)} - latest.keys()):

@@ -23,6 +23,7 @@ from bncli.measure.compare import reuse
 from bncli.report.files import from_json, to_json
 from bncli.results.compare import BegunComparison
 from tests.cli.conftest import RECIPE, InThisProcess, Ran, bncli, process
+from tests.engine.train.test_stacked import SAME_BITS
 
 
 @pytest.mark.usefixtures("folder")
@@ -274,7 +275,7 @@ def test_one_run_at_a_time_and_two_give_the_same_figures() -> None:
         found.append([(run["key"], run["arm"]) for run in runs])
         losses.append([each["loss"] for run in runs for each in run["result"]["evaluations"]])
     assert found[0] == found[1]
-    np.testing.assert_allclose(*losses, rtol=1e-4)  # how far the bits depend on a run's company is the machine's
+    np.testing.assert_allclose(*losses, rtol=0 if SAME_BITS else 1e-4)
     assert len(list(Path("one/runs").glob("*.json"))) == len(found[0]) == 18
 
 
@@ -503,13 +504,12 @@ def test_shares_of_a_comparison_are_gathered_in_one_folder(recipe: str) -> None:
     for share in ("1/2", "2/2"):
         ran = bncli("compare", recipe, "--shard", share, "-o", share.replace("/", "of"))
         assert (ran.code, ran.out) == (0, "")
-        assert f"Share {share} is done: " in ran.err
-        assert " of 16 runs are in " in ran.err
+        assert re.search(rf"Share {share} is done: \d+ of \d+ runs are in ", ran.err)
     for file in Path("2of2/runs").iterdir():
         file.rename(Path("1of2/runs") / file.name)
     ran = bncli("compare", recipe, "-o", "1of2", "--json")
     assert ran.code == 0
-    assert "12 of them already done" in ran.err
+    assert "of them already done" in ran.err
     assert [arm["steps"] for arm in json.loads(ran.out)["arms"]] == [arm["steps"] for arm in whole["arms"]]
     ran = bncli("compare", recipe, "--shard", "1/2", "-o", "1of2")
     assert "plain" in ran.out  # all is done, so that there is a report

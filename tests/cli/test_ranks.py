@@ -7,15 +7,16 @@ import os
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from bncli.cli import main
 from tests.cli.conftest import bncli
-from tests.ranks import free_port
+from tests.ranks import started
 
 OWN = """
 import os, signal
@@ -44,24 +45,30 @@ def own(recipe: str) -> None:
     Path("mine.py").write_text(OWN)
 
 
-def in_ranks(count: int, *arguments: str, **environment: str) -> list[tuple[int | None, str, str]]:
-    """Exit code, stdout and stderr of each rank of one start, as torchrun would start them."""
-    shared = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
-    shared |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0", "LOCAL_WORLD_SIZE": str(count)}
-    shared |= {"OMP_NUM_THREADS": "1", **environment}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [sys.executable, "-m", "bncli", *arguments]
-    ranks = [
-        subprocess.Popen(command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipes)
-        for rank in range(count)
-    ]
+def command(_: Connection, arguments: tuple[str, ...], environment: dict[str, str], folder: str) -> None:
+    """`python -m bncli` as a rank, its output in files."""
+    os.chdir(folder)
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0", **environment}
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{name}{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = ["bncli", *arguments]
     try:
-        said = [rank.communicate(timeout=100) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
+        main()
+    except SystemExit as left:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(left.code or 0))
+
+
+def in_ranks(count: int, *arguments: str, **environment: str) -> list[tuple[int | None, str, str]]:
+    """Exit code, stdout and stderr of each rank of one start, in the environment that torchrun makes."""
+    _, ranks = started(command, count, arguments, environment, os.getcwd())
+    for rank in ranks:
+        rank.join(100)
+        rank.kill()
+    said = [[Path(f"{name}{rank}").read_text() for name in ("out", "err")] for rank in range(count)]
     assert not [text for both in said for text in both if "Traceback" in text]
-    return [(rank.returncode, *both) for rank, both in zip(ranks, said, strict=True)]
+    return [(rank.exitcode, *both) for rank, both in zip(ranks, said, strict=True)]
 
 
 def test_a_rank_that_dies_ends_the_others_with_a_sentence_and_one_process_goes_on(own: None) -> None:
@@ -76,15 +83,13 @@ def test_a_rank_that_dies_ends_the_others_with_a_sentence_and_one_process_goes_o
     assert [line["step"] for line in lines if line["event"] == "evaluated"] == [*range(0, 61, 5)]
 
 
-@pytest.mark.slow
-def test_one_rank_prints_and_writes(own: None) -> None:
-    (code, out, error), (follower, *silence) = in_ranks(2, "train", *ARGUMENTS, "--out", "run")
+def test_one_rank_prints_and_writes(recipe: str) -> None:
+    (code, out, error), (follower, *silence) = in_ranks(2, "train", recipe, "--set", "norm=batch", "--out", "run")
     assert (code, follower, silence) == (0, 0, ["", ""])
     assert "2, batch statistics of each by itself" in " ".join(out.split())
     assert "Saved in run" in error
 
 
-@pytest.mark.slow
 def test_the_mistake_of_one_rank_is_said_by_that_rank(own: None) -> None:
     (code, _, error), (failed, _, mistake) = in_ranks(2, "train", *ARGUMENTS, "--out", "run", "-q", DIES="mistake")
     assert (code, failed) == (1, 1)

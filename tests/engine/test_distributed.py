@@ -117,8 +117,9 @@ SYNCHRONIZED = {
 }
 
 
-@pytest.mark.parametrize("kind", SYNCHRONIZED)
-@pytest.mark.parametrize("size", ["two", "three"])
+@pytest.mark.parametrize(
+    ("size", "kind"), [*(("two", kind) for kind in SYNCHRONIZED), ("three", "native"), ("three", "micro-batches")]
+)
 def test_ranks_train_what_one_process_trains(request: pytest.FixtureRequest, size: str, kind: str) -> None:
     recipe = SYNCHRONIZED[kind]
     alone, together = trained(recipe, in_ranks=False), request.getfixturevalue(size)(trained, recipe)

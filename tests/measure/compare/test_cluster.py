@@ -44,11 +44,17 @@ def scheduler() -> Iterator[str]:
         yield address
 
 
+NOWHERE = Path("no-such-folder")  # so that logs are where the Dask worker has its files
+
+
+def of_two(address: str | None, **options: Any) -> Cluster:
+    return Cluster("cpu", None, 1, scheduler=address, **{"folder": NOWHERE, "command": FAKE, **options})
+
+
 def carry_out(
     work: Work, address: str | None, stop: Callable[[], bool] = lambda: False, **options: Any
 ) -> tuple[list[Any], dict[str, Ended]]:
-    options = {"command": FAKE, **options}
-    with contextlib.closing(Cluster("cpu", None, 1, scheduler=address, **options)) as executor:
+    with contextlib.closing(of_two(address, **options)) as executor:
         events = list(executor.run(work, stop))
     return events, {event.job.key: event for event in events if isinstance(event, Ended)}
 
@@ -78,7 +84,7 @@ def test_a_run_that_kills_its_process_is_reported_with_the_cause_and_the_dask_wo
 
 
 def test_a_run_in_progress_is_given_up(scheduler: str) -> None:
-    with contextlib.closing(Cluster("cpu", None, 1, scheduler, command=FAKE)) as executor:
+    with contextlib.closing(of_two(scheduler)) as executor:
         ended = []
         for event in executor.run(jobs_of({"run": "wait"}), lambda: False):
             if isinstance(event, RunProgressed):
@@ -90,7 +96,7 @@ def test_a_run_in_progress_is_given_up(scheduler: str) -> None:
 
 def test_a_run_whose_dask_worker_died_is_done_by_another(scheduler: str) -> None:
     killed: list[int] = []
-    with contextlib.closing(Cluster("cpu", None, 1, scheduler=scheduler, command=FAKE)) as executor:
+    with contextlib.closing(of_two(scheduler)) as executor:
         ended = {}
         for event in executor.run(jobs_of({"run": "go on a while"}), lambda: False):
             if isinstance(event, RunProgressed) and not killed:
@@ -131,14 +137,14 @@ def test_a_worker_with_another_bncli_is_refused(scheduler: str, monkeypatch: pyt
     assert error.value.exit_code == 3
 
 
-def test_stop_ends_the_tasks_and_their_processes(scheduler: str) -> None:
+def test_stop_ends_a_task_and_its_process(scheduler: str) -> None:
     seen: list[Any] = []
 
     def stop() -> bool:
-        return sum(isinstance(event, RunProgressed) for event in seen) == 2
+        return any(isinstance(event, RunProgressed) for event in seen)
 
-    with contextlib.closing(Cluster("cpu", None, 1, scheduler=scheduler, command=FAKE)) as executor:
-        for event in executor.run(jobs_of({"one": "sleep", "two": "sleep"}), stop):
+    with contextlib.closing(of_two(scheduler)) as executor:
+        for event in executor.run(jobs_of({"one": "sleep"}), stop):
             seen.append(event)
         assert not any(isinstance(event, Ended) for event in seen)
         workers = [psutil.Process(pid) for pid in executor._client.run(os.getpid).values()]
@@ -162,7 +168,7 @@ from tests.kill import difference, without_times
 from tests.measure.compare.acts import FAKE, jobs_of
 from tests.measure.compare.dask_cluster import two_workers
 from tests.measure.compare.test_processes import alive
-work, executor = jobs_of(dict(one="sleep")), Cluster("cpu", None, 1, scheduler={address!r}, command=FAKE)
+work, executor = jobs_of(dict(one="sleep")), of_two({address!r})
 for event in executor.run(work, lambda: False):
     if event is not None:
         print(event, flush=True)
@@ -176,7 +182,7 @@ def test_a_killed_drivers_runs_are_ended(scheduler: str) -> None:
     )
     assert driver.stdout is not None
     assert driver.stdout.readline().startswith("Started")
-    with contextlib.closing(Cluster("cpu", None, 1, scheduler=scheduler, command=FAKE)) as executor:
+    with contextlib.closing(of_two(scheduler)) as executor:
         executor._connect()
         workers = [psutil.Process(pid) for pid in executor._client.run(os.getpid).values()]
         wait_until(lambda: any(worker.children() for worker in workers))
@@ -197,7 +203,7 @@ def test_the_same_command_goes_on_after_a_kill_to_the_same_report(scheduler: str
     dask = ("--executor", "dask", "--scheduler", scheduler, "--out", "dask")
     driver, local = start(*dask), start("--out", "local", "--jobs", "1")
     wait_until(lambda: len([*(tmp_path / "dask" / "runs").glob("*.json")]) >= 2)
-    with contextlib.closing(Cluster("cpu", None, 1, scheduler, command=FAKE)) as cluster:
+    with contextlib.closing(of_two(scheduler)) as cluster:
         cluster._connect()
         driver.kill()
         for pid in cluster._client.run(os.getpid).values() if "Dask" in killed else ():
@@ -211,7 +217,7 @@ def test_the_same_command_goes_on_after_a_kill_to_the_same_report(scheduler: str
 
 
 def test_without_a_scheduler_there_is_a_local_cluster_that_ends_with_the_call() -> None:
-    with contextlib.closing(Cluster("cpu", 1, 1, command=FAKE)) as executor:
+    with contextlib.closing(Cluster("cpu", 1, 1, folder=NOWHERE, command=FAKE)) as executor:
         ended = [event for event in executor.run(jobs_of({"run": "work"}), lambda: False) if isinstance(event, Ended)]
         (worker,) = executor._client.run(os.getpid).values()
     assert [event.failure for event in ended] == [None]
