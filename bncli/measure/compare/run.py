@@ -87,7 +87,7 @@ class _OpenRuns(Work):
     The study is asked again once every named run of an arm has ended, or of one of its searches for the largest
     learning rate, which alone can change its answer; so a run that ends costs the same however many are open.
 
-    elsewhere: key -> run that another call is doing. below: key -> steps below the target so far, of runs in progress.
+    below: key -> steps below the target so far, of runs in progress.
     """
 
     def __init__(
@@ -100,14 +100,9 @@ class _OpenRuns(Work):
     ) -> None:
         super().__init__()
         self.study, self.records, self.find, self.leases, self.share = study, records, find, leases, share
-        self.elsewhere: dict[str, Job] = {}
         self.below: dict[str, float] = {}
         self._looked_s = 0.0
         self._ask()
-
-    @property
-    def more(self) -> bool:
-        return bool(self.waiting or self.elsewhere)
 
     def take(self, workers: int) -> list[Job]:
         """As `Work.take`, but for the runs that another call does, or has ended meanwhile."""

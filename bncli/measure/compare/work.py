@@ -15,17 +15,19 @@ class Work:
     """The runs that wait, in the order in which they are to begin; those that can train together are taken together.
 
     waiting: it may be changed after every event of an executor. running: those that were taken and are not recorded.
+    elsewhere: key -> run that another call is doing, and that may wait here again.
     """
 
     def __init__(self, jobs: Iterable[Job] = ()) -> None:
         self.waiting = deque(jobs)
         self.running: dict[str, Job] = {}
+        self.elsewhere: dict[str, Job] = {}
         self._alone: set[str] = set()  # keys of runs that are to be tried again one by one
 
     @property
     def more(self) -> bool:
         """Whether there is a run to take, now or later, though none is in progress."""
-        return bool(self.waiting)
+        return bool(self.waiting or self.elsewhere)
 
     def take(self, workers: int) -> list[Job]:
         """The runs that one of so many workers does next, all at once; they count as in progress. Empty for none."""
