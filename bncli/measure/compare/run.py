@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any, Protocol
@@ -122,6 +122,12 @@ class _OpenRuns(Work):
         if ended := self._new({job.key}):
             self.leases.release(job.key)
         return not ended
+
+    def put_back(self, jobs: Sequence[Job], one_by_one: bool = False) -> None:
+        super().put_back(jobs, one_by_one)
+        if self.leases:  # else other calls would wait for runs that this one may no longer need
+            for job in jobs:
+                self.leases.release(job.key)
 
     def record(self, record: RunRecord) -> None:
         """Of a run that has ended."""
