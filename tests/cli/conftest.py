@@ -118,7 +118,6 @@ class InThisProcess:
                 yield None
                 continue
             (job,) = jobs
-            work.ended(job)
             yield Started(0, job)
             yield self.ended(job)
 

@@ -117,19 +117,16 @@ def serve(orders: Orders, out: TextIO, device_name: str, threads: int, memory: i
         first = recipes[0]
         asked = first.train.target
         target = Target(asked.metric, asked.value) if asked else Target("accuracy", 1.0)
-        counts = {key: StepsToTarget(target) for key in keys}
-        progress, ended = _Progress(out, keys[0], orders.stopping), set[str]()
+        counts = {key: StepsToTarget(target) for key in keys}  # of runs that have not ended
+        progress = _Progress(out, keys[0], orders.stopping)
         given_up = lambda: [index for index, key in enumerate(keys) if key in orders.given_up]  # noqa: E731
-        stop = lambda: progress() or bool(given_up())  # noqa: E731
-        begin = partial(trial if check else partial(train, stop=stop), first, device_name)
-        begin = partial(begin, dataset=dataset(first), threads=threads, name=keys[0])
+        settings: dict[str, Any] = {"dataset": dataset(first), "threads": threads}
         try:
             if together:
-                events = train_together(
-                    recipes, device_name, dataset=dataset(first), threads=threads, stop=progress, leave=given_up
-                )
+                events = train_together(recipes, device_name, **settings, stop=progress, leave=given_up)
             else:
-                file = runs[0]["checkpoint"]
+                file, stop = runs[0]["checkpoint"], lambda: progress() or bool(given_up())
+                begin = partial(trial if check else partial(train, stop=stop), first, device_name, **settings)
                 events = ((0, event) for event in (_continued(begin, Path(file)) if file else begin()))
             for index, event in events:
                 key = keys[index]
@@ -139,10 +136,10 @@ def serve(orders: Orders, out: TextIO, device_name: str, threads: int, memory: i
                     progress(step=event.step)
                 elif isinstance(event, Evaluated):
                     counts[key].add(event.evaluation)
-                    below = {each: count.below for each, count in counts.items() if each not in ended}
+                    below = {each: count.below for each, count in counts.items()}
                     progress(step=event.evaluation.step, value=event.evaluation.value(target.metric), below=below)
                 elif isinstance(event, RunFinished):
-                    ended.add(key)
+                    del counts[key]
                     result = event.result
                     if result.status == "interrupted" and key in orders.given_up:
                         result = dataclasses.replace(result, status="given up")
@@ -151,17 +148,19 @@ def serve(orders: Orders, out: TextIO, device_name: str, threads: int, memory: i
                     else:
                         code = user_files.files if isinstance(recipes[index].model, OwnModel) else {}
                         _say(out, key=key, result=to_plain(result), code=code)
+            return
         except (DataError, Unavailable):
             raise
         except (Exception, SystemExit) as error:
             traceback.print_exc()  # into the worker's log; only the reason goes into the report
-            if len(runs) > 1:
-                for run in runs:
-                    if run["key"] not in ended:
-                        do([run], check, together)
-                return
             name = "" if isinstance(error, BncliError) else f"{type(error).__name__}: "
-            _say(out, key=keys[0], failure=name + " ".join((str(error) or "no message").split()))
+            failure = name + " ".join((str(error) or "no message").split())
+        if len(runs) == 1:
+            _say(out, key=keys[0], failure=failure)
+            return
+        for run in runs:  # not in the handler, whose error holds the memory of the batch
+            if run["key"] in counts:
+                do([run], check, together)
 
     while True:
         order = orders.runs.get()

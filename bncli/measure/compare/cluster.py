@@ -169,18 +169,17 @@ class Cluster:
         elif "step" in message:
             yield RunProgressed(task.number, message["step"], message["value"], message["below"])
         elif "ended" in message:
-            yield from self._ends(task, work, pickle.loads(message["ended"]))
+            yield from self._ends(task, pickle.loads(message["ended"]))
         elif (ended := self._outcome(task)) is None:
             self._said.put(message)
         else:
             del self._tasks[task.future.key]
-            yield from self._ends(task, work, ended)
+            yield from self._ends(task, ended)
             work.put_back(list(task.jobs.values()), one_by_one=True)
 
-    def _ends(self, task: _Task, work: Work, ended: list[Ended]) -> Iterator[Ended]:
+    def _ends(self, task: _Task, ended: list[Ended]) -> Iterator[Ended]:
         for event in ended:
-            if job := task.jobs.pop(event.job.key, None):  # else it was said before
-                work.ended(job)
+            if task.jobs.pop(event.job.key, None):  # else it was said before
                 for file, digest in event.code.items():
                     if digest_of(file) not in (digest, None):
                         raise Refused(f"{file}: a Dask worker has another version of this file", exit_code=UNAVAILABLE)

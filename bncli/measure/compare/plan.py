@@ -71,7 +71,6 @@ class Study:
     arms: tuple[Arm, ...]
     identity: dict[str, str]  # versions, device and data: a change of these makes every run a new one
     _jobs: dict[str, Job] = field(default_factory=dict, repr=False, compare=False)  # made once: checking takes time
-    _alone: dict[str, bool] = field(default_factory=dict, repr=False, compare=False)  # company -> whether it has none
 
     def jobs(self, arm: Arm, phase: Phase, points: Sequence[dict[str, Any]]) -> list[Job]:
         """Seed by seed, so that a comparison that is interrupted has the same seeds at every point."""
@@ -84,10 +83,8 @@ class Study:
             recipe = with_values(arm.recipe, run_values(self.plan, phase, point, seed))
             recipe_key = digest(what_is_trained(recipe))
             key = digest({"recipe": recipe_key, **self.identity})
-            company = f"{arm.name} {phase} {batches.common(point)}"
-            if company not in self._alone:
-                self._alone[company] = batches.alone(recipe) is not None
-            company = "" if phase == "cost" or self._alone[company] else company
+            alone = phase == "cost" or batches.alone(recipe)
+            company = "" if alone else f"{arm.name} {phase} {batches.common(point)}"
             self._jobs[name] = Job(key, arm.name, point, seed, phase, recipe, recipe_key, company=company)
         return self._jobs[name]
 

@@ -134,8 +134,7 @@ class Processes:
                 runs = [
                     {"key": job.key, "recipe": plain(job.recipe), "checkpoint": self._checkpoint(job)} for job in jobs
                 ]
-                together = bool(jobs[0].company) and not jobs[0].check
-                if self._send(worker, {"runs": runs, "check": jobs[0].check, "together": together}):
+                if self._send(worker, {"runs": runs, "check": jobs[0].check, "together": bool(jobs[0].company)}):
                     worker.jobs = {job.key: job for job in jobs}
                     yield from (Started(worker.number, job) for job in jobs)
                 else:
@@ -186,7 +185,6 @@ class Processes:
         if "step" in message:
             return RunProgressed(worker.number, message["step"], message["value"], message.get("below", {}))
         job = worker.jobs.pop(message["key"])
-        work.ended(job)
         self._idle_deaths = 0
         if "stopped" in message:
             return None
@@ -217,7 +215,6 @@ class Processes:
         last = _tail(worker.log, 1, worker.logged)
         failure = (worker.hanging or _cause(code)) + (f"; its log ends: {last}" if last else "")
         (job,) = worker.jobs.values()
-        work.ended(job)
         return Ended(worker.number, job, None, failure, at_a_time=self.limit)
 
     def close(self) -> None:

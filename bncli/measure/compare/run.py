@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
@@ -89,16 +90,49 @@ class _OpenRuns(Work):
     below: key -> steps below the target so far, of runs in progress.
     """
 
-    def __init__(self, study: Study, records: dict[str, RunRecord], find: Find) -> None:
+    def __init__(
+        self,
+        study: Study,
+        records: dict[str, RunRecord],
+        find: Find,
+        leases: Leases | None,
+        share: Callable[[str], bool],
+    ) -> None:
         super().__init__()
-        self.study, self.records, self.find = study, records, find
-        self.elsewhere: dict[str, Job] = {}  # key -> run that another call is doing
+        self.study, self.records, self.find, self.leases, self.share = study, records, find, leases, share
         self.below: dict[str, float] = {}
+        self._looked_s = 0.0
         self._ask()
+
+    def take(self, workers: int) -> list[Job]:
+        """As `Work.take`, but for the runs that another call does, or has ended meanwhile."""
+        while taken := super().take(workers):
+            for job in taken:
+                if not self._leased(job):
+                    self.elsewhere[job.key] = self.running.pop(job.key)
+            if mine := [job for job in taken if job.key in self.running]:
+                return mine
+        return []
+
+    def _leased(self, job: Job) -> bool:
+        if self.leases is None:
+            return True
+        if not self.leases.lease(job.key, job.recipe_key, isinstance(job.recipe.model, OwnModel)):
+            return False
+        if ended := self._new({job.key}):
+            self.leases.release(job.key)
+        return not ended
+
+    def put_back(self, jobs: Sequence[Job], one_by_one: bool = False) -> None:
+        super().put_back(jobs, one_by_one)
+        if self.leases:  # else other calls would wait for runs that this one may no longer need
+            for job in jobs:
+                self.leases.release(job.key)
 
     def record(self, record: RunRecord) -> None:
         """Of a run that has ended."""
         self.records[record.key] = record
+        self.running.pop(record.key, None)
         arms = [keys for keys in self._open.values() if record.key in keys]
         self.done += bool(arms)
         for keys in arms:
@@ -108,20 +142,43 @@ class _OpenRuns(Work):
 
     def of_others(self) -> Iterator[RunRecord]:
         """The runs that other calls have ended since the last time."""
-        yield from ()
+        if self.leases is None or monotonic() - self._looked_s < LOOK_EVERY_S:
+            return
+        if self.elsewhere or not self.leases.alone():
+            free = self.leases.free(self.elsewhere)  # they wait again
+            new = self._new(set().union(*self._open.values()) - self.running.keys())
+            freed, ended = [self.elsewhere.pop(key) for key in free], {record.key for record in new}
+            self.waiting = deque(job for job in (*self.waiting, *freed) if job.key not in ended)
+            for record in new:
+                self.elsewhere.pop(record.key, None)
+                self.record(record)
+                yield record
+        self._looked_s = monotonic()
+
+    def _new(self, keys: set[str]) -> list[RunRecord]:
+        """The runs with those keys that other calls have ended, as far as they are not known yet."""
+        found = self.find(keys)
+        return [found[key] for key in keys if key in found and found[key] != self.records.get(key)]
 
     def _ask(self) -> None:
         named = known_runs(self.study, self.records, self.find)
         self.planned = named.planned
-        self.done = len({job.key for job in named.jobs}) - len({job.key for job in named.to_do})
         self._open: dict[tuple[str, int | None], set[str]] = {}  # arm, seed of a search -> keys of runs not done
-        self._race_at = 0.0  # at once: runs that wait again may be without a chance
-        self.waiting.clear()
+        to_do: dict[str, Job] = {}
         for job in named.to_do:
-            if job.key not in self.running and not any(job.key in keys for keys in self._open.values()):
-                self.waiting.append(job)
-            group = (job.arm, job.seed if job.phase == "rate" else None)
-            self._open.setdefault(group, set()).add(job.key)
+            to_do.setdefault(job.key, job)
+            self._open.setdefault((job.arm, job.seed if job.phase == "rate" else None), set()).add(job.key)
+        self.done = len({job.key for job in named.jobs}) - len(to_do)
+        # What was given up, since runs then in progress were better, is done only where these did not bear it out.
+        given_up = {key for key in to_do if key in self.records}
+        for keys in self._open.values():
+            if not keys <= given_up:
+                keys -= given_up
+        open_runs = set().union(*self._open.values())
+        self.elsewhere = {key: job for key, job in self.elsewhere.items() if key in open_runs}
+        mine = [key for key in to_do if key in open_runs and self.share(key)]
+        self.waiting = deque(to_do[key] for key in mine if key not in self.running and key not in self.elsewhere)
+        self._race_at = 0.0  # at once: runs that wait again may be without a chance
 
     def without_a_chance(self) -> set[str]:
         """Keys of the runs in progress at points of the grid that can no longer win; those that wait are dropped.
@@ -137,97 +194,17 @@ class _OpenRuns(Work):
         out: dict[Any, set[str]] = {(arm.name, None): self.study.out(arm, self.records, below) for arm in arms}
         rest = max(RACE_EVERY_S, RACE_REST * (monotonic() - began))
         self._race_at = monotonic() + min(RACE_AGAIN_S, rest)
-        needed = set().union(*(keys - out.get(group, set()) for group, keys in self._open.items()))
-        lost = set().union(*out.values()) - needed
-        if dropped := [job for job in self.waiting if job.key in lost]:
-            kept = [job for job in self.waiting if job.key not in lost]
-            self.waiting.clear()
-            self.waiting.extend(kept)
-            for keys in self._open.values():
-                keys.difference_update(job.key for job in dropped)
+        lost = set().union(*out.values())
+        lost -= set().union(*(keys - out.get(group, set()) for group, keys in self._open.items()))
+        if dropped := {job.key for job in self.waiting} & lost:
+            self.waiting = deque(job for job in self.waiting if job.key not in dropped)
             self.planned -= len(dropped)
+            for keys in self._open.values():
+                keys -= dropped
             if not all(self._open.values()):
                 self._ask()
                 return (lost & self.running.keys()) | self.without_a_chance()
         return lost & self.running.keys()
-
-
-class _SharedRuns(_OpenRuns):
-    """The open runs of a study that other calls may do too, each run in one of them.
-
-    share: whether this call is to do a run, by its key.
-    """
-
-    def __init__(
-        self, study: Study, records: dict[str, RunRecord], find: Find, leases: Leases, share: Callable[[str], bool]
-    ) -> None:
-        self.leases, self.share, self._looked_s = leases, share, 0.0
-        self._mine: set[str] = set()  # keys of the runs that were taken and are not recorded yet
-        self._given_up: set[str] = set()  # by other calls, which knew more of the runs in progress
-        super().__init__(study, records, find)
-
-    @property
-    def more(self) -> bool:
-        return bool(self.waiting or self.elsewhere)
-
-    def take(self, workers: int) -> list[Job]:
-        """As `Work.take`, but for the runs that another call does, or has ended meanwhile."""
-        while taken := super().take(workers):
-            mine = [job for job in taken if self._leased(job)]
-            for key in {job.key for job in taken} - {job.key for job in mine}:
-                self.elsewhere[key] = self.running.pop(key)
-            self._mine.update(job.key for job in mine)
-            if mine:
-                return mine
-        return []
-
-    def put_back(self, jobs: Sequence[Job], one_by_one: bool = False) -> None:
-        super().put_back(jobs, one_by_one)
-        self._mine.difference_update(job.key for job in jobs)
-
-    def record(self, record: RunRecord) -> None:
-        self._mine.discard(record.key)
-        super().record(record)
-
-    def _leased(self, job: Job) -> bool:
-        if not self.leases.lease(job.key, job.recipe_key, isinstance(job.recipe.model, OwnModel)):
-            return False
-        if ended := self._new({job.key}):
-            self.leases.release(job.key)
-        return not ended
-
-    def _new(self, keys: set[str]) -> list[RunRecord]:
-        """The runs with those keys that other calls have ended, as far as they are not known yet."""
-        found = self.find(keys)
-        return [found[key] for key in keys if key in found and found[key] != self.records.get(key)]
-
-    def of_others(self) -> Iterator[RunRecord]:
-        if monotonic() - self._looked_s < LOOK_EVERY_S or (not self.elsewhere and self.leases.alone()):
-            return
-        free = self.leases.free(self.elsewhere)  # they wait again
-        new = self._new(set().union(*self._open.values()) - self._mine)
-        ended = {record.key for record in new}
-        self._wait([*self.waiting, *(self.elsewhere.pop(key) for key in free)], ended)
-        for record in new:
-            self.elsewhere.pop(record.key, None)
-            self._given_up |= {record.key} if record.given_up else set()
-            self.record(record)
-            yield record
-        self._looked_s = monotonic()
-
-    def _ask(self) -> None:
-        super()._ask()
-        for keys in self._open.values():
-            if not keys <= self._given_up:  # else all that can be known says that they are to be done after all
-                keys -= self._given_up
-        open_runs = set().union(*self._open.values())
-        self.elsewhere = {key: job for key, job in self.elsewhere.items() if key in open_runs}
-        mine = [job for job in self.waiting if job.key in open_runs and self.share(job.key)]
-        self._wait(mine, self.elsewhere.keys() | self._mine)
-
-    def _wait(self, jobs: list[Job], but: Collection[str]) -> None:
-        self.waiting.clear()
-        self.waiting.extend(job for job in jobs if job.key not in but)
 
 
 def check(
@@ -248,7 +225,7 @@ def check(
         recipe = job.recipe.model_copy(update={"probes": probes[arm]})
         step: dict[str, Any] = plain(recipe)
         step["optimizer"]["lr"] = step["train"]["seed"] = step["schedule"] = None
-        trials.setdefault(key := digest(step), replace(job, key=key, recipe=recipe, check=True))
+        trials.setdefault(key := digest(step), replace(job, key=key, recipe=recipe, check=True, company=""))
         arms.setdefault(key, []).append(arm)
     if trials:
         note()
@@ -273,13 +250,13 @@ def execute(
 ) -> Iterator[ComparisonEvent]:
     """Do every run of the study that `records`, by key, does not hold; each new record is saved and added to it.
 
-    find: those of some keys that were done in earlier calls; asked when runs
-    are named that depend on others. leases: where other calls do runs of the same folder; those are waited for. share:
-    whether a run, by its key, is this call's; the others are neither done nor waited for.
+    find: those of some keys that were done in earlier calls; asked when runs are named that depend on others. leases:
+    where other calls do runs of the same folder; those are waited for. share: whether a run, by its key, is this
+    call's; the others are neither done nor waited for.
     A run that fails is recorded with its reason and not tried again in this call. Raises what the executor raises.
     """
     plan = study.plan
-    runs = _SharedRuns(study, records, find, leases, share) if leases else _OpenRuns(study, records, find)
+    runs = _OpenRuns(study, records, find, leases, share)
     yield ComparisonStarted(plan.name, runs.planned, runs.done, plan.target.metric)
     for event in executor.run(runs, stop):
         for record in runs.of_others():

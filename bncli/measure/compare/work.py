@@ -14,38 +14,37 @@ MOST_TOGETHER = 32  # runs in a batch: with more a run-step costs hardly less, a
 class Work:
     """The runs that wait, in the order in which they are to begin; those that can train together are taken together.
 
-    waiting: it may be changed after every event of an executor. running: those that were taken and have not ended.
+    waiting: it may be changed after every event of an executor. running: those that were taken and are not recorded.
+    elsewhere: key -> run that another call is doing, and that may wait here again.
     """
 
     def __init__(self, jobs: Iterable[Job] = ()) -> None:
         self.waiting = deque(jobs)
         self.running: dict[str, Job] = {}
+        self.elsewhere: dict[str, Job] = {}
         self._alone: set[str] = set()  # keys of runs that are to be tried again one by one
 
     @property
     def more(self) -> bool:
         """Whether there is a run to take, now or later, though none is in progress."""
-        return bool(self.waiting)
+        return bool(self.waiting or self.elsewhere)
 
     def take(self, workers: int) -> list[Job]:
         """The runs that one of so many workers does next, all at once; they count as in progress. Empty for none."""
         if not self.waiting:
             return []
         taken = [self.waiting.popleft()]
-        if self._together(first := taken[0]):
-            alike = [job for job in self.waiting if job.company == first.company and self._together(job)]
-            others = sum(job.company == first.company for job in self.running.values())
+        if self._together(taken[0]):
+            alike = [job for job in self.waiting if job.company == taken[0].company and self._together(job)]
+            others = sum(job.company == taken[0].company for job in self.running.values())
             taken += alike[: min(MOST_TOGETHER, math.ceil((1 + len(alike) + others) / workers)) - 1]
-        if len(taken) > 1:
             keys = {job.key for job in taken}
-            kept = [job for job in self.waiting if job.key not in keys]
-            self.waiting.clear()
-            self.waiting.extend(kept)
+            self.waiting = deque(job for job in self.waiting if job.key not in keys)
         self.running.update((job.key, job) for job in taken)
         return taken
 
     def _together(self, job: Job) -> bool:
-        return bool(job.company) and not job.check and job.key not in self._alone
+        return bool(job.company) and job.key not in self._alone
 
     def put_back(self, jobs: Sequence[Job], one_by_one: bool = False) -> None:
         """Runs that were taken and have not begun, or, `one_by_one`, that a worker died with, wait again, as the first.
@@ -57,7 +56,3 @@ class Work:
         self.waiting.extendleft(reversed(jobs))
         if one_by_one:
             self._alone.update(job.key for job in jobs)
-
-    def ended(self, job: Job) -> None:
-        """A run in progress has ended, or will be begun again by a later call."""
-        del self.running[job.key]

@@ -37,13 +37,14 @@ class ComparisonFolder:
     what bncli writes there is never written over or deleted.
 
     unfit: files that were read and cannot be used, with the reason. failures: key -> a run that failed in another call
-    meanwhile, and is not tried again in this one.
+    meanwhile, and is not tried again in this one. release, alone: as of `Leases`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.unfit, self.failures = path, dict[str, str](), dict[str, RunRecord]()
         self._read = dict[str, RunRecord | None]()
         self._leases = Leases(path / "runs", path / "calls")
+        self.release, self.alone = self._leases.release, self._leases.alone
         for folder in (path / name for name in FOLDERS):
             if folder.is_symlink():
                 raise FileError(f"{folder}: is a symbolic link, which is not followed here; choose another folder")
@@ -72,11 +73,9 @@ class ComparisonFolder:
             self._sweep()
             with contextlib.suppress(FileNotFoundError):  # the folder was removed
                 self.free(())
-                for lease in (self.path / "runs").glob(
-                    "*.lease"
-                ):  # of a call that was killed once it had saved the run
-                    if lease.name.partition(".")[0] in self._names and self.alone():
-                        lease.unlink(missing_ok=True)
+                leases = [file for file in (self.path / "runs").glob("*.lease") if file.name[:20] in self._names]
+                for lease in leases if leases and self.alone() else ():  # a call was killed once it had saved the run
+                    lease.unlink(missing_ok=True)
         if self._new and not any(self.path.rglob("*.json")):  # nothing was begun, so nothing is left behind
             with contextlib.suppress(OSError):  # another call is there, or it was removed meanwhile
                 (self.path / "calls").rmdir()
@@ -159,14 +158,6 @@ class ComparisonFolder:
         if failed := os.path.lexists(self.path / "failed" / name) and self._run("failed", name):
             self.failures[key] = failed
         return True
-
-    def release(self, key: str) -> None:
-        """Give back the lease of a run."""
-        self._leases.release(key)
-
-    def alone(self) -> bool:
-        """Whether no other call is there."""
-        return self._leases.alone()
 
     def free(self, keys: Collection[str]) -> set[str]:
         """Those runs of other calls which no call does any more. Looks again what other calls have ended."""

@@ -205,9 +205,8 @@ def common_ratio(cell: TuningCell, reference: TuningCell, most_steps: float) -> 
     """
 
     def log_mean(of: TuningCell) -> float | None:
-        if (
-            of.runs == 0 or of.stopped_at is not None or (of.hits and not of.steps)
-        ):  # no geometric mean: a run was at the target before training
+        # Without a geometric mean a run was at the target before training.
+        if of.runs == 0 or of.stopped_at is not None or (of.hits and not of.steps):
             return None
         return (of.hits * math.log(of.steps or 1) + (of.runs - of.hits) * math.log(most_steps)) / of.runs
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import bncli.engine.train as engine
+from bncli.engine.train import worker as worker_process
 from bncli.recipe.load import plain
 from bncli.recipe.sections import Recipe
 from bncli.results.serialize import from_plain
@@ -225,3 +229,27 @@ def test_a_worker_in_the_middle_of_a_run_dies_when_its_driver_is_gone(tmp_path: 
         worker.process.stdin.close()
         assert worker.process.wait(timeout=120) == 0
         worker.process.stdin = None
+
+
+def test_runs_of_a_batch_that_raises_are_tried_alone_once_its_memory_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batches: list[tuple[int, bool]] = []  # runs, and whether the tensors of the batch before are still held
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def train_together(recipes: Sequence[Recipe], *_: Any, **__: Any) -> Iterator[Any]:
+        batches.append((len(recipes), any(each() is not None for each in held)))
+        held.append(weakref.ref(tensor := torch.zeros(1)))
+        yield from ()
+        raise RuntimeError(f"out of memory with {tensor.shape}")
+
+    monkeypatch.setattr(engine, "train_together", train_together)
+    orders, out = worker_process.Orders(), io.StringIO()
+    runs = [{"key": key, "recipe": plain(tiny()), "checkpoint": None} for key in "ab"]
+    orders.runs.put({"runs": runs, "check": False, "together": True})
+    orders.runs.put({"runs": []})  # which ends it here
+    with pytest.raises(KeyError):
+        worker_process.serve(orders, out, "cpu", torch.get_num_threads())
+    assert batches == [(2, False), (1, False), (1, False)]
+    ended = [json.loads(line) for line in out.getvalue().splitlines()[1:]]
+    assert [(message["key"], "out of memory" in message["failure"]) for message in ended] == [("a", True), ("b", True)]

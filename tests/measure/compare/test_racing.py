@@ -49,15 +49,14 @@ class Trainer:
                 self.trained += EVERY
                 steps, at = self.steps(job), step[job.key]
                 if at >= min(1000, 1.3 * (steps or math.inf)):
-                    yield self.ended(work, step, job, result(steps, every=EVERY))
+                    yield self.ended(step, job, result(steps, every=EVERY))
                 elif job.key in self.given_up:
-                    yield self.ended(work, step, job, partly(at))
+                    yield self.ended(step, job, partly(at))
             below = {key: float(min(step[key], self.steps(job) or math.inf)) for key, job in work.running.items()}
             yield RunProgressed(0, max(step.values(), default=0), None, below)
 
-    def ended(self, work: Work, step: dict[str, int], job: Job, found: RunResult) -> Ended:
+    def ended(self, step: dict[str, int], job: Job, found: RunResult) -> Ended:
         del step[job.key]
-        work.ended(job)
         return Ended(0, job, to_plain(found))
 
     def give_up(self, keys: Collection[str]) -> None:

@@ -36,7 +36,6 @@ class Serial:
                 yield None
                 continue
             (job,) = jobs
-            work.ended(job)
             self.ran.append(job.key)
             yield Started(0, job)
             yield None

@@ -168,6 +168,27 @@ def test_a_run_that_fails_in_another_call_is_not_tried_again_by_those_at_the_sam
     assert len(set(ran)) == len(ran)
 
 
+class PutsBack(Serial):
+    """Puts its first run back, as where a worker has died, and looks which runs are then its own."""
+
+    runs = Path()
+
+    def run(self, work: Work, stop: Callable[[], bool]) -> Iterator[Any]:
+        taken = work.take(workers=10**9)
+        self.leased = [len(list(self.runs.glob("*.lease")))]
+        work.put_back(taken, one_by_one=True)
+        self.leased.append(len(list(self.runs.glob("*.lease"))))
+        return super().run(work, stop)
+
+
+def test_a_run_that_is_put_back_is_free_for_other_calls(study_of: StudyOf, tmp_path: Path) -> None:
+    call = Call(study_of(BASE + UNTUNED.replace("5", "2")), tmp_path, executor := PutsBack())
+    executor.runs = tmp_path / "runs"
+    call()
+    assert executor.leased == [1, 0]
+    assert len(executor.ran) == len(call.records)
+
+
 def test_a_call_that_waits_for_others_ends_when_it_is_stopped(asked: Study, tmp_path: Path) -> None:
     first, other = (Call(asked, tmp_path / "shared", kind()) for kind in (Waiting, Serial))
     thread = threading.Thread(target=first)

@@ -274,6 +274,7 @@ def test_a_run_that_another_call_has_ended_is_found_when_its_lease_is_taken(tmp_
             assert one.finished([run.key]) == [run]
         other.save(bad := record(make_result, "bad", "it died"))
         assert one.lease(bad.key, bad.recipe_key, False)
+        assert one.lease("9" * 20, "8" * 20, own_code=True)  # of which there is no file yet
         assert one.failures == {bad.key: bad}
         assert plain.result is not None
         other.save(
