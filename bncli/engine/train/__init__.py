@@ -36,15 +36,7 @@ from bncli.recipe.layers import contradictions, shape_contradictions
 from bncli.recipe.sections import OwnModel, Recipe
 from bncli.recipe.yaml import dotted
 from bncli.results.environment import Environment
-from bncli.results.train import (
-    Event,
-    RunFinished,
-    RunResult,
-    RunStarted,
-    StepDone,
-    Target,
-    TargetReached,
-)
+from bncli.results.train import Event, RunFinished, RunResult, RunStarted, StepDone, Target, TargetReached
 
 SKIPPED_AT_MOST = 50  # consecutive fp16 steps; each halves the loss scale, which starts at 2^16
 OVER_BATCH = [row.name for row in NORMS.values() if row.over_batch]
@@ -222,9 +214,8 @@ def training_loop(
         check_divergence(state, run)
     while True:
         step = state.step
-        for run in state.runs:
-            if options.stop_at_target and run.reached:
-                run.status = run.status or "reached"
+        if options.stop_at_target:
+            state.end("reached", [run.index for run in state.runs if run.reached])
         if ended := [run for run in state.runs if run.status]:
             state.clock.pause(step)
             # An interrupted run has not ended: loaded again, it would have one point more than without it.

@@ -62,7 +62,7 @@ def measured(state: TrainState, stop: Callable[[], bool] = lambda: False) -> lis
     state.model.eval()
     right = loss = torch.zeros((), device=state.device)
     try:
-        for x, y in unless(stop, held_out.chunks(size, ranks.rank, ranks.count)):
+        for x, y in unless(stop, held_out.chunks(size, slice(ranks.rank, None, ranks.count))):
             if state.stacked:
                 x = x.expand(len(state.runs), *x.shape)
             with autocast(state.device, state.recipe.train.precision):

@@ -104,7 +104,12 @@ class TrainState:
         self.augmentation = stream(train.seed, "augment")
         self.runs = [Run(index, each, dataset.train) for index, each in enumerate(recipes)]
         self._coming = self._batches_to_come()
-        models = [_built(each, dataset, device) for each in recipes]
+        models = [
+            build(
+                each, dataset.shape, dataset.classes, partial(sample, dataset, each.train.seed, LSUV_EXAMPLES), device
+            )
+            for each in recipes
+        ]
         model = stack(models) if self.stacked else models[0]
         self.probes = Probes(recipe, model) if recipe.probes else None
         fuse(model, recipe)
@@ -155,10 +160,10 @@ class TrainState:
         self.skipped = 0
 
     def end(self, status: Status, indices: Collection[int] | None = None) -> None:
-        """End the runs with those indices, or all of them."""
+        """End the runs with those indices, or all of them, but for those that have ended."""
         for run in self.runs:
             if indices is None or run.index in indices:
-                run.status = status
+                run.status = run.status or status
 
     def keep_weights(self) -> None:
         """Copy the weights if the last evaluation is the best, and in any case the statistics that are precise."""
@@ -256,11 +261,6 @@ def check_fit(recipe: Recipe, dataset: Dataset) -> None:
     """Raises DataError for contradictions that only the loaded data reveal; the rest of a recipe is checked before."""
     for keys, text in shape_contradictions(recipe, dataset.shape, dataset.classes):
         raise DataError(f"{dotted(keys)}: {text}")
-
-
-def _built(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
-    examples = partial(sample, dataset, recipe.train.seed, LSUV_EXAMPLES)
-    return build(recipe, dataset.shape, dataset.classes, examples, device)
 
 
 def can_hold(value: Any) -> bool:
