@@ -288,9 +288,10 @@ class SharedCompareTrial(FakeCompareTrial):
         ran = self.folder.with_suffix(".ran").read_text().split()
         again = len(ran) - len(list((self.folder / "runs").glob("*.json")))
         self.counts["runs done again"] += again
-        if again > JOBS * self.counts["kills"]:
+        if again > 2 * JOBS * self.counts["kills"]:  # of each worker one that it is doing, and one that is being saved
             self.problems.append(f"{again} runs were done again after {self.counts['kills']} kills")
-        if left := [*(self.folder / "runs").glob("*.lease"), *(self.folder / "calls").iterdir()]:
+        calls = [file for file in (self.folder / "calls").iterdir() if file.stat().st_size]  # else killed as it began
+        if left := [*(self.folder / "runs").glob("*.lease"), *calls]:
             self.problems.append(f"left: {', '.join(file.name for file in left)}")
         return super().outcome()
 
@@ -446,7 +447,9 @@ def _kill_until_all_end(
                 counts["orphans"] += len(start.orphans())
         if trial.begun():
             trial.look()
-    starts = starts or [Start(trial.next_start(), log)]
+    for start in starts:
+        start.wait()
+    starts.append(Start(trial.next_start(), log))  # which deletes what those that were killed last have left
     for start in starts:
         if start.wait():
             start.kill()

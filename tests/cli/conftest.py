@@ -9,7 +9,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,7 @@ class InThisProcess:
     folder: Path = Path()
     checkpoints: Path | None = None
     longest_silence_s: float | None = None
+    command: Sequence[str] = ()
 
     def run(self, work: Work, stop: Callable[[], bool]) -> Iterator[Started | Ended | None]:
         while work.more and not stop():

@@ -70,6 +70,13 @@ class ComparisonFolder:
             if isinstance(error, FileNotFoundError) and not (self.path / "runs").exists():
                 raise self._refused("was removed or renamed meanwhile") from error
             self._sweep()
+            with contextlib.suppress(FileNotFoundError):  # the folder was removed
+                self.free(())
+                for lease in (self.path / "runs").glob(
+                    "*.lease"
+                ):  # of a call that was killed once it had saved the run
+                    if lease.name.partition(".")[0] in self._names and self.alone():
+                        lease.unlink(missing_ok=True)
         if self._new and not any(self.path.rglob("*.json")):  # nothing was begun, so nothing is left behind
             with contextlib.suppress(OSError):  # another call is there, or it was removed meanwhile
                 (self.path / "calls").rmdir()
@@ -147,7 +154,7 @@ class ComparisonFolder:
         runs, name = self.path / "runs", f"{recipe_key}-{key}.json"
         if own_code or os.path.lexists(runs / name):
             self._note(self._names, os.listdir(runs) if own_code else [name])
-            for each in self._names[key]:
+            for each in self._names.get(key, ()):
                 self._read.pop(f"runs/{each}", None)
         if failed := os.path.lexists(self.path / "failed" / name) and self._run("failed", name):
             self.failures[key] = failed
