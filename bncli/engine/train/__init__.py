@@ -211,11 +211,9 @@ def training_loop(
     for run in state.runs:
         target = run.targets[0].target if run.targets else None
         yield run.index, RunStarted(name, machine.device, parameters, budget, options.batch_size, target)
-        check_divergence(state, run)
+        check_end(state, run)
     while True:
         step = state.step
-        if options.stop_at_target:
-            state.end("reached", [run.index for run in state.runs if run.reached])
         if ended := [run for run in state.runs if run.status]:
             state.clock.pause(step)
             # An interrupted run has not ended: loaded again, it would have one point more than without it.
@@ -236,7 +234,9 @@ def training_loop(
                 state.end("interrupted")
                 continue
             next_evaluation = next(to_evaluate, None)
-            yield from ((run.index, evaluated) for run, evaluated in zip(state.runs, found, strict=True))
+            for run, evaluated in zip(state.runs, found, strict=True):
+                yield run.index, evaluated
+                check_end(state, run)
         elif step == next_probe:
             state.clock.pause(step)
             yield state.runs[0].index, probe(state)
@@ -253,25 +253,26 @@ def training_loop(
             state.clock.start()
             losses = optimizer_step(state, *state.next_batch())
             if state.skipped:
-                check_divergence(state, state.runs[0])
+                check_end(state, state.runs[0])
             elif (step := state.step) == next_evaluation or step % LOG_EVERY == 0:
                 losses = state.ranks.sum(losses).view(-1) / state.ranks.count
                 for run, loss in zip(state.runs, losses.tolist(), strict=True):
                     run.train_loss = loss
-                    check_divergence(state, run)
+                    check_end(state, run)
                     if run.status is None:
                         rate, samples_per_s = learning_rate(run.recipe, step - 1), state.clock.samples_per_s(step)
                         peak_mib = state.memory.mib.get("training")
                         yield run.index, StepDone(step, loss, rate, samples_per_s, peak_mib)
 
 
-def check_divergence(state: TrainState, run: Run) -> None:
-    """End the run, with the reason, if it has diverged."""
+def check_end(state: TrainState, run: Run) -> None:
+    """End the run if it has diverged, with the reason, or reached its targets, where that ends it."""
     if state.skipped >= SKIPPED_AT_MOST:
         run.reason = f"after step {state.step} the fp16 gradients of {SKIPPED_AT_MOST} batches in a row were not finite"
     elif run.train_loss is not None and not math.isfinite(run.train_loss):
         run.reason = f"the training loss is {run.train_loss} at step {state.step}"
-    run.status = "diverged" if run.reason else None
+    reached = state.recipe.train.stop_at_target and run.reached
+    run.status = "diverged" if run.reason else "reached" if reached else None
 
 
 def optimizer_step(state: TrainState, x: Tensor, y: Tensor) -> Tensor:

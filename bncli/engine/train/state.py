@@ -160,10 +160,10 @@ class TrainState:
         self.skipped = 0
 
     def end(self, status: Status, indices: Collection[int] | None = None) -> None:
-        """End the runs with those indices, or all of them, but for those that have ended."""
+        """End the runs with those indices, or all of them."""
         for run in self.runs:
             if indices is None or run.index in indices:
-                run.status = run.status or status
+                run.status = status
 
     def keep_weights(self) -> None:
         """Copy the weights if the last evaluation is the best, and in any case the statistics that are precise."""
