@@ -260,7 +260,7 @@ def training_loop(
                     run.train_loss = loss
                     check_end(state, run)
                     if run.status is None:
-                        rate, samples_per_s = learning_rate(run.recipe, step - 1), state.clock.samples_per_s(step)
+                        rate, samples_per_s = learning_rate(run.recipe, step), state.clock.samples_per_s(step)
                         peak_mib = state.memory.mib.get("training")
                         yield run.index, StepDone(step, loss, rate, samples_per_s, peak_mib)
 

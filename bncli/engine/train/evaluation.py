@@ -44,7 +44,7 @@ def evaluate(state: TrainState, stop: Callable[[], bool] = lambda: False) -> lis
         for run, evaluation in zip(state.runs, evaluations, strict=True):
             run.record(evaluation)
         state.keep_weights()
-    rates = [learning_rate(run.recipe, max(0, state.step - 1)) for run in state.runs]
+    rates = [learning_rate(run.recipe, state.step) for run in state.runs]
     return [Evaluated(*found) for found in zip(evaluations, rates, strict=True)]
 
 

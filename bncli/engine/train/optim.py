@@ -105,8 +105,8 @@ def learning_rate_factor(recipe: Recipe, step: int) -> float:
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """The rate for the update after `step` earlier ones."""
-    return recipe.optimizer.lr * learning_rate_factor(recipe, step)
+    """The rate of the update that led to that step, or of the first one if there was none."""
+    return recipe.optimizer.lr * learning_rate_factor(recipe, max(0, step - 1))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> None:

@@ -181,11 +181,6 @@ class TrainState:
         """What takes memory between the evaluations."""
         return "training" if self.step else "preparation"
 
-    @property
-    def learning_rate(self) -> float:
-        """The rate of the last update, or of the first one if there was none."""
-        return float(self.optimizer.param_groups[0]["lr"])
-
     # --- saved and loaded -----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
