@@ -104,12 +104,10 @@ class TrainState:
         self.augmentation = stream(train.seed, "augment")
         self.runs = [Run(index, each, dataset.train) for index, each in enumerate(recipes)]
         self._coming = self._batches_to_come()
-        models = [
-            build(
-                each, dataset.shape, dataset.classes, partial(sample, dataset, each.train.seed, LSUV_EXAMPLES), device
-            )
-            for each in recipes
-        ]
+        models = []
+        for each in recipes:
+            examples = partial(sample, dataset, each.train.seed, LSUV_EXAMPLES)
+            models.append(build(each, dataset.shape, dataset.classes, examples, device))
         model = stack(models) if self.stacked else models[0]
         self.probes = Probes(recipe, model) if recipe.probes else None
         fuse(model, recipe)
