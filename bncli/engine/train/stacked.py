@@ -123,13 +123,11 @@ STACKED: dict[type, Callable[[Any], nn.Module]] = {
 
 def stack(models: Sequence[nn.Module], kind: type[nn.Sequential] = Stacked) -> nn.Sequential:
     """R models of one architecture, such as `recipe.batches` describes, as one; it has copies of their weights."""
-    names = [name for name, _ in models[0].named_children()]
-    return kind(OrderedDict((name, _one([model.get_submodule(name) for model in models])) for name in names))
-
-
-def _one(parts: list[nn.Module]) -> nn.Module:
-    kind = type(parts[0])
-    return stack(parts, kind) if kind is nn.Sequential else STACKED[kind](parts)
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for name, first in models[0].named_children():
+        parts: Any = [model.get_submodule(name) for model in models]
+        layers[name] = stack(parts, nn.Sequential) if type(first) is nn.Sequential else STACKED[type(first)](parts)
+    return kind(layers)
 
 
 def parameters(parts: Sequence[nn.Module], name: str) -> nn.Parameter | None:
