@@ -216,6 +216,8 @@ def _run_comparison(
         for words in sentences(not_reused(named.jobs)):
             log(words, quiet)
         _log_unfit(folder, quiet)
+        if not plan_as and not folder.alone():
+            log(f"{folder.path}: other calls are doing runs here too; each run is done by one of them", quiet)
         with StopSignal() as stop, CompareProgress(quiet) as progress:
             to_do = [job for job in named.to_do if share(job.key)]
             executor.jobs, memory = _jobs(asked, to_do, executor, quiet)
@@ -224,8 +226,6 @@ def _run_comparison(
                 planned = planned_comparison(asked, loaded[0], records)
                 show_plan(replace(planned, checked=checked and not stop.number, memory=memory), plan_as == "json")
                 raise typer.Exit(stop.number and stop.exit_code)
-            if not folder.alone():
-                log(f"{folder.path}: other calls are doing runs here too; each run is done by one of them", quiet)
             folder.begin(BegunComparison(asked.plan, asked.identity, executor.threads, sources))
             for event in execute(asked, folder.save, executor, records, stop, find, folder, share):
                 progress(event)

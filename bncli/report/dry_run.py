@@ -33,13 +33,15 @@ def render(planned: Planned) -> Group:
         runs += f", {planned.done:,} of them done already; {to_do:,} to do" * bool(planned.done)
         more = ", more where an arm keeps several points of the grid" * planned.open_choices
         lines.append(f"{runs}, {planned.steps_at_most:,} optimizer steps at most{more}. Nothing was trained.")
-        lines += ["Points of the grid that can no longer be the best are given up, which leaves fewer."] * planned.raced
+        lines += [
+            "Points of the grid that can no longer be the best are given up, which leaves fewer steps."
+        ] * planned.raced
     if len(planned.arms) > 1:  # a comparison
         together = ", ".join(arm.name for arm in planned.arms if not arm.alone)
         alone = ", ".join(f"{arm.name} ({arm.alone})" for arm in planned.arms if arm.alone)
         what = "differ in seed, learning rate and initial weights train together"
         lines += [f"Runs of an arm that {what}: {together}."] * bool(together)
-        lines += [f"Runs train alone, for the field in brackets: {alone}."] * bool(alone)
+        lines += [f"Runs train one by one, for the field in brackets, in arm {alone}."] * bool(alone)
     if planned.search_runs:
         runs = f"about {count(planned.search_runs, 'run')} of {planned.search_steps:,} steps"
         lines.append(f"In addition, the searches for the largest learning rate take {runs}.")

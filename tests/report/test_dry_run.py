@@ -53,9 +53,9 @@ def test_points_that_may_be_given_up_and_which_runs_train_together_are_said(show
     plain, own = PLANNED.arms
     planned = replace(PLANNED, raced=True, arms=(plain, replace(own, alone="train.compile")))
     text = " ".join(show(render(planned), 120).split())
-    assert "Points of the grid that can no longer be the best are given up, which leaves fewer." in text
+    assert "Points of the grid that can no longer be the best are given up, which leaves fewer steps." in text
     assert "Runs of an arm that differ in seed, learning rate and initial weights train together: plain." in text
-    assert "Runs train alone, for the field in brackets: [own] (train.compile)." in text
+    assert "Runs train one by one, for the field in brackets, in arm [own] (train.compile)." in text
     single = " ".join(show(render(replace(PLANNED, arms=(plain,))), 120).split())
     assert "together" not in single
     assert "given up" not in single

@@ -161,7 +161,8 @@ def check_parts(recipe: Recipe, dataset: Dataset, ranks: int) -> None:
         part = recipe.model_copy(update={"train": train.model_copy(update={"batch_size": size * train.accumulate})})
         wrong = chain(contradictions(part), shape_contradictions(part, dataset.shape, dataset.classes))
         for keys, text in wrong:
-            raise RecipeError(f"{dotted(keys)}: {text}; of {micro} examples, a rank has {size}")
+            mend = "use fewer ranks, a larger batch, or norm.sync"
+            raise RecipeError(f"{dotted(keys)}: {text}; of {micro} examples, a rank has {size}: {mend}")
 
 
 def smaller_batches(recipe: Recipe, device: torch.device) -> str:

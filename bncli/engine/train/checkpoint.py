@@ -145,7 +145,7 @@ def check_belongs(saved: dict[str, Any], now: dict[str, Any]) -> None:
         raise UsageError(*mistakes, field="resume")
     if (before := then.get("ranks", 1)) != now["ranks"]:
         parts = "" if now.get("norm.sync", True) else ", and statistics are of other parts of a batch"
-        text = f"the run began with {before} ranks and goes on with {now['ranks']}: its bits differ from here on{parts}"
+        text = f"the run began with {before} ranks and goes on with {now['ranks']}: its results differ a little{parts}"
         warnings.warn(text, stacklevel=2)
 
 

@@ -234,7 +234,8 @@ def tuning_notes(comparison: Comparison) -> list[str]:
         f"Steps to target (geometric mean of the runs that hit it) and hits over {seeds}; below: how many times "
         f"fewer than {reference}'s at the same value, or more, without an interval.",
         "[ ]: the best point; ( ): not told from it by the tuning seeds, so trained with further ones too.",
-        *["stopped: from that step on it could no longer win, whatever its runs still came to."] * stopped,
+        *["stopped: from that step on it could no longer win. The step depends on the machine, and has no ratio below."]
+        * stopped,
         *[f"Kept: {'; '.join(kept)}."] * bool(kept),
     ]
 

@@ -271,10 +271,7 @@ def test_a_point_that_was_given_up_shows_the_step_and_is_no_bound(examples):
     ]
     stopped = replace(found, arms=(arms[0], found.arms[1]))
     assert tuning_columns(stopped)[1].cells == (Cell("stopped", "at 1,240"), Cell("175 3/3", UNKNOWN))
-    assert "stopped: from that step on it could no longer win, whatever its runs still came to." in tuning_notes(
-        stopped
-    )
-    assert not any("stopped" in note for note in tuning_notes(found))
+    assert any(line.startswith("stopped: from that step on") for line in tuning_notes(stopped))
 
 
 def test_the_longest_field_goes_across_and_the_others_down(examples):
