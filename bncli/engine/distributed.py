@@ -118,8 +118,7 @@ def joined(device: str, timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
         yield Ranks(rank, count, on)
     except BncliError as error:
         if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # of torchrun's summary
-            details = {"py_callstack": str(error), "timestamp": str(int(time.time()))}
-            Path(file).write_text(json.dumps({"message": {"message": str(error), "extraInfo": details}}))
+            Path(file).write_text(json.dumps({"message": str(error), "timestamp": int(time.time())}))
         time.sleep(min(rank, 1))  # which leaves it to rank 0, if it is about to say the same
         with contextlib.suppress(dist.DistError):  # the store is gone with its process
             if store.add(str(error), 1) > 1 or (rank and isinstance(error, LostRank)):

@@ -94,7 +94,8 @@ def convert(
         kernel: native, fused, fused-interpreted, or a function with the arguments that bncli.kernels describes.
         fuse: Whether norms take along what follows them.
         trace: Whether to fuse a graph of the whole model as well.
-        sync: Whether training normalizes by the statistics of all ranks' examples, as bncli.batch_norm says.
+        sync: Training normalizes by the statistics of all ranks' examples, as bncli.batch_norm says. Norms of bncli
+            that do so already go on in any case.
 
     Returns:
         The model, or its graph. `bncli_conversion` of either is a `Conversion`: what was done to each norm and why not
@@ -150,7 +151,7 @@ def _swap(module: Any, kernel: str | kernels.Kernel, sync: bool) -> str | None:
         module.__class__, module.activation = EXACT[nn.BatchNorm2d if has_activation else kind], activation
     if module.kernel is norms.ignoring_statistics:
         return "its gradient ignores the batch's statistics, which every kernel's takes into account"
-    module.kernel, module.sync = kernel, sync
+    module.kernel, module.sync = kernel, module.sync or sync
     return None
 
 

@@ -30,6 +30,7 @@ from torch.utils import data as torch_data
 
 from bncli.engine.data.arrays import Arrays, Place, arrays
 from bncli.engine.data.splits import (
+    ALL,
     Batch,
     Conversion,
     Split,
@@ -356,9 +357,8 @@ class Streamed:
         for x, y in self._on_device(order):
             yield self.convert(crop_flip(x, generator) if self.augment else x), y
 
-    def chunks(self, size: int, first: int = 0, step: int = 1) -> Iterator[Batch]:
-        chunks = torch.arange(len(self)).tensor_split(chunk_count(len(self), size))
-        for x, y in self._on_device(chunks[first::step]):
+    def chunks(self, size: int, which: slice = ALL) -> Iterator[Batch]:
+        for x, y in self._on_device(torch.arange(len(self)).tensor_split(chunk_count(len(self), size))[which]):
             yield self.convert(x), y
 
     def _on_device(self, order: Iterable[Tensor]) -> Iterator[Batch]:

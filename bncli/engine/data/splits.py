@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Protocol
 
 import torch
@@ -18,6 +17,7 @@ from torch.nn.functional import pad
 from bncli.errors import DataError
 
 Batch = tuple[Tensor, Tensor]  # x (B, *shape) float32, y (B,) int64
+ALL = slice(None)
 PART = 2**22  # values, 32 MiB of float64; with as many or fewer, statistics are those of one pass
 
 
@@ -38,11 +38,8 @@ class Split(Protocol):
         """A batch for each tensor of indices; `generator` draws the augmentation, and must not be that of the order."""
         ...
 
-    def chunks(self, size: int, first: int = 0, step: int = 1) -> Iterator[Batch]:
-        """Every example once, in a fixed order, without augmentation, in chunks of about `size` (see `chunk_count`).
-
-        first, step: of the chunks, as of a slice.
-        """
+    def chunks(self, size: int, which: slice = ALL) -> Iterator[Batch]:
+        """All examples once, in order, not augmented, in chunks of about `size` (`chunk_count`), or `which` of them."""
         ...
 
 
@@ -185,10 +182,9 @@ class InMemory:
                 x = crop_flip(x, generator)
             yield x if self.convert is None else self.convert(x), self.y.index_select(0, index)
 
-    def chunks(self, size: int, first: int = 0, step: int = 1) -> Iterator[Batch]:
+    def chunks(self, size: int, which: slice = ALL) -> Iterator[Batch]:
         count = chunk_count(len(self), size)
-        x_and_y = zip(self.x.tensor_split(count), self.y.tensor_split(count), strict=True)
-        for x, y in islice(x_and_y, first, None, step):
+        for x, y in zip(self.x.tensor_split(count)[which], self.y.tensor_split(count)[which], strict=True):
             yield x if self.convert is None else self.convert(x), y
 
 

@@ -36,15 +36,7 @@ from bncli.recipe.layers import contradictions, shape_contradictions
 from bncli.recipe.sections import OwnModel, Recipe
 from bncli.recipe.yaml import dotted
 from bncli.results.environment import Environment
-from bncli.results.train import (
-    Event,
-    RunFinished,
-    RunResult,
-    RunStarted,
-    StepDone,
-    Target,
-    TargetReached,
-)
+from bncli.results.train import Event, RunFinished, RunResult, RunStarted, StepDone, Target, TargetReached
 
 SKIPPED_AT_MOST = 50  # consecutive fp16 steps; each halves the loss scale, which starts at 2^16
 OVER_BATCH = [row.name for row in NORMS.values() if row.over_batch]
@@ -220,12 +212,9 @@ def training_loop(
     for run in state.runs:
         target = run.targets[0].target if run.targets else None
         yield run.index, RunStarted(name, machine.device, parameters, budget, options.batch_size, target)
-        check_divergence(state, run)
+        check_end(state, run)
     while True:
         step = state.step
-        for run in state.runs:
-            if options.stop_at_target and run.reached:
-                run.status = run.status or "reached"
         if ended := [run for run in state.runs if run.status]:
             state.clock.pause(step)
             # An interrupted run has not ended: loaded again, it would have one point more than without it.
@@ -246,7 +235,9 @@ def training_loop(
                 state.end("interrupted")
                 continue
             next_evaluation = next(to_evaluate, None)
-            yield from ((run.index, evaluated) for run, evaluated in zip(state.runs, found, strict=True))
+            for run, evaluated in zip(state.runs, found, strict=True):
+                yield run.index, evaluated
+                check_end(state, run)
         elif step == next_probe:
             state.clock.pause(step)
             yield state.runs[0].index, probe(state)
@@ -263,25 +254,26 @@ def training_loop(
             state.clock.start()
             losses = optimizer_step(state, *state.next_batch())
             if state.skipped:
-                check_divergence(state, state.runs[0])
+                check_end(state, state.runs[0])
             elif (step := state.step) == next_evaluation or step % LOG_EVERY == 0:
                 losses = state.ranks.sum(losses).view(-1) / state.ranks.count
                 for run, loss in zip(state.runs, losses.tolist(), strict=True):
                     run.train_loss = loss
-                    check_divergence(state, run)
+                    check_end(state, run)
                     if run.status is None:
-                        rate, samples_per_s = learning_rate(run.recipe, step - 1), state.clock.samples_per_s(step)
+                        rate, samples_per_s = learning_rate(run.recipe, step), state.clock.samples_per_s(step)
                         peak_mib = state.memory.mib.get("training")
                         yield run.index, StepDone(step, loss, rate, samples_per_s, peak_mib)
 
 
-def check_divergence(state: TrainState, run: Run) -> None:
-    """End the run, with the reason, if it has diverged."""
+def check_end(state: TrainState, run: Run) -> None:
+    """End the run if it has diverged, with the reason, or reached its targets, where that ends it."""
     if state.skipped >= SKIPPED_AT_MOST:
         run.reason = f"after step {state.step} the fp16 gradients of {SKIPPED_AT_MOST} batches in a row were not finite"
     elif run.train_loss is not None and not math.isfinite(run.train_loss):
         run.reason = f"the training loss is {run.train_loss} at step {state.step}"
-    run.status = "diverged" if run.reason else None
+    reached = state.recipe.train.stop_at_target and run.reached
+    run.status = "diverged" if run.reason else "reached" if reached else None
 
 
 def optimizer_step(state: TrainState, x: Tensor, y: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def evaluate(state: TrainState, stop: Callable[[], bool] = lambda: False) -> lis
         for run, evaluation in zip(state.runs, evaluations, strict=True):
             run.record(evaluation)
         state.keep_weights()
-    rates = [learning_rate(run.recipe, max(0, state.step - 1)) for run in state.runs]
+    rates = [learning_rate(run.recipe, state.step) for run in state.runs]
     return [Evaluated(*found) for found in zip(evaluations, rates, strict=True)]
 
 
@@ -62,7 +62,7 @@ def measured(state: TrainState, stop: Callable[[], bool] = lambda: False) -> lis
     state.model.eval()
     right = loss = torch.zeros((), device=state.device)
     try:
-        for x, y in unless(stop, held_out.chunks(size, ranks.rank, ranks.count)):
+        for x, y in unless(stop, held_out.chunks(size, slice(ranks.rank, None, ranks.count))):
             if state.stacked:
                 x = x.expand(len(state.runs), *x.shape)
             with autocast(state.device, state.recipe.train.precision):

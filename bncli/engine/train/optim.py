@@ -22,13 +22,13 @@ def optimizer(recipe: Recipe, model: nn.Module, rates: Tensor | None = None) -> 
     groups: list[dict[str, Any]] = [{"params": decayed}]
     if spared:
         groups.append({"params": spared, "weight_decay": 0.0})
-    arguments = section.model_dump(exclude={"kind", "weight_decay_on"})
-    if rates is not None:
-        together = {"lr": rates, "decoupled": isinstance(section, AdamW)}
-        stacked: torch.optim.Optimizer = uncompiled(RatePerRun)(groups, **arguments | together)
-        return stacked
+    options = section.model_dump(exclude={"kind", "weight_decay_on"})
     kinds: dict[type, type] = {Sgd: torch.optim.SGD, Adam: torch.optim.Adam, AdamW: torch.optim.AdamW}
-    made: torch.optim.Optimizer = uncompiled(kinds[type(section)])(groups, **arguments)
+    kind = kinds[type(section)]
+    if rates is not None:
+        together = {"lr": rates, "rates": rates, "decoupled": isinstance(section, AdamW)}
+        kind, options = RatePerRun, {"defaults": options | together}
+    made: torch.optim.Optimizer = uncompiled(kind)(groups, **options)
     return made
 
 
@@ -37,12 +37,11 @@ class RatePerRun(torch.optim.Optimizer):
 
     Each product and sum is rounded by itself, or has a factor for each run: a loop ends in scalar code, which may round
     a product and a sum otherwise than vectorized code, and where it ends depends on the number of runs.
+
+    Of a group, `lr` is `rates` times the schedule's factor, and `decoupled` the decay of weights of AdamW.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], lr: Tensor, decoupled: bool, **options: Any) -> None:
-        """lr: without the schedule's factor. decoupled: the decay of weights, as in AdamW. options: of the section."""
-        super().__init__(groups, {"lr": lr, **options})
-        self.rates, self.decoupled, self.updates = lr, decoupled, 0
+    updates = 0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -52,7 +51,7 @@ class RatePerRun(torch.optim.Optimizer):
             decay, rates = group["weight_decay"], (group["lr"][:, None], group["lr"][:, None, None])
             for p in group["params"]:
                 g, rate, state = p.grad, rates[p.dim() - 2], self.state[p]
-                if decay and self.decoupled:
+                if decay and group["decoupled"]:
                     p.mul_(1 - rate * decay)
                 elif decay:
                     g = g + decay * p
@@ -72,9 +71,8 @@ class RatePerRun(torch.optim.Optimizer):
     @torch.no_grad()
     def keep(self, kept: Tensor) -> None:
         """Keep the runs at those places of the run axis, of the parameters too."""
-        self.rates = self.rates[kept]
         for group in self.param_groups:
-            group["lr"] = group["lr"][kept]
+            group |= {name: group[name][kept] for name in ("lr", "rates")}
             for p in group["params"]:
                 p.data, p.grad = p[kept], None
                 self.state[p] = {name: each[kept] for name, each in self.state[p].items()}
@@ -107,16 +105,14 @@ def learning_rate_factor(recipe: Recipe, step: int) -> float:
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """The rate for the update after `step` earlier ones."""
-    return recipe.optimizer.lr * learning_rate_factor(recipe, step)
+    """The rate of the update that led to that step, or of the first one if there was none."""
+    return recipe.optimizer.lr * learning_rate_factor(recipe, max(0, step - 1))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> None:
     """Set the rate for the update after `step` earlier ones. A schedule is a function of the step, without state."""
     if recipe.schedule.kind == "constant" and step > recipe.schedule.warmup:
         return  # it is final; computing it takes 0.5 % of a step of a small network
-    rate: float | Tensor = learning_rate(recipe, step)
-    if isinstance(optimizer, RatePerRun):
-        rate = optimizer.rates * learning_rate_factor(recipe, step)
+    factor = learning_rate_factor(recipe, step)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = group.get("rates", recipe.optimizer.lr) * factor

@@ -116,25 +116,18 @@ STACKED: dict[type, Callable[[Any], nn.Module]] = {
     nn.Flatten: lambda parts: nn.Identity(),
     nn.Linear: Linears,
     BatchNorm: BatchNorms,
-    nn.ReLU: lambda parts: nn.ReLU(),
-    nn.LeakyReLU: lambda parts: nn.LeakyReLU(parts[0].negative_slope),
+    **dict.fromkeys((nn.ReLU, nn.LeakyReLU), lambda parts: parts[0]),
     **dict.fromkeys(FUNCTIONS, Elementwise),
 }
 
 
-def stack(models: Sequence[nn.Module]) -> Stacked:
+def stack(models: Sequence[nn.Module], kind: type[nn.Sequential] = Stacked) -> nn.Sequential:
     """R models of one architecture, such as `recipe.batches` describes, as one; it has copies of their weights."""
-    return Stacked(_children(models))
-
-
-def _children(parts: Sequence[nn.Module]) -> OrderedDict[str, nn.Module]:
-    names = [name for name, _ in parts[0].named_children()]
-    return OrderedDict((name, _one([part.get_submodule(name) for part in parts])) for name in names)
-
-
-def _one(parts: list[nn.Module]) -> nn.Module:
-    kind = type(parts[0])
-    return nn.Sequential(_children(parts)) if kind is nn.Sequential else STACKED[kind](parts)
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for name, first in models[0].named_children():
+        parts: Any = [model.get_submodule(name) for model in models]
+        layers[name] = stack(parts, nn.Sequential) if type(first) is nn.Sequential else STACKED[type(first)](parts)
+    return kind(layers)
 
 
 def parameters(parts: Sequence[nn.Module], name: str) -> nn.Parameter | None:
@@ -148,7 +141,6 @@ def cross_entropy(logits: Tensor, y: Tensor, reduction: str = "mean", label_smoo
     if logits.dim() == 2:
         return F.cross_entropy(logits, y, reduction=reduction, label_smoothing=label_smoothing)
     # Over the second axis of (R, classes, N) it takes a third of the time that it takes over a last one of 10 classes.
-    each = F.cross_entropy(
-        logits.transpose(1, 2), y.expand(logits.shape[:2]), reduction="none", label_smoothing=label_smoothing
-    )
+    across, y = logits.transpose(1, 2), y.expand(logits.shape[:2])
+    each = F.cross_entropy(across, y, reduction="none", label_smoothing=label_smoothing)
     return each.mean(1) if reduction == "mean" else each.sum(1)

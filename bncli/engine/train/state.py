@@ -104,7 +104,10 @@ class TrainState:
         self.augmentation = stream(train.seed, "augment")
         self.runs = [Run(index, each, dataset.train) for index, each in enumerate(recipes)]
         self._coming = self._batches_to_come()
-        models = [_built(each, dataset, device) for each in recipes]
+        models = []
+        for each in recipes:
+            examples = partial(sample, dataset, each.train.seed, LSUV_EXAMPLES)
+            models.append(build(each, dataset.shape, dataset.classes, examples, device))
         model = stack(models) if self.stacked else models[0]
         self.probes = Probes(recipe, model) if recipe.probes else None
         fuse(model, recipe)
@@ -175,11 +178,6 @@ class TrainState:
     def phase(self) -> str:
         """What takes memory between the evaluations."""
         return "training" if self.step else "preparation"
-
-    @property
-    def learning_rate(self) -> float:
-        """The rate of the last update, or of the first one if there was none."""
-        return float(self.optimizer.param_groups[0]["lr"])
 
     # --- saved and loaded -----------------------------------------------------------------------------------------
 
@@ -256,11 +254,6 @@ def check_fit(recipe: Recipe, dataset: Dataset) -> None:
     """Raises DataError for contradictions that only the loaded data reveal; the rest of a recipe is checked before."""
     for keys, text in shape_contradictions(recipe, dataset.shape, dataset.classes):
         raise DataError(f"{dotted(keys)}: {text}")
-
-
-def _built(recipe: Recipe, dataset: Dataset, device: torch.device) -> nn.Module:
-    examples = partial(sample, dataset, recipe.train.seed, LSUV_EXAMPLES)
-    return build(recipe, dataset.shape, dataset.classes, examples, device)
 
 
 def can_hold(value: Any) -> bool:

@@ -291,6 +291,11 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+def test_a_norm_of_all_ranks_stays_one() -> None:
+    assert all(convert(BatchNorm(3, sync=sync), SEAM, sync=not sync).sync for sync in (False, True))
+    assert not convert(nn.BatchNorm2d(3), SEAM).sync
+
+
 @pytest.mark.parametrize(("make", "why"), LEFT.values(), ids=LEFT)
 def test_norms_that_are_more_than_batch_norm_are_left_with_the_reason(make: Callable[[], nn.Module], why: str) -> None:
     model = nn.Sequential(make(), nn.ReLU())

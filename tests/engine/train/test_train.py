@@ -362,7 +362,7 @@ def test_a_step_that_the_fp16_scaler_skips_is_no_step_of_the_schedule() -> None:
         optimizer_step(one, *one.next_batch())
         assert one.step == before + (one.skipped == 0)
         if not one.skipped:
-            rates.append(one.learning_rate)
+            rates.append(one.optimizer.param_groups[0]["lr"])
             weights.append(one.model.output.weight.detach().clone())
     assert one.batches > 10
     assert rates == pytest.approx([1e-4] * 3 + [1e-5] * 7)

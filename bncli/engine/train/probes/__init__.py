@@ -30,7 +30,7 @@ from bncli.engine.models.init import (
     stream_seed,
 )
 from bncli.engine.target import evaluation_steps
-from bncli.engine.train.optim import optimizer
+from bncli.engine.train.optim import learning_rate, optimizer
 from bncli.engine.train.probes import values
 from bncli.engine.train.probes.recorder import Recorder, weights_of
 from bncli.engine.train.probes.values import Values
@@ -101,9 +101,9 @@ def _points(state: TrainState, probes: Probes) -> Iterator[ProbePoint]:
         "saturation": lambda: _saturation(recorder),
         "gradients": lambda: _gradients(moments),
         "shift": lambda: _shift(network, recorder.executed, state),
-        "landscape": lambda: _landscape(network, state.learning_rate),
+        "landscape": lambda: _landscape(network, learning_rate(state.recipe, state.step)),
         "whitening": lambda: _whitening(recorder),
-        "scale": lambda: _scale(recorder, state.learning_rate),
+        "scale": lambda: _scale(recorder, learning_rate(state.recipe, state.step)),
         "regularization": lambda: _regularization(network),
     }
     for measure in [name for name in measures if name in asked]:
