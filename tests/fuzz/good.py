@@ -110,14 +110,19 @@ def asked(folder: Path, text: str = FEW) -> Study:
 def comparison(of: Study) -> Comparison:
     """Its runs, all done, with an outcome that depends on the run's place alone."""
     records = carried_out(of, lambda job: 90 + 7 * job.seed + 200 * (job.arm == "plain"))
-    records = [_short(replace(each, identity=IDENTITY, recipe_key=_recipe_key(of, each.key))) for each in records]
+    records = [replace(each, identity=IDENTITY, recipe_key=_recipe_key(of, each.key)) for each in records]
+    records = [_short(of, each) for each in records]
     return summarise(of.plan, records, named_runs(of, {each.key: each for each in records}).planned, 1)
 
 
-def _short(record: RunRecord) -> RunRecord:
-    """With one in 20 of its evaluations."""
+def _short(of: Study, record: RunRecord) -> RunRecord:
+    """With the budget of its phase, as far as it goes, and one in 20 of its evaluations."""
     assert record.result is not None
-    return replace(record, result=replace(record.result, evaluations=record.result.evaluations[::20]))
+    budget, evaluations = of.plan.budget_of(record.phase), record.result.evaluations[::20]
+    assert budget is not None
+    evaluations = tuple(each for each in evaluations if each.step <= budget)
+    steps = min(budget, record.result.steps_run)
+    return replace(record, result=replace(record.result, budget=budget, steps_run=steps, evaluations=evaluations))
 
 
 def _recipe_key(of: Study, key: str) -> str:
