@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from bncli.measure.compare.plan import Job
 
 MOST_TOGETHER = 32  # runs in a batch: with more a run-step costs hardly less, and a lost batch costs more
+MOST_SEEN = 256  # runs that wait, among which those for a batch are looked for: an arm's follow one another
 
 
 class Work:
@@ -35,11 +36,12 @@ class Work:
             return []
         taken = [self.waiting.popleft()]
         if self._together(taken[0]):
-            alike = [job for job in self.waiting if job.company == taken[0].company and self._together(job)]
+            seen = [self.waiting.popleft() for _ in range(min(MOST_SEEN, len(self.waiting)))]
+            alike = [job for job in seen if job.company == taken[0].company and self._together(job)]
             others = sum(job.company == taken[0].company for job in self.running.values())
             taken += alike[: min(MOST_TOGETHER, math.ceil((1 + len(alike) + others) / workers)) - 1]
             keys = {job.key for job in taken}
-            self.waiting = deque(job for job in self.waiting if job.key not in keys)
+            self.waiting.extendleft(job for job in reversed(seen) if job.key not in keys)
         self.running.update((job.key, job) for job in taken)
         return taken
 
