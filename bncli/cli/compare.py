@@ -124,10 +124,11 @@ def compare(
         loaded = [load(path, sets or (), allow_code=allow_code, sets_from="--set") for path in recipes or ()]
         if require_claims and not any(each.file.claims for each in loaded):
             raise UsageError(NO_CLAIMS)
-        made: Cluster | Processes = Processes(device, jobs, threads, longest_silence_s=run_timeout)
+        asked = study(loaded, identity(device, loaded[0].base), full_grid)
+        on = "cpu" if asked.identity["device"] == "cpu" else device  # then no worker has to be asked what there is
+        made: Cluster | Processes = Processes(on, jobs, threads, longest_silence_s=run_timeout)
         if executor == "dask":
             made = Cluster(device, jobs, threads, scheduler, run_timeout)
-        asked = study(loaded, identity(device, loaded[0].base), full_grid)
         plan_as = output.form if dry_run else ""
         comparison, stopped = _run_comparison(asked, loaded, made, _share(shard), out, quiet, plan_as)
     folder = saved or out or Path("runs") / comparison.plan.name

@@ -271,7 +271,8 @@ def agreement(answer: dict[str, Any], hand: Mapping[str, Outcome]) -> str:
     """How compare's runs (its answer as plain data) ended, and how many have the steps of the hand-written loops."""
     results = {run["recipe_key"]: run["result"] for run in answer["runs"] if run["result"]}
     statuses = Counter(result["status"] for result in results.values())
-    ended = {key: outcome(result) for key, result in results.items() if result["status"] in BY_ITSELF}
+    mine = {key: result for key, result in results.items() if key in hand}  # not those that measure costs
+    ended = {key: outcome(result) for key, result in mine.items() if result["status"] in BY_ITSELF}
     equal = sum(found.steps_to_targets == hand[key].steps_to_targets for key, found in ended.items())
     words = ", ".join(f"{count} {status}" for status, count in statuses.most_common())
     return f"compare's runs: {words}; steps to all targets equal to the loops' in {equal} of {len(ended)} not given up"

@@ -360,7 +360,7 @@ def named_runs(study: Study, records: Mapping[str, RunRecord]) -> KnownRuns:
             searches += search
             if not search or search[-1].key not in records:
                 later += max(0, rates.USUAL_RUNS - len(search))
-    jobs = report + tuning + searches + costs
+    jobs = costs + report + tuning + searches
     to_do = [job for job in jobs if job.key not in records or job.key in again]
     return KnownRuns(jobs, to_do, len(untuned) * len(study.plan.report_seeds), later)
 
