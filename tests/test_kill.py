@@ -10,7 +10,7 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    ("command", "times"), [("train", 6), ("compare-fake", 4), ("compare-shared", 6), ("write", 20)]
+    ("command", "times"), [("train", 6), ("compare-fake", 4), ("compare-shared", 3), ("write", 20)]
 )
 def test_a_killed_command_loses_nothing(command: str, times: int) -> None:
     asked = ["--command", command, "--times", str(times)]

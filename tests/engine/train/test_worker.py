@@ -189,6 +189,7 @@ def test_an_absent_device_is_refused_before_any_run(tmp_path: Path) -> None:
 SAVED = {"steps": 6000, "target": None, "evaluate_every": 500, "checkpoint": {"every": 1000}}  # each waits for the disk
 
 
+@pytest.mark.slow  # tests/cli/test_compare.py has a whole comparison that goes on from checkpoints
 def test_a_run_goes_on_from_its_checkpoint_in_another_worker_and_ends_as_without_interruption(
     worker: Driver, tmp_path: Path
 ) -> None:
