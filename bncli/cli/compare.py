@@ -113,7 +113,6 @@ def compare(
         if require_claims and not comparison.plan.claims:
             raise UsageError(NO_CLAIMS)
     else:
-        from bncli.measure.compare.cluster import Cluster
         from bncli.measure.compare.plan import study
         from bncli.measure.compare.processes import Processes
         from bncli.measure.compare.reuse import identity
@@ -126,9 +125,13 @@ def compare(
             raise UsageError(NO_CLAIMS)
         asked = study(loaded, identity(device, loaded[0].base), full_grid)
         on = "cpu" if asked.identity["device"] == "cpu" else device  # then no worker has to be asked what there is
-        made: Cluster | Processes = Processes(on, jobs, threads, longest_silence_s=run_timeout)
+        made: Cluster | Processes
         if executor == "dask":
+            from bncli.measure.compare.cluster import Cluster  # imports asyncio, which worker processes do without
+
             made = Cluster(device, jobs, threads, scheduler, run_timeout)
+        else:
+            made = Processes(on, jobs, threads, longest_silence_s=run_timeout)
         plan_as = output.form if dry_run else ""
         comparison, stopped = _run_comparison(asked, loaded, made, _share(shard), out, quiet, plan_as)
     folder = saved or out or Path("runs") / comparison.plan.name
