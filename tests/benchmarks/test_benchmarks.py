@@ -6,6 +6,7 @@ The ratios that they print are held to their targets with `pytest -m slow`: rati
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from bncli import errors
 from bncli.cli import app
 from bncli.kernels.fused import cpu
 from bncli.measure.timing.clock import Work
+from bncli.recipe.sections import Recipe
 from tests.benchmarks import (
     checkpoints,
     comparison,
@@ -41,6 +43,7 @@ from tests.benchmarks import (
     stacked_runs,
     start_up,
     step_overhead,
+    training,
 )
 from tests.benchmarks.hazards import Captured, Case
 from tests.conftest import tiny
@@ -304,6 +307,24 @@ def test_step_overhead_prints_both_loops_and_their_ratio(capsys: Printed) -> Non
     assert first.startswith("hand-written ")
     assert second.startswith("bncli train ")
     assert ratio.startswith("ratio bncli train / hand-written, paired over 3 rounds: ")
+
+
+def test_training_by_hand_has_the_losses_of_bnclis_loop(tmp_path: Path) -> None:
+    arms = training.arms(training.recipe("channels_last", training.BLOCK, batch=4, side=8), tmp_path)
+    assert next(arms["native"]) == pytest.approx(next(arms["eager"]), rel=1e-3)
+
+
+def test_training_prints_a_row_for_each_arm_and_layout_and_refuses_other_losses(capsys: Printed) -> None:
+    def arms(recipe: Recipe, folder: Path, wrong: float = 0.7) -> dict[str, training.Losses]:
+        return {name: itertools.repeat(wrong if name == "fused" else 0.7) for name in training.ARMS}
+
+    training.main(["--steps", "80"], arms)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-8:]]
+    assert [row[:2] for row in rows] == [[layout, arm] for layout in kernels.LAYOUTS for arm in training.ARMS]
+    assert rows[1][-6:-3] == ["1.00x", "[unknown,", "unknown]"]
+    for wrong in (0.72, math.nan):
+        with pytest.raises(SystemExit, match="losses after 20 steps differ"):
+            training.main(["--steps", "80"], functools.partial(arms, wrong=wrong))
 
 
 def test_stacked_runs_are_timed_beside_a_run_alone(capsys: Printed) -> None:

@@ -108,15 +108,15 @@ def test_a_wrong_model_is_one_message_and_nothing_is_started(dry_run: tuple[str,
     assert not Path("runs/small").exists()
 
 
-@pytest.mark.usefixtures("recipe")
-def test_labels_that_are_no_numbers_of_classes_are_one_message() -> None:
+def test_data_that_are_not_finite_are_one_message(recipe: str, request: pytest.FixtureRequest) -> None:
     np.savez("mine.npz", x=np.zeros((40, 8)), y=np.arange(40) % 3)
     np.savez("nan.npz", x=np.full((40, 8), np.nan), y=np.arange(40) % 3)
-    npz = ("compare", "small.yaml", "-j", "1", "-n", "--set")
-    assert "Checked: the data were read" in bncli(*npz, "data={source: npz, path: mine.npz, held_out: 10}").words
+    npz = ("compare", recipe, "-j", "1", "-n", "--set")
     ran = bncli(*npz, "data={source: npz, path: nan.npz, held_out: 10}")
     assert (ran.code, ran.out) == (2, "")
     assert "data.path: nan.npz has values in x that are not finite in float32, in 40 of 40 examples" in ran.err
+    request.getfixturevalue("runs_here")
+    assert "Checked: the data were read" in bncli(*npz, "data={source: npz, path: mine.npz, held_out: 10}").words
 
 
 @pytest.mark.usefixtures("made_up_runs")
@@ -219,7 +219,7 @@ def test_the_report_is_made_again_from_files(copied: Ran) -> None:
     assert "--from runs/small/plan.json: its recipes are not as this bncli has them" in unknown.err
 
 
-@pytest.mark.usefixtures("copied")
+@pytest.mark.usefixtures("copied", "runs_here")
 def test_a_full_disk_names_the_file_and_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = bncli("compare", "--from", "runs/small", "--html", "/dev/full")
     assert ran.code == 1
@@ -331,22 +331,28 @@ def test_a_comparison_that_is_killed_goes_on_where_it_stopped(
     assert {file: file.read_text() for file in kept} == kept
 
 
-LONG = (
-    "--set",
-    "grid={}",
-    "--set",
-    "seeds.report=1",
-    "--set",
-    "train.evaluate_every=1000",
-    "--set",
-    "train.steps=9000",
-)
-LONG += ("--set", "train.stop_at_target=false", "-j", "1")
+# A model of the user's own each of whose training steps takes 10 ms at least, as long as there is a file called slow.
+SLOW = """
+import pathlib, time
+from torch import nn
+class Slow(nn.Sequential):
+    def forward(self, x):
+        if self.training and pathlib.Path("slow").exists():
+            time.sleep(0.01)
+        return super().forward(x)
+def make(shape, classes, norm):
+    return Slow(nn.Linear(shape[0], 8), norm(8) if norm else nn.ReLU(), nn.Linear(8, classes))
+"""
 
 
-def test_runs_of_a_comparison_that_is_stopped_or_killed_go_on_from_their_checkpoints(recipe: str) -> None:
-    command = ("compare", recipe, *LONG, "--set", "train.checkpoint={every: 1000}")  # each waits for the disk
-    seldom = ("--set", "train.checkpoint={every: 9000}")  # such runs train alone, as the others
+def test_runs_of_a_comparison_that_is_stopped_or_killed_go_on_from_their_checkpoints(
+    recipe: str, request: pytest.FixtureRequest
+) -> None:
+    Path("mine.py").write_text(SLOW)
+    Path("slow").touch()
+    alone = ("compare", recipe, *OWN_MODEL, "--set", "seeds.report=1", "--set", "train.stop_at_target=false")
+    alone += ("--set", "train.steps=200", "--set", "train.evaluate_every=20", "--set")
+    command = (*alone, "train.checkpoint={every: 20}")
     saved = Path("runs/small/checkpoints")
 
     def stopped_by(number: int) -> tuple[int, str]:
@@ -364,15 +370,15 @@ def test_runs_of_a_comparison_that_is_stopped_or_killed_go_on_from_their_checkpo
     assert err.splitlines()[-1] == "Stopped before any run ended; the same command continues from their checkpoints"
     assert stopped_by(signal.SIGKILL)[0] == -signal.SIGKILL
     assert not list(Path("runs/small/runs").glob("*.json"))
+    Path("slow").unlink()
     ended = bncli(*command, "--json")
     assert ended.code == 0
     assert not list(saved.iterdir())
-    found = [
-        json.loads(out)["runs"]
-        for out in (ended.out, bncli("compare", recipe, *LONG, *seldom, "-o", "at once", "--json").out)
-    ]
+    request.getfixturevalue("runs_here")
+    at_once = bncli(*alone, "train.checkpoint={every: 200}", "-o", "at once", "--json")
+    found = [json.loads(ran.out)["runs"] for ran in (ended, at_once)]
     for runs in found:
-        assert [(run["key"], run["result"]["steps_run"]) for run in runs] == [(run["key"], 9000) for run in found[0]]
+        assert [(run["key"], run["result"]["steps_run"]) for run in runs] == [(run["key"], 200) for run in found[0]]
     assert [run["result"]["evaluations"] for run in found[0]] == [run["result"]["evaluations"] for run in found[1]]
 
 

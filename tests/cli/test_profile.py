@@ -245,12 +245,9 @@ def test_a_regression_against_the_baseline_is_exit_code_1(
     monkeypatch.setattr(CoreWait, "cores", lambda self: 0.0)  # whatever else runs here meanwhile
     # Its interval is narrow, and a busy machine cannot widen it.
     save_baseline(measured, value=ratio, interval={"low": 0.99 * ratio, "high": 1.01 * ratio})
-    ran = bncli("profile", *TINY, *BASELINE, "--fail-above", "1.5", "--json")
+    ran = bncli("profile", *TINY, *BASELINE, "--fail-above", "1.5", "--json", "--html", "gate.html")
     (change,) = json.loads(ran.out)["gate"]["changes"]
     assert (ran.code, change["verdict"]) == (code, verdict)
-    ran = bncli("profile", *TINY, *BASELINE, "--fail-above", "1.5", "--html", "gate.html")
-    assert ran.code == code
-    assert verdict in ran.out
     assert f'<div class="headline {["good", "bad"][code]}">' in Path("gate.html").read_text()
 
 
@@ -290,7 +287,7 @@ def test_every_ratio_has_the_rounds_asked_for_whatever_the_time(view: str) -> No
     shapes = ("--shape", "8x4x5x5", "--shape", "8x4x6x6", "--operation", "bn", "--warm")
     step = ("small.yaml", "--arm", "normed")
     asked = ("profile", *(shapes if view == "kernels" else step), "--device", "cpu", "--time", "0.001", "-q")
-    for least, options in ((6, ()), (9, ("--min-rounds", "9")), (2, ("--min-rounds", "2"))):
+    for least, options in ((6, ()), (2, ("--min-rounds", "2"))):
         ran = bncli(*asked, *options, "--json")
         assert ran.code == 0
         rows = json.loads(ran.out)["rows"]

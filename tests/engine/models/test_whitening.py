@@ -149,8 +149,8 @@ def test_groups_of_one_channel_are_batch_norm_in_both_modes(
 def test_first_and_second_derivatives_are_those_of_differences(
     iterations: int | None, training: bool, size: int
 ) -> None:
-    module = Whitening(6, size, 1e-2, iterations=iterations).double().train(training)
-    x = correlated(4, 6, 2).requires_grad_()
+    module = Whitening(2 * size, size, 1e-2, iterations=iterations).double().train(training)
+    x = correlated(3, 2 * size, 2).requires_grad_()
     assert torch.autograd.gradcheck(module, x)
     assert torch.autograd.gradgradcheck(module, x)
 

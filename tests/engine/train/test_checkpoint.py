@@ -91,7 +91,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(tmp_path: Path, name
     contents = saving.files["checkpoint"]
     steps = [state_of(content)["step"] for content in contents]
     assert steps == list(range(1, STEPS + 1))
-    for place in range(STEPS) if name == "momentum" else (0, 3, 4, 5, 12, STEPS - 1):
+    for place in range(STEPS) if name == "momentum" else (4, 12):  # at an evaluation, and within an epoch
         torch.manual_seed(place)  # what else the process does must not matter
         again = Run(recipe, checkpoint=contents[place])
         assert_same_run(again, whole)

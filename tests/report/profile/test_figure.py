@@ -203,7 +203,7 @@ def test_a_ratio_is_said_where_nothing_is_marked_and_its_interval_excludes_1(cha
 # --- widths -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [3.3, 6.8, 11.0])
+@pytest.mark.parametrize("width", [3.3, pytest.param(6.8, marks=pytest.mark.slow), 11.0])
 @pytest.mark.parametrize("profile", [one_case(), resnet(), hundred_rows(), with_errors(), step_profile()])
 def test_at_every_width_all_words_are_inside_the_figure(profile: Profile, width: float) -> None:
     figure = laid_out(lambda figure: draw(figure, profile, FigureStyle(width)))
