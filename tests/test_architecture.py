@@ -51,10 +51,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "kernels.definition": ({"names"}, {"torch"}),
     "kernels.fused.triton": ({"errors", "names", "kernels"}, {"torch", "triton"}),
     "kernels.fused.triton_launch": ({"errors", "names", "kernels"}, {"torch", "triton"}),
-    "engine.device": ({"errors", "names", "results", "__init__"}, {"torch", "psutil"}),
+    "engine.device": ({"errors", "names", "results", "engine.memory", "__init__"}, {"torch", "psutil"}),
     "engine.distributed": ({"errors", "engine.device"}, {"torch", "psutil"}),
     "engine.load": (set(), {"psutil"}),
-    "engine.memory": (set(), {"psutil"}),
+    "engine.memory": ({"results"}, {"psutil"}),
     "engine.target": (ASKED, set()),
     "engine.user_code": ({"errors", "storage"}, set()),
     "engine.data": (
@@ -67,7 +67,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     ),
     "engine.convert": ({"errors", "names", "recipe", "kernels", "engine.device", "engine.models.norms"}, {"torch"}),
     "engine.train": (ASKED | {"engine", "kernels", "__init__"}, {"torch", "numpy", "pydantic", "safetensors"}),
-    "measure.timing": ({"errors", "results", "engine.device"}, {"torch", "numpy", "scipy", "psutil"}),
+    "measure.timing": ({"errors", "results", "engine.device", "engine.memory"}, {"torch", "numpy", "scipy", "psutil"}),
     "measure.reference": (
         ASKED | {"kernels", "engine.device", "engine.models", "engine.user_code"},
         {"torch"},
@@ -96,9 +96,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
             ASKED
             | REPORT
             | {"cli.console", "cli.options", "cli.output", f"report.{command}", f"measure.{command}"}
-            | {"train": {"engine.train", "engine.distributed", "measure.dry_run"}, "compare": {"measure.dry_run"}}.get(
-                command, set()
-            ),
+            | {
+                "train": {"engine.train", "engine.distributed", "engine.memory", "measure.dry_run"},
+                "compare": {"measure.dry_run"},
+            }.get(command, set()),
             {"typer"},
         )
         for command in ("train", "compare", "profile", "gradcheck")

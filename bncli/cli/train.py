@@ -76,6 +76,10 @@ def train(
 
     Example: bncli train recipes/smoke.yaml --set optimizer.lr=0.3
     """
+    if not dry_run:
+        from bncli.engine.memory import keep_freed_memory
+
+        keep_freed_memory()
     if rank() is not None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DistributedDataParallel's advice about its options
     if rank():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
 import platform
 import re
@@ -15,8 +16,11 @@ from typing import Any
 import torch
 
 import bncli
+from bncli.engine.memory import freed_memory, give_back_freed_memory
 from bncli.errors import Unavailable, UsageError
 from bncli.results.environment import Environment
+
+FEW_MIB = 32.0  # of freed memory, which count in a peak: to give them back before each phase would slow small nets down
 
 
 def resolve(name: str) -> torch.device:
@@ -162,17 +166,28 @@ def _tf32_settings() -> list[Any]:
 
 
 class PeakMemory:
-    """The peak memory of alternating phases such as training and evaluation, in MiB; None if unknown."""
+    """The peak memory of alternating phases such as training and evaluation, in MiB; None if unknown.
+
+    The resident set of a CPU's process includes freed memory that the allocator keeps. It is given back before a phase,
+    so that what one has freed does not count in the next. What a phase itself has freed before its peak is used again
+    for the peak, except for gaps in the heap, which the process does need.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.mib: dict[str, float | None] = {}
+        self._least_mib = -math.inf  # resident when freed memory was last given back
 
     def end(self, phase: str) -> None:
         """Attribute the peak since the last call to `phase`."""
-        peaks = (self.mib.get(phase), peak_memory_mib(self.device))
-        self.mib[phase] = max((peak for peak in peaks if peak is not None), default=None)
-        reset_peak_memory(self.device)
+        peak = peak_memory_mib(self.device)
+        self.mib[phase] = max((each for each in (self.mib.get(phase), peak) if each is not None), default=None)
+        if self.device.type == "cpu" and freed_memory() == "kept" and (peak or 0.0) > self._least_mib + FEW_MIB:
+            give_back_freed_memory()
+            reset_peak_memory(self.device)
+            self._least_mib = peak_memory_mib(self.device) or 0.0
+        else:
+            reset_peak_memory(self.device)
 
 
 def environment(device: torch.device, tf32: bool | None = None) -> Environment:
@@ -189,6 +204,7 @@ def environment(device: torch.device, tf32: bool | None = None) -> Environment:
         threads=torch.get_num_threads(),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         tf32=tf32,
+        freed_memory=freed_memory(),
     )
 
 

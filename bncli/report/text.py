@@ -106,11 +106,20 @@ def target_words(target: Target) -> str:
     return f"held-out {target.metric} {setting(target.value)}"
 
 
+FREED_MEMORY_WORDS: dict[str | None, str] = {
+    "kept": "freed memory kept for later tensors",
+    "set by the user": "freed memory as the user's allocator settings say",
+    "not glibc": "freed memory as the allocator decides (it is not glibc's)",
+}
+
+
 def environment_words(made: Environment) -> str:
     threads = f"{count(made.threads, 'thread')} per run"
     driver = [f"driver {made.driver}"] * bool(made.driver) + ["TF32"] * bool(made.tf32)
     versions = [f"torch {made.torch}", f"Python {made.python}", f"bncli {made.bncli}"]
-    return ", ".join([f"{made.device} ({made.processor}, {made.platform})", threads, *driver, *versions])
+    memory = FREED_MEMORY_WORDS.get(made.freed_memory, "") if made.device == "cpu" else ""
+    words = [f"{made.device} ({made.processor}, {made.platform})", threads, memory, *driver, *versions]
+    return ", ".join(filter(None, words))
 
 
 def busy_mark(cores_lacked: float | None) -> str:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 FORMAT_VERSION = 1  # of JSON files that hold gradient checks; raised when a field changes its meaning
 RUNS_VERSION = 3  # of those of runs and plans; 2: steps to target are the steps below it; 3: with a digest
 COMPARISON_VERSION = 3  # of those of comparisons; 3: notes are fields and no longer sentences
 PROFILE_VERSION = 2  # of those of profiles; 2: notes, remarks and norm layers are fields and no longer sentences
+
+# By the allocator: kept for later tensors; its own rules ("default"); those of the user's environment variables; or of
+# an allocator that bncli does not set ("not glibc").
+FreedMemory = Literal["kept", "default", "set by the user", "not glibc"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Environment:
     threads: int
     date: str  # ISO 8601, UTC
     tf32: bool | None = None  # float32 convolutions or matrix products may be in TF32; None: not recorded
+    freed_memory: FreedMemory | None = None  # of the CPU; None: not recorded
 
 
 def disturbed(cores_lacked: float | None) -> bool:

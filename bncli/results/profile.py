@@ -102,6 +102,10 @@ class KernelCost:
     backward: Times | None = None
     both: Times | None = None
     faster: Speedup | None = None  # of both directions; None for native itself, and without native in the run
+    # Of both directions where each tensor takes new pages; None where that is what the times above are of, or where
+    # tensors are too small to be mapped alone.
+    new_memory: Times | None = None
+    faster_new_memory: Speedup | None = None
     peak_memory_mib: float | None = None  # of forward and backward, beyond the inputs
     saved_mib: float | None = None  # kept for backward: the storages of its saved tensors, each once
     error: str | None = None
@@ -129,6 +133,7 @@ class KernelMean:
     least: float  # of the shapes' own values
     least_shape: tuple[int, ...]
     cores_lacked: float | None = None  # the most of its rows
+    faster_new_memory: Speedup | None = None  # with the rows' in new memory, where any of them has been measured there
 
 
 @dataclass(frozen=True)

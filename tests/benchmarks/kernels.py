@@ -8,8 +8,9 @@
     large        on a CPU: a tensor beyond the last cache, compared with a copy (tests.benchmarks.large_tensor)
 
 The commands run as processes of their own, so that a kernel that hangs or breaks its device ends its section alone.
-Ratios are native's time over the kernel's, above 1 is faster, with 95 % intervals. Exit status: 0 everything is right,
-1 a check failed, 2 a wrong option, 3 the kernel cannot run here.
+Ratios are native's time over the kernel's, above 1 is faster, with 95 % intervals. On a CPU they are in memory that the
+process keeps; "new memory" is where tensors of 32 MiB or more take new pages from the system, as by default. Exit
+status: 0 everything is right, 1 a check failed, 2 a wrong option, 3 the kernel cannot run here.
 
 Notes: not yet run on a GPU (2026-11-30).
 """
@@ -155,6 +156,7 @@ def layers(benchmark: Benchmark) -> None:
                 print(
                     f"{mean['kernel'] + ' ' if peer else ''}{mean['operation']:12} {mean['layout']:14} geometric mean "
                     f"of {mean['shapes']} shapes {ratio(mean['faster'])}, "
+                    f"{f'new memory {ratio(new)}, ' if (new := mean['faster_new_memory']) else ''}"
                     f"worst {mean['least']:.2f}x at {'x'.join(map(str, mean['least_shape']))}"
                 )
             copies = ", ".join(f"{size / 2**20:g} MiB {speed:.1f}" for size, speed in found["ceilings"]["copies"])

@@ -56,7 +56,7 @@ Printed = pytest.CaptureFixture[str]
 
 FASTER = {"value": 1.8, "interval": {"low": 1.46, "high": None}}
 MEAN = {"kernel": "fused", "operation": "bn+relu", "dtype": "fp32", "layout": "contiguous", "shapes": 15}
-MEAN |= {"faster": FASTER, "least": 1.11, "least_shape": [16, 64, 112, 112]}
+MEAN |= {"faster": FASTER, "faster_new_memory": FASTER, "least": 1.11, "least_shape": [16, 64, 112, 112]}
 STEPS = [
     {"kernel": kernel, "arm": "batch norm", "mode": mode, "samples_ms": [200.0, 242.0, 250.0], "faster": FASTER}
     for kernel in ("native", "fused")

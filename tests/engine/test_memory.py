@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from bncli.engine.memory import available_mib
+from bncli.engine.memory import SETTINGS, available_mib
 from bncli.errors import is_out_of_memory
 
 NOWHERE = Path("/nonexistent")
@@ -40,6 +44,39 @@ def test_a_limit_of_version_1_counts_also_where_a_container_sees_its_group_as_th
     files = {"memory__limit_in_bytes": str(8 * MIB), "memory__usage_in_bytes": str(2 * MIB)}
     write(tmp_path / "groups/memory", **files, memory__stat="total_inactive_file 0\n")
     assert available_mib(tmp_path / "line", tmp_path / "groups") == 6
+
+
+FREE = """
+import resource
+from bncli.engine.memory import MAPPED_FROM_BYTES, freed_memory, keep_freed_memory, new_memory
+def faults(before=lambda: None):
+    counts = []
+    for _ in range(2):
+        before()
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        b"x" * (MAPPED_FROM_BYTES + 1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - counts[1] > 1000
+print(freed_memory(), faults())
+keep_freed_memory()
+print(freed_memory(), faults())
+if freed_memory() == "kept":
+    with new_memory() as give_back:
+        print(faults(give_back))
+    print(faults())
+"""
+
+
+def freed(**settings: str) -> list[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in (*SETTINGS, "GLIBC_TUNABLES")}
+    done = subprocess.run([sys.executable, "-c", FREE], env=environment | settings, stdout=subprocess.PIPE, check=True)
+    return done.stdout.decode().splitlines()
+
+
+@pytest.mark.skipif("glibc" not in str(platform.libc_ver()), reason="only glibc can be told to keep memory")
+def test_freed_memory_is_kept_but_where_new_memory_is_measured_or_the_user_has_set_the_allocator() -> None:
+    assert freed() == ["default True", "kept False", "True", "False"]
+    for settings in ({"MALLOC_TRIM_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=65536"}):
+        assert freed(**settings)[1:] == ["set by the user True"]
 
 
 class OutOfMemoryError(RuntimeError):

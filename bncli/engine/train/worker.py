@@ -27,6 +27,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, TextIO
 
+from bncli.engine.memory import keep_freed_memory
 from bncli.errors import BncliError, DataError, Unavailable
 from bncli.results.train import Event
 from bncli.storage import read_plain, replace
@@ -37,6 +38,7 @@ REPORT_EVERY_S = 0.25
 def main(arguments: list[str]) -> int:
     """Serve runs until standard input ends."""
     options = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    keep_freed_memory()
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that output of a user's model does not enter the protocol
     orders = Orders()

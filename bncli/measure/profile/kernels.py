@@ -7,11 +7,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 
 from bncli.engine import device as devices
 from bncli.engine.load import CoreWait
+from bncli.engine.memory import MAPPED_FROM_BYTES, freed_memory, new_memory
 from bncli.errors import Unavailable, UsageError, UsageErrors
 from bncli.measure.profile import sources
 from bncli.measure.profile.memory import kernel_peak_mib, kernel_processes, tiny
@@ -47,10 +49,12 @@ OPERATIONS = ("bn", "bn+relu", "bn+add+relu")  # for shapes whose operations in 
 DIRECTIONS: tuple[Direction, ...] = ("both", "forward", "backward")
 MOST_ROUNDS = 40
 ALONE = 1.5  # cost of one forward and one backward round (with an untimed forward), in rounds of both directions
+NEW_MEMORY = 2.5  # cost of a round of both directions in new memory, in rounds of both directions
 CEILING_ROUNDS = 5  # before the cases, and again after them
 CASE_BYTES = 8 * 2**20  # fixed cost of a case, as bytes of a tensor
 
-Samples = dict[Direction, dict[str, tuple[float, ...]]]  # kernel -> ms per call, one sample per round
+# new_memory: of both directions. Kernel -> ms per call, one sample per round.
+Samples = dict[Direction | Literal["new_memory"], dict[str, tuple[float, ...]]]
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -285,22 +289,29 @@ class KernelRun:
             except Exception as raised:  # it was right the first time, and cannot run a second time
                 works.pop(kernel, None)
                 judged.refuse(kernel, Wrong(finding_of(raised)), timed)
+        large = self._device.type == "cpu" and judged.case.tensor_bytes >= MAPPED_FROM_BYTES
+        in_new_memory = large and freed_memory() == "kept"
+        both_s += NEW_MEMORY * both_s * in_new_memory
         self._least_s += budget.least_s(both_s)
         together, alone = budget.rounds(both_s)
         if together < FEWEST_ROUNDS and works:
             self._note(Note("few rounds", count=FEWEST_ROUNDS), judged.case)
-        assert self._clock is not None
-        return {
-            direction: interleaved(
-                self._clock,
-                {kernel: of[direction] for kernel, of in works.items()},
-                together if direction == "both" else alone,
-                cold=self._settings.cold,
-                deadline=budget.deadline,  # others may have begun to use the machine since the first samples
-                fewest=budget.least if direction == "both" else budget.least_alone,
-            )
-            for direction in DIRECTIONS
-        }
+
+        def sampled(works: Mapping[str, Work], most: int, fewest: int) -> dict[str, tuple[float, ...]]:
+            assert self._clock is not None
+            # Others may have begun to use the machine since the first samples, hence the deadline.
+            options: Any = {"cold": self._settings.cold, "deadline": budget.deadline, "fewest": fewest}
+            return interleaved(self._clock, works, most, **options)
+
+        samples: Samples = {}
+        for direction in DIRECTIONS:
+            rounds = (together, budget.least) if direction == "both" else (alone, budget.least_alone)
+            samples[direction] = sampled({kernel: of[direction] for kernel, of in works.items()}, *rounds)
+        if in_new_memory:
+            with new_memory() as give_back:
+                after = {kernel: _after(give_back, of["both"]) for kernel, of in works.items()}
+                samples["new_memory"] = sampled(after, together, budget.least)
+        return samples
 
     def _first_sample_s(self, work: Work) -> float:
         """Seconds of a sample with its preparation. It is discarded, since it allocates memory that is reused."""
@@ -323,15 +334,27 @@ class KernelRun:
             yield Note("host bound", count=self._clock.host_bound, of=self._clock.samples)
 
 
+def _after(first: Callable[[], None], work: Work) -> Work:
+    """The work, whose preparation begins with `first`."""
+
+    def prepare() -> Any:
+        first()
+        return work.prepare()
+
+    return replace(work, prepare=prepare)
+
+
 def _timed(row: KernelCost, samples: Samples) -> KernelCost:
     """The row with its times, and its speedup over native, where native was timed too."""
-    times = {
-        direction: Times(found[row.kernel], cases.floor_bytes(row.case, direction), cases.flops(row.case, direction))
-        for direction, found in samples.items()
-    }
-    native = None if row.kernel == NATIVE else samples["both"].get(NATIVE)
-    faster = None if native is None else speedup.faster(native, samples["both"][row.kernel])
-    return replace(row, forward=times["forward"], backward=times["backward"], both=times["both"], faster=faster)
+    fields: dict[str, Any] = {}
+    for name, found in samples.items():
+        direction: Direction = "both" if name == "new_memory" else name
+        times = Times(found[row.kernel], cases.floor_bytes(row.case, direction), cases.flops(row.case, direction))
+        fields[name] = times
+        native = found.get(NATIVE)
+        if direction == "both" and native and row.kernel != NATIVE:
+            fields["faster" + "_new_memory" * (name != "both")] = speedup.faster(native, times.samples_ms)
+    return replace(row, **fields)
 
 
 # --- means over shapes ------------------------------------------------------------------------------------------------
@@ -342,16 +365,26 @@ def means(rows: Sequence[KernelCost]) -> tuple[KernelMean, ...]:
 
     Every shape counts once, however often a model calls it. Round k of a mean is made of the rounds k of its shapes.
     """
-    native = {row.case: row.both for row in rows if row.kernel == NATIVE and row.both is not None}
+    native = {row.case: row for row in rows if row.kernel == NATIVE and row.both is not None}
     groups: dict[tuple[str, str, str, str], list[KernelCost]] = {}
     for row in rows:
-        if row.faster is not None and row.both is not None and row.case in native:
+        if row.faster is not None and row.case in native:
             key = (row.kernel, row.case.operation, row.case.dtype, row.case.layout)
             groups.setdefault(key, []).append(row)
     found = []
     for key, group in groups.items():
-        pairs = [(native[row.case].samples_ms, row.both.samples_ms) for row in group if row.both is not None]
+        faster, new = (
+            speedup.faster_over([(_both_ms(native[row.case], new), _both_ms(row, new)) for row in group])
+            for new in (False, True)
+        )
         least, shape = min((row.faster.value, row.case.shape) for row in group if row.faster is not None)
         lacked = max((row.cores_lacked for row in group if row.cores_lacked is not None), default=None)
-        found.append(KernelMean(*key, len(group), speedup.faster_over(pairs), least, shape, lacked))
+        mean = KernelMean(*key, len(group), faster, least, shape, lacked)
+        found.append(replace(mean, faster_new_memory=new) if any(row.new_memory for row in group) else mean)
     return tuple(found)
+
+
+def _both_ms(row: KernelCost, new: bool) -> tuple[float, ...]:
+    """Samples of both directions; those in new memory where these are wanted and were taken."""
+    times = (row.new_memory if new else None) or row.both
+    return times.samples_ms if times else ()

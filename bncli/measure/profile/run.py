@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from bncli.engine import device as devices
+from bncli.engine.memory import keep_freed_memory
 from bncli.measure.profile.kernels import KernelRun, KernelSettings
 from bncli.measure.profile.shapes import chosen, parse
 from bncli.measure.profile.step_models import StepModel, UserModel, recipe_models
@@ -29,8 +30,12 @@ class Options:
     allow_code: bool
 
     def resolved(self) -> torch.device:
-        """The device, on which the CPU computes with so many threads. Raises UsageError and Unavailable."""
+        """The device, on which the CPU computes with so many threads. Raises UsageError and Unavailable.
+
+        From here on freed memory is kept, as in `bncli train`.
+        """
         found = devices.resolve(self.device)
+        keep_freed_memory()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         return found

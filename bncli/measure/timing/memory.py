@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from bncli.engine.device import peak_memory_mib, reset_peak_memory, synchronize
+from bncli.engine.memory import M_MMAP_THRESHOLD
 
 MIB = 2**20
-M_MMAP_THRESHOLD = -3  # mallopt's, of glibc
 MAPPED_BYTES = 2**16  # tensors of this size or more get their own mapping, which is returned when they are freed
 
 

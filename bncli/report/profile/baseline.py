@@ -107,10 +107,11 @@ def closing(gate: Gate) -> str:
 
 def _differences(now: Profile, baseline: Profile) -> Iterator[str]:
     """What differs between the two runs that speedups over native do not wholly take out."""
-    for what in ("device", "processor", "torch", "threads"):
-        here, there = (getattr(profile.environment, what) for profile in (now, baseline))
+    for what in ("device", "processor", "torch", "threads", "freed_memory"):
+        here, there = (getattr(profile.environment, what) or "not recorded" for profile in (now, baseline))
         if here != there:
-            yield f"Different {what}: {here} now, {there} in the baseline; only speedups over native are compared."
+            differ = f"Different {what.replace('_', ' ')}: {here} now, {there} in the baseline"
+            yield f"{differ}; only speedups over native are compared."
     if isinstance(now, KernelProfile) and isinstance(baseline, KernelProfile) and now.cold != baseline.cold:
         here, there = (("warm", "cold")[profile.cold] for profile in (now, baseline))
         yield f"Different cache: {here} now, {there} in the baseline; measure both with the same."

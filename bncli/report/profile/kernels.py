@@ -16,7 +16,8 @@ from bncli.report.text import UNKNOWN, Column, count, environment_words, figure
 from bncli.results.profile import Case, Ceilings, KernelCost, KernelMean, KernelProfile, StepCost
 
 TIMES = ("forward", "backward", "both")
-HIDDEN_FIRST = ("implementation", "peak", "saved", "gb_per_s", "backward", "forward")
+HIDDEN_FIRST = ("implementation", "peak", "saved", "new_memory", "gb_per_s", "backward", "forward")
+NEW_MEMORY = f"{text.VS_NATIVE},\nnew memory"
 AnyRow = TypeVar("AnyRow", KernelCost, KernelMean, StepCost)
 
 
@@ -56,6 +57,11 @@ def legend(profile: KernelProfile) -> Iterator[str]:
     yield speed
     if any(row.faster for row in profile.rows):
         yield text.speedup_legend("the native kernel")
+    if any(row.faster_new_memory for row in profile.rows):
+        yield (
+            "new memory: where tensors of 32 MiB or more take new pages from the system, as programs get them by "
+            "default. All else is in memory that the process keeps, as in bncli train."
+        )
     yield "peak: memory of forward and backward, without the inputs. saved: what forward keeps for backward."
 
 
@@ -94,6 +100,8 @@ def kernel_columns(rows: Sequence[KernelCost], ceilings: Ceilings) -> dict[str, 
     """A column's key -> its cells, one a row."""
     samples = {name: [times.samples_ms if (times := getattr(row, name)) else () for row in rows] for name in TIMES}
     cells = {name: [text.samples_cell(each) for each in found] for name, found in samples.items()}
+    new = [text.speedup_cell(r.faster_new_memory, r.kernel if r.new_memory else None, r.cores_lacked) for r in rows]
+    in_new_memory = {"new_memory": Column(NEW_MEMORY, new, optional=True)} if any(r.new_memory for r in rows) else {}
     return {
         "shape": Column("shape", [text.shape_words(row.case.shape) for row in rows], words=True, once=True),
         "kernel": Column("kernel", [row.kernel for row in rows], words=True),
@@ -103,6 +111,7 @@ def kernel_columns(rows: Sequence[KernelCost], ceilings: Ceilings) -> dict[str, 
         "gb_per_s": Column("GB/s", [figure(text.gb_per_s(row.both)) for row in rows], optional=True),
         "of_copy": Column("% of\ncopy", [text.percent(text.of_copy(row, ceilings)) for row in rows]),
         "speedup": Column(text.VS_NATIVE, [text.speedup_cell(r.faster, r.kernel, r.cores_lacked) for r in rows]),
+        **in_new_memory,
         "peak": text.memory_column("peak", [row.peak_memory_mib for row in rows]),
         "saved": text.memory_column("saved", [row.saved_mib for row in rows]),
         "implementation": Column("implementation", [row.ran or UNKNOWN for row in rows], words=True),
@@ -120,7 +129,7 @@ def _kernel_tables(groups: Mapping[str, list[KernelCost]], ceilings: Ceilings) -
     plain = spread | {"both": text.without_asides(columns["both"])}
     implementations = " | ".join(_implementations(rows))
     # backward and forward are hidden together.
-    for hidden, found in itertools.product((0, 1, 2, 3, 4, 6), (spread, plain)):
+    for hidden, found in itertools.product((0, 1, 2, 3, 4, 5, 7), (spread, plain)):
         shown = [column for name, column in found.items() if name not in HIDDEN_FIRST[:hidden]]
         notes = [f"Implementations: {implementations}"] * bool(hidden and implementations)
         yield AlignedTable(shown, lines, short_headers=True, notes=notes)
@@ -154,11 +163,13 @@ def _implementations(rows: Sequence[KernelCost]) -> Iterator[str]:
 
 def mean_columns(means: Sequence[KernelMean]) -> list[Column]:
     """A row a kernel and operation: its geometric mean speedup over its shapes, and its worst shape."""
+    new = [text.speedup_cell(mean.faster_new_memory, None, mean.cores_lacked) for mean in means]
     return [
         Column("operation", [mean.operation for mean in means], words=True, once=True),
         Column("kernel", [mean.kernel for mean in means], words=True),
         Column("shapes", [figure(mean.shapes) for mean in means], optional=True),
         Column(text.VS_NATIVE, [text.speedup_cell(mean.faster, None, mean.cores_lacked) for mean in means]),
+        *[Column(NEW_MEMORY, new, optional=True)] * any(mean.faster_new_memory for mean in means),
         Column("worst", [f"{figure(mean.least)}x" for mean in means]),
         Column("at shape", [text.shape_words(mean.least_shape) for mean in means], words=True, optional=True),
     ]

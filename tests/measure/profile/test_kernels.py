@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from bncli.engine.load import CoreWait
 from bncli.errors import Unavailable, UsageError
+from bncli.measure.profile import kernels
 from bncli.measure.profile.kernels import MOST_ROUNDS, Budget, KernelRun, KernelSettings
 from bncli.measure.profile.shapes import Calls, shape_set
 from bncli.measure.profile.timed_kernels import TimedKernel
@@ -18,7 +20,18 @@ from bncli.measure.timing import clock
 from bncli.measure.timing.ceilings import CeilingBenchmark
 from bncli.measure.timing.clock import CpuClock, Deadline
 from bncli.results.profile import Case, KernelCost, KernelProfile, Measuring, Note, ProfileStarted, RowDone
-from tests.measure.profile.fake_machine import CPU, OVERHEAD_MS, SMALL, TICK_NS, Machine, Processes, profile, run_of
+from tests.measure.profile.fake_machine import (
+    CPU,
+    NATIVE,
+    OVERHEAD_MS,
+    SMALL,
+    TICK_NS,
+    Machine,
+    Processes,
+    Spent,
+    profile,
+    run_of,
+)
 
 # --- times ------------------------------------------------------------------------------------------------------------
 
@@ -43,6 +56,41 @@ def test_each_direction_has_its_own_time_and_the_speedup_is_of_both(found: Kerne
     assert rival.faster is not None
     assert rival.faster.value == pytest.approx(5.001 / 2.501)
     assert rival.faster.interval.low == pytest.approx(5.001 / 2.501)
+
+
+def test_large_tensors_are_timed_in_new_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, state = Machine(), {"new": False, "given back": 0}
+
+    @contextlib.contextmanager
+    def new_memory() -> Iterator[Callable[[], None]]:
+        state["new"] = True
+        yield lambda: state.update({"given back": state["given back"] + 1})
+        state["new"] = False
+
+    def slow_in_new_memory(case: cases.Case) -> TimedKernel:
+        return TimedKernel(case, lambda *given: Spent.apply(NATIVE(*given), machine, 7.0 if state["new"] else 2.0, 3.0))
+
+    def found() -> KernelProfile:
+        sources = {"native": slow_in_new_memory, "rival": machine.takes(1.0, 1.5)}
+        return profile(machine, sources, shapes=(SMALL, ((4, 6, 5, 7), 1)))
+
+    monkeypatch.setattr(kernels, "MAPPED_FROM_BYTES", 4 * 6 * 5 * 7 * 4)
+    monkeypatch.setattr(kernels, "new_memory", new_memory)
+    assert {row.new_memory for row in found().rows} == {None}  # this process does not keep freed memory
+    monkeypatch.setattr(kernels, "freed_memory", lambda: "kept")
+    *small, native, rival = (measured := found()).rows
+    assert {row.new_memory for row in small} == {None}
+    assert native.new_memory is not None
+    assert native.new_memory.samples_ms == pytest.approx([10.001] * 40)
+    assert (state["given back"], native.faster_new_memory) == (2 * 40, None)
+    assert rival.faster is not None
+    assert rival.faster.value == pytest.approx(5.001 / 2.501)
+    assert rival.faster_new_memory is not None
+    assert rival.faster_new_memory.value == pytest.approx(10.001 / 2.501)
+    (mean,) = measured.means
+    assert mean.faster.value == pytest.approx(5.001 / 2.501)
+    assert mean.faster_new_memory is not None
+    assert mean.faster_new_memory.value == pytest.approx((5.001 * 10.001) ** 0.5 / 2.501)
 
 
 def test_each_row_has_the_cores_that_its_case_lacked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from tests.report.made_up_costs import (
     KERNELS,
     failed,
     hundred_rows,
+    in_new_memory_too,
     kernel_cost,
     kernel_profile,
     made_gate,
@@ -66,6 +67,13 @@ def test_the_speedup_and_the_time_of_both_are_there_at_every_width(width: int, s
     assert fused.both
     for figure in ("2.31x", "(2.24–2.38)", samples_cell(fused.both.samples_ms).main):
         assert figure in text
+
+
+def test_a_speedup_in_new_memory_has_a_column_and_a_line_that_says_what_that_is(show: Show) -> None:
+    text = words(show(KernelReport(in_new_memory_too()), 160))
+    assert text.count("3.75x") == 2
+    assert "new memory: where tensors of 32 MiB or more take new pages" in text
+    assert "new memory" not in show(KernelReport(one_case()), 160)
 
 
 HIDDEN = "Hidden columns (terminal too narrow): "
