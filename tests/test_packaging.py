@@ -40,7 +40,7 @@ def tree(folder: str, *patterns: str) -> set[str]:
 def test_the_wheel_has_every_recipe_the_schema_and_every_module(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert names >= {f"bncli/{name}" for name in tree("recipes", "*.yaml", "*.json", "*.py")}
-    assert names >= tree("bncli", "*.py", "*.c", "py.typed")
+    assert names >= tree("bncli", "*.py", "*.cpp", "py.typed")
     assert {name.partition("/")[0] for name in names} == {"bncli", f"bncli-{bncli.__version__}.dist-info"}
 
 

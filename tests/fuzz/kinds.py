@@ -407,13 +407,13 @@ WORDS_OF_TENSORS = (
 
 # --- the compile cache --------------------------------------------------------------------------------------------
 
-C_SOURCE = "int answer(void) { return 42; }\n"
+CPP_SOURCE = 'extern "C" int answer(void) { return 42; }\n'
 
 
 def cached_libraries(folder: Path) -> Kind:
     """A small library in the cache, changed; the compiler is a stand-in that copies one that was compiled before."""
-    source, cache = folder / "small.c", folder / "cache"
-    source.write_text(C_SOURCE)
+    source, cache = folder / "small.cpp", folder / "cache"
+    source.write_text(CPP_SOURCE)
     cache.mkdir(mode=0o700)
     subprocess.run([*build.compiler(), "-shared", "-fPIC", str(source), "-o", str(folder / "made.so")], check=True)
     compiler = folder / "cc"
@@ -424,7 +424,7 @@ def cached_libraries(folder: Path) -> Kind:
 
     def library() -> None:
         build.library.cache_clear()
-        with mock.patch.dict(os.environ, BNCLI_CACHE=str(cache), CC=str(compiler)):
+        with mock.patch.dict(os.environ, BNCLI_CACHE=str(cache), CXX=str(compiler)):
             assert build.library(source).answer() == 42
 
     library()

@@ -1,4 +1,4 @@
-"""Compilation of a C file on first use, with the system's compiler, into a cache of shared libraries.
+"""Compilation of a C++ file on first use, with the system's compiler, into a cache of shared libraries.
 
 The cache is a folder that only the user can write. A file's name has a hash of the source, the flags, the compiler and
 the CPU, and one of the file's content: a damaged library can kill the process that loads it, so it is found before and
@@ -28,9 +28,10 @@ import torch
 from bncli.errors import FileError, Unavailable
 from bncli.storage import locked, read_plain, replace, sweep
 
-OPTIMIZED = ("-std=gnu11", "-O2", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
+LANGUAGE = ("-std=gnu++17", "-fno-exceptions", "-fno-rtti")  # so that nothing of the C++ library is needed
+OPTIMIZED = (*LANGUAGE, "-O2", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
 FOR_THIS_CPU = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler accepts is used
-HOW_TO_GET_ONE = "Install one (Debian, Ubuntu: apt install gcc; Fedora: dnf install gcc; macOS: xcode-select --install)"
+HOW_TO_GET_ONE = "Install one (Debian: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install)"
 LONGEST_S = 120.0  # of one call of the compiler, of which there are two: compiling and linking
 BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
@@ -54,22 +55,22 @@ def library(source: Path, *definitions: str) -> ctypes.CDLL:
         return ctypes.CDLL(str(built))
     except (OSError, FileError) as error:
         why = f"the compiled kernel cannot be kept or loaded ({error})"
-        raise Unavailable(f"{why}; mend that, or name another folder in BNCLI_CACHE or compiler in CC") from error
+        raise Unavailable(f"{why}; mend that, or name another folder in BNCLI_CACHE or compiler in CXX") from error
 
 
 def compiler() -> list[str]:
-    """The C compiler as a command: $CC, or the first of cc, gcc and clang. Raises Unavailable without one."""
+    """The C++ compiler as a command: $CXX, or the first of c++, g++ and clang++. Raises Unavailable without one."""
     try:
-        asked = shlex.split(os.environ.get("CC", ""))
+        asked = shlex.split(os.environ.get("CXX", ""))
     except ValueError as error:
-        raise Unavailable(f"the variable CC has a quotation mark without its second: {os.environ['CC']}") from error
-    for command in [asked] if asked else [["cc"], ["gcc"], ["clang"]]:
+        raise Unavailable(f"the variable CXX has a quotation mark without its second: {os.environ['CXX']}") from error
+    for command in [asked] if asked else [["c++"], ["g++"], ["clang++"]]:
         if found := shutil.which(command[0]):
             return [found, *command[1:]]
     if asked:
-        raise Unavailable(f"there is no C compiler {asked[0]!r}, which the variable CC names. Unset or correct CC")
-    none = "there is no C compiler (cc, gcc or clang) to build it with"
-    raise Unavailable(f"{none}. {HOW_TO_GET_ONE}, or name yours in CC")
+        raise Unavailable(f"there is no C++ compiler {asked[0]!r}, which the variable CXX names. Unset or correct CXX")
+    none = "there is no C++ compiler (c++, g++ or clang++) to build it with"
+    raise Unavailable(f"{none}. {HOW_TO_GET_ONE}, or name yours in CXX")
 
 
 def _cached(folder: Path, name: str) -> Path | None:
@@ -118,7 +119,7 @@ def _compile(command: list[str], source: Path, definitions: tuple[str, ...], fol
                 if not (failed := _run(each, temporary)):
                     break
             else:
-                raise Unavailable(f"the C compiler {shlex.join(command)} could not build it: {failed}")
+                raise Unavailable(f"the C++ compiler {shlex.join(command)} could not build it: {failed}")
         content = linked.read_bytes()
     built = folder / f"{name}-{_hash(content)}.so"
     replace(built, content)
@@ -145,8 +146,8 @@ def _run(command: list[str], temporary: str) -> str:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
     except subprocess.TimeoutExpired as error:
-        late = f"the C compiler {command[0]} had not finished after {LONGEST_S:.0f} s"
-        raise Unavailable(f"{late}. Try again when the machine is less busy, or name another one in CC") from error
+        late = f"the C++ compiler {command[0]} had not finished after {LONGEST_S:.0f} s"
+        raise Unavailable(f"{late}. Try again when the machine is less busy, or name another one in CXX") from error
     except OSError as error:
         return str(error)
     lines = said.read_text(errors="replace").strip().splitlines() or [f"it ended with code {code}"]

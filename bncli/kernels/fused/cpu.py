@@ -1,4 +1,4 @@
-"""Fused batch norm on a CPU: forward and backward, implemented in cpu.c, with the signatures of triton_launch."""
+"""Fused batch norm on a CPU: forward and backward, implemented in cpu.cpp, with the signatures of triton_launch."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from bncli.errors import Unavailable
 from bncli.kernels.fused.build import library
 from bncli.kernels.layout import accumulation, is_channels_last, refuse_gaps, sign_bytes
 
-SOURCE = Path(__file__).with_name("cpu.c")
+SOURCE = Path(__file__).with_name("cpu.cpp")
 DEFINITIONS = {torch.float32: "FP32", torch.float64: "FP64", torch.bfloat16: "BF16", torch.float16: "FP16"}
 ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "silu": 3}
-CALL = struct.Struct("15P7q2d")  # struct call of cpu.c
+CALL = struct.Struct("15P7q2d")  # struct call of cpu.cpp
 
 Run = Callable[[bytes], int]
 
 
 class Compiled(NamedTuple):
-    """The functions of cpu.c for one element type, looked up once since that takes longer than a small call."""
+    """The functions of cpu.cpp for one element type, looked up once since that takes longer than a small call."""
 
     forward: Run
     backward: Run
@@ -34,7 +34,7 @@ class Compiled(NamedTuple):
 
 @functools.cache
 def compiled(dtype: torch.dtype) -> Compiled:
-    """cpu.c compiled for that element type. Raises Unavailable if it cannot be compiled."""
+    """cpu.cpp compiled for that element type. Raises Unavailable if it cannot be compiled."""
     found = library(SOURCE, DEFINITIONS[dtype])
     functions = Compiled(found.forward, found.backward, found.division)
     for function in functions:
@@ -130,7 +130,7 @@ def _call(
     eps: float,
     momentum: float,
 ) -> None:
-    """Call a function of cpu.c. tensors: in the order of its struct call."""
+    """Call a function of cpu.cpp. tensors: in the order of its struct call."""
     pointers = []
     for tensor in tensors:
         if tensor is None:

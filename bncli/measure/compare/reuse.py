@@ -34,7 +34,8 @@ def identity(device: str, recipe: Recipe) -> dict[str, str]:
 def sources_digest(package: Path) -> str:
     """A short name for the contents of bncli's own engine, kernels and recipe."""
     found = hashlib.sha256()
-    for file in sorted(file for part in RUN_BY for file in (package / part).rglob("*") if file.suffix in (".py", ".c")):
+    files = (file for part in RUN_BY for file in (package / part).rglob("*") if file.suffix in (".py", ".cpp"))
+    for file in sorted(files):
         found.update(f"{file.relative_to(package).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
     return found.hexdigest()[:20]
 

@@ -1,4 +1,4 @@
-"""Compilation of a C file: once, for this processor, into a folder that nobody else can write, or refused."""
+"""Compilation of a C++ file: once, for this processor, into a folder that nobody else can write, or refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bncli.errors import Unavailable
 from bncli.kernels.fused.build import library
 from bncli.storage import locked
 
-SOURCE = "int answer(void) { return ANSWER; }\n"
+SOURCE = 'extern "C" int answer(void) { return ANSWER; }\n'
 
 
 def compile_and_ask(file: Path) -> None:
@@ -45,7 +45,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def source(tmp_path: Path) -> Callable[..., Path]:
     def write(text: str = SOURCE) -> Path:
-        file = tmp_path / "kernel.c"
+        file = tmp_path / "kernel.cpp"
         file.write_text(text)
         return file
 
@@ -56,11 +56,11 @@ def source(tmp_path: Path) -> Callable[..., Path]:
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
     """A compiler that is a script, whose calls are lines of a file."""
 
-    def write(script: str = 'exec cc "$@"') -> Path:
-        log, program = tmp_path / "calls", tmp_path / "wrapped-cc"
+    def write(script: str = 'exec c++ "$@"') -> Path:
+        log, program = tmp_path / "calls", tmp_path / "wrapped-c++"
         program.write_text(f'#!/bin/sh\necho "$@" >> {log}\n{script}\n')
         program.chmod(0o755)
-        monkeypatch.setenv("CC", str(program))
+        monkeypatch.setenv("CXX", str(program))
         return log
 
     return write
@@ -92,10 +92,10 @@ def test_another_source_definition_compiler_or_processor_is_another_file(
     library(source(), "ANSWER=1")
     library.cache_clear()
     if change == "compiler":
-        other = tmp_path / "other-cc"
-        other.write_text('#!/bin/sh\nexec cc "$@"\n')
+        other = tmp_path / "other-c++"
+        other.write_text('#!/bin/sh\nexec c++ "$@"\n')
         other.chmod(0o755)
-        monkeypatch.setenv("CC", str(other))
+        monkeypatch.setenv("CXX", str(other))
     if change == "processor":
         monkeypatch.setattr("bncli.kernels.fused.build._processor", lambda: "another one")
     text = SOURCE.replace("ANSWER", "1 + ANSWER") if change == "source" else SOURCE
@@ -168,7 +168,7 @@ def test_the_first_flags_that_work_are_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """This processor's instructions if the compiler knows them; the OpenMP that torch runs on if it can be linked."""
-    log = compiler(f'case "$*" in *{refused}*) exit 1;; esac\nexec cc "$@"')
+    log = compiler(f'case "$*" in *{refused}*) exit 1;; esac\nexec c++ "$@"')
     monkeypatch.setattr("bncli.kernels.fused.build._openmp", lambda: ["-l:libgomp.so.1"])
     assert library(source(), "ANSWER=5").answer() == 5
     calls = log.read_text().splitlines()
@@ -178,20 +178,20 @@ def test_the_first_flags_that_work_are_taken(
 
 
 @pytest.mark.parametrize(
-    ("cc", "told"),
+    ("cxx", "told"),
     [
-        ("", r"no C compiler \(cc, gcc.*apt install gcc.*name yours in CC"),
-        ("nonesuch-cc -m64", "no C compiler 'nonesuch-cc', which the variable CC names"),
-        ('gcc "', "the variable CC has a quotation mark without its second: gcc "),
-        ("''", "no C compiler '', which the variable CC names. Unset or correct CC"),
-        ("/", "no C compiler '/', which the variable CC names"),
+        ("", r"no C\+\+ compiler \(c\+\+, g\+\+.*apt install g\+\+.*name yours in CXX"),
+        ("nonesuch-cc -m64", "no C\\+\\+ compiler 'nonesuch-cc', which the variable CXX names"),
+        ('g++ "', "the variable CXX has a quotation mark without its second: g\\+\\+ "),
+        ("''", "no C\\+\\+ compiler '', which the variable CXX names. Unset or correct CXX"),
+        ("/", "no C\\+\\+ compiler '/', which the variable CXX names"),
     ],
 )
 def test_without_a_compiler_it_says_what_to_do(
-    cc: str, told: str, cache: Path, source: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    cxx: str, told: str, cache: Path, source: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("CC", cc)
+    monkeypatch.setenv("CXX", cxx)
     with pytest.raises(Unavailable, match=told):
         library(source(), "ANSWER=1")
 
@@ -199,9 +199,9 @@ def test_without_a_compiler_it_says_what_to_do(
 def test_a_compiler_may_have_options_and_none_is_the_usual_one(
     cache: Path, source: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for cc, answer in (("", 1), ("cc -DANSWER=3", 3)):
-        monkeypatch.setenv("CC", cc)
-        assert library(source(), *["ANSWER=1"] * (not cc)).answer() == answer
+    for cxx, answer in (("", 1), ("c++ -DANSWER=3", 3)):
+        monkeypatch.setenv("CXX", cxx)
+        assert library(source(), *["ANSWER=1"] * (not cxx)).answer() == answer
 
 
 @pytest.mark.parametrize("script", ["exit 0", "kill -9 $$", "printf 'e\\351rror' >&2; exit 1"])
@@ -217,8 +217,8 @@ def test_a_compiler_that_does_not_do_its_work_is_refused(
 def test_what_the_compiler_says_is_passed_on_in_a_line_and_nothing_is_left(
     cache: Path, source: Callable[..., Path]
 ) -> None:
-    with pytest.raises(Unavailable, match=r"could not build it: .*kernel\.c:1:.*error: ") as error:
-        library(source("int answer(void) { return nonsense; }\n"))
+    with pytest.raises(Unavailable, match=r"could not build it: .*kernel\.cpp:1:.*error: ") as error:
+        library(source('extern "C" int answer(void) { return nonsense; }\n'))
     assert "\n" not in str(error.value)
     assert libraries(cache) == []
 

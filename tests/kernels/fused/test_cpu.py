@@ -1,4 +1,4 @@
-"""What the fused kernel in C alone has: threads, sums in parts, compilation. For the rest see test_fused."""
+"""What the fused kernel in C++ alone has: threads, sums in parts, compilation. For the rest see test_fused."""
 
 from __future__ import annotations
 
@@ -228,9 +228,9 @@ def test_running_statistics_of_another_dtype_move_too(dtype: torch.dtype) -> Non
 def test_without_a_compiler_it_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BNCLI_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
     forget_what_is_compiled()
-    with pytest.raises(Unavailable, match=r"the fused kernel cannot run: there is no C compiler.*No other kernel"):
+    with pytest.raises(Unavailable, match=r"the fused kernel cannot run: there is no C\+\+ compiler.*No other kernel"):
         kernels.get("fused", devices.resolve("cpu"))
     forget_what_is_compiled()
 

@@ -63,7 +63,7 @@ def done(study: Study, **code: str) -> list[RunRecord]:
     [
         ("engine/train.py", True),
         ("engine/deeper/new.py", True),
-        ("kernels/fused/cpu.c", True),
+        ("kernels/fused/cpu.cpp", True),
         ("recipe/sections.py", True),
         ("report/table.py", False),
         ("engine/train.pyc", False),
@@ -75,7 +75,7 @@ def test_a_change_of_engine_kernels_or_recipe_makes_other_runs(tmp_path: Path, f
         (tmp_path / name).write_text(text)
         return sources_digest(tmp_path)
 
-    for name in ("engine/train.py", "kernels/fused/cpu.c", "recipe/sections.py", "report/table.py"):
+    for name in ("engine/train.py", "kernels/fused/cpu.cpp", "recipe/sections.py", "report/table.py"):
         before = write(name, "old")
     assert sources_digest(tmp_path) == before
     assert (write(file, "new") != before) == changes
