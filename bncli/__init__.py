@@ -49,7 +49,10 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'bncli' has no attribute {name!r}")
     module, _, attribute = _PUBLIC[name].partition(":")
-    return getattr(importlib.import_module(module), attribute or name)
+    globals()[name] = value = getattr(
+        importlib.import_module(module), attribute or name
+    )  # the next look-up is a dict's
+    return value
 
 
 def __dir__() -> list[str]:

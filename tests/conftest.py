@@ -25,7 +25,7 @@ torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTE
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     # Without a GPU the fused kernel in Triton is tested in its interpreter. Triton decides that when it is first
     # imported, so this comes before any test does.
-    fused.load_interpreted()
+    fused.launcher(torch.device("cpu"), interpreted=True)
 
 TINY: dict[str, Any] = {
     "data": {"source": "synthetic", "shape": [8], "classes": 3, "examples": 120, "held_out": 60, "noise": 0.5},

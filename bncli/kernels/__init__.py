@@ -52,13 +52,14 @@ def get(name: str, device: torch.device | None = None) -> Kernel:
 
 def load(name: str) -> Kernel:
     """The kernel of that name, whether or not it can run here. Raises Unavailable for an unknown name."""
-    known = {row.name: row.module for row in KERNELS.values() if row.module}
-    if name not in known:
-        raise Unavailable(f"kernel {name}: expected one of {', '.join(known)}")
-    module = known[name]
-    if module not in sys.modules:
-        importlib.import_module(module)
-    kernel: Kernel = sys.modules[module].batch_norm
+    row = KERNELS.get(name)
+    if row is None or not row.module:
+        raise Unavailable(
+            f"kernel {name}: expected one of {', '.join(row.name for row in KERNELS.values() if row.module)}"
+        )
+    if row.module not in sys.modules:
+        importlib.import_module(row.module)
+    kernel: Kernel = sys.modules[row.module].batch_norm
     return kernel
 
 

@@ -85,7 +85,7 @@ def batch_norm(
         running = running_mean, running_var
         y = batch_norm(input, *running, weight, bias, training, momentum, eps, kernel=kernel, sync=sync)
         return native.finish(y, residual, activation)
-    run = _find(kernel, input.device)
+    run = _find(kernel)
     if not training:
         if running_mean is None or running_var is None:
             raise RuntimeError("evaluation normalizes by running_mean and running_var; one of them is None")
@@ -101,19 +101,12 @@ def batch_norm(
     return run(input, weight, bias, eps, residual, activation, None, running=(running_mean, running_var, momentum))[0]
 
 
-def _find(kernel: str | kernels.Kernel, device: torch.device) -> kernels.Kernel:
-    """The kernel of that name, or that function. Raises Unavailable where it cannot run.
-
-    Availability and signatures are cached, and are not inspected while torch.compile traces.
-    """
-    compiling = torch.compiler.is_dynamo_compiling()
+def _find(kernel: str | kernels.Kernel) -> kernels.Kernel:
+    """The kernel of that name, or that function, whose signature is cached but not while torch.compile traces."""
     if isinstance(kernel, str):
-        if not compiling:
-            _check_available(kernel, device)
         return kernels.load(kernel)
-    hashable = type(kernel).__hash__ is not None
-    return _adapted(kernel) if hashable and not compiling else kernels.adapted(kernel)
+    cached = type(kernel).__hash__ is not None and not torch.compiler.is_dynamo_compiling()
+    return _adapted(kernel) if cached else kernels.adapted(kernel)
 
 
-_check_available = functools.cache(kernels.get)  # microseconds, which a small batch norm would notice
 _adapted: Any = functools.lru_cache(maxsize=64)(kernels.adapted)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 
 import bncli
 from bncli.errors import Unavailable
-from bncli.kernels import api, fused, native
+from bncli.kernels import fused, native
 from bncli.kernels.api import batch_norm
 
 
@@ -284,28 +283,6 @@ def test_a_kernel_that_cannot_run_is_refused_and_not_replaced() -> None:
 
 def test_batch_norm_is_public() -> None:
     assert bncli.batch_norm is batch_norm
-
-
-def test_the_compiler_does_not_see_how_a_kernel_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def unavailable_reason(device: torch.device | None) -> str | None:
-        asked.append(importlib.util.find_spec("torch"))  # which no graph can hold
-        return None
-
-    monkeypatch.setattr(fused, "batch_norm", native.batch_norm)
-    monkeypatch.setattr(fused, "unavailable_reason", unavailable_reason)
-    api._check_available.cache_clear()
-
-    def run(x: Tensor) -> Tensor:
-        return batch_norm(x, None, None, training=True, kernel="fused")
-
-    x = numbers(4, 3)
-    compiled = torch.compile(run, fullgraph=True, backend="eager")(x)
-    assert not asked
-    torch.testing.assert_close(compiled, run(x))
-    run(x)
-    assert len(asked) == 1
 
 
 @ROUTES

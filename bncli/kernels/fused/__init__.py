@@ -8,46 +8,50 @@ residual.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import importlib
 import importlib.util
 import math
 import os
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bncli import kernels
-from bncli.errors import Unavailable
 from bncli.kernels.fused import cpu, double_backward
 from bncli.kernels.layout import accumulation, dense, match_layout, sign_bytes
 from bncli.kernels.native import update_running_stats
 from bncli.names import KERNELS, KINKED_ACTIVATIONS
 
 OLDEST_CAPABILITY = (8, 0)  # the oldest for which Triton supports bfloat16
-NOTHING = contextlib.nullcontext()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-TRITON_COMPILES = "Triton was loaded in this process to compile; set TRITON_INTERPRET=1 before Python starts"
-WITHOUT_TRITON = "it is written in Triton, which is not installed (pip install triton)"
 
 
-def unavailable_reason(device: torch.device | None) -> str | None:
+def unavailable_reason(device: torch.device | None, interpreted: bool = False) -> str | None:
     """Why the kernel cannot run on `device` (None: on any device of this machine), or None if it can.
 
-    On a GPU it is written in Triton, on a CPU in C. The C code is compiled by this call unless it is cached.
+    On a GPU it is written in Triton, on a CPU in C, which this call compiles unless it is cached; interpreted: on the
+    CPU in Triton's interpreter. Triton decides at its first import, for the whole process, whether it interprets.
     """
-    if device is None:
+    if device is None and not interpreted:
         on_gpu = unavailable_reason(torch.device("cuda")) if torch.cuda.is_available() else ""
         on_cpu = None if on_gpu is None else cpu.unavailable_reason()
         return on_cpu and (f"{on_gpu}; on the CPU {on_cpu}" if on_gpu else on_cpu)
-    if device.type not in KERNELS["fused"].devices:
-        return f"it needs a CPU or an NVIDIA GPU, and was asked to run on {device.type}"
-    if device.type == "cpu":
+    kind = "cpu" if device is None else device.type
+    if interpreted and kind != "cpu":
+        return f"Triton's interpreter runs on the CPU, and it was asked to run on {kind}"
+    if kind not in KERNELS["fused"].devices:
+        return f"it needs a CPU or an NVIDIA GPU, and was asked to run on {kind}"
+    if kind == "cpu" and not interpreted:
         return cpu.unavailable_reason()
     if importlib.util.find_spec("triton") is None:
-        return WITHOUT_TRITON
+        return "it is written in Triton, which is not installed (pip install triton)"
+    if interpreted:
+        compiles = "triton" in sys.modules and not is_interpreting()
+        advice = "set TRITON_INTERPRET=1 before Python starts"
+        return f"Triton was loaded in this process to compile; {advice}" if compiles else None
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY and torch.version.hip is None:
         name, (major, minor) = torch.cuda.get_device_name(device), capability
@@ -68,35 +72,18 @@ def is_interpreting() -> bool:
     return not isinstance(language.sum, sys.modules["triton"].JITFunction)
 
 
-def load_interpreted() -> None:
-    """Import Triton and the device kernels with its interpreter on, for the whole process.
+@functools.cache
+def launcher(device: torch.device, interpreted: bool = False) -> Any:
+    """The module whose forward and backward run on that device: `cpu` (C) or `triton_launch`.
 
-    Raises Unavailable if Triton has been imported with the interpreter off.
+    The interpreted kernel turns Triton's interpreter on for the whole process. Raises Unavailable with the reason.
     """
-    if "bncli.kernels.fused.triton" not in sys.modules:
+    kernels.get("fused-interpreted" if interpreted else "fused", device)
+    if device.type == "cpu" and not interpreted:
+        return cpu
+    if interpreted:
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it at its import
-        if not is_interpreting():
-            raise Unavailable(TRITON_COMPILES)
-        importlib.import_module("bncli.kernels.fused.triton")
-
-
-class Options(NamedTuple):
-    """The options of one call."""
-
-    eps: float
-    activation: str  # one of FUSED_ACTIVATIONS, or "none"
-    keep_signs: bool  # save one sign bit per pre-activation instead of the residual
-    interpreted: bool  # on the CPU by Triton's interpreter instead of in C
-
-    def launcher(self, x: Tensor) -> Any:
-        """The module whose forward and backward run on x: `cpu` (C) or `triton_launch`."""
-        if self.interpreted:
-            load_interpreted()
-        elif x.is_cpu:
-            return cpu
-        from bncli.kernels.fused import triton_launch
-
-        return triton_launch
+    return importlib.import_module("bncli.kernels.fused.triton_launch")
 
 
 def batch_norm(
@@ -123,8 +110,9 @@ def batch_norm(
     if x.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"the fused kernel takes {names}; x is {str(x.dtype).removeprefix('torch.')}")
-    _check_arguments(x, weight, bias, residual, statistics or (None, None), running or (None, None))
-    _refuse_forward_mode()
+    mean, var = statistics or (None, None)
+    running_mean, running_var, _ = running or (None, None, None)
+    _check_arguments(x, residual, (weight, bias, mean, var, running_mean, running_var))
     x = x if x.is_contiguous() else dense(x)
     if residual is not None:
         residual = match_layout(residual.to(x.dtype), x)
@@ -137,29 +125,29 @@ def batch_norm(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     )
+    eps, activation = float(eps), activation or "none"
     keep_signs = differentiable and residual is not None and activation in KINKED_ACTIVATIONS
-    options = Options(float(eps), activation or "none", keep_signs, interpreted)
     updated = False
     if not _is_eager(x):
-        y, mean, var, _ = forward_operator(x, weight, bias, residual, *(frozen or (None, None)), *options)
+        y, mean, var, _ = forward_operator(
+            x, weight, bias, residual, *(frozen or (None, None)), eps, activation, keep_signs, interpreted
+        )
         mean, var = mean.detach(), var.detach()
     else:
         updated = running is not None and _updates(x, running, interpreted)
-        inside = running if updated else None
+        forward = launcher(x.device, interpreted).forward
+        if torch._C._autograd._profiler_enabled():  # torch's profiler would not show the call otherwise
+            forward = torch.profiler.record_function("bncli::fused_batch_norm")(forward)
+        y, mean, var, signs = forward(
+            x, weight, bias, residual, frozen, eps, activation, keep_signs, running=running if updated else None
+        )
         if differentiable:
-            used: list[Tensor] = []
-            y = _apply(x, weight, bias, residual, frozen, options, inside, used)
-            mean, var = used
-        else:  # mark the call for torch's profiler, which would not show it otherwise
-            profiled = torch._C._autograd._profiler_enabled()  # torch has no public name for it
-            with torch.profiler.record_function("bncli::fused_batch_norm") if profiled else NOTHING:
-                y, mean, var, _ = options.launcher(x).forward(
-                    x, weight, bias, residual, frozen, options.eps, options.activation, keep_signs, running=inside
-                )
+            kept = None if keep_signs or activation == "none" else residual
+            options = eps, activation, frozen is not None, interpreted
+            y = _apply(x, weight, bias, residual, (y, kept, mean, var, signs if keep_signs else None, options))
     if statistics is not None:
         return y, *statistics
-    if updated:  # autograd must know that tensors changed which other operators may have saved
-        assert running is not None
+    if running is not None and updated:  # autograd must know that tensors changed which other operators may have saved
         torch.autograd.graph.increment_version(running[:2])
     elif running is not None and x.numel():
         update_running_stats(running, mean, var, x.numel() // x.size(1))
@@ -169,39 +157,38 @@ def batch_norm(
 VECTORS = ("weight", "bias", "mean", "variance", "running_mean", "running_var")
 
 
-def _check_arguments(x, weight, bias, residual, statistics, running) -> None:  # type: ignore[no-untyped-def]
-    """Reject wrong sizes, since the kernel reads raw pointers, and gradients that are not implemented."""
-    channels = x.size(1)
-    vectors = (weight, bias, statistics[0], statistics[1], running[0], running[1])
+def _check_arguments(x: Tensor, residual: Tensor | None, vectors: tuple[Tensor | None, ...]) -> None:
+    """Reject wrong sizes and devices, since the kernel reads raw pointers, and gradients that are not implemented."""
+    channels, device = x.size(1), x.device
     for place, vector in enumerate(vectors):
         if vector is None:
             continue
         if vector.numel() != channels:
             raise RuntimeError(f"{VECTORS[place]} has {vector.numel()} values; the input has {channels} channels")
+        if vector.device != device:
+            raise RuntimeError(f"x is on {device}; {VECTORS[place]} is on {vector.device}")
         if place > 1 and vector.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"batch norm is not differentiable in {VECTORS[place]}, which requires a gradient")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"a residual of shape {tuple(residual.shape)} for x of shape {tuple(x.shape)}")
-
-
-# The public tests for a dispatch mode, a trace or a transform cost one Python call each, so private ones are used.
+    if residual is not None and residual.device != device:
+        raise RuntimeError(f"x is on {device}; the residual is on {residual.device}")
 
 
 def _is_eager(x: Tensor) -> bool:
     """Whether a plain autograd.Function can be used, which takes a third of the time of a dispatched operator.
 
-    False under a compiler, a transform, a trace or a dispatch mode, which must see the operator.
+    False under a compiler, a transform, a trace or a dispatch mode, which must see the operator. The public tests for
+    these cost one Python call each, so private ones are used. Raises RuntimeError under torch.func.jvp and
+    torch.autograd.forward_ad, whose derivative would be dropped as if it were zero.
     """
-    if type(x) not in (Tensor, torch.nn.Parameter) or x.numel() == 0 or torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_compiling():
         return False
-    watched = torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
-    return not watched and not torch._C._are_functorch_transforms_active()
-
-
-def _refuse_forward_mode() -> None:
-    """Refuse torch.func.jvp and torch.autograd.forward_ad, whose derivative would be dropped as if it were zero."""
-    if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
+    if torch.autograd.forward_ad._current_level >= 0:
         raise RuntimeError("the fused kernel has no forward-mode derivative (torch.func.jvp); the native one has")
+    watched = torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None
+    plain = type(x) in (Tensor, torch.nn.Parameter) and x.numel() > 0
+    return plain and not watched and not torch._C._are_functorch_transforms_active()
 
 
 def _updates(x: Tensor, running: tuple[Tensor, Tensor, float], interpreted: bool) -> bool:
@@ -232,13 +219,14 @@ def forward_operator(
     interpreted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y like x; the batch's mean and variance (C), empty for frozen statistics; the sign bits, empty unless kept."""
-    kernels.get("fused-interpreted" if interpreted else "fused", x.device)
-    options = Options(eps, activation, keep_signs, interpreted)
+    launch = launcher(x.device, interpreted)
     frozen = None if frozen_mean is None or frozen_var is None else (frozen_mean, frozen_var)
     if x.numel() == 0:
-        y, mean, var, signs = _fake_forward(x, weight, bias, residual, frozen_mean, frozen_var, *options)
+        y, mean, var, signs = _fake_forward(
+            x, weight, bias, residual, frozen_mean, frozen_var, eps, activation, keep_signs
+        )
         return y, mean.fill_(math.nan), var.fill_(math.nan), signs
-    y, mean, var, signs = options.launcher(x).forward(x, weight, bias, residual, frozen, eps, activation, keep_signs)
+    y, mean, var, signs = launch.forward(x, weight, bias, residual, frozen, eps, activation, keep_signs)
     if frozen is not None:
         mean, var = mean.new_empty(0), var.new_empty(0)
     return y, mean, var, x.new_empty(0, dtype=torch.uint8) if signs is None else signs
@@ -253,70 +241,59 @@ def _fake_forward(x, weight, bias, residual, frozen_mean, frozen_var, eps, activ
 
 
 def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, bias, residual, frozen_mean, frozen_var, *options = inputs
-    _, mean, var, signs = output
-    frozen = None if frozen_mean is None else (frozen_mean, frozen_var)
-    _save(ctx, x, weight, bias, residual, frozen, mean, var, signs, Options(*options))
-
-
-def _save(ctx, x, weight, bias, residual, frozen, mean, var, signs, options) -> None:  # type: ignore[no-untyped-def]
     """Save what backward needs. The residual is saved only if the pre-activation must be recomputed."""
-    mean, var = frozen or (mean, var)
-    kept_residual = None if options.activation == "none" or options.keep_signs else residual
-    ctx.save_for_backward(x, weight, bias, kept_residual, mean, var, signs if options.keep_signs else None)
-    ctx.options, ctx.frozen, ctx.has_residual = options, frozen is not None, residual is not None
+    x, weight, bias, residual, frozen_mean, frozen_var, eps, activation, keep_signs, interpreted = inputs
+    _, mean, var, signs = output
+    frozen = frozen_mean is not None
+    statistics = (frozen_mean, frozen_var) if frozen else (mean, var)
+    kept = None if activation == "none" or keep_signs else residual
+    ctx.save_for_backward(x, weight, bias, kept, *statistics, signs if keep_signs else None)
+    ctx.options = eps, activation, frozen, interpreted
 
 
-def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    """The gradients of x, weight, bias and residual."""
+def backward(ctx, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    """The gradients of x, weight, bias and residual, and None for the other arguments."""
+    if dy is None:
+        return (None,) * 10
     x, weight, bias, residual, mean, var, signs = ctx.saved_tensors
-    eps, activation, _, interpreted = options = ctx.options
-    wanted = ctx.has_residual and ctx.needs_input_grad[3]
+    eps, activation, frozen, interpreted = ctx.options
+    wanted = ctx.needs_input_grad[3]
     through = wanted and activation != "none"
     dy = match_layout(dy, x)
     if torch.is_grad_enabled() or not _is_eager(dy):
         dx, dweight, dbias, dresidual = backward_operator(
-            dy, x, weight, bias, residual, mean, var, signs, eps, activation, ctx.frozen, through, interpreted
+            dy, x, weight, bias, residual, mean, var, signs, eps, activation, frozen, through, interpreted
         )
     else:
-        dx, dweight, dbias, dresidual = options.launcher(x).backward(
-            dy, x, weight, bias, residual, (mean, var), signs, eps, activation, ctx.frozen, through
+        dx, dweight, dbias, dresidual = launcher(x.device, interpreted).backward(
+            dy, x, weight, bias, residual, (mean, var), signs, eps, activation, frozen, through
         )
-    if activation == "none":
-        dresidual = dy
-    return dx, None if weight is None else dweight, None if bias is None else dbias, dresidual if wanted else None
-
-
-def backward(ctx, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    return (*_gradients(ctx, dy), *(None,) * 6)
+    gradients = dx, None if weight is None else dweight, None if bias is None else dbias
+    return *gradients, (dresidual if through else dy) if wanted else None, *(None,) * 6
 
 
 forward_operator.register_autograd(backward, setup_context=setup_context)
 
 
-class Eager(torch.autograd.Function):
-    """The operator without the dispatcher; a backward pass with create_graph still calls the backward operator.
+class FusedBatchNorm(torch.autograd.Function):
+    """The operator's gradient for the results of a launcher, without the dispatcher.
 
-    The mean and variance are appended to the list `used`: as outputs they would cost gradients.
+    They are passed as one tuple, (y, residual, mean, var, signs, options), in which autograd sees no tensors: as
+    outputs the mean and variance would cost gradients. With create_graph, backward calls the backward operator.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, frozen, options, running, used):  # type: ignore[no-untyped-def]
-        y, mean, var, signs = options.launcher(x).forward(
-            x, weight, bias, residual, frozen, options.eps, options.activation, options.keep_signs, running=running
-        )
-        _save(ctx, x, weight, bias, residual, frozen, mean, var, signs, options)
+    def forward(ctx, x, weight, bias, residual, results):  # type: ignore[no-untyped-def]
+        y, *kept, ctx.options = results
+        ctx.save_for_backward(x, weight, bias, *kept)
         ctx.set_materialize_grads(False)
-        used += mean, var
         return y
 
-    @staticmethod
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        return (None,) * 8 if dy is None else (*_gradients(ctx, dy), None, None, None, None)
+    backward = staticmethod(backward)
 
 
 # Function.apply without its handling of torch.func tensors, which `_is_eager` has excluded.
-_apply = super(torch.autograd.Function, Eager).apply
+_apply = super(torch.autograd.Function, FusedBatchNorm).apply
 
 
 # --- backward -----------------------------------------------------------------------------------------------------
@@ -344,8 +321,7 @@ def backward_operator(
             dy, x, weight, bias, residual, mean, var, signs, eps, activation, frozen, residual_gradient
         )
         return tuple(each.zero_() for each in empty)
-    launcher = Options(eps, activation, signs is not None, interpreted).launcher(x)
-    dx, dweight, dbias, dresidual = launcher.backward(
+    dx, dweight, dbias, dresidual = launcher(x.device, interpreted).backward(
         dy, x, weight, bias, residual, (mean, var), signs, eps, activation, frozen, residual_gradient
     )
     return dx, dweight, dbias, x.new_empty(0) if dresidual is None else dresidual

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from bncli.errors import Unavailable
 from bncli.kernels.fused.build import library
-from bncli.kernels.layout import accumulation, is_channels_last, refuse_gaps, sign_bytes
+from bncli.kernels.layout import accumulation, is_channels_last, refuse_gaps, sign_bytes, sizes
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 DEFINITIONS = {torch.float32: "FP32", torch.float64: "FP64", torch.bfloat16: "BF16", torch.float16: "FP16"}
 ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "silu": 3}
 CALL = struct.Struct("15P7q2d")  # struct call of cpu.cpp
+NO_MEMORY = "the fused kernel could not allocate its sums"
 
 Run = Callable[[bytes], int]
 
@@ -40,6 +41,16 @@ def compiled(dtype: torch.dtype) -> Compiled:
     for function in functions:
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int  # type: ignore[attr-defined]
     return functions
+
+
+@functools.lru_cache(maxsize=4096)
+def geometry(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, int, int, bool]:
+    """(N, C, S, whether it is channels last) of a tensor. Raises ValueError if it is neither that nor contiguous."""
+    x = torch.empty_strided(shape, strides, device="meta")
+    channels_last = is_channels_last(x)
+    if not (channels_last or x.is_contiguous()):
+        refuse_gaps(x)
+    return *sizes(x), channels_last
 
 
 @functools.cache
@@ -65,24 +76,26 @@ def forward(
     running: tuple[Tensor, Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """y like x, the mean and variance (C) that normalized, the sign bits if `keep_signs`. Updates `running`."""
-    wide, channels_last = accumulation(x), is_channels_last(x)
-    if not (channels_last or x.is_contiguous()):
-        refuse_gaps(x)
-    y = torch.empty_like(x)
+    run, wide, shape = compiled(x.dtype).forward, accumulation(x), geometry(x.shape, x.stride())
+    y, signs = torch.empty_like(x), x.new_empty(sign_bytes(x), dtype=torch.uint8) if keep_signs else None
     if statistics is None:
-        mean, var = x.new_empty(x.size(1), dtype=wide), x.new_empty(x.size(1), dtype=wide)
+        mean, var = x.new_empty(shape[1], dtype=wide), x.new_empty(shape[1], dtype=wide)
     else:
-        mean, var = statistics
-        if mean.dtype != wide or var.dtype != wide:
-            mean, var = mean.to(wide), var.to(wide)
-    signs = x.new_empty(sign_bytes(x), dtype=torch.uint8) if keep_signs else None
+        mean, var = statistics[0].to(wide), statistics[1].to(wide)
     running_mean, running_var, momentum = running or (None, None, 0.0)
     if weight is not None and weight.dtype != wide:  # a conversion to the same dtype takes half a microsecond
         weight = weight.to(wide)
     if bias is not None and bias.dtype != wide:
         bias = bias.to(wide)
-    tensors = (x, residual, None, y, None, None, weight, bias, mean, var, running_mean, running_var, None, None, signs)
-    _call(compiled(x.dtype).forward, tensors, x, channels_last, activation, statistics is not None, eps, momentum)
+    arguments = CALL.pack(
+        x.data_ptr(), 0 if residual is None else residual.data_ptr(), 0, y.data_ptr(), 0, 0,
+        0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        mean.data_ptr(), var.data_ptr(), 0 if running_mean is None else running_mean.data_ptr(),
+        0 if running_var is None else running_var.data_ptr(), 0, 0, 0 if signs is None else signs.data_ptr(),
+        *shape, ACTIVATIONS[activation], statistics is not None, torch.get_num_threads(), eps, momentum,
+    )  # fmt: skip
+    if run(arguments):
+        raise MemoryError(NO_MEMORY)
     return y, mean, var, signs
 
 
@@ -100,19 +113,23 @@ def backward(
     residual_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dx like x, dweight and dbias (C) in the dtypes of weight and bias, dresidual like x if `residual_gradient`."""
-    wide = accumulation(x)
-    dx = torch.empty_like(x)
-    dresidual = torch.empty_like(x) if residual_gradient else None
-    dweight, dbias = x.new_empty(x.size(1), dtype=wide), x.new_empty(x.size(1), dtype=wide)
+    run, wide, shape = compiled(x.dtype).backward, accumulation(x), geometry(x.shape, x.stride())
+    dx, dresidual = torch.empty_like(x), torch.empty_like(x) if residual_gradient else None
+    dweight, dbias = x.new_empty(shape[1], dtype=wide), x.new_empty(shape[1], dtype=wide)
     mean, var = statistics
     if mean.dtype != wide or var.dtype != wide:
         mean, var = mean.to(wide), var.to(wide)
-    wide_weight = weight.to(wide) if weight is not None and weight.dtype != wide else weight
-    wide_bias = bias.to(wide) if bias is not None and bias.dtype != wide else bias
-    tensors = (
-        x, residual, dy, None, dx, dresidual, wide_weight, wide_bias, mean, var, None, None, dweight, dbias, signs
+    wide_weight = weight if weight is None or weight.dtype == wide else weight.to(wide)
+    wide_bias = bias if bias is None or bias.dtype == wide else bias.to(wide)
+    arguments = CALL.pack(
+        x.data_ptr(), 0 if residual is None else residual.data_ptr(), dy.data_ptr(), 0, dx.data_ptr(),
+        0 if dresidual is None else dresidual.data_ptr(), 0 if wide_weight is None else wide_weight.data_ptr(),
+        0 if wide_bias is None else wide_bias.data_ptr(), mean.data_ptr(), var.data_ptr(), 0, 0, dweight.data_ptr(),
+        dbias.data_ptr(), 0 if signs is None else signs.data_ptr(),
+        *shape, ACTIVATIONS[activation], frozen, torch.get_num_threads(), eps, 0.0,
     )  # fmt: skip
-    _call(compiled(x.dtype).backward, tensors, x, is_channels_last(x), activation, frozen, eps, 0.0)
+    if run(arguments):
+        raise MemoryError(NO_MEMORY)
     if weight is not None and weight.dtype != wide:
         dweight = dweight.to(weight.dtype)
     if bias is not None and bias.dtype != wide:
@@ -120,35 +137,7 @@ def backward(
     return dx, dweight, dbias, dresidual
 
 
-def _call(
-    run: Run,
-    tensors: tuple[Tensor | None, ...],
-    x: Tensor,
-    channels_last: bool,
-    activation: str,
-    frozen: bool,
-    eps: float,
-    momentum: float,
-) -> None:
-    """Call a function of cpu.cpp. tensors: in the order of its struct call."""
-    pointers = []
-    for tensor in tensors:
-        if tensor is None:
-            pointers.append(0)
-        elif tensor.is_cpu:
-            pointers.append(tensor.data_ptr())
-        else:
-            raise RuntimeError(f"x is on the CPU; another tensor of the same batch norm is on {tensor.device}")
-    examples, channels = x.size(0), x.size(1)
-    positions = x.numel() // (examples * channels)
-    code, threads = ACTIVATIONS[activation], torch.get_num_threads()
-    if run(CALL.pack(*pointers, examples, channels, positions, channels_last, code, frozen, threads, eps, momentum)):
-        raise MemoryError("the fused kernel could not allocate its sums")
-
-
 def thread_division(x: Tensor) -> str:
     """How the work on a dense x (N, C, *S), which may be a meta tensor, is divided between threads, in words."""
-    examples, channels = x.size(0), x.size(1)
-    sizes = examples, channels, x.numel() // (examples * channels)
-    asked = CALL.pack(*[0] * 15, *sizes, is_channels_last(x), 0, 0, torch.get_num_threads(), 0.0, 0.0)
+    asked = CALL.pack(*[0] * 15, *geometry(x.shape, x.stride()), 0, 0, torch.get_num_threads(), 0.0, 0.0)
     return ("by channel", "channels in parts", "rows in parts")[compiled(x.dtype).division(asked)]

@@ -33,11 +33,9 @@ from torch.utils._pytree import tree_leaves
 
 from bncli.engine.device import synchronize
 from bncli.errors import UsageError
-from bncli.kernels import fused
 from bncli.results.profile import STEP_CLASSES
 
 STEP, DATA = "bncli: step", "bncli: data"  # the ranges that a step marks
-FUSED = {fused.Eager.__name__.lower(), "fused_batch_norm", "fused_batch_norm_backward"}
 ACTIVATIONS = {
     *("celu", "elu", "gelu", "glu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid", "mish"),
     *("clamp_min", "prelu", "relu", "relu6", "rrelu", "selu", "sigmoid", "silu", "softplus", "softsign", "tanh"),
@@ -66,7 +64,7 @@ def class_of(name: str) -> str | None:
     if name.startswith("Optimizer."):
         return "optimizer"
     operator = _operator(name)
-    if operator in FUSED or re.search("(batch|layer|group|instance|rms)_?norm", operator):
+    if re.search("(batch|layer|group|instance|rms)_?norm", operator):
         return "normalization"
     if operator in ACTIVATIONS:
         return "activation"
