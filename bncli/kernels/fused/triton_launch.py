@@ -255,8 +255,13 @@ def processors(device: torch.device) -> Processors:
         return Processors(1, cooperative=False)
     found = torch.cuda.get_device_properties(device)
     nvidia = torch.version.hip is None  # such barriers hang on other devices: FlagTree 1029 and 1030
-    refused = (torch.cuda.current_device() if device.index is None else device.index) in REFUSED
-    return Processors(found.multi_processor_count, nvidia and (found.major, found.minor) >= HOPPER and not refused)
+    cooperative = nvidia and (found.major, found.minor) >= HOPPER and not has_refused(device)
+    return Processors(found.multi_processor_count, cooperative)
+
+
+def has_refused(device: torch.device) -> bool:
+    """Whether the device has refused a cooperative launch in this process, so that two launches replace it."""
+    return device.type == "cuda" and (torch.cuda.current_device() if device.index is None else device.index) in REFUSED
 
 
 def reciprocal(divisor: int) -> tuple[int, int]:
