@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
 from bncli.kernels.fused import triton
 from bncli.kernels.fused.tiling import Plan, Processors, plan
@@ -17,10 +20,35 @@ from bncli.kernels.layout import accumulation, is_channels_last, refuse_gaps, si
 
 HOPPER = (9, 0)  # from here on teams use a barrier in memory; older devices, two launches
 COUNTER_STRIDE = 32  # int32 from one team's counter to the next: 128 bytes, a cache line each
+LEAST_SHARED = 1024 * COUNTER_STRIDE  # elements of memory that a device's calls share
+DEFAULT_STREAM = 0  # as CUDA numbers it
+NOTHING = contextlib.nullcontext()
+COMPILED = not triton.INTERPRETED and torch.version.hip is None  # for HIP the size of a tensor's storage matters too
 MOST_OF_32_BITS = 2**31 - 1
 STAGES = {"none": ("alone",), "grid": ("team",), "launch": ("statistics", "normalize")}
+REFUSAL = "too many blocks in cooperative launch"  # CUDA's error 720: MPS or a green context leaves too little room
+REFUSED: set[int] = set()  # the devices that answered so, by index; their plans have two launches instead of a barrier
 
 
+def _retried_without_barrier(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Repeat a call in two launches if the device refuses a cooperative one. The caller's own plan is not replaced."""
+
+    @wraps(function)
+    def call(first: Tensor, *arguments: Any, **named: Any) -> Any:
+        try:
+            return function(first, *arguments, **named)
+        except RuntimeError as error:
+            if named.get("plan") or REFUSAL not in str(error):
+                raise
+        REFUSED.add(first.get_device())
+        processors.cache_clear()
+        launch_for.cache_clear()
+        return function(first, *arguments, **named)
+
+    return call
+
+
+@_retried_without_barrier
 def forward(
     x: Tensor,
     weight: Tensor | None,
@@ -33,23 +61,25 @@ def forward(
     *,
     running: tuple[Tensor, Tensor, float] | None = None,
     plan: Plan | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """activation(batch_norm(x) + residual), the mean and variance (C) that normalized, and the sign bits.
 
-    x and residual (N, C, *S), dense, in the same layout. Signs: one bit per element if `keep_signs`, else empty.
+    x and residual (N, C, *S), dense, in the same layout. Signs: one bit per element if `keep_signs`, else None.
     running: a running mean and variance (C), which are updated in place, and a momentum.
     """
     frozen = statistics is not None
     launch = launch_for(x.shape, x.stride(), x.dtype, x.device, False, frozen, plan)
     y = torch.empty_like(x)
-    mean, var = statistics or (x.new_empty(x.size(1), dtype=launch.accumulate) for _ in range(2))
-    signs = x.new_empty(sign_bytes(x) if keep_signs else 0, dtype=torch.uint8)
+    if statistics is None:  # two allocations take less time than the two halves of one
+        mean = x.new_empty(x.size(1), dtype=launch.accumulate)
+        var = torch.empty_like(mean)
+    else:
+        mean, var = statistics
+    signs = x.new_empty(sign_bytes(x), dtype=torch.uint8) if keep_signs else None
     running_mean, running_var, momentum = running or (x, x, 0.0)
     launch.run(
         triton.forward,
-        x,
-        (x, _or(residual, x), _or(weight, x), _or(bias, x), y, mean, var, signs if keep_signs else x, running_mean,
-         running_var),
+        (x, _or(residual, x), _or(weight, x), _or(bias, x), y, mean, var, _or(signs, x), running_mean, running_var),
         (float(momentum), launch.unbiased),
         EPS=eps, ACTIVATION=activation, RESIDUAL=residual is not None, WEIGHT=weight is not None, BIAS=bias is not None,
         SIGNS=keep_signs, TRACK=running is not None,
@@ -57,6 +87,7 @@ def forward(
     return y, mean, var, signs
 
 
+@_retried_without_barrier
 def backward(
     dy: Tensor,
     x: Tensor,
@@ -71,8 +102,8 @@ def backward(
     residual_gradient: bool,
     *,
     plan: Plan | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dweight (C), dbias (C), dresidual (empty unless `residual_gradient`).
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dx, dweight (C), dbias (C), dresidual (None unless `residual_gradient`).
 
     dy, x, residual (N, C, *S), dense, in the same layout; residual only where the activation's gradient needs it and
     there are no signs. frozen: the statistics are constants.
@@ -80,14 +111,13 @@ def backward(
     launch = launch_for(x.shape, x.stride(), x.dtype, x.device, True, frozen, plan)
     channels, accumulate = x.size(1), launch.accumulate
     dx = torch.empty_like(x)
-    dr = torch.empty_like(x) if residual_gradient else x.new_empty(0)
+    dr = torch.empty_like(x) if residual_gradient else None
     dweight = x.new_empty(channels, dtype=accumulate if weight is None else weight.dtype)
     dbias = x.new_empty(channels, dtype=accumulate if bias is None else bias.dtype)
     partial = launch.run(
         triton.backward,
-        x,
         (dy, x, _or(residual, x), _or(weight, x), _or(bias, x), *statistics, _or(signs, x), dx,
-         dr if residual_gradient else x, dweight, dbias),
+         _or(dr, x), dweight, dbias),
         (),
         EPS=eps, ACTIVATION=activation, RESIDUAL=residual is not None, WEIGHT=weight is not None, BIAS=bias is not None,
         SIGNS=signs is not None, RESIDUAL_GRADIENT=residual_gradient,
@@ -119,22 +149,53 @@ class Launch:
     partial: tuple[int, ...]  # the programs' vectors: (slices, P, 2 or 3, B); one number if unused
     accumulate: torch.dtype
     unbiased: float  # m / (m - 1)
+    kept: dict[tuple[Any, ...], tuple[Any, ...]] = field(default_factory=dict)  # how to start what is compiled
 
-    def run(
-        self, kernel: Any, x: Tensor, tensors: tuple[Tensor, ...], numbers: tuple[float, ...], **chosen: Any
-    ) -> Tensor:
-        """Start the device kernel, once or twice. Returns the partial vectors of its programs."""
-        partial = x.new_empty(self.partial, dtype=self.accumulate)
-        arrived = _counters(x.device, self.plan.teams) if self.plan.barrier == "grid" else partial
-        grid = (self.plan.teams * self.plan.team,)
-        with on(x.device):
+    def run(self, kernel: Any, tensors: tuple[Tensor, ...], numbers: tuple[float, ...], **chosen: Any) -> Tensor:
+        """Start the device kernel, once or twice. Returns the partial sums of its programs.
+
+        Memory for what one launch both writes and reads is shared by the calls on the default stream, which are
+        sequential. Elsewhere each call gets its own: calls on two streams, or a captured graph and another call, may
+        overlap, and a graph owns what its warm-up allocates.
+        """
+        device = tensors[0].device
+        with on(device):
+            active = None if triton.INTERPRETED else driver.active
+            stream = active.get_current_stream(active.get_current_device()) if active else DEFAULT_STREAM
+            shared = stream == DEFAULT_STREAM and self.stages in (STAGES["none"], STAGES["grid"])
+            partial = (_shared if shared else torch.empty)(self.partial, dtype=self.accumulate, device=device)
+            counters = partial
+            if self.plan.barrier == "grid":
+                size = (self.plan.teams, COUNTER_STRIDE)
+                counters = (_shared if shared else torch.zeros)(size, dtype=torch.int32, device=device)
             for stage in self.stages:
-                kernel[grid](
-                    *tensors, partial, arrived, *numbers, *self.runtime, **self.constants, **chosen, STAGE=stage,
-                    num_warps=self.plan.warps, maxnreg=self.plan.registers, num_stages=1, enable_fp_fusion=True,
-                    launch_cooperative_grid=stage == "team",
-                )  # fmt: skip
+                self._start(kernel, stream, (*tensors, partial, counters), numbers, chosen | {"STAGE": stage})
         return partial
+
+    def _start(
+        self, kernel: Any, stream: int, tensors: tuple[Tensor, ...], numbers: tuple[float, ...], chosen: dict[str, Any]
+    ) -> None:
+        """Launch one stage: the first time through Triton's binder, which takes half of a call's time, then without.
+
+        What the binder tells apart is in the key, but for pointers to no multiple of 16 bytes, which are left to it.
+        """
+        grid = self.plan.teams * self.plan.team
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        key = (*chosen.values(), *[tensor.dtype for tensor in tensors])
+        keep = COMPILED and math.gcd(16, *addresses) == 16 and not _is_watched(kernel)
+        if keep and key in self.kept:
+            start, function, packed, constants = self.kept[key]
+            no_hooks = (None, None, None)  # no launch metadata either, which is for them
+            start(grid, 1, 1, stream, function, packed, *no_hooks, *addresses, *numbers, *self.runtime, *constants)
+            return
+        named = self.constants | chosen
+        found = kernel[(grid,)](
+            *tensors, *numbers, *self.runtime, **named, num_warps=self.plan.warps, maxnreg=self.plan.registers,
+            num_stages=1, enable_fp_fusion=True, launch_cooperative_grid=chosen["STAGE"] == "team",
+        )  # fmt: skip
+        if keep:
+            constants = [named[name] for name in kernel.arg_names if name in named]
+            self.kept[key] = (found.run, found.function, found.packed_metadata, constants)
 
 
 @lru_cache(maxsize=4096)
@@ -194,7 +255,13 @@ def processors(device: torch.device) -> Processors:
         return Processors(1, cooperative=False)
     found = torch.cuda.get_device_properties(device)
     nvidia = torch.version.hip is None  # such barriers hang on other devices: FlagTree 1029 and 1030
-    return Processors(found.multi_processor_count, nvidia and (found.major, found.minor) >= HOPPER)
+    cooperative = nvidia and (found.major, found.minor) >= HOPPER and not has_refused(device)
+    return Processors(found.multi_processor_count, cooperative)
+
+
+def has_refused(device: torch.device) -> bool:
+    """Whether the device has refused a cooperative launch in this process, so that two launches replace it."""
+    return device.type == "cuda" and (torch.cuda.current_device() if device.index is None else device.index) in REFUSED
 
 
 def reciprocal(divisor: int) -> tuple[int, int]:
@@ -205,22 +272,24 @@ def reciprocal(divisor: int) -> tuple[int, int]:
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Make the tensor's device the current one, on which kernels start."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type != "cuda" or device.index == driver.active.get_current_device():
+        return NOTHING
+    return torch.cuda.device(device)
 
 
-_COUNTERS: dict[int | None, Tensor] = {}
+def _is_watched(kernel: Any) -> bool:
+    """Whether a profiler's hooks or Triton's debugging are on, which are left to Triton's own launch."""
+    runtime = knobs.runtime
+    hooks = (getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
+    return bool(kernel.pre_run_hooks or runtime.debug or knobs.compilation.instrumentation_mode or any(hooks))
 
 
-def _counters(device: torch.device, teams: int) -> Tensor:
-    """One zeroed counter per team, which the barrier leaves at zero.
+_SHARED: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    They are cached for the default stream only, on which calls are sequential. Elsewhere each call gets new ones: calls
-    on two streams, or a captured graph and another call, may overlap, and a graph owns what its warm-up allocates.
-    """
-    size = teams * COUNTER_STRIDE
-    on_default = torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
-    if not on_default or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(size, dtype=torch.int32, device=device)
-    if device.index not in _COUNTERS or _COUNTERS[device.index].numel() < size:
-        _COUNTERS[device.index] = torch.zeros(max(size, 1024 * COUNTER_STRIDE), dtype=torch.int32, device=device)
-    return _COUNTERS[device.index]
+
+def _shared(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """At least as many elements of the device's shared memory, zero when it is new. A barrier leaves counters at 0."""
+    size, found = math.prod(shape), _SHARED.get((device, dtype))
+    if found is None or found.numel() < size:
+        found = _SHARED[device, dtype] = torch.zeros(max(size, LEAST_SHARED), dtype=dtype, device=device)
+    return found

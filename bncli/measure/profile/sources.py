@@ -50,7 +50,7 @@ def _source(name: str, device: torch.device, allow_code: bool) -> Source:
 
     def run_by_name(case: Case) -> TimedKernel:
         kernels.get(name, device)
-        return TimedKernel(case, by_name(name), ran(case, name, device))
+        return TimedKernel(case, by_name(name), lambda: ran(case, name, device))
 
     return run_by_name
 
@@ -236,18 +236,18 @@ def execution_path(plan: Plan, frozen_stats: bool = False) -> str:
 
 def _fused_on_cuda(case: Case, device: torch.device) -> str | None:
     try:
-        from bncli.kernels.fused.triton_launch import plan_for, processors
+        from bncli.kernels.fused.triton_launch import has_refused, plan_for, processors
 
         x = torch.empty(case.shape, dtype=case.stored, device="meta")
         x = with_layout(x, "contiguous" if case.layout == "strided" else case.layout)
         on, frozen_stats = processors(device), not case.training
-        forward, backward = (
-            execution_path(plan_for(x, on, backward=backward, frozen=frozen_stats), frozen_stats)
-            for backward in (False, True)
-        )
+        plans = [plan_for(x, on, backward=backward, frozen=frozen_stats) for backward in (False, True)]
     except (ImportError, ValueError):  # no Triton, or no plan for the case
         return None
+    forward, backward = (execution_path(plan, frozen_stats) for plan in plans)
     path = forward if forward == backward else f"{forward}; backward {backward}"
+    if has_refused(device) and any(plan.barrier == "launch" for plan in plans):
+        path += " (a cooperative launch was refused)"
     return f"copied, {path}" if case.layout == "strided" else path
 
 

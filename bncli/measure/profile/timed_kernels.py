@@ -25,14 +25,19 @@ from bncli.results.profile import Case, Direction, KernelCost
 
 @dataclass(frozen=True)
 class TimedKernel:
-    """One kernel on one case. ran: its implementation, None if unknown."""
+    """One kernel on one case. implementation: in words, None if unknown; or what tells it after a call."""
 
     case: cases.Case
     call: Forward
-    ran: str | None = None
+    implementation: str | Callable[[], str | None] | None = None
     overwrites: bool = False  # it overwrites x, so each call needs a copy
     positive_weight: bool = False  # it is batch norm only for weights above 0
     compiles: bool = False  # on its first call
+
+    @property
+    def ran(self) -> str | None:
+        """The implementation that really ran: a call may have found that a device refuses a cooperative launch."""
+        return self.implementation() if callable(self.implementation) else self.implementation
 
     def arguments(self, inputs: Inputs) -> tuple[Any, ...]:
         """The arguments of one call, with a copy of x where the call writes over it."""

@@ -1,11 +1,15 @@
-"""Teams of programs that meet at a barrier in memory, which only a GPU can run.
+"""Teams of programs that meet at a barrier in memory: a model of the barrier, and teams where there is a GPU.
 
 Graphs and streams: tests/benchmarks/hazards.py.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +20,108 @@ from bncli.kernels.layout import is_channels_last, sizes
 
 triton_launch = pytest.importorskip("bncli.kernels.fused.triton_launch")
 
-pytestmark = pytest.mark.cuda
-
 EPS = 1e-5
+
+# --- the barrier, in all interleavings of its atomic operations ---------------------------------------------------
+
+BARRIER = inspect.getsource(triton_launch.triton._barrier.fn).split("\n", 1)[1]  # without its decorator
+Outcome = int | None  # the next atomic operation's increment, None after the barrier
+
+
+class Paused(Exception):
+    """The barrier's next atomic operation adds args[0]."""
+
+
+def barrier_of(source: str) -> Callable[[int, int, tuple[int, ...]], Outcome]:
+    """What program p of P does next in the kernel's barrier, after atomic operations with those results."""
+
+    class Language:
+        """Triton's language for one program, in plain integers."""
+
+        def __init__(self, results: tuple[int, ...]) -> None:
+            self.results = list(results)
+
+        def debug_barrier(self) -> None:
+            """Threads of one program, of which the model has one."""
+
+        def where(self, condition: bool, one: int, other: int) -> int:
+            return one if condition else other
+
+        def atomic_add(self, pointer: None, value: int, **_: str) -> int:
+            if not self.results:
+                raise Paused(value)
+            return self.results.pop(0)
+
+    @cache
+    def outcome(p: int, P: int, results: tuple[int, ...]) -> Outcome:
+        names: dict[str, Any] = {"tl": Language(results)}
+        exec(source, names)
+        try:
+            names["_barrier"](None, p, P)
+        except Paused as paused:
+            return int(paused.args[0])
+        return None
+
+    return outcome
+
+
+def faults(source: str, P: int, rounds: int, start: int) -> set[str]:
+    """What goes wrong when P programs pass the barrier some times, in any order; counters are of 32 bits.
+
+    A program's state is the number of rounds it has passed, and what its arrival returned.
+    """
+    outcome, found = barrier_of(source), set()
+    first = (start, ((0, ()),) * P)
+    seen, left = {first}, [first]
+    while left:
+        counter, programs = left.pop()
+        moves = []
+        for p, (passed, arrival) in enumerate(programs):
+            if passed == rounds:
+                continue
+            total = counter + (outcome(p, P, arrival) or 0)
+            after = (total + 2**31) % 2**32 - 2**31
+            if outcome(p, P, (*arrival, counter)) is not None:
+                if not arrival:
+                    moves.append((after, (*programs[:p], (passed, (counter,)), *programs[p + 1 :])))
+                elif after != counter:
+                    found.add("a poll changes the counter")
+                continue
+            if any(others < passed or (others == passed and not there) for others, there in programs):
+                found.add("a program left before all had arrived")
+            moves.append((after, (*programs[:p], (passed + 1, ()), *programs[p + 1 :])))
+        if not moves and any(passed < rounds for passed, _ in programs):
+            found.add("programs wait forever")
+        if not moves and counter & 0x7FFFFFFF:
+            found.add("the counter needs a reset")
+        left += set(moves) - seen
+        seen |= set(moves)
+    return found
+
+
+@pytest.mark.parametrize("start", [0, -(2**31)])
+@pytest.mark.parametrize(("P", "rounds"), [(2, 3), (3, 3), (4, 3), (5, 2)])
+def test_no_program_passes_the_barrier_early_or_waits_forever(P: int, rounds: int, start: int) -> None:
+    assert faults(BARRIER, P, rounds, start) == set()
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("(P - 2)", "(P - 1)"),
+        ("(P - 2)", "(P - 3)"),
+        ("0x7FFFFFFF", "0x3FFFFFFF"),
+        ("p == 0", "p < 2"),
+        (">= 0", "< 0"),
+        ("arrived, 0,", "arrived, 1,"),
+    ],
+)
+def test_a_wrong_barrier_is_found(right: str, wrong: str) -> None:
+    assert BARRIER.count(right) == 1
+    assert faults(BARRIER.replace(right, wrong), 3, 2, 0)
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------------
 
 
 def planned(x: Tensor, team: int, *, backward: bool, held: int | None = None) -> Plan:
@@ -43,12 +146,18 @@ def as_launches(cut: Plan) -> Plan:
     return replace(cut, teams=cut.slices, barrier="launch")
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("held", [None, 1])
-def test_teams_of_every_size_take_turns_on_the_same_counters(channels_last: bool, held: int | None) -> None:
+def test_teams_of_every_size_take_turns_on_the_same_counters(
+    channels_last: bool, held: int | None, device: str
+) -> None:
     """Held to the same plan in two launches; with one tile held the rest overflows. Slices outnumber teams."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    x, dy = (torch.randn(32, 200, 48, 48, device="cuda", dtype=torch.bfloat16, generator=generator) for _ in range(2))
+    if torch.device(device).index >= torch.cuda.device_count():
+        pytest.skip("needs a second GPU, which is not the current device")
+    generator = torch.Generator(device).manual_seed(0)
+    x, dy = (torch.randn(32, 200, 48, 48, device=device, dtype=torch.bfloat16, generator=generator) for _ in range(2))
     if channels_last:
         x, dy = (each.contiguous(memory_format=torch.channels_last) for each in (x, dy))
     count = triton_launch.processors(x.device).count

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -155,6 +159,113 @@ def test_64_bit_addresses_give_the_same(
     given = case((4, 3, 2, 4), torch.float32, device, channels_last=channels_last, activation="relu", residual=True)
     assert_right(fused(device), given)
     triton_launch.launch_for.cache_clear()
+
+
+# --- launches -----------------------------------------------------------------------------------------------------
+
+
+class FakeKernel:
+    """One of the device kernels: its launches through the binder (with tensors), and those without (with addresses)."""
+
+    def __init__(self, kernel: Any, refuses: str = "") -> None:
+        self.signature, self.refuses = inspect.signature(kernel.fn), refuses
+        self.arg_names, self.pre_run_hooks = list(self.signature.parameters), []
+        self.error = "Triton Error [CUDA]: too many blocks in cooperative launch"
+        self.bound: list[dict[str, Any]] = []
+        self.direct: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., Any]:
+        def launch(*arguments: Any, **named: Any) -> Any:
+            if self.refuses and self.refuses == named["STAGE"]:
+                raise RuntimeError(self.error)
+            ours = {name: value for name, value in named.items() if name in self.arg_names}
+            self.bound.append({"grid": (*grid, 1, 1), **self.signature.bind(*arguments, **ours).arguments})
+            return SimpleNamespace(run=self.run, function="function", packed_metadata="packed")
+
+        return launch
+
+    def run(self, x: int, y: int, z: int, *rest: Any) -> None:
+        assert rest[:6] == (0, "function", "packed", None, None, None)  # a stream; neither metadata nor hooks
+        self.direct.append({"grid": (x, y, z), **dict(zip(self.arg_names, rest[6:], strict=True))})
+
+
+@pytest.fixture
+def faked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[FakeKernel, FakeKernel]]]:
+    """Device kernels that only record, as on an H200."""
+
+    def fake(refuses: str = "") -> tuple[FakeKernel, FakeKernel]:
+        kernels = tuple(FakeKernel(getattr(device_kernels, name), refuses) for name in ("forward", "backward"))
+        module = SimpleNamespace(forward=kernels[0], backward=kernels[1], INTERPRETED=True, TYPES=device_kernels.TYPES)
+        monkeypatch.setattr(triton_launch, "triton", module)
+        return kernels  # type: ignore[return-value]
+
+    cooperative = lru_cache(lambda _: Processors(132, cooperative=not triton_launch.REFUSED))
+    monkeypatch.setattr(triton_launch, "COMPILED", True)
+    monkeypatch.setattr(triton_launch, "REFUSED", set())
+    monkeypatch.setattr(triton_launch, "processors", cooperative)
+    triton_launch.launch_for.cache_clear()
+    yield fake
+    triton_launch.launch_for.cache_clear()
+
+
+def step(x: Tensor, weight: Tensor, **options: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One call of each launcher; returns their results by the names of the kernels' arguments."""
+    bias, running_mean, running_var = (torch.ones(x.size(1)) for _ in range(3))
+    y, mean, var, signs = triton_launch.forward(
+        x, weight, bias, x, None, EPS, "relu", True, running=(running_mean, running_var, 0.1), **options
+    )
+    results = triton_launch.backward(x, x, weight, bias, None, (mean, var), signs, EPS, "relu", False, True, **options)
+    written = {"y": y, "mean": mean, "var": var, "signs": signs, "bias": bias, "running_mean": running_mean}
+    read = {"mean": mean, "var": var, "signs": signs, "bias": bias}
+    named = zip(("dx", "dweight", "dbias", "dr"), results, strict=True)
+    return written | {"running_var": running_var}, read | dict(named)
+
+
+ONE_PROGRAM, A_TEAM = (4, 8, 4, 4), (32, 64, 56, 56)  # for a channel, on an H200
+
+
+@pytest.mark.parametrize(("shape", "stage"), [(ONE_PROGRAM, "alone"), (A_TEAM, "team")])
+def test_a_second_call_passes_what_the_binder_passes(shape: tuple[int, ...], stage: str, faked: Any) -> None:
+    kernels, x, weight = faked(), torch.zeros(shape), torch.ones(shape[1])
+    kept = step(x, weight)  # so that the second call's tensors are at other addresses
+    for kernel, before, now in zip(kernels, kept, step(x, weight), strict=True):
+        (bound,), (direct,) = kernel.bound, kernel.direct
+        assert bound["STAGE"] == stage
+        assert all(bound[name] is tensor for name, tensor in before.items())
+        expected = {name: each.data_ptr() if isinstance(each, Tensor) else each for name, each in (bound | now).items()}
+        assert direct == expected
+
+
+def test_what_the_binder_tells_apart_is_left_to_it(faked: Any) -> None:
+    kernels, x, weight = faked(), torch.zeros(ONE_PROGRAM), torch.ones(9)
+    calls = [(x, weight[1:]), (x, weight[1:]), (x, weight[:8]), (x, weight[:8].double()), (x, weight[:8])]
+    for call in calls:
+        step(*call)
+    for kernel in kernels:
+        assert (len(kernel.bound), len(kernel.direct)) == (4, 1)
+        kernel.pre_run_hooks.append("a hook")
+    step(*calls[-1])
+    assert [(len(kernel.bound), len(kernel.direct)) for kernel in kernels] == [(5, 1)] * 2
+
+
+def test_a_device_that_refuses_a_cooperative_launch_gets_two_launches(faked: Any) -> None:
+    kernels, x, weight = faked(refuses="team"), torch.zeros(A_TEAM), torch.ones(64)
+    team = triton_launch.plan_for(x, Processors(132, cooperative=True))
+    with pytest.raises(RuntimeError, match="too many blocks"):
+        triton_launch.forward(x, weight, None, None, None, EPS, "none", False, plan=team)
+    assert not triton_launch.REFUSED  # whoever asks for a team gets one, or the reason
+    step(x, weight)
+    assert {x.get_device()} == triton_launch.REFUSED
+    for kernel in kernels:
+        assert [bound["STAGE"] for bound in kernel.bound] == ["statistics", "normalize"]
+
+
+def test_other_errors_of_a_launch_are_not_retried(faked: Any) -> None:
+    kernels = faked(refuses="alone")
+    kernels[0].error = "Triton Error [CUDA]: an illegal memory access was encountered"
+    with pytest.raises(RuntimeError, match="illegal"):
+        step(torch.zeros(ONE_PROGRAM), torch.ones(8))
+    assert not triton_launch.REFUSED
 
 
 # --- numerics -----------------------------------------------------------------------------------------------------

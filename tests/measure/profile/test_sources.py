@@ -172,6 +172,18 @@ def test_the_execution_path_of_a_plan() -> None:
     assert "% on-chip" in path((4096, 64, 3136), backward=True)  # a team that holds a part
 
 
+def test_a_refused_cooperative_launch_is_told_once_it_has_happened(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_launch = pytest.importorskip("bncli.kernels.fused.triton_launch")
+    refused: set[int] = set()
+    monkeypatch.setattr(triton_launch, "has_refused", lambda device: bool(refused))
+    monkeypatch.setattr(triton_launch, "processors", lambda device: Processors(132, cooperative=not refused))
+    monkeypatch.setattr(sources.kernels, "get", lambda name, device: None)
+    timed_kernel = sources._source("fused", CUDA, False)(timed(profile.Case((256, 64, 56, 56), "bn", "fp16")))
+    assert str(timed_kernel.ran).startswith("cooperative (")
+    refused.add(0)
+    assert timed_kernel.ran == "two launches (a cooperative launch was refused)"
+
+
 @pytest.mark.parametrize("affine", ["wide", "same"])
 def test_torch_is_asked_which_of_its_batch_norms_runs(affine: str) -> None:
     case = timed(profile.Case((4, 8, 6, 6), "bn", "fp32", affine=affine))
