@@ -254,6 +254,7 @@ TESTS_OF_SEVERAL = {
     "test_packaging.py": "the wheel, and what works where it alone is installed",
     "test_documentation.py": "README.md, CONTRIBUTING.md, docs/ and the recipes' headers",
     "benchmarks/test_benchmarks.py": "the benchmark commands",
+    "benchmarks/test_first_gpu.py": "the first session on a GPU, whose parts need the interpreter and processes",
     "engine/train/test_fused_training.py": "training with the fused kernel, through all its modules",
     "engine/train/test_step.py": "the options of the optimizer step: accumulation, clipping, label smoothing",
     "fuzz/test_fuzz.py": "the fuzzing command, and a fixed number of its inputs",
