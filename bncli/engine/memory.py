@@ -84,7 +84,7 @@ def give_back_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def new_memory() -> Iterator[Callable[[], None]]:
+def new_memory() -> Iterator[Callable[[], object]]:
     """A context in which tensors of MAPPED_FROM_BYTES or more take new pages though freed memory is otherwise kept.
 
     The function that it gives returns the pages that were freed so far; without a call, a tensor may get them again.

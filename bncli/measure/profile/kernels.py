@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -309,7 +310,10 @@ class KernelRun:
             samples[direction] = sampled({kernel: of[direction] for kernel, of in works.items()}, *rounds)
         if in_new_memory:
             with new_memory() as give_back:
-                after = {kernel: _after(give_back, of["both"]) for kernel, of in works.items()}
+                after = {
+                    kernel: replace(of["both"], prepare=partial(_second, give_back, of["both"].prepare))
+                    for kernel, of in works.items()
+                }
                 samples["new_memory"] = sampled(after, together, budget.least)
         return samples
 
@@ -334,14 +338,10 @@ class KernelRun:
             yield Note("host bound", count=self._clock.host_bound, of=self._clock.samples)
 
 
-def _after(first: Callable[[], None], work: Work) -> Work:
-    """The work, whose preparation begins with `first`."""
-
-    def prepare() -> Any:
-        first()
-        return work.prepare()
-
-    return replace(work, prepare=prepare)
+def _second(first: Callable[[], object], second: Callable[[], Any]) -> Any:
+    """What the second gives, after the first."""
+    first()
+    return second()
 
 
 def _timed(row: KernelCost, samples: Samples) -> KernelCost:
