@@ -2,22 +2,19 @@
  *
  * Compiled on first use by cpu.py, once for each element type: -DFP32, -DFP64, -DBF16 or -DFP16.
  *
- * x is (N, C, S), m = N S values a channel, in one of two layouts, both of which are visited in lines:
- * - planes (contiguous): a line is a plane of S values of one channel, or a piece of it;
- * - rows (channels last): a line is one row of C values, or several rows side by side.
- * Each direction visits the lines twice: once to sum, once to write. The work is divided into parts, each some lines.
- * As planes a thread takes whole channels, so that a channel's values are still in its cache at the second visit; where
- * there are too few channels for the threads, and as rows, the threads share the parts.
+ * x is (N, C, S), visited in lines: as planes (contiguous) a line is S values of one channel, or a piece of them; as
+ * rows (channels last) it is a row of C values, or several side by side. Each direction visits the lines twice, once to
+ * sum and once to write, in parts of some lines. As planes a thread takes whole channels, whose values are still in its
+ * cache at the second visit; where channels are too few for the threads, and as rows, the threads share the parts.
  *
- * The first visit reads ABREAST lines at a time, a quarter of a part apart: one core reads more bytes per second from
- * memory in four sequences of addresses than in one. The second visit writes large results past the caches, which
- * saves reading the lines of the result before they are written.
+ * The first visit reads ABREAST lines at a time, a quarter of a part apart: a core reads more bytes per second from
+ * memory in four sequences of addresses than in one. The second writes large results past the caches, which saves
+ * reading their cache lines before they are written.
  *
- * Sums: float32 in vectors over at most CHUNK values of a line, then float64 (for float64 float64). Squares are taken
- * of differences from a shift, the mean of the first 1/HEAD of each quarter of a part, so that the squares are at most
- * HEAD times what they would be about the part's own mean, and cancellation costs no more than that. Parts are joined
- * by their means and squared deviations (Chan, Golub & LeVeque 1983). How values are divided into parts does not depend
- * on the number of threads: neither does any bit of the result.
+ * Sums: float32 over at most CHUNK values of a line, then float64 (of float64 in float64). Squares are of differences
+ * from a shift, the mean of at least 1/HEAD of a part, so that they are at most HEAD times what they would be about the
+ * part's own mean, and cancellation costs no more than that. Parts are joined by their means and squared deviations
+ * (Chan, Golub & LeVeque 1983). The division into parts does not depend on the number of threads, so no bit does.
  */
 
 #include <stdint.h>
@@ -35,7 +32,6 @@ extern "C" int omp_get_thread_num(void), omp_get_num_threads(void); // omp.h is 
 namespace {
 
 // ---- vectors of LANES values ---------------------------------------------------------------------------------------
-
 #ifdef FP64
 typedef double wide; // the type of all arithmetic
 typedef int64_t integer;
@@ -43,7 +39,6 @@ typedef int64_t integer;
 typedef float wide;
 typedef int32_t integer;
 #endif
-
 #if defined FP64 || !defined __AVX512F__
 constexpr int LANES = 8; // where registers are shorter the compiler takes several
 #else
@@ -56,20 +51,15 @@ typedef integer integers __attribute__((vector_size(LANES * sizeof(wide)))); // 
 #define ALWAYS_INLINE __attribute__((always_inline))
 #define INLINE static inline ALWAYS_INLINE
 
-INLINE lanes all(wide value) { return lanes{} + value; }
-
-INLINE lanes load_wide(const wide *from) {
-    lanes v;
+template <class Vector> INLINE Vector read(const void *from) {
+    Vector v;
     memcpy(&v, from, sizeof v);
     return v;
 }
 
-INLINE void store_wide(wide *to, lanes v) { memcpy(to, &v, sizeof v); }
-
-INLINE lanes choose(integers which, lanes yes, lanes no) {
-    return (lanes)(((integers)yes & which) | ((integers)no & ~which));
-}
-
+INLINE void write_lanes(wide *to, lanes v) { memcpy(to, &v, sizeof v); }
+INLINE lanes all(wide value) { return lanes{} + value; }
+INLINE lanes choose(integers k, lanes yes, lanes no) { return (lanes)(((integers)yes & k) | ((integers)no & ~k)); }
 INLINE double total(lanes v) {
     double sum = 0;
     for (int i = 0; i < LANES; i++) sum += v[i];
@@ -77,7 +67,6 @@ INLINE double total(lanes v) {
 }
 
 // ---- elements in memory --------------------------------------------------------------------------------------------
-
 #if defined FP32 || defined FP64
 typedef wide element;
 typedef lanes packed;
@@ -118,90 +107,56 @@ INLINE packed narrowed(lanes v) {
 #endif
 #endif
 
-INLINE lanes load(const element *from) {
-    packed v;
-    memcpy(&v, from, sizeof v);
-    return widened(v);
-}
-
-INLINE void store(element *to, lanes v) {
-    const packed p = narrowed(v);
-    memcpy(to, &p, sizeof p);
-}
-
 // Past the caches; `to` is a multiple of the vector's size, and its cache line is written whole.
-INLINE void store_past_caches(element *to, lanes v) {
-    const packed p = narrowed(v);
-    const char *from = (const char *)&p;
-#if defined __AVX512F__
-    if (sizeof p == 64) return _mm512_stream_si512((__m512i *)to, _mm512_loadu_si512(from));
-#endif
+INLINE void store_past_caches(element *to, packed p) {
 #if defined __AVX__
-    for (size_t i = 0; i + 32 <= sizeof p; i += 32)
-        _mm256_stream_si256((__m256i *)((char *)to + i), _mm256_loadu_si256((const __m256i *)(from + i)));
-    if (sizeof p == 16) _mm_stream_si128((__m128i *)to, _mm_loadu_si128((const __m128i *)from));
+    if (sizeof p == 16) return _mm_stream_si128((__m128i *)to, read<__m128i>(&p));
+    const char *from = (const char *)&p;
+    for (size_t i = 0; i < sizeof p / 32; i++) _mm256_stream_si256((__m256i *)to + i, read<__m256i>(from + 32 * i));
 #else
-    memcpy(to, from, sizeof p);
+    memcpy(to, &p, sizeof p);
 #endif
 }
 
 // ---- the vectors of a line -----------------------------------------------------------------------------------------
-
-struct whole { // a vector of LANES values
-    static constexpr int held = LANES;
-    ALWAYS_INLINE lanes load(const element *from) const { return ::load(from); }
-    ALWAYS_INLINE void store(element *to, lanes v, bool past_caches) const {
-        past_caches ? store_past_caches(to, v) : ::store(to, v);
-    }
-    ALWAYS_INLINE lanes only_new(lanes v) const { return v; }
-};
-
-// The last vector of a line: it ends with the line, and its first lanes repeat values of the vector before. Of a line
-// shorter than a vector only the first `held` lanes exist.
-struct rest {
-    int held, repeated;
+// A vector of a line. The last ends with the line, so that its first lanes repeat values of the vector before. Of a
+// line shorter than a vector only the first `held` lanes exist.
+template <bool WHOLE> struct span {
+    int held = LANES, repeated = 0;
     ALWAYS_INLINE lanes load(const element *from) const {
-        if (held == LANES) return ::load(from);
         packed v = {};
-        memcpy(&v, from, held * sizeof(element));
+        WHOLE || held == LANES ? memcpy(&v, from, sizeof v) : memcpy(&v, from, held * sizeof(element));
         return widened(v);
     }
-    ALWAYS_INLINE void store(element *to, lanes v, bool) const {
+    ALWAYS_INLINE void store(element *to, lanes v, bool past_caches) const {
         const packed p = narrowed(v);
-        memcpy(to, &p, held * sizeof(element));
+        if (!WHOLE) memcpy(to, &p, held * sizeof(element));
+        else past_caches ? store_past_caches(to, p) : (void)memcpy(to, &p, sizeof p);
     }
     ALWAYS_INLINE lanes only_new(lanes v) const { // 0 in the other lanes
-        integers lane;
+        integers lane = {};
         for (int i = 0; i < LANES; i++) lane[i] = i;
-        return (lanes)((integers)v & (lane >= (integers{} + repeated)) & (lane < (integers{} + held)));
+        return WHOLE ? v : (lanes)((integers)v & (lane >= (integers{} + repeated)) & (lane < (integers{} + held)));
     }
 };
 
 // body(j, vector) for each vector of the values from..to of a line, j being where it begins in the line.
 template <class Body> INLINE void each_vector(int64_t from, int64_t to, Body body) {
     int64_t j = from;
-    for (; j + LANES <= to; j += LANES) body(j, whole());
-    if (j == to) return;
-    if (to >= LANES) body(to - LANES, rest{LANES, (int)(j - (to - LANES))});
-    else body(j, rest{(int)(to - j), 0});
+    for (; j + LANES <= to; j += LANES) body(j, span<true>());
+    if (j < to && to >= LANES) body(to - LANES, span<false>{LANES, (int)(j - (to - LANES))});
+    else if (j < to) body(j, span<false>{(int)(to - j), 0});
 }
 
 enum { ABREAST = 4 };
-
-template <int LINES> struct count {
-    static constexpr int value = LINES;
-};
-
+template <int LINES> struct count { static constexpr int value = LINES; };
 template <class Body> INLINE void each_line(count<1>, Body body) { body(0); }
 template <class Body> INLINE void each_line(count<ABREAST>, Body body) { body(0), body(1), body(2), body(3); }
 
 // ---- a bit an element ----------------------------------------------------------------------------------------------
-
 INLINE unsigned to_bits(integers which) {
-#if defined __AVX512DQ__ && !defined FP64
-    return _mm512_movepi32_mask((__m512i)which);
-#elif defined __AVX512DQ__
-    return _mm512_movepi64_mask((__m512i)which);
+#if defined __AVX512DQ__
+    return sizeof(wide) == 4 ? _mm512_movepi32_mask((__m512i)which) : _mm512_movepi64_mask((__m512i)which);
 #elif defined __AVX__ && !defined FP64
     return (unsigned)_mm256_movemask_ps((__m256)which);
 #else
@@ -210,7 +165,6 @@ INLINE unsigned to_bits(integers which) {
     return bits;
 #endif
 }
-
 INLINE integers from_bits(unsigned bits) {
     integers bit;
     for (int i = 0; i < LANES; i++) bit[i] = (integer)1 << i;
@@ -221,15 +175,11 @@ INLINE integers from_bits(unsigned bits) {
 INLINE void put_bits(uint8_t *signs, int64_t at, unsigned bits, int held) {
     uint8_t *byte = signs + at / 8;
     const int before = (int)(at % 8);
-    if (held == LANES && before == 0) {
-        memcpy(byte, &bits, LANES / 8);
-        return;
-    }
+    if (held == LANES && before == 0) return (void)memcpy(byte, &bits, LANES / 8);
     bits &= (1u << held) - 1;
     if (before) bits = bits << before | (*byte & ((1u << before) - 1));
     for (int left = before + held; left > 0; left -= 8, bits >>= 8) *byte++ = (uint8_t)bits;
 }
-
 INLINE unsigned get_bits(const uint8_t *signs, int64_t at, int held) {
     const uint8_t *byte = signs + at / 8;
     const int before = (int)(at % 8);
@@ -241,7 +191,6 @@ INLINE unsigned get_bits(const uint8_t *signs, int64_t at, int held) {
 }
 
 // ---- activations ---------------------------------------------------------------------------------------------------
-
 enum Activation { NONE, RELU, LEAKY_RELU, SILU };
 constexpr wide SLOPE = (wide)0.01;
 
@@ -256,15 +205,9 @@ INLINE lanes exponential(lanes v) { // 2^n e^r with |r| <= ln(2)/2; within 2 uni
     v = choose(v > most, all(most), choose(v < least, all(least), v));
     lanes n = (v * 1.44269504f + round) - round;
     lanes r = (v - n * 0.693359375f) - n * -2.12194440e-4f; // ln 2 in two pieces, the first exact
-    lanes p = all(1.0f / 5040);
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r * r + r + 1.0f;
+    const lanes p = (((all(1.0f / 5040) * r + 1.0f / 720) * r + 1.0f / 120) * r + 1.0f / 24) * r + 1.0f / 6;
     const integers power = (__builtin_convertvector(n, integers) + 127) << 23;
-    return p * (lanes)power;
+    return ((p * r + 0.5f) * r * r + r + 1.0f) * (lanes)power;
 }
 #endif
 
@@ -277,18 +220,15 @@ template <Activation A> INLINE lanes activated(lanes z) {
 
 // Where dy passes unchanged. At a NaN as in torch: relu stops dy where z <= 0, leaky_relu scales it unless z > 0.
 template <Activation A> INLINE integers passes(lanes z) { return A == RELU ? ~(z <= 0) : z > 0; }
-
 template <Activation A> INLINE lanes through_sign(lanes dy, integers pass) {
     return A == RELU ? (lanes)((integers)dy & pass) : choose(pass, dy, dy * SLOPE);
 }
-
 INLINE lanes through_silu(lanes dy, lanes z) {
     const lanes s = 1 / (1 + exponential(-z));
     return dy * (s * (1 + z * (1 - s)));
 }
 
 // ---- arguments -----------------------------------------------------------------------------------------------------
-
 struct call { // cpu.py packs it
     const element *x, *residual, *dy;
     element *y, *dx, *dresidual;
@@ -300,10 +240,7 @@ struct call { // cpu.py packs it
     int64_t examples, channels, positions, rows, activation, frozen, threads;
     double eps, momentum;
 };
-
-struct task : call {
-    bool past_caches; // whether the results are written past the caches
-};
+struct task : call { bool past_caches; }; // whether the results are written past the caches
 
 enum {
     CHUNK = 1024,               // values of a line that are summed in float32
@@ -326,39 +263,27 @@ INLINE int64_t values_of_channel(const call &c) { return c.examples * c.position
 // ---- the sums of a channel -----------------------------------------------------------------------------------------
 // Forward they are moments, backward gradients: the functions below that are declared for both do the work of one.
 
-struct moments { // of `count` values: their mean, and the sum of their squared deviations from it
-    double count, first, second;
-};
-
-struct gradients { // of `count` values: sums of dz, and of dz (x - mean)
-    double count, first, second;
-};
+struct moments { double count, first, second; };   // of `count` values: their mean, their squared deviations from it
+struct gradients { double count, first, second; }; // count: of a part. Sums of dz, and of dz (x - mean)
 
 INLINE moments joined(moments a, moments b) {
     const double count = a.count + b.count, share = b.count / count, difference = b.first - a.first;
     return {count, a.first + difference * share, a.second + b.second + difference * difference * a.count * share};
 }
-
-INLINE gradients joined(gradients a, gradients b) {
-    return {a.count + b.count, a.first + b.first, a.second + b.second};
-}
-
+INLINE gradients joined(gradients a, gradients b) { return {a.count, a.first + b.first, a.second + b.second}; }
 INLINE moments about(double shift, double count, double sum, double squares) { // sums of differences from the shift
     const double mean = sum / count, rest = squares - sum * mean;
     return {count, shift + mean, rest < 0 ? 0 : rest}; // a NaN stays one
 }
 
-struct channel { // z = (x - mean) scale + shift, dx = scale dz - (x - mean) slope - constant
-    wide mean, scale, shift, slope, constant;
-};
-
+// z = (x - mean) scale + shift, dx = scale dz - (x - mean) slope - constant
+struct channel { wide mean, scale, shift, slope, constant; };
+struct parameters { lanes mean, scale, shift, slope, constant; }; // of a vector's values
 INLINE double reciprocal_deviation(const call &c, int64_t k) { return 1 / __builtin_sqrt((double)c.var[k] + c.eps); }
-
 INLINE channel normalization(const call &c, int64_t k) {
     const double weight = c.weight ? c.weight[k] : 1;
     return {c.mean[k], (wide)(weight * reciprocal_deviation(c, k)), c.bias ? c.bias[k] : 0, 0, 0};
 }
-
 INLINE channel settled(const call &c, int64_t k, moments found) {
     if (!c.frozen) {
         c.mean[k] = (wide)found.first;
@@ -371,45 +296,36 @@ INLINE channel settled(const call &c, int64_t k, moments found) {
     }
     return normalization(c, k);
 }
-
 INLINE channel settled(const call &c, int64_t k, gradients found) {
     const double reciprocal = reciprocal_deviation(c, k);
     c.dbias[k] = (wide)found.first;
     c.dweight[k] = (wide)(found.second * reciprocal);
     channel p = normalization(c, k);
     if (!c.frozen) {
-        p.constant = (wide)(p.scale * found.first / found.count);
-        p.slope = (wide)(p.scale * found.second / found.count * (reciprocal * reciprocal));
+        const double m = (double)values_of_channel(c);
+        p.constant = (wide)(p.scale * found.first / m);
+        p.slope = (wide)(p.scale * found.second / m * (reciprocal * reciprocal));
     }
     return p;
 }
 
 // ---- a line --------------------------------------------------------------------------------------------------------
-
-struct line {
-    int64_t at, length, bit; // offset of its first value, its values, number of the bit of its first value's sign
-};
-
-struct parameters { // of a vector's values, as in channel
-    lanes mean, scale, shift, slope, constant;
-};
+struct line { int64_t at, length, bit; }; // offset of its first value, its values, number of its first sign's bit
 
 struct uniform { // the values of a line are of one channel
     parameters of;
     uniform(const channel &p) : of{all(p.mean), all(p.scale), all(p.shift), all(p.slope), all(p.constant)} {}
     ALWAYS_INLINE parameters at(int64_t) const { return of; }
 };
-
 struct columns { // value j of a line has the parameters of column j
     wide *of;    // (5, padded): mean, scale, shift, slope, constant
     int64_t padded;
     ALWAYS_INLINE parameters at(int64_t j) const {
         const wide *p = of + j;
-        return {load_wide(p), load_wide(p + padded), load_wide(p + 2 * padded), load_wide(p + 3 * padded),
-                load_wide(p + 4 * padded)};
+        return {read<lanes>(p), read<lanes>(p + padded), read<lanes>(p + 2 * padded), read<lanes>(p + 3 * padded),
+                read<lanes>(p + 4 * padded)};
     }
 };
-
 struct view { // the tensors from the first value of a line on
     const element *x, *dy, *residual;
     const uint8_t *signs;
@@ -458,9 +374,7 @@ template <Activation A, class Columns> static void write(const task &c, line of,
     });
 }
 
-struct terms { // of two sums, for a vector
-    lanes first, second;
-};
+struct terms { lanes first, second; }; // of two sums, for a vector
 
 template <class Columns> struct differences { // from a shift, which is the columns' mean; and their squares
     Columns columns;
@@ -497,9 +411,7 @@ template <class Line, class Add> INLINE void each_abreast(int64_t first, int64_t
     }
 }
 
-template <Activation A> struct constant {
-    static constexpr Activation value = A;
-};
+template <Activation A> struct constant { static constexpr Activation value = A; };
 
 // run(constant<A>) with the activation that is asked for: what differs is decided before the loops, not in them.
 template <class Run> INLINE auto with_activation(const call &c, Run run) {
@@ -512,7 +424,6 @@ template <class Run> INLINE auto with_activation(const call &c, Run run) {
 }
 
 // ---- planes --------------------------------------------------------------------------------------------------------
-
 struct planes {
     int64_t pieces_each, piece, lines, per_part, parts; // of a plane; values; of a channel; lines; of a channel
 };
@@ -656,7 +567,6 @@ template <class Found> static void planes_work(const task &c, const planes &g, F
 }
 
 // ---- rows: several side by side are one line of `width` columns, so that few channels fill vectors too --------------
-
 struct table { // column j is channel j % C
     int64_t width, lines, per_part, parts;
     double *sums;       // (parts, 2, width): what moments and gradients call first and second
@@ -664,13 +574,13 @@ struct table { // column j is channel j % C
     columns parameters; // of each column's channel
 };
 
-enum { WIDTH_FROM = 64, FLUSH_EVERY = 16, LARGEST_PART = 1 << 18, COLUMNS = 64 };
+enum { WIDTH = 512, FLUSH_EVERY = 16, LARGEST_PART = 1 << 18, COLUMNS = 64 };
 
 static table tabled(const call &c) {
     const int64_t rows = values_of_channel(c);
     int64_t side_by_side = 1;
-    if (c.channels < WIDTH_FROM && !(c.signs && c.channels % 8)) // of signs a row takes whole bytes
-        for (int64_t most = smaller(rows, 2 * WIDTH_FROM / c.channels); rows % (side_by_side = most); most--) {}
+    if (c.channels < WIDTH && !(c.signs && c.channels % 8)) // of signs a row takes whole bytes
+        for (int64_t most = smaller(rows, WIDTH / c.channels); rows % (side_by_side = most); most--) {}
     table t = {};
     t.width = side_by_side * c.channels, t.lines = rows / side_by_side, t.parameters.padded = t.width + LANES;
     for (t.parts = 1; rows * c.channels > t.parts * LARGEST_PART && t.parts * ABREAST < t.lines;) t.parts *= 2;
@@ -705,14 +615,14 @@ struct column_sums { // of the terms of lines, in each column
         view in[LINES];
         each_line(abreast, [&](int i) ALWAYS_INLINE { in[i] = view(c, of[i]); });
         each_vector(0, width, [&](int64_t j, auto v) ALWAYS_INLINE {
-            lanes a = load_wide(to_first + j), b = load_wide(to_second + j);
+            lanes a = read<lanes>(to_first + j), b = read<lanes>(to_second + j);
             each_line(abreast, [&](int i) ALWAYS_INLINE {
                 const terms t = terms_of.at(in[i], j, v);
                 a += t.first;
                 b += t.second;
             });
-            store_wide(to_first + j, a);
-            store_wide(to_second + j, b);
+            write_lanes(to_first + j, a);
+            write_lanes(to_second + j, b);
         });
         if (++held >= FLUSH_EVERY) flush();
     }
@@ -812,7 +722,6 @@ template <class Found> static void rows_work(const task &c, const table &t, int6
 }
 
 // ---- entry ---------------------------------------------------------------------------------------------------------
-
 // A large tensor that has just been allocated is not mapped yet: by 4 KiB pages that would cost as much as the rest.
 static void use_huge_pages(void *memory, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
@@ -831,9 +740,15 @@ static bool writes_past_caches(const call &c, int64_t line_values, int64_t bytes
 }
 
 template <class Work> static void on_threads(const call &c, Work work) { // work(thread, threads)
-    if (c.threads == 1) return work(0, 1);
+    const auto fenced = [&](int64_t thread, int64_t threads) {
+        work(thread, threads);
+#if defined __AVX__
+        _mm_sfence(); // other stores may otherwise be seen before those past the caches
+#endif
+    };
+    if (c.threads == 1) return fenced(0, 1);
 #pragma omp parallel num_threads((int)c.threads)
-    work(omp_get_thread_num(), omp_get_num_threads());
+    fenced(omp_get_thread_num(), omp_get_num_threads());
 }
 
 template <class Found> static int run(const call &asked) { // 0, or 1 for lack of memory
@@ -864,11 +779,8 @@ template <class Found> static int run(const call &asked) { // 0, or 1 for lack o
 
 } // namespace
 
-extern "C" {
-
 // How a call is divided: 0 whole channels, 1 channels in parts, 2 rows in parts.
-int division(const call *c) { return c->rows ? 2 : whole_channels(*c) ? 0 : 1; }
+extern "C" int division(const call *c) { return c->rows ? 2 : whole_channels(*c) ? 0 : 1; }
 
-int forward(const call *c) { return run<moments>(*c); }
-int backward(const call *c) { return run<gradients>(*c); }
-}
+extern "C" int forward(const call *c) { return run<moments>(*c); }
+extern "C" int backward(const call *c) { return run<gradients>(*c); }
