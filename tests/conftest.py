@@ -61,6 +61,14 @@ def threads_are_restored() -> Iterator[None]:
         yield
 
 
+def pytest_configure() -> None:
+    """Examples of hypothesis may take any time: its limit of 200 ms fails tests where other programs use the cores."""
+    import hypothesis
+
+    hypothesis.settings.register_profile("any time", deadline=None)
+    hypothesis.settings.load_profile("any time")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

@@ -24,12 +24,13 @@ LAYOUTS = ("contiguous", "channels_last")
 
 @pytest.mark.parametrize(("name", "layout"), [("mlp", "contiguous"), *itertools.product(("cnn", "resnet"), LAYOUTS)])
 def test_a_run_with_the_fused_kernel_goes_as_one_with_native(name: str, layout: str) -> None:
-    """Native contiguous, that is: channels last, native drifts from itself by as much as half a percent here."""
+    """Native contiguous, at a rate at which a rounding of native's initial weights moves its losses by under 1e-6: at
+    three times the rate a loss of the ResNet's jumps by half a percent on some processors."""
     losses = {}
     for kernel, layout_ in (("native", "contiguous"), ("fused", layout)):
         recipe = tiny(
             norm={"kind": "batch", "kernel": kernel},
-            optimizer={"kind": "sgd", "lr": 0.003},
+            optimizer={"kind": "sgd", "lr": 0.001},
             train={"steps": 6, "evaluate_every": 2, "memory_format": layout_, "target": {"value": 1.0}},
             **MODELS[name],
         )
