@@ -54,9 +54,8 @@ def load(name: str) -> Kernel:
     """The kernel of that name, whether or not it can run here. Raises Unavailable for an unknown name."""
     row = KERNELS.get(name)
     if row is None or not row.module:
-        raise Unavailable(
-            f"kernel {name}: expected one of {', '.join(row.name for row in KERNELS.values() if row.module)}"
-        )
+        known = ", ".join(row.name for row in KERNELS.values() if row.module)
+        raise Unavailable(f"kernel {name}: expected one of {known}")
     if row.module not in sys.modules:
         importlib.import_module(row.module)
     kernel: Kernel = sys.modules[row.module].batch_norm

@@ -110,9 +110,7 @@ def batch_norm(
     if x.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"the fused kernel takes {names}; x is {str(x.dtype).removeprefix('torch.')}")
-    mean, var = statistics or (None, None)
-    running_mean, running_var, _ = running or (None, None, None)
-    _check_arguments(x, residual, (weight, bias, mean, var, running_mean, running_var))
+    _check_arguments(x, residual, (weight, bias, *(statistics or (None, None)), *(running[:2] if running else ())))
     x = x if x.is_contiguous() else dense(x)
     if residual is not None:
         residual = match_layout(residual.to(x.dtype), x)
