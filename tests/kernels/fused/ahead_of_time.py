@@ -92,10 +92,10 @@ class Choice:
         forward = self.direction == "forward"
         line_bytes = (self.unit if self.contiguous else self.columns) * SIZES[self.dtype]
         found: dict[str, object] = {
-            "FORM": (
-                self.warps * THREADS_PER_WARP * ACCESS_BYTES // line_bytes, self.columns, self.held, self.unit,
-                self.contiguous, self.wide, self.overflow,
-            ),
+            "FORM": {
+                "R": self.warps * THREADS_PER_WARP * ACCESS_BYTES // line_bytes, "B": self.columns, "K": self.held,
+                "UNIT": self.unit, "PLANES": self.contiguous, "WIDE": self.wide, "OVERFLOW": self.overflow,
+            },
             "EPS": 1e-5, "STAGE": self.stage, "ACTIVATION": self.activation,
             "RESIDUAL": self.residual and (forward or self.activation == "silu"), "WEIGHT": True, "BIAS": True,
             "SIGNS": self.residual and self.activation == "relu",
@@ -103,6 +103,11 @@ class Choice:
         if forward:
             return found | {"TRACK": self.stage in ("alone", "team", "normalize")}
         return found | {"RESIDUAL_GRADIENT": self.residual and self.activation != "none"}
+
+    @property
+    def samples(self) -> bool:
+        """Whether single elements of x are read beside its tiles, in one instruction."""
+        return self.direction == "forward" and self.contiguous and self.stage != "frozen"
 
     @property
     def least_bits(self) -> dict[str, int]:
@@ -244,6 +249,8 @@ def rules_broken(choice: Choice, code: MachineCode) -> list[str]:
         broken.append(f"{code.spill_loads} spill loads, {code.spill_stores} spill stores")
     for name, least in choice.least_bits.items():
         loads, stores = _through(name, code.loads_by_argument), _through(name, code.stores_by_argument)
+        if choice.samples and code.loads_by_argument.get(name, {}).get(SIZES[choice.dtype] * 8) == 1:
+            loads -= {SIZES[choice.dtype] * 8}  # the samples around whose mean the statistics are summed
         broken += [f"{name} is never accessed"] * (not loads and not stores)
         for verb, asked, done in (("loaded", loads, code.loads), ("stored", stores, code.stores)):
             if asked and min(asked) < least:
@@ -284,7 +291,7 @@ def compiled(choice: Choice, capability: int, maxnreg: int | None = None, aligne
     from bncli.kernels.fused import triton as device_kernels
 
     constants: dict[str, Any] = {**choice.constants}
-    constants["FORM"] = device_kernels.Form(*constants["FORM"], ACC=tl.float32)
+    constants["FORM"] = device_kernels.Form(**constants["FORM"], ACC=tl.float32)
     signature = choice.arguments | dict.fromkeys(constants, "constexpr")
     names = list(signature)
     alignment = {
