@@ -22,10 +22,10 @@ RESIDENT_WARPS = 16
 MOST_LINES = 2**30  # per slice; the device counts lines in 32 bits and doubles them once
 MOST_VALUES = 2**31 - 2**26  # per channel; the last program may reach past the end by a few million
 
-# (warps, tiles held), from small to large: 4 to 48 KiB a program, as far as compiles without spills. A tile is 16 bytes
+# (warps, tiles held), from small to large: 4 to 40 KiB a program, as far as compiles without spills. A tile is 16 bytes
 # a thread. Forward holds x, backward x and dy by halves. The largest is for planes of 16-byte runs: shorter runs need
 # more registers for addresses, and rows have vectors of eight channels beside their tiles.
-TILINGS = ((4, 2), (8, 4), (8, 8), (8, 12))
+TILINGS = ((4, 2), (8, 4), (8, 8), (8, 10))
 
 # Measured on an H200. A plan needs only their order of magnitude.
 BYTES_PER_NS_PER_PROCESSOR = 32.0  # 4.3 TB/s of copying over 132 processors

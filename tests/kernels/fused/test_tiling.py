@@ -64,7 +64,7 @@ def test_a_small_slice_has_one_program_and_no_barrier() -> None:
 
 
 def test_few_channels_are_shared_by_teams_that_fill_the_device() -> None:
-    found = of(64, 16, 112 * 112)
+    found = of(256, 64, 56 * 56)
     assert found.barrier == "grid"
     assert 0.9 <= found.team * found.teams / (H200.count * found.resident) <= 1
 
@@ -89,7 +89,7 @@ def test_a_slice_too_long_to_count_is_refused() -> None:
 
 def test_a_plan_is_described_in_words() -> None:
     assert str(of(256, 64, 56 * 56)) == (
-        "8 teams of 33 programs, a channel a team, a barrier in memory, read once; 8 warps, 12 tiles in registers"
+        "6 teams of 40 programs, a channel a team, a barrier in memory, read once; 8 warps, 10 tiles in registers"
     )
 
 
