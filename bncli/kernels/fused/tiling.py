@@ -17,33 +17,22 @@ Barrier = Literal["none", "grid", "launch"]
 
 ACCESS_BYTES = 16  # the widest access of one thread
 THREADS_PER_WARP = 32
-REGISTERS = 65_536  # per multiprocessor, from sm_80 to sm_100
+REGISTERS = 128  # of a thread at most, so that 16 warps are resident on a multiprocessor, from sm_80 to sm_100
+RESIDENT_WARPS = 16
 MOST_LINES = 2**30  # per slice; the device counts lines in 32 bits and doubles them once
 MOST_VALUES = 2**31 - 2**26  # per channel; the last program may reach past the end by a few million
 
-# (warps, tiles held), from small to large: 4 to 96 KiB of registers a program, as far as compiles without spills, but
-# for a few of the largest (python -m tests.kernels.fused.ahead_of_time --all). A tile is 16 bytes a thread. Planes by
-# the bytes of their aligned runs, because the shorter those are the more registers go into addresses; forward holds x,
-# backward x and dy by halves. Rows have vectors of eight channels beside their tiles, and take half the warps for
-# them.
-SMALL = ((4, 2), (4, 4))
-TILINGS = (*SMALL, (16, 2), (16, 4), (16, 6), (16, 8), (16, 12))
-PLANE_TILINGS = {
-    "forward": {16: TILINGS, 8: TILINGS, 4: TILINGS[:-1], 2: TILINGS[:-2]},
-    "backward": {16: TILINGS, 8: TILINGS[:-1], 4: TILINGS[:-1], 2: (*SMALL, (8, 4), (8, 8), (8, 12))},
-}
-EIGHT_WARPS = (*SMALL, (8, 4), (8, 8), (8, 12), (8, 16))
-ROW_TILINGS = {  # for lines of 64 bytes and of 128
-    "forward": ((*EIGHT_WARPS, (8, 22)), (*EIGHT_WARPS, (8, 22))),
-    "backward": ((*EIGHT_WARPS, (8, 24)), (*EIGHT_WARPS, (8, 20))),
-}
-UNALIGNED_ROW_TILINGS = EIGHT_WARPS[:-1]  # for channels that are no multiple of 16 bytes: up to 48 KiB
-SPLIT_TILINGS = ((4, 2), (4, 4), (8, 4))  # for two launches, which keep no registers in between
-STREAMING = (4, 2)  # for frozen statistics
+# (warps, tiles held), from small to large: 4 to 40 KiB a program, as far as compiles without spills. A tile is 16 bytes
+# a thread. Forward holds x, backward x and dy by halves. The largest is for planes of 16-byte runs: shorter runs need
+# more registers for addresses, and rows have vectors of eight channels beside their tiles.
+TILINGS = ((4, 2), (8, 4), (8, 8), (8, 10))
 
 # Measured on an H200. A plan needs only their order of magnitude.
 BYTES_PER_NS_PER_PROCESSOR = 32.0  # 4.3 TB/s of copying over 132 processors
 SINGLE_PROCESSOR_SHARE = 2.0  # how many such shares one processor can use when others are idle
+INSTRUCTIONS = (10.0, 18.0)  # an element of x, forward and backward, as compiled (tests.kernels.fused.ahead_of_time)
+FIXED_INSTRUCTIONS = 400.0  # of each thread beside those
+INSTRUCTIONS_PER_NS = 190.0  # of threads, a multiprocessor: 4 warps a cycle, 1.83 GHz, 0.8 of them issued
 BARRIER_NS = 1_200.0  # a grid barrier (te42kyfo/gpu-benches measured 1.04 to 1.31 us on an H200)
 LAUNCH_NS = 5_000.0  # a second launch from Python: 2.4 us on the stream, the rest in the interpreter
 CACHE_BYTES = 24 * 2**20  # cache available to a second read: 40 MB of 60, which writes share
@@ -52,9 +41,9 @@ NARROW_BYTES = 64  # a narrow piece of a row; a wide one has twice that
 NARROW = 1.07  # cost of a byte in 64-byte pieces relative to 128-byte pieces (Dao-AILab/quack: 5 to 7 %)
 
 
-def registers(warps: int) -> int:
-    """The maximum per thread. Without this limit the compiler spills, to make more programs resident."""
-    return min(255, REGISTERS // (warps * THREADS_PER_WARP))
+def tilings(*, contiguous: bool, unit_bytes: int) -> tuple[tuple[int, int], ...]:
+    """(warps, tiles held of all streams), from small to large."""
+    return TILINGS if contiguous and unit_bytes == ACCESS_BYTES else TILINGS[:-1]
 
 
 @dataclass(frozen=True)
@@ -75,12 +64,12 @@ class Slicing:
     columns: int  # channels per slice: 1 for a contiguous tensor
     slices: int
     line_bytes: int
+    itemsize: int
     price: float  # cost of a byte, 1 for wide accesses
 
-    def tilings(self, streams: int) -> list[tuple[int, int]]:
-        elements = self.unit if self.contiguous else self.columns
-        unit_bytes = self.unit * self.line_bytes // elements
-        return tilings(contiguous=self.contiguous, unit_bytes=unit_bytes, line_bytes=self.line_bytes, streams=streams)
+    @property
+    def tilings(self) -> tuple[tuple[int, int], ...]:
+        return tilings(contiguous=self.contiguous, unit_bytes=self.unit * self.itemsize)
 
     def most_programs(self, rows: int) -> int:
         """The largest team: a merge reads the lines of one tile, or up to eight times that for rows."""
@@ -108,7 +97,13 @@ class Plan(Slicing):
 
     @property
     def registers(self) -> int:
-        return registers(self.warps)
+        """The maximum per thread."""
+        return REGISTERS
+
+    @property
+    def resident(self) -> int:
+        """Programs that a multiprocessor holds at a time."""
+        return RESIDENT_WARPS // self.warps
 
     @property
     def tiles(self) -> int:
@@ -179,7 +174,7 @@ def _slicings(shape: tuple[int, int, int], contiguous: bool, itemsize: int) -> l
     widest = ACCESS_BYTES // itemsize
     if contiguous:
         unit = math.gcd(positions, widest)
-        slicings = [Slicing(True, examples * positions // unit, unit, 1, channels, unit * itemsize, 1.0)]
+        slicings = [Slicing(True, examples * positions // unit, unit, 1, channels, unit * itemsize, itemsize, 1.0)]
     else:
         unit = math.gcd(channels, widest)
         enough = max(8, 1 << (channels - 1).bit_length())
@@ -187,7 +182,7 @@ def _slicings(shape: tuple[int, int, int], contiguous: bool, itemsize: int) -> l
         slicings = [
             Slicing(
                 False, examples * positions, unit, columns, -(-channels // columns), columns * itemsize,
-                NARROW if columns * itemsize <= NARROW_BYTES else 1.0,
+                itemsize, NARROW if columns * itemsize <= NARROW_BYTES else 1.0,
             )
             for columns in sorted(widths)
         ]  # fmt: skip
@@ -199,81 +194,76 @@ def _slicings(shape: tuple[int, int, int], contiguous: bool, itemsize: int) -> l
     return slicings
 
 
-def tilings(*, contiguous: bool, unit_bytes: int, line_bytes: int, streams: int) -> list[tuple[int, int]]:
-    """(warps, tiles held of each stream), from small to large.
-
-    unit_bytes: of an aligned run, which in a plane is a line. streams: 1 for forward, which holds x, 2 for backward,
-    which holds x and dy.
-    """
-    direction = "forward" if streams == 1 else "backward"
-    if contiguous:
-        found = PLANE_TILINGS[direction][unit_bytes]
-    elif unit_bytes < ACCESS_BYTES:
-        found = UNALIGNED_ROW_TILINGS
-    else:
-        found = ROW_TILINGS[direction][line_bytes > NARROW_BYTES]
-    return [(warps, held // streams) for warps, held in found]
-
-
 def _one_program_each(slicing: Slicing, streams: int, processors: Processors) -> Iterator[Plan]:
     """One program per slice, with the smallest tiling that holds it."""
-    for warps, held in slicing.tilings(streams):
-        rows = slicing.tile_lines(warps)
-        if rows * held >= slicing.lines:
-            resident = processors.count * max(1, 16 // warps)
-            waves = -(-slicing.slices // resident)
-            cost = waves * _transfer_ns(slicing, streams, 1, min(slicing.slices, resident), processors)
-            yield slicing.plan(rows, held, warps, 1, slicing.slices, "none", cost)
+    for warps, held in slicing.tilings:
+        rows, each = slicing.tile_lines(warps), held // streams
+        if rows * each >= slicing.lines:
+            at_work = min(slicing.slices, processors.count * (RESIDENT_WARPS // warps))
+            cost = -(-slicing.slices // at_work) * _time_ns(slicing, streams, warps, 1, at_work, processors)
+            yield slicing.plan(rows, each, warps, 1, slicing.slices, "none", cost)
             return
 
 
 def _teams(slicing: Slicing, streams: int, processors: Processors) -> Iterator[Plan]:
-    """Teams of every size that the device can keep resident, with one program per multiprocessor."""
+    """Teams of every size that the device can keep resident. The largest leaves what it does not hold to a loop."""
     if not processors.cooperative:
         return
-    sizes = slicing.tilings(streams)
-    for team in range(2, processors.count + 1):
-        for warps, held in sizes:
-            rows = slicing.tile_lines(warps)
-            tiles = -(-slicing.lines // rows)
-            largest = (warps, held) == sizes[-1] and team == processors.count
-            if team > min(tiles, slicing.most_programs(rows)) or not (held * team >= tiles or largest):
-                continue
-            teams = min(slicing.slices, processors.count // team)
-            reread = 1 - min(1.0, held * team / tiles)
-            rounds = -(-slicing.slices // teams)
-            once = _transfer_ns(slicing, streams, team, teams * team, processors)
-            cost = rounds * (once * (1 + reread * streams / (streams + 1)) + BARRIER_NS)
-            yield slicing.plan(rows, held, warps, team, teams, "grid", cost)
-            break
+    for warps, held in slicing.tilings:
+        rows, each = slicing.tile_lines(warps), held // streams
+        tiles, resident = -(-slicing.lines // rows), processors.count * (RESIDENT_WARPS // warps)
+        most = min(tiles, resident, slicing.most_programs(rows))
+        least = most if (warps, held) == slicing.tilings[-1] else resident + 1
+        for team in range(max(2, min(-(-tiles // each), least)), most + 1):
+            teams = min(slicing.slices, resident // team)
+            reread = 1 - min(1.0, each * team / tiles)
+            once = _time_ns(slicing, streams, warps, team, teams * team, processors)
+            once = once * (1 + reread * streams / (streams + 1)) + BARRIER_NS * warps / RESIDENT_WARPS
+            cost = -(-slicing.slices // teams) * once
+            yield slicing.plan(rows, each, warps, team, teams, "grid", cost)
 
 
 def _split(slicing: Slicing, streams: int, processors: Processors) -> Iterator[Plan]:
     """Two launches with enough programs to fill the device, and no more per slice than a merge reads in a few steps."""
-    for warps, held in SPLIT_TILINGS:
+    for warps, held in TILINGS[:2]:
         rows, each = slicing.tile_lines(warps), held // streams
-        tiles = -(-slicing.lines // rows)
-        team = -(-tiles // each)
+        team = -(-slicing.lines // (rows * each))
         if team <= slicing.most_programs(rows):
             break
     team = min(team, slicing.most_programs(rows))
     total = slicing.lines * slicing.line_bytes * slicing.slices
     from_memory = max(0.0, 1 - CACHE_BYTES / (total * streams))
     moved = total * slicing.price * (streams + 1 + streams * (CACHED + (1 - CACHED) * from_memory))
-    cost = moved / (BYTES_PER_NS_PER_PROCESSOR * processors.count) + LAUNCH_NS
+    instructions = _instructions(slicing, streams, warps, team) * team * slicing.slices
+    transfer = moved / (BYTES_PER_NS_PER_PROCESSOR * processors.count)
+    computation = instructions / (INSTRUCTIONS_PER_NS * processors.count)
+    cost = _overlapped_ns(transfer, computation, warps) + LAUNCH_NS
     yield slicing.plan(rows, each, warps, team, slicing.slices, "launch", cost)
 
 
 def _streaming(slicing: Slicing, processors: Processors) -> Plan:
-    warps, held = STREAMING
+    warps, held = TILINGS[0]
     rows = slicing.tile_lines(warps)
-    tiles = -(-slicing.lines // rows)
-    team = -(-tiles // held)
-    cost = _transfer_ns(slicing, 1, team, slicing.slices * team, processors)
+    team = -(-slicing.lines // (rows * held))
+    cost = _time_ns(slicing, 1, warps, team, slicing.slices * team, processors)
     return slicing.plan(rows, held, warps, team, slicing.slices, "none", cost)
 
 
-def _transfer_ns(slicing: Slicing, streams: int, team: int, at_work: int, processors: Processors) -> float:
-    """Time to read and write a program's part of a slice while `at_work` programs share the memory bandwidth."""
-    moved = (streams + 1) * slicing.lines * slicing.line_bytes / team * slicing.price
-    return moved / (BYTES_PER_NS_PER_PROCESSOR * min(SINGLE_PROCESSOR_SHARE, processors.count / at_work))
+def _time_ns(slicing: Slicing, streams: int, warps: int, team: int, at_work: int, processors: Processors) -> float:
+    """Time of a program's part of a slice while `at_work` programs share the device."""
+    part = slicing.lines * slicing.line_bytes / team
+    share = processors.count / at_work
+    transfer = (streams + 1) * part * slicing.price / (BYTES_PER_NS_PER_PROCESSOR * min(SINGLE_PROCESSOR_SHARE, share))
+    computation = _instructions(slicing, streams, warps, team) / (INSTRUCTIONS_PER_NS * min(1.0, share))
+    return _overlapped_ns(transfer, computation, warps)
+
+
+def _instructions(slicing: Slicing, streams: int, warps: int, team: int) -> float:
+    """Of all threads of one of a team's programs."""
+    elements = slicing.lines * slicing.line_bytes / slicing.itemsize / team
+    return elements * INSTRUCTIONS[streams - 1] + FIXED_INSTRUCTIONS * warps * THREADS_PER_WARP
+
+
+def _overlapped_ns(transfer: float, computation: float, warps: int) -> float:
+    """A program reads, computes and writes in turn, so it is only other resident programs that overlap the two."""
+    return max(transfer, computation) + min(transfer, computation) * warps / RESIDENT_WARPS

@@ -14,13 +14,14 @@ and every kind of stage:
     frozen                 running statistics normalize (evaluation): no program waits
 
 Legend: L lines of a slice; P programs of a team, p this one; H consecutive tiles for each, of which the first K stay in
-registers; m v the mean and biased variance; z the pre-activation; g the loss's gradient in it. Vectors over a slice's
-channels are (1, 1) for planes and (1, B) for rows.
+registers; m v the mean and biased variance; z the pre-activation; g the loss's gradient in it; o element offsets of a
+tile and valid which of them exist. Vectors over a slice's channels are (1, 1) for planes and (1, B) for rows.
 """
 
 from __future__ import annotations
 
 import warnings
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,65 +32,96 @@ RUNTIME = ("channels", "units", "magic", "shift", "opaque_zero", "L", "H", "P", 
 
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
+
+class Form(NamedTuple):
+    """What a kernel is compiled for, beside its stage and what is fused."""
+
+    R: int  # lines of a tile
+    B: int  # channels of a slice
+    K: int  # tiles that stay in registers
+    UNIT: int  # elements of an aligned run
+    PLANES: bool
+    WIDE: bool  # 64-bit offsets
+    OVERFLOW: bool  # some program has more than K tiles
+    ACC: tl.dtype  # of the arithmetic
+
+    @property
+    def W(self) -> int:
+        """Elements of a line."""
+        return self.UNIT if self.PLANES else self.B
+
+
+class Geometry(NamedTuple):
+    """Where the elements of x are: sizes that differ between calls."""
+
+    channels: Any  # C
+    units: Any  # S / UNIT lines of a plane, or C / UNIT runs of a row
+    magic: Any  # i // units is umulhi(2 i, magic) >> shift
+    shift: Any
+    L: Any  # lines of a slice
+
+
 # --- where things are ---------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _lines(first, k, R: tl.constexpr):
-    """The lines (R) of a program's tile k."""
-    return first + k * R + tl.arange(0, R)
+def _channels(slice, geo, FORM: tl.constexpr):
+    """The slice's channels (1, B), which exist, and the offset of its first element.
 
-
-@triton.jit
-def _channels(slice, channels, units, B: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr):
-    """The slice's channels (1, B), and which exist, in units: a mask by elements would make accesses narrow."""
-    c = (slice * B + tl.arange(0, B))[None, :]
-    if PLANES:
-        inside = c < channels
-    else:
-        inside = c // UNIT < units
-    return c, inside
-
-
-@triton.jit
-def _offsets(i, c, units, channels, magic, shift, UNIT: tl.constexpr, PLANES: tl.constexpr, WIDE: tl.constexpr):
-    """Element offsets of a tile from its lines i (R) and channels c (1, B).
-
-    Planes: units = S / UNIT lines a plane, and a line's example is i // units, by a product with the rounded-up
-    reciprocal (Granlund & Montgomery 1994). Rows: units = C / UNIT, so that the compiler sees that a row is aligned.
+    The mask is by units: one by elements would make accesses narrow.
     """
-    if WIDE:
-        line = i.to(tl.int64)
+    c = (slice * FORM.B + tl.arange(0, FORM.B))[None, :]
+    if FORM.PLANES:
+        inside = c >= 0
+        start = tl.full((1, 1), slice, tl.int64) * (geo.units * FORM.UNIT)
     else:
-        line = i
-    if PLANES:
-        n = (tl.umulhi((i * 2).to(tl.uint32), magic.to(tl.uint32)) >> shift).to(line.dtype)
-        at = (line + n * ((channels - 1).to(line.dtype) * units))[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
-        at += c.to(line.dtype) * (units * UNIT)
-    else:
-        at = (line * units)[:, None] * UNIT + c
-    return at
+        inside = c // FORM.UNIT < geo.units
+        start = tl.full((1, 1), slice, tl.int64) * FORM.B
+    return c, inside, start
 
 
 @triton.jit
-def _sign_offsets(i, c, channels, end, L, R: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr):
+def _lines(i, geo, FORM: tl.constexpr):
+    """Offsets (R, 1) of lines i (R) from the slice's first element.
+
+    Planes: a line's example is i // units, by a product with the rounded-up reciprocal (Granlund & Montgomery 1994).
+    Rows: units = C / UNIT, so that the compiler sees that a row is aligned.
+    """
+    line = i.to(tl.int64 if FORM.WIDE else tl.int32)
+    if FORM.PLANES:
+        n = (tl.umulhi((i * 2).to(tl.uint32), geo.magic.to(tl.uint32)) >> geo.shift).to(line.dtype)
+        unit = line + n * ((geo.channels - 1).to(line.dtype) * geo.units)
+    else:
+        unit = line * geo.units
+    return (unit.to(tl.int64) * FORM.UNIT)[:, None]
+
+
+@triton.jit
+def _tile(first, k, end, inside, geo, FORM: tl.constexpr, FULL: tl.constexpr):
+    """The lines (R) of a program's tile k, its offsets (R, W), and which exist: all of them if FULL."""
+    R: tl.constexpr = FORM.R
+    W: tl.constexpr = FORM.W
+    i = first + k * R + tl.arange(0, R)
+    if FULL:
+        valid = tl.full((R, 1), True, tl.int1)
+    else:
+        valid = (i < end)[:, None] & inside
+    return i, _lines(i, geo, FORM) + tl.arange(0, W)[None, :], valid
+
+
+@triton.jit
+def _sign_offsets(i, c, end, geo, FORM: tl.constexpr):
     """Offsets of a tile's bytes of signs, planes (C, ceil(L UNIT / 8)) or rows (M, ceil(C / 8)); which exist."""
-    if PLANES:
-        j = tl.min(i, axis=0) * UNIT // 8 + tl.arange(0, R * UNIT // 8)
-        at = j[:, None] + c.to(tl.int64) * ((L * UNIT + 7) // 8)
-        exist = (j < (end * UNIT + 7) // 8)[:, None] & (c < channels)
+    if FORM.PLANES:
+        j = tl.min(i, axis=0) * FORM.UNIT // 8 + tl.arange(0, FORM.R * FORM.UNIT // 8)
+        o = j[:, None] + c.to(tl.int64) * ((geo.L * FORM.UNIT + 7) // 8)
+        valid = (j < (end * FORM.UNIT + 7) // 8)[:, None] & (c < geo.channels)
     else:
-        stride = (channels + 7) // 8
-        b = tl.min(tl.min(c, axis=1), axis=0) // 8 + tl.arange(0, B // 8)
-        at = (i.to(tl.int64) * stride)[:, None] + b[None, :]
-        exist = (i < end)[:, None] & (b < stride)[None, :]
-    return at, exist
-
-
-@triton.jit
-def _count(p, L, H, R: tl.constexpr):
-    """The number of lines of program p of a team."""
-    return tl.maximum(tl.minimum(L - p * (H * R), H * R), 0)
+        stride = (geo.channels + 7) // 8
+        b = tl.min(tl.min(c, axis=1), axis=0) // 8 + tl.arange(0, FORM.B // 8)
+        o = (i.to(tl.int64) * stride)[:, None] + b[None, :]
+        valid = (i < end)[:, None] & (b < stride)[None, :]
+    return o, valid
 
 
 @triton.jit
@@ -106,40 +138,42 @@ def _pick(vector, c, inside, other: tl.constexpr, HAS: tl.constexpr, ACC: tl.con
 
 
 @triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
 def _fold(tile, PLANES: tl.constexpr):
-    """A tile's part of a running sum: one thread adds up the UNIT values of a line."""
+    """A tile's part of a running sum: in planes one thread adds up a line's values."""
     if PLANES:
         tile = tl.sum(tile, axis=1, keep_dims=True)
     return tile
 
 
 @triton.jit
-def _sum(folded):
-    """The total over the lines of the result of _fold."""
-    return tl.sum(folded, axis=0, keep_dims=True)
+def _totals(one, two):
+    """The sums of two tiles over a slice's channels."""
+    return tl.reduce((one, two), 0, _add_pairs, keep_dims=True)
 
 
 @triton.jit
-def _reciprocal_deviation(v, EPS: tl.constexpr, ACC: tl.constexpr):
-    if ACC == tl.float32:
-        r = tl.math.div_rn(tl.full(v.shape, 1.0, ACC), tl.math.sqrt_rn(v + EPS))
+def _affine(tile, m, scale, b, TYPE: tl.constexpr):
+    """(x - m) scale + b, rounded the same way in both directions, so that backward recomputes the same sign.
+
+    Types of 16 bits have fewer digits than are lost in x scale + (b - m scale), which is one operation less.
+    """
+    if TYPE.primitive_bitwidth == 16:
+        b = tl.fma(-m, scale, b)
     else:
-        r = 1.0 / tl.sqrt(v + EPS)
-    return r
-
-
-@triton.jit
-def _preactivation(tile, m, scale, b):
-    """(x - mean) scale + bias, rounded the same way in both directions, so that backward recomputes the same sign."""
-    d = tile - m
-    return tl.fma(d, tl.broadcast_to(scale, d.shape), tl.broadcast_to(b, d.shape))
+        tile -= m
+    return tl.fma(tile, tl.broadcast_to(scale, tile.shape), tl.broadcast_to(b, tile.shape))
 
 
 @triton.jit
 def _activate(z, ACTIVATION: tl.constexpr):
-    """NaN passes through, as in torch: a comparison with NaN is false."""
+    """NaN passes through, as in torch."""
     if ACTIVATION == "relu":
-        z = tl.where(z <= 0, 0.0, z)
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "leaky_relu":
         z = tl.where(z <= 0, 0.01 * z, z)
     elif ACTIVATION == "silu":
@@ -163,31 +197,33 @@ def _through_activation(dy, z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _pack_signs(
-    z, R: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr, ACTIVATION: tl.constexpr
-):
+def _pack_signs(z, FORM: tl.constexpr, ACTIVATION: tl.constexpr):
     """One bit per element, 1 where dy passes unchanged. A byte holds 8 positions of a plane or channels of a row."""
+    R: tl.constexpr = FORM.R
+    W: tl.constexpr = FORM.W
     if ACTIVATION == "relu":
         bits = tl.where(z <= 0, 0, 1)
     else:
         bits = tl.where(z > 0, 1, 0)
     place = tl.arange(0, 8)
-    if PLANES:
-        bytes = tl.sum(tl.reshape(bits, (R * UNIT // 8, 8)) << place[None, :], axis=1)[:, None]
+    if FORM.PLANES:
+        bytes = tl.sum(tl.reshape(bits, (R * W // 8, 8)) << place[None, :], axis=1)[:, None]
     else:
-        bytes = tl.sum(tl.reshape(bits, (R, B // 8, 8)) << place[None, None, :], axis=2)
+        bytes = tl.sum(tl.reshape(bits, (R, W // 8, 8)) << place[None, None, :], axis=2)
     return bytes.to(tl.uint8)
 
 
 @triton.jit
-def _unpack_signs(bytes, R: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr):
+def _unpack_signs(bytes, FORM: tl.constexpr):
     """The bits as a tile of 0 and 1, which stand in for z."""
+    R: tl.constexpr = FORM.R
+    W: tl.constexpr = FORM.W
     place = tl.arange(0, 8)
     bytes = bytes.to(tl.int32)
-    if PLANES:
-        bits = tl.reshape((bytes >> place[None, :]) & 1, (R, UNIT))
+    if FORM.PLANES:
+        bits = tl.reshape((bytes >> place[None, :]) & 1, (R, W))
     else:
-        bits = tl.reshape((bytes[:, :, None] >> place[None, None, :]) & 1, (R, B))
+        bits = tl.reshape((bytes[:, :, None] >> place[None, None, :]) & 1, (R, W))
     return bits
 
 
@@ -195,45 +231,52 @@ def _unpack_signs(bytes, R: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, P
 
 
 @triton.jit
-def _hold(tile):
-    """A tile (R, W) as it is kept in registers: two-byte types are packed into words of two elements.
+def _hold(tile, TYPE: tl.constexpr):
+    """A tile (R, W) of TYPE's digits as it is kept in registers: 16-bit types are packed into words of two elements.
 
     Otherwise the compiler keeps the tile widened to float32, twice the size, and spills. Neighbours in a
     line share a word; where a line is one element, the tile's two halves do, since one thread has both.
     """
     R: tl.constexpr = tile.shape[0]
     W: tl.constexpr = tile.shape[1]
-    if tile.dtype.primitive_bitwidth == 16:
-        bits = tile.to(tl.uint16, bitcast=True)
+    if TYPE.primitive_bitwidth == 16:
+        WIDENED: tl.constexpr = tile.dtype == tl.float32 and TYPE == tl.bfloat16  # bfloat16 is float32's upper half
+        if WIDENED:
+            bits = tile.to(tl.uint32, bitcast=True)
+        else:
+            bits = tile.to(TYPE).to(tl.uint16, bitcast=True)
         if W > 1:
             low, high = tl.split(tl.reshape(bits, (R, W // 2, 2)))
         else:
             low, high = tl.split(tl.permute(tl.reshape(bits, (2, R // 2, 1)), (1, 2, 0)))
-        held = low.to(tl.uint32) | (high.to(tl.uint32) << 16)
+        if WIDENED:
+            held = (low >> 16) | (high & 0xFFFF0000)
+        else:
+            held = low.to(tl.uint32) | (high.to(tl.uint32) << 16)
     else:
         held = tile
     return held
 
 
 @triton.jit
-def _take(held, opaque_zero, like, W: tl.constexpr, ACC: tl.constexpr):
-    """A kept tile, widened. `opaque_zero` is 0, unknown to the compiler, so each pass unpacks the words anew."""
-    TYPE: tl.constexpr = like.dtype.element_ty
+def _take(held, zero, TYPE: tl.constexpr, FORM: tl.constexpr):
+    """A kept tile, widened. zero: 0, unknown to the compiler in a second pass, which then unpacks the words anew."""
+    R: tl.constexpr = FORM.R
+    W: tl.constexpr = FORM.W
     if TYPE.primitive_bitwidth == 16:
-        words = held ^ opaque_zero
         if TYPE == tl.bfloat16:
-            low = (words << 16).to(tl.float32, bitcast=True)
-            high = (words & 0xFFFF0000).to(tl.float32, bitcast=True)
+            low = (held << (16 + zero)).to(tl.float32, bitcast=True)
+            high = ((held ^ zero) & 0xFFFF0000).to(tl.float32, bitcast=True)
         else:
-            low = words.to(tl.uint16).to(TYPE, bitcast=True).to(ACC)
-            high = (words >> 16).to(tl.uint16).to(TYPE, bitcast=True).to(ACC)
+            low = (held ^ zero).to(tl.uint16).to(TYPE, bitcast=True).to(FORM.ACC)
+            high = (held >> (16 + zero)).to(tl.uint16).to(TYPE, bitcast=True).to(FORM.ACC)
         pairs = tl.join(low, high)
         if W > 1:
-            tile = tl.reshape(pairs, (held.shape[0], W))
+            tile = tl.reshape(pairs, (R, W))
         else:
-            tile = tl.reshape(tl.permute(pairs, (2, 0, 1)), (2 * held.shape[0], 1))
+            tile = tl.reshape(tl.permute(pairs, (2, 0, 1)), (R, 1))
     else:
-        tile = held.to(ACC)
+        tile = held.to(FORM.ACC)
     return tile
 
 
@@ -253,7 +296,8 @@ def _barrier(arrived, p, P):
     """Barrier of a team; earlier stores are visible to all its programs after it.
 
     The counter's high bit flips when P >= 2 programs have arrived, and its low bits return to 0, so that it needs no
-    reset (as in cooperative groups' grid.sync). Needs a cooperative launch, in which all programs are resident.
+    reset (as in cooperative groups' grid.sync). Needs a cooperative launch, in which all programs are resident. The
+    two debug_barriers are needed: the compiler orders no other thread's accesses to memory with these atomics.
     """
     tl.debug_barrier()
     before = tl.atomic_add(arrived, tl.where(p == 0, 0x7FFFFFFF - (P - 2), 1), sem="release", scope="gpu")
@@ -264,165 +308,126 @@ def _barrier(arrived, p, P):
 
 
 @triton.jit
-def _received(slot, start, P, R: tl.constexpr, B: tl.constexpr):
-    """Both vectors (R, B) of a team's programs start, start + 1, ..., 0 beyond the last. Bypasses the L1 cache."""
-    q = start + tl.arange(0, R)
-    at = slot + (q * (2 * B))[:, None] + tl.arange(0, B)[None, :]
-    some = (q < P)[:, None]
-    one = tl.load(at, mask=some, other=0.0, cache_modifier=".cg")
-    return one, tl.load(at + B, mask=some, other=0.0, cache_modifier=".cg")
-
-
-@triton.jit
-def _shares(start, P, L, H, WIDTH: tl.constexpr, R: tl.constexpr, ACC: tl.constexpr):
-    """The number of values (R, 1) of those programs, 0 beyond the last: P is the first that does not exist."""
-    q = tl.minimum(start + tl.arange(0, R), P)
-    return (_count(q, L, H, R) * WIDTH).to(ACC)[:, None]
-
-
-@triton.jit
-def _publish_moments(slot, p, m, e, m2, B: tl.constexpr):
-    """Store this program's mean, as m plus the rounding error e of m, and its squared deviations: (P, 3, B)."""
-    at = slot + p * (3 * B) + tl.arange(0, B)[None, :]
-    tl.store(at, m)
-    tl.store(at + B, e)
-    tl.store(at + 2 * B, m2)
-
-
-@triton.jit
-def _received_moments(slot, start, P, first, first_e, R: tl.constexpr, B: tl.constexpr):
-    """Means minus the first program's, and squared deviations (R, B), of programs start, start + 1, ...
-
-    The difference of means of similar size is exact, and their rounding errors are added afterwards, so that no digit
-    is lost for large means.
-    """
-    q = start + tl.arange(0, R)
-    at = slot + (q * (3 * B))[:, None] + tl.arange(0, B)[None, :]
-    some = (q < P)[:, None]
-    m = tl.load(at, mask=some, other=0.0, cache_modifier=".cg")
-    e = tl.load(at + B, mask=some, other=0.0, cache_modifier=".cg")
-    m2 = tl.load(at + 2 * B, mask=some, other=0.0, cache_modifier=".cg")
-    return tl.where(some, (m - first) + (e - first_e), 0.0), m2
-
-
-@triton.jit
-def _merge_moments(
-    slot, P, L, H, WIDTH: tl.constexpr, R: tl.constexpr, B: tl.constexpr, PLANES: tl.constexpr, ACC: tl.constexpr
-):
-    """The slice's mean and sum of squared deviations from those of P programs.
-
-    Chan, Golub & LeVeque 1983, eq. 2.1. Offsets are taken from the first program's mean: equal means stay equal.
-    """
-    first = tl.load(slot + tl.arange(0, B), cache_modifier=".cg")[None, :]
-    first_e = tl.load(slot + B + tl.arange(0, B), cache_modifier=".cg")[None, :]
-    d, m2 = _received_moments(slot, 0, P, first, first_e, R, B)
-    n = _shares(0, P, L, H, WIDTH, R, ACC)
-    moved = tl.sum(n * d, axis=0)[None, :]
-    if not PLANES:  # for planes a tile has more lines than a team has programs
-        for start in range(R, P, R):
-            far, _ = _received_moments(slot, start, P, first, first_e, R, B)
-            moved += tl.sum(_shares(start, P, L, H, WIDTH, R, ACC) * far, axis=0)[None, :]
-    moved = moved / (L * WIDTH)
-    d = d - moved
-    total = tl.sum(tl.where(n > 0, m2 + n * d * d, 0.0), axis=0)[None, :]
-    if not PLANES:
-        for start in range(R, P, R):
-            far, m2 = _received_moments(slot, start, P, first, first_e, R, B)
-            more = _shares(start, P, L, H, WIDTH, R, ACC)
-            far = far - moved
-            total += tl.sum(tl.where(more > 0, m2 + more * far * far, 0.0), axis=0)[None, :]
-    return first + (first_e + moved), total
-
-
-@triton.jit
-def _merge_sums(slot, P, R: tl.constexpr, B: tl.constexpr, PLANES: tl.constexpr):
-    """The two sums over P programs, in a fixed order."""
-    one, two = _received(slot, 0, P, R, B)
-    one = tl.sum(one, axis=0)[None, :]
-    two = tl.sum(two, axis=0)[None, :]
-    if not PLANES:  # for planes a tile has more lines than a team has programs
-        for start in range(R, P, R):
-            more, and_more = _received(slot, start, P, R, B)
-            one += tl.sum(more, axis=0)[None, :]
-            two += tl.sum(and_more, axis=0)[None, :]
-    return one, two
+def _merge(slot, P, FORM: tl.constexpr):
+    """The two sums over a team's P programs, in a fixed order. Bypasses the L1 cache, which may hold older values."""
+    R: tl.constexpr = FORM.R
+    B: tl.constexpr = FORM.B
+    one = tl.zeros((R, B), FORM.ACC)
+    two = tl.zeros((R, B), FORM.ACC)
+    for first in range(0, R if FORM.PLANES else P, R):  # for planes a tile has more lines than a team has programs
+        q = first + tl.arange(0, R)[:, None]
+        at = slot + q * (2 * B) + tl.arange(0, B)[None, :]
+        one += tl.load(at, mask=q < P, other=0.0, cache_modifier=".cg")
+        two += tl.load(at + B, mask=q < P, other=0.0, cache_modifier=".cg")
+    return tl.reduce((one, two), 0, _add_pairs, keep_dims=True)
 
 
 # --- forward ------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _overflow_moments(
-    x, c, inside, m, e, m2, n, first, end, H, channels, units, magic, shift,
-    WIDTH: tl.constexpr, R: tl.constexpr, B: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr,
-    WIDE: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """e and squared deviations of the n resident values, whose mean is m + e, merged with the tiles beyond K.
+def _samples(x, start, inside, geo, FORM: tl.constexpr):
+    """32 values (32, B) of each channel, spread over the slice, the same for all its programs.
 
-    Each position of a tile keeps a running mean (Welford 1962) of the values minus m, which float32 holds to more
-    digits; then the positions and the resident values are merged as in _merge_moments.
+    The variance's relative error grows with (mean of these - mean)^2 / variance, which is at most the number of a
+    channel's values over 32, whatever the values are, and below 1 unless the samples are outliers. The stride is odd,
+    so that they are not all at one position of a plane.
     """
-    mean = tl.zeros((R, UNIT if PLANES else B), ACC)
-    sq = tl.zeros((R, UNIT if PLANES else B), ACC)
-    here = tl.zeros((R, 1), ACC)
-    for j in range(K, H):
-        i = _lines(first, j, R)
-        at = _offsets(i, c, units, channels, magic, shift, UNIT, PLANES, WIDE)
-        valid = (i < end)[:, None] & inside
-        tile = tl.load(x + at, mask=valid, other=0.0, eviction_policy="evict_last").to(ACC)
-        here += tl.where(i < end, 1.0, 0.0)[:, None]
-        tile = tl.where(valid, tile - m, mean)
-        d = tile - mean
-        mean += d / (j - K + 1)
-        sq += d * (tile - mean)
-    more = tl.sum(here) * WIDTH
-    offset = _sum(_fold(here * mean, PLANES)) / tl.maximum(more, 1.0)
-    d = mean - offset
-    offset = tl.where(more > 0, offset - e, 0.0)
-    m2 += _sum(_fold(sq + here * d * d, PLANES)) + offset * offset * (n * more / (n + more))
-    return e + offset * (more / (n + more)), m2
+    B: tl.constexpr = FORM.B
+    stride = (tl.maximum(geo.L // 32, 1) - 1) | 1
+    o = start + _lines(tl.minimum(tl.arange(0, 32) * stride, geo.L - 1), geo, FORM)
+    if FORM.PLANES:
+        few = tl.load(x + tl.reshape(o, (32,)))
+    else:
+        few = tl.load(x + (o + tl.arange(0, B)[None, :]), mask=inside, other=0.0)
+    return few
 
 
 @triton.jit
-def _update_running(running, batch, momentum, mask, ACC: tl.constexpr):
-    """running = (1 - momentum) running + momentum batch, in place."""
-    old = tl.load(running, mask=mask, other=0.0).to(ACC)
-    tl.store(running, ((1.0 - momentum) * old + momentum * batch).to(running.dtype.element_ty), mask=mask)
+def _mean_of_samples(few, FORM: tl.constexpr):
+    B: tl.constexpr = FORM.B
+    mean = tl.sum(few.to(FORM.ACC), axis=0) / 32
+    if FORM.PLANES:
+        mean = tl.full((1, B), mean, FORM.ACC)
+    else:
+        mean = mean[None, :]
+    return mean
+
+
+@triton.jit
+def _moments(d, valid, one, two, PLANES: tl.constexpr):
+    """one and two with a tile d of x - pivot and its square added."""
+    d = tl.where(valid, d, 0.0)
+    return one + _fold(d, PLANES), two + _fold(d * d, PLANES)
+
+
+@triton.jit
+def _resident_moments(x, few, first, end, inside, geo, FORM: tl.constexpr, FULL: tl.constexpr, SUMS: tl.constexpr):
+    """The K tiles that stay in registers, the samples' mean, and the sums of x - this mean and its square (R, W)."""
+    R: tl.constexpr = FORM.R
+    B: tl.constexpr = FORM.B
+    K: tl.constexpr = FORM.K
+    TYPE: tl.constexpr = x.dtype.element_ty
+    one = tl.zeros((R, B), FORM.ACC)
+    two = tl.zeros((R, B), FORM.ACC)
+    held = ()
+    for k in tl.static_range(K):
+        _, o, valid = _tile(first, k, end, inside, geo, FORM, FULL)
+        held = held + (_hold(tl.load(x + o, mask=valid, other=0.0), TYPE),)
+    pivot = _mean_of_samples(few, FORM)
+    if SUMS:
+        for k in tl.static_range(K):
+            _, _, valid = _tile(first, k, end, inside, geo, FORM, FULL)
+            one, two = _moments(_take(held[k], 0, TYPE, FORM) - pivot, valid, one, two, FORM.PLANES)
+    return held, pivot, one, two
 
 
 @triton.jit
 def _write(
-    tile, i, c, inside, m, scale, b, residual, y, signs, end, L, channels, units, magic, shift,
-    R: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr, WIDE: tl.constexpr,
-    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, SIGNS: tl.constexpr, ACC: tl.constexpr,
+    tile, i, o, valid, c, m, scale, b, end, residual, y, signs, geo,
+    FORM: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, SIGNS: tl.constexpr,
 ):  # fmt: skip
     """activation((tile - mean) scale + bias + residual), and the signs where they are kept."""
-    at = _offsets(i, c, units, channels, magic, shift, UNIT, PLANES, WIDE)
-    valid = (i < end)[:, None] & inside
-    z = _preactivation(tile, m, scale, b)
+    z = _affine(tile, m, scale, b, y.dtype.element_ty)
     if RESIDUAL:
-        z += tl.load(residual + at, mask=valid, other=0.0, eviction_policy="evict_first").to(ACC)
+        z += tl.load(residual + o, mask=valid, other=0.0, eviction_policy="evict_first").to(FORM.ACC)
     if SIGNS:
-        where, exist = _sign_offsets(i, c, channels, end, L, R, B, UNIT, PLANES)
-        tl.store(signs + where, _pack_signs(z, R, B, UNIT, PLANES, ACTIVATION), mask=exist)
-    tl.store(y + at, _activate(z, ACTIVATION).to(y.dtype.element_ty), mask=valid)
+        o_signs, some = _sign_offsets(i, c, end, geo, FORM)
+        tl.store(signs + o_signs, _pack_signs(z, FORM, ACTIVATION), mask=some)
+    tl.store(y + o, _activate(z, ACTIVATION).to(y.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _write_resident(
+    held, zero, first, c, inside, m, scale, b, end, residual, y, signs, geo, FORM: tl.constexpr,
+    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, SIGNS: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    K: tl.constexpr = FORM.K
+    for k in tl.static_range(K):
+        i, o, valid = _tile(first, k, end, inside, geo, FORM, FULL)
+        _write(
+            _take(held[k], zero, y.dtype.element_ty, FORM), i, o, valid, c, m, scale, b, end, residual, y, signs, geo,
+            FORM, ACTIVATION, RESIDUAL, SIGNS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def forward(
     x, residual, weight, bias, y, mean, var, signs, running_mean, running_var, partial, arrived, momentum, unbiased,
     channels, units, magic, shift, opaque_zero, L, H, P, teams, slices,
-    EPS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr,
-    PLANES: tl.constexpr, WIDE: tl.constexpr, OVERFLOW: tl.constexpr, STAGE: tl.constexpr,
-    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, SIGNS: tl.constexpr,
-    TRACK: tl.constexpr, ACC: tl.constexpr,
+    FORM: tl.constexpr, EPS: tl.constexpr, STAGE: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, SIGNS: tl.constexpr, TRACK: tl.constexpr,
 ):  # fmt: skip
     """y = activation((x - mean) / sqrt(var + eps) weight + bias + residual); mean and var (C) are written, or read.
 
     TRACK: running_mean and running_var are updated by `momentum`, the variance times `unbiased`, m / (m - 1).
     """
-    WIDTH: tl.constexpr = UNIT if PLANES else 1
-    W: tl.constexpr = UNIT if PLANES else B
+    R: tl.constexpr = FORM.R
+    W: tl.constexpr = FORM.W
+    B: tl.constexpr = FORM.B
+    K: tl.constexpr = FORM.K
+    ACC: tl.constexpr = FORM.ACC
+    geo = Geometry(channels, units, magic, shift, L)
     program = tl.program_id(0)
     if STAGE == "normalize":  # begin with what the previous launch read last: it is still in the cache
         program = teams * P - 1 - program
@@ -431,78 +436,107 @@ def forward(
         # `first` depends on the slice, or the compiler would compute all addresses before the loop, and spill.
         first = p * (H * R) + slice * opaque_zero
         end = tl.minimum(first + H * R, L)
-        c, inside = _channels(slice, channels, units, B, UNIT, PLANES)
-        slot = partial + slice * P * (3 * B)
-        held = ()
-        for k in tl.static_range(K):
-            i = _lines(first, k, R)
-            at = _offsets(i, c, units, channels, magic, shift, UNIT, PLANES, WIDE)
-            held = held + (_hold(tl.load(x + at, mask=(i < end)[:, None] & inside, other=0.0)),)
+        full = first + K * R <= end
+        if not FORM.PLANES:
+            full = full & ((slice + 1) * B <= channels)
+        c, inside, start = _channels(slice, geo, FORM)
+        few = tl.zeros((32,), ACC)
+        if STAGE != "frozen":
+            few = _samples(x, start, inside, geo, FORM)
+        SUMS: tl.constexpr = STAGE != "frozen" and STAGE != "normalize"
+        if full:
+            held, pivot, one, two = _resident_moments(x + start, few, first, end, inside, geo, FORM, True, SUMS)
+        else:
+            held, pivot, one, two = _resident_moments(x + start, few, first, end, inside, geo, FORM, False, SUMS)
+        writes = inside & (p == 0)
         if STAGE == "frozen":
             m = tl.load(mean + c, mask=inside, other=0.0).to(ACC)
             v = tl.load(var + c, mask=inside, other=0.0).to(ACC)
+            w = _pick(weight, c, inside, 1.0, WEIGHT, ACC)
+            b = _pick(bias, c, inside, 0.0, BIAS, ACC)
         else:
-            if STAGE != "normalize":
-                # Two passes over registers, corrected (Chan, Golub & LeVeque 1983, eq. 1.7): the mean of the
-                # deviations is the mean's own rounding error, and is taken out of both.
-                n = (tl.minimum(end - first, K * R) * WIDTH).to(ACC)
-                total = _fold(_take(held[0], 0, x, W, ACC), PLANES)
-                for k in tl.static_range(1, K):
-                    total += _fold(_take(held[k], 0, x, W, ACC), PLANES)
-                m = _sum(total) / n
-                d1 = tl.zeros(total.shape, ACC)
-                d2 = tl.zeros(total.shape, ACC)
-                for k in tl.static_range(K):
-                    mine = (_lines(first + opaque_zero, k, R) < end)[:, None]
-                    d = tl.where(mine, _take(held[k], opaque_zero, x, W, ACC) - m, 0.0)
-                    d1 += _fold(d, PLANES)
-                    d2 += _fold(d * d, PLANES)
-                s = _sum(d1)
-                m2 = _sum(d2)
-                m2 = tl.where(m2 == float("inf"), m2, m2 - s * (s / n))  # squares of 1e30 overflow, and y is the bias
-                e = s / n
-                if OVERFLOW:
-                    e, m2 = _overflow_moments(
-                        x, c, inside, m, e, m2, n, first, end, H, channels, units, magic, shift,
-                        WIDTH, R, B, K, UNIT, PLANES, WIDE, ACC,
-                    )  # fmt: skip
+            if FORM.OVERFLOW and SUMS:
+                for j in tl.range(K, H, num_stages=3):
+                    _, o, valid = _tile(first, j, end, inside, geo, FORM, False)
+                    tile = tl.load(x + start + o, mask=valid, other=0.0, eviction_policy="evict_last").to(ACC)
+                    one, two = _moments(tile - pivot, valid, one, two, FORM.PLANES)
+            one, two = _totals(one, two)
+            slot = partial + slice * P * (2 * B)
             if STAGE == "team" or STAGE == "statistics":
-                _publish_moments(slot, p, m, e, m2, B)
-            if STAGE == "alone":
-                m += e
+                _publish(slot, p, one, two, B)
+            w = _pick(weight, c, inside, 1.0, WEIGHT, ACC)
+            b = _pick(bias, c, inside, 0.0, BIAS, ACC)
+            old_mean = _pick(running_mean, c, writes, 0.0, TRACK, ACC)
+            old_var = _pick(running_var, c, writes, 0.0, TRACK, ACC)
             if STAGE == "team":
                 _barrier(arrived + (program // P) * 32, p, P)
             if STAGE == "team" or STAGE == "normalize":
-                m, m2 = _merge_moments(slot, P, L, H, WIDTH, R, B, PLANES, ACC)
-            v = m2 / (L * WIDTH)
-            v = tl.where(v < 0, 0.0, v)
+                one, two = _merge(slot, P, FORM)
+            share = 1.0 / (L * (W // B)).to(ACC)
+            m = pivot + one * share
+            # Squares of 1e30 overflow; the variance is infinite and y is the bias.
+            v = tl.where(two == float("inf"), two, (two - one * (one * share)) * share)
+            v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
             if STAGE != "statistics":
-                one = inside & (p == 0)
-                tl.store(mean + c, m, mask=one)
-                tl.store(var + c, v, mask=one)
+                tl.store(mean + c, m, mask=writes)
+                tl.store(var + c, v, mask=writes)
                 if TRACK:
-                    _update_running(running_mean + c, m, momentum, one, ACC)
-                    _update_running(running_var + c, v * unbiased, momentum, one, ACC)
+                    new_mean = (1.0 - momentum) * old_mean + momentum * m
+                    new_var = (1.0 - momentum) * old_var + momentum * (v * unbiased)
+                    tl.store(running_mean + c, new_mean.to(running_mean.dtype.element_ty), mask=writes)
+                    tl.store(running_var + c, new_var.to(running_var.dtype.element_ty), mask=writes)
         if STAGE != "statistics":
-            scale = _reciprocal_deviation(v, EPS, ACC) * _pick(weight, c, inside, 1.0, WEIGHT, ACC)
-            b = _pick(bias, c, inside, 0.0, BIAS, ACC)
-            if OVERFLOW:
-                for back in range(1, H - K + 1):  # the last read first: it is still in the cache
-                    i = _lines(first, H - back, R)
-                    at = _offsets(i, c, units, channels, magic, shift, UNIT, PLANES, WIDE)
-                    valid = (i < end)[:, None] & inside
+            scale = tl.rsqrt(v + EPS) * w
+            if FORM.OVERFLOW:
+                for back in tl.range(1, H - K + 1, num_stages=3):  # the last read first: it is still in the cache
+                    i, o, valid = _tile(first, H - back, end, inside, geo, FORM, False)
+                    tile = tl.load(x + start + o, mask=valid, other=0.0, eviction_policy="evict_first").to(ACC)
                     _write(
-                        tl.load(x + at, mask=valid, other=0.0, eviction_policy="evict_first").to(ACC),
-                        i, c, inside, m, scale, b, residual, y, signs, end, L, channels, units, magic, shift,
-                        R, B, UNIT, PLANES, WIDE, ACTIVATION, RESIDUAL, SIGNS, ACC,
+                        tile, i, o, valid, c, m, scale, b, end, residual + start, y + start, signs, geo,
+                        FORM, ACTIVATION, RESIDUAL, SIGNS,
                     )  # fmt: skip
-            for k in tl.static_range(K):
-                _write(
-                    _take(held[k], opaque_zero + opaque_zero, x, W, ACC),
-                    _lines(first + opaque_zero + opaque_zero, k, R),
-                    c, inside, m, scale, b, residual, y, signs, end, L, channels, units, magic, shift,
-                    R, B, UNIT, PLANES, WIDE, ACTIVATION, RESIDUAL, SIGNS, ACC,
-                )  # fmt: skip
+            if full:
+                _write_resident(
+                    held,
+                    opaque_zero,
+                    first,
+                    c,
+                    inside,
+                    m,
+                    scale,
+                    b,
+                    end,
+                    residual + start,
+                    y + start,
+                    signs,
+                    geo,
+                    FORM,
+                    ACTIVATION,
+                    RESIDUAL,
+                    SIGNS,
+                    True,
+                )
+            else:
+                _write_resident(
+                    held,
+                    opaque_zero,
+                    first,
+                    c,
+                    inside,
+                    m,
+                    scale,
+                    b,
+                    end,
+                    residual + start,
+                    y + start,
+                    signs,
+                    geo,
+                    FORM,
+                    ACTIVATION,
+                    RESIDUAL,
+                    SIGNS,
+                    False,
+                )
 
 
 # --- backward -----------------------------------------------------------------------------------------------------
@@ -510,49 +544,110 @@ def forward(
 
 @triton.jit
 def _gradient(
-    g, tile, i, c, inside, m, scale, b, residual, signs, end, L, channels, units, magic, shift,
-    R: tl.constexpr, B: tl.constexpr, UNIT: tl.constexpr, PLANES: tl.constexpr, WIDE: tl.constexpr,
-    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, SIGNS: tl.constexpr, ACC: tl.constexpr,
+    dy, tile, i, o, valid, c, m, scale, b, end, residual, signs, geo,
+    FORM: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, SIGNS: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
     """A tile of dy times the activation's derivative. The pre-activation is recomputed, or its sign read."""
-    if ACTIVATION != "none":
-        if SIGNS:
-            where, exist = _sign_offsets(i, c, channels, end, L, R, B, UNIT, PLANES)
-            z = _unpack_signs(tl.load(signs + where, mask=exist, other=0), R, B, UNIT, PLANES)
-        else:
-            z = _preactivation(tile, m, scale, b)
-            if RESIDUAL:
-                at = _offsets(i, c, units, channels, magic, shift, UNIT, PLANES, WIDE)
-                z += tl.load(residual + at, mask=(i < end)[:, None] & inside, other=0.0).to(ACC)
-        g = _through_activation(g, z, ACTIVATION)
-    return g
+    z = dy
+    if SIGNS:
+        o_signs, some = _sign_offsets(i, c, end, geo, FORM)
+        z = _unpack_signs(tl.load(signs + o_signs, mask=some, other=0), FORM)
+    elif ACTIVATION != "none":
+        z = _affine(tile, m, scale, b, TYPE)
+        if RESIDUAL:
+            z += tl.load(residual + o, mask=valid, other=0.0).to(FORM.ACC)
+    return _through_activation(dy, z, ACTIVATION)
+
+
+@triton.jit
+def _resident_gradient(
+    dy, x, first, c, inside, m, scale, b, end, residual, signs, geo, FORM: tl.constexpr, ACTIVATION: tl.constexpr,
+    RESIDUAL: tl.constexpr, SIGNS: tl.constexpr, SUMS: tl.constexpr, KEEP_G: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """The K tiles of x and of g, or dy, that stay in registers, and the sums (R, W) of g and g (x - mean) over them."""
+    R: tl.constexpr = FORM.R
+    B: tl.constexpr = FORM.B
+    K: tl.constexpr = FORM.K
+    TYPE: tl.constexpr = x.dtype.element_ty
+    one = tl.zeros((R, B), FORM.ACC)
+    two = tl.zeros((R, B), FORM.ACC)
+    held = ()
+    held_dy = ()
+    held_g = ()
+    for k in tl.static_range(K):
+        _, o, valid = _tile(first, k, end, inside, geo, FORM, FULL)
+        held = held + (_hold(tl.load(x + o, mask=valid, other=0.0), TYPE),)
+        held_dy = held_dy + (_hold(tl.load(dy + o, mask=valid, other=0.0), TYPE),)
+    if SUMS:
+        for k in tl.static_range(K):
+            i, o, valid = _tile(first, k, end, inside, geo, FORM, FULL)
+            tile = _take(held[k], 0, TYPE, FORM)
+            g = _gradient(
+                _take(held_dy[k], 0, TYPE, FORM), tile, i, o, valid, c, m, scale, b, end, residual, signs, geo,
+                FORM, ACTIVATION, RESIDUAL, SIGNS, TYPE,
+            )  # fmt: skip
+            one += _fold(g, FORM.PLANES)
+            two += _fold(g * (tile - m), FORM.PLANES)
+            if KEEP_G:
+                held_g = held_g + (_hold(g, TYPE),)
+    if not KEEP_G:
+        held_g = held_dy
+    return held, held_g, one, two
 
 
 @triton.jit
 def _write_back(
-    g, tile, at, valid, m, scale, g_mean, slope, dx, dr, FROZEN: tl.constexpr, RESIDUAL_GRADIENT: tl.constexpr
-):  # fmt: skip
-    """dx = (g - mean(g) - xhat mean(g xhat)) scale (Ioffe & Szegedy 2015, section 3), and dresidual = g."""
+    g, tile, o, valid, m, scale, slope, level, dx, dr, FROZEN: tl.constexpr, RESIDUAL_GRADIENT: tl.constexpr
+):
+    """dx = g scale + (x - m) slope + level, and dresidual = g."""
     if RESIDUAL_GRADIENT:
-        tl.store(dr + at, g.to(dr.dtype.element_ty), mask=valid)
-    if not FROZEN:
-        g = g - g_mean - (tile - m) * slope
-    tl.store(dx + at, (g * scale).to(dx.dtype.element_ty), mask=valid)
+        tl.store(dr + o, g.to(dr.dtype.element_ty), mask=valid)
+    if FROZEN:
+        d = g * scale
+    else:
+        d = tl.fma(g, tl.broadcast_to(scale, g.shape), _affine(tile, m, slope, level, dx.dtype.element_ty))
+    tl.store(dx + o, d.to(dx.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _write_back_resident(
+    held, held_g, zero, first, c, inside, m, scale, b, slope, level, end, residual, signs, dx, dr, geo,
+    FORM: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, SIGNS: tl.constexpr, FROZEN: tl.constexpr,
+    RESIDUAL_GRADIENT: tl.constexpr, KEEP_G: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    K: tl.constexpr = FORM.K
+    TYPE: tl.constexpr = dx.dtype.element_ty
+    for k in tl.static_range(K):
+        i, o, valid = _tile(first, k, end, inside, geo, FORM, FULL)
+        tile = _take(held[k], zero, TYPE, FORM)
+        g = _take(held_g[k], zero, TYPE, FORM)
+        if not KEEP_G:
+            g = _gradient(
+                g, tile, i, o, valid, c, m, scale, b, end, residual, signs, geo,
+                FORM, ACTIVATION, RESIDUAL, SIGNS, TYPE,
+            )  # fmt: skip
+        _write_back(g, tile, o, valid, m, scale, slope, level, dx, dr, FROZEN, RESIDUAL_GRADIENT)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def backward(
     dy, x, residual, weight, bias, mean, var, signs, dx, dr, dweight, dbias, partial, arrived,
     channels, units, magic, shift, opaque_zero, L, H, P, teams, slices,
-    EPS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr,
-    PLANES: tl.constexpr, WIDE: tl.constexpr, OVERFLOW: tl.constexpr, STAGE: tl.constexpr,
-    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, SIGNS: tl.constexpr,
-    RESIDUAL_GRADIENT: tl.constexpr, ACC: tl.constexpr,
+    FORM: tl.constexpr, EPS: tl.constexpr, STAGE: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, SIGNS: tl.constexpr, RESIDUAL_GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """dx, dresidual (like x), dweight and dbias (C). With "frozen" the sums stay in `partial` (slices, P, 2, B)."""
-    WIDTH: tl.constexpr = UNIT if PLANES else 1
-    W: tl.constexpr = UNIT if PLANES else B
+    TYPE: tl.constexpr = x.dtype.element_ty
+    R: tl.constexpr = FORM.R
+    W: tl.constexpr = FORM.W
+    B: tl.constexpr = FORM.B
+    K: tl.constexpr = FORM.K
+    ACC: tl.constexpr = FORM.ACC
     FROZEN: tl.constexpr = STAGE == "frozen"
+    # Where g has dy's digits it takes dy's place in registers after the first pass.
+    KEEP_G: tl.constexpr = ACTIVATION == "relu" and STAGE != "normalize"
+    SUMS: tl.constexpr = STAGE != "normalize"
+    geo = Geometry(channels, units, magic, shift, L)
     program = tl.program_id(0)
     if STAGE == "normalize":
         program = teams * P - 1 - program
@@ -561,85 +656,76 @@ def backward(
         # `first` depends on the slice, or the compiler would compute all addresses before the loop, and spill.
         first = p * (H * R) + slice * opaque_zero
         end = tl.minimum(first + H * R, L)
-        c, inside = _channels(slice, channels, units, B, UNIT, PLANES)
+        full = first + K * R <= end
+        if not FORM.PLANES:
+            full = full & ((slice + 1) * B <= channels)
+        c, inside, start = _channels(slice, geo, FORM)
         slot = partial + slice * P * (2 * B)
         m = tl.load(mean + c, mask=inside, other=0.0).to(ACC)
-        r = _reciprocal_deviation(tl.load(var + c, mask=inside, other=1.0).to(ACC), EPS, ACC)
+        r = tl.rsqrt(tl.load(var + c, mask=inside, other=1.0).to(ACC) + EPS)
         scale = r * _pick(weight, c, inside, 1.0, WEIGHT, ACC)
         b = _pick(bias, c, inside, 0.0, BIAS, ACC)
-        held_x = ()
-        held_dy = ()
-        for k in tl.static_range(K):
-            i = _lines(first, k, R)
-            at = _offsets(i, c, units, channels, magic, shift, UNIT, PLANES, WIDE)
-            valid = (i < end)[:, None] & inside
-            held_x = held_x + (_hold(tl.load(x + at, mask=valid, other=0.0)),)
-            held_dy = held_dy + (_hold(tl.load(dy + at, mask=valid, other=0.0)),)
-        one = tl.zeros((1, B), ACC)
-        two = tl.zeros((1, B), ACC)
-        if STAGE != "normalize":
-            s1 = tl.zeros((R, 1 if PLANES else B), ACC)
-            s2 = tl.zeros((R, 1 if PLANES else B), ACC)
-            for k in tl.static_range(K):
-                i = _lines(first, k, R)
-                tile = _take(held_x[k], 0, x, W, ACC)
+        if full:
+            held, held_g, one, two = _resident_gradient(
+                dy + start, x + start, first, c, inside, m, scale, b, end, residual + start, signs, geo,
+                FORM, ACTIVATION, RESIDUAL, SIGNS, SUMS, KEEP_G, True,
+            )  # fmt: skip
+        else:
+            held, held_g, one, two = _resident_gradient(
+                dy + start, x + start, first, c, inside, m, scale, b, end, residual + start, signs, geo,
+                FORM, ACTIVATION, RESIDUAL, SIGNS, SUMS, KEEP_G, False,
+            )  # fmt: skip
+        if FORM.OVERFLOW and SUMS:
+            for j in tl.range(K, H, num_stages=3):
+                i, o, valid = _tile(first, j, end, inside, geo, FORM, False)
+                tile = tl.load(x + start + o, mask=valid, other=0.0, eviction_policy="evict_last").to(ACC)
                 g = _gradient(
-                    _take(held_dy[k], 0, x, W, ACC), tile, i, c, inside, m, scale, b, residual, signs,
-                    end, L, channels, units, magic, shift,
-                    R, B, UNIT, PLANES, WIDE, ACTIVATION, RESIDUAL, SIGNS, ACC,
+                    tl.load(dy + start + o, mask=valid, other=0.0, eviction_policy="evict_last").to(ACC), tile,
+                    i, o, valid, c, m, scale, b, end, residual + start, signs, geo,
+                    FORM, ACTIVATION, RESIDUAL, SIGNS, TYPE,
                 )  # fmt: skip
-                s1 += _fold(g, PLANES)
-                s2 += _fold(g * (tile - m), PLANES)
-            if OVERFLOW:
-                for j in range(K, H):
-                    i = _lines(first, j, R)
-                    at = _offsets(i, c, units, channels, magic, shift, UNIT, PLANES, WIDE)
-                    valid = (i < end)[:, None] & inside
-                    tile = tl.load(x + at, mask=valid, other=0.0, eviction_policy="evict_last").to(ACC)
-                    g = _gradient(
-                        tl.load(dy + at, mask=valid, other=0.0, eviction_policy="evict_last").to(ACC), tile,
-                        i, c, inside, m, scale, b, residual, signs, end, L, channels, units, magic, shift,
-                        R, B, UNIT, PLANES, WIDE, ACTIVATION, RESIDUAL, SIGNS, ACC,
-                    )  # fmt: skip
-                    s1 += _fold(g, PLANES)
-                    s2 += _fold(g * (tile - m), PLANES)
-            one = _sum(s1)
-            two = _sum(s2)
-            if STAGE != "alone":
-                _publish(slot, p, one, two * r if FROZEN else two, B)
+                one += _fold(g, FORM.PLANES)
+                two += _fold(g * (tile - m), FORM.PLANES)
+        one, two = _totals(one, two)
+        if STAGE != "alone" and STAGE != "normalize":
+            _publish(slot, p, one, two * r if FROZEN else two, B)
         if STAGE == "team":
             _barrier(arrived + (program // P) * 32, p, P)
         if STAGE == "team" or STAGE == "normalize":
-            one, two = _merge_sums(slot, P, R, B, PLANES)
-        if STAGE == "alone" or STAGE == "team" or STAGE == "normalize":
-            tl.store(dbias + c, one.to(dbias.dtype.element_ty), mask=inside & (p == 0))
-            tl.store(dweight + c, (two * r).to(dweight.dtype.element_ty), mask=inside & (p == 0))
+            one, two = _merge(slot, P, FORM)
         if STAGE != "statistics":
-            g_mean = one / (L * WIDTH)
-            slope = two * r * r / (L * WIDTH)
-            if OVERFLOW:
-                for back in range(1, H - K + 1):
-                    i = _lines(first, H - back, R)
-                    at = _offsets(i, c, units, channels, magic, shift, UNIT, PLANES, WIDE)
-                    valid = (i < end)[:, None] & inside
-                    tile = tl.load(x + at, mask=valid, other=0.0, eviction_policy="evict_first").to(ACC)
+            if not FROZEN:
+                writes = inside & (p == 0)
+                tl.store(dbias + c, one.to(dbias.dtype.element_ty), mask=writes)
+                tl.store(dweight + c, (two * r).to(dweight.dtype.element_ty), mask=writes)
+            # dx = (g - mean(g) - xhat mean(g xhat)) scale (Ioffe & Szegedy 2015, section 3).
+            share = 1.0 / (L * (W // B)).to(ACC)
+            slope = -(two * r) * (r * scale) * share
+            level = -one * scale * share
+            if FORM.OVERFLOW:
+                for back in tl.range(1, H - K + 1, num_stages=3):
+                    i, o, valid = _tile(first, H - back, end, inside, geo, FORM, False)
+                    tile = tl.load(x + start + o, mask=valid, other=0.0, eviction_policy="evict_first").to(ACC)
                     g = _gradient(
-                        tl.load(dy + at, mask=valid, other=0.0, eviction_policy="evict_first").to(ACC), tile,
-                        i, c, inside, m, scale, b, residual, signs, end, L, channels, units, magic, shift,
-                        R, B, UNIT, PLANES, WIDE, ACTIVATION, RESIDUAL, SIGNS, ACC,
+                        tl.load(dy + start + o, mask=valid, other=0.0, eviction_policy="evict_first").to(ACC), tile,
+                        i, o, valid, c, m, scale, b, end, residual + start, signs, geo,
+                        FORM, ACTIVATION, RESIDUAL, SIGNS, TYPE,
                     )  # fmt: skip
-                    _write_back(g, tile, at, valid, m, scale, g_mean, slope, dx, dr, FROZEN, RESIDUAL_GRADIENT)
-            for k in tl.static_range(K):
-                i = _lines(first + opaque_zero, k, R)
-                tile = _take(held_x[k], opaque_zero, x, W, ACC)
-                g = _gradient(
-                    _take(held_dy[k], opaque_zero, x, W, ACC), tile, i, c, inside, m, scale, b, residual, signs,
-                    end, L, channels, units, magic, shift,
-                    R, B, UNIT, PLANES, WIDE, ACTIVATION, RESIDUAL, SIGNS, ACC,
+                    _write_back(
+                        g, tile, o, valid, m, scale, slope, level, dx + start, dr + start, FROZEN, RESIDUAL_GRADIENT
+                    )
+            if full:
+                _write_back_resident(
+                    held, held_g, opaque_zero, first, c, inside, m, scale, b, slope, level, end, residual + start,
+                    signs, dx + start, dr + start, geo,
+                    FORM, ACTIVATION, RESIDUAL, SIGNS, FROZEN, RESIDUAL_GRADIENT, KEEP_G, True,
                 )  # fmt: skip
-                at = _offsets(i, c, units, channels, magic, shift, UNIT, PLANES, WIDE)
-                valid = (i < end)[:, None] & inside
-                _write_back(g, tile, at, valid, m, scale, g_mean, slope, dx, dr, FROZEN, RESIDUAL_GRADIENT)
+            else:
+                _write_back_resident(
+                    held, held_g, opaque_zero, first, c, inside, m, scale, b, slope, level, end, residual + start,
+                    signs, dx + start, dr + start, geo,
+                    FORM, ACTIVATION, RESIDUAL, SIGNS, FROZEN, RESIDUAL_GRADIENT, KEEP_G, False,
+                )  # fmt: skip
 
 
 # Whether these run in Triton's interpreter. Triton decided that when it was first imported.

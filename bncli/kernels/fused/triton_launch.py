@@ -18,7 +18,6 @@ from bncli.kernels.fused import triton
 from bncli.kernels.fused.tiling import Plan, Processors, plan
 from bncli.kernels.layout import accumulation, is_channels_last, refuse_gaps, sign_bytes, sizes
 
-HOPPER = (9, 0)  # from here on teams use a barrier in memory; older devices, two launches
 COUNTER_STRIDE = 32  # int32 from one team's counter to the next: 128 bytes, a cache line each
 LEAST_SHARED = 1024 * COUNTER_STRIDE  # elements of memory that a device's calls share
 DEFAULT_STREAM = 0  # as CUDA numbers it
@@ -146,7 +145,7 @@ class Launch:
     stages: tuple[str, ...]
     runtime: tuple[int, ...]  # channels, units, magic, shift, opaque_zero, L, H, P, teams, slices
     constants: dict[str, Any]
-    partial: tuple[int, ...]  # the programs' vectors: (slices, P, 2 or 3, B); one number if unused
+    partial: tuple[int, ...]  # the programs' vectors: (slices, P, 2, B); one number if unused
     accumulate: torch.dtype
     unbiased: float  # m / (m - 1)
     kept: dict[tuple[Any, ...], tuple[Any, ...]] = field(default_factory=dict)  # how to start what is compiled
@@ -224,11 +223,12 @@ def launch_for(
             channels, units, *reciprocal(units), 0, plan.lines, plan.tiles_each, plan.team, plan.teams, plan.slices
         ),
         constants={
-            "R": plan.rows, "B": plan.columns, "K": plan.held, "UNIT": plan.unit, "PLANES": plan.contiguous,
-            "WIDE": math.prod(shape) > MOST_OF_32_BITS, "OVERFLOW": plan.overflow,
-            "ACC": triton.TYPES[accumulate],
+            "FORM": triton.Form(
+                plan.rows, plan.columns, plan.held, plan.unit, plan.contiguous, math.prod(shape) > MOST_OF_32_BITS,
+                plan.overflow, triton.TYPES[accumulate],
+            )
         },
-        partial=(plan.slices, plan.team, 2 if backward else 3, plan.columns)
+        partial=(plan.slices, plan.team, 2, plan.columns)
         if (backward if frozen else plan.team > 1)
         else (1,),
         accumulate=accumulate,
@@ -255,8 +255,7 @@ def processors(device: torch.device) -> Processors:
         return Processors(1, cooperative=False)
     found = torch.cuda.get_device_properties(device)
     nvidia = torch.version.hip is None  # such barriers hang on other devices: FlagTree 1029 and 1030
-    cooperative = nvidia and (found.major, found.minor) >= HOPPER and not has_refused(device)
-    return Processors(found.multi_processor_count, cooperative)
+    return Processors(found.multi_processor_count, nvidia and not has_refused(device))
 
 
 def has_refused(device: torch.device) -> bool:

@@ -29,8 +29,9 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
+from typing import Any
 
-from bncli.kernels.fused.tiling import ACCESS_BYTES, SPLIT_TILINGS, STREAMING, THREADS_PER_WARP, registers, tilings
+from bncli.kernels.fused.tiling import ACCESS_BYTES, REGISTERS, THREADS_PER_WARP, TILINGS, tilings
 
 CAPABILITIES = (90,)  # sm_90: H100, H200
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -91,15 +92,22 @@ class Choice:
         forward = self.direction == "forward"
         line_bytes = (self.unit if self.contiguous else self.columns) * SIZES[self.dtype]
         found: dict[str, object] = {
-            "EPS": 1e-5, "R": self.warps * THREADS_PER_WARP * ACCESS_BYTES // line_bytes, "B": self.columns,
-            "K": self.held, "UNIT": self.unit, "PLANES": self.contiguous, "WIDE": self.wide, "OVERFLOW": self.overflow,
-            "STAGE": self.stage, "ACTIVATION": self.activation,
+            "FORM": {
+                "R": self.warps * THREADS_PER_WARP * ACCESS_BYTES // line_bytes, "B": self.columns, "K": self.held,
+                "UNIT": self.unit, "PLANES": self.contiguous, "WIDE": self.wide, "OVERFLOW": self.overflow,
+            },
+            "EPS": 1e-5, "STAGE": self.stage, "ACTIVATION": self.activation,
             "RESIDUAL": self.residual and (forward or self.activation == "silu"), "WEIGHT": True, "BIAS": True,
             "SIGNS": self.residual and self.activation == "relu",
         }  # fmt: skip
         if forward:
             return found | {"TRACK": self.stage in ("alone", "team", "normalize")}
         return found | {"RESIDUAL_GRADIENT": self.residual and self.activation != "none"}
+
+    @property
+    def samples(self) -> bool:
+        """Whether single elements of x are read beside its tiles, in one instruction."""
+        return self.direction == "forward" and self.contiguous and self.stage != "frozen"
 
     @property
     def least_bits(self) -> dict[str, int]:
@@ -122,16 +130,15 @@ def choices() -> Iterator[Choice]:
         rows = [(unit, line // size) for unit in units for line in (64, 128)]
         for contiguous, unit, columns in [*((True, unit, 1) for unit in units), *((False, *each) for each in rows)]:
             kind = (direction, dtype, contiguous, unit, columns)
-            line_bytes = (unit if contiguous else columns) * size
-            sizes = tilings(contiguous=contiguous, unit_bytes=unit * size, line_bytes=line_bytes, streams=streams)
+            sizes = [(warps, held // streams) for warps, held in tilings(contiguous=contiguous, unit_bytes=unit * size)]
             for (warps, held), stage in itertools.product(sizes, ("alone", "team")):
                 yield Choice(*kind, warps, held, stage, activation, residual)
             yield Choice(*kind, *sizes[-1], "team", activation, residual, overflow=True)
-            for (warps, held), stage in itertools.product(SPLIT_TILINGS, ("statistics", "normalize")):
-                yield Choice(*kind, warps, held // streams, stage, activation, residual)
-                if (warps, held) == SPLIT_TILINGS[-1]:
-                    yield Choice(*kind, warps, held // streams, stage, activation, residual, overflow=True)
-            yield Choice(*kind, *STREAMING, "frozen", activation, residual)
+            for size_, stage in itertools.product(sizes[:2], ("statistics", "normalize")):
+                yield Choice(*kind, *size_, stage, activation, residual)
+            for stage in ("statistics", "normalize"):
+                yield Choice(*kind, *sizes[1], stage, activation, residual, overflow=True)
+            yield Choice(*kind, *TILINGS[0], "frozen", activation, residual)
 
 
 def sample(every: Sequence[Choice], n: int) -> list[Choice]:
@@ -242,6 +249,8 @@ def rules_broken(choice: Choice, code: MachineCode) -> list[str]:
         broken.append(f"{code.spill_loads} spill loads, {code.spill_stores} spill stores")
     for name, least in choice.least_bits.items():
         loads, stores = _through(name, code.loads_by_argument), _through(name, code.stores_by_argument)
+        if choice.samples and code.loads_by_argument.get(name, {}).get(SIZES[choice.dtype] * 8) == 1:
+            loads -= {SIZES[choice.dtype] * 8}  # the samples around whose mean the statistics are summed
         broken += [f"{name} is never accessed"] * (not loads and not stores)
         for verb, asked, done in (("loaded", loads, code.loads), ("stored", stores, code.stores)):
             if asked and min(asked) < least:
@@ -281,7 +290,8 @@ def compiled(choice: Choice, capability: int, maxnreg: int | None = None, aligne
 
     from bncli.kernels.fused import triton as device_kernels
 
-    constants = choice.constants | {"ACC": tl.float32}
+    constants: dict[str, Any] = {**choice.constants}
+    constants["FORM"] = device_kernels.Form(**constants["FORM"], ACC=tl.float32)
     signature = choice.arguments | dict.fromkeys(constants, "constexpr")
     names = list(signature)
     alignment = {
@@ -290,7 +300,7 @@ def compiled(choice: Choice, capability: int, maxnreg: int | None = None, aligne
         if aligned and kind.startswith("*")
     }
     options = {
-        "num_warps": choice.warps, "maxnreg": maxnreg or registers(choice.warps), "enable_fp_fusion": True,
+        "num_warps": choice.warps, "maxnreg": maxnreg or REGISTERS, "enable_fp_fusion": True,
         "launch_cooperative_grid": choice.stage == "team",
     }  # fmt: skip
     began = time.perf_counter()

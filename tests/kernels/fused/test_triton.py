@@ -21,8 +21,6 @@ from bncli.names import KINKED_ACTIVATIONS
 from tests.kernels.fused.checks import EPS, ROUNDOFF, assert_right, case
 
 triton = pytest.importorskip("triton")
-tl = pytest.importorskip("triton.language")
-device_kernels = pytest.importorskip("bncli.kernels.fused.triton")
 triton_launch = pytest.importorskip("bncli.kernels.fused.triton_launch")
 
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
@@ -127,20 +125,6 @@ def test_a_team_of_more_programs_than_a_tile_has_rows_merges_in_steps(device: to
     y, mean, var, _ = triton_launch.forward(x, None, None, None, None, EPS, "none", False, plan=cut)
     expected, expected_mean, expected_var = native.batch_norm(x, None, None, EPS)
     torch.testing.assert_close((y, mean, var), (expected, expected_mean, expected_var))
-
-
-@triton.jit
-def write_shares(out, P, L, H, R: tl.constexpr):
-    tl.store(out + tl.arange(0, R)[:, None], device_kernels._shares(0, P, L, H, 1, R, tl.float64))
-
-
-@pytest.mark.parametrize(("lines", "rows", "programs"), [(72_765_788, 4096, 132), (2**30 - 1, 4096, 132), (100, 64, 2)])
-def test_programs_that_do_not_exist_have_no_share(lines: int, rows: int, programs: int, device: torch.device) -> None:
-    """Their numbers times a program's lines pass 32 bits, and what is left of that must not look like a share."""
-    shares = torch.empty(rows, dtype=torch.float64, device=device)
-    write_shares[(1,)](shares, programs, lines, -(-lines // (rows * programs)), R=rows)
-    assert shares.sum() == lines
-    assert not shares[programs:].any()
 
 
 @pytest.mark.parametrize("form", ["a team", "a team with overflow"])

@@ -169,7 +169,7 @@ def test_the_execution_path_of_a_plan() -> None:
     assert path((256, 64, 3136)).startswith("cooperative (")
     assert path((32, 512, 49), frozen=True) == "streaming"
     assert path((256, 64, 3136), cooperative=False) == "two launches"
-    assert "% on-chip" in path((4096, 64, 3136), backward=True)  # a team that holds a part
+    assert "% on-chip" in path((256, 64, 112 * 112), backward=True)  # a team that holds a part
 
 
 def test_a_refused_cooperative_launch_is_told_once_it_has_happened(monkeypatch: pytest.MonkeyPatch) -> None:
