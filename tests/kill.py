@@ -231,7 +231,8 @@ class CompareTrial(Trial):
 
     def next_start(self) -> Callable[[], object]:
         recipe = self.folder.parent / "study.yaml"
-        recipe.write_text(STUDY)
+        if not recipe.exists():  # another call on the folder may be reading it
+            recipe.write_text(STUDY)
         arguments = ["compare", str(recipe), "--out", str(self.folder), "--device", "cpu"]
         arguments += ["--jobs", str(JOBS), "--full-grid", *self.options]  # which points are given up depends on times
         return bncli_(*arguments, worker=self.worker)

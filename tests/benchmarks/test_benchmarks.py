@@ -89,8 +89,9 @@ def test_kernels_on_a_cpu_prints_what_the_readme_quotes(capsys: Printed, monkeyp
     assert kernels.main(asked, made_up(RESULT)) == errors.OK
     printed = capsys.readouterr().out
     assert "All cases passed." in printed
-    ratio = "geometric mean of 15 shapes 1.80x [1.46, unknown], worst 1.11x at 16x64x112x112\n"
-    assert printed.count(f"bn+relu      contiguous     {ratio}") == 2  # warm and cold
+    ratio = "1.80x [1.46, unknown]"
+    mean = f"geometric mean of 15 shapes {ratio}, new memory {ratio}, worst 1.11x at 16x64x112x112\n"
+    assert printed.count(f"bn+relu      contiguous     {mean}") == 2  # warm and cold
     assert "contiguous     batch 128: native 242 ms ±5%, fused 242 ms ±5%  1.80x [1.46, unknown]\n" in printed
     assert torch.__version__ in printed
     assert "WARNING    other programs use 43 % of the cores" in printed
