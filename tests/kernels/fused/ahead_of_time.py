@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
 
-from bncli.kernels.fused.tiling import ACCESS_BYTES, REGISTERS, THREADS_PER_WARP, TILINGS, tilings
+from bncli.kernels.fused.tiling import ACCESS_BYTES, REGISTERS, ROW_BYTES, THREADS_PER_WARP, TILINGS
 
 CAPABILITIES = (90,)  # sm_90: H100, H200
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -127,17 +127,15 @@ def choices() -> Iterator[Choice]:
     for direction, (dtype, size), (activation, residual) in itertools.product(ARGUMENTS, SIZES.items(), FUSED):
         streams = 2 if direction == "backward" else 1
         units = [unit for unit in (8, 4, 2, 1) if unit * size <= ACCESS_BYTES]
-        rows = [(unit, line // size) for unit in units for line in (64, 128)]
+        rows = [(unit, line // size) for unit in units for line in ROW_BYTES]
         for contiguous, unit, columns in [*((True, unit, 1) for unit in units), *((False, *each) for each in rows)]:
             kind = (direction, dtype, contiguous, unit, columns)
-            sizes = [(warps, held // streams) for warps, held in tilings(contiguous=contiguous, unit_bytes=unit * size)]
+            sizes = [(warps, held // streams) for warps, held in TILINGS]
             for (warps, held), stage in itertools.product(sizes, ("alone", "team")):
                 yield Choice(*kind, warps, held, stage, activation, residual)
             yield Choice(*kind, *sizes[-1], "team", activation, residual, overflow=True)
-            for size_, stage in itertools.product(sizes[:2], ("statistics", "normalize")):
-                yield Choice(*kind, *size_, stage, activation, residual)
-            for stage in ("statistics", "normalize"):
-                yield Choice(*kind, *sizes[1], stage, activation, residual, overflow=True)
+            for stage, overflow in itertools.product(("statistics", "normalize"), (False, True)):
+                yield Choice(*kind, *sizes[1], stage, activation, residual, overflow)
             yield Choice(*kind, *TILINGS[0], "frozen", activation, residual)
 
 
