@@ -130,8 +130,8 @@ template <bool WHOLE> struct span {
     }
     ALWAYS_INLINE void store(element *to, lanes v, bool past_caches) const {
         const packed p = narrowed(v);
-        if (!WHOLE) memcpy(to, &p, held * sizeof(element));
-        else past_caches ? store_past_caches(to, p) : (void)memcpy(to, &p, sizeof p);
+        if (WHOLE && past_caches) store_past_caches(to, p);
+        else WHOLE || held == LANES ? memcpy(to, &p, sizeof p) : memcpy(to, &p, held * sizeof(element));
     }
     ALWAYS_INLINE lanes only_new(lanes v) const { // 0 in the other lanes
         integers lane = {};
@@ -192,7 +192,7 @@ INLINE unsigned get_bits(const uint8_t *signs, int64_t at, int held) {
 
 // ---- activations ---------------------------------------------------------------------------------------------------
 enum Activation { NONE, RELU, LEAKY_RELU, SILU };
-constexpr wide SLOPE = (wide)0.01;
+constexpr wide NEGATIVE_SLOPE = (wide)0.01;
 
 #ifdef FP64
 INLINE lanes exponential(lanes v) {
@@ -213,7 +213,7 @@ INLINE lanes exponential(lanes v) { // 2^n e^r with |r| <= ln(2)/2; within 2 uni
 
 template <Activation A> INLINE lanes activated(lanes z) {
     if (A == RELU) return (lanes)((integers)z & ~(z <= 0)); // a NaN stays one
-    if (A == LEAKY_RELU) return choose(z > 0, z, z * SLOPE);
+    if (A == LEAKY_RELU) return choose(z > 0, z, z * NEGATIVE_SLOPE);
     if (A == SILU) return z / (1 + exponential(-z));
     return z;
 }
@@ -221,7 +221,7 @@ template <Activation A> INLINE lanes activated(lanes z) {
 // Where dy passes unchanged. At a NaN as in torch: relu stops dy where z <= 0, leaky_relu scales it unless z > 0.
 template <Activation A> INLINE integers passes(lanes z) { return A == RELU ? ~(z <= 0) : z > 0; }
 template <Activation A> INLINE lanes through_sign(lanes dy, integers pass) {
-    return A == RELU ? (lanes)((integers)dy & pass) : choose(pass, dy, dy * SLOPE);
+    return A == RELU ? (lanes)((integers)dy & pass) : choose(pass, dy, dy * NEGATIVE_SLOPE);
 }
 INLINE lanes through_silu(lanes dy, lanes z) {
     const lanes s = 1 / (1 + exponential(-z));
@@ -277,12 +277,12 @@ INLINE moments about(double shift, double count, double sum, double squares) { /
 }
 
 // z = (x - mean) scale + shift, dx = scale dz - (x - mean) slope - constant
-struct channel { wide mean, scale, shift, slope, constant; };
-struct parameters { lanes mean, scale, shift, slope, constant; }; // of a vector's values
+enum Parameter { MEAN, SCALE, SHIFT, SLOPE, CONSTANT, PARAMETERS };
+struct channel { wide of[PARAMETERS]; };
 INLINE double reciprocal_deviation(const call &c, int64_t k) { return 1 / __builtin_sqrt((double)c.var[k] + c.eps); }
 INLINE channel normalization(const call &c, int64_t k) {
     const double weight = c.weight ? c.weight[k] : 1;
-    return {c.mean[k], (wide)(weight * reciprocal_deviation(c, k)), c.bias ? c.bias[k] : 0, 0, 0};
+    return {{c.mean[k], (wide)(weight * reciprocal_deviation(c, k)), c.bias ? c.bias[k] : 0, 0, 0}};
 }
 INLINE channel settled(const call &c, int64_t k, moments found) {
     if (!c.frozen) {
@@ -303,8 +303,8 @@ INLINE channel settled(const call &c, int64_t k, gradients found) {
     channel p = normalization(c, k);
     if (!c.frozen) {
         const double m = (double)values_of_channel(c);
-        p.constant = (wide)(p.scale * found.first / m);
-        p.slope = (wide)(p.scale * found.second / m * (reciprocal * reciprocal));
+        p.of[CONSTANT] = (wide)(p.of[SCALE] * found.first / m);
+        p.of[SLOPE] = (wide)(p.of[SCALE] * found.second / m * (reciprocal * reciprocal));
     }
     return p;
 }
@@ -312,19 +312,15 @@ INLINE channel settled(const call &c, int64_t k, gradients found) {
 // ---- a line --------------------------------------------------------------------------------------------------------
 struct line { int64_t at, length, bit; }; // offset of its first value, its values, number of its first sign's bit
 
+// A parameter of the values from number j of a line on. One at a time: compilers copy a structure of vectors in memory.
 struct uniform { // the values of a line are of one channel
-    parameters of;
-    uniform(const channel &p) : of{all(p.mean), all(p.scale), all(p.shift), all(p.slope), all(p.constant)} {}
-    ALWAYS_INLINE parameters at(int64_t) const { return of; }
+    channel p;
+    ALWAYS_INLINE lanes at(Parameter which, int64_t) const { return all(p.of[which]); }
 };
 struct columns { // value j of a line has the parameters of column j
-    wide *of;    // (5, padded): mean, scale, shift, slope, constant
+    wide *of;    // (PARAMETERS, padded)
     int64_t padded;
-    ALWAYS_INLINE parameters at(int64_t j) const {
-        const wide *p = of + j;
-        return {read<lanes>(p), read<lanes>(p + padded), read<lanes>(p + 2 * padded), read<lanes>(p + 3 * padded),
-                read<lanes>(p + 4 * padded)};
-    }
+    ALWAYS_INLINE lanes at(Parameter which, int64_t j) const { return read<lanes>(of + which * padded + j); }
 };
 struct view { // the tensors from the first value of a line on
     const element *x, *dy, *residual;
@@ -342,8 +338,7 @@ template <Activation A, class Columns> static void write(const task &c, line of,
     uint8_t *const signs = c.signs;
     const bool past_caches = c.past_caches;
     each_vector(0, of.length, [=](int64_t j, auto v) ALWAYS_INLINE {
-        const parameters p = columns.at(j);
-        lanes z = (v.load(in.x + j) - p.mean) * p.scale + p.shift;
+        lanes z = (v.load(in.x + j) - columns.at(MEAN, j)) * columns.at(SCALE, j) + columns.at(SHIFT, j);
         if (in.residual) z += v.load(in.residual + j);
         if (signs) put_bits(signs, in.bit + j, to_bits(passes<A>(z)), v.held);
         v.store(y + j, activated<A>(z), past_caches);
@@ -351,12 +346,12 @@ template <Activation A, class Columns> static void write(const task &c, line of,
 }
 
 // dy through the activation of z = centred scale + shift + residual.
-template <Activation A, class Vector>
-INLINE lanes upstream(const view &in, int64_t j, Vector v, lanes centred, const parameters &p) {
+template <Activation A, class Vector, class Columns>
+INLINE lanes upstream(const view &in, int64_t j, Vector v, lanes centred, const Columns &columns) {
     const lanes g = v.load(in.dy + j);
     if (A == NONE) return g;
     if (A != SILU && in.signs) return through_sign<A>(g, from_bits(get_bits(in.signs, in.bit + j, v.held)));
-    lanes z = centred * p.scale + p.shift;
+    lanes z = centred * columns.at(SCALE, j) + columns.at(SHIFT, j);
     if (in.residual) z += v.load(in.residual + j);
     return A == SILU ? through_silu(g, z) : through_sign<A>(g, passes<A>(z));
 }
@@ -366,11 +361,11 @@ template <Activation A, class Columns> static void write(const task &c, line of,
     element *const dx = c.dx + of.at, *const dresidual = c.dresidual ? c.dresidual + of.at : nullptr;
     const bool past_caches = c.past_caches, frozen = c.frozen;
     each_vector(0, of.length, [=](int64_t j, auto v) ALWAYS_INLINE {
-        const parameters p = columns.at(j);
-        const lanes centred = v.load(in.x + j) - p.mean, g = upstream<A>(in, j, v, centred, p);
+        const lanes centred = v.load(in.x + j) - columns.at(MEAN, j), g = upstream<A>(in, j, v, centred, columns);
         if (dresidual) v.store(dresidual + j, g, past_caches);
+        const lanes scale = columns.at(SCALE, j), slope = columns.at(SLOPE, j), constant = columns.at(CONSTANT, j);
         // Frozen, nothing is subtracted: a NaN times 0 is one.
-        v.store(dx + j, frozen ? g * p.scale : g * p.scale - centred * p.slope - p.constant, past_caches);
+        v.store(dx + j, frozen ? g * scale : g * scale - centred * slope - constant, past_caches);
     });
 }
 
@@ -379,7 +374,7 @@ struct terms { lanes first, second; }; // of two sums, for a vector
 template <class Columns> struct differences { // from a shift, which is the columns' mean; and their squares
     Columns columns;
     template <class Vector> ALWAYS_INLINE terms at(const view &in, int64_t j, Vector v) const {
-        const lanes difference = v.only_new(v.load(in.x + j) - columns.at(j).mean);
+        const lanes difference = v.only_new(v.load(in.x + j) - columns.at(MEAN, j));
         return {difference, difference * difference};
     }
 };
@@ -387,8 +382,7 @@ template <class Columns> struct differences { // from a shift, which is the colu
 template <Activation A, class Columns> struct products { // dz, and dz (x - mean)
     Columns columns;
     template <class Vector> ALWAYS_INLINE terms at(const view &in, int64_t j, Vector v) const {
-        const parameters p = columns.at(j);
-        const lanes centred = v.load(in.x + j) - p.mean, g = upstream<A>(in, j, v, centred, p);
+        const lanes centred = v.load(in.x + j) - columns.at(MEAN, j), g = upstream<A>(in, j, v, centred, columns);
         return {v.only_new(g), v.only_new(g * centred)};
     }
 };
@@ -504,15 +498,15 @@ static vector_sums sum_part(const call &c, const planes &g, int64_t k, int64_t p
 static void sum_part(const call &c, const planes &g, int64_t k, int64_t part, moments &found) {
     if (c.frozen) return;
     const int64_t lines = smaller(g.lines - part * g.per_part, g.per_part), most = pieces(lines * g.piece, HEAD);
-    const vector_sums head = sum_part(c, g, k, part, most, differences<uniform>{uniform({0, 0, 0, 0, 0})});
+    const vector_sums head = sum_part(c, g, k, part, most, differences<uniform>{});
     const wide shift = (wide)(head.sum / (double)head.taken);
-    const vector_sums t = sum_part(c, g, k, part, INT64_MAX, differences<uniform>{uniform({shift, 0, 0, 0, 0})});
+    const vector_sums t = sum_part(c, g, k, part, INT64_MAX, differences<uniform>{{{{shift}}}});
     found = about(shift, (double)t.taken, t.sum, t.sum2);
 }
 
 static void sum_part(const call &c, const planes &g, int64_t k, int64_t part, gradients &found) {
     with_activation(c, [&](auto activation) {
-        const products<activation.value, uniform> terms_of{uniform(normalization(c, k))};
+        const products<activation.value, uniform> terms_of{{normalization(c, k)}};
         const vector_sums t = sum_part(c, g, k, part, INT64_MAX, terms_of);
         found = {(double)t.taken, t.sum, t.sum2};
     });
@@ -524,7 +518,7 @@ template <class Found> INLINE void write_part(const task &c, const planes &g, in
             const line of = line_of(c, g, k, number);
             foresee(c, c.x, of), foresee(c, c.dy, of), foresee(c, c.dy ? c.dx : c.y, of);
             if (!c.dy) foresee(c, c.residual, of);
-            write<activation.value>(c, of, uniform(p), Found());
+            write<activation.value>(c, of, uniform{p}, Found());
         }
     });
 }
@@ -684,12 +678,8 @@ template <class Found> static void join_parts(const table &t, int64_t from, int6
 }
 
 INLINE void set_columns(const call &c, const table &t, int64_t k, channel p) {
-    wide *of = t.parameters.of;
-    const wide values[] = {p.mean, p.scale, p.shift, p.slope, p.constant};
-    for (const wide value : values) {
-        for (int64_t j = k; j < t.width; j += c.channels) of[j] = value;
-        of += t.parameters.padded;
-    }
+    for (int which = 0; which < PARAMETERS; which++)
+        for (int64_t j = k; j < t.width; j += c.channels) t.parameters.of[which * t.parameters.padded + j] = p.of[which];
 }
 
 template <class Found> static void rows_work(const task &c, const table &t, int64_t thread, int64_t threads) {
@@ -760,10 +750,10 @@ template <class Found> static int run(const call &asked) { // 0, or 1 for lack o
     if (c.rows) {
         table t = tabled(c);
         c.past_caches = writes_past_caches(c, t.width, bytes);
-        const int64_t sums = t.parts * 2 * t.width, wides = (5 + 3 * c.threads) * t.parameters.padded;
+        const int64_t sums = t.parts * 2 * t.width, wides = (PARAMETERS + 3 * c.threads) * t.parameters.padded;
         if (!(memory = malloc(sums * sizeof(double) + wides * sizeof(wide)))) return 1;
         t.sums = (double *)memory;
-        t.parameters.of = (wide *)(t.sums + sums), t.scratch = t.parameters.of + 5 * t.parameters.padded;
+        t.parameters.of = (wide *)(t.sums + sums), t.scratch = t.parameters.of + PARAMETERS * t.parameters.padded;
         on_threads(c, [&](int64_t thread, int64_t threads) { rows_work<Found>(c, t, thread, threads); });
     } else {
         const planes g = cut(c);
