@@ -1,5 +1,4 @@
 /* Batch norm with the residual add and the activation, forward and backward, on a CPU. (Ioffe & Szegedy 2015, alg. 1)
- *
  * Compiled on first use by cpu.py, once for each element type: -DFP32, -DFP64, -DBF16 or -DFP16.
  *
  * x is (N, C, S), visited in lines: as planes (contiguous) a line is S values of one channel, or a piece of them; as
@@ -16,17 +15,15 @@
  * part's own mean, and cancellation costs no more than that. Parts are joined by their means and squared deviations
  * (Chan, Golub & LeVeque 1983). The division into parts does not depend on the number of threads, so no bit does.
  */
-
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
-#if defined __AVX__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
-
 extern "C" int omp_get_thread_num(void), omp_get_num_threads(void); // omp.h is not always beside the compiler
 
 namespace {
@@ -44,10 +41,8 @@ constexpr int LANES = 8; // where registers are shorter the compiler takes sever
 #else
 constexpr int LANES = 16;
 #endif
-
 typedef wide lanes __attribute__((vector_size(LANES * sizeof(wide))));
 typedef integer integers __attribute__((vector_size(LANES * sizeof(wide)))); // of a comparison: -1 true, 0 false
-
 #define ALWAYS_INLINE __attribute__((always_inline))
 #define INLINE static inline ALWAYS_INLINE
 
@@ -56,7 +51,6 @@ template <class Vector> INLINE Vector read(const void *from) {
     memcpy(&v, from, sizeof v);
     return v;
 }
-
 INLINE void write_lanes(wide *to, lanes v) { memcpy(to, &v, sizeof v); }
 INLINE lanes all(wide value) { return lanes{} + value; }
 INLINE lanes choose(integers k, lanes yes, lanes no) { return (lanes)(((integers)yes & k) | ((integers)no & ~k)); }
@@ -148,14 +142,14 @@ template <class Body> INLINE void each_vector(int64_t from, int64_t to, Body bod
     else if (j < to) body(j, span<false>{(int)(to - j), 0});
 }
 
-enum { ABREAST = 4 };
-template <int LINES> struct count { static constexpr int value = LINES; };
-template <class Body> INLINE void each_line(count<1>, Body body) { body(0); }
-template <class Body> INLINE void each_line(count<ABREAST>, Body body) { body(0), body(1), body(2), body(3); }
+template <auto V> struct constant { static constexpr auto value = V; }; // as an argument: the value is part of its type
+constexpr int ABREAST = 4;
+template <class Body> INLINE void each_line(constant<1>, Body body) { body(0); }
+template <class Body> INLINE void each_line(constant<ABREAST>, Body body) { body(0), body(1), body(2), body(3); }
 
 // ---- a bit an element ----------------------------------------------------------------------------------------------
 INLINE unsigned to_bits(integers which) {
-#if defined __AVX512DQ__
+#ifdef __AVX512DQ__
     return sizeof(wide) == 4 ? _mm512_movepi32_mask((__m512i)which) : _mm512_movepi64_mask((__m512i)which);
 #elif defined __AVX__ && !defined FP64
     return (unsigned)_mm256_movemask_ps((__m256)which);
@@ -170,7 +164,6 @@ INLINE integers from_bits(unsigned bits) {
     for (int i = 0; i < LANES; i++) bit[i] = (integer)1 << i;
     return ((integers{} + (integer)bits) & bit) != 0;
 }
-
 // `held` bits from bit number `at`; the bits before it in its byte stay, those after the last in its byte become 0.
 INLINE void put_bits(uint8_t *signs, int64_t at, unsigned bits, int held) {
     uint8_t *byte = signs + at / 8;
@@ -181,19 +174,16 @@ INLINE void put_bits(uint8_t *signs, int64_t at, unsigned bits, int held) {
     for (int left = before + held; left > 0; left -= 8, bits >>= 8) *byte++ = (uint8_t)bits;
 }
 INLINE unsigned get_bits(const uint8_t *signs, int64_t at, int held) {
-    const uint8_t *byte = signs + at / 8;
     const int before = (int)(at % 8);
     unsigned bits = 0;
-    if (held == LANES && before == 0) memcpy(&bits, byte, LANES / 8);
-    else
-        for (int i = 0; 8 * i < before + held; i++) bits |= (unsigned)byte[i] << (8 * i);
+    if (held == LANES && before == 0) memcpy(&bits, signs + at / 8, LANES / 8);
+    else for (int i = 0; 8 * i < before + held; i++) bits |= (unsigned)signs[at / 8 + i] << (8 * i);
     return bits >> before;
 }
 
 // ---- activations ---------------------------------------------------------------------------------------------------
 enum Activation { NONE, RELU, LEAKY_RELU, SILU };
 constexpr wide NEGATIVE_SLOPE = (wide)0.01;
-
 #ifdef FP64
 INLINE lanes exponential(lanes v) {
     for (int i = 0; i < LANES; i++) v[i] = __builtin_exp(v[i]);
@@ -210,14 +200,12 @@ INLINE lanes exponential(lanes v) { // 2^n e^r with |r| <= ln(2)/2; within 2 uni
     return ((p * r + 0.5f) * r * r + r + 1.0f) * (lanes)power;
 }
 #endif
-
 template <Activation A> INLINE lanes activated(lanes z) {
     if (A == RELU) return (lanes)((integers)z & ~(z <= 0)); // a NaN stays one
     if (A == LEAKY_RELU) return choose(z > 0, z, z * NEGATIVE_SLOPE);
     if (A == SILU) return z / (1 + exponential(-z));
     return z;
 }
-
 // Where dy passes unchanged. At a NaN as in torch: relu stops dy where z <= 0, leaky_relu scales it unless z > 0.
 template <Activation A> INLINE integers passes(lanes z) { return A == RELU ? ~(z <= 0) : z > 0; }
 template <Activation A> INLINE lanes through_sign(lanes dy, integers pass) {
@@ -234,14 +222,12 @@ struct call { // cpu.py packs it
     element *y, *dx, *dresidual;
     const wide *weight, *bias; // (C), or null: 1 and 0
     wide *mean, *var;          // (C); frozen: read, else written forward and read backward
-    wide *running_mean, *running_var;
-    wide *dweight, *dbias;
+    wide *running_mean, *running_var, *dweight, *dbias;
     uint8_t *signs; // where dy passes an activation unchanged, or null
     int64_t examples, channels, positions, rows, activation, frozen, threads;
     double eps, momentum;
 };
 struct task : call { bool past_caches; }; // whether the results are written past the caches
-
 enum {
     CHUNK = 1024,               // values of a line that are summed in float32
     LONGEST = 16384,            // values of a line: longer planes are cut into pieces
@@ -254,15 +240,12 @@ enum {
     HUGE_FROM = 32 << 20,       // bytes, above which glibc maps each allocation anew (mallopt(3), M_MMAP_THRESHOLD)
     ALONE_BELOW = 32768,        // values that are not worth another thread's waking
 };
-
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t pieces(int64_t whole, int64_t piece) { return (whole + piece - 1) / piece; }
 INLINE int64_t values_of_channel(const call &c) { return c.examples * c.positions; }
 
 // ---- the sums of a channel -----------------------------------------------------------------------------------------
 // Forward they are moments, backward gradients: the functions below that are declared for both do the work of one.
-
 struct moments { double count, first, second; };   // of `count` values: their mean, their squared deviations from it
 struct gradients { double count, first, second; }; // count: of a part. Sums of dz, and of dz (x - mean)
 
@@ -275,7 +258,6 @@ INLINE moments about(double shift, double count, double sum, double squares) { /
     const double mean = sum / count, rest = squares - sum * mean;
     return {count, shift + mean, rest < 0 ? 0 : rest}; // a NaN stays one
 }
-
 // z = (x - mean) scale + shift, dx = scale dz - (x - mean) slope - constant
 enum Parameter { MEAN, SCALE, SHIFT, SLOPE, CONSTANT, PARAMETERS };
 struct channel { wide of[PARAMETERS]; };
@@ -285,27 +267,23 @@ INLINE channel normalization(const call &c, int64_t k) {
     return {{c.mean[k], (wide)(weight * reciprocal_deviation(c, k)), c.bias ? c.bias[k] : 0, 0, 0}};
 }
 INLINE channel settled(const call &c, int64_t k, moments found) {
-    if (!c.frozen) {
-        c.mean[k] = (wide)found.first;
-        c.var[k] = (wide)(found.second / found.count);
-        if (c.running_mean) {
-            const double unbiased = found.second / (found.count - 1), old = 1 - c.momentum;
-            c.running_mean[k] = (wide)(old * c.running_mean[k] + c.momentum * found.first);
-            c.running_var[k] = (wide)(old * c.running_var[k] + c.momentum * unbiased);
-        }
+    if (c.frozen) return normalization(c, k);
+    c.mean[k] = (wide)found.first, c.var[k] = (wide)(found.second / found.count);
+    if (c.running_mean) {
+        const double unbiased = found.second / (found.count - 1), old = 1 - c.momentum;
+        c.running_mean[k] = (wide)(old * c.running_mean[k] + c.momentum * found.first);
+        c.running_var[k] = (wide)(old * c.running_var[k] + c.momentum * unbiased);
     }
     return normalization(c, k);
 }
 INLINE channel settled(const call &c, int64_t k, gradients found) {
     const double reciprocal = reciprocal_deviation(c, k);
-    c.dbias[k] = (wide)found.first;
-    c.dweight[k] = (wide)(found.second * reciprocal);
+    c.dbias[k] = (wide)found.first, c.dweight[k] = (wide)(found.second * reciprocal);
     channel p = normalization(c, k);
-    if (!c.frozen) {
-        const double m = (double)values_of_channel(c);
-        p.of[CONSTANT] = (wide)(p.of[SCALE] * found.first / m);
-        p.of[SLOPE] = (wide)(p.of[SCALE] * found.second / m * (reciprocal * reciprocal));
-    }
+    if (c.frozen) return p;
+    const double m = (double)values_of_channel(c);
+    p.of[CONSTANT] = (wide)(p.of[SCALE] * found.first / m);
+    p.of[SLOPE] = (wide)(p.of[SCALE] * found.second / m * (reciprocal * reciprocal));
     return p;
 }
 
@@ -326,14 +304,13 @@ struct view { // the tensors from the first value of a line on
     const element *x, *dy, *residual;
     const uint8_t *signs;
     int64_t bit;
-    view() = default;
-    view(const call &c, line of)
-        : x(c.x + of.at), dy(c.dy + of.at), residual(c.residual ? c.residual + of.at : nullptr), signs(c.signs),
-          bit(of.bit) {}
 };
+INLINE view view_of(const call &c, line of) {
+    return {c.x + of.at, c.dy + of.at, c.residual ? c.residual + of.at : nullptr, c.signs, of.bit};
+}
 
 template <Activation A, class Columns> static void write(const task &c, line of, const Columns columns, moments) {
-    const view in(c, of);
+    const view in = view_of(c, of);
     element *const y = c.y + of.at;
     uint8_t *const signs = c.signs;
     const bool past_caches = c.past_caches;
@@ -344,7 +321,6 @@ template <Activation A, class Columns> static void write(const task &c, line of,
         v.store(y + j, activated<A>(z), past_caches);
     });
 }
-
 // dy through the activation of z = centred scale + shift + residual.
 template <Activation A, class Vector, class Columns>
 INLINE lanes upstream(const view &in, int64_t j, Vector v, lanes centred, const Columns &columns) {
@@ -357,7 +333,7 @@ INLINE lanes upstream(const view &in, int64_t j, Vector v, lanes centred, const 
 }
 
 template <Activation A, class Columns> static void write(const task &c, line of, const Columns columns, gradients) {
-    const view in(c, of);
+    const view in = view_of(c, of);
     element *const dx = c.dx + of.at, *const dresidual = c.dresidual ? c.dresidual + of.at : nullptr;
     const bool past_caches = c.past_caches, frozen = c.frozen;
     each_vector(0, of.length, [=](int64_t j, auto v) ALWAYS_INLINE {
@@ -368,9 +344,7 @@ template <Activation A, class Columns> static void write(const task &c, line of,
         v.store(dx + j, frozen ? g * scale : g * scale - centred * slope - constant, past_caches);
     });
 }
-
 struct terms { lanes first, second; }; // of two sums, for a vector
-
 template <class Columns> struct differences { // from a shift, which is the columns' mean; and their squares
     Columns columns;
     template <class Vector> ALWAYS_INLINE terms at(const view &in, int64_t j, Vector v) const {
@@ -378,7 +352,6 @@ template <class Columns> struct differences { // from a shift, which is the colu
         return {difference, difference * difference};
     }
 };
-
 template <Activation A, class Columns> struct products { // dz, and dz (x - mean)
     Columns columns;
     template <class Vector> ALWAYS_INLINE terms at(const view &in, int64_t j, Vector v) const {
@@ -387,7 +360,7 @@ template <Activation A, class Columns> struct products { // dz, and dz (x - mean
     }
 };
 
-// add(count, lines, from, to), for the values from..to of `count` lines, ABREAST or 1, of those first..last, until it
+// add(constant<how many>, lines, from, to), for the values from..to of ABREAST or 1 of the lines first..last, until it
 // returns false. of(number): a line.
 template <class Line, class Add> INLINE void each_abreast(int64_t first, int64_t last, Line of, Add add) {
     const int64_t quarter = (last - first) / ABREAST;
@@ -395,45 +368,32 @@ template <class Line, class Add> INLINE void each_abreast(int64_t first, int64_t
         const line lines[ABREAST] = {of(step), of(step + quarter), of(step + 2 * quarter), of(step + 3 * quarter)};
         int64_t shortest = lines[0].length;
         for (const line &each : lines) shortest = smaller(shortest, each.length);
-        if (!add(count<ABREAST>(), lines, 0, shortest)) return;
+        if (!add(constant<ABREAST>(), lines, 0, shortest)) return;
         for (const line &each : lines)
-            if (each.length > shortest && !add(count<1>(), &each, shortest, each.length)) return;
+            if (each.length > shortest && !add(constant<1>(), &each, shortest, each.length)) return;
     }
     for (int64_t number = first + ABREAST * quarter; number < last; number++) {
         const line one = of(number);
-        if (!add(count<1>(), &one, 0, one.length)) return;
+        if (!add(constant<1>(), &one, 0, one.length)) return;
     }
 }
-
-template <Activation A> struct constant { static constexpr Activation value = A; };
-
 // run(constant<A>) with the activation that is asked for: what differs is decided before the loops, not in them.
 template <class Run> INLINE auto with_activation(const call &c, Run run) {
-    switch (c.activation) {
-    case RELU: return run(constant<RELU>());
-    case LEAKY_RELU: return run(constant<LEAKY_RELU>());
-    case SILU: return run(constant<SILU>());
-    default: return run(constant<NONE>());
-    }
+    if (c.activation == RELU) return run(constant<RELU>());
+    if (c.activation == LEAKY_RELU) return run(constant<LEAKY_RELU>());
+    return c.activation == SILU ? run(constant<SILU>()) : run(constant<NONE>());
 }
 
 // ---- planes --------------------------------------------------------------------------------------------------------
-struct planes {
-    int64_t pieces_each, piece, lines, per_part, parts; // of a plane; values; of a channel; lines; of a channel
-};
-
+struct planes { int64_t pieces_each, piece, lines, per_part, parts; }; // pieces of a plane; their values; a channel's
 INLINE planes cut(const call &c) {
-    planes g;
-    g.pieces_each = pieces(c.positions, LONGEST);
-    g.piece = smaller(c.positions, LONGEST);
-    g.lines = c.examples * g.pieces_each;
-    g.per_part = PART / g.piece / ABREAST * ABREAST;
+    planes g = {pieces(c.positions, LONGEST), smaller(c.positions, LONGEST), 0, 0, 0};
+    g.lines = c.examples * g.pieces_each, g.per_part = PART / g.piece / ABREAST * ABREAST;
     // The signs of a part are whole bytes, since another thread may write those of the next.
     if (c.positions % 8) g.per_part = pieces(g.per_part, 8 * g.pieces_each) * 8 * g.pieces_each;
     g.parts = pieces(g.lines, g.per_part);
     return g;
 }
-
 INLINE line line_of(const call &c, const planes &g, int64_t k, int64_t number) {
     const int64_t n = g.pieces_each == 1 ? number : number / g.pieces_each;
     const int64_t from = (number - n * g.pieces_each) * g.piece;
@@ -453,24 +413,20 @@ struct vector_sums { // of the terms of lines of a channel
     lanes first[ABREAST], second[ABREAST];
     int64_t held, taken; // values of a line in `first`; all values
     double sum, sum2;
-
     void flush() {
         sum += total((first[0] + first[1]) + (first[2] + first[3]));
         sum2 += total((second[0] + second[1]) + (second[2] + second[3]));
-        memset(first, 0, sizeof first), memset(second, 0, sizeof second);
-        held = 0;
+        memset(first, 0, sizeof first), memset(second, 0, sizeof second), held = 0;
     }
-
     template <int LINES, class Terms>
-    void add(const call &c, count<LINES> abreast, const line *of, int64_t from, int64_t to, const Terms terms_of) {
+    void add(const call &c, constant<LINES> abreast, const line *of, int64_t from, int64_t to, const Terms terms_of) {
         lanes a[LINES], b[LINES];
         view in[LINES];
-        each_line(abreast, [&](int i) ALWAYS_INLINE { a[i] = first[i], b[i] = second[i], in[i] = view(c, of[i]); });
+        each_line(abreast, [&](int i) ALWAYS_INLINE { a[i] = first[i], b[i] = second[i], in[i] = view_of(c, of[i]); });
         each_vector(from, to, [&](int64_t j, auto v) ALWAYS_INLINE {
             each_line(abreast, [&](int i) ALWAYS_INLINE {
                 const terms t = terms_of.at(in[i], j, v);
-                a[i] += t.first;
-                b[i] += t.second;
+                a[i] += t.first, b[i] += t.second;
             });
         });
         each_line(abreast, [&](int i) ALWAYS_INLINE { first[i] = a[i], second[i] = b[i]; });
@@ -483,14 +439,14 @@ struct vector_sums { // of the terms of lines of a channel
 template <class Terms>
 static vector_sums sum_part(const call &c, const planes &g, int64_t k, int64_t part, int64_t most, Terms terms_of) {
     vector_sums t = {};
-    const auto add = [&](auto lines, const line *of, int64_t begin, int64_t end) {
+    const int64_t from = part * g.per_part, to = smaller(g.lines, from + g.per_part);
+    const auto numbered = [&](int64_t number) { return line_of(c, g, k, number); };
+    each_abreast(from, to, numbered, [&](auto lines, const line *of, int64_t begin, int64_t end) {
         each_line(lines, [&](int i) { foresee(c, c.x, of[i]), foresee(c, c.dy, of[i]); });
         for (int64_t j = begin; j < end && t.taken < most; j += CHUNK)
             t.add(c, lines, of, j, smaller(end, j + CHUNK), terms_of);
         return t.taken < most;
-    };
-    const int64_t from = part * g.per_part, to = smaller(g.lines, from + g.per_part);
-    each_abreast(from, to, [&](int64_t number) { return line_of(c, g, k, number); }, add);
+    });
     t.flush();
     return t;
 }
@@ -503,15 +459,12 @@ static void sum_part(const call &c, const planes &g, int64_t k, int64_t part, mo
     const vector_sums t = sum_part(c, g, k, part, INT64_MAX, differences<uniform>{{{{shift}}}});
     found = about(shift, (double)t.taken, t.sum, t.sum2);
 }
-
 static void sum_part(const call &c, const planes &g, int64_t k, int64_t part, gradients &found) {
-    with_activation(c, [&](auto activation) {
-        const products<activation.value, uniform> terms_of{{normalization(c, k)}};
-        const vector_sums t = sum_part(c, g, k, part, INT64_MAX, terms_of);
+    with_activation(c, [&](auto a) {
+        const vector_sums t = sum_part(c, g, k, part, INT64_MAX, products<a.value, uniform>{{normalization(c, k)}});
         found = {(double)t.taken, t.sum, t.sum2};
     });
 }
-
 template <class Found> INLINE void write_part(const task &c, const planes &g, int64_t k, int64_t part, channel p) {
     with_activation(c, [&](auto activation) {
         for (int64_t number = part * g.per_part; number < smaller(g.lines, (part + 1) * g.per_part); number++) {
@@ -526,38 +479,31 @@ template <class Found> INLINE void write_part(const task &c, const planes &g, in
 // Whether each thread takes whole channels: one fits in its cache, and all threads have about as much to do.
 INLINE bool whole_channels(const call &c) {
     const int64_t m = values_of_channel(c);
-    if (m * (int64_t)sizeof(element) > CACHE) return false;
-    return c.threads == 1 || c.channels >= 4 * c.threads || m <= PART;
+    return m * (int64_t)sizeof(element) <= CACHE && (c.threads == 1 || c.channels >= 4 * c.threads || m <= PART);
 }
 
 template <class Found> static void planes_work(const task &c, const planes &g, Found *partial, channel *of) {
+    const auto settle = [&](int64_t k) {
+        Found found = partial[k * g.parts];
+        for (int64_t part = 1; part < g.parts; part++) found = joined(found, partial[k * g.parts + part]);
+        of[k] = settled(c, k, found);
+    };
     const int64_t jobs = c.channels * g.parts;
     if (whole_channels(c)) {
 #pragma omp for schedule(static) nowait
         for (int64_t k = 0; k < c.channels; k++) {
-            Found found = {}, other = {};
-            sum_part(c, g, k, 0, found);
-            for (int64_t part = 1; part < g.parts; part++) {
-                sum_part(c, g, k, part, other);
-                found = joined(found, other);
-            }
-            const channel p = settled(c, k, found);
-            for (int64_t part = g.parts - 1; part >= 0; part--) // the last is still in the cache
-                write_part<Found>(c, g, k, part, p);
+            for (int64_t part = 0; part < g.parts; part++) sum_part(c, g, k, part, partial[k * g.parts + part]);
+            settle(k);
+            for (int64_t part = g.parts; part-- > 0;) write_part<Found>(c, g, k, part, of[k]); // from the last: cached
         }
         return;
     }
 #pragma omp for schedule(static)
     for (int64_t job = 0; job < jobs; job++) sum_part(c, g, job / g.parts, job % g.parts, partial[job]);
 #pragma omp single
-    for (int64_t k = 0; k < c.channels; k++) {
-        Found found = partial[k * g.parts];
-        for (int64_t part = 1; part < g.parts; part++) found = joined(found, partial[k * g.parts + part]);
-        of[k] = settled(c, k, found);
-    }
+    for (int64_t k = 0; k < c.channels; k++) settle(k);
 #pragma omp for schedule(static) nowait
-    for (int64_t job = 0; job < jobs; job++)
-        write_part<Found>(c, g, job / g.parts, job % g.parts, of[job / g.parts]);
+    for (int64_t job = 0; job < jobs; job++) write_part<Found>(c, g, job / g.parts, job % g.parts, of[job / g.parts]);
 }
 
 // ---- rows: several side by side are one line of `width` columns, so that few channels fill vectors too --------------
@@ -567,9 +513,7 @@ struct table { // column j is channel j % C
     wide *scratch;      // (threads, 3, padded)
     columns parameters; // of each column's channel
 };
-
 enum { WIDTH = 512, FLUSH_EVERY = 16, LARGEST_PART = 1 << 18, COLUMNS = 64 };
-
 static table tabled(const call &c) {
     const int64_t rows = values_of_channel(c);
     int64_t side_by_side = 1;
@@ -582,9 +526,7 @@ static table tabled(const call &c) {
     t.parts = pieces(t.lines, t.per_part);
     return t;
 }
-
 INLINE int64_t lines_before(const table &t, int64_t part) { return smaller(t.lines, part * t.per_part); }
-
 INLINE line line_of(const call &c, const table &t, int64_t number) {
     return {number * t.width, t.width, number * (t.width / c.channels) * pieces(c.channels, 8) * 8};
 }
@@ -593,30 +535,23 @@ struct column_sums { // of the terms of lines, in each column
     wide *first, *second; // (width)
     double *sum, *sum2;   // (width)
     int64_t width, held;  // columns; how often lines were added to `first`
-
     void flush() {
 #pragma omp simd
-        for (int64_t j = 0; j < width; j++) {
-            sum[j] += first[j], sum2[j] += second[j];
-            first[j] = second[j] = 0;
-        }
+        for (int64_t j = 0; j < width; j++) sum[j] += first[j], sum2[j] += second[j], first[j] = second[j] = 0;
         held = 0;
     }
-
     template <int LINES, class Terms>
-    void add(const call &c, count<LINES> abreast, const line *of, const Terms terms_of) {
+    void add(const call &c, constant<LINES> abreast, const line *of, const Terms terms_of) {
         wide *const to_first = first, *const to_second = second;
         view in[LINES];
-        each_line(abreast, [&](int i) ALWAYS_INLINE { in[i] = view(c, of[i]); });
+        each_line(abreast, [&](int i) ALWAYS_INLINE { in[i] = view_of(c, of[i]); });
         each_vector(0, width, [&](int64_t j, auto v) ALWAYS_INLINE {
             lanes a = read<lanes>(to_first + j), b = read<lanes>(to_second + j);
             each_line(abreast, [&](int i) ALWAYS_INLINE {
                 const terms t = terms_of.at(in[i], j, v);
-                a += t.first;
-                b += t.second;
+                a += t.first, b += t.second;
             });
-            write_lanes(to_first + j, a);
-            write_lanes(to_second + j, b);
+            write_lanes(to_first + j, a), write_lanes(to_second + j, b);
         });
         if (++held >= FLUSH_EVERY) flush();
     }
@@ -627,15 +562,14 @@ template <class Terms>
 static int64_t sum_part(const call &c, const table &t, int64_t part, int64_t most, wide *scratch, Terms terms_of) {
     double *const sum = t.sums + part * 2 * t.width;
     column_sums sums = {scratch, scratch + t.parameters.padded, sum, sum + t.width, t.width, 0};
-    memset(scratch, 0, 2 * t.parameters.padded * sizeof(wide));
-    memset(sum, 0, 2 * t.width * sizeof(double));
+    memset(scratch, 0, 2 * t.parameters.padded * sizeof(wide)), memset(sum, 0, 2 * t.width * sizeof(double));
     int64_t taken = 0;
-    const auto add = [&](auto lines, const line *of, int64_t, int64_t) {
+    const auto numbered = [&](int64_t number) { return line_of(c, t, number); };
+    const int64_t from = lines_before(t, part), to = lines_before(t, part + 1);
+    each_abreast(from, to, numbered, [&](auto lines, const line *of, int64_t, int64_t) {
         sums.add(c, lines, of, terms_of);
         return (taken += lines.value) < most;
-    };
-    const auto numbered = [&](int64_t number) { return line_of(c, t, number); };
-    each_abreast(lines_before(t, part), lines_before(t, part + 1), numbered, add);
+    });
     sums.flush();
     return taken;
 }
@@ -656,11 +590,9 @@ static void sum_part(const call &c, const table &t, int64_t part, wide *scratch,
         sum[j] = found.first, squares[j] = found.second;
     }
 }
-
 static void sum_part(const call &c, const table &t, int64_t part, wide *scratch, gradients) {
-    with_activation(c, [&](auto activation) {
-        sum_part(c, t, part, INT64_MAX, scratch, products<activation.value, columns>{t.parameters});
-    });
+    const columns of = t.parameters;
+    with_activation(c, [&](auto a) { sum_part(c, t, part, INT64_MAX, scratch, products<a.value, columns>{of}); });
 }
 
 // Sums of columns from..to of the parts, joined into those of the first.
@@ -678,15 +610,13 @@ template <class Found> static void join_parts(const table &t, int64_t from, int6
 }
 
 INLINE void set_columns(const call &c, const table &t, int64_t k, channel p) {
-    for (int which = 0; which < PARAMETERS; which++)
-        for (int64_t j = k; j < t.width; j += c.channels) t.parameters.of[which * t.parameters.padded + j] = p.of[which];
+    for (int64_t j = k; j < t.width; j += c.channels)
+        for (int which = 0; which < PARAMETERS; which++) t.parameters.of[which * t.parameters.padded + j] = p.of[which];
 }
-
 template <class Found> static void rows_work(const task &c, const table &t, int64_t thread, int64_t threads) {
     // A thread visits its parts twice, the second time from the last, which its cache still holds: not OpenMP's loop.
     const int64_t begin = t.parts * thread / threads, end = t.parts * (thread + 1) / threads;
-    const double lines = (double)t.lines;
-    const double *const first = t.sums, *const second = first + t.width;
+    const double lines = (double)t.lines, *const first = t.sums, *const second = first + t.width;
     if (c.dy) {
 #pragma omp for schedule(static, COLUMNS)
         for (int64_t k = 0; k < c.channels; k++) set_columns(c, t, k, normalization(c, k));
@@ -713,16 +643,12 @@ template <class Found> static void rows_work(const task &c, const table &t, int6
 
 // ---- entry ---------------------------------------------------------------------------------------------------------
 // A large tensor that has just been allocated is not mapped yet: by 4 KiB pages that would cost as much as the rest.
-static void use_huge_pages(void *memory, int64_t bytes) {
+static void use_huge_pages([[maybe_unused]] void *memory, [[maybe_unused]] int64_t bytes) {
 #ifdef MADV_HUGEPAGE
-    const uintptr_t page = 4096, from = ((uintptr_t)memory + page - 1) & ~(page - 1);
-    const uintptr_t to = ((uintptr_t)memory + bytes) & ~(page - 1);
-    if (memory && bytes >= HUGE_FROM) madvise((void *)from, to - from, MADV_HUGEPAGE);
-#else
-    (void)memory, (void)bytes;
+    const uintptr_t page = 4096, from = pieces((uintptr_t)memory, page) * page;
+    if (memory && bytes >= HUGE_FROM) madvise((void *)from, (bytes - page) / page * page, MADV_HUGEPAGE);
 #endif
 }
-
 // Whether the results are written past the caches: they are large, and lines are whole cache lines.
 static bool writes_past_caches(const call &c, int64_t line_values, int64_t bytes) {
     const uintptr_t unaligned = ((uintptr_t)c.y | (uintptr_t)c.dx | (uintptr_t)c.dresidual) % CACHE_LINE;
@@ -732,15 +658,14 @@ static bool writes_past_caches(const call &c, int64_t line_values, int64_t bytes
 template <class Work> static void on_threads(const call &c, Work work) { // work(thread, threads)
     const auto fenced = [&](int64_t thread, int64_t threads) {
         work(thread, threads);
-#if defined __AVX__
+#ifdef __AVX__
         _mm_sfence(); // other stores may otherwise be seen before those past the caches
 #endif
     };
-    if (c.threads == 1) return fenced(0, 1);
+    if (c.threads == 1) return fenced(0, 1); // a team of one thread takes a microsecond
 #pragma omp parallel num_threads((int)c.threads)
     fenced(omp_get_thread_num(), omp_get_num_threads());
 }
-
 template <class Found> static int run(const call &asked) { // 0, or 1 for lack of memory
     task c = {asked, false};
     const int64_t values = values_of_channel(c) * c.channels, bytes = values * (int64_t)sizeof(element);
@@ -758,19 +683,17 @@ template <class Found> static int run(const call &asked) { // 0, or 1 for lack o
     } else {
         const planes g = cut(c);
         c.past_caches = writes_past_caches(c, c.positions, bytes);
-        const int64_t partials = whole_channels(c) ? 1 : c.channels * g.parts;
-        if (!(memory = malloc(sizeof(Found) * partials + sizeof(channel) * c.channels))) return 1;
+        const int64_t partials = c.channels * g.parts;
+        if (!(memory = calloc(1, sizeof(Found) * partials + sizeof(channel) * c.channels))) return 1;
         Found *const partial = (Found *)memory;
         on_threads(c, [&](int64_t, int64_t) { planes_work(c, g, partial, (channel *)(partial + partials)); });
     }
     free(memory);
     return 0;
 }
-
 } // namespace
 
 // How a call is divided: 0 whole channels, 1 channels in parts, 2 rows in parts.
 extern "C" int division(const call *c) { return c->rows ? 2 : whole_channels(*c) ? 0 : 1; }
-
 extern "C" int forward(const call *c) { return run<moments>(*c); }
 extern "C" int backward(const call *c) { return run<gradients>(*c); }
