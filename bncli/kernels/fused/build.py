@@ -37,7 +37,6 @@ FOR_THIS_CPU = (("-march=native",), ("-mcpu=native",), ())  # the first that the
 HOW_TO_GET_ONE = "Install one (Debian: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install)"
 LONGEST_S = 120.0  # of one call of the compiler, of which there are two: compiling and linking
 BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
-
 Flags = tuple[list[list[str]], list[list[str]]]  # for compiling and for linking; of each the first that works is used
 
 

@@ -26,9 +26,7 @@ using function = int (*)(const call *); // not 0 where it found no memory for it
 static function run_forward, run_backward;
 static const char *const ACTIVATIONS[] = {"none", "relu", "leaky_relu", "silu"}; // as cpu.py numbers them
 static const char *const NO_MEMORY = "out of memory: the fused kernel could not allocate its sums";
-
 static bool forward_mode() { return torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr; }
-
 static bool eager() { // no dispatch mode, transform or trace, which must see the operator, and no inference mode
     auto keys = c10::impl::tls_local_dispatch_key_set();
     return keys.included_ == c10::default_included_set && (keys.excluded_ - c10::autocast_dispatch_keyset).empty();
@@ -49,8 +47,7 @@ static bool readable(const Tensor &x, std::initializer_list<const Tensor *> vect
     return plain(x) && x.is_contiguous();
 }
 
-static Tensor like(const Tensor &x) { return at::detail::empty_cpu(x.sizes(), at::kFloat); }
-static Tensor per_channel(const Tensor &x) { return at::detail::empty_cpu({x.size(1)}, at::kFloat); }
+static Tensor made(at::IntArrayRef sizes) { return at::detail::empty_cpu(sizes, at::kFloat); }
 static void *pointer(const Tensor &t) { return t.defined() ? const_cast<void *>(t.const_data_ptr()) : nullptr; }
 
 static int run(function function, call c, const Tensor &x, int64_t activation, double eps) {
@@ -80,11 +77,12 @@ struct FusedBatchNormBackward : public Node {
         Tensor dy = gradients[0], x = saved[0].unpack(), weight = saved[1].unpack(), bias = saved[2].unpack(),
                mean = saved[3].unpack(), var = saved[4].unpack(), dx, dweight, dbias;
         if (!dy.defined()) return variable_list(3);
-        bool differentiable = at::GradMode::is_enabled();
-        TORCH_CHECK(differentiable || !forward_mode(), "the fused kernel has no forward-mode derivative");
+        bool twice = at::GradMode::is_enabled(); // backward is differentiated too
+        TORCH_CHECK(twice || !forward_mode(), "the fused kernel has no forward-mode derivative");
         if (dy.strides() != x.strides()) dy = dy.contiguous(x.suggest_memory_format());
-        if (!differentiable && eager() && plain(dy) && dy.sizes() == x.sizes() && readable(x, {&weight, &bias, &mean, &var})) {
-            dx = like(x), dweight = per_channel(x), dbias = per_channel(x);
+        bool same = plain(dy) && dy.sizes() == x.sizes() && readable(x, {&weight, &bias, &mean, &var});
+        if (same && eager() && !twice) {
+            dx = made(x.sizes()), dweight = made({x.size(1)}), dbias = made({x.size(1)});
             call c{.dy = pointer(dy), .dx = pointer(dx), .weight = pointer(weight), .bias = pointer(bias),
                    .mean = pointer(mean), .var = pointer(var), .dweight = pointer(dweight), .dbias = pointer(dbias)};
             TORCH_CHECK(!run(run_backward, c, x, activation, eps), NO_MEMORY);
@@ -120,7 +118,7 @@ static PyObject *forward(PyObject *, PyObject *const *given, Py_ssize_t) {
         !readable(x, {&weight, &bias, &running_mean, &running_var}))
         Py_RETURN_NONE;
     RECORD_FUNCTION("bncli::fused_batch_norm", c10::ArrayRef<const c10::IValue>{});
-    Tensor y = like(x), mean = per_channel(x), var = per_channel(x);
+    Tensor y = made(x.sizes()), mean = made({x.size(1)}), var = made({x.size(1)});
     call c{.y = pointer(y), .weight = pointer(weight), .bias = pointer(bias), .mean = pointer(mean),
            .var = pointer(var), .running_mean = pointer(running_mean), .running_var = pointer(running_var),
            .momentum = momentum};
