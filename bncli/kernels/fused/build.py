@@ -18,10 +18,13 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,6 +37,7 @@ FOR_THIS_CPU = (("-march=native",), ("-mcpu=native",), ())  # the first that the
 HOW_TO_GET_ONE = "Install one (Debian: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install)"
 LONGEST_S = 120.0  # of one call of the compiler, of which there are two: compiling and linking
 BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+Flags = tuple[list[list[str]], list[list[str]]]  # for compiling and for linking; of each the first that works is used
 
 
 @functools.cache
@@ -42,17 +46,36 @@ def library(source: Path, *definitions: str) -> ctypes.CDLL:
 
     Raises Unavailable, with the reason and a remedy, if there is no compiler or it fails.
     """
+    macros = [f"-D{name}" for name in definitions]
+    compiling = [[*OPTIMIZED, *macros, *native] for native in FOR_THIS_CPU]
+    linking = [["-lm", *flags] for flags in (_openmp(), ["-fopenmp"]) if flags]  # torch's own, else the compiler's
+    return _built(source, "-".join(definitions).lower(), (compiling, linking))
+
+
+def node(or_compile: bool = False) -> ctypes.CDLL | None:
+    """node.cpp compiled for this PyTorch, or None if it is not cached. Compiling it takes half a minute.
+
+    Raises Unavailable, with the reason and a remedy, if there is no compiler or it fails.
+    """
+    package, python = Path(torch.__file__).parent, sysconfig.get_paths()["include"]
+    compiling = ["-std=gnu++20", "-O1", "-fPIC", f"-I{package / 'include'}", f"-I{python}"]
+    linking = [f"-L{package / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-lc10"]
+    variant = f"{torch.__version__}-{sys.implementation.cache_tag}"
+    return _built(Path(__file__).with_name("node.cpp"), variant, ([compiling], [linking]), or_compile)
+
+
+def _built(source: Path, variant: str, flags: Flags, or_compile: bool = True) -> Any:
+    """The cached library of that source, which is compiled where there is none, unless `or_compile` is false."""
     text, command = source.read_bytes(), compiler()
     program = os.stat(command[0])  # to ask for its version would take longer than everything else here
     identity = os.path.realpath(command[0]), program.st_size, program.st_mtime_ns
-    parts = [*command, *identity, *OPTIMIZED, *FOR_THIS_CPU, *definitions, _processor(), *_openmp()]
-    name = f"{source.stem}-{'-'.join(definitions).lower()}-{_hash(repr((text, parts)).encode())}"
+    name = f"{source.stem}-{variant}-{_hash(repr((text, command, identity, flags, _processor())).encode())}"
     try:
         folder = _folder()
-        if (built := _cached(folder, name)) is None:
+        if (built := _cached(folder, name)) is None and or_compile:
             with _one_at_a_time(folder):
-                built = _cached(folder, name) or _compile(command, source, definitions, folder, name)
-        return ctypes.CDLL(str(built))
+                built = _cached(folder, name) or _compile(command, source, flags, folder, name)
+        return built and ctypes.CDLL(str(built))
     except (OSError, FileError) as error:
         why = f"the compiled kernel cannot be kept or loaded ({error})"
         raise Unavailable(f"{why}; mend that, or name another folder in BNCLI_CACHE or compiler in CXX") from error
@@ -104,16 +127,13 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
         yield
 
 
-def _compile(command: list[str], source: Path, definitions: tuple[str, ...], folder: Path, name: str) -> Path:
+def _compile(command: list[str], source: Path, flags: Flags, folder: Path, name: str) -> Path:
     for damaged in folder.glob(f"{name}-*.so"):
         damaged.unlink()
     with tempfile.TemporaryDirectory(prefix="build-", dir=folder, ignore_cleanup_errors=True) as temporary:
         unlinked, linked = Path(temporary) / "kernel.o", Path(temporary) / "kernel.so"
-        macros = [f"-D{name}" for name in definitions]
-        compiling = [*command, *OPTIMIZED, *macros, "-c", str(source), "-o", str(unlinked)]
-        linking = [*command, "-shared", str(unlinked), "-o", str(linked), "-lm"]
-        openmp = [flags for flags in (_openmp(), ["-fopenmp"]) if flags]  # torch's own, else the compiler's
-        attempts = [[*compiling, *native] for native in FOR_THIS_CPU], [[*linking, *flags] for flags in openmp]
+        compiling = [[*command, *each, "-c", str(source), "-o", str(unlinked)] for each in flags[0]]
+        attempts = compiling, [[*command, "-shared", str(unlinked), "-o", str(linked), *each] for each in flags[1]]
         for commands in attempts:
             for each in commands:  # until one works
                 if not (failed := _run(each, temporary)):
@@ -202,3 +222,12 @@ def _unusable_reason(folder: Path) -> str | None:
         if status.st_mode & BY_OTHERS and not (above and status.st_mode & stat.S_ISVTX):
             return f"{each} can be written by others; chmod {'go-w' if above else '700'} it"
     return None
+
+
+if __name__ == "__main__":
+    began = time.monotonic()
+    try:
+        found = node(or_compile=True)
+    except Unavailable as error:
+        sys.exit(f"the autograd node: {error}")
+    print(f"the autograd node is {found and found._name} ({time.monotonic() - began:.0f} s)")

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from bncli.errors import Unavailable
-from bncli.kernels.fused.build import library
 from bncli.kernels.layout import accumulation, is_channels_last, refuse_gaps, sign_bytes, sizes
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -36,11 +35,28 @@ class Compiled(NamedTuple):
 @functools.cache
 def compiled(dtype: torch.dtype) -> Compiled:
     """cpu.cpp compiled for that element type. Raises Unavailable if it cannot be compiled."""
+    from bncli.kernels.fused.build import library  # here, so that `python -m` can run that module as the main one
+
     found = library(SOURCE, DEFINITIONS[dtype])
     functions = Compiled(found.forward, found.backward, found.division)
     for function in functions:
         function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int  # type: ignore[attr-defined]
     return functions
+
+
+@functools.cache
+def node() -> Callable[..., tuple[Tensor, Tensor, Tensor] | None] | None:
+    """The function of node.cpp, or None unless `python -m bncli.kernels.fused.build` has compiled it here."""
+    from bncli.kernels.fused import build
+
+    try:
+        if (found := build.node()) is None:
+            return None
+        functions = compiled(torch.float32)
+    except Unavailable:
+        return None
+    made = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_void_p)(("node", found))
+    return made(functions.forward, functions.backward)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -253,4 +253,6 @@ def _fused_on_cuda(case: Case, device: torch.device) -> str | None:
 
 def _fused_on_cpu(case: Case) -> str:
     x = with_layout(torch.empty(case.shape, dtype=case.stored, device="meta"), case.layout)
-    return ("C, copied, " if case.layout == "strided" else "C, ") + cpu.thread_division(dense(x))
+    words = ("C, copied, " if case.layout == "strided" else "C, ") + cpu.thread_division(dense(x))
+    by_node = case.training and not case.adds and x.dtype == torch.float32 and x.is_contiguous()
+    return f"{words}, C++ autograd node" if by_node and cpu.node() else words

@@ -10,18 +10,33 @@ import torch
 
 from bncli import kernels
 from bncli.errors import Unavailable
+from bncli.kernels.fused import build, cpu
 from tests.kernels.fused.checks import UnderTest
 
 IMPLEMENTATIONS = [
     pytest.param(("fused", "cpu"), id="C"),
+    pytest.param(("fused", "cpu"), id="C with node", marks=pytest.mark.slow),
     pytest.param(("fused-interpreted", "cpu"), id="interpreter"),
     pytest.param(("fused", "cuda"), id="GPU", marks=pytest.mark.cuda),
 ]
 
 
+@pytest.fixture(scope="session")
+def node() -> Any:
+    """The function of node.cpp, compiled unless it is cached. Skipped where there is no compiler."""
+    try:
+        build.node(or_compile=True)
+    except Unavailable as error:
+        pytest.skip(str(error))
+    cpu.node.cache_clear()
+    return cpu.node()
+
+
 @pytest.fixture(params=IMPLEMENTATIONS)
-def kernel(request: pytest.FixtureRequest) -> UnderTest:
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> UnderTest:
     """Each implementation of the fused kernel. One that cannot run here is skipped with its reason."""
+    found = request.getfixturevalue("node") if "node" in request.node.callspec.id else None
+    monkeypatch.setattr(cpu, "node", lambda: found)
     name, device = request.param[0], torch.device(request.param[1])
     if name == "fused-interpreted" and torch.cuda.is_available():
         pytest.skip("Triton compiles for the GPU in this process")

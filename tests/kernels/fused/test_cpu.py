@@ -23,7 +23,7 @@ from tests.kernels.fused.checks import EPS, ROUNDOFF, lay
 
 
 def forget_what_is_compiled() -> None:
-    for cached in (build.library, cpu.unavailable_reason, cpu.compiled, fused.launcher):
+    for cached in (build.library, cpu.unavailable_reason, cpu.compiled, cpu.node, fused.launcher):
         cached.cache_clear()
 
 
