@@ -154,11 +154,7 @@ def _sign_offsets(part, k, FORM: tl.constexpr):
 @triton.jit
 def _pick(vector, c, inside, other: tl.constexpr, HAS: tl.constexpr, ACC: tl.constexpr):
     """The entries c of a vector (C) in the accumulation type; `other` where there is no vector."""
-    if HAS:
-        picked = tl.load(vector + c, mask=inside, other=other).to(ACC)
-    else:
-        picked = tl.full(c.shape, other, ACC)
-    return picked
+    return tl.load(vector + c, mask=inside, other=other).to(ACC) if HAS else tl.full(c.shape, other, ACC)
 
 
 # --- arithmetic that both directions share ------------------------------------------------------------------------
@@ -172,9 +168,7 @@ def _add_pairs(a, b, c, d):
 @triton.jit
 def _fold(tile, PLANES: tl.constexpr):
     """A tile's part of a running sum: in planes one thread adds up a line's values."""
-    if PLANES:
-        tile = tl.sum(tile, axis=1, keep_dims=True)
-    return tile
+    return tl.sum(tile, axis=1, keep_dims=True) if PLANES else tile
 
 
 @triton.jit
@@ -254,10 +248,8 @@ def _hold(tile, TYPE: tl.constexpr):
     if TYPE.primitive_bitwidth == 16:
         WIDENED: tl.constexpr = tile.dtype == tl.float32 and TYPE == tl.bfloat16  # bfloat16 is float32's upper half
         bits = tile.to(tl.uint32, bitcast=True) if WIDENED else tile.to(TYPE).to(tl.uint16, bitcast=True).to(tl.uint32)
-        if W > 1:
-            low, high = tl.split(tl.reshape(bits, (R, W // 2, 2)))
-        else:
-            low, high = tl.split(tl.permute(tl.reshape(bits, (2, R // 2, 1)), (1, 2, 0)))
+        pairs = tl.reshape(bits, (R, W // 2, 2)) if W > 1 else tl.permute(tl.reshape(bits, (2, R // 2, 1)), (1, 2, 0))
+        low, high = tl.split(pairs)
         held = (low >> 16) | (high & 0xFFFF0000) if WIDENED else low | (high << 16)
     else:
         held = tile
@@ -277,10 +269,7 @@ def _take(held, zero, TYPE: tl.constexpr, FORM: tl.constexpr):
             low = (held ^ zero).to(tl.uint16).to(TYPE, bitcast=True).to(FORM.ACC)
             high = (held >> (16 + zero)).to(tl.uint16).to(TYPE, bitcast=True).to(FORM.ACC)
         pairs = tl.join(low, high)
-        if W > 1:
-            tile = tl.reshape(pairs, (R, W))
-        else:
-            tile = tl.reshape(tl.permute(pairs, (2, 0, 1)), (R, 1))
+        tile = tl.reshape(pairs if W > 1 else tl.permute(pairs, (2, 0, 1)), (R, W))
     else:
         tile = held.to(FORM.ACC)
     return tile
