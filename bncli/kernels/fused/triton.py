@@ -154,11 +154,7 @@ def _sign_offsets(part, k, FORM: tl.constexpr):
 @triton.jit
 def _pick(vector, c, inside, other: tl.constexpr, HAS: tl.constexpr, ACC: tl.constexpr):
     """The entries c of a vector (C) in the accumulation type; `other` where there is no vector."""
-    if HAS:
-        picked = tl.load(vector + c, mask=inside, other=other).to(ACC)
-    else:
-        picked = tl.full(c.shape, other, ACC)
-    return picked
+    return tl.load(vector + c, mask=inside, other=other).to(ACC) if HAS else tl.full(c.shape, other, ACC)
 
 
 # --- arithmetic that both directions share ------------------------------------------------------------------------
@@ -172,9 +168,7 @@ def _add_pairs(a, b, c, d):
 @triton.jit
 def _fold(tile, PLANES: tl.constexpr):
     """A tile's part of a running sum: in planes one thread adds up a line's values."""
-    if PLANES:
-        tile = tl.sum(tile, axis=1, keep_dims=True)
-    return tile
+    return tl.sum(tile, axis=1, keep_dims=True) if PLANES else tile
 
 
 @triton.jit
@@ -223,18 +217,11 @@ def _through_activation(dy, z, ACTIVATION: tl.constexpr):
 @triton.jit
 def _pack_signs(z, FORM: tl.constexpr, ACTIVATION: tl.constexpr):
     """One bit per element, 1 where dy passes unchanged. A byte holds 8 positions of a plane or channels of a row."""
-    R: tl.constexpr = FORM.R
-    W: tl.constexpr = FORM.W
-    if ACTIVATION == "relu":
-        bits = tl.where(z <= 0, 0, 1)
-    else:
-        bits = tl.where(z > 0, 1, 0)
-    place = tl.arange(0, 8)
-    if FORM.PLANES:
-        bytes = tl.sum(tl.reshape(bits, (R * W // 8, 8)) << place[None, :], axis=1)[:, None]
-    else:
-        bytes = tl.sum(tl.reshape(bits, (R, W // 8, 8)) << place[None, None, :], axis=2)
-    return bytes.to(tl.uint8)
+    BYTES: tl.constexpr = FORM.R * FORM.W // 8
+    LINES: tl.constexpr = BYTES if FORM.PLANES else FORM.R
+    bits = tl.where(z <= 0, 0, 1) if ACTIVATION == "relu" else tl.where(z > 0, 1, 0)
+    bytes = tl.sum(tl.reshape(bits, (BYTES, 8)) << tl.arange(0, 8)[None, :], axis=1)
+    return tl.reshape(bytes, (LINES, BYTES // LINES)).to(tl.uint8)
 
 
 @triton.jit
@@ -242,13 +229,8 @@ def _unpack_signs(bytes, FORM: tl.constexpr):
     """The bits as a tile of 0 and 1, which stand in for z."""
     R: tl.constexpr = FORM.R
     W: tl.constexpr = FORM.W
-    place = tl.arange(0, 8)
-    bytes = bytes.to(tl.int32)
-    if FORM.PLANES:
-        bits = tl.reshape((bytes >> place[None, :]) & 1, (R, W))
-    else:
-        bits = tl.reshape((bytes[:, :, None] >> place[None, None, :]) & 1, (R, W))
-    return bits
+    bits = (tl.reshape(bytes.to(tl.int32), (R * W // 8, 1)) >> tl.arange(0, 8)[None, :]) & 1
+    return tl.reshape(bits, (R, W))
 
 
 # --- what stays in registers --------------------------------------------------------------------------------------
@@ -265,18 +247,10 @@ def _hold(tile, TYPE: tl.constexpr):
     W: tl.constexpr = tile.shape[1]
     if TYPE.primitive_bitwidth == 16:
         WIDENED: tl.constexpr = tile.dtype == tl.float32 and TYPE == tl.bfloat16  # bfloat16 is float32's upper half
-        if WIDENED:
-            bits = tile.to(tl.uint32, bitcast=True)
-        else:
-            bits = tile.to(TYPE).to(tl.uint16, bitcast=True)
-        if W > 1:
-            low, high = tl.split(tl.reshape(bits, (R, W // 2, 2)))
-        else:
-            low, high = tl.split(tl.permute(tl.reshape(bits, (2, R // 2, 1)), (1, 2, 0)))
-        if WIDENED:
-            held = (low >> 16) | (high & 0xFFFF0000)
-        else:
-            held = low.to(tl.uint32) | (high.to(tl.uint32) << 16)
+        bits = tile.to(tl.uint32, bitcast=True) if WIDENED else tile.to(TYPE).to(tl.uint16, bitcast=True).to(tl.uint32)
+        pairs = tl.reshape(bits, (R, W // 2, 2)) if W > 1 else tl.permute(tl.reshape(bits, (2, R // 2, 1)), (1, 2, 0))
+        low, high = tl.split(pairs)
+        held = (low >> 16) | (high & 0xFFFF0000) if WIDENED else low | (high << 16)
     else:
         held = tile
     return held
@@ -295,10 +269,7 @@ def _take(held, zero, TYPE: tl.constexpr, FORM: tl.constexpr):
             low = (held ^ zero).to(tl.uint16).to(TYPE, bitcast=True).to(FORM.ACC)
             high = (held >> (16 + zero)).to(tl.uint16).to(TYPE, bitcast=True).to(FORM.ACC)
         pairs = tl.join(low, high)
-        if W > 1:
-            tile = tl.reshape(pairs, (R, W))
-        else:
-            tile = tl.reshape(tl.permute(pairs, (2, 0, 1)), (R, 1))
+        tile = tl.reshape(pairs if W > 1 else tl.permute(pairs, (2, 0, 1)), (R, W))
     else:
         tile = held.to(FORM.ACC)
     return tile
@@ -351,32 +322,22 @@ def _merge(slot, P, FORM: tl.constexpr):
 
 @triton.jit
 def _samples(x, part, FORM: tl.constexpr):
-    """32 values (32, B) of each channel, spread over the slice, the same for all its programs.
-
-    The variance's relative error grows with (mean of these - mean)^2 / variance, which is at most the number of a
-    channel's values over 32, whatever the values are, and below 1 unless the samples are outliers. The stride is odd,
-    so that they are not all at one position of a plane.
-    """
-    B: tl.constexpr = FORM.B
-    stride = (tl.maximum(part.L // 32, 1) - 1) | 1
-    o = _offsets(tl.minimum(tl.arange(0, 32) * stride, part.L - 1), part, FORM)
-    if FORM.PLANES:
-        few = tl.load(x + tl.reshape(o, (32,)))
-    else:
-        few = tl.load(x + (o + tl.arange(0, B)[None, :]), mask=part.inside, other=0.0)
-    return few
+    """32 values (32, B) of each channel, spread over the slice and over positions, the same for all its programs."""
+    n = tl.arange(0, 32)
+    stride = part.L // 32
+    i = tl.minimum(n * tl.maximum(stride, 1), part.L - 1) + (n * 11 % 32) * (stride // 32)
+    return tl.load(x + _offsets(i, part, FORM) + tl.arange(0, FORM.B)[None, :], mask=part.inside, other=0.0)
 
 
 @triton.jit
-def _pivot(few, FORM: tl.constexpr):
-    """The samples' mean (1, B), or 0 where it is not finite."""
-    B: tl.constexpr = FORM.B
-    mean = tl.sum(few.to(FORM.ACC), axis=0) / 32
-    if FORM.PLANES:
-        mean = tl.full((1, B), mean, FORM.ACC)
-    else:
-        mean = mean[None, :]
-    return tl.where(tl.abs(mean) < float("inf"), mean, 0.0)
+def _pivot(few, ACC: tl.constexpr):
+    """The samples' mean (1, B), which statistics are summed about; 0 where it is not finite.
+
+    The variance's error grows with (pivot - mean)^2 / variance: below 1 unless outliers are more frequent among the
+    samples than elsewhere, n / 1024 if one of n values is an outlier and a sample, n / 32 at most.
+    """
+    pivot = tl.sum(few.to(ACC), axis=0, keep_dims=True) / 32
+    return tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
 
 
 @triton.jit
@@ -441,7 +402,7 @@ def forward(
             w = _pick(weight, c, inside, 1.0, WEIGHT, ACC)
             b = _pick(bias, c, inside, 0.0, BIAS, ACC)
         else:
-            pivot = _pivot(few, FORM)
+            pivot = _pivot(few, ACC)
             if STAGE != "normalize":
                 one = tl.zeros((R, B), ACC)
                 two = tl.zeros((R, B), ACC)
@@ -507,12 +468,6 @@ def _gradient(
 
 
 @triton.jit
-def _add_gradient(g, tile, m, one, two, PLANES: tl.constexpr):
-    """one and two with a tile's g and g (x - m) added. g is 0 where there is no element, as dy is."""
-    return one + _fold(g, PLANES), two + _fold(g * (tile - m), PLANES)
-
-
-@triton.jit
 def _write_back(
     g, tile, part, k, scale, slope, dx, dr, FORM: tl.constexpr, FROZEN: tl.constexpr, RESIDUAL_GRADIENT: tl.constexpr
 ):
@@ -566,13 +521,14 @@ def backward(
         w = _pick(weight, c, inside, 1.0, WEIGHT, ACC)
         b = _pick(bias, c, inside, 0.0, BIAS, ACC)
         affine = Affine(m, r * w, b)
-        if STAGE != "normalize":
+        if STAGE != "normalize":  # absent elements have dy = 0, so g = 0
             gated = ()
             for k in tl.static_range(K):
                 tile = _take(held[k], 0, TYPE, FORM)
                 g = _take(held_g[k], 0, TYPE, FORM)
                 g = _gradient(g, tile, part, k, affine, residuals, signs, FORM, ACTIVATION, RESIDUAL, SIGNS)
-                one, two = _add_gradient(g, tile, m, one, two, FORM.PLANES)
+                one += _fold(g, FORM.PLANES)
+                two += _fold(g * (tile - m), FORM.PLANES)
                 gated = gated + (_hold(g, TYPE),)
             if KEEP_G:
                 held_g = gated
@@ -581,7 +537,8 @@ def backward(
                     tile = _read(xs, part, j, "evict_last", FORM).to(ACC)
                     g = _read(dys, part, j, "evict_last", FORM).to(ACC)
                     g = _gradient(g, tile, part, j, affine, residuals, signs, FORM, ACTIVATION, RESIDUAL, SIGNS)
-                    one, two = _add_gradient(g, tile, m, one, two, FORM.PLANES)
+                    one += _fold(g, FORM.PLANES)
+                    two += _fold(g * (tile - m), FORM.PLANES)
             one, two = _totals(one, two)
             if STAGE != "alone":
                 _publish(slot, p, one, two * r if FROZEN else two, B)

@@ -247,7 +247,7 @@ def rules_broken(choice: Choice, code: MachineCode) -> list[str]:
         broken.append(f"{code.spill_loads} spill loads, {code.spill_stores} spill stores")
     for name, least in choice.least_bits.items():
         loads, stores = _through(name, code.loads_by_argument), _through(name, code.stores_by_argument)
-        if choice.samples and code.loads_by_argument.get(name, {}).get(SIZES[choice.dtype] * 8) == 1:
+        if choice.samples and code.loads.get(SIZES[choice.dtype] * 8) == 1:
             loads -= {SIZES[choice.dtype] * 8}  # the samples around whose mean the statistics are summed
         broken += [f"{name} is never accessed"] * (not loads and not stores)
         for verb, asked, done in (("loaded", loads, code.loads), ("stored", stores, code.stores)):

@@ -63,7 +63,7 @@ def test_a_sample_keeps_the_rules_and_what_breaks_them_is_found(monkeypatch: pyt
     alone, team, _ = (each.result().code for each in right)
     assert alone is not None
     assert team is not None
-    assert alone.loads_by_argument["x"] == {128: 4, 16: 1}
+    assert (alone.loads[128], alone.loads[16]) == (4, 1)  # the tiles, and the samples
     assert alone.stores_by_argument["y"] == {128: 4}
     assert (alone.waits, team.waits) == (False, True)
     code = starved.result().code

@@ -269,10 +269,29 @@ def test_the_variance_keeps_its_digits_beside_a_large_mean(
     assert (mean.double() - x.double().mean((0, 2, 3))).abs().max().item() <= ROUNDOFF[torch.float32] * ratio
 
 
-@pytest.mark.parametrize("form", [None, "a team", "overflow"])
-def test_a_constant_channel_becomes_its_bias(form: str | None, device: torch.device) -> None:
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_an_outlying_example_or_an_infinite_value_is_as_in_torch(channels_last: bool, device: torch.device) -> None:
+    """The first example is among the values around which the statistics are summed."""
+    x = torch.randn(32, 2, 4, 5, generator=torch.Generator().manual_seed(3)) + 1e4
+    x[0, 0], x[0, 1, 0, 0] = 0.0, float("inf")
+    x = x.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    y, mean, var = fused(device)(x, None, None, EPS, None, None, None)
+    exact = x[:, 0].double()
+    assert (var[0].double() / exact.var(correction=0) - 1).abs().item() <= 2e-6
+    expected = (exact - exact.mean()) / (exact.var(correction=0) + EPS).sqrt()
+    torch.testing.assert_close(y[:, 0].double(), expected, rtol=2e-6, atol=5e-6)
+    assert mean[1] == float("inf")
+    assert var[1].isnan()
+    assert y[:, 1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [(None, torch.float32), ("a team", torch.float32), ("overflow", torch.float32), (None, torch.bfloat16)],
+)
+def test_a_constant_channel_becomes_its_bias(form: str | None, dtype: torch.dtype, device: torch.device) -> None:
     """Where the mean of equal values is rounded, dividing what is left by sqrt(eps) gives +-1 (pytorch 5410)."""
-    x = torch.full((7, 2, 9), 10000.1, device=device)
+    x = torch.full((7, 2, 9), 10000.1, device=device, dtype=dtype)
     bias = torch.tensor([0.5, -2.0], device=device)
     run = planned(form) if form else fused(device)
     y, _, var = run(x, None, bias, EPS, None, None, None)
