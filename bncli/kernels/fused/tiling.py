@@ -7,6 +7,7 @@ barrier in memory, or at the end of a launch.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,10 +23,10 @@ RESIDENT_WARPS = 16
 MOST_LINES = 2**30  # per slice; the device counts lines in 32 bits and doubles them once
 MOST_VALUES = 2**31 - 2**26  # per channel; the last program may reach past the end by a few million
 
-# (warps, tiles held), from small to large: 4 to 40 KiB a program, as far as compiles without spills. A tile is 16 bytes
-# a thread. Forward holds x, backward x and dy by halves. The largest is for planes of 16-byte runs: shorter runs need
-# more registers for addresses, and rows have vectors of eight channels beside their tiles.
-TILINGS = ((4, 2), (8, 4), (8, 8), (8, 10))
+# (warps, tiles held), from small to large: 4, 16 and 32 KiB a program, as far as compiles without spills. A tile is 16
+# bytes a thread. Forward holds x, backward x and dy by halves.
+TILINGS = ((4, 2), (8, 4), (8, 8))
+ROW_BYTES = {64: 1.07, 128: 1.0}  # of a slice's piece of a row: the cost of a byte (Dao-AILab/quack: 5 to 7 %)
 
 # Measured on an H200. A plan needs only their order of magnitude.
 BYTES_PER_NS_PER_PROCESSOR = 32.0  # 4.3 TB/s of copying over 132 processors
@@ -37,13 +38,6 @@ BARRIER_NS = 1_200.0  # a grid barrier (te42kyfo/gpu-benches measured 1.04 to 1.
 LAUNCH_NS = 5_000.0  # a second launch from Python: 2.4 us on the stream, the rest in the interpreter
 CACHE_BYTES = 24 * 2**20  # cache available to a second read: 40 MB of 60, which writes share
 CACHED = 0.4  # time of a read from that cache relative to one from memory (9.5 and 3.9 TB/s, same source)
-NARROW_BYTES = 64  # a narrow piece of a row; a wide one has twice that
-NARROW = 1.07  # cost of a byte in 64-byte pieces relative to 128-byte pieces (Dao-AILab/quack: 5 to 7 %)
-
-
-def tilings(*, contiguous: bool, unit_bytes: int) -> tuple[tuple[int, int], ...]:
-    """(warps, tiles held of all streams), from small to large."""
-    return TILINGS if contiguous and unit_bytes == ACCESS_BYTES else TILINGS[:-1]
 
 
 @dataclass(frozen=True)
@@ -66,10 +60,6 @@ class Slicing:
     line_bytes: int
     itemsize: int
     price: float  # cost of a byte, 1 for wide accesses
-
-    @property
-    def tilings(self) -> tuple[tuple[int, int], ...]:
-        return tilings(contiguous=self.contiguous, unit_bytes=self.unit * self.itemsize)
 
     def most_programs(self, rows: int) -> int:
         """The largest team: a merge reads the lines of one tile, or up to eight times that for rows."""
@@ -156,47 +146,36 @@ def plan(
     contiguous: whether x is; it is channels last otherwise. backward: x and dy are held. frozen: the statistics are
     constants, so no program waits. Raises ValueError for a channel with too many values.
     """
-    slicings = _slicings(shape, contiguous, itemsize)
+    widths = (ACCESS_BYTES,) if contiguous else tuple(ROW_BYTES)
+    slicings = [_slicing(shape, contiguous, itemsize, width) for width in widths]
     if frozen:
         return min((_streaming(slicing, processors) for slicing in slicings), key=lambda found: found.cost_ns)
     streams = 2 if backward else 1
-    found = [
-        candidate
-        for slicing in slicings
-        for candidates in (_one_program_each, _teams, _split)
-        for candidate in candidates(slicing, streams, processors)
-    ]
+    ways = itertools.product((_one_program_each, _teams, _split), slicings)
+    found = itertools.chain.from_iterable(way(slicing, streams, processors) for way, slicing in ways)
     return min(found, key=lambda candidate: candidate.cost_ns)
 
 
-def _slicings(shape: tuple[int, int, int], contiguous: bool, itemsize: int) -> list[Slicing]:
+def _slicing(shape: tuple[int, int, int], contiguous: bool, itemsize: int, line_bytes: int) -> Slicing:
+    """line_bytes: the most of a row's piece."""
     examples, channels, positions = shape
-    widest = ACCESS_BYTES // itemsize
-    if contiguous:
-        unit = math.gcd(positions, widest)
-        slicings = [Slicing(True, examples * positions // unit, unit, 1, channels, unit * itemsize, itemsize, 1.0)]
-    else:
-        unit = math.gcd(channels, widest)
-        enough = max(8, 1 << (channels - 1).bit_length())
-        widths = {min(enough, max(8, line_bytes // itemsize)) for line_bytes in (NARROW_BYTES, 2 * NARROW_BYTES)}
-        slicings = [
-            Slicing(
-                False, examples * positions, unit, columns, -(-channels // columns), columns * itemsize,
-                itemsize, NARROW if columns * itemsize <= NARROW_BYTES else 1.0,
-            )
-            for columns in sorted(widths)
-        ]  # fmt: skip
-    if slicings[0].lines > MOST_LINES or examples * positions > MOST_VALUES:
+    unit = math.gcd(positions if contiguous else channels, ACCESS_BYTES // itemsize)
+    enough = max(8, 1 << (channels - 1).bit_length())
+    columns = 1 if contiguous else min(enough, max(8, line_bytes // itemsize))
+    width = (unit if contiguous else columns) * itemsize
+    lines = examples * positions // (unit if contiguous else 1)
+    if lines > MOST_LINES or examples * positions > MOST_VALUES:
         raise ValueError(
             f"the fused kernel takes up to {MOST_VALUES:,} values per channel, in up to 2**30 aligned runs; "
-            f"x {shape} has {examples * positions:,} in {slicings[0].lines:,}"
+            f"x {shape} has {examples * positions:,} in {lines:,}"
         )
-    return slicings
+    price = 1.0 if contiguous or width > 64 else ROW_BYTES[64]
+    return Slicing(contiguous, lines, unit, columns, -(-channels // columns), width, itemsize, price)
 
 
 def _one_program_each(slicing: Slicing, streams: int, processors: Processors) -> Iterator[Plan]:
     """One program per slice, with the smallest tiling that holds it."""
-    for warps, held in slicing.tilings:
+    for warps, held in TILINGS:
         rows, each = slicing.tile_lines(warps), held // streams
         if rows * each >= slicing.lines:
             at_work = min(slicing.slices, processors.count * (RESIDENT_WARPS // warps))
@@ -209,11 +188,11 @@ def _teams(slicing: Slicing, streams: int, processors: Processors) -> Iterator[P
     """Teams of every size that the device can keep resident. The largest leaves what it does not hold to a loop."""
     if not processors.cooperative:
         return
-    for warps, held in slicing.tilings:
+    for warps, held in TILINGS:
         rows, each = slicing.tile_lines(warps), held // streams
         tiles, resident = -(-slicing.lines // rows), processors.count * (RESIDENT_WARPS // warps)
         most = min(tiles, resident, slicing.most_programs(rows))
-        least = most if (warps, held) == slicing.tilings[-1] else resident + 1
+        least = most if (warps, held) == TILINGS[-1] else resident + 1
         for team in range(max(2, min(-(-tiles // each), least)), most + 1):
             teams = min(slicing.slices, resident // team)
             reread = 1 - min(1.0, each * team / tiles)
@@ -225,12 +204,9 @@ def _teams(slicing: Slicing, streams: int, processors: Processors) -> Iterator[P
 
 def _split(slicing: Slicing, streams: int, processors: Processors) -> Iterator[Plan]:
     """Two launches with enough programs to fill the device, and no more per slice than a merge reads in a few steps."""
-    for warps, held in TILINGS[:2]:
-        rows, each = slicing.tile_lines(warps), held // streams
-        team = -(-slicing.lines // (rows * each))
-        if team <= slicing.most_programs(rows):
-            break
-    team = min(team, slicing.most_programs(rows))
+    warps, held = TILINGS[1]
+    rows, each = slicing.tile_lines(warps), held // streams
+    team = min(-(-slicing.lines // (rows * each)), slicing.most_programs(rows))
     total = slicing.lines * slicing.line_bytes * slicing.slices
     from_memory = max(0.0, 1 - CACHE_BYTES / (total * streams))
     moved = total * slicing.price * (streams + 1 + streams * (CACHED + (1 - CACHED) * from_memory))

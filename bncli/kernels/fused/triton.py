@@ -51,37 +51,53 @@ class Form(NamedTuple):
         return self.UNIT if self.PLANES else self.B
 
 
-class Geometry(NamedTuple):
-    """Where the elements of x are: sizes that differ between calls."""
+class Part(NamedTuple):
+    """The part of a slice that a program processes, and the sizes of x, which differ between calls."""
 
+    slice: Any
+    first: Any  # its lines, up to `end`
+    end: Any
+    c: Any  # the slice's channels (1, B)
+    inside: Any  # which of them exist
     channels: Any  # C
     units: Any  # S / UNIT lines of a plane, or C / UNIT runs of a row
     magic: Any  # i // units is umulhi(2 i, magic) >> shift
     shift: Any
-    L: Any  # lines of a slice
+    L: Any
+
+
+class Affine(NamedTuple):
+    """(x - m) scale + b for the channels of a slice."""
+
+    m: Any
+    scale: Any
+    b: Any
 
 
 # --- where things are ---------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _channels(slice, geo, FORM: tl.constexpr):
-    """The slice's channels (1, B), which exist, and the offset of its first element.
+def _part(slice, p, channels, units, magic, shift, opaque_zero, L, H, FORM: tl.constexpr):
+    """Program p's part of a slice, and the offset of the slice's first element.
 
-    The mask is by units: one by elements would make accesses narrow.
+    Which channels exist is by units: by elements it would make accesses narrow. `first` depends on the slice, or the
+    compiler would compute all addresses before the loop over slices, and spill.
     """
+    first = p * (H * FORM.R) + slice * opaque_zero
+    end = tl.minimum(first + H * FORM.R, L)
     c = (slice * FORM.B + tl.arange(0, FORM.B))[None, :]
     if FORM.PLANES:
         inside = c >= 0
-        start = tl.full((1, 1), slice, tl.int64) * (geo.units * FORM.UNIT)
+        start = tl.full((), slice, tl.int64) * (units * FORM.UNIT)
     else:
-        inside = c // FORM.UNIT < geo.units
-        start = tl.full((1, 1), slice, tl.int64) * FORM.B
-    return c, inside, start
+        inside = c // FORM.UNIT < units
+        start = tl.full((), slice, tl.int64) * FORM.B
+    return Part(slice, first, end, c, inside, channels, units, magic, shift, L), start
 
 
 @triton.jit
-def _lines(i, geo, FORM: tl.constexpr):
+def _offsets(i, part, FORM: tl.constexpr):
     """Offsets (R, 1) of lines i (R) from the slice's first element.
 
     Planes: a line's example is i // units, by a product with the rounded-up reciprocal (Granlund & Montgomery 1994).
@@ -89,38 +105,49 @@ def _lines(i, geo, FORM: tl.constexpr):
     """
     line = i.to(tl.int64 if FORM.WIDE else tl.int32)
     if FORM.PLANES:
-        n = (tl.umulhi((i * 2).to(tl.uint32), geo.magic.to(tl.uint32)) >> geo.shift).to(line.dtype)
-        unit = line + n * ((geo.channels - 1).to(line.dtype) * geo.units)
+        n = (tl.umulhi((i * 2).to(tl.uint32), part.magic.to(tl.uint32)) >> part.shift).to(line.dtype)
+        unit = line + n * ((part.channels - 1).to(line.dtype) * part.units)
     else:
-        unit = line * geo.units
+        unit = line * part.units
     return (unit.to(tl.int64) * FORM.UNIT)[:, None]
 
 
 @triton.jit
-def _tile(first, k, end, inside, geo, FORM: tl.constexpr, FULL: tl.constexpr):
-    """The lines (R) of a program's tile k, its offsets (R, W), and which exist: all of them if FULL."""
+def _lines(part, k, FORM: tl.constexpr):
+    """The lines (R) of a program's tile k, and (R, 1) whether it has them."""
     R: tl.constexpr = FORM.R
-    W: tl.constexpr = FORM.W
-    i = first + k * R + tl.arange(0, R)
-    if FULL:
-        valid = tl.full((R, 1), True, tl.int1)
-    else:
-        valid = (i < end)[:, None] & inside
-    return i, _lines(i, geo, FORM) + tl.arange(0, W)[None, :], valid
+    i = part.first + k * R + tl.arange(0, R)
+    return i, (i < part.end)[:, None]
 
 
 @triton.jit
-def _sign_offsets(i, c, end, geo, FORM: tl.constexpr):
+def _tile(part, k, FORM: tl.constexpr):
+    """The offsets (R, W) of tile k and which exist."""
+    W: tl.constexpr = FORM.W
+    i, present = _lines(part, k, FORM)
+    return _offsets(i, part, FORM) + tl.arange(0, W)[None, :], present & part.inside
+
+
+@triton.jit
+def _read(x, part, k, EVICTION: tl.constexpr, FORM: tl.constexpr):
+    """Tile k of x, from the slice's first element; 0 where it has no element."""
+    o, valid = _tile(part, k, FORM)
+    return tl.load(x + o, mask=valid, other=0.0, eviction_policy=EVICTION)
+
+
+@triton.jit
+def _sign_offsets(part, k, FORM: tl.constexpr):
     """Offsets of a tile's bytes of signs, planes (C, ceil(L UNIT / 8)) or rows (M, ceil(C / 8)); which exist."""
     if FORM.PLANES:
-        j = tl.min(i, axis=0) * FORM.UNIT // 8 + tl.arange(0, FORM.R * FORM.UNIT // 8)
-        o = j[:, None] + c.to(tl.int64) * ((geo.L * FORM.UNIT + 7) // 8)
-        valid = (j < (end * FORM.UNIT + 7) // 8)[:, None] & (c < geo.channels)
+        j = ((part.first + k * FORM.R) * FORM.UNIT // 8 + tl.arange(0, FORM.R * FORM.UNIT // 8))[:, None]
+        o = j + part.c.to(tl.int64) * ((part.L * FORM.UNIT + 7) // 8)
+        valid = j < (part.end * FORM.UNIT + 7) // 8
     else:
-        stride = (geo.channels + 7) // 8
-        b = tl.min(tl.min(c, axis=1), axis=0) // 8 + tl.arange(0, FORM.B // 8)
-        o = (i.to(tl.int64) * stride)[:, None] + b[None, :]
-        valid = (i < end)[:, None] & (b < stride)[None, :]
+        i, present = _lines(part, k, FORM)
+        stride = (part.channels + 7) // 8
+        b = (part.slice * (FORM.B // 8) + tl.arange(0, FORM.B // 8))[None, :]
+        o = (i.to(tl.int64) * stride)[:, None] + b
+        valid = present & (b < stride)
     return o, valid
 
 
@@ -157,16 +184,13 @@ def _totals(one, two):
 
 
 @triton.jit
-def _affine(tile, m, scale, b, TYPE: tl.constexpr):
+def _affine(tile, affine):
     """(x - m) scale + b, rounded the same way in both directions, so that backward recomputes the same sign.
 
-    Types of 16 bits have fewer digits than are lost in x scale + (b - m scale), which is one operation less.
+    x scale + (b - m scale) would be one operation less, but wrong by 0.1 where a channel is constant at 10,000.
     """
-    if TYPE.primitive_bitwidth == 16:
-        b = tl.fma(-m, scale, b)
-    else:
-        tile -= m
-    return tl.fma(tile, tl.broadcast_to(scale, tile.shape), tl.broadcast_to(b, tile.shape))
+    d = tile - affine.m
+    return tl.fma(d, tl.broadcast_to(affine.scale, d.shape), tl.broadcast_to(affine.b, d.shape))
 
 
 @triton.jit
@@ -199,18 +223,11 @@ def _through_activation(dy, z, ACTIVATION: tl.constexpr):
 @triton.jit
 def _pack_signs(z, FORM: tl.constexpr, ACTIVATION: tl.constexpr):
     """One bit per element, 1 where dy passes unchanged. A byte holds 8 positions of a plane or channels of a row."""
-    R: tl.constexpr = FORM.R
-    W: tl.constexpr = FORM.W
-    if ACTIVATION == "relu":
-        bits = tl.where(z <= 0, 0, 1)
-    else:
-        bits = tl.where(z > 0, 1, 0)
-    place = tl.arange(0, 8)
-    if FORM.PLANES:
-        bytes = tl.sum(tl.reshape(bits, (R * W // 8, 8)) << place[None, :], axis=1)[:, None]
-    else:
-        bytes = tl.sum(tl.reshape(bits, (R, W // 8, 8)) << place[None, None, :], axis=2)
-    return bytes.to(tl.uint8)
+    BYTES: tl.constexpr = FORM.R * FORM.W // 8
+    LINES: tl.constexpr = BYTES if FORM.PLANES else FORM.R
+    bits = tl.where(z <= 0, 0, 1) if ACTIVATION == "relu" else tl.where(z > 0, 1, 0)
+    bytes = tl.sum(tl.reshape(bits, (BYTES, 8)) << tl.arange(0, 8)[None, :], axis=1)
+    return tl.reshape(bytes, (LINES, BYTES // LINES)).to(tl.uint8)
 
 
 @triton.jit
@@ -218,13 +235,8 @@ def _unpack_signs(bytes, FORM: tl.constexpr):
     """The bits as a tile of 0 and 1, which stand in for z."""
     R: tl.constexpr = FORM.R
     W: tl.constexpr = FORM.W
-    place = tl.arange(0, 8)
-    bytes = bytes.to(tl.int32)
-    if FORM.PLANES:
-        bits = tl.reshape((bytes >> place[None, :]) & 1, (R, W))
-    else:
-        bits = tl.reshape((bytes[:, :, None] >> place[None, None, :]) & 1, (R, W))
-    return bits
+    bits = (tl.reshape(bytes.to(tl.int32), (R * W // 8, 1)) >> tl.arange(0, 8)[None, :]) & 1
+    return tl.reshape(bits, (R, W))
 
 
 # --- what stays in registers --------------------------------------------------------------------------------------
@@ -241,18 +253,12 @@ def _hold(tile, TYPE: tl.constexpr):
     W: tl.constexpr = tile.shape[1]
     if TYPE.primitive_bitwidth == 16:
         WIDENED: tl.constexpr = tile.dtype == tl.float32 and TYPE == tl.bfloat16  # bfloat16 is float32's upper half
-        if WIDENED:
-            bits = tile.to(tl.uint32, bitcast=True)
-        else:
-            bits = tile.to(TYPE).to(tl.uint16, bitcast=True)
+        bits = tile.to(tl.uint32, bitcast=True) if WIDENED else tile.to(TYPE).to(tl.uint16, bitcast=True).to(tl.uint32)
         if W > 1:
             low, high = tl.split(tl.reshape(bits, (R, W // 2, 2)))
         else:
             low, high = tl.split(tl.permute(tl.reshape(bits, (2, R // 2, 1)), (1, 2, 0)))
-        if WIDENED:
-            held = (low >> 16) | (high & 0xFFFF0000)
-        else:
-            held = low.to(tl.uint32) | (high.to(tl.uint32) << 16)
+        held = (low >> 16) | (high & 0xFFFF0000) if WIDENED else low | (high << 16)
     else:
         held = tile
     return held
@@ -319,96 +325,55 @@ def _merge(slot, P, FORM: tl.constexpr):
         at = slot + q * (2 * B) + tl.arange(0, B)[None, :]
         one += tl.load(at, mask=q < P, other=0.0, cache_modifier=".cg")
         two += tl.load(at + B, mask=q < P, other=0.0, cache_modifier=".cg")
-    return tl.reduce((one, two), 0, _add_pairs, keep_dims=True)
+    return _totals(one, two)
 
 
 # --- forward ------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _samples(x, start, inside, geo, FORM: tl.constexpr):
-    """32 values (32, B) of each channel, spread over the slice, the same for all its programs.
+def _samples(x, part, FORM: tl.constexpr):
+    """32 values (32, B) of each channel, spread over the slice and over positions, the same for all its programs."""
+    n = tl.arange(0, 32)
+    stride = part.L // 32
+    i = tl.minimum(n * tl.maximum(stride, 1), part.L - 1) + (n * 11 % 32) * (stride // 32)
+    return tl.load(x + _offsets(i, part, FORM) + tl.arange(0, FORM.B)[None, :], mask=part.inside, other=0.0)
 
-    The variance's relative error grows with (mean of these - mean)^2 / variance, which is at most the number of a
-    channel's values over 32, whatever the values are, and below 1 unless the samples are outliers. The stride is odd,
-    so that they are not all at one position of a plane.
+
+@triton.jit
+def _pivot(few, ACC: tl.constexpr):
+    """The samples' mean (1, B), which statistics are summed about; 0 where it is not finite.
+
+    The variance's error grows with (pivot - mean)^2 / variance: below 1 unless outliers are more frequent among the
+    samples than elsewhere, n / 1024 if one of n values is an outlier and a sample, n / 32 at most.
     """
-    B: tl.constexpr = FORM.B
-    stride = (tl.maximum(geo.L // 32, 1) - 1) | 1
-    o = start + _lines(tl.minimum(tl.arange(0, 32) * stride, geo.L - 1), geo, FORM)
-    if FORM.PLANES:
-        few = tl.load(x + tl.reshape(o, (32,)))
-    else:
-        few = tl.load(x + (o + tl.arange(0, B)[None, :]), mask=inside, other=0.0)
-    return few
+    pivot = tl.sum(few.to(ACC), axis=0, keep_dims=True) / 32
+    return tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
 
 
 @triton.jit
-def _mean_of_samples(few, FORM: tl.constexpr):
-    B: tl.constexpr = FORM.B
-    mean = tl.sum(few.to(FORM.ACC), axis=0) / 32
-    if FORM.PLANES:
-        mean = tl.full((1, B), mean, FORM.ACC)
-    else:
-        mean = mean[None, :]
-    return mean
-
-
-@triton.jit
-def _moments(d, valid, one, two, PLANES: tl.constexpr):
-    """one and two with a tile d of x - pivot and its square added."""
-    d = tl.where(valid, d, 0.0)
-    return one + _fold(d, PLANES), two + _fold(d * d, PLANES)
-
-
-@triton.jit
-def _resident_moments(x, few, first, end, inside, geo, FORM: tl.constexpr, FULL: tl.constexpr, SUMS: tl.constexpr):
-    """The K tiles that stay in registers, the samples' mean, and the sums of x - this mean and its square (R, W)."""
-    R: tl.constexpr = FORM.R
-    B: tl.constexpr = FORM.B
-    K: tl.constexpr = FORM.K
-    TYPE: tl.constexpr = x.dtype.element_ty
-    one = tl.zeros((R, B), FORM.ACC)
-    two = tl.zeros((R, B), FORM.ACC)
-    held = ()
-    for k in tl.static_range(K):
-        _, o, valid = _tile(first, k, end, inside, geo, FORM, FULL)
-        held = held + (_hold(tl.load(x + o, mask=valid, other=0.0), TYPE),)
-    pivot = _mean_of_samples(few, FORM)
-    if SUMS:
-        for k in tl.static_range(K):
-            _, _, valid = _tile(first, k, end, inside, geo, FORM, FULL)
-            one, two = _moments(_take(held[k], 0, TYPE, FORM) - pivot, valid, one, two, FORM.PLANES)
-    return held, pivot, one, two
+def _moments(tile, part, k, pivot, one, two, FORM: tl.constexpr):
+    """one and two with tile k's x - pivot and its square added. Absent elements are 0, and no pivot is taken off."""
+    _, present = _lines(part, k, FORM)
+    taken = tl.broadcast_to(tl.where(present, 1.0, 0.0).to(FORM.ACC), tile.shape)
+    d = tl.fma(tl.broadcast_to(-pivot, tile.shape), taken, tile)
+    return one + _fold(d, FORM.PLANES), two + _fold(d * d, FORM.PLANES)
 
 
 @triton.jit
 def _write(
-    tile, i, o, valid, c, m, scale, b, end, residual, y, signs, geo,
+    tile, part, k, affine, residual, y, signs,
     FORM: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, SIGNS: tl.constexpr,
 ):  # fmt: skip
-    """activation((tile - mean) scale + bias + residual), and the signs where they are kept."""
-    z = _affine(tile, m, scale, b, y.dtype.element_ty)
+    """y of tile k, and the signs where they are kept."""
+    o, valid = _tile(part, k, FORM)
+    z = _affine(tile, affine)
     if RESIDUAL:
         z += tl.load(residual + o, mask=valid, other=0.0, eviction_policy="evict_first").to(FORM.ACC)
     if SIGNS:
-        o_signs, some = _sign_offsets(i, c, end, geo, FORM)
+        o_signs, some = _sign_offsets(part, k, FORM)
         tl.store(signs + o_signs, _pack_signs(z, FORM, ACTIVATION), mask=some)
     tl.store(y + o, _activate(z, ACTIVATION).to(y.dtype.element_ty), mask=valid)
-
-
-@triton.jit
-def _write_resident(
-    held, zero, first, c, inside, m, scale, b, end, residual, y, signs, geo, FORM: tl.constexpr,
-    ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, SIGNS: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    K: tl.constexpr = FORM.K
-    for k in tl.static_range(K):
-        i, o, valid = _tile(first, k, end, inside, geo, FORM, FULL)
-        _write(
-            _take(held[k], zero, y.dtype.element_ty, FORM), i, o, valid, c, m, scale, b, end, residual, y, signs, geo,
-            FORM, ACTIVATION, RESIDUAL, SIGNS,
-        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -422,46 +387,43 @@ def forward(
 
     TRACK: running_mean and running_var are updated by `momentum`, the variance times `unbiased`, m / (m - 1).
     """
+    TYPE: tl.constexpr = x.dtype.element_ty
+    ACC: tl.constexpr = FORM.ACC
     R: tl.constexpr = FORM.R
-    W: tl.constexpr = FORM.W
     B: tl.constexpr = FORM.B
     K: tl.constexpr = FORM.K
-    ACC: tl.constexpr = FORM.ACC
-    geo = Geometry(channels, units, magic, shift, L)
     program = tl.program_id(0)
     if STAGE == "normalize":  # begin with what the previous launch read last: it is still in the cache
         program = teams * P - 1 - program
-    p = program % P
-    for slice in range(program // P, slices, teams):
-        # `first` depends on the slice, or the compiler would compute all addresses before the loop, and spill.
-        first = p * (H * R) + slice * opaque_zero
-        end = tl.minimum(first + H * R, L)
-        full = first + K * R <= end
-        if not FORM.PLANES:
-            full = full & ((slice + 1) * B <= channels)
-        c, inside, start = _channels(slice, geo, FORM)
-        few = tl.zeros((32,), ACC)
+    team = program // P
+    p = program - team * P
+    for slice in range(team, slices, teams):
+        part, start = _part(slice, p, channels, units, magic, shift, opaque_zero, L, H, FORM)
+        c, inside, writes = part.c, part.inside, part.inside & (p == 0)
+        xs, ys, residuals = x + start, y + start, residual + start
+        slot = partial + slice * P * (2 * B)
         if STAGE != "frozen":
-            few = _samples(x, start, inside, geo, FORM)
-        SUMS: tl.constexpr = STAGE != "frozen" and STAGE != "normalize"
-        if full:
-            held, pivot, one, two = _resident_moments(x + start, few, first, end, inside, geo, FORM, True, SUMS)
-        else:
-            held, pivot, one, two = _resident_moments(x + start, few, first, end, inside, geo, FORM, False, SUMS)
-        writes = inside & (p == 0)
+            few = _samples(xs, part, FORM)
+        held = ()
+        for k in tl.static_range(K):
+            held = held + (_hold(_read(xs, part, k, "", FORM), TYPE),)
         if STAGE == "frozen":
-            m = tl.load(mean + c, mask=inside, other=0.0).to(ACC)
-            v = tl.load(var + c, mask=inside, other=0.0).to(ACC)
+            m = _pick(mean, c, inside, 0.0, True, ACC)
+            v = _pick(var, c, inside, 0.0, True, ACC)
             w = _pick(weight, c, inside, 1.0, WEIGHT, ACC)
             b = _pick(bias, c, inside, 0.0, BIAS, ACC)
         else:
-            if FORM.OVERFLOW and SUMS:
-                for j in tl.range(K, H, num_stages=3):
-                    _, o, valid = _tile(first, j, end, inside, geo, FORM, False)
-                    tile = tl.load(x + start + o, mask=valid, other=0.0, eviction_policy="evict_last").to(ACC)
-                    one, two = _moments(tile - pivot, valid, one, two, FORM.PLANES)
-            one, two = _totals(one, two)
-            slot = partial + slice * P * (2 * B)
+            pivot = _pivot(few, ACC)
+            if STAGE != "normalize":
+                one = tl.zeros((R, B), ACC)
+                two = tl.zeros((R, B), ACC)
+                for k in tl.static_range(K):
+                    one, two = _moments(_take(held[k], 0, TYPE, FORM), part, k, pivot, one, two, FORM)
+                if FORM.OVERFLOW:
+                    for j in tl.range(K, H, num_stages=3):
+                        tile = _read(xs, part, j, "evict_last", FORM).to(ACC)
+                        one, two = _moments(tile, part, j, pivot, one, two, FORM)
+                one, two = _totals(one, two)
             if STAGE == "team" or STAGE == "statistics":
                 _publish(slot, p, one, two, B)
             w = _pick(weight, c, inside, 1.0, WEIGHT, ACC)
@@ -469,13 +431,13 @@ def forward(
             old_mean = _pick(running_mean, c, writes, 0.0, TRACK, ACC)
             old_var = _pick(running_var, c, writes, 0.0, TRACK, ACC)
             if STAGE == "team":
-                _barrier(arrived + (program // P) * 32, p, P)
+                _barrier(arrived + team * 32, p, P)
             if STAGE == "team" or STAGE == "normalize":
                 one, two = _merge(slot, P, FORM)
-            share = 1.0 / (L * (W // B)).to(ACC)
+            share = 1.0 / (L * (FORM.W // B)).to(ACC)
             m = pivot + one * share
-            # Squares of 1e30 overflow; the variance is infinite and y is the bias.
-            v = tl.where(two == float("inf"), two, (two - one * (one * share)) * share)
+            # Squares of 1e30 overflow: the variance is infinite and y is the bias. NaN beside an infinite value.
+            v = tl.where(two == float("inf"), two + 0.0 * one, (two - one * (one * share)) * share)
             v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
             if STAGE != "statistics":
                 tl.store(mean + c, m, mask=writes)
@@ -486,57 +448,14 @@ def forward(
                     tl.store(running_mean + c, new_mean.to(running_mean.dtype.element_ty), mask=writes)
                     tl.store(running_var + c, new_var.to(running_var.dtype.element_ty), mask=writes)
         if STAGE != "statistics":
-            scale = tl.rsqrt(v + EPS) * w
+            affine = Affine(m, tl.rsqrt(v + EPS) * w, b)
             if FORM.OVERFLOW:
                 for back in tl.range(1, H - K + 1, num_stages=3):  # the last read first: it is still in the cache
-                    i, o, valid = _tile(first, H - back, end, inside, geo, FORM, False)
-                    tile = tl.load(x + start + o, mask=valid, other=0.0, eviction_policy="evict_first").to(ACC)
-                    _write(
-                        tile, i, o, valid, c, m, scale, b, end, residual + start, y + start, signs, geo,
-                        FORM, ACTIVATION, RESIDUAL, SIGNS,
-                    )  # fmt: skip
-            if full:
-                _write_resident(
-                    held,
-                    opaque_zero,
-                    first,
-                    c,
-                    inside,
-                    m,
-                    scale,
-                    b,
-                    end,
-                    residual + start,
-                    y + start,
-                    signs,
-                    geo,
-                    FORM,
-                    ACTIVATION,
-                    RESIDUAL,
-                    SIGNS,
-                    True,
-                )
-            else:
-                _write_resident(
-                    held,
-                    opaque_zero,
-                    first,
-                    c,
-                    inside,
-                    m,
-                    scale,
-                    b,
-                    end,
-                    residual + start,
-                    y + start,
-                    signs,
-                    geo,
-                    FORM,
-                    ACTIVATION,
-                    RESIDUAL,
-                    SIGNS,
-                    False,
-                )
+                    tile = _read(xs, part, H - back, "evict_first", FORM).to(ACC)
+                    _write(tile, part, H - back, affine, residuals, ys, signs, FORM, ACTIVATION, RESIDUAL, SIGNS)
+            for k in tl.static_range(K):
+                tile = _take(held[k], opaque_zero, TYPE, FORM)
+                _write(tile, part, k, affine, residuals, ys, signs, FORM, ACTIVATION, RESIDUAL, SIGNS)
 
 
 # --- backward -----------------------------------------------------------------------------------------------------
@@ -544,89 +463,34 @@ def forward(
 
 @triton.jit
 def _gradient(
-    dy, tile, i, o, valid, c, m, scale, b, end, residual, signs, geo,
-    FORM: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, SIGNS: tl.constexpr, TYPE: tl.constexpr,
+    dy, tile, part, k, affine, residual, signs,
+    FORM: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, SIGNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dy times the activation's derivative. The pre-activation is recomputed, or its sign read."""
+    """Tile k of dy times the activation's derivative. The pre-activation is recomputed, or its sign read."""
     z = dy
     if SIGNS:
-        o_signs, some = _sign_offsets(i, c, end, geo, FORM)
-        z = _unpack_signs(tl.load(signs + o_signs, mask=some, other=0), FORM)
+        o, some = _sign_offsets(part, k, FORM)
+        z = _unpack_signs(tl.load(signs + o, mask=some, other=0), FORM)
     elif ACTIVATION != "none":
-        z = _affine(tile, m, scale, b, TYPE)
+        z = _affine(tile, affine)
         if RESIDUAL:
-            z += tl.load(residual + o, mask=valid, other=0.0).to(FORM.ACC)
+            z += _read(residual, part, k, "", FORM).to(FORM.ACC)
     return _through_activation(dy, z, ACTIVATION)
 
 
 @triton.jit
-def _resident_gradient(
-    dy, x, first, c, inside, m, scale, b, end, residual, signs, geo, FORM: tl.constexpr, ACTIVATION: tl.constexpr,
-    RESIDUAL: tl.constexpr, SIGNS: tl.constexpr, SUMS: tl.constexpr, KEEP_G: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """The K tiles of x and of g, or dy, that stay in registers, and the sums (R, W) of g and g (x - mean) over them."""
-    R: tl.constexpr = FORM.R
-    B: tl.constexpr = FORM.B
-    K: tl.constexpr = FORM.K
-    TYPE: tl.constexpr = x.dtype.element_ty
-    one = tl.zeros((R, B), FORM.ACC)
-    two = tl.zeros((R, B), FORM.ACC)
-    held = ()
-    held_dy = ()
-    held_g = ()
-    for k in tl.static_range(K):
-        _, o, valid = _tile(first, k, end, inside, geo, FORM, FULL)
-        held = held + (_hold(tl.load(x + o, mask=valid, other=0.0), TYPE),)
-        held_dy = held_dy + (_hold(tl.load(dy + o, mask=valid, other=0.0), TYPE),)
-    if SUMS:
-        for k in tl.static_range(K):
-            i, o, valid = _tile(first, k, end, inside, geo, FORM, FULL)
-            tile = _take(held[k], 0, TYPE, FORM)
-            g = _gradient(
-                _take(held_dy[k], 0, TYPE, FORM), tile, i, o, valid, c, m, scale, b, end, residual, signs, geo,
-                FORM, ACTIVATION, RESIDUAL, SIGNS, TYPE,
-            )  # fmt: skip
-            one += _fold(g, FORM.PLANES)
-            two += _fold(g * (tile - m), FORM.PLANES)
-            if KEEP_G:
-                held_g = held_g + (_hold(g, TYPE),)
-    if not KEEP_G:
-        held_g = held_dy
-    return held, held_g, one, two
-
-
-@triton.jit
 def _write_back(
-    g, tile, o, valid, m, scale, slope, level, dx, dr, FROZEN: tl.constexpr, RESIDUAL_GRADIENT: tl.constexpr
+    g, tile, part, k, scale, slope, dx, dr, FORM: tl.constexpr, FROZEN: tl.constexpr, RESIDUAL_GRADIENT: tl.constexpr
 ):
-    """dx = g scale + (x - m) slope + level, and dresidual = g."""
+    """dx = g scale + (x - m) slope + level of tile k, and dresidual = g. slope: an Affine of m, slope and level."""
+    o, valid = _tile(part, k, FORM)
     if RESIDUAL_GRADIENT:
         tl.store(dr + o, g.to(dr.dtype.element_ty), mask=valid)
     if FROZEN:
         d = g * scale
     else:
-        d = tl.fma(g, tl.broadcast_to(scale, g.shape), _affine(tile, m, slope, level, dx.dtype.element_ty))
+        d = tl.fma(g, tl.broadcast_to(scale, g.shape), _affine(tile, slope))
     tl.store(dx + o, d.to(dx.dtype.element_ty), mask=valid)
-
-
-@triton.jit
-def _write_back_resident(
-    held, held_g, zero, first, c, inside, m, scale, b, slope, level, end, residual, signs, dx, dr, geo,
-    FORM: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, SIGNS: tl.constexpr, FROZEN: tl.constexpr,
-    RESIDUAL_GRADIENT: tl.constexpr, KEEP_G: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    K: tl.constexpr = FORM.K
-    TYPE: tl.constexpr = dx.dtype.element_ty
-    for k in tl.static_range(K):
-        i, o, valid = _tile(first, k, end, inside, geo, FORM, FULL)
-        tile = _take(held[k], zero, TYPE, FORM)
-        g = _take(held_g[k], zero, TYPE, FORM)
-        if not KEEP_G:
-            g = _gradient(
-                g, tile, i, o, valid, c, m, scale, b, end, residual, signs, geo,
-                FORM, ACTIVATION, RESIDUAL, SIGNS, TYPE,
-            )  # fmt: skip
-        _write_back(g, tile, o, valid, m, scale, slope, level, dx, dr, FROZEN, RESIDUAL_GRADIENT)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -638,94 +502,85 @@ def backward(
 ):  # fmt: skip
     """dx, dresidual (like x), dweight and dbias (C). With "frozen" the sums stay in `partial` (slices, P, 2, B)."""
     TYPE: tl.constexpr = x.dtype.element_ty
+    ACC: tl.constexpr = FORM.ACC
     R: tl.constexpr = FORM.R
-    W: tl.constexpr = FORM.W
     B: tl.constexpr = FORM.B
     K: tl.constexpr = FORM.K
-    ACC: tl.constexpr = FORM.ACC
     FROZEN: tl.constexpr = STAGE == "frozen"
     # Where g has dy's digits it takes dy's place in registers after the first pass.
     KEEP_G: tl.constexpr = ACTIVATION == "relu" and STAGE != "normalize"
-    SUMS: tl.constexpr = STAGE != "normalize"
-    geo = Geometry(channels, units, magic, shift, L)
     program = tl.program_id(0)
     if STAGE == "normalize":
         program = teams * P - 1 - program
-    p = program % P
-    for slice in range(program // P, slices, teams):
-        # `first` depends on the slice, or the compiler would compute all addresses before the loop, and spill.
-        first = p * (H * R) + slice * opaque_zero
-        end = tl.minimum(first + H * R, L)
-        full = first + K * R <= end
-        if not FORM.PLANES:
-            full = full & ((slice + 1) * B <= channels)
-        c, inside, start = _channels(slice, geo, FORM)
+    team = program // P
+    p = program - team * P
+    for slice in range(team, slices, teams):
+        part, start = _part(slice, p, channels, units, magic, shift, opaque_zero, L, H, FORM)
+        c, inside, writes = part.c, part.inside, part.inside & (p == 0)
+        xs, dys, residuals = x + start, dy + start, residual + start
         slot = partial + slice * P * (2 * B)
-        m = tl.load(mean + c, mask=inside, other=0.0).to(ACC)
-        r = tl.rsqrt(tl.load(var + c, mask=inside, other=1.0).to(ACC) + EPS)
-        scale = r * _pick(weight, c, inside, 1.0, WEIGHT, ACC)
+        one = tl.zeros((R, B), ACC)
+        two = tl.zeros((R, B), ACC)
+        held = ()
+        held_g = ()
+        for k in tl.static_range(K):
+            held = held + (_hold(_read(xs, part, k, "", FORM), TYPE),)
+            held_g = held_g + (_hold(_read(dys, part, k, "", FORM), TYPE),)
+        tl.debug_barrier()  # or the compiler would put loads off until after the first tiles' arithmetic
+        m = _pick(mean, c, inside, 0.0, True, ACC)
+        r = tl.rsqrt(_pick(var, c, inside, 1.0, True, ACC) + EPS)
+        w = _pick(weight, c, inside, 1.0, WEIGHT, ACC)
         b = _pick(bias, c, inside, 0.0, BIAS, ACC)
-        if full:
-            held, held_g, one, two = _resident_gradient(
-                dy + start, x + start, first, c, inside, m, scale, b, end, residual + start, signs, geo,
-                FORM, ACTIVATION, RESIDUAL, SIGNS, SUMS, KEEP_G, True,
-            )  # fmt: skip
-        else:
-            held, held_g, one, two = _resident_gradient(
-                dy + start, x + start, first, c, inside, m, scale, b, end, residual + start, signs, geo,
-                FORM, ACTIVATION, RESIDUAL, SIGNS, SUMS, KEEP_G, False,
-            )  # fmt: skip
-        if FORM.OVERFLOW and SUMS:
-            for j in tl.range(K, H, num_stages=3):
-                i, o, valid = _tile(first, j, end, inside, geo, FORM, False)
-                tile = tl.load(x + start + o, mask=valid, other=0.0, eviction_policy="evict_last").to(ACC)
-                g = _gradient(
-                    tl.load(dy + start + o, mask=valid, other=0.0, eviction_policy="evict_last").to(ACC), tile,
-                    i, o, valid, c, m, scale, b, end, residual + start, signs, geo,
-                    FORM, ACTIVATION, RESIDUAL, SIGNS, TYPE,
-                )  # fmt: skip
+        affine = Affine(m, r * w, b)
+        if STAGE != "normalize":  # absent elements have dy = 0, so g = 0
+            gated = ()
+            for k in tl.static_range(K):
+                tile = _take(held[k], 0, TYPE, FORM)
+                g = _take(held_g[k], 0, TYPE, FORM)
+                g = _gradient(g, tile, part, k, affine, residuals, signs, FORM, ACTIVATION, RESIDUAL, SIGNS)
                 one += _fold(g, FORM.PLANES)
                 two += _fold(g * (tile - m), FORM.PLANES)
-        one, two = _totals(one, two)
-        if STAGE != "alone" and STAGE != "normalize":
-            _publish(slot, p, one, two * r if FROZEN else two, B)
+                gated = gated + (_hold(g, TYPE),)
+            if KEEP_G:
+                held_g = gated
+            if FORM.OVERFLOW:
+                for j in tl.range(K, H, num_stages=3):
+                    tile = _read(xs, part, j, "evict_last", FORM).to(ACC)
+                    g = _read(dys, part, j, "evict_last", FORM).to(ACC)
+                    g = _gradient(g, tile, part, j, affine, residuals, signs, FORM, ACTIVATION, RESIDUAL, SIGNS)
+                    one += _fold(g, FORM.PLANES)
+                    two += _fold(g * (tile - m), FORM.PLANES)
+            one, two = _totals(one, two)
+            if STAGE != "alone":
+                _publish(slot, p, one, two * r if FROZEN else two, B)
         if STAGE == "team":
-            _barrier(arrived + (program // P) * 32, p, P)
+            _barrier(arrived + team * 32, p, P)
         if STAGE == "team" or STAGE == "normalize":
             one, two = _merge(slot, P, FORM)
         if STAGE != "statistics":
             if not FROZEN:
-                writes = inside & (p == 0)
                 tl.store(dbias + c, one.to(dbias.dtype.element_ty), mask=writes)
                 tl.store(dweight + c, (two * r).to(dweight.dtype.element_ty), mask=writes)
             # dx = (g - mean(g) - xhat mean(g xhat)) scale (Ioffe & Szegedy 2015, section 3).
-            share = 1.0 / (L * (W // B)).to(ACC)
-            slope = -(two * r) * (r * scale) * share
-            level = -one * scale * share
+            scale = r * w
+            share = 1.0 / (L * (FORM.W // B)).to(ACC)
+            slope = Affine(m, -(two * r) * (r * scale) * share, -one * scale * share)
+            if TYPE.primitive_bitwidth == 16:  # has fewer digits than are lost in x slope + (level - m slope)
+                slope = Affine(tl.zeros((1, B), ACC), slope.scale, tl.fma(-m, slope.scale, slope.b))
+            dxs, drs = dx + start, dr + start
             if FORM.OVERFLOW:
                 for back in tl.range(1, H - K + 1, num_stages=3):
-                    i, o, valid = _tile(first, H - back, end, inside, geo, FORM, False)
-                    tile = tl.load(x + start + o, mask=valid, other=0.0, eviction_policy="evict_first").to(ACC)
-                    g = _gradient(
-                        tl.load(dy + start + o, mask=valid, other=0.0, eviction_policy="evict_first").to(ACC), tile,
-                        i, o, valid, c, m, scale, b, end, residual + start, signs, geo,
-                        FORM, ACTIVATION, RESIDUAL, SIGNS, TYPE,
-                    )  # fmt: skip
-                    _write_back(
-                        g, tile, o, valid, m, scale, slope, level, dx + start, dr + start, FROZEN, RESIDUAL_GRADIENT
-                    )
-            if full:
-                _write_back_resident(
-                    held, held_g, opaque_zero, first, c, inside, m, scale, b, slope, level, end, residual + start,
-                    signs, dx + start, dr + start, geo,
-                    FORM, ACTIVATION, RESIDUAL, SIGNS, FROZEN, RESIDUAL_GRADIENT, KEEP_G, True,
-                )  # fmt: skip
-            else:
-                _write_back_resident(
-                    held, held_g, opaque_zero, first, c, inside, m, scale, b, slope, level, end, residual + start,
-                    signs, dx + start, dr + start, geo,
-                    FORM, ACTIVATION, RESIDUAL, SIGNS, FROZEN, RESIDUAL_GRADIENT, KEEP_G, False,
-                )  # fmt: skip
+                    j = H - back
+                    tile = _read(xs, part, j, "evict_first", FORM).to(ACC)
+                    g = _read(dys, part, j, "evict_first", FORM).to(ACC)
+                    g = _gradient(g, tile, part, j, affine, residuals, signs, FORM, ACTIVATION, RESIDUAL, SIGNS)
+                    _write_back(g, tile, part, j, scale, slope, dxs, drs, FORM, FROZEN, RESIDUAL_GRADIENT)
+            for k in tl.static_range(K):
+                tile = _take(held[k], opaque_zero, TYPE, FORM)
+                g = _take(held_g[k], opaque_zero, TYPE, FORM)
+                if not KEEP_G:
+                    g = _gradient(g, tile, part, k, affine, residuals, signs, FORM, ACTIVATION, RESIDUAL, SIGNS)
+                _write_back(g, tile, part, k, scale, slope, dxs, drs, FORM, FROZEN, RESIDUAL_GRADIENT)
 
 
 # Whether these run in Triton's interpreter. Triton decided that when it was first imported.

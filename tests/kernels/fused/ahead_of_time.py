@@ -44,13 +44,13 @@ from bncli.kernels.fused.tiling import (
     INSTRUCTIONS_PER_NS,
     LAUNCH_NS,
     REGISTERS,
+    ROW_BYTES,
     SINGLE_PROCESSOR_SHARE,
     THREADS_PER_WARP,
     TILINGS,
     Plan,
     Processors,
     plan,
-    tilings,
 )
 from bncli.measure.profile.shapes import shape_set
 
@@ -155,17 +155,15 @@ def choices() -> Iterator[Choice]:
     for direction, (dtype, size), (activation, residual) in itertools.product(ARGUMENTS, SIZES.items(), FUSED):
         streams = 2 if direction == "backward" else 1
         units = [unit for unit in (8, 4, 2, 1) if unit * size <= ACCESS_BYTES]
-        rows = [(unit, line // size) for unit in units for line in (64, 128)]
+        rows = [(unit, line // size) for unit in units for line in ROW_BYTES]
         for contiguous, unit, columns in [*((True, unit, 1) for unit in units), *((False, *each) for each in rows)]:
             kind = (direction, dtype, contiguous, unit, columns)
-            sizes = [(warps, held // streams) for warps, held in tilings(contiguous=contiguous, unit_bytes=unit * size)]
+            sizes = [(warps, held // streams) for warps, held in TILINGS]
             for (warps, held), stage in itertools.product(sizes, ("alone", "team")):
                 yield Choice(*kind, warps, held, stage, activation, residual)
             yield Choice(*kind, *sizes[-1], "team", activation, residual, overflow=True)
-            for size_, stage in itertools.product(sizes[:2], ("statistics", "normalize")):
-                yield Choice(*kind, *size_, stage, activation, residual)
-            for stage in ("statistics", "normalize"):
-                yield Choice(*kind, *sizes[1], stage, activation, residual, overflow=True)
+            for stage, overflow in itertools.product(("statistics", "normalize"), (False, True)):
+                yield Choice(*kind, *sizes[1], stage, activation, residual, overflow)
             yield Choice(*kind, *TILINGS[0], "frozen", activation, residual)
 
 

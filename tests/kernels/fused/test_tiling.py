@@ -89,7 +89,7 @@ def test_a_slice_too_long_to_count_is_refused() -> None:
 
 def test_a_plan_is_described_in_words() -> None:
     assert str(of(256, 64, 56 * 56)) == (
-        "6 teams of 40 programs, a channel a team, a barrier in memory, read once; 8 warps, 10 tiles in registers"
+        "5 teams of 49 programs, a channel a team, a barrier in memory, read once; 8 warps, 8 tiles in registers"
     )
 
 

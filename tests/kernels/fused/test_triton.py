@@ -21,6 +21,7 @@ from bncli.names import KINKED_ACTIVATIONS
 from tests.kernels.fused.checks import EPS, ROUNDOFF, assert_right, case
 
 triton = pytest.importorskip("triton")
+device_kernels = pytest.importorskip("bncli.kernels.fused.triton")
 triton_launch = pytest.importorskip("bncli.kernels.fused.triton_launch")
 
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
@@ -179,7 +180,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[FakeK
 
     def fake(refuses: str = "") -> tuple[FakeKernel, FakeKernel]:
         kernels = tuple(FakeKernel(getattr(device_kernels, name), refuses) for name in ("forward", "backward"))
-        module = SimpleNamespace(forward=kernels[0], backward=kernels[1], INTERPRETED=True, TYPES=device_kernels.TYPES)
+        module = SimpleNamespace(**vars(device_kernels) | {"forward": kernels[0], "backward": kernels[1]})
         monkeypatch.setattr(triton_launch, "triton", module)
         return kernels  # type: ignore[return-value]
 
