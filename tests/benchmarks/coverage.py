@@ -3,13 +3,13 @@
 The file has a line a shape with the columns n, c, spatial (14x14, 32x32x8) and calls. No GPU is needed: which plan a
 shape takes is arithmetic (bncli/kernels/fused/tiling.py).
 
-2026-11-23, the 5,173 training calls in 693 shapes of about 70 networks that meta-pytorch/tritonbench records
+2026-12-01, the 5,173 training calls in 693 shapes of about 70 networks that meta-pytorch/tritonbench records
 (tritonbench/data/input_configs, fp16), planned for 132 multiprocessors:
 
-    contiguous     forward   read once 99.7 % of calls, 99.5 % of bytes
-    contiguous     backward  read once 99.7 % of calls, 97.5 % of bytes
-    channels last  forward   read once 81.5 % of calls, 46.0 % of bytes
-    channels last  backward  read once 82.1 % of calls, 50.9 % of bytes
+    contiguous     forward   read once 100 % of calls, 100 % of bytes
+    contiguous     backward  read once 99.8 % of calls, 97.4 % of bytes
+    channels last  forward   read once 87.3 % of calls, 56.2 % of bytes
+    channels last  backward  read once 75.7 % of calls, 41.1 % of bytes
 """
 
 from __future__ import annotations

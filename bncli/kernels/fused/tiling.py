@@ -61,6 +61,10 @@ class Slicing:
     itemsize: int
     price: float  # cost of a byte, 1 for wide accesses
 
+    @property
+    def tilings(self) -> tuple[tuple[int, int], ...]:
+        return tilings(self.contiguous, self.unit * self.itemsize)
+
     def most_programs(self, rows: int) -> int:
         """The largest team: a merge reads the lines of one tile, or up to eight times that for rows."""
         return rows if self.contiguous else 8 * rows
@@ -71,6 +75,11 @@ class Slicing:
 
     def tile_lines(self, warps: int) -> int:
         return warps * THREADS_PER_WARP * ACCESS_BYTES // self.line_bytes
+
+
+def tilings(contiguous: bool, unit_bytes: int) -> tuple[tuple[int, int], ...]:
+    """Those of TILINGS that fit: with an address for each two bytes the largest would spill."""
+    return TILINGS[: 2 if contiguous and unit_bytes < 4 else 3]
 
 
 @dataclass(frozen=True)
@@ -175,7 +184,7 @@ def _slicing(shape: tuple[int, int, int], contiguous: bool, itemsize: int, line_
 
 def _one_program_each(slicing: Slicing, streams: int, processors: Processors) -> Iterator[Plan]:
     """One program per slice, with the smallest tiling that holds it."""
-    for warps, held in TILINGS:
+    for warps, held in slicing.tilings:
         rows, each = slicing.tile_lines(warps), held // streams
         if rows * each >= slicing.lines:
             at_work = min(slicing.slices, processors.count * (RESIDENT_WARPS // warps))
@@ -188,11 +197,11 @@ def _teams(slicing: Slicing, streams: int, processors: Processors) -> Iterator[P
     """Teams of every size that the device can keep resident. The largest leaves what it does not hold to a loop."""
     if not processors.cooperative:
         return
-    for warps, held in TILINGS:
+    for warps, held in slicing.tilings:
         rows, each = slicing.tile_lines(warps), held // streams
         tiles, resident = -(-slicing.lines // rows), processors.count * (RESIDENT_WARPS // warps)
         most = min(tiles, resident, slicing.most_programs(rows))
-        least = most if (warps, held) == TILINGS[-1] else resident + 1
+        least = most if (warps, held) == slicing.tilings[-1] else resident + 1
         for team in range(max(2, min(-(-tiles // each), least)), most + 1):
             teams = min(slicing.slices, resident // team)
             reread = 1 - min(1.0, each * team / tiles)

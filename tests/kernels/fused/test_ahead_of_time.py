@@ -19,11 +19,14 @@ from tests.kernels.fused.ahead_of_time import (
     Finding,
     MachineCode,
     by_argument,
+    bytes_in_flight,
     check,
     choices,
     compiled,
     compiler,
+    full_path,
     line,
+    loop_instructions,
     read,
     rules_broken,
     sample,
@@ -180,7 +183,41 @@ def test_an_access_belongs_to_the_argument_that_its_address_starts_from() -> Non
     assert stores == {"y": {8: 1}}  # not x, though the index was read from it
 
 
-CLEAN = MachineCode(40, 0, 0, 0, {128: 4}, {128: 4}, {"x": {128: 4}}, {"y": {128: 4}}, waits=False, seconds=1.0)
+SASS = """
+    /*0000*/                   MOV R1, c[0x0][0x28] ;          /* 0x00000a00ff017b82 */
+    /*0010*/              @P0  EXIT ;
+    /*0020*/              @P1  BRA 0x60 ;
+    /*0030*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+    /*0040*/                   LDG.E.64 R8, desc[UR4][R2.64+0x10] ;
+    /*0050*/                   BRA 0x80 ;
+    /*0060*/              @P2  LDG.E.128 R4, desc[UR4][R2.64] ;
+    /*0070*/              @P2  LDG.E.64 R8, desc[UR4][R2.64+0x10] ;
+    /*0080*/                   LDGSTS.E.BYPASS.128 [R20], desc[UR4][R2.64], P3 ;
+    /*0090*/                   LDGDEPBAR ;
+    /*00a0*/              @P4  BRA 0x80 ;
+    /*00b0*/                   FADD R10, R8, R9 ;
+    /*00c0*/                   LDG.E R11, desc[UR4][R2.64] ;
+    /*00d0*/              @P5  BRA 0xf0 ;
+    /*00e0*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+    /*00f0*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+    /*0100*/              @P6  EXIT ;
+    /*0110*/                   BRA 0x20 ;
+    /*0120*/                   BRA 0x120;
+"""
+
+
+def test_instructions_are_counted_on_the_path_of_a_program_that_has_all_its_tiles() -> None:
+    path = full_path(SASS)
+    masked, skipped, after = {0x60, 0x70}, {0xE0}, {0x120}
+    assert {each.address for each in path} == {*range(0, 0x130, 0x10)} - masked - skipped - after
+    assert loop_instructions(path) == 3
+    assert bytes_in_flight(path) == 16 + 8  # the addition names what the second load brings
+
+
+CLEAN = MachineCode(
+    40, 0, 0, 0, {128: 4}, {128: 4}, {"x": {128: 4}}, {"y": {128: 4}},
+    waits=False, seconds=1.0, instructions=500, bytes_in_flight=64,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -190,6 +227,7 @@ CLEAN = MachineCode(40, 0, 0, 0, {128: 4}, {128: 4}, {"x": {128: 4}}, {"y": {128
         ({"loads_by_argument": {"mean": {128: 4}}}, ["x is never accessed"]),
         ({"loads_by_argument": {"x/y": {128: 3, 32: 1}}}, ["x is loaded 32 bits at a time, not 128"]),
         ({"stores": {64: 8}}, ["y is stored less than 128 bits at a time in the machine code"]),
+        ({"registers": 136}, ["136 registers, 1 programs resident"]),
         ({"waits": True}, ["waits without a cooperative launch"]),
     ],
 )
@@ -224,6 +262,12 @@ def test_the_command_prints_each_and_fails_where_a_rule_is_broken(
     found = json.loads(capsys.readouterr().out)
     assert len(found) == 10
     assert {each["broken"] != [] for each in found if "/team" in each["name"]} == {True}
+    assert ahead_of_time.main(["--report", "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 2 * 2 * 2 * 12  # batches, layouts, directions, pairs of a shape and what is fused
+    assert all(each["resident"] == 6 and 0 < each["predicted_share"] < 1 for each in rows if " 8 warps" in each["plan"])
+    assert ahead_of_time.main(["--report"]) == 1
+    assert "256x64x112x112  contiguous    forward  bn+relu " in capsys.readouterr().out
     with pytest.raises(SystemExit) as stopped:
         ahead_of_time.main(["--match", "no such*"])
     assert stopped.value.code == 2
