@@ -161,11 +161,6 @@ def _pick(vector, c, inside, other: tl.constexpr, HAS: tl.constexpr, ACC: tl.con
 
 
 @triton.jit
-def _add_pairs(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
 def _fold(tile, PLANES: tl.constexpr):
     """A tile's part of a running sum: in planes one thread adds up a line's values."""
     return tl.sum(tile, axis=1, keep_dims=True) if PLANES else tile
@@ -174,7 +169,7 @@ def _fold(tile, PLANES: tl.constexpr):
 @triton.jit
 def _totals(one, two):
     """The sums of two tiles over a slice's channels."""
-    return tl.reduce((one, two), 0, _add_pairs, keep_dims=True)
+    return tl.sum(one, axis=0, keep_dims=True), tl.sum(two, axis=0, keep_dims=True)
 
 
 @triton.jit
